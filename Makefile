@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+ASSETS := .assets
+
+.PHONY: setup assets demo test test-slow lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report,gguf,dev]'
+	touch $(STAMP)
+
+assets: $(STAMP)
+	$(BIN)/python scripts/fetch_assets.py --output $(ASSETS)
+
+demo: assets
+	$(BIN)/python scripts/build_demo_data.py --assets $(ASSETS) --output $(ASSETS)/demo
+	$(BIN)/align run configs/demo.yaml
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: assets
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: assets
+	$(BIN)/python -m pytest
+
+bench: assets
+	@for script in scripts/bench_*.py; do test -e $$script || continue; $(BIN)/python $$script; done
+
+clean:
+	rm -rf runs build *.egg-info

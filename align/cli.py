@@ -1,0 +1,174 @@
+"""The ``align`` command: one verb per stage, ``align run`` for all of them. No logic of its own."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from align.config import RunConfig
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="align",
+    help="Margin-adaptive preference alignment: reward models, MADPO and its neighbours, one report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(help="Look at preference data.", no_args_is_help=True)
+reward = typer.Typer(help="Train and apply reward models.", no_args_is_help=True)
+app.add_typer(data, name="data")
+app.add_typer(reward, name="reward")
+
+Config = Annotated[Path, typer.Argument(help="YAML file of the run.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.peft.r=8")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the resolved plan as JSON, stop.")]
+
+
+@app.callback()
+def common(
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")] = False,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Options that every verb shares."""
+    from align.console import LEVELS, configure
+    from align.errors import ConfigError
+
+    if log_level.lower() not in LEVELS:
+        raise ConfigError(f"--log-level {log_level}: expected one of {', '.join(LEVELS)}", code="config-option")
+    configure(quiet=quiet, level=log_level)
+
+
+@app.command("run")
+def run(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """All stages of a run, each skipped when its inputs have not changed; ends in report.html."""
+    _pipeline(config, overrides, dry_run, until=())
+
+
+@app.command("train")
+def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """The stages of a run up to the trained policies."""
+    _pipeline(config, overrides, dry_run, until=("train",))
+
+
+@reward.command("train")
+def reward_train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """The stages of a run up to the reward model and its cross-fitted margins."""
+    _pipeline(config, overrides, dry_run, until=("reward", "crossfit"))
+
+
+@reward.command("score")
+def reward_score(
+    pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id.")],
+    model: Annotated[str, typer.Option(help="Reward model: folder or hub id.")],
+    output: Annotated[Path, typer.Option(help="Folder to write pairs.parquet into.")],
+    column: Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. chosen=preferred.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
+    max_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
+) -> None:
+    """Add reward_chosen, reward_rejected and margin to a pair table."""
+    from align.commands import score_pairs
+
+    score_pairs(_source(pairs, column, split), model, output, batch_tokens=batch_tokens, max_length=max_length)
+
+
+@data.command("check")
+def data_check(
+    pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id.")],
+    drop_invalid: Annotated[bool, typer.Option("--drop-invalid", help="Write valid and invalid rows apart.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder for --drop-invalid.")] = Path("checked"),
+    column: Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. chosen=preferred.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
+) -> None:
+    """Validate every row; print a summary and the offending rows."""
+    from align.commands import check_data
+
+    check_data(_source(pairs, column, split), drop_to=output if drop_invalid else None)
+
+
+@app.command("report")
+def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run, e.g. runs/demo.")]) -> None:
+    """Render report.html of a run again from its report.json."""
+    from align.commands import render_report
+
+    render_report(run_folder)
+
+
+def main() -> NoReturn:
+    """Entry point: exit 0; 2 for the user's mistake, 1 for ours, 130 for Ctrl-C, 143 for SIGTERM."""
+    from align.errors import AlignError
+
+    signal.signal(signal.SIGTERM, _terminated)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except AlignError as error:
+        sys.stderr.write(f"error {error}\n")
+        sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            sys.stderr.write("stopped; finished stages are kept, the same command goes on from there\n")
+        raise
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.write("this is a defect of the program, not of your input: please report it with the lines above\n")
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    sys.stderr.write("terminated; finished stages are kept, the same command goes on from there\n")
+    sys.exit(128 + number)
+
+
+def _pipeline(path: Path, overrides: list[str] | None, dry_run: bool, until: tuple[str, ...]) -> None:
+    from align.config import load_config
+
+    config = load_config(path, overrides)
+    from align import pipeline
+    from align.console import log, out
+
+    if dry_run:
+        pipeline.check(config)
+        out.print_json(json.dumps(pipeline.describe(config), default=str))
+        return
+    _announce(config)
+    report_path = pipeline.run_pipeline(config, command=shlex.join(["align", *sys.argv[1:]]), until=until)
+    log.info("result: %s", config.folder)
+    if report_path.exists():
+        log.info("look at it: open %s", report_path)
+
+
+def _announce(config: "RunConfig") -> None:
+    from align.console import log
+
+    methods = ", ".join(config.train.methods) if config.train else "no policy"
+    model = config.train.model if config.train else (config.reward.model if config.reward else "")
+    log.info("run %s: %s (%s), seed %d, writes %s", config.name, methods, model, config.seed, config.folder)
+
+
+def _source(path: str, columns: list[str] | None, split: str) -> Any:
+    from align.config import PairsConfig
+    from align.errors import ConfigError
+
+    mapping = {}
+    for item in columns or []:
+        name, found, source = item.partition("=")
+        if not (name and found and source):
+            raise ConfigError(f"--column {item}: expected name=source", code="config-option")
+        mapping[name] = source
+    return PairsConfig(path=path, columns=mapping, split=split)
+
+
+if __name__ == "__main__":
+    main()

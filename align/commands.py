@@ -1,0 +1,78 @@
+"""What the small verbs do: check data, score pairs, render a report."""
+
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from align.config import PairsConfig
+from align.console import log, out
+from align.errors import SHOWN, DataError
+
+
+def check_data(source: PairsConfig, *, drop_to: Path | None) -> None:
+    """Print a summary of a pair source and its offending rows; with ``drop_to`` write both kinds there.
+
+    Raises:
+        DataError: rows are invalid and ``drop_to`` is None, or nothing can be read.
+    """
+    from align.pairs import check_pairs, load_pairs, summarize, write_pairs
+
+    checked = check_pairs(source)
+    table = Table(title=source.path, show_header=False)
+    for name, value in {"valid pairs": len(checked.pairs), "invalid rows": len(checked.invalid)}.items():
+        table.add_row(name, str(value))
+    if len(checked.pairs):
+        for name, value in summarize(checked.pairs).items():
+            table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
+    out.print(table)
+    for problem in checked.problems[:SHOWN]:
+        out.print(str(problem), markup=False)
+    if len(checked.problems) > SHOWN:
+        out.print(f"... and {len(checked.problems) - SHOWN} more")
+    if drop_to is None:
+        if checked.invalid:
+            raise DataError(
+                f"{source.path}: {len(checked.invalid)} of {len(checked.invalid) + len(checked.pairs)} rows are invalid",
+                code="data-invalid",
+                hint="mend the rows, or set them aside with --drop-invalid",
+            )
+        return
+    drop_to.mkdir(parents=True, exist_ok=True)
+    side_file = drop_to / "invalid.jsonl"
+    write_pairs(load_pairs(source.model_copy(update={"drop_invalid": True}), side_file=side_file), drop_to)
+    log.info("valid pairs: %s; invalid rows with reasons: %s", drop_to / "pairs.parquet", side_file)
+
+
+def score_pairs(source: PairsConfig, model: str, output: Path, *, batch_tokens: int, max_length: int) -> None:
+    """Score a pair source with a reward model and write the table; print the margin metrics as JSON.
+
+    Raises:
+        AlignError: the pairs or the model cannot be used.
+    """
+    import numpy as np
+
+    from align.pairs import load_pairs, write_pairs
+    from reward_models.calibration import evaluate_margins
+    from reward_models.score import RewardScorer
+
+    pairs = load_pairs(source)
+    log.info("scoring %d pairs of %s with %s -> %s", len(pairs), source.path, model, output)
+    scorer = RewardScorer(model, batch_tokens=batch_tokens, max_length=max_length)
+    scored = scorer.score_pairs(pairs, cache=output / "scored")
+    write_pairs(scored, output)
+    out.print_json(json.dumps(evaluate_margins(np.asarray(scored["margin"])).to_dict()))
+    log.info("margins: %s; train on them with `pairs.path: %s`", output / "pairs.parquet", output / "pairs.parquet")
+
+
+def render_report(run: Path) -> None:
+    """Render RUN/report.html from RUN/report.json.
+
+    Raises:
+        DataError: there is no report.json.
+    """
+    from align.reports.page import write_report
+
+    if not (run / "report.json").exists():
+        raise DataError(f"{run}: holds no report.json", code="report-missing", hint="finish the run with `align run`")
+    log.info("report: %s", write_report(run))

@@ -1,0 +1,247 @@
+"""The typed tree of one run. YAML in; an unknown or ill-typed key is an error that names its path and the nearest key."""
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from align.errors import ConfigError, listed
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values are frozen once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class PairsConfig(Section):
+    """Where preference pairs come from."""
+
+    path: str
+    """A hub dataset id, a folder written by ``save_to_disk``, or a .jsonl, .csv or .parquet file."""
+    split: str = "train"
+    """Split of a hub dataset or saved dataset dictionary."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    columns: dict[str, str] = {}
+    """Name in the pair table -> name in the source, e.g. ``chosen: preferred``."""
+    drop_invalid: bool = False
+    """Leave invalid rows out (they are counted and written to a side file) instead of stopping."""
+    limit: Count | None = None
+    """Keep the first so many pairs."""
+
+
+class RewardConfig(Section):
+    """Training of the reward model whose margins weight the pairs."""
+
+    model: str
+    """Backbone: hub id or folder of any model that loads with a one-logit classification head."""
+    pairs: PairsConfig | None = None
+    """Pairs to train on; the policy's own pairs where absent."""
+    eval_pairs: PairsConfig | None = None
+    """Held-out pairs; a random ``eval_fraction`` of the prompts of ``pairs`` where absent."""
+    eval_fraction: Fraction = 0.1
+    folds: Annotated[int, Field(ge=0)] = 0
+    """k >= 2: also train k models, each scoring only the pairs that it has not seen. 0: no cross-fitting."""
+    batch_tokens: Count = 4096
+    """Padded tokens per scoring batch."""
+    max_length: Count = 1024
+    """Tokens per sequence; longer ones are cut from the right when training and scoring."""
+    peft: dict[str, Any] | None = None
+    """Fields of peft.LoraConfig; full fine-tuning where absent."""
+    trainer: dict[str, Any] = {}
+    """Fields of trl.RewardConfig, passed through unchanged."""
+
+    @model_validator(mode="after")
+    def _folds_are_none_or_two(self) -> "RewardConfig":
+        if self.folds == 1:
+            raise ValueError("folds must be 0 (no cross-fitting) or at least 2, got 1")
+        return self
+
+
+class SampleConfig(Section):
+    """Building pairs by sampling two continuations of each prompt and drawing the label by Bradley-Terry."""
+
+    prompts: str
+    """A .jsonl file with one ``prompt`` per line."""
+    max_new_tokens: Count = 24
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    batch_size: Count = 64
+    label_scale: Positive = 1.0
+    """P(first preferred) = sigmoid(label_scale * difference of the labelling reward)."""
+
+
+class LossConfig(Section):
+    """One loss of the registry in align/losses.py and its parameters."""
+
+    loss: str
+    """Name in the registry: madpo, soft_madpo, dpo, ipo, ..."""
+    parameters: dict[str, float | bool] = {}
+    """Keyword parameters of the loss and, for madpo, of its weight."""
+
+
+class TrainConfig(Section):
+    """Alignment of the policy: the same model, data and budget under each loss."""
+
+    model: str
+    """Policy and reference: hub id or folder."""
+    methods: Annotated[dict[str, LossConfig], Field(min_length=1)]
+    """Name of a method (a folder name and a label in the report) -> its loss."""
+    peft: dict[str, Any] | None = None
+    """Fields of peft.LoraConfig; full fine-tuning where absent."""
+    trainer: dict[str, Any] = {}
+    """Fields of trl.DPOConfig, passed through unchanged."""
+
+
+class EvaluateConfig(Section):
+    """What is measured on held-out prompts."""
+
+    prompts: str
+    """A .jsonl file with one ``prompt`` per line, none of which was trained on."""
+    judge: Literal["vader"] = "vader"
+    """Independent gold judge; never trained, never used as a label."""
+    max_new_tokens: Count = 24
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    batch_size: Count = 64
+    samples_shown: Annotated[int, Field(ge=0)] = 20
+
+
+class RunConfig(Section):
+    """One run from pairs to report."""
+
+    name: str
+    output_dir: str = "runs"
+    """The run writes ``output_dir/name``."""
+    seed: int = 0
+    pairs: PairsConfig | None = None
+    """The policy's preference pairs. Exactly one of ``pairs`` and ``sample`` is given."""
+    sample: SampleConfig | None = None
+    reward: RewardConfig | None = None
+    """Absent: the pairs bring their own ``margin`` column, or no method needs one."""
+    train: TrainConfig | None = None
+    """Absent: the run ends with the reward model and its margins."""
+    evaluate: EvaluateConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_source_of_pairs(self) -> "RunConfig":
+        if (self.pairs is None) == (self.sample is None):
+            raise ValueError("give exactly one of `pairs` (a dataset) and `sample` (prompts to sample pairs from)")
+        if self.sample is not None and (self.reward is None or self.reward.pairs is None or self.train is None):
+            raise ValueError("`sample` needs `train` and `reward.pairs`: the reward model is trained on other pairs")
+        if self.evaluate is not None and self.train is None:
+            raise ValueError("`evaluate` needs `train`: there is no policy to evaluate")
+        if self.reward is None and self.train is None:
+            raise ValueError("give `reward`, `train` or both: there is nothing to do")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Folder that holds everything this run writes."""
+        return Path(self.output_dir) / self.name
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run's YAML, apply ``a.b=c`` overrides, validate.
+
+    Raises:
+        ConfigError: file missing, not YAML, unknown key, ill-typed value; all problems of the file at once.
+    """
+    tree = read_yaml(path)
+    for override in overrides or []:
+        apply_override(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = [_problem(item) for item in error.errors()]
+        raise ConfigError(f"{path}:\n{listed(problems)}", code="config-key", hint="see configs/ for working files") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping read with ``yaml.safe_load``.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})", code="config-file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}", code="config-yaml") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}", code="config-yaml")
+    return tree
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set ``a.b=c`` in a tree of dicts, the value read as YAML.
+
+    Raises:
+        ConfigError: no ``=``, an empty key, or a path through something that is not a mapping.
+    """
+    key, found, text = override.partition("=")
+    parts = key.split(".")
+    if not found or not all(parts):
+        raise ConfigError(f"--set {override}: expected key.path=value", code="config-override")
+    node = tree
+    for depth, part in enumerate(parts[:-1]):
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            path = ".".join(parts[: depth + 1])
+            raise ConfigError(f"--set {override}: {path} is a value, not a section", code="config-override")
+    try:
+        node[parts[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: {text!r} is not a YAML value", code="config-override") from None
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`` (did you mean `x`?)`` for the nearest known name, or the list of known names."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean `{close[0]}`?)" if close else f" (known: {', '.join(sorted(known))})"
+
+
+def _problem(item: Any) -> str:
+    path = [str(part) for part in item["loc"]]
+    if item["type"] == "extra_forbidden":
+        return f"{'.'.join(path)}: unknown key{nearest(path[-1], _keys_at(path[:-1]))}"
+    if item["type"] == "missing":
+        return f"{'.'.join(path)}: missing key"
+    if item["type"] == "value_error":
+        return f"{'.'.join(path) or 'top level'}: {item['ctx']['error']}"
+    expected = item["msg"].removeprefix("Input should be ")
+    return f"{'.'.join(path)}: expected {expected}, found {item['input']!r}"
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    """Keys that the section at ``path`` knows."""
+    section: type[Section] | None = RunConfig
+    for part in path:
+        if section is None:
+            return []
+        if part in section.model_fields:
+            section = _section_in(section.model_fields[part].annotation)
+    return sorted(section.model_fields) if section else []
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union, dict, Annotated):
+        for argument in typing.get_args(annotation):
+            if (found := _section_in(argument)) is not None:
+                return found
+    return None

@@ -1,0 +1,175 @@
+"""The whole path as stages: which there are, what each is made from, in which order they run.
+
+    pairs-reward --> reward --> crossfit --.
+                        |                   v
+          sample / pairs ------------> margins --> train-<method> --> generate-<method> --> evaluate --> report
+
+What a stage does stands in align/stages.py; this file only says what it depends on.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from align.config import PairsConfig, RunConfig
+from align.console import log
+from align.errors import EnvironmentProblem
+from align.stage import Stage, digest, fingerprint_source, process_rank, run_stage, write_json
+
+REFERENCE = "reference"
+REFERENCE_CACHE = "reference-logps"
+
+
+def plan(config: RunConfig) -> list[str]:
+    """Names of the stages of a run, in order; each is a folder of the run."""
+    stages = []
+    if config.pairs is not None:
+        stages.append("pairs")
+    if config.reward is not None:
+        if config.reward.pairs is not None:
+            stages.append("pairs-reward")
+        stages.append("reward")
+        if config.reward.folds:
+            stages.append("crossfit")
+    if config.sample is not None:
+        stages.append("sample")
+    stages.append("margins")
+    if config.train is not None:
+        stages += [f"train-{method}" for method in config.train.methods]
+        if config.evaluate is not None:
+            stages += [f"generate-{policy}" for policy in (REFERENCE, *config.train.methods)]
+            stages.append("evaluate")
+    return stages
+
+
+def check(config: RunConfig) -> None:
+    """Everything that can be found wrong before a model loads: losses, parameters, trainer fields, files.
+
+    Raises:
+        AlignError: naming the key or file.
+    """
+    from align import stages
+
+    stages.check_config(config)
+
+
+def run_pipeline(config: RunConfig, *, command: str, until: tuple[str, ...] = ()) -> Path:
+    """Run every stage whose inputs have changed and write the report; the path of the report.
+
+    Args:
+        config: the run.
+        command: what to type to make the same run again; shown in the report.
+        until: kinds of stages after which to stop (``("reward", "crossfit")``); all stages where empty.
+
+    Raises:
+        AlignError: what the user can mend; finished stages stay as they are.
+    """
+    root = config.folder
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(f"{root}: cannot be written ({error.strerror})", code="output-folder") from None
+    runner = _Runner(config, root)
+    names = plan(config)
+    if until:
+        last = max((k for k, name in enumerate(names) if name.split("-")[0] in until), default=-1)
+        names = names[: last + 1]
+    done = [runner.run(name) for name in names]
+    skipped = all(stage.skipped for stage in done)
+    report = root / "report.html"
+    if skipped and report.exists():
+        log.info("nothing to do: all %d stages of %s are up to date", len(done), root)
+        return report
+    if process_rank() > 0:
+        return report
+    from align.reports.collect import collect
+    from align.reports.page import write_report
+
+    seconds = {stage.name: round(stage.seconds, 1) for stage in done}
+    collected = collect(config, seconds=seconds, command=command)
+    write_json(root / "report.json", collected)
+    write_json(root / "summary.json", collected["summary"])
+    return write_report(root)
+
+
+class _Runner:
+    """Runs one stage after the other, handing each the keys of those that it depends on."""
+
+    def __init__(self, config: RunConfig, root: Path) -> None:
+        self.config = config
+        self.root = root
+        self.keys: dict[str, str] = {}
+
+    def run(self, name: str) -> Stage:
+        """Run (or skip) the stage called ``name``."""
+        inputs = {"after": self._after(name)} | self._inputs(name)
+        stage = run_stage(name, self.root / name, inputs, self._work(name), collective=name.startswith("train-"))
+        self.keys[name] = stage.key
+        return stage
+
+    def _after(self, name: str) -> dict[str, str]:
+        """Keys of the stages that ``name`` reads."""
+        kind = name.split("-")[0]
+        rewarded = "pairs-reward" if "pairs-reward" in self.keys else "pairs"
+        reads: dict[str, tuple[str, ...]] = {
+            "pairs": (),
+            "reward": (rewarded,),
+            "crossfit": (rewarded,),
+            "sample": ("reward", "crossfit"),
+            "margins": ("pairs", "sample", "reward", "crossfit"),
+            "train": ("margins",),
+            "generate": (name.replace("generate-", "train-"),),
+            "evaluate": tuple(key for key in self.keys if key.startswith(("generate-", "margins", "reward"))),
+        }
+        return {key: self.keys[key] for key in reads[kind] if key in self.keys}
+
+    def _inputs(self, name: str) -> dict[str, Any]:
+        """Configuration and content of the files that ``name`` reads."""
+        config, kind = self.config, name.split("-")[0]
+        inputs: dict[str, Any] = {"seed": config.seed}
+        if kind == "pairs":
+            reward = config.reward
+            source = reward.pairs if name == "pairs-reward" and reward else config.pairs
+            inputs["source"] = _source(source)
+            inputs["heldout"] = _source(reward and reward.eval_pairs)
+            inputs["eval_fraction"] = reward and reward.eval_fraction
+        if kind in ("reward", "crossfit") and config.reward:
+            skipped = {"pairs", "eval_pairs", "eval_fraction"} | ({"folds"} if kind == "reward" else set())
+            inputs["settings"] = config.reward.model_dump(exclude=skipped)
+            inputs["model"] = fingerprint_source(config.reward.model)
+        if kind in ("sample", "train", "generate") and config.train:
+            inputs["model"] = fingerprint_source(config.train.model)
+        if kind == "train" and config.train:
+            inputs["loss"] = config.train.methods[name.removeprefix("train-")].model_dump()
+            inputs["settings"] = config.train.model_dump(exclude={"methods"})
+        settings = {"sample": config.sample, "generate": config.evaluate}.get(kind)
+        if settings is not None:
+            inputs["settings"] = settings.model_dump()
+            inputs["prompts"] = fingerprint_source(settings.prompts)
+        return inputs
+
+    def _work(self, name: str) -> Callable[[Path], None]:
+        def work(folder: Path) -> None:
+            from align import stages
+
+            kind, _, rest = name.partition("-")
+            stages.WORK[kind](self.config, self.root, folder, rest)
+
+        return work
+
+
+def _source(pairs: PairsConfig | None) -> dict[str, Any] | None:
+    return pairs and pairs.model_dump() | {"content": fingerprint_source(pairs.path)}
+
+
+def describe(config: RunConfig) -> dict[str, Any]:
+    """The resolved plan of a run, for ``--dry-run``: configuration, stages, where each writes."""
+    return {
+        "config": config.model_dump(),
+        "config_digest": digest(config.model_dump())[:16],
+        "stages": {name: str(config.folder / name) for name in plan(config)},
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "python": sys.version.split()[0],
+    }

@@ -1,0 +1,161 @@
+"""Gathers what the stages of a run wrote into one dictionary: report.json. Nothing is shown that is not in it."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from align.config import RunConfig
+from align.losses import BoundLoss, resolve
+from align.margins import MADPO_TAU, madpo_weight, validate_madpo, weight_summary
+from align.pairs import read_pairs
+from align.stage import MANIFEST, read_json, versions
+
+DIGITS = 4
+
+
+def collect(config: RunConfig, *, seconds: dict[str, float], command: str) -> dict[str, Any]:
+    """The report of a run as plain JSON values, read from the folders of its stages.
+
+    Args:
+        config: the run.
+        seconds: stage name -> wall-clock seconds of the run that made it.
+        command: what makes the same run again.
+    """
+    root = config.folder
+    report: dict[str, Any] = {
+        "run": {
+            "name": config.name,
+            "command": command,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seed": config.seed,
+            "config": config.model_dump(),
+            "versions": versions(),
+            "fingerprints": {name: read_json(root / name / MANIFEST)["key"][:16] for name in seconds},
+            "seconds_per_stage": seconds,
+        },
+        "data": {"sets": _data(root)},
+    }
+    sections = {
+        "reward_model": _reward_model(config, root),
+        "margins": _margins(config, root),
+        "training": _training(config, root),
+        "evaluation": _evaluation(root),
+    }
+    report |= {name: section for name, section in sections.items() if section is not None}
+    if "evaluation" in report:
+        report["samples"] = report["evaluation"].pop("samples")
+    report["summary"] = _summary(report)
+    return report
+
+
+def _data(root: Path) -> list[dict[str, Any]]:
+    sets = []
+    for stage in ("pairs-reward", "pairs", "sample"):
+        file = root / stage / "metrics.json"
+        if file.exists():
+            found = read_json(file)
+            sets += [{"name": f"{stage}: {part}", **found[part]} for part in ("train", "heldout") if part in found]
+    return sets
+
+
+def _reward_model(config: RunConfig, root: Path) -> dict[str, Any] | None:
+    file = root / "reward" / "metrics.json"
+    if not file.exists() or config.reward is None:
+        return None
+    section = read_json(file)
+    section["margins"] = {name: _column(root / "reward" / name) for name in ("heldout", "in_sample")}
+    if config.reward.folds:
+        section["folds"] = config.reward.folds
+        section["out_of_fold"] = read_json(root / "crossfit" / "metrics.json")
+        section["margins"]["out_of_fold"] = _column(root / "crossfit" / "pairs")
+    return section
+
+
+def _margins(config: RunConfig, root: Path) -> dict[str, Any] | None:
+    folder = root / "margins" / "pairs"
+    if not folder.exists() or "margin" not in read_pairs(folder).column_names:
+        return None
+    values = _column(folder)
+    margin = torch.tensor(values, dtype=torch.float64)
+    section: dict[str, Any] = {
+        "values": values,
+        "weights": {},
+        "parameters": {},
+        "summary": {},
+        "warnings": [],
+        "tau": MADPO_TAU,
+        "note": read_json(root / "margins" / "metrics.json").get("note", ""),
+    }
+    for method, loss in _weighted(config).items():
+        parameters = {name: loss.parameters[name] for name in ("c_max", "c_min", "lam", "tau")}
+        weight = madpo_weight(margin, **parameters)
+        section["weights"][method] = [round(value, DIGITS) for value in weight.tolist()]
+        section["parameters"][method] = parameters
+        section["summary"][method] = weight_summary(weight, margin, parameters["tau"])
+        section["warnings"] += validate_madpo(**parameters)
+        section["tau"] = parameters["tau"]
+        share = section["summary"][method]["ess_share"]
+        if share > 0.99:
+            section["warnings"].append(
+                f"{method}: the weights are nearly equal (effective sample size {share:.1%} of the pairs): "
+                "expect it to act like plain DPO."
+            )
+    evaluated = root / "evaluate" / "metrics.json"
+    if evaluated.exists():
+        section["gold_correlation"] = read_json(evaluated)["gold_correlation"]
+    return section
+
+
+def _weighted(config: RunConfig) -> dict[str, BoundLoss]:
+    """Methods whose loss is weighted by the margin."""
+    methods = config.train.methods if config.train else {}
+    return {name: resolve(loss.loss, loss.parameters) for name, loss in methods.items() if loss.loss == "madpo"}
+
+
+def _training(config: RunConfig, root: Path) -> dict[str, Any] | None:
+    methods = {}
+    for name in config.train.methods if config.train else ():
+        folder = root / f"train-{name}"
+        if (folder / MANIFEST).exists():
+            history = read_json(folder / "history.json")
+            seconds = read_json(folder / MANIFEST)["seconds"]
+            methods[name] = {"loss": history["loss"], "seconds": seconds, "history": history["history"]}
+    return {"methods": methods} if methods else None
+
+
+def _evaluation(root: Path) -> dict[str, Any] | None:
+    file = root / "evaluate" / "metrics.json"
+    return read_json(file) if file.exists() else None
+
+
+def _summary(report: dict[str, Any]) -> dict[str, Any]:
+    """The handful of numbers that a script wants: summary.json."""
+    summary: dict[str, Any] = {"seconds_per_stage": report["run"]["seconds_per_stage"]}
+    if "reward_model" in report:
+        _put(summary, "reward_model_accuracy", report["reward_model"]["heldout"]["accuracy"])
+        if "out_of_fold" in report["reward_model"]:
+            _put(summary, "reward_model_accuracy_out_of_fold", report["reward_model"]["out_of_fold"]["accuracy"])
+    if report.get("margins", {}).get("gold_correlation"):
+        _put(summary, "margin_gold_correlation", report["margins"]["gold_correlation"])
+    policies = report.get("evaluation", {}).get("policies", {})
+    for name, policy in policies.items():
+        key = "before" if name == "reference" else f"after_{name}"
+        _put(summary, f"gold_reward_{key}", policy["reward"])
+        if name != "reference":
+            _put(summary, f"gold_gain_{name}", policy["gain"])
+            _put(summary, f"kl_{name}", policy["kl"])
+            if policy["gain_per_root_kl"] is not None:
+                _put(summary, f"gain_per_root_kl_{name}", policy["gain_per_root_kl"])
+    return summary
+
+
+def _put(summary: dict[str, Any], key: str, estimate: dict[str, float]) -> None:
+    summary[key] = estimate["value"]
+    summary[f"{key}_ci"] = [estimate["low"], estimate["high"]]
+
+
+def _column(folder: Path) -> list[float]:
+    return [round(float(value), DIGITS) for value in np.asarray(read_pairs(folder)["margin"])]

@@ -1,0 +1,168 @@
+"""One stage writes one folder: its artefacts and ``manifest.json``. A folder that exists is a finished stage."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from align.console import log
+
+MANIFEST = "manifest.json"
+PACKAGES = ("margin-align", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "vaderSentiment")
+CHUNK_BYTES = 1 << 20
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A finished stage."""
+
+    name: str
+    folder: Path
+    key: str
+    """sha256 of everything the stage was made from; the input of the stages after it."""
+    skipped: bool
+    seconds: float
+    """Wall-clock seconds of the run that made the folder."""
+
+
+def run_stage(
+    name: str,
+    folder: Path,
+    inputs: Mapping[str, Any],
+    work: Callable[[Path], None],
+    *,
+    collective: bool = False,
+) -> Stage:
+    """Run ``work`` in a temporary folder and rename it when whole; skip it where a finished folder has the same inputs.
+
+    A stage that was stopped finds its own unfinished folder again, with whatever checkpoints ``work`` left in it,
+    as long as its inputs are the same.
+
+    Args:
+        name: shown to the user and kept in the manifest.
+        folder: where the finished stage lies.
+        inputs: JSON values that determine the result: configuration, seed, keys of earlier stages.
+        work: writes the artefacts into the folder that it is given.
+        collective: under a launcher with several processes, all of them run ``work`` together (training); otherwise
+            the first process does it and the others wait for the folder.
+    """
+    key = digest({"stage": name, **inputs})
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest["key"] == key:
+        log.info("%s: up to date, skipped (%s)", name, folder)
+        return Stage(name, folder, key, True, manifest["seconds"])
+    partial = folder.with_name(folder.name + ".partial")
+    note = partial / "key"
+    if process_rank() > 0:
+        return _follow(name, folder, key, note, work if collective else None)
+    log.info("%s: running", name)
+    if partial.exists() and (not note.exists() or note.read_text(encoding="utf-8") != key):
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    note.write_text(key, encoding="utf-8")
+    start = time.monotonic()
+    work(partial)
+    seconds = time.monotonic() - start
+    write_json(
+        partial / MANIFEST,
+        {"stage": name, "key": key, "inputs": inputs, "seconds": seconds, "versions": versions()},
+    )
+    note.unlink()
+    _replace(partial, folder)
+    log.info("%s: done in %.0f s -> %s", name, seconds, folder)
+    return Stage(name, folder, key, False, seconds)
+
+
+def process_rank() -> int:
+    """Rank of this process under ``accelerate launch`` or ``torchrun``; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _follow(name: str, folder: Path, key: str, note: Path, work: Callable[[Path], None] | None) -> Stage:
+    """What a process other than the first does with a stage: take part in it, or wait until it is there."""
+    if work is not None:
+        _wait(lambda: note.exists() and note.read_text(encoding="utf-8") == key)
+        work(note.parent)
+    _wait(lambda: (read_manifest(folder) or {}).get("key") == key)
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    return Stage(name, folder, key, False, manifest["seconds"])
+
+
+def _wait(ready: Callable[[], bool]) -> None:
+    """Poll until ``ready``; a first process that fails makes the launcher end this one."""
+    while not ready():
+        time.sleep(POLL_SECONDS)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished stage, or None where there is none."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON by way of a temporary file, so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def digest(value: Any) -> str:
+    """sha256 over the canonical JSON of ``value``."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def fingerprint_source(source: str) -> str:
+    """Content hash of a file or folder; a name that is neither (a hub id) stands for itself."""
+    path = Path(source)
+    if path.is_file():
+        return _hash_files([path])
+    if path.is_dir():
+        return _hash_files(sorted(entry for entry in path.rglob("*") if entry.is_file()))
+    return source
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide a result."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _hash_files(files: list[Path]) -> str:
+    state = hashlib.sha256()
+    for file in files:
+        state.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(CHUNK_BYTES):
+                state.update(block)
+    return state.hexdigest()
+
+
+def _replace(new: Path, folder: Path) -> None:
+    """Put ``new`` in place of ``folder``; the earlier result goes only once the new one is whole."""
+    old = folder.with_name(folder.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    if old.exists():
+        shutil.rmtree(old)

@@ -1,0 +1,306 @@
+"""What each stage of a run does. A stage reads the folders of earlier stages and writes one folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scipy.stats import pearsonr
+
+from align.config import RewardConfig, RunConfig
+from align.console import log
+from align.errors import DataError
+from align.evaluation.kl import completion_logps
+from align.evaluation.rewards import compare, gain_per_root_kl
+from align.estimates import bootstrap_mean
+from align.generation.base import Sampling
+from align.generation.transformers_engine import TransformersEngine
+from align.pairs import load_pairs, load_prompts, read_pairs, split_by_prompt, summarize, write_pairs
+from align.stage import read_json, write_json
+from align.training.train import MODEL, bind, load_policy, load_tokenizer, lora_config, train_policy
+from align.trainer_args import build_trainer_args
+from reward_models.calibration import evaluate_margins
+from reward_models.crossfit import cross_fit
+from reward_models.judges import make_judge
+from reward_models.score import RewardScorer
+from reward_models.train import train_reward_model
+
+METRICS = "metrics.json"
+COMPLETIONS = "completions.parquet"
+KL_BATCH_TOKENS = 4096
+
+
+def check_config(config: RunConfig) -> None:
+    """Bind every loss and trainer field and look for every prompt file, before a model loads.
+
+    Raises:
+        AlignError: the first thing found wrong.
+    """
+    from trl import DPOConfig
+    from trl import RewardConfig as TrlRewardConfig
+
+    forced = {"output_dir": str(config.folder / "check")}
+    if config.train is not None:
+        for method, loss in config.train.methods.items():
+            bind(method, loss)
+        lora_config(config.train.peft)
+        build_trainer_args(DPOConfig, config.train.trainer, path="train.trainer", forced=forced)
+    if config.reward is not None:
+        build_trainer_args(TrlRewardConfig, config.reward.trainer, path="reward.trainer", forced=forced)
+    for prompts in (config.sample, config.evaluate):
+        if prompts is not None:
+            load_prompts(Path(prompts.prompts))
+
+
+def stage_pairs(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+    """Load, validate and split a pair source into ``train/`` and ``heldout/``, with a summary of each."""
+    reward = config.reward
+    source = reward.pairs if which == "reward" and reward else config.pairs
+    assert source is not None
+    pairs = load_pairs(source, side_file=folder / "dropped.jsonl")
+    if reward is None or (which != "reward" and reward.pairs is not None):
+        write_pairs(pairs, folder / "train")
+        write_json(folder / METRICS, {"train": summarize(pairs)})
+        return
+    if reward.eval_pairs is not None:
+        train, heldout = pairs, load_pairs(reward.eval_pairs, side_file=folder / "dropped_heldout.jsonl")
+    else:
+        train, heldout = split_by_prompt(pairs, reward.eval_fraction, config.seed)
+    if len(train) == 0 or len(heldout) == 0:
+        raise DataError(
+            f"{source.path}: {len(pairs)} pairs leave {len(train)} to train on and {len(heldout)} held out",
+            code="data-too-few",
+            hint="give more prompts, another reward.eval_fraction, or reward.eval_pairs",
+        )
+    write_pairs(train, folder / "train")
+    write_pairs(heldout, folder / "heldout")
+    write_json(folder / METRICS, {"train": summarize(train), "heldout": summarize(heldout)})
+
+
+def stage_reward(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+    """Train the reward model; write its held-out and in-sample metrics and margins."""
+    assert config.reward is not None
+    source = reward_pairs_folder(root)
+    train, heldout = read_pairs(source / "train"), read_pairs(source / "heldout")
+    train_reward_model(train, config.reward, folder / MODEL, seed=config.seed)
+    scorer = make_scorer(folder / MODEL, config.reward)
+    metrics: dict[str, Any] = {"backbone": config.reward.model}
+    for name, pairs in (("heldout", heldout), ("in_sample", train)):
+        scored = scorer.score_pairs(pairs)
+        margins = np.asarray(scored["margin"])
+        write_pairs(scored, folder / name)
+        metrics[name] = evaluate_margins(margins).to_dict()
+    write_json(folder / METRICS, metrics)
+
+
+def stage_crossfit(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+    """Margins of the reward model's own training pairs, each from a model that has not seen it."""
+    assert config.reward is not None
+    train = read_pairs(reward_pairs_folder(root) / "train")
+    scored = cross_fit(train, config.reward, folder, seed=config.seed)
+    write_pairs(scored.remove_columns("fold"), folder / "pairs")
+    write_json(folder / METRICS, evaluate_margins(np.asarray(scored["margin"])).to_dict())
+
+
+def stage_sample(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+    """Two continuations of each prompt; the preferred one drawn by Bradley-Terry from a labelling reward.
+
+    With cross-fitted folds the label comes from fold 0's model and the margins (stage ``margins``) from the others, so
+    that the labeller and the model that judges its labels share no training pair.
+    """
+    assert config.sample is not None and config.train is not None and config.reward is not None
+    settings = config.sample
+    prompts = load_prompts(Path(settings.prompts))
+    engine = TransformersEngine(
+        load_policy(config.train.model, dtype="float32"),
+        load_tokenizer(config.train.model),
+        batch_size=settings.batch_size,
+    )
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, n=2, seed=config.seed)
+    texts = [[completion.text for completion in group] for group in engine.generate(prompts, sampling)]
+    kept = [k for k, (first, second) in enumerate(texts) if first.strip() and second.strip() and first != second]
+    log.info("sample: %d of %d prompts gave two different completions", len(kept), len(prompts))
+    candidates = Dataset.from_list(
+        [
+            {"id": str(k), "prompt": prompts[k], "chosen": _as_completion(prompts[k], texts[k][0]),
+             "rejected": _as_completion(prompts[k], texts[k][1])}
+            for k in kept
+        ]
+    )  # fmt: skip
+    labeller = root / "crossfit" / "fold-0" if config.reward.folds else root / "reward" / MODEL
+    gap = np.asarray(make_scorer(labeller, config.reward).score_pairs(candidates)["margin"])
+    first_preferred = 1.0 / (1.0 + np.exp(-settings.label_scale * gap))
+    flip = np.random.default_rng(config.seed).random(len(gap)) >= first_preferred
+    rows = [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if flipped else row
+        for row, flipped in zip(candidates.to_list(), flip, strict=True)
+    ]
+    pairs = Dataset.from_list(rows)
+    write_pairs(pairs, folder / "train")
+    write_json(
+        folder / METRICS,
+        {
+            "train": summarize(pairs),
+            "prompts": len(prompts),
+            "labels_against_labeller": float(np.mean(np.where(flip, -gap, gap) < 0)),
+        },
+    )
+
+
+def stage_margins(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+    """Add the reward margin to the policy's pairs, from models that have not seen them wherever there are any."""
+    note, reward = "", config.reward
+    if reward is None:
+        write_pairs(read_pairs(root / "pairs" / "train"), folder / "pairs")
+        write_json(folder / METRICS, {"note": "No reward model was trained: margins, if any, came with the pairs."})
+        return
+    if reward.pairs is None and reward.folds:
+        scored = read_pairs(root / "crossfit" / "pairs")
+    elif reward.pairs is None:
+        scored = make_scorer(root / "reward" / MODEL, reward).score_pairs(read_pairs(root / "pairs" / "train"))
+        note = "These margins are in-sample: the reward model was trained on the same pairs. Set reward.folds: 5."
+    elif config.sample is not None and reward.folds:
+        folds = [root / "crossfit" / f"fold-{fold}" for fold in range(1, reward.folds)]
+        scored = _mean_of_models(read_pairs(root / "sample" / "train"), folds, reward)
+    else:
+        source = root / ("sample" if config.sample is not None else "pairs") / "train"
+        scored = make_scorer(root / "reward" / MODEL, reward).score_pairs(read_pairs(source))
+        if config.sample is not None:
+            note = "Labels were drawn from the same reward model that gives the margins: they agree by construction."
+    write_pairs(scored, folder / "pairs")
+    write_json(folder / METRICS, {"note": note, **evaluate_margins(np.asarray(scored["margin"])).to_dict()})
+
+
+def stage_train(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+    """Train the policy under the method called ``which``."""
+    assert config.train is not None
+    train_policy(
+        read_pairs(root / "margins" / "pairs"),
+        config.train,
+        which,
+        folder,
+        seed=config.seed,
+        reference_cache=root / "reference-logps",
+    )
+
+
+def stage_generate(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+    """One completion of each held-out prompt by the policy called ``which``, with its log-probs under policy and reference."""
+    assert config.evaluate is not None and config.train is not None
+    settings = config.evaluate
+    prompts = load_prompts(Path(settings.prompts))
+    tokenizer = load_tokenizer(config.train.model)
+    reference = load_policy(config.train.model, dtype="float32").eval()
+    is_reference = which == "reference"
+    policy = reference if is_reference else load_policy(str(root / f"train-{which}" / MODEL), dtype="float32").eval()
+    engine = TransformersEngine(policy, tokenizer, batch_size=settings.batch_size)
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, n=1, seed=config.seed)
+    completions = [group[0] for group in engine.generate(prompts, sampling)]
+    ids = [engine.encode(prompt) for prompt in prompts]
+    logps = {}
+    for name, model in (("policy", policy), ("reference", reference)):
+        logps[name] = completion_logps(
+            model,
+            ids,
+            [completion.token_ids for completion in completions],
+            batch_tokens=KL_BATCH_TOKENS,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    table = Dataset.from_dict(
+        {
+            "prompt": prompts,
+            "text": [completion.text for completion in completions],
+            "tokens": [len(completion.token_ids) for completion in completions],
+            "logp_policy": logps["policy"],
+            "logp_reference": logps["reference"],
+        }
+    )
+    table.to_parquet(str(folder / COMPLETIONS))
+
+
+def stage_evaluate(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+    """Gold reward, KL to the reference and their ratio for every policy; gold correlation of the margins."""
+    assert config.evaluate is not None and config.train is not None
+    judge = make_judge(config.evaluate.judge)
+    tables = {
+        name: Dataset.from_parquet(str(root / f"generate-{name}" / COMPLETIONS))
+        for name in ("reference", *config.train.methods)
+    }
+    rewards = {name: judge.score(table["prompt"], table["text"]) for name, table in tables.items()}
+    result = compare(rewards, baseline="reference", seed=config.seed)
+    for name, table in tables.items():
+        policy = result["policies"][name]
+        policy["mean_tokens"] = float(np.mean(table["tokens"]))
+        kl = np.asarray(table["logp_policy"]) - np.asarray(table["logp_reference"])
+        is_reference = name == "reference"
+        policy["kl"] = None if is_reference else bootstrap_mean(kl, seed=config.seed).to_dict()
+        ratio = None if is_reference else gain_per_root_kl(rewards[name] - rewards["reference"], kl, seed=config.seed)
+        policy["gain_per_root_kl"] = ratio and ratio.to_dict()
+    result["judge"] = judge.name
+    result["n_prompts"] = len(tables["reference"])
+    result["gold_correlation"] = _gold_correlation(read_pairs(root / "margins" / "pairs"), judge)
+    result["samples"] = [
+        {
+            "prompt": _plain(tables["reference"]["prompt"][k]),
+            "completions": {
+                name: {"text": table["text"][k], "reward": float(rewards[name][k])} for name, table in tables.items()
+            },
+        }
+        for k in range(min(config.evaluate.samples_shown, len(tables["reference"])))
+    ]
+    write_json(folder / METRICS, result)
+
+
+def make_scorer(model: Path, config: RewardConfig) -> RewardScorer:
+    """A scorer with the batch size and length of the reward configuration."""
+    return RewardScorer(model, batch_tokens=config.batch_tokens, max_length=config.max_length)
+
+
+def reward_pairs_folder(root: Path) -> Path:
+    """Folder of the stage whose pairs the reward model is trained on."""
+    own = root / "pairs-reward"
+    return own if own.exists() else root / "pairs"
+
+
+def _mean_of_models(pairs: Dataset, models: list[Path], config: RewardConfig) -> Dataset:
+    """Rewards averaged over several reward models; ``margin_std`` where there are at least two."""
+    scored = [make_scorer(model, config).score_pairs(pairs) for model in models]
+    for column in ("reward_chosen", "reward_rejected", "margin"):
+        pairs = pairs.add_column(column, np.mean([np.asarray(table[column]) for table in scored], axis=0).tolist())
+    if len(scored) > 1:
+        spread = np.std([np.asarray(table["margin"]) for table in scored], axis=0, ddof=1)
+        pairs = pairs.add_column("margin_std", spread.tolist())
+    return pairs
+
+
+def _gold_correlation(pairs: Dataset, judge: Any) -> dict[str, float] | None:
+    """Pearson correlation of the margins with the judge's margins, 95% interval by Fisher's z."""
+    gold = judge.score(pairs["prompt"], pairs["chosen"]) - judge.score(pairs["prompt"], pairs["rejected"])
+    margins = np.asarray(pairs["margin"])
+    if len(margins) < 4 or np.std(gold) == 0 or np.std(margins) == 0:
+        return None
+    found = pearsonr(margins, gold)
+    interval = found.confidence_interval(0.95)
+    return {"value": float(found.statistic), "low": float(interval.low), "high": float(interval.high), "n": len(gold)}
+
+
+def _as_completion(prompt: Any, text: str) -> Any:
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _plain(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+WORK: dict[str, Callable[[RunConfig, Path, Path, str], None]] = {
+    "pairs": stage_pairs,
+    "reward": stage_reward,
+    "crossfit": stage_crossfit,
+    "sample": stage_sample,
+    "margins": stage_margins,
+    "train": stage_train,
+    "generate": stage_generate,
+    "evaluate": stage_evaluate,
+}

@@ -1,0 +1,1 @@
+"""Alignment of a policy on weighted preference pairs."""

@@ -1,0 +1,193 @@
+"""Train one policy under one loss and save it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+from trl import DPOConfig
+
+from align.config import LossConfig, TrainConfig
+from align.console import log
+from align.errors import ConfigError, ModelError
+from align.losses import BoundLoss, resolve
+from align.margins import MADPO_TAU, madpo_weight
+from align.stage import write_json
+from align.trainer_args import build_trainer_args
+from align.training.preview import show_pair
+from align.training.trainer import PreferenceTrainer
+
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+HISTORY = "history.json"
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Tokenizer of a model folder or hub id, with a padding token.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{model}: no tokenizer can be loaded ({_first_line(error)})",
+            code="model-load",
+            hint="give a hub id or a folder with the model and its tokenizer",
+        ) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(model: str, **kwargs: Any) -> PreTrainedModel:
+    """Causal language model of a folder (an adapter folder included) or hub id.
+
+    Raises:
+        ModelError: it cannot be loaded as one.
+    """
+    try:
+        if (Path(model) / "adapter_config.json").exists():
+            from peft import AutoPeftModelForCausalLM
+
+            return AutoPeftModelForCausalLM.from_pretrained(model, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{model}: cannot be loaded as a causal language model ({_first_line(error)})",
+            code="model-load",
+            hint="give a hub id or a folder with config.json and safetensors weights",
+        ) from None
+
+
+def bind(method: str, config: LossConfig) -> BoundLoss:
+    """The loss of ``train.methods.<method>`` with its parameters checked.
+
+    Raises:
+        ConfigError: unknown loss or parameter, value out of range; names the method.
+    """
+    try:
+        return resolve(config.loss, config.parameters)
+    except ConfigError as error:
+        raise ConfigError(f"train.methods.{method}: {error.message}", code=error.code, hint=error.hint) from None
+
+
+def add_weight(pairs: Dataset, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
+    """MADPO as a table column: ``weight`` times w(margin), and plain DPO as what is left of the loss.
+
+    A weight that depends on the margin alone is a constant of the run, so it is computed once and can be looked at
+    before training. Any other loss is returned as it is.
+
+    Raises:
+        ConfigError: the loss needs a margin and the table has none.
+    """
+    if loss.spec.needs_margin and "margin" not in pairs.column_names:
+        raise ConfigError(
+            f"loss {loss.spec.name} needs a `margin` column and the pair table has none",
+            code="loss-needs-margin",
+            hint="run `align reward score` first, or map the column in `pairs.columns`",
+        )
+    if loss.spec.name != "madpo":
+        return pairs, loss
+    parameters = {name: loss.parameters[name] for name in ("c_max", "c_min", "lam", "tau")}
+    weight = madpo_weight(torch.tensor(pairs["margin"], dtype=torch.float64), **parameters)
+    if "weight" in pairs.column_names:
+        weight = weight * torch.tensor(pairs["weight"], dtype=torch.float64)
+        pairs = pairs.remove_columns("weight")
+    return pairs.add_column("weight", weight.tolist()), resolve("dpo", {"beta": loss.beta})
+
+
+def train_policy(
+    pairs: Dataset,
+    config: TrainConfig,
+    method: str,
+    output: Path,
+    *,
+    seed: int,
+    reference_cache: Path | None = None,
+) -> None:
+    """Train ``config.model`` on ``pairs`` under one method; write ``model/`` and ``history.json`` into ``output``.
+
+    Resumes from the last checkpoint under ``output/checkpoints`` and removes the checkpoints when done.
+
+    Args:
+        pairs: pair table; ``margin`` where the loss needs one, ``weight`` where pairs are weighted.
+        config: model, adapter and trainer fields shared by all methods.
+        method: key of ``config.methods``.
+        output: folder to write into.
+        seed: seed of the adapter, the order of the pairs and beta-DPO's draws.
+        reference_cache: folder that keeps reference log-probs for the next method or run.
+
+    Raises:
+        AlignError: anything in the configuration, the model or the pairs that the user can mend.
+    """
+    loss = bind(method, config.methods[method])
+    tau = float(loss.parameters.get("tau", MADPO_TAU))
+    pairs, loss = add_weight(pairs, loss)
+    trainer = make_trainer(pairs, config, loss, output, seed=seed, tau=tau, reference_cache=reference_cache)
+    show_pair(trainer.train_dataset[0], trainer.processing_class)
+    checkpoints = output / CHECKPOINTS
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
+    if last is not None:
+        log.info("train %s: resuming from %s", method, last)
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model(str(output / MODEL))
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    write_json(output / HISTORY, {"method": method, "loss": config.methods[method].model_dump(), "history": history})
+
+
+def make_trainer(
+    pairs: Dataset,
+    config: TrainConfig,
+    loss: BoundLoss,
+    output: Path,
+    *,
+    seed: int,
+    tau: float,
+    reference_cache: Path | None,
+) -> PreferenceTrainer:
+    """A PreferenceTrainer ready to train; see ``train_policy``."""
+    transformers.set_seed(seed)
+    args = build_trainer_args(
+        DPOConfig,
+        {"precompute_ref_log_probs": True, "save_strategy": "no", "logging_steps": 1} | config.trainer,
+        path="train.trainer",
+        forced={"output_dir": str(output / CHECKPOINTS), "seed": seed},
+    )
+    return PreferenceTrainer(
+        loss=loss,
+        tau=tau,
+        reference_cache=reference_cache,
+        model=load_policy(config.model, **(args.model_init_kwargs or {"dtype": "float32"})),
+        args=args,
+        train_dataset=pairs,
+        processing_class=load_tokenizer(config.model),
+        peft_config=lora_config(config.peft),
+    )
+
+
+def lora_config(fields: dict[str, Any] | None) -> Any:
+    """``peft.LoraConfig`` for a causal language model, or None where no adapter is wanted.
+
+    Raises:
+        ConfigError: a field that LoraConfig does not know.
+    """
+    if fields is None:
+        return None
+    from peft import LoraConfig
+
+    from align.config import nearest
+
+    known = list(LoraConfig.__dataclass_fields__)
+    for name in fields:
+        if name not in known:
+            raise ConfigError(f"train.peft.{name}: not a field of peft.LoraConfig{nearest(name, known)}", code="peft-key")
+    return LoraConfig(**({"task_type": "CAUSAL_LM"} | fields))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
