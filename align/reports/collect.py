@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from align.config import RunConfig
-from align.losses import BoundLoss, resolve
-from align.margins import MADPO_TAU, madpo_weight, validate_madpo, weight_summary
+from align.loss_registry import BoundLoss, resolve
+from align.margins import MADPO_TAU, madpo_weight, weight_summary
 from align.pairs import read_pairs
 from align.stage import MANIFEST, read_json, versions
 
@@ -95,7 +95,7 @@ def _margins(config: RunConfig, root: Path) -> dict[str, Any] | None:
         section["weights"][method] = [round(value, DIGITS) for value in weight.tolist()]
         section["parameters"][method] = parameters
         section["summary"][method] = weight_summary(weight, margin, parameters["tau"])
-        section["warnings"] += validate_madpo(**parameters)
+        section["warnings"] += loss.warnings
         section["tau"] = parameters["tau"]
         share = section["summary"][method]["ess_share"]
         if share > 0.99:

@@ -13,7 +13,7 @@ from trl import DPOConfig
 from align.config import LossConfig, TrainConfig
 from align.console import log
 from align.errors import ConfigError, ModelError
-from align.losses import BoundLoss, resolve
+from align.loss_registry import BoundLoss, resolve
 from align.margins import MADPO_TAU, madpo_weight
 from align.stage import write_json
 from align.trainer_args import build_trainer_args
@@ -127,6 +127,8 @@ def train_policy(
     """
     loss = bind(method, config.methods[method])
     tau = float(loss.parameters.get("tau", MADPO_TAU))
+    for warning in loss.warnings:
+        log.warning("%s", warning)
     pairs, loss = add_weight(pairs, loss)
     trainer = make_trainer(pairs, config, loss, output, seed=seed, tau=tau, reference_cache=reference_cache)
     show_pair(trainer.train_dataset[0], trainer.processing_class)

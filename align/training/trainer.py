@@ -10,8 +10,10 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from trl import DPOTrainer
 
+from align.beta_dpo import BetaDpoState, beta_dpo, beta_dpo_step
 from align.errors import ConfigError
-from align.losses import BetaDpoState, BoundLoss, PairLogps, beta_dpo, beta_dpo_step
+from align.loss_registry import BoundLoss
+from align.losses import PairLogps
 from align.margins import effective_sample_size, margin_regions
 from align.stage import read_json, write_json
 from align.training.collator import PAIR_COLUMNS, PairCollator
@@ -111,7 +113,7 @@ class PreferenceTrainer(DPOTrainer):
         )
         margin: Tensor | None = inputs.get("margin")
         weight: Tensor = inputs.get("weight", torch.ones_like(ref_chosen))
-        per_pair = self._adaptive_beta(logps) if self.loss.spec.stateful else self.loss(logps, margin)
+        per_pair = self._adaptive_beta(logps) if self.loss.spec.function is None else self.loss(logps, margin)
         loss = (weight * per_pair).mean()
         self._record(policy, logps, margin, weight, inputs)
         return (loss, policy.outputs) if return_outputs else loss
@@ -134,10 +136,9 @@ class PreferenceTrainer(DPOTrainer):
             self.beta_state = state
         own = logps.chosen.shape[0]
         first = own * self.accelerator.process_index
-        scale = keep.numel() / keep.sum()
+        self._metrics["train" if self.model.training else "eval"]["beta"].append(beta)
         own_keep = keep[first : first + own].to(gaps.device)
-        self._metrics["train" if self.model.training else "eval"]["beta"].append(float(beta))
-        return beta_dpo(logps, beta, own_keep) * (scale * own_keep.sum() / own if own_keep.any() else 1.0)
+        return beta_dpo(logps, beta=beta, keep=own_keep, scale=keep.numel() / int(keep.sum()))
 
     def _record(
         self,

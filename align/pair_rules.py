@@ -1,0 +1,131 @@
+"""What makes a row a preference pair, and how what is wrong with one is said."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from trl.data_utils import extract_prompt
+
+from align.pair_sources import Row
+
+ROLES = ("system", "user", "assistant", "tool")
+NUMBERS = ("reward_chosen", "reward_rejected", "margin", "margin_std", "weight")
+NOT_NEGATIVE = ("margin_std", "weight")
+SHOWN_CHARACTERS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with one cell."""
+
+    source: str
+    row: int
+    column: str
+    code: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.source}:row {self.row}:{self.column}: found {self.found}, expected {self.expected}"
+
+
+class RowReader:
+    """Turns raw rows of one source into pairs, or into problems.
+
+    Args:
+        source: name of the source, for messages.
+        columns: its columns; without ``prompt`` the prompt is what chosen and rejected share (trl's implicit prompt).
+    """
+
+    def __init__(self, source: str, columns: set[str]) -> None:
+        self.source = source
+        self.implicit = "prompt" not in columns
+
+    def read(self, row: Row) -> tuple[dict[str, Any] | None, list[Problem]]:
+        """(pair or None, problems): a pair comes with problems only if a further column is at fault."""
+        if row.unreadable:
+            found, _, expected = row.unreadable.removeprefix("found ").partition(", expected ")
+            return None, [Problem(self.source, row.number, "(row)", "data-row", found, expected)]
+        texts = ("chosen", "rejected") if self.implicit else ("prompt", "chosen", "rejected")
+        problems = [problem for name in texts for problem in self._text(row, name)]
+        if problems:
+            return None, problems
+        kinds = {name: isinstance(row.values[name], str) for name in texts}
+        if len(set(kinds.values())) > 1:
+            said = ", ".join(f"{name} {'text' if plain else 'messages'}" for name, plain in kinds.items())
+            return None, [self._problem(row, "(row)", "pair-mixed", said, "all text or all messages")]
+        values = dict(row.values)
+        if values["chosen"] == values["rejected"]:
+            return None, [self._problem(row, "rejected", "pair-equal", "the same as chosen", "another response")]
+        if self.implicit:
+            values |= extract_prompt({name: values[name] for name in texts})
+            if not values["prompt"]:
+                expected = "chosen and rejected to begin with the same prompt"
+                return None, [self._problem(row, "chosen", "pair-no-prompt", "no shared beginning", expected)]
+            problems = [problem for name in ("chosen", "rejected") for problem in self._text(Row(row.number, values), name)]
+        if not kinds["chosen"]:
+            problems += self._turns(row, values)
+        if problems:
+            return None, problems
+        pair = {name: values[name] for name in ("prompt", "chosen", "rejected")}
+        for name in NUMBERS:
+            number, problem = self._number(row, name, values.get(name))
+            pair[name] = number
+            problems += problem
+        pair["group"] = None if values.get("group") is None else str(values["group"])
+        pair["id"] = values.get("id")
+        return pair, problems
+
+    def _text(self, row: Row, name: str) -> list[Problem]:
+        value = row.values.get(name)
+        if value is None:
+            return [self._problem(row, name, "pair-missing", "nothing", "text or a list of messages")]
+        if isinstance(value, str):
+            return [] if value.strip() else [self._problem(row, name, "pair-empty", "empty text", "non-empty text")]
+        if not isinstance(value, list):
+            return [self._problem(row, name, "pair-type", repr(value), "text or a list of messages")]
+        if not value:
+            return [self._problem(row, name, "pair-empty", "no messages", "at least one message")]
+        for position, message in enumerate(value, 1):
+            problem = self._message(row, name, position, message)
+            if problem is not None:
+                return [problem]
+        return []
+
+    def _message(self, row: Row, name: str, position: int, message: Any) -> Problem | None:
+        where = f"{name}[{position}]"
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            return self._problem(row, where, "pair-message", repr(message), "{role: ..., content: ...}")
+        if message["role"] not in ROLES:
+            return self._problem(row, where, "pair-role", f"role {message['role']!r}", f"one of {', '.join(ROLES)}")
+        if not isinstance(message["content"], str) or not message["content"].strip():
+            return self._problem(row, where, "pair-empty", repr(message["content"]), "non-empty content")
+        return None
+
+    def _turns(self, row: Row, values: dict[str, Any]) -> list[Problem]:
+        problems = []
+        if values["prompt"][-1]["role"] == "assistant":
+            problems.append(self._problem(row, "prompt", "pair-role", "a last message by assistant", "one by user or tool"))
+        for name in ("chosen", "rejected"):
+            role = values[name][-1]["role"]
+            if role != "assistant":
+                problems.append(self._problem(row, name, "pair-role", f"a last message by {role}", "one by assistant"))
+        return problems
+
+    def _number(self, row: Row, name: str, value: Any) -> tuple[float | None, list[Problem]]:
+        if value is None:
+            return None, []
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            return None, [self._problem(row, name, "pair-number", repr(value), "a finite number")]
+        if number < 0 and name in NOT_NEGATIVE:
+            return None, [self._problem(row, name, "pair-number", repr(value), "a number that is not negative")]
+        return number, []
+
+    def _problem(self, row: Row, column: str, code: str, found: str, expected: str) -> Problem:
+        if len(found) > SHOWN_CHARACTERS:
+            found = found[:SHOWN_CHARACTERS] + "..."
+        return Problem(self.source, row.number, column, code, found, expected)

@@ -1,0 +1,222 @@
+"""The table of preference pairs: loading, splitting, keeping. What makes a row valid stands in align/pair_rules.py.
+
+A pair table is a ``datasets.Dataset`` with ``id``, ``prompt``, ``chosen``, ``rejected`` (trl's explicit-prompt
+preference format, plain or conversational) and those of ``OPTIONAL`` that its source or a stage gave it.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from align.config import PairsConfig
+from align.console import log
+from align.errors import DataError, listed
+from align.pair_rules import Problem, RowReader
+from align.pair_sources import Row, read_jsonl, read_source
+
+TEXT = ("prompt", "chosen", "rejected")
+OPTIONAL = ("group", "reward_chosen", "reward_rejected", "margin", "margin_std", "weight")
+FILE = "pairs.parquet"
+ID_DIGITS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What became of every row of a source."""
+
+    pairs: Dataset
+    """Valid rows."""
+    problems: list[Problem]
+    invalid: list[dict[str, Any]]
+    """Rows that cannot be used: the row as it was, ``row`` (its number) and ``reason``."""
+
+
+def check_pairs(source: PairsConfig) -> CheckResult:
+    """Read and validate every row of a source.
+
+    Raises:
+        DataError: the source is missing, unreadable or empty, or lacks a column.
+    """
+    rows, columns = read_source(source)
+    reader = RowReader(source.path, columns)
+    valid, problems, invalid = [], [], []
+    seen: dict[str, int] = {}
+    for row in rows:
+        pair, found = reader.read(row)
+        if pair is not None:
+            pair["id"] = _identify(pair, row, seen, source.path, found)
+            valid.append(pair)
+        if found:
+            problems += found
+            if pair is not None:
+                valid.pop()
+            invalid.append({**row.values, "row": row.number, "reason": "; ".join(str(item) for item in found)})
+    problems += _mixed(valid, source.path)
+    return CheckResult(_table(valid[: source.limit]), problems, invalid)
+
+
+def load_pairs(source: PairsConfig, *, side_file: Path | None = None) -> Dataset:
+    """The valid pairs of a source.
+
+    Args:
+        source: where the pairs come from; with ``drop_invalid`` bad rows are left out and counted.
+        side_file: JSONL file for the rows left out, with their reasons.
+
+    Raises:
+        DataError: bad rows (the first 20 and a count) without ``drop_invalid``, or no row is left.
+    """
+    checked = check_pairs(source)
+    if checked.problems and not (source.drop_invalid and checked.invalid):
+        raise DataError(
+            f"{source.path}: {len(checked.invalid)} rows cannot be used:\n{listed([str(p) for p in checked.problems])}",
+            code=checked.problems[0].code,
+            hint="mend the rows, or set drop_invalid: true to leave them out",
+        )
+    if checked.invalid:
+        log.warning("%s: left out %d invalid rows of %d", source.path, len(checked.invalid),
+                    len(checked.invalid) + len(checked.pairs))  # fmt: skip
+        if side_file is not None:
+            lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in checked.invalid)
+            side_file.write_text("".join(lines), encoding="utf-8")
+    if len(checked.pairs) == 0:
+        raise DataError(f"{source.path}: no valid pair", code="data-empty", hint="look at `align data check`")
+    return checked.pairs
+
+
+def write_pairs(pairs: Dataset, folder: Path) -> None:
+    """Write ``folder/pairs.parquet``; the same pairs give the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pairs.with_format("arrow")[:].combine_chunks().replace_schema_metadata(None)
+    temporary = folder / f"{FILE}.tmp"
+    pq.write_table(table, temporary, compression="zstd")
+    temporary.replace(folder / FILE)
+
+
+def read_pairs(folder: Path) -> Dataset:
+    """The table that ``write_pairs`` wrote.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    try:
+        return Dataset(pq.read_table(folder / FILE))
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{folder / FILE}: cannot be read ({error})", code="data-unreadable") from None
+
+
+def fingerprint(pairs: Dataset) -> str:
+    """sha256 over column names and content, whatever file or cache the table came from."""
+    state = hashlib.sha256(json.dumps(sorted(pairs.column_names)).encode())
+    for row in pairs:
+        state.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
+    return state.hexdigest()
+
+
+def split_by_prompt(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """(train, held out): about ``fraction`` of the pairs held out, no prompt on both sides (see ``folds_by_prompt``)."""
+    if fraction == 0:
+        return pairs, pairs.select([])
+    parts = max(2, round(1 / fraction))
+    held_out = folds_by_prompt(pairs, parts, seed) == 0
+    return pairs.select(np.flatnonzero(~held_out)), pairs.select(np.flatnonzero(held_out))
+
+
+def folds_by_prompt(pairs: Dataset, folds: int, seed: int) -> np.ndarray:
+    """Fold [N] in 0..folds-1 of every pair; the pairs of one prompt stay together, folds are of nearly equal size.
+
+    A prompt that more than one pair in 2 ``folds`` shares (an instruction common to a whole dataset) says nothing
+    about which pairs belong together: its pairs are dealt out one by one.
+    """
+    keys = [json.dumps(prompt, sort_keys=True) for prompt in pairs["prompt"]]
+    groups: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    largest = max(1, len(keys) // (2 * folds))
+    units: list[list[int]] = []
+    for members in groups.values():
+        units += [members] if len(members) <= largest else [[member] for member in members]
+    order = np.random.default_rng(seed).permutation(len(units))
+    fold = np.empty(len(keys), dtype=np.int64)
+    sizes = np.zeros(folds, dtype=np.int64)
+    for unit in sorted((units[k] for k in order), key=len, reverse=True):
+        smallest = int(sizes.argmin())
+        fold[unit] = smallest
+        sizes[smallest] += len(unit)
+    return fold
+
+
+def load_prompts(path: Path) -> list[Any]:
+    """The ``prompt`` of every line of a JSONL file: text, or a list of messages.
+
+    Raises:
+        DataError: file missing, a line that is not an object with a prompt.
+    """
+    prompts = []
+    for row in read_jsonl(path):
+        prompt = row.values.get("prompt")
+        if not isinstance(prompt, str | list) or not prompt:
+            raise DataError(
+                f"{path}:row {row.number}:prompt: found {prompt!r}, expected text or a list of messages",
+                code="prompt-row",
+            )
+        prompts.append(prompt)
+    return prompts
+
+
+def summarize(pairs: Dataset) -> dict[str, Any]:
+    """Counts and mean lengths (words) of a pair table."""
+    words = {column: np.array([_words(text) for text in pairs[column]]) for column in TEXT}
+    return {
+        "pairs": len(pairs),
+        "prompts": len({json.dumps(prompt, sort_keys=True) for prompt in pairs["prompt"]}),
+        "conversational": not isinstance(pairs["prompt"][0], str),
+        **{f"{column}_words": float(count.mean()) for column, count in words.items()},
+        "chosen_longer_share": float((words["chosen"] > words["rejected"]).mean()),
+        "columns": ", ".join(pairs.column_names),
+    }
+
+
+def _identify(pair: dict[str, Any], row: Row, seen: dict[str, int], source: str, found: list[Problem]) -> str:
+    """The row's own id, or a hash of its content made unique for repeated rows; a repeated own id is a problem."""
+    own = pair.get("id")
+    if own is None:
+        content = json.dumps([pair[column] for column in TEXT], sort_keys=True, ensure_ascii=False)
+        key = base = hashlib.sha256(content.encode()).hexdigest()[:ID_DIGITS]
+        repeat = 2
+        while key in seen:
+            key, repeat = f"{base}-{repeat}", repeat + 1
+    else:
+        key = str(own)
+        if key in seen:
+            expected = f"an id used once (row {seen[key]} has it too)"
+            found.append(Problem(source, row.number, "id", "pair-duplicate-id", repr(key), expected))
+    seen.setdefault(key, row.number)
+    return key
+
+
+def _mixed(valid: list[dict[str, Any]], source: str) -> list[Problem]:
+    """Plain and conversational rows cannot share a table."""
+    kinds = [isinstance(pair["prompt"], str) for pair in valid]
+    if not kinds or all(kinds) or not any(kinds):
+        return []
+    odd = kinds.index(not kinds[0])
+    wanted, other = ("plain text", "conversational") if kinds[0] else ("conversational", "plain text")
+    return [Problem(source, odd + 1, "prompt", "pair-mixed", other, f"{wanted}, as in the rows before")]
+
+
+def _table(valid: list[dict[str, Any]]) -> Dataset:
+    columns = ["id", *TEXT, *(name for name in OPTIONAL if any(pair.get(name) is not None for pair in valid))]
+    if any((isinstance(pair["prompt"], str)) != isinstance(valid[0]["prompt"], str) for pair in valid):
+        valid = [pair for pair in valid if isinstance(pair["prompt"], str) == isinstance(valid[0]["prompt"], str)]
+    return Dataset.from_dict({name: [pair.get(name) for pair in valid] for name in columns})
+
+
+def _words(text: Any) -> int:
+    return len(text.split()) if isinstance(text, str) else sum(len(turn["content"].split()) for turn in text)

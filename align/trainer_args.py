@@ -1,0 +1,82 @@
+"""Fields of trl's and transformers' argument classes from YAML, with errors that name the key."""
+
+import dataclasses
+import typing
+from types import NoneType
+from typing import Any, TypeVar
+
+from align.config import nearest
+from align.errors import ConfigError, listed
+
+Args = TypeVar("Args")
+DEFAULTS = {"report_to": "none", "bf16": False, "disable_tqdm": None}
+
+
+def build_trainer_args(kind: type[Args], fields: dict[str, Any], *, path: str, forced: dict[str, Any]) -> Args:
+    """An instance of ``kind`` (trl.DPOConfig, trl.RewardConfig) from user fields.
+
+    A number that YAML reads as text (``1e-5``) is taken as a number where the field is one. ``report_to`` is ``none``
+    and ``bf16`` off on a machine without a GPU unless the user says otherwise.
+
+    Args:
+        kind: dataclass of training arguments.
+        fields: what the user wrote.
+        path: where the user wrote it, for messages.
+        forced: fields that the program sets itself; the user may not.
+
+    Raises:
+        ConfigError: unknown field (with the nearest known), wrong type, a field that is not the user's to set, or
+            anything that the class itself refuses.
+    """
+    known = {field.name: field.type for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    problems, values = [], {}
+    for name, value in fields.items():
+        if name not in known:
+            problems.append(f"{path}.{name}: not a field of {kind.__name__}{nearest(name, list(known))}")
+        elif name in forced and name != "seed":
+            problems.append(f"{path}.{name}: set by the program, leave it out")
+        else:
+            values[name], problem = _typed(value, hints[name])
+            if problem:
+                problems.append(f"{path}.{name}: found {value!r}, expected {problem}")
+    if problems:
+        raise ConfigError(listed(problems), code="trainer-key")
+    defaults = {name: value for name, value in DEFAULTS.items() if name in known and not (name == "bf16" and _has_gpu())}
+    try:
+        return kind(**{**defaults, **forced, **values})
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}", code="trainer-key") from None
+
+
+def _typed(value: Any, hint: Any) -> tuple[Any, str]:
+    """The value as the hint wants it and an empty string, or the value and what was expected."""
+    allowed = set(_members(hint))
+    if str in allowed or not allowed & {int, float, bool} or (value is None and NoneType in allowed):
+        return value, ""
+    if bool in allowed and isinstance(value, bool):
+        return value, ""
+    if isinstance(value, str) and float in allowed:
+        try:
+            return float(value), ""
+        except ValueError:
+            return value, "a number"
+    if isinstance(value, bool):
+        return value, "a number"
+    if int in allowed and isinstance(value, int):
+        return value, ""
+    if float in allowed and isinstance(value, int | float):
+        return value, ""
+    if allowed - {int, float, bool, NoneType}:
+        return value, ""
+    return value, "true or false" if allowed <= {bool, NoneType} else "a whole number" if int in allowed else "a number"
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) or (hint,)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
