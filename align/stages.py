@@ -19,8 +19,8 @@ from align.generation.base import Sampling
 from align.generation.transformers_engine import TransformersEngine
 from align.pairs import load_pairs, load_prompts, read_pairs, split_by_prompt, summarize, write_pairs
 from align.stage import read_json, write_json
-from align.training.train import MODEL, bind, load_policy, load_tokenizer, lora_config, train_policy
-from align.trainer_args import build_trainer_args
+from align.training.train import MODEL, bind, load_policy, load_tokenizer, train_policy
+from align.trainer_args import build_lora, build_trainer_args
 from reward_models.calibration import evaluate_margins
 from reward_models.crossfit import cross_fit
 from reward_models.judges import make_judge
@@ -45,9 +45,10 @@ def check_config(config: RunConfig) -> None:
     if config.train is not None:
         for method, loss in config.train.methods.items():
             bind(method, loss)
-        lora_config(config.train.peft)
+        build_lora(config.train.peft, path="train.peft", task_type="CAUSAL_LM")
         build_trainer_args(DPOConfig, config.train.trainer, path="train.trainer", forced=forced)
     if config.reward is not None:
+        build_lora(config.reward.peft, path="reward.peft", task_type="SEQ_CLS")
         build_trainer_args(TrlRewardConfig, config.reward.trainer, path="reward.trainer", forced=forced)
     for prompts in (config.sample, config.evaluate):
         if prompts is not None:

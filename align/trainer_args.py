@@ -49,6 +49,28 @@ def build_trainer_args(kind: type[Args], fields: dict[str, Any], *, path: str, f
         raise ConfigError(f"{path}: {' '.join(str(error).split())}", code="trainer-key") from None
 
 
+def build_lora(fields: dict[str, Any] | None, *, path: str, task_type: str) -> Any:
+    """``peft.LoraConfig`` from user fields, or None where no adapter is wanted.
+
+    Raises:
+        ConfigError: a field that LoraConfig does not know, or a value that it refuses.
+    """
+    if fields is None:
+        return None
+    from peft import LoraConfig
+
+    known = [field.name for field in dataclasses.fields(LoraConfig)]
+    problems = [
+        f"{path}.{name}: not a field of peft.LoraConfig{nearest(name, known)}" for name in fields if name not in known
+    ]
+    if problems:
+        raise ConfigError(listed(problems), code="peft-key")
+    try:
+        return LoraConfig(**({"task_type": task_type} | fields))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}", code="peft-key") from None
+
+
 def _typed(value: Any, hint: Any) -> tuple[Any, str]:
     """The value as the hint wants it and an empty string, or the value and what was expected."""
     allowed = set(_members(hint))

@@ -16,7 +16,7 @@ from align.errors import ConfigError, ModelError
 from align.loss_registry import BoundLoss, resolve
 from align.margins import MADPO_TAU, madpo_weight
 from align.stage import write_json
-from align.trainer_args import build_trainer_args
+from align.trainer_args import build_lora, build_trainer_args
 from align.training.preview import show_pair
 from align.training.trainer import PreferenceTrainer
 
@@ -168,27 +168,8 @@ def make_trainer(
         args=args,
         train_dataset=pairs,
         processing_class=load_tokenizer(config.model),
-        peft_config=lora_config(config.peft),
+        peft_config=build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM"),
     )
-
-
-def lora_config(fields: dict[str, Any] | None) -> Any:
-    """``peft.LoraConfig`` for a causal language model, or None where no adapter is wanted.
-
-    Raises:
-        ConfigError: a field that LoraConfig does not know.
-    """
-    if fields is None:
-        return None
-    from peft import LoraConfig
-
-    from align.config import nearest
-
-    known = list(LoraConfig.__dataclass_fields__)
-    for name in fields:
-        if name not in known:
-            raise ConfigError(f"train.peft.{name}: not a field of peft.LoraConfig{nearest(name, known)}", code="peft-key")
-    return LoraConfig(**({"task_type": "CAUSAL_LM"} | fields))
 
 
 def _first_line(error: Exception) -> str:

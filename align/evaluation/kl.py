@@ -1,0 +1,58 @@
+"""Log-probabilities of sampled completions, from which KL(policy || reference) is estimated.
+
+For completions y sampled from the policy at temperature 1, the mean of log policy(y) - log reference(y) is an unbiased
+estimate of the KL divergence per completion, in nats.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from align.console import progress
+
+
+def completion_logps(
+    model: torch.nn.Module,
+    prompt_ids: Sequence[list[int]],
+    completion_ids: Sequence[list[int]],
+    *,
+    batch_tokens: int,
+    pad_token_id: int,
+) -> np.ndarray:
+    """Sum of log-probabilities (nats) of each completion's tokens given its prompt, float64 [N].
+
+    Args:
+        model: causal language model.
+        prompt_ids: N prompts of at least one token.
+        completion_ids: N completions; an empty one has log-probability 0.
+        batch_tokens: padded tokens per forward pass.
+        pad_token_id: token to pad with on the right.
+    """
+    rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+    device = next(model.parameters()).device
+    sums = np.zeros(len(rows))
+    batches = list(_batches(rows, batch_tokens))
+    with torch.inference_mode():
+        for batch in progress(batches, what="log-probs", total=len(batches), unit="batches"):
+            width = max(len(rows[k]) for k in batch)
+            ids = torch.tensor([rows[k] + [pad_token_id] * (width - len(rows[k])) for k in batch], device=device)
+            mask = torch.tensor([[1] * len(rows[k]) + [0] * (width - len(rows[k])) for k in batch], device=device)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            for row, k in enumerate(batch):
+                first, last = len(prompt_ids[k]), len(rows[k])
+                scores = F.log_softmax(logits[row, first - 1 : last - 1].float(), dim=-1)
+                sums[k] = scores.gather(1, ids[row, first:last, None]).double().sum().item()
+    return sums
+
+
+def _batches(rows: list[list[int]], batch_tokens: int) -> Iterator[list[int]]:
+    batch: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda k: len(rows[k]), reverse=True):
+        if batch and (len(batch) + 1) * len(rows[batch[0]]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,51 @@
+"""Independent gold judges: evaluate, never train. No stage reads a judge before a policy is finished."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from align.config import nearest
+from align.errors import ConfigError
+
+
+class Judge(Protocol):
+    """Anything that gives a number to a (prompt, completion)."""
+
+    name: str
+
+    def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
+        """Gold reward of each, float64 [N]."""
+
+
+class VaderJudge:
+    """Sentiment by the VADER lexicon and rules (Hutto and Gilbert, 2014): 3 x the compound score, in [-3, 3]."""
+
+    name = "vader"
+
+    def __init__(self) -> None:
+        self._analyzer = SentimentIntensityAnalyzer()
+
+    def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
+        """3 x compound of prompt + completion, float64 [N]; of messages, their contents."""
+        texts = [_plain(prompt) + _plain(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        return np.array([3.0 * self._analyzer.polarity_scores(text)["compound"] for text in texts])
+
+
+JUDGES: dict[str, type[VaderJudge]] = {"vader": VaderJudge}
+
+
+def make_judge(name: str) -> Judge:
+    """The judge called ``name``.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in JUDGES:
+        raise ConfigError(f"judge {name!r} is not known{nearest(name, list(JUDGES))}", code="judge-name")
+    return JUDGES[name]()
+
+
+def _plain(text: Any) -> str:
+    return text if isinstance(text, str) else " ".join(turn["content"] for turn in text)

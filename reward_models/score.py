@@ -1,0 +1,115 @@
+"""Scoring: (prompt, completion) -> reward, whatever the batch size and the padding."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from align.console import progress
+from reward_models.model import load_reward_model
+from reward_models.text import render, tokenize
+
+CHUNK = 4096
+COLUMNS = ("reward_chosen", "reward_rejected", "margin")
+
+
+class RewardScorer:
+    """A reward model ready to score.
+
+    Args:
+        model: folder or hub id.
+        batch_tokens: padded tokens per batch; a longer text is a batch of its own.
+        max_length: tokens per text; longer ones are cut from the right.
+        padding_side: rewards do not depend on it.
+
+    Raises:
+        ModelError: the model cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: Path | str,
+        *,
+        batch_tokens: int,
+        max_length: int,
+        padding_side: Literal["left", "right"] = "right",
+    ) -> None:
+        loaded, self.tokenizer = load_reward_model(model)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = loaded.to(self.device).eval()
+        self.batch_tokens = batch_tokens
+        self.max_length = max_length
+        self.padding_side = padding_side
+
+    def score_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Reward of each text, float64 [N], in the order given."""
+        ids = tokenize(texts, self.tokenizer, self.max_length)
+        rewards = np.empty(len(ids), dtype=np.float64)
+        batches = list(self._batches(ids))
+        with torch.inference_mode():
+            for batch in progress(batches, what="scoring", total=len(batches), unit="batches"):
+                rewards[batch] = self._forward([ids[k] for k in batch])
+        return rewards
+
+    def score_pairs(self, pairs: Dataset, cache: Path | None = None) -> Dataset:
+        """The table with reward_chosen, reward_rejected and margin (their difference).
+
+        Args:
+            pairs: pair table.
+            cache: folder in which every ``CHUNK`` scored pairs are kept, so that a stopped scoring goes on; it is
+                only valid for the same model and pairs.
+        """
+        parts = [self._score_chunk(pairs, start, cache) for start in range(0, len(pairs), CHUNK)]
+        rewards = np.concatenate(parts) if parts else np.empty((0, 2))
+        present = [column for column in COLUMNS if column in pairs.column_names]
+        scored = pairs.remove_columns(present)
+        for column, values in zip(COLUMNS, (*rewards.T, rewards[:, 0] - rewards[:, 1]), strict=True):
+            scored = scored.add_column(column, values.tolist())
+        return scored
+
+    def _score_chunk(self, pairs: Dataset, start: int, cache: Path | None) -> np.ndarray:
+        """Rewards [n, 2] of the pairs from ``start`` on."""
+        file = cache / f"{start:010d}.npy" if cache is not None else None
+        if file is not None and file.exists():
+            return np.load(file, allow_pickle=False)
+        rows = pairs.select(range(start, min(start + CHUNK, len(pairs))))
+        texts = [render(row["prompt"], row[side], self.tokenizer) for side in ("chosen", "rejected") for row in rows]
+        rewards = self.score_texts(texts).reshape(2, len(rows)).T
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(".tmp.npy")
+            np.save(temporary, rewards, allow_pickle=False)
+            temporary.replace(file)
+        return rewards
+
+    def _batches(self, ids: list[list[int]]) -> Iterator[list[int]]:
+        """Indices grouped by length so that rows x longest row stays within the budget."""
+        batch: list[int] = []
+        for index in sorted(range(len(ids)), key=lambda k: len(ids[k]), reverse=True):
+            if batch and (len(batch) + 1) * len(ids[batch[0]]) > self.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
+
+    def _forward(self, rows: list[list[int]]) -> np.ndarray:
+        width = max(len(row) for row in rows)
+        pad = self.tokenizer.pad_token_id or 0
+        left = self.padding_side == "left"
+        input_ids = torch.full((len(rows), width), pad, dtype=torch.long)
+        mask = torch.zeros_like(input_ids)
+        for k, row in enumerate(rows):
+            where = slice(width - len(row), width) if left else slice(0, len(row))
+            input_ids[k, where] = torch.tensor(row)
+            mask[k, where] = 1
+        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+        logits = self.model(
+            input_ids=input_ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            position_ids=positions.to(self.device),
+        ).logits
+        return logits.squeeze(-1).double().cpu().numpy()

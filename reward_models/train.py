@@ -1,0 +1,65 @@
+"""Bradley-Terry training of a reward model on trl's RewardTrainer."""
+
+from pathlib import Path
+
+import transformers
+from datasets import Dataset
+from transformers.trainer_utils import get_last_checkpoint
+from trl import RewardConfig as TrlRewardConfig
+from trl import RewardTrainer
+
+from align.config import RewardConfig
+from align.console import log
+from align.trainer_args import build_lora, build_trainer_args
+from reward_models.model import load_reward_model
+from reward_models.text import render, tokenize
+
+
+def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, seed: int) -> None:
+    """Train on a pair table and save model and tokenizer (safetensors; an adapter is merged) into ``output``.
+
+    The head is drawn under ``seed``. A stopped training resumes from the last checkpoint beside ``output``.
+
+    Args:
+        train: pair table.
+        config: backbone, adapter, length and trl.RewardConfig fields.
+        output: folder of the finished model; a folder that holds config.json is left as it is.
+        seed: seed of the head, the adapter and the order of the pairs.
+
+    Raises:
+        AlignError: the configuration, the model or the pairs cannot be used.
+    """
+    if (output / "config.json").exists():
+        log.info("reward model: there already (%s)", output)
+        return
+    checkpoints = output.with_name(output.name + "-checkpoints")
+    args = build_trainer_args(
+        TrlRewardConfig,
+        {"save_strategy": "no", "logging_steps": 20, **config.trainer},
+        path="reward.trainer",
+        forced={"output_dir": str(checkpoints), "seed": seed, "max_length": config.max_length},
+    )
+    transformers.set_seed(seed)
+    model, tokenizer = load_reward_model(config.model)
+    ids = {
+        f"{side}_ids": tokenize(
+            [render(row["prompt"], row[side], tokenizer) for row in train], tokenizer, config.max_length
+        )
+        for side in ("chosen", "rejected")
+    }
+    trainer = RewardTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict(ids),
+        processing_class=tokenizer,
+        peft_config=build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS"),
+    )
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
+    trainer.train(resume_from_checkpoint=last)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if config.peft is not None:
+        trained = trained.merge_and_unload()
+    partial = output.with_name(output.name + ".tmp")
+    trained.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.replace(output)
