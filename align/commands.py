@@ -33,7 +33,7 @@ def check_data(source: PairsConfig, *, drop_to: Path | None) -> None:
     if drop_to is None:
         if checked.invalid:
             raise DataError(
-                f"{source.path}: {len(checked.invalid)} of {len(checked.invalid) + len(checked.pairs)} rows are invalid",
+                f"{source.path}: {len(checked.invalid)} rows are invalid, {len(checked.pairs)} are valid",
                 code="data-invalid",
                 hint="mend the rows, or set them aside with --drop-invalid",
             )

@@ -1,4 +1,4 @@
-"""The typed tree of one run. YAML in; an unknown or ill-typed key is an error that names its path and the nearest key."""
+"""The typed tree of one run. YAML in; a wrong key is an error that names its path and the nearest key."""
 
 import difflib
 import types
@@ -164,7 +164,9 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         problems = [_problem(item) for item in error.errors()]
-        raise ConfigError(f"{path}:\n{listed(problems)}", code="config-key", hint="see configs/ for working files") from None
+        raise ConfigError(
+            f"{path}:\n{listed(problems)}", code="config-key", hint="see configs/ for working files"
+        ) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -180,7 +182,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}", code="config-yaml") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}", code="config-yaml")
+        raise ConfigError(
+            f"{path}: expected a mapping of keys to values, found {type(tree).__name__}", code="config-yaml"
+        )
     return tree
 
 

@@ -1,8 +1,10 @@
 """Terminal output: logs and progress go to stderr, results to stdout."""
 
 import logging
+import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -25,6 +27,17 @@ def configure(*, quiet: bool = False, level: str = "info") -> None:
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel("WARNING" if quiet else level.upper())
+    if log.level > logging.DEBUG:
+        _quieten_libraries()
+
+
+def _quieten_libraries() -> None:
+    """Keep the bars and notices of the libraries underneath out of this program's log."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "" if err.is_terminal else "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|torch)\.")
 
 
 def progress(items: Iterable[T], *, what: str, total: int, unit: str) -> Iterator[T]:
@@ -40,7 +53,13 @@ def progress(items: Iterable[T], *, what: str, total: int, unit: str) -> Iterato
         yield from items
         return
     if err.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=err, transient=True) as bar:
             yield from bar.track(items, total=total, description=what)
         return
@@ -49,6 +68,8 @@ def progress(items: Iterable[T], *, what: str, total: int, unit: str) -> Iterato
         now = time.monotonic()
         if now - last >= PLAIN_EVERY_SECONDS and done:
             rate = done / (now - start)
-            log.info("%s: %d of %d %s, %.2g %s/s, %.0f s left", what, done, total, unit, rate, unit, (total - done) / rate)
+            log.info(
+                "%s: %d of %d %s, %.2g %s/s, %.0f s left", what, done, total, unit, rate, unit, (total - done) / rate
+            )
             last = now
         yield item

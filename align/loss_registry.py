@@ -103,11 +103,13 @@ SPECS = (
     LossSpec("rpo_sq", losses.rpo_sq, {"beta": 0.1, "eta": 1.0}, "margin distillation", needs_margin=True),
     LossSpec("rpo_bwd_kl", losses.rpo_bwd_kl, {"beta": 0.1, "eta": 1.0}, "KL to the margin's label", needs_margin=True),
     LossSpec("rpo_fwd_kl", losses.rpo_fwd_kl, {"beta": 0.1, "eta": 1.0}, "the KL reversed", needs_margin=True),
+    LossSpec("cdpo", losses.cdpo, {"beta": 0.1, "label_smoothing": 0.1}, "smoothed labels", {"label_smoothing": FLIP}),
     LossSpec(
-        "cdpo", losses.cdpo, {"beta": 0.1, "label_smoothing": 0.1}, "smoothed labels", {"label_smoothing": FLIP}
-    ),
-    LossSpec(
-        "robust", losses.robust, {"beta": 0.1, "label_smoothing": 0.1}, "unbiased under flips", {"label_smoothing": FLIP}
+        "robust",
+        losses.robust,
+        {"beta": 0.1, "label_smoothing": 0.1},
+        "unbiased under flips",
+        {"label_smoothing": FLIP},
     ),
     LossSpec("dpop", losses.dpop, {"beta": 0.1, "penalty": 5.0}, "keeps the chosen log-prob up", {"penalty": ANY}),
     LossSpec(
@@ -137,7 +139,7 @@ def resolve(name: str, parameters: Mapping[str, Any]) -> BoundLoss:
         elif isinstance(spec.defaults[key], bool) != isinstance(value, bool):
             expected = "true or false" if isinstance(spec.defaults[key], bool) else "a number"
             problems.append(f"{key}: found {value!r}, expected {expected}")
-        elif not isinstance(value, bool) and spec.check is None or key == "beta":
+        elif (not isinstance(value, bool) and spec.check is None) or key == "beta":
             low, high = spec.ranges.get(key, POSITIVE)
             if not low < value < high:
                 problems.append(f"{key}: found {value}, expected a number above {low:g} and below {high:g}")

@@ -41,7 +41,7 @@ def validate_madpo(*, c_max: float, c_min: float, lam: float, tau: float) -> lis
     limit = (c_max - c_min) / ((c_max - 1) * (1 - c_min))
     if tau * lam > limit:
         return [
-            f"madpo: tau * lam = {tau * lam:.3g} is above {limit:.3g}, so the target margin c(m) m falls with m near tau: "
+            f"madpo: tau * lam = {tau * lam:.3g} is above {limit:.3g}, so the target margin c(m) m falls near tau: "
             "a pair with a larger reward margin is given a smaller target there"
         ]
     return []
@@ -52,7 +52,7 @@ def madpo_coefficient(
 ) -> Tensor:
     """MADPO's coefficient c(|m|) [B]: falls from below c_max to c_min, is 1 at |m| = tau.
 
-        c(|m|) = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) exp(lam (|m| - tau)))
+    c(|m|) = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) exp(lam (|m| - tau)))
     """
     shift = math.log((c_max - 1) / (1 - c_min))
     return c_min + (c_max - c_min) * torch.sigmoid(-(lam * (_exact(margin).abs() - tau) + shift))

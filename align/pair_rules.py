@@ -62,7 +62,9 @@ class RowReader:
             if not values["prompt"]:
                 expected = "chosen and rejected to begin with the same prompt"
                 return None, [self._problem(row, "chosen", "pair-no-prompt", "no shared beginning", expected)]
-            problems = [problem for name in ("chosen", "rejected") for problem in self._text(Row(row.number, values), name)]
+            problems = [
+                problem for name in ("chosen", "rejected") for problem in self._text(Row(row.number, values), name)
+            ]
         if not kinds["chosen"]:
             problems += self._turns(row, values)
         if problems:
@@ -105,7 +107,9 @@ class RowReader:
     def _turns(self, row: Row, values: dict[str, Any]) -> list[Problem]:
         problems = []
         if values["prompt"][-1]["role"] == "assistant":
-            problems.append(self._problem(row, "prompt", "pair-role", "a last message by assistant", "one by user or tool"))
+            problems.append(
+                self._problem(row, "prompt", "pair-role", "a last message by assistant", "one by user or tool")
+            )
         for name in ("chosen", "rejected"):
             role = values[name][-1]["role"]
             if role != "assistant":

@@ -100,7 +100,8 @@ def _saved(source: PairsConfig) -> Dataset:
         loaded = load_from_disk(source.path)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise DataError(
-            f"{source.path}: not a folder written by save_to_disk ({str(error).splitlines()[0]})", code="data-unreadable"
+            f"{source.path}: not a folder written by save_to_disk ({str(error).splitlines()[0]})",
+            code="data-unreadable",
         ) from None
     if isinstance(loaded, DatasetDict):
         if source.split not in loaded:
@@ -122,7 +123,9 @@ def _jsonl(path: Path) -> Iterator[Row]:
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:
-            yield Row(number, {}, f"found invalid JSON ({error.msg} at column {error.colno}), expected one object per line")
+            yield Row(
+                number, {}, f"found invalid JSON ({error.msg} at column {error.colno}), expected one object per line"
+            )
             continue
         except RecursionError:
             yield Row(number, {}, "found JSON nested too deeply, expected one object per line")

@@ -120,7 +120,7 @@ def fingerprint(pairs: Dataset) -> str:
 
 
 def split_by_prompt(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """(train, held out): about ``fraction`` of the pairs held out, no prompt on both sides (see ``folds_by_prompt``)."""
+    """(train, held out): about ``fraction`` held out, no prompt on both sides (see ``folds_by_prompt``)."""
     if fraction == 0:
         return pairs, pairs.select([])
     parts = max(2, round(1 / fraction))

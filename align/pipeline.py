@@ -111,7 +111,7 @@ class _Runner:
 
     def _after(self, name: str) -> dict[str, str]:
         """Keys of the stages that ``name`` reads."""
-        kind = name.split("-")[0]
+        kind = name.split("-", maxsplit=1)[0]
         rewarded = "pairs-reward" if "pairs-reward" in self.keys else "pairs"
         reads: dict[str, tuple[str, ...]] = {
             "pairs": (),
@@ -127,13 +127,13 @@ class _Runner:
 
     def _inputs(self, name: str) -> dict[str, Any]:
         """Configuration and content of the files that ``name`` reads."""
-        config, kind = self.config, name.split("-")[0]
+        config, kind = self.config, name.split("-", maxsplit=1)[0]
         inputs: dict[str, Any] = {"seed": config.seed}
         if kind == "pairs":
             reward = config.reward
             source = reward.pairs if name == "pairs-reward" and reward else config.pairs
             inputs["source"] = _source(source)
-            inputs["heldout"] = _source(reward and reward.eval_pairs)
+            inputs["heldout"] = _source(reward.eval_pairs if reward else None)
             inputs["eval_fraction"] = reward and reward.eval_fraction
         if kind in ("reward", "crossfit") and config.reward:
             skipped = {"pairs", "eval_pairs", "eval_fraction"} | ({"folds"} if kind == "reward" else set())
@@ -161,7 +161,7 @@ class _Runner:
 
 
 def _source(pairs: PairsConfig | None) -> dict[str, Any] | None:
-    return pairs and pairs.model_dump() | {"content": fingerprint_source(pairs.path)}
+    return None if pairs is None else pairs.model_dump() | {"content": fingerprint_source(pairs.path)}
 
 
 def describe(config: RunConfig) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def _replace(new: Path, folder: Path) -> None:
     if old.exists():
         shutil.rmtree(old)
     if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
+        folder.replace(old)
+    new.replace(folder)
     if old.exists():
         shutil.rmtree(old)

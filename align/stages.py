@@ -5,22 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from scipy.stats import pearsonr
 
 from align.config import RewardConfig, RunConfig
 from align.console import log
 from align.errors import DataError
+from align.estimates import bootstrap_mean
 from align.evaluation.kl import completion_logps
 from align.evaluation.rewards import compare, gain_per_root_kl
-from align.estimates import bootstrap_mean
 from align.generation.base import Sampling
 from align.generation.transformers_engine import TransformersEngine
 from align.pairs import load_pairs, load_prompts, read_pairs, split_by_prompt, summarize, write_pairs
-from align.stage import read_json, write_json
-from align.training.train import MODEL, bind, load_policy, load_tokenizer, train_policy
+from align.stage import write_json
 from align.trainer_args import build_lora, build_trainer_args
+from align.training.train import MODEL, bind, load_policy, load_tokenizer, train_policy
 from reward_models.calibration import evaluate_margins
 from reward_models.crossfit import cross_fit
 from reward_models.judges import make_judge
@@ -188,7 +187,7 @@ def stage_train(config: RunConfig, root: Path, folder: Path, which: str) -> None
 
 
 def stage_generate(config: RunConfig, root: Path, folder: Path, which: str) -> None:
-    """One completion of each held-out prompt by the policy called ``which``, with its log-probs under policy and reference."""
+    """One completion of each held-out prompt by policy ``which``, its log-probs under policy and reference."""
     assert config.evaluate is not None and config.train is not None
     settings = config.evaluate
     prompts = load_prompts(Path(settings.prompts))

@@ -9,14 +9,15 @@ from align.config import nearest
 from align.errors import ConfigError, listed
 
 Args = TypeVar("Args")
-DEFAULTS = {"report_to": "none", "bf16": False, "disable_tqdm": None}
+DEFAULTS = {"report_to": "none", "bf16": False, "dataloader_pin_memory": False}
+ONLY_WITHOUT_GPU = ("bf16", "dataloader_pin_memory")
 
 
 def build_trainer_args(kind: type[Args], fields: dict[str, Any], *, path: str, forced: dict[str, Any]) -> Args:
     """An instance of ``kind`` (trl.DPOConfig, trl.RewardConfig) from user fields.
 
-    A number that YAML reads as text (``1e-5``) is taken as a number where the field is one. ``report_to`` is ``none``
-    and ``bf16`` off on a machine without a GPU unless the user says otherwise.
+    A number that YAML reads as text (``1e-5``) is taken as a number where the field is one. ``report_to`` is ``none``,
+    and without a GPU ``bf16`` and pinned memory are off, unless the user says otherwise.
 
     Args:
         kind: dataclass of training arguments.
@@ -42,7 +43,7 @@ def build_trainer_args(kind: type[Args], fields: dict[str, Any], *, path: str, f
                 problems.append(f"{path}.{name}: found {value!r}, expected {problem}")
     if problems:
         raise ConfigError(listed(problems), code="trainer-key")
-    defaults = {name: value for name, value in DEFAULTS.items() if name in known and not (name == "bf16" and _has_gpu())}
+    defaults = {name: value for name, value in DEFAULTS.items() if not (name in ONLY_WITHOUT_GPU and _has_gpu())}
     try:
         return kind(**{**defaults, **forced, **values})
     except (TypeError, ValueError, ImportError) as error:

@@ -141,7 +141,8 @@ def _rows(file: Path, fields: int) -> list[tuple[int, list[str]]]:
         parts = line.split("\t")
         if len(parts) < fields:
             raise DataError(
-                f"{file.name}:{number}: found {len(parts)} columns, expected {fields} separated by tabs", code="demo-data"
+                f"{file.name}:{number}: found {len(parts)} columns, expected {fields} separated by tabs",
+                code="demo-data",
             )
         rows.append((number, parts))
     return rows
@@ -152,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
     parser.add_argument("--output", type=Path, default=Path(".assets/demo"))
-    parser.add_argument("--pairs", type=int, default=2400)
+    parser.add_argument("--pairs", type=int, default=1600)
     parser.add_argument("--heldout-pairs", type=int, default=600)
     parser.add_argument("--train-prompts", type=int, default=320)
     parser.add_argument("--eval-prompts", type=int, default=200)

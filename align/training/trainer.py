@@ -39,6 +39,9 @@ class PreferenceTrainer(DPOTrainer):
         ConfigError: a field of DPOConfig is set that only trl's own losses know.
     """
 
+    data_collator: Any
+    _signature_columns: Any
+
     def __init__(self, *, loss: BoundLoss, tau: float, reference_cache: Path | None = None, **kwargs: Any) -> None:
         args = kwargs["args"]
         for field, neutral in UNUSED_FIELDS.items():

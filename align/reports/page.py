@@ -1,0 +1,108 @@
+"""report.json -> report.html: one file, no script, no request, every text escaped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from align.reports import plots
+from align.reports.verdict import interval, name, number, verdict
+from align.stage import read_json
+
+CURVES = {
+    "loss": ("loss", False),
+    "rewards/margins": ("implicit reward margin, beta h", True),
+    "rewards/accuracies": ("share of pairs ranked as labelled", False),
+    "weight/ess_share": ("effective sample size / batch", False),
+}
+
+
+def write_report(run: Path) -> Path:
+    """Render ``run/report.json`` to ``run/report.html``; the path of the page."""
+    page = render(read_json(run / "report.json"))
+    target = run / "report.html"
+    temporary = target.with_suffix(".html.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(target)
+    return target
+
+
+def render(report: dict[str, Any]) -> str:
+    """The page as text; a section that the report lacks is said to be missing in one line."""
+    environment = Environment(
+        loader=PackageLoader("align.reports", "templates"),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update({"interval": interval, "number": number, "method": name, "json": _json})
+    template = environment.get_template("report.html.j2")
+    return template.render(report=report, verdict=verdict(report), plots=_plots(report), colour=plots.colour)
+
+
+def _plots(report: dict[str, Any]) -> dict[str, Any]:
+    """Every plot that the report has numbers for."""
+    made: dict[str, Any] = {}
+    model = report.get("reward_model")
+    if model:
+        made["margins"] = plots.histogram(
+            {key.replace("_", "-"): values for key, values in model["margins"].items()}, x_title="reward margin m"
+        )
+        bins = {
+            key.replace("_", "-"): model[key]["bins"] for key in ("heldout", "in_sample", "out_of_fold") if key in model
+        }
+        made["reliability"] = plots.reliability(bins)
+    margins = report.get("margins")
+    if margins:
+        made["policy_margins"] = plots.histogram({"margins": margins["values"]}, x_title="reward margin m")
+        if margins["weights"]:
+            made["weights"] = plots.weight_curve(margins["values"], margins["weights"])
+    if "training" in report:
+        made["curves"] = _curves(report["training"]["methods"])
+    if "evaluation" in report:
+        policies = report["evaluation"]["policies"]
+        made["frontier"] = plots.intervals(
+            {
+                key: (
+                    policy["kl"]["value"] if policy["kl"] else 0.0,
+                    (policy["reward"]["low"], policy["reward"]["value"], policy["reward"]["high"]),
+                )
+                for key, policy in policies.items()
+            },
+            x_title="KL to the reference (nats per completion)",
+            y_title="gold reward",
+        )
+    return made
+
+
+def _curves(methods: dict[str, Any]) -> list[tuple[str, Any]]:
+    def series(key: str) -> dict[str, tuple[list[float], list[float]]]:
+        return {
+            method: (
+                [e["step"] for e in training["history"] if key in e],
+                [float(e[key]) for e in training["history"] if key in e],
+            )
+            for method, training in methods.items()
+            if any(key in entry for entry in training["history"])
+        }
+
+    made = []
+    changes = {
+        f"{method} {side}": points
+        for side in ("chosen", "rejected")
+        for method, points in series(f"logps/{side}_change").items()
+    }
+    if changes:
+        title = "change of log-prob since the start"
+        made.append((title, plots.lines(changes, x_title="optimizer step", y_title="nats", zero=True)))
+    for key, (title, zero) in CURVES.items():
+        found = series(key)
+        if found:
+            made.append((title, plots.lines(found, x_title="optimizer step", y_title=title, zero=zero)))
+    return made
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, default=str)

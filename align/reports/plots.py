@@ -1,0 +1,222 @@
+"""Plots as inline SVG: no library, no script; colours come from the page's style, so light and dark both work."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 560, 300
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 46
+TICKS = 5
+FIXED_COLOURS = {"reference": 0, "dpo": 1, "madpo": 2, "soft_madpo": 3}
+COLOURS = 8
+MOST_POINTS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """Ranges and titles of a plot; data coordinates -> pixels."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    x_title: str
+    y_title: str
+
+    def px(self, value: float) -> float:
+        """Horizontal pixel of a value."""
+        low, high = self.x
+        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
+    def py(self, value: float) -> float:
+        """Vertical pixel of a value."""
+        low, high = self.y
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+
+def colour(name: str, names: Sequence[str]) -> str:
+    """CSS class of a series: the same method has the same colour everywhere."""
+    if name in FIXED_COLOURS:
+        return f"c{FIXED_COLOURS[name]}"
+    others = [other for other in names if other not in FIXED_COLOURS]
+    return f"c{len(FIXED_COLOURS) + others.index(name) % (COLOURS - len(FIXED_COLOURS))}"
+
+
+def histogram(series: Mapping[str, Sequence[float]], *, x_title: str) -> Markup:
+    """Shares of the values of each series in common bins, drawn over one another."""
+    names = [name for name, values in series.items() if len(values)]
+    pooled = np.concatenate([np.asarray(series[name]) for name in names])
+    low, high = np.quantile(pooled, [0.002, 0.998])
+    edges = np.linspace(low, high if high > low else low + 1.0, 41)
+    shares = {name: np.histogram(np.clip(series[name], edges[0], edges[-1]), edges)[0] for name in names}
+    shares = {name: counts / counts.sum() for name, counts in shares.items()}
+    axes = Axes(
+        (edges[0], edges[-1]), (0.0, 1.05 * max(float(s.max()) for s in shares.values())), x_title, "share of pairs"
+    )
+    body = []
+    for name in names:
+        points = []
+        for k, share in enumerate(shares[name]):
+            points += [(axes.px(edges[k]), axes.py(share)), (axes.px(edges[k + 1]), axes.py(share))]
+        path = " ".join(
+            f"{x:.1f},{y:.1f}" for x, y in [(points[0][0], axes.py(0)), *points, (points[-1][0], axes.py(0))]
+        )
+        body.append(
+            f'<polygon class="{colour(name, names)} area" points="{path}"><title>{escape(name)}</title></polygon>'
+        )
+    if low < 0 < high:
+        body.append(_vertical(axes, 0.0))
+    return _figure(axes, body, names)
+
+
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_title: str, y_title: str, zero: bool = False
+) -> Markup:
+    """One curve per series of (x, y)."""
+    names = list(series)
+    xs = np.concatenate([np.asarray(x, dtype=float) for x, _ in series.values()])
+    ys = np.concatenate([np.asarray(y, dtype=float) for _, y in series.values()])
+    ys = np.append(ys, 0.0) if zero else ys
+    axes = Axes(_range(xs, 0.0), _range(ys), x_title, y_title)
+    body = [_horizontal(axes, 0.0)] if zero else []
+    for name, (x, y) in series.items():
+        path = " ".join(f"{axes.px(a):.1f},{axes.py(b):.1f}" for a, b in zip(x, y, strict=True))
+        body.append(
+            f'<polyline class="{colour(_method(name), [_method(n) for n in names])} line{_dash(name)}" points="{path}"/>'
+        )
+        body += [
+            f'<circle class="{colour(_method(name), [_method(n) for n in names])} hit" cx="{axes.px(a):.1f}" '
+            f'cy="{axes.py(b):.1f}" r="3"><title>{escape(name)}: {a:g}, {b:.4g}</title></circle>'
+            for a, b in _thin(list(zip(x, y, strict=True)))
+        ]
+    return _figure(axes, body, names)
+
+
+def intervals(points: Mapping[str, tuple[float, tuple[float, float, float]]], *, x_title: str, y_title: str) -> Markup:
+    """One point per series: x, and (low, value, high) in y with its interval drawn."""
+    names = list(points)
+    xs = np.array([x for x, _ in points.values()])
+    ys = np.array([y for _, y in points.values()])
+    axes = Axes(_range(np.append(xs, 0.0), 0.12), _range(ys.ravel()), x_title, y_title)
+    body = []
+    for name, (x, (low, value, high)) in points.items():
+        shade, at = colour(name, names), axes.px(x)
+        body.append(
+            f'<line class="{shade} line" x1="{at:.1f}" x2="{at:.1f}" y1="{axes.py(low):.1f}" y2="{axes.py(high):.1f}"/>'
+        )
+        body.append(
+            f'<circle class="{shade} dot" cx="{at:.1f}" cy="{axes.py(value):.1f}" r="5">'
+            f"<title>{escape(name)}: {x:.3g}, {value:.3g} ({low:.3g} to {high:.3g})</title></circle>"
+        )
+    return _figure(axes, body, names)
+
+
+def weight_curve(margins: Sequence[float], weights: Mapping[str, Sequence[float]]) -> Markup:
+    """Weight of each pair against its margin, the histogram of the margins under it."""
+    names = list(weights)
+    margin = np.asarray(margins)
+    top = max(1.2, max(float(np.max(values)) for values in weights.values()) * 1.05)
+    axes = Axes(_range(margin), (0.0, top), "reward margin m", "weight w(m)")
+    counts, edges = np.histogram(margin, 40)
+    body = [
+        f'<rect class="under" x="{axes.px(edges[k]):.1f}" width="{axes.px(edges[k + 1]) - axes.px(edges[k]):.1f}" '
+        f'y="{axes.py(0.45 * top * count / counts.max()):.1f}" '
+        f'height="{axes.py(0) - axes.py(0.45 * top * count / counts.max()):.1f}"><title>{count} pairs</title></rect>'
+        for k, count in enumerate(counts)
+    ]
+    body.append(_horizontal(axes, 1.0))
+    order = np.argsort(margin)
+    for name in names:
+        for k in _thin(list(order)):
+            body.append(
+                f'<circle class="{colour(name, names)} dot" cx="{axes.px(margin[k]):.1f}" cy="{axes.py(weights[name][k]):.1f}" '
+                f'r="2"><title>m {margin[k]:.3g}, w {weights[name][k]:.3g}</title></circle>'
+            )
+    return _figure(axes, body, names)
+
+
+def reliability(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> Markup:
+    """Accuracy against confidence; on the diagonal a margin means what it says."""
+    names = list(bins)
+    axes = Axes((0.5, 1.0), (0.0, 1.02), "confidence sigmoid(|m|)", "accuracy")
+    body = [
+        f'<line class="rule" x1="{axes.px(0.5):.1f}" y1="{axes.py(0.5):.1f}" x2="{axes.px(1):.1f}" y2="{axes.py(1):.1f}"/>'
+    ]
+    for name in names:
+        points = [(item["confidence"], item["accuracy"], item["count"]) for item in bins[name]]
+        path = " ".join(f"{axes.px(x):.1f},{axes.py(y):.1f}" for x, y, _ in points)
+        body.append(f'<polyline class="{colour(name, names)} line" points="{path}"/>')
+        body += [
+            f'<circle class="{colour(name, names)} dot" cx="{axes.px(x):.1f}" cy="{axes.py(y):.1f}" r="4">'
+            f"<title>{escape(name)}: confidence {x:.2f}, accuracy {y:.2f}, {count} pairs</title></circle>"
+            for x, y, count in points
+        ]
+    return _figure(axes, body, names)
+
+
+def _figure(axes: Axes, body: Sequence[str], names: Sequence[str]) -> Markup:
+    """The SVG with its axes, and a legend beside it; everything that is not a number is escaped."""
+    parts = []
+    for value in _ticks(*axes.x):
+        parts.append(
+            f'<text class="tick" x="{axes.px(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>'
+        )
+    for value in _ticks(*axes.y):
+        y = axes.py(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    middle = (HEIGHT - BOTTOM + TOP) / 2
+    parts.append(
+        f'<text class="title" x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(axes.x_title)}</text>'
+    )
+    parts.append(
+        f'<text class="title" transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(axes.y_title)}</text>'
+    )
+    methods = [_method(name) for name in names]
+    legend = "".join(
+        f'<li><svg viewBox="0 0 22 10" width="22" height="10"><line class="{colour(_method(name), methods)} line{_dash(name)}" '
+        f'x1="0" x2="22" y1="5" y2="5"/></svg>{escape(name)}</li>'
+        for name in names
+    )
+    label = escape(f"{axes.y_title} against {axes.x_title}")
+    svg = f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join([*parts, *body])}</svg>'
+    return Markup(f'{svg}<ul class="legend">{legend}</ul>')
+
+
+def _method(name: str) -> str:
+    """The method in a series name such as ``madpo rejected``."""
+    return name.split(" ", maxsplit=1)[0]
+
+
+def _dash(name: str) -> str:
+    return " dash" if name.endswith("rejected") else ""
+
+
+def _thin(points: list) -> list:
+    """At most ``MOST_POINTS`` of the points, evenly."""
+    return (
+        points
+        if len(points) <= MOST_POINTS
+        else [points[k] for k in np.linspace(0, len(points) - 1, MOST_POINTS, dtype=int)]
+    )
+
+
+def _range(values: np.ndarray, margin: float = 0.06) -> tuple[float, float]:
+    low, high = float(np.min(values)), float(np.max(values))
+    room = (high - low) * margin or (0.0 if high > low else 1.0)
+    return low - room, high + room
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    raw = (high - low) / TICKS
+    base = 10.0 ** np.floor(np.log10(raw))
+    step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= raw)
+    return [float(round(k * step, 10)) for k in range(int(np.ceil(low / step)), int(np.floor(high / step)) + 1)]
+
+
+def _vertical(axes: Axes, x: float) -> str:
+    return f'<line class="rule" x1="{axes.px(x):.1f}" x2="{axes.px(x):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+
+
+def _horizontal(axes: Axes, y: float) -> str:
+    return f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{axes.py(y):.1f}" y2="{axes.py(y):.1f}"/>'

@@ -1,0 +1,116 @@
+"""One sentence of verdict, as honest as its intervals, from the numbers of a report. Pure."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+CHANCE = 0.5
+SAME_KL = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the first screen says."""
+
+    headline: str
+    details: list[str]
+    next_step: str
+
+
+def number(value: float, spread: float | None = None) -> str:
+    """A number with no more digits than its spread supports (two significant digits of the spread)."""
+    if spread is None or not spread > 0:
+        return f"{value:.3g}"
+    digits = max(0, 1 - math.floor(math.log10(spread)))
+    return f"{value:.{min(digits, 4)}f}"
+
+
+def interval(estimate: dict[str, float]) -> str:
+    """``0.82 (0.70 to 0.95)``: value and 95% interval."""
+    half = (estimate["high"] - estimate["low"]) / 2
+    value, low, high = (number(estimate[key], half) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def name(method: str) -> str:
+    """Method name as people write it."""
+    return {"dpo": "DPO", "madpo": "MADPO", "soft_madpo": "soft MADPO", "ipo": "IPO"}.get(method, method)
+
+
+def verdict(report: dict[str, Any]) -> Verdict:
+    """The verdict on a run; says so where nothing was seen, and stops at a reward model no better than chance."""
+    model = report.get("reward_model")
+    if model and model["heldout"]["accuracy"]["low"] <= CHANCE:
+        return Verdict(
+            f"Stop: the reward model is at chance on held-out pairs: {interval(model['heldout']['accuracy'])}.",
+            ["Its margins say nothing about these pairs, so no method that weights by them can be judged."],
+            "Give the reward model more or cleaner pairs, or another backbone.",
+        )
+    details = _about_margins(report)
+    evaluation = report.get("evaluation")
+    if not evaluation:
+        headline = (
+            f"The reward model agrees with {interval(model['heldout']['accuracy'])} of the held-out labels."
+            if model
+            else "Nothing has been evaluated yet."
+        )
+        return Verdict(headline, details, "Add an `evaluate` section to measure what the policies gained.")
+    policies = evaluation["policies"]
+    trained = [method for method in policies if method != "reference"]
+    best = "madpo" if "madpo" in trained else trained[0]
+    headline = _gain(best, policies)
+    for other in trained:
+        if other != best:
+            headline += f" {name(other)} with the same budget ended at {interval(policies[other]['reward'])}."
+    details = [_compared(item, policies) for item in evaluation["comparisons"]] + details
+    gained = policies[best]["gain"]["low"] > 0
+    next_step = (
+        "Read the samples, then compare reward against KL before calling one method better."
+        if gained
+        else "Look at the training curves: if the reward margin grew, the labels do not say what gold says."
+    )
+    return Verdict(headline, details, next_step)
+
+
+def _gain(method: str, policies: dict[str, Any]) -> str:
+    before, policy = policies["reference"]["reward"], policies[method]
+    gain = policy["gain"]
+    said = f"from {interval(before)} to {interval(policy['reward'])}; gain {interval(gain)}"
+    said += f", KL {interval(policy['kl'])} nats."
+    if gain["low"] > 0:
+        return f"{name(method)} raised the gold reward {said}"
+    if gain["high"] < 0:
+        return f"{name(method)} lowered the gold reward {said}"
+    return f"No difference in gold reward seen after {name(method)}: {said}"
+
+
+def _compared(item: dict[str, Any], policies: dict[str, Any]) -> str:
+    a, b, difference = item["a"], item["b"], item["difference"]
+    pair = f"{name(a)} against {name(b)}"
+    if difference["low"] <= 0 <= difference["high"]:
+        return f"{pair}: no difference seen, {interval(difference)}."
+    ahead = a if difference["low"] > 0 else b
+    said = f"{pair}: {name(ahead)} is ahead by {interval(difference)}"
+    kls = {method: policies[method]["kl"]["value"] for method in (a, b)}
+    if abs(kls[a] - kls[b]) > SAME_KL * max(kls.values()):
+        ratios = {method: policies[method]["gain_per_root_kl"] for method in (a, b)}
+        per = ", ".join(f"{name(method)} {interval(ratio)}" for method, ratio in ratios.items() if ratio)
+        return (
+            f"{said}, at another KL ({number(kls[a])} and {number(kls[b])} nats), so it may only have gone further; "
+            f"reward gained per sqrt(2 KL): {per}."
+        )
+    return f"{said}, at about the same KL."
+
+
+def _about_margins(report: dict[str, Any]) -> list[str]:
+    said = []
+    out_of_fold = report.get("reward_model", {}).get("out_of_fold")
+    if out_of_fold:
+        inside = report["reward_model"]["in_sample"]["accuracy"]["value"]
+        said.append(
+            f"Margins on the reward model's own pairs agree with {inside:.0%} of the labels in-sample and with "
+            f"{out_of_fold['accuracy']['value']:.0%} out-of-fold: believe the second."
+        )
+    margins = report.get("margins", {})
+    said += [margins["note"]] if margins.get("note") else []
+    return said + list(margins.get("warnings", []))

@@ -1,0 +1,84 @@
+"""Small things that tests build: a tokenizer, tiny models, pair rows."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+WORDS = ["good", "bad", "film", "plot", "the", "a", "is", "was", "very", "not", "great", "awful", "fine", "dull", "review", ":", "user", "assistant"]
+TEMPLATE = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
+
+
+def tokenizer(eos: bool = True, template: bool = True) -> PreTrainedTokenizerFast:
+    """A word tokenizer over ``WORDS``."""
+    vocabulary = {word: k for k, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>")
+    if eos:
+        made.eos_token = "<eos>"
+    if template:
+        made.chat_template = TEMPLATE
+    return made
+
+
+def causal(folder: Path, seed: int = 0) -> Path:
+    """A random tiny Llama with its tokenizer, saved as a model folder."""
+    torch.manual_seed(seed)
+    LlamaForCausalLM(llama_config()).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def llama_reward(folder: Path, labels: int = 1) -> Path:
+    """A random tiny Llama with a classification head."""
+    torch.manual_seed(1)
+    config = llama_config()
+    config.num_labels = labels
+    config.pad_token_id = 0
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def bert_reward(folder: Path) -> Path:
+    """A random tiny encoder with a one-logit head; its tokenizer has no end-of-sequence token."""
+    torch.manual_seed(2)
+    config = BertConfig(
+        vocab_size=len(WORDS) + 3, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        num_labels=1, pad_token_id=0, initializer_range=0.5,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer(eos=False).save_pretrained(folder)
+    return folder
+
+
+def llama_config() -> LlamaConfig:
+    """Two layers, 32 wide; weights large enough that positions and neighbours matter."""
+    return LlamaConfig(
+        vocab_size=len(WORDS) + 3, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, pad_token_id=0, eos_token_id=1,
+        bos_token_id=None,
+    )  # fmt: skip
+
+
+def rows(count: int) -> list[dict[str, object]]:
+    """Distinct valid pairs: good things chosen, bad things rejected."""
+    return [
+        {
+            "id": f"p{k}",
+            "prompt": f"the {WORDS[k % 6]} film {'very ' * (k // 6)}is",
+            "chosen": " good " + "great " * (k % 3) + "film",
+            "rejected": " bad " + "awful " * (k % 2) + "plot",
+            "margin": round(((k * 7) % 11 - 3) / 2.5, 3),
+        }
+        for k in range(count)
+    ]

@@ -1,0 +1,25 @@
+"""Fixtures: the real small models, tiny random ones. Nothing reaches the network."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Folder that `make assets` filled."""
+    folder = Path(os.environ.get("ALIGN_ASSETS", Path(__file__).parents[1] / ".assets"))
+    assert (folder / "smollm2" / "asset.json").exists(), "run `make assets` first"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny Llama folder."""
+    from tests.builders import causal
+
+    return causal(tmp_path_factory.mktemp("policy"))
