@@ -138,8 +138,8 @@ def _pipeline(path: Path, overrides: list[str] | None, dry_run: bool, until: tup
     from align import pipeline
     from align.console import log, out
 
+    pipeline.check(config)
     if dry_run:
-        pipeline.check(config)
         out.print_json(json.dumps(pipeline.describe(config), default=str))
         return
     _announce(config)

@@ -226,6 +226,8 @@ def _problem(item: Any) -> str:
         return f"{'.'.join(path)}: missing key"
     if item["type"] == "value_error":
         return f"{'.'.join(path) or 'top level'}: {item['ctx']['error']}"
+    if item["type"] == "too_short":
+        return f"{'.'.join(path)}: expected at least {item['ctx']['min_length']} entry, found {item['input']!r}"
     expected = item["msg"].removeprefix("Input should be ")
     return f"{'.'.join(path)}: expected {expected}, found {item['input']!r}"
 

@@ -13,8 +13,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = ["good", "bad", "film", "plot", "the", "a", "is", "was", "very", "not", "great", "awful", "fine", "dull", "review", ":", "user", "assistant"]
-TEMPLATE = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
+WORDS = ["good", "bad", "film", "plot", "the", "a", "is", "was", "very", "not", "great", "awful", "fine", "dull"]
+WORDS += ["review", ":", "user", "assistant"]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant :{% endif %}"
+)
 
 
 def tokenizer(eos: bool = True, template: bool = True) -> PreTrainedTokenizerFast:

@@ -100,9 +100,8 @@ def test_p6_p10_madpo_is_dpo_times_a_weight_without_gradient(rows: list[tuple[fl
     assert torch.allclose(weighted, madpo_weight(m.detach()) * plain)
     d_w, d_l = gradient_weights(weighted, logps)
     assert torch.allclose(d_w, d_l) and (d_w.abs() <= 2 * 0.1).all()
-    assert torch.autograd.grad(resolve("madpo", {})(make([(1.0, 0.0)] * len(rows)), m).sum(), m, allow_unused=True) == (
-        None,
-    )
+    total = resolve("madpo", {})(make([(1.0, 0.0)] * len(rows)), m).sum()
+    assert torch.autograd.grad(total, m, allow_unused=True) == (None,)
 
 
 @given(st.tuples(numbers, numbers), st.floats(-6.8, 6.8))
@@ -115,7 +114,10 @@ def test_soft_madpo_is_madpo_averaged_over_the_label(pair: tuple[float, float], 
     assert torch.allclose(resolve("soft_madpo", {})(make([pair]), m), expected)
 
 
-@pytest.mark.parametrize(("true", "believed", "target"), [(1.0, 1.0, 1.3641753), (1.0, 1.5, 1.2666912), (3.0, 3.0, 2.9434173), (8.0, 8.0, 7.9824507)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("true", "believed", "target"),
+    [(1.0, 1.0, 1.3641753), (1.0, 1.5, 1.2666912), (3.0, 3.0, 2.9434173), (8.0, 8.0, 7.9824507)],
+)
 def test_p5_unique_minimiser(true: float, believed: float, target: float) -> None:
     """The population loss at margin ``true`` is convex in beta h with its minimum at the effective target margin."""
     x = torch.linspace(-2, 12, 140001, dtype=torch.float64)

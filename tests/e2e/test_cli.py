@@ -1,0 +1,195 @@
+"""The command line as a user types it: whole runs with tiny models, then with the real small ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from datasets import Dataset
+
+from align.pairs import read_pairs
+from tests.builders import bert_reward, causal, rows
+
+
+def align(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command; its environment allows one thread and no network."""
+    full = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    command = [sys.executable, "-m", "align.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, env=full, capture_output=True, text=True, check=False, timeout=900)
+
+
+def jsonl(path: Path, items: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return path.name
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """A folder with models, pairs, prompts and a run file."""
+    causal(tmp_path / "policy")
+    bert_reward(tmp_path / "backbone")
+    table = [{name: value for name, value in row.items() if name != "margin"} for row in rows(24)]
+    jsonl(tmp_path / "pairs.jsonl", table)
+    jsonl(tmp_path / "heldout.jsonl", [{**row, "prompt": f"not {row['prompt']}"} for row in table[:8]])
+    jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"the {row['prompt']}"} for row in table[:10]])
+    small = {"max_steps": 3, "per_device_train_batch_size": 4, "bf16": False, "gradient_checkpointing": False}
+    run = {
+        "name": "tiny",
+        "reward": {
+            "model": "backbone", "folds": 2, "max_length": 64, "trainer": small | {"learning_rate": 1e-3},
+            "pairs": {"path": "pairs.jsonl"}, "eval_pairs": {"path": "heldout.jsonl"},
+        },
+        "sample": {"prompts": "prompts.jsonl", "max_new_tokens": 6},
+        "train": {
+            "model": "policy", "methods": {"dpo": {"loss": "dpo"}, "madpo": {"loss": "madpo"}},
+            "trainer": small | {"learning_rate": 1e-2}, "peft": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+        },
+        "evaluate": {"prompts": "prompts.jsonl", "max_new_tokens": 6},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    return tmp_path
+
+
+def test_whole_run_then_nothing_to_do_then_only_what_changed(workspace: Path) -> None:
+    first = align("run", "run.yaml", cwd=workspace)
+    assert first.returncode == 0, first.stderr
+    root = workspace / "runs" / "tiny"
+    summary = json.loads((root / "summary.json").read_text())
+    wanted = {"reward_model_accuracy", "reward_model_accuracy_ci", "gold_reward_before", "gold_reward_after_dpo",
+              "gold_reward_after_madpo_ci", "kl_dpo", "kl_madpo", "seconds_per_stage"}  # fmt: skip
+    assert wanted <= set(summary)
+    page = (root / "report.html").read_text()
+    assert "first pair as the model sees it" in first.stderr and "Is it better, or has it only gone further?" in page
+    table = read_pairs(root / "margins" / "pairs")
+    assert {"id", "prompt", "chosen", "rejected", "margin", "reward_chosen"} <= set(table.column_names)
+
+    stamp = (root / "train-dpo" / "manifest.json").stat().st_mtime_ns
+    second = align("run", "run.yaml", cwd=workspace)
+    assert second.returncode == 0 and "nothing to do: all" in second.stderr
+    assert "running" not in second.stderr
+
+    third = align("run", "run.yaml", "--set", "train.methods.madpo.parameters.beta=0.2", cwd=workspace)
+    ran = [line.split(":")[0] for line in third.stderr.splitlines() if line.endswith(": running")]
+    assert ran == ["train-madpo", "generate-madpo", "evaluate"]
+    assert (root / "train-dpo" / "manifest.json").stat().st_mtime_ns == stamp
+    assert not [path for path in root.rglob("*") if path.name.endswith((".partial", ".tmp", ".old"))]
+
+
+def test_reward_verbs_and_report(workspace: Path) -> None:
+    trained = align("reward", "train", "run.yaml", cwd=workspace)
+    assert trained.returncode == 0, trained.stderr
+    model = workspace / "runs" / "tiny" / "reward" / "model"
+    assert model.exists() and not (workspace / "runs" / "tiny" / "sample").exists()
+    scored = align("reward", "score", "pairs.jsonl", "--model", str(model), "--output", "scored", cwd=workspace)
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout)["n"] == 24
+    assert "margin" in read_pairs(workspace / "scored").column_names
+    assert align("report", "runs/tiny", cwd=workspace).returncode == 0
+
+
+def test_pairs_with_margins_need_no_reward_model(workspace: Path) -> None:
+    jsonl(workspace / "own.jsonl", rows(12))
+    run = yaml.safe_load((workspace / "run.yaml").read_text())
+    run = {"name": "own", "pairs": {"path": "own.jsonl"}, "train": run["train"]}
+    (workspace / "own.yaml").write_text(yaml.safe_dump(run))
+    done = align("train", "own.yaml", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    assert (workspace / "runs" / "own" / "train-madpo" / "model" / "adapter_model.safetensors").exists()
+
+
+def test_conversational_pairs_cross_fitted_on_themselves(workspace: Path) -> None:
+    def turns(role: str, text: object) -> list[dict[str, object]]:
+        return [{"role": role, "content": text}]
+
+    chat = [
+        {"prompt": turns("user", row["prompt"]), "chosen": turns("assistant", row["chosen"]),
+         "rejected": turns("assistant", row["rejected"])}
+        for row in rows(20)
+    ]  # fmt: skip
+    jsonl(workspace / "chat.jsonl", chat)
+    run = yaml.safe_load((workspace / "run.yaml").read_text())
+    run["reward"] |= {"pairs": None, "eval_pairs": None, "eval_fraction": 0.2}
+    run = {"name": "chat", "pairs": {"path": "chat.jsonl"}, "reward": run["reward"], "train": run["train"]}
+    (workspace / "chat.yaml").write_text(yaml.safe_dump(run))
+    done = align("run", "chat.yaml", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    assert "user : the good film" in done.stderr
+    margins = read_pairs(workspace / "runs" / "chat" / "margins" / "pairs")
+    crossfit = read_pairs(workspace / "runs" / "chat" / "crossfit" / "pairs")
+    assert list(margins["margin"]) == list(crossfit["margin"])
+
+
+MISTAKES = [
+    ("train.methods.madpo.loss=madpoo", "did you mean `madpo`?"),
+    ("train.methods.madpo.parameters.c_max=0.5", "c_max: found 0.5, expected a number above 1"),
+    (
+        "train.trainer.learning_rat=1",
+        "train.trainer.learning_rat: not a field of DPOConfig (did you mean `learning_rate`?)",
+    ),
+    ("train.peft.rr=1", "train.peft.rr: not a field of peft.LoraConfig"),
+    ("reward.trainer.num_train_epochs=many", "reward.trainer.num_train_epochs: found 'many', expected a number"),
+    ("evaluate.prompts=nowhere.jsonl", "nowhere.jsonl: cannot be read"),
+    ("evaluate.judge=taste", "evaluate.judge: expected 'vader', found 'taste'"),
+]
+
+
+@pytest.mark.parametrize(("override", "said"), MISTAKES)
+def test_a_mistake_costs_one_line_and_no_work(workspace: Path, override: str, said: str) -> None:
+    for verb in (["run", "run.yaml"], ["run", "run.yaml", "--dry-run"]):
+        failed = align(*verb, "--set", override, cwd=workspace)
+        assert failed.returncode == 2 and said in failed.stderr and "Traceback" not in failed.stderr
+    assert not (workspace / "runs").exists()
+
+
+def test_dry_run_prints_the_plan(workspace: Path) -> None:
+    planned = align("run", "run.yaml", "--dry-run", cwd=workspace)
+    plan = json.loads(planned.stdout)
+    assert list(plan["stages"])[:3] == ["pairs-reward", "reward", "crossfit"] and list(plan["stages"])[-1] == "evaluate"
+    assert not (workspace / "runs").exists()
+
+
+def test_data_check(workspace: Path) -> None:
+    good = align("data", "check", "pairs.jsonl", cwd=workspace)
+    assert good.returncode == 0 and "valid pairs" in good.stdout
+    with (workspace / "pairs.jsonl").open("a") as stream:
+        stream.write('{"prompt": "a", "chosen": "", "rejected": "b"}\n')
+    bad = align("data", "check", "pairs.jsonl", cwd=workspace)
+    assert bad.returncode == 2 and "pairs.jsonl:row 25:chosen: found empty text" in bad.stdout
+    apart = align("data", "check", "pairs.jsonl", "--drop-invalid", "--output", "clean", cwd=workspace)
+    assert apart.returncode == 0 and len(read_pairs(workspace / "clean")) == 24
+    assert json.loads((workspace / "clean" / "invalid.jsonl").read_text())["row"] == 25
+    assert align("data", "check", "none.jsonl", cwd=workspace).returncode == 2
+    assert align("--log-level", "loud", "data", "check", "pairs.jsonl", cwd=workspace).returncode == 2
+
+
+@pytest.mark.model
+def test_real_models(assets: Path, tmp_path: Path) -> None:
+    """MiniLM as reward model, SmolLM2 as policy, margins and MADPO on a few pairs of sentences."""
+    praise, blame = ["wonderful", "a delight", "moving and funny"], ["awful", "a waste of time", "dull and long"]
+    table = [
+        {"prompt": f"Review of film {k}: it was", "chosen": f" {praise[k % 3]}.", "rejected": f" {blame[k % 3]}."}
+        for k in range(24)
+    ]
+    Dataset.from_list(table).to_parquet(str(tmp_path / "pairs.parquet"))
+    jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Review of film {k}: it was"} for k in range(100, 104)])
+    small = {"per_device_train_batch_size": 8, "bf16": False, "gradient_checkpointing": False}
+    run = {
+        "name": "real", "pairs": {"path": "pairs.parquet"},
+        "reward": {"model": str(assets / "minilm"), "eval_fraction": 0.25, "max_length": 64,
+                   "trainer": small | {"max_steps": 12, "learning_rate": 2e-4}},
+        "train": {"model": str(assets / "smollm2"), "methods": {"madpo": {"loss": "madpo"}},
+                  "trainer": small | {"max_steps": 3, "learning_rate": 2e-4},
+                  "peft": {"r": 8, "target_modules": ["q_proj", "v_proj"]}},
+        "evaluate": {"prompts": "prompts.jsonl", "max_new_tokens": 8},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    done = align("run", "run.yaml", cwd=tmp_path, OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs" / "real" / "summary.json").read_text())
+    assert summary["reward_model_accuracy"] == 1.0 and summary["kl_madpo"] is not None
+    history = json.loads((tmp_path / "runs" / "real" / "train-madpo" / "history.json").read_text())["history"]
+    assert float(history[-1]["rewards/margins"]) > float(history[0]["rewards/margins"])

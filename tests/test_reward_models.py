@@ -1,0 +1,142 @@
+"""Reward models: the same reward whatever the batch and the padding; training that learns; calibration by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align.config import RewardConfig
+from align.errors import ConfigError, ModelError
+from reward_models.calibration import evaluate_margins
+from reward_models.crossfit import cross_fit
+from reward_models.judges import VaderJudge, make_judge
+from reward_models.objectives import bradley_terry
+from reward_models.score import RewardScorer
+from reward_models.text import render, tokenize
+from reward_models.train import train_reward_model
+from tests.builders import bert_reward, llama_reward, rows, tokenizer
+
+TEXTS = ["the film is good", "a bad plot", "good", "the a is was very not great awful fine dull", "not bad"]
+FAST = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "bf16": False, "use_cpu": True}
+
+
+@pytest.mark.parametrize("build", [llama_reward, bert_reward])
+def test_reward_does_not_depend_on_batch_or_padding(build: object, tmp_path: Path) -> None:
+    model = build(tmp_path)  # type: ignore[operator]
+    alone = [RewardScorer(model, batch_tokens=1, max_length=64).score_texts([text])[0] for text in TEXTS]
+    assert np.ptp(alone) > 1e-2
+    for side in ("left", "right"):
+        batched = RewardScorer(model, batch_tokens=4096, max_length=64, padding_side=side).score_texts(TEXTS)  # type: ignore[arg-type]
+        assert np.allclose(batched, alone, atol=1e-5)
+    assert np.allclose(
+        RewardScorer(model, batch_tokens=20, max_length=64).score_texts(TEXTS[::-1]), alone[::-1], atol=1e-5
+    )
+
+
+def test_scored_pairs_and_their_cache(tmp_path: Path) -> None:
+    scorer = RewardScorer(llama_reward(tmp_path / "m"), batch_tokens=256, max_length=64)
+    pairs = Dataset.from_list(rows(6))
+    scored = scorer.score_pairs(pairs, cache=tmp_path / "cache")
+    row = scored[2]
+    assert row["reward_chosen"] == pytest.approx(scorer.score_texts([row["prompt"] + row["chosen"]])[0], abs=1e-5)
+    assert row["margin"] == row["reward_chosen"] - row["reward_rejected"]
+    np.save(tmp_path / "cache" / f"{0:010d}.npy", np.zeros((6, 2)))
+    assert set(scorer.score_pairs(pairs, cache=tmp_path / "cache")["margin"]) == {0.0}
+
+
+def test_two_labels_and_a_missing_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"reward-labels.*does not have one output"):
+        RewardScorer(llama_reward(tmp_path, labels=2), batch_tokens=64, max_length=64)
+    with pytest.raises(ModelError, match="cannot be loaded as a reward model"):
+        RewardScorer(tmp_path / "nothing", batch_tokens=64, max_length=64)
+
+
+def test_text_is_cut_from_the_right_and_ends() -> None:
+    ids = tokenize(["good bad film plot", "good"], tokenizer(), 3)
+    assert ids == [[3, 4, 1], [3, 1]]
+    chat = [{"role": "user", "content": "good"}]
+    text = render(chat, [{"role": "assistant", "content": "fine"}], tokenizer())
+    assert text.split() == ["user", ":", "good", "assistant", ":", "fine"]
+    with pytest.raises(ModelError, match="no chat template"):
+        render(chat, chat, tokenizer(template=False))
+
+
+@pytest.mark.parametrize("peft", [None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}])
+def test_training_learns_and_loads_as_a_plain_model(tmp_path: Path, peft: dict[str, object] | None) -> None:
+    backbone = llama_reward(tmp_path / "backbone")
+    config = RewardConfig(model=str(backbone), max_length=64, trainer=FAST, peft=peft)
+    pairs = Dataset.from_list(rows(16))
+
+    def accuracy(model: Path) -> float:
+        return float(
+            np.mean(np.asarray(RewardScorer(model, batch_tokens=512, max_length=64).score_pairs(pairs)["margin"]) > 0)
+        )
+
+    train_reward_model(pairs, config, tmp_path / "out", seed=0)
+    assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / "out" / "adapter_config.json").exists()
+    assert accuracy(tmp_path / "out") >= 0.9
+    if peft is None:
+        train_reward_model(pairs, config, tmp_path / "again", seed=0)
+        first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
+        assert first == second
+
+
+def test_each_pair_is_scored_by_the_model_that_has_not_seen_it(tmp_path: Path) -> None:
+    backbone = llama_reward(tmp_path / "backbone")
+    config = RewardConfig(model=str(backbone), max_length=64, folds=2, trainer=FAST | {"max_steps": 2})
+    scored = cross_fit(Dataset.from_list(rows(8)), config, tmp_path / "cv", seed=0)
+    scorers = [RewardScorer(tmp_path / "cv" / f"fold-{k}", batch_tokens=512, max_length=64) for k in range(2)]
+    for row in scored:
+        expected = scorers[row["fold"]].score_texts([row["prompt"] + row["chosen"]])[0]
+        assert row["reward_chosen"] == pytest.approx(expected, abs=1e-5)
+    assert sorted(set(scored["fold"])) == [0, 1]
+
+
+def test_unknown_trainer_key_is_named(tmp_path: Path) -> None:
+    config = RewardConfig(model=str(llama_reward(tmp_path / "m")), trainer={"learning_rat": 1e-3, "max_steps": "ten"})
+    with pytest.raises(ConfigError) as caught:
+        train_reward_model(Dataset.from_list(rows(4)), config, tmp_path / "out", seed=0)
+    assert "reward.trainer.learning_rat: not a field of RewardConfig (did you mean `learning_rate`?)" in str(
+        caught.value
+    )
+    assert "reward.trainer.max_steps: found 'ten', expected a whole number" in str(caught.value)
+
+
+@given(st.lists(st.floats(-20, 20), min_size=1, max_size=50))
+def test_calibration_against_plain_python(margins: list[float]) -> None:
+    found = evaluate_margins(margins)
+    assert found.accuracy.value == pytest.approx(sum(0.5 if m == 0 else float(m > 0) for m in margins) / len(margins))
+    assert found.log_loss == pytest.approx(sum(np.log1p(np.exp(-m)) for m in margins) / len(margins))
+    assert sum(item.count for item in found.bins) == len(margins)
+    assert 0 <= found.ece <= 1 and found.accuracy.low <= found.accuracy.value <= found.accuracy.high
+
+
+def test_calibration_of_honest_margins_is_near_zero() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.normal(0, 2, 20000)
+    right = rng.random(20000) < 1 / (1 + np.exp(-np.abs(true)))
+    assert evaluate_margins(np.where(right, np.abs(true), -np.abs(true))).ece < 0.02
+    with pytest.raises(ValueError, match="finite"):
+        evaluate_margins([float("nan")])
+
+
+@given(st.floats(-10, 10), st.floats(-10, 10), st.floats(-3, 3))
+def test_bradley_terry_gradient(chosen: float, rejected: float, margin: float) -> None:
+    a, b = (
+        torch.tensor([chosen], dtype=torch.float64, requires_grad=True),
+        torch.tensor([rejected], dtype=torch.float64),
+    )
+    bradley_terry(a, b, torch.tensor([margin], dtype=torch.float64), centering=0.1).sum().backward()
+    expected = -1 / (1 + np.exp(chosen - rejected - margin)) + 0.2 * (chosen + rejected)
+    assert a.grad is not None and float(a.grad) == pytest.approx(expected, abs=1e-9)
+
+
+def test_vader_prefers_praise() -> None:
+    good, bad = VaderJudge().score(["The film is", "The film is"], [" wonderful", " terrible"])
+    assert -3 <= bad < 0 < good <= 3
+    with pytest.raises(ConfigError, match=r"judge 'vadr' is not known \(did you mean `vader`"):
+        make_judge("vadr")

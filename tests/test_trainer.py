@@ -1,0 +1,155 @@
+"""PreferenceTrainer: equal to trl's DPOTrainer under dpo; weights, margins, reference cache, exact resume."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from align.config import LossConfig, TrainConfig
+from align.errors import ConfigError
+from align.loss_registry import resolve
+from align.margins import madpo_weight
+from align.stage import read_json
+from align.training.train import add_weight, make_trainer, train_policy
+from align.training.trainer import PreferenceTrainer
+from tests.builders import rows
+
+BASE: dict[str, Any] = {
+    "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1, "bf16": False,
+    "use_cpu": True, "gradient_checkpointing": False, "max_length": 64, "report_to": "none", "save_strategy": "no",
+    "disable_tqdm": True,
+}  # fmt: skip
+
+
+class Gradients(TrainerCallback):
+    """Keeps every parameter's gradient at each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Copy the gradients."""
+        named = model.named_parameters()
+        self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+
+def ours(
+    policy: Path, output: Path, loss: str = "dpo", pairs: Dataset | None = None, **fields: Any
+) -> PreferenceTrainer:
+    fields = {name: value for name, value in (BASE | fields).items() if name != "disable_tqdm"}
+    config = TrainConfig(model=str(policy), methods={"m": LossConfig(loss=loss)}, trainer=fields)
+    table = Dataset.from_list(rows(16)) if pairs is None else pairs
+    table, bound = add_weight(table, resolve(loss, {}))
+    return make_trainer(table, config, bound, output, seed=0, tau=2.0, reference_cache=output / "cache")
+
+
+def compare_with_trl(policy: Path, tmp_path: Path, loss: str, trl_loss: str, table: list[dict[str, Any]]) -> None:
+    theirs = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
+        args=DPOConfig(output_dir=str(tmp_path / "trl"), seed=0, beta=0.1, loss_type=trl_loss, **BASE),
+        train_dataset=Dataset.from_list(table).remove_columns(["id", "margin"]),
+        processing_class=AutoTokenizer.from_pretrained(policy),
+    )
+    mine = ours(policy, tmp_path / "ours", loss, Dataset.from_list(table))
+    found = []
+    for trainer in (theirs, mine):
+        kept = Gradients()
+        trainer.add_callback(kept)
+        trainer.train()
+        log = trainer.state.log_history
+        found.append(([entry["loss"] for entry in log if "loss" in entry], kept.steps, log))
+    (their_losses, their_gradients, their_log), (my_losses, my_gradients, my_log) = found
+    assert np.allclose(their_losses, my_losses, atol=1e-5)
+    for a, b in zip(their_gradients, my_gradients, strict=True):
+        assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    for name in ("rewards/chosen", "rewards/margins", "logps/chosen", "logps/rejected", "logits/chosen", "entropy"):
+        assert np.allclose([e[name] for e in their_log if name in e], [e[name] for e in my_log if name in e], atol=1e-4)
+
+
+@pytest.mark.parametrize(("loss", "trl_loss"), [("dpo", "sigmoid"), ("ipo", "ipo")])
+def test_equal_to_trl_step_by_step(tiny_policy: Path, tmp_path: Path, loss: str, trl_loss: str) -> None:
+    """Losses and gradients to 1e-5, over steps that move the weights."""
+    compare_with_trl(tiny_policy, tmp_path, loss, trl_loss, rows(16))
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_equal_to_trl_on_the_real_model(assets: Path, tmp_path: Path) -> None:
+    """SmolLM2-135M, all parameters."""
+    compare_with_trl(assets / "smollm2", tmp_path, "dpo", "sigmoid", rows(16))
+
+
+def test_madpo_is_a_weight_column_times_dpo(tiny_policy: Path, tmp_path: Path) -> None:
+    pairs = Dataset.from_list(rows(16)).add_column("weight", [0.5] * 16)
+    table, bound = add_weight(pairs, resolve("madpo", {}))
+    assert bound.spec.name == "dpo"
+    assert np.allclose(table["weight"], 0.5 * madpo_weight(torch.tensor(pairs["margin"], dtype=torch.float64)).numpy())
+    trainer = ours(tiny_policy, tmp_path, "madpo", pairs)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    loss = trainer.compute_loss(trainer.model, batch)
+    assert float(loss) == pytest.approx(float((batch["weight"] * np.log(2)).mean()), abs=1e-5)
+    assert trainer._metrics["train"]["weight/mean"] == [pytest.approx(float(batch["weight"].mean()))]
+
+
+@pytest.mark.parametrize("loss", ["soft_madpo", "mmpo", "beta_dpo", "simpo", "dpop"])
+def test_neighbours_train_and_log(tiny_policy: Path, tmp_path: Path, loss: str) -> None:
+    trainer = ours(tiny_policy, tmp_path, loss)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 4 and all(np.isfinite(float(entry["loss"])) for entry in logged)
+    shares = [value for name, value in logged[0].items() if name.startswith("margin/share")]
+    assert sum(float(share) for share in shares) == pytest.approx(1.0)
+    assert float(logged[0]["logps/chosen_change"]) == pytest.approx(0.0, abs=1e-4) or loss == "simpo"
+
+
+@pytest.mark.parametrize("loss", ["madpo", "beta_dpo"])
+def test_resumed_equals_uninterrupted(tiny_policy: Path, tmp_path: Path, loss: str) -> None:
+    """Bitwise: stop after 3 of 6 steps, go on from the checkpoint."""
+    saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    whole = ours(tiny_policy, tmp_path / "whole", loss, **saving)
+    whole.train()
+    first = ours(tiny_policy, tmp_path / "stopped", loss, **(saving | {"max_steps": 3}))
+    first.train()
+    second = ours(tiny_policy, tmp_path / "stopped", loss, **saving)
+    second.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoints" / "checkpoint-3"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+    assert whole.beta_state == second.beta_state
+
+
+def test_reference_log_probs_are_kept_and_keyed(tiny_policy: Path, tmp_path: Path) -> None:
+    first = ours(tiny_policy, tmp_path)
+    (file,) = (tmp_path / "cache").iterdir()
+    stamp = file.stat().st_mtime_ns
+    again = ours(tiny_policy, tmp_path, "mmpo")
+    assert file.stat().st_mtime_ns == stamp and len(list((tmp_path / "cache").iterdir())) == 1
+    assert again.train_dataset["ref_chosen_logps"] == first.train_dataset["ref_chosen_logps"]
+    ours(tiny_policy, tmp_path, pairs=Dataset.from_list(rows(15)))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_saved_policy_and_history(tiny_policy: Path, tmp_path: Path) -> None:
+    fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"}
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    config = TrainConfig(model=str(tiny_policy), methods={"x": LossConfig(loss="madpo")}, trainer=fields, peft=lora)
+    train_policy(Dataset.from_list(rows(8)), config, "x", tmp_path, seed=0)
+    adapter = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    assert any("lora_B" in name and value.abs().sum() > 0 for name, value in adapter.items())
+    history = read_json(tmp_path / "history.json")
+    assert [entry["step"] for entry in history["history"]] == [1, 2, 3, 4]
+    assert {"rewards/margins", "weight/mean", "weight/ess_share"} <= set(history["history"][0])
+
+
+def test_what_cannot_be_trained_is_said(tiny_policy: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train.trainer.ld_alpha: 0.5 has no meaning"):
+        ours(tiny_policy, tmp_path, ld_alpha=0.5)
+    with pytest.raises(ConfigError, match=r"train.trainer.learning_rte: not a field of DPOConfig"):
+        ours(tiny_policy, tmp_path, learning_rte=1.0)
+    with pytest.raises(ConfigError, match="loss madpo needs a `margin` column"):
+        ours(tiny_policy, tmp_path, "madpo", Dataset.from_list(rows(4)).remove_columns("margin"))
