@@ -23,7 +23,7 @@ class RewardScorer:
         model: folder or hub id.
         batch_tokens: padded tokens per batch; a longer text is a batch of its own.
         max_length: tokens per text; longer ones are cut from the right.
-        padding_side: rewards do not depend on it.
+        padding_side: of a decoder; rewards do not depend on it. An encoder is always padded on the right.
 
     Raises:
         ModelError: the model cannot be used.
@@ -42,7 +42,8 @@ class RewardScorer:
         self.model = loaded.to(self.device).eval()
         self.batch_tokens = batch_tokens
         self.max_length = max_length
-        self.padding_side = padding_side
+        # An encoder pools its first token, which left padding would replace.
+        self.padding_side = padding_side if hasattr(loaded, "score") else "right"
 
     def score_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Reward of each text, float64 [N], in the order given."""
@@ -106,10 +107,8 @@ class RewardScorer:
             where = slice(width - len(row), width) if left else slice(0, len(row))
             input_ids[k, where] = torch.tensor(row)
             mask[k, where] = 1
-        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+        positions = {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0).to(self.device)} if left else {}
         logits = self.model(
-            input_ids=input_ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            position_ids=positions.to(self.device),
+            input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device), **positions
         ).logits
         return logits.squeeze(-1).double().cpu().numpy()

@@ -124,7 +124,7 @@ def test_the_verdict_says_what_the_intervals_say(changes: dict[str, float], said
 
 def test_a_lead_at_another_kl_is_not_called_better() -> None:
     details = " ".join(verdict(report(gain=0.5, half=0.05)).details)
-    assert "at another KL (2.0 and 1.0 nats), so it may only have gone further" in details
+    assert "at another KL (2 and 1 nats), so it may only have gone further" in details
     same = report(gain=0.5, half=0.05)
     same["evaluation"]["policies"]["madpo"]["kl"] = est(1.0, 0.1)
     assert "at about the same KL" in " ".join(verdict(same).details)

@@ -92,7 +92,8 @@ def test_madpo_is_a_weight_column_times_dpo(tiny_policy: Path, tmp_path: Path) -
     assert np.allclose(table["weight"], 0.5 * madpo_weight(torch.tensor(pairs["margin"], dtype=torch.float64)).numpy())
     trainer = ours(tiny_policy, tmp_path, "madpo", pairs)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    loss = trainer.compute_loss(trainer.model, batch)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch).detach()
     assert float(loss) == pytest.approx(float((batch["weight"] * np.log(2)).mean()), abs=1e-5)
     assert trainer._metrics["train"]["weight/mean"] == [pytest.approx(float(batch["weight"].mean()))]
 

@@ -10,6 +10,7 @@ from align.reports import plots
 from align.reports.verdict import interval, name, number, verdict
 from align.stage import read_json
 
+SECTIONS = ("summary", "data", "reward_model", "margins", "training", "evaluation", "samples")
 CURVES = {
     "loss": ("loss", False),
     "rewards/margins": ("implicit reward margin, beta h", True),
@@ -38,8 +39,9 @@ def render(report: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update({"interval": interval, "number": number, "method": name, "json": _json})
+    sections = dict.fromkeys(SECTIONS) | report
     template = environment.get_template("report.html.j2")
-    return template.render(report=report, verdict=verdict(report), plots=_plots(report), colour=plots.colour)
+    return template.render(report=sections, verdict=verdict(report), plots=_plots(report), colour=plots.colour)
 
 
 def _plots(report: dict[str, Any]) -> dict[str, Any]:

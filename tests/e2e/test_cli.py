@@ -117,7 +117,7 @@ def test_conversational_pairs_cross_fitted_on_themselves(workspace: Path) -> Non
     (workspace / "chat.yaml").write_text(yaml.safe_dump(run))
     done = align("run", "chat.yaml", cwd=workspace)
     assert done.returncode == 0, done.stderr
-    assert "user : the good film" in done.stderr
+    assert "user : the " in done.stderr and "assistant :" in done.stderr
     margins = read_pairs(workspace / "runs" / "chat" / "margins" / "pairs")
     crossfit = read_pairs(workspace / "runs" / "chat" / "crossfit" / "pairs")
     assert list(margins["margin"]) == list(crossfit["margin"])
