@@ -21,12 +21,14 @@ log = logging.getLogger("align")
 
 
 def configure(*, quiet: bool = False, level: str = "info") -> None:
-    """Send the program's log lines to stderr at ``level`` (``warning`` where ``quiet``)."""
+    """Send the program's log lines to stderr at ``level`` (``warning`` where ``quiet``, and on every
+    process but the first)."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
-    log.setLevel("WARNING" if quiet else level.upper())
+    follows = os.environ.get("RANK", "0") != "0"
+    log.setLevel("WARNING" if quiet or follows else level.upper())
     if log.level > logging.DEBUG:
         _quieten_libraries()
 

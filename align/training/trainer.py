@@ -4,13 +4,16 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
+from torch.utils.data import DataLoader
 from trl import DPOTrainer
 
 from align.beta_dpo import BetaDpoState, beta_dpo, beta_dpo_step
+from align.console import progress
 from align.errors import ConfigError
 from align.loss_registry import BoundLoss
 from align.losses import PairLogps
@@ -19,6 +22,7 @@ from align.stage import read_json, write_json
 from align.training.collator import PAIR_COLUMNS, PairCollator
 from align.training.logps import SequenceLogps, concatenated
 
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 LOSS_STATE = "loss_state.json"
 UNUSED_FIELDS = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl", "loss_weights": None}
 
@@ -70,22 +74,39 @@ class PreferenceTrainer(DPOTrainer):
         self._signature_columns = [*self._signature_columns, *PAIR_COLUMNS]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """trl's precomputation, kept on disk under a key of (reference weights, token ids, truncation)."""
-        if self.reference_cache is None:
+        """Reference log-probs as columns, kept on disk under a key of (reference weights, token ids, truncation)."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._precompute_ref_logps(dataset, name, batch_size)
-        key = [self._reference_key(dataset)]
-        broadcast_object_list(key, from_process=0)
-        file = self.reference_cache / f"{key[0]}.parquet"
-        if file.exists():
-            return concatenate_datasets([dataset, Dataset.from_parquet(str(file))], axis=1)
-        with_logps = super()._precompute_ref_logps(dataset, name, batch_size)
-        if self.accelerator.is_main_process:
-            self.reference_cache.mkdir(parents=True, exist_ok=True)
+        file = None
+        if self.reference_cache is not None:
+            key = [self._reference_key(dataset)]
+            broadcast_object_list(key, from_process=0)
+            file = self.reference_cache / f"{key[0]}.parquet"
+            found = [file.exists()]
+            broadcast_object_list(found, from_process=0)
+            if found[0]:
+                return concatenate_datasets([dataset, Dataset(pq.read_table(file))], axis=1)
+        columns = Dataset.from_dict(
+            dict(zip(REFERENCE_COLUMNS, self._reference_logps(dataset, batch_size), strict=True))
+        )
+        if file is not None and self.accelerator.is_main_process:
+            file.parent.mkdir(parents=True, exist_ok=True)
             temporary = file.with_suffix(".tmp")
-            with_logps.select_columns(["ref_chosen_logps", "ref_rejected_logps"]).to_parquet(str(temporary))
+            pq.write_table(columns.with_format("arrow")[:], temporary)
             temporary.replace(file)
         self.accelerator.wait_for_everyone()
-        return with_logps
+        return concatenate_datasets([dataset, columns], axis=1)
+
+    def _reference_logps(self, dataset: Dataset, batch_size: int) -> list[list[float]]:
+        """[chosen, rejected], each a list of N sums of log-probs (nats), computed by all processes together."""
+        loader = self.accelerator.prepare(
+            DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
+        )
+        parts = []
+        for batch in progress(loader, what="reference log-probs", total=len(loader), unit="batches"):
+            both = torch.stack(self.compute_ref_log_probs(self.ref_model or self.model, batch), dim=1)
+            parts.append(self.accelerator.gather_for_metrics(both).float().cpu())
+        return torch.cat(parts).T.tolist()
 
     def _reference_key(self, dataset: Dataset) -> str:
         state = hashlib.sha256(f"{self.args.max_length} {self.args.truncation_mode}".encode())
