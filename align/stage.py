@@ -111,7 +111,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON by way of a temporary file, so that a reader never sees half of it."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
