@@ -61,7 +61,9 @@ def test_p1_coefficient_is_one_at_tau_and_falls(parameters: dict[str, float], va
     ordered = tensor(sorted(abs(value) for value in values))
     c = madpo_coefficient(ordered, **parameters)
     assert (c.diff() <= 1e-12).all()
-    assert (c >= parameters["c_min"] - 1e-12).all() and (c < parameters["c_max"]).all()
+    assert (c >= parameters["c_min"] - 1e-12).all() and (c <= parameters["c_max"]).all()
+    if parameters["lam"] * tau < 30:  # beyond, 1 + exp(-lam tau) rounds to 1 in float64
+        assert (c < parameters["c_max"]).all()
 
 
 @given(valid, margins)
