@@ -58,6 +58,10 @@ class RewardConfig(Section):
     """Tokens per sequence; longer ones are cut from the right when training and scoring."""
     peft: dict[str, Any] | None = None
     """Fields of peft.LoraConfig; full fine-tuning where absent."""
+    layout: Literal["auto", "concatenated", "shared_prefix"] = "auto"
+    """How log-probs are computed: prompts once for both responses wherever that is exact, or row by row as trl does."""
+    max_tokens_per_device: Count | None = None
+    """Tokens of one forward pass; a larger batch is split without changing its gradient."""
     trainer: dict[str, Any] = {}
     """Fields of trl.RewardConfig, passed through unchanged."""
 
@@ -99,6 +103,10 @@ class TrainConfig(Section):
     """Name of a method (a folder name and a label in the report) -> its loss."""
     peft: dict[str, Any] | None = None
     """Fields of peft.LoraConfig; full fine-tuning where absent."""
+    layout: Literal["auto", "concatenated", "shared_prefix"] = "auto"
+    """How log-probs are computed: prompts once for both responses wherever that is exact, or row by row as trl does."""
+    max_tokens_per_device: Count | None = None
+    """Tokens of one forward pass; a larger batch is split without changing its gradient."""
     trainer: dict[str, Any] = {}
     """Fields of trl.DPOConfig, passed through unchanged."""
 

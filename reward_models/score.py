@@ -1,6 +1,6 @@
 """Scoring: (prompt, completion) -> reward, whatever the batch size and the padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from align.batching import token_batches
 from align.console import progress
 from reward_models.model import load_reward_model
 from reward_models.text import render, tokenize
@@ -49,7 +50,7 @@ class RewardScorer:
         """Reward of each text, float64 [N], in the order given."""
         ids = tokenize(texts, self.tokenizer, self.max_length)
         rewards = np.empty(len(ids), dtype=np.float64)
-        batches = list(self._batches(ids))
+        batches = token_batches([len(row) for row in ids], self.batch_tokens)
         with torch.inference_mode():
             for batch in progress(batches, what="scoring", total=len(batches), unit="batches"):
                 rewards[batch] = self._forward([ids[k] for k in batch])
@@ -85,17 +86,6 @@ class RewardScorer:
             np.save(temporary, rewards, allow_pickle=False)
             temporary.replace(file)
         return rewards
-
-    def _batches(self, ids: list[list[int]]) -> Iterator[list[int]]:
-        """Indices grouped by length so that rows x longest row stays within the budget."""
-        batch: list[int] = []
-        for index in sorted(range(len(ids)), key=lambda k: len(ids[k]), reverse=True):
-            if batch and (len(batch) + 1) * len(ids[batch[0]]) > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
 
     def _forward(self, rows: list[list[int]]) -> np.ndarray:
         width = max(len(row) for row in rows)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -16,7 +17,8 @@ from align.errors import ConfigError
 from align.loss_registry import resolve
 from align.margins import madpo_weight
 from align.stage import read_json
-from align.training.train import add_weight, make_trainer, train_policy
+from align.training.layout import LayoutChoice
+from align.training.train import add_weight, load_policy, load_tokenizer, make_trainer, train_policy
 from align.training.trainer import PreferenceTrainer
 from tests.builders import rows
 
@@ -40,10 +42,22 @@ class Gradients(TrainerCallback):
 
 
 def ours(
-    policy: Path, output: Path, loss: str = "dpo", pairs: Dataset | None = None, **fields: Any
+    policy: Path,
+    output: Path,
+    loss: str = "dpo",
+    pairs: Dataset | None = None,
+    layout: LayoutChoice = "auto",
+    budget: int | None = None,
+    **fields: Any,
 ) -> PreferenceTrainer:
     fields = {name: value for name, value in (BASE | fields).items() if name != "disable_tqdm"}
-    config = TrainConfig(model=str(policy), methods={"m": LossConfig(loss=loss)}, trainer=fields)
+    config = TrainConfig(
+        model=str(policy),
+        methods={"m": LossConfig(loss=loss)},
+        trainer=fields,
+        layout=layout,
+        max_tokens_per_device=budget,
+    )
     table = Dataset.from_list(rows(16)) if pairs is None else pairs
     table, bound = add_weight(table, resolve(loss, {}))
     return make_trainer(table, config, bound, output, seed=0, tau=2.0, reference_cache=output / "cache")
@@ -92,8 +106,7 @@ def test_madpo_is_a_weight_column_times_dpo(tiny_policy: Path, tmp_path: Path) -
     assert np.allclose(table["weight"], 0.5 * madpo_weight(torch.tensor(pairs["margin"], dtype=torch.float64)).numpy())
     trainer = ours(tiny_policy, tmp_path, "madpo", pairs)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, batch).detach()
+    loss = trainer.training_step(trainer.model, batch)
     assert float(loss) == pytest.approx(float((batch["weight"] * np.log(2)).mean()), abs=1e-5)
     assert trainer._metrics["train"]["weight/mean"] == [pytest.approx(float(batch["weight"].mean()))]
 
@@ -122,6 +135,65 @@ def test_resumed_equals_uninterrupted(tiny_policy: Path, tmp_path: Path, loss: s
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name]), name
     assert whole.beta_state == second.beta_state
+
+
+@pytest.mark.parametrize("layout", ["concatenated", "shared_prefix"])
+@pytest.mark.parametrize("loss", ["madpo", "ipo"])
+def test_same_gradients_for_any_split(tiny_policy: Path, tmp_path: Path, loss: str, layout: LayoutChoice) -> None:
+    """P11: token budgets, accumulation with an uneven last step, and the layout leave every gradient as it is."""
+    table = Dataset.from_list(rows(14))
+    found = []
+    for name, (fields, budget) in {
+        "whole": ({"per_device_train_batch_size": 8}, None),
+        "budget": ({"per_device_train_batch_size": 8}, 60),
+        "one pair": ({"per_device_train_batch_size": 8}, 1),
+        "accumulated": ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, None),
+        "both": ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 50),
+    }.items():
+        trainer = ours(tiny_policy, tmp_path / name, loss, table, layout, budget, max_steps=4, **fields)
+        kept = Gradients()
+        trainer.add_callback(kept)
+        trainer.train()
+        found.append((kept.steps, [entry for entry in trainer.state.log_history if "loss" in entry]))
+    (expected, log), *others = found
+    assert len(expected) == 4
+    for steps, other in others:
+        for a, b in zip(expected, steps, strict=True):
+            assert all(torch.allclose(a[name], b[name], atol=2e-5) for name in a)
+        for name in ("loss", "weight/mean", "logps/chosen", "rewards/margins", "entropy"):
+            assert np.allclose([e[name] for e in log], [e[name] for e in other], atol=1e-3), name
+
+
+def test_stopped_reference_log_probs_go_on(tiny_policy: Path, tmp_path: Path) -> None:
+    """What a stopped run left is not computed again, and a finished file is only read."""
+    first = ours(tiny_policy, tmp_path, budget=40)
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = np.load(file)
+    assert whole.shape == (16, 2) and np.isfinite(whole).all()
+    left = whole.copy()
+    left[[3, 9]] = np.nan
+    left[0] = 7.0
+    np.save(file.with_suffix(".partial.npy"), left)
+    file.unlink()
+    again = ours(tiny_policy, tmp_path, budget=40)
+    (file,) = (tmp_path / "cache").iterdir()
+    found = np.load(file)
+    assert np.allclose(found[1:], whole[1:], atol=1e-5)
+    assert found[0, 0] == 7.0 or np.allclose(found[0], whole[0])
+    assert again.train_dataset["ref_rejected_logps"] == found[:, 1].tolist()
+    assert first.train_dataset["ref_rejected_logps"] == whole[:, 1].tolist()
+
+
+def test_layout_that_is_not_exact_is_refused(tmp_path: Path, tiny_policy: Path) -> None:
+    fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"}
+    prompt_tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    arguments: dict[str, Any] = {
+        "loss": resolve("dpo", {}), "tau": 1.0, "model": load_policy(str(tiny_policy)), "peft_config": prompt_tuning,
+        "args": DPOConfig(output_dir=str(tmp_path), precompute_ref_log_probs=True, **fields),
+        "train_dataset": Dataset.from_list(rows(4)), "processing_class": load_tokenizer(str(tiny_policy)),
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="prompt-learning adapter"):
+        PreferenceTrainer(layout="shared_prefix", **arguments)
 
 
 def test_reference_log_probs_are_kept_and_keyed(tiny_policy: Path, tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ For completions y sampled from the policy at temperature 1, the mean of log poli
 estimate of the KL divergence per completion, in nats.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from align.batching import token_batches
 from align.console import progress
 
 
@@ -33,7 +34,7 @@ def completion_logps(
     rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
     device = next(model.parameters()).device
     sums = np.zeros(len(rows))
-    batches = list(_batches(rows, batch_tokens))
+    batches = token_batches([len(row) for row in rows], batch_tokens)
     with torch.inference_mode():
         for batch in progress(batches, what="log-probs", total=len(batches), unit="batches"):
             width = max(len(rows[k]) for k in batch)
@@ -45,14 +46,3 @@ def completion_logps(
                 scores = F.log_softmax(logits[row, first - 1 : last - 1].float(), dim=-1)
                 sums[k] = scores.gather(1, ids[row, first:last, None]).double().sum().item()
     return sums
-
-
-def _batches(rows: list[list[int]], batch_tokens: int) -> Iterator[list[int]]:
-    batch: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda k: len(rows[k]), reverse=True):
-        if batch and (len(batch) + 1) * len(rows[batch[0]]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

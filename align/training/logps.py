@@ -1,13 +1,22 @@
-"""How the log-probabilities of a batch of pairs are computed.
+"""Log-probabilities of the completions of a batch of pairs, in one of two exact layouts.
 
-Shapes: B pairs, T padded tokens of the longest of the 2B sequences.
+Legend: B pairs, T padded tokens of the longest of the 2B sequences, N packed tokens, M scored positions.
 """
 
-from typing import Any, NamedTuple
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
+from align.training import attention
+from align.training.head import LogitForm, TokenScores, score_tokens
+from align.training.packing import pack
+
+Layout = Literal["concatenated", "shared_prefix"]
 NOT_MODEL_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "margin", "weight"})
 
 
@@ -22,22 +31,115 @@ class SequenceLogps(NamedTuple):
     """[B], completion tokens."""
     rejected_length: Tensor
     """[B], completion tokens."""
-    outputs: Any
-    """What trl's fused head returned: per-token entropy, mean logits, top-1 hits, each [2B, T - 1]."""
+    tokens: TokenScores
+    """Of each completion token, each [2B, T - 1], place t - 1 for the token at t; 0 elsewhere."""
 
 
-def concatenated(model: torch.nn.Module, batch: dict[str, Any]) -> SequenceLogps:
-    """Log-probabilities in trl's layout: chosen rows first, rejected rows after them, one forward pass.
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Which hidden states predict which tokens: ``places`` [M] in the flattened hidden states, ``targets`` [M]."""
+
+    places: Tensor
+    targets: Tensor
+    width: int
+    """Tokens per row of the input; what an adapter puts before them is skipped."""
+
+
+@dataclass
+class ScoredOutput(ModelOutput):
+    """What a model with a completion head returns, each [M]; see TokenScores."""
+
+    logps: Tensor | None = None
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+    top1: Tensor | None = None
+
+
+def add_completion_head(model: PreTrainedModel) -> None:
+    """Let ``model(..., scored=Scored(...))`` return the scores of those tokens alone, never the full logits.
+
+    The forward itself is extended, so that wrappers (PEFT, DDP, FSDP) and their hooks stay in place.
+    """
+    if hasattr(model.forward, "scores_completions"):
+        return
+    original = model.forward
+    form = LogitForm.of(model.config)
+
+    @functools.wraps(original)
+    def forward(*args: Any, scored: Scored | None = None, **kwargs: Any) -> Any:
+        if scored is None:
+            return original(*args, **kwargs)
+        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, -scored.width :]
+        head = model.get_output_embeddings()
+        picked = hidden.flatten(0, 1).index_select(0, scored.places)
+        return ScoredOutput(*score_tokens(picked, head, scored.targets, form))
+
+    forward.scores_completions = True  # type: ignore[attr-defined]
+    model.forward = forward
+
+
+def pair_logps(model: torch.nn.Module, batch: dict[str, Any], layout: Layout) -> SequenceLogps:
+    """Log-probabilities of a batch of pairs.
 
     Args:
-        model: causal language model whose forward trl has given a fused head (``DPOTrainer`` does so).
-        batch: as ``PairCollator`` makes it.
+        model: causal language model after ``add_completion_head``, and for ``shared_prefix`` also after
+            ``attention.enable``; it may be wrapped by PEFT and by a launcher.
+        batch: right-padded, as ``PairCollator`` makes it.
+        layout: ``concatenated`` runs the 2B sequences as they are; ``shared_prefix`` packs the pairs into one row
+            where each pair's common start stands once. Both give the same numbers up to rounding.
     """
-    mask = batch["completion_mask"]
+    return (_shared_prefix if layout == "shared_prefix" else _concatenated)(model, batch)
+
+
+def _concatenated(model: torch.nn.Module, batch: dict[str, Any]) -> SequenceLogps:
+    mask = batch["completion_mask"].bool()
     inputs = {key: value for key, value in batch.items() if key not in NOT_MODEL_INPUTS}
-    labels = batch["input_ids"].masked_fill(mask == 0, -100)
-    outputs = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
-    logps = outputs.log_probs[:, -(mask.shape[1] - 1) :].sum(dim=1)
-    chosen, rejected = logps.chunk(2)
-    chosen_length, rejected_length = mask[:, 1:].sum(dim=1).chunk(2)
-    return SequenceLogps(chosen, rejected, chosen_length, rejected_length, outputs)
+    width = mask.shape[1]
+    ends = mask[:, 1:].flatten().nonzero().squeeze(1)
+    rows, columns = ends // (width - 1), ends % (width - 1)
+    scored = Scored(rows * width + columns, batch["input_ids"][:, 1:].flatten()[ends], width)
+    output = model(**inputs, use_cache=False, scored=scored)
+    return _collect(output, ends, mask)
+
+
+def _shared_prefix(model: torch.nn.Module, batch: dict[str, Any]) -> SequenceLogps:
+    mask = batch["completion_mask"].bool()
+    packed = pack(batch)
+    owned = torch.zeros_like(mask).flatten()
+    owned[packed.own] = True
+    ends = (mask & owned.view_as(mask))[:, 1:].flatten().nonzero().squeeze(1)
+    targets = batch["input_ids"][:, 1:].flatten()[ends]
+    places = packed.source[:, :-1].flatten()[ends]
+    output = model(
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        attention_mask=attention.no_mask(mask.device),
+        packed_pairs=packed,
+        use_cache=False,
+        scored=Scored(places, targets, packed.input_ids.shape[1]),
+    )
+    return _collect(output, ends, mask, shared=mask & ~owned.view_as(mask))
+
+
+def _collect(output: Any, ends: Tensor, mask: Tensor, shared: Tensor | None = None) -> SequenceLogps:
+    """Scores back at their places.
+
+    Args:
+        output: scores [M].
+        ends: [M], places in the flattened [2B, T - 1] tokens.
+        mask: [2B, T], completion tokens.
+        shared: [2B, T], completion tokens of rejected rows that stand in the chosen row.
+    """
+    scored = mask[:, 1:]
+    half = mask.shape[0] // 2
+    columns = []
+    for values in (output.logps, output.entropy, output.mean_logit, output.top1):
+        placed = values.new_zeros(scored.numel()).index_copy(0, ends, values).view_as(scored)
+        if shared is not None:
+            copied = placed[:half].masked_fill(~shared[half:, 1:], 0)
+            placed = torch.cat([placed[:half], placed[half:] + copied])
+        columns.append(placed)
+    tokens = TokenScores(*columns)
+    chosen, rejected = tokens.logps.sum(dim=1).chunk(2)
+    chosen_length, rejected_length = scored.sum(dim=1).chunk(2)
+    return SequenceLogps(chosen, rejected, chosen_length, rejected_length, tokens)

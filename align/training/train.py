@@ -166,6 +166,8 @@ def make_trainer(
         loss=loss,
         tau=tau,
         reference_cache=reference_cache,
+        layout=config.layout,
+        max_tokens=config.max_tokens_per_device,
         model=load_policy(config.model, **(args.model_init_kwargs or {"dtype": "float32"})),
         args=args,
         train_dataset=pairs,

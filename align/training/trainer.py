@@ -1,28 +1,34 @@
 """PreferenceTrainer: trl's DPOTrainer with the loss of a pair taken from align/losses.py and weighted per pair."""
 
-import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
-from torch.utils.data import DataLoader
 from trl import DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
 
+from align.batching import token_batches
 from align.beta_dpo import BetaDpoState, beta_dpo, beta_dpo_step
-from align.console import progress
 from align.errors import ConfigError
 from align.loss_registry import BoundLoss
 from align.losses import PairLogps
-from align.margins import effective_sample_size, margin_regions
 from align.stage import read_json, write_json
 from align.training.collator import PAIR_COLUMNS, PairCollator
-from align.training.logps import SequenceLogps, concatenated
+from align.training.layout import LayoutChoice, choose_layout, trim
+from align.training.logps import Layout, pair_logps
+from align.training.packing import packed_tokens
+from align.training.pair_metrics import PairMetrics
+from align.training.reference import reference_key, reference_logps
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+REFERENCE_TOKENS = 8192
+"""Tokens of a batch of reference log-probs where no budget is set."""
+LAYOUT_SAMPLE = 256
 LOSS_STATE = "loss_state.json"
 UNUSED_FIELDS = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl", "loss_weights": None}
 
@@ -30,23 +36,37 @@ UNUSED_FIELDS = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": 
 class PreferenceTrainer(DPOTrainer):
     """trl's DPOTrainer, its loss replaced by ``loss`` and multiplied by the pair's ``weight`` before the mean.
 
-    The batch loss is mean_i weight_i * loss_i over the pairs of a micro-batch; weights are not renormalised.
-    Everything else (data preparation, reference, LoRA, checkpoints, logging, launchers) is trl's.
+    The loss of an optimizer step is mean_i weight_i * loss_i over its pairs; weights are not renormalised.
+    Data preparation, LoRA, checkpoints, logging and launchers are trl's.
 
     Args:
         loss: a loss bound to its parameters.
         tau: edge of the margin regions that are logged (in units of the margin).
         reference_cache: folder that keeps reference log-probs between runs, or None.
+        layout: how log-probs are computed, see ``choose_layout``.
+        max_tokens: tokens of one forward pass; a batch of more is split, with the same gradient. None: never split.
         kwargs: those of ``trl.DPOTrainer``.
 
     Raises:
-        ConfigError: a field of DPOConfig is set that only trl's own losses know.
+        ConfigError: a field of DPOConfig is set that only trl's own losses know, or a layout that is not exact for
+            the model.
     """
 
     data_collator: Any
     _signature_columns: Any
+    loss_is_scaled_for_ga = True
+    layout: Layout
 
-    def __init__(self, *, loss: BoundLoss, tau: float, reference_cache: Path | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        loss: BoundLoss,
+        tau: float,
+        reference_cache: Path | None = None,
+        layout: LayoutChoice = "auto",
+        max_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         args = kwargs["args"]
         for field, neutral in UNUSED_FIELDS.items():
             if getattr(args, field) != neutral:
@@ -58,7 +78,12 @@ class PreferenceTrainer(DPOTrainer):
         self.loss = loss
         self.tau = tau
         self.reference_cache = reference_cache
+        self.layout = "concatenated"
+        self._layout_is_chosen = False
+        self.max_tokens = max_tokens
         self.beta_state = BetaDpoState()
+        self._layout_choice = layout
+        self._pair_metrics = PairMetrics(beta=loss.beta, tau=tau)
         args.beta = loss.beta
         args.loss_type = ["sigmoid"]
         super().__init__(**kwargs)
@@ -68,6 +93,7 @@ class PreferenceTrainer(DPOTrainer):
             truncation_mode=args.truncation_mode,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
+        self._prepare_layout(self.train_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -75,58 +101,108 @@ class PreferenceTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Reference log-probs as columns, kept on disk under a key of (reference weights, token ids, truncation)."""
+        self._prepare_layout(dataset)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         file = None
         if self.reference_cache is not None:
-            key = [self._reference_key(dataset)]
+            settings = (self.args.max_length, self.args.truncation_mode)
+            key = [reference_key(self._reference, dataset, settings) if self.accelerator.is_main_process else ""]
             broadcast_object_list(key, from_process=0)
-            file = self.reference_cache / f"{key[0]}.parquet"
-            found = [file.exists()]
-            broadcast_object_list(found, from_process=0)
-            if found[0]:
-                return concatenate_datasets([dataset, Dataset(pq.read_table(file))], axis=1)
-        columns = Dataset.from_dict(
-            dict(zip(REFERENCE_COLUMNS, self._reference_logps(dataset, batch_size), strict=True))
+            file = self.reference_cache / f"{key[0]}.npy"
+        values = reference_logps(
+            dataset,
+            self._reference_of_examples,
+            self.accelerator,
+            batch_tokens=self.max_tokens or REFERENCE_TOKENS,
+            file=file,
         )
-        if file is not None and self.accelerator.is_main_process:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(".tmp")
-            pq.write_table(columns.with_format("arrow")[:], temporary)
-            temporary.replace(file)
-        self.accelerator.wait_for_everyone()
+        columns = Dataset.from_dict(dict(zip(REFERENCE_COLUMNS, values.T, strict=True)))
         return concatenate_datasets([dataset, columns], axis=1)
 
-    def _reference_logps(self, dataset: Dataset, batch_size: int) -> list[list[float]]:
-        """[chosen, rejected], each a list of N sums of log-probs (nats), computed by all processes together."""
-        loader = self.accelerator.prepare(
-            DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
-        )
-        parts = []
-        for batch in progress(loader, what="reference log-probs", total=len(loader), unit="batches"):
-            both = torch.stack(self.compute_ref_log_probs(self.ref_model or self.model, batch), dim=1)
-            parts.append(self.accelerator.gather_for_metrics(both).float().cpu())
-        return torch.cat(parts).T.tolist()
+    def _reference_of_examples(self, examples: list[dict[str, Any]]) -> Tensor:
+        batch = self.data_collator(examples)
+        batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
+        return torch.stack(self.compute_ref_log_probs(self._reference, batch), dim=1)
 
-    def _reference_key(self, dataset: Dataset) -> str:
-        state = hashlib.sha256(f"{self.args.max_length} {self.args.truncation_mode}".encode())
-        reference = self.ref_model if self.ref_model is not None else self.model
-        for parameter_name, parameter in sorted(reference.named_parameters()):
-            if "lora_" not in parameter_name:
-                state.update(parameter_name.encode())
-                state.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-        for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            for ids in dataset[column]:
-                state.update(f"{column}{ids}".encode())
-        return state.hexdigest()
+    @property
+    def _reference(self) -> torch.nn.Module:
+        return self.ref_model if self.ref_model is not None else self.model
 
-    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        policy = concatenated(model, inputs)
+    def _prepare_layout(self, dataset: Dataset) -> None:
+        """Choose the layout once, before the first forward pass."""
+        if not self._layout_is_chosen:
+            self._layout_is_chosen = True
+            sample = self.data_collator([dataset[k] for k in range(min(LAYOUT_SAMPLE, len(dataset)))])
+            self.layout = choose_layout(self.model, sample, self._layout_choice)
+            if self.ref_model is not None:
+                choose_layout(self.ref_model, sample, self.layout)
+
+    def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Log-probs [B], [B] of the chosen and rejected responses under the reference: the adapter off, no gradient."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            inputs = {name: value for name, value in inputs.items() if name not in PAIR_COLUMNS}
+            return super().compute_ref_log_probs(model, inputs)
+        off: AbstractContextManager[None] = nullcontext()
+        if self.ref_model is None and hasattr(self.model, "peft_config"):
+            policy = self.accelerator.unwrap_model(self.model)
+            off = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), checkpointing, off, self.accelerator.autocast():
+            found = pair_logps(model, inputs, self.layout)
+        return found.chosen, found.rejected
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Pairs of one optimizer step, over its micro-batches and all processes."""
+        own = sum(batch["input_ids"].shape[0] // 2 for batch in batch_samples)
+        return self.accelerator.gather(torch.tensor([own], device=device)).sum()
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        """One batch forward and backward, in micro-batches of at most ``max_tokens`` tokens."""
+        *first, last = self._micro_batches(inputs)
+        total = torch.zeros((), device=self.accelerator.device)
+        for batch in first:
+            with self.accelerator.no_sync(model):
+                total += super().training_step(model, batch, num_items_in_batch)
+        total += super().training_step(model, last, num_items_in_batch)
+        self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
+        if self.accelerator.sync_gradients:
+            self._log_pairs("train")
+        return total
+
+    def _micro_batches(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """The batch split under the token budget, pairs of like length together.
+
+        beta-DPO is not split: its beta comes from the whole batch.
+        """
+        if self.max_tokens is None or self.loss.spec.function is None:
+            return [inputs]
+        if self.layout == "shared_prefix":
+            batches = token_batches(packed_tokens(inputs).tolist(), self.max_tokens, padded=False)
+        else:
+            longest = inputs["attention_mask"].sum(dim=1).view(2, -1).amax(dim=0)
+            batches = token_batches((2 * longest).tolist(), self.max_tokens)
+        return [trim(inputs, torch.tensor(sorted(batch))) for batch in batches]
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Sum of weight * loss over the pairs of ``inputs``, over the pairs of the optimizer step.
+
+        The step's loss is so the mean over its pairs whatever way they are split into micro-batches and over
+        processes (whose gradients the launcher averages). Without ``num_items_in_batch`` it is the mean of ``inputs``.
+        """
+        policy = pair_logps(model, inputs, self.layout)
         if self.precompute_ref_logps:
             ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
-            ref_inputs = {key: value for key, value in inputs.items() if key not in PAIR_COLUMNS}
-            ref_chosen, ref_rejected = self.compute_ref_log_probs(self.ref_model or self.model, ref_inputs)
+            ref_chosen, ref_rejected = self.compute_ref_log_probs(self._reference, inputs)
         logps = PairLogps(
             chosen=policy.chosen,
             rejected=policy.rejected,
@@ -138,9 +214,20 @@ class PreferenceTrainer(DPOTrainer):
         margin: Tensor | None = inputs.get("margin")
         weight: Tensor = inputs.get("weight", torch.ones_like(ref_chosen))
         per_pair = self._adaptive_beta(logps) if self.loss.spec.function is None else self.loss(logps, margin)
-        loss = (weight * per_pair).mean()
-        self._record(policy, logps, margin, weight, inputs)
-        return (loss, policy.outputs) if return_outputs else loss
+        training = self.model.training
+        pairs: Tensor | float = len(per_pair)
+        if training and num_items_in_batch is not None:
+            pairs = num_items_in_batch / self.accelerator.num_processes
+        loss = (weight * per_pair).sum() / pairs
+        self._pair_metrics.add(policy, logps, weight, margin)
+        if not training:
+            self._log_pairs("eval")
+        return (loss, policy.tokens) if return_outputs else loss
+
+    def _log_pairs(self, mode: str) -> None:
+        for name, value in self._pair_metrics.flush(self.accelerator.gather).items():
+            self._metrics[mode][name].append(value)
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _adaptive_beta(self, logps: PairLogps) -> Tensor:
         """beta-DPO's loss; its statistics run over the pairs of all processes (arXiv 2407.08639)."""
@@ -163,82 +250,6 @@ class PreferenceTrainer(DPOTrainer):
         self._metrics["train" if self.model.training else "eval"]["beta"].append(beta)
         own_keep = keep[first : first + own].to(gaps.device)
         return beta_dpo(logps, beta=beta, keep=own_keep, scale=keep.numel() / int(keep.sum()))
-
-    def _record(
-        self,
-        policy: SequenceLogps,
-        logps: PairLogps,
-        margin: Tensor | None,
-        weight: Tensor,
-        inputs: dict[str, Any],
-    ) -> None:
-        """Append the batch's metrics: trl's names, then the weight's and the margin's."""
-        mode = "train" if self.model.training else "eval"
-        metrics = self._metrics[mode]
-        columns = torch.stack(
-            [
-                logps.chosen.detach(),
-                logps.rejected.detach(),
-                logps.ref_chosen,
-                logps.ref_rejected,
-                weight,
-                margin if margin is not None else torch.zeros_like(weight),
-            ]
-        ).T.contiguous()
-        chosen, rejected, ref_chosen, ref_rejected, weight, gathered_margin = self.accelerator.gather(columns).T
-        chosen_change, rejected_change = chosen - ref_chosen, rejected - ref_rejected
-        gap = chosen_change - rejected_change
-        values: dict[str, Tensor | float] = {
-            "rewards/chosen": self.beta * chosen_change.mean(),
-            "rewards/rejected": self.beta * rejected_change.mean(),
-            "rewards/accuracies": (gap > 0).float().mean(),
-            "rewards/margins": self.beta * gap.mean(),
-            "logps/chosen": chosen.mean(),
-            "logps/rejected": rejected.mean(),
-            "logps/chosen_change": chosen_change.mean(),
-            "logps/rejected_change": rejected_change.mean(),
-            "weight/mean": weight.mean(),
-            "weight/min": weight.min(),
-            "weight/max": weight.max(),
-            "weight/ess_share": effective_sample_size(weight) / weight.numel(),
-        }
-        if margin is not None:
-            values["margin/disagreement"] = (gathered_margin < 0).float().mean()
-            for region, share in margin_regions(gathered_margin, self.tau).items():
-                values[f"margin/share {region}"] = share
-        for name, value in (values | self._token_metrics(policy, inputs)).items():
-            metrics[name].append(float(value))
-        if mode == "train":
-            self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
-        metrics["num_tokens"] = [self._total_train_tokens]
-
-    def _token_metrics(self, policy: SequenceLogps, inputs: dict[str, Any]) -> dict[str, float]:
-        """Entropy, mean logits and top-1 accuracy over completion tokens, under trl's names."""
-        mask = inputs["completion_mask"][:, 1:].bool()
-        chosen_mask, rejected_mask = mask.chunk(2)
-        width = mask.shape[1]
-        chosen_logits, rejected_logits = policy.outputs.mean_logits[:, -width:].detach().chunk(2)
-        top1 = policy.outputs.is_top1[:, -width:].chunk(2)[0]
-        sums = torch.stack(
-            [
-                policy.outputs.entropy[:, -width:].detach()[mask].sum(),
-                chosen_logits[chosen_mask].sum(),
-                rejected_logits[rejected_mask].sum(),
-                top1[chosen_mask].sum(),
-                mask.sum(),
-                chosen_mask.sum(),
-                rejected_mask.sum(),
-            ]
-        ).float()
-        entropy, of_chosen, of_rejected, hits, tokens, n_chosen, n_rejected = (
-            self.accelerator.gather(sums[None]).sum(dim=0).tolist()
-        )
-        return {
-            "entropy": entropy / max(tokens, 1),
-            "logits/chosen": of_chosen / max(n_chosen, 1),
-            "logits/rejected": of_rejected / max(n_rejected, 1),
-            "mean_token_accuracy": hits / max(n_chosen, 1),
-        }
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

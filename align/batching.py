@@ -1,0 +1,23 @@
+"""Batches of sequences under a token budget."""
+
+from collections.abc import Sequence
+
+
+def token_batches(lengths: Sequence[int], budget: int, *, padded: bool = True) -> list[list[int]]:
+    """Indices 0..N-1, each in exactly one batch, longest first, so that a batch costs at most ``budget`` tokens.
+
+    Args:
+        lengths: N lengths in tokens.
+        budget: tokens per batch; a sequence that is longer is a batch of its own.
+        padded: a batch costs rows times its longest row; otherwise the sum of its rows.
+    """
+    batches: list[list[int]] = []
+    used = 0
+    for index in sorted(range(len(lengths)), key=lambda k: (-lengths[k], k)):
+        cost = lengths[batches[-1][0]] if padded and used else lengths[index]
+        if not used or used + cost > budget:
+            batches.append([])
+            used, cost = 0, lengths[index]
+        batches[-1].append(index)
+        used += max(cost, 1)
+    return batches

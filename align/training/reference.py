@@ -1,0 +1,92 @@
+"""Reference log-probs of a table of pairs: computed once by all processes, kept on disk, resumed."""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor
+
+from align.batching import token_batches
+from align.console import progress
+
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def reference_logps(
+    dataset: Dataset,
+    compute: Callable[[list[dict[str, Any]]], Tensor],
+    accelerator: Accelerator,
+    *,
+    batch_tokens: int,
+    file: Path | None,
+) -> np.ndarray:
+    """Log-probs (nats) of every pair's chosen and rejected response under the reference, float64 [N, 2].
+
+    Args:
+        dataset: table with ``ID_COLUMNS``.
+        compute: examples of b pairs -> [b, 2].
+        accelerator: its processes share the work; each returns the whole.
+        batch_tokens: tokens of a batch, prompts counted once.
+        file: a .npy file to keep the result in, or None; found whole it is only read. While computing, a memory-mapped
+            file beside it holds NaN where nothing is known yet, and a stopped run goes on from there.
+    """
+    if file is not None and file.exists():
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    partial = None if file is None else file.with_suffix(".partial.npy")
+    values = _open(partial, len(dataset), create=accelerator.is_main_process)
+    lengths = [sum(map(len, columns)) for columns in zip(*(dataset[name] for name in ID_COLUMNS), strict=True)]
+    batches = [batch for batch in token_batches(lengths, batch_tokens, padded=False) if np.isnan(values[batch]).any()]
+    accelerator.wait_for_everyone()
+    world, rank = accelerator.num_processes, accelerator.process_index
+    rounds = range(0, math.ceil(len(batches) / world) * world, world)
+    for start in progress(rounds, what="reference log-probs", total=len(rounds), unit="batches"):
+        own = batches[start + rank : start + rank + 1]
+        found = [(batch, compute([dataset[k] for k in batch]).double().cpu().numpy()) for batch in own]
+        for batch, rows in gather_object(found) if world > 1 else found:
+            if accelerator.is_main_process or file is None:
+                values[batch] = rows
+        if isinstance(values, np.memmap):
+            values.flush()
+    accelerator.wait_for_everyone()
+    if file is None or partial is None:
+        return values
+    if accelerator.is_main_process:
+        partial.replace(file)
+    accelerator.wait_for_everyone()
+    return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+def reference_key(model: torch.nn.Module, dataset: Dataset, settings: Sequence[object]) -> str:
+    """Hex digest of the reference's weights (an adapter's left out), the token ids and ``settings``."""
+    state = hashlib.sha256(repr(list(settings)).encode())
+    tuner = getattr(model, "base_model", None) if hasattr(model, "peft_config") else None
+    adapter = () if tuner is None else (str(getattr(tuner, "prefix", "lora_")), "modules_to_save.")
+    for name, parameter in sorted(model.named_parameters()):
+        if not any(part in name for part in adapter):
+            state.update(name.encode())
+            state.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    for column in ID_COLUMNS:
+        for ids in dataset[column]:
+            state.update(f"{column}{ids}".encode())
+    return state.hexdigest()
+
+
+def _open(partial: Path | None, rows: int, *, create: bool) -> np.ndarray:
+    if partial is None:
+        return np.full((rows, 2), np.nan)
+    if partial.exists():
+        return np.lib.format.open_memmap(partial, mode="r+")
+    if not create:
+        return np.full((rows, 2), np.nan)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    values = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float64, shape=(rows, 2))
+    values[:] = np.nan
+    values.flush()
+    return values

@@ -1,0 +1,17 @@
+"""Batches under a token budget."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align.batching import token_batches
+
+
+@given(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 120), st.booleans())
+def test_every_index_once_within_the_budget(lengths: list[int], budget: int, padded: bool) -> None:
+    batches = token_batches(lengths, budget, padded=padded)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        sizes = [lengths[k] for k in batch]
+        cost = len(sizes) * max(sizes) if padded else sum(sizes)
+        assert len(batch) == 1 or cost <= budget
+    assert [lengths[k] for batch in batches for k in batch] == sorted(lengths, reverse=True)
