@@ -1,0 +1,1 @@
+"""Exact measurements of how the gradients of chosen and rejected responses interact."""

@@ -1,0 +1,134 @@
+"""From gradient products to what a step of the loss does to a pair (arXiv 2410.13828, with its corrections). Pure.
+
+With lw, ll the log-probs of chosen and rejected, d_w = -dL/dlw and d_l = dL/dll, one gradient-descent step of size eta
+on that pair alone changes, to first order,
+
+    lw by eta (d_w |gw|^2 - d_l <gw, gl>),    ll by eta (d_w <gw, gl> - d_l |gl|^2).
+
+d_w and d_l may be 0 or negative (IPO past its target, label smoothing), so the signs of the two changes are tested and
+nothing is divided by them. A weight on the pair scales both changes alike: it never turns a verdict.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from align.loss_registry import BoundLoss
+from align.losses import PairLogps
+
+Verdict = Literal["separated", "both fall", "both rise", "reversed", "no signal", "undecided"]
+NOISE = 1e-5
+"""Relative error of float32 products; a change smaller than this share of its terms is not decided."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """First-order changes of one pair's log-probs per unit of step size, each [B], float64."""
+
+    chosen: Tensor
+    rejected: Tensor
+    noise_chosen: Tensor
+    """Below this the sign of the change is rounding."""
+    noise_rejected: Tensor
+
+    @property
+    def margin(self) -> Tensor:
+        """Change of log p(chosen) - log p(rejected)."""
+        return self.chosen - self.rejected
+
+    def verdicts(self) -> list[Verdict]:
+        """One per pair: ``separated`` (chosen rises, rejected falls), ``both fall``, ``both rise``, ``reversed``,
+        ``no signal`` (the loss has no gradient), ``undecided`` (a sign is within numerical noise)."""
+        names: list[Verdict] = []
+        for up, down, noise_up, noise_down in zip(
+            self.chosen.tolist(), self.rejected.tolist(), self.noise_chosen.tolist(), self.noise_rejected.tolist(),
+            strict=True,
+        ):  # fmt: skip
+            if noise_up == 0 and noise_down == 0:
+                names.append("no signal")
+            elif abs(up) <= noise_up or abs(down) <= noise_down:
+                names.append("undecided")
+            elif up > 0:
+                names.append("separated" if down < 0 else "both rise")
+            else:
+                names.append("both fall" if down < 0 else "reversed")
+        return names
+
+
+def loss_weights(
+    loss: BoundLoss, logps: PairLogps, margin: Tensor | None = None, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """d_w = -dL/dlw and d_l = dL/dll, each [B], float64, by autograd through the loss.
+
+    Args:
+        loss: any registered loss but beta_dpo, whose beta is a statistic of a batch.
+        logps: of the pairs, [B].
+        margin: [B], for losses that use one.
+        weight: [B], of the pairs; 1 where None.
+    """
+    chosen, rejected = (values.double().detach().requires_grad_() for values in (logps.chosen, logps.rejected))
+    inner = PairLogps(
+        chosen=chosen,
+        rejected=rejected,
+        ref_chosen=logps.ref_chosen.double(),
+        ref_rejected=logps.ref_rejected.double(),
+        chosen_length=logps.chosen_length,
+        rejected_length=logps.rejected_length,
+    )
+    with torch.enable_grad():
+        total = loss(inner, None if margin is None else margin.double())
+        total = (total if weight is None else total * weight.double()).sum()
+        to_chosen, to_rejected = torch.autograd.grad(total, [chosen, rejected])
+    return -to_chosen, to_rejected
+
+
+def changes(chosen_sq: Tensor, rejected_sq: Tensor, inner: Tensor, d_w: Tensor, d_l: Tensor) -> Changes:
+    """What a gradient step on each pair alone does to it; all arguments [B].
+
+    Args:
+        chosen_sq: |gw|^2.
+        rejected_sq: |gl|^2.
+        inner: <gw, gl>.
+        d_w: weight of the chosen gradient.
+        d_l: weight of the rejected gradient.
+    """
+    size = (chosen_sq * rejected_sq).sqrt()
+    return Changes(
+        chosen=d_w * chosen_sq - d_l * inner,
+        rejected=d_w * inner - d_l * rejected_sq,
+        noise_chosen=NOISE * (d_w.abs() * chosen_sq + d_l.abs() * size),
+        noise_rejected=NOISE * (d_w.abs() * size + d_l.abs() * rejected_sq),
+    )
+
+
+def batch_changes(gram: Tensor, d_w: Tensor, d_l: Tensor) -> Changes:
+    """What a step on the mean loss of a batch does to each of its pairs; here the weights of pairs do matter.
+
+    Args:
+        gram: inner products [2B, 2B] of the gradients, chosen first.
+        d_w: [B].
+        d_l: [B].
+    """
+    pairs = len(d_w)
+    direction = torch.cat([d_w, -d_l]) / pairs
+    change, noise = gram @ direction, NOISE * gram.abs() @ direction.abs()
+    return Changes(change[:pairs], change[pairs:], noise[:pairs], noise[pairs:])
+
+
+def slack(chosen_sq: Tensor, rejected_sq: Tensor, inner: Tensor, d_w: Tensor, d_l: Tensor) -> Tensor:
+    """How far each pair is from entanglement, in log units [B]; negative: entangled.
+
+    -log cos - |log((d_w / d_l) / (|gl| / |gw|))|. Inf where the cosine is not positive (never entangled), NaN where
+    d_w and d_l are not both positive.
+    """
+    cosine = inner / (chosen_sq * rejected_sq).sqrt()
+    off_centre = (d_w / d_l).log() - 0.5 * (rejected_sq / chosen_sq).log()
+    found = -cosine.clamp_min(0).log() - off_centre.abs()
+    return torch.where((d_w > 0) & (d_l > 0), found, torch.nan)
+
+
+def shares(verdicts: list[Verdict]) -> dict[str, float]:
+    """Share of each verdict."""
+    return {name: verdicts.count(name) / max(len(verdicts), 1) for name in get_args(Verdict)}

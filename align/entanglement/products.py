@@ -1,0 +1,263 @@
+"""|gw|^2, |gl|^2 and <gw, gl> of every pair of a batch, exact, without one per-sequence gradient of the model.
+
+gw and gl are the gradients of the summed log-probability of the chosen and of the rejected response over the trained
+parameters (arXiv 2410.13828). One forward pass and one backward pass through the activations serve both responses of
+all pairs: rows of a batch do not interact, so the gradient at a layer's output in one row belongs to that row alone.
+
+Legend: B pairs, T padded tokens, D hidden size, V vocabulary, C scored tokens of one response.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align.console import log
+from align.entanglement.head import HeadProducts
+from align.entanglement.rules import RULES, Call, Input, Rule, check_measurable, products_of_vectors
+from align.errors import ModelError
+from align.training.layout import base_model
+from align.training.logps import NOT_MODEL_INPUTS
+
+TRIAL_ROWS, TRIAL_TOKENS = 2, 4
+CODE = "entanglement-parameter"
+BLOCK = 2**16
+"""Entries of per-sequence gradients whose products are summed in their own precision before float64 takes over."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairProducts:
+    """Inner products of the gradients of each pair, each [B], float64 on the CPU."""
+
+    chosen_sq: Tensor
+    """|gw|^2."""
+    rejected_sq: Tensor
+    """|gl|^2."""
+    inner: Tensor
+    """<gw, gl>."""
+    chosen_logps: Tensor
+    """nats."""
+    rejected_logps: Tensor
+    """nats."""
+    chosen_length: Tensor
+    """Scored tokens."""
+    rejected_length: Tensor
+    """Scored tokens."""
+
+    @property
+    def cosine(self) -> Tensor:
+        """<gw, gl> / (|gw| |gl|); 0 where a gradient vanishes."""
+        norms = (self.chosen_sq * self.rejected_sq).sqrt()
+        return torch.where(norms > 0, self.inner / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+
+    @property
+    def norm_ratio(self) -> Tensor:
+        """|gl| / |gw|; inf where the chosen gradient vanishes."""
+        return (self.rejected_sq / self.chosen_sq).sqrt()
+
+
+class GradientProducts:
+    """Measures the pairs of one model.
+
+    Args:
+        model: causal language model, with its adapter if it has one.
+        parameters: regular expression that the names of the parameters to measure match; all trained ones where None.
+
+    Raises:
+        ModelError: no parameter is trained or matches, or one cannot be measured.
+    """
+
+    def __init__(self, model: nn.Module, parameters: str | None = None) -> None:
+        self.model = model
+        self.base = base_model(model)
+        self.measured = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and (parameters is None or re.search(parameters, name))
+        }
+        if not self.measured:
+            wanted = "" if parameters is None else f" whose name matches {parameters!r}"
+            raise ModelError(f"the model has no trained parameter{wanted}", code=CODE)
+        check_measurable(self.measured)
+        self._head = HeadProducts(self.base, set(map(id, self.measured.values())))
+        self._sites, self._rest = self._plan()
+        self._by_rule = True
+        self._leaves: list[Tensor] = []  # where the graph of activations starts, the weights being frozen
+        self.covered = {
+            "rule": sum(p.numel() for name, p in self.measured.items() if name not in self._rest),
+            "autograd": sum(p.numel() for p in self._rest.values()),
+        }
+        """Measured numbers of parameters, by a layer's rule and by one backward pass per sequence."""
+        if self._rest:
+            shown = ", ".join(list(self._rest)[:3]) + (" ..." if len(self._rest) > 3 else "")
+            log.warning(
+                "no rule for %d parameters (%s): measured by one backward pass per sequence", len(self._rest), shown
+            )
+
+    def __call__(self, batch: dict[str, Tensor]) -> PairProducts:
+        """Products of a right-padded batch in trl's layout."""
+        pairs = batch["input_ids"].shape[0] // 2
+        totals = torch.zeros(3, pairs, dtype=torch.float64, device=batch["input_ids"].device)
+
+        def visit(rule: Rule, call: Call) -> None:
+            totals.add_(products_of_vectors(rule.vectors(call)) if rule.products is None else rule.products(call))
+
+        groups = list(torch.arange(2 * pairs, device=totals.device).view(2, pairs).T)
+        logps = self._measure(batch, groups, visit, lambda vectors: totals.add_(products_of_vectors(vectors)))
+        for k, gram in enumerate(self._head.take()):
+            totals[:, k] += torch.stack([gram[0, 0], gram[1, 1], gram[0, 1]])
+        length = batch["completion_mask"][:, 1:].sum(dim=1).chunk(2)
+        return PairProducts(*totals.cpu(), *logps.cpu().chunk(2), *(part.cpu() for part in length))
+
+    def gram(self, batch: dict[str, Tensor]) -> Tensor:
+        """Inner products [2B, 2B] between all chosen and rejected gradients of a batch, float64 on the CPU.
+
+        Forms the per-sequence gradients of one layer at a time: 2B times the largest layer of memory.
+        """
+        rows = batch["input_ids"].shape[0]
+        total = torch.zeros(rows, rows, dtype=torch.float64, device=batch["input_ids"].device)
+
+        def add(vectors: Tensor) -> None:
+            for block in vectors.split(BLOCK, dim=1):
+                total.add_((block @ block.T).double())
+
+        groups = [torch.arange(rows, device=total.device)]
+        self._measure(batch, groups, lambda rule, call: add(rule.vectors(call)), add)
+        return (total + self._head.take()[0]).cpu()
+
+    def _measure(
+        self,
+        batch: dict[str, Tensor],
+        groups: list[Tensor],
+        visit: Callable[[Rule, Call], None],
+        visit_vectors: Callable[[Tensor], object],
+    ) -> Tensor:
+        """Run forward and backward; ``visit`` sees each call of each layer with a rule. Returns log-probs [2B]."""
+        inputs = {name: value for name, value in batch.items() if name not in NOT_MODEL_INPUTS}
+        with self._ready(), self._hooks(visit) as seen:
+            hidden = self.base.base_model(**inputs, use_cache=False).last_hidden_state
+            seen.clear()
+            logps, grad = self._head.forward(hidden, batch, groups)
+            if self._rest:
+                self._by_autograd(hidden, grad, visit_vectors)
+            torch.autograd.grad(hidden, self._leaves, grad)
+        self._leaves = []
+        return logps
+
+    def _by_autograd(self, hidden: Tensor, grad: Tensor, visit_vectors: Callable[[Tensor], object]) -> None:
+        """Gradients of the parameters without a rule, one backward pass per sequence."""
+        rest = list(self._rest.values())
+        rows = []
+        self._by_rule = False
+        for row in range(len(grad)):
+            only = torch.zeros_like(grad)
+            only[row] = grad[row]
+            found = torch.autograd.grad(hidden, rest, only, retain_graph=True, allow_unused=True)
+            rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(rest, found, strict=True)])
+        self._by_rule = True
+        for columns in zip(*rows, strict=True):
+            visit_vectors(torch.stack([column.flatten() for column in columns]))
+
+    def _plan(self) -> tuple[dict[nn.Module, dict[str, Rule]], dict[str, nn.Parameter]]:
+        """Modules with their rules, and the parameters that no rule reaches.
+
+        A parameter counts as reached where the module that holds it is called in a forward pass exactly once, on every
+        row, and no other module holds it too; the tied output head has a rule of its own.
+        """
+        names = {id(parameter): name for name, parameter in self.measured.items()}
+        holders: dict[int, list[tuple[nn.Module, str]]] = {}
+        inside_head = set(self.base.get_output_embeddings().modules())
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) in names and module not in inside_head:
+                    holders.setdefault(id(parameter), []).append((module, name))
+        calls = self._trial({module for found in holders.values() for module, _ in found})
+        sites: dict[nn.Module, dict[str, Rule]] = {}
+        rest: dict[str, nn.Parameter] = {}
+        for key, name in names.items():
+            found = holders.get(key, [])
+            rule = RULES.find(*found[0]) if len(found) == 1 and calls.get(found[0][0]) == [TRIAL_ROWS] else None
+            if self._head.holds(self.measured[name]):
+                if found and not (self._head.tied and [module for module, _ in found] == [self._head.embedding]):
+                    raise ModelError(f"{name}: shared between the head and more than the embedding", code=CODE)
+            elif rule is not None:
+                sites.setdefault(found[0][0], {})[found[0][1]] = rule
+            else:
+                rest[name] = self.measured[name]
+        return sites, rest
+
+    def _trial(self, modules: set[nn.Module]) -> dict[nn.Module, list[int]]:
+        """Rows of the output of each call of these modules in a forward pass over ``TRIAL_ROWS`` rows."""
+        calls: dict[nn.Module, list[int]] = {module: [] for module in modules}
+        hooks = [module.register_forward_hook(lambda m, _, out: calls[m].append(len(out))) for module in modules]
+        device = next(self.model.parameters()).device
+        ids = torch.zeros((TRIAL_ROWS, TRIAL_TOKENS), dtype=torch.long, device=device)
+        with torch.no_grad(), self._ready():
+            self.base.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return calls
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """The model without dropout, caches, activation checkpointing and gradients of its weights."""
+        training, checkpointing = self.model.training, getattr(self.base, "is_gradient_checkpointing", False)
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        self.model.eval()
+        if checkpointing:
+            self.base.gradient_checkpointing_disable()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for parameter in getattr(self, "_rest", {}).values():
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            if checkpointing:
+                self.base.gradient_checkpointing_enable()
+            self.model.train(training)
+
+    @contextmanager
+    def _hooks(self, visit: Callable[[Rule, Call], None]) -> Iterator[dict[int, tuple[Any, Input]]]:
+        """Keep the input of each module with a rule, and visit it when the gradient at its output arrives.
+
+        Yields what tells that two modules read the same tensor; to be cleared when the forward pass is over.
+        """
+        seen: dict[int, tuple[Any, Input]] = {}
+
+        def arrived(module: nn.Module, entry: Input, grad: Tensor) -> None:
+            if self._by_rule:
+                with torch.no_grad():
+                    for name, rule in self._sites[module].items():
+                        visit(rule, Call(module, name, entry, grad))
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            if torch.is_grad_enabled():  # else a rule is calling the module
+                value = args[0] if args else next(iter(kwargs.values()))
+                _, entry = seen.setdefault(id(value), (value, Input(value.detach())))
+                if not output.requires_grad:
+                    self._leaves.append(output.requires_grad_(True))
+                output.register_hook(lambda grad: arrived(module, entry, grad))
+            return output
+
+        def start(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if output.is_leaf:
+                output.requires_grad_(True)
+            self._leaves.append(output)
+            if self._head.tied:
+                output.register_hook(self._head.receive)
+            return output
+
+        hooks = [self.base.get_input_embeddings().register_forward_hook(start)]
+        hooks += [module.register_forward_hook(keep, with_kwargs=True) for module in self._sites]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()

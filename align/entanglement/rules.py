@@ -1,0 +1,181 @@
+"""Inner products of per-sequence gradients, one rule per layer type, from what goes in and what comes back.
+
+For a linear layer y = x W^T the gradient of one sequence is G = e^T x (x: inputs, e: gradients at the outputs), and
+
+    <G_a, G_b> = sum_{s,t} (x_a[s] . x_b[t]) (e_a[s] . e_b[t])
+
+so the product can be had from two T x T matrices without G (Goodfellow, arXiv 1510.01799; Li et al., arXiv 2110.05679),
+or from the two G; each layer takes the cheaper by counted operations. Products are summed in float64.
+
+Legend: B pairs, rows k and B + k of a [2B, ...] tensor are the chosen and the rejected sequence of pair k, T tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from align.errors import ModelError
+
+
+@dataclass(slots=True)
+class Input:
+    """What went into a layer. Layers that read the same tensor share one, and with it its matrix of inner products."""
+
+    value: Tensor
+    grams: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a module during the forward pass: its input, and the gradient at its output."""
+
+    module: nn.Module
+    name: str
+    """Of the parameter within the module."""
+    input: Input
+    grad: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How one kind of parameter is handled."""
+
+    vectors: Callable[[Call], Tensor]
+    """Per-sequence gradients [2B, P] of the parameter."""
+    products: Callable[[Call], Tensor] | None = None
+    """[3, B], |gw|^2, |gl|^2 and <gw, gl>, where that can be had for less."""
+
+
+def products_of_vectors(vectors: Tensor) -> Tensor:
+    """[3, B], float64, from per-sequence gradients [2B, P]."""
+    chosen, rejected = vectors.chunk(2)
+    return torch.stack(
+        [
+            (a * b).sum(dim=1, dtype=torch.float64)
+            for a, b in ((chosen, chosen), (rejected, rejected), (chosen, rejected))
+        ]
+    )
+
+
+def products_of_grams(own_x: Tensor, cross_x: Tensor, own_e: Tensor, cross_e: Tensor) -> Tensor:
+    """[3, B], float64, from T x T inner products of inputs and of gradients: own [2B, T, T], cross [B, T, T]."""
+    squares = (own_x * own_e).sum(dim=(1, 2), dtype=torch.float64)
+    inner = (cross_x * cross_e).sum(dim=(1, 2), dtype=torch.float64)
+    return torch.stack([*squares.chunk(2), inner])
+
+
+def grams(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Inner products between the tokens of each sequence [2B, T, T], and of chosen with rejected [B, T, T]."""
+    chosen, rejected = rows.chunk(2)
+    return rows @ rows.mT, chosen @ rejected.mT
+
+
+def _linear_products(call: Call) -> Tensor:
+    x, e = call.input.value, call.grad
+    tokens, d_in, d_out = x.shape[1], x.shape[-1], e.shape[-1]
+    grams_cost = 3 * tokens * tokens * ((0 if call.input.grams else d_in) + d_out)
+    vectors_cost = (2 * tokens + 3) * d_in * d_out
+    if vectors_cost < grams_cost:
+        half = len(x) // 2
+        pairs = ([k, k + half] for k in range(half))
+        return torch.cat([products_of_vectors((e[pair].mT @ x[pair]).flatten(1)) for pair in pairs], dim=1)
+    if call.input.grams is None:
+        call.input.grams = grams(x)
+    return products_of_grams(*call.input.grams, *grams(e))
+
+
+def _linear_vectors(call: Call) -> Tensor:
+    return (call.grad.mT @ call.input.value).flatten(1)
+
+
+def _bias_vectors(call: Call) -> Tensor:
+    return call.grad.sum(dim=1)
+
+
+def _embedding_vectors(call: Call) -> Tensor:
+    """Rows of the table that a batch uses, one after the other."""
+    used, place = call.input.value.unique(return_inverse=True)
+    found = call.grad.new_zeros(len(place), len(used), call.grad.shape[-1])
+    rows = torch.arange(len(place), device=place.device)[:, None].expand_as(place)
+    found.index_put_((rows, place), call.grad, accumulate=True)
+    scale = getattr(call.module, "embed_scale", None)
+    return found.flatten(1) if scale is None else found.flatten(1) * scale
+
+
+def _embedding_products(call: Call) -> Tensor:
+    """Tokens with the same id share a row of the table."""
+    scale = getattr(call.module, "embed_scale", None)
+    grad = call.grad if scale is None else call.grad * scale
+    chosen, rejected = call.input.value.chunk(2)
+    same_own = (call.input.value[:, :, None] == call.input.value[:, None]).to(grad.dtype)
+    same_cross = (chosen[:, :, None] == rejected[:, None]).to(grad.dtype)
+    return products_of_grams(same_own, same_cross, *grams(grad))
+
+
+def _scale_vectors(call: Call) -> Tensor:
+    """A one-dimensional weight in which the module is affine (RMSNorm, LayerNorm, also Gemma's 1 + w).
+
+    The output at weight 1 less the output at weight 0 is what the weight multiplies, whatever the module's formula.
+    """
+    weight = call.module.get_parameter(call.name)
+    with torch.no_grad():
+        at = [
+            functional_call(call.module, {call.name: value}, (call.input.value,))
+            for value in (torch.ones_like(weight), torch.zeros_like(weight))
+        ]
+    product = call.grad * (at[0] - at[1])
+    return product.flatten(1, -2).sum(dim=1)
+
+
+LINEAR = Rule(_linear_vectors, _linear_products)
+BIAS = Rule(_bias_vectors)
+EMBEDDING = Rule(_embedding_vectors, _embedding_products)
+SCALE = Rule(_scale_vectors)
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Rules by layer type; ``register`` adds one for a layer of your own."""
+
+    types: dict[type[nn.Module], dict[str, Rule]] = field(default_factory=dict)
+
+    def register(self, kind: type[nn.Module], **rules: Rule) -> None:
+        """Rules for the parameters of ``kind``, by name. Exactly this type: a subclass may compute something else."""
+        self.types[kind] = rules
+
+    def find(self, module: nn.Module, name: str) -> Rule | None:
+        """The rule for a parameter of a module, or None."""
+        if type(module) in self.types:
+            return self.types[type(module)].get(name)
+        if type(module).__name__.endswith("RMSNorm") and name == "weight" and module.get_parameter(name).dim() == 1:
+            return SCALE
+        if type(module).__name__.endswith("ScaledWordEmbedding") and name == "weight":
+            return EMBEDDING
+        return None
+
+
+RULES = Registry()
+RULES.register(nn.Linear, weight=LINEAR, bias=BIAS)
+RULES.register(Conv1D, weight=LINEAR, bias=BIAS)
+RULES.register(nn.Embedding, weight=EMBEDDING)
+RULES.register(nn.LayerNorm, weight=SCALE, bias=BIAS)
+
+
+def check_measurable(parameters: dict[str, nn.Parameter]) -> None:
+    """Refuse parameters that are not floating-point tensors of this process (quantised, sharded).
+
+    Raises:
+        ModelError: names the first.
+    """
+    for name, parameter in parameters.items():
+        if not parameter.is_floating_point() or parameter.is_meta or type(parameter) is not nn.Parameter:
+            raise ModelError(
+                f"{name}: gradients of a parameter of type {type(parameter).__name__} ({parameter.dtype}) are not "
+                "measured",
+                code="entanglement-parameter",
+                hint="measure an adapter, or name other parameters",
+            )
