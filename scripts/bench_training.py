@@ -210,7 +210,7 @@ def main() -> None:
     results = {}
     for shape in arguments.shapes:
         if shape == "dialogue":
-            rows = dialogue_pairs(8, vocabulary)
+            rows = dialogue_pairs(4, vocabulary)
         else:
             prompt, completion = map(int, shape.split("/"))
             pairs = next((n for p, c, n in SHAPES if (p, c) == (prompt, completion)), 4)
@@ -230,7 +230,7 @@ def main() -> None:
                     for kind in {KINDS[name][0]: None for name in arguments.kinds}
                 }
         results[shape] = found
-        print(f"{shape}: {json.dumps(found['ratios'])}", file=sys.stderr)
+        print(f"{shape}: {json.dumps(found)}", file=sys.stderr)
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     versions = {"torch": torch.__version__}
     print(json.dumps({"machine": machine, "versions": versions, "lora": arguments.lora, "shapes": results}, indent=2))

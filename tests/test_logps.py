@@ -1,5 +1,6 @@
 """Log-probs of pairs: both layouts against one plain forward pass per sequence, in float64."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -136,6 +137,17 @@ def test_pairs_do_not_see_each_other() -> None:
     for k in range(4):
         alone = pair_logps(model, trim(BATCH, torch.tensor([k])), "shared_prefix")
         assert torch.allclose(alone.chosen[0], whole.chosen[k]) and torch.allclose(alone.rejected[0], whole.rejected[k])
+
+
+def test_a_copy_runs_itself() -> None:
+    model = tiny("Llama")
+    choose_layout(model, BATCH, "shared_prefix")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    assert not torch.allclose(one_by_one(other, BATCH), one_by_one(model, BATCH))
+    found = pair_logps(other, BATCH, "shared_prefix")
+    assert torch.allclose(torch.cat([found.chosen, found.rejected]), one_by_one(other, BATCH))
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

@@ -5,6 +5,7 @@ Legend: B pairs, T padded tokens of the longest of the 2B sequences, N packed to
 
 import functools
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from align.training.head import LogitForm, TokenScores, score_tokens
 from align.training.packing import pack
 
 Layout = Literal["concatenated", "shared_prefix"]
+FORWARD_BEFORE = "_forward_without_completion_head"
 NOT_MODEL_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "margin", "weight"})
 
 
@@ -60,22 +62,20 @@ def add_completion_head(model: PreTrainedModel) -> None:
 
     The forward itself is extended, so that wrappers (PEFT, DDP, FSDP) and their hooks stay in place.
     """
-    if hasattr(model.forward, "scores_completions"):
+    if hasattr(model, FORWARD_BEFORE):
         return
-    original = model.forward
-    form = LogitForm.of(model.config)
+    setattr(model, FORWARD_BEFORE, model.forward)
+    model.forward = MethodType(functools.wraps(type(model).forward)(_forward), model)
 
-    @functools.wraps(original)
-    def forward(*args: Any, scored: Scored | None = None, **kwargs: Any) -> Any:
-        if scored is None:
-            return original(*args, **kwargs)
-        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, -scored.width :]
-        head = model.get_output_embeddings()
-        picked = hidden.flatten(0, 1).index_select(0, scored.places)
-        return ScoredOutput(*score_tokens(picked, head, scored.targets, form))
 
-    forward.scores_completions = True  # type: ignore[attr-defined]
-    model.forward = forward
+def _forward(self: PreTrainedModel, *args: Any, scored: Scored | None = None, **kwargs: Any) -> Any:
+    """``model.forward`` with a completion head; a method, so that a copy of the model runs the copy."""
+    if scored is None:
+        return getattr(self, FORWARD_BEFORE)(*args, **kwargs)
+    hidden = self.base_model(*args, **kwargs).last_hidden_state[:, -scored.width :]
+    picked = hidden.flatten(0, 1).index_select(0, scored.places)
+    scores = score_tokens(picked, self.get_output_embeddings(), scored.targets, LogitForm.of(self.config))
+    return ScoredOutput(*scores)
 
 
 def pair_logps(model: torch.nn.Module, batch: dict[str, Any], layout: Layout) -> SequenceLogps:
