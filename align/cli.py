@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from align import cli_entangle
+
 if TYPE_CHECKING:
     from align.config import RunConfig
 
@@ -28,6 +30,7 @@ data = typer.Typer(help="Look at preference data.", no_args_is_help=True)
 reward = typer.Typer(help="Train and apply reward models.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(reward, name="reward")
+app.add_typer(cli_entangle.app, name="entangle")
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.peft.r=8")]
@@ -79,7 +82,7 @@ def reward_score(
     """Add reward_chosen, reward_rejected and margin to a pair table."""
     from align.commands import score_pairs
 
-    score_pairs(_source(pairs, column, split), model, output, batch_tokens=batch_tokens, max_length=max_length)
+    score_pairs(pair_source(pairs, column, split), model, output, batch_tokens=batch_tokens, max_length=max_length)
 
 
 @data.command("check")
@@ -93,7 +96,7 @@ def data_check(
     """Validate every row; print a summary and the offending rows."""
     from align.commands import check_data
 
-    check_data(_source(pairs, column, split), drop_to=output if drop_invalid else None)
+    check_data(pair_source(pairs, column, split), drop_to=output if drop_invalid else None)
 
 
 @app.command("report")
@@ -157,7 +160,7 @@ def _announce(config: "RunConfig") -> None:
     log.info("run %s: %s (%s), seed %d, writes %s", config.name, methods, model, config.seed, config.folder)
 
 
-def _source(path: str, columns: list[str] | None, split: str) -> Any:
+def pair_source(path: str, columns: list[str] | None, split: str) -> Any:
     from align.config import PairsConfig
     from align.errors import ConfigError
 

@@ -29,18 +29,23 @@ def write_report(run: Path) -> Path:
     return target
 
 
-def render(report: dict[str, Any]) -> str:
-    """The page as text; a section that the report lacks is said to be missing in one line."""
-    environment = Environment(
+def environment() -> Environment:
+    """Templates of the pages; everything that they print is escaped."""
+    made = Environment(
         loader=PackageLoader("align.reports", "templates"),
         autoescape=select_autoescape(default=True, default_for_string=True),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update({"interval": interval, "number": number, "method": name, "json": _json})
+    made.filters.update({"interval": interval, "number": number, "method": name, "json": _json})
+    return made
+
+
+def render(report: dict[str, Any]) -> str:
+    """The page as text; a section that the report lacks is said to be missing in one line."""
     sections = dict.fromkeys(SECTIONS) | report
-    template = environment.get_template("report.html.j2")
+    template = environment().get_template("report.html.j2")
     return template.render(report=sections, verdict=verdict(report), plots=_plots(report), colour=plots.colour)
 
 

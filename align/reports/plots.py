@@ -154,7 +154,37 @@ def reliability(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> Markup:
     return _figure(axes, body, names)
 
 
-def _figure(axes: Axes, body: Sequence[str], names: Sequence[str]) -> Markup:
+def scatter(
+    points: Mapping[str, Sequence[tuple[float, float, str]]],
+    *,
+    x_title: str,
+    y_title: str,
+    bounds: Sequence[Sequence[tuple[float, float]]] = (),
+    x: tuple[float, float] | None = None,
+) -> Markup:
+    """One dot per (x, y, hover text) of each series; dashed ``bounds`` are clipped to the range of the points."""
+    names = [name for name, values in points.items() if values]
+    found = np.array([(a, b) for name in names for a, b, _ in points[name]], dtype=float)
+    axes = Axes(x or _range(found[:, 0]), _range(found[:, 1]), x_title, y_title)
+    body = []
+    for bound in bounds:
+        inside = [(a, b) for a, b in bound if axes.x[0] <= a <= axes.x[1] and axes.y[0] <= b <= axes.y[1]]
+        path = " ".join(f"{axes.px(a):.1f},{axes.py(b):.1f}" for a, b in inside)
+        body.append(f'<polyline class="rule bound" points="{path}"/>')
+    if axes.y[0] < 0 < axes.y[1]:
+        body.append(_horizontal(axes, 0.0))
+    if axes.x[0] < 0 < axes.x[1]:
+        body.append(_vertical(axes, 0.0))
+    for name in names:
+        body += [
+            f'<circle class="c{names.index(name) + 1} dot" cx="{axes.px(a):.1f}" cy="{axes.py(b):.1f}" r="3">'
+            f"<title>{escape(text)}</title></circle>"
+            for a, b, text in _thin(list(points[name]))
+        ]
+    return _figure(axes, body, names, {name: f"c{k + 1}" for k, name in enumerate(names)})
+
+
+def _figure(axes: Axes, body: Sequence[str], names: Sequence[str], shades: Mapping[str, str] | None = None) -> Markup:
     """The SVG with its axes, and a legend beside it; everything that is not a number is escaped."""
     parts = []
     for value in _ticks(*axes.x):
@@ -173,8 +203,9 @@ def _figure(axes: Axes, body: Sequence[str], names: Sequence[str]) -> Markup:
         f'<text class="title" transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(axes.y_title)}</text>'
     )
     methods = [_method(name) for name in names]
+    shades = shades or {name: colour(_method(name), methods) for name in names}
     legend = "".join(
-        f'<li><svg viewBox="0 0 22 10" width="22" height="10"><line class="{colour(_method(name), methods)} line{_dash(name)}" '
+        f'<li><svg viewBox="0 0 22 10" width="22" height="10"><line class="{shades[name]} line{_dash(name)}" '
         f'x1="0" x2="22" y1="5" y2="5"/></svg>{escape(name)}</li>'
         for name in names
     )

@@ -1,0 +1,82 @@
+"""`align entangle`: gradient entanglement measured, explained, and its predictions checked."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Measure how the gradients of chosen and rejected responses interact.", no_args_is_help=True)
+
+Pairs = Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id.")]
+Model = Annotated[str, typer.Option(help="Policy: folder (an adapter's too) or hub id.")]
+Output = Annotated[Path, typer.Option(help="Folder to write into.")]
+Loss = Annotated[str, typer.Option(help="Loss in use: dpo, madpo, ipo, simpo, dpop, ...")]
+Parameter = Annotated[list[str] | None, typer.Option(help="Parameter of the loss: --parameter beta=0.1")]
+Column = Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. chosen=preferred.")]
+MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of prompt and response together.")]
+
+
+@app.command("report")
+def report(
+    pairs: Pairs,
+    model: Model,
+    output: Output,
+    loss: Loss = "dpo",
+    parameter: Parameter = None,
+    reference: Annotated[str | None, typer.Option(help="Reference model; default: the adapter off.")] = None,
+    parameters: Annotated[str | None, typer.Option(help="Measure only parameters whose name matches.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Pairs to measure.")] = 256,
+    shown: Annotated[int, typer.Option(min=0, help="Pairs to show token by token.")] = 8,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per batch.")] = 2048,
+    max_length: MaxLength = 1024,
+    column: Column = None,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
+) -> None:
+    """Exact gradient products of each pair, verdicts, a table (Parquet) and a page (HTML)."""
+    from align.cli import pair_source
+    from align.entanglement import commands
+
+    commands.report(
+        pair_source(pairs, column, split), model, output, loss=loss, parameters=_numbers(parameter),
+        reference=reference, measured=parameters, limit=limit, shown=shown, batch_tokens=batch_tokens,
+        max_length=max_length,
+    )  # fmt: skip
+
+
+@app.command("check")
+def check(
+    pairs: Pairs,
+    model: Model,
+    output: Output,
+    loss: Loss = "dpo",
+    parameter: Parameter = None,
+    sgd: Annotated[float, typer.Option(help="Learning rate of the SGD steps.")] = 1e-4,
+    adamw: Annotated[float, typer.Option(help="Learning rate of the AdamW steps.")] = 1e-6,
+    limit: Annotated[int, typer.Option(min=1, help="Pairs to predict; half of them are trained on.")] = 16,
+    max_length: MaxLength = 1024,
+    column: Column = None,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
+) -> None:
+    """Are the predictions true? Real steps on a copy, predicted against observed changes (JSON)."""
+    from align.cli import pair_source
+    from align.entanglement import commands
+
+    rates = {"sgd": sgd, "adamw": adamw}
+    commands.check(
+        pair_source(pairs, column, split), model, output, loss=loss, parameters=_numbers(parameter), rates=rates,
+        limit=limit, max_length=max_length,
+    )  # fmt: skip
+
+
+def _numbers(items: list[str] | None) -> dict[str, Any]:
+    import yaml
+
+    from align.errors import ConfigError
+
+    found = {}
+    for item in items or []:
+        name, sign, value = item.partition("=")
+        if not (name and sign and value):
+            raise ConfigError(f"--parameter {item}: expected name=number", code="config-option")
+        found[name] = yaml.safe_load(value)
+    return found

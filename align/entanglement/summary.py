@@ -1,0 +1,74 @@
+"""Measurements of a table -> the numbers and the sentences of a report."""
+
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from scipy.stats import spearmanr
+
+from align.entanglement.conditions import shares
+from align.estimates import bootstrap_mean
+
+AGAINST = ("token_difference", "tokens_chosen", "tokens_rejected", "margin", "logp_chosen_change")
+RARE = 0.02
+"""A share of entangled pairs whose interval stays below this needs no remedy."""
+
+
+def summarize(table: Dataset, *, seed: int = 0) -> dict[str, Any]:
+    """Shares of verdicts with intervals, medians, and rank correlations of the cosine."""
+    verdicts = list(table["verdict"])
+    columns = {name: np.asarray(table[name], dtype=np.float64) for name in ("cosine", "norm_ratio", "d_w", "d_l")}
+    falling = [verdict in {"both fall", "reversed"} for verdict in verdicts]
+    return {
+        "pairs": len(verdicts),
+        "shares": shares(verdicts),
+        "entangled": bootstrap_mean(np.asarray(table["entangled"], dtype=float), seed=seed).to_dict(),
+        "chosen_falls": bootstrap_mean(np.asarray(falling, dtype=float), seed=seed).to_dict(),
+        "cosine": _quartiles(columns["cosine"]),
+        "norm_ratio": _quartiles(columns["norm_ratio"]),
+        "weight_ratio": _quartiles(columns["d_w"][columns["d_l"] != 0] / columns["d_l"][columns["d_l"] != 0]),
+        "cosine_against": {
+            name: _rank_correlation(columns["cosine"], np.asarray(table[name], dtype=np.float64))
+            for name in AGAINST
+            if name in table.column_names
+        },
+    }
+
+
+def advice(summary: dict[str, Any], loss: str) -> dict[str, str]:
+    """What the numbers say, and what to do about it: ``headline`` and ``next_step``."""
+    falls, entangled = summary["chosen_falls"], summary["entangled"]
+    percent = f"{100 * falls['value']:.0f}% ({100 * falls['low']:.0f} to {100 * falls['high']:.0f}%)"
+    ratio = summary["norm_ratio"]["median"]
+    if entangled["high"] <= RARE:
+        return {
+            "headline": f"A step of {loss} separates the responses of practically every pair.",
+            "next_step": "No remedy is needed here. Measure again late in training: entanglement grows as rejected "
+            "responses become unlikely.",
+        }
+    if falls["value"] > RARE:
+        return {
+            "headline": f"A step of {loss} on a pair alone would lower the chosen response in {percent} of the pairs: "
+            f"the rejected gradient is {ratio:.2g} times as long as the chosen one (median).",
+            "next_step": "Train with a loss that holds the chosen response up (`loss: dpop`), or for fewer epochs; "
+            "then judge by reward on held-out prompts, not by this number.",
+        }
+    return {
+        "headline": f"A step of {loss} on a pair alone would raise both responses in "
+        f"{100 * summary['shares']['both rise']:.0f}% of the pairs; the chosen response falls in {percent}.",
+        "next_step": "Rising rejected responses are rarely a problem while the margin grows. Watch logps/rejected.",
+    }
+
+
+def _quartiles(values: np.ndarray) -> dict[str, float]:
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return {"low": 0.0, "median": 0.0, "high": 0.0}
+    low, median, high = np.quantile(finite, [0.25, 0.5, 0.75])
+    return {"low": float(low), "median": float(median), "high": float(high)}
+
+
+def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    if len(a) < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    return float(spearmanr(a, b).statistic)
