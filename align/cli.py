@@ -17,7 +17,7 @@ from align import cli_entangle
 if TYPE_CHECKING:
     from align.config import RunConfig
 
-INTERRUPTED = 130
+STOPPED = {128 + signal.SIGINT: "stopped", 128 + signal.SIGTERM: "terminated"}
 
 app = typer.Typer(
     name="align",
@@ -119,8 +119,8 @@ def main() -> NoReturn:
         sys.stderr.write(f"error {error}\n")
         sys.exit(2)
     except SystemExit as stop:
-        if stop.code == INTERRUPTED:
-            sys.stderr.write("stopped; finished stages are kept, the same command goes on from there\n")
+        if stop.code in STOPPED:
+            sys.stderr.write(f"{STOPPED[stop.code]}; what is finished is kept, the same command goes on from there\n")
         raise
     except Exception:
         traceback.print_exc()
@@ -130,7 +130,6 @@ def main() -> NoReturn:
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    sys.stderr.write("terminated; finished stages are kept, the same command goes on from there\n")
     sys.exit(128 + number)
 
 

@@ -10,6 +10,7 @@ from trl import RewardTrainer
 
 from align.config import RewardConfig
 from align.console import log
+from align.stopping import stoppable
 from align.trainer_args import build_lora, build_trainer_args
 from align.trainer_progress import show_progress
 from reward_models.model import load_reward_model
@@ -57,7 +58,8 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
     )
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
     show_progress(trainer, f"reward model {output.name}")
-    trainer.train(resume_from_checkpoint=last)
+    with stoppable(trainer):
+        trainer.train(resume_from_checkpoint=last)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if config.peft is not None:
         trained = trained.merge_and_unload()

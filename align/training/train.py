@@ -16,6 +16,7 @@ from align.errors import ConfigError, ModelError
 from align.loss_registry import BoundLoss, resolve
 from align.margins import MADPO_TAU, madpo_weight
 from align.stage import write_json
+from align.stopping import stoppable
 from align.trainer_args import build_lora, build_trainer_args
 from align.trainer_progress import show_progress
 from align.training.preview import show_pair
@@ -138,7 +139,8 @@ def train_policy(
     if last is not None:
         log.info("train %s: resuming from %s", method, last)
     show_progress(trainer, f"train {method}")
-    trainer.train(resume_from_checkpoint=last)
+    with stoppable(trainer):
+        trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(output / MODEL))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     write_json(output / HISTORY, {"method": method, "loss": config.methods[method].model_dump(), "history": history})

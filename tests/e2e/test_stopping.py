@@ -1,0 +1,63 @@
+"""A signal in the middle of training: a checkpoint, one line, and the same weights in the end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from align.pairs import write_pairs
+from tests.builders import causal, rows
+
+STEPS = 400
+
+
+def start(folder: Path, name: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "align.cli", "train", "run.yaml", "--set", f"name={name}"]
+    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "stopped")]
+)
+def test_stopped_training_ends_as_if_it_had_not(tmp_path: Path, number: int, code: int, word: str) -> None:
+    causal(tmp_path / "policy")
+    write_pairs(Dataset.from_list(rows(16)), tmp_path)
+    trainer = {"max_steps": STEPS, "per_device_train_batch_size": 4, "bf16": False, "gradient_checkpointing": False}
+    run = {
+        "name": "x", "pairs": {"path": "pairs.parquet"},
+        "train": {"model": "policy", "methods": {"madpo": {"loss": "madpo"}}, "trainer": trainer},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    whole = start(tmp_path, "whole")
+    assert whole.wait(timeout=300) == 0
+    stopped = start(tmp_path, "stopped")
+    lines = []
+    assert stopped.stderr is not None
+    for line in stopped.stderr:
+        lines.append(line)
+        if f"{STEPS} steps" in line:
+            time.sleep(0.3)
+            stopped.send_signal(number)
+    assert stopped.wait(timeout=300) == code, "".join(lines)
+    assert lines[-1].startswith(word) and "Traceback" not in "".join(lines)
+    partial = tmp_path / "runs" / "stopped" / "train-madpo.partial" / "checkpoints"
+    (checkpoint,) = partial.glob("checkpoint-*")
+    assert 0 < int(checkpoint.name.split("-")[1]) < STEPS
+    again = start(tmp_path, "stopped")
+    assert again.stderr is not None
+    said = again.stderr.read()
+    assert again.wait(timeout=300) == 0, said
+    assert "resuming from" in said and checkpoint.name in said
+    one, other = (
+        load_file(tmp_path / "runs" / n / "train-madpo" / "model" / "model.safetensors") for n in ("whole", "stopped")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
