@@ -94,6 +94,15 @@ class LossConfig(Section):
     """Keyword parameters of the loss and, for madpo, of its weight."""
 
 
+class EntanglementConfig(Section):
+    """Gradient entanglement along training."""
+
+    every: Count = 50
+    """Optimizer steps from one measurement to the next."""
+    probes: Count = 8
+    """Pairs, the first of the table, that are measured each time."""
+
+
 class TrainConfig(Section):
     """Alignment of the policy: the same model, data and budget under each loss."""
 
@@ -107,6 +116,8 @@ class TrainConfig(Section):
     """How log-probs are computed: prompts once for both responses wherever that is exact, or row by row as trl does."""
     max_tokens_per_device: Count | None = None
     """Tokens of one forward pass; a larger batch is split without changing its gradient."""
+    entanglement: EntanglementConfig | None = None
+    """Measure probe pairs along training; absent: not measured."""
     trainer: dict[str, Any] = {}
     """Fields of trl.DPOConfig, passed through unchanged."""
 

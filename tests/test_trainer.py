@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from align.config import LossConfig, TrainConfig
+from align.config import EntanglementConfig, LossConfig, TrainConfig
 from align.errors import ConfigError
 from align.loss_registry import resolve
 from align.margins import madpo_weight
@@ -226,3 +226,26 @@ def test_what_cannot_be_trained_is_said(tiny_policy: Path, tmp_path: Path) -> No
         ours(tiny_policy, tmp_path, learning_rte=1.0)
     with pytest.raises(ConfigError, match="loss madpo needs a `margin` column"):
         ours(tiny_policy, tmp_path, "madpo", Dataset.from_list(rows(4)).remove_columns("margin"))
+
+
+def test_entanglement_along_training(tiny_policy: Path, tmp_path: Path) -> None:
+    """Measuring changes nothing about the training, and its predictions agree with what the steps did."""
+    fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"} | {"learning_rate": 1e-3}
+    weights = {}
+    for name, probing in (("plain", None), ("measured", EntanglementConfig(every=2, probes=6))):
+        config = TrainConfig(
+            model=str(tiny_policy), methods={"m": LossConfig(loss="ipo")}, trainer=fields, entanglement=probing
+        )
+        train_policy(Dataset.from_list(rows(8)), config, "m", tmp_path / name, seed=0)
+        weights[name] = load_file(tmp_path / name / "model" / "model.safetensors")
+    assert all(torch.equal(weights["plain"][key], value) for key, value in weights["measured"].items())
+    records = read_json(tmp_path / "measured" / "history.json")["entanglement"]
+    assert [record["step"] for record in records] == [1, 3]
+    for record in records:
+        assert record["sign_agreement"] > 0.8
+        assert record["realised_chosen"] == pytest.approx(record["predicted_chosen"], rel=0.3)
+        assert 0 <= record["entangled"] <= 1 and record["norm_ratio"] > 0
+    assert records[0]["chosen_change"] == pytest.approx(0.0, abs=1e-4)
+    with pytest.raises(ConfigError, match=r"train.entanglement: needs one process"):
+        beta = config.model_copy(update={"methods": {"m": LossConfig(loss="beta_dpo")}})
+        train_policy(Dataset.from_list(rows(8)), beta, "m", tmp_path / "beta", seed=0)

@@ -123,6 +123,7 @@ def _training(config: RunConfig, root: Path) -> dict[str, Any] | None:
             history = read_json(folder / "history.json")
             seconds = read_json(folder / MANIFEST)["seconds"]
             methods[name] = {"loss": history["loss"], "seconds": seconds, "history": history["history"]}
+            methods[name] |= {"entanglement": history["entanglement"]} if history.get("entanglement") else {}
     return {"methods": methods} if methods else None
 
 

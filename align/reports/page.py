@@ -68,6 +68,7 @@ def _plots(report: dict[str, Any]) -> dict[str, Any]:
             made["weights"] = plots.weight_curve(margins["values"], margins["weights"])
     if "training" in report:
         made["curves"] = _curves(report["training"]["methods"])
+        made["entanglement"] = _entanglement(report["training"]["methods"])
     if "evaluation" in report:
         policies = report["evaluation"]["policies"]
         made["frontier"] = plots.intervals(
@@ -109,6 +110,33 @@ def _curves(methods: dict[str, Any]) -> list[tuple[str, Any]]:
         if found:
             made.append((title, plots.lines(found, x_title="optimizer step", y_title=title, zero=zero)))
     return made
+
+
+def _entanglement(methods: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Curves of the probe pairs, where they were measured."""
+    measured = {name: found["entanglement"] for name, found in methods.items() if found.get("entanglement")}
+
+    def series(keys: dict[str, str]) -> dict[str, tuple[list[float], list[float]]]:
+        return {
+            f"{name}{label}": ([r["step"] for r in records], [r[key] for r in records])
+            for key, label in keys.items()
+            for name, records in measured.items()
+        }
+
+    if not measured:
+        return []
+    both = {"predicted_chosen": " predicted", "realised_chosen": " realised"}
+    titles: list[tuple[str, dict[str, str], str]] = [
+        ("probe pairs whose step would go the wrong way", {"entangled": ""}, "share entangled"),
+        ("cosine of the two gradients (median)", {"cosine": ""}, "cosine"),
+        ("length of the rejected gradient (median)", {"norm_ratio": ""}, "|gl| / |gw|"),
+        (
+            "change of log p(chosen) by one step",
+            {"predicted_chosen": " predicted", "realised_chosen": " realised"},
+            "nats",
+        ),
+    ]
+    return [(title, plots.lines(series(keys), x_title="optimizer step", y_title=y)) for title, keys, y in titles]
 
 
 def _json(value: Any) -> str:

@@ -12,6 +12,7 @@ from trl import DPOConfig
 
 from align.config import LossConfig, TrainConfig
 from align.console import log
+from align.entanglement.callback import EntanglementCallback
 from align.errors import ConfigError, ModelError
 from align.loss_registry import BoundLoss, resolve
 from align.margins import MADPO_TAU, madpo_weight
@@ -25,6 +26,7 @@ from align.training.trainer import PreferenceTrainer
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 HISTORY = "history.json"
+ENTANGLEMENT = "entanglement.json"
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -139,11 +141,31 @@ def train_policy(
     if last is not None:
         log.info("train %s: resuming from %s", method, last)
     show_progress(trainer, f"train {method}")
+    probe = _probe(trainer, config, output / ENTANGLEMENT)
     with stoppable(trainer):
         trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(output / MODEL))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    write_json(output / HISTORY, {"method": method, "loss": config.methods[method].model_dump(), "history": history})
+    found = {"method": method, "loss": config.methods[method].model_dump(), "history": history}
+    write_json(output / HISTORY, found | ({"entanglement": probe.records} if probe is not None else {}))
+
+
+def _probe(trainer: PreferenceTrainer, config: TrainConfig, file: Path) -> EntanglementCallback | None:
+    """A callback on ``trainer`` where the run asks for one and it can be had."""
+    if config.entanglement is None:
+        return None
+    if trainer.loss.spec.function is None or trainer.accelerator.num_processes > 1 or not trainer.precompute_ref_logps:
+        raise ConfigError(
+            "train.entanglement: needs one process, precomputed reference log-probs and a loss other than beta_dpo",
+            code="entanglement-config",
+            hint="leave it out, and measure the trained policy with `align entangle report`",
+        )
+    count = min(config.entanglement.probes, len(trainer.train_dataset))
+    batch = trainer.data_collator([trainer.train_dataset[k] for k in range(count)])
+    probes = {name: value.to(trainer.accelerator.device) for name, value in batch.items()}
+    callback = EntanglementCallback(trainer.model, probes, trainer.loss, config.entanglement.every, file)
+    trainer.add_callback(callback)
+    return callback
 
 
 def make_trainer(

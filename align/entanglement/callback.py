@@ -1,0 +1,129 @@
+"""Entanglement along training: fixed probe pairs, measured every N steps, and the step's prediction held to account."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from align.console import log
+from align.entanglement.conditions import changes, loss_weights, shares
+from align.entanglement.predict import predicted_changes
+from align.entanglement.products import GradientProducts
+from align.loss_registry import BoundLoss
+from align.losses import PairLogps
+from align.stage import read_json, write_json
+from align.training.logps import pair_logps
+
+PREFIX = "entanglement/"
+
+
+class EntanglementCallback(TrainerCallback):
+    """Measures probe pairs before and after every ``every``-th optimizer step.
+
+    Each measurement is one dictionary in ``records``: cosine and |gl|/|gw| (medians), the share of each verdict under
+    the loss in use, the mean change of log p(chosen) and log p(rejected) since the reference, and of this very step
+    the predicted and the realised mean change with their sign agreement.
+
+    Args:
+        model: the policy, not wrapped by a launcher.
+        probes: pairs in trl's layout with ``ref_chosen_logps`` and ``ref_rejected_logps``, on the model's device.
+        loss: the loss in use, not beta_dpo.
+        every: optimizer steps from one measurement to the next.
+        file: JSON file that holds ``records``; a resumed training goes on from it.
+    """
+
+    def __init__(self, model: nn.Module, probes: dict[str, Tensor], loss: BoundLoss, every: int, file: Path) -> None:
+        self.model = model
+        self.probes = probes
+        self.loss = loss
+        self.every = every
+        self.file = file
+        self.measure = GradientProducts(model)
+        self.records: list[dict[str, float]] = []
+        self._before: dict[str, Tensor] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up what was measured before a stop."""
+        if self.file.exists():
+            self.records = [record for record in read_json(self.file) if record["step"] <= state.global_step]
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the parameters where the coming step is to be measured."""
+        if state.global_step % self.every == 0:
+            self._before = {name: p.detach().clone() for name, p in self.measure.measured.items()}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure at the parameters before the step, then compare with those after it."""
+        if self._before is None:
+            return
+        start = time.monotonic()
+        after = {name: p.detach().clone() for name, p in self.measure.measured.items()}
+        self._load(self._before)
+        record = self._geometry()
+        update = {name: after[name] - self._before[name] for name in after}
+        predicted = torch.cat(predicted_changes(self.model, self.probes, update)).cpu()
+        old = self._logps()
+        self._load(after)
+        realised = self._logps() - old
+        self._before = None
+        half = len(realised) // 2
+        record |= {
+            "step": state.global_step,
+            "predicted_chosen": float(predicted[:half].mean()),
+            "predicted_rejected": float(predicted[half:].mean()),
+            "realised_chosen": float(realised[:half].mean()),
+            "realised_rejected": float(realised[half:].mean()),
+            "sign_agreement": float((predicted.sign() == realised.sign()).double().mean()),
+            "seconds": time.monotonic() - start,
+        }
+        self.records.append(record)
+        write_json(self.file, self.records)
+        log.info(
+            "entanglement at step %d: %.0f%% of the probes entangled, cosine %.2f, |gl|/|gw| %.2f",
+            state.global_step, 100 * record["entangled"], record["cosine"], record["norm_ratio"],
+        )  # fmt: skip
+
+    def _geometry(self) -> dict[str, float]:
+        found = self.measure({name: self.probes[name] for name in ("input_ids", "attention_mask", "completion_mask")})
+        ref_chosen, ref_rejected = (self.probes[f"ref_{side}_logps"].double().cpu() for side in ("chosen", "rejected"))
+        logps = PairLogps(
+            found.chosen_logps,
+            found.rejected_logps,
+            ref_chosen,
+            ref_rejected,
+            found.chosen_length,
+            found.rejected_length,
+        )
+        margin = self.probes.get("margin")
+        d_w, d_l = loss_weights(self.loss, logps, None if margin is None else margin.cpu())
+        moved = changes(found.chosen_sq, found.rejected_sq, found.inner, d_w, d_l)
+        share = shares(moved.verdicts())
+        return {
+            "cosine": float(found.cosine.median()),
+            "norm_ratio": float(found.norm_ratio.median()),
+            "entangled": share["both fall"] + share["both rise"] + share["reversed"],
+            "chosen_falls": share["both fall"] + share["reversed"],
+            "rejected_rises": share["both rise"] + share["reversed"],
+            "chosen_change": float((found.chosen_logps - ref_chosen).mean()),
+            "rejected_change": float((found.rejected_logps - ref_rejected).mean()),
+        }
+
+    def _logps(self) -> Tensor:
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            found = pair_logps(self.model, self.probes, "concatenated")
+        self.model.train(training)
+        return torch.cat([found.chosen, found.rejected]).double().cpu()
+
+    def _load(self, values: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.measure.measured.items():
+                parameter.copy_(values[name])
