@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report,gguf,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report,gguf,filter,dev]'
 	touch $(STAMP)
 
 assets: $(STAMP)

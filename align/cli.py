@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from align import cli_entangle
+from align import cli_entangle, cli_filter
 
 if TYPE_CHECKING:
     from align.config import RunConfig
@@ -30,6 +30,7 @@ data = typer.Typer(help="Look at preference data.", no_args_is_help=True)
 reward = typer.Typer(help="Train and apply reward models.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(reward, name="reward")
+app.add_typer(cli_filter.app, name="filter")
 app.add_typer(cli_entangle.app, name="entangle")
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.")]

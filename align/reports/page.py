@@ -130,11 +130,7 @@ def _entanglement(methods: dict[str, Any]) -> list[tuple[str, Any]]:
         ("probe pairs whose step would go the wrong way", {"entangled": ""}, "share entangled"),
         ("cosine of the two gradients (median)", {"cosine": ""}, "cosine"),
         ("length of the rejected gradient (median)", {"norm_ratio": ""}, "|gl| / |gw|"),
-        (
-            "change of log p(chosen) by one step",
-            {"predicted_chosen": " predicted", "realised_chosen": " realised"},
-            "nats",
-        ),
+        ("change of log p(chosen) by one step", both, "nats"),
     ]
     return [(title, plots.lines(series(keys), x_title="optimizer step", y_title=y)) for title, keys, y in titles]
 

@@ -1,0 +1,78 @@
+"""From scores to the kept pairs. Deterministic: ties go to the smaller id, the order of the file does not matter."""
+
+import heapq
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+IQR_OF_NORMAL = 1.349
+
+
+def standardise(values: np.ndarray) -> np.ndarray:
+    """(x - median) / (IQR / 1.349); by the standard deviation where the IQR is 0, and 0 where that is 0 too."""
+    centred = values - np.median(values)
+    low, high = np.quantile(values, [0.25, 0.75])
+    scale = (high - low) / IQR_OF_NORMAL or float(np.std(values))
+    return centred / scale if scale > 0 else np.zeros_like(centred)
+
+
+def importance(columns: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """Weighted sum [N] of the standardised columns (FiFA's margin + alpha quality + gamma diversity)."""
+    return np.sum([weight * standardise(columns[name]) for name, weight in weights.items() if weight != 0], axis=0)
+
+
+def top(values: np.ndarray, ids: Sequence[str], count: int, groups: Sequence[str] | None = None) -> np.ndarray:
+    """Indices of the ``count`` largest values; with ``groups`` the same share of each group.
+
+    Shares are rounded by largest remainder, so that together they are ``count``.
+    """
+    order = sorted(range(len(values)), key=lambda k: (-values[k], ids[k]))
+    if groups is None:
+        return np.sort(np.array(order[:count], dtype=np.int64))
+    sizes = {group: groups.count(group) for group in sorted(set(groups))}
+    exact = {group: count * size / len(values) for group, size in sizes.items()}
+    quota = {group: int(share) for group, share in exact.items()}
+    for group in sorted(exact, key=lambda g: (quota[g] - exact[g], g))[: count - sum(quota.values())]:
+        quota[group] += 1
+    kept = []
+    for k in order:
+        if quota[groups[k]] > 0:
+            quota[groups[k]] -= 1
+            kept.append(k)
+    return np.sort(np.array(kept, dtype=np.int64))
+
+
+def greedy(base: np.ndarray, vectors: np.ndarray, ids: Sequence[str], count: int, *, weight: float) -> np.ndarray:
+    """Indices of ``count`` pairs picked one by one, each by base + weight * log distance to the nearest one kept.
+
+    The distance to what is kept only falls, so a gain that was computed earlier bounds the present one from above and
+    most need not be computed again (lazy greedy). The first pick takes the largest base.
+
+    Args:
+        base: [N], what a pair is worth by itself.
+        vectors: [N, D], unit length.
+        ids: N ids.
+        count: pairs to keep.
+        weight: of diversity.
+    """
+    from align.filtering.scores import DUPLICATE_DISTANCE
+
+    kept: list[int] = []
+    nearest = np.full(len(base), 2.0)  # the diameter of the unit sphere bounds the distance to nothing
+    seen = np.zeros(len(base), dtype=np.int64)
+
+    def gain(k: int) -> float:
+        return float(base[k] + weight * np.log(max(nearest[k], DUPLICATE_DISTANCE)))
+
+    heap = [(-gain(k), ids[k], k) for k in range(len(base))]
+    heapq.heapify(heap)
+    while heap and len(kept) < count:
+        _, name, k = heapq.heappop(heap)
+        if seen[k] < len(kept):
+            similarity = vectors[kept[seen[k] :]] @ vectors[k]
+            nearest[k] = min(nearest[k], float(np.sqrt(max(2.0 - 2.0 * float(similarity.max()), 0.0))))
+            seen[k] = len(kept)
+            heapq.heappush(heap, (-gain(k), name, k))
+        else:
+            kept.append(k)
+    return np.sort(np.array(kept, dtype=np.int64))
