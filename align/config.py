@@ -58,10 +58,6 @@ class RewardConfig(Section):
     """Tokens per sequence; longer ones are cut from the right when training and scoring."""
     peft: dict[str, Any] | None = None
     """Fields of peft.LoraConfig; full fine-tuning where absent."""
-    layout: Literal["auto", "concatenated", "shared_prefix"] = "auto"
-    """How log-probs are computed: prompts once for both responses wherever that is exact, or row by row as trl does."""
-    max_tokens_per_device: Count | None = None
-    """Tokens of one forward pass; a larger batch is split without changing its gradient."""
     trainer: dict[str, Any] = {}
     """Fields of trl.RewardConfig, passed through unchanged."""
 
@@ -85,6 +81,29 @@ class SampleConfig(Section):
     """P(first preferred) = sigmoid(label_scale * difference of the labelling reward)."""
 
 
+class RemedyConfig(Section):
+    """What is done about gradient entanglement in each step of a method."""
+
+    kind: Literal["hold_chosen", "normalise", "calibrate"]
+    """hold_chosen: less of the rejected gradient where the chosen response would fall; normalise: both gradients of a
+    pair of one length; calibrate: one factor per batch from running averages (align/entanglement/remedies.py)."""
+    keep: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """hold_chosen: share of its own rise that the chosen response keeps."""
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
+    """calibrate: of the running averages."""
+    parameters: str | None = None
+    """Regular expression: measure only parameters whose name matches; all trained ones where absent."""
+
+
+class TokenMaskConfig(Section):
+    """A learned sparse mask over the tokens that the loss sees (align/training/token_mask.py)."""
+
+    sparsity: Positive = 0.1
+    """Price, in units of the loss, of letting every token of a pair through."""
+    rate: Positive = 0.05
+    """Learning rate of the mask."""
+
+
 class LossConfig(Section):
     """One loss of the registry in align/losses.py and its parameters."""
 
@@ -92,6 +111,10 @@ class LossConfig(Section):
     """Name in the registry: madpo, soft_madpo, dpo, ipo, ..."""
     parameters: dict[str, float | bool] = {}
     """Keyword parameters of the loss and, for madpo, of its weight."""
+    remedy: RemedyConfig | None = None
+    """Absent: the loss as it is."""
+    token_mask: TokenMaskConfig | None = None
+    """Absent: the loss sees every token of a response."""
 
 
 class EntanglementConfig(Section):

@@ -7,7 +7,6 @@
 What a stage does stands in align/stages.py; this file only says what it depends on.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from align.config import PairsConfig, RunConfig
 from align.console import log
 from align.errors import EnvironmentProblem
-from align.stage import Stage, digest, fingerprint_source, process_rank, run_stage, write_json
+from align.stage import Stage, digest, fingerprint_source, process_rank, run_stage, world_size, write_json
 
 REFERENCE = "reference"
 REFERENCE_CACHE = "reference-logps"
@@ -170,6 +169,6 @@ def describe(config: RunConfig) -> dict[str, Any]:
         "config": config.model_dump(),
         "config_digest": digest(config.model_dump())[:16],
         "stages": {name: str(config.folder / name) for name in plan(config)},
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": world_size(),
         "python": sys.version.split()[0],
     }

@@ -85,18 +85,23 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def world_size() -> int:
+    """Processes under ``accelerate launch`` or ``torchrun``; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _follow(name: str, folder: Path, key: str, note: Path, work: Callable[[Path], None] | None) -> Stage:
     """What a process other than the first does with a stage: take part in it, or wait until it is there."""
     if work is not None:
-        _wait(lambda: note.exists() and note.read_text(encoding="utf-8") == key)
+        wait_until(lambda: note.exists() and note.read_text(encoding="utf-8") == key)
         work(note.parent)
-    _wait(lambda: (read_manifest(folder) or {}).get("key") == key)
+    wait_until(lambda: (read_manifest(folder) or {}).get("key") == key)
     manifest = read_manifest(folder)
     assert manifest is not None
     return Stage(name, folder, key, False, manifest["seconds"])
 
 
-def _wait(ready: Callable[[], bool]) -> None:
+def wait_until(ready: Callable[[], bool]) -> None:
     """Poll until ``ready``; a first process that fails makes the launcher end this one."""
     while not ready():
         time.sleep(POLL_SECONDS)

@@ -244,8 +244,10 @@ def test_entanglement_along_training(tiny_policy: Path, tmp_path: Path) -> None:
     records = read_json(tmp_path / "measured" / "history.json")["entanglement"]
     assert [record["step"] for record in records] == [1, 3]
     for record in records:
-        assert record["sign_agreement"] > 0.8
-        assert record["realised_chosen"] == pytest.approx(record["predicted_chosen"], rel=0.3)
+        for key in ("", "batch_"):
+            assert record[f"{key}sign_agreement"] > 0.8
+            assert record[f"{key}realised_chosen"] == pytest.approx(record[f"{key}predicted_chosen"], rel=0.3)
+            assert 0 <= record[f"{key}fell"] <= 1
         assert 0 <= record["entangled"] <= 1 and record["norm_ratio"] > 0
     assert records[0]["chosen_change"] == pytest.approx(0.0, abs=1e-4)
     with pytest.raises(ConfigError, match=r"train.entanglement: needs one process"):

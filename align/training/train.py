@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig
 
-from align.config import LossConfig, TrainConfig
+from align.config import LossConfig, RemedyConfig, TokenMaskConfig, TrainConfig
 from align.console import log
 from align.entanglement.callback import EntanglementCallback
 from align.errors import ConfigError, ModelError
@@ -27,6 +27,8 @@ CHECKPOINTS = "checkpoints"
 MODEL = "model"
 HISTORY = "history.json"
 ENTANGLEMENT = "entanglement.json"
+MASK_SHOWN = 40
+"""Tokens with the largest and with the smallest weights of a learned mask that are written down."""
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -72,12 +74,25 @@ def bind(method: str, config: LossConfig) -> BoundLoss:
     """The loss of ``train.methods.<method>`` with its parameters checked.
 
     Raises:
-        ConfigError: unknown loss or parameter, value out of range; names the method.
+        ConfigError: unknown loss or parameter, value out of range, a remedy that the loss cannot have.
     """
     try:
-        return resolve(config.loss, config.parameters)
+        loss = resolve(config.loss, config.parameters)
     except ConfigError as error:
         raise ConfigError(f"train.methods.{method}: {error.message}", code=error.code, hint=error.hint) from None
+    if (config.remedy or config.token_mask) and loss.spec.function is None:
+        raise ConfigError(
+            f"train.methods.{method}: {loss.spec.name} has no loss of a pair alone for a remedy or a mask to work on",
+            code="remedy-loss",
+            hint="use them with another loss",
+        )
+    if config.remedy and config.token_mask:
+        raise ConfigError(
+            f"train.methods.{method}: found `remedy` and `token_mask`, expected at most one of them",
+            code="remedy-loss",
+            hint="train them as two methods",
+        )
+    return loss
 
 
 def add_weight(pairs: Dataset, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
@@ -116,7 +131,7 @@ def train_policy(
 ) -> None:
     """Train ``config.model`` on ``pairs`` under one method; write ``model/`` and ``history.json`` into ``output``.
 
-    Resumes from the last checkpoint under ``output/checkpoints`` and removes the checkpoints when done.
+    Resumes from the last checkpoint under ``output/checkpoints``.
 
     Args:
         pairs: pair table; ``margin`` where the loss needs one, ``weight`` where pairs are weighted.
@@ -134,7 +149,11 @@ def train_policy(
     for warning in loss.warnings:
         log.warning("%s", warning)
     pairs, loss = add_weight(pairs, loss)
-    trainer = make_trainer(pairs, config, loss, output, seed=seed, tau=tau, reference_cache=reference_cache)
+    options = config.methods[method]
+    trainer = make_trainer(
+        pairs, config, loss, output, seed=seed, tau=tau, reference_cache=reference_cache, remedy=options.remedy,
+        token_mask=options.token_mask,
+    )  # fmt: skip
     show_pair(trainer.train_dataset[0], trainer.processing_class)
     checkpoints = output / CHECKPOINTS
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
@@ -146,8 +165,15 @@ def train_policy(
         trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(output / MODEL))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    found = {"method": method, "loss": config.methods[method].model_dump(), "history": history}
-    write_json(output / HISTORY, found | ({"entanglement": probe.records} if probe is not None else {}))
+    found: dict[str, Any] = {"method": method, "loss": options.model_dump(), "history": history}
+    if probe is not None:
+        found["entanglement"] = probe.records
+    if trainer.token_mask is not None:
+        found["token_mask"] = {
+            side: [(trainer.processing_class.decode([token]), weight) for token, weight in tokens]
+            for side, tokens in trainer.token_mask.extremes(MASK_SHOWN).items()
+        }
+    write_json(output / HISTORY, found)
 
 
 def _probe(trainer: PreferenceTrainer, config: TrainConfig, file: Path) -> EntanglementCallback | None:
@@ -163,7 +189,9 @@ def _probe(trainer: PreferenceTrainer, config: TrainConfig, file: Path) -> Entan
     count = min(config.entanglement.probes, len(trainer.train_dataset))
     batch = trainer.data_collator([trainer.train_dataset[k] for k in range(count)])
     probes = {name: value.to(trainer.accelerator.device) for name, value in batch.items()}
-    callback = EntanglementCallback(trainer.model, probes, trainer.loss, config.entanglement.every, file)
+    callback = EntanglementCallback(
+        trainer.model, probes, trainer.loss, config.entanglement.every, file, lambda: trainer.latest_inputs
+    )
     trainer.add_callback(callback)
     return callback
 
@@ -177,6 +205,8 @@ def make_trainer(
     seed: int,
     tau: float,
     reference_cache: Path | None,
+    remedy: RemedyConfig | None = None,
+    token_mask: TokenMaskConfig | None = None,
 ) -> PreferenceTrainer:
     """A PreferenceTrainer ready to train; see ``train_policy``."""
     transformers.set_seed(seed)
@@ -192,6 +222,8 @@ def make_trainer(
         reference_cache=reference_cache,
         layout=config.layout,
         max_tokens=config.max_tokens_per_device,
+        remedy=remedy,
+        token_mask=token_mask,
         model=load_policy(config.model, **(args.model_init_kwargs or {"dtype": "float32"})),
         args=args,
         train_dataset=pairs,
