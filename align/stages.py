@@ -193,28 +193,27 @@ def stage_generate(config: RunConfig, root: Path, folder: Path, which: str) -> N
     prompts = load_prompts(Path(settings.prompts))
     tokenizer = load_tokenizer(config.train.model)
     reference = load_policy(config.train.model, dtype="float32").eval()
-    is_reference = which == "reference"
-    policy = reference if is_reference else load_policy(str(root / f"train-{which}" / MODEL), dtype="float32").eval()
+    policy = reference
+    if which != "reference":
+        policy = load_policy(str(root / f"train-{which}" / MODEL), dtype="float32").eval()
+        if hasattr(policy, "merge_and_unload"):  # an adapter costs each sampled token more than once what it holds
+            policy = policy.merge_and_unload()
     engine = TransformersEngine(policy, tokenizer, batch_size=settings.batch_size)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, n=1, seed=config.seed)
     completions = [group[0] for group in engine.generate(prompts, sampling)]
     ids = [engine.encode(prompt) for prompt in prompts]
-    logps = {}
-    for name, model in (("policy", policy), ("reference", reference)):
-        logps[name] = completion_logps(
-            model,
-            ids,
-            [completion.token_ids for completion in completions],
-            batch_tokens=KL_BATCH_TOKENS,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    sampled = [completion.token_ids for completion in completions]
+    logps = {
+        model: completion_logps(model, ids, sampled, batch_tokens=KL_BATCH_TOKENS, pad_token_id=tokenizer.pad_token_id)
+        for model in {policy, reference}
+    }
     table = Dataset.from_dict(
         {
             "prompt": prompts,
             "text": [completion.text for completion in completions],
             "tokens": [len(completion.token_ids) for completion in completions],
-            "logp_policy": logps["policy"],
-            "logp_reference": logps["reference"],
+            "logp_policy": logps[policy],
+            "logp_reference": logps[reference],
         }
     )
     table.to_parquet(str(folder / COMPLETIONS))

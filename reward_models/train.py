@@ -20,7 +20,9 @@ from reward_models.text import render, tokenize
 def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, seed: int) -> None:
     """Train on a pair table and save model and tokenizer (safetensors; an adapter is merged) into ``output``.
 
-    The head is drawn under ``seed``. A stopped training resumes from the last checkpoint beside ``output``.
+    The head is drawn under ``seed``. Pairs of like length share a batch, which of them meet is drawn anew each epoch
+    (``train_sampling_strategy: random`` for any order). A stopped training resumes from the last checkpoint beside
+    ``output``.
 
     Args:
         train: pair table.
@@ -37,7 +39,7 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
     checkpoints = output.with_name(output.name + "-checkpoints")
     args = build_trainer_args(
         TrlRewardConfig,
-        {"save_strategy": "no", "logging_steps": 20, **config.trainer},
+        {"save_strategy": "no", "logging_steps": 20, "train_sampling_strategy": "group_by_length", **config.trainer},
         path="reward.trainer",
         forced={"output_dir": str(checkpoints), "seed": seed, "max_length": config.max_length},
     )
@@ -49,10 +51,11 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
         )
         for side in ("chosen", "rejected")
     }
+    length = [max(len(chosen), len(rejected)) for chosen, rejected in zip(*ids.values(), strict=True)]
     trainer = RewardTrainer(
         model=model,
         args=args,
-        train_dataset=Dataset.from_dict(ids),
+        train_dataset=Dataset.from_dict({**ids, args.length_column_name: length}),
         processing_class=tokenizer,
         peft_config=build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS"),
     )
