@@ -21,10 +21,10 @@ from align.entanglement.summary import advice, summarize
 from align.entanglement.tokens import token_products
 from align.errors import ConfigError, DataError
 from align.loss_registry import BoundLoss, resolve
+from align.model_loading import load_policy, load_tokenizer
 from align.pairs import load_pairs
 from align.reports.entanglement_page import shade, write_page
 from align.stage import fingerprint_source, run_stage, write_json
-from align.training.train import load_policy, load_tokenizer
 
 TABLE = "entanglement.parquet"
 
