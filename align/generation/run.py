@@ -50,12 +50,16 @@ def generate_completions(source: PairsConfig, settings: GenerateSettings, output
     Raises:
         AlignError: the prompts, the model, the engine or an option cannot be used.
     """
+    return complete_prompts(read_prompts(source), source.path, settings, output)
+
+
+def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSettings, output: Path) -> Stage:
+    """``generate_completions`` of prompts that are read already; ``source`` is said in the log."""
     check_output(output)
-    prompts = read_prompts(source)
     chosen, why = choose_engine(settings.engine, base_url=settings.base_url)
     log.info(
         "generate: %d prompts of %s, %d each, by %s on %s (%s), seed %d -> %s",
-        len(prompts), source.path, settings.sampling.n, settings.model, chosen, why, settings.sampling.seed, output,
+        len(prompts), source, settings.sampling.n, settings.model, chosen, why, settings.sampling.seed, output,
     )  # fmt: skip
     inputs = {
         "prompts": digest([asdict(prompt) for prompt in prompts]),
