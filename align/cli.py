@@ -33,6 +33,7 @@ app.add_typer(reward, name="reward")
 app.add_typer(cli_filter.app, name="filter")
 app.add_typer(cli_entangle.app, name="entangle")
 app.command("generate")(cli_generate.generate)
+app.command("iterate")(cli_generate.iterate)
 app.add_typer(cli_pairs.app, name="pairs")
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.")]

@@ -1,4 +1,4 @@
-"""`align generate`: completions of prompts."""
+"""`align generate`: completions of prompts; `align iterate`: rounds of it with training."""
 
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -46,6 +46,21 @@ def generate(
     generate_completions(source, settings, output)
     file = find_completions(output)
     log.info("completions: %s; next: align pairs build %s --reward-model MODEL --output pairs", file, file)
+
+
+def iterate(
+    config: Annotated[Path, typer.Argument(help="YAML file of the rounds, e.g. configs/iterative.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set rounds=2")] = None,
+) -> None:
+    """Rounds of generate, pairs build and train, each starting from the policy of the one before."""
+    from align.console import log
+    from align.iterate import iterate as run_rounds
+    from align.iterate import load_iterate
+
+    loaded = load_iterate(config, overrides)
+    log.info("iterate %s: %d rounds from %s, seed %d, writes %s",
+             loaded.name, loaded.rounds, loaded.train.model, loaded.seed, loaded.folder)  # fmt: skip
+    log.info("the last policy: %s", run_rounds(loaded))
 
 
 def parse_options(options: list[str] | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from scipy.special import expit
 from align.config import PairsConfig
 from align.console import log
 from align.errors import ConfigError, DataError, listed
+from align.estimates import Estimate, bootstrap_mean
 from align.generation.pair_choice import Guard, Mode, choose_pairs
 from align.generation.run import check_output, find_completions
 from align.generation.scoring import ScorerChoice, score_in_chunks
@@ -186,9 +187,18 @@ def _work(groups: list[Group], settings: BuildSettings, folder: Path) -> None:
         "completions_empty": left_out["empty"],
         "completions_repeated": left_out["repeated"],
         "mean_margin": float(np.mean(table["margin"])),
+        "mean_reward": _mean_reward(flat, rewards).to_dict(),
     }
     write_json(folder / METRICS, metrics)
     log.info("pairs: %d of %d prompts; %d pairs dropped by the guard", len(table), len(groups), guarded)
+
+
+def _mean_reward(flat: list[tuple[Group, Candidate]], rewards: np.ndarray) -> Estimate:
+    """Mean reward of the different completions of a prompt, over the prompts that have two or more."""
+    by_prompt: dict[str, list[float]] = {}
+    for (group, _), reward in zip(flat, rewards.tolist(), strict=True):
+        by_prompt.setdefault(group.id, []).append(reward)
+    return bootstrap_mean([float(np.mean(values)) for values in by_prompt.values()], seed=0)
 
 
 def _pairs_of(group: Group, rewards: np.ndarray, settings: BuildSettings) -> tuple[list[dict[str, Any]], int]:

@@ -149,8 +149,13 @@ def test_killed_run_ends_as_an_uninterrupted_one(workspace: Path) -> None:
 
 
 def test_mistakes_cost_one_line(workspace: Path) -> None:
-    jsonl(workspace / "bad.jsonl", [{"prompt": " "}, {"prompt": 3}, {"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"},
-                                    {"prompt": [{"role": "user", "content": "hi"}]}])  # fmt: skip
+    rows: list[dict[str, Any]] = [
+        {"prompt": " "},
+        {"prompt": 3},
+        {"id": "a", "prompt": "x"},
+        {"id": "a", "prompt": "y"},
+    ]
+    jsonl(workspace / "bad.jsonl", [*rows, {"prompt": [{"role": "user", "content": "hi"}]}])
     bad = align("generate", "bad.jsonl", "--model", "policy", "--output", "out", cwd=workspace)
     assert bad.returncode == 2
     for said in ("row 1: found an empty prompt", "row 2: prompt: found 3", "row 4: found id 'a', which row 3 has too",
