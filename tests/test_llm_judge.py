@@ -77,5 +77,4 @@ def test_real_model_knows_a_right_answer_from_noise(assets: Path) -> None:
     judge = YesNoJudge(assets / "smollm2")
     question = "What is the capital of France?"
     right, noise = judge.score([question] * 2, ["The capital of France is Paris.", "banana the of of of"])
-    assert 0 < noise < 1 and 0 < right < 1
-    assert right != noise
+    assert 0 < noise < right < 1
