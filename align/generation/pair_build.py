@@ -20,7 +20,7 @@ from align.generation.run import check_output, find_completions
 from align.generation.scoring import ScorerChoice, score_in_chunks
 from align.pair_sources import read_rows
 from align.pairs import summarize, write_pairs
-from align.stage import Stage, digest, fingerprint_source, run_stage, write_json
+from align.stage import Stage, fingerprint_source, run_stage, write_json
 
 DROPPED = "dropped.jsonl"
 METRICS = "metrics.json"
@@ -100,7 +100,7 @@ def build_pairs(completions: Path, settings: BuildSettings, output: Path) -> Sta
     log.info("pairs: %d prompts of %s, scored by %s, mode %s -> %s",
              len(groups), file, settings.scorer.name, settings.mode, output)  # fmt: skip
     inputs = {
-        "completions": digest([asdict(group) for group in groups]),
+        "completions": fingerprint_source(str(file)),
         "scorer": fingerprint_source(settings.scorer.model),
         "settings": asdict(settings),
     }
