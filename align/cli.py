@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from align import cli_entangle, cli_filter
+from align import cli_entangle, cli_filter, cli_generate, cli_pairs
 
 if TYPE_CHECKING:
     from align.config import RunConfig
@@ -32,6 +32,9 @@ app.add_typer(data, name="data")
 app.add_typer(reward, name="reward")
 app.add_typer(cli_filter.app, name="filter")
 app.add_typer(cli_entangle.app, name="entangle")
+app.command("generate")(cli_generate.generate)
+app.command("iterate")(cli_generate.iterate)
+app.add_typer(cli_pairs.app, name="pairs")
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.peft.r=8")]

@@ -4,7 +4,7 @@ import difflib
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,6 +18,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
 
 
+S = TypeVar("S", bound=Section)
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -199,13 +200,18 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     Raises:
         ConfigError: file missing, not YAML, unknown key, ill-typed value; all problems of the file at once.
     """
+    return load_section(path, overrides, RunConfig)
+
+
+def load_section(path: Path, overrides: list[str] | None, kind: type[S]) -> S:
+    """``load_config`` for a file whose root is the section ``kind``."""
     tree = read_yaml(path)
     for override in overrides or []:
         apply_override(tree, override)
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        problems = [_problem(item) for item in error.errors()]
+        problems = [_problem(item, kind) for item in error.errors()]
         raise ConfigError(
             f"{path}:\n{listed(problems)}", code="config-key", hint="see configs/ for working files"
         ) from None
@@ -260,10 +266,10 @@ def nearest(name: str, known: list[str]) -> str:
     return f" (did you mean `{close[0]}`?)" if close else f" (known: {', '.join(sorted(known))})"
 
 
-def _problem(item: Any) -> str:
+def _problem(item: Any, root: type[Section]) -> str:
     path = [str(part) for part in item["loc"]]
     if item["type"] == "extra_forbidden":
-        return f"{'.'.join(path)}: unknown key{nearest(path[-1], _keys_at(path[:-1]))}"
+        return f"{'.'.join(path)}: unknown key{nearest(path[-1], _keys_at(path[:-1], root))}"
     if item["type"] == "missing":
         return f"{'.'.join(path)}: missing key"
     if item["type"] == "value_error":
@@ -274,9 +280,9 @@ def _problem(item: Any) -> str:
     return f"{'.'.join(path)}: expected {expected}, found {item['input']!r}"
 
 
-def _keys_at(path: list[str]) -> list[str]:
-    """Keys that the section at ``path`` knows."""
-    section: type[Section] | None = RunConfig
+def _keys_at(path: list[str], root: type[Section]) -> list[str]:
+    """Keys that the section at ``path`` below ``root`` knows."""
+    section: type[Section] | None = root
     for part in path:
         if section is None:
             return []

@@ -32,7 +32,7 @@ def read_source(source: PairsConfig) -> tuple[list[Row], set[str]]:
     Raises:
         DataError: missing, unreadable or empty source; a column that is mapped or needed is not there.
     """
-    rows = _rows(source)
+    rows = read_rows(source)
     if not rows:
         raise DataError(f"{source.path}: holds no rows", code="data-empty", hint="expected one pair per row")
     columns = {name for row in rows for name in row.values}
@@ -69,7 +69,12 @@ def read_jsonl(path: Path) -> list[Row]:
     return rows
 
 
-def _rows(source: PairsConfig) -> list[Row]:
+def read_rows(source: PairsConfig) -> list[Row]:
+    """All rows of a source as they are.
+
+    Raises:
+        DataError: the source is missing or unreadable.
+    """
     path = Path(source.path)
     readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
     if path.suffix in readers:

@@ -16,10 +16,11 @@ from align.evaluation.kl import completion_logps
 from align.evaluation.rewards import compare, gain_per_root_kl
 from align.generation.base import Sampling
 from align.generation.transformers_engine import TransformersEngine
+from align.model_loading import load_policy, load_tokenizer
 from align.pairs import load_pairs, load_prompts, read_pairs, split_by_prompt, summarize, write_pairs
 from align.stage import write_json
 from align.trainer_args import build_lora, build_trainer_args
-from align.training.train import MODEL, bind, load_policy, load_tokenizer, train_policy
+from align.training.train import MODEL, bind, train_policy
 from reward_models.calibration import evaluate_margins
 from reward_models.crossfit import cross_fit
 from reward_models.judges import make_judge

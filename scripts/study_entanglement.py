@@ -33,10 +33,11 @@ from align.estimates import bootstrap_mean
 from align.evaluation.kl import completion_logps
 from align.generation.base import Sampling
 from align.generation.transformers_engine import TransformersEngine
+from align.model_loading import load_policy, load_tokenizer
 from align.stage import read_json, write_json
 from align.training.layout import base_model
 from align.training.logps import add_completion_head, pair_logps
-from align.training.train import HISTORY, MODEL, load_policy, load_tokenizer, train_policy
+from align.training.train import HISTORY, MODEL, train_policy
 from reward_models.judges import make_judge
 
 METHODS: dict[str, LossConfig] = {

@@ -10,12 +10,11 @@ import typer
 import yaml
 
 from align.cli import app
-from align.config import RunConfig, load_config
+from align.config import load_config
 from align.stages import check_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -43,13 +42,6 @@ def test_yaml_blocks_are_valid(text: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tree))
     check_config(load_config(file))
-
-
-@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
-def test_recipes_are_valid(file: Path) -> None:
-    config = load_config(file)
-    assert isinstance(config, RunConfig)
-    assert config.name == file.stem
 
 
 @pytest.mark.parametrize("line", COMMANDS)

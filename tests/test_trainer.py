@@ -16,9 +16,10 @@ from align.config import EntanglementConfig, LossConfig, TrainConfig
 from align.errors import ConfigError
 from align.loss_registry import resolve
 from align.margins import madpo_weight
+from align.model_loading import load_policy, load_tokenizer
 from align.stage import read_json
 from align.training.layout import LayoutChoice
-from align.training.train import add_weight, load_policy, load_tokenizer, make_trainer, train_policy
+from align.training.train import add_weight, make_trainer, train_policy
 from align.training.trainer import PreferenceTrainer
 from tests.builders import rows
 

@@ -24,10 +24,10 @@ from align.entanglement.tokens import token_products
 from align.entanglement.trace import checkpoints_of, sentence, trajectory
 from align.errors import ConfigError, DataError
 from align.loss_registry import BoundLoss, resolve
+from align.model_loading import load_policy, load_tokenizer
 from align.pairs import load_pairs, read_pairs
 from align.reports.entanglement_page import shade, write_page, write_trace_page
 from align.stage import Stage, fingerprint_source, process_rank, read_manifest, run_stage, write_json
-from align.training.train import load_policy, load_tokenizer
 
 TABLE = "entanglement.parquet"
 

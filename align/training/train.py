@@ -6,16 +6,16 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig
 
 from align.config import LossConfig, RemedyConfig, TokenMaskConfig, TrainConfig
 from align.console import log
 from align.entanglement.callback import EntanglementCallback
-from align.errors import ConfigError, ModelError
+from align.errors import ConfigError
 from align.loss_registry import BoundLoss, resolve
 from align.margins import MADPO_TAU, madpo_weight
+from align.model_loading import load_policy, load_tokenizer
 from align.stage import write_json
 from align.stopping import stoppable
 from align.trainer_args import build_lora, build_trainer_args
@@ -29,45 +29,6 @@ HISTORY = "history.json"
 ENTANGLEMENT = "entanglement.json"
 MASK_SHOWN = 40
 """Tokens with the largest and with the smallest weights of a learned mask that are written down."""
-
-
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """Tokenizer of a model folder or hub id, with a padding token.
-
-    Raises:
-        ModelError: there is none.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{model}: no tokenizer can be loaded ({_first_line(error)})",
-            code="model-load",
-            hint="give a hub id or a folder with the model and its tokenizer",
-        ) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_policy(model: str, **kwargs: Any) -> PreTrainedModel:
-    """Causal language model of a folder (an adapter folder included) or hub id.
-
-    Raises:
-        ModelError: it cannot be loaded as one.
-    """
-    try:
-        if (Path(model) / "adapter_config.json").exists():
-            from peft import AutoPeftModelForCausalLM
-
-            return AutoPeftModelForCausalLM.from_pretrained(model, **kwargs)
-        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{model}: cannot be loaded as a causal language model ({_first_line(error)})",
-            code="model-load",
-            hint="give a hub id or a folder with config.json and safetensors weights",
-        ) from None
 
 
 def bind(method: str, config: LossConfig) -> BoundLoss:
@@ -230,7 +191,3 @@ def make_trainer(
         processing_class=load_tokenizer(config.model),
         peft_config=build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM"),
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
