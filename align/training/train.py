@@ -1,5 +1,6 @@
 """Train one policy under one loss and save it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +8,17 @@ import torch
 import transformers
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINING_ARGS_NAME
 from trl import DPOConfig
 
+from align.checkpoints import last_whole_checkpoint
 from align.config import LossConfig, TrainConfig
 from align.console import log
 from align.entanglement.callback import EntanglementCallback
-from align.errors import ConfigError, ModelError
+from align.errors import ConfigError
 from align.loss_registry import BoundLoss, resolve
 from align.margins import MADPO_TAU, madpo_weight
+from align.model_folders import ADAPTER, check_model_folder, check_vocabulary, loading, vocabulary_rows
 from align.stage import write_json
 from align.stopping import stoppable
 from align.trainer_args import build_lora, build_trainer_args
@@ -29,43 +32,38 @@ HISTORY = "history.json"
 ENTANGLEMENT = "entanglement.json"
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Tokenizer of a model folder or hub id, with a padding token.
 
     Raises:
         ModelError: there is none.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{model}: no tokenizer can be loaded ({_first_line(error)})",
-            code="model-load",
-            hint="give a hub id or a folder with the model and its tokenizer",
-        ) from None
+    check_model_folder(model)
+    with loading(model, "no tokenizer can be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    rows = vocabulary_rows(model)
+    if rows is not None:
+        check_vocabulary(model, len(tokenizer), rows)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_policy(model: str, **kwargs: Any) -> PreTrainedModel:
-    """Causal language model of a folder (an adapter folder included) or hub id.
+def load_policy(model: str, *, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """Causal language model of a folder (an adapter folder included) or hub id, from safetensors alone.
 
     Raises:
         ModelError: it cannot be loaded as one.
     """
-    try:
-        if (Path(model) / "adapter_config.json").exists():
+    check_model_folder(model, tokenizer=False)
+    with loading(model, "cannot be loaded as a causal language model"):
+        if (Path(model) / ADAPTER).exists():
             from peft import AutoPeftModelForCausalLM
 
-            return AutoPeftModelForCausalLM.from_pretrained(model, **kwargs)
-        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{model}: cannot be loaded as a causal language model ({_first_line(error)})",
-            code="model-load",
-            hint="give a hub id or a folder with config.json and safetensors weights",
-        ) from None
+            return AutoPeftModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(
+            model, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
+        )
 
 
 def bind(method: str, config: LossConfig) -> BoundLoss:
@@ -116,7 +114,8 @@ def train_policy(
 ) -> None:
     """Train ``config.model`` on ``pairs`` under one method; write ``model/`` and ``history.json`` into ``output``.
 
-    Resumes from the last checkpoint under ``output/checkpoints`` and removes the checkpoints when done.
+    Resumes from the last whole checkpoint under ``output/checkpoints`` and removes the checkpoints when done. The
+    history is written last: where it is, nothing is trained again.
 
     Args:
         pairs: pair table; ``margin`` where the loss needs one, ``weight`` where pairs are weighted.
@@ -129,6 +128,11 @@ def train_policy(
     Raises:
         AlignError: anything in the configuration, the model or the pairs that the user can mend.
     """
+    checkpoints = output / CHECKPOINTS
+    if (output / HISTORY).exists():
+        log.info("train %s: there already (%s)", method, output / MODEL)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        return
     loss = bind(method, config.methods[method])
     tau = float(loss.parameters.get("tau", MADPO_TAU))
     for warning in loss.warnings:
@@ -136,8 +140,7 @@ def train_policy(
     pairs, loss = add_weight(pairs, loss)
     trainer = make_trainer(pairs, config, loss, output, seed=seed, tau=tau, reference_cache=reference_cache)
     show_pair(trainer.train_dataset[0], trainer.processing_class)
-    checkpoints = output / CHECKPOINTS
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
+    last = last_whole_checkpoint(checkpoints)
     if last is not None:
         log.info("train %s: resuming from %s", method, last)
     show_progress(trainer, f"train {method}")
@@ -147,7 +150,10 @@ def train_policy(
     trainer.save_model(str(output / MODEL))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     found = {"method": method, "loss": config.methods[method].model_dump(), "history": history}
-    write_json(output / HISTORY, found | ({"entanglement": probe.records} if probe is not None else {}))
+    if trainer.is_world_process_zero():
+        (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        write_json(output / HISTORY, found | ({"entanglement": probe.records} if probe is not None else {}))
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def _probe(trainer: PreferenceTrainer, config: TrainConfig, file: Path) -> EntanglementCallback | None:
@@ -192,13 +198,13 @@ def make_trainer(
         reference_cache=reference_cache,
         layout=config.layout,
         max_tokens=config.max_tokens_per_device,
-        model=load_policy(config.model, **(args.model_init_kwargs or {"dtype": "float32"})),
+        model=load_policy(
+            config.model,
+            trust_remote_code=args.trust_remote_code,
+            **(args.model_init_kwargs or {"dtype": "float32"}),
+        ),
         args=args,
         train_dataset=pairs,
-        processing_class=load_tokenizer(config.model),
+        processing_class=load_tokenizer(config.model, trust_remote_code=args.trust_remote_code),
         peft_config=build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM"),
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
