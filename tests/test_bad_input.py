@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_inputs import DOCUMENT, END, START, BadInput, build_and_run, cases, message, row, run_command, snapshot
+from tests.bad_input_cases import cases
+from tests.bad_input_makers import BadInput, build_and_run, message, run_command, snapshot
+from tests.bad_inputs import DOCUMENT, END, START, row
 
 CASES = [case for _, case in cases()]
 

@@ -27,7 +27,7 @@ from align.reports.page import render
 from align.secrets import HIDDEN, redact, redact_text
 from align.training.train import load_policy, load_tokenizer
 from scripts.fetch_assets import SNIPPETS, build_minilm, build_snippets
-from tests.bad_inputs import RUN, build_workspace, run_command
+from tests.bad_input_makers import RUN, build_workspace, run_command
 from tests.builders import causal
 from tests.test_report import report
 

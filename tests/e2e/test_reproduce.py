@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_inputs import RUN, build_workspace, message, run_command
+from tests.bad_input_makers import RUN, build_workspace, message, run_command
 from tests.builders import rows
 
 
