@@ -10,18 +10,25 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from align.errors import ConfigError, listed
+from align.safe_yaml import load_yaml
+
+NAME = r"^\w[\w .+=-]{0,99}$"
+SHOWN_CHARACTERS = 60
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values are frozen once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Section)
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Name = Annotated[str, Field(pattern=NAME)]
+"""Becomes the name of a folder."""
 
 
 class PairsConfig(Section):
@@ -61,6 +68,11 @@ class RewardConfig(Section):
     """Fields of peft.LoraConfig; full fine-tuning where absent."""
     trainer: dict[str, Any] = {}
     """Fields of trl.RewardConfig, passed through unchanged."""
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        """``trainer.trust_remote_code``: code that comes with the model may run."""
+        return self.trainer.get("trust_remote_code") is True
 
     @model_validator(mode="after")
     def _folds_are_none_or_two(self) -> "RewardConfig":
@@ -132,7 +144,7 @@ class TrainConfig(Section):
 
     model: str
     """Policy and reference: hub id or folder."""
-    methods: Annotated[dict[str, LossConfig], Field(min_length=1)]
+    methods: Annotated[dict[Name, LossConfig], Field(min_length=1)]
     """Name of a method (a folder name and a label in the report) -> its loss."""
     peft: dict[str, Any] | None = None
     """Fields of peft.LoraConfig; full fine-tuning where absent."""
@@ -144,6 +156,11 @@ class TrainConfig(Section):
     """Measure probe pairs along training; absent: not measured."""
     trainer: dict[str, Any] = {}
     """Fields of trl.DPOConfig, passed through unchanged."""
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        """``trainer.trust_remote_code``: code that comes with the model may run."""
+        return self.trainer.get("trust_remote_code") is True
 
 
 class EvaluateConfig(Section):
@@ -163,10 +180,10 @@ class EvaluateConfig(Section):
 class RunConfig(Section):
     """One run from pairs to report."""
 
-    name: str
+    name: Name
     output_dir: str = "runs"
     """The run writes ``output_dir/name``."""
-    seed: int = 0
+    seed: Seed = 0
     pairs: PairsConfig | None = None
     """The policy's preference pairs. Exactly one of ``pairs`` and ``sample`` is given."""
     sample: SampleConfig | None = None
@@ -224,10 +241,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})", code="config-file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}", code="config-yaml") from None
     if not isinstance(tree, dict):
         raise ConfigError(
@@ -255,8 +272,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             path = ".".join(parts[: depth + 1])
             raise ConfigError(f"--set {override}: {path} is a value, not a section", code="config-override")
     try:
-        node[parts[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        node[parts[-1]] = load_yaml(text)
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"--set {override}: {text!r} is not a YAML value", code="config-override") from None
 
 
@@ -275,9 +292,16 @@ def _problem(item: Any, root: type[Section]) -> str:
     if item["type"] == "value_error":
         return f"{'.'.join(path) or 'top level'}: {item['ctx']['error']}"
     if item["type"] == "too_short":
-        return f"{'.'.join(path)}: expected at least {item['ctx']['min_length']} entry, found {item['input']!r}"
+        return f"{'.'.join(path)}: expected at least {item['ctx']['min_length']} entry, found {_short(item['input'])}"
     expected = item["msg"].removeprefix("Input should be ")
-    return f"{'.'.join(path)}: expected {expected}, found {item['input']!r}"
+    if item["type"] == "string_pattern_mismatch":
+        expected = "a name of at most 100 letters, digits and . _ - + =, for it becomes a folder's"
+    return f"{'.'.join(path)}: expected {expected}, found {_short(item['input'])}"
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}..."
 
 
 def _keys_at(path: list[str], root: type[Section]) -> list[str]:

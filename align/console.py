@@ -12,6 +12,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from align.secrets import redact_text
+
 T = TypeVar("T")
 PLAIN_EVERY_SECONDS = 30.0
 
@@ -25,13 +27,21 @@ def configure(*, quiet: bool = False, level: str = "info") -> None:
     """Send the program's log lines to stderr at ``level`` (``warning`` where ``quiet``, and on every
     process but the first)."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
     follows = os.environ.get("RANK", "0") != "0"
     log.setLevel("WARNING" if quiet or follows else level.upper())
     if log.level > logging.DEBUG:
         _quieten_libraries()
+
+
+class _Formatter(logging.Formatter):
+    """The whole line, a traceback's too, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line to write."""
+        return redact_text(super().format(record))
 
 
 def _quieten_libraries() -> None:

@@ -5,49 +5,38 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from align.errors import ModelError
-
-ADAPTER = "adapter_config.json"
+from align.model_folders import ADAPTER, check_model_folder, check_vocabulary, loading, vocabulary_rows
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Tokenizer of a model folder or hub id, with a padding token.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or it does not fit the model.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{model}: no tokenizer can be loaded ({_first_line(error)})",
-            code="model-load",
-            hint="give a hub id or a folder with the model and its tokenizer",
-        ) from None
+    check_model_folder(model)
+    with loading(model, "no tokenizer can be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    rows = vocabulary_rows(model)
+    if rows is not None:
+        check_vocabulary(model, len(tokenizer), rows)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_policy(model: str, **kwargs: Any) -> PreTrainedModel:
-    """Causal language model of a folder (an adapter folder included) or hub id.
+def load_policy(model: str, *, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """Causal language model of a folder (an adapter folder included) or hub id, from safetensors alone.
 
     Raises:
         ModelError: it cannot be loaded as one.
     """
-    try:
+    check_model_folder(model, tokenizer=False)
+    with loading(model, "cannot be loaded as a causal language model"):
         if (Path(model) / ADAPTER).exists():
             from peft import AutoPeftModelForCausalLM
 
-            return AutoPeftModelForCausalLM.from_pretrained(model, **kwargs)
-        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{model}: cannot be loaded as a causal language model ({_first_line(error)})",
-            code="model-load",
-            hint="give a hub id or a folder with config.json and safetensors weights",
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+            return AutoPeftModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(
+            model, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
+        )

@@ -10,7 +10,8 @@ from align.errors import ConfigError, DataError, ModelError
 from align.generation.base import Completion, Sampling, gather, prompt_keys, sample_seed
 from align.generation.encoding import encode_prompt, stop_ids, to_completion
 from align.generation.vllm_install import import_vllm
-from align.model_loading import ADAPTER, load_tokenizer
+from align.model_folders import ADAPTER
+from align.model_loading import load_tokenizer
 from align.stage import read_json
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

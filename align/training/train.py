@@ -1,14 +1,16 @@
 """Train one policy under one loss and save it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINING_ARGS_NAME
 from trl import DPOConfig
 
+from align.checkpoints import last_whole_checkpoint
 from align.config import LossConfig, RemedyConfig, TokenMaskConfig, TrainConfig
 from align.console import log
 from align.entanglement.callback import EntanglementCallback
@@ -92,7 +94,8 @@ def train_policy(
 ) -> None:
     """Train ``config.model`` on ``pairs`` under one method; write ``model/`` and ``history.json`` into ``output``.
 
-    Resumes from the last checkpoint under ``output/checkpoints``.
+    Resumes from the last whole checkpoint under ``output/checkpoints``; unless ``save_strategy`` asks for them, the
+    checkpoints are removed when done. The history is written last: where it is, nothing is trained again.
 
     Args:
         pairs: pair table; ``margin`` where the loss needs one, ``weight`` where pairs are weighted.
@@ -105,6 +108,11 @@ def train_policy(
     Raises:
         AlignError: anything in the configuration, the model or the pairs that the user can mend.
     """
+    checkpoints = output / CHECKPOINTS
+    if (output / HISTORY).exists():
+        log.info("train %s: there already (%s)", method, output / MODEL)
+        _remove_checkpoints(checkpoints, config)
+        return
     loss = bind(method, config.methods[method])
     tau = float(loss.parameters.get("tau", MADPO_TAU))
     for warning in loss.warnings:
@@ -116,8 +124,7 @@ def train_policy(
         token_mask=options.token_mask,
     )  # fmt: skip
     show_pair(trainer.train_dataset[0], trainer.processing_class)
-    checkpoints = output / CHECKPOINTS
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
+    last = last_whole_checkpoint(checkpoints)
     if last is not None:
         log.info("train %s: resuming from %s", method, last)
     show_progress(trainer, f"train {method}")
@@ -134,7 +141,16 @@ def train_policy(
             side: [(trainer.processing_class.decode([token]), weight) for token, weight in tokens]
             for side, tokens in trainer.token_mask.extremes(MASK_SHOWN).items()
         }
-    write_json(output / HISTORY, found)
+    if trainer.is_world_process_zero():
+        (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        write_json(output / HISTORY, found)
+        _remove_checkpoints(checkpoints, config)
+
+
+def _remove_checkpoints(checkpoints: Path, config: TrainConfig) -> None:
+    """Checkpoints that only a stop has left; those that ``save_strategy`` asks for are the user's."""
+    if config.trainer.get("save_strategy", "no") == "no":
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def _probe(trainer: PreferenceTrainer, config: TrainConfig, file: Path) -> EntanglementCallback | None:
@@ -185,9 +201,13 @@ def make_trainer(
         max_tokens=config.max_tokens_per_device,
         remedy=remedy,
         token_mask=token_mask,
-        model=load_policy(config.model, **(args.model_init_kwargs or {"dtype": "float32"})),
+        model=load_policy(
+            config.model,
+            trust_remote_code=args.trust_remote_code,
+            **(args.model_init_kwargs or {"dtype": "float32"}),
+        ),
         args=args,
         train_dataset=pairs,
-        processing_class=load_tokenizer(config.model),
+        processing_class=load_tokenizer(config.model, trust_remote_code=args.trust_remote_code),
         peft_config=build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM"),
     )

@@ -19,7 +19,8 @@ from align.errors import ConfigError
 from align.loss_registry import BoundLoss
 from align.losses import PairLogps, scale_gradient
 from align.stage import read_json, write_json
-from align.training.collator import PAIR_COLUMNS, PairCollator
+from align.training.collator import PAIR_COLUMNS, ROW, PairCollator
+from align.training.guard import FiniteGuard, numbered
 from align.training.layout import LayoutChoice, choose_layout, trim
 from align.training.logps import Layout, SequenceLogps, pair_logps
 from align.training.packing import packed_tokens
@@ -95,7 +96,11 @@ class PreferenceTrainer(DPOTrainer):
         self._pair_metrics = PairMetrics(beta=loss.beta, tau=tau)
         args.beta = loss.beta
         args.loss_type = ["sigmoid"]
+        kwargs["train_dataset"], ids = numbered(kwargs["train_dataset"])
         super().__init__(**kwargs)
+        scaled = self.accelerator.scaler is not None
+        self.guard = FiniteGuard(ids, lambda pair: self.compute_loss(self.model, pair), scaled=scaled)
+        self.add_callback(self.guard)
         self.data_collator = PairCollator(
             pad_token_id=self.data_collator.pad_token_id,
             max_length=args.max_length,
@@ -111,7 +116,7 @@ class PreferenceTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, *PAIR_COLUMNS]
+        self._signature_columns = [*self._signature_columns, *PAIR_COLUMNS, ROW]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Reference log-probs as columns, kept on disk under a key of (reference weights, token ids, truncation)."""
@@ -155,7 +160,7 @@ class PreferenceTrainer(DPOTrainer):
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Log-probs [B], [B] of the chosen and rejected responses under the reference, without gradient."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            inputs = {name: value for name, value in inputs.items() if name not in PAIR_COLUMNS}
+            inputs = {name: value for name, value in inputs.items() if name not in (*PAIR_COLUMNS, ROW)}
             return super().compute_ref_log_probs(model, inputs)
         found = self._under_reference(inputs)
         return found.chosen, found.rejected
@@ -244,6 +249,16 @@ class PreferenceTrainer(DPOTrainer):
             per_pair = self._masked_loss(policy, inputs, margin)
         else:
             per_pair = self.loss(logps, margin)
+        if training:
+            shown = {
+                "chosen": logps.chosen,
+                "rejected": logps.rejected,
+                "reference chosen": ref_chosen,
+                "reference rejected": ref_rejected,
+                "margin": margin,
+                "weight": weight,
+            }
+            self.guard.look(inputs, weight * per_pair, shown)
         pairs: Tensor | float = len(per_pair)
         if training and num_items_in_batch is not None:
             pairs = num_items_in_batch / self.accelerator.num_processes
@@ -303,13 +318,14 @@ class PreferenceTrainer(DPOTrainer):
         return beta_dpo(logps, beta=beta, keep=own_keep, scale=keep.numel() / int(keep.sum()))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
             remedy = None if self.remedy is None else self.remedy.to_dict()
             write_json(folder / LOSS_STATE, self.beta_state.to_dict() | {"remedy": remedy})
             if self.token_mask is not None:
                 self.token_mask.save(folder)
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
