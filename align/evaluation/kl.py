@@ -1,7 +1,8 @@
 """Log-probabilities of sampled completions, from which KL(policy || reference) is estimated.
 
-For completions y sampled from the policy at temperature 1, the mean of log policy(y) - log reference(y) is an unbiased
-estimate of the KL divergence per completion, in nats.
+For completions y sampled from the policy, the mean of log policy(y) - log reference(y) is an unbiased estimate of the
+KL divergence per completion, in nats. Where the policy is decoded at another temperature T than 1, what is sampled from
+is softmax(logits / T), and its log-probability is the one that counts; the reference stays at temperature 1.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ def completion_logps(
     *,
     batch_tokens: int,
     pad_token_id: int,
+    temperature: float = 1.0,
 ) -> np.ndarray:
     """Sum of log-probabilities (nats) of each completion's tokens given its prompt, float64 [N].
 
@@ -30,7 +32,10 @@ def completion_logps(
         completion_ids: N completions; an empty one has log-probability 0.
         batch_tokens: padded tokens per forward pass.
         pad_token_id: token to pad with on the right.
+        temperature: that the completions were sampled at; at 0 (greedy) each has probability 1.
     """
+    if temperature == 0:
+        return np.zeros(len(prompt_ids))
     rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
     device = next(model.parameters()).device
     sums = np.zeros(len(rows))
@@ -43,6 +48,6 @@ def completion_logps(
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             for row, k in enumerate(batch):
                 first, last = len(prompt_ids[k]), len(rows[k])
-                scores = F.log_softmax(logits[row, first - 1 : last - 1].float(), dim=-1)
+                scores = F.log_softmax(logits[row, first - 1 : last - 1].float() / temperature, dim=-1)
                 sums[k] = scores.gather(1, ids[row, first:last, None]).double().sum().item()
     return sums
