@@ -109,7 +109,8 @@ def _changes(report: dict[str, Any]) -> list[str]:
     for part in (report["reward"], *report["comparisons"].values()):
         base = "reference" if part is report["reward"] else part["b"]
         for item in part["changed"] if part else []:
-            shown = interval(item["change"]) if item["what"] == "tokens" else percent(item["change"])
+            share = percent(item["change"]).replace("%", " points")
+            shown = interval(item["change"]) if item["what"] == "tokens" else share
             said.append(f"{name(item['policy'])} {item['said']} than {name(base)}: {shown}.")
     return list(dict.fromkeys(said))
 
