@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from align.console import log, out
-from align.errors import ConfigError, DataError
+from align.errors import DataError
 from align.estimates import bootstrap_mean
 from align.evaluation.completions import (
     Decoding,
@@ -77,7 +77,9 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
     texts = text_statistics({n: _texts(w) for n, w in written.items()}, baseline=REFERENCE, seed=seed)
     for name, values in section["policies"].items():
         kl = kls[name]
-        ratio = None if kl is None else gain_per_root_kl(rewards[name] - rewards[REFERENCE], kl, seed=seed)
+        ratio = None
+        if kl is not None and settings.decoding.temperature == 1:  # else gain and KL are counted from two origins
+            ratio = gain_per_root_kl(rewards[name] - rewards[REFERENCE], kl, seed=seed)
         values["kl"] = None if kl is None else bootstrap_mean(kl, seed=seed).to_dict()
         values["gain_per_root_kl"] = ratio and ratio.to_dict()
         values["texts"] = texts[name]
@@ -261,8 +263,6 @@ def _run(settings: Settings, policies: Sequence[Policy], prompts: int, started: 
 
 def _start(settings: Settings, policies: Sequence[Policy]) -> float:
     """Say what will be done; the time."""
-    if settings.decoding.temperature < 0:
-        raise ConfigError(f"--temperature {settings.decoding.temperature}: expected 0 or more", code="eval-option")
     named = ", ".join(f"{policy.name} ({policy.model})" for policy in policies)
     log.info("evaluating %s on %s, judge %s -> %s", named, settings.prompts, settings.judge, settings.output)
     return time.monotonic()
