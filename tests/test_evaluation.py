@@ -17,6 +17,7 @@ from align.errors import AlignError, ConfigError, ModelError
 from align.evaluation import completions
 from align.evaluation.completions import Decoding, judge_pairs, measure_kl, prompt_ids, score, write_completions
 from align.evaluation.judges import (
+    ANSWER,
     QUESTION,
     ByScore,
     LanguageModelJudge,
@@ -180,10 +181,12 @@ def test_a_judge_of_single_responses_is_asked_once(tiny_policy: Path, tmp_path: 
     assert (first == second).all() and (first == np.where(ours == theirs, 0.5, ours > theirs)).all()
 
 
-def test_a_language_model_judge_reads_the_labels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("template", [False, True])
+def test_a_language_model_judge_reads_the_labels(tmp_path: Path, template: bool) -> None:
     """Its preference equals the softmax of two logits of one row at a time, whatever the padding."""
     folder = causal(tmp_path / "judge", seed=2)
-    words = tokenizer()
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    words = tokenizer(template=template)
     words.add_tokens([" A", " B"])
     words.save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -194,7 +197,8 @@ def test_a_language_model_judge_reads_the_labels(tmp_path: Path) -> None:
     found = judge.prefer(PROMPTS, answers, answers[::-1])
     labels = [words.convert_tokens_to_ids(label) for label in (" A", " B")]
     for k, value in enumerate(found):
-        text = QUESTION.format(prompt=PROMPTS[k], first=answers[k], second=answers[::-1][k])
+        asked = QUESTION.format(prompt=PROMPTS[k], first=answers[k], second=answers[::-1][k]).strip()
+        text = f"user : {asked} assistant :{ANSWER}" if template else asked + "\n\n" + ANSWER
         with torch.no_grad():
             logits = model(torch.tensor([words(text)["input_ids"]])).logits[0, -1]
         assert value == pytest.approx(float(logits[labels].softmax(-1)[0]), abs=1e-5)

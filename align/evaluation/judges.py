@@ -23,8 +23,10 @@ MAX_LENGTH = 1024
 LABELS = (" A", " B")
 QUESTION = (
     "Which of two responses to the same prompt is better?\n\nPrompt: {prompt}\n\nResponse A: {first}\n\n"
-    "Response B: {second}\n\nThe better response is Response"
+    "Response B: {second}\n\n"
 )
+ANSWER = "The better response is Response"
+"""What the judge has already said; its next token is a label."""
 
 
 class PairwiseJudge(Protocol):
@@ -75,7 +77,8 @@ class RewardModelJudge:
 class LanguageModelJudge:
     """A causal language model that reads both responses and names one.
 
-    Its preference is P(A) / (P(A) + P(B)), the probabilities of the two labels as the next token.
+    Its preference is P(A) / (P(A) + P(B)), the probabilities of the two labels as the next token; the question goes
+    through its chat template where it has one.
 
     Args:
         model: folder or hub id.
@@ -122,7 +125,11 @@ class LanguageModelJudge:
 
     def _question(self, prompt: Any, first: Any, second: Any) -> list[int]:
         text = QUESTION.format(prompt=plain(prompt), first=plain(first), second=plain(second))
-        return list(self._tokenizer(text)["input_ids"])
+        if self._tokenizer.chat_template is None:
+            return list(self._tokenizer(text + ANSWER)["input_ids"])
+        turn = [{"role": "user", "content": text.strip()}]
+        asked = str(self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+        return list(self._tokenizer(asked + ANSWER, add_special_tokens=False)["input_ids"])
 
 
 def make_pairwise(name: str) -> PairwiseJudge:
