@@ -136,8 +136,10 @@ def test_another_vocabulary_has_no_kl(tiny_policy: Path, tmp_path: Path) -> None
         measure_kl(written, Policy("reference", str(reference)), tmp_path / "out")
 
 
-def test_messages_are_answered_by_messages(tiny_policy: Path, tmp_path: Path) -> None:
-    prompts = [[{"role": "user", "content": "good film"}], [{"role": "user", "content": "bad plot"}]]
+def test_messages_are_answered_by_messages(tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the messages of two parts have other keys."""
+    monkeypatch.setattr(completions, "PART", 1)
+    prompts = [[{"role": "user", "content": "good film"}], [{"role": "user", "content": "bad plot", "name": "x"}]]
     written = write_completions(Policy("tiny", str(tiny_policy)), prompts, WARM, tmp_path / "out")
     assert [answer[0]["role"] for answer in written.answers()] == ["assistant"] * 2
     assert written.answers()[0][0]["content"] == written.table["text"][0]

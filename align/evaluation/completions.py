@@ -9,6 +9,7 @@ another verb, another judge or the same command again finds it:
     OUTPUT/judgements/<a>-<b>-<digits>/judgements.parquet      shown_first, shown_second
 """
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, List, Value
 
 from align.errors import DataError, ModelError
 from align.evaluation.judges import ByScore, PairwiseJudge, from_scores, judge_key
-from align.evaluation.parts import in_parts
+from align.evaluation.parts import in_parts, read_table
 from align.evaluation.policies import Policy
 from align.generation.base import Engine, Sampling
 from align.pairs import load_prompts
@@ -58,7 +59,7 @@ class Written:
     prompts: Sequence[Any]
     decoding: Decoding
     table: Dataset
-    """``prompt``, ``text``, ``token_ids``, ``finished``."""
+    """``prompt`` (messages as JSON), ``text``, ``token_ids``, ``finished``."""
     key: str
     """sha256 of everything that the table was made from."""
 
@@ -104,14 +105,14 @@ def write_completions(policy: Policy, prompts: Sequence[Any], decoding: Decoding
             engine = engine or make_engine(policy.model, decoding.batch_size)
             wanted = [prompts[k] for k in rows]
             found = [group[0] for group in engine.generate(wanted, decoding.sampling(rows.start))]
-            return Dataset.from_dict(
-                {
-                    "prompt": wanted,
-                    "text": [one.text for one in found],
-                    "token_ids": [one.token_ids for one in found],
-                    "finished": [one.finish_reason == "stop" for one in found],
-                }
-            )
+            texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in wanted]
+            table = {
+                "prompt": texts,
+                "text": [one.text for one in found],
+                "token_ids": [one.token_ids for one in found],
+                "finished": [one.finish_reason == "stop" for one in found],
+            }
+            return Dataset.from_dict(table).cast_column("token_ids", List(Value("int64")))
 
         return in_parts(len(prompts), PART, parts, part, what=f"completions of {policy.name}")
 
@@ -237,7 +238,7 @@ def _table_stage(
         shutil.rmtree(target / "parts")
 
     stage = run_stage(f"{kind} of {name}", folder, inputs, make)
-    return Dataset.from_parquet(str(folder / file), keep_in_memory=True), stage.key
+    return read_table(folder / file), stage.key
 
 
 @cache

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from datasets import Dataset, concatenate_datasets
 
 from align.console import progress
@@ -27,5 +28,10 @@ def in_parts(total: int, size: int, folder: Path, work: Callable[[range], Datase
             temporary = file.with_suffix(".tmp")
             work(range(start, min(start + size, total))).to_parquet(str(temporary))
             temporary.replace(file)
-        done.append(Dataset.from_parquet(str(file), keep_in_memory=True))
+        done.append(read_table(file))
     return concatenate_datasets(done)
+
+
+def read_table(file: Path) -> Dataset:
+    """The table of a Parquet file, read into memory and into no cache."""
+    return Dataset(pq.read_table(file))

@@ -14,7 +14,7 @@ from align.config import PairsConfig
 from align.console import log, out
 from align.errors import ConfigError
 from align.estimates import bootstrap_mean
-from align.evaluation.parts import in_parts
+from align.evaluation.parts import in_parts, read_table
 from align.evaluation.ranking import auc_interval, opis
 from align.evaluation.rewardbench import is_plain, section_scores
 from align.pair_sources import read_source
@@ -73,7 +73,7 @@ def evaluate(
         shutil.rmtree(folder / "parts")
 
     stage = run_stage("scores", output / "scores", inputs, work)
-    scores = Dataset.from_parquet(str(stage.folder / SCORES), keep_in_memory=True)
+    scores = read_table(stage.folder / SCORES)
     groups = [str(group) for group in pairs["group"]] if "group" in pairs.column_names else None
     chosen, rejected = (np.asarray(scores[column]) for column in ("reward_chosen", "reward_rejected"))
     found = reward_model_metrics(chosen, rejected, groups, seed=seed)
