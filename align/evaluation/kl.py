@@ -1,7 +1,8 @@
 """Log-probabilities of sampled completions, from which KL(policy || reference) is estimated.
 
-For completions y sampled from the policy at temperature 1, the mean of log policy(y) - log reference(y) is an unbiased
-estimate of the KL divergence per completion, in nats.
+For completions y sampled from the policy, the mean of log policy(y) - log reference(y) is an unbiased estimate of the
+KL divergence per completion, in nats. Where the policy is decoded at another temperature T than 1, what is sampled from
+is softmax(logits / T), and its log-probability is the one that counts; the reference stays at temperature 1.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ def completion_logps(
     *,
     batch_tokens: int,
     pad_token_id: int,
+    temperature: float = 1.0,
 ) -> np.ndarray:
     """Sum of log-probabilities (nats) of each completion's tokens given its prompt, float64 [N].
 
@@ -31,7 +33,10 @@ def completion_logps(
         completion_ids: N completions; an empty one has log-probability 0.
         batch_tokens: padded tokens per forward pass.
         pad_token_id: token to pad with on the right.
+        temperature: that the completions were sampled at; at 0 (greedy) each has probability 1.
     """
+    if temperature == 0:
+        return np.zeros(len(prompt_ids))
     add_completion_head(base_model(model))
     rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
     device = next(model.parameters()).device
@@ -44,7 +49,7 @@ def completion_logps(
             mask = torch.tensor([[1] * len(rows[k]) + [0] * (width - len(rows[k])) for k in batch], device=device)
             spans = [(row * width + len(prompt_ids[k]), len(completion_ids[k])) for row, k in enumerate(batch)]
             ends = torch.cat([torch.arange(first, first + length) for first, length in spans]).to(device)
-            scored = Scored(ends - 1, ids.flatten()[ends], width)
+            scored = Scored(ends - 1, ids.flatten()[ends], width, temperature)
             logps = model(input_ids=ids, attention_mask=mask, use_cache=False, scored=scored).logps.double().cpu()
             sums[batch] = [part.sum().item() for part in logps.split([length for _, length in spans])]
     return sums

@@ -111,6 +111,54 @@ def intervals(points: Mapping[str, tuple[float, tuple[float, float, float]]], *,
     return _figure(axes, body, names)
 
 
+def frontier(
+    curves: Mapping[str, Sequence[tuple[float, tuple[float, float, float], str]]],
+    *,
+    methods: Sequence[str],
+    x_title: str,
+    y_title: str,
+) -> Markup:
+    """One path of points per series: x, (low, value, high) in y with its interval drawn, and a hover text.
+
+    A series called ``<method> checkpoints`` has the colour that the method has among all ``methods`` of the page, and
+    a dashed line.
+    """
+    names = [name for name, points in curves.items() if points]
+    shades = {name: colour(_method(name), methods) for name in names}
+    xs = np.array([x for name in names for x, _, _ in curves[name]])
+    ys = np.array([y for name in names for _, y, _ in curves[name]])
+    axes = Axes(_range(np.append(xs, 0.0), 0.05), _range(ys.ravel()), x_title, y_title)
+    body = []
+    for name, shade in shades.items():
+        path = " ".join(f"{axes.px(x):.1f},{axes.py(value):.1f}" for x, (_, value, _), _ in curves[name])
+        body.append(f'<polyline class="{shade} line{_dash(name)}" points="{path}"/>')
+        for x, (low, value, high), hover in curves[name]:
+            at = axes.px(x)
+            body.append(
+                f'<line class="{shade} line thin" x1="{at:.1f}" x2="{at:.1f}" y1="{axes.py(low):.1f}" y2="{axes.py(high):.1f}"/>'
+                f'<circle class="{shade} dot" cx="{at:.1f}" cy="{axes.py(value):.1f}" r="4"><title>{escape(hover)}</title></circle>'
+            )
+    return _figure(axes, body, names, shades)
+
+
+def shares(parts: Mapping[str, tuple[int, str]]) -> Markup:
+    """One horizontal bar in parts: label -> (count, CSS class of its colour)."""
+    total = sum(count for count, _ in parts.values())
+    body, legend, at = [], [], 0.0
+    for label, (count, shade) in parts.items():
+        width = WIDTH * count / total
+        title = f"<title>{escape(label)}: {count} of {total}</title>"
+        body.append(f'<rect class="{shade} dot" x="{at:.1f}" y="0" width="{width:.1f}" height="26">{title}</rect>')
+        legend.append(
+            f'<li><svg viewBox="0 0 22 10" width="22" height="10"><rect class="{shade} dot" width="22" height="10"/></svg>'
+            f"{escape(label)}: {count}</li>"
+        )
+        at += width
+    label = escape(", ".join(f"{name}: {count}" for name, (count, _) in parts.items()))
+    svg = f'<svg class="plot" viewBox="0 0 {WIDTH} 26" role="img" aria-label="{label}">{"".join(body)}</svg>'
+    return Markup(f'{svg}<ul class="legend">{"".join(legend)}</ul>')
+
+
 def weight_curve(margins: Sequence[float], weights: Mapping[str, Sequence[float]]) -> Markup:
     """Weight of each pair against its margin, the histogram of the margins under it."""
     names = list(weights)
@@ -220,7 +268,7 @@ def _method(name: str) -> str:
 
 
 def _dash(name: str) -> str:
-    return " dash" if name.endswith("rejected") else ""
+    return " dash" if name.endswith(("rejected", "checkpoints")) else ""
 
 
 def _thin(points: list) -> list:

@@ -1,0 +1,138 @@
+"""`align eval`: is the aligned model better, by how much, at what price."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from align.evaluation.commands import Settings
+
+app = typer.Typer(help="Rewards, win rates and KL of policies; accuracy of reward models.", no_args_is_help=True)
+
+Policies = Annotated[list[str], typer.Argument(metavar="POLICY...", help="NAME=FOLDER or FOLDER; an adapter's too.")]
+Prompts = Annotated[Path, typer.Option(help="Held-out prompts: a .jsonl file with one `prompt` per line.")]
+Output = Annotated[Path, typer.Option(help="Folder to write into; several commands share one page there.")]
+Judge = Annotated[str, typer.Option(help="vader, a reward model's folder or hub id, or llm:MODEL (compare only).")]
+Reference = Annotated[str | None, typer.Option(help="Reference model; default: what the adapters were trained on.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens of a completion, at most.")]
+Rows = Annotated[int, typer.Option(min=1, help="Completions per forward pass.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first so many prompts.")]
+Shown = Annotated[int, typer.Option(min=0, help="Prompts whose completions the page shows.")]
+Heat = Annotated[float, typer.Option(min=0.0, help="Decoding temperature; 0 is greedy.")]
+
+
+@app.command("reward")
+def reward(
+    policies: Policies,
+    prompts: Prompts,
+    output: Output,
+    judge: Judge = "vader",
+    reference: Reference = None,
+    temperature: Heat = 1.0,
+    max_new_tokens: Tokens = 64,
+    batch_size: Rows = 64,
+    limit: Limit = None,
+    shown: Shown = 100,
+    seed: int = 0,
+) -> None:
+    """Reward of policies on held-out prompts, gain over the reference, KL, gain per sqrt(2 KL), what degraded."""
+    from align.evaluation import commands
+
+    settings = _settings(prompts, output, judge, temperature, max_new_tokens, batch_size, limit, shown, seed)
+    commands.reward(policies, reference, settings)
+
+
+@app.command("compare")
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="Policy: NAME=FOLDER or FOLDER.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
+    prompts: Prompts,
+    output: Output,
+    judge: Judge = "vader",
+    temperature: Heat = 1.0,
+    max_new_tokens: Tokens = 64,
+    batch_size: Rows = 64,
+    limit: Limit = None,
+    shown: Shown = 100,
+    seed: int = 0,
+) -> None:
+    """Win rate of A over B: both orders asked, ties half, length-controlled, with intervals over prompts."""
+    from align.evaluation import commands
+
+    settings = _settings(prompts, output, judge, temperature, max_new_tokens, batch_size, limit, shown, seed)
+    commands.compare(a, b, settings)
+
+
+@app.command("frontier")
+def frontier(
+    policies: Policies,
+    prompts: Prompts,
+    output: Output,
+    temperature: Annotated[list[float] | None, typer.Option(min=0.0, help="Decoding temperatures, repeated.")] = None,
+    checkpoints: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER with checkpoint-<step> folders, repeated.")
+    ] = None,
+    judge: Judge = "vader",
+    reference: Reference = None,
+    max_new_tokens: Tokens = 64,
+    batch_size: Rows = 64,
+    limit: Limit = None,
+    seed: int = 0,
+) -> None:
+    """Reward against KL over decoding temperatures and over training checkpoints, as one plot."""
+    from align.evaluation import commands
+
+    settings = _settings(prompts, output, judge, 1.0, max_new_tokens, batch_size, limit, 0, seed)
+    commands.frontier(policies, reference, temperature or [0.5, 0.75, 1.0], checkpoints or [], settings)
+
+
+@app.command("reward-model")
+def reward_model(
+    pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id; RewardBench's columns are known.")],
+    model: Annotated[str, typer.Option(help="Reward model: folder or hub id.")],
+    output: Annotated[Path, typer.Option(help="Folder to write reward_model.json and reward_model.html into.")],
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--text", help="Plain pairs as a user's and an assistant's message, or joined."),
+    ] = None,
+    column: Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. group=category.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
+    drop_invalid: Annotated[bool, typer.Option("--drop-invalid", help="Leave invalid rows out.")] = False,
+    limit: Limit = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per batch.")] = 4096,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 1024,
+    seed: int = 0,
+) -> None:
+    """Pair accuracy by category, calibration, global AUC, and whether one threshold fits all categories."""
+    from align.cli import pair_source
+    from align.evaluation.reward_model import evaluate
+
+    source = pair_source(pairs, column, split).model_copy(update={"drop_invalid": drop_invalid, "limit": limit})
+    evaluate(source, model, output, chat=chat, batch_tokens=batch_tokens, max_length=max_length, seed=seed)
+
+
+@app.command("page")
+def page(output: Annotated[Path, typer.Argument(help="Folder of an evaluation.")]) -> None:
+    """Render report.html of an evaluation again from its report.json."""
+    from align.evaluation import commands
+
+    commands.page(output)
+
+
+def _settings(
+    prompts: Path,
+    output: Path,
+    judge: str,
+    temperature: float,
+    max_new_tokens: int,
+    batch_size: int,
+    limit: int | None,
+    shown: int,
+    seed: int,
+) -> "Settings":
+    from align.evaluation.commands import Settings
+    from align.evaluation.completions import Decoding
+
+    decoding = Decoding(max_new_tokens, temperature, seed, batch_size)
+    return Settings(prompts, output, judge, decoding, limit, shown)

@@ -1,0 +1,253 @@
+"""What each policy writes for each prompt, how probable it is, what a judge gives it: tables that are made once.
+
+Each is a stage in a folder of its own under the output, named after the policy and what it was made from, so that
+another verb, another judge or the same command again finds it:
+
+    OUTPUT/completions/<policy>-<digits>/completions.parquet   prompt, text, token_ids, finished
+    OUTPUT/log-probs/<policy>-<digits>/log-probs.parquet       logp_policy, logp_reference
+    OUTPUT/scores/<policy>-<digits>/scores.parquet             score
+    OUTPUT/judgements/<a>-<b>-<digits>/judgements.parquet      shown_first, shown_second
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, List, Value
+
+from align.errors import DataError, ModelError
+from align.evaluation.judges import ByScore, PairwiseJudge, from_scores, judge_key
+from align.evaluation.parts import in_parts, read_table
+from align.evaluation.policies import Policy
+from align.generation.base import Engine, Sampling
+from align.pairs import load_prompts
+from align.stage import digest, fingerprint_source, run_stage
+from reward_models.judges import Judge
+
+PART = 64
+"""Prompts per part; a stopped evaluation makes at most one of them again."""
+KEY_DIGITS = 8
+KL_BATCH_TOKENS = 4096
+Scorer = Callable[[list[list[int]], list[list[int]]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How completions are sampled. The whole distribution is sampled from (top_p 1): anything else has no KL."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    batch_size: int
+
+    def sampling(self, part: int) -> Sampling:
+        """Settings of one part; another part draws with another seed."""
+        seed = int(digest({"seed": self.seed, "part": part})[:8], 16)
+        return Sampling(self.max_new_tokens, self.temperature, 1.0, n=1, seed=seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The completions of one policy, one for each of N prompts."""
+
+    policy: Policy
+    prompts: Sequence[Any]
+    decoding: Decoding
+    table: Dataset
+    """``prompt`` (messages as JSON), ``text``, ``token_ids``, ``finished``."""
+    key: str
+    """sha256 of everything that the table was made from."""
+
+    def answers(self) -> list[Any]:
+        """The completions in the format of their prompts: text, or one assistant message."""
+        texts = self.table["text"]
+        return [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(self.prompts, texts, strict=True)
+        ]
+
+
+def read_prompts(path: Path, limit: int | None) -> list[Any]:
+    """The first ``limit`` prompts of a JSONL file.
+
+    Raises:
+        DataError: the file is missing, wrong or empty.
+    """
+    prompts = load_prompts(path)[:limit]
+    if not prompts:
+        raise DataError(f"{path}: holds no prompt", code="data-empty", hint='one {"prompt": ...} per line')
+    return prompts
+
+
+def write_completions(policy: Policy, prompts: Sequence[Any], decoding: Decoding, output: Path) -> Written:
+    """One completion of each prompt by a policy.
+
+    Raises:
+        ModelError: the policy cannot be loaded, or has no chat template for messages.
+    """
+    inputs = {
+        "prompts": digest(list(prompts)),
+        "model": _fingerprint(policy.model),
+        "decoding": asdict(decoding),
+        "part": PART,
+    }
+
+    def work(parts: Path) -> Dataset:
+        engine: Engine | None = None
+
+        def part(rows: range) -> Dataset:
+            nonlocal engine
+            engine = engine or make_engine(policy.model, decoding.batch_size)
+            wanted = [prompts[k] for k in rows]
+            found = [group[0] for group in engine.generate(wanted, decoding.sampling(rows.start))]
+            texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in wanted]
+            table = {
+                "prompt": texts,
+                "text": [one.text for one in found],
+                "token_ids": [one.token_ids for one in found],
+                "finished": [one.finish_reason == "stop" for one in found],
+            }
+            return Dataset.from_dict(table).cast_column("token_ids", List(Value("int64")))
+
+        return in_parts(len(prompts), PART, parts, part, what=f"completions of {policy.name}")
+
+    table, key = _table_stage(output, "completions", policy.name, inputs, work)
+    return Written(policy, prompts, decoding, table, key)
+
+
+def measure_kl(written: Written, reference: Policy, output: Path) -> np.ndarray:
+    """log policy(y) - log reference(y) of each completion, [N], nats; the reference at temperature 1.
+
+    Raises:
+        ModelError: a model cannot be loaded, or the two do not share a vocabulary.
+    """
+    inputs = {"completions": written.key, "reference": _fingerprint(reference.model)}
+
+    def work(parts: Path) -> Dataset:
+        models: list[Scorer] = []
+
+        def part(rows: range) -> Dataset:
+            if not models:
+                models.extend(_scorers(written.policy, reference, written.decoding.temperature))
+            ids = [prompt_ids(written.prompts[k], written.policy.model) for k in rows]
+            tokens = [written.table[k]["token_ids"] for k in rows]
+            scores = [model(ids, tokens) for model in models]
+            return Dataset.from_dict({"logp_policy": scores[0], "logp_reference": scores[1]})
+
+        return in_parts(len(written.table), PART, parts, part, what=f"log-probs of {written.policy.name}")
+
+    table, _ = _table_stage(output, "log-probs", written.policy.name, inputs, work)
+    return np.asarray(table["logp_policy"]) - np.asarray(table["logp_reference"])
+
+
+def score(written: Written, judge: Judge, output: Path) -> np.ndarray:
+    """What a judge that gives numbers says of each completion, [N]."""
+    inputs = {"completions": written.key, "judge": judge_key(judge.name)}
+
+    def work(parts: Path) -> Dataset:
+        answers = written.answers()
+
+        def part(rows: range) -> Dataset:
+            chosen = [written.prompts[k] for k in rows], [answers[k] for k in rows]
+            return Dataset.from_dict({"score": judge.score(*chosen)})
+
+        return in_parts(len(written.table), PART, parts, part, what=f"scores of {written.policy.name}")
+
+    return np.asarray(_table_stage(output, "scores", written.policy.name, inputs, work)[0]["score"])
+
+
+def judge_pairs(first: Written, second: Written, judge: PairwiseJudge, output: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Preference for ``first``'s completion where it is shown first and where it is shown second, [N] each.
+
+    A judge that scores responses one by one never sees the order and is asked once.
+    """
+    if isinstance(judge, ByScore):
+        verdict = from_scores(score(first, judge.judge, output), score(second, judge.judge, output))
+        return verdict, verdict
+    inputs = {"completions": [first.key, second.key], "judge": judge_key(judge.name)}
+
+    def work(parts: Path) -> Dataset:
+        answers = first.answers(), second.answers()
+
+        def part(rows: range) -> Dataset:
+            prompts = [first.prompts[k] for k in rows]
+            ours, theirs = ([of_policy[k] for k in rows] for of_policy in answers)
+            verdicts = judge.prefer(prompts, ours, theirs), 1 - judge.prefer(prompts, theirs, ours)
+            return Dataset.from_dict({"shown_first": verdicts[0], "shown_second": verdicts[1]})
+
+        return in_parts(len(first.table), PART, parts, part, what="judgements")
+
+    table, _ = _table_stage(output, "judgements", f"{first.policy.name}-{second.policy.name}", inputs, work)
+    return np.asarray(table["shown_first"]), np.asarray(table["shown_second"])
+
+
+def make_engine(model: str, batch_size: int) -> Engine:
+    """What generates completions; the only place of the evaluation that chooses an engine."""
+    from align.generation.transformers_engine import TransformersEngine
+    from align.model_loading import load_policy, load_tokenizer
+
+    return TransformersEngine(load_policy(model, dtype="float32"), load_tokenizer(model), batch_size=batch_size)
+
+
+def prompt_ids(prompt: Any, model: str) -> list[int]:
+    """Token ids of a prompt as the engine reads it: text as it is, messages with the generation prompt."""
+    tokenizer = _tokenizer(model)
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def _scorers(policy: Policy, reference: Policy, temperature: float) -> list[Scorer]:
+    """Log-probs under the policy as it was decoded, and under the reference."""
+    import torch
+
+    from align.evaluation.kl import completion_logps
+    from align.model_loading import load_policy
+
+    if _tokenizer(policy.model).get_vocab() != _tokenizer(reference.model).get_vocab():
+        raise ModelError(
+            f"{policy.model} and {reference.model}: found two vocabularies, expected one",
+            code="eval-tokenizer",
+            hint="give the reference that the policy was trained from",
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pad = _tokenizer(policy.model).pad_token_id
+    made: list[Scorer] = []
+    for model, heat in ((policy.model, temperature), (reference.model, 1.0)):
+        loaded = load_policy(model, dtype="float32").to(device).eval()
+
+        settings = {"batch_tokens": KL_BATCH_TOKENS, "pad_token_id": pad, "temperature": heat}
+        made.append(partial(completion_logps, loaded, **settings))
+    return made
+
+
+def _table_stage(
+    output: Path, kind: str, name: str, inputs: dict[str, Any], work: Callable[[Path], Dataset]
+) -> tuple[Dataset, str]:
+    """A stage whose artefact is one table, and its key; the parts go once the table is whole."""
+    folder = output / kind / f"{name}-{digest(inputs)[:KEY_DIGITS]}"
+    file = f"{kind}.parquet"
+
+    def make(target: Path) -> None:
+        work(target / "parts").to_parquet(str(target / file))
+        shutil.rmtree(target / "parts")
+
+    stage = run_stage(f"{kind} of {name}", folder, inputs, make)
+    return read_table(folder / file), stage.key
+
+
+@cache
+def _fingerprint(source: str) -> str:
+    return fingerprint_source(source)
+
+
+@cache
+def _tokenizer(model: str) -> Any:
+    from align.model_loading import load_tokenizer
+
+    return load_tokenizer(model)

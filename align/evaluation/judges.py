@@ -1,0 +1,172 @@
+"""Judges that say which of two responses is better, behind one protocol; judges that give a number serve as such too.
+
+``vader`` is the independent gold judge. A folder or hub id is a reward model. ``llm:`` before one is a language model
+that is asked in words and answers by the probabilities of two labels.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from align.batching import token_batches
+from align.console import progress
+from align.errors import ConfigError
+from align.filtering.texts import plain
+from align.stage import fingerprint_source
+from reward_models.judges import JUDGES, Judge, make_judge
+
+LANGUAGE_MODEL = "llm:"
+BATCH_TOKENS = 4096
+MAX_LENGTH = 1024
+LABELS = (" A", " B")
+QUESTION = (
+    "Which of two responses to the same prompt is better?\n\nPrompt: {prompt}\n\nResponse A: {first}\n\n"
+    "Response B: {second}\n\n"
+)
+ANSWER = "The better response is Response"
+"""What the judge has already said; its next token is a label."""
+
+
+class PairwiseJudge(Protocol):
+    """Anything that prefers one of two responses. It may be biased to the first: it is asked in both orders."""
+
+    name: str
+
+    def prefer(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> np.ndarray:
+        """Preference for the first response, [N], in [0, 1]: 1 the first, 0 the second, 0.5 a tie."""
+
+
+class ByScore:
+    """The pairwise judge that prefers the larger score of a judge that gives numbers; equal scores are a tie."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self.name = judge.name
+
+    def prefer(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> np.ndarray:
+        """1 where the first scores higher, 0 where lower, 0.5 where equal, [N]."""
+        return from_scores(self.judge.score(prompts, first), self.judge.score(prompts, second))
+
+
+class RewardModelJudge:
+    """A reward model as a judge. It is no gold judge of a policy that was trained on its rewards or margins.
+
+    Args:
+        model: folder or hub id.
+
+    Raises:
+        ModelError: it cannot be loaded as one.
+    """
+
+    def __init__(self, model: str) -> None:
+        from reward_models.score import RewardScorer
+
+        self.name = model
+        self._scorer = RewardScorer(model, batch_tokens=BATCH_TOKENS, max_length=MAX_LENGTH)
+
+    def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
+        """Reward of each, float64 [N]."""
+        from reward_models.text import render
+
+        pairs = zip(prompts, completions, strict=True)
+        return self._scorer.score_texts([render(*pair, self._scorer.tokenizer) for pair in pairs])
+
+
+class LanguageModelJudge:
+    """A causal language model that reads both responses and names one.
+
+    Its preference is P(A) / (P(A) + P(B)), the probabilities of the two labels as the next token; the question goes
+    through its chat template where it has one.
+
+    Args:
+        model: folder or hub id.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        ConfigError: its tokenizer does not tell the two labels apart by one token.
+    """
+
+    def __init__(self, model: str) -> None:
+        import torch
+
+        from align.model_loading import load_policy, load_tokenizer
+
+        self.name = LANGUAGE_MODEL + model
+        self._tokenizer = load_tokenizer(model)
+        self._labels = [self._tokenizer(label, add_special_tokens=False)["input_ids"][-1] for label in LABELS]
+        if self._labels[0] == self._labels[1]:
+            raise ConfigError(
+                f"judge {self.name}: its tokenizer reads {LABELS[0]!r} and {LABELS[1]!r} as the same token",
+                code="eval-judge",
+                hint="use another language model",
+            )
+        self._model = load_policy(model, dtype="float32").to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def prefer(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> np.ndarray:
+        """Probability of the label of the first response against that of the second, [N]."""
+        import torch
+
+        rows = [self._question(*texts) for texts in zip(prompts, first, second, strict=True)]
+        found = np.empty(len(rows))
+        batches = token_batches([len(row) for row in rows], BATCH_TOKENS)
+        device, pad = self._model.device, self._tokenizer.pad_token_id
+        with torch.inference_mode():
+            for batch in progress(batches, what="judging", total=len(batches), unit="batches"):
+                width = max(len(rows[k]) for k in batch)
+                ids = torch.tensor([rows[k] + [pad] * (width - len(rows[k])) for k in batch], device=device)
+                mask = torch.tensor([[1] * len(rows[k]) + [0] * (width - len(rows[k])) for k in batch], device=device)
+                logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                last = torch.tensor([len(rows[k]) - 1 for k in batch], device=device)
+                labels = logits[torch.arange(len(batch), device=device), last][:, self._labels].double()
+                found[batch] = labels.softmax(dim=-1)[:, 0].cpu().numpy()
+        return found
+
+    def _question(self, prompt: Any, first: Any, second: Any) -> list[int]:
+        text = QUESTION.format(prompt=plain(prompt), first=plain(first), second=plain(second))
+        if self._tokenizer.chat_template is None:
+            return list(self._tokenizer(text + ANSWER)["input_ids"])
+        turn = [{"role": "user", "content": text.strip()}]
+        asked = str(self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+        return list(self._tokenizer(asked + ANSWER, add_special_tokens=False)["input_ids"])
+
+
+def make_pairwise(name: str) -> PairwiseJudge:
+    """The judge called ``name``: ``vader``, a reward model, or ``llm:`` and a language model.
+
+    Raises:
+        ConfigError: there is none of that name.
+        ModelError: the model cannot be loaded.
+    """
+    if name.startswith(LANGUAGE_MODEL):
+        return LanguageModelJudge(name.removeprefix(LANGUAGE_MODEL))
+    return ByScore(make_score_judge(name))
+
+
+def make_score_judge(name: str) -> Judge:
+    """A judge that gives numbers: ``vader`` or a reward model.
+
+    Raises:
+        ConfigError: there is none of that name, or it only prefers.
+        ModelError: the model cannot be loaded.
+    """
+    if name.startswith(LANGUAGE_MODEL):
+        raise ConfigError(
+            f"judge {name}: only says which of two is better, a number is needed here",
+            code="eval-judge",
+            hint="use `align eval compare` with it, or a reward model here",
+        )
+    if name not in JUDGES and ("/" in name or Path(name).is_dir()):
+        return RewardModelJudge(name)
+    return make_judge(name)
+
+
+def judge_key(name: str) -> str:
+    """What the verdicts of a judge depend on: its name, and the content of its model."""
+    return name if name in JUDGES else fingerprint_source(name.removeprefix(LANGUAGE_MODEL))
+
+
+def from_scores(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Preference for the first, [N], from two scores [N]: the sign of their difference; equal scores are a tie."""
+    return 0.5 + 0.5 * np.sign(np.asarray(first) - np.asarray(second))

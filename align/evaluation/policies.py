@@ -1,0 +1,89 @@
+"""The policies of an evaluation: what they are called, where they lie, what they are measured against."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from align.errors import ConfigError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+ADAPTER = "adapter_config.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A model under a name."""
+
+    name: str
+    model: str
+    """Folder (an adapter's too) or hub id."""
+
+
+def parse_policies(items: Sequence[str]) -> list[Policy]:
+    """Policies of ``NAME=FOLDER`` or ``FOLDER`` items; a bare folder is called by its own name.
+
+    ``model`` says nothing, so ``runs/demo/train-dpo/model`` is called ``dpo``.
+
+    Raises:
+        ConfigError: a name that cannot be one, or that is given twice.
+    """
+    found: list[Policy] = []
+    for item in items:
+        name, sign, model = item.partition("=")
+        if not sign:
+            path = Path(item)
+            name, model = (path.parent.name if path.name == "model" else path.name).removeprefix("train-"), item
+        if not model or not NAME.fullmatch(name) or name == REFERENCE:
+            raise ConfigError(
+                f"policy {item!r}: expected NAME=FOLDER, the name of letters, digits and _.+- and not {REFERENCE!r}",
+                code="eval-policy",
+            )
+        if any(policy.name == name for policy in found):
+            raise ConfigError(f"policy {item!r}: {name!r} is there twice", code="eval-policy", hint="give NAME=FOLDER")
+        found.append(Policy(name, model))
+    return found
+
+
+def find_reference(policies: Sequence[Policy], given: str | None) -> Policy:
+    """The reference policy: the one given, or what the policies' adapters were trained on.
+
+    Raises:
+        ConfigError: none is given and the policies do not name one and the same.
+    """
+    if given is not None:
+        return Policy(REFERENCE, given)
+    bases = {_adapter_base(policy.model) for policy in policies}
+    if len(bases) == 1 and (base := bases.pop()) is not None:
+        return Policy(REFERENCE, base)
+    raise ConfigError(
+        "--reference: needed, because the policies are not adapters of one model",
+        code="eval-reference",
+        hint="give the model that training started from",
+    )
+
+
+def checkpoints(policy: Policy) -> list[tuple[int, Policy]]:
+    """(optimizer step, policy) of each ``checkpoint-<step>`` in the policy's folder, in order.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = Path(policy.model)
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [(int(m[1]), str(e)) for e in entries if (m := CHECKPOINT.fullmatch(e.name)) and e.is_dir()]
+    if not found:
+        raise ConfigError(
+            f"--checkpoints {policy.name}={folder}: holds no folder checkpoint-<step>",
+            code="eval-checkpoints",
+            hint="train with `save_strategy: steps` and give the `checkpoints` folder",
+        )
+    return [(step, Policy(policy.name, path)) for step, path in sorted(found)]
+
+
+def _adapter_base(model: str) -> str | None:
+    file = Path(model) / ADAPTER
+    return json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") if file.exists() else None

@@ -1,0 +1,133 @@
+"""How well absolute rewards order responses across prompts and categories. Pure.
+
+Pair accuracy only compares the two responses of one prompt. A filter threshold, a best-of-n floor or a ranking of
+prompts compares responses of different prompts; for those the global AUC and the OPIS count.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import rankdata
+
+from align.estimates import Estimate
+
+FALSE_ACCEPTS = (0.01, 0.10)
+THRESHOLDS = 101
+RESAMPLES = 500
+PERMUTATIONS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class ThresholdConsistency:
+    """Does one reward threshold mean the same in every category?"""
+
+    value: float
+    """OPIS, in [0, 0.25]; 0: every category is served alike at every threshold."""
+    chance: float
+    """Mean OPIS with the categories shuffled over the pairs: what so few pairs give without any difference."""
+    chance_high: float
+    """95% quantile of the same."""
+    categories: dict[str, float]
+    """Category -> its mean squared distance from the mean utility; ``value`` is their mean."""
+
+    @property
+    def differs(self) -> bool:
+        """More than chance gives."""
+        return self.value > self.chance_high
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "differs": self.differs}
+
+
+def auc(chosen: ArrayLike, rejected: ArrayLike) -> float:
+    """P(a chosen response's reward > a rejected one's), over all pairs of prompts; ties count half.
+
+    Args:
+        chosen: rewards [N].
+        rejected: rewards [M].
+    """
+    high, low = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
+    ranks = rankdata(np.concatenate([high, low]))[: high.size]
+    return float((ranks.sum() - high.size * (high.size + 1) / 2) / (high.size * low.size))
+
+
+def auc_interval(chosen: np.ndarray, rejected: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> Estimate:
+    """The global AUC with a 95% percentile bootstrap interval over the N pairs, each drawn with both its rewards."""
+    size = chosen.size
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(resamples):
+        rows = rng.integers(0, size, size)
+        drawn.append(auc(chosen[rows], rejected[rows]))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Estimate(auc(chosen, rejected), float(low), float(high), int(size))
+
+
+def utilities(
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    category: np.ndarray,
+    *,
+    false_accepts: tuple[float, float] = FALSE_ACCEPTS,
+) -> np.ndarray:
+    """Utility [C, D] of each category at each of ``THRESHOLDS`` common thresholds.
+
+    The utility of category i at threshold d is 2 s t / (s + t): s the share of its chosen responses above d, t the
+    share of its rejected ones not above d. The thresholds are observed rewards, those at which 1% to 10% of all
+    rejected responses are accepted, so the result does not change under a monotone transform of the rewards.
+
+    Args:
+        chosen: rewards [N].
+        rejected: rewards [N].
+        category: index of the category of each pair, [N], in 0..C-1, each at least once.
+        false_accepts: smallest and largest share of accepted rejected responses.
+    """
+    levels = 1 - np.linspace(false_accepts[0], false_accepts[1], THRESHOLDS)
+    thresholds = np.quantile(rejected, levels, method="inverted_cdf")
+    made = []
+    for k in range(int(category.max()) + 1):
+        high, low = np.sort(chosen[category == k]), np.sort(rejected[category == k])
+        sensitivity = 1 - np.searchsorted(high, thresholds, side="right") / high.size
+        specificity = np.searchsorted(low, thresholds, side="right") / low.size
+        total = sensitivity + specificity
+        made.append(np.where(total > 0, 2 * sensitivity * specificity / np.where(total > 0, total, 1), 0.0))
+    return np.stack(made)
+
+
+def opis(
+    chosen: ArrayLike, rejected: ArrayLike, category: Sequence[str], *, seed: int, permutations: int = PERMUTATIONS
+) -> ThresholdConsistency:
+    """Operating-point inconsistency score over categories (Zhang et al., arXiv 2307.04047): variance of the utilities.
+
+    Args:
+        chosen: rewards [N].
+        rejected: rewards [N].
+        category: category of each pair, [N].
+        seed: of the shuffles.
+        permutations: shuffles behind ``chance``.
+
+    Raises:
+        ValueError: fewer than two categories.
+    """
+    high, low = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
+    names, which = np.unique(np.asarray(category, dtype=str), return_inverse=True)
+    if names.size < 2:
+        raise ValueError(f"OPIS needs at least two categories, got {names.size}")
+    shares = _spread(utilities(high, low, which))
+    rng = np.random.default_rng(seed)
+    null = [_spread(utilities(high, low, rng.permutation(which))).mean() for _ in range(permutations)]
+    return ThresholdConsistency(
+        value=float(shares.mean()),
+        chance=float(np.mean(null)),
+        chance_high=float(np.quantile(null, 0.95)),
+        categories={str(name): float(share) for name, share in zip(names, shares, strict=True)},
+    )
+
+
+def _spread(found: np.ndarray) -> np.ndarray:
+    """Mean squared distance [C] of each category from the mean over categories, utilities [C, D]."""
+    return ((found - found.mean(axis=0)) ** 2).mean(axis=1)

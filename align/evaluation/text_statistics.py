@@ -1,0 +1,118 @@
+"""What changed in the texts themselves: length, repetition, variety. Pure.
+
+A policy can gain reward and lose these; none of them needs a judge.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from align.estimates import bootstrap_mean
+from align.filtering.texts import words
+
+RUN = 3
+"""Words of a run that counts as repeated."""
+SIZES = (1, 2, 3)
+WORSE = {
+    "repetition": ("repeats itself more", "repeats itself less"),
+    "unfinished": ("is cut off by the token limit more often", "is cut off by the token limit less often"),
+    "empty": ("writes nothing more often", "writes nothing less often"),
+    "tokens": ("writes more tokens", "writes fewer tokens"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """The completions of one policy, one per prompt."""
+
+    texts: Sequence[str]
+    tokens: Sequence[int]
+    finished: Sequence[bool]
+    """False where the token limit cut the completion off."""
+
+
+def repetition(text: str) -> float:
+    """Share of the three-word runs of a text that occurred in it before; 0 for fewer than three words."""
+    found = words(text)
+    runs = Counter(tuple(found[k : k + RUN]) for k in range(len(found) - RUN + 1))
+    total = sum(runs.values())
+    return 1 - len(runs) / total if total else 0.0
+
+
+def distinct(texts: Sequence[str], size: int, budget: int) -> float | None:
+    """Distinct-n (Li et al., arXiv 1510.03055): different runs of ``size`` words over all runs, texts pooled.
+
+    Args:
+        texts: completions of one policy.
+        size: n.
+        budget: words to pool, in the order of the texts. The ratio falls with the number of words, so policies are
+            only comparable at the same one.
+    """
+    seen: set[tuple[str, ...]] = set()
+    total = 0
+    for text in texts:
+        found = words(text)[:budget]
+        budget -= len(found)
+        for k in range(len(found) - size + 1):
+            seen.add(tuple(found[k : k + size]))
+            total += 1
+    return len(seen) / total if total else None
+
+
+def text_statistics(policies: Mapping[str, Texts], *, baseline: str, seed: int) -> dict[str, dict[str, Any]]:
+    """Per policy: means with intervals, paired changes from ``baseline``, distinct-n over equally many words.
+
+    Args:
+        policies: name -> completions of the same N prompts.
+        baseline: policy that changes are counted from.
+        seed: of the bootstrap over prompts.
+
+    Returns:
+        ``{name: {"tokens", "repetition", "unfinished", "empty", "change", "distinct", "distinct_words"}}``, plain JSON
+        values; ``change`` is None for the baseline. Distinct-n has no interval: resampling texts repeats runs.
+    """
+    columns = {name: _columns(found) for name, found in policies.items()}
+    budget = min(sum(len(words(text)) for text in found.texts) for found in policies.values())
+    made = {}
+    for name, found in policies.items():
+        change = None
+        if name != baseline:
+            change = {
+                key: bootstrap_mean(values - columns[baseline][key], seed=seed).to_dict()
+                for key, values in columns[name].items()
+            }
+        made[name] = {
+            **{key: bootstrap_mean(values, seed=seed).to_dict() for key, values in columns[name].items()},
+            "change": change,
+            "distinct": {str(size): distinct(found.texts, size, budget) for size in SIZES},
+            "distinct_words": budget,
+        }
+    return made
+
+
+def changed(statistics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Changes from the baseline whose interval leaves 0 out.
+
+    Returns:
+        ``[{"policy", "what", "said", "change"}]``, ``change`` an estimate as plain values.
+    """
+    found = []
+    for name, values in statistics.items():
+        for key, (more, less) in WORSE.items():
+            change = (values["change"] or {}).get(key)
+            if change is not None and not change["low"] <= 0 <= change["high"]:
+                said = more if change["value"] > 0 else less
+                found.append({"policy": name, "what": key, "said": said, "change": change})
+    return found
+
+
+def _columns(found: Texts) -> dict[str, np.ndarray]:
+    return {
+        "tokens": np.array(found.tokens, dtype=np.float64),
+        "repetition": np.array([repetition(text) for text in found.texts]),
+        "unfinished": 1.0 - np.array(found.finished, dtype=np.float64),
+        "empty": np.array([not text.strip() for text in found.texts], dtype=np.float64),
+    }

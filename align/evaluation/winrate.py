@@ -1,0 +1,157 @@
+"""Win rate of policy A over policy B from judgements in both orders, plain and length-controlled. Pure.
+
+Length control follows AlpacaEval 2 (Dubois et al., arXiv 2404.04475; tatsu-lab/alpaca_eval, ``glm_winrate.py``): a
+logistic regression of the preference on tanh(d / std(d)), d the difference of the lengths in characters, and then the
+mean preference that it predicts at d = 0. Theirs has two more terms, a difficulty of each instruction and a verbose and
+a concise variant of the baseline; both come from runs of many models on one fixed set of instructions, which an
+evaluation on the user's own prompts does not have. What is left is P(A preferred) = sigmoid(a + b tanh(d / std(d))),
+and the length-controlled win rate is sigmoid(a).
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from align.estimates import RESAMPLES, Estimate, bootstrap_mean
+
+RIDGE = (0.01, 0.1)
+"""Penalties on a and b: too weak to move an estimate, enough for a finite one where A always wins."""
+NEWTON_STEPS = 60
+LARGEST_STEP = 4.0
+CHUNK_CELLS = 2_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class LengthControl:
+    """The win rate that is left at equal lengths."""
+
+    rate: Estimate
+    slope: float
+    """b: change of the log-odds of A per unit of tanh(d / std(d)); above 0 the judge goes with the longer response."""
+    extrapolated: bool
+    """A was longer (or shorter) on every prompt, so equal lengths lie outside of what was seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class WinRate:
+    """Head-to-head result of A against B."""
+
+    rate: Estimate
+    """Mean preference for A over both orders; a tie counts half."""
+    wins: int
+    ties: int
+    losses: int
+    position_bias: Estimate
+    """What being shown first adds to the preference; it cancels in ``rate``."""
+    consistent: float
+    """Share of prompts on which both orders give the same verdict."""
+    length_controlled: LengthControl | None
+    """None where every difference of the lengths is the same and not 0: nothing can be told apart."""
+    length_difference: Estimate
+    """Characters of A minus characters of B."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def win_rate(
+    shown_first: ArrayLike,
+    shown_second: ArrayLike,
+    length_a: ArrayLike,
+    length_b: ArrayLike,
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+) -> WinRate:
+    """Win rate of A over B with 95% bootstrap intervals over the N prompts.
+
+    Args:
+        shown_first: preference for A where A is shown first, [N], 1 A, 0 B, 0.5 a tie; probabilities are allowed.
+        shown_second: preference for A (not for the first) where A is shown second, [N].
+        length_a: characters of A's responses, [N].
+        length_b: characters of B's responses, [N].
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+
+    Raises:
+        ValueError: no prompts, other shapes, or a preference outside of [0, 1].
+    """
+    first, second = np.asarray(shown_first, dtype=np.float64), np.asarray(shown_second, dtype=np.float64)
+    difference = np.asarray(length_a, dtype=np.float64) - np.asarray(length_b, dtype=np.float64)
+    if first.ndim != 1 or first.size == 0 or not first.shape == second.shape == difference.shape:
+        raise ValueError(f"expected equal shapes [N], got {first.shape}, {second.shape}, {difference.shape}")
+    both = np.stack([first, second])
+    if not ((both >= 0) & (both <= 1)).all():
+        raise ValueError("preferences must lie in [0, 1]")
+    outcome = (first + second) / 2
+    return WinRate(
+        rate=bootstrap_mean(outcome, seed=seed, resamples=resamples),
+        wins=int((outcome > 0.5).sum()),
+        ties=int((outcome == 0.5).sum()),
+        losses=int((outcome < 0.5).sum()),
+        position_bias=bootstrap_mean((first - second) / 2, seed=seed, resamples=resamples),
+        consistent=float((np.sign(first - 0.5) == np.sign(second - 0.5)).mean()),
+        length_controlled=length_control(outcome, difference, seed=seed, resamples=resamples),
+        length_difference=bootstrap_mean(difference, seed=seed, resamples=resamples),
+    )
+
+
+def length_control(
+    outcome: np.ndarray, difference: np.ndarray, *, seed: int, resamples: int = RESAMPLES
+) -> LengthControl | None:
+    """The win rate at equal lengths with its 95% percentile bootstrap interval; see the head of this file.
+
+    Args:
+        outcome: preference for A, [N], in [0, 1].
+        difference: length of A minus length of B, [N].
+        seed: of the bootstrap over prompts.
+        resamples: of the bootstrap.
+    """
+    spread = float(difference.std())
+    if spread == 0 and difference[0] != 0:
+        return None
+    feature = np.tanh(difference / spread) if spread > 0 else np.zeros_like(difference)
+    size = outcome.size
+    intercept, slope = fit_logistic(outcome, feature, np.ones((1, size)))[0]
+    counts = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=resamples)
+    rows = max(1, CHUNK_CELLS // size)
+    drawn = [fit_logistic(outcome, feature, counts[k : k + rows])[:, 0] for k in range(0, resamples, rows)]
+    low, high = np.quantile(_sigmoid(np.concatenate(drawn)), [0.025, 0.975])
+    return LengthControl(
+        rate=Estimate(float(_sigmoid(intercept)), float(low), float(high), int(size)),
+        slope=float(slope),
+        extrapolated=bool((difference > 0).all() or (difference < 0).all()),
+    )
+
+
+def fit_logistic(target: np.ndarray, feature: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(a, b) [R, 2] of sigmoid(a + b feature) by Newton's method, one fit for each row of weights.
+
+    Args:
+        target: [N], in [0, 1].
+        feature: [N].
+        weights: [R, N], how often each observation counts in each fit.
+    """
+    found = np.zeros((weights.shape[0], 2))
+    for _ in range(NEWTON_STEPS):
+        predicted = _sigmoid(found[:, :1] + found[:, 1:] * feature)
+        residual = weights * (predicted - target)
+        curvature = weights * predicted * (1 - predicted)
+        slope_a = residual.sum(axis=1) + RIDGE[0] * found[:, 0]
+        slope_b = residual @ feature + RIDGE[1] * found[:, 1]
+        aa = curvature.sum(axis=1) + RIDGE[0]
+        ab = curvature @ feature
+        bb = curvature @ feature**2 + RIDGE[1]
+        determinant = aa * bb - ab**2
+        step = np.stack([bb * slope_a - ab * slope_b, aa * slope_b - ab * slope_a], axis=1) / determinant[:, None]
+        found -= np.clip(step, -LARGEST_STEP, LARGEST_STEP)
+        if np.abs(step).max() < 1e-9:
+            break
+    return found
+
+
+def _sigmoid(value: Any) -> Any:
+    return 0.5 * (1 + np.tanh(0.5 * np.asarray(value)))

@@ -1,0 +1,199 @@
+"""report.json of `align eval` -> one HTML file: no request, every text escaped, one script (the search) by its hash."""
+
+import base64
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from align.reports import plots
+from align.reports.page import environment
+from align.reports.verdict import interval, name
+
+SCRIPT = "search.js"
+
+
+def write_page(target: Path, report: dict[str, Any]) -> None:
+    """Render the page by way of a temporary file.
+
+    Args:
+        target: the file.
+        report: ``reward``, ``comparisons`` and ``frontier``, each as far as it was measured.
+    """
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(render(report), encoding="utf-8")
+    temporary.replace(target)
+
+
+def render(report: dict[str, Any]) -> str:
+    """The page as text; what was not measured is said to be missing in one line."""
+    whole = {"reward": None, "comparisons": {}, "frontier": None} | report
+    runs = [part["run"] for part in _parts(whole)]
+    names = list(dict.fromkeys(key for run in runs for key in run["policies"]))
+    script = (files("align.reports") / "templates" / SCRIPT).read_text(encoding="utf-8")
+    said, details = headline(whole)
+    made = environment()
+    made.filters["percent"] = percent
+    return made.get_template("comparison.html.j2").render(
+        report=whole,
+        names=names,
+        headline=said,
+        details=details,
+        plots=_plots(whole, names),
+        colour=plots.colour,
+        changes=_changes(whole),
+        text_tables=_text_tables(whole),
+        samples=_samples(whole),
+        prompts=max((run["n_prompts"] for run in runs), default=0),
+        runs=runs,
+        script=Markup(script),
+        script_hash=script_hash(script),
+    )
+
+
+def script_hash(script: str) -> str:
+    """What a content security policy calls exactly this script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def percent(estimate: dict[str, float]) -> str:
+    """``58.3% (52.1 to 64.4)``: a share and its 95% interval, in percent."""
+    scaled = {key: 100 * estimate[key] for key in ("value", "low", "high")}
+    value, rest = interval(scaled).split(" ", maxsplit=1)
+    return f"{value}% {rest}"
+
+
+def headline(report: dict[str, Any]) -> tuple[str, list[str]]:
+    """One sentence as honest as its intervals, and what else there is to say."""
+    said = [_preferred(found) for found in report["comparisons"].values()]
+    if report["reward"]:
+        policies = report["reward"]["policies"]
+        said = [_gained(key, policy) for key, policy in policies.items() if policy["gain"]] + said
+    if not said:
+        return ("Reward against KL was measured." if report["frontier"] else "Nothing has been evaluated yet."), []
+    return said[0], said[1:] + _changes(report)
+
+
+def _gained(key: str, policy: dict[str, Any]) -> str:
+    gain = policy["gain"]
+    kl = f" at a KL of {interval(policy['kl'])} nats" if policy["kl"] else ""
+    if gain["low"] <= 0 <= gain["high"]:
+        return f"{name(key)}: no difference in reward seen, gain {interval(gain)}{kl}."
+    verb = "raised" if gain["value"] > 0 else "lowered"
+    return f"{name(key)} {verb} the reward by {interval(gain)}{kl}."
+
+
+def _preferred(found: dict[str, Any]) -> str:
+    a, b, rate = name(found["a"]), name(found["b"]), found["win_rate"]["rate"]
+    controlled = found["win_rate"]["length_controlled"]
+    equal = f", {percent(controlled['rate'])} at equal lengths" if controlled else ""
+    if rate["low"] <= 0.5 <= rate["high"]:
+        return f"{a} against {b}: no difference seen, {a} wins {percent(rate)}{equal}; judge {found['judge']}."
+    verb = "beats" if rate["value"] > 0.5 else "loses to"
+    doubt = ""
+    if controlled and controlled["rate"]["low"] <= 0.5 <= controlled["rate"]["high"]:
+        doubt = ": the length may be all there is to it"
+    return f"{a} {verb} {b}: {a} wins {percent(rate)}{equal}{doubt}; judge {found['judge']}."
+
+
+def _parts(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part for part in (report["reward"], *report["comparisons"].values(), report["frontier"]) if part]
+
+
+def _changes(report: dict[str, Any]) -> list[str]:
+    """What degraded (or improved) in the texts, once for each policy and baseline."""
+    said = []
+    for part in (report["reward"], *report["comparisons"].values()):
+        base = "reference" if part is report["reward"] else part["b"]
+        for item in part["changed"] if part else []:
+            share = percent(item["change"]).replace("%", " points")
+            shown = interval(item["change"]) if item["what"] == "tokens" else share
+            said.append(f"{name(item['policy'])} {item['said']} than {name(base)}: {shown}.")
+    return list(dict.fromkeys(said))
+
+
+def _text_tables(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """One table of text statistics for each set of policies."""
+    tables = []
+    if report["reward"]:
+        tables.append({key: policy["texts"] for key, policy in report["reward"]["policies"].items()})
+    for found in report["comparisons"].values():
+        if not any(set(found["texts"]) <= set(table) for table in tables):
+            tables.append(found["texts"])
+    return tables
+
+
+def _samples(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The completions of all policies for the same prompt, and what the judges said."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in _parts(report):
+        for sample in part.get("samples", []):
+            key = json.dumps(sample["prompt"], sort_keys=True)
+            entry = found.setdefault(key, {"prompt": _shown(sample["prompt"]), "completions": {}, "verdicts": []})
+            entry["completions"] = sample["completions"] | entry["completions"]
+            if "preference" in sample:
+                entry["verdicts"].append(_verdict(part, sample["preference"]))
+    return list(found.values())
+
+
+def _verdict(part: dict[str, Any], preference: float) -> str:
+    if preference == 0.5:
+        return f"{part['judge']}: a tie of {name(part['a'])} and {name(part['b'])}"
+    winner, loser = (part["a"], part["b"]) if preference > 0.5 else (part["b"], part["a"])
+    return f"{part['judge']}: {name(winner)} before {name(loser)}"
+
+
+def _shown(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def _plots(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Every plot that the report has numbers for; a policy has one colour on the page."""
+    made: dict[str, Any] = {"wins": {}}
+    titles: dict[str, Any] = {"x_title": "KL to the reference (nats per completion)", "y_title": "reward"}
+    if report["reward"]:
+        dots = {key: [_dot(policy, key)] for key, policy in report["reward"]["policies"].items()}
+        made["reward"] = plots.frontier(dots, methods=names, **titles)
+    for key, found in report["comparisons"].items():
+        wins = found["win_rate"]
+        made["wins"][key] = plots.shares(
+            {
+                f"{name(found['a'])} wins": (wins["wins"], plots.colour(found["a"], names)),
+                "ties": (wins["ties"], "tie"),
+                f"{name(found['b'])} wins": (wins["losses"], plots.colour(found["b"], names)),
+            }
+        )
+    if report["frontier"]:
+        made["frontier"] = plots.frontier(_curves(report["frontier"]["points"]), methods=names, **titles)
+    return made
+
+
+def _curves(points: list[dict[str, Any]]) -> dict[str, list[tuple[float, tuple[float, float, float], str]]]:
+    """Temperatures in order, and the checkpoints in order from the reference on."""
+    curves: dict[str, list[tuple[float, tuple[float, float, float], str]]] = {}
+    start = points[0]
+    for policy in dict.fromkeys(point["policy"] for point in points):
+        own = [point for point in points if point["policy"] == policy]
+        heats = sorted((p for p in own if p["step"] is None), key=lambda p: p["temperature"])
+        curves[policy] = [_dot(p, f"{policy}, temperature {p['temperature']:g}") for p in heats]
+        steps = sorted((p for p in own if p["step"] is not None), key=lambda p: p["step"])
+        if steps:
+            dots = [_dot(p, f"{policy}, step {p['step']}") for p in steps]
+            curves[f"{policy} checkpoints"] = [_dot(start, "reference, step 0"), *dots]
+    return curves
+
+
+def _dot(point: dict[str, Any], said: str) -> tuple[float, tuple[float, float, float], str]:
+    kl = f"KL {interval(point['kl'])}" if point["kl"] else "KL 0"
+    return _kl(point), _ends(point["reward"]), f"{said}: {kl}, reward {interval(point['reward'])}"
+
+
+def _kl(point: dict[str, Any]) -> float:
+    return float(point["kl"]["value"]) if point["kl"] else 0.0
+
+
+def _ends(estimate: dict[str, float]) -> tuple[float, float, float]:
+    return estimate["low"], estimate["value"], estimate["high"]

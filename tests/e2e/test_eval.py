@@ -1,0 +1,196 @@
+"""`align eval` on the command line, with tiny models; killed in the middle; the real small model where marked."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.builders import WORDS, causal, llama_reward, rows
+
+BAD = "<script>alert(1)</script>"
+
+
+def align(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "align.cli", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
+
+
+def write_prompts(folder: Path, count: int) -> None:
+    texts = [f"the {WORDS[k % 6]} film {'very ' * (k // 6 % 5)}is {k}" for k in range(count)]
+    texts[0] = BAD
+    lines = (json.dumps({"prompt": text}) + "\n" for text in texts)
+    (folder / "prompts.jsonl").write_text("".join(lines))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    causal(tmp_path / "base")
+    causal(tmp_path / "one", seed=1)
+    causal(tmp_path / "two", seed=2)
+    write_prompts(tmp_path, 70)
+    return tmp_path
+
+
+SHARED = ["--prompts", "prompts.jsonl", "--output", "out", "--max-new-tokens", "6"]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "out" / "report.json").read_text())
+
+
+def test_three_commands_fill_one_page(folder: Path) -> None:
+    rewarded = align("eval", "reward", "one", "two", "--reference", "base", *SHARED, folder=folder)
+    assert rewarded.returncode == 0, rewarded.stderr
+    printed = json.loads(rewarded.stdout)
+    assert printed["policies"]["one"]["kl"]["value"] > 0 and printed["policies"]["reference"]["kl"] is None
+    compared = align("eval", "compare", "one", "two", *SHARED, folder=folder)
+    assert compared.returncode == 0, compared.stderr
+    assert compared.stderr.count("up to date, skipped") == 4  # completions and scores of both were there
+    win = json.loads(compared.stdout)["win_rate"]
+    rewards = [{n: c["reward"] for n, c in s["completions"].items()} for s in read(folder)["reward"]["samples"]]
+    ahead = [1.0 if r["one"] > r["two"] else 0.5 if r["one"] == r["two"] else 0.0 for r in rewards]
+    assert len(ahead) == 70 and win["rate"]["value"] == pytest.approx(sum(ahead) / 70)
+    front = align("eval", "frontier", "one", "--reference", "base", "--temperature", "0", "--temperature", "1",
+                  *SHARED, folder=folder)  # fmt: skip
+    assert front.returncode == 0, front.stderr
+    points = {(p["policy"], p["temperature"]): p for p in json.loads(front.stdout)["points"]}
+    assert set(points) == {(name, heat) for name in ("reference", "one") for heat in (0.0, 1.0)}
+    assert points["one", 1.0]["reward"] == printed["policies"]["one"]["reward"]
+    assert points["one", 1.0]["kl"] == printed["policies"]["one"]["kl"]
+    assert points["reference", 0.0]["kl"]["value"] > 0  # greedy decoding has left the reference too
+    report = read(folder)
+    assert set(report) == {"reward", "comparisons", "frontier"}
+    page = (folder / "out" / "report.html").read_text()
+    assert BAD not in page and "&lt;script&gt;alert(1)" in page and page.count("Not measured") == 0
+    before = page
+    assert align("eval", "page", "out", folder=folder).returncode == 0
+    assert (folder / "out" / "report.html").read_text() == before
+
+
+def test_checkpoints_of_a_training(folder: Path) -> None:
+    (folder / "checkpoints").mkdir()
+    for step, source in ((2, "one"), (10, "two")):
+        (folder / source).rename(folder / "checkpoints" / f"checkpoint-{step}")
+    done = align("eval", "frontier", "one=checkpoints/checkpoint-10", "--checkpoints", "one=checkpoints",
+                 "--reference", "base", "--temperature", "1", *SHARED, folder=folder)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    points = json.loads(done.stdout)["points"]
+    assert [(p["policy"], p["step"]) for p in points] == [("reference", None), ("one", None), ("one", 2), ("one", 10)]
+    assert points[1]["reward"] == points[3]["reward"]  # the last checkpoint is the policy
+    assert "one checkpoints" in (folder / "out" / "report.html").read_text()
+
+
+def test_killed_evaluations_go_on_and_repeat_no_finished_prompt(tmp_path: Path) -> None:
+    """500 prompts, two policies; SIGKILL while each of them writes; the same numbers in the end."""
+    causal(tmp_path / "one", seed=1)
+    causal(tmp_path / "two", seed=2)
+    write_prompts(tmp_path, 500)
+    shared = ["eval", "compare", "one", "two", "--prompts", "prompts.jsonl", "--max-new-tokens", "48"]
+    command = [sys.executable, "-m", "align.cli", *shared, "--output", "out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    finished: dict[Path, int] = {}
+    for policy in ("one", "two"):
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+        pattern = f"out/completions/{policy}-*.partial/parts/*.parquet"
+        end = time.monotonic() + 240
+        while len(list(tmp_path.glob(pattern))) < 2:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=60) == -signal.SIGKILL
+        found = {file.relative_to(tmp_path): file.stat().st_mtime_ns for file in tmp_path.glob(pattern)}
+        assert 2 <= len(found) < 8
+        finished |= found
+        whole = list(tmp_path.glob("out/completions/*/completions.parquet"))
+        assert len(whole) == (policy == "two")
+    watched = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    seen: dict[Path, int] = {}
+    while watched.poll() is None:
+        for file in tmp_path.glob("out/completions/two-*.partial/parts/*.parquet"):
+            try:
+                seen[file.relative_to(tmp_path)] = file.stat().st_mtime_ns
+            except FileNotFoundError:
+                break
+        time.sleep(0.005)
+    assert watched.returncode == 0
+    kept = {file: stamp for file, stamp in finished.items() if "two-" in str(file)}
+    assert len(seen) > len(kept) and all(seen[file] == stamp for file, stamp in kept.items())
+    uninterrupted = align(*shared, "--output", "again", folder=tmp_path)
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
+    one, other = (json.loads((tmp_path / o / "report.json").read_text())["comparisons"] for o in ("out", "again"))
+    (key,) = one
+    assert one[key]["win_rate"] == other[key]["win_rate"] and one[key]["samples"] == other[key]["samples"]
+    assert one[key]["win_rate"]["rate"]["n"] == 500
+
+
+def write_rewardbench(folder: Path) -> None:
+    subsets = ["alpacaeval-easy", "hep-python", "donotanswer"]
+    pairs = [
+        {"id": k, "prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"],
+         "chosen_model": "x", "rejected_model": "y", "subset": subsets[k % 3]}
+        for k, row in enumerate(rows(60))
+    ]  # fmt: skip
+    (folder / "bench.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+
+def test_a_reward_model_on_rewardbench_rows(tmp_path: Path) -> None:
+    llama_reward(tmp_path / "rm")
+    write_rewardbench(tmp_path)
+    command = ["eval", "reward-model", "bench.jsonl", "--model", "rm", "--output", "out"]
+    done = align(*command, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "as chat" in done.stderr
+    found = json.loads(done.stdout)
+    assert found["n"] == 60 and found["run"]["chat"] is True
+    assert {name: item["accuracy"]["n"] for name, item in found["categories"].items()} == {
+        "alpacaeval-easy": 20, "hep-python": 20, "donotanswer": 20,
+    }  # fmt: skip
+    assert set(found["rewardbench"]["sections"]) == {"Chat", "Safety", "Reasoning"}
+    assert found["rewardbench"]["overall"] is None and "llmbar-natural" in found["rewardbench"]["missing"]
+    report = json.loads((tmp_path / "out" / "reward_model.json").read_text())
+    assert len(report["margins"]) == 60
+    assert "<script" not in (tmp_path / "out" / "reward_model.html").read_text()
+    again = align(*command, folder=tmp_path)
+    assert "up to date, skipped" in again.stderr and json.loads(again.stdout)["accuracy"] == found["accuracy"]
+    text = align(*command, "--text", folder=tmp_path)
+    assert "as chat" not in text.stderr and json.loads(text.stdout)["log_loss"] != found["log_loss"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reward", "one", *SHARED], "--reference: needed"),
+        (["reward", "one", "one", "--reference", "base", *SHARED], "'one' is there twice"),
+        (["reward", "one", "--reference", "base", "--judge", "llm:base", *SHARED], "only says which of two"),
+        (["compare", "one", "two", "--judge", "vadr", *SHARED], "did you mean `vader`"),
+        (["compare", "one", "nothing", *SHARED], "nothing: cannot be loaded as a causal language model"),
+        (["frontier", "one", "--reference", "base", "--checkpoints", "one=base", *SHARED], "no folder checkpoint-<s"),
+        (["page", "nowhere"], "holds no report.json"),
+        (["compare", "one", "two", "--prompts", "no.jsonl", "--output", "out"], "no.jsonl: cannot be read"),
+        (["reward-model", "prompts.jsonl", "--model", "base", "--output", "out"], "no column 'chosen'"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_in_one_message(folder: Path, arguments: list[str], message: str) -> None:
+    done = align("eval", *arguments, folder=folder)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.model
+def test_the_real_model_judges_in_both_orders(assets: Path, tmp_path: Path) -> None:
+    """A small language model as the judge is biased by the order; both orders are asked, and it is told."""
+    texts = ["The film was a", "I had dinner at a place that", "The best thing about this camera is"]
+    lines = (json.dumps({"prompt": text}) + "\n" for text in texts)
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    model = str(assets / "smollm2")
+    done = align("eval", "compare", f"warm={model}", f"again={model}", "--judge", f"llm:{model}", *SHARED,
+                 folder=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["win_rate"]
+    assert found["rate"]["value"] == pytest.approx(0.5)  # the same completions: any preference is the order's
+    assert abs(found["position_bias"]["value"]) > 0.01
