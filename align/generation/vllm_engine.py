@@ -6,6 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from align.errors import ConfigError, DataError, ModelError
 from align.generation.base import Completion, Sampling, gather, prompt_keys, sample_seed
 from align.generation.encoding import encode_prompt, stop_ids, to_completion
@@ -60,7 +62,7 @@ class VllmEngine:
             from vllm.lora.request import LoRARequest
 
             self.adapter = LoRARequest("policy", 1, str(Path(model).absolute()))
-        self.stops = stop_ids(self.tokenizer, self.llm.llm_engine.model_config.try_get_generation_config_object())
+        self.stops = stop_ids(self.tokenizer, _generation_config(base))
         self._calls = 0
 
     def encode(self, prompt: Any) -> list[int]:
@@ -171,6 +173,13 @@ def _split_adapter(model: str) -> tuple[str, dict[str, Any]]:
         )
     room = next(room for room in RANKS if room >= rank)
     return str(config["base_model_name_or_path"]), {"enable_lora": True, "max_lora_rank": room, "max_loras": 1}
+
+
+def _generation_config(base: str) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(base)
+    except OSError:
+        return None
 
 
 def _first_line(error: Exception) -> str:
