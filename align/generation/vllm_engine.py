@@ -51,6 +51,7 @@ class VllmEngine:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self.vllm = import_vllm()
+        self.refusals = (ValueError, getattr(self.vllm.exceptions, "VLLMClientError", ValueError))
         base, lora = _split_adapter(model)
         defaults: dict[str, Any] = {"enable_prefix_caching": True, "seed": 0} | lora
         if self.vllm.platforms.current_platform.is_cpu():
@@ -118,7 +119,7 @@ class VllmEngine:
             raise ConfigError(
                 f"vLLM refuses an option: {_first_line(error)}", code="engine-option", hint="see `vllm serve --help`"
             ) from None
-        except ValueError as error:
+        except self.refusals as error:
             raise ModelError(
                 f"{base}: vLLM cannot load it ({_first_line(error)})",
                 code="model-load",
@@ -139,7 +140,7 @@ class VllmEngine:
         prompt = self.vllm.TokensPrompt(prompt_token_ids=ids)
         try:
             self.llm.llm_engine.add_request(request, prompt, parameters, lora_request=self.adapter)
-        except ValueError as error:
+        except self.refusals as error:
             raise DataError(
                 f"prompt {index + 1}: vLLM refuses it ({_first_line(error)})",
                 code="prompt-refused",
