@@ -102,7 +102,7 @@ def write_completions(policy: Policy, prompts: Sequence[Any], decoding: Decoding
 
         def part(rows: range) -> Dataset:
             nonlocal engine
-            engine = engine or make_engine(policy.model, decoding.batch_size)
+            engine = engine or open_engine(policy.model, decoding.batch_size)
             wanted = [prompts[k] for k in rows]
             found = [group[0] for group in engine.generate(wanted, decoding.sampling(rows.start))]
             texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in wanted]
@@ -186,7 +186,7 @@ def judge_pairs(first: Written, second: Written, judge: PairwiseJudge, output: P
     return np.asarray(table["shown_first"]), np.asarray(table["shown_second"])
 
 
-def make_engine(model: str, batch_size: int) -> Engine:
+def open_engine(model: str, batch_size: int) -> Engine:
     """What generates completions; the only place of the evaluation that chooses an engine."""
     from align.generation.transformers_engine import TransformersEngine
     from align.training.train import load_policy, load_tokenizer
