@@ -189,7 +189,7 @@ def judge_pairs(first: Written, second: Written, judge: PairwiseJudge, output: P
 def open_engine(model: str, batch_size: int) -> Engine:
     """What generates completions; the only place of the evaluation that chooses an engine."""
     from align.generation.transformers_engine import TransformersEngine
-    from align.training.train import load_policy, load_tokenizer
+    from align.model_loading import load_policy, load_tokenizer
 
     return TransformersEngine(load_policy(model, dtype="float32"), load_tokenizer(model), batch_size=batch_size)
 
@@ -207,7 +207,7 @@ def _scorers(policy: Policy, reference: Policy, temperature: float) -> list[Scor
     import torch
 
     from align.evaluation.kl import completion_logps
-    from align.training.train import load_policy
+    from align.model_loading import load_policy
 
     if _tokenizer(policy.model).get_vocab() != _tokenizer(reference.model).get_vocab():
         raise ModelError(
@@ -248,6 +248,6 @@ def _fingerprint(source: str) -> str:
 
 @cache
 def _tokenizer(model: str) -> Any:
-    from align.training.train import load_tokenizer
+    from align.model_loading import load_tokenizer
 
     return load_tokenizer(model)

@@ -91,7 +91,7 @@ class LanguageModelJudge:
     def __init__(self, model: str) -> None:
         import torch
 
-        from align.training.train import load_policy, load_tokenizer
+        from align.model_loading import load_policy, load_tokenizer
 
         self.name = LANGUAGE_MODEL + model
         self._tokenizer = load_tokenizer(model)

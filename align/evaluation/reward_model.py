@@ -168,6 +168,6 @@ def _as_messages(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _has_template(model: str) -> bool:
-    from align.training.train import load_tokenizer
+    from align.model_loading import load_tokenizer
 
     return load_tokenizer(model).chat_template is not None

@@ -32,10 +32,11 @@ class TokenScores(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LogitForm:
-    """logits = softcap * tanh(scale * (W h + b) / softcap), without the tanh where ``softcap`` is None."""
+    """logits = softcap * tanh(scale * (W h + b) / softcap) / temperature; no tanh where ``softcap`` is None."""
 
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "LogitForm":
@@ -55,13 +56,16 @@ class LogitForm:
         logits = raw.to(_wide(raw.dtype))
         if self.scale != 1.0:
             logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits if self.temperature == 1.0 else logits / self.temperature
 
     def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
         """Gradient with respect to W h + b from the one with respect to the logits, in place."""
         if self.softcap is not None:
-            grad.mul_(1 - (logits / self.softcap) ** 2)
-        return grad.mul_(self.scale) if self.scale != 1.0 else grad
+            grad.mul_(1 - (logits * self.temperature / self.softcap) ** 2)
+        factor = self.scale / self.temperature
+        return grad.mul_(factor) if factor != 1.0 else grad
 
 
 def score_tokens(hidden: Tensor, head: nn.Module, targets: Tensor, form: LogitForm) -> TokenScores:

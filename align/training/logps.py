@@ -4,7 +4,7 @@ Legend: B pairs, T padded tokens of the longest of the 2B sequences, N packed to
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from align.training.packing import pack
 
 Layout = Literal["concatenated", "shared_prefix"]
 FORWARD_BEFORE = "_forward_without_completion_head"
-NOT_MODEL_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "margin", "weight"})
+NOT_MODEL_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "margin", "weight", "row"})
 
 
 class SequenceLogps(NamedTuple):
@@ -45,6 +45,8 @@ class Scored:
     targets: Tensor
     width: int
     """Tokens per row of the input; what an adapter puts before them is skipped."""
+    temperature: float = 1.0
+    """The scores are those of the logits over this."""
 
 
 @dataclass
@@ -74,7 +76,8 @@ def _forward(self: PreTrainedModel, *args: Any, scored: Scored | None = None, **
         return getattr(self, FORWARD_BEFORE)(*args, **kwargs)
     hidden = self.base_model(*args, **kwargs).last_hidden_state[:, -scored.width :]
     picked = hidden.flatten(0, 1).index_select(0, scored.places)
-    scores = score_tokens(picked, self.get_output_embeddings(), scored.targets, LogitForm.of(self.config))
+    form = replace(LogitForm.of(self.config), temperature=scored.temperature)
+    scores = score_tokens(picked, self.get_output_embeddings(), scored.targets, form)
     return ScoredOutput(*scores)
 
 
