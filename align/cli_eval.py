@@ -1,12 +1,13 @@
 """`align eval`: is the aligned model better, by how much, at what price."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 if TYPE_CHECKING:
     from align.evaluation.commands import Settings
+    from align.generation.engines import Choice
 
 app = typer.Typer(help="Rewards, win rates and KL of policies; accuracy of reward models.", no_args_is_help=True)
 
@@ -19,6 +20,7 @@ Tokens = Annotated[int, typer.Option(min=1, help="Tokens of a completion, at mos
 Rows = Annotated[int, typer.Option(min=1, help="Completions per forward pass.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first so many prompts.")]
 Shown = Annotated[int, typer.Option(min=0, help="Prompts whose completions the page shows.")]
+Engine = Annotated[str, typer.Option(help="auto, vllm or transformers.")]
 Heat = Annotated[float, typer.Option(min=0.0, help="Decoding temperature; 0 is greedy.")]
 
 
@@ -31,6 +33,7 @@ def reward(
     reference: Reference = None,
     temperature: Heat = 1.0,
     max_new_tokens: Tokens = 64,
+    engine: Engine = "auto",
     batch_size: Rows = 64,
     limit: Limit = None,
     shown: Shown = 100,
@@ -39,7 +42,7 @@ def reward(
     """Reward of policies on held-out prompts, gain over the reference, KL, gain per sqrt(2 KL), what degraded."""
     from align.evaluation import commands
 
-    settings = _settings(prompts, output, judge, temperature, max_new_tokens, batch_size, limit, shown, seed)
+    settings = _settings(prompts, output, judge, temperature, max_new_tokens, engine, batch_size, limit, shown, seed)
     commands.reward(policies, reference, settings)
 
 
@@ -52,6 +55,7 @@ def compare(
     judge: Judge = "vader",
     temperature: Heat = 1.0,
     max_new_tokens: Tokens = 64,
+    engine: Engine = "auto",
     batch_size: Rows = 64,
     limit: Limit = None,
     shown: Shown = 100,
@@ -60,7 +64,7 @@ def compare(
     """Win rate of A over B: both orders asked, ties half, length-controlled, with intervals over prompts."""
     from align.evaluation import commands
 
-    settings = _settings(prompts, output, judge, temperature, max_new_tokens, batch_size, limit, shown, seed)
+    settings = _settings(prompts, output, judge, temperature, max_new_tokens, engine, batch_size, limit, shown, seed)
     commands.compare(a, b, settings)
 
 
@@ -76,6 +80,7 @@ def frontier(
     judge: Judge = "vader",
     reference: Reference = None,
     max_new_tokens: Tokens = 64,
+    engine: Engine = "auto",
     batch_size: Rows = 64,
     limit: Limit = None,
     seed: int = 0,
@@ -83,7 +88,7 @@ def frontier(
     """Reward against KL over decoding temperatures and over training checkpoints, as one plot."""
     from align.evaluation import commands
 
-    settings = _settings(prompts, output, judge, 1.0, max_new_tokens, batch_size, limit, 0, seed)
+    settings = _settings(prompts, output, judge, 1.0, max_new_tokens, engine, batch_size, limit, 0, seed)
     commands.frontier(policies, reference, temperature or [0.5, 0.75, 1.0], checkpoints or [], settings)
 
 
@@ -126,6 +131,7 @@ def _settings(
     judge: str,
     temperature: float,
     max_new_tokens: int,
+    engine: str,
     batch_size: int,
     limit: int | None,
     shown: int,
@@ -134,5 +140,5 @@ def _settings(
     from align.evaluation.commands import Settings
     from align.evaluation.completions import Decoding
 
-    decoding = Decoding(max_new_tokens, temperature, seed, batch_size)
+    decoding = Decoding(max_new_tokens, temperature, seed, batch_size, cast("Choice", engine))
     return Settings(prompts, output, judge, decoding, limit, shown)

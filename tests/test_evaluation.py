@@ -11,11 +11,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.errors import AlignError, ConfigError, ModelError
 from align.evaluation import completions
-from align.evaluation.completions import Decoding, judge_pairs, measure_kl, prompt_ids, score, write_completions
+from align.evaluation.completions import Decoding, judge_pairs, measure_kl, score, write_completions
 from align.evaluation.judges import (
     ANSWER,
     QUESTION,
@@ -30,6 +30,7 @@ from align.evaluation.parts import in_parts
 from align.evaluation.policies import Policy, checkpoints, find_reference, parse_policies
 from align.evaluation.reward_model import reward_model_metrics
 from align.evaluation.rewardbench import SECTIONS, section_scores
+from align.generation.encoding import encode_prompt
 from reward_models.judges import VaderJudge
 from tests.builders import causal, llama_reward, tokenizer
 
@@ -92,13 +93,15 @@ def test_finished_parts_are_not_made_again(tmp_path: Path) -> None:
 def test_completions_do_not_depend_on_where_the_work_was_stopped(
     tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A part draws with a seed of its own; equal prompts in two parts get other completions."""
+    """Nor on the batch size; equal prompts in two parts get other completions."""
     monkeypatch.setattr(completions, "PART", 2)
     prompts = [PROMPTS[0]] * 4
     policy = Policy("tiny", str(tiny_policy))
     whole = write_completions(policy, prompts, WARM, tmp_path / "whole")
-    again = write_completions(policy, prompts, WARM, tmp_path / "again")
-    assert whole.table["text"] == again.table["text"] and whole.key == again.key
+    monkeypatch.setattr(completions, "PART", 3)
+    again = write_completions(policy, prompts, Decoding(5, 1.0, 3, 64), tmp_path / "again")
+    assert whole.table["text"] == again.table["text"]
+    monkeypatch.setattr(completions, "PART", 2)
     assert len({tuple(ids) for ids in whole.table["token_ids"]}) > 2
     partial = next((tmp_path / "whole" / "completions").iterdir())
     shutil.rmtree(partial)
@@ -114,7 +117,7 @@ def test_kl_at_a_temperature_is_that_of_what_is_sampled_from(tiny_policy: Path, 
     decoding = Decoding(1, 0.7, 0, 512)
     written = write_completions(Policy("tiny", str(tiny_policy)), [PROMPTS[0]] * 4096, decoding, tmp_path / "out")
     ratios = measure_kl(written, reference, tmp_path / "out")
-    ids = torch.tensor([prompt_ids(PROMPTS[0], str(tiny_policy))])
+    ids = torch.tensor([encode_prompt(AutoTokenizer.from_pretrained(tiny_policy), PROMPTS[0])])
     with torch.no_grad():
         hot, base = (
             torch.log_softmax(AutoModelForCausalLM.from_pretrained(path)(ids).logits[0, -1].double() / heat, -1)

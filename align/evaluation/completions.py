@@ -24,7 +24,8 @@ from align.errors import DataError, ModelError
 from align.evaluation.judges import ByScore, PairwiseJudge, from_scores, judge_key
 from align.evaluation.parts import in_parts, read_table
 from align.evaluation.policies import Policy
-from align.generation.base import Engine, Sampling
+from align.generation.base import Engine, Sampling, prompt_keys
+from align.generation.engines import Choice, choose_engine, make_engine
 from align.pairs import load_prompts
 from align.stage import digest, fingerprint_source, run_stage
 from reward_models.judges import Judge
@@ -44,11 +45,12 @@ class Decoding:
     temperature: float
     seed: int
     batch_size: int
+    """Rows per forward pass of the transformers engine; the completions do not depend on it."""
+    engine: Choice = "auto"
 
-    def sampling(self, part: int) -> Sampling:
-        """Settings of one part; another part draws with another seed."""
-        seed = int(digest({"seed": self.seed, "part": part})[:8], 16)
-        return Sampling(self.max_new_tokens, self.temperature, 1.0, n=1, seed=seed)
+    def sampling(self) -> Sampling:
+        """One completion per prompt."""
+        return Sampling(self.max_new_tokens, self.temperature, 1.0, n=1, seed=self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +92,12 @@ def write_completions(policy: Policy, prompts: Sequence[Any], decoding: Decoding
     Raises:
         ModelError: the policy cannot be loaded, or has no chat template for messages.
     """
+    keys = prompt_keys(prompts)
     inputs = {
         "prompts": digest(list(prompts)),
         "model": _fingerprint(policy.model),
-        "decoding": asdict(decoding),
+        "sampling": asdict(decoding.sampling()),
+        "engine": choose_engine(decoding.engine)[0],
         "part": PART,
     }
 
@@ -102,9 +106,10 @@ def write_completions(policy: Policy, prompts: Sequence[Any], decoding: Decoding
 
         def part(rows: range) -> Dataset:
             nonlocal engine
-            engine = engine or make_engine(policy.model, decoding.batch_size)
+            engine = engine or make_engine(decoding.engine, policy.model, batch_size=decoding.batch_size)
             wanted = [prompts[k] for k in rows]
-            found = [group[0] for group in engine.generate(wanted, decoding.sampling(rows.start))]
+            groups = engine.generate(wanted, decoding.sampling(), [keys[k] for k in rows])
+            found = [group[0] for group in groups]
             texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in wanted]
             table = {
                 "prompt": texts,
@@ -129,12 +134,15 @@ def measure_kl(written: Written, reference: Policy, output: Path) -> np.ndarray:
     inputs = {"completions": written.key, "reference": _fingerprint(reference.model)}
 
     def work(parts: Path) -> Dataset:
+        from align.generation.encoding import encode_prompt
+
         models: list[Scorer] = []
 
         def part(rows: range) -> Dataset:
             if not models:
                 models.extend(_scorers(written.policy, reference, written.decoding.temperature))
-            ids = [prompt_ids(written.prompts[k], written.policy.model) for k in rows]
+            tokenizer = _tokenizer(written.policy.model)
+            ids = [encode_prompt(tokenizer, written.prompts[k]) for k in rows]
             tokens = [written.table[k]["token_ids"] for k in rows]
             scores = [model(ids, tokens) for model in models]
             return Dataset.from_dict({"logp_policy": scores[0], "logp_reference": scores[1]})
@@ -184,22 +192,6 @@ def judge_pairs(first: Written, second: Written, judge: PairwiseJudge, output: P
 
     table, _ = _table_stage(output, "judgements", f"{first.policy.name}-{second.policy.name}", inputs, work)
     return np.asarray(table["shown_first"]), np.asarray(table["shown_second"])
-
-
-def make_engine(model: str, batch_size: int) -> Engine:
-    """What generates completions; the only place of the evaluation that chooses an engine."""
-    from align.generation.transformers_engine import TransformersEngine
-    from align.model_loading import load_policy, load_tokenizer
-
-    return TransformersEngine(load_policy(model, dtype="float32"), load_tokenizer(model), batch_size=batch_size)
-
-
-def prompt_ids(prompt: Any, model: str) -> list[int]:
-    """Token ids of a prompt as the engine reads it: text as it is, messages with the generation prompt."""
-    tokenizer = _tokenizer(model)
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 def _scorers(policy: Policy, reference: Policy, temperature: float) -> list[Scorer]:
