@@ -97,11 +97,12 @@ class SampleConfig(Section):
 class RemedyConfig(Section):
     """What is done about gradient entanglement in each step of a method."""
 
-    kind: Literal["hold_chosen", "normalise", "calibrate"]
-    """hold_chosen: less of the rejected gradient where the chosen response would fall; normalise: both gradients of a
-    pair of one length; calibrate: one factor per batch from running averages (align/entanglement/remedies.py)."""
+    kind: Literal["hold_chosen", "hold_batch", "normalise", "calibrate"]
+    """hold_chosen: less of the rejected gradient where a step on that pair would lower its chosen response; hold_batch:
+    the same for a step on the whole batch; normalise: both gradients of a pair of one length; calibrate: one factor per
+    batch from running averages (align/entanglement/remedies.py)."""
     keep: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """hold_chosen: share of its own rise that the chosen response keeps."""
+    """hold_chosen, hold_batch: share of its rise that a chosen response keeps."""
     decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
     """calibrate: of the running averages."""
     parameters: str | None = None

@@ -52,6 +52,7 @@ METHODS: dict[str, LossConfig] = {
     "calibrate": LossConfig(loss="dpo", remedy=RemedyConfig(kind="calibrate")),
     "token_mask": LossConfig(loss="dpo", token_mask=TokenMaskConfig()),
     "hold_chosen": LossConfig(loss="dpo", remedy=RemedyConfig(kind="hold_chosen")),
+    "hold_batch": LossConfig(loss="dpo", remedy=RemedyConfig(kind="hold_batch")),
 }
 STRONG, SHORTEST_PREFIX, MOST_WORDS, COMMON = 1.5, 3, 16, 5
 SAMPLES = Sampling(max_new_tokens=24, temperature=1.0)
@@ -118,7 +119,7 @@ def run_cell(method: str, seed: int, data: dict[str, Any], model: str, sizes: Si
         model=model,
         methods={method: METHODS[method]},
         peft={"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
-        entanglement=EntanglementConfig(every=max(1, steps // 6), probes=8),
+        entanglement=EntanglementConfig(every=max(1, steps // 4), probes=4),
         trainer={
             "num_train_epochs": sizes.epochs, "per_device_train_batch_size": sizes.batch, "bf16": False,
             "learning_rate": sizes.rate, "lr_scheduler_type": "constant", "warmup_steps": 2, "report_to": "none",
@@ -199,12 +200,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/study-entanglement"))
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--pairs", type=int, default=48)
-    parser.add_argument("--heldout", type=int, default=32)
-    parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--heldout", type=int, default=24)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=5e-4)
     arguments = parser.parse_args()
     configure()
     names = ("pairs", "heldout", "prompts", "epochs", "batch", "rate")

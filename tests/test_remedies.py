@@ -14,7 +14,7 @@ from torch import Tensor
 
 from align.config import LossConfig, RemedyConfig, TokenMaskConfig, TrainConfig
 from align.entanglement.conditions import changes
-from align.entanglement.remedies import BandState, calibrate, hold_chosen, normalise
+from align.entanglement.remedies import BandState, calibrate, hold_batch, hold_chosen, normalise
 from align.errors import ConfigError
 from align.loss_registry import resolve
 from align.training.train import bind, make_trainer
@@ -43,6 +43,42 @@ def test_hold_chosen_takes_the_largest_factor_that_holds(seed: int, d_w: float, 
     fine = (before >= wanted) | (w <= 0)
     assert torch.equal(a_w, torch.ones_like(a_w)) and torch.equal(a_l[fine], torch.ones_like(a_l[fine]))
     assert torch.allclose(after[~fine], wanted[~fine], atol=1e-9) and ((a_l[~fine] >= 0) & (a_l[~fine] < 1)).all()
+
+
+@given(SEED, st.lists(st.floats(0.05, 3), min_size=3, max_size=3), st.floats(0, 0.9))
+def test_hold_batch_holds_every_chosen_response(seed: int, weights: list[float], keep: float) -> None:
+    """The step on the mean loss, by the gradients themselves; no factor can be raised alone without breaking that."""
+    gw, gl = vectors(seed, 3)
+    d = torch.tensor(weights, dtype=torch.float64)
+    stacked = torch.cat([gw, gl])
+    a_w, a_l = hold_batch(stacked @ stacked.T, d, d, keep=keep)
+    of_chosen = gw @ (d @ gw)
+    wanted = torch.where(of_chosen > 0, keep * of_chosen, of_chosen)
+    change = gw @ (d @ gw - (a_l * d) @ gl)
+    assert torch.equal(a_w, torch.ones_like(a_w)) and ((a_l >= 0) & (a_l <= 1)).all()
+    assert (change >= wanted - 1e-6 * (1 + of_chosen.abs())).all()
+    for k in range(3):
+        raised = a_l.clone()
+        raised[k] = min(1.0, float(a_l[k]) + 1e-3)
+        more = gw @ (d @ gw - (raised * d) @ gl)
+        assert a_l[k] > 1 - 1e-6 or (more < wanted + 1e-6).any()
+
+
+def test_hold_batch_leaves_a_batch_alone_in_which_nothing_falls() -> None:
+    gram = torch.eye(4, dtype=torch.float64)
+    d = torch.tensor([0.05, 0.5], dtype=torch.float64)
+    assert all(torch.equal(factor, torch.ones(2, dtype=torch.float64)) for factor in hold_batch(gram, d, d, keep=0.0))
+
+
+def test_hold_batch_sees_what_a_pair_alone_does_not() -> None:
+    """The second pair's rejected gradient lies along the first pair's chosen one."""
+    gw, gl = torch.eye(2, 4, dtype=torch.float64), torch.tensor([[0.0, 0, 1, 0], [3.0, 0, 0, 1]], dtype=torch.float64)
+    d = torch.ones(2, dtype=torch.float64)
+    alone = hold_chosen(*products(gw, gl)[::2], d, d, keep=0.0)[1]
+    assert torch.equal(alone, torch.ones_like(alone))
+    stacked = torch.cat([gw, gl])
+    together = hold_batch(stacked @ stacked.T, d, d, keep=0.0)[1]
+    assert together.tolist() == pytest.approx([1.0, 1 / 3])
 
 
 @given(SEED, POSITIVE, POSITIVE)

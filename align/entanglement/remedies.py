@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from scipy.optimize import linprog
 from torch import Tensor
 
 Mean = Callable[[Tensor], Tensor]
@@ -33,6 +34,33 @@ def hold_chosen(chosen_sq: Tensor, inner: Tensor, d_w: Tensor, d_l: Tensor, *, k
     binding = (d_w > 0) & (pull > own)
     factor = torch.where(binding, own / torch.where(binding, pull, torch.ones_like(pull)), torch.ones_like(pull))
     return torch.ones_like(factor), factor
+
+
+def hold_batch(gram: Tensor, d_w: Tensor, d_l: Tensor, *, keep: float) -> tuple[Tensor, Tensor]:
+    """``hold_chosen`` for the step that is really taken, on the mean loss of a batch: other pairs pull too.
+
+    a_w = 1, and a_l in [0, 1] has the largest sum for which the predicted change of every chosen log-prob is at least
+    ``keep`` times what the chosen gradients of the batch give it (where those alone lower it, that much). A linear
+    program in B unknowns. Where all is well every factor is 1. New here.
+
+    Args:
+        gram: inner products [2B, 2B] of the batch's gradients, chosen first.
+        d_w: [B].
+        d_l: [B].
+        keep: in [0, 1).
+    """
+    pairs = len(d_w)
+    of_chosen = gram[:pairs, :pairs] @ d_w
+    pull = gram[:pairs, pairs:] * d_l
+    one = torch.ones_like(d_w)
+    scale = (gram.diagonal()[:pairs] * d_w.abs().max()).clamp_min(torch.finfo(gram.dtype).tiny)
+    room = (1 - keep) * of_chosen.clamp_min(0)
+    if bool((pull @ one <= room).all()):
+        return one, one
+    found = linprog(
+        -one.numpy(), A_ub=(pull / scale[:, None]).numpy(), b_ub=(room / scale).numpy(), bounds=(0, 1), method="highs"
+    )
+    return one, torch.from_numpy(found.x).to(one) if found.success else torch.zeros_like(one)
 
 
 def normalise(chosen_sq: Tensor, rejected_sq: Tensor, d_w: Tensor, d_l: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from align.config import RemedyConfig
 from align.entanglement.conditions import loss_weights
 from align.entanglement.products import GradientProducts
-from align.entanglement.remedies import BandState, calibrate, hold_chosen, normalise
+from align.entanglement.remedies import BandState, calibrate, hold_batch, hold_chosen, normalise
 from align.loss_registry import BoundLoss
 from align.losses import PairLogps
 
@@ -38,7 +38,7 @@ class GradientRemedy:
     @property
     def of_whole_batches(self) -> bool:
         """Whether a factor depends on the whole batch, which then must not be split."""
-        return self.config.kind == "calibrate"
+        return self.config.kind in ("hold_batch", "calibrate")
 
     def factors(self, inputs: dict[str, Any], ref_chosen: Tensor, ref_rejected: Tensor) -> tuple[Tensor, Tensor]:
         """a_w and a_l, each [B], float32 on the device of ``inputs``, at the parameters as they are.
@@ -64,6 +64,8 @@ class GradientRemedy:
             factors = hold_chosen(found.chosen_sq, found.inner, d_w, d_l, keep=self.config.keep)
         elif self.config.kind == "normalise":
             factors = normalise(found.chosen_sq, found.rejected_sq, d_w, d_l)
+        elif self.config.kind == "hold_batch":
+            factors = hold_batch(self.measure.gram(batch), d_w, d_l, keep=self.config.keep)
         else:
             gram = self.measure.gram(batch)
             *factors, self.band = calibrate(gram, d_w, d_l, self.band, decay=self.config.decay, mean=self._mean)  # type: ignore[assignment]
