@@ -165,13 +165,19 @@ def measure_memory(kind: str, model: str, rows: list[dict[str, Any]], lora: bool
     return {"before": before, "peak": int(high.split()[1]) / 1024}
 
 
+def body_and_head(model: PreTrainedModel) -> tuple[int, int]:
+    """Parameters that every token passes, and those of the output head; embeddings are looked up, not multiplied."""
+    head = model.get_output_embeddings().weight
+    embedding = model.get_input_embeddings().weight
+    tied = embedding.data_ptr() == head.data_ptr()
+    total = sum(p.numel() for p in model.parameters())
+    return total - embedding.numel() - (0 if tied else head.numel()), head.numel()
+
+
 def useful_flops(model: PreTrainedModel, rows: list[dict[str, Any]], lora: bool) -> float:
     """FLOPs that the mathematics needs: prompts once, head at completions only, attention over its causal half."""
     config = model.config
-    head = model.get_output_embeddings().weight.numel()
-    tied = model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
-    embedding = model.get_input_embeddings().weight.numel()
-    body = sum(p.numel() for p in model.parameters()) - embedding - (0 if tied else head)
+    body, head = body_and_head(model)
     factor = 4 if lora else 6
     total = 0.0
     for row in rows:
@@ -180,6 +186,15 @@ def useful_flops(model: PreTrainedModel, rows: list[dict[str, Any]], lora: bool)
         pairs_of_tokens = prompt**2 / 2 + sum(side * prompt + side**2 / 2 for side in sides)
         total += 6 * 2 * config.num_hidden_layers * config.hidden_size * pairs_of_tokens
     return total
+
+
+def padded_flops(model: PreTrainedModel, rows: list[dict[str, Any]], lora: bool) -> float:
+    """FLOPs of the same step as padded rows [2B, T] whose every position passes the head and the whole attention."""
+    config = model.config
+    longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
+    tokens = 2 * len(rows) * longest
+    attention = 6 * 2 * config.num_hidden_layers * config.hidden_size * tokens * longest / 2
+    return (4 if lora else 6) * sum(body_and_head(model)) * tokens + attention
 
 
 def main() -> None:
@@ -219,6 +234,7 @@ def main() -> None:
         found["pairs"] = len(rows)
         found["gemm_gflops"] = peak
         flops = useful_flops(model, rows, arguments.lora)
+        found["flops_of_padded_rows_over_needed"] = padded_flops(model, rows, arguments.lora) / flops
         found["utilisation"] = {name: flops / took / 1e9 / peak for name, took in found["seconds"].items()}
         if not arguments.no_memory:
             with TemporaryDirectory() as folder:
