@@ -25,6 +25,7 @@ from align.stage import Stage, fingerprint_source, run_stage, write_json
 DROPPED = "dropped.jsonl"
 METRICS = "metrics.json"
 CACHE = "scores"
+STAGE = "pairs-build"
 ANY = (0.0, float("inf"))
 
 
@@ -94,7 +95,7 @@ def build_pairs(completions: Path, settings: BuildSettings, output: Path) -> Sta
     Raises:
         AlignError: the completions or the scorer cannot be used, or no pair is left.
     """
-    check_output(output)
+    check_output(output, STAGE)
     file = find_completions(completions)
     groups = read_groups(file)
     log.info("pairs: %d prompts of %s, scored by %s, mode %s -> %s",
@@ -104,7 +105,7 @@ def build_pairs(completions: Path, settings: BuildSettings, output: Path) -> Sta
         "scorer": fingerprint_source(settings.scorer.model),
         "settings": asdict(settings),
     }
-    return run_stage("pairs-build", output, inputs, lambda folder: _work(groups, settings, folder))
+    return run_stage(STAGE, output, inputs, lambda folder: _work(groups, settings, folder))
 
 
 def read_groups(file: Path) -> list[Group]:
