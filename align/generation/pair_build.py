@@ -179,6 +179,8 @@ def _work(groups: list[Group], settings: BuildSettings, folder: Path) -> None:
             hint="sample more completions, or lower the guard",
         )
     table = Dataset.from_list(pairs)
+    if all(row["group"] is None for row in pairs):
+        table = table.remove_columns("group")
     write_pairs(table, folder)
     shutil.rmtree(folder / CACHE)
     left_out = sum((group.left_out for group in groups), Counter[str]())
@@ -213,6 +215,7 @@ def _pairs_of(group: Group, rewards: np.ndarray, settings: BuildSettings) -> tup
         margin = float(rewards[best] - rewards[worst])
         row: dict[str, Any] = {
             "id": f"{group.id}:{first.sample}-{second.sample}",
+            "group": group.group,
             "prompt": group.prompt,
             "chosen": first.completion,
             "rejected": second.completion,
@@ -231,7 +234,5 @@ def _pairs_of(group: Group, rewards: np.ndarray, settings: BuildSettings) -> tup
                 "probability_rejected": float(scores[worst]),
                 "soft_label": float(expit(margin)),
             }
-        if group.group is not None:
-            row["group"] = group.group
         rows.append(row)
     return rows, dropped
