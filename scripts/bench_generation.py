@@ -18,6 +18,7 @@ from typing import Any
 
 from align.generation.base import Sampling
 from align.generation.engines import make_engine
+from align.generation.vllm_install import vllm_problem
 
 ENGINES = ("transformers", "vllm")
 OPENINGS = (
@@ -64,8 +65,9 @@ def main() -> None:
     if arguments.only is not None:
         print(json.dumps(measure(arguments.only, arguments)))
         return
-    results = {}
-    for engine in ENGINES:
+    missing = vllm_problem()
+    results: dict[str, Any] = {}
+    for engine in ENGINES[:1] if missing else ENGINES:
         command = [sys.executable, __file__, *sys.argv[1:], "--only", engine]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results[engine] = json.loads(done.stdout.splitlines()[-1])
@@ -81,8 +83,9 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    ratio = results["vllm"]["median"] / results["transformers"]["median"]
-    print(json.dumps({"machine": machine, "settings": settings, "engines": results, "ratio": ratio}, indent=2))
+    ratio = None if missing else results["vllm"]["median"] / results["transformers"]["median"]
+    found = {"machine": machine, "settings": settings, "engines": results, "ratio": ratio, "vllm_missing": missing}
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

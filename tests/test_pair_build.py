@@ -14,6 +14,7 @@ from align.config import PairsConfig
 from align.errors import AlignError, ConfigError, DataError
 from align.generation.pair_build import BuildSettings, build_pairs, read_groups
 from align.generation.pair_choice import Guard, choose_pairs
+from align.generation.run import check_output
 from align.generation.scoring import ScorerChoice, score_in_chunks
 from align.pairs import load_pairs
 from reward_models.judges import make_judge
@@ -186,3 +187,14 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(AlignError, match="found other files there"):
         build_pairs(completions(tmp_path / "c.jsonl", TEXTS), BuildSettings(VADER), tmp_path / "taken")
     assert (tmp_path / "taken" / "mine.txt").read_text() == "keep"
+
+
+def test_another_stage_is_not_replaced(tmp_path: Path) -> None:
+    file = completions(tmp_path / "c.jsonl", TEXTS)
+    build_pairs(file, BuildSettings(VADER), tmp_path / "out")
+    check_output(tmp_path / "out", "pairs-build")
+    check_output(tmp_path / "new", "generate")
+    with pytest.raises(ConfigError, match="an earlier result of the same command"):
+        check_output(tmp_path / "out", "generate")
+    assert build_pairs(file, BuildSettings(VADER), tmp_path / "out").skipped
+    assert not build_pairs(file, BuildSettings(VADER, mode="all"), tmp_path / "out").skipped

@@ -25,6 +25,7 @@ from align.stage import Stage, fingerprint_source, run_stage, write_json
 DROPPED = "dropped.jsonl"
 METRICS = "metrics.json"
 CACHE = "scores"
+STAGE = "pairs-build"
 ANY = (0.0, float("inf"))
 
 
@@ -94,7 +95,7 @@ def build_pairs(completions: Path, settings: BuildSettings, output: Path) -> Sta
     Raises:
         AlignError: the completions or the scorer cannot be used, or no pair is left.
     """
-    check_output(output)
+    check_output(output, STAGE)
     file = find_completions(completions)
     groups = read_groups(file)
     log.info("pairs: %d prompts of %s, scored by %s, mode %s -> %s",
@@ -104,7 +105,7 @@ def build_pairs(completions: Path, settings: BuildSettings, output: Path) -> Sta
         "scorer": fingerprint_source(settings.scorer.model),
         "settings": asdict(settings),
     }
-    return run_stage("pairs-build", output, inputs, lambda folder: _work(groups, settings, folder))
+    return run_stage(STAGE, output, inputs, lambda folder: _work(groups, settings, folder))
 
 
 def read_groups(file: Path) -> list[Group]:
@@ -178,6 +179,8 @@ def _work(groups: list[Group], settings: BuildSettings, folder: Path) -> None:
             hint="sample more completions, or lower the guard",
         )
     table = Dataset.from_list(pairs)
+    if all(row["group"] is None for row in pairs):
+        table = table.remove_columns("group")
     write_pairs(table, folder)
     shutil.rmtree(folder / CACHE)
     left_out = sum((group.left_out for group in groups), Counter[str]())
@@ -212,6 +215,7 @@ def _pairs_of(group: Group, rewards: np.ndarray, settings: BuildSettings) -> tup
         margin = float(rewards[best] - rewards[worst])
         row: dict[str, Any] = {
             "id": f"{group.id}:{first.sample}-{second.sample}",
+            "group": group.group,
             "prompt": group.prompt,
             "chosen": first.completion,
             "rejected": second.completion,
@@ -230,7 +234,5 @@ def _pairs_of(group: Group, rewards: np.ndarray, settings: BuildSettings) -> tup
                 "probability_rejected": float(scores[worst]),
                 "soft_label": float(expit(margin)),
             }
-        if group.group is not None:
-            row["group"] = group.group
         rows.append(row)
     return rows, dropped

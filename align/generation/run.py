@@ -16,10 +16,11 @@ from align.errors import ConfigError, DataError
 from align.generation.base import Completion, Sampling, show_tokens
 from align.generation.engines import Choice, choose_engine, make_engine
 from align.generation.prompts import PromptRow, read_prompts
-from align.stage import MANIFEST, Stage, digest, fingerprint_source, run_stage, write_json
+from align.stage import Stage, digest, fingerprint_source, read_manifest, run_stage, write_json
 
 FINISHED = "finished.jsonl"
 """One line for each finished prompt, while a run is under way."""
+STAGE = "generate"
 STEM = "completions"
 METRICS = "metrics.json"
 Format = Literal["jsonl", "parquet"]
@@ -55,7 +56,7 @@ def generate_completions(source: PairsConfig, settings: GenerateSettings, output
 
 def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSettings, output: Path) -> Stage:
     """``generate_completions`` of prompts that are read already; ``source`` is said in the log."""
-    check_output(output)
+    check_output(output, STAGE)
     chosen, why = choose_engine(settings.engine, base_url=settings.base_url)
     log.info(
         "generate: %d prompts of %s, %d each, by %s on %s (%s), seed %d -> %s",
@@ -70,17 +71,20 @@ def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSe
         "sampling": asdict(settings.sampling),
         "format": settings.format,
     }
-    return run_stage("generate", output, inputs, lambda folder: _work(prompts, settings, chosen, folder))
+    return run_stage(STAGE, output, inputs, lambda folder: _work(prompts, settings, chosen, folder))
 
 
-def check_output(output: Path) -> None:
-    """
+def check_output(output: Path, stage: str) -> None:
+    """Look whether ``output`` is new or holds an earlier result of ``stage``: a stage replaces what is there.
+
     Raises:
-        ConfigError: ``output`` holds something that no stage wrote and that a stage would replace.
+        ConfigError: it holds something else.
     """
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).exists()):
+    manifest = read_manifest(output)
+    taken = output.is_file() or (output.is_dir() and any(output.iterdir()))
+    if taken and (manifest is None or manifest.get("stage") != stage):
         raise ConfigError(
-            f"{output}: found other files there, expected a new folder or the result of an earlier run",
+            f"{output}: found other files there, expected a new folder or an earlier result of the same command",
             code="output-folder",
             hint="give another --output",
         )
