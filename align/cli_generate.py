@@ -70,8 +70,11 @@ def parse_options(options: list[str] | None) -> dict[str, Any]:
         ConfigError: one is not of that form.
     """
     from align.config import apply_override
+    from align.errors import ConfigError
 
     found: dict[str, Any] = {}
     for option in options or []:
+        if not option.partition("=")[1]:
+            raise ConfigError(f"--option {option}: expected name=value", code="config-option")
         apply_override(found, option)
     return found

@@ -17,6 +17,8 @@ class GuardedRewardTrainer(RewardTrainer):
         kwargs: those of ``trl.RewardTrainer``; ``train_dataset`` has ``chosen_ids`` and ``rejected_ids``.
     """
 
+    _signature_columns: Any
+
     def __init__(self, *, ids: Sequence[str], **kwargs: Any) -> None:
         table = kwargs["train_dataset"]
         rows = zip(table["chosen_ids"], table["rejected_ids"], strict=True)
@@ -26,6 +28,11 @@ class GuardedRewardTrainer(RewardTrainer):
         super().__init__(**kwargs)
         self.guard = FiniteSteps(scaled=self.accelerator.scaler is not None)
         self.add_callback(self.guard)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the lengths: the sampler groups by them."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, self.args.length_column_name]
 
     def compute_loss(
         self,

@@ -22,8 +22,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """Lines of shell blocks that call `align`, without their comments."""
-    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    """Lines of shell blocks that call `align`, those that go on in the next line joined."""
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in lines if line.startswith("align ")]
 
 
@@ -38,7 +38,7 @@ def test_yaml_blocks_are_valid(text: str, tmp_path: Path) -> None:
     if "name" not in tree:
         tree = {"name": "part", "pairs": {"path": "pairs.jsonl"}, **tree}
         if "train" in tree:
-            tree["train"] = {"model": "some/model", **tree["train"]}
+            tree["train"] = {"model": "some/model", "methods": {"dpo": {"loss": "dpo"}}, **tree["train"]}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tree))
     check_config(load_config(file))

@@ -9,7 +9,7 @@ from tests.test_logps import make_batch, tiny
 LENGTHS = [(6, 5, 8), (1, 3, 2), (12, 4, 4), (3, 1, 9)]
 
 
-@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma2"])
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Qwen3"])
 def test_against_loops_over_single_sequences(family: str) -> None:
     """Sums from the last prompt token to the last but one of the response; padding and the batch change nothing."""
     model, batch = tiny(family), make_batch(LENGTHS, same_start=1)

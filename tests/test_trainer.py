@@ -65,7 +65,13 @@ def ours(
 
 
 def compare_with_trl(
-    policy: Path, tmp_path: Path, loss: str, trl_loss: str, table: list[dict[str, Any]], **fields: Any
+    policy: Path,
+    tmp_path: Path,
+    loss: str,
+    trl_loss: str,
+    table: list[dict[str, Any]],
+    metrics_rtol: float = 1e-5,
+    **fields: Any,
 ) -> None:
     theirs = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
@@ -86,7 +92,8 @@ def compare_with_trl(
     for a, b in zip(their_gradients, my_gradients, strict=True):
         assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
     for name in ("rewards/chosen", "rewards/margins", "logps/chosen", "logps/rejected", "logits/chosen", "entropy"):
-        assert np.allclose([e[name] for e in their_log if name in e], [e[name] for e in my_log if name in e], atol=1e-4)
+        logged = [[float(entry[name]) for entry in log if name in entry] for log in (their_log, my_log)]
+        assert np.allclose(*logged, rtol=metrics_rtol, atol=1e-4), name
 
 
 @pytest.mark.parametrize(("loss", "trl_loss"), [("dpo", "sigmoid"), ("ipo", "ipo")])
@@ -98,8 +105,8 @@ def test_equal_to_trl_step_by_step(tiny_policy: Path, tmp_path: Path, loss: str,
 @pytest.mark.slow
 @pytest.mark.model
 def test_equal_to_trl_on_the_real_model(assets: Path, tmp_path: Path) -> None:
-    """SmolLM2-135M, all parameters, at a rate at which it learns."""
-    compare_with_trl(assets / "smollm2", tmp_path, "dpo", "sigmoid", rows(16), learning_rate=1e-6)
+    """SmolLM2-135M, all parameters, at a rate at which it learns; the logged entropy is a float32 sum over 49,152."""
+    compare_with_trl(assets / "smollm2", tmp_path, "dpo", "sigmoid", rows(16), metrics_rtol=2e-4, learning_rate=1e-6)
 
 
 def test_madpo_is_a_weight_column_times_dpo(tiny_policy: Path, tmp_path: Path) -> None:

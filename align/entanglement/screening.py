@@ -39,9 +39,9 @@ def screen(model: nn.Module, batch: dict[str, Tensor]) -> Screening:
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     hidden = base_model(model).base_model(**inputs, use_cache=False).last_hidden_state
     model.train(training)
-    predicts = batch["completion_mask"][:, 1:].to(torch.float64)
-    sums = torch.einsum("bt,btd->bd", predicts, hidden[:, :-1].to(torch.float64)).cpu()
-    chosen, rejected = sums.chunk(2)
+    predicts = batch["completion_mask"][:, 1:].bool()
+    states = hidden[:, :-1].to(torch.float64).masked_fill(~predicts[..., None], 0)
+    chosen, rejected = states.sum(dim=1).cpu().chunk(2)
     length_w, length_l = predicts.sum(dim=1).cpu().clamp_min(1).chunk(2)
     inner, square = (chosen * rejected).sum(dim=1), (chosen * chosen).sum(dim=1)
     return Screening(

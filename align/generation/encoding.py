@@ -47,5 +47,5 @@ def to_completion(
     before = tokenizer.decode(prompt, skip_special_tokens=True)
     whole = tokenizer.decode([*prompt, *tokens], skip_special_tokens=True)
     text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(tokens, skip_special_tokens=True)
-    kept = None if logprobs is None else list(logprobs[:end])
+    kept = None if logprobs is None else list(logprobs[: len(tokens)])
     return Completion(text, tokens, "length" if end is None else "stop", kept)

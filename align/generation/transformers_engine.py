@@ -79,7 +79,7 @@ class TransformersEngine:
                     max_new_tokens=sampling.max_new_tokens,
                     do_sample=False,
                     repetition_penalty=1.0,
-                    eos_token_id=self.stops,
+                    eos_token_id=self.stops or None,
                     pad_token_id=pad,
                 ),
             )

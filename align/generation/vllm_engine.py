@@ -6,6 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from align.errors import ConfigError, DataError, ModelError
 from align.generation.base import Completion, Sampling, gather, prompt_keys, sample_seed
 from align.generation.encoding import encode_prompt, stop_ids, to_completion
@@ -50,6 +52,7 @@ class VllmEngine:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self.vllm = import_vllm()
+        self.refusals = (ValueError, getattr(self.vllm.exceptions, "VLLMClientError", ValueError))
         base, lora = _split_adapter(model)
         defaults: dict[str, Any] = {"enable_prefix_caching": True, "seed": 0} | lora
         if self.vllm.platforms.current_platform.is_cpu():
@@ -61,7 +64,7 @@ class VllmEngine:
             from vllm.lora.request import LoRARequest
 
             self.adapter = LoRARequest("policy", 1, str(Path(model).absolute()))
-        self.stops = stop_ids(self.tokenizer, self.llm.llm_engine.model_config.try_get_generation_config_object())
+        self.stops = stop_ids(self.tokenizer, _generation_config(base))
         self._calls = 0
 
     def encode(self, prompt: Any) -> list[int]:
@@ -117,7 +120,7 @@ class VllmEngine:
             raise ConfigError(
                 f"vLLM refuses an option: {_first_line(error)}", code="engine-option", hint="see `vllm serve --help`"
             ) from None
-        except ValueError as error:
+        except self.refusals as error:
             raise ModelError(
                 f"{base}: vLLM cannot load it ({_first_line(error)})",
                 code="model-load",
@@ -138,7 +141,7 @@ class VllmEngine:
         prompt = self.vllm.TokensPrompt(prompt_token_ids=ids)
         try:
             self.llm.llm_engine.add_request(request, prompt, parameters, lora_request=self.adapter)
-        except ValueError as error:
+        except self.refusals as error:
             raise DataError(
                 f"prompt {index + 1}: vLLM refuses it ({_first_line(error)})",
                 code="prompt-refused",
@@ -172,6 +175,13 @@ def _split_adapter(model: str) -> tuple[str, dict[str, Any]]:
         )
     room = next(room for room in RANKS if room >= rank)
     return str(config["base_model_name_or_path"]), {"enable_lora": True, "max_lora_rank": room, "max_loras": 1}
+
+
+def _generation_config(base: str) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(base)
+    except OSError:
+        return None
 
 
 def _first_line(error: Exception) -> str:

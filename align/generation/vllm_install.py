@@ -34,7 +34,7 @@ def installed_version() -> str | None:
 
 
 def import_vllm() -> Any:
-    """The ``vllm`` module with ``platforms`` and ``sampling_params``.
+    """The ``vllm`` module with ``exceptions``, ``platforms`` and ``sampling_params``.
 
     Raises:
         EnvironmentProblem: it is missing, too old, or does not import beside the installed torch and transformers.
@@ -42,7 +42,7 @@ def import_vllm() -> Any:
     problem = vllm_problem()
     if not problem:
         try:
-            for part in ("vllm.platforms", "vllm.sampling_params"):
+            for part in ("vllm.exceptions", "vllm.platforms", "vllm.sampling_params"):
                 importlib.import_module(part)
             module = importlib.import_module("vllm")
             module.LLM  # noqa: B018  (vLLM imports its parts when they are first asked for)

@@ -132,6 +132,16 @@ def train_policy(
     with stoppable(trainer):
         trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(output / MODEL))
+    if trainer.is_world_process_zero():
+        (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        write_json(output / HISTORY, _history(trainer, method, options, probe))
+        _remove_checkpoints(checkpoints, config)
+
+
+def _history(
+    trainer: PreferenceTrainer, method: str, options: LossConfig, probe: EntanglementCallback | None
+) -> dict[str, Any]:
+    """What is kept of a finished training: its loss, every logged step, and what was measured or learned beside."""
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     found: dict[str, Any] = {"method": method, "loss": options.model_dump(), "history": history}
     if probe is not None:
@@ -141,10 +151,7 @@ def train_policy(
             side: [(trainer.processing_class.decode([token]), weight) for token, weight in tokens]
             for side, tokens in trainer.token_mask.extremes(MASK_SHOWN).items()
         }
-    if trainer.is_world_process_zero():
-        (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        write_json(output / HISTORY, found)
-        _remove_checkpoints(checkpoints, config)
+    return found
 
 
 def _remove_checkpoints(checkpoints: Path, config: TrainConfig) -> None:

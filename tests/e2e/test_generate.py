@@ -165,7 +165,7 @@ def test_mistakes_cost_one_line(workspace: Path) -> None:
         (["--engine", "vlm"], "did you mean `vllm`"),
         (["--format", "csv"], "expected parquet or jsonl"),
         (["--top-p", "0"], "expected a number above 0"),
-        (["--option", "dtype"], "expected key.path=value"),
+        (["--option", "dtype"], "--option dtype: expected name=value"),
         (["--engine", "server", "--base-url", "http://127.0.0.1:9/v1", "--option", "attempts=1"], "server-unreachable"),
         (["--model", "nowhere"], "nowhere: cannot be loaded"),
     ]
