@@ -98,7 +98,7 @@ def test_code_of_a_model_runs_only_where_the_run_says_so(workspace: Path, monkey
         (folder / "config.json").write_text(json.dumps(config | {"model_type": "x", "auto_map": auto}))
         refused = run_command((*RUN, "--set", "name=own", "--set", "train.model=own-code"), workspace)
         assert refused[0] == 2 and not trace.exists(), refused[2]
-        flag = ("--set", "train.trainer.trust_remote_code=true")
+        flag = ("--set", "train.trainer.trust_remote_code=true", "--set", "train.peft={r: 2, target_modules: [q_proj]}")
         code, _, errors = run_command((*RUN, "--set", "name=own", "--set", "train.model=own-code", *flag), workspace)
     assert code == 0 and trace.exists(), errors
     manifest = json.loads((workspace / "runs" / "own" / "train-madpo" / "manifest.json").read_text())
