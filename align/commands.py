@@ -71,8 +71,18 @@ def render_report(run: Path) -> None:
     Raises:
         DataError: there is no report.json.
     """
+    from jinja2 import TemplateError
+
     from align.reports.page import write_report
 
     if not (run / "report.json").exists():
         raise DataError(f"{run}: holds no report.json", code="report-missing", hint="finish the run with `align run`")
-    log.info("report: %s", write_report(run))
+    try:
+        page = write_report(run)
+    except (ValueError, LookupError, TypeError, AttributeError, TemplateError) as error:
+        raise DataError(
+            f"{run / 'report.json'}: not a report ({' '.join(str(error).split())})",
+            code="report-missing",
+            hint="make it again with `align run`",
+        ) from None
+    log.info("report: %s", page)

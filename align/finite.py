@@ -1,10 +1,12 @@
 """Stops a training at the step whose gradient or weights are not finite; base of the guards that know the pairs."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.errors import SHOWN, NumericsError
@@ -14,7 +16,7 @@ FILE = "non_finite.json"
 
 
 class FiniteSteps(TrainerCallback):
-    """Looks at the gradients before and at the weights after each optimizer step.
+    """Looks at the gradient's norm before (``look_at_norm``) and at the weights after each optimizer step.
 
     What is found is written to ``output_dir/non_finite.json`` (step, what, the pairs at fault, all pairs of the step)
     and raised; a gradient that is not finite never reaches the weights.
@@ -44,12 +46,16 @@ class FiniteSteps(TrainerCallback):
         self.step = state.global_step + 1
         self.pairs = []
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Look at the gradients."""
-        if not self.scaled and not all_finite(gradients(model)):
-            self.stop("gradient", self.pairs_at_fault(model), "is not finite")
+    def look_at_norm(self, model: nn.Module, norm: Any) -> None:
+        """Look at the norm of the whole gradient, over all processes and before it is clipped.
+
+        Clipping turns a norm that overflows into a gradient of zeros, so the clipped gradient says nothing.
+
+        Raises:
+            NumericsError: it is not finite.
+        """
+        if not self.scaled and norm is not None and not math.isfinite(float(norm)):
+            self.stop("gradient", self.pairs_at_fault(model), f"has the norm {float(norm)}")
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -88,9 +94,9 @@ class FiniteSteps(TrainerCallback):
         )
 
 
-def gradients(model: nn.Module) -> list[Tensor]:
-    """The gradients that are there."""
-    return [p.grad for p in model.parameters() if p.grad is not None]
+def gradient_norm(model: nn.Module) -> float:
+    """Norm of the gradients that are there, in their own precision, as clipping computes it."""
+    return float(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

@@ -81,16 +81,9 @@ def loading(model: str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        _safetensor_error(),
-    ) as error:
+    except ModelError:
+        raise
+    except Exception as error:
         log.debug("%s", model, exc_info=True)
         raise ModelError(f"{model}: {what} ({_reason(error)})", code="model-load", hint=WANTED) from None
 
@@ -239,16 +232,10 @@ def _read_object(file: Path) -> dict[str, Any]:
     return found
 
 
-def _safetensor_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError
-
-
 def _reason(error: Exception) -> str:
-    """The first line of an error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    """The first line of an error, and the second where the first only announces it."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _conversion(folder: Path, stem: str, config: dict[str, Any]) -> str:

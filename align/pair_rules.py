@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from trl.data_utils import extract_prompt
-
 from align.pair_sources import Row
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -42,6 +40,10 @@ class RowReader:
     def __init__(self, source: str, columns: set[str]) -> None:
         self.source = source
         self.implicit = "prompt" not in columns
+        if self.implicit:
+            from trl.data_utils import extract_prompt
+
+            self._extract_prompt = extract_prompt
 
     def read(self, row: Row) -> tuple[dict[str, Any] | None, list[Problem]]:
         """(pair or None, problems): a pair comes with problems only if a further column is at fault."""
@@ -60,7 +62,7 @@ class RowReader:
         if values["chosen"] == values["rejected"]:
             return None, [self._problem(row, "rejected", "pair-equal", "the same as chosen", "another response")]
         if self.implicit:
-            values |= extract_prompt({name: values[name] for name in texts})
+            values |= self._extract_prompt({name: values[name] for name in texts})
             if not values["prompt"]:
                 expected = "chosen and rejected to begin with the same prompt"
                 return None, [self._problem(row, "chosen", "pair-no-prompt", "no shared beginning", expected)]

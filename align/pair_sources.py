@@ -166,11 +166,11 @@ def _csv(path: Path) -> Iterator[Row]:
 
 def _parquet(path: Path) -> Iterator[Row]:
     try:
+        _refuse_twice(pq.read_schema(path).names, str(path))
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: not a readable Parquet file ({reason})", code="data-unreadable") from None
-    _refuse_twice(table.column_names, str(path))
     try:
         rows = table.to_pylist()
     except UnicodeDecodeError as error:

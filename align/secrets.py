@@ -17,7 +17,7 @@ SHAPES = re.compile(
     r"|AKIA[A-Z0-9]{16}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?i:(?<=bearer ))[A-Za-z0-9._-]{16,}"
 )
 """Values that are secret wherever they stand: keys of well-known services, user and password in an address."""
-ASSIGNED = re.compile(rf"(?i)\b((?:{'|'.join(sorted(NAMES))})[=:]\s*)('?)[^\s,'\"]+")
+ASSIGNED = re.compile(rf"(?i)\b((?:{'|'.join(sorted(NAMES))})['\"]?(?:=|:\s*(?:found )?))('?)[^\s,'\"]+")
 ENVIRONMENT = re.compile(r"(?i)(TOKEN|API_KEY|SECRET|PASSWORD)$")
 SHORTEST = 8
 """Characters; a shorter value of an environment variable hides too much else."""

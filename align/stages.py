@@ -21,7 +21,7 @@ from align.model_loading import load_policy, load_tokenizer
 from align.pairs import load_pairs, load_prompts, read_pairs, split_by_prompt, summarize, write_pairs
 from align.stage import write_json
 from align.trainer_args import build_lora, build_trainer_args
-from align.training.train import MODEL, bind, train_policy
+from align.training.train import MODEL, bind, require_margin, train_policy
 from reward_models.calibration import evaluate_margins
 from reward_models.crossfit import cross_fit
 from reward_models.judges import make_judge
@@ -92,6 +92,9 @@ def stage_pairs(config: RunConfig, root: Path, folder: Path, which: str) -> None
     assert source is not None
     pairs = load_pairs(source, side_file=folder / "dropped.jsonl")
     check_models(config, conversational=not isinstance(pairs["prompt"][0], str))
+    if reward is None and config.train is not None:
+        for method, loss in config.train.methods.items():
+            require_margin(pairs, bind(method, loss))
     if reward is None or (which != "reward" and reward.pairs is not None):
         write_pairs(pairs, folder / "train")
         write_json(folder / METRICS, {"train": summarize(pairs)})

@@ -1,15 +1,25 @@
 """Fields of trl's and transformers' argument classes from YAML, with errors that name the key."""
 
 import dataclasses
+import math
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import NoneType
 from typing import Any, TypeVar
 
 from align.config import nearest
-from align.errors import ConfigError, listed
+from align.console import log
+from align.errors import AlignError, ConfigError, listed
 
 Args = TypeVar("Args")
 DEFAULTS = {"report_to": "none", "bf16": False, "dataloader_pin_memory": False}
+LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "learning_rate": 0, "num_train_epochs": 0, "max_grad_norm": 0, "weight_decay": 0, "warmup_steps": 0,
+    "dataloader_num_workers": 0, "logging_steps": 0, "save_steps": 0, "max_length": 2,
+}  # fmt: skip
+"""Smallest values of fields that the libraries check late or not at all."""
 ONLY_WITHOUT_GPU = ("bf16", "dataloader_pin_memory")
 
 
@@ -29,6 +39,8 @@ def build_trainer_args(kind: type[Args], fields: dict[str, Any], *, path: str, f
         ConfigError: unknown field (with the nearest known), wrong type, a field that is not the user's to set, or
             anything that the class itself refuses.
     """
+    from transformers.integrations import get_reporting_integration_callbacks
+
     known = {field.name: field.type for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
     problems, values = [], {}
@@ -39,14 +51,31 @@ def build_trainer_args(kind: type[Args], fields: dict[str, Any], *, path: str, f
             problems.append(f"{path}.{name}: set by the program, leave it out")
         else:
             values[name], problem = _typed(value, hints[name])
+            problem = problem or _in_range(name, values[name])
             if problem:
                 problems.append(f"{path}.{name}: found {value!r}, expected {problem}")
     if problems:
         raise ConfigError(listed(problems), code="trainer-key")
     defaults = {name: value for name, value in DEFAULTS.items() if not (name in ONLY_WITHOUT_GPU and _has_gpu())}
+    with refusals(path):
+        made = kind(**{**defaults, **forced, **values})
+        get_reporting_integration_callbacks(made.report_to)  # type: ignore[attr-defined]
+    return made
+
+
+@contextmanager
+def refusals(path: str) -> Iterator[None]:
+    """Turn what trl, transformers or peft refuse in their settings into an error that names where these stand.
+
+    Raises:
+        ConfigError: a value is refused, or a package that it needs is missing.
+    """
     try:
-        return kind(**{**defaults, **forced, **values})
+        yield
+    except AlignError:
+        raise
     except (TypeError, ValueError, ImportError) as error:
+        log.debug("%s", path, exc_info=True)
         raise ConfigError(f"{path}: {' '.join(str(error).split())}", code="trainer-key") from None
 
 
@@ -70,6 +99,15 @@ def build_lora(fields: dict[str, Any] | None, *, path: str, task_type: str) -> A
         return LoraConfig(**({"task_type": task_type} | fields))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}", code="peft-key") from None
+
+
+def _in_range(name: str, value: Any) -> str:
+    """Empty where the value may be, else what was expected."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    if name in LEAST and isinstance(value, int | float) and value < LEAST[name]:
+        return f"at least {LEAST[name]}"
+    return ""
 
 
 def _typed(value: Any, hint: Any) -> tuple[Any, str]:

@@ -51,6 +51,11 @@ class GuardedRewardTrainer(RewardTrainer):
             self._look(inputs, outputs.logits.detach())
         return (loss, outputs) if return_outputs else loss
 
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.guard.look_at_norm(model, norm)
+        return norm
+
     def _look(self, inputs: dict[str, Any], rewards: torch.Tensor) -> None:
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         rows = [tuple(row[:n]) for row, n in zip(inputs["input_ids"].tolist(), lengths, strict=True)]

@@ -11,7 +11,7 @@ from align.checkpoints import last_whole_checkpoint
 from align.config import RewardConfig
 from align.console import log
 from align.stopping import stoppable
-from align.trainer_args import build_lora, build_trainer_args
+from align.trainer_args import build_lora, build_trainer_args, refusals
 from align.trainer_progress import show_progress
 from reward_models.guard import GuardedRewardTrainer
 from reward_models.model import load_reward_model
@@ -54,14 +54,15 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
         for side in ("chosen", "rejected")
     }
     length = [max(len(chosen), len(rejected)) for chosen, rejected in zip(*ids.values(), strict=True)]
-    trainer = GuardedRewardTrainer(
-        ids=[str(name) for name in (train["id"] if "id" in train.column_names else range(len(train)))],
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_dict({**ids, args.length_column_name: length}),
-        processing_class=tokenizer,
-        peft_config=build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS"),
-    )
+    with refusals("reward"):
+        trainer = GuardedRewardTrainer(
+            ids=[str(name) for name in (train["id"] if "id" in train.column_names else range(len(train)))],
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_dict({**ids, args.length_column_name: length}),
+            processing_class=tokenizer,
+            peft_config=build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS"),
+        )
     last = last_whole_checkpoint(checkpoints)
     if last is not None:
         log.info("reward model %s: resuming from %s", output.name, last)

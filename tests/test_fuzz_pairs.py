@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from align.config import PairsConfig
 from align.errors import AlignError
 from align.pairs import check_pairs, load_pairs, load_prompts
-from tests.builders import rows
 
 SHORT, LONG = 150, 4000
 FOLDER_IS_SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -73,7 +72,9 @@ def check_bytes(folder: Path, suffix: str, content: bytes) -> None:
 def parquet_bytes() -> bytes:
     """A valid Parquet file."""
     stream = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows(8)), stream)
+    pq.write_table(
+        pa.table({name: [f"{name} {k}" for k in range(8)] for name in ("prompt", "chosen", "rejected")}), stream
+    )
     return stream.getvalue().to_pybytes()
 
 

@@ -40,18 +40,14 @@ def table() -> list[dict[str, Any]]:
 
 
 def stopped(made: Any) -> tuple[str, dict[str, Any]]:
-    """What is said when the training stops, and what is written."""
-    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    """What is said when the training stops, and what is written; nothing that was finite has become otherwise."""
+    before = {name: bool(torch.isfinite(p).all()) for name, p in made.model.named_parameters()}
     with pytest.raises(NumericsError) as caught:
         made.train()
-    if "weight" not in caught.value.message:
-        step = made.state.global_step
-        unchanged = all(torch.equal(before[n], p.detach()) | (p != p).any() for n, p in made.model.named_parameters())
-        assert unchanged or step > 0
-        assert all(
-            torch.isfinite(p).all() or not torch.isfinite(before[n]).all() for n, p in made.model.named_parameters()
-        )
-    return caught.value.message, json.loads((Path(made.args.output_dir) / "non_finite.json").read_text())
+    written = json.loads((Path(made.args.output_dir) / "non_finite.json").read_text())
+    if written["what"] != "weight":
+        assert all(torch.isfinite(p).all() or not before[name] for name, p in made.model.named_parameters())
+    return caught.value.message, written
 
 
 def test_a_loss_that_is_not_a_number_names_its_pair(
@@ -75,12 +71,13 @@ def test_a_gradient_that_overflows_names_its_pair(
 ) -> None:
     weighted = [{**row, "weight": 3e38 if row["id"] == "p7" else 1.0} for row in table]
     said, written = stopped(trainer(tiny_policy, weighted, tmp_path))
-    assert "the gradient of pair p7 is not finite" in said
+    assert "the gradient of pair p7 has the norm inf" in said
     assert written["what"] == "gradient" and written["at_fault"] == ["p7"]
 
 
 def test_weights_that_overflow_stop_the_run(tiny_policy: Path, table: list[dict[str, Any]], tmp_path: Path) -> None:
-    rate = {"learning_rate": 1e39, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0}
+    table = [{**row, "weight": 1000.0} for row in table]
+    rate = {"learning_rate": 3e38, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0}
     said, written = stopped(trainer(tiny_policy, table, tmp_path, **rate))
     assert "the weight " in said and "is not finite" in said and written["step"] == 1 and len(written["pairs"]) == 4
 

@@ -1,20 +1,15 @@
-"""Hostile data and models do no harm: no pickle, no code of a model's own, no script, no request, no secret written."""
+"""Hostile models and archives do no harm: no pickle is read, no code of a model's own runs, no secret is written."""
 
-import http.server
 import json
 import os
 import pickle
-import re
 import shlex
 import shutil
-import socketserver
 import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import zipfile
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -24,17 +19,13 @@ from safetensors.torch import load_file
 
 from align.errors import ModelError
 from align.model_loading import load_policy, load_tokenizer
-from align.reports.page import render
 from align.secrets import HIDDEN, redact, redact_text
 from scripts.fetch_assets import SNIPPETS, build_minilm, build_snippets
 from tests.bad_input_makers import RUN, build_workspace, run_command
 from tests.builders import causal
-from tests.test_report import report
 
 TOKEN = "hf_" + "AbCdEfGh" * 4
 KEY = "sk-" + "0123456789abcdef" * 2
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
 
 
 class Bomb:
@@ -107,86 +98,11 @@ def test_code_of_a_model_runs_only_where_the_run_says_so(workspace: Path, monkey
         (folder / "config.json").write_text(json.dumps(config | {"model_type": "x", "auto_map": auto}))
         refused = run_command((*RUN, "--set", "name=own", "--set", "train.model=own-code"), workspace)
         assert refused[0] == 2 and not trace.exists(), refused[2]
-        flag = ("--set", "train.trainer.trust_remote_code=true")
+        flag = ("--set", "train.trainer.trust_remote_code=true", "--set", "train.peft={r: 2, target_modules: [q_proj]}")
         code, _, errors = run_command((*RUN, "--set", "name=own", "--set", "train.model=own-code", *flag), workspace)
     assert code == 0 and trace.exists(), errors
     manifest = json.loads((workspace / "runs" / "own" / "train-madpo" / "manifest.json").read_text())
     assert manifest["inputs"]["trust_remote_code"] == ["own-code"]
-
-
-@pytest.fixture
-def server() -> Iterator[tuple[str, list[str]]]:
-    """(address, paths asked for so far) of a local web server."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            """Note the path."""
-            asked.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Nothing."""
-
-    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as listening:
-        threading.Thread(target=listening.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{listening.server_address[1]}", asked
-        listening.shutdown()
-
-
-def attack(address: str) -> str:
-    """Text that runs a script and asks for files wherever it is taken for HTML."""
-    mark = "document.documentElement.id='pwned'"
-    return (
-        f"</p></pre></title><script>{mark};fetch('{address}/fetch')</script><script src='{address}/script'></script>"
-        f"<img src='{address}/image' onerror=\"{mark}\"><iframe src='{address}/frame'></iframe><svg onload=\"{mark}\">"
-        f"<link rel=stylesheet href='{address}/style'><style>body{{background:url({address}/background)}}</style>"
-    )
-
-
-def opened(page: str, folder: Path) -> str:
-    """The document as headless Chromium sees it two seconds later."""
-    assert BROWSER is not None
-    file = folder / "page.html"
-    file.write_text(page)
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-    command += ["--virtual-time-budget=2000", "--dump-dom", file.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert "</html>" in done.stdout, done.stderr
-    return done.stdout
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")
-def test_a_page_of_hostile_texts_in_a_browser(tmp_path: Path, server: tuple[str, list[str]]) -> None:
-    """Escaping alone holds, the policy alone holds, and without both the attack of this test works."""
-    address, asked = server
-    evil, hostile = attack(address), report()
-    hostile["samples"][0]["prompt"] = evil
-    hostile["samples"][0]["completions"] = {evil: {"text": evil, "reward": 1.0}}
-    hostile["run"] |= {"name": evil, "command": evil}
-    hostile["run"]["config"] = {"output_dir": evil}
-    hostile["reward_model"]["backbone"] = evil
-    hostile["margins"]["note"] = evil
-    page = render(hostile)
-    found = opened(page, tmp_path)
-    assert "pwned'" in found and 'id="pwned"' not in found and asked == []
-
-    policy = re.search(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", page)
-    assert policy is not None
-    unescaped = "<!doctype html><html><head>{}</head><body><p>{}</p></body></html>"
-    assert 'id="pwned"' not in opened(unescaped.format(policy.group(), evil), tmp_path) and asked == []
-
-    assert 'id="pwned"' in opened(unescaped.format("", evil), tmp_path) and "/image" in asked
-
-
-def test_every_page_has_the_policy() -> None:
-    templates = sorted((Path(__file__).parents[1] / "align" / "reports" / "templates").glob("*.j2"))
-    assert len(templates) >= 3
-    for template in templates:
-        text = template.read_text()
-        assert "Content-Security-Policy" in text and "default-src 'none'" in text and "|safe" not in text, template
-        assert "| safe" not in text and "autoescape" not in text, template
 
 
 @pytest.mark.parametrize("level", ["info", "debug"])

@@ -1,5 +1,6 @@
 """The policy's guard: looks at the loss of every pair, and finds the pair whose gradient is not finite."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from align.finite import FiniteSteps, all_finite, gradients
+from align.finite import FiniteSteps, all_finite, gradient_norm
 from align.training.collator import ROW
 from align.training.layout import trim
 
@@ -74,7 +75,7 @@ class FiniteGuard(FiniteSteps):
             for k, name in enumerate(self._ids(batch)):
                 model.zero_grad()
                 self.pair_loss(trim(batch, torch.tensor([k]))).backward()
-                if not all_finite(gradients(model)):
+                if not math.isfinite(gradient_norm(model)):
                     found.append(name)
         self._searching = False
         return found

@@ -20,7 +20,7 @@ from align.margins import MADPO_TAU, madpo_weight
 from align.model_loading import load_policy, load_tokenizer
 from align.stage import write_json
 from align.stopping import stoppable
-from align.trainer_args import build_lora, build_trainer_args
+from align.trainer_args import build_lora, build_trainer_args, refusals
 from align.trainer_progress import show_progress
 from align.training.preview import show_pair
 from align.training.trainer import PreferenceTrainer
@@ -58,6 +58,20 @@ def bind(method: str, config: LossConfig) -> BoundLoss:
     return loss
 
 
+def require_margin(pairs: Dataset, loss: BoundLoss) -> None:
+    """Raise where the loss needs a margin and the table has none.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if loss.spec.needs_margin and "margin" not in pairs.column_names:
+        raise ConfigError(
+            f"loss {loss.spec.name} needs a `margin` column and the pair table has none",
+            code="loss-needs-margin",
+            hint="run `align reward score` first, or map the column in `pairs.columns`",
+        )
+
+
 def add_weight(pairs: Dataset, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
     """MADPO as a table column: ``weight`` times w(margin), and plain DPO as what is left of the loss.
 
@@ -67,12 +81,7 @@ def add_weight(pairs: Dataset, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
     Raises:
         ConfigError: the loss needs a margin and the table has none.
     """
-    if loss.spec.needs_margin and "margin" not in pairs.column_names:
-        raise ConfigError(
-            f"loss {loss.spec.name} needs a `margin` column and the pair table has none",
-            code="loss-needs-margin",
-            hint="run `align reward score` first, or map the column in `pairs.columns`",
-        )
+    require_margin(pairs, loss)
     if loss.spec.name != "madpo":
         return pairs, loss
     parameters = {name: loss.parameters[name] for name in ("c_max", "c_min", "lam", "tau")}
@@ -200,21 +209,22 @@ def make_trainer(
         path="train.trainer",
         forced={"output_dir": str(output / CHECKPOINTS), "seed": seed},
     )
-    return PreferenceTrainer(
-        loss=loss,
-        tau=tau,
-        reference_cache=reference_cache,
-        layout=config.layout,
-        max_tokens=config.max_tokens_per_device,
-        remedy=remedy,
-        token_mask=token_mask,
-        model=load_policy(
-            config.model,
-            trust_remote_code=args.trust_remote_code,
-            **(args.model_init_kwargs or {"dtype": "float32"}),
-        ),
-        args=args,
-        train_dataset=pairs,
-        processing_class=load_tokenizer(config.model, trust_remote_code=args.trust_remote_code),
-        peft_config=build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM"),
-    )
+    with refusals("train"):
+        return PreferenceTrainer(
+            loss=loss,
+            tau=tau,
+            reference_cache=reference_cache,
+            layout=config.layout,
+            max_tokens=config.max_tokens_per_device,
+            remedy=remedy,
+            token_mask=token_mask,
+            model=load_policy(
+                config.model,
+                trust_remote_code=args.trust_remote_code,
+                **(args.model_init_kwargs or {"dtype": "float32"}),
+            ),
+            args=args,
+            train_dataset=pairs,
+            processing_class=load_tokenizer(config.model, trust_remote_code=args.trust_remote_code),
+            peft_config=build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM"),
+        )

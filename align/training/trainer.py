@@ -197,6 +197,11 @@ class PreferenceTrainer(DPOTrainer):
             self._log_pairs("train")
         return total
 
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.guard.look_at_norm(model, norm)
+        return norm
+
     def _micro_batches(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         """The batch split under the token budget, pairs of like length together.
 
