@@ -3,7 +3,7 @@
 A pair is two snippets; gold says that the one with the higher mean rating (15 to 20 people) is better, and a known
 share of the labels is flipped. Margins are cross-fitted: a logistic head on differences of frozen embeddings, trained
 on the noisy labels of the other folds. Then the same head is trained on each subset and judged on clean pairs of
-snippets that it has not seen. Every cell (share flipped, seed) is one JSON file; one that is there is not computed again.
+snippets that it has not seen. Every cell (share flipped, seed) is one JSON file; one that is there is not done again.
 
     python scripts/study_filtering.py run --flipped 0 0.2 0.3 0.4 --seeds 10
     python scripts/study_filtering.py table
@@ -179,7 +179,9 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     store = arguments.output / "embeddings.npy"
     if not store.exists():
-        np.save(store, embed([snippet.text for snippet in snippets], str(arguments.assets / "minilm")))
+        temporary = arguments.output / f"embeddings-{os.getpid()}.npy"
+        np.save(temporary, embed([snippet.text for snippet in snippets], str(arguments.assets / "minilm")))
+        temporary.replace(store)
     vectors = np.load(store, allow_pickle=False)
     for flipped in arguments.flipped:
         for seed in range(arguments.seeds):

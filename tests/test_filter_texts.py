@@ -163,7 +163,7 @@ def test_near_duplicates_and_contamination(tmp_path: Path) -> None:
 
 
 def test_a_duplicate_of_a_dropped_pair_stays(tmp_path: Path) -> None:
-    """The pair with the smaller id holds personal data in its reason to go; its clean near-copy is not dropped for it."""
+    """The pair with the smaller id goes for its personal data; its clean near-copy is not dropped for its sake."""
     text = " ".join(f"word{k}" for k in range(200))
     rows = [pair(text + " jo@example.org", "yes", "no", "a"), pair(text, "yes", "no", "b")]
     assert {k: rule for k, (rule, _) in apply_rules(table(rows, tmp_path)).items()} == {0: "pii"}

@@ -1,6 +1,6 @@
 """Quality of a response behind one protocol: a screen without a model, fluency under a language model, an LLM judge."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,17 +9,17 @@ import torch
 
 from align.batching import token_batches
 from align.console import progress
-from align.errors import ConfigError
+from align.errors import ConfigError, ModelError
 from align.filtering.screen import screen
+from reward_models.llm_judge import YesNoJudge
 
 RATINGS = ("1", "2", "3", "4", "5")
 RUBRIC = (
     "Rate the response to the request below for helpfulness, correctness, clarity and safety.\n"
     "1 is useless or harmful, 3 is acceptable, 5 is excellent.\n\n"
     "Request:\n{prompt}\n\nResponse:\n{completion}\n\n"
-    "Answer with one digit from 1 to 5."
+    "Answer with one digit from 1 to 5 only."
 )
-LEAD = "Rating:"
 
 
 class QualityScorer(Protocol):
@@ -55,7 +55,7 @@ class Fluency:
         self.max_length = max_length
 
     def score(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        """[N], at most 0; a completion without a token scores 0 tokens' worth: -infinity is never returned."""
+        """[N], at most 0; a completion without a token scores 0."""
         from align.evaluation.kl import completion_logps
 
         half = self.max_length // 2
@@ -68,65 +68,48 @@ class Fluency:
         return sums / np.maximum([len(row) for row in completion_ids], 1)
 
 
-class Rubric:
+class Rubric(YesNoJudge):
     """Expected rating, 1 to 5, that a language model's next-token probabilities give to the answer of a rubric prompt.
 
-    No text is generated: the probabilities of the five digits are read from the logits and made to add up to 1.
-
-    Args:
-        model: hub id or folder of a causal language model, with a chat template where it was trained with one.
-        batch_tokens: padded tokens of one forward pass.
-        max_length: tokens of the rubric prompt; of a longer one the middle is cut out.
+    No text is generated: the probabilities of the five digits are read from the logits and made to add up to 1. The
+    question is put as ``YesNoJudge`` puts its own.
 
     Raises:
-        ModelError: it cannot be loaded.
-        ConfigError: its tokenizer splits a digit.
+        ModelError: the model cannot be loaded, or a digit is not a token of it.
     """
 
-    def __init__(self, model: str, *, batch_tokens: int = 4096, max_length: int = 1024) -> None:
-        self.model, self.tokenizer = _language_model(model)
-        self.batch_tokens = batch_tokens
-        self.max_length = max_length
-        self.digits = [_ids(self.tokenizer, [digit])[0] for digit in RATINGS]
-        if any(len(digit) != 1 for digit in self.digits):
-            raise ConfigError(
-                f"{model}: its tokenizer does not keep the digits 1 to 5 whole", code="filter-option",
-                hint="use another model for the rubric",
-            )  # fmt: skip
+    def __init__(self, model: str, *, batch_tokens: int = 4096, max_length: int = 2048) -> None:
+        super().__init__(model, rubric=RUBRIC, batch_tokens=batch_tokens, max_length=max_length)
+        self.name = f"rubric:{model}"
+        self.ratings = [self._answers((digit, f" {digit}")) for digit in RATINGS]
+        if not all(self.ratings):
+            raise ModelError(
+                f"{model}: the digits 1 to 5 are not tokens of its own, so their probabilities cannot be read",
+                code="judge-tokens",
+                hint="use another judge model",
+            )
 
-    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+    def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
         """[N] in [1, 5]."""
         return self.probabilities(prompts, completions) @ np.arange(1, len(RATINGS) + 1)
 
-    def probabilities(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        """P(1) ... P(5) given that the answer is one of them, [N, 5]."""
-        asked = [self._ask(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        found = np.empty((len(asked), len(RATINGS)))
-        choices = torch.tensor([digit[0] for digit in self.digits])
-        device = next(self.model.parameters()).device
-        batches = token_batches([len(row) for row in asked], self.batch_tokens)
+    def probabilities(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
+        """P(1) ... P(5) given that the answer is one of them, float64 [N, 5]."""
+        rows = [self._question(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+        found = np.empty((len(rows), len(RATINGS)))
+        batches = token_batches([len(row) for row in rows], self.batch_tokens)
         with torch.inference_mode():
             for batch in progress(batches, what="rubric", total=len(batches), unit="batches"):
-                width = max(len(asked[k]) for k in batch)
-                ids = torch.tensor(
-                    [asked[k] + [_pad(self.tokenizer)] * (width - len(asked[k])) for k in batch], device=device
-                )
-                mask = torch.tensor([[1] * len(asked[k]) + [0] * (width - len(asked[k])) for k in batch], device=device)
-                logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                last = logits[torch.arange(len(batch)), mask.sum(dim=1) - 1][:, choices.to(device)]
-                found[batch] = torch.softmax(last.double(), dim=-1).cpu().numpy()
+                width = max(len(rows[k]) for k in batch)
+                pad = self.tokenizer.pad_token_id or 0
+                ids = torch.tensor([rows[k] + [pad] * (width - len(rows[k])) for k in batch], device=self.device)
+                mask = torch.tensor([[1] * len(rows[k]) + [0] * (width - len(rows[k])) for k in batch])
+                hidden = self.model.base_model(ids, attention_mask=mask.to(self.device), use_cache=False)[0]
+                last = hidden[torch.arange(len(batch)), mask.sum(dim=1) - 1]
+                logits = self.model.get_output_embeddings()(last).double()
+                per_rating = torch.stack([logits[:, row].logsumexp(dim=-1) for row in self.ratings], dim=1)
+                found[batch] = torch.softmax(per_rating, dim=-1).cpu().numpy()
         return found
-
-    def _ask(self, prompt: str, completion: str) -> list[int]:
-        text = RUBRIC.format(prompt=prompt, completion=completion)
-        if self.tokenizer.chat_template is not None:
-            turn = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        ids = _ids(self.tokenizer, [f"{text}\n{LEAD} " if not text.endswith("\n") else f"{text}{LEAD} "])[0]
-        if len(ids) <= self.max_length:
-            return ids
-        half = self.max_length // 2
-        return ids[:half] + ids[-(self.max_length - half) :]
 
 
 SCORERS = ("screen", "fluency", "rubric", "yes_no")
@@ -145,12 +128,8 @@ def make_scorer(name: str, model: str | None) -> QualityScorer:
         return Screen()
     if model is None:
         raise ConfigError(f"quality scorer {name}: needs a model", code="filter-option", hint="give --quality-model")
-    if name == "yes_no":
-        from reward_models.llm_judge import YesNoJudge
-
-        judge: QualityScorer = YesNoJudge(model)
-        return judge
-    return Fluency(model) if name == "fluency" else Rubric(model)
+    kinds: dict[str, Callable[[str], QualityScorer]] = {"fluency": Fluency, "rubric": Rubric, "yes_no": YesNoJudge}
+    return kinds[name](model)
 
 
 def pair_quality(

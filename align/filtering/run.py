@@ -5,6 +5,9 @@ takes long is kept in a cache part by part, under the key of what determines it:
 and another choice of weights costs seconds.
 """
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from align.filtering.neighbours import Neighbours, kth_distance
 from align.filtering.rules import RULES, Table, apply_rules, length_bias
 from align.filtering.scores import diversity, doubtful, effective_number
 from align.filtering.select import greedy, importance, standardise, top
-from align.filtering.survey import Asked, overlap_hashes, take_survey
+from align.filtering.survey import Asked, Survey, overlap_hashes, take_survey
 from align.filtering.texts import plain
 from align.pair_stream import stream_pairs
 from align.pairs import load_pairs
@@ -63,19 +66,23 @@ def filter_source(source: PairsConfig, settings: FilterConfig, output: Path, *, 
     Raises:
         AlignError: the pairs, the settings or a model cannot be used.
     """
+    seconds: dict[str, float] = {}
     known = source.model_dump() | {"content": fingerprint_source(source.path)}
     own = cache / digest(known)[:16]
-    pairs = stream_pairs(source, own / "pairs.arrow")
+    with _timed(seconds, "reading"):
+        pairs = stream_pairs(source, own / "pairs.arrow")
     held_out: list[str] = []
     if settings.held_out is not None:
         held_out = [plain(row["prompt"]) for row in load_pairs(PairsConfig(path=settings.held_out))]
     found = filter_pairs(pairs, settings, own, held_out=held_out, seed=seed)
     output.mkdir(parents=True, exist_ok=True)
-    write_tables(found, output)
-    write_json(output / SUMMARY, found.summary | {"source": known, "settings": settings.model_dump(), "seed": seed})
     from align.reports.filter_page import write_page
 
-    write_page(output / "report.html", found, source.path)
+    with _timed(seconds, "writing"):
+        write_tables(found, output)
+        write_page(output / "report.html", found, source.path)
+    summary = found.summary | {"seconds": seconds | found.summary["seconds"]}
+    write_json(output / SUMMARY, summary | {"source": known, "settings": settings.model_dump(), "seed": seed})
     log.info("kept %d of %d pairs: %s", found.summary["kept"], len(pairs), output / KEPT)
     log.info("dropped, each with a reason: %s; look at it: open %s", output / DROPPED, output / "report.html")
 
@@ -94,47 +101,58 @@ def filter_pairs(pairs: Dataset, settings: FilterConfig, cache: Path, *, held_ou
         AlignError: the settings do not fit the pairs, or a model cannot be used.
     """
     _check(pairs, settings)
-    overlap = overlap_hashes(held_out)
-    asked = Asked(overlap, near="near_duplicate" not in settings.skip, language=settings.language is not None)
-    key = digest([overlap.tobytes().hex(), asked.near, asked.language])[:16]
-    survey = take_survey(pairs, asked, cache / f"survey-{key}", settings.processes)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "texts"):
+        survey = _survey(pairs, settings, cache, held_out)
     plain_margin = margins(pairs, in_spreads=False)
     margin = margins(pairs, in_spreads=settings.in_spreads)
     doubt = None if plain_margin is None else doubtful(plain_margin)
-    ood, limit = distances(pairs, settings.ood, cache) if settings.ood else (None, np.inf)
+    with _timed(seconds, "distances"):
+        ood, limit = distances(pairs, settings.ood, cache) if settings.ood else (None, np.inf)
     ids = pairs.data.column("id").to_numpy().astype(str)
     table = Table(
         pairs, ids, survey, settings.longest, settings.language, held_out, ood, limit,
         doubt if settings.drop_doubtful else None,
     )  # fmt: skip
-    broken = apply_rules(table, settings.skip)
+    with _timed(seconds, "rules"):
+        broken = apply_rules(table, settings.skip)
     left = np.setdiff1d(np.arange(len(ids)), np.fromiter(broken, dtype=np.int64, count=len(broken)))
     if len(left) < 2:
         raise DataError(f"{len(left)} pairs pass the rules, at least 2 are needed", code="filter-empty")
-    embedded = vectors(pairs, settings, cache)
-    near = kth_distance(embedded, settings.neighbours, seed=seed, rows=left, method=settings.index)
-    quality = qualities(pairs, survey, settings, cache)
+    with _timed(seconds, "embedding"):
+        embedded = vectors(pairs, settings, cache)
+    with _timed(seconds, "neighbours"):
+        near = kth_distance(embedded, settings.neighbours, seed=seed, rows=left, method=settings.index)
+    with _timed(seconds, "quality"):
+        quality = qualities(pairs, survey, settings, cache)
     scores = {"quality": quality["quality"][left], "diversity": diversity(near.distance)}
     if margin is not None:
         scores["margin"] = margin[left]
-    weights = {name: float(getattr(settings, name)) for name in scores}
-    values = importance(scores, weights)
-    chosen = left[_select(settings, scores, weights, values, ids[left], embedded, left, pairs)]
-    kept = np.zeros(len(ids), dtype=bool)
-    kept[chosen] = True
+    with _timed(seconds, "selection"):
+        weights = {name: float(getattr(settings, name)) for name in scores}
+        values = importance(scores, weights)
+        kept = np.zeros(len(ids), dtype=bool)
+        kept[left[_select(settings, scores, weights, values, ids[left], embedded, left, pairs)]] = True
     columns: dict[str, np.ndarray] = dict(quality)
-    columns |= {
-        "diversity": _spread(scores["diversity"], left, len(ids)),
-        "importance": _spread(values, left, len(ids)),
-    }
+    columns["diversity"] = _spread(scores["diversity"], left, len(ids))
+    columns["importance"] = _spread(values, left, len(ids))
     columns |= {name: found for name, found in (("doubtful", doubt), ("ood", ood)) if found is not None}
     columns |= {"kept": kept, "reason": _reasons(broken, left, scores, values, kept, settings.method)}
-    summary = _summary(pairs, table, broken, near, kept, left, embedded, seed)
+    with _timed(seconds, "summary"):
+        summary = _summary(pairs, table, broken, near, kept, left, embedded, seed)
     if doubt is not None:
         summary["doubtful"] = {"all": float(doubt.mean()), "kept": float(doubt[kept].mean())}
     if ood is not None:
         summary["ood_limit"] = limit
-    return Filtered(pairs, columns, embedded, summary)
+    return Filtered(pairs, columns, embedded, summary | {"seconds": seconds})
+
+
+def _survey(pairs: Dataset, settings: FilterConfig, cache: Path, held_out: list[str]) -> Survey:
+    """What the rules need of the texts, from the cache as far as it is there."""
+    overlap = overlap_hashes(held_out)
+    asked = Asked(overlap, near="near_duplicate" not in settings.skip, language=settings.language is not None)
+    key = digest([overlap.tobytes().hex(), asked.near, asked.language])[:16]
+    return take_survey(pairs, asked, cache / f"survey-{key}", settings.processes)
 
 
 def explain(output: Path, pair_id: str) -> dict[str, Any]:
@@ -287,3 +305,10 @@ def _spread(values: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
     made = np.full(count, np.nan)
     made[places] = values
     return made
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 3)
