@@ -10,6 +10,7 @@ snippets that it has not seen. Every cell (share flipped, seed) is one JSON file
 """
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import dataclass
