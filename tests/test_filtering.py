@@ -105,12 +105,13 @@ def test_effective_number() -> None:
 
 @given(st.integers(0, 99), st.floats(0.05, 0.4))
 def test_doubtful_labels_are_the_flipped_ones(seed: int, rate: float) -> None:
-    """With margins that know the truth, a label that was turned is found, and no other."""
+    """No right label is in doubt where margins know the truth, and every turned one of average belief or more is."""
     rng = np.random.default_rng(seed)
     flipped = rng.random(400) < rate
     truth = rng.uniform(1.5, 4, size=400)
     found = doubtful(np.where(flipped, -truth, truth))
-    assert not found[~flipped].any() and (not flipped.any() or found[flipped].mean() > 0.8)
+    belief = 1 / (1 + np.exp(-truth))
+    assert not found[~flipped].any() and found[flipped & (belief >= belief.mean())].all()
 
 
 def test_a_weak_contradiction_is_no_doubt() -> None:
@@ -290,7 +291,7 @@ def test_filter_pairs_with_own_vectors(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     table = [
         {"id": f"{k:02d}", "prompt": f"question {k} on {w}", "chosen": f"{w} is {k}", "rejected": f"no {w} {k}",
-         "margin": float(rng.normal(1.0)), "margin_std": float(rng.uniform(0.1, 2)), "group": "ab"[k % 2]}
+         "margin": float(rng.uniform(0.5, 3)), "margin_std": float(rng.uniform(0.1, 2)), "group": "ab"[k % 2]}
         for k, w in enumerate(["ships", "bread", "stars", "chess", "rivers", "paint", "bees", "trains", "snow", "maps"])
     ]  # fmt: skip
     table[3]["margin"] = -6.0

@@ -15,7 +15,7 @@ from align.filtering.quality import QualityScorer, make_scorer, pair_quality
 from align.filtering.scores import over_spread
 from align.filtering.select import standardise
 from align.filtering.survey import Survey
-from align.filtering.texts import column, texts
+from align.filtering.texts import cells, column, texts
 from align.stage import digest, fingerprint_source
 
 ROWS = 1024
@@ -142,5 +142,5 @@ def _quality(pairs: Dataset, scorer: QualityScorer, start: int, stop: int) -> Ar
 
 
 def _numbers(pairs: Dataset, name: str) -> np.ndarray:
-    values: np.ndarray = pairs.data.column(name).to_numpy().astype(np.float64)
+    values: np.ndarray = cells(pairs, name).to_numpy().astype(np.float64)
     return values

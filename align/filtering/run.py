@@ -26,7 +26,7 @@ from align.filtering.rules import RULES, Table, apply_rules, length_bias
 from align.filtering.scores import diversity, doubtful, effective_number
 from align.filtering.select import greedy, importance, standardise, top
 from align.filtering.survey import Asked, Survey, overlap_hashes, take_survey
-from align.filtering.texts import plain
+from align.filtering.texts import cells, plain
 from align.pair_stream import stream_pairs
 from align.pairs import load_pairs
 from align.stage import digest, fingerprint_source, write_json
@@ -109,7 +109,7 @@ def filter_pairs(pairs: Dataset, settings: FilterConfig, cache: Path, *, held_ou
     doubt = None if plain_margin is None else doubtful(plain_margin)
     with _timed(seconds, "distances"):
         ood, limit = distances(pairs, settings.ood, cache) if settings.ood else (None, np.inf)
-    ids = pairs.data.column("id").to_numpy().astype(str)
+    ids = cells(pairs, "id").to_numpy().astype(str)
     table = Table(
         pairs, ids, survey, settings.longest, settings.language, held_out, ood, limit,
         doubt if settings.drop_doubtful else None,
@@ -137,7 +137,8 @@ def filter_pairs(pairs: Dataset, settings: FilterConfig, cache: Path, *, held_ou
     columns["diversity"] = _spread(scores["diversity"], left, len(ids))
     columns["importance"] = _spread(values, left, len(ids))
     columns |= {name: found for name, found in (("doubtful", doubt), ("ood", ood)) if found is not None}
-    columns |= {"kept": kept, "reason": _reasons(broken, left, scores, values, kept, settings.method)}
+    parts = {name: weights[name] * standardise(found) for name, found in scores.items()}
+    columns |= {"kept": kept, "reason": _reasons(broken, left, parts, values, kept, settings.method)}
     with _timed(seconds, "summary"):
         summary = _summary(pairs, table, broken, near, kept, left, embedded, seed)
     if doubt is not None:
@@ -208,9 +209,9 @@ def _check(pairs: Dataset, settings: FilterConfig) -> None:
         raise ConfigError("; ".join(wrong), code="filter-option", hint="see docs/filtering.md")
     if "margin" not in pairs.column_names and settings.margin != 0:
         log.warning("the pairs have no `margin` column: quality and diversity decide alone")
-    elif "margin" in pairs.column_names and pairs.data.column("margin").null_count:
+    elif "margin" in pairs.column_names and cells(pairs, "margin").null_count:
         raise DataError(
-            f"margin: {pairs.data.column('margin').null_count} of {len(pairs)} pairs have none", code="filter-margin",
+            f"margin: {cells(pairs, 'margin').null_count} of {len(pairs)} pairs have none", code="filter-margin",
             hint="score all pairs with `align reward score`, or take the column out",
         )  # fmt: skip
 
@@ -233,26 +234,26 @@ def _select(
         base = importance(scores, weights | {"diversity": 0.0})
         spread = 1.0 / (np.std(scores["diversity"]) or 1.0)
         return greedy(base, np.asarray(embedded)[left], ids.tolist(), count, weight=weights["diversity"] * spread)
-    groups = pairs.data.column("group").to_numpy().astype(str)[left] if settings.per_group else None
+    groups = cells(pairs, "group").to_numpy().astype(str)[left] if settings.per_group else None
     return top(values, ids, count, groups)
 
 
 def _reasons(
     broken: dict[int, tuple[str, str]],
     left: np.ndarray,
-    scores: dict[str, np.ndarray],
+    parts: dict[str, np.ndarray],
     values: np.ndarray,
     kept: np.ndarray,
     method: str,
 ) -> np.ndarray:
-    """Why each pair was dropped; empty where it was not."""
+    """Why each pair was dropped, with the least of the ``parts`` of its importance; empty where it was kept."""
     reasons = np.full(len(kept), "", dtype=object)
     for k, (rule, said) in broken.items():
         reasons[k] = f"{rule}: {said}"
-    names = list(scores)
-    weakest = np.argmin([standardise(scores[name]) for name in names], axis=0)
+    names = list(parts)
+    weakest = np.argmin(list(parts.values()), axis=0)
     for place in np.flatnonzero(~kept[left]):
-        reasons[left[place]] = f"{method}: importance {values[place]:.2f}, lowest score {names[weakest[place]]}"
+        reasons[left[place]] = f"{method}: importance {values[place]:.2f}, least from {names[weakest[place]]}"
     return reasons
 
 
@@ -292,7 +293,7 @@ def _summary(
 def _groups(pairs: Dataset, kept: np.ndarray) -> dict[str, dict[str, int]]:
     if "group" not in pairs.column_names:
         return {}
-    groups = pairs.data.column("group").to_numpy().astype(str)
+    groups = cells(pairs, "group").to_numpy().astype(str)
     names, which = np.unique(groups, return_inverse=True)
     return {
         str(name): {"pairs": int((which == k).sum()), "kept": int(kept[which == k].sum())}

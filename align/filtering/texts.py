@@ -39,3 +39,8 @@ def interleaved(prompt: pa.ChunkedArray, chosen: pa.ChunkedArray, rejected: pa.C
     count = len(parts) // 3
     order = pa.array([k * count + row for row in range(count) for k in range(3)], type=pa.int64())
     return parts.take(order)
+
+
+def cells(pairs: Dataset, name: str) -> pa.ChunkedArray:
+    """One column of a pair table, whether or not its rows were selected from another."""
+    return pairs.select_columns([name]).with_format("arrow")[:][name]

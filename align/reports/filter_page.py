@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from align.filtering.run import Filtered
-from align.filtering.texts import plain
+from align.filtering.texts import cells, plain
 from align.reports import plots
 from align.reports.page import environment
 
@@ -14,6 +14,8 @@ BORDER = 6
 MAP_POINTS = 1200
 PCA_ROWS = 20_000
 BY_RULE = "broke a rule"
+SHADES = {"kept": "c1", "dropped": "c2"}
+"""As ``plots.scatter`` colours the first two kinds."""
 SHOWN_CHARACTERS = 120
 
 
@@ -28,13 +30,13 @@ def write_page(target: Path, found: Filtered, source: str) -> None:
     scored = np.isfinite(found.columns["importance"])
     columns = {name: np.asarray(values) for name, values in found.columns.items() if values.dtype.kind == "f"}
     if "margin" in found.pairs.column_names:
-        columns = {"margin": found.pairs.data.column("margin").to_numpy().astype(np.float64)} | columns
+        columns = {"margin": cells(found.pairs, "margin").to_numpy().astype(np.float64)} | columns
     drawn = {}
     for name, values in columns.items():
         usable = scored & np.isfinite(values)
         series = {label: values[usable & (found.kept == kept)] for label, kept in (("kept", True), ("dropped", False))}
         if usable.any():
-            drawn[name] = plots.histogram(series, x_title=name)
+            drawn[name] = plots.histogram(series, x_title=name, shades=SHADES)
     page = (
         environment()
         .get_template("filter.html.j2")
