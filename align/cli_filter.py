@@ -29,6 +29,7 @@ def run(
     neighbours: Annotated[int, typer.Option(help="k of the k-nearest-neighbour entropy.")] = 5,
     index: Annotated[str, typer.Option(help="auto, exact, ivf or hnsw.")] = "auto",
     embedding_model: Annotated[str | None, typer.Option(help="Encoder of the prompts: hub id or folder.")] = None,
+    embedding: Annotated[str, typer.Option(help="encoder, or static: far faster, blind to word order.")] = "encoder",
     embeddings: Annotated[Path | None, typer.Option(help=".npy file of unit vectors, a row per pair.")] = None,
     quality_scorer: Annotated[list[str] | None, typer.Option(help="screen, fluency, rubric or yes_no.")] = None,
     quality_model: Annotated[str | None, typer.Option(help="Language model of the quality scorers.")] = None,
@@ -49,7 +50,7 @@ def run(
         "keep": keep, "method": method, "margin": margin, "quality": quality, "diversity": diversity,
         "minimum": minimum, "in_spreads": in_spreads, "per_group": per_group, "skip": skip, "longest": longest,
         "language": language, "held_out": held_out and str(held_out), "drop_doubtful": drop_doubtful,
-        "neighbours": neighbours, "index": index, "embedding_model": embedding_model,
+        "neighbours": neighbours, "index": index, "embedding_model": embedding_model, "embedding": embedding,
         "embeddings": embeddings and str(embeddings), "quality_scorers": quality_scorer, "quality_model": quality_model,
         "ood": ood_model and {"model": ood_model, "pairs": {"path": ood_pairs}}, "processes": processes,
     }  # fmt: skip

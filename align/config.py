@@ -145,6 +145,8 @@ class FilterConfig(Section):
     """k of the k-nearest-neighbour entropy."""
     index: Literal["auto", "exact", "ivf", "hnsw"] = "auto"
     embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    embedding: Literal["encoder", "static"] = "encoder"
+    """``static``: token vectors distilled from the model instead of the model; far faster, blind to word order."""
     embeddings: str | None = None
     """A .npy file of unit vectors, one per pair, instead of ``embedding_model``."""
     quality_scorers: Annotated[list[Literal["screen", "fluency", "rubric", "yes_no"]], Field(min_length=1)] = ["screen"]

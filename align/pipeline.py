@@ -146,12 +146,10 @@ class _Runner:
             inputs["model"] = fingerprint_source(config.train.model)
         if kind == "filter" and config.filter:
             inputs["settings"] = config.filter.model_dump(exclude={"processes"})
-            inputs["models"] = [
-                fingerprint_source(name)
-                for name in (config.filter.embedding_model, config.filter.embeddings, config.filter.quality_model)
-                if name is not None
-            ]
-            inputs["held_out"] = config.filter.held_out and fingerprint_source(config.filter.held_out)
+            chosen = config.filter
+            read = [chosen.embedding_model, chosen.embeddings, chosen.quality_model, chosen.held_out]
+            read += [chosen.ood.model, chosen.ood.pairs.path] if chosen.ood else []
+            inputs["read"] = [fingerprint_source(name) for name in read if name is not None]
         if kind == "train" and config.train:
             inputs["loss"] = config.train.methods[name.removeprefix("train-")].model_dump()
             inputs["settings"] = config.train.model_dump(exclude={"methods"})

@@ -25,6 +25,7 @@ from align.filtering.quality import Fluency, Rubric, make_scorer, pair_quality
 from align.filtering.run import filter_pairs
 from align.filtering.scores import DUPLICATE_DISTANCE, diversity, doubtful, effective_number, over_spread
 from align.filtering.select import greedy, importance, standardise, top
+from align.filtering.static import StaticEncoder
 from align.pair_stream import stream_pairs
 from align.pairs import load_pairs
 from tests.builders import bert_reward, causal, llama_reward, rows
@@ -241,10 +242,29 @@ def test_embedding_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.
         return texts[start:stop]
 
     with pytest.raises(KeyboardInterrupt):
-        stored_embedding(strings, 5, model, tmp_path / "e.npy")
-    found = stored_embedding(strings, 5, model, tmp_path / "e.npy")
+        stored_embedding(strings, 5, lambda: Encoder(model), tmp_path / "e.npy")
+    found = stored_embedding(strings, 5, lambda: Encoder(model), tmp_path / "e.npy")
     assert asked == [(0, 2), (-1, -1), (2, 4), (4, 5)]
     assert np.allclose(found, Encoder(model)(texts), atol=1e-6) and np.allclose(np.linalg.norm(found, axis=1), 1)
+
+
+def test_static_vectors_are_weighted_means_of_tokens(tmp_path: Path) -> None:
+    """One token alone is its centred vector; order does not matter; the table is made once."""
+    model = str(bert_reward(tmp_path / "model"))
+    encoder = StaticEncoder(model, tmp_path / "table.safetensors")
+    words = sorted(encoder.tokenizer.get_vocab())
+    alone, ids = Encoder(model)(words), encoder.tokenizer.convert_tokens_to_ids(words)
+    good = encoder.tokenizer.convert_tokens_to_ids("good")
+    centred = alone[ids.index(good)] - alone.mean(axis=0)
+    assert np.allclose(encoder(["good"])[0], centred / np.linalg.norm(centred), atol=1e-4)
+    found = encoder(["good bad film", "film good bad", "", "good bad"])
+    assert np.allclose(found[0], found[1], atol=1e-6) and not np.allclose(found[0], found[3], atol=1e-2)
+    assert np.allclose(np.linalg.norm(found, axis=1), 1)
+    both = encoder.table[[good, encoder.tokenizer.convert_tokens_to_ids("bad")]].sum(axis=0)
+    assert np.allclose(found[3], both / np.linalg.norm(both), atol=1e-5)
+    written = (tmp_path / "table.safetensors").stat().st_mtime_ns
+    assert np.array_equal(StaticEncoder(model, tmp_path / "table.safetensors")(["good"]), encoder(["good"]))
+    assert (tmp_path / "table.safetensors").stat().st_mtime_ns == written
 
 
 def test_embeddings_that_are_not_unit_rows_are_refused(tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ import numpy as np
 from datasets import Dataset
 
 from align.config import FilterConfig, OodConfig
-from align.filtering.embed import read_embeddings, stored_embedding
+from align.filtering.embed import Encoder, TextEncoder, read_embeddings, stored_embedding
 from align.filtering.ood import Mahalanobis
 from align.filtering.parts import Arrays, gathered, in_parts
 from align.filtering.quality import QualityScorer, make_scorer, pair_quality
 from align.filtering.scores import over_spread
 from align.filtering.select import standardise
+from align.filtering.static import StaticEncoder
 from align.filtering.survey import Survey
 from align.filtering.texts import cells, column, texts
 from align.stage import digest, fingerprint_source
@@ -34,13 +35,18 @@ def vectors(pairs: Dataset, settings: FilterConfig, cache: Path) -> np.ndarray:
     """Unit vectors [N, D] of the prompts, memory-mapped: the user's, or of the embedding model."""
     if settings.embeddings is not None:
         return read_embeddings(settings.embeddings, len(pairs))
-    key = digest(fingerprint_source(settings.embedding_model))[:16]
+    model = settings.embedding_model
+    key = digest([fingerprint_source(model), settings.embedding])[:16]
 
     def prompts(start: int, stop: int) -> list[str]:
         found: list[str] = column(pairs.with_format("arrow")[start:stop]["prompt"]).to_pylist()
         return found
 
-    return stored_embedding(prompts, len(pairs), settings.embedding_model, cache / f"embedding-{key}.npy")
+    def encoder() -> TextEncoder:
+        is_static = settings.embedding == "static"
+        return StaticEncoder(model, cache / f"tokens-{key}.safetensors") if is_static else Encoder(model)
+
+    return stored_embedding(prompts, len(pairs), encoder, cache / f"embedding-{key}.npy")
 
 
 def qualities(pairs: Dataset, survey: Survey, settings: FilterConfig, cache: Path) -> dict[str, np.ndarray]:

@@ -1,8 +1,8 @@
 """Embeddings of the prompts: unit vectors from an encoder, in one file that grows part by part."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from align.console import progress
 from align.errors import DataError, ModelError
 
 PART = 4096
+PROBE = "a"
 
 
 class Encoder:
@@ -51,7 +52,21 @@ class Encoder:
 
     def __call__(self, strings: Sequence[str]) -> np.ndarray:
         """Unit-length mean-pooled last hidden states [N, D], float32."""
-        ids = self.tokenizer(list(strings), truncation=True, max_length=self.max_length)["input_ids"]
+        return self._pooled(self.tokenizer(list(strings), truncation=True, max_length=self.max_length)["input_ids"])
+
+    def tokens(self, ids: Sequence[list[int]], per_part: int = PART) -> np.ndarray:
+        """The same of token ids [N, D], each row between the special tokens that the encoder puts around a text."""
+        starts = range(0, len(ids), per_part)
+        whole, bare = self.tokenizer(PROBE)["input_ids"], self.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+        place = next(k for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
+        before, after = whole[:place], whole[place + len(bare) :]
+        made = [
+            self._pooled([[*before, *row, *after] for row in ids[start : start + per_part]])
+            for start in progress(starts, what="token vectors", total=len(starts), unit="parts")
+        ]
+        return np.concatenate(made)
+
+    def _pooled(self, ids: Sequence[list[int]]) -> np.ndarray:
         found = np.empty((len(ids), self.size), dtype=np.float32)
         with torch.inference_mode():
             for batch in token_batches([len(row) for row in ids], self.batch_tokens):
@@ -71,22 +86,35 @@ def embed(strings: Sequence[str], model: str) -> np.ndarray:
     return np.concatenate(made) if made else np.empty((0, encoder.size), dtype=np.float32)
 
 
-def stored_embedding(strings_of: Any, count: int, model: str, file: Path) -> np.ndarray:
+class TextEncoder(Protocol):
+    """Anything that turns texts into unit vectors."""
+
+    @property
+    def size(self) -> int:
+        """Numbers per vector."""
+
+    def __call__(self, strings: Sequence[str]) -> np.ndarray:
+        """[N, size], float32."""
+
+
+def stored_embedding(
+    strings_of: Callable[[int, int], Sequence[str]], count: int, encoder: Callable[[], TextEncoder], file: Path
+) -> np.ndarray:
     """Unit vectors [count, D], memory-mapped from ``file`` (.npy); parts that are done are not computed again.
 
     Args:
         strings_of: (start, stop) -> the texts of these rows.
         count: rows.
-        model: encoder.
-        file: of the vectors; valid for the same texts and model. ``file``.partial and ``file``.done while it grows.
+        encoder: makes the encoder when a part is missing.
+        file: of the vectors; valid for the same texts and encoder. ``file``.partial and ``file``.done while it grows.
     """
     if not file.exists():
-        _fill(strings_of, count, Encoder(model), file)
+        _fill(strings_of, count, encoder(), file)
     found: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
     return found
 
 
-def _fill(strings_of: Any, count: int, encoder: Encoder, file: Path) -> None:
+def _fill(strings_of: Callable[[int, int], Sequence[str]], count: int, encoder: TextEncoder, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial, note = file.with_suffix(".partial"), file.with_suffix(".done")
     shape = (count, encoder.size)

@@ -102,21 +102,8 @@ def filter_pairs(pairs: Dataset, settings: FilterConfig, cache: Path, *, held_ou
     """
     _check(pairs, settings)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "texts"):
-        survey = _survey(pairs, settings, cache, held_out)
-    plain_margin = margins(pairs, in_spreads=False)
-    margin = margins(pairs, in_spreads=settings.in_spreads)
-    doubt = None if plain_margin is None else doubtful(plain_margin)
-    with _timed(seconds, "distances"):
-        ood, limit = distances(pairs, settings.ood, cache) if settings.ood else (None, np.inf)
-    ids = cells(pairs, "id").to_numpy().astype(str)
-    table = Table(
-        pairs, ids, survey, settings.longest, settings.language, held_out, ood, limit,
-        doubt if settings.drop_doubtful else None,
-    )  # fmt: skip
-    with _timed(seconds, "rules"):
-        broken = apply_rules(table, settings.skip)
-    left = np.setdiff1d(np.arange(len(ids)), np.fromiter(broken, dtype=np.int64, count=len(broken)))
+    table, broken = _rules(pairs, settings, cache, held_out, seconds)
+    left = np.setdiff1d(np.arange(len(table.ids)), np.fromiter(broken, dtype=np.int64, count=len(broken)))
     if len(left) < 2:
         raise DataError(f"{len(left)} pairs pass the rules, at least 2 are needed", code="filter-empty")
     with _timed(seconds, "embedding"):
@@ -124,28 +111,51 @@ def filter_pairs(pairs: Dataset, settings: FilterConfig, cache: Path, *, held_ou
     with _timed(seconds, "neighbours"):
         near = kth_distance(embedded, settings.neighbours, seed=seed, rows=left, method=settings.index)
     with _timed(seconds, "quality"):
-        quality = qualities(pairs, survey, settings, cache)
+        quality = qualities(pairs, table.survey, settings, cache)
     scores = {"quality": quality["quality"][left], "diversity": diversity(near.distance)}
-    if margin is not None:
+    if (margin := margins(pairs, in_spreads=settings.in_spreads)) is not None:
         scores["margin"] = margin[left]
     with _timed(seconds, "selection"):
         weights = {name: float(getattr(settings, name)) for name in scores}
         values = importance(scores, weights)
-        kept = np.zeros(len(ids), dtype=bool)
-        kept[left[_select(settings, scores, weights, values, ids[left], embedded, left, pairs)]] = True
-    columns: dict[str, np.ndarray] = dict(quality)
-    columns["diversity"] = _spread(scores["diversity"], left, len(ids))
-    columns["importance"] = _spread(values, left, len(ids))
-    columns |= {name: found for name, found in (("doubtful", doubt), ("ood", ood)) if found is not None}
+        kept = np.zeros(len(table.ids), dtype=bool)
+        kept[left[_select(settings, scores, weights, values, table.ids[left], embedded, left, pairs)]] = True
     parts = {name: weights[name] * standardise(found) for name, found in scores.items()}
-    columns |= {"kept": kept, "reason": _reasons(broken, left, parts, values, kept, settings.method)}
+    columns = quality | {
+        "diversity": _spread(scores["diversity"], left, len(kept)),
+        "importance": _spread(values, left, len(kept)),
+        "kept": kept,
+        "reason": _reasons(broken, left, parts, values, kept, settings.method),
+    }
+    columns |= {n: found for n, found in (("doubtful", table.doubtful), ("ood", table.ood)) if found is not None}
     with _timed(seconds, "summary"):
         summary = _summary(pairs, table, broken, near, kept, left, embedded, seed)
-    if doubt is not None:
-        summary["doubtful"] = {"all": float(doubt.mean()), "kept": float(doubt[kept].mean())}
-    if ood is not None:
-        summary["ood_limit"] = limit
     return Filtered(pairs, columns, embedded, summary | {"seconds": seconds})
+
+
+def _rules(
+    pairs: Dataset, settings: FilterConfig, cache: Path, held_out: list[str], seconds: dict[str, float]
+) -> tuple[Table, dict[int, tuple[str, str]]]:
+    """What the rules look at, and what they found."""
+    with _timed(seconds, "texts"):
+        survey = _survey(pairs, settings, cache, held_out)
+    margin = margins(pairs, in_spreads=False)
+    with _timed(seconds, "distances"):
+        ood, limit = distances(pairs, settings.ood, cache) if settings.ood else (None, np.inf)
+    table = Table(
+        pairs=pairs,
+        ids=cells(pairs, "id").to_numpy().astype(str),
+        survey=survey,
+        longest=settings.longest,
+        language=settings.language,
+        held_out=held_out,
+        ood=ood,
+        ood_limit=limit,
+        doubtful=None if margin is None else doubtful(margin),
+    )
+    with _timed(seconds, "rules"):
+        skip = settings.skip if settings.drop_doubtful else [*settings.skip, "label_noise"]
+        return table, apply_rules(table, skip)
 
 
 def _survey(pairs: Dataset, settings: FilterConfig, cache: Path, held_out: list[str]) -> Survey:
@@ -287,6 +297,10 @@ def _summary(
             "random": effective_number(embedded, random),
         },
         "training_time_saved": float(1 - words[kept].sum() / max(words.sum(), 1)),
+        "doubtful": None
+        if table.doubtful is None
+        else {"all": float(table.doubtful.mean()), "kept": float(table.doubtful[kept].mean())},
+        "ood_limit": None if table.ood is None else table.ood_limit,
     }
 
 
