@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,7 @@ def measure(count: int, folder: Path, processes: int) -> dict[str, Any]:
         "seconds": seconds,
         "seconds_by_stage": summary["seconds"],
         "peak_mib": peak,
+        "peak_mib_of_a_text_process": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
         "kept": summary["kept"],
         "dropped_by_rule": summary["dropped_by_rule"],
         "neighbours": summary["neighbours"],
