@@ -1,5 +1,6 @@
 """Words, runs, MinHash, the screen and the hard rules; against Python's own sets and datasketch."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from align.filtering.minhash import BANDS, ROWS, band_keys, candidates, jaccard,
 from align.filtering.parts import gathered, in_parts
 from align.filtering.rules import RULES, Table, apply_rules, length_bias
 from align.filtering.screen import screen
-from align.filtering.survey import Asked, Hashes, overlap_hashes, shingles, take_survey
+from align.filtering.survey import MAYBE_PERSONAL, Asked, overlap_hashes, personal, shingles, take_survey
 from align.filtering.texts import texts
-from align.filtering.tokens import distinct, runs, tokenise, word_list
+from align.filtering.tokens import Hashes, distinct, runs, tokenise, word_list
 
 WORDS = st.lists(st.sampled_from(["a", "bee", "Cat", "dog,", "élan", "猫", "x_1"]), max_size=12)
 
@@ -144,6 +145,12 @@ def test_rules(rule: str, rows: list[dict[str, Any]], found: set[int], tmp_path:
     made = table(rows, tmp_path, longest=8)
     assert set(RULES[rule](made, np.ones(len(rows), dtype=bool))) == found
     assert set(RULES[rule](made, np.zeros(len(rows), dtype=bool))) == set()
+
+
+@given(st.text("0123456789 -()+@.ab", max_size=40))
+def test_the_quick_look_for_personal_data_misses_nothing(text: str) -> None:
+    """Only texts that pass it are looked at closely."""
+    assert not personal(text) or re.search(MAYBE_PERSONAL, text)
 
 
 def test_near_duplicates_and_contamination(tmp_path: Path) -> None:

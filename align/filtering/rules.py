@@ -34,7 +34,7 @@ class Table:
     held_out: Sequence[str] = ()
     """Texts of an evaluation set."""
     ood: np.ndarray | None = None
-    """[N], see ``trust.distances``."""
+    """[N], see ``columns.distances``."""
     ood_limit: float = np.inf
     doubtful: np.ndarray | None = None
     """bool [N], see ``scores.doubtful``."""

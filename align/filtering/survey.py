@@ -36,7 +36,7 @@ UNKNOWN = ""
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What is known of N pairs without their texts; about 130 bytes a pair."""
+    """What is known of N pairs without their texts; about 150 bytes a pair."""
 
     words: np.ndarray
     """int32 [N, 3]: words of prompt, chosen and rejected."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
@@ -37,8 +38,7 @@ def interleaved(prompt: pa.ChunkedArray, chosen: pa.ChunkedArray, rejected: pa.C
     """The texts of three columns of n rows row by row, [3 n]."""
     parts = pa.concat_arrays([column(part) for part in (prompt, chosen, rejected)])
     count = len(parts) // 3
-    order = pa.array([k * count + row for row in range(count) for k in range(3)], type=pa.int64())
-    return parts.take(order)
+    return parts.take(pa.array(np.arange(3 * count).reshape(3, count).T.ravel()))
 
 
 def cells(pairs: Dataset, name: str) -> pa.ChunkedArray:

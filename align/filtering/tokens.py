@@ -94,8 +94,9 @@ def runs(words: Hashes, size: int, *, whole: bool = True) -> Hashes:
 def distinct(hashes: Hashes) -> np.ndarray:
     """Different hashes of each row, [N]; hashes of one row are told apart by 40 bits."""
     rows = hashes.rows.astype(np.uint64)
-    keys = (rows << np.uint64(40)) | (hashes.values >> np.uint64(24))
-    return np.bincount((np.unique(keys) >> np.uint64(40)).astype(np.int64), minlength=len(hashes.offsets) - 1)
+    keys = np.sort((rows << np.uint64(40)) | (hashes.values >> np.uint64(24)))
+    fresh = keys[np.concatenate([[True], keys[1:] != keys[:-1]])] if len(keys) else keys
+    return np.bincount((fresh >> np.uint64(40)).astype(np.int64), minlength=len(hashes.offsets) - 1)
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
