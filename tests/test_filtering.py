@@ -172,15 +172,22 @@ def test_features_are_what_the_head_reads(build: Any, tmp_path: Path) -> None:
 
 
 def test_distances_to_the_training_pairs(tmp_path: Path) -> None:
-    """Pairs like those of the training are within the limit; the parts are kept."""
+    """New pairs like those of the training are within the limit, pairs of other words farther away; parts are kept."""
+    rng = np.random.default_rng(0)
+
+    def drawn(words: list[str], count: int) -> list[dict[str, str]]:
+        def text(least: int) -> str:
+            return " ".join(rng.choice(words, size=rng.integers(least, 9)))
+
+        return [{"prompt": text(1), "chosen": f" {text(2)} a", "rejected": f" {text(2)} the"} for _ in range(count)]
+
+    usual, strange = ["good", "bad", "film", "plot", "is", "was"], ["review", ":", "user", "assistant"]
+    (tmp_path / "known.jsonl").write_text("".join(json.dumps(row) + "\n" for row in drawn(usual, 400)))
+    pairs = Dataset.from_list(drawn(usual, 60) + drawn(strange, 60))
     model = llama_reward(tmp_path / "model")
-    table = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows(40)]
-    (tmp_path / "known.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
-    strange = table[0] | {"chosen": " user" * 12, "rejected": " assistant :" * 9}
-    pairs = Dataset.from_list([*table[:10], strange])
     ood = OodConfig(model=str(model), pairs=PairsConfig(path=str(tmp_path / "known.jsonl")))
     found, limit = distances(pairs, ood, tmp_path / "cache")
-    assert found[10] > found[:10].max() and found[10] > limit
+    assert np.mean(found[:60] <= limit) > 0.9 and np.mean(found[60:, None] > found[None, :60]) > 0.9
     again, same = distances(pairs, ood, tmp_path / "cache")
     assert np.array_equal(found, again) and same == limit
 
