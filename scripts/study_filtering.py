@@ -43,6 +43,7 @@ WEIGHTS = {
 }
 KEEPS = (0.05, 0.1, 0.2, 0.4)
 MAIN_KEEP = 0.1
+FEW = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +123,19 @@ def make_pool(snippets: list[Snippet], vectors: np.ndarray, pairs: np.ndarray, s
     return Pool((vectors[pairs[:, 0]] - vectors[pairs[:, 1]]).astype(np.float64), quality, spread)
 
 
-def run_cell(snippets: list[Snippet], vectors: np.ndarray, flipped: float, seed: int, count: int) -> dict[str, Any]:
-    """All subsets of one share of flipped labels and one seed."""
+def run_cell(
+    snippets: list[Snippet], vectors: np.ndarray, flipped: float, repeated: float, seed: int, count: int
+) -> dict[str, Any]:
+    """All subsets of one share of flipped labels and one seed; ``repeated`` of the pairs are of ``FEW`` snippets."""
     start = time.monotonic()
     rng = np.random.default_rng([seed, int(1000 * flipped)])
     order = np.random.default_rng(seed).permutation(len(snippets))
     cut = len(snippets) * 7 // 10
-    pool = make_pool(snippets, vectors, draw_pairs(snippets, order[:cut], count, rng), seed)
+    often = round(repeated * count)
+    pairs = np.concatenate(
+        [draw_pairs(snippets, order[:FEW], often, rng), draw_pairs(snippets, order[:cut], count - often, rng)]
+    )
+    pool = make_pool(snippets, vectors, pairs, seed)
     held = draw_pairs(snippets, order[cut:], 2000, rng)
     clean = (vectors[held[:, 0]] - vectors[held[:, 1]]).astype(np.float64)
     wrong = rng.permutation(count) < round(flipped * count)
@@ -161,6 +168,7 @@ def run_cell(snippets: list[Snippet], vectors: np.ndarray, flipped: float, seed:
         arms[f"{keep:g}"] = found
     return {
         "flipped": flipped,
+        "repeated": repeated,
         "seed": seed,
         "pairs": count,
         "margin_agrees_with_gold": float(np.mean((margins > 0) != wrong)),
@@ -186,44 +194,45 @@ def run(arguments: argparse.Namespace) -> None:
     vectors = np.load(store, allow_pickle=False)
     for flipped in arguments.flipped:
         for seed in range(arguments.seeds):
-            file = arguments.output / f"cell-{flipped:g}-{seed}.json"
+            file = arguments.output / f"cell-{flipped:g}-{arguments.repeated:g}-{seed}.json"
             if file.exists():
                 continue
-            write_json(file, run_cell(snippets, vectors, flipped, seed, arguments.pairs))
+            write_json(file, run_cell(snippets, vectors, flipped, arguments.repeated, seed, arguments.pairs))
             log.info("%s", file)
 
 
 def table(arguments: argparse.Namespace) -> None:
     """Print the tables of docs/filtering.md and write ``study.json`` and ``study.svg``."""
     cells = [read_json(file) for file in sorted(arguments.output.glob("cell-*.json"))]
-    levels = sorted({cell["flipped"] for cell in cells})
+    levels = sorted({(cell["repeated"], cell["flipped"]) for cell in cells})
     summary: dict[str, Any] = {"seeds": len({cell["seed"] for cell in cells}), "levels": {}}
-    for flipped in levels:
-        here = [cell for cell in cells if cell["flipped"] == flipped]
+    for repeated, flipped in levels:
+        here = [cell for cell in cells if (cell["repeated"], cell["flipped"]) == (repeated, flipped)]
         rows: dict[str, Any] = {}
         for name in ("all pairs", "all pairs, soft labels", "all but the doubtful"):
             rows[name] = _estimates([cell["arms"][name] for cell in here if name in cell["arms"]], None)
         for keep in KEEPS:
             found = [cell["arms"][f"{keep:g}"] for cell in here]
             for name in found[0]:
-                rows[f"{keep:g}: {name}"] = _estimates(
-                    [arms[name] for arms in found], [arms["random"] for arms in found]
-                )
+                rows[f"{keep:g}: {name}"] = _estimates([arms[name] for arms in found], found)
         flags = {
             key: _mean([cell["flag"][key] for cell in here if cell["flag"][key] is not None])
             for key in ("flagged", "precision", "recall")
         }
         agrees = _mean([cell["margin_agrees_with_gold"] for cell in here])
-        summary["levels"][f"{flipped:g}"] = {"arms": rows, "flag": flags, "margin_agrees_with_gold": agrees}
+        name = f"{100 * flipped:g}% flipped" + (f", {100 * repeated:g}% repeated" if repeated else "")
+        summary["levels"][name] = {"arms": rows, "flag": flags, "margin_agrees_with_gold": agrees}
     write_json(arguments.output / "study.json", summary)
     _plot(summary, arguments.output / "study.svg")
-    _print(summary, levels)
+    _print(summary)
 
 
-def _estimates(found: list[dict[str, float]], random: list[dict[str, float]] | None) -> dict[str, Any]:
+def _estimates(found: list[dict[str, float]], arms: list[dict[str, dict[str, float]]] | None) -> dict[str, Any]:
     made: dict[str, Any] = {key: _mean([item[key] for item in found]) for key in ("gold_labels", "held_out")}
-    if random is not None:
-        made["over_random"] = _mean([a["held_out"] - b["held_out"] for a, b in zip(found, random, strict=True)])
+    for key, other in {"over_random": "random", "over_soft": "random, soft labels"}.items():
+        if arms is not None:
+            gains = [item["held_out"] - row[other]["held_out"] for item, row in zip(found, arms, strict=True)]
+            made[key] = _mean(gains)
     return made
 
 
@@ -237,32 +246,29 @@ def _cell(estimate: dict[str, float] | None) -> str:
     return f"{100 * estimate['value']:.1f} ({100 * estimate['low']:.1f} to {100 * estimate['high']:.1f})"
 
 
-def _print(summary: dict[str, Any], levels: list[float]) -> None:
-    found = [summary["levels"][f"{flipped:g}"] for flipped in levels]
+def _print(summary: dict[str, Any]) -> None:
+    levels, found = list(summary["levels"]), list(summary["levels"].values())
     names = [name for name in found[0]["arms"] if ": " not in name or name.startswith(f"{MAIN_KEEP:g}: ")]
-    titles = {
+    for key, title in {
         "gold_labels": "gold accuracy of the labels kept, %",
         "held_out": "accuracy on clean pairs, %",
-        "over_random": "accuracy minus that of a random subset of the same size, points",
-    }
-    for key, title in titles.items():
+    }.items():
         _head(title, levels)
         for name in names:
-            if key in found[0]["arms"][name]:
-                label = name.replace(f"{MAIN_KEEP:g}: ", f"{100 * MAIN_KEEP:g}%: ")
-                _row(label, [level["arms"].get(name, {}).get(key) for level in found])
-    _head("filtered minus random by share kept, points", levels)
-    for keep in KEEPS:
-        _row(f"{100 * keep:g}%", [level["arms"][f"{keep:g}: filtered"]["over_random"] for level in found])
+            label = name.replace(f"{MAIN_KEEP:g}: ", f"{100 * MAIN_KEEP:g}%: ")
+            _row(label, [level["arms"].get(name, {}).get(key) for level in found])
+    for key, title in {"over_random": "random", "over_soft": "random with soft labels"}.items():
+        _head(f"accuracy of filtered minus {title} of the same size, points", levels)
+        for keep in KEEPS:
+            _row(f"{100 * keep:g}%", [level["arms"][f"{keep:g}: filtered"][key] for level in found])
     _head("margins and the label-noise flag, %", levels)
     _row("out-of-fold margin agrees with gold", [level["margin_agrees_with_gold"] for level in found])
     for key in ("flagged", "precision", "recall"):
         _row(key, [level["flag"][key] for level in found])
 
 
-def _head(title: str, levels: list[float]) -> None:
-    print(f"\n**{title}**\n\n| | {' | '.join(f'{100 * flipped:g}% flipped' for flipped in levels)} |")
-    print(f"|---|{'---|' * len(levels)}")
+def _head(title: str, levels: list[str]) -> None:
+    print(f"\n**{title}**\n\n| | {' | '.join(levels)} |\n|---|{'---|' * len(levels)}")
 
 
 def _row(label: str, estimates: list[dict[str, float] | None]) -> None:
@@ -279,7 +285,7 @@ def _plot(summary: dict[str, Any], target: Path) -> None:
     levels = summary["levels"]
     figure, axes = plt.subplots(1, len(levels), figsize=(3.4 * len(levels), 3.4), sharex=True, squeeze=False)
     shades = {"random": "#6e7781", "filtered": "#d55e00", "random, soft labels": "#0072b2"}
-    for axis, (flipped, level) in zip(axes[0], levels.items(), strict=True):
+    for axis, (name_of_level, level) in zip(axes[0], levels.items(), strict=True):
         for name, shade in shades.items():
             found = [level["arms"][f"{keep:g}: {name}"]["held_out"] for keep in KEEPS]
             middle = np.array([item["value"] for item in found])
@@ -288,7 +294,7 @@ def _plot(summary: dict[str, Any], target: Path) -> None:
                 100 * np.array(KEEPS), 100 * middle, 100 * np.array(error), color=shade, label=name, capsize=2
             )
         axis.axhline(100 * level["arms"]["all pairs"]["held_out"]["value"], color="#009e73", ls="--", label="all pairs")
-        axis.set(title=f"{100 * float(flipped):g}% of labels flipped", xlabel="pairs kept, %", xscale="log")
+        axis.set(title=name_of_level, xlabel="pairs kept, %", xscale="log")
         axis.set_xticks([100 * keep for keep in KEEPS], [f"{100 * keep:g}" for keep in KEEPS])
     axes[0][0].set_ylabel("accuracy on clean held-out pairs, %")
     axes[0][0].legend(fontsize=8)
@@ -303,6 +309,7 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
     parser.add_argument("--output", type=Path, default=Path("runs/study-filtering"))
     parser.add_argument("--flipped", nargs="*", type=float, default=[0.0, 0.2, 0.3, 0.4])
+    parser.add_argument("--repeated", type=float, default=0.0, help="Share of the pairs that are of a few snippets.")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=4000)
     arguments = parser.parse_args()
