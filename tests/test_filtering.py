@@ -453,3 +453,28 @@ def test_command_line(assets: Path, tmp_path: Path) -> None:
     ):
         wrong = align(*arguments, folder=tmp_path)
         assert wrong.returncode == 2 and message in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.model
+def test_several_scorers_on_the_command_line(assets: Path, tmp_path: Path) -> None:
+    """Each scorer is a column; a response in salad order is less fluent; quality is their mean once standardised."""
+    sentence = "The best way to learn to cook is to begin with simple meals and to taste everything."
+    salad = "begin taste The and cook best everything is to meals learn way with to to simple to."
+    table = [
+        pair(f"How do I learn it, question {k}?", f"{sentence} {k}", "I do not know that.", f"{k}") for k in range(4)
+    ]
+    table.append(pair("How do I learn it, at last?", salad, "I do not know that.", "salad"))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    np.save(tmp_path / "e.npy", unit(5, 8))
+    scorers = [word for name in ("screen", "fluency", "rubric", "yes_no") for word in ("--quality-scorer", name)]
+    done = align(
+        "run", "pairs.jsonl", "--output", "out", "--embeddings", "e.npy", "--keep", "1", "--skip", "near_duplicate",
+        "--quality-model", str(assets / "smollm2"), *scorers, folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kept = Dataset.from_parquet(str(tmp_path / "out" / "kept.parquet")).to_pandas().set_index("id")
+    assert kept["quality_fluency"].idxmin() == "salad" and (kept["quality_fluency"] < 0).all()
+    assert kept["quality_rubric"].between(1, 5).all() and kept["quality_yes_no"].between(0, 1).all()
+    names = [f"quality_{name}" for name in ("screen", "fluency", "rubric", "yes_no")]
+    mean = np.mean([standardise(kept[name].to_numpy()) for name in names], axis=0)
+    assert np.allclose(kept["quality"], mean, atol=1e-6)

@@ -209,6 +209,8 @@ def test_filter_is_a_stage_of_a_run(workspace: Path) -> None:
     dropped = Dataset.from_parquet(str(stage / "dropped.parquet"))
     assert len(kept) == 6 and sorted([*kept["id"], *dropped["id"]]) == sorted(row["id"] for row in rows(12))
     assert json.loads((stage / "manifest.json").read_text())["stage"] == "filter"
+    page = (workspace / "runs" / "own" / "report.html").read_text()
+    assert "6 of 12 pairs were trained on" in page and 'href="filter/report.html"' in page
     again = align("train", "own.yaml", cwd=workspace)
     assert "filter: up to date, skipped" in again.stderr and "train-dpo: up to date, skipped" in again.stderr
     less = align("train", "own.yaml", "--set", "filter.keep=0.25", cwd=workspace)
