@@ -30,6 +30,8 @@ from align.console import configure
 from align.filtering.minhash import band_keys
 from align.filtering.neighbours import View, _exact, kth_distance
 from align.filtering.run import SUMMARY, filter_source
+from align.filtering.scores import diversity, effective_number
+from align.filtering.select import greedy, standardise, top
 from align.filtering.survey import shingles
 from align.filtering.texts import texts
 from align.pair_stream import stream_pairs
@@ -38,7 +40,7 @@ SAMPLE = 2000
 DIMENSIONS = 384
 K = 5
 BLOCK = 50_000
-WAYS = ("scikit-learn", "datasketch", "ivf", "hnsw", "exact")
+WAYS = ("scikit-learn", "datasketch", "ivf", "hnsw", "exact", "greedy")
 VOCABULARY = 60_000
 PROMPT_WORDS, RESPONSE_WORDS = 25, 60
 EXACT_SHARE, NEAR_SHARE, PERSONAL_SHARE = 0.01, 0.01, 0.002
@@ -128,6 +130,8 @@ def against(name: str, count: int, folder: Path) -> dict[str, Any]:
         start = time.perf_counter()
         found = kth_distance(vectors, K, seed=0, method=name)  # type: ignore[arg-type]
         return {"pairs": count, "way": found.method, "recall": found.recall, "seconds": time.perf_counter() - start}
+    if name == "greedy":
+        return _greedy(vectors)
     if name == "scikit-learn":
         from sklearn.neighbors import NearestNeighbors
 
@@ -150,6 +154,27 @@ def against(name: str, count: int, folder: Path) -> dict[str, Any]:
         index.insert(str(k), sketch)
     taken = time.perf_counter() - start
     return {"pairs": count, "way": "datasketch, MinHash and LSH", "seconds": taken, "seconds_of_band_keys": own}
+
+
+def _greedy(vectors: np.ndarray) -> dict[str, Any]:
+    """Seconds of the greedy selection of a tenth, and what the one-shot score gives up against it."""
+    count = len(vectors)
+    base, ids = np.random.default_rng(2).normal(size=count), [f"{k:09d}" for k in range(count)]
+    spread = diversity(kth_distance(vectors, K, seed=0).distance)
+    once = top(base + 0.5 * standardise(spread), ids, count // 10)
+    start = time.perf_counter()
+    kept = greedy(base, vectors, ids, count // 10, weight=0.5 / float(np.std(spread)))
+    return {
+        "pairs": count,
+        "way": "greedy",
+        "seconds": time.perf_counter() - start,
+        "shared_with_one_shot": len(np.intersect1d(once, kept)) / len(kept),
+        "mean_base": {"greedy": float(base[kept].mean()), "one-shot": float(base[once].mean())},
+        "effective_number": {
+            "greedy": effective_number(vectors, kept),
+            "one-shot": effective_number(vectors, once),
+        },
+    }
 
 
 def _peak_mib() -> float:
