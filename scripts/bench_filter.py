@@ -186,9 +186,7 @@ def main() -> None:
     """Make the files of each size, filter each in its own process, print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="*", type=int, default=[10_000, 100_000])
-    parser.add_argument(
-        "--against", nargs="*", default=[], choices=("scikit-learn", "datasketch", "ivf", "hnsw", "exact")
-    )
+    parser.add_argument("--against", nargs="*", default=[], choices=WAYS)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-filter"))
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
