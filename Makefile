@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 ASSETS := .assets
 
-.PHONY: setup assets demo test test-slow lint bench clean
+.PHONY: setup assets vllm demo test test-slow lint bench clean
 
 setup: $(STAMP)
 
@@ -26,12 +26,17 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive align reward_models scripts
 
 test: assets
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-slow: assets
+test-slow: assets vllm
 	$(BIN)/python -m pytest
+	.venv-vllm/bin/python -m pytest tests/slow/test_vllm.py
+
+vllm:
+	PYTHON=$(PYTHON) scripts/setup_vllm.sh .venv-vllm
 
 bench: assets
 	@for script in scripts/bench_*.py; do test -e $$script || continue; $(BIN)/python $$script; done

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from align import cli_entangle, cli_filter
+from align import cli_entangle, cli_filter, cli_generate, cli_pairs
 
 if TYPE_CHECKING:
     from align.config import RunConfig
@@ -32,6 +32,9 @@ app.add_typer(data, name="data")
 app.add_typer(reward, name="reward")
 app.add_typer(cli_filter.app, name="filter")
 app.add_typer(cli_entangle.app, name="entangle")
+app.command("generate")(cli_generate.generate)
+app.command("iterate")(cli_generate.iterate)
+app.add_typer(cli_pairs.app, name="pairs")
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.peft.r=8")]
@@ -108,23 +111,42 @@ def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run, e.g
     render_report(run_folder)
 
 
+@app.command("reproduce")
+def reproduce(
+    manifest: Annotated[Path, typer.Argument(help="run.json of a finished run.")],
+    output: Annotated[Path, typer.Option(help="Where to write the run again; not its own folder.")],
+) -> None:
+    """Make a run again from its manifest and compare every file; exit 2 and a list where something differs."""
+    from align.console import out
+    from align.reproduce import check_reproduced, same_run
+
+    found = same_run(manifest, output, command=shlex.join(["align", *sys.argv[1:]]))
+    out.print_json(json.dumps(found))
+    check_reproduced(found, manifest)
+
+
 def main() -> NoReturn:
     """Entry point: exit 0; 2 for the user's mistake, 1 for ours, 130 for Ctrl-C, 143 for SIGTERM."""
+    from align.disk import disk_problem
     from align.errors import AlignError
+    from align.secrets import redact_text
 
     signal.signal(signal.SIGTERM, _terminated)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
     except AlignError as error:
-        sys.stderr.write(f"error {error}\n")
+        sys.stderr.write(redact_text(f"error {error}\n"))
         sys.exit(2)
     except SystemExit as stop:
         if stop.code in STOPPED:
             sys.stderr.write(f"{STOPPED[stop.code]}; what is finished is kept, the same command goes on from there\n")
         raise
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if (problem := disk_problem(error)) is not None:
+            sys.stderr.write(redact_text(f"error {problem}\n"))
+            sys.exit(2)
+        sys.stderr.write(redact_text(traceback.format_exc()))
         sys.stderr.write("this is a defect of the program, not of your input: please report it with the lines above\n")
         sys.exit(1)
     sys.exit(0)
@@ -140,13 +162,15 @@ def _pipeline(path: Path, overrides: list[str] | None, dry_run: bool, until: tup
     config = load_config(path, overrides)
     from align import pipeline
     from align.console import log, out
+    from align.secrets import redact_text
 
     pipeline.check(config)
     if dry_run:
         out.print_json(json.dumps(pipeline.describe(config), default=str))
         return
     _announce(config)
-    report_path = pipeline.run_pipeline(config, command=shlex.join(["align", *sys.argv[1:]]), until=until)
+    command = redact_text(shlex.join(["align", *sys.argv[1:]]))
+    report_path = pipeline.run_pipeline(config, command=command, until=until)
     log.info("result: %s", config.folder)
     if report_path.exists():
         log.info("look at it: open %s", report_path)

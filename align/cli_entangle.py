@@ -38,9 +38,23 @@ def report(
 
     commands.report(
         pair_source(pairs, column, split), model, output, loss=loss, parameters=_numbers(parameter),
-        reference=reference, measured=parameters, limit=limit, shown=shown, batch_tokens=batch_tokens,
+        reference=reference, parameter_names=parameters, limit=limit, shown=shown, batch_tokens=batch_tokens,
         max_length=max_length,
     )  # fmt: skip
+
+
+@app.command("trace")
+def trace(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, e.g. runs/my-madpo.")],
+    method: Annotated[str, typer.Option(help="Method whose checkpoints to measure.")],
+    limit: Annotated[int, typer.Option(min=4, help="Pairs to measure at each checkpoint.")] = 64,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per batch.")] = 2048,
+    max_length: MaxLength = 1024,
+) -> None:
+    """The same pairs over the saved checkpoints of a training: from which step on would steps go wrong?"""
+    from align.entanglement import commands
+
+    commands.trace(run, method, limit=limit, batch_tokens=batch_tokens, max_length=max_length)
 
 
 @app.command("check")

@@ -4,23 +4,31 @@ import difflib
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from align.errors import ConfigError, listed
+from align.safe_yaml import load_yaml
+
+NAME = r"^\w[\w .+=-]{0,99}$"
+SHOWN_CHARACTERS = 60
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values are frozen once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
 
 
+S = TypeVar("S", bound=Section)
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Name = Annotated[str, Field(pattern=NAME)]
+"""Becomes the name of a folder."""
 
 
 class PairsConfig(Section):
@@ -58,12 +66,13 @@ class RewardConfig(Section):
     """Tokens per sequence; longer ones are cut from the right when training and scoring."""
     peft: dict[str, Any] | None = None
     """Fields of peft.LoraConfig; full fine-tuning where absent."""
-    layout: Literal["auto", "concatenated", "shared_prefix"] = "auto"
-    """How log-probs are computed: prompts once for both responses wherever that is exact, or row by row as trl does."""
-    max_tokens_per_device: Count | None = None
-    """Tokens of one forward pass; a larger batch is split without changing its gradient."""
     trainer: dict[str, Any] = {}
     """Fields of trl.RewardConfig, passed through unchanged."""
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        """``trainer.trust_remote_code``: code that comes with the model may run."""
+        return self.trainer.get("trust_remote_code") is True
 
     @model_validator(mode="after")
     def _folds_are_none_or_two(self) -> "RewardConfig":
@@ -85,6 +94,29 @@ class SampleConfig(Section):
     """P(first preferred) = sigmoid(label_scale * difference of the labelling reward)."""
 
 
+class RemedyConfig(Section):
+    """What is done about gradient entanglement in each step of a method."""
+
+    kind: Literal["hold_chosen", "normalise", "calibrate"]
+    """hold_chosen: less of the rejected gradient where the chosen response would fall; normalise: both gradients of a
+    pair of one length; calibrate: one factor per batch from running averages (align/entanglement/remedies.py)."""
+    keep: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """hold_chosen: share of its own rise that the chosen response keeps."""
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
+    """calibrate: of the running averages."""
+    parameters: str | None = None
+    """Regular expression: measure only parameters whose name matches; all trained ones where absent."""
+
+
+class TokenMaskConfig(Section):
+    """A learned sparse mask over the tokens that the loss sees (align/training/token_mask.py)."""
+
+    sparsity: Positive = 0.1
+    """Price, in units of the loss, of letting every token of a pair through."""
+    rate: Positive = 0.05
+    """Learning rate of the mask."""
+
+
 class LossConfig(Section):
     """One loss of the registry in align/losses.py and its parameters."""
 
@@ -92,6 +124,10 @@ class LossConfig(Section):
     """Name in the registry: madpo, soft_madpo, dpo, ipo, ..."""
     parameters: dict[str, float | bool] = {}
     """Keyword parameters of the loss and, for madpo, of its weight."""
+    remedy: RemedyConfig | None = None
+    """Absent: the loss as it is."""
+    token_mask: TokenMaskConfig | None = None
+    """Absent: the loss sees every token of a response."""
 
 
 class EntanglementConfig(Section):
@@ -163,7 +199,7 @@ class TrainConfig(Section):
 
     model: str
     """Policy and reference: hub id or folder."""
-    methods: Annotated[dict[str, LossConfig], Field(min_length=1)]
+    methods: Annotated[dict[Name, LossConfig], Field(min_length=1)]
     """Name of a method (a folder name and a label in the report) -> its loss."""
     peft: dict[str, Any] | None = None
     """Fields of peft.LoraConfig; full fine-tuning where absent."""
@@ -175,6 +211,11 @@ class TrainConfig(Section):
     """Measure probe pairs along training; absent: not measured."""
     trainer: dict[str, Any] = {}
     """Fields of trl.DPOConfig, passed through unchanged."""
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        """``trainer.trust_remote_code``: code that comes with the model may run."""
+        return self.trainer.get("trust_remote_code") is True
 
 
 class EvaluateConfig(Section):
@@ -194,10 +235,10 @@ class EvaluateConfig(Section):
 class RunConfig(Section):
     """One run from pairs to report."""
 
-    name: str
+    name: Name
     output_dir: str = "runs"
     """The run writes ``output_dir/name``."""
-    seed: int = 0
+    seed: Seed = 0
     pairs: PairsConfig | None = None
     """The policy's preference pairs. Exactly one of ``pairs`` and ``sample`` is given."""
     sample: SampleConfig | None = None
@@ -233,13 +274,18 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     Raises:
         ConfigError: file missing, not YAML, unknown key, ill-typed value; all problems of the file at once.
     """
+    return load_section(path, overrides, RunConfig)
+
+
+def load_section(path: Path, overrides: list[str] | None, kind: type[S]) -> S:
+    """``load_config`` for a file whose root is the section ``kind``."""
     tree = read_yaml(path)
     for override in overrides or []:
         apply_override(tree, override)
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        problems = [_problem(item) for item in error.errors()]
+        problems = [_problem(item, kind) for item in error.errors()]
         raise ConfigError(
             f"{path}:\n{listed(problems)}", code="config-key", hint="see configs/ for working files"
         ) from None
@@ -252,10 +298,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})", code="config-file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}", code="config-yaml") from None
     if not isinstance(tree, dict):
         raise ConfigError(
@@ -283,8 +329,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             path = ".".join(parts[: depth + 1])
             raise ConfigError(f"--set {override}: {path} is a value, not a section", code="config-override")
     try:
-        node[parts[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        node[parts[-1]] = load_yaml(text)
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"--set {override}: {text!r} is not a YAML value", code="config-override") from None
 
 
@@ -294,23 +340,30 @@ def nearest(name: str, known: list[str]) -> str:
     return f" (did you mean `{close[0]}`?)" if close else f" (known: {', '.join(sorted(known))})"
 
 
-def _problem(item: Any) -> str:
+def _problem(item: Any, root: type[Section]) -> str:
     path = [str(part) for part in item["loc"]]
     if item["type"] == "extra_forbidden":
-        return f"{'.'.join(path)}: unknown key{nearest(path[-1], _keys_at(path[:-1]))}"
+        return f"{'.'.join(path)}: unknown key{nearest(path[-1], _keys_at(path[:-1], root))}"
     if item["type"] == "missing":
         return f"{'.'.join(path)}: missing key"
     if item["type"] == "value_error":
         return f"{'.'.join(path) or 'top level'}: {item['ctx']['error']}"
     if item["type"] == "too_short":
-        return f"{'.'.join(path)}: expected at least {item['ctx']['min_length']} entry, found {item['input']!r}"
+        return f"{'.'.join(path)}: expected at least {item['ctx']['min_length']} entry, found {_short(item['input'])}"
     expected = item["msg"].removeprefix("Input should be ")
-    return f"{'.'.join(path)}: expected {expected}, found {item['input']!r}"
+    if item["type"] == "string_pattern_mismatch":
+        expected = "a name of at most 100 letters, digits and . _ - + =, for it becomes a folder's"
+    return f"{'.'.join(path)}: expected {expected}, found {_short(item['input'])}"
 
 
-def _keys_at(path: list[str]) -> list[str]:
-    """Keys that the section at ``path`` knows."""
-    section: type[Section] | None = RunConfig
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}..."
+
+
+def _keys_at(path: list[str], root: type[Section]) -> list[str]:
+    """Keys that the section at ``path`` below ``root`` knows."""
+    section: type[Section] | None = root
     for part in path:
         if section is None:
             return []

@@ -40,6 +40,10 @@ class ModelError(AlignError, ValueError):
     """A model folder or id cannot be used as asked."""
 
 
+class NumericsError(AlignError, ArithmeticError):
+    """A training has left the finite numbers."""
+
+
 class EnvironmentProblem(AlignError, RuntimeError):
     """Something outside the configuration is missing: a package, the network, disk space."""
 

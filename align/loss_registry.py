@@ -112,6 +112,14 @@ SPECS = (
         {"label_smoothing": FLIP},
     ),
     LossSpec("dpop", losses.dpop, {"beta": 0.1, "penalty": 5.0}, "keeps the chosen log-prob up", {"penalty": ANY}),
+    LossSpec("dpo_shift", losses.dpo_shift, {"beta": 0.1, "shift": 0.75}, "the rejected term scaled", {"shift": SHARE}),
+    LossSpec("cal_dpo", losses.cal_dpo, {"beta": 0.1}, "DPO with targets for both implicit rewards"),
+    LossSpec(
+        "gated_dpo",
+        losses.gated_dpo,
+        {"beta": 0.1, "sharpness": 20.0, "threshold": 0.2},
+        "unlikely rejected responses are let be",
+    ),
     LossSpec(
         "simpo",
         losses.simpo,

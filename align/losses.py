@@ -112,6 +112,32 @@ def dpop(logps: PairLogps, *, beta: float, penalty: float) -> Tensor:
     return -F.logsigmoid(beta * (logps.log_ratio_gap - penalty * fallen))
 
 
+def dpo_shift(logps: PairLogps, *, beta: float, shift: float) -> Tensor:
+    """-log sigmoid(beta ((logp_w - ref_w) - shift (logp_l - ref_l))), 0 < shift <= 1 (DPO-Shift, arXiv 2502.07599)."""
+    return -F.logsigmoid(beta * (logps.chosen_ratio - shift * logps.rejected_ratio))
+
+
+def cal_dpo(logps: PairLogps, *, beta: float) -> Tensor:
+    """-log sigmoid(r_w - r_l) + ((r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2) / 2 with r = logp - ref.
+
+    Cal-DPO (NeurIPS 2024) as its code computes it: r carries no beta, which only sets the targets +-1/(2 beta).
+    """
+    chosen, rejected, target = logps.chosen_ratio, logps.rejected_ratio, 1 / (2 * beta)
+    return -F.logsigmoid(chosen - rejected) + 0.5 * ((chosen - target) ** 2 + (rejected + target) ** 2)
+
+
+def gated_dpo(logps: PairLogps, *, beta: float, sharpness: float, threshold: float) -> Tensor:
+    """DPO whose rejected gradient is multiplied by sigmoid(sharpness (p - threshold)) (Gate-DPO, arXiv 2605.02626).
+
+    p is the rejected response's probability per token (geometric mean), detached: a response that is unlikely already
+    is pushed no further. The value is DPO's. The paper gives no numbers for sharpness and threshold.
+    """
+    probability = torch.exp(_exact(logps.rejected.detach()) / logps.rejected_length.clamp_min(1))
+    gate = torch.sigmoid(sharpness * (probability - threshold))
+    rejected = scale_gradient(_exact(logps.rejected), gate) - _exact(logps.ref_rejected)
+    return -F.logsigmoid(beta * (logps.chosen_ratio - rejected))
+
+
 def simpo(logps: PairLogps, *, beta: float, gamma_beta_ratio: float) -> Tensor:
     """-log sigmoid(beta (logp_w/|y_w| - logp_l/|y_l| - ratio)) (arXiv 2405.14734); no reference."""
     chosen = _exact(logps.chosen) / logps.chosen_length.clamp_min(1)
@@ -152,6 +178,12 @@ def soft_madpo(
     m = _exact(margin)
     c = madpo_coefficient(m, c_max=c_max, c_min=c_min, lam=lam, tau=tau)
     return _soft_label(beta * logps.log_ratio_gap, torch.sigmoid(c * m).detach())
+
+
+def scale_gradient(values: Tensor, factor: Tensor) -> Tensor:
+    """``values`` [B] as they are, their gradient multiplied by ``factor`` [B]."""
+    factor = factor.detach()
+    return factor * values + (1 - factor) * values.detach()
 
 
 def gradient_weights(per_pair: Tensor, logps: PairLogps) -> tuple[Tensor, Tensor]:

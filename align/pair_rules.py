@@ -11,6 +11,8 @@ from align.pair_sources import Row
 ROLES = ("system", "user", "assistant", "tool")
 NUMBERS = ("reward_chosen", "reward_rejected", "margin", "margin_std", "weight")
 NOT_NEGATIVE = ("margin_std", "weight")
+LONGEST_TEXT = 4_000_000
+"""Characters of one text: a million tokens; more is a file read wrongly."""
 SHOWN_CHARACTERS = 60
 
 
@@ -47,7 +49,7 @@ class RowReader:
             found, _, expected = row.unreadable.removeprefix("found ").partition(", expected ")
             return None, [Problem(self.source, row.number, "(row)", "data-row", found, expected)]
         texts = ("chosen", "rejected") if self.implicit else ("prompt", "chosen", "rejected")
-        problems = [problem for name in texts for problem in self._text(row, name)]
+        problems = [problem for name in texts for problem in self.text(row, name)]
         if problems:
             return None, problems
         kinds = {name: isinstance(row.values[name], str) for name in texts}
@@ -63,7 +65,7 @@ class RowReader:
                 expected = "chosen and rejected to begin with the same prompt"
                 return None, [self._problem(row, "chosen", "pair-no-prompt", "no shared beginning", expected)]
             problems = [
-                problem for name in ("chosen", "rejected") for problem in self._text(Row(row.number, values), name)
+                problem for name in ("chosen", "rejected") for problem in self.text(Row(row.number, values), name)
             ]
         if not kinds["chosen"]:
             problems += self._turns(row, values)
@@ -78,12 +80,14 @@ class RowReader:
         pair["id"] = values.get("id")
         return pair, problems
 
-    def _text(self, row: Row, name: str) -> list[Problem]:
+    def text(self, row: Row, name: str) -> list[Problem]:
+        """What is wrong with the cell ``name``: text, or a list of messages."""
         value = row.values.get(name)
         if value is None:
             return [self._problem(row, name, "pair-missing", "nothing", "text or a list of messages")]
         if isinstance(value, str):
-            return [] if value.strip() else [self._problem(row, name, "pair-empty", "empty text", "non-empty text")]
+            problem = self._characters(row, name, value)
+            return [] if problem is None else [problem]
         if not isinstance(value, list):
             return [self._problem(row, name, "pair-type", repr(value), "text or a list of messages")]
         if not value:
@@ -100,8 +104,21 @@ class RowReader:
             return self._problem(row, where, "pair-message", repr(message), "{role: ..., content: ...}")
         if message["role"] not in ROLES:
             return self._problem(row, where, "pair-role", f"role {message['role']!r}", f"one of {', '.join(ROLES)}")
-        if not isinstance(message["content"], str) or not message["content"].strip():
-            return self._problem(row, where, "pair-empty", repr(message["content"]), "non-empty content")
+        if not isinstance(message["content"], str):
+            return self._problem(row, where, "pair-message", f"content {message['content']!r}", "text as content")
+        return self._characters(row, where, message["content"])
+
+    def _characters(self, row: Row, name: str, text: str) -> Problem | None:
+        """What no honest text has: nothing visible, millions of characters, null or half characters."""
+        if not text.strip():
+            return self._problem(row, name, "pair-empty", "empty text", "non-empty text")
+        if len(text) > LONGEST_TEXT:
+            expected = f"at most {LONGEST_TEXT:,} (an unclosed quote swallows a file)"
+            return self._problem(row, name, "pair-text", f"{len(text):,} characters", expected)
+        for position, character in enumerate(text, 1) if _has_odd(text) else ():
+            if character == "\0" or "\ud800" <= character <= "\udfff":
+                kind = "a null character" if character == "\0" else f"half a character ({character!r})"
+                return self._problem(row, name, "pair-text", f"{kind} at place {position}", "whole Unicode text")
         return None
 
     def _turns(self, row: Row, values: dict[str, Any]) -> list[Problem]:
@@ -121,7 +138,7 @@ class RowReader:
             return None, []
         try:
             number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             return None, [self._problem(row, name, "pair-number", repr(value), "a finite number")]
@@ -133,3 +150,10 @@ class RowReader:
         if len(found) > SHOWN_CHARACTERS:
             found = found[:SHOWN_CHARACTERS] + "..."
         return Problem(self.source, row.number, column, code, found, expected)
+
+
+def _has_odd(text: str) -> bool:
+    try:
+        return b"\0" in text.encode()
+    except UnicodeEncodeError:
+        return True

@@ -92,12 +92,22 @@ def read_jsonl(path: Path) -> list[Row]:
     return rows
 
 
+def read_rows(source: PairsConfig) -> list[Row]:
+    """All rows of a source as they are.
+
+    Raises:
+        DataError: the source is missing or unreadable.
+    """
+    return list(_rows(source))
+
+
 def _rows(source: PairsConfig) -> Iterator[Row]:
     path = Path(source.path)
     readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
     if path.suffix in readers:
         if not path.is_file():
-            raise DataError(f"{path}: no such file", code="data-missing", hint="check pairs.path")
+            found = "found a folder, expected a file" if path.is_dir() else "no such file"
+            raise DataError(f"{path}: {found}", code="data-missing", hint="check pairs.path")
         return readers[path.suffix](path)
     if path.is_dir():
         return _numbered(_saved(source))
@@ -121,9 +131,10 @@ def _rows(source: PairsConfig) -> Iterator[Row]:
 def _saved(source: PairsConfig) -> Dataset:
     try:
         loaded = load_from_disk(source.path)
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{source.path}: not a folder written by save_to_disk ({str(error).splitlines()[0]})",
+            f"{source.path}: not a folder written by save_to_disk ({reason})",
             code="data-unreadable",
         ) from None
     if isinstance(loaded, DatasetDict):
@@ -144,7 +155,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = json.loads(line, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             yield Row(
                 number, {}, f"found invalid JSON ({error.msg} at column {error.colno}), expected one object per line"
@@ -152,6 +163,9 @@ def _jsonl(path: Path) -> Iterator[Row]:
             continue
         except RecursionError:
             yield Row(number, {}, "found JSON nested too deeply, expected one object per line")
+            continue
+        except ValueError as error:
+            yield Row(number, {}, f"found {error}, expected one object per line")
             continue
         if isinstance(values, dict):
             yield Row(number, values)
@@ -166,9 +180,7 @@ def _csv(path: Path) -> Iterator[Row]:
         header = next(reader, None)
         if header is None:
             return
-        if len(set(header)) != len(header):
-            twice = next(name for name in header if header.count(name) > 1)
-            raise DataError(f"{path}:row 1: column {twice!r} is there twice", code="data-column")
+        _refuse_twice(header, f"{path}:row 1")
         for number, fields in enumerate(reader, 1):
             if len(fields) == len(header):
                 values = {name: value if value != "" else None for name, value in zip(header, fields, strict=True)}
@@ -181,11 +193,24 @@ def _csv(path: Path) -> Iterator[Row]:
 
 def _parquet(path: Path) -> Iterator[Row]:
     number = 0
+    for batch in _batches(path):
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: a text is not UTF-8 ({error.reason})", code="data-encoding") from None
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            raise DataError(f"{path}: a value cannot be read ({error})", code="data-unreadable") from None
+        for values in rows:
+            number += 1
+            yield Row(number, values)
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """A Parquet file, ``READ_ROWS`` rows at a time."""
     try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=READ_ROWS):
-            for values in batch.to_pylist():
-                number += 1
-                yield Row(number, values)
+        file = pq.ParquetFile(path)
+        _refuse_twice(file.schema_arrow.names, str(path))
+        yield from file.iter_batches(batch_size=READ_ROWS)
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: not a readable Parquet file ({reason})", code="data-unreadable") from None
@@ -203,6 +228,24 @@ def _lines(path: Path, newline: bool = False) -> Iterator[str]:
         ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})", code="data-missing") from None
+    except ValueError as error:
+        raise DataError(f"{str(path)!r}: cannot be read ({error})", code="data-missing") from None
+
+
+def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key that is there twice would lose a value."""
+    values = dict(items)
+    if len(values) < len(items):
+        names = [name for name, _ in items]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} twice")
+    return values
+
+
+def _refuse_twice(names: Sequence[str], where: str) -> None:
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise DataError(f"{where}: column {twice!r} is there twice", code="data-column")
 
 
 def _rename(values: dict[str, Any], renamed: dict[str, str]) -> dict[str, Any]:

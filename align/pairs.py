@@ -19,7 +19,7 @@ from datasets import Dataset
 from align.config import PairsConfig
 from align.console import log
 from align.errors import DataError, listed
-from align.pair_rules import Problem, RowReader
+from align.pair_rules import SHOWN_CHARACTERS, Problem, RowReader
 from align.pair_sources import Row, read_jsonl, read_source
 
 TEXT = ("prompt", "chosen", "rejected")
@@ -60,7 +60,7 @@ def check_pairs(source: PairsConfig) -> CheckResult:
                 valid.pop()
             invalid.append({**row.values, "row": row.number, "reason": "; ".join(str(item) for item in found)})
     problems += _mixed(valid, source.path)
-    return CheckResult(_table(valid[: source.limit]), problems, invalid)
+    return CheckResult(_table(valid[: source.limit], source.path), problems, invalid)
 
 
 def load_pairs(source: PairsConfig, *, side_file: Path | None = None) -> Dataset:
@@ -164,16 +164,14 @@ def load_prompts(path: Path) -> list[Any]:
     Raises:
         DataError: file missing, a line that is not an object with a prompt.
     """
-    prompts = []
-    for row in read_jsonl(path):
-        prompt = row.values.get("prompt")
-        if not isinstance(prompt, str | list) or not prompt:
-            raise DataError(
-                f"{path}:row {row.number}:prompt: found {prompt!r}, expected text or a list of messages",
-                code="prompt-row",
-            )
-        prompts.append(prompt)
-    return prompts
+    rows = read_jsonl(path)
+    reader = RowReader(str(path), {"prompt"})
+    problems = [problem for row in rows for problem in reader.text(row, "prompt")]
+    if problems:
+        raise DataError(f"{path}:\n{listed([str(problem) for problem in problems])}", code="prompt-row")
+    if not rows:
+        raise DataError(f"{path}: holds no rows", code="data-empty", hint="expected one prompt per line")
+    return [row.values["prompt"] for row in rows]
 
 
 def summarize(pairs: Dataset) -> dict[str, Any]:
@@ -217,11 +215,21 @@ def _mixed(valid: list[dict[str, Any]], source: str) -> list[Problem]:
     return [Problem(source, odd + 1, "prompt", "pair-mixed", other, f"{wanted}, as in the rows before")]
 
 
-def _table(valid: list[dict[str, Any]]) -> Dataset:
+def _table(valid: list[dict[str, Any]], source: str) -> Dataset:
     columns = ["id", *TEXT, *(name for name in OPTIONAL if any(pair.get(name) is not None for pair in valid))]
     if any((isinstance(pair["prompt"], str)) != isinstance(valid[0]["prompt"], str) for pair in valid):
         valid = [pair for pair in valid if isinstance(pair["prompt"], str) == isinstance(valid[0]["prompt"], str)]
-    return Dataset.from_dict({name: [pair.get(name) for pair in valid] for name in columns})
+    made = {}
+    for name in columns:
+        try:
+            made[name] = pa.array([pair.get(name) for pair in valid])
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"{source}:{name}: its rows do not fit one column ({' '.join(str(error).split())[:SHOWN_CHARACTERS]})",
+                code="pair-type",
+                hint="give every row the same kind of value, and every message the same keys",
+            ) from None
+    return Dataset(pa.table(made))
 
 
 def _words(text: Any) -> int:

@@ -7,7 +7,6 @@
 What a stage does stands in align/stages.py; this file only says what it depends on.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Any
 from align.config import PairsConfig, RunConfig
 from align.console import log
 from align.errors import EnvironmentProblem
-from align.stage import Stage, digest, fingerprint_source, process_rank, run_stage, write_json
+from align.reproduce import write_run_manifest
+from align.secrets import redact
+from align.stage import Stage, digest, fingerprint_source, process_rank, read_json, run_stage, world_size, write_json
 
 REFERENCE = "reference"
 REFERENCE_CACHE = "reference-logps"
@@ -79,9 +80,8 @@ def run_pipeline(config: RunConfig, *, command: str, until: tuple[str, ...] = ()
         last = max((k for k, name in enumerate(names) if name.split("-")[0] in until), default=-1)
         names = names[: last + 1]
     done = [runner.run(name) for name in names]
-    skipped = all(stage.skipped for stage in done)
     report = root / "report.html"
-    if skipped and report.exists():
+    if _is_current(report, done):
         log.info("nothing to do: all %d stages of %s are up to date", len(done), root)
         return report
     if process_rank() > 0:
@@ -93,7 +93,21 @@ def run_pipeline(config: RunConfig, *, command: str, until: tuple[str, ...] = ()
     collected = collect(config, seconds=seconds, command=command)
     write_json(root / "report.json", collected)
     write_json(root / "summary.json", collected["summary"])
+    write_run_manifest(config, done, command)
     return write_report(root)
+
+
+def _is_current(report: Path, stages: list[Stage]) -> bool:
+    """Whether every stage was skipped and the page was made from these very stages."""
+    numbers = report.with_name("report.json")
+    if not all(stage.skipped for stage in stages) or not report.exists() or not numbers.exists():
+        return False
+    try:
+        found = read_json(numbers)["run"]["fingerprints"]
+    except (ValueError, LookupError, TypeError):
+        return False
+    page_is_newer = report.stat().st_mtime_ns >= numbers.stat().st_mtime_ns
+    return page_is_newer and found == {stage.name: stage.key[:16] for stage in stages}
 
 
 class _Runner:
@@ -153,6 +167,9 @@ class _Runner:
         if kind == "train" and config.train:
             inputs["loss"] = config.train.methods[name.removeprefix("train-")].model_dump()
             inputs["settings"] = config.train.model_dump(exclude={"methods"})
+        trusting = [part for part in (config.train, config.reward) if part is not None and part.trusts_remote_code]
+        if trusting:
+            inputs["trust_remote_code"] = [part.model for part in trusting]
         settings = {"sample": config.sample, "generate": config.evaluate}.get(kind)
         if settings is not None:
             inputs["settings"] = settings.model_dump()
@@ -176,9 +193,9 @@ def _source(pairs: PairsConfig | None) -> dict[str, Any] | None:
 def describe(config: RunConfig) -> dict[str, Any]:
     """The resolved plan of a run, for ``--dry-run``: configuration, stages, where each writes."""
     return {
-        "config": config.model_dump(),
-        "config_digest": digest(config.model_dump())[:16],
+        "config": redact(config.model_dump()),
+        "config_digest": digest(redact(config.model_dump()))[:16],
         "stages": {name: str(config.folder / name) for name in plan(config)},
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": world_size(),
         "python": sys.version.split()[0],
     }

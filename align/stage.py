@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from align.console import log
+from align.disk import disk_problems
+from align.secrets import redact
 
 MANIFEST = "manifest.json"
 PACKAGES = ("margin-align", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "vaderSentiment")
+KEY, PARTIAL, OLD = "key", ".partial", ".old"
 CHUNK_BYTES = 1 << 20
 POLL_SECONDS = 0.2
 
@@ -53,13 +56,16 @@ def run_stage(
         collective: under a launcher with several processes, all of them run ``work`` together (training); otherwise
             the first process does it and the others wait for the folder.
     """
+    inputs = redact(dict(inputs))
     key = digest({"stage": name, **inputs})
+    if process_rank() == 0:
+        _finish_replacement(folder, key)
     manifest = read_manifest(folder)
     if manifest is not None and manifest["key"] == key:
         log.info("%s: up to date, skipped (%s)", name, folder)
         return Stage(name, folder, key, True, manifest["seconds"])
-    partial = folder.with_name(folder.name + ".partial")
-    note = partial / "key"
+    partial = folder.with_name(folder.name + PARTIAL)
+    note = partial / KEY
     if process_rank() > 0:
         return _follow(name, folder, key, note, work if collective else None)
     log.info("%s: running", name)
@@ -68,13 +74,13 @@ def run_stage(
     partial.mkdir(parents=True, exist_ok=True)
     note.write_text(key, encoding="utf-8")
     start = time.monotonic()
-    work(partial)
+    with disk_problems(partial):
+        work(partial)
     seconds = time.monotonic() - start
     write_json(
         partial / MANIFEST,
         {"stage": name, "key": key, "inputs": inputs, "seconds": seconds, "versions": versions()},
     )
-    note.unlink()
     _replace(partial, folder)
     log.info("%s: done in %.0f s -> %s", name, seconds, folder)
     return Stage(name, folder, key, False, seconds)
@@ -85,18 +91,23 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def world_size() -> int:
+    """Processes under ``accelerate launch`` or ``torchrun``; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _follow(name: str, folder: Path, key: str, note: Path, work: Callable[[Path], None] | None) -> Stage:
     """What a process other than the first does with a stage: take part in it, or wait until it is there."""
     if work is not None:
-        _wait(lambda: note.exists() and note.read_text(encoding="utf-8") == key)
+        wait_until(lambda: note.exists() and note.read_text(encoding="utf-8") == key)
         work(note.parent)
-    _wait(lambda: (read_manifest(folder) or {}).get("key") == key)
+    wait_until(lambda: (read_manifest(folder) or {}).get("key") == key)
     manifest = read_manifest(folder)
     assert manifest is not None
     return Stage(name, folder, key, False, manifest["seconds"])
 
 
-def _wait(ready: Callable[[], bool]) -> None:
+def wait_until(ready: Callable[[], bool]) -> None:
     """Poll until ``ready``; a first process that fails makes the launcher end this one."""
     while not ready():
         time.sleep(POLL_SECONDS)
@@ -105,7 +116,16 @@ def _wait(ready: Callable[[], bool]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished stage, or None where there is none."""
     path = folder / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or not {"key", "seconds"} <= manifest.keys():
+        log.warning("%s: cannot be read, so the stage is not taken as finished", path)
+        return None
+    return manifest
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -146,23 +166,47 @@ def versions() -> dict[str, str]:
     return found
 
 
+def hash_file(file: Path) -> str:
+    """sha256 of a file's content."""
+    state = hashlib.sha256()
+    _update(state, file)
+    return state.hexdigest()
+
+
 def _hash_files(files: list[Path]) -> str:
     state = hashlib.sha256()
     for file in files:
         state.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(CHUNK_BYTES):
-                state.update(block)
+        _update(state, file)
     return state.hexdigest()
 
 
+def _update(state: "hashlib._Hash", file: Path) -> None:
+    with file.open("rb") as stream:
+        while block := stream.read(CHUNK_BYTES):
+            state.update(block)
+
+
 def _replace(new: Path, folder: Path) -> None:
-    """Put ``new`` in place of ``folder``; the earlier result goes only once the new one is whole."""
-    old = folder.with_name(folder.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
+    """Put ``new``, which is whole, in place of ``folder``; killed between any two lines, the next run goes on here."""
+    old = folder.with_name(folder.name + OLD)
     if folder.exists():
+        if old.exists():
+            shutil.rmtree(old)
         folder.replace(old)
+    (new / KEY).unlink(missing_ok=True)
     new.replace(folder)
     if old.exists():
+        shutil.rmtree(old)
+
+
+def _finish_replacement(folder: Path, key: str) -> None:
+    """Do what a run that was killed in ``_replace`` left undone."""
+    partial, old = folder.with_name(folder.name + PARTIAL), folder.with_name(folder.name + OLD)
+    waiting = read_manifest(partial)
+    if waiting is not None and waiting["key"] == key:
+        _replace(partial, folder)
+    elif old.exists() and not folder.exists():
+        old.replace(folder)
+    elif old.exists():
         shutil.rmtree(old)

@@ -10,18 +10,20 @@ from scipy.stats import pearsonr
 
 from align.config import PairsConfig, RewardConfig, RunConfig
 from align.console import log
-from align.errors import DataError
+from align.errors import DataError, ModelError
 from align.estimates import bootstrap_mean
 from align.evaluation.kl import completion_logps
 from align.evaluation.rewards import compare, gain_per_root_kl
 from align.filtering.run import KEPT, filter_source
 from align.generation.base import Sampling
 from align.generation.transformers_engine import TransformersEngine
+from align.model_folders import check_model_folder
+from align.model_loading import load_policy, load_tokenizer
 from align.pairs import FILE as PAIRS_FILE
 from align.pairs import load_pairs, load_prompts, read_pairs, split_by_prompt, summarize, write_pairs
 from align.stage import write_json
 from align.trainer_args import build_lora, build_trainer_args
-from align.training.train import MODEL, bind, load_policy, load_tokenizer, train_policy
+from align.training.train import MODEL, bind, train_policy
 from reward_models.calibration import evaluate_margins
 from reward_models.crossfit import cross_fit
 from reward_models.judges import make_judge
@@ -34,7 +36,7 @@ KL_BATCH_TOKENS = 4096
 
 
 def check_config(config: RunConfig) -> None:
-    """Bind every loss and trainer field and look for every prompt file, before a model loads.
+    """Bind every loss and trainer field, look at every prompt file and model folder, before a model loads.
 
     Raises:
         AlignError: the first thing found wrong.
@@ -51,9 +53,38 @@ def check_config(config: RunConfig) -> None:
     if config.reward is not None:
         build_lora(config.reward.peft, path="reward.peft", task_type="SEQ_CLS")
         build_trainer_args(TrlRewardConfig, config.reward.trainer, path="reward.trainer", forced=forced)
-    for prompts in (config.sample, config.evaluate):
-        if prompts is not None:
-            load_prompts(Path(prompts.prompts))
+    prompts = [
+        prompt
+        for part in (config.sample, config.evaluate)
+        if part is not None
+        for prompt in load_prompts(Path(part.prompts))
+    ]
+    check_models(config, conversational=not all(isinstance(prompt, str) for prompt in prompts))
+
+
+def check_models(config: RunConfig, *, conversational: bool) -> None:
+    """Look at the model folders of a run before any of them is loaded; hub ids are left to the loader.
+
+    Args:
+        config: the run.
+        conversational: there are messages among the texts, which need a chat template.
+
+    Raises:
+        ModelError: a folder is not a model, its tokenizer does not belong to it, or lacks the template.
+    """
+    for part in (config.train, config.reward):
+        if part is None:
+            continue
+        check_model_folder(part.model, rewards=part is config.reward)
+        if not Path(part.model).is_dir():
+            continue
+        tokenizer = load_tokenizer(part.model, trust_remote_code=part.trusts_remote_code)
+        if conversational and tokenizer.chat_template is None:
+            raise ModelError(
+                f"{part.model}: no chat template, and the texts are lists of messages",
+                code="no-chat-template",
+                hint="use a model with a chat template, or plain text",
+            )
 
 
 def stage_pairs(config: RunConfig, root: Path, folder: Path, which: str) -> None:
@@ -62,6 +93,7 @@ def stage_pairs(config: RunConfig, root: Path, folder: Path, which: str) -> None
     source = reward.pairs if which == "reward" and reward else config.pairs
     assert source is not None
     pairs = load_pairs(source, side_file=folder / "dropped.jsonl")
+    check_models(config, conversational=not isinstance(pairs["prompt"][0], str))
     if reward is None or (which != "reward" and reward.pairs is not None):
         write_pairs(pairs, folder / "train")
         write_json(folder / METRICS, {"train": summarize(pairs)})
@@ -115,9 +147,10 @@ def stage_sample(config: RunConfig, root: Path, folder: Path, which: str) -> Non
     assert config.sample is not None and config.train is not None and config.reward is not None
     settings = config.sample
     prompts = load_prompts(Path(settings.prompts))
+    trusted = config.train.trusts_remote_code
     engine = TransformersEngine(
-        load_policy(config.train.model, dtype="float32"),
-        load_tokenizer(config.train.model),
+        load_policy(config.train.model, dtype="float32", trust_remote_code=trusted),
+        load_tokenizer(config.train.model, trust_remote_code=trusted),
         batch_size=settings.batch_size,
     )
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, n=2, seed=config.seed)
@@ -204,30 +237,31 @@ def stage_generate(config: RunConfig, root: Path, folder: Path, which: str) -> N
     assert config.evaluate is not None and config.train is not None
     settings = config.evaluate
     prompts = load_prompts(Path(settings.prompts))
-    tokenizer = load_tokenizer(config.train.model)
-    reference = load_policy(config.train.model, dtype="float32").eval()
-    is_reference = which == "reference"
-    policy = reference if is_reference else load_policy(str(root / f"train-{which}" / MODEL), dtype="float32").eval()
+    trusted = config.train.trusts_remote_code
+    tokenizer = load_tokenizer(config.train.model, trust_remote_code=trusted)
+    reference = load_policy(config.train.model, dtype="float32", trust_remote_code=trusted).eval()
+    policy = reference
+    if which != "reference":
+        trained = str(root / f"train-{which}" / MODEL)
+        policy = load_policy(trained, dtype="float32", trust_remote_code=trusted).eval()
+        if hasattr(policy, "merge_and_unload"):  # an adapter costs each sampled token more than once what it holds
+            policy = policy.merge_and_unload()
     engine = TransformersEngine(policy, tokenizer, batch_size=settings.batch_size)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, n=1, seed=config.seed)
     completions = [group[0] for group in engine.generate(prompts, sampling)]
     ids = [engine.encode(prompt) for prompt in prompts]
-    logps = {}
-    for name, model in (("policy", policy), ("reference", reference)):
-        logps[name] = completion_logps(
-            model,
-            ids,
-            [completion.token_ids for completion in completions],
-            batch_tokens=KL_BATCH_TOKENS,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    sampled = [completion.token_ids for completion in completions]
+    logps = {
+        model: completion_logps(model, ids, sampled, batch_tokens=KL_BATCH_TOKENS, pad_token_id=tokenizer.pad_token_id)
+        for model in {policy, reference}
+    }
     table = Dataset.from_dict(
         {
             "prompt": prompts,
             "text": [completion.text for completion in completions],
             "tokens": [len(completion.token_ids) for completion in completions],
-            "logp_policy": logps["policy"],
-            "logp_reference": logps["reference"],
+            "logp_policy": logps[policy],
+            "logp_reference": logps[reference],
         }
     )
     table.to_parquet(str(folder / COMPLETIONS))
@@ -268,7 +302,12 @@ def stage_evaluate(config: RunConfig, root: Path, folder: Path, which: str) -> N
 
 def make_scorer(model: Path, config: RewardConfig) -> RewardScorer:
     """A scorer with the batch size and length of the reward configuration."""
-    return RewardScorer(model, batch_tokens=config.batch_tokens, max_length=config.max_length)
+    return RewardScorer(
+        model,
+        batch_tokens=config.batch_tokens,
+        max_length=config.max_length,
+        trust_remote_code=config.trusts_remote_code,
+    )
 
 
 def reward_pairs_folder(root: Path) -> Path:

@@ -33,7 +33,12 @@ def cross_fit(pairs: Dataset, config: RewardConfig, folder: Path, *, seed: int) 
         log.info("cross-fitting: fold %d of %d, %d pairs to score", k + 1, config.folds, len(inside))
         model = folder / f"fold-{k}"
         train_reward_model(pairs.select(np.flatnonzero(fold != k)), config, model, seed=seed + 1 + k)
-        scorer = RewardScorer(model, batch_tokens=config.batch_tokens, max_length=config.max_length)
+        scorer = RewardScorer(
+            model,
+            batch_tokens=config.batch_tokens,
+            max_length=config.max_length,
+            trust_remote_code=config.trusts_remote_code,
+        )
         scored = scorer.score_pairs(pairs.select(inside))
         scores[inside] = np.stack([np.asarray(scored[column]) for column in COLUMNS], axis=1)
     table = pairs.remove_columns([column for column in COLUMNS if column in pairs.column_names])

@@ -34,16 +34,25 @@ class VaderJudge:
 
 
 JUDGES: dict[str, type[VaderJudge]] = {"vader": VaderJudge}
+YES_NO = "yes-no"
 
 
 def make_judge(name: str) -> Judge:
-    """The judge called ``name``.
+    """The judge called ``name``: one of ``JUDGES``, or ``yes-no:MODEL`` for the language model MODEL as a judge.
 
     Raises:
         ConfigError: there is none of that name.
+        ModelError: the judge's model cannot be used.
     """
+    kind, _, model = name.partition(":")
+    if kind == YES_NO and model:
+        from reward_models.llm_judge import YesNoJudge
+
+        return YesNoJudge(model)
     if name not in JUDGES:
-        raise ConfigError(f"judge {name!r} is not known{nearest(name, list(JUDGES))}", code="judge-name")
+        raise ConfigError(
+            f"judge {name!r} is not known{nearest(name, [*JUDGES, f'{YES_NO}:MODEL'])}", code="judge-name"
+        )
     return JUDGES[name]()
 
 

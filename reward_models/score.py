@@ -25,6 +25,7 @@ class RewardScorer:
         batch_tokens: padded tokens per batch; a longer text is a batch of its own.
         max_length: tokens per text; longer ones are cut from the right.
         padding_side: of a decoder; rewards do not depend on it. An encoder is always padded on the right.
+        trust_remote_code: code that comes with the model may run.
 
     Raises:
         ModelError: the model cannot be used.
@@ -37,8 +38,9 @@ class RewardScorer:
         batch_tokens: int,
         max_length: int,
         padding_side: Literal["left", "right"] = "right",
+        trust_remote_code: bool = False,
     ) -> None:
-        loaded, self.tokenizer = load_reward_model(model)
+        loaded, self.tokenizer = load_reward_model(model, trust_remote_code=trust_remote_code)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = loaded.to(self.device).eval()
         self.batch_tokens = batch_tokens

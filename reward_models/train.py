@@ -1,18 +1,19 @@
 """Bradley-Terry training of a reward model on trl's RewardTrainer."""
 
+import shutil
 from pathlib import Path
 
 import transformers
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
 from trl import RewardConfig as TrlRewardConfig
-from trl import RewardTrainer
 
+from align.checkpoints import last_whole_checkpoint
 from align.config import RewardConfig
 from align.console import log
 from align.stopping import stoppable
 from align.trainer_args import build_lora, build_trainer_args
 from align.trainer_progress import show_progress
+from reward_models.guard import GuardedRewardTrainer
 from reward_models.model import load_reward_model
 from reward_models.text import render, tokenize
 
@@ -20,7 +21,9 @@ from reward_models.text import render, tokenize
 def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, seed: int) -> None:
     """Train on a pair table and save model and tokenizer (safetensors; an adapter is merged) into ``output``.
 
-    The head is drawn under ``seed``. A stopped training resumes from the last checkpoint beside ``output``.
+    The head is drawn under ``seed``. Pairs of like length share a batch, which of them meet is drawn anew each epoch
+    (``train_sampling_strategy: random`` for any order). A stopped training resumes from the last whole checkpoint
+    beside ``output``; checkpoints are removed when it is done.
 
     Args:
         train: pair table.
@@ -31,32 +34,37 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
     Raises:
         AlignError: the configuration, the model or the pairs cannot be used.
     """
+    checkpoints = output.with_name(output.name + "-checkpoints")
     if (output / "config.json").exists():
         log.info("reward model: there already (%s)", output)
+        shutil.rmtree(checkpoints, ignore_errors=True)
         return
-    checkpoints = output.with_name(output.name + "-checkpoints")
     args = build_trainer_args(
         TrlRewardConfig,
-        {"save_strategy": "no", "logging_steps": 20, **config.trainer},
+        {"save_strategy": "no", "logging_steps": 20, "train_sampling_strategy": "group_by_length", **config.trainer},
         path="reward.trainer",
         forced={"output_dir": str(checkpoints), "seed": seed, "max_length": config.max_length},
     )
     transformers.set_seed(seed)
-    model, tokenizer = load_reward_model(config.model)
+    model, tokenizer = load_reward_model(config.model, trust_remote_code=args.trust_remote_code)
     ids = {
         f"{side}_ids": tokenize(
             [render(row["prompt"], row[side], tokenizer) for row in train], tokenizer, config.max_length
         )
         for side in ("chosen", "rejected")
     }
-    trainer = RewardTrainer(
+    length = [max(len(chosen), len(rejected)) for chosen, rejected in zip(*ids.values(), strict=True)]
+    trainer = GuardedRewardTrainer(
+        ids=[str(name) for name in (train["id"] if "id" in train.column_names else range(len(train)))],
         model=model,
         args=args,
-        train_dataset=Dataset.from_dict(ids),
+        train_dataset=Dataset.from_dict({**ids, args.length_column_name: length}),
         processing_class=tokenizer,
         peft_config=build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS"),
     )
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
+    last = last_whole_checkpoint(checkpoints)
+    if last is not None:
+        log.info("reward model %s: resuming from %s", output.name, last)
     show_progress(trainer, f"reward model {output.name}")
     with stoppable(trainer):
         trainer.train(resume_from_checkpoint=last)
@@ -67,3 +75,4 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
     trained.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.replace(output)
+    shutil.rmtree(checkpoints, ignore_errors=True)

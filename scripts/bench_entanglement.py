@@ -26,7 +26,7 @@ from align.trainer_args import build_lora
 from align.training.layout import base_model
 from align.training.logps import add_completion_head, pair_logps
 
-SHAPES = ((4, 64), (8, 128), (4, 256), (2, 512))
+SHAPES = ((1, 64), (4, 64), (8, 64), (1, 128), (4, 128), (8, 128), (1, 256), (4, 256), (1, 512), (2, 512))
 """Pairs, tokens of each sequence."""
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
@@ -104,12 +104,8 @@ def timed(model: nn.Module, batch: dict[str, Tensor], rounds: int) -> dict[str, 
     ours = seconds["products"]
     return {
         "seconds": {name: statistics.median(found) for name, found in seconds.items()},
-        "two backwards / products": statistics.median(
-            b / a for a, b in zip(ours, seconds["two backwards"], strict=True)
-        ),
-        "products / training step": statistics.median(
-            a / b for a, b in zip(ours, seconds["training step"], strict=True)
-        ),
+        "two backwards / products": _ratio(seconds["two backwards"], ours),
+        "products / training step": _ratio(ours, seconds["training step"]),
         "largest relative difference": float(((exact - reference) / reference).abs().max()),
     }
 

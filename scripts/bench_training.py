@@ -146,7 +146,7 @@ def side_by_side(
 
 
 def peak_memory(kind: str, model: str, rows_file: Path, lora: bool) -> dict[str, float]:
-    """MiB of resident memory before and at the peak of two steps, in a process of its own."""
+    """MiB of resident memory before and at the peak of one step, in a process of its own."""
     command = [sys.executable, __file__, "--model", model, "--memory-of", kind, "--rows", str(rows_file)]
     done = subprocess.run(command + (["--lora"] if lora else []), check=True, capture_output=True, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -160,8 +160,7 @@ def measure_memory(kind: str, model: str, rows: list[dict[str, Any]], lora: bool
         batch = batch_of(trainer, rows)
         gc.collect()
         before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-        for _ in range(2):
-            step(trainer, batch)
+        step(trainer, batch)
     high = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return {"before": before, "peak": int(high.split()[1]) / 1024}
 

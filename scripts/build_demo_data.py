@@ -153,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
     parser.add_argument("--output", type=Path, default=Path(".assets/demo"))
-    parser.add_argument("--pairs", type=int, default=1600)
+    parser.add_argument("--pairs", type=int, default=1200)
     parser.add_argument("--heldout-pairs", type=int, default=600)
     parser.add_argument("--train-prompts", type=int, default=640)
     parser.add_argument("--eval-prompts", type=int, default=400)

@@ -49,9 +49,9 @@ def test_scored_pairs_and_their_cache(tmp_path: Path) -> None:
 
 
 def test_two_labels_and_a_missing_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"reward-labels.*does not have one output"):
+    with pytest.raises(ModelError, match=r"reward-labels.*its classification head has 2 outputs"):
         RewardScorer(llama_reward(tmp_path, labels=2), batch_tokens=64, max_length=64)
-    with pytest.raises(ModelError, match="cannot be loaded as a reward model"):
+    with pytest.raises(ModelError, match="found nothing, expected a model folder or a hub id"):
         RewardScorer(tmp_path / "nothing", batch_tokens=64, max_length=64)
 
 

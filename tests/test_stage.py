@@ -53,3 +53,82 @@ def test_fingerprint_follows_content(tmp_path: Path) -> None:
     assert before == fingerprint_source(str(file))
     file.write_text("b")
     assert fingerprint_source(str(file)) != before and fingerprint_source("hub/id") == "hub/id"
+
+
+def test_a_kill_between_any_two_lines_of_the_replacement_is_mended(tmp_path: Path) -> None:
+    """Every state that ``_replace`` can leave: the new folder waits under its temporary name, the old one under its."""
+
+    def new(target: Path) -> None:
+        (target / "result").write_text("new")
+
+    def never(target: Path) -> None:
+        raise AssertionError("a finished stage ran again")
+
+    for state in ("whole, not renamed", "old set aside", "note gone", "old not removed"):
+        folder = tmp_path / state
+        partial, old = folder.with_name(f"{state}.partial"), folder.with_name(f"{state}.old")
+        run_stage("s", folder, {"a": 1}, lambda target: (target / "result").write_text("old") and None)
+        run_stage("s", tmp_path / "made", {"a": 2}, new)
+        if state == "old not removed":
+            folder.replace(old)
+            (tmp_path / "made").replace(folder)
+        else:
+            (tmp_path / "made").replace(partial)
+            if state != "note gone":
+                (partial / "key").write_text("whatever")
+            if state != "whole, not renamed":
+                folder.replace(old)
+        found = run_stage("s", folder, {"a": 2}, never)
+        assert found.skipped and (folder / "result").read_text() == "new", state
+        assert not partial.exists() and not old.exists() and not (folder / "key").exists(), state
+
+
+def test_an_old_result_comes_back_where_the_new_one_is_not_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    run_stage("s", folder, {"a": 1}, lambda target: (target / "result").write_text("old") and None)
+    folder.replace(tmp_path / "s.old")
+    found = run_stage("s", folder, {"a": 1}, lambda target: None)
+    assert found.skipped and (folder / "result").read_text() == "old" and not (tmp_path / "s.old").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 1}'])
+def test_a_broken_manifest_is_an_unfinished_stage(tmp_path: Path, content: str) -> None:
+    folder = tmp_path / "s"
+    run_stage("s", folder, {"a": 1}, lambda target: (target / "result").write_text("old") and None)
+    (folder / "manifest.json").write_text(content)
+    again = run_stage("s", folder, {"a": 1}, lambda target: (target / "result").write_text("new") and None)
+    assert not again.skipped and (folder / "result").read_text() == "new"
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_left_out(tmp_path: Path) -> None:
+    from transformers.trainer_callback import TrainerState
+
+    from align.checkpoints import last_whole_checkpoint
+
+    assert last_whole_checkpoint(tmp_path / "nothing") is None
+    for step in (2, 4, 10, 12, 14):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (2, 4, 10):
+        TrainerState(global_step=step).save_to_json(str(tmp_path / f"checkpoint-{step}" / "trainer_state.json"))
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_step": 12, "log_hist')
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2", "checkpoint-4"]
+
+
+def test_a_disk_problem_is_seen_through_other_errors(tmp_path: Path) -> None:
+    from align.disk import disk_problem
+
+    try:
+        try:
+            raise OSError(28, "No space left on device", "file")
+        except OSError as error:
+            raise RuntimeError("cannot write") from error
+    except RuntimeError as error:
+        found = disk_problem(error)
+    assert found is not None and found.code == "disk-full" and "file" in found.message
+    assert disk_problem(RuntimeError("I/O error: No space left on device (os error 28)"), tmp_path) is not None
+    read_only = disk_problem(OSError(30, "Read-only file system", "f"))
+    assert read_only is not None and read_only.code == "output-folder"
+    assert (
+        disk_problem(OSError(2, "No such file"), tmp_path) is None and disk_problem(ValueError("x"), tmp_path) is None
+    )

@@ -16,9 +16,10 @@ from align.config import EntanglementConfig, LossConfig, TrainConfig
 from align.errors import ConfigError
 from align.loss_registry import resolve
 from align.margins import madpo_weight
+from align.model_loading import load_policy, load_tokenizer
 from align.stage import read_json
 from align.training.layout import LayoutChoice
-from align.training.train import add_weight, load_policy, load_tokenizer, make_trainer, train_policy
+from align.training.train import add_weight, make_trainer, train_policy
 from align.training.trainer import PreferenceTrainer
 from tests.builders import rows
 
@@ -244,8 +245,10 @@ def test_entanglement_along_training(tiny_policy: Path, tmp_path: Path) -> None:
     records = read_json(tmp_path / "measured" / "history.json")["entanglement"]
     assert [record["step"] for record in records] == [1, 3]
     for record in records:
-        assert record["sign_agreement"] > 0.8
-        assert record["realised_chosen"] == pytest.approx(record["predicted_chosen"], rel=0.3)
+        for key in ("", "batch_"):
+            assert record[f"{key}sign_agreement"] > 0.8
+            assert record[f"{key}realised_chosen"] == pytest.approx(record[f"{key}predicted_chosen"], rel=0.3)
+            assert 0 <= record[f"{key}fell"] <= 1
         assert 0 <= record["entangled"] <= 1 and record["norm_ratio"] > 0
     assert records[0]["chosen_change"] == pytest.approx(0.0, abs=1e-4)
     with pytest.raises(ConfigError, match=r"train.entanglement: needs one process"):

@@ -1,6 +1,7 @@
 """Entanglement along training: fixed probe pairs, measured every N steps, and the step's prediction held to account."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ from align.entanglement.products import GradientProducts
 from align.loss_registry import BoundLoss
 from align.losses import PairLogps
 from align.stage import read_json, write_json
+from align.training.layout import trim
 from align.training.logps import pair_logps
 
 PREFIX = "entanglement/"
 
 
 class EntanglementCallback(TrainerCallback):
-    """Measures probe pairs before and after every ``every``-th optimizer step.
+    """Measures probe pairs, and pairs of the batch, before and after every ``every``-th optimizer step.
 
-    Each measurement is one dictionary in ``records``: cosine and |gl|/|gw| (medians), the share of each verdict under
-    the loss in use, the mean change of log p(chosen) and log p(rejected) since the reference, and of this very step
-    the predicted and the realised mean change with their sign agreement.
+    Each measurement is one dictionary in ``records``: of the probes cosine and |gl|/|gw| (medians), the share of each
+    verdict under the loss in use and the mean change of log p(chosen) and log p(rejected) since the reference; of this
+    very step, for the probes and (``batch_...``) for as many pairs of its batch, the predicted and the realised mean
+    change, the share of chosen responses that fell, and how often predicted and realised signs agree.
 
     Args:
         model: the policy, not wrapped by a launcher.
@@ -33,11 +36,21 @@ class EntanglementCallback(TrainerCallback):
         loss: the loss in use, not beta_dpo.
         every: optimizer steps from one measurement to the next.
         file: JSON file that holds ``records``; a resumed training goes on from it.
+        batch: pairs of the last batch that was trained on, in the same layout.
     """
 
-    def __init__(self, model: nn.Module, probes: dict[str, Tensor], loss: BoundLoss, every: int, file: Path) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        probes: dict[str, Tensor],
+        loss: BoundLoss,
+        every: int,
+        file: Path,
+        batch: Callable[[], dict[str, Tensor]],
+    ) -> None:
         self.model = model
         self.probes = probes
+        self.batch = batch
         self.loss = loss
         self.every = every
         self.file = file
@@ -68,21 +81,15 @@ class EntanglementCallback(TrainerCallback):
         self._load(self._before)
         record = self._geometry()
         update = {name: after[name] - self._before[name] for name in after}
-        predicted = torch.cat(predicted_changes(self.model, self.probes, update)).cpu()
-        old = self._logps()
+        count = len(self.probes["input_ids"]) // 2
+        pairs = {"": self.probes, "batch_": _first(self.batch(), count)}
+        predicted = {key: torch.cat(predicted_changes(self.model, batch, update)).cpu() for key, batch in pairs.items()}
+        old = {key: self._logps(batch) for key, batch in pairs.items()}
         self._load(after)
-        realised = self._logps() - old
+        for key, batch in pairs.items():
+            record |= _compared(key, predicted[key], self._logps(batch) - old[key])
         self._before = None
-        half = len(realised) // 2
-        record |= {
-            "step": state.global_step,
-            "predicted_chosen": float(predicted[:half].mean()),
-            "predicted_rejected": float(predicted[half:].mean()),
-            "realised_chosen": float(realised[:half].mean()),
-            "realised_rejected": float(realised[half:].mean()),
-            "sign_agreement": float((predicted.sign() == realised.sign()).double().mean()),
-            "seconds": time.monotonic() - start,
-        }
+        record |= {"step": state.global_step, "seconds": time.monotonic() - start}
         self.records.append(record)
         write_json(self.file, self.records)
         log.info(
@@ -115,11 +122,11 @@ class EntanglementCallback(TrainerCallback):
             "rejected_change": float((found.rejected_logps - ref_rejected).mean()),
         }
 
-    def _logps(self) -> Tensor:
+    def _logps(self, batch: dict[str, Tensor]) -> Tensor:
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            found = pair_logps(self.model, self.probes, "concatenated")
+            found = pair_logps(self.model, batch, "concatenated")
         self.model.train(training)
         return torch.cat([found.chosen, found.rejected]).double().cpu()
 
@@ -127,3 +134,22 @@ class EntanglementCallback(TrainerCallback):
         with torch.no_grad():
             for name, parameter in self.measure.measured.items():
                 parameter.copy_(values[name])
+
+
+def _first(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The first ``count`` pairs of a batch."""
+    count = min(count, len(batch["input_ids"]) // 2)
+    return trim(batch, torch.arange(count, device=batch["input_ids"].device))
+
+
+def _compared(key: str, predicted: Tensor, realised: Tensor) -> dict[str, float]:
+    """Predicted beside realised changes [2B], chosen first."""
+    half = len(realised) // 2
+    return {
+        f"{key}predicted_chosen": float(predicted[:half].mean()),
+        f"{key}predicted_rejected": float(predicted[half:].mean()),
+        f"{key}realised_chosen": float(realised[:half].mean()),
+        f"{key}realised_rejected": float(realised[half:].mean()),
+        f"{key}fell": float((realised[:half] < 0).double().mean()),
+        f"{key}sign_agreement": float((predicted.sign() == realised.sign()).double().mean()),
+    }

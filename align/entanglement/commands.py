@@ -1,9 +1,11 @@
-"""What `align entangle report` and `align entangle check` do."""
+"""What the verbs of `align entangle` do."""
 
 import json
 import math
+import os
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,17 @@ from align.config import PairsConfig
 from align.console import log, out
 from align.entanglement.batch import collate, tokenize_pairs
 from align.entanglement.check import check_predictions
-from align.entanglement.measure import measure_pairs
+from align.entanglement.measure import measure_pairs, measured
 from align.entanglement.products import GradientProducts
 from align.entanglement.summary import advice, summarize
 from align.entanglement.tokens import token_products
+from align.entanglement.trace import checkpoints_of, sentence, trajectory
 from align.errors import ConfigError, DataError
 from align.loss_registry import BoundLoss, resolve
-from align.pairs import load_pairs
-from align.reports.entanglement_page import shade, write_page
-from align.stage import fingerprint_source, run_stage, write_json
-from align.training.train import load_policy, load_tokenizer
+from align.model_loading import load_policy, load_tokenizer
+from align.pairs import load_pairs, read_pairs
+from align.reports.entanglement_page import shade, write_page, write_trace_page
+from align.stage import Stage, fingerprint_source, process_rank, read_manifest, run_stage, write_json
 
 TABLE = "entanglement.parquet"
 
@@ -37,7 +40,7 @@ def report(
     loss: str,
     parameters: dict[str, float],
     reference: str | None,
-    measured: str | None,
+    parameter_names: str | None,
     limit: int,
     shown: int,
     batch_tokens: int,
@@ -49,32 +52,16 @@ def report(
         AlignError: the pairs, the model or the loss cannot be used.
     """
     bound = _bound(loss, parameters)
-    pairs = _sample(source, bound, limit)
+    pairs = _sample(load_pairs(source), bound, limit, source.path)
     tokenizer = load_tokenizer(model)
     policy = _policy(model)
     tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
-    inputs = {
-        "pairs": [str(row["id"]) for row in pairs],
-        "content": fingerprint_source(source.path),
-        "model": fingerprint_source(model),
-        "reference": None if reference is None else fingerprint_source(reference),
-        "loss": loss,
-        "loss_parameters": dict(bound.parameters),
-        "parameters": measured,
-        "max_length": max_length,
-    }
-
-    def work(folder: Path) -> None:
-        table = measure_pairs(
-            tokens, policy, tokenizer, bound, reference=None if reference is None else load_policy(reference),
-            parameters=measured, batch_tokens=batch_tokens, max_length=max_length, parts=folder / "parts",
-        )  # fmt: skip
-        table.to_parquet(str(folder / TABLE))
-
-    stage = run_stage("entanglement", output / "measurements", inputs, work)
-    table = Dataset.from_parquet(str(stage.folder / TABLE), keep_in_memory=True)
+    settings = _Settings(bound, parameter_names, batch_tokens, max_length, fingerprint_source(source.path))
+    stage, table = _measure(output / "measurements", tokens, model, policy, reference, settings)
+    if process_rank() > 0:
+        return
     summary = summarize(table)
-    covered = GradientProducts(policy, measured).covered
+    covered = GradientProducts(policy, parameter_names).covered
     rows = sorted(range(len(table)), key=lambda k: _worst(table[k]))[:shown]
     page = {
         "run": {
@@ -90,6 +77,45 @@ def report(
     write_page(output / "report.html", table, page)
     log.info("%s", page["advice"]["headline"])  # type: ignore[index]
     log.info("do: %s", page["advice"]["next_step"])  # type: ignore[index]
+    log.info("look at it: open %s", output / "report.html")
+
+
+def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: int) -> None:
+    """Measure the saved checkpoints of one method of a run; write ``trace-<method>/`` with JSON, tables and a page.
+
+    The loss, its parameters and the reference are those that the method was trained with.
+
+    Raises:
+        AlignError: no such training, no checkpoint, or a loss that has no verdict for one pair.
+    """
+    training = run / f"train-{method}"
+    manifest = read_manifest(training)
+    if manifest is None:
+        trained = ", ".join(sorted(path.name.removeprefix("train-") for path in run.glob("train-*"))) or "none"
+        raise DataError(f"{training}: no finished training (methods here: {trained})", code="trace-missing")
+    inputs = manifest["inputs"]
+    checkpoints, bound = checkpoints_of(training), _bound(inputs["loss"]["loss"], inputs["loss"]["parameters"])
+    base = inputs["settings"]["model"]
+    pairs = _sample(read_pairs(run / "margins" / "pairs"), bound, limit, str(run))
+    tokens = tokenize_pairs(pairs, load_tokenizer(base), max_length=max_length)
+    settings = _Settings(bound, None, batch_tokens, max_length, fingerprint_source(str(run / "margins" / "pairs")))
+    output, tables = run / f"trace-{method}", []
+    for step, folder in checkpoints:
+        reference = None if (folder / "adapter_config.json").exists() else base
+        name = output / f"step-{step:06d}"
+        tables.append(_measure(name, tokens, str(folder), _policy(str(folder)), reference, settings)[1])
+    if process_rank() > 0:
+        return
+    found = trajectory([step for step, _ in checkpoints], tables)
+    report = {
+        "run": {"folder": str(run), "method": method, "loss": bound.spec.name, "pairs": len(pairs),
+                "command": shlex.join(["align", *sys.argv[1:]])},
+        "sentence": sentence(found, method),
+        **found,
+    }  # fmt: skip
+    write_json(output / "trace.json", report)
+    write_trace_page(output / "report.html", report)
+    log.info("%s", report["sentence"])
     log.info("look at it: open %s", output / "report.html")
 
 
@@ -110,7 +136,7 @@ def check(
         AlignError: the pairs, the model or the loss cannot be used.
     """
     bound = _bound(loss, parameters)
-    pairs = _sample(source, bound, limit)
+    pairs = _sample(load_pairs(source), bound, limit, source.path)
     tokenizer = load_tokenizer(model)
     tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
     half = tokens.select(range(max(1, len(tokens) // 2)))
@@ -134,12 +160,50 @@ def _bound(loss: str, parameters: dict[str, float]) -> BoundLoss:
     return bound
 
 
-def _sample(source: PairsConfig, loss: BoundLoss, limit: int) -> Dataset:
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What a measurement depends on besides the model and the pairs' tokens."""
+
+    loss: BoundLoss
+    parameters: str | None
+    batch_tokens: int
+    max_length: int
+    content: str
+
+
+def _measure(
+    folder: Path, tokens: Dataset, model: str, policy: nn.Module, reference: str | None, settings: _Settings
+) -> tuple[Stage, Dataset]:
+    """The stage that measures one model on tokenized pairs, and its table."""
+    inputs = {
+        "pairs": [str(row["id"]) for row in tokens],
+        "content": settings.content,
+        "model": fingerprint_source(model),
+        "reference": None if reference is None else fingerprint_source(reference),
+        "loss": settings.loss.spec.name,
+        "loss_parameters": dict(settings.loss.parameters),
+        "parameters": settings.parameters,
+        "max_length": settings.max_length,
+    }
+
+    def work(partial: Path) -> None:
+        measure_pairs(
+            tokens, policy, load_tokenizer(model), settings.loss,
+            reference=None if reference is None else _frozen(reference), parameters=settings.parameters,
+            batch_tokens=settings.batch_tokens, max_length=settings.max_length, parts=partial / "parts",
+        )  # fmt: skip
+        if process_rank() == 0:
+            measured(partial / "parts", len(tokens)).to_parquet(str(partial / TABLE))
+
+    stage = run_stage("entanglement", folder, inputs, work, collective=True)
+    return stage, Dataset.from_parquet(str(folder / TABLE), keep_in_memory=True)
+
+
+def _sample(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset:
     """The first ``limit`` pairs in an order that does not depend on the file's."""
-    pairs = load_pairs(source)
     if loss.spec.needs_margin and "margin" not in pairs.column_names:
         raise DataError(
-            f"{source.path}: loss {loss.spec.name} needs a `margin` column",
+            f"{source}: loss {loss.spec.name} needs a `margin` column",
             code="loss-needs-margin",
             hint="run `align reward score` first, or measure with --loss dpo",
         )
@@ -151,7 +215,16 @@ def _policy(model: str) -> nn.Module:
     kwargs: dict[str, Any] = {"dtype": "float32"}
     if (Path(model) / "adapter_config.json").exists():
         kwargs["is_trainable"] = True
-    return load_policy(model, **kwargs).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return load_policy(model, **kwargs).to(_device()).eval()
+
+
+def _frozen(model: str) -> nn.Module:
+    return load_policy(model, dtype="float32").to(_device()).eval()
+
+
+def _device() -> str:
+    """One GPU per process where there are any."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def _worst(row: dict[str, Any]) -> tuple[bool, float]:

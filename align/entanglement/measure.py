@@ -16,13 +16,15 @@ from align.console import progress
 from align.entanglement.batch import collate
 from align.entanglement.conditions import changes, loss_weights, slack
 from align.entanglement.products import GradientProducts
+from align.entanglement.screening import screen
 from align.loss_registry import BoundLoss
 from align.losses import PairLogps
+from align.stage import process_rank, wait_until, world_size
 from align.training.layout import base_model
 from align.training.logps import add_completion_head, pair_logps
 
-PART = 64
-"""Pairs per part; a stopped measurement loses at most one."""
+PART = 32
+"""Pairs per part; a stopped measurement loses at most one, and processes share the parts."""
 
 
 def measure_pairs(
@@ -36,8 +38,10 @@ def measure_pairs(
     batch_tokens: int,
     max_length: int,
     parts: Path,
-) -> Dataset:
-    """One row per pair: gradient products, the loss's weights, first-order changes and the verdict.
+) -> None:
+    """One row per pair: gradient products, the loss's weights, first-order changes, the verdict, screening scores.
+
+    Under a launcher each process measures its share of the parts; ``measured`` gives the whole.
 
     Args:
         pairs: tokenized pair table (``tokenize_pairs``), with ``margin`` where the loss needs one.
@@ -55,18 +59,32 @@ def measure_pairs(
     add_completion_head(base_model(model))
     if reference is not None:
         add_completion_head(base_model(reference))
-    done = []
     starts = range(0, len(pairs), PART)
-    for start in progress(starts, what="entanglement", total=len(starts), unit="parts"):
-        file = parts / f"{start:08d}.parquet"
+    own = starts[process_rank() :: world_size()]
+    for start in progress(own, what="entanglement", total=len(own), unit="parts"):
+        file = _part(parts, start)
         if not file.exists():
             rows = pairs.select(range(start, min(start + PART, len(pairs))))
             made = _measure_part(rows, measure, tokenizer, loss, reference, batch_tokens, max_length)
             temporary = file.with_suffix(".tmp")
             made.to_parquet(str(temporary))
             temporary.replace(file)
-        done.append(Dataset.from_parquet(str(file), keep_in_memory=True))
-    return concatenate_datasets(done)
+
+
+def measured(parts: Path, pairs: int) -> Dataset:
+    """The measurements of all pairs, once every process has finished its parts.
+
+    Args:
+        parts: folder of the parts.
+        pairs: how many were to be measured.
+    """
+    files = [_part(parts, start) for start in range(0, pairs, PART)]
+    wait_until(lambda: all(file.exists() for file in files))
+    return concatenate_datasets([Dataset.from_parquet(str(file), keep_in_memory=True) for file in files])
+
+
+def _part(parts: Path, start: int) -> Path:
+    return parts / f"{start:08d}.parquet"
 
 
 def _measure_part(
@@ -129,6 +147,7 @@ def _columns(
         "slack": slack(found.chosen_sq, found.rejected_sq, found.inner, d_w, d_l).numpy(),
         "verdict": np.array(verdicts, dtype=object),
         "entangled": np.array([verdict in {"both fall", "both rise", "reversed"} for verdict in verdicts]),
+        **{name: values.numpy() for name, values in screen(measure.model, batch)._asdict().items()},
     }
 
 

@@ -9,7 +9,8 @@ from scipy.stats import spearmanr
 from align.entanglement.conditions import shares
 from align.estimates import bootstrap_mean
 
-AGAINST = ("token_difference", "tokens_chosen", "tokens_rejected", "margin", "logp_chosen_change")
+SCREENS = ("ches", "ches_normalised", "hidden_cosine", "token_difference")
+AGAINST = (*SCREENS, "tokens_chosen", "tokens_rejected", "margin", "logp_chosen_change")
 RARE = 0.02
 """A share of entangled pairs whose interval stays below this needs no remedy."""
 
@@ -28,7 +29,7 @@ def summarize(table: Dataset, *, seed: int = 0) -> dict[str, Any]:
         "norm_ratio": _quartiles(columns["norm_ratio"]),
         "weight_ratio": _quartiles(columns["d_w"][columns["d_l"] != 0] / columns["d_l"][columns["d_l"] != 0]),
         "cosine_against": {
-            name: _rank_correlation(columns["cosine"], np.asarray(table[name], dtype=np.float64))
+            name: rank_correlation(columns["cosine"], np.asarray(table[name], dtype=np.float64))
             for name in AGAINST
             if name in table.column_names
         },
@@ -68,7 +69,9 @@ def _quartiles(values: np.ndarray) -> dict[str, float]:
     return {"low": float(low), "median": float(median), "high": float(high)}
 
 
-def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    if len(a) < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Spearman's, over the places where both are finite; None where fewer than four are left or one is constant."""
+    keep = np.isfinite(a) & np.isfinite(b)
+    if keep.sum() < 4 or np.ptp(a[keep]) == 0 or np.ptp(b[keep]) == 0:
         return None
-    return float(spearmanr(a, b).statistic)
+    return float(spearmanr(a[keep], b[keep]).statistic)

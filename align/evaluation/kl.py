@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from align.batching import token_batches
 from align.console import progress
+from align.training.layout import base_model
+from align.training.logps import Scored, add_completion_head
 
 
 def completion_logps(
@@ -25,12 +26,13 @@ def completion_logps(
     """Sum of log-probabilities (nats) of each completion's tokens given its prompt, float64 [N].
 
     Args:
-        model: causal language model.
+        model: causal language model, with its adapter if it has one.
         prompt_ids: N prompts of at least one token.
         completion_ids: N completions; an empty one has log-probability 0.
         batch_tokens: padded tokens per forward pass.
         pad_token_id: token to pad with on the right.
     """
+    add_completion_head(base_model(model))
     rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
     device = next(model.parameters()).device
     sums = np.zeros(len(rows))
@@ -40,9 +42,9 @@ def completion_logps(
             width = max(len(rows[k]) for k in batch)
             ids = torch.tensor([rows[k] + [pad_token_id] * (width - len(rows[k])) for k in batch], device=device)
             mask = torch.tensor([[1] * len(rows[k]) + [0] * (width - len(rows[k])) for k in batch], device=device)
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            for row, k in enumerate(batch):
-                first, last = len(prompt_ids[k]), len(rows[k])
-                scores = F.log_softmax(logits[row, first - 1 : last - 1].float(), dim=-1)
-                sums[k] = scores.gather(1, ids[row, first:last, None]).double().sum().item()
+            spans = [(row * width + len(prompt_ids[k]), len(completion_ids[k])) for row, k in enumerate(batch)]
+            ends = torch.cat([torch.arange(first, first + length) for first, length in spans]).to(device)
+            scored = Scored(ends - 1, ids.flatten()[ends], width)
+            logps = model(input_ids=ids, attention_mask=mask, use_cache=False, scored=scored).logps.double().cpu()
+            sums[batch] = [part.sum().item() for part in logps.split([length for _, length in spans])]
     return sums

@@ -140,7 +140,7 @@ def pair_quality(
 
 
 def _language_model(model: str) -> tuple[Any, Any]:
-    from align.training.train import load_policy, load_tokenizer
+    from align.model_loading import load_policy, load_tokenizer
 
     return load_policy(model, dtype="float32").eval(), load_tokenizer(model)
 

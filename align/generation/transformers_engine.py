@@ -1,20 +1,23 @@
 """Generation with transformers: for machines without vLLM."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from align.console import progress
-from align.errors import ModelError
-from align.generation.base import Completion, Sampling
+from align.generation.base import Completion, Sampling, gather, prompt_keys, sample_seed
+from align.generation.choice import DrawnToken
+from align.generation.encoding import encode_prompt, stop_ids, to_completion
 
 
 class TransformersEngine:
     """Batched sampling, prompts sorted by length and padded left.
 
-    The same model, prompts, batch size and seed give the same completions; another batch size gives others.
+    On one machine the same model, prompt and seed give the same completion, whatever the batch size and the other
+    prompts: every sample has its own random numbers, and a choice that rounding could turn is made on logits computed
+    without the batch (align/generation/choice.py; in half precision that is likely and not certain). Of the
+    model's generation config only the end-of-sequence tokens are used.
 
     Args:
         model: causal language model, or one with an adapter.
@@ -22,72 +25,71 @@ class TransformersEngine:
         batch_size: rows per forward pass.
     """
 
+    name = "transformers"
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(device).eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.stops = stop_ids(tokenizer, model.generation_config)
 
     def encode(self, prompt: Any) -> list[int]:
-        """Token ids of a prompt: text as it is, messages through the chat template with the generation prompt.
+        """Token ids of a prompt; see ``encode_prompt``."""
+        return encode_prompt(self.tokenizer, prompt)
 
-        Raises:
-            ModelError: messages, and the tokenizer has no chat template.
-        """
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if self.tokenizer.chat_template is None:
-            raise ModelError(
-                f"{self.tokenizer.name_or_path}: no chat template, and a prompt is a list of messages",
-                code="no-chat-template",
-                hint="use a model with a chat template, or plain-text prompts",
-            )
-        encoded = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-        return list(encoded["input_ids"])
-
-    def generate(self, prompts: Sequence[Any], sampling: Sampling) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
+    ) -> list[list[Completion]]:
         """``sampling.n`` completions of each prompt, in the order of the prompts."""
-        ids = [self.encode(prompt) for prompt in prompts]
-        jobs = [(len(ids[k]), k) for k in range(len(ids)) for _ in range(sampling.n)]
-        jobs.sort(reverse=True)
-        batches = [jobs[start : start + self.batch_size] for start in range(0, len(jobs), self.batch_size)]
-        found: list[list[Completion]] = [[] for _ in prompts]
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(sampling.seed)
-            for batch in progress(batches, what="generating", total=len(batches), unit="batches"):
-                indices = [k for _, k in batch]
-                for k, completion in zip(indices, self._sample([ids[k] for k in indices], sampling), strict=True):
-                    found[k].append(completion)
-        return found
+        return gather(self.stream(prompts, sampling, keys), len(prompts))
 
-    def _sample(self, rows: list[list[int]], sampling: Sampling) -> list[Completion]:
+    def stream(
+        self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """(index of a prompt, its completions) as batches finish; see ``Engine``."""
+        keys = prompt_keys(prompts) if keys is None else keys
+        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        longest_first = sorted(range(len(ids)), key=lambda k: -len(ids[k]))
+        jobs = [(k, sample) for k in longest_first for sample in range(sampling.n)]
+        found: dict[int, list[Completion]] = {}
+        for start in range(0, len(jobs), self.batch_size):
+            batch = jobs[start : start + self.batch_size]
+            seeds = [sample_seed(sampling.seed, keys[k], sample) for k, sample in batch]
+            completions = self._sample([ids[k] for k, _ in batch], seeds, sampling)
+            for (k, _), completion in zip(batch, completions, strict=True):
+                found.setdefault(k, []).append(completion)
+                if len(found[k]) == sampling.n:
+                    yield k, found.pop(k)
+
+    def _sample(self, rows: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
         width = max(len(row) for row in rows)
         pad = self.tokenizer.pad_token_id
-        input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.model.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
-        greedy = sampling.temperature == 0
-        chosen = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        device = self.model.device
+        starts = [width - len(row) for row in rows]
+        input_ids = torch.tensor([[pad] * start + row for start, row in zip(starts, rows, strict=True)], device=device)
+        mask = torch.tensor([[0] * start + [1] * (width - start) for start in starts], device=device)
+        choice = DrawnToken(sampling, seeds, starts, self.stops, self._alone, device)
         with torch.inference_mode():
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
-                max_new_tokens=sampling.max_new_tokens,
-                do_sample=not greedy,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=pad,
-                **chosen,
+                logits_processor=LogitsProcessorList([choice]),
+                generation_config=GenerationConfig(
+                    max_new_tokens=sampling.max_new_tokens,
+                    do_sample=False,
+                    repetition_penalty=1.0,
+                    eos_token_id=self.stops,
+                    pad_token_id=pad,
+                ),
             )
-        return [self._completion(row, out[width:].tolist()) for row, out in zip(rows, output, strict=True)]
+        logprobs = torch.stack(choice.logprobs, dim=1).tolist() if sampling.logprobs else [None] * len(rows)
+        return [
+            to_completion(self.tokenizer, row, out[width:].tolist(), self.stops, logps)
+            for row, out, logps in zip(rows, output, logprobs, strict=True)
+        ]
 
-    def _completion(self, prompt: list[int], sampled: list[int]) -> Completion:
-        eos = self.tokenizer.eos_token_id
-        stopped = eos in sampled
-        tokens = sampled[: sampled.index(eos) + 1] if stopped else sampled
-        before = self.tokenizer.decode(prompt, skip_special_tokens=True)
-        whole = self.tokenizer.decode([*prompt, *tokens], skip_special_tokens=True)
-        text = (
-            whole[len(before) :]
-            if whole.startswith(before)
-            else self.tokenizer.decode(tokens, skip_special_tokens=True)
-        )
-        return Completion(text, tokens, "stop" if stopped else "length")
+    def _alone(self, row: torch.Tensor) -> torch.Tensor:
+        """Logits [V] after one row of token ids, computed without any other row."""
+        ids = row[None]
+        return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]

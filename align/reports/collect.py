@@ -11,6 +11,7 @@ from align.config import RunConfig
 from align.loss_registry import BoundLoss, resolve
 from align.margins import MADPO_TAU, madpo_weight, weight_summary
 from align.pairs import read_pairs
+from align.secrets import redact
 from align.stage import MANIFEST, read_json, versions
 
 DIGITS = 4
@@ -32,7 +33,7 @@ def collect(config: RunConfig, *, seconds: dict[str, float], command: str) -> di
             "command": command,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seed": config.seed,
-            "config": config.model_dump(),
+            "config": redact(config.model_dump()),
             "versions": versions(),
             "fingerprints": {name: read_json(root / name / MANIFEST)["key"][:16] for name in seconds},
             "seconds_per_stage": seconds,

@@ -12,6 +12,11 @@ from align.reports.page import environment
 CURVE = [k / 60 for k in range(1, 60)]
 
 
+def write_trace_page(target: Path, report: dict[str, Any]) -> None:
+    """Render the trajectory of one method (align/entanglement/trace.py)."""
+    _write(target, "trace.html.j2", report=report, plots=_trajectory(report["points"]))
+
+
 def write_page(target: Path, table: Dataset, report: dict[str, Any]) -> None:
     """Render the page.
 
@@ -20,10 +25,7 @@ def write_page(target: Path, table: Dataset, report: dict[str, Any]) -> None:
         table: rows of ``measure_pairs``.
         report: ``run`` (what was measured, how long it took), ``summary``, ``advice``, ``pairs`` (coloured text).
     """
-    page = environment().get_template("entanglement.html.j2").render(report=report, plots=_plots(table))
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    _write(target, "entanglement.html.j2", report=report, plots=_plots(table))
 
 
 def shade(value: float, largest: float) -> str:
@@ -31,6 +33,27 @@ def shade(value: float, largest: float) -> str:
     strength = abs(value) / largest if largest > 0 else 0.0
     level = 3 if strength > 0.5 else 2 if strength > 0.2 else 1 if strength > 0.05 else 0
     return "" if level == 0 else f"{'up' if value > 0 else 'dn'}{level}"
+
+
+def _write(target: Path, template: str, **values: Any) -> None:
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(environment().get_template(template).render(**values), encoding="utf-8")
+    temporary.replace(target)
+
+
+def _trajectory(points: list[dict[str, float]]) -> list[tuple[str, Any]]:
+    def drawn(title: str, y_title: str, names: dict[str, str], zero: bool = False) -> tuple[str, Any]:
+        steps = [point["step"] for point in points]
+        series = {label: (steps, [point[key] for point in points]) for key, label in names.items()}
+        return title, plots.lines(series, x_title="optimizer step", y_title=y_title, zero=zero)
+
+    sides = {"chosen_change": "logp chosen", "rejected_change": "logp rejected"}
+    return [
+        drawn("change of log-prob since the reference", "nats", sides, zero=True),
+        drawn("pairs whose chosen response a step would lower", "share", {"chosen_falls": "pairs"}, zero=True),
+        drawn("cosine of the two gradients (median)", "cosine", {"cosine": "pairs"}),
+        drawn("length of the rejected gradient (median)", "|gl| / |gw|", {"norm_ratio": "pairs"}),
+    ]
 
 
 def _plots(table: Dataset) -> dict[str, Any]:

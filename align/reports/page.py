@@ -130,7 +130,8 @@ def _entanglement(methods: dict[str, Any]) -> list[tuple[str, Any]]:
         ("probe pairs whose step would go the wrong way", {"entangled": ""}, "share entangled"),
         ("cosine of the two gradients (median)", {"cosine": ""}, "cosine"),
         ("length of the rejected gradient (median)", {"norm_ratio": ""}, "|gl| / |gw|"),
-        ("change of log p(chosen) by one step", both, "nats"),
+        ("change of log p(chosen) of the probes by one step", both, "nats"),
+        ("chosen responses of its own batch that a step lowered", {"batch_fell": ""}, "share"),
     ]
     return [(title, plots.lines(series(keys), x_title="optimizer step", y_title=y)) for title, keys, y in titles]
 

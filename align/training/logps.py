@@ -19,7 +19,7 @@ from align.training.packing import pack
 
 Layout = Literal["concatenated", "shared_prefix"]
 FORWARD_BEFORE = "_forward_without_completion_head"
-NOT_MODEL_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "margin", "weight"})
+NOT_MODEL_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "margin", "weight", "row"})
 
 
 class SequenceLogps(NamedTuple):

@@ -86,7 +86,7 @@ def _open(partial: Path | None, rows: int, *, create: bool) -> np.ndarray:
     if not create:
         return np.full((rows, 2), np.nan)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    values = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float64, shape=(rows, 2))
-    values[:] = np.nan
-    values.flush()
-    return values
+    unknown = partial.with_suffix(".tmp.npy")
+    np.save(unknown, np.full((rows, 2), np.nan), allow_pickle=False)
+    unknown.replace(partial)
+    return np.lib.format.open_memmap(partial, mode="r+")

@@ -1,21 +1,23 @@
 """Train one policy under one loss and save it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINING_ARGS_NAME
 from trl import DPOConfig
 
-from align.config import LossConfig, TrainConfig
+from align.checkpoints import last_whole_checkpoint
+from align.config import LossConfig, RemedyConfig, TokenMaskConfig, TrainConfig
 from align.console import log
 from align.entanglement.callback import EntanglementCallback
-from align.errors import ConfigError, ModelError
+from align.errors import ConfigError
 from align.loss_registry import BoundLoss, resolve
 from align.margins import MADPO_TAU, madpo_weight
+from align.model_loading import load_policy, load_tokenizer
 from align.stage import write_json
 from align.stopping import stoppable
 from align.trainer_args import build_lora, build_trainer_args
@@ -27,57 +29,33 @@ CHECKPOINTS = "checkpoints"
 MODEL = "model"
 HISTORY = "history.json"
 ENTANGLEMENT = "entanglement.json"
-
-
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """Tokenizer of a model folder or hub id, with a padding token.
-
-    Raises:
-        ModelError: there is none.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{model}: no tokenizer can be loaded ({_first_line(error)})",
-            code="model-load",
-            hint="give a hub id or a folder with the model and its tokenizer",
-        ) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_policy(model: str, **kwargs: Any) -> PreTrainedModel:
-    """Causal language model of a folder (an adapter folder included) or hub id.
-
-    Raises:
-        ModelError: it cannot be loaded as one.
-    """
-    try:
-        if (Path(model) / "adapter_config.json").exists():
-            from peft import AutoPeftModelForCausalLM
-
-            return AutoPeftModelForCausalLM.from_pretrained(model, **kwargs)
-        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{model}: cannot be loaded as a causal language model ({_first_line(error)})",
-            code="model-load",
-            hint="give a hub id or a folder with config.json and safetensors weights",
-        ) from None
+MASK_SHOWN = 40
+"""Tokens with the largest and with the smallest weights of a learned mask that are written down."""
 
 
 def bind(method: str, config: LossConfig) -> BoundLoss:
     """The loss of ``train.methods.<method>`` with its parameters checked.
 
     Raises:
-        ConfigError: unknown loss or parameter, value out of range; names the method.
+        ConfigError: unknown loss or parameter, value out of range, a remedy that the loss cannot have.
     """
     try:
-        return resolve(config.loss, config.parameters)
+        loss = resolve(config.loss, config.parameters)
     except ConfigError as error:
         raise ConfigError(f"train.methods.{method}: {error.message}", code=error.code, hint=error.hint) from None
+    if (config.remedy or config.token_mask) and loss.spec.function is None:
+        raise ConfigError(
+            f"train.methods.{method}: {loss.spec.name} has no loss of a pair alone for a remedy or a mask to work on",
+            code="remedy-loss",
+            hint="use them with another loss",
+        )
+    if config.remedy and config.token_mask:
+        raise ConfigError(
+            f"train.methods.{method}: found `remedy` and `token_mask`, expected at most one of them",
+            code="remedy-loss",
+            hint="train them as two methods",
+        )
+    return loss
 
 
 def add_weight(pairs: Dataset, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
@@ -116,7 +94,8 @@ def train_policy(
 ) -> None:
     """Train ``config.model`` on ``pairs`` under one method; write ``model/`` and ``history.json`` into ``output``.
 
-    Resumes from the last checkpoint under ``output/checkpoints`` and removes the checkpoints when done.
+    Resumes from the last whole checkpoint under ``output/checkpoints``; unless ``save_strategy`` asks for them, the
+    checkpoints are removed when done. The history is written last: where it is, nothing is trained again.
 
     Args:
         pairs: pair table; ``margin`` where the loss needs one, ``weight`` where pairs are weighted.
@@ -129,15 +108,23 @@ def train_policy(
     Raises:
         AlignError: anything in the configuration, the model or the pairs that the user can mend.
     """
+    checkpoints = output / CHECKPOINTS
+    if (output / HISTORY).exists():
+        log.info("train %s: there already (%s)", method, output / MODEL)
+        _remove_checkpoints(checkpoints, config)
+        return
     loss = bind(method, config.methods[method])
     tau = float(loss.parameters.get("tau", MADPO_TAU))
     for warning in loss.warnings:
         log.warning("%s", warning)
     pairs, loss = add_weight(pairs, loss)
-    trainer = make_trainer(pairs, config, loss, output, seed=seed, tau=tau, reference_cache=reference_cache)
+    options = config.methods[method]
+    trainer = make_trainer(
+        pairs, config, loss, output, seed=seed, tau=tau, reference_cache=reference_cache, remedy=options.remedy,
+        token_mask=options.token_mask,
+    )  # fmt: skip
     show_pair(trainer.train_dataset[0], trainer.processing_class)
-    checkpoints = output / CHECKPOINTS
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
+    last = last_whole_checkpoint(checkpoints)
     if last is not None:
         log.info("train %s: resuming from %s", method, last)
     show_progress(trainer, f"train {method}")
@@ -146,8 +133,24 @@ def train_policy(
         trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(output / MODEL))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    found = {"method": method, "loss": config.methods[method].model_dump(), "history": history}
-    write_json(output / HISTORY, found | ({"entanglement": probe.records} if probe is not None else {}))
+    found: dict[str, Any] = {"method": method, "loss": options.model_dump(), "history": history}
+    if probe is not None:
+        found["entanglement"] = probe.records
+    if trainer.token_mask is not None:
+        found["token_mask"] = {
+            side: [(trainer.processing_class.decode([token]), weight) for token, weight in tokens]
+            for side, tokens in trainer.token_mask.extremes(MASK_SHOWN).items()
+        }
+    if trainer.is_world_process_zero():
+        (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        write_json(output / HISTORY, found)
+        _remove_checkpoints(checkpoints, config)
+
+
+def _remove_checkpoints(checkpoints: Path, config: TrainConfig) -> None:
+    """Checkpoints that only a stop has left; those that ``save_strategy`` asks for are the user's."""
+    if config.trainer.get("save_strategy", "no") == "no":
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def _probe(trainer: PreferenceTrainer, config: TrainConfig, file: Path) -> EntanglementCallback | None:
@@ -163,7 +166,9 @@ def _probe(trainer: PreferenceTrainer, config: TrainConfig, file: Path) -> Entan
     count = min(config.entanglement.probes, len(trainer.train_dataset))
     batch = trainer.data_collator([trainer.train_dataset[k] for k in range(count)])
     probes = {name: value.to(trainer.accelerator.device) for name, value in batch.items()}
-    callback = EntanglementCallback(trainer.model, probes, trainer.loss, config.entanglement.every, file)
+    callback = EntanglementCallback(
+        trainer.model, probes, trainer.loss, config.entanglement.every, file, lambda: trainer.latest_inputs
+    )
     trainer.add_callback(callback)
     return callback
 
@@ -177,6 +182,8 @@ def make_trainer(
     seed: int,
     tau: float,
     reference_cache: Path | None,
+    remedy: RemedyConfig | None = None,
+    token_mask: TokenMaskConfig | None = None,
 ) -> PreferenceTrainer:
     """A PreferenceTrainer ready to train; see ``train_policy``."""
     transformers.set_seed(seed)
@@ -192,13 +199,15 @@ def make_trainer(
         reference_cache=reference_cache,
         layout=config.layout,
         max_tokens=config.max_tokens_per_device,
-        model=load_policy(config.model, **(args.model_init_kwargs or {"dtype": "float32"})),
+        remedy=remedy,
+        token_mask=token_mask,
+        model=load_policy(
+            config.model,
+            trust_remote_code=args.trust_remote_code,
+            **(args.model_init_kwargs or {"dtype": "float32"}),
+        ),
         args=args,
         train_dataset=pairs,
-        processing_class=load_tokenizer(config.model),
+        processing_class=load_tokenizer(config.model, trust_remote_code=args.trust_remote_code),
         peft_config=build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM"),
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -14,16 +14,20 @@ from trl.trainer.utils import use_adapter
 
 from align.batching import token_batches
 from align.beta_dpo import BetaDpoState, beta_dpo, beta_dpo_step
+from align.config import RemedyConfig, TokenMaskConfig
 from align.errors import ConfigError
 from align.loss_registry import BoundLoss
-from align.losses import PairLogps
+from align.losses import PairLogps, scale_gradient
 from align.stage import read_json, write_json
-from align.training.collator import PAIR_COLUMNS, PairCollator
+from align.training.collator import PAIR_COLUMNS, ROW, PairCollator
+from align.training.guard import FiniteGuard, numbered
 from align.training.layout import LayoutChoice, choose_layout, trim
-from align.training.logps import Layout, pair_logps
+from align.training.logps import Layout, SequenceLogps, pair_logps
 from align.training.packing import packed_tokens
 from align.training.pair_metrics import PairMetrics
 from align.training.reference import reference_key, reference_logps
+from align.training.remedy import GradientRemedy
+from align.training.token_mask import TokenMask
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 REFERENCE_TOKENS = 8192
@@ -45,6 +49,8 @@ class PreferenceTrainer(DPOTrainer):
         reference_cache: folder that keeps reference log-probs between runs, or None.
         layout: how log-probs are computed, see ``choose_layout``.
         max_tokens: tokens of one forward pass; a batch of more is split, with the same gradient. None: never split.
+        remedy: what is done about gradient entanglement, or None.
+        token_mask: a learned mask over the tokens that the loss sees, or None.
         kwargs: those of ``trl.DPOTrainer``.
 
     Raises:
@@ -65,6 +71,8 @@ class PreferenceTrainer(DPOTrainer):
         reference_cache: Path | None = None,
         layout: LayoutChoice = "auto",
         max_tokens: int | None = None,
+        remedy: RemedyConfig | None = None,
+        token_mask: TokenMaskConfig | None = None,
         **kwargs: Any,
     ) -> None:
         args = kwargs["args"]
@@ -82,11 +90,17 @@ class PreferenceTrainer(DPOTrainer):
         self._layout_is_chosen = False
         self.max_tokens = max_tokens
         self.beta_state = BetaDpoState()
+        self.latest_inputs: dict[str, Any] = {}
+        """The last (micro-)batch that was trained on."""
         self._layout_choice = layout
         self._pair_metrics = PairMetrics(beta=loss.beta, tau=tau)
         args.beta = loss.beta
         args.loss_type = ["sigmoid"]
+        kwargs["train_dataset"], ids = numbered(kwargs["train_dataset"])
         super().__init__(**kwargs)
+        scaled = self.accelerator.scaler is not None
+        self.guard = FiniteGuard(ids, lambda pair: self.compute_loss(self.model, pair), scaled=scaled)
+        self.add_callback(self.guard)
         self.data_collator = PairCollator(
             pad_token_id=self.data_collator.pad_token_id,
             max_length=args.max_length,
@@ -94,10 +108,15 @@ class PreferenceTrainer(DPOTrainer):
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
         self._prepare_layout(self.train_dataset)
+        self.remedy = None if remedy is None else GradientRemedy(self.model, loss, remedy, self.accelerator)
+        self.token_mask = None
+        if token_mask is not None:
+            vocabulary = self.model.get_input_embeddings().weight.shape[0]
+            self.token_mask = TokenMask(vocabulary, token_mask, self.accelerator)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, *PAIR_COLUMNS]
+        self._signature_columns = [*self._signature_columns, *PAIR_COLUMNS, ROW]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Reference log-probs as columns, kept on disk under a key of (reference weights, token ids, truncation)."""
@@ -139,18 +158,22 @@ class PreferenceTrainer(DPOTrainer):
                 choose_layout(self.ref_model, sample, self.layout)
 
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Log-probs [B], [B] of the chosen and rejected responses under the reference: the adapter off, no gradient."""
+        """Log-probs [B], [B] of the chosen and rejected responses under the reference, without gradient."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            inputs = {name: value for name, value in inputs.items() if name not in PAIR_COLUMNS}
+            inputs = {name: value for name, value in inputs.items() if name not in (*PAIR_COLUMNS, ROW)}
             return super().compute_ref_log_probs(model, inputs)
+        found = self._under_reference(inputs)
+        return found.chosen, found.rejected
+
+    def _under_reference(self, inputs: dict[str, Any]) -> SequenceLogps:
+        """Log-probs under the reference: the adapter off where it is the policy's own base."""
         off: AbstractContextManager[None] = nullcontext()
         if self.ref_model is None and hasattr(self.model, "peft_config"):
             policy = self.accelerator.unwrap_model(self.model)
             off = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), checkpointing, off, self.accelerator.autocast():
-            found = pair_logps(model, inputs, self.layout)
-        return found.chosen, found.rejected
+            return pair_logps(self._reference, inputs, self.layout)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Pairs of one optimizer step, over its micro-batches and all processes."""
@@ -169,15 +192,18 @@ class PreferenceTrainer(DPOTrainer):
         total += super().training_step(model, last, num_items_in_batch)
         self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
         if self.accelerator.sync_gradients:
+            if self.token_mask is not None:
+                self.token_mask.step()
             self._log_pairs("train")
         return total
 
     def _micro_batches(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         """The batch split under the token budget, pairs of like length together.
 
-        beta-DPO is not split: its beta comes from the whole batch.
+        beta-DPO is not split: its beta comes from the whole batch. Nor is a remedy with one factor for a batch.
         """
-        if self.max_tokens is None or self.loss.spec.function is None:
+        whole = self.loss.spec.function is None or (self.remedy is not None and self.remedy.of_whole_batches)
+        if self.max_tokens is None or whole:
             return [inputs]
         if self.layout == "shared_prefix":
             batches = token_batches(packed_tokens(inputs).tolist(), self.max_tokens, padded=False)
@@ -198,14 +224,18 @@ class PreferenceTrainer(DPOTrainer):
         The step's loss is so the mean over its pairs whatever way they are split into micro-batches and over
         processes (whose gradients the launcher averages). Without ``num_items_in_batch`` it is the mean of ``inputs``.
         """
-        policy = pair_logps(model, inputs, self.layout)
+        training = self.model.training
         if self.precompute_ref_logps:
             ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
             ref_chosen, ref_rejected = self.compute_ref_log_probs(self._reference, inputs)
+        if training:
+            self.latest_inputs = inputs
+        of_chosen, of_rejected = self._gradient_factors(inputs, ref_chosen, ref_rejected)
+        policy = pair_logps(model, inputs, self.layout)
         logps = PairLogps(
-            chosen=policy.chosen,
-            rejected=policy.rejected,
+            chosen=scale_gradient(policy.chosen, of_chosen),
+            rejected=scale_gradient(policy.rejected, of_rejected),
             ref_chosen=ref_chosen,
             ref_rejected=ref_rejected,
             chosen_length=policy.chosen_length,
@@ -213,8 +243,22 @@ class PreferenceTrainer(DPOTrainer):
         )
         margin: Tensor | None = inputs.get("margin")
         weight: Tensor = inputs.get("weight", torch.ones_like(ref_chosen))
-        per_pair = self._adaptive_beta(logps) if self.loss.spec.function is None else self.loss(logps, margin)
-        training = self.model.training
+        if self.loss.spec.function is None:
+            per_pair = self._adaptive_beta(logps)
+        elif self.token_mask is not None:
+            per_pair = self._masked_loss(policy, inputs, margin)
+        else:
+            per_pair = self.loss(logps, margin)
+        if training:
+            shown = {
+                "chosen": logps.chosen,
+                "rejected": logps.rejected,
+                "reference chosen": ref_chosen,
+                "reference rejected": ref_rejected,
+                "margin": margin,
+                "weight": weight,
+            }
+            self.guard.look(inputs, weight * per_pair, shown)
         pairs: Tensor | float = len(per_pair)
         if training and num_items_in_batch is not None:
             pairs = num_items_in_batch / self.accelerator.num_processes
@@ -223,6 +267,28 @@ class PreferenceTrainer(DPOTrainer):
         if not training:
             self._log_pairs("eval")
         return (loss, policy.tokens) if return_outputs else loss
+
+    def _gradient_factors(
+        self, inputs: dict[str, Any], ref_chosen: Tensor, ref_rejected: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Factors [B], [B] of the chosen and the rejected gradients; 1 without a remedy."""
+        if self.remedy is None or not self.model.training:
+            return torch.ones_like(ref_chosen), torch.ones_like(ref_rejected)
+        of_chosen, of_rejected = self.remedy.factors(inputs, ref_chosen, ref_rejected)
+        touched = (of_chosen != 1) | (of_rejected != 1)
+        for name, values in (("chosen", of_chosen), ("rejected", of_rejected), ("touched", touched.float())):
+            self._metrics["train"][f"remedy/{name}"].append(float(self.accelerator.gather(values).mean()))
+        return of_chosen, of_rejected
+
+    def _masked_loss(self, policy: SequenceLogps, inputs: dict[str, Any], margin: Tensor | None) -> Tensor:
+        """Loss [B] of the tokens that the mask lets through, its price added while training."""
+        assert self.token_mask is not None
+        reference = self._under_reference(inputs).tokens.logps
+        ids, completion = inputs["input_ids"], inputs["completion_mask"]
+        masked, price, left = self.token_mask(policy.tokens.logps, reference, ids, completion)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["token_mask/left"].append(float(self.accelerator.gather(left).mean()))
+        return self.loss(masked, margin) + (price if self.model.training else 0.0)
 
     def _log_pairs(self, mode: str) -> None:
         for name, value in self._pair_metrics.flush(self.accelerator.gather).items():
@@ -252,13 +318,22 @@ class PreferenceTrainer(DPOTrainer):
         return beta_dpo(logps, beta=beta, keep=own_keep, scale=keep.numel() / int(keep.sum()))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            write_json(folder / LOSS_STATE, self.beta_state.to_dict())
+            folder.mkdir(parents=True, exist_ok=True)
+            remedy = None if self.remedy is None else self.remedy.to_dict()
+            write_json(folder / LOSS_STATE, self.beta_state.to_dict() | {"remedy": remedy})
+            if self.token_mask is not None:
+                self.token_mask.save(folder)
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         file = Path(resume_from_checkpoint) / LOSS_STATE
         if file.exists():
-            self.beta_state = BetaDpoState.from_dict(read_json(file))
+            state = read_json(file)
+            self.beta_state = BetaDpoState.from_dict(state)
+            if self.remedy is not None:
+                self.remedy.load(state["remedy"])
+            if self.token_mask is not None:
+                self.token_mask.load(file.parent)

@@ -1,13 +1,16 @@
 """`align entangle` on the command line, with a tiny model; the real small one where marked."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -63,6 +66,73 @@ def test_an_adapter_is_measured_against_its_base(tiny_policy: Path, pairs: Path,
     assert np.abs(table["logp_chosen_change"]).max() > 1e-3
     trained = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["run"]["parameters"] == trained
+
+
+def trained(tiny_policy: Path, folder: Path, **trainer: Any) -> None:
+    """A run ``runs/r`` of DPO on eight pairs at a rate that moves every response."""
+    (folder / "eight.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(8)))
+    fields = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.03, "bf16": False, "use_cpu": True}
+    run = {
+        "name": "r",
+        "pairs": {"path": "eight.jsonl"},
+        "train": {"model": str(tiny_policy), "methods": {"dpo": {"loss": "dpo"}}, "trainer": fields | trainer},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    done = align("train", "run.yaml", folder=folder)
+    assert done.returncode == 0, done.stderr
+
+
+def test_trace_over_checkpoints(tiny_policy: Path, tmp_path: Path) -> None:
+    """One point per checkpoint, log-probs as the checkpoints have them; the second call measures nothing."""
+    trained(tiny_policy, tmp_path, save_strategy="steps", save_steps=2)
+    command = ["entangle", "trace", "runs/r", "--method", "dpo"]
+    done = align(*command, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "r" / "trace-dpo"
+    found = json.loads((folder / "trace.json").read_text())
+    assert [point["step"] for point in found["points"]] == [2, 4, 6]
+    assert [(row["from"], row["to"]) for row in found["intervals"]] == [(2, 4), (4, 6)]
+    tables = [Dataset.from_parquet(str(folder / f"step-{step:06d}" / "entanglement.parquet")) for step in (2, 4, 6)]
+    for point, table in zip(found["points"], tables, strict=True):
+        assert point["chosen_change"] == pytest.approx(np.mean(table["logp_chosen_change"]))
+        assert table["id"] == tables[0]["id"] and len(table) == 8
+    gaps = [np.mean(table["logp_chosen"]) - np.mean(table["logp_rejected"]) for table in tables]
+    assert gaps[2] > gaps[0]
+    levels = [point["chosen_change"] for point in found["points"]]
+    assert found["peak_step"] == [2, 4, 6][int(np.argmax(levels))]
+    page = (folder / "report.html").read_text()
+    assert "<script" not in page and found["sentence"].split(";")[0] in page
+    again = align(*command, folder=tmp_path)
+    assert again.returncode == 0 and again.stderr.count("up to date, skipped") == 3
+
+
+def test_trace_needs_a_training_with_checkpoints(tiny_policy: Path, tmp_path: Path) -> None:
+    trained(tiny_policy, tmp_path)
+    for method, message in (
+        ("dpo", "no checkpoint to measure"),
+        ("madpo", "no finished training (methods here: dpo)"),
+    ):
+        done = align("entangle", "trace", "runs/r", "--method", method, folder=tmp_path)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_two_processes_measure_what_one_does(tiny_policy: Path, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(40)))
+    command = ["entangle", "report", "pairs.jsonl", "--model", str(tiny_policy), "--shown", "1", "--output"]
+    assert align(*command, "one", folder=tmp_path).returncode == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29573"]
+    done = subprocess.run(
+        [*launcher, "-m", "align.cli", *command, "two"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        Dataset.from_parquet(str(tmp_path / name / "measurements" / "entanglement.parquet")) for name in ("one", "two")
+    )
+    assert one["id"] == two["id"] and one["verdict"] == two["verdict"]
+    for name in ("chosen_sq", "rejected_sq", "inner", "logp_chosen", "step_chosen"):
+        assert np.allclose(one[name], two[name], rtol=1e-5), name
+    assert (tmp_path / "two" / "report.html").exists()
 
 
 def test_check(tiny_policy: Path, pairs: Path, tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+"""Checkpoints of a training that may have died at any moment, while it wrote one included."""
+
+import json
+import shutil
+from pathlib import Path
+
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from align.console import log
+
+STATE = "trainer_state.json"
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint under ``folder`` that was written to its end; newer, unfinished ones are removed.
+
+    The trainer writes the state last, so a checkpoint whose state can be read is whole.
+
+    Args:
+        folder: ``output_dir`` of the trainer; it need not exist.
+    """
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
+    for checkpoint in sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True):
+        if _is_whole(checkpoint):
+            return str(checkpoint)
+        log.warning("%s: not written to its end, left out", checkpoint)
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        state = TrainerState.load_from_json(str(checkpoint / STATE))
+    except (OSError, json.JSONDecodeError, TypeError):
+        return False
+    return f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" == checkpoint.name

@@ -1,0 +1,236 @@
+"""`align pairs build`: completions of each prompt, scored, to a table of preference pairs."""
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from scipy.special import expit
+
+from align.config import PairsConfig
+from align.console import log
+from align.errors import ConfigError, DataError, listed
+from align.estimates import Estimate, bootstrap_mean
+from align.generation.pair_choice import Guard, Mode, choose_pairs
+from align.generation.run import check_output, find_completions
+from align.generation.scoring import ScorerChoice, score_in_chunks
+from align.pair_sources import read_rows
+from align.pairs import summarize, write_pairs
+from align.stage import Stage, fingerprint_source, run_stage, write_json
+
+DROPPED = "dropped.jsonl"
+METRICS = "metrics.json"
+CACHE = "scores"
+ANY = (0.0, float("inf"))
+
+
+@dataclass(frozen=True, slots=True)
+class BuildSettings:
+    """What `align pairs build` is asked for.
+
+    Raises:
+        ConfigError: a number is out of range, or a ratio is asked of scores that are no probabilities.
+    """
+
+    scorer: ScorerChoice
+    mode: Mode = "best_worst"
+    guard_margin: float = 0.0
+    """Least difference of the scores of a pair: of P(yes) for a yes-no judge, else of the rewards."""
+    guard_ratio: float | None = None
+    """A rejected score is at most this times the chosen one; for a yes-no judge only."""
+    band: tuple[float, float] | None = None
+    """Least and largest difference of the scores, for ``band``; any where absent."""
+    temperature: float = 1.0
+    """Rewards are divided by it: above 1 it softens a scorer that is too sure of itself."""
+
+    def __post_init__(self) -> None:
+        low, high = self.band or ANY
+        problems = []
+        if self.mode not in ("best_worst", "band", "all"):
+            problems.append(f"--mode {self.mode}: expected best_worst, band or all")
+        if self.band is not None and self.mode != "band":
+            problems.append(f"--band: means nothing under --mode {self.mode}")
+        if self.guard_margin < 0 or self.temperature <= 0 or not 0 <= low <= high:
+            problems.append("--guard-margin and --band: expected numbers from 0 up; --temperature: one above 0")
+        if self.guard_ratio is not None and not 0 < self.guard_ratio <= 1:
+            problems.append(f"--guard-ratio {self.guard_ratio}: expected a number in (0, 1]")
+        if self.guard_ratio is not None and not self.scorer.probabilities:
+            problems.append(f"--guard-ratio: {self.scorer.name} gives rewards, which have no zero; use --guard-margin")
+        if problems:
+            raise ConfigError("\n".join(problems), code="pairs-option")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One completion of a prompt."""
+
+    sample: int
+    completion: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt and its different, non-empty completions."""
+
+    id: str
+    prompt: Any
+    group: str | None
+    candidates: list[Candidate]
+    left_out: Counter[str]
+    """Completions that are empty or the same as an earlier one."""
+
+
+def build_pairs(completions: Path, settings: BuildSettings, output: Path) -> Stage:
+    """Write ``pairs.parquet``, ``dropped.jsonl`` (prompts without a pair, with the reason) and ``metrics.json``.
+
+    Columns: those of a pair table with ``reward_chosen``, ``reward_rejected`` and ``margin``; and the provenance
+    ``prompt_id``, ``sample_chosen``, ``sample_rejected``, ``scorer``, ``mode``; for a yes-no judge also
+    ``probability_chosen``, ``probability_rejected`` and ``soft_label`` (the sigmoid of the margin).
+
+    Raises:
+        AlignError: the completions or the scorer cannot be used, or no pair is left.
+    """
+    check_output(output)
+    file = find_completions(completions)
+    groups = read_groups(file)
+    log.info("pairs: %d prompts of %s, scored by %s, mode %s -> %s",
+             len(groups), file, settings.scorer.name, settings.mode, output)  # fmt: skip
+    inputs = {
+        "completions": fingerprint_source(str(file)),
+        "scorer": fingerprint_source(settings.scorer.model),
+        "settings": asdict(settings),
+    }
+    return run_stage("pairs-build", output, inputs, lambda folder: _work(groups, settings, folder))
+
+
+def read_groups(file: Path) -> list[Group]:
+    """The completions of a file that ``align generate`` wrote, by prompt, in the order of the file.
+
+    Raises:
+        DataError: the file cannot be read, or rows lack ``id``, ``prompt`` or ``completion`` (the first 20, a count).
+    """
+    problems: list[str] = []
+    groups: dict[str, Group] = {}
+    seen: dict[str, set[str]] = {}
+    for row in read_rows(PairsConfig(path=str(file))):
+        values = row.values
+        missing = [name for name in ("id", "prompt", "completion") if values.get(name) is None]
+        if row.unreadable or missing:
+            problems.append(f"row {row.number}: {row.unreadable or 'found no ' + ', '.join(missing)}")
+            continue
+        key = str(values["id"])
+        group = groups.setdefault(key, Group(key, values["prompt"], values.get("group"), [], Counter()))
+        if values["prompt"] != group.prompt:
+            problems.append(f"row {row.number}: found another prompt than in the rows before with id {key!r}")
+            continue
+        text = plain_text(values["completion"]).strip()
+        known = seen.setdefault(key, set())
+        if not text or text in known:
+            group.left_out["repeated" if text else "empty"] += 1
+            continue
+        known.add(text)
+        group.candidates.append(Candidate(int(values.get("sample") or 0), values["completion"]))
+    if problems:
+        raise DataError(
+            f"{file}: {len(problems)} rows cannot be used:\n{listed(problems)}",
+            code="completion-row",
+            hint="expected rows as `align generate` writes them: id, prompt, sample, completion",
+        )
+    return list(groups.values())
+
+
+def plain_text(completion: Any) -> str:
+    """The text of a completion, of messages their contents."""
+    return completion if isinstance(completion, str) else "\n".join(str(turn["content"]) for turn in completion)
+
+
+def _work(groups: list[Group], settings: BuildSettings, folder: Path) -> None:
+    flat = [(group, candidate) for group in groups if len(group.candidates) > 1 for candidate in group.candidates]
+    rewards = score_in_chunks(
+        settings.scorer.load,
+        [group.prompt for group, _ in flat],
+        [candidate.completion for _, candidate in flat],
+        folder / CACHE,
+    ) / settings.temperature  # fmt: skip
+    position = 0
+    pairs: list[dict[str, Any]] = []
+    dropped: list[dict[str, Any]] = []
+    guarded = 0
+    for group in groups:
+        count = len(group.candidates) if len(group.candidates) > 1 else 0
+        made, against = _pairs_of(group, rewards[position : position + count], settings)
+        position += count
+        guarded += against
+        pairs += made
+        if not made:
+            reason = "fewer than two different completions" if not count else "no two scores far enough apart"
+            dropped.append({"id": group.id, "prompt": group.prompt, "reason": reason})
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in dropped)
+    (folder / DROPPED).write_text("".join(lines), encoding="utf-8")
+    if not pairs:
+        raise DataError(
+            f"no pair is left of {len(groups)} prompts: {dict(Counter(row['reason'] for row in dropped))}",
+            code="pairs-none",
+            hint="sample more completions, or lower the guard",
+        )
+    table = Dataset.from_list(pairs)
+    write_pairs(table, folder)
+    shutil.rmtree(folder / CACHE)
+    left_out = sum((group.left_out for group in groups), Counter[str]())
+    metrics = summarize(table) | {
+        "prompts_without_pair": len(dropped),
+        "pairs_dropped_by_guard": guarded,
+        "completions_empty": left_out["empty"],
+        "completions_repeated": left_out["repeated"],
+        "mean_margin": float(np.mean(table["margin"])),
+        "mean_reward": _mean_reward(flat, rewards).to_dict(),
+    }
+    write_json(folder / METRICS, metrics)
+    log.info("pairs: %d of %d prompts; %d pairs dropped by the guard", len(table), len(groups), guarded)
+
+
+def _mean_reward(flat: list[tuple[Group, Candidate]], rewards: np.ndarray) -> Estimate:
+    """Mean reward of the different completions of a prompt, over the prompts that have two or more."""
+    by_prompt: dict[str, list[float]] = {}
+    for (group, _), reward in zip(flat, rewards.tolist(), strict=True):
+        by_prompt.setdefault(group.id, []).append(reward)
+    return bootstrap_mean([float(np.mean(values)) for values in by_prompt.values()], seed=0)
+
+
+def _pairs_of(group: Group, rewards: np.ndarray, settings: BuildSettings) -> tuple[list[dict[str, Any]], int]:
+    """(rows of the pair table, pairs that the guard dropped) of one prompt."""
+    scores = expit(rewards * settings.temperature) if settings.scorer.probabilities else rewards
+    guard = Guard(settings.guard_margin, settings.guard_ratio)
+    chosen_pairs, dropped = choose_pairs(scores.tolist(), settings.mode, guard, band=settings.band or ANY)
+    rows = []
+    for best, worst in chosen_pairs:
+        first, second = group.candidates[best], group.candidates[worst]
+        margin = float(rewards[best] - rewards[worst])
+        row: dict[str, Any] = {
+            "id": f"{group.id}:{first.sample}-{second.sample}",
+            "prompt": group.prompt,
+            "chosen": first.completion,
+            "rejected": second.completion,
+            "reward_chosen": float(rewards[best]),
+            "reward_rejected": float(rewards[worst]),
+            "margin": margin,
+            "prompt_id": group.id,
+            "sample_chosen": first.sample,
+            "sample_rejected": second.sample,
+            "scorer": settings.scorer.name,
+            "mode": settings.mode,
+        }
+        if settings.scorer.probabilities:
+            row |= {
+                "probability_chosen": float(scores[best]),
+                "probability_rejected": float(scores[worst]),
+                "soft_label": float(expit(margin)),
+            }
+        if group.group is not None:
+            row["group"] = group.group
+        rows.append(row)
+    return rows, dropped

@@ -1,0 +1,62 @@
+"""From the scores of one prompt's completions to preference pairs. Pure; scores are higher for better completions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+Mode = Literal["best_worst", "band", "all"]
+Chosen = tuple[int, int]
+"""Index of the chosen and of the rejected completion."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Against false negatives: a rejected completion that is as good as the chosen one.
+
+    A pair is dropped where its scores differ by less than ``margin``, or where the rejected score is above ``ratio``
+    times the chosen one. The ratio means something only for probabilities: rewards have no zero, so a shift of all of
+    them must not change which pairs are kept (LG-ANNA-Embedding, arXiv 2506.07438, uses 0.95 on similarities;
+    UniME-V2, arXiv 2510.13515, a margin of 0.01 on P(yes)).
+    """
+
+    margin: float = 0.0
+    """Least difference of the scores, >= 0. Scores that are equal never make a pair."""
+    ratio: float | None = None
+    """In (0, 1], for scores in [0, 1]."""
+
+    def passes(self, chosen: float, rejected: float) -> bool:
+        """Whether a pair with these scores may be kept."""
+        apart = chosen > rejected and chosen - rejected >= self.margin
+        return apart and (self.ratio is None or rejected <= self.ratio * chosen)
+
+
+def choose_pairs(
+    scores: Sequence[float], mode: Mode, guard: Guard, *, band: tuple[float, float] = (0.0, float("inf"))
+) -> tuple[list[Chosen], int]:
+    """(pairs, the number of pairs that ``mode`` chose and ``guard`` dropped); ties go to the smaller index.
+
+    ``best_worst``: the best completion against the worst. ``band``: the best against the hardest one, that is the best
+    of those whose score lies between the two ends of ``band`` below it. ``all``: every two of the K completions, the
+    better one chosen: K (K - 1) / 2 pairs.
+
+    Args:
+        scores: of the K completions of one prompt.
+        mode: which pairs.
+        guard: which of them to drop.
+        band: least and largest margin, for ``band``.
+    """
+    if len(scores) < 2:
+        return [], 0
+    order = sorted(range(len(scores)), key=lambda k: (-scores[k], k))
+    best = order[0]
+    if mode == "best_worst":
+        wanted = [(best, order[-1])]
+    elif mode == "band":
+        low, high = band
+        inside = [k for k in order[1:] if low <= scores[best] - scores[k] <= high]
+        wanted = [(best, inside[0])] if inside else []
+    else:
+        wanted = list(combinations(order, 2))
+    kept = [pair for pair in wanted if guard.passes(scores[pair[0]], scores[pair[1]])]
+    return kept, len(wanted) - len(kept)

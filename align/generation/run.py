@@ -1,0 +1,213 @@
+"""`align generate`: prompts in, one table of completions out; a stopped run goes on with the prompts that are left."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from align.config import PairsConfig
+from align.console import log
+from align.errors import ConfigError, DataError
+from align.generation.base import Completion, Sampling, show_tokens
+from align.generation.engines import Choice, choose_engine, make_engine
+from align.generation.prompts import PromptRow, read_prompts
+from align.stage import MANIFEST, Stage, digest, fingerprint_source, run_stage, write_json
+
+FINISHED = "finished.jsonl"
+"""One line for each finished prompt, while a run is under way."""
+STEM = "completions"
+METRICS = "metrics.json"
+Format = Literal["jsonl", "parquet"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateSettings:
+    """What `align generate` is asked for."""
+
+    model: str
+    sampling: Sampling
+    engine: Choice = "auto"
+    base_url: str | None = None
+    batch_size: int = 32
+    format: Format = "parquet"
+    options: dict[str, Any] = field(default_factory=dict)
+    """Passed to the engine; see ``make_engine``."""
+
+
+def generate_completions(source: PairsConfig, settings: GenerateSettings, output: Path) -> Stage:
+    """Write ``completions.parquet`` (or ``.jsonl``) and ``metrics.json`` into ``output``; skipped where up to date.
+
+    One row for each completion: ``id`` of the prompt, ``group`` where the prompts have it, ``sample`` (0 to n - 1),
+    ``prompt``, ``completion`` (text, or one assistant message), ``tokens``, ``finish_reason``, and ``token_ids`` and
+    ``logprobs`` where log-probs are asked for. Each prompt is kept as soon as it is finished, and a rerun under the
+    same settings does not repeat it; its random numbers depend on its id, so the result is that of one run.
+
+    Raises:
+        AlignError: the prompts, the model, the engine or an option cannot be used.
+    """
+    return complete_prompts(read_prompts(source), source.path, settings, output)
+
+
+def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSettings, output: Path) -> Stage:
+    """``generate_completions`` of prompts that are read already; ``source`` is said in the log."""
+    check_output(output)
+    chosen, why = choose_engine(settings.engine, base_url=settings.base_url)
+    log.info(
+        "generate: %d prompts of %s, %d each, by %s on %s (%s), seed %d -> %s",
+        len(prompts), source, settings.sampling.n, settings.model, chosen, why, settings.sampling.seed, output,
+    )  # fmt: skip
+    inputs = {
+        "prompts": digest([asdict(prompt) for prompt in prompts]),
+        "model": settings.model,
+        "content": fingerprint_source(settings.model),
+        "engine": chosen,
+        "options": settings.options,
+        "sampling": asdict(settings.sampling),
+        "format": settings.format,
+    }
+    return run_stage("generate", output, inputs, lambda folder: _work(prompts, settings, chosen, folder))
+
+
+def check_output(output: Path) -> None:
+    """
+    Raises:
+        ConfigError: ``output`` holds something that no stage wrote and that a stage would replace.
+    """
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).exists()):
+        raise ConfigError(
+            f"{output}: found other files there, expected a new folder or the result of an earlier run",
+            code="output-folder",
+            hint="give another --output",
+        )
+
+
+def find_completions(path: Path) -> Path:
+    """The table in a folder that ``generate_completions`` wrote; a file stands for itself.
+
+    Raises:
+        DataError: the folder holds none.
+    """
+    if not path.is_dir():
+        return path
+    for suffix in ("parquet", "jsonl"):
+        if (path / f"{STEM}.{suffix}").exists():
+            return path / f"{STEM}.{suffix}"
+    raise DataError(
+        f"{path}: holds no {STEM}.parquet or {STEM}.jsonl", code="data-missing", hint="run `align generate`"
+    )
+
+
+def as_completion(prompt: Any, text: str) -> Any:
+    """A completion in the form of its prompt: text, or one assistant message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _work(prompts: list[PromptRow], settings: GenerateSettings, chosen: Choice, folder: Path) -> None:
+    start = time.monotonic()
+    file = folder / FINISHED
+    finished = read_finished(file, settings.sampling.n)
+    left = [prompt for prompt in prompts if prompt.id not in finished]
+    if finished:
+        log.info("generate: %d of %d prompts are finished already", len(prompts) - len(left), len(prompts))
+    loaded, new_tokens = start, 0
+    if left:
+        engine = make_engine(
+            chosen, settings.model, batch_size=settings.batch_size, base_url=settings.base_url,
+            options=settings.options,
+        )  # fmt: skip
+        loaded = time.monotonic()
+        stream = engine.stream([row.prompt for row in left], settings.sampling, [row.id for row in left])
+        with file.open("a", encoding="utf-8") as out:
+            for index, completions in show_tokens(stream, len(left)):
+                finished[left[index].id] = [asdict(completion) for completion in completions]
+                new_tokens += sum(len(completion.token_ids) for completion in completions)
+                line = {"id": left[index].id, "completions": finished[left[index].id]}
+                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                out.flush()
+    done = time.monotonic()
+    _write_table(list(_rows(prompts, finished, settings)), settings.format, folder)
+    _write_metrics(finished, chosen, new_tokens, loaded - start, done - loaded, folder)
+    file.unlink(missing_ok=True)
+
+
+def read_finished(file: Path, n: int) -> dict[str, list[dict[str, Any]]]:
+    """Completions by prompt id of a run that was stopped; a torn last line is cut off the file.
+
+    Args:
+        file: JSONL, one finished prompt a line; missing where the run is new.
+        n: completions of a finished prompt.
+    """
+    if not file.exists():
+        return {}
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with file.open("r+b") as stream:
+            stream.truncate(len(whole))
+    rows = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+    return {row["id"]: row["completions"] for row in rows if len(row["completions"]) == n}
+
+
+def _rows(
+    prompts: list[PromptRow], finished: dict[str, list[dict[str, Any]]], settings: GenerateSettings
+) -> Iterator[dict[str, Any]]:
+    grouped = any(prompt.group is not None for prompt in prompts)
+    for prompt in prompts:
+        for sample, found in enumerate(finished[prompt.id]):
+            completion = Completion(**found)
+            row: dict[str, Any] = {"id": prompt.id} | ({"group": prompt.group} if grouped else {})
+            row |= {
+                "sample": sample,
+                "prompt": prompt.prompt,
+                "completion": as_completion(prompt.prompt, completion.text),
+                "tokens": len(completion.token_ids),
+                "finish_reason": completion.finish_reason,
+            }
+            if settings.sampling.logprobs:
+                row |= {"token_ids": completion.token_ids, "logprobs": completion.logprobs}
+            yield row
+
+
+def _write_table(rows: list[dict[str, Any]], form: Format, folder: Path) -> None:
+    file = folder / f"{STEM}.{form}"
+    temporary = file.with_name(file.name + ".tmp")
+    if form == "jsonl":
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
+    temporary.replace(file)
+
+
+def _write_metrics(
+    finished: dict[str, list[dict[str, Any]]],
+    engine: str,
+    new_tokens: int,
+    loading: float,
+    generating: float,
+    folder: Path,
+) -> None:
+    completions = [completion for group in finished.values() for completion in group]
+    tokens = sum(len(completion["token_ids"]) for completion in completions)
+    metrics = {
+        "engine": engine,
+        "prompts": len(finished),
+        "completions": len(completions),
+        "tokens": tokens,
+        "mean_tokens": tokens / len(completions),
+        "stopped_share": sum(one["finish_reason"] == "stop" for one in completions) / len(completions),
+        "empty": sum(not one["text"].strip() for one in completions),
+        "last_session": {
+            "tokens": new_tokens,
+            "seconds_loading": loading,
+            "seconds_generating": generating,
+            "tokens_per_second": new_tokens / generating if new_tokens else None,
+        },
+    }
+    write_json(folder / METRICS, metrics)
+    rate = f", {new_tokens / generating:.3g} tokens/s" if new_tokens else ""
+    log.info("generate: %d completions of %d prompts, %d tokens%s", len(completions), len(finished), tokens, rate)

@@ -1,0 +1,107 @@
+"""Scoring completions with a reward model or a judge, a chunk at a time, so that a stopped scoring goes on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.config import nearest
+from align.errors import ConfigError
+from reward_models.judges import JUDGES, YES_NO, make_judge
+
+CHUNK = 512
+Score = Callable[[Sequence[Any], Sequence[Any]], np.ndarray]
+"""(prompts [N], completions [N]) -> rewards, float64 [N]."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScorerChoice:
+    """A reward model or a judge, not loaded yet.
+
+    Raises:
+        ConfigError: none or both are named, or there is no such judge.
+    """
+
+    reward_model: str | None = None
+    """Folder or hub id."""
+    judge: str | None = None
+    """See ``make_judge``."""
+    batch_tokens: int = 4096
+    """Padded tokens per forward pass."""
+    max_length: int = 2048
+    """Tokens of one text."""
+
+    def __post_init__(self) -> None:
+        if (self.reward_model is None) == (self.judge is None):
+            raise ConfigError("give either a reward model or a judge", code="config-option")
+        if self.judge is not None and self.judge not in JUDGES and not self.probabilities:
+            known = [*JUDGES, f"{YES_NO}:MODEL"]
+            raise ConfigError(f"judge {self.judge!r} is not known{nearest(self.judge, known)}", code="judge-name")
+
+    @property
+    def name(self) -> str:
+        """As provenance."""
+        return self.reward_model or str(self.judge)
+
+    @property
+    def model(self) -> str:
+        """Folder or hub id whose content decides the scores; the judge's name where it has no model."""
+        return self.reward_model or str(self.judge).removeprefix(f"{YES_NO}:")
+
+    @property
+    def probabilities(self) -> bool:
+        """Whether the sigmoid of a reward is the P(yes) of a judge."""
+        return self.judge is not None and self.judge.startswith(f"{YES_NO}:") and self.judge != f"{YES_NO}:"
+
+    def load(self) -> Score:
+        """The scorer. Of a yes-no judge the reward is its log-odds, log P(yes) - log P(no): the sigmoid of a margin is
+        then the probability that the judge says yes to the chosen one, given that it says yes to exactly one of the
+        two.
+
+        Raises:
+            ModelError: the model cannot be used.
+        """
+        if self.probabilities:
+            from reward_models.llm_judge import YesNoJudge
+
+            return YesNoJudge(self.model, batch_tokens=self.batch_tokens, max_length=self.max_length).log_odds
+        if self.judge is not None:
+            return make_judge(self.judge).score
+        from reward_models.score import RewardScorer
+        from reward_models.text import render
+
+        scorer = RewardScorer(self.model, batch_tokens=self.batch_tokens, max_length=self.max_length)
+
+        def rewards(prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
+            rows = zip(prompts, completions, strict=True)
+            return scorer.score_texts([render(prompt, completion, scorer.tokenizer) for prompt, completion in rows])
+
+        return rewards
+
+
+def score_in_chunks(
+    load: Callable[[], Score], prompts: Sequence[Any], completions: Sequence[Any], cache: Path
+) -> np.ndarray:
+    """Rewards [N] in the order given.
+
+    Args:
+        load: gives the scorer; called once, when the first chunk needs it.
+        prompts: N prompts.
+        completions: N completions.
+        cache: folder that keeps each finished chunk; valid for the same scorer, prompts and completions only.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    score: Score | None = None
+    parts = [np.empty(0)]
+    for start in range(0, len(prompts), CHUNK):
+        file = cache / f"{start:010d}.npy"
+        if not file.exists():
+            score = score or load()
+            part = slice(start, start + CHUNK)
+            temporary = file.with_suffix(".tmp.npy")
+            np.save(temporary, score(prompts[part], completions[part]), allow_pickle=False)
+            temporary.replace(file)
+        parts.append(np.load(file, allow_pickle=False))
+    return np.concatenate(parts)

@@ -1,0 +1,218 @@
+"""Generation by a running OpenAI-compatible server, such as ``vllm serve MODEL``."""
+
+import os
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import httpx
+
+from align.config import nearest
+from align.console import log
+from align.errors import ConfigError, DataError, EnvironmentProblem, ModelError
+from align.generation.base import Completion, Sampling, gather, prompt_keys, sample_seed
+
+DEFAULT_URL = "http://localhost:8000/v1"
+KEY_VARIABLE = "OPENAI_API_KEY"
+RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+LONGEST_WAIT_SECONDS = 60.0
+
+
+class ServerEngine:
+    """Bounded concurrency, retries with exponential backoff, a seed for every sample of every prompt.
+
+    Text goes to ``/completions``, messages to ``/chat/completions`` where the server applies its chat template. The
+    server must return token ids (vLLM 0.10.2 or newer does). What VllmEngine says of batches holds here too. An API
+    key is read from the environment variable ``OPENAI_API_KEY``.
+
+    Args:
+        model: name under which the server serves it; of an adapter, the name given to ``--lora-modules``.
+        base_url: the server's address, ending in ``/v1``.
+        concurrency: requests under way at once.
+        attempts: tries for each request.
+        first_wait: seconds before the second try; doubled for each further one, with jitter.
+        timeout: seconds that one request may take.
+
+    Raises:
+        EnvironmentProblem: the server cannot be reached.
+        ModelError: it does not serve the model.
+    """
+
+    name = "server"
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str = DEFAULT_URL,
+        concurrency: int = 64,
+        attempts: int = 6,
+        first_wait: float = 0.5,
+        timeout: float = 600.0,
+    ) -> None:
+        if concurrency < 1 or attempts < 1:
+            raise ConfigError(
+                f"server engine: found concurrency {concurrency} and attempts {attempts}, expected 1 or more",
+                code="engine-option",
+            )
+        self.model = model
+        self.base_url = base_url.rstrip("/")
+        self.concurrency = concurrency
+        self.attempts = attempts
+        self.first_wait = first_wait
+        key = os.environ.get(KEY_VARIABLE)
+        self.client = httpx.Client(
+            timeout=timeout,
+            limits=httpx.Limits(max_connections=concurrency),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+        )
+        self._stopping = threading.Event()
+        served = [str(entry.get("id")) for entry in self._request("GET", "/models").get("data", [])]
+        if model not in served:
+            raise ModelError(
+                f"{self.base_url} does not serve {model!r}{nearest(model, served)}",
+                code="server-model",
+                hint="give --model the name that the server uses",
+            )
+
+    def generate(
+        self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
+    ) -> list[list[Completion]]:
+        """``sampling.n`` completions of each prompt, in the order of the prompts."""
+        return gather(self.stream(prompts, sampling, keys), len(prompts))
+
+    def stream(
+        self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """(index of a prompt, its completions) as answers arrive; see ``Engine``.
+
+        Raises:
+            EnvironmentProblem: a request failed ``attempts`` times, or the answer is not as expected.
+            DataError: the server refuses a prompt.
+        """
+        keys = prompt_keys(prompts) if keys is None else keys
+        pool = ThreadPoolExecutor(self.concurrency)
+        self._stopping.clear()
+        found: dict[int, dict[int, Completion]] = {}
+        try:
+            jobs = {
+                pool.submit(self._complete, prompt, sample_seed(sampling.seed, key, sample), sampling): (k, sample)
+                for k, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
+                for sample in range(sampling.n)
+            }
+            for job in as_completed(jobs):
+                k, sample = jobs[job]
+                group = found.setdefault(k, {})
+                group[sample] = job.result()
+                if len(group) == sampling.n:
+                    yield k, [group[number] for number in range(sampling.n)]
+                    del found[k]
+        finally:
+            self._stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _complete(self, prompt: Any, seed: int, sampling: Sampling) -> Completion:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": 0,
+            "repetition_penalty": 1.0,
+            "seed": seed,
+            "return_token_ids": True,
+        }
+        if isinstance(prompt, str):
+            body |= {"prompt": prompt} | ({"logprobs": 0} if sampling.logprobs else {})
+            return self._read(self._request("POST", "/completions", body), _from_text)
+        body |= {"messages": prompt} | ({"logprobs": True, "top_logprobs": 0} if sampling.logprobs else {})
+        return self._read(self._request("POST", "/chat/completions", body), _from_chat)
+
+    def _read(self, answer: dict[str, Any], reader: Any) -> Completion:
+        try:
+            choice = answer["choices"][0]
+            token_ids = [int(token) for token in choice["token_ids"]]
+            text, logprobs = reader(choice)
+            reason = choice["finish_reason"]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise EnvironmentProblem(
+                f"{self.base_url}: the answer lacks what is needed ({type(error).__name__}: {error})",
+                code="server-response",
+                hint="use `vllm serve` 0.10.2 or newer, which returns token ids",
+            ) from None
+        return Completion(text, token_ids, "stop" if reason == "stop" else "length", logprobs)
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON object that the server answers, after up to ``attempts`` tries."""
+        for attempt in range(1, self.attempts + 1):
+            wait = min(LONGEST_WAIT_SECONDS, self.first_wait * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
+            try:
+                response = self.client.request(method, self.base_url + path, json=body)
+            except httpx.HTTPError as error:
+                problem = f"no answer ({type(error).__name__}: {error})"
+            except httpx.InvalidURL as error:
+                raise self._unreachable(f"not an address ({error})") from None
+            else:
+                if response.is_success:
+                    return self._object(response)
+                problem = f"status {response.status_code}: {_said(response)}"
+                if response.status_code not in RETRIED:
+                    raise self._refused(response.status_code, problem)
+                wait = max(wait, _retry_after(response))
+            if attempt < self.attempts:
+                log.debug("%s%s: %s; again in %.1f s", self.base_url, path, problem, wait)
+                if self._stopping.wait(wait):
+                    break
+        raise self._unreachable(f"{problem}, after {attempt} tries")
+
+    def _object(self, response: httpx.Response) -> dict[str, Any]:
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise EnvironmentProblem(
+                f"{self.base_url}: found {_said(response)!r}, expected a JSON object",
+                code="server-response",
+                hint="is this the address of an OpenAI-compatible server, ending in /v1?",
+            )
+        return answer
+
+    def _refused(self, status: int, problem: str) -> EnvironmentProblem | DataError:
+        if status in (400, 413, 422):
+            return DataError(
+                f"{self.base_url} refuses a request ({problem})",
+                code="prompt-refused",
+                hint="shorten the prompt, or raise the server's --max-model-len",
+            )
+        hint = f"set {KEY_VARIABLE}" if status in (401, 403) else "check --base-url; it ends in /v1"
+        return EnvironmentProblem(f"{self.base_url} refuses a request ({problem})", code="server-refused", hint=hint)
+
+    def _unreachable(self, problem: str) -> EnvironmentProblem:
+        return EnvironmentProblem(
+            f"{self.base_url}: {problem}",
+            code="server-unreachable",
+            hint=f"start it with `vllm serve {self.model}`, or give its --base-url",
+        )
+
+
+def _from_text(choice: dict[str, Any]) -> tuple[str, list[float] | None]:
+    logprobs = choice.get("logprobs")
+    return str(choice["text"]), None if logprobs is None else [float(value) for value in logprobs["token_logprobs"]]
+
+
+def _from_chat(choice: dict[str, Any]) -> tuple[str, list[float] | None]:
+    logprobs = choice.get("logprobs")
+    values = None if logprobs is None else [float(entry["logprob"]) for entry in logprobs["content"]]
+    return choice["message"]["content"] or "", values
+
+
+def _said(response: httpx.Response) -> str:
+    return " ".join(response.text.split())[:300]
+
+
+def _retry_after(response: httpx.Response) -> float:
+    value = response.headers.get("Retry-After", "")
+    return min(LONGEST_WAIT_SECONDS, float(value)) if value.isdigit() else 0.0

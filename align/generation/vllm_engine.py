@@ -1,0 +1,178 @@
+"""Generation with vLLM in this process: continuous batching, prefix caching, adapters without merging."""
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from align.errors import ConfigError, DataError, ModelError
+from align.generation.base import Completion, Sampling, gather, prompt_keys, sample_seed
+from align.generation.encoding import encode_prompt, stop_ids, to_completion
+from align.generation.vllm_install import import_vllm
+from align.model_folders import ADAPTER
+from align.model_loading import load_tokenizer
+from align.stage import read_json
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Adapter ranks that vLLM reserves room for."""
+IN_FLIGHT = 4096
+"""Requests handed to vLLM at once; it batches them itself."""
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+"""Set where the user has not: the scheduler in this process, which makes its order the same each time."""
+
+
+class VllmEngine:
+    """vLLM's own batching, with a seed for every sample of every prompt.
+
+    How far a completion is independent of the other prompts: its random numbers wholly, because each request has a
+    generator of its own. Its logits up to rounding, because vLLM batches as load allows and its kernels may round
+    differently at another batch size; where rounding turns a choice, the rest of that completion differs. vLLM's own
+    switch for bitwise equal batches is ``VLLM_BATCH_INVARIANT=1`` (on GPUs that it supports, slower). Equal prompts
+    under equal seeds in an equal call give equal completions. The draws are not those of the transformers engine.
+
+    Args:
+        model: folder or hub id; a folder with an adapter is loaded beside its base model, not merged into it.
+        options: arguments of ``vllm.LLM``, passed through: ``tensor_parallel_size``, ``pipeline_parallel_size``,
+            ``data_parallel_size`` (which vLLM takes only under its own launcher), ``dtype``,
+            ``gpu_memory_utilization``, ``max_model_len``, ... Prefix caching is on unless they say otherwise; on a
+            CPU the weights are float32 and run eagerly.
+
+    Raises:
+        EnvironmentProblem: vLLM is missing or cannot be imported.
+        ConfigError: vLLM refuses an option.
+        ModelError: the model cannot be loaded.
+    """
+
+    name = "vllm"
+
+    def __init__(self, model: str, *, options: dict[str, Any] | None = None) -> None:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        self.vllm = import_vllm()
+        base, lora = _split_adapter(model)
+        defaults: dict[str, Any] = {"enable_prefix_caching": True, "seed": 0} | lora
+        if self.vllm.platforms.current_platform.is_cpu():
+            defaults |= {"dtype": "float32", "enforce_eager": True}
+        self.tokenizer = load_tokenizer(model if (Path(model) / "tokenizer_config.json").exists() else base)
+        self.llm = self._load(base, defaults | (options or {}))
+        self.adapter = None
+        if lora:
+            from vllm.lora.request import LoRARequest
+
+            self.adapter = LoRARequest("policy", 1, str(Path(model).absolute()))
+        self.stops = stop_ids(self.tokenizer, self.llm.llm_engine.model_config.try_get_generation_config_object())
+        self._calls = 0
+
+    def encode(self, prompt: Any) -> list[int]:
+        """Token ids of a prompt; see ``encode_prompt``."""
+        return encode_prompt(self.tokenizer, prompt)
+
+    def generate(
+        self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
+    ) -> list[list[Completion]]:
+        """``sampling.n`` completions of each prompt, in the order of the prompts."""
+        return gather(self.stream(prompts, sampling, keys), len(prompts))
+
+    def stream(
+        self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """(index of a prompt, its completions) as vLLM finishes them; see ``Engine``.
+
+        Raises:
+            DataError: a prompt does not fit into the model's context.
+        """
+        keys = prompt_keys(prompts) if keys is None else keys
+        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        self._calls += 1
+        jobs = iter([(k, sample) for k in range(len(ids)) for sample in range(sampling.n)])
+        running: dict[str, tuple[int, int]] = {}
+        found: dict[int, dict[int, Completion]] = {}
+        engine = self.llm.llm_engine
+        try:
+            while True:
+                for k, sample in islice(jobs, IN_FLIGHT - len(running)):
+                    request = f"{self._calls}-{k}-{sample}"
+                    self._add(request, ids[k], k, sample_seed(sampling.seed, keys[k], sample), sampling)
+                    running[request] = (k, sample)
+                if not running:
+                    return
+                for output in engine.step():
+                    if not output.finished:
+                        continue
+                    k, sample = running.pop(output.request_id)
+                    group = found.setdefault(k, {})
+                    group[sample] = self._completion(ids[k], output.outputs[0])
+                    if len(group) == sampling.n:
+                        yield k, [group[number] for number in range(sampling.n)]
+                        del found[k]
+        finally:
+            if running:
+                engine.abort_request(list(running))
+
+    def _load(self, base: str, settings: dict[str, Any]) -> Any:
+        try:
+            return self.vllm.LLM(model=base, **settings)
+        except TypeError as error:
+            raise ConfigError(
+                f"vLLM refuses an option: {_first_line(error)}", code="engine-option", hint="see `vllm serve --help`"
+            ) from None
+        except ValueError as error:
+            raise ModelError(
+                f"{base}: vLLM cannot load it ({_first_line(error)})",
+                code="model-load",
+                hint="change the options given to vLLM, or use --engine transformers",
+            ) from None
+
+    def _add(self, request: str, ids: list[int], index: int, seed: int, sampling: Sampling) -> None:
+        parameters = self.vllm.SamplingParams(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=seed,
+            logprobs=0 if sampling.logprobs else None,
+            stop_token_ids=self.stops,
+            detokenize=False,
+            output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = self.vllm.TokensPrompt(prompt_token_ids=ids)
+        try:
+            self.llm.llm_engine.add_request(request, prompt, parameters, lora_request=self.adapter)
+        except ValueError as error:
+            raise DataError(
+                f"prompt {index + 1}: vLLM refuses it ({_first_line(error)})",
+                code="prompt-refused",
+                hint="shorten it, or raise max_model_len",
+            ) from None
+
+    def _completion(self, prompt: list[int], output: Any) -> Completion:
+        tokens = list(output.token_ids)
+        logprobs = None
+        if output.logprobs is not None:
+            logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True)]
+        return to_completion(self.tokenizer, prompt, tokens, self.stops, logprobs)
+
+
+def _split_adapter(model: str) -> tuple[str, dict[str, Any]]:
+    """(base model, LoRA options of vLLM): the options are empty where ``model`` is no adapter folder.
+
+    Raises:
+        ModelError: the adapter is not LoRA, or its rank is more than vLLM takes.
+    """
+    file = Path(model) / ADAPTER
+    if not file.exists():
+        return model, {}
+    config = read_json(file)
+    rank = max([int(config.get("r") or 0), *(config.get("rank_pattern") or {}).values()])
+    if config.get("peft_type") != "LORA" or not 0 < rank <= RANKS[-1]:
+        raise ModelError(
+            f"{file}: found {config.get('peft_type')} of rank {rank}, expected LORA of rank 1 to {RANKS[-1]}",
+            code="model-load",
+            hint="merge the adapter into its base model, or use --engine transformers",
+        )
+    room = next(room for room in RANKS if room >= rank)
+    return str(config["base_model_name_or_path"]), {"enable_lora": True, "max_lora_rank": room, "max_loras": 1}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,181 @@
+"""`align iterate`: rounds of on-policy alignment.
+
+    round r:  prompts of this round -> generate (policy r - 1) -> pairs (scorer) -> train -> policy r
+
+Each step is a stage of its own in ``round-r/``, skipped where its inputs have not changed, and resumed where it was
+stopped. Every round samples from the policy of the round before, which is also its reference; every prompt is used in
+one round only. The scorer that makes the pairs is what the policy learns to please: judge the result by another one.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from align.config import Count, PairsConfig, Positive, Section, TrainConfig, load_section
+from align.console import log
+from align.errors import DataError
+from align.generation.base import Sampling
+from align.generation.pair_build import METRICS, BuildSettings, build_pairs
+from align.generation.prompts import PromptRow, read_prompts
+from align.generation.run import GenerateSettings, complete_prompts
+from align.generation.scoring import ScorerChoice
+from align.stage import fingerprint_source, process_rank, read_json, run_stage, write_json
+
+SUMMARY = "iterate.json"
+MERGED = "policy"
+
+
+class GenerateConfig(Section):
+    """Sampling of every round."""
+
+    n: Annotated[int, Field(ge=2)] = 4
+    """Completions of each prompt."""
+    max_new_tokens: Count = 256
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    batch_size: Count = 32
+    options: dict[str, Any] = Field(default={})
+    """Passed to the engine."""
+
+
+class BuildConfig(Section):
+    """How completions become pairs; see ``align pairs build``."""
+
+    reward_model: str | None = None
+    judge: str | None = None
+    """Exactly one of ``reward_model`` and ``judge`` is given."""
+    mode: Literal["best_worst", "band", "all"] = "best_worst"
+    guard_margin: Annotated[float, Field(ge=0.0)] = 0.0
+    guard_ratio: float | None = None
+    band: tuple[float, float] | None = None
+    temperature: Positive = 1.0
+    batch_tokens: Count = 4096
+    max_length: Count = 2048
+
+    def settings(self) -> BuildSettings:
+        """What ``build_pairs`` takes.
+
+        Raises:
+            ConfigError: a value is out of range, or not exactly one scorer is named.
+        """
+        scorer = ScorerChoice(self.reward_model, self.judge, self.batch_tokens, self.max_length)
+        return BuildSettings(scorer, self.mode, self.guard_margin, self.guard_ratio, self.band, self.temperature)
+
+
+class IterateConfig(Section):
+    """Rounds of sampling, pairing and training."""
+
+    name: str
+    output_dir: str = "runs"
+    seed: int = 0
+    rounds: Count = 3
+    prompts: PairsConfig
+    """Where prompts come from; they are dealt out to the rounds."""
+    generate: GenerateConfig = GenerateConfig()
+    pairs: BuildConfig
+    train: TrainConfig
+    """With one method; ``model`` is where the first round starts."""
+
+    @model_validator(mode="after")
+    def _one_method(self) -> "IterateConfig":
+        if len(self.train.methods) != 1:
+            raise ValueError(f"train.methods: found {len(self.train.methods)} methods, expected one")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Folder that holds everything this run writes."""
+        return Path(self.output_dir) / self.name
+
+
+def load_iterate(path: Path, overrides: list[str] | None) -> IterateConfig:
+    """The configuration in a YAML file.
+
+    Raises:
+        ConfigError: see ``load_config``; or a value of ``pairs`` is out of range.
+    """
+    config = load_section(path, overrides, IterateConfig)
+    config.pairs.settings()
+    return config
+
+
+def iterate(config: IterateConfig) -> Path:
+    """Run every round that is not up to date and write ``iterate.json``; the folder of the last policy.
+
+    Raises:
+        AlignError: what the user can mend; finished stages stay as they are.
+    """
+    prompts = read_prompts(config.prompts)
+    if len(prompts) < config.rounds:
+        raise DataError(
+            f"{config.prompts.path}: found {len(prompts)} prompts, expected one for each of {config.rounds} rounds",
+            code="data-too-few",
+            hint="give more prompts, or fewer rounds",
+        )
+    policy = config.train.model
+    summary = []
+    for number in range(1, config.rounds + 1):
+        root = config.folder / f"round-{number}"
+        log.info("round %d of %d: from %s", number, config.rounds, policy)
+        policy = _round(config, prompts[number - 1 :: config.rounds], policy, root)
+        metrics = {name: read_json(root / name / METRICS) for name in ("generate", "pairs")}
+        summary.append({"round": number, "policy": policy, **metrics})
+        write_json(config.folder / SUMMARY, {"rounds": summary})
+        reward = metrics["pairs"]["mean_reward"]
+        log.info("round %d: reward of its samples, before training on them: %.3g (%.3g to %.3g)",
+                 number, reward["value"], reward["low"], reward["high"])  # fmt: skip
+    return Path(policy)
+
+
+def _round(config: IterateConfig, prompts: list[PromptRow], policy: str, root: Path) -> str:
+    """One round; the folder of the policy that it trained."""
+    sampled = config.generate
+    complete_prompts(
+        prompts,
+        config.prompts.path,
+        GenerateSettings(
+            model=policy,
+            sampling=Sampling(
+                sampled.max_new_tokens, sampled.temperature, sampled.top_p, n=sampled.n, seed=config.seed
+            ),
+            engine=sampled.engine,
+            batch_size=sampled.batch_size,
+            options=dict(sampled.options),
+        ),
+        root / "generate",
+    )
+    build_pairs(root / "generate", config.pairs.settings(), root / "pairs")
+    (method,) = config.train.methods
+    inputs: Mapping[str, Any] = {
+        "pairs": fingerprint_source(str(root / "pairs" / "pairs.parquet")),
+        "model": fingerprint_source(policy),
+        "settings": config.train.model_dump(exclude={"model"}),
+        "seed": config.seed,
+    }
+
+    def work(folder: Path) -> None:
+        _train(config.train.model_copy(update={"model": policy}), method, root / "pairs", folder, config.seed)
+
+    run_stage("train", root / "train", inputs, work, collective=True)
+    from align.training.train import MODEL
+
+    return str(root / "train" / (MODEL if config.train.peft is None else MERGED))
+
+
+def _train(config: TrainConfig, method: str, pairs: Path, folder: Path, seed: int) -> None:
+    """Train on the pairs; an adapter is also merged into its base, which is where the next round starts."""
+    from align.model_loading import load_policy, load_tokenizer
+    from align.pairs import read_pairs
+    from align.training.train import HISTORY, MODEL, train_policy
+
+    if not (folder / HISTORY).exists():
+        train_policy(read_pairs(pairs), config, method, folder, seed=seed)
+    if config.peft is None or process_rank() > 0:
+        return
+    temporary = folder / f"{MERGED}.tmp"
+    load_policy(str(folder / MODEL), dtype="float32").merge_and_unload().save_pretrained(temporary)
+    load_tokenizer(config.model).save_pretrained(temporary)
+    temporary.replace(folder / MERGED)

@@ -1,0 +1,42 @@
+"""Loading a policy and its tokenizer from a folder or hub id."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from align.model_folders import ADAPTER, check_model_folder, check_vocabulary, loading, vocabulary_rows
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Tokenizer of a model folder or hub id, with a padding token.
+
+    Raises:
+        ModelError: there is none, or it does not fit the model.
+    """
+    check_model_folder(model)
+    with loading(model, "no tokenizer can be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    rows = vocabulary_rows(model)
+    if rows is not None:
+        check_vocabulary(model, len(tokenizer), rows)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(model: str, *, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """Causal language model of a folder (an adapter folder included) or hub id, from safetensors alone.
+
+    Raises:
+        ModelError: it cannot be loaded as one.
+    """
+    check_model_folder(model, tokenizer=False)
+    with loading(model, "cannot be loaded as a causal language model"):
+        if (Path(model) / ADAPTER).exists():
+            from peft import AutoPeftModelForCausalLM
+
+            return AutoPeftModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(
+            model, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
+        )

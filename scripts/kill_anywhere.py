@@ -1,0 +1,237 @@
+"""Kill a run again and again, at random moments of every stage and while it writes; compare it with one left alone.
+
+    python scripts/kill_anywhere.py RUN.yaml --kills 25 --output kills.json
+
+The run is made once without interruption. A second one, elsewhere, gets SIGKILL: in every stage in turn, after a random
+part of the time that the stage took, or as soon as a new file of the stage appears; then the same command is started
+again. In the end the two folders must hold the same files, those that carry no clock byte for byte, and no stage that
+was finished may have run again. The result is JSON: the kills, what each recovery found, the differences.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from align.console import configure, log
+from align.pipeline import plan
+from align.stage import MANIFEST, read_json, write_json
+
+REPORT = "report"
+TIMED = frozenset({MANIFEST, "report.json", "report.html", "summary.json", "run.json"})
+"""Files that hold a date, seconds, or where they lie."""
+TEMPORARY = (".partial", ".old", ".tmp", ".tmp.npy", ".partial.npy")
+POLL_SECONDS = 0.002
+LIMIT_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """One SIGKILL."""
+
+    aimed_at: str
+    """Stage."""
+    how: str
+    """``time``: after a random part of the stage's seconds; ``write``: when a new file of the stage appears."""
+    hit: str
+    """Stage that was running, ``report`` after the last one, ``start`` before the first line."""
+    unfinished: list[str]
+    """Files under temporary names at that moment (the first five)."""
+    finished: list[str]
+    """Stages whose folder was whole."""
+
+
+class Attempt:
+    """One process of the run and what it has said so far."""
+
+    def __init__(self, run: Path, output: Path) -> None:
+        command = [sys.executable, "-m", "align.cli", "run", run.name, "--set", f"output_dir={output}"]
+        self.process = subprocess.Popen(command, cwd=run.parent, stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.lines.extend(iter(self.process.stderr.readline, ""))
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self.process.poll() is None
+
+    def started(self) -> list[str]:
+        """Stages that began to run in this process."""
+        return [line.removesuffix(": running\n") for line in list(self.lines) if line.endswith(": running\n")]
+
+    def ended(self, stage: str) -> bool:
+        """Whether this process has finished the stage or passed it over."""
+        return any(line.startswith((f"{stage}: done", f"{stage}: up to date")) for line in list(self.lines))
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def finish(self) -> None:
+        """Wait for the end.
+
+        Raises:
+            RuntimeError: the run failed.
+        """
+        code = self.process.wait(timeout=LIMIT_SECONDS)
+        if code != 0:
+            raise RuntimeError(f"the run ended with {code}:\n{''.join(self.lines)}")
+
+
+def kill_anywhere(run: Path, scratch: Path, kills: int, seed: int) -> dict[str, Any]:
+    """The whole experiment; see the module.
+
+    Args:
+        run: run file; its ``output_dir`` is replaced.
+        scratch: an empty folder.
+        kills: how many.
+        seed: of the moments.
+    """
+    from align.config import load_config
+
+    config = load_config(run)
+    stages = [*plan(config), REPORT]
+    Attempt(run, scratch / "whole").finish()
+    whole, killed = scratch / "whole" / config.name, scratch / "killed" / config.name
+    seconds = {name: read_json(whole / name / MANIFEST)["seconds"] for name in stages[:-1]}
+    chance = random.Random(seed)
+    done: list[Kill] = []
+    repeated: list[str] = []
+    rounds = 0
+    found: list[str] = []
+    while len(done) < kills:
+        rounds += 1
+        aims = sorted(chance.choices(range(len(stages)), k=kills)) if rounds > 1 else _spread(len(stages), kills)
+        for aim in aims[: kills - len(done)]:
+            whole_before = finished(killed, stages)
+            attempt = Attempt(run, scratch / "killed")
+            hit = _shoot(attempt, stages, aim, killed, seconds, chance)
+            repeated += [stage for stage in attempt.started() if stage in whole_before]
+            if hit is None:
+                break
+            done.append(hit)
+            log.info("kill %d of %d: in %s, by %s", len(done), kills, hit.hit, hit.how)
+        whole_before = finished(killed, stages)
+        last = Attempt(run, scratch / "killed")
+        last.finish()
+        repeated += [stage for stage in last.started() if stage in whole_before]
+        found += compare(whole, killed)
+        if len(done) < kills:
+            killed.rename(killed.with_name(f"round-{rounds}"))
+    return {
+        "kills": len(done),
+        "seed": seed,
+        "rounds": rounds,
+        "hit": {stage: sum(kill.hit == stage for kill in done) for stage in ["start", *stages]},
+        "while_writing": sum(bool(kill.unfinished) for kill in done),
+        "recoveries": len(done),
+        "stages_repeated": repeated,
+        "differences": found,
+        "files_compared": len(_files(whole)),
+        "every_kill": [asdict(kill) for kill in done],
+    }
+
+
+def finished(folder: Path, stages: list[str]) -> set[str]:
+    """Stages whose work is done: whole under their own name, or whole and waiting to be renamed."""
+    names = [name for name in stages if name != REPORT]
+    return {
+        name for name in names
+        if (folder / name / MANIFEST).exists() or (folder / f"{name}.partial" / MANIFEST).exists()
+    }  # fmt: skip
+
+
+def compare(whole: Path, other: Path) -> list[str]:
+    """What differs between two run folders, one line each: files that are there once, content, stage keys."""
+    left, right = _files(whole), _files(other)
+    lines = [f"{name}: only in one of the two" for name in sorted(left ^ right)]
+    for name in sorted(left & right):
+        one, two = whole / name, other / name
+        if one.name == MANIFEST:
+            same = read_json(one)["key"] == read_json(two)["key"]
+        else:
+            same = one.name in TIMED or one.read_bytes() == two.read_bytes()
+        if not same:
+            lines.append(f"{name}: another content")
+    return lines
+
+
+def _spread(stages: int, kills: int) -> list[int]:
+    """Every stage as often as every other, in order."""
+    return sorted(k % stages for k in range(kills))
+
+
+def _shoot(
+    attempt: Attempt, stages: list[str], aim: int, folder: Path, seconds: dict[str, float], chance: random.Random
+) -> Kill | None:
+    """Kill the process in the stage aimed at (or soon after); None if it was done before."""
+    stage = stages[aim]
+    how = chance.choice(["time", "write"])
+    if stage == REPORT:
+        _until(attempt, lambda: attempt.ended(stages[-2]))
+        before, wait = folder, chance.uniform(0, 1.0)
+    else:
+        _until(attempt, lambda: stage in attempt.started() or attempt.ended(stage))
+        before, wait = folder / f"{stage}.partial", chance.uniform(0, seconds[stage])
+    known = _files(before)
+    if how == "write":
+        _until(attempt, lambda: bool(_files(before) - known), LIMIT_SECONDS if stage != REPORT else 1.0)
+        wait = chance.uniform(0, 0.005)
+    _until(attempt, lambda: False, wait)
+    if not attempt.alive:
+        return None
+    attempt.kill()
+    running = [name for name in attempt.started() if not attempt.ended(name)]
+    hit = running[-1] if running else (REPORT if attempt.ended(stages[-2]) else "start")
+    names = sorted(name for name in _files(folder) if any(part.endswith(TEMPORARY) for part in Path(name).parts))
+    return Kill(stage, how, hit, names[:5], sorted(finished(folder, stages)))
+
+
+def _until(attempt: Attempt, condition: Any, limit: float = LIMIT_SECONDS) -> None:
+    """Wait until the condition holds, the process has ended, or ``limit`` seconds have gone."""
+    end = time.monotonic() + limit
+    while attempt.alive and not condition() and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+
+
+def _files(folder: Path) -> set[str]:
+    found = set()
+    for root, _, names in os.walk(folder):
+        found |= {str((Path(root) / name).relative_to(folder)) for name in names}
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run file")
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("build/kill_anywhere.json"))
+    options = parser.parse_args()
+    configure()
+    with tempfile.TemporaryDirectory() as scratch:
+        result = kill_anywhere(options.run.resolve(), Path(scratch), options.kills, options.seed)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(options.output, result)
+    shown = {name: value for name, value in result.items() if name != "every_kill"}
+    sys.stdout.write(json.dumps(shown, indent=2) + "\n")
+    sys.exit(bool(result["differences"] or result["stages_repeated"]))
+
+
+if __name__ == "__main__":
+    main()

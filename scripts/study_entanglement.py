@@ -1,0 +1,243 @@
+"""Remedies against gradient entanglement where plain DPO fails: near-identical pairs, several passes, a high rate.
+
+    python scripts/study_entanglement.py --output runs/study-entanglement            # all cells, then the table
+    python scripts/study_entanglement.py --methods dpo hold_chosen --seeds 0         # some of them
+
+A pair is a human-written review snippet in which one strongly valued word is exchanged for one of the opposite sign;
+the positive one is chosen. Both responses begin with that word and share everything after it, so their gradients are
+nearly the same. The exchanged words come from the lexicon of the gold judge: labels agree with gold by construction,
+as in the MADPO paper's own protocol. Gold decides: reward and KL of samples on held-out openings stand beside the
+log-probs. Each cell (method, seed) is a folder with cell.json; a stopped study goes on.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from build_demo_data import Snippet, openings, read_snippets
+from datasets import Dataset
+from torch import nn
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from align.config import EntanglementConfig, LossConfig, RemedyConfig, TokenMaskConfig, TrainConfig
+from align.console import configure, log
+from align.entanglement.batch import collate, tokenize_pairs
+from align.estimates import bootstrap_mean
+from align.evaluation.kl import completion_logps
+from align.generation.base import Sampling
+from align.generation.transformers_engine import TransformersEngine
+from align.model_loading import load_policy, load_tokenizer
+from align.stage import read_json, write_json
+from align.training.layout import base_model
+from align.training.logps import add_completion_head, pair_logps
+from align.training.train import HISTORY, MODEL, train_policy
+from reward_models.judges import make_judge
+
+METHODS: dict[str, LossConfig] = {
+    "dpo": LossConfig(loss="dpo"),
+    "ipo": LossConfig(loss="ipo"),
+    "simpo": LossConfig(loss="simpo"),
+    "dpop": LossConfig(loss="dpop"),
+    "dpo_shift": LossConfig(loss="dpo_shift"),
+    "gated_dpo": LossConfig(loss="gated_dpo"),
+    "cal_dpo": LossConfig(loss="cal_dpo"),
+    "normalise": LossConfig(loss="dpo", remedy=RemedyConfig(kind="normalise")),
+    "calibrate": LossConfig(loss="dpo", remedy=RemedyConfig(kind="calibrate")),
+    "token_mask": LossConfig(loss="dpo", token_mask=TokenMaskConfig()),
+    "hold_chosen": LossConfig(loss="dpo", remedy=RemedyConfig(kind="hold_chosen")),
+}
+STRONG, SHORTEST_PREFIX, MOST_WORDS, COMMON = 1.5, 3, 16, 5
+SAMPLES = Sampling(max_new_tokens=24, temperature=1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How large a cell is."""
+
+    pairs: int
+    heldout: int
+    prompts: int
+    epochs: int
+    batch: int
+    rate: float
+
+
+def exchanged_pairs(snippets: list[Snippet], count: int, seed: int) -> list[dict[str, Any]]:
+    """Pairs that differ in their first word only."""
+    rng = random.Random(seed)
+    lexicon = SentimentIntensityAnalyzer().lexicon
+    texts = [snippet.text.split()[:MOST_WORDS] for snippet in snippets]
+    seen: dict[str, int] = {}
+    for words in texts:
+        for word in words:
+            seen[word] = seen.get(word, 0) + 1
+    strong = {w: float(lexicon[w]) for w, n in sorted(seen.items()) if n >= COMMON and abs(lexicon.get(w, 0)) >= STRONG}
+    others = {sign: [w for w, value in strong.items() if value * sign > 0] for sign in (-1, 1)}
+    rows = []
+    for snippet, words in zip(snippets, texts, strict=True):
+        place = next((k for k, word in enumerate(words) if k >= SHORTEST_PREFIX and word in strong), None)
+        if place is None or place > len(words) - SHORTEST_PREFIX:
+            continue
+        word, rest = words[place], words[place + 1 :]
+        other = rng.choice(others[-1 if strong[word] > 0 else 1])
+        good, bad = (word, other) if strong[word] > 0 else (other, word)
+        rows.append(
+            {"id": snippet.id, "prompt": " ".join(words[:place]), "chosen": " " + " ".join([good, *rest]),
+             "rejected": " " + " ".join([bad, *rest])}
+        )  # fmt: skip
+    return rows[:count]
+
+
+def pair_levels(model: nn.Module, pairs: Dataset, tokenizer: Any) -> dict[str, np.ndarray]:
+    """Log-probs of chosen and rejected and the entropy per token of the pairs' completions."""
+    add_completion_head(base_model(model))
+    tokens = tokenize_pairs(pairs, tokenizer)
+    found: dict[str, list[float]] = {"chosen": [], "rejected": [], "entropy": []}
+    with torch.no_grad():
+        for start in range(0, len(tokens), 16):
+            rows = [tokens[k] for k in range(start, min(start + 16, len(tokens)))]
+            logps = pair_logps(model, collate(rows, tokenizer.pad_token_id), "concatenated")
+            found["chosen"] += logps.chosen.tolist()
+            found["rejected"] += logps.rejected.tolist()
+            entropy = logps.tokens.entropy.sum(dim=1).chunk(2)[0] / logps.chosen_length
+            found["entropy"] += entropy.tolist()
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def run_cell(method: str, seed: int, data: dict[str, Any], model: str, sizes: Sizes, folder: Path) -> dict[str, Any]:
+    """Train and evaluate one policy."""
+    steps = sizes.epochs * (sizes.pairs // sizes.batch)
+    config = TrainConfig(
+        model=model,
+        methods={method: METHODS[method]},
+        peft={"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+        entanglement=EntanglementConfig(every=max(1, steps // 6), probes=8),
+        trainer={
+            "num_train_epochs": sizes.epochs, "per_device_train_batch_size": sizes.batch, "bf16": False,
+            "learning_rate": sizes.rate, "lr_scheduler_type": "constant", "warmup_steps": 2, "report_to": "none",
+            "gradient_checkpointing": False, "max_length": 96, "disable_tqdm": True, "save_strategy": "no",
+        },
+    )  # fmt: skip
+    train_policy(data["train"], config, method, folder, seed=seed, reference_cache=folder.parent / "reference")
+    tokenizer = load_tokenizer(model)
+    reference = load_policy(model, dtype="float32").eval()
+    policy = load_policy(str(folder / MODEL), dtype="float32").eval()
+    levels = {
+        f"{part}_{name}": values - before
+        for part in ("train", "heldout")
+        for (name, values), before in zip(
+            pair_levels(policy, data[part], tokenizer).items(),
+            pair_levels(reference, data[part], tokenizer).values(),
+            strict=True,
+        )
+    }
+    engine = TransformersEngine(policy, tokenizer, batch_size=64)
+    sampling = Sampling(SAMPLES.max_new_tokens, SAMPLES.temperature, seed=seed)
+    completions = [group[0] for group in engine.generate(data["prompts"], sampling)]
+    ids = [engine.encode(prompt) for prompt in data["prompts"]]
+    sampled = [completion.token_ids for completion in completions]
+    kl = np.subtract(
+        *(
+            completion_logps(m, ids, sampled, batch_tokens=4096, pad_token_id=tokenizer.pad_token_id)
+            for m in (policy, reference)
+        )
+    )
+    reward = make_judge("vader").score(data["prompts"], [completion.text for completion in completions])
+    return {
+        "method": method, "seed": seed, "loss": METHODS[method].model_dump(),
+        "change": {name: float(values.mean()) for name, values in levels.items()},
+        "share_of_chosen_fallen": float((levels["train_chosen"] < 0).mean()),
+        "reward": reward.tolist(), "kl": kl.tolist(),
+        "entanglement": read_json(folder / HISTORY)["entanglement"],
+    }  # fmt: skip
+
+
+def table(cells: list[dict[str, Any]], before: np.ndarray) -> list[dict[str, Any]]:
+    """One row per method: means over seeds, their standard deviation over seeds, gold reward with its interval."""
+    rows = []
+    for method in METHODS:
+        own = [cell for cell in cells if cell["method"] == method]
+        if not own:
+            continue
+        row: dict[str, Any] = {"method": method, "seeds": len(own)}
+        for name in ("train_chosen", "train_rejected", "heldout_chosen", "heldout_rejected", "train_entropy"):
+            values = np.array([cell["change"][name] for cell in own])
+            row[name] = float(values.mean())
+            row[f"{name}_spread"] = float(values.std(ddof=1)) if len(own) > 1 else None
+        row["share_of_chosen_fallen"] = float(np.mean([cell["share_of_chosen_fallen"] for cell in own]))
+        gain = np.mean([np.array(cell["reward"]) - before for cell in own], axis=0)
+        row["gold_gain"] = bootstrap_mean(gain, seed=0).to_dict()
+        row["gold_gain_by_seed"] = [float((np.array(cell["reward"]) - before).mean()) for cell in own]
+        row["kl"] = float(np.mean([np.mean(cell["kl"]) for cell in own]))
+        rows.append(row)
+    return rows
+
+
+def reference_rewards(model: str, prompts: list[str], file: Path) -> np.ndarray:
+    """Gold reward of the reference's own samples, averaged over three draws."""
+    if not file.exists():
+        engine = TransformersEngine(load_policy(model, dtype="float32"), load_tokenizer(model), batch_size=64)
+        sampling = Sampling(SAMPLES.max_new_tokens, SAMPLES.temperature, n=3, seed=1000)
+        judge = make_judge("vader")
+        found = [judge.score([p] * 3, [c.text for c in group]).mean() for p, group in zip(
+            prompts, engine.generate(prompts, sampling), strict=True)]  # fmt: skip
+        write_json(file, [float(value) for value in found])
+    return np.array(read_json(file))
+
+
+def main() -> None:
+    """Run the cells that are not there, print the table as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=Path(".assets"))
+    parser.add_argument("--output", type=Path, default=Path("runs/study-entanglement"))
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--pairs", type=int, default=48)
+    parser.add_argument("--heldout", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    arguments = parser.parse_args()
+    configure()
+    names = ("pairs", "heldout", "prompts", "epochs", "batch", "rate")
+    sizes = Sizes(**{name: getattr(arguments, name) for name in names})
+    model = str(arguments.assets / "smollm2")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    snippets = read_snippets(arguments.assets / "snippets")
+    random.Random(0).shuffle(snippets)
+    half = len(snippets) // 2
+    prompts = [row["prompt"] for row in openings(snippets[half:], sizes.prompts)]
+    before = reference_rewards(model, prompts, arguments.output / f"reference-{sizes.prompts}.json")
+    cells = []
+    for seed in arguments.seeds:
+        pairs = exchanged_pairs(random.Random(seed).sample(snippets[:half], half), sizes.pairs + sizes.heldout, seed)
+        data = {
+            "train": Dataset.from_list(pairs[: sizes.pairs]),
+            "heldout": Dataset.from_list(pairs[sizes.pairs :]),
+            "prompts": prompts,
+        }
+        for method in arguments.methods:
+            folder = arguments.output / f"{method}-{seed}"
+            file = folder / "cell.json"
+            if not file.exists():
+                folder.mkdir(exist_ok=True)
+                log.info("cell %s, seed %d", method, seed)
+                write_json(file, run_cell(method, seed, data, model, sizes, folder))
+                shutil.rmtree(folder / MODEL)
+            cells.append(read_json(file))
+    summary = {"sizes": {name: getattr(sizes, name) for name in names}, "reward_before": float(before.mean()),
+               "rows": table(cells, before)}  # fmt: skip
+    write_json(arguments.output / "table.json", summary)
+    json.dump(summary, sys.stdout, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""`align iterate`: each round starts from the policy of the one before, and a finished stage is not run again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from align.iterate import load_iterate
+from align.pairs import read_pairs
+from tests.builders import bert_reward, causal
+from tests.e2e.test_cli import align, jsonl
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    causal(tmp_path / "policy")
+    bert_reward(tmp_path / "reward")
+    words = ("good", "bad", "dull", "fine", "great")
+    jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"the {a} {b} is"} for a in words for b in words])
+    small = {"max_steps": 3, "per_device_train_batch_size": 4, "bf16": False, "gradient_checkpointing": False}
+    run: dict[str, Any] = {
+        "name": "it", "rounds": 2, "prompts": {"path": "prompts.jsonl"},
+        "generate": {"n": 3, "max_new_tokens": 6, "engine": "transformers"},
+        "pairs": {"reward_model": "reward"},
+        "train": {"model": "policy", "methods": {"dpo": {"loss": "dpo"}}, "trainer": small | {"learning_rate": 1e-2},
+                  "peft": {"r": 4, "target_modules": ["q_proj", "v_proj"]}},
+    }  # fmt: skip
+    (tmp_path / "it.yaml").write_text(yaml.safe_dump(run))
+    return tmp_path
+
+
+def ran(stderr: str) -> list[str]:
+    return [line.split(":")[0] for line in stderr.splitlines() if line.endswith(": running")]
+
+
+def test_rounds(workspace: Path) -> None:
+    first = align("iterate", "it.yaml", cwd=workspace)
+    assert first.returncode == 0, first.stderr
+    root = workspace / "runs" / "it"
+    assert ran(first.stderr) == ["generate", "pairs-build", "train"] * 2
+    rounds = json.loads((root / "iterate.json").read_text())["rounds"]
+    assert [entry["policy"] for entry in rounds] == [f"runs/it/round-{r}/train/policy" for r in (1, 2)]
+    ids = [set(pq.read_table(root / f"round-{r}/generate/completions.parquet")["id"].to_pylist()) for r in (1, 2)]
+    assert len(ids[0] | ids[1]) == 25 and not ids[0] & ids[1]
+    assert len(read_pairs(root / "round-2" / "pairs")) > 0
+
+    start = load_file(workspace / "policy" / "model.safetensors")
+    weights = [load_file(root / f"round-{r}/train/policy/model.safetensors") for r in (1, 2)]
+    name = next(name for name in start if "q_proj" in name)
+    fixed = next(name for name in start if "o_proj" in name)
+    assert not torch.equal(start[name], weights[0][name]) and not torch.equal(weights[0][name], weights[1][name])
+    assert torch.equal(start[fixed], weights[1][fixed])
+    adapter = json.loads((root / "round-2/train/model/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "runs/it/round-1/train/policy"
+
+    again = align("iterate", "it.yaml", cwd=workspace)
+    assert again.returncode == 0 and ran(again.stderr) == []
+    more = align("iterate", "it.yaml", "--set", "train.methods.dpo.parameters.beta=0.3", cwd=workspace)
+    assert more.returncode == 0, more.stderr
+    assert ran(more.stderr) == ["train", "generate", "pairs-build", "train"]
+
+
+def test_mistakes_cost_one_line(workspace: Path) -> None:
+    cases = [
+        ("rouns=2", "rouns: unknown key (did you mean `rounds`?)"),
+        ("generate.n=1", "generate.n: expected greater than or equal to 2"),
+        ("pairs.judge=vader", "give either a reward model or a judge"),
+        ("train.methods={}", "train.methods"),
+        ("train.methods.madpo.loss=madpo", "found 2 methods, expected one"),
+        ("rounds=26", "found 25 prompts, expected one for each of 26 rounds"),
+    ]
+    for override, said in cases:
+        failed = align("iterate", "it.yaml", "--set", override, cwd=workspace)
+        assert failed.returncode == 2 and said in failed.stderr, failed.stderr
+    assert not (workspace / "runs").exists()
+
+
+def test_the_recipe_is_valid() -> None:
+    config = load_iterate(Path(__file__).parents[2] / "configs" / "iterative.yaml", None)
+    assert config.rounds == 3 and config.pairs.guard_margin == 0.2

@@ -1,0 +1,70 @@
+"""A run that is killed anywhere ends as one that was left alone: scripts/kill_anywhere.py on a whole tiny run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.builders import bert_reward, causal, rows
+from tests.e2e.test_cli import jsonl
+
+ROOT = Path(__file__).parents[2]
+
+
+def workspace(folder: Path) -> Path:
+    """A run with every kind of stage, a checkpoint every second step; the path of its file."""
+    causal(folder / "policy")
+    bert_reward(folder / "backbone")
+    table = [{name: value for name, value in row.items() if name != "margin"} for row in rows(24)]
+    jsonl(folder / "pairs.jsonl", table)
+    jsonl(folder / "heldout.jsonl", [{**row, "prompt": f"not {row['prompt']}"} for row in table[:8]])
+    jsonl(folder / "prompts.jsonl", [{"prompt": f"the {row['prompt']}"} for row in table[:10]])
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    small = {"max_steps": 9, "per_device_train_batch_size": 4, "bf16": False, "gradient_checkpointing": False, **saving}
+    run = {
+        "name": "tiny",
+        "reward": {
+            "model": "backbone", "folds": 2, "max_length": 64, "trainer": small | {"learning_rate": 1e-3},
+            "pairs": {"path": "pairs.jsonl"}, "eval_pairs": {"path": "heldout.jsonl"},
+        },
+        "sample": {"prompts": "prompts.jsonl", "max_new_tokens": 6},
+        "train": {
+            "model": "policy", "methods": {"beta_dpo": {"loss": "beta_dpo"}, "madpo": {"loss": "madpo"}},
+            "trainer": small | {"learning_rate": 1e-2}, "peft": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+        },
+        "evaluate": {"prompts": "prompts.jsonl", "max_new_tokens": 6},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    return folder / "run.yaml"
+
+
+def harness(run: Path, kills: int, output: Path) -> dict[str, object]:
+    """What the script finds; it must find nothing wrong."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "scripts" / "kill_anywhere.py"), str(run), "--kills", str(kills)]
+    done = subprocess.run(
+        [*command, "--output", str(output)], env=environment, capture_output=True, text=True, check=False, timeout=1800
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(output.read_text())  # type: ignore[no-any-return]
+
+
+def test_three_kills(tmp_path: Path) -> None:
+    found = harness(workspace(tmp_path), 3, tmp_path / "kills.json")
+    assert found["kills"] == 3 and found["differences"] == [] and found["stages_repeated"] == []
+
+
+@pytest.mark.slow
+def test_twenty_five_kills(tmp_path: Path) -> None:
+    """Every stage is hit, some of them while files are being written."""
+    output = ROOT / "build" / "kill_anywhere.json"
+    output.parent.mkdir(exist_ok=True)
+    found = harness(workspace(tmp_path), 25, output)
+    assert found["kills"] == 25 and found["differences"] == [] and found["stages_repeated"] == []
+    hit = found["hit"]
+    assert isinstance(hit, dict) and sum(count > 0 for count in hit.values()) >= len(hit) - 2, hit
+    assert int(found["while_writing"]) > 5  # type: ignore[call-overload]

@@ -1,0 +1,48 @@
+"""`align reproduce`: the same run again, compared file by file."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.bad_input_makers import RUN, build_workspace, message, run_command
+from tests.builders import rows
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny run."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    build_workspace(folder)
+    code, _, errors = run_command(RUN, folder)
+    assert code == 0, errors
+    return folder
+
+
+def test_a_run_is_reproduced_from_its_manifest_alone(workspace: Path) -> None:
+    (workspace / "run.yaml").rename(workspace / "elsewhere.yaml")
+    code, output, errors = run_command(("reproduce", "runs/tiny/run.json", "--output", "again"), workspace)
+    assert code == 0, errors
+    found = json.loads(output)
+    files = json.loads((workspace / "runs" / "tiny" / "run.json").read_text())["files"]
+    assert found == {"same_files": len(files), "other_inputs": [], "other_files": [], "other_versions": {}}
+    assert "train-madpo/model/model.safetensors" in files and "reproduced:" in errors
+
+
+def test_another_input_is_named(workspace: Path) -> None:
+    pairs = workspace / "pairs.jsonl"
+    before = pairs.read_text()
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows(7)))
+    code, _, errors = run_command(("reproduce", "runs/tiny/run.json", "--output", "other"), workspace)
+    pairs.write_text(before)
+    assert code == 2 and "stage pairs: data, model or settings are not what they were" in message(errors)
+    assert "pairs/train/pairs.parquet: another content" in message(errors)
+
+
+def test_a_manifest_that_is_none(workspace: Path) -> None:
+    (workspace / "broken.json").write_text("{")
+    for file, said in (("nowhere.json", "cannot be read"), ("broken.json", "not the manifest of a run")):
+        code, _, errors = run_command(("reproduce", file, "--output", "x"), workspace)
+        assert code == 2 and said in errors and "Traceback" not in errors
+    code, _, errors = run_command(("reproduce", "runs/tiny/run.json", "--output", "runs"), workspace)
+    assert code == 2 and "holds the run itself" in errors

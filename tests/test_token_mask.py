@@ -1,0 +1,93 @@
+"""The learned token mask: its loss by hand, what it learns, and its place in a checkpoint."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+
+from align.config import LossConfig, TokenMaskConfig, TrainConfig
+from align.loss_registry import resolve
+from align.stage import read_json
+from align.training.token_mask import OPEN, TokenMask
+from align.training.train import make_trainer, train_policy
+from align.training.trainer import PreferenceTrainer
+from tests.builders import WORDS, rows
+from tests.test_trainer import BASE
+
+IDS = torch.tensor([[5, 6, 7, 0], [5, 8, 0, 0]])
+COMPLETION = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0]])
+POLICY = torch.tensor([[-1.0, -2.0, 0.0], [-4.0, 0.0, 0.0]])
+REFERENCE = torch.tensor([[-1.5, -3.0, 0.0], [-3.0, 0.0, 0.0]])
+
+
+def mask(sparsity: float = 0.2) -> TokenMask:
+    return TokenMask(10, TokenMaskConfig(sparsity=sparsity), Accelerator(cpu=True))
+
+
+def test_masked_sums_and_price_by_hand() -> None:
+    """Chosen tokens 6 and 7, rejected token 8; token 6 is closed."""
+    made = mask()
+    with torch.no_grad():
+        made.logit[6] = -100.0
+    found, price, left = made(POLICY, REFERENCE, IDS, COMPLETION)
+    m = 1 / (1 + math.exp(-OPEN))
+    assert found.chosen.tolist() == pytest.approx([-2.0 * m]) and found.ref_chosen.tolist() == pytest.approx([-3.0 * m])
+    assert found.rejected.tolist() == pytest.approx([-4.0 * m])
+    assert (found.chosen_length.tolist(), found.rejected_length.tolist()) == ([2.0], [1.0])
+    assert left.tolist() == pytest.approx([m / 2, m])
+    assert price.tolist() == pytest.approx([0.2 * (m / 2 + m) / 2])
+
+
+def test_a_shared_token_closes_and_a_telling_one_stays_open() -> None:
+    """Token 6 has the same log-ratio in both responses, token 7 raises and token 8 lowers the margin."""
+    made = mask(sparsity=0.05)
+    ids, completion = torch.tensor([[5, 6, 7], [5, 6, 8]]), torch.tensor([[0, 1, 1], [0, 1, 1]])
+    policy, reference = torch.tensor([[-1.0, -2.0], [-1.0, -6.0]]), torch.tensor([[-3.0, -4.0], [-3.0, -4.0]])
+    loss = resolve("dpo", {"beta": 1.0})
+    for _ in range(100):
+        found, price, _ = made(policy, reference, ids, completion)
+        (loss(found, None) + price).sum().backward()
+        made.step()
+    weight = torch.sigmoid(made.logit)
+    assert float(weight[6]) < 0.2 < 0.6 < float(weight[7])
+    assert float(weight[8]) > 0.6 and float(weight[3]) == pytest.approx(1 / (1 + math.exp(-OPEN)))
+    assert {token for token, _ in made.extremes(5)["closed"]} == {6, 7, 8}
+
+
+def trainer(policy: Path, output: Path, steps: int) -> PreferenceTrainer:
+    fields: dict[str, Any] = {name: value for name, value in BASE.items() if name != "disable_tqdm"}
+    fields |= {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    config = TrainConfig(model=str(policy), methods={"m": LossConfig(loss="dpo")}, trainer=fields)
+    return make_trainer(
+        Dataset.from_list(rows(16)), config, resolve("dpo", {}), output, seed=0, tau=1.0, reference_cache=None,
+        token_mask=TokenMaskConfig(),
+    )  # fmt: skip
+
+
+def test_resumed_equals_uninterrupted(tiny_policy: Path, tmp_path: Path) -> None:
+    """Bitwise, the mask and its optimizer included."""
+    whole = trainer(tiny_policy, tmp_path / "whole", 4)
+    whole.train()
+    trainer(tiny_policy, tmp_path / "stopped", 2).train()
+    second = trainer(tiny_policy, tmp_path / "stopped", 4)
+    second.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoints" / "checkpoint-2"))
+    assert whole.token_mask is not None and second.token_mask is not None
+    assert torch.equal(whole.token_mask.logit, second.token_mask.logit)
+    assert not torch.equal(whole.token_mask.logit, torch.full_like(whole.token_mask.logit, OPEN))
+    assert all(torch.equal(value, second.model.state_dict()[name]) for name, value in whole.model.state_dict().items())
+
+
+def test_what_it_learned_is_written_down(tiny_policy: Path, tmp_path: Path) -> None:
+    fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"}
+    config = TrainConfig(
+        model=str(tiny_policy), methods={"m": LossConfig(loss="dpo", token_mask=TokenMaskConfig())}, trainer=fields
+    )
+    train_policy(Dataset.from_list(rows(16)), config, "m", tmp_path, seed=0)
+    found = read_json(tmp_path / "history.json")
+    shown = {token for token, _ in found["token_mask"]["closed"]}
+    assert shown and shown <= {*WORDS, "<eos>"}
+    assert all(0 < entry["token_mask/left"] < 1 for entry in found["history"])
