@@ -119,6 +119,8 @@ def test_a_weak_contradiction_is_no_doubt() -> None:
     margins = np.array([3.0, 3.0, 3.0, 3.0, -0.1, -5.0])
     assert doubtful(margins).tolist() == [False, False, False, False, False, True]
     assert not doubtful(np.zeros(5)).any()
+    belief = np.array([[0.95, 0.95, 0.95, 0.25], [0.95, 0.95, 0.95, 0.2]])  # means 0.775 and 0.7625
+    assert [doubtful(row).tolist() for row in np.log(belief / (1 - belief))] == [[False] * 4, [False] * 3 + [True]]
 
 
 def test_margin_over_its_spread() -> None:

@@ -23,7 +23,7 @@ from align.filtering.tokens import Hashes, runs, tokenise
 SHINGLE = 5
 OVERLAP = 8
 SPACE = r"[\s\pZ]+"
-MAYBE_PERSONAL = r"@|\d[\d ()+-]{6,}\d"
+MAYBE_PERSONAL = r"@|\p{Nd}[\p{Nd} ()+-]{6,}\p{Nd}"
 PERSONAL = {
     "e-mail address": re.compile(r"[\w.+-]+@[\w-]+\.[a-zA-Z]{2,}"),
     "card number": re.compile(r"\b(?:\d[ -]?){13,16}\b"),
