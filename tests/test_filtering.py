@@ -313,6 +313,9 @@ def test_a_streamed_table_is_the_loaded_one(tmp_path: Path) -> None:
                 load(config)
             said.append(str(error.value))
         assert said[0] == said[1] and "row 31" in said[0] and not (tmp_path / "bad.arrow").exists()
+    source.write_text("".join(json.dumps(row) + "\n" for row in [good[0] | {"margin": None}, *chat]))
+    with pytest.raises(DataError, match="row 2:prompt: found conversational, expected plain text"):
+        stream_pairs(config, tmp_path / "bad.arrow")
 
 
 def test_filter_pairs_with_own_vectors(tmp_path: Path) -> None:
