@@ -7,27 +7,32 @@ snippets that it has not seen. Every cell (share flipped, seed) is one JSON file
 
     python scripts/study_filtering.py run --flipped 0 0.2 0.3 0.4 --seeds 10
     python scripts/study_filtering.py table
+    python scripts/study_filtering.py encoders
 """
 
 import argparse
+import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from build_demo_data import Snippet, read_snippets
+from scipy.stats import spearmanr
 
 from align.console import configure, log
 from align.errors import AlignError
 from align.estimates import bootstrap_mean
-from align.filtering.embed import embed
+from align.filtering.embed import Encoder, embed
 from align.filtering.neighbours import kth_distance
 from align.filtering.quality import Screen
 from align.filtering.scores import diversity, doubtful
 from align.filtering.select import importance, top
+from align.filtering.static import StaticEncoder
 from align.stage import read_json, write_json
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -227,6 +232,23 @@ def table(arguments: argparse.Namespace) -> None:
     _print(summary)
 
 
+def encoders(arguments: argparse.Namespace) -> None:
+    """Print, as JSON, how fast the encoder and its static vectors are on the snippets, and whether they agree."""
+    strings = [snippet.text for snippet in read_snippets(arguments.assets / "snippets")][: arguments.pairs]
+    model, found, facts = str(arguments.assets / "minilm"), {}, {}
+    static = StaticEncoder(model, arguments.output / "tokens.safetensors")
+    made: dict[str, Callable[[list[str]], np.ndarray]] = {"encoder": Encoder(model), "static": static}
+    for name, encode in made.items():
+        start = time.perf_counter()
+        found[name] = encode(strings)
+        facts[f"{name}_texts_per_second"] = len(strings) / (time.perf_counter() - start)
+    scores = {name: diversity(kth_distance(rows, NEIGHBOURS, seed=0).distance) for name, rows in found.items()}
+    facts["rank_correlation_of_diversity"] = float(spearmanr(scores["encoder"], scores["static"]).statistic)
+    kept = [set(top(values, [str(k) for k in range(len(strings))], len(strings) // 10)) for values in scores.values()]
+    facts["most_diverse_tenth_in_common"] = len(kept[0] & kept[1]) / len(kept[0])
+    print(json.dumps(facts, indent=2))
+
+
 def _estimates(found: list[dict[str, float]], arms: list[dict[str, dict[str, float]]] | None) -> dict[str, Any]:
     made: dict[str, Any] = {key: _mean([item[key] for item in found]) for key in ("gold_labels", "held_out")}
     for key, other in {"over_random": "random", "over_soft": "random, soft labels"}.items():
@@ -303,9 +325,9 @@ def _plot(summary: dict[str, Any], target: Path) -> None:
 
 
 def main() -> None:
-    """``run`` computes missing cells, ``table`` prints the result."""
+    """``run`` computes missing cells, ``table`` prints the result, ``encoders`` compares two ways to embed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument("action", choices=("run", "table", "encoders"))
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
     parser.add_argument("--output", type=Path, default=Path("runs/study-filtering"))
     parser.add_argument("--flipped", nargs="*", type=float, default=[0.0, 0.2, 0.3, 0.4])
@@ -315,7 +337,7 @@ def main() -> None:
     arguments = parser.parse_args()
     configure()
     try:
-        (run if arguments.action == "run" else table)(arguments)
+        {"run": run, "table": table, "encoders": encoders}[arguments.action](arguments)
     except AlignError as error:
         sys.stderr.write(f"error {error}\n")
         sys.exit(2)
