@@ -277,6 +277,8 @@ def _print(summary: dict[str, Any]) -> None:
     }.items():
         _head(title, levels)
         for name in names:
+            if key == "gold_labels" and "soft labels" in name:
+                continue
             label = name.replace(f"{MAIN_KEEP:g}: ", f"{100 * MAIN_KEEP:g}%: ")
             _row(label, [level["arms"].get(name, {}).get(key) for level in found])
     for key, title in {"over_random": "random", "over_soft": "random with soft labels"}.items():
