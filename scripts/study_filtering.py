@@ -307,9 +307,13 @@ def _plot(summary: dict[str, Any], target: Path) -> None:
     import matplotlib.pyplot as plt
 
     levels = summary["levels"]
-    figure, axes = plt.subplots(1, len(levels), figsize=(3.4 * len(levels), 3.4), sharex=True, squeeze=False)
+    plt.rcParams.update({"svg.hashsalt": "study", "svg.fonttype": "none"})
+    rows = -(-len(levels) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(10.5, 3.2 * rows), squeeze=False)
+    for axis in axes.flat[len(levels) :]:
+        axis.set_axis_off()
     shades = {"random": "#6e7781", "filtered": "#d55e00", "random, soft labels": "#0072b2"}
-    for axis, (name_of_level, level) in zip(axes[0], levels.items(), strict=True):
+    for axis, (name_of_level, level) in zip(axes.flat, levels.items(), strict=False):
         for name, shade in shades.items():
             found = [level["arms"][f"{keep:g}: {name}"]["held_out"] for keep in KEEPS]
             middle = np.array([item["value"] for item in found])
@@ -320,10 +324,11 @@ def _plot(summary: dict[str, Any], target: Path) -> None:
         axis.axhline(100 * level["arms"]["all pairs"]["held_out"]["value"], color="#009e73", ls="--", label="all pairs")
         axis.set(title=name_of_level, xlabel="pairs kept, %", xscale="log")
         axis.set_xticks([100 * keep for keep in KEEPS], [f"{100 * keep:g}" for keep in KEEPS])
-    axes[0][0].set_ylabel("accuracy on clean held-out pairs, %")
+        axis.minorticks_off()
+        axis.set_ylabel("accuracy on clean pairs, %")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(target)
+    figure.savefig(target, metadata={"Date": None})
 
 
 def main() -> None:
