@@ -1,8 +1,8 @@
 """Distance of every vector to its k-th nearest neighbour: exact for small sets, an inverted file or HNSW graph beyond.
 
 Memory beside the vectors (N of D numbers, which may lie in a memory-mapped file): some blocks of ``BLOCK`` x
-``ADD_BLOCK`` similarities when exact; a copy of the vectors in half precision in the inverted file (the distances
-themselves are computed from the vectors); a float32 copy and about 140 bytes of links per vector in the graph.
+``ADD_BLOCK`` similarities when exact; one float32 copy of the vectors in the inverted file; that and about 140 bytes of
+links per vector in the graph.
 """
 
 import math
@@ -146,9 +146,7 @@ def _inverted_file(faiss: Any, view: View, seed: int) -> tuple[Any, str]:
     """Lists around cluster centres; trained on ``POINTS_PER_LIST`` vectors a list."""
     size, lists = view.vectors.shape[1], max(1, int(4 * math.sqrt(len(view))))
     quantizer = faiss.IndexFlatIP(size)
-    half = faiss.ScalarQuantizer.QT_fp16
-    index = faiss.IndexIVFScalarQuantizer(quantizer, size, lists, half, faiss.METRIC_INNER_PRODUCT)
-    index.by_residual = False
+    index = faiss.IndexIVFFlat(quantizer, size, lists, faiss.METRIC_INNER_PRODUCT)
     index.cp.seed, index.cp.niter = seed, TRAINING_ROUNDS
     drawn = np.random.default_rng(seed).choice(len(view), min(len(view), POINTS_PER_LIST * lists), replace=False)
     index.train(view[np.sort(drawn)])
