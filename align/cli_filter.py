@@ -1,7 +1,7 @@
 """`align filter`: keep the pairs that are worth training on, and say why of every other."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,20 +13,29 @@ Column = Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. cho
 def run(
     pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id; with a `margin` column if any.")],
     output: Annotated[Path, typer.Option(help="Folder to write kept.parquet and dropped.parquet into.")],
-    keep: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the pairs that pass the rules.")] = 0.5,
+    keep: Annotated[float, typer.Option(help="Share of the pairs that pass the rules.")] = 0.5,
     method: Annotated[str, typer.Option(help="top, greedy or threshold.")] = "top",
     margin: Annotated[float, typer.Option(help="Weight of the margin.")] = 1.0,
     quality: Annotated[float, typer.Option(help="Weight of the quality.")] = 0.5,
     diversity: Annotated[float, typer.Option(help="Weight of the diversity.")] = 0.5,
     minimum: Annotated[float | None, typer.Option(help="Least importance, for --method threshold.")] = None,
-    neighbours: Annotated[int, typer.Option(min=1, help="k of the k-nearest-neighbour entropy.")] = 5,
+    in_spreads: Annotated[bool, typer.Option("--in-spreads", help="Divide the margin by `margin_std`.")] = False,
     per_group: Annotated[bool, typer.Option("--per-group", help="The same share of each group.")] = False,
     skip: Annotated[list[str] | None, typer.Option(help="Rule to leave out.")] = None,
-    longest: Annotated[int, typer.Option(min=1, help="Words of a response, at most.")] = 2048,
+    longest: Annotated[int, typer.Option(help="Words of a response, at most.")] = 2048,
+    language: Annotated[str | None, typer.Option(help="Code, e.g. en, that both responses must be in.")] = None,
     held_out: Annotated[Path | None, typer.Option(help="Evaluation pairs that nothing may overlap with.")] = None,
-    embedding_model: Annotated[str, typer.Option(help="Encoder of the prompts: hub id or folder.")] = (
-        "sentence-transformers/all-MiniLM-L6-v2"
-    ),
+    drop_doubtful: Annotated[bool, typer.Option("--drop-doubtful", help="Drop labels that margins deny.")] = False,
+    neighbours: Annotated[int, typer.Option(help="k of the k-nearest-neighbour entropy.")] = 5,
+    index: Annotated[str, typer.Option(help="auto, exact, ivf or hnsw.")] = "auto",
+    embedding_model: Annotated[str | None, typer.Option(help="Encoder of the prompts: hub id or folder.")] = None,
+    embedding: Annotated[str, typer.Option(help="encoder, or static: far faster, blind to word order.")] = "encoder",
+    embeddings: Annotated[Path | None, typer.Option(help=".npy file of unit vectors, a row per pair.")] = None,
+    quality_scorer: Annotated[list[str] | None, typer.Option(help="screen, fluency, rubric or yes_no.")] = None,
+    quality_model: Annotated[str | None, typer.Option(help="Language model of the quality scorers.")] = None,
+    ood_model: Annotated[str | None, typer.Option(help="Reward model to measure distances with.")] = None,
+    ood_pairs: Annotated[str | None, typer.Option(help="Pairs that the reward model was trained on.")] = None,
+    processes: Annotated[int, typer.Option(help="Processes that read texts.")] = 1,
     seed: int = 0,
     column: Column = None,
     split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
@@ -34,20 +43,24 @@ def run(
     """Hard rules, then margin + quality + diversity; kept and dropped tables and a page."""
     from align.cli import pair_source
     from align.errors import ConfigError
-    from align.filtering.rules import RULES
-    from align.filtering.run import FilterSettings, filter_pairs
 
-    if method not in {"top", "greedy", "threshold"}:
-        raise ConfigError(f"--method {method}: expected top, greedy or threshold", code="filter-option")
-    unknown = sorted(set(skip or ()) - {*RULES, "contamination"})
-    if unknown:
-        known = ", ".join([*RULES, "contamination"])
-        raise ConfigError(f"--skip {unknown[0]}: no such rule; rules are {known}", code="filter-option")
-    settings = FilterSettings(
-        keep=keep, method=method, weights=(margin, quality, diversity), minimum=minimum, neighbours=neighbours,
-        per_group=per_group, skip=tuple(skip or ()), longest=longest, embedding_model=embedding_model, seed=seed,
-    )  # fmt: skip
-    filter_pairs(pair_source(pairs, column, split), settings, output, held_out)
+    if (ood_model is None) != (ood_pairs is None):
+        raise ConfigError("--ood-model and --ood-pairs: give both or neither", code="filter-option")
+    given: dict[str, Any] = {
+        "keep": keep, "method": method, "margin": margin, "quality": quality, "diversity": diversity,
+        "minimum": minimum, "in_spreads": in_spreads, "per_group": per_group, "skip": skip, "longest": longest,
+        "language": language, "held_out": held_out and str(held_out), "drop_doubtful": drop_doubtful,
+        "neighbours": neighbours, "index": index, "embedding_model": embedding_model, "embedding": embedding,
+        "embeddings": embeddings and str(embeddings), "quality_scorers": quality_scorer, "quality_model": quality_model,
+        "ood": ood_model and {"model": ood_model, "pairs": {"path": ood_pairs}}, "processes": processes,
+    }  # fmt: skip
+    settings = _settings({name: value for name, value in given.items() if value is not None})
+    from align.console import log
+    from align.filtering.run import CACHE, filter_source
+
+    log.info("filter %s: keep %g of what passes the rules, seed %d, writes %s", pairs, settings.keep, seed, output)
+    filter_source(pair_source(pairs, column, split), settings, output, seed=seed, cache=output / CACHE)
+    log.info("train on it: pairs.path: %s", output / "kept.parquet")
 
 
 @app.command("explain")
@@ -62,3 +75,20 @@ def explain(
     from align.filtering import run
 
     out.print_json(json.dumps(run.explain(output, pair_id), default=str))
+
+
+def _settings(given: dict[str, Any]) -> Any:
+    """The options as a ``filter`` section; what is wrong with them is said by option."""
+    from pydantic import ValidationError
+
+    from align.config import FilterConfig
+    from align.errors import ConfigError, listed
+
+    try:
+        return FilterConfig.model_validate(given)
+    except ValidationError as error:
+        problems = [
+            f"--{str(item['loc'][0]).replace('_', '-')}: found {item['input']!r}; {item['msg']}"
+            for item in error.errors()
+        ]
+        raise ConfigError(f"align filter:\n{listed(problems)}", code="filter-option") from None

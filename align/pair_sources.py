@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from align.config import PairsConfig, nearest
 from align.errors import DataError
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+READ_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +33,34 @@ def read_source(source: PairsConfig) -> tuple[list[Row], set[str]]:
     Raises:
         DataError: missing, unreadable or empty source; a column that is mapped or needed is not there.
     """
-    rows = read_rows(source)
-    if not rows:
+    rows = list(_rows(source))
+    names, renamed = _columns(source, rows)
+    if renamed:
+        rows = [Row(row.number, _rename(row.values, renamed), row.unreadable) for row in rows]
+    return rows, names
+
+
+def stream_source(source: PairsConfig) -> tuple[Iterator[Row], set[str]]:
+    """As ``read_source``, reading the source twice and never holding more than a few of its rows.
+
+    Raises:
+        DataError: as ``read_source``.
+    """
+    names, renamed = _columns(source, _rows(source))
+    rows = (Row(row.number, _rename(row.values, renamed), row.unreadable) for row in _rows(source))
+    return rows, names
+
+
+def _columns(source: PairsConfig, rows: Iterable[Row]) -> tuple[set[str], dict[str, str]]:
+    """(columns once renamed, name in the source -> name in the pair table) after a look at every row."""
+    columns: set[str] = set()
+    empty, readable = True, False
+    for row in rows:
+        columns.update(row.values)
+        readable = readable or not row.unreadable
+        empty = False
+    if empty:
         raise DataError(f"{source.path}: holds no rows", code="data-empty", hint="expected one pair per row")
-    columns = {name for row in rows for name in row.values}
     for wanted, given in source.columns.items():
         if given not in columns:
             raise DataError(
@@ -45,15 +70,13 @@ def read_source(source: PairsConfig) -> tuple[list[Row], set[str]]:
     renamed = {given: wanted for wanted, given in source.columns.items()}
     columns = {renamed.get(name, name) for name in columns}
     for needed in ("chosen", "rejected"):
-        if needed not in columns and any(not row.unreadable for row in rows):
+        if needed not in columns and readable:
             raise DataError(
                 f"{source.path}: no column {needed!r}{nearest(needed, sorted(columns))}",
                 code="data-column",
                 hint=f"map it, e.g. columns: {{{needed}: preferred}}",
             )
-    if renamed:
-        rows = [Row(row.number, _rename(row.values, renamed), row.unreadable) for row in rows]
-    return rows, columns
+    return columns, renamed
 
 
 def read_jsonl(path: Path) -> list[Row]:
@@ -75,13 +98,17 @@ def read_rows(source: PairsConfig) -> list[Row]:
     Raises:
         DataError: the source is missing or unreadable.
     """
+    return list(_rows(source))
+
+
+def _rows(source: PairsConfig) -> Iterator[Row]:
     path = Path(source.path)
     readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
     if path.suffix in readers:
         if not path.is_file():
             found = "found a folder, expected a file" if path.is_dir() else "no such file"
             raise DataError(f"{path}: {found}", code="data-missing", hint="check pairs.path")
-        return list(readers[path.suffix](path))
+        return readers[path.suffix](path)
     if path.is_dir():
         return _numbered(_saved(source))
     if path.is_file() or path.is_absolute() or source.path.startswith("."):
@@ -119,8 +146,8 @@ def _saved(source: PairsConfig) -> Dataset:
     return loaded
 
 
-def _numbered(dataset: Dataset) -> list[Row]:
-    return [Row(number, dict(values)) for number, values in enumerate(dataset, 1)]
+def _numbered(dataset: Dataset) -> Iterator[Row]:
+    return (Row(number, dict(values)) for number, values in enumerate(dataset, 1))
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -165,20 +192,28 @@ def _csv(path: Path) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
+    number = 0
+    for batch in _batches(path):
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: a text is not UTF-8 ({error.reason})", code="data-encoding") from None
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            raise DataError(f"{path}: a value cannot be read ({error})", code="data-unreadable") from None
+        for values in rows:
+            number += 1
+            yield Row(number, values)
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """A Parquet file, ``READ_ROWS`` rows at a time."""
     try:
-        _refuse_twice(pq.read_schema(path).names, str(path))
-        table = pq.read_table(path)
+        file = pq.ParquetFile(path)
+        _refuse_twice(file.schema_arrow.names, str(path))
+        yield from file.iter_batches(batch_size=READ_ROWS)
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: not a readable Parquet file ({reason})", code="data-unreadable") from None
-    try:
-        rows = table.to_pylist()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: a text is not UTF-8 ({error.reason})", code="data-encoding") from None
-    except (ValueError, OverflowError, pa.ArrowException) as error:
-        raise DataError(f"{path}: a value cannot be read ({error})", code="data-unreadable") from None
-    for number, values in enumerate(rows, 1):
-        yield Row(number, values)
 
 
 def _lines(path: Path, newline: bool = False) -> Iterator[str]:

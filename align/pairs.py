@@ -6,6 +6,7 @@ preference format, plain or conversational) and those of ``OPTIONAL`` that its s
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def check_pairs(source: PairsConfig) -> CheckResult:
     for row in rows:
         pair, found = reader.read(row)
         if pair is not None:
-            pair["id"] = _identify(pair, row, seen, source.path, found)
+            pair["id"] = identify(pair, row, seen, source.path, found)
             valid.append(pair)
         if found:
             problems += found
@@ -74,11 +75,7 @@ def load_pairs(source: PairsConfig, *, side_file: Path | None = None) -> Dataset
     """
     checked = check_pairs(source)
     if checked.problems and not (source.drop_invalid and checked.invalid):
-        raise DataError(
-            f"{source.path}: {len(checked.invalid)} rows cannot be used:\n{listed([str(p) for p in checked.problems])}",
-            code=checked.problems[0].code,
-            hint="mend the rows, or set drop_invalid: true to leave them out",
-        )
+        raise unusable(source.path, checked.problems, len(checked.invalid))
     if checked.invalid:
         log.warning("%s: left out %d invalid rows of %d", source.path, len(checked.invalid),
                     len(checked.invalid) + len(checked.pairs))  # fmt: skip
@@ -88,6 +85,15 @@ def load_pairs(source: PairsConfig, *, side_file: Path | None = None) -> Dataset
     if len(checked.pairs) == 0:
         raise DataError(f"{source.path}: no valid pair", code="data-empty", hint="look at `align data check`")
     return checked.pairs
+
+
+def unusable(path: str, problems: Sequence[Problem], count: int) -> DataError:
+    """The error that ``count`` rows of a source cannot be used, with the first problems."""
+    return DataError(
+        f"{path}: {count} rows cannot be used:\n{listed([str(problem) for problem in problems])}",
+        code=problems[0].code,
+        hint="mend the rows, or set drop_invalid: true to leave them out",
+    )
 
 
 def write_pairs(pairs: Dataset, folder: Path) -> None:
@@ -181,7 +187,7 @@ def summarize(pairs: Dataset) -> dict[str, Any]:
     }
 
 
-def _identify(pair: dict[str, Any], row: Row, seen: dict[str, int], source: str, found: list[Problem]) -> str:
+def identify(pair: dict[str, Any], row: Row, seen: dict[str, int], source: str, found: list[Problem]) -> str:
     """The row's own id, or a hash of its content made unique for repeated rows; a repeated own id is a problem."""
     own = pair.get("id")
     if own is None:

@@ -1,8 +1,8 @@
 """The whole path as stages: which there are, what each is made from, in which order they run.
 
-    pairs-reward --> reward --> crossfit --.
-                        |                   v
-          sample / pairs ------------> margins --> train-<method> --> generate-<method> --> evaluate --> report
+    pairs-reward -> reward -> crossfit -.
+                      |                 v
+        sample / pairs -----------> margins -> filter -> train-<method> -> generate-<method> -> evaluate -> report
 
 What a stage does stands in align/stages.py; this file only says what it depends on.
 """
@@ -37,6 +37,8 @@ def plan(config: RunConfig) -> list[str]:
     if config.sample is not None:
         stages.append("sample")
     stages.append("margins")
+    if config.filter is not None:
+        stages.append("filter")
     if config.train is not None:
         stages += [f"train-{method}" for method in config.train.methods]
         if config.evaluate is not None:
@@ -133,7 +135,8 @@ class _Runner:
             "crossfit": (rewarded,),
             "sample": ("reward", "crossfit"),
             "margins": ("pairs", "sample", "reward", "crossfit"),
-            "train": ("margins",),
+            "filter": ("margins",),
+            "train": ("margins", "filter"),
             "generate": (name.replace("generate-", "train-"),),
             "evaluate": tuple(key for key in self.keys if key.startswith(("generate-", "margins", "reward"))),
         }
@@ -155,6 +158,12 @@ class _Runner:
             inputs["model"] = fingerprint_source(config.reward.model)
         if kind in ("sample", "train", "generate") and config.train:
             inputs["model"] = fingerprint_source(config.train.model)
+        if kind == "filter" and config.filter:
+            inputs["settings"] = config.filter.model_dump(exclude={"processes"})
+            chosen = config.filter
+            read = [chosen.embedding_model, chosen.embeddings, chosen.quality_model, chosen.held_out]
+            read += [chosen.ood.model, chosen.ood.pairs.path] if chosen.ood else []
+            inputs["read"] = [fingerprint_source(name) for name in read if name is not None]
         if kind == "train" and config.train:
             inputs["loss"] = config.train.methods[name.removeprefix("train-")].model_dump()
             inputs["settings"] = config.train.model_dump(exclude={"methods"})

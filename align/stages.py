@@ -8,16 +8,18 @@ import numpy as np
 from datasets import Dataset
 from scipy.stats import pearsonr
 
-from align.config import RewardConfig, RunConfig
+from align.config import PairsConfig, RewardConfig, RunConfig
 from align.console import log
 from align.errors import DataError, ModelError
 from align.estimates import bootstrap_mean
 from align.evaluation.kl import completion_logps
 from align.evaluation.rewards import compare, gain_per_root_kl
+from align.filtering.run import KEPT, filter_source
 from align.generation.base import Sampling
 from align.generation.transformers_engine import TransformersEngine
 from align.model_folders import check_model_folder
 from align.model_loading import load_policy, load_tokenizer
+from align.pairs import FILE as PAIRS_FILE
 from align.pairs import load_pairs, load_prompts, read_pairs, split_by_prompt, summarize, write_pairs
 from align.stage import write_json
 from align.trainer_args import build_lora, build_trainer_args
@@ -209,11 +211,22 @@ def stage_margins(config: RunConfig, root: Path, folder: Path, which: str) -> No
     write_json(folder / METRICS, {"note": note, **evaluate_margins(np.asarray(scored["margin"])).to_dict()})
 
 
+def stage_filter(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+    """Keep the pairs that are worth training on; the others with the reason of each."""
+    assert config.filter is not None
+    source = PairsConfig(path=str(root / "margins" / "pairs" / PAIRS_FILE))
+    filter_source(source, config.filter, folder, seed=config.seed, cache=root / "filter-parts")
+
+
 def stage_train(config: RunConfig, root: Path, folder: Path, which: str) -> None:
     """Train the policy under the method called ``which``."""
     assert config.train is not None
+    if config.filter is None:
+        pairs = read_pairs(root / "margins" / "pairs")
+    else:
+        pairs = load_pairs(PairsConfig(path=str(root / "filter" / KEPT)))
     train_policy(
-        read_pairs(root / "margins" / "pairs"),
+        pairs,
         config.train,
         which,
         folder,
@@ -342,6 +355,7 @@ WORK: dict[str, Callable[[RunConfig, Path, Path, str], None]] = {
     "crossfit": stage_crossfit,
     "sample": stage_sample,
     "margins": stage_margins,
+    "filter": stage_filter,
     "train": stage_train,
     "generate": stage_generate,
     "evaluate": stage_evaluate,

@@ -55,7 +55,7 @@ class RewardScorer:
         batches = token_batches([len(row) for row in ids], self.batch_tokens)
         with torch.inference_mode():
             for batch in progress(batches, what="scoring", total=len(batches), unit="batches"):
-                rewards[batch] = self._forward([ids[k] for k in batch])
+                rewards[batch] = self.rewards([ids[k] for k in batch])
         return rewards
 
     def score_pairs(self, pairs: Dataset, cache: Path | None = None) -> Dataset:
@@ -89,7 +89,8 @@ class RewardScorer:
             temporary.replace(file)
         return rewards
 
-    def _forward(self, rows: list[list[int]]) -> np.ndarray:
+    def rewards(self, rows: list[list[int]]) -> np.ndarray:
+        """Reward of each row of token ids, float64 [N], in one forward pass."""
         width = max(len(row) for row in rows)
         pad = self.tokenizer.pad_token_id or 0
         left = self.padding_side == "left"

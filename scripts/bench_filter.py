@@ -1,81 +1,217 @@
-"""Diversity scores and selection at size: time, memory, recall, rank correlation with the exact score. Prints JSON.
+"""A whole filter at size: seconds per stage, peak memory, recall, rank correlation with the exact score. Prints JSON.
 
-Vectors are a mixture of clusters of very different sizes on the unit sphere, as prompts of a real collection are, with
-some exact duplicates. The exact score is computed by brute force on a sample of the rows.
+Texts have Zipf word frequencies and log-normal lengths; exact duplicates, near duplicates and e-mail addresses are
+among them. Vectors are a mixture of clusters of very different sizes on the unit sphere, as prompts of a collection
+are, with some exact duplicates. Each size is filtered in a process of its own, so that its peak memory is its own.
 
     python scripts/bench_filter.py --sizes 10000 100000
+    python scripts/bench_filter.py --sizes 20000 --against scikit-learn datasketch hnsw
 """
 
 import argparse
 import json
+import os
 import platform
+import resource
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from scipy.stats import spearmanr
 
-from align.filtering.neighbours import EXACT_LIMIT, _exact, kth_distance
-from align.filtering.scores import diversity
-from align.filtering.select import importance, top
+from align.config import FilterConfig, PairsConfig
+from align.console import configure
+from align.filtering.minhash import band_keys
+from align.filtering.neighbours import View, _exact, kth_distance
+from align.filtering.run import SUMMARY, filter_source
+from align.filtering.scores import diversity, effective_number
+from align.filtering.select import greedy, standardise, top
+from align.filtering.survey import shingles
+from align.filtering.texts import texts
+from align.pair_stream import stream_pairs
 
 SAMPLE = 2000
+DIMENSIONS = 384
+K = 5
+BLOCK = 50_000
+WAYS = ("scikit-learn", "datasketch", "ivf", "hnsw", "exact", "greedy")
+VOCABULARY = 60_000
+PROMPT_WORDS, RESPONSE_WORDS = 25, 60
+EXACT_SHARE, NEAR_SHARE, PERSONAL_SHARE = 0.01, 0.01, 0.002
 
 
-def make_vectors(count: int, size: int, seed: int) -> np.ndarray:
-    """Unit vectors [count, size] around cluster centres; cluster sizes and widths are log-normal."""
-    rng = np.random.default_rng(seed)
+def make_vectors(count: int, file: Path) -> None:
+    """Unit vectors [count, DIMENSIONS] around cluster centres; cluster sizes and widths are log-normal."""
+    rng = np.random.default_rng(0)
     clusters = max(20, count // 200)
     share = rng.lognormal(sigma=1.0, size=clusters)
     member = rng.choice(clusters, size=count, p=share / share.sum())
-    width = rng.lognormal(mean=np.log(0.6), sigma=0.3, size=clusters)
-    centres = rng.normal(size=(clusters, size)).astype(np.float32)
-    vectors = np.empty((count, size), dtype=np.float32)
-    for start in range(0, count, 50_000):
-        part = slice(start, start + 50_000)
-        noise = rng.normal(size=(len(member[part]), size)).astype(np.float32)
-        vectors[part] = centres[member[part]] + width[member[part], None].astype(np.float32) * noise
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    copies = rng.integers(0, count, size=count // 100)
-    vectors[rng.integers(0, count, size=len(copies))] = vectors[copies]
-    return vectors
+    width = rng.lognormal(mean=np.log(0.6), sigma=0.3, size=clusters).astype(np.float32)
+    centres = rng.normal(size=(clusters, DIMENSIONS)).astype(np.float32)
+    vectors = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(count, DIMENSIONS))
+    for start in range(0, count, BLOCK):
+        part = member[start : start + BLOCK]
+        block = centres[part] + width[part, None] * rng.normal(size=(len(part), DIMENSIONS)).astype(np.float32)
+        block /= np.linalg.norm(block, axis=1, keepdims=True)
+        copies = rng.integers(0, len(part), size=(2, max(len(part) // 100, 1)))
+        block[copies[0]] = block[copies[1]]
+        vectors[start : start + BLOCK] = block
+    vectors.flush()
+
+
+def make_texts(count: int, file: Path) -> None:
+    """A pair file with margins; ids are the numbers of the rows."""
+    rng = np.random.default_rng(1)
+    words = np.array([f"w{k:x}" for k in range(VOCABULARY)], dtype=object)
+    weights = np.cumsum(1.0 / np.arange(2, VOCABULARY + 2))
+    writer = None
+    for start in range(0, count, BLOCK):
+        size = min(BLOCK, count - start)
+        columns: dict[str, list[Any]] = {"id": [f"{start + k:09d}" for k in range(size)]}
+        for part, mean in (("prompt", PROMPT_WORDS), ("chosen", RESPONSE_WORDS), ("rejected", RESPONSE_WORDS)):
+            lengths = np.maximum(rng.lognormal(np.log(mean), 0.5, size=size).astype(int), 1)
+            drawn = words[np.searchsorted(weights, rng.random(int(lengths.sum())) * weights[-1])]
+            ends = np.cumsum(lengths)
+            columns[part] = [" ".join(drawn[end - n : end]) + "." for end, n in zip(ends, lengths, strict=True)]
+        for k in rng.integers(1, size, size=int(EXACT_SHARE * size)):
+            for part in ("prompt", "chosen", "rejected"):
+                columns[part][k] = columns[part][k - 1]
+        for k in rng.integers(1, size, size=int(NEAR_SHARE * size)):
+            columns["prompt"][k] = columns["prompt"][k - 1] + " again"
+            columns["chosen"][k], columns["rejected"][k] = columns["chosen"][k - 1], columns["rejected"][k - 1]
+        for k in rng.integers(0, size, size=int(PERSONAL_SHARE * size)):
+            columns["prompt"][k] += " write to someone@example.org"
+        columns["margin"] = rng.normal(0.4, 1.0, size=size).tolist()
+        block = pa.table(columns)
+        writer = writer or pq.ParquetWriter(file, block.schema)
+        writer.write_table(block)
+    assert writer is not None
+    writer.close()
+
+
+def measure(count: int, folder: Path, processes: int) -> dict[str, Any]:
+    """Filter the files in ``folder`` and compare with the exact score on a sample; in this process."""
+    settings = FilterConfig(keep=0.1, embeddings=str(folder / "vectors.npy"), neighbours=K, processes=processes)
+    output = folder / "filtered"
+    start = time.perf_counter()
+    filter_source(PairsConfig(path=str(folder / "pairs.parquet")), settings, output, seed=0, cache=output / "parts")
+    seconds = time.perf_counter() - start
+    peak = _peak_mib()
+    summary = json.loads((output / SUMMARY).read_text(encoding="utf-8"))
+    vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+    kept = [pq.read_table(output / f"{name}.parquet", columns=["id", "diversity"]) for name in ("kept", "dropped")]
+    scores = pa.concat_tables(kept).to_pandas().dropna().set_index("id")["diversity"].sort_index()
+    left = scores.index.astype(int).to_numpy()
+    places = np.random.default_rng(1).choice(len(left), min(SAMPLE, len(left)), replace=False)
+    exact, _ = _exact(View(vectors, left), places, K)
+    return {
+        "pairs": count,
+        "seconds": seconds,
+        "seconds_by_stage": summary["seconds"],
+        "peak_mib": peak,
+        "peak_mib_of_a_text_process": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
+        "kept": summary["kept"],
+        "dropped_by_rule": summary["dropped_by_rule"],
+        "neighbours": summary["neighbours"],
+        "rank_correlation_with_exact": float(spearmanr(scores.to_numpy()[places], exact).statistic),
+    }
+
+
+def against(name: str, count: int, folder: Path) -> dict[str, Any]:
+    """Seconds of another way to do one stage, on the same files."""
+    vectors = np.load(folder / "vectors.npy")
+    if name in ("ivf", "hnsw", "exact"):
+        start = time.perf_counter()
+        found = kth_distance(vectors, K, seed=0, method=name)  # type: ignore[arg-type]
+        return {"pairs": count, "way": found.method, "recall": found.recall, "seconds": time.perf_counter() - start}
+    if name == "greedy":
+        return _greedy(vectors)
+    if name == "scikit-learn":
+        from sklearn.neighbors import NearestNeighbors
+
+        start = time.perf_counter()
+        NearestNeighbors(n_neighbors=K + 1, algorithm="brute").fit(vectors).kneighbors(vectors)
+        return {"pairs": count, "way": "scikit-learn, brute force", "seconds": time.perf_counter() - start}
+    from datasketch import MinHash, MinHashLSH
+
+    pairs = stream_pairs(PairsConfig(path=str(folder / "pairs.parquet")), folder / "pairs.arrow")
+    found_shingles = shingles(texts(pairs))
+    start = time.perf_counter()
+    band_keys(found_shingles)
+    own = time.perf_counter() - start
+    start = time.perf_counter()
+    index = MinHashLSH(threshold=0.9, num_perm=128)
+    for k in range(count):
+        sketch = MinHash(num_perm=128)
+        sketch.update_batch([value.tobytes() for value in found_shingles.row(k)])
+        index.query(sketch)
+        index.insert(str(k), sketch)
+    taken = time.perf_counter() - start
+    return {"pairs": count, "way": "datasketch, MinHash and LSH", "seconds": taken, "seconds_of_band_keys": own}
+
+
+def _greedy(vectors: np.ndarray) -> dict[str, Any]:
+    """Seconds of the greedy selection of a tenth, and what the one-shot score gives up against it."""
+    count = len(vectors)
+    base, ids = np.random.default_rng(2).normal(size=count), [f"{k:09d}" for k in range(count)]
+    spread = diversity(kth_distance(vectors, K, seed=0).distance)
+    once = top(base + 0.5 * standardise(spread), ids, count // 10)
+    start = time.perf_counter()
+    kept = greedy(base, vectors, ids, count // 10, weight=0.5 / float(np.std(spread)))
+    return {
+        "pairs": count,
+        "way": "greedy",
+        "seconds": time.perf_counter() - start,
+        "shared_with_one_shot": len(np.intersect1d(once, kept)) / len(kept),
+        "mean_base": {"greedy": float(base[kept].mean()), "one-shot": float(base[once].mean())},
+        "effective_number": {
+            "greedy": effective_number(vectors, kept),
+            "one-shot": effective_number(vectors, once),
+        },
+    }
+
+
+def _peak_mib() -> float:
+    line = next(item for item in Path("/proc/self/status").read_text().splitlines() if item.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def main() -> None:
-    """Run the sizes and print JSON."""
+    """Make the files of each size, filter each in its own process, print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="*", type=int, default=[10_000, 100_000])
-    parser.add_argument("--dimensions", type=int, default=384)
-    parser.add_argument("--k", type=int, default=5)
+    parser.add_argument("--against", nargs="*", default=[], choices=WAYS)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench-filter"))
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    results = {}
+    configure()
+    if arguments.one is not None:
+        print(json.dumps(measure(arguments.one, arguments.folder / str(arguments.one), arguments.processes)))
+        return
+    results = []
     for count in arguments.sizes:
-        vectors = make_vectors(count, arguments.dimensions, seed=0)
-        rng = np.random.default_rng(1)
-        columns = {"margin": rng.normal(size=count), "quality": rng.beta(8, 2, size=count)}
-        start = time.perf_counter()
-        found = kth_distance(vectors, arguments.k, seed=0)
-        neighbours_done = time.perf_counter()
-        scored = columns | {"diversity": diversity(found)}
-        values = importance(scored, {"margin": 1.0, "quality": 0.5, "diversity": 0.5})
-        kept = top(values, [f"{k:09d}" for k in range(count)], count // 10)
-        done = time.perf_counter()
-        rows = rng.choice(count, min(SAMPLE, count), replace=False)
-        exact, _ = _exact(vectors, rows, arguments.k)
-        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        results[count] = {
-            "method": found.method,
-            "exact_up_to": EXACT_LIMIT,
-            "seconds_neighbours": neighbours_done - start,
-            "seconds_selection": done - neighbours_done,
-            "kept": len(kept),
-            "recall": found.recall,
-            "rank_correlation_with_exact": float(spearmanr(found.distance[rows], exact).statistic),
-            "peak_mib_of_process": int(peak.split()[1]) / 1024,
-        }
-        print(f"{count}: {json.dumps(results[count])}", file=sys.stderr)
-    print(json.dumps({"machine": platform.machine(), "dimensions": arguments.dimensions, "sizes": results}, indent=2))
+        folder = arguments.folder / str(count)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "made").exists():
+            make_texts(count, folder / "pairs.parquet")
+            make_vectors(count, folder / "vectors.npy")
+            (folder / "made").touch()
+        if arguments.against:
+            results += [against(name, count, folder) for name in arguments.against]
+            continue
+        shutil.rmtree(folder / "filtered", ignore_errors=True)
+        command = [sys.executable, __file__, "--one", str(count), "--folder", str(arguments.folder)]
+        command += ["--processes", str(arguments.processes)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        results.append(json.loads(done.stdout))
+    print(json.dumps({"machine": platform.machine(), "cores": os.cpu_count(), "results": results}, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,172 +1,207 @@
 """Hard rules: a pair that breaks one is dropped with the rule's name, whatever its scores. Each can be switched off.
 
-A rule takes the rows and returns {row number: what was found}. Of pairs that are the same the one with the smallest id
-is kept, so the result does not depend on the order of the file.
+A rule looks at the pairs that no rule before it has dropped and returns {place: what was found}. Of pairs that are the
+same the one with the smallest id is kept, so the result does not depend on the order of the file.
 """
 
-import re
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+from datasets import Dataset
 
-from align.errors import EnvironmentProblem
-from align.filtering.texts import ngrams, normal, plain, words
+from align.filtering.minhash import near_duplicates
+from align.filtering.survey import OVERLAP, PERSONAL, Survey, overlap_hashes, shingles
+from align.filtering.texts import PARTS, plain, texts_of
+from align.filtering.tokens import Hashes, runs, tokenise, word_list
 
-Row = dict[str, Any]
-Rule = Callable[[Sequence[Row]], dict[int, str]]
-SHINGLE, PERMUTATIONS, NEAR = 5, 128, 0.9
-OVERLAP = 8
-PII = {
-    "e-mail address": re.compile(r"[\w.+-]+@[\w-]+\.[a-zA-Z]{2,}"),
-    "card number": re.compile(r"\b(?:\d[ -]?){13,16}\b"),
-    "phone number": re.compile(r"(?<!\d)(?:\+\d{1,3}[ -]?)?(?:\(\d{2,4}\)[ -]?|\d{3}[ -])\d{3}[ -]\d{3,4}(?!\d)"),
-    "social security number": re.compile(r"\b\d{3}-\d{2}-\d{4}\b"),
-}
+NEAR = 0.9
 
 
-def same_text(rows: Sequence[Row]) -> dict[int, str]:
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What the rules look at."""
+
+    pairs: Dataset
+    ids: np.ndarray
+    """str [N]."""
+    survey: Survey
+    longest: int = 2048
+    """Most words of a response."""
+    language: str | None = None
+    """ISO 639 code that both responses must be in; None: any."""
+    held_out: Sequence[str] = ()
+    """Texts of an evaluation set."""
+    ood: np.ndarray | None = None
+    """[N], see ``columns.distances``."""
+    ood_limit: float = np.inf
+    doubtful: np.ndarray | None = None
+    """bool [N], see ``scores.doubtful``."""
+
+    def by_id(self, alive: np.ndarray) -> np.ndarray:
+        """Places still alive, smallest id first."""
+        places = np.flatnonzero(alive)
+        return places[np.argsort(self.ids[places], kind="stable")]
+
+
+Found = dict[int, str]
+Rule = Callable[[Table, np.ndarray], Found]
+
+
+def same_text(table: Table, alive: np.ndarray) -> Found:
     """Chosen and rejected are the same but for case and white space."""
+    same = alive & (table.survey.content[:, 1] == table.survey.content[:, 2])
+    return dict.fromkeys(_places(same), "chosen and rejected differ in case or white space only")
+
+
+def contradiction(table: Table, alive: np.ndarray) -> Found:
+    """Another pair says the opposite of the same two responses; both go."""
+    order = table.by_id(alive)
+    if not len(order):
+        return {}
+    content = table.survey.content[order]
+    said, opposite = _key(content), _key(content[:, [0, 2, 1]])
+    sort = np.argsort(said, kind="stable")
+    other = sort[np.minimum(np.searchsorted(said[sort], opposite), len(order) - 1)]
+    hit = np.flatnonzero((said[other] == opposite) & (other != np.arange(len(order))))
+    return {int(order[k]): f"the opposite of {table.ids[order[other[k]]]}" for k in hit}
+
+
+def length(table: Table, alive: np.ndarray) -> Found:
+    """A response has no word, or more than ``longest``."""
+    found: Found = {}
+    for side in (2, 1):
+        count = table.survey.words[:, side]
+        for k in _places(alive & ((count < 1) | (count > table.longest))):
+            found[k] = f"{PARTS[side]} has {count[k]} words, allowed are 1 to {table.longest}"
+    return found
+
+
+def language(table: Table, alive: np.ndarray) -> Found:
+    """A response is clearly in another language than the one asked for."""
+    found: Found = {}
+    if table.language is None:
+        return found
+    for side in (1, 0):
+        code = table.survey.language[:, side]
+        for k in _places(alive & (code != "") & (code != table.language)):
+            found[k] = f"{PARTS[side + 1]} reads as '{code[k]}', wanted is '{table.language}'"
+    return found
+
+
+def pii(table: Table, alive: np.ndarray) -> Found:
+    """A string that looks like personal data."""
+    found: Found = {}
+    for k in _places(alive & (table.survey.personal > 0)):
+        seen = [name for bit, name in enumerate(PERSONAL) if table.survey.personal[k] >> bit & 1]
+        found[k] = f"looks like it holds: {', '.join(seen)}"
+    return found
+
+
+def contamination(table: Table, alive: np.ndarray) -> Found:
+    """Shares a run of eight words with a text of an evaluation set."""
+    places = _places(alive & (table.survey.overlap > 0))
+    held_out = overlap_hashes(table.held_out)
+    found: Found = {}
+    for k in places:
+        part = PARTS[int(table.survey.overlap[k]) - 1]
+        found[k] = f"{part} shares with the evaluation set: {_shared(plain(table.pairs[k][part]), held_out)}"
+    return found
+
+
+def duplicate(table: Table, alive: np.ndarray) -> Found:
+    """Prompt and responses are those of another pair."""
+    order = table.by_id(alive)
+    _, first, which = np.unique(_key(table.survey.content[order]), return_index=True, return_inverse=True)
+    repeated = np.flatnonzero(first[which] != np.arange(len(order)))
+    return {int(order[k]): f"same as {table.ids[order[first[which[k]]]]}" for k in repeated}
+
+
+def near_duplicate(table: Table, alive: np.ndarray) -> Found:
+    """Jaccard similarity of its five-word runs with those of another pair of at least ``NEAR``."""
+    order = table.by_id(alive)
+
+    def shingles_of(rows: np.ndarray) -> Hashes:
+        return shingles(texts_of(table.pairs, order[rows].tolist()))
+
+    found = near_duplicates(table.survey.bands[order], shingles_of, NEAR)
+    return {int(order[later]): f"nearly the same as {table.ids[order[earlier]]}" for later, earlier in found.items()}
+
+
+def out_of_distribution(table: Table, alive: np.ndarray) -> Found:
+    """Farther from the reward model's training pairs than nearly all of those are from one another."""
+    if table.ood is None:
+        return {}
     return {
-        k: "chosen and rejected differ in case or white space only"
-        for k, row in enumerate(rows)
-        if normal(row["chosen"]) == normal(row["rejected"])
+        k: f"distance {table.ood[k]:.1f} to the reward model's training pairs, limit {table.ood_limit:.1f}"
+        for k in _places(alive & (table.ood > table.ood_limit))
     }
 
 
-def duplicate(rows: Sequence[Row]) -> dict[int, str]:
-    """Prompt and responses are those of another pair."""
-    first: dict[tuple[str, ...], str] = {}
-    found = {}
-    for k in _by_id(rows):
-        same = first.setdefault(_content(rows[k]), str(rows[k]["id"]))
-        if same != str(rows[k]["id"]):
-            found[k] = f"same as {same}"
-    return found
-
-
-def contradiction(rows: Sequence[Row]) -> dict[int, str]:
-    """Another pair says the opposite of the same two responses; both go."""
-    places: dict[tuple[str, ...], int] = {}
-    for k, row in enumerate(rows):
-        places.setdefault(_content(row), k)
-    found = {}
-    for k, row in enumerate(rows):
-        prompt, chosen, rejected = _content(row)
-        other = places.get((prompt, rejected, chosen))
-        if other is not None and other != k:
-            found[k] = f"the opposite of {rows[other]['id']}"
-    return found
-
-
-def near_duplicate(rows: Sequence[Row], threshold: float = NEAR) -> dict[int, str]:
-    """Shares most of its five-word runs with another pair (MinHash, Jaccard similarity of at least ``threshold``).
-
-    Raises:
-        EnvironmentProblem: datasketch is not installed.
-    """
-    try:
-        from datasketch import MinHash, MinHashLSH
-    except ImportError:
-        raise EnvironmentProblem(
-            "near-duplicate search needs datasketch",
-            code="package-missing",
-            hint="pip install 'margin-align[filter]', or --skip near_duplicate",
-        ) from None
-    index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
-    found: dict[int, str] = {}
-    for k in _by_id(rows):
-        tokens = words(rows[k]["prompt"]) + words(rows[k]["chosen"]) + words(rows[k]["rejected"])
-        sketch = MinHash(num_perm=PERMUTATIONS)
-        sketch.update_batch([" ".join(run).encode() for run in ngrams(tokens, min(SHINGLE, max(len(tokens), 1)))])
-        alike = sorted(index.query(sketch))
-        if alike:
-            found[k] = f"nearly the same as {alike[0]}"
-        else:
-            index.insert(str(rows[k]["id"]), sketch)
-    return found
-
-
-def length(rows: Sequence[Row], shortest: int = 1, longest: int = 2048) -> dict[int, str]:
-    """A response has fewer than ``shortest`` or more than ``longest`` words."""
-    found = {}
-    for k, row in enumerate(rows):
-        for side in ("chosen", "rejected"):
-            count = len(words(row[side]))
-            if not shortest <= count <= longest:
-                found[k] = f"{side} has {count} words, allowed are {shortest} to {longest}"
-    return found
-
-
-def pii(rows: Sequence[Row]) -> dict[int, str]:
-    """A string that looks like personal data."""
-    found = {}
-    for k, row in enumerate(rows):
-        text = "\n".join(plain(row[part]) for part in ("prompt", "chosen", "rejected"))
-        seen = [name for name, pattern in PII.items() if pattern.search(text)]
-        if seen:
-            found[k] = f"looks like it holds: {', '.join(seen)}"
-    return found
-
-
-def contamination(rows: Sequence[Row], held_out: Sequence[str] = ()) -> dict[int, str]:
-    """Shares a run of eight words with a text of an evaluation set."""
-    runs: set[tuple[str, ...]] = set()
-    for text in held_out:
-        runs |= ngrams(words(text), OVERLAP)
-    found = {}
-    for k, row in enumerate(rows):
-        for part in ("prompt", "chosen", "rejected"):
-            shared = ngrams(words(row[part]), OVERLAP) & runs
-            if shared:
-                found[k] = f"{part} shares with the evaluation set: {' '.join(min(shared))}"
-    return found
+def label_noise(table: Table, alive: np.ndarray) -> Found:
+    """The out-of-fold margin contradicts the label strongly."""
+    if table.doubtful is None:
+        return {}
+    return dict.fromkeys(_places(alive & table.doubtful), "the margin contradicts the label strongly")
 
 
 RULES: dict[str, Rule] = {
     "same_text": same_text,
-    "duplicate": duplicate,
     "contradiction": contradiction,
-    "near_duplicate": near_duplicate,
     "length": length,
+    "language": language,
     "pii": pii,
+    "contamination": contamination,
+    "label_noise": label_noise,
+    "out_of_distribution": out_of_distribution,
+    "duplicate": duplicate,
+    "near_duplicate": near_duplicate,
 }
 
 
-def apply_rules(
-    rows: Sequence[Row], *, skip: Sequence[str] = (), held_out: Sequence[str] = (), longest: int = 2048
-) -> dict[int, tuple[str, str]]:
-    """{row number: (rule, what was found)} of the pairs to drop, by the first rule that each breaks.
+def apply_rules(table: Table, skip: Sequence[str] = ()) -> dict[int, tuple[str, str]]:
+    """{place: (rule, what was found)} of the pairs to drop, by the first rule that each breaks.
 
     Args:
-        rows: pair table as dictionaries.
+        table: the pairs and what is known of them.
         skip: names of rules to leave out.
-        held_out: texts of an evaluation set; with any, ``contamination`` is a rule too.
-        longest: words of a response.
     """
-    rules = {name: rule for name, rule in RULES.items() if name not in skip}
-    if "length" in rules:
-        rules["length"] = partial(length, longest=longest)
-    if held_out and "contamination" not in skip:
-        rules["contamination"] = partial(contamination, held_out=held_out)
+    alive = np.ones(len(table.ids), dtype=bool)
     dropped: dict[int, tuple[str, str]] = {}
-    for name, rule in rules.items():
-        for k, found in rule(rows).items():
-            dropped.setdefault(k, (name, found))
+    for name, rule in RULES.items():
+        if name in skip:
+            continue
+        found = rule(table, alive)
+        dropped.update({k: (name, said) for k, said in found.items()})
+        alive[list(found)] = False
     return dropped
 
 
-def length_bias(rows: Sequence[Row]) -> float:
-    """Share of pairs whose chosen response has more words, among those that differ; 0.5 where length says nothing."""
-    longer = [len(words(row["chosen"])) - len(words(row["rejected"])) for row in rows]
-    decided = [difference > 0 for difference in longer if difference != 0]
-    return float(np.mean(decided)) if decided else 0.5
+def length_bias(words: np.ndarray, rows: np.ndarray | None = None) -> float:
+    """Share of pairs whose chosen response has more words, among those that differ; 0.5 where length says nothing.
+
+    Args:
+        words: [N, 3] of the survey.
+        rows: the pairs to look at; all where absent.
+    """
+    longer = (words[:, 1] - words[:, 2])[slice(None) if rows is None else rows]
+    decided = longer[longer != 0] > 0
+    return float(decided.mean()) if len(decided) else 0.5
 
 
-def _content(row: Row) -> tuple[str, str, str]:
-    return normal(row["prompt"]), normal(row["chosen"]), normal(row["rejected"])
+def _places(mask: np.ndarray) -> list[int]:
+    return np.flatnonzero(mask).tolist()
 
 
-def _by_id(rows: Sequence[Row]) -> list[int]:
-    return sorted(range(len(rows)), key=lambda k: str(rows[k]["id"]))
+def _key(content: np.ndarray) -> np.ndarray:
+    """Three hashes as one, uint64 [N]."""
+    factor = np.uint64(0x9E3779B97F4A7C15)
+    return (content[:, 0] * factor + content[:, 1]) * factor + content[:, 2]
+
+
+def _shared(text: str, held_out: np.ndarray) -> str:
+    """The first run of a text that the evaluation set has too, in words."""
+    strings = pa.array([text], type=pa.string())
+    hit = np.isin(runs(tokenise(strings), OVERLAP, whole=False).values, held_out)
+    return " ".join(word_list(text)[int(hit.argmax()) :][:OVERLAP])

@@ -1,121 +1,169 @@
-"""`align filter`: a pair table in, kept and dropped tables out, with all scores and a reason for every dropped pair."""
+"""`align filter`: a pair table in, kept and dropped tables out, with all scores and a reason for every dropped pair.
 
-from dataclasses import asdict, dataclass
+Order: texts (one pass, what the rules need) -> rules -> scores -> importance -> selection -> tables and page. Whatever
+takes long is kept in a cache part by part, under the key of what determines it: a stopped filter goes on where it was,
+and another choice of weights costs seconds.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset
 
-from align.config import PairsConfig
+from align.config import FilterConfig, PairsConfig
 from align.console import log
 from align.errors import ConfigError, DataError
-from align.filtering.neighbours import kth_distance
-from align.filtering.rules import apply_rules, length_bias
-from align.filtering.scores import cached_embedding, diversity, quality
+from align.filtering.columns import distances, margins, qualities, vectors
+from align.filtering.neighbours import Neighbours, kth_distance
+from align.filtering.rules import RULES, Table, apply_rules, length_bias
+from align.filtering.scores import diversity, doubtful, effective_number
 from align.filtering.select import greedy, importance, standardise, top
-from align.filtering.texts import plain
-from align.pairs import fingerprint, load_pairs
-from align.stage import digest, write_json
+from align.filtering.survey import Asked, Survey, overlap_hashes, take_survey
+from align.filtering.texts import cells, plain
+from align.pair_stream import stream_pairs
+from align.pairs import load_pairs
+from align.stage import digest, fingerprint_source, write_json
 
 KEPT, DROPPED, SUMMARY = "kept.parquet", "dropped.parquet", "filter.json"
-SCORES = ("margin", "quality", "diversity")
+CACHE = "parts"
+WRITTEN_ROWS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
-class FilterSettings:
-    """What `align filter` is asked for."""
+class Filtered:
+    """All pairs with what the filter found, [N] each; scores are not-a-number where a rule came first."""
 
-    keep: float
-    """Share of the pairs that pass the rules, in (0, 1]."""
-    method: str = "top"
-    """``top``: one-shot importance; ``greedy``: diversity against what is already kept; ``threshold``."""
-    weights: tuple[float, float, float] = (1.0, 0.5, 0.5)
-    """Of margin, quality and diversity, on standardised columns; the margin's is 0 where there is none."""
-    minimum: float | None = None
-    """``threshold``: least importance."""
-    neighbours: int = 5
-    per_group: bool = False
-    skip: tuple[str, ...] = ()
-    longest: int = 2048
-    embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
-    seed: int = 0
+    pairs: Dataset
+    columns: dict[str, np.ndarray]
+    """quality, diversity, importance, kept, reason and, where there is what they need, doubtful and ood."""
+    vectors: np.ndarray
+    """[N, D]."""
+    summary: dict[str, Any]
+
+    @property
+    def kept(self) -> np.ndarray:
+        """bool [N]."""
+        return self.columns["kept"]
 
 
-def filter_pairs(source: PairsConfig, settings: FilterSettings, output: Path, held_out: Path | None = None) -> None:
+def filter_source(source: PairsConfig, settings: FilterConfig, output: Path, *, seed: int, cache: Path) -> None:
     """Write ``kept.parquet``, ``dropped.parquet``, ``filter.json`` and ``report.html`` into ``output``.
+
+    Args:
+        source: where the pairs come from.
+        settings: what to keep.
+        output: folder.
+        seed: of the neighbour index.
+        cache: folder for parts of the work.
 
     Raises:
         AlignError: the pairs, the settings or a model cannot be used.
     """
-    pairs = load_pairs(source)
-    texts = [] if held_out is None else [plain(row["prompt"]) for row in load_pairs(PairsConfig(path=str(held_out)))]
-    table, summary = score_and_select(pairs, settings, texts, output / "embeddings")
+    seconds: dict[str, float] = {}
+    known = source.model_dump() | {"content": fingerprint_source(source.path)}
+    own = cache / digest(known)[:16]
+    with _timed(seconds, "reading"):
+        pairs = stream_pairs(source, own / "pairs.arrow")
+    held_out: list[str] = []
+    if settings.held_out is not None:
+        held_out = [plain(row["prompt"]) for row in load_pairs(PairsConfig(path=settings.held_out))]
+    found = filter_pairs(pairs, settings, own, held_out=held_out, seed=seed)
     output.mkdir(parents=True, exist_ok=True)
-    for name, wanted in ((KEPT, True), (DROPPED, False)):
-        rows = table.filter(lambda row, wanted=wanted: row["kept"] == wanted)
-        _write(rows.remove_columns("reason") if wanted else rows, output / name)
-    write_json(output / SUMMARY, summary | {"source": source.path, "settings": asdict(settings)})
     from align.reports.filter_page import write_page
 
-    write_page(output / "report.html", table, summary, source.path)
-    log.info("kept %d of %d pairs: %s", summary["kept"], summary["pairs"], output / KEPT)
+    with _timed(seconds, "writing"):
+        write_tables(found, output)
+        write_page(output / "report.html", found, source.path)
+    summary = found.summary | {"seconds": seconds | found.summary["seconds"]}
+    write_json(output / SUMMARY, summary | {"source": known, "settings": settings.model_dump(), "seed": seed})
+    log.info("kept %d of %d pairs: %s", found.summary["kept"], len(pairs), output / KEPT)
     log.info("dropped, each with a reason: %s; look at it: open %s", output / DROPPED, output / "report.html")
 
 
-def score_and_select(
-    pairs: Dataset, settings: FilterSettings, held_out: list[str], cache: Path
-) -> tuple[Dataset, dict[str, Any]]:
-    """The table with ``quality``, ``diversity``, ``importance``, ``kept`` and ``reason``, and a summary.
+def filter_pairs(pairs: Dataset, settings: FilterConfig, cache: Path, *, held_out: list[str], seed: int) -> Filtered:
+    """Rules, scores and selection.
 
     Args:
         pairs: pair table, with ``margin`` where it is to count.
         settings: what to keep.
+        cache: folder for parts of the work; valid for these pairs only.
         held_out: texts of an evaluation set that nothing may share a run of eight words with.
-        cache: folder for the embeddings.
+        seed: of the neighbour index.
+
+    Raises:
+        AlignError: the settings do not fit the pairs, or a model cannot be used.
     """
     _check(pairs, settings)
-    rows = list(pairs)
-    broken = apply_rules(rows, skip=settings.skip, held_out=held_out, longest=settings.longest)
-    left = [k for k in range(len(rows)) if k not in broken]
+    seconds: dict[str, float] = {}
+    table, broken = _rules(pairs, settings, cache, held_out, seconds)
+    left = np.setdiff1d(np.arange(len(table.ids)), np.fromiter(broken, dtype=np.int64, count=len(broken)))
     if len(left) < 2:
         raise DataError(f"{len(left)} pairs pass the rules, at least 2 are needed", code="filter-empty")
-    key = digest({"pairs": fingerprint(pairs), "model": settings.embedding_model})[:16]
-    vectors = cached_embedding([plain(row["prompt"]) for row in rows], settings.embedding_model, cache / f"{key}.npy")
-    found = kth_distance(np.asarray(vectors)[left], settings.neighbours, seed=settings.seed)
-    columns = {
-        "margin": np.array(
-            [rows[k]["margin"] for k in left] if "margin" in pairs.column_names else np.zeros(len(left))
-        ),
-        "quality": np.array([quality(rows[k]) for k in left]),
-        "diversity": diversity(found),
+    with _timed(seconds, "embedding"):
+        embedded = vectors(pairs, settings, cache)
+    with _timed(seconds, "neighbours"):
+        near = kth_distance(embedded, settings.neighbours, seed=seed, rows=left, method=settings.index)
+    with _timed(seconds, "quality"):
+        quality = qualities(pairs, table.survey, settings, cache)
+    scores = {"quality": quality["quality"][left], "diversity": diversity(near.distance)}
+    if (margin := margins(pairs, in_spreads=settings.in_spreads)) is not None:
+        scores["margin"] = margin[left]
+    with _timed(seconds, "selection"):
+        weights = {name: float(getattr(settings, name)) for name in scores}
+        values = importance(scores, weights)
+        kept = np.zeros(len(table.ids), dtype=bool)
+        kept[left[_select(settings, scores, weights, values, table.ids[left], embedded, left, pairs)]] = True
+    parts = {name: weights[name] * standardise(found) for name, found in scores.items()}
+    columns = quality | {
+        "diversity": _spread(scores["diversity"], left, len(kept)),
+        "importance": _spread(values, left, len(kept)),
+        "kept": kept,
+        "reason": _reasons(broken, left, parts, values, kept, settings.method),
     }
-    weights = dict(zip(SCORES, settings.weights, strict=True))
-    values = importance(columns, weights)
-    ids = [str(rows[k]["id"]) for k in left]
-    count = max(1, round(settings.keep * len(left)))
-    if settings.method == "threshold":
-        assert settings.minimum is not None
-        chosen = np.flatnonzero(values >= settings.minimum)
-    elif settings.method == "greedy":
-        base = importance(columns, weights | {"diversity": 0.0})
-        spread = 1.0 / (np.std(columns["diversity"]) or 1.0)
-        chosen = greedy(base, np.asarray(vectors)[left], ids, count, weight=weights["diversity"] * spread)
-    else:
-        groups = [str(rows[k]["group"]) for k in left] if settings.per_group else None
-        chosen = top(values, ids, count, groups)
-    kept = {left[k] for k in chosen}
-    table = _table(pairs, left, columns, values, kept, broken, settings.method)
-    return table, {
-        "pairs": len(rows),
-        "passed_rules": len(left),
-        "kept": len(kept),
-        "dropped_by_rule": _counts([rule for rule, _ in broken.values()]),
-        "kept_share_by_group": _group_shares(rows, kept),
-        "longer_is_chosen": {"all": length_bias(rows), "kept": length_bias([rows[k] for k in sorted(kept)])},
-        "neighbours": {"method": found.method, "recall": found.recall},
-        "training_time_saved": 1 - len(kept) / len(rows),
-    }
+    columns |= {n: found for n, found in (("doubtful", table.doubtful), ("ood", table.ood)) if found is not None}
+    with _timed(seconds, "summary"):
+        summary = _summary(pairs, table, broken, near, kept, left, embedded, seed)
+    return Filtered(pairs, columns, embedded, summary | {"seconds": seconds})
+
+
+def _rules(
+    pairs: Dataset, settings: FilterConfig, cache: Path, held_out: list[str], seconds: dict[str, float]
+) -> tuple[Table, dict[int, tuple[str, str]]]:
+    """What the rules look at, and what they found."""
+    with _timed(seconds, "texts"):
+        survey = _survey(pairs, settings, cache, held_out)
+    margin = margins(pairs, in_spreads=False)
+    with _timed(seconds, "distances"):
+        ood, limit = distances(pairs, settings.ood, cache) if settings.ood else (None, np.inf)
+    table = Table(
+        pairs=pairs,
+        ids=cells(pairs, "id").to_numpy().astype(str),
+        survey=survey,
+        longest=settings.longest,
+        language=settings.language,
+        held_out=held_out,
+        ood=ood,
+        ood_limit=limit,
+        doubtful=None if margin is None else doubtful(margin),
+    )
+    with _timed(seconds, "rules"):
+        skip = settings.skip if settings.drop_doubtful else [*settings.skip, "label_noise"]
+        return table, apply_rules(table, skip)
+
+
+def _survey(pairs: Dataset, settings: FilterConfig, cache: Path, held_out: list[str]) -> Survey:
+    """What the rules need of the texts, from the cache as far as it is there."""
+    overlap = overlap_hashes(held_out)
+    asked = Asked(overlap, near="near_duplicate" not in settings.skip, language=settings.language is not None)
+    key = digest([overlap.tobytes().hex(), asked.near, asked.language])[:16]
+    return take_survey(pairs, asked, cache / f"survey-{key}", settings.processes)
 
 
 def explain(output: Path, pair_id: str) -> dict[str, Any]:
@@ -127,65 +175,155 @@ def explain(output: Path, pair_id: str) -> dict[str, Any]:
     if not (output / SUMMARY).exists():
         raise DataError(f"{output}: holds no {SUMMARY}", code="filter-missing", hint="run `align filter` first")
     for name in (KEPT, DROPPED):
-        for row in Dataset.from_parquet(str(output / name), keep_in_memory=True):
-            if str(row["id"]) == pair_id:
-                return dict(row)
+        rows = pq.read_table(output / name, filters=[("id", "=", pair_id)]).to_pylist()
+        if rows:
+            found: dict[str, Any] = rows[0]
+            return found
     raise DataError(f"{output}: no pair has id {pair_id!r}", code="filter-missing", hint="ids stand in the `id` column")
 
 
-def _check(pairs: Dataset, settings: FilterSettings) -> None:
-    if settings.per_group and "group" not in pairs.column_names:
-        raise ConfigError("--per-group: the pairs have no `group` column", code="filter-option")
-    if settings.method == "threshold" and settings.minimum is None:
-        raise ConfigError("--method threshold: needs --minimum, the least importance", code="filter-option")
-    if "margin" not in pairs.column_names and settings.weights[0] != 0:
+def write_tables(found: Filtered, output: Path) -> None:
+    """The pairs with their new columns as ``kept.parquet`` and ``dropped.parquet``, a block of rows at a time."""
+    names = [name for name in found.columns if name in found.pairs.column_names]
+    pairs = found.pairs.remove_columns(names).with_format("arrow")
+    targets = {True: output / KEPT, False: output / DROPPED}
+    writers: dict[bool, pq.ParquetWriter] = {}
+    for start in range(0, len(pairs), WRITTEN_ROWS):
+        block = slice(start, min(start + WRITTEN_ROWS, len(pairs)))
+        rows = pairs[block].replace_schema_metadata(None)
+        for name, values in found.columns.items():
+            rows = rows.append_column(name, pa.array(values[block], from_pandas=True))
+        for wanted, target in targets.items():
+            part = rows.filter(pa.array(found.kept[block] == wanted))
+            part = part.drop_columns("reason") if wanted else part
+            if wanted not in writers:
+                writers[wanted] = pq.ParquetWriter(target.with_suffix(".tmp"), part.schema, compression="zstd")
+            writers[wanted].write_table(part)
+    for wanted, target in targets.items():
+        writers[wanted].close()
+        target.with_suffix(".tmp").replace(target)
+
+
+def _check(pairs: Dataset, settings: FilterConfig) -> None:
+    problems = {
+        "per_group: the pairs have no `group` column": settings.per_group and "group" not in pairs.column_names,
+        "method threshold: needs `minimum`, the least importance": settings.method == "threshold"
+        and settings.minimum is None,
+        "in_spreads: the pairs have no `margin_std` column": settings.in_spreads
+        and not {"margin", "margin_std"} <= set(pairs.column_names),
+        "drop_doubtful: the pairs have no `margin` column": settings.drop_doubtful
+        and "margin" not in pairs.column_names,
+    } | {f"skip: no rule {name!r}; rules are {', '.join(RULES)}": name not in RULES for name in settings.skip}
+    wrong = [problem for problem, there in problems.items() if there]
+    if wrong:
+        raise ConfigError("; ".join(wrong), code="filter-option", hint="see docs/filtering.md")
+    if "margin" not in pairs.column_names and settings.margin != 0:
         log.warning("the pairs have no `margin` column: quality and diversity decide alone")
+    elif "margin" in pairs.column_names and cells(pairs, "margin").null_count:
+        raise DataError(
+            f"margin: {cells(pairs, 'margin').null_count} of {len(pairs)} pairs have none", code="filter-margin",
+            hint="score all pairs with `align reward score`, or take the column out",
+        )  # fmt: skip
 
 
-def _table(
-    pairs: Dataset,
-    left: list[int],
-    columns: dict[str, np.ndarray],
+def _select(
+    settings: FilterConfig,
+    scores: dict[str, np.ndarray],
+    weights: dict[str, float],
     values: np.ndarray,
-    kept: set[int],
+    ids: np.ndarray,
+    embedded: np.ndarray,
+    left: np.ndarray,
+    pairs: Dataset,
+) -> np.ndarray:
+    """Places in ``left`` of the pairs to keep."""
+    count = max(1, round(settings.keep * len(left)))
+    if settings.method == "threshold":
+        return np.flatnonzero(values >= settings.minimum)
+    if settings.method == "greedy":
+        base = importance(scores, weights | {"diversity": 0.0})
+        spread = 1.0 / (np.std(scores["diversity"]) or 1.0)
+        return greedy(base, np.asarray(embedded)[left], ids.tolist(), count, weight=weights["diversity"] * spread)
+    groups = cells(pairs, "group").to_numpy().astype(str)[left] if settings.per_group else None
+    return top(values, ids, count, groups)
+
+
+def _reasons(
     broken: dict[int, tuple[str, str]],
+    left: np.ndarray,
+    parts: dict[str, np.ndarray],
+    values: np.ndarray,
+    kept: np.ndarray,
     method: str,
-) -> Dataset:
-    """All pairs with their scores (None where a rule came first) and a reason for each dropped one."""
-    scored: dict[str, list[Any]] = {name: [None] * len(pairs) for name in ("quality", "diversity", "importance")}
-    for place, k in enumerate(left):
-        for name in ("quality", "diversity"):
-            scored[name][k] = float(columns[name][place])
-        scored["importance"][k] = float(values[place])
-    standard = {name: dict(zip(left, standardise(column), strict=True)) for name, column in columns.items()}
-    reasons = []
-    for k in range(len(pairs)):
-        if k in kept:
-            reasons.append("")
-        elif k in broken:
-            reasons.append(f"{broken[k][0]}: {broken[k][1]}")
-        else:
-            weakest = min(SCORES, key=lambda name, k=k: standard[name][k])  # type: ignore[misc]
-            reasons.append(f"{method}: importance {scored['importance'][k]:.2f}, lowest score {weakest}")
-    table = pairs.remove_columns([name for name in (*scored, "kept", "reason") if name in pairs.column_names])
-    for name, column in scored.items():
-        table = table.add_column(name, column)
-    return table.add_column("kept", [k in kept for k in range(len(pairs))]).add_column("reason", reasons)
+) -> np.ndarray:
+    """Why each pair was dropped, with the least of the ``parts`` of its importance; empty where it was kept."""
+    reasons = np.full(len(kept), "", dtype=object)
+    for k, (rule, said) in broken.items():
+        reasons[k] = f"{rule}: {said}"
+    names = list(parts)
+    weakest = np.argmin(list(parts.values()), axis=0)
+    for place in np.flatnonzero(~kept[left]):
+        reasons[left[place]] = f"{method}: importance {values[place]:.2f}, least from {names[weakest[place]]}"
+    return reasons
 
 
-def _counts(names: list[str]) -> dict[str, int]:
-    return {name: names.count(name) for name in sorted(set(names))}
+def _summary(
+    pairs: Dataset,
+    table: Table,
+    broken: dict[int, tuple[str, str]],
+    near: Neighbours,
+    kept: np.ndarray,
+    left: np.ndarray,
+    embedded: np.ndarray,
+    seed: int,
+) -> dict[str, Any]:
+    words = table.survey.words.sum(axis=1, dtype=np.int64)
+    rules = [rule for rule, _ in broken.values()]
+    random = np.sort(np.random.default_rng(seed).choice(len(kept), int(kept.sum()), replace=False))
+    return {
+        "pairs": len(kept),
+        "passed_rules": len(left),
+        "kept": int(kept.sum()),
+        "dropped_by_rule": {name: rules.count(name) for name in RULES if name in rules},
+        "groups": _groups(pairs, kept),
+        "longer_is_chosen": {
+            "all": length_bias(table.survey.words),
+            "kept": length_bias(table.survey.words, np.flatnonzero(kept)),
+        },
+        "neighbours": {"method": near.method, "recall": near.recall},
+        "effective_number": {
+            "all": effective_number(embedded),
+            "kept": effective_number(embedded, np.flatnonzero(kept)),
+            "random": effective_number(embedded, random),
+        },
+        "training_time_saved": float(1 - words[kept].sum() / max(words.sum(), 1)),
+        "doubtful": None
+        if table.doubtful is None
+        else {"all": float(table.doubtful.mean()), "kept": float(table.doubtful[kept].mean())},
+        "ood_limit": None if table.ood is None else table.ood_limit,
+    }
 
 
-def _group_shares(rows: list[dict[str, Any]], kept: set[int]) -> dict[str, float]:
-    if "group" not in rows[0]:
+def _groups(pairs: Dataset, kept: np.ndarray) -> dict[str, dict[str, int]]:
+    if "group" not in pairs.column_names:
         return {}
-    groups = sorted({str(row["group"]) for row in rows})
-    members = {group: [k for k, row in enumerate(rows) if str(row["group"]) == group] for group in groups}
-    return {group: sum(k in kept for k in found) / len(found) for group, found in members.items()}
+    groups = cells(pairs, "group").to_numpy().astype(str)
+    names, which = np.unique(groups, return_inverse=True)
+    return {
+        str(name): {"pairs": int((which == k).sum()), "kept": int(kept[which == k].sum())}
+        for k, name in enumerate(names)
+    }
 
 
-def _write(table: Dataset, file: Path) -> None:
-    temporary = file.with_suffix(".tmp")
-    table.to_parquet(str(temporary))
-    temporary.replace(file)
+def _spread(values: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
+    """``values`` at ``places`` of an array of ``count``, not-a-number elsewhere."""
+    made = np.full(count, np.nan)
+    made[places] = values
+    return made
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 3)

@@ -18,28 +18,30 @@ def standardise(values: np.ndarray) -> np.ndarray:
 
 def importance(columns: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
     """Weighted sum [N] of the standardised columns (FiFA's margin + alpha quality + gamma diversity)."""
-    return np.sum([weight * standardise(columns[name]) for name, weight in weights.items() if weight != 0], axis=0)
+    total = np.zeros(len(next(iter(columns.values()))))
+    for name, weight in weights.items():
+        if weight != 0:
+            total += weight * standardise(columns[name])
+    return total
 
 
-def top(values: np.ndarray, ids: Sequence[str], count: int, groups: Sequence[str] | None = None) -> np.ndarray:
+def top(
+    values: np.ndarray, ids: Sequence[str] | np.ndarray, count: int, groups: Sequence[str] | np.ndarray | None = None
+) -> np.ndarray:
     """Indices of the ``count`` largest values; with ``groups`` the same share of each group.
 
     Shares are rounded by largest remainder, so that together they are ``count``.
     """
-    order = sorted(range(len(values)), key=lambda k: (-values[k], ids[k]))
+    order = np.lexsort((np.asarray(ids), -values))
     if groups is None:
-        return np.sort(np.array(order[:count], dtype=np.int64))
-    sizes = {group: groups.count(group) for group in sorted(set(groups))}
-    exact = {group: count * size / len(values) for group, size in sizes.items()}
-    quota = {group: int(share) for group, share in exact.items()}
-    for group in sorted(exact, key=lambda g: (quota[g] - exact[g], g))[: count - sum(quota.values())]:
-        quota[group] += 1
-    kept = []
-    for k in order:
-        if quota[groups[k]] > 0:
-            quota[groups[k]] -= 1
-            kept.append(k)
-    return np.sort(np.array(kept, dtype=np.int64))
+        return np.sort(order[:count])
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    exact = count * np.bincount(group) / len(values)
+    quota = exact.astype(np.int64)
+    remainder = np.lexsort((names, quota - exact))
+    quota[remainder[: count - int(quota.sum())]] += 1
+    kept = [order[group[order] == k][: quota[k]] for k in range(len(names))]
+    return np.sort(np.concatenate(kept))
 
 
 def greedy(base: np.ndarray, vectors: np.ndarray, ids: Sequence[str], count: int, *, weight: float) -> np.ndarray:
@@ -58,6 +60,7 @@ def greedy(base: np.ndarray, vectors: np.ndarray, ids: Sequence[str], count: int
     from align.filtering.scores import DUPLICATE_DISTANCE
 
     kept: list[int] = []
+    store = np.empty((min(count, len(base)), vectors.shape[1]), dtype=np.float32)
     nearest = np.full(len(base), 2.0)  # the diameter of the unit sphere bounds the distance to nothing
     seen = np.zeros(len(base), dtype=np.int64)
 
@@ -69,10 +72,11 @@ def greedy(base: np.ndarray, vectors: np.ndarray, ids: Sequence[str], count: int
     while heap and len(kept) < count:
         _, name, k = heapq.heappop(heap)
         if seen[k] < len(kept):
-            similarity = vectors[kept[seen[k] :]] @ vectors[k]
+            similarity = store[seen[k] : len(kept)] @ vectors[k]
             nearest[k] = min(nearest[k], float(np.sqrt(max(2.0 - 2.0 * float(similarity.max()), 0.0))))
             seen[k] = len(kept)
             heapq.heappush(heap, (-gain(k), name, k))
         else:
+            store[len(kept)] = vectors[k]
             kept.append(k)
     return np.sort(np.array(kept, dtype=np.int64))

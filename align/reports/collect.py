@@ -15,6 +15,7 @@ from align.secrets import redact
 from align.stage import MANIFEST, read_json, versions
 
 DIGITS = 4
+FILTER_SUMMARY = "filter.json"
 
 
 def collect(config: RunConfig, *, seconds: dict[str, float], command: str) -> dict[str, Any]:
@@ -42,6 +43,7 @@ def collect(config: RunConfig, *, seconds: dict[str, float], command: str) -> di
     sections = {
         "reward_model": _reward_model(config, root),
         "margins": _margins(config, root),
+        "filter": _filter(config, root),
         "training": _training(config, root),
         "evaluation": _evaluation(root),
     }
@@ -114,6 +116,11 @@ def _weighted(config: RunConfig) -> dict[str, BoundLoss]:
     """Methods whose loss is weighted by the margin."""
     methods = config.train.methods if config.train else {}
     return {name: resolve(loss.loss, loss.parameters) for name, loss in methods.items() if loss.loss == "madpo"}
+
+
+def _filter(config: RunConfig, root: Path) -> dict[str, Any] | None:
+    file = root / "filter" / FILTER_SUMMARY
+    return read_json(file) if config.filter is not None and file.exists() else None
 
 
 def _training(config: RunConfig, root: Path) -> dict[str, Any] | None:

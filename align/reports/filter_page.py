@@ -4,58 +4,112 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
-from align.filtering.texts import plain
+from align.filtering.run import Filtered
+from align.filtering.texts import cells, plain
 from align.reports import plots
 from align.reports.page import environment
 
 BORDER = 6
+MAP_POINTS = 1200
+PCA_ROWS = 20_000
+BY_RULE = "broke a rule"
+SHADES = {"kept": "c1", "dropped": "c2"}
+"""As ``plots.scatter`` colours the first two kinds."""
+SHOWN_CHARACTERS = 120
 
 
-def write_page(target: Path, table: Dataset, summary: dict[str, Any], source: str) -> None:
+def write_page(target: Path, found: Filtered, source: str) -> None:
     """Render the page.
 
     Args:
         target: the file.
-        table: all pairs with scores, ``kept`` and ``reason``.
-        summary: counts, see ``score_and_select``.
+        found: all pairs with scores, ``kept`` and ``reason``.
         source: where the pairs came from.
     """
-    scored = [row for row in table if row["importance"] is not None]
+    scored = np.isfinite(found.columns["importance"])
+    columns = {name: np.asarray(values) for name, values in found.columns.items() if values.dtype.kind == "f"}
+    if "margin" in found.pairs.column_names:
+        columns = {"margin": cells(found.pairs, "margin").to_numpy().astype(np.float64)} | columns
     drawn = {}
-    for name in ("margin", "quality", "diversity", "importance"):
-        if name in table.column_names:
-            series = {
-                label: [row[name] for row in scored if row["kept"] == kept]
-                for label, kept in (("kept", True), ("dropped", False))
-            }
-            if any(series.values()):
-                drawn[name] = plots.histogram(series, x_title=name)
+    for name, values in columns.items():
+        usable = scored & np.isfinite(values)
+        series = {label: values[usable & (found.kept == kept)] for label, kept in (("kept", True), ("dropped", False))}
+        if usable.any():
+            drawn[name] = plots.histogram(series, x_title=name, shades=SHADES)
     page = (
         environment()
         .get_template("filter.html.j2")
-        .render(source=source, summary=summary, plots=drawn, border=_border(scored), rules=_examples(table))
+        .render(
+            source=source,
+            summary=found.summary,
+            plots=drawn,
+            map=embedding_map(found),
+            border=_border(found, scored),
+            rules=_examples(found, scored),
+        )
     )
     temporary = target.with_suffix(".tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(target)
 
 
-def _border(scored: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def embedding_map(found: Filtered) -> Any:
+    """The prompts in the plane of the two largest principal components, coloured by what became of them."""
+    rng = np.random.default_rng(0)
+    count = len(found.kept)
+    axes, centre, share = _principal_plane(found.vectors, rng)
+    rows = np.sort(rng.choice(count, min(count, MAP_POINTS), replace=False))
+    plane = (np.asarray(found.vectors[rows]) - centre) @ axes
+    fate = np.where(found.kept, "kept", np.where(np.isfinite(found.columns["importance"]), "dropped", BY_RULE))[rows]
+    prompts = found.pairs.select(rows)["prompt"]
+    points = {
+        label: [
+            (float(x), float(y), plain(prompt)[:SHOWN_CHARACTERS])
+            for (x, y), prompt, what in zip(plane, prompts, fate, strict=True)
+            if what == label
+        ]
+        for label in ("kept", "dropped", BY_RULE)
+    }
+    titles = [f"principal component {k + 1} ({100 * part:.0f}% of the variance)" for k, part in enumerate(share)]
+    return plots.scatter({k: v for k, v in points.items() if v}, x_title=titles[0], y_title=titles[1])
+
+
+def _principal_plane(vectors: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Axes [D, 2], centre [D] and share of the variance [2], from at most ``PCA_ROWS`` rows; signs are fixed."""
+    rows = np.sort(rng.choice(len(vectors), min(len(vectors), PCA_ROWS), replace=False))
+    sample = np.asarray(vectors[rows], dtype=np.float64)
+    centre = sample.mean(axis=0)
+    values, directions = np.linalg.eigh((sample - centre).T @ (sample - centre))
+    axes = directions[:, :-3:-1]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), [0, 1]])
+    return axes, centre, values[:-3:-1] / max(values.sum(), 1e-12)
+
+
+def _border(found: Filtered, scored: np.ndarray) -> dict[str, list[dict[str, Any]]]:
     """The kept pairs with the least and the dropped pairs with the most importance."""
-    order = sorted(scored, key=lambda row: (row["importance"], str(row["id"])))
-    kept = [row for row in order if row["kept"]][:BORDER]
-    dropped = [row for row in order if not row["kept"]][-BORDER:][::-1]
-    return {"just kept": [_text(row) for row in kept], "just dropped": [_text(row) for row in dropped]}
+    importance = found.columns["importance"]
+    kept, dropped = np.flatnonzero(found.kept), np.flatnonzero(scored & ~found.kept)
+    least = kept[np.argsort(importance[kept], kind="stable")[:BORDER]]
+    most = dropped[np.argsort(-importance[dropped], kind="stable")[:BORDER]]
+    return {"just kept": [_text(found, k) for k in least], "just dropped": [_text(found, k) for k in most]}
 
 
-def _examples(table: Dataset) -> list[dict[str, Any]]:
-    """Some pairs that broke a rule."""
-    found = [row for row in table if row["importance"] is None]
-    return [_text(found[k]) for k in np.linspace(0, len(found) - 1, min(BORDER, len(found)), dtype=int)]
+def _examples(found: Filtered, scored: np.ndarray) -> list[dict[str, Any]]:
+    """One pair of each rule that dropped any, then more of them up to ``BORDER``."""
+    broken = np.flatnonzero(~scored)
+    rules = [str(found.columns["reason"][k]).split(":", 1)[0] for k in broken]
+    _, first = np.unique(rules, return_index=True) if rules else ([], np.empty(0, dtype=np.int64))
+    more = [k for k in range(len(broken)) if k not in first]
+    return [_text(found, broken[k]) for k in [*first, *more[: max(BORDER - len(first), 0)]]]
 
 
-def _text(row: dict[str, Any]) -> dict[str, Any]:
-    parts = {part: plain(row[part]) for part in ("prompt", "chosen", "rejected")}
-    return parts | {"id": row["id"], "reason": row["reason"], "importance": row["importance"]}
+def _text(found: Filtered, row: int) -> dict[str, Any]:
+    pair = found.pairs[int(row)]
+    parts = {part: plain(pair[part]) for part in ("prompt", "chosen", "rejected")}
+    importance = float(found.columns["importance"][row])
+    return parts | {
+        "id": pair["id"],
+        "reason": str(found.columns["reason"][row]),
+        "importance": importance if np.isfinite(importance) else None,
+    }

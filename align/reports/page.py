@@ -10,7 +10,7 @@ from align.reports import plots
 from align.reports.verdict import interval, name, number, verdict
 from align.stage import read_json
 
-SECTIONS = ("summary", "data", "reward_model", "margins", "training", "evaluation", "samples")
+SECTIONS = ("summary", "data", "reward_model", "margins", "filter", "training", "evaluation", "samples")
 CURVES = {
     "loss": ("loss", False),
     "rewards/margins": ("implicit reward margin, beta h", True),

@@ -42,8 +42,16 @@ def colour(name: str, names: Sequence[str]) -> str:
     return f"c{len(FIXED_COLOURS) + others.index(name) % (COLOURS - len(FIXED_COLOURS))}"
 
 
-def histogram(series: Mapping[str, Sequence[float]], *, x_title: str) -> Markup:
-    """Shares of the values of each series in common bins, drawn over one another."""
+def histogram(
+    series: Mapping[str, Sequence[float]], *, x_title: str, shades: Mapping[str, str] | None = None
+) -> Markup:
+    """Shares of the values of each series in common bins, drawn over one another.
+
+    Args:
+        series: name -> values.
+        x_title: what the values are.
+        shades: name -> CSS class of its colour; by ``colour`` where absent.
+    """
     names = [name for name, values in series.items() if len(values)]
     pooled = np.concatenate([np.asarray(series[name]) for name in names])
     low, high = np.quantile(pooled, [0.002, 0.998])
@@ -62,11 +70,11 @@ def histogram(series: Mapping[str, Sequence[float]], *, x_title: str) -> Markup:
             f"{x:.1f},{y:.1f}" for x, y in [(points[0][0], axes.py(0)), *points, (points[-1][0], axes.py(0))]
         )
         body.append(
-            f'<polygon class="{colour(name, names)} area" points="{path}"><title>{escape(name)}</title></polygon>'
+            f'<polygon class="{(shades or {}).get(name, colour(name, names))} area" points="{path}"><title>{escape(name)}</title></polygon>'
         )
     if low < 0 < high:
         body.append(_vertical(axes, 0.0))
-    return _figure(axes, body, names)
+    return _figure(axes, body, names, shades)
 
 
 def lines(

@@ -193,3 +193,26 @@ def test_real_models(assets: Path, tmp_path: Path) -> None:
     assert summary["reward_model_accuracy"] == 1.0 and summary["kl_madpo"] is not None
     history = json.loads((tmp_path / "runs" / "real" / "train-madpo" / "history.json").read_text())["history"]
     assert float(history[-1]["rewards/margins"]) > float(history[0]["rewards/margins"])
+
+
+def test_filter_is_a_stage_of_a_run(workspace: Path) -> None:
+    """Training sees what was kept; another share trains again, the same one does not."""
+    jsonl(workspace / "own.jsonl", rows(12))
+    run = yaml.safe_load((workspace / "run.yaml").read_text())
+    filtered = {"keep": 0.5, "embedding_model": "backbone", "skip": ["near_duplicate"]}
+    run = {"name": "own", "pairs": {"path": "own.jsonl"}, "filter": filtered, "train": run["train"]}
+    (workspace / "own.yaml").write_text(yaml.safe_dump(run))
+    done = align("train", "own.yaml", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    stage = workspace / "runs" / "own" / "filter"
+    kept = Dataset.from_parquet(str(stage / "kept.parquet"))
+    dropped = Dataset.from_parquet(str(stage / "dropped.parquet"))
+    assert len(kept) == 6 and sorted([*kept["id"], *dropped["id"]]) == sorted(row["id"] for row in rows(12))
+    assert json.loads((stage / "manifest.json").read_text())["stage"] == "filter"
+    page = (workspace / "runs" / "own" / "report.html").read_text()
+    assert "6 of 12 pairs were trained on" in page and 'href="filter/report.html"' in page
+    again = align("train", "own.yaml", cwd=workspace)
+    assert "filter: up to date, skipped" in again.stderr and "train-dpo: up to date, skipped" in again.stderr
+    less = align("train", "own.yaml", "--set", "filter.keep=0.25", cwd=workspace)
+    assert less.returncode == 0 and "margins: up to date" in less.stderr and "train-dpo: done" in less.stderr
+    assert len(Dataset.from_parquet(str(stage / "kept.parquet"), keep_in_memory=True)) == 3

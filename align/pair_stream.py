@@ -1,0 +1,112 @@
+"""A pair table that need not fit into memory: read and validated row by row, kept in one memory-mapped Arrow file."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+
+from align.config import PairsConfig
+from align.console import log
+from align.errors import DataError
+from align.pair_rules import Problem, RowReader
+from align.pair_sources import Row, stream_source
+from align.pairs import OPTIONAL, TEXT, identify, unusable
+
+BATCH = 4096
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+def stream_pairs(source: PairsConfig, file: Path) -> Dataset:
+    """The valid pairs of a source as ``load_pairs`` gives them, memory-mapped from ``file``, which is made once.
+
+    Args:
+        source: where the pairs come from.
+        file: Arrow file to keep them in; valid for the same source only.
+
+    Raises:
+        DataError: the source or its rows cannot be used.
+    """
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        _write(source, temporary)
+        temporary.replace(file)
+    pairs = Dataset.from_file(str(file))
+    unused = [name for name in OPTIONAL if name in pairs.column_names and _is_empty(pairs, name)]
+    return pairs.remove_columns(unused) if unused else pairs
+
+
+class _Reader:
+    """Valid pairs of a source one by one; what is wrong with the others is counted and the first of it kept."""
+
+    def __init__(self, source: PairsConfig) -> None:
+        self.path = source.path
+        self.rows, self.columns = stream_source(source)
+        self.reader = RowReader(source.path, self.columns)
+        self.seen: dict[str, int] = {}
+        self.plain: bool | None = None
+        self.problems: list[Problem] = []
+        self.invalid = 0
+
+    def pairs(self) -> Iterator[dict[str, Any]]:
+        for row in self.rows:
+            pair, found = self.reader.read(row)
+            if pair is not None:
+                pair["id"] = identify(pair, row, self.seen, self.path, found)
+                found += self._mixed(pair, row)
+            if found:
+                self.problems += found
+                self.invalid += 1
+            elif pair is not None:
+                yield pair
+
+    def _mixed(self, pair: dict[str, Any], row: Row) -> list[Problem]:
+        plain = isinstance(pair["prompt"], str)
+        if self.plain is None:
+            self.plain = plain
+        if plain == self.plain:
+            return []
+        kinds = ("conversational", "plain text")
+        return [Problem(self.path, row.number, "prompt", "pair-mixed", kinds[plain],
+                        f"{kinds[not plain]}, as in the rows before")]  # fmt: skip
+
+
+def _write(source: PairsConfig, file: Path) -> None:
+    reader = _Reader(source)
+    pairs = islice(reader.pairs(), source.limit)
+    first = next(pairs, None)
+    kept = 0
+    if first is not None:
+        text = pa.string() if isinstance(first["prompt"], str) else MESSAGES
+        numbers = [name for name in OPTIONAL if name in reader.columns]
+        fields = [("id", pa.string()), *((name, text) for name in TEXT)]
+        fields += [(name, pa.string() if name == "group" else pa.float64()) for name in numbers]
+        schema = pa.schema(fields)
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            batch = [first, *islice(pairs, BATCH - 1)]
+            while batch:
+                columns = {name: [_turns(pair.get(name)) for pair in batch] for name in schema.names}
+                writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
+                kept += len(batch)
+                batch = list(islice(pairs, BATCH))
+    if reader.problems and not source.drop_invalid:
+        raise unusable(source.path, reader.problems, reader.invalid)
+    if reader.invalid:
+        log.warning("%s: left out %d invalid rows of %d", source.path, reader.invalid, reader.invalid + kept)
+    if kept == 0:
+        raise DataError(f"{source.path}: no valid pair", code="data-empty", hint="look at `align data check`")
+
+
+def _turns(value: Any) -> Any:
+    """Messages with role and content only, so that all rows have one type."""
+    if isinstance(value, list):
+        return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+    return value
+
+
+def _is_empty(pairs: Dataset, name: str) -> bool:
+    column = pairs.data.column(name)
+    return bool(column.null_count == len(column))

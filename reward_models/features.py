@@ -1,0 +1,57 @@
+"""What a reward model's head sees of a text: the pooled hidden state from which the reward is read off."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from align.batching import token_batches
+from align.console import progress
+from align.errors import ModelError
+from reward_models.score import RewardScorer
+from reward_models.text import tokenize
+
+
+def head_features(scorer: RewardScorer, texts: Sequence[str]) -> np.ndarray:
+    """Input of the one-logit head for each text, float64 [N, D].
+
+    A decoder's head is applied to every token and its last one counts; an encoder's sees its pooled or first token.
+
+    Raises:
+        ModelError: the model has neither a ``score`` nor a ``classifier`` head.
+    """
+    head = getattr(scorer.model, "score", None) or getattr(scorer.model, "classifier", None)
+    if head is None:
+        name = type(scorer.model).__name__
+        raise ModelError(f"{name}: has no head called score or classifier", code="reward-labels")
+    seen: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(inputs[0].detach())
+
+    ids = tokenize(texts, scorer.tokenizer, scorer.max_length)
+    batches = token_batches([len(row) for row in ids], scorer.batch_tokens)
+    made: dict[int, np.ndarray] = {}
+    hook = head.register_forward_pre_hook(keep)
+    try:
+        with torch.inference_mode():
+            for batch in progress(batches, what="features", total=len(batches), unit="batches"):
+                seen.clear()
+                scorer.rewards([ids[k] for k in batch])
+                states = seen[0]
+                if states.ndim == 3:
+                    states = states[torch.arange(len(batch)), _place(scorer, [len(ids[k]) for k in batch])]
+                made.update(zip(batch, states.double().cpu().numpy(), strict=True))
+    finally:
+        hook.remove()
+    return np.stack([made[k] for k in range(len(ids))])
+
+
+def _place(scorer: RewardScorer, lengths: list[int]) -> torch.Tensor:
+    """Which token of each padded row the head's reward comes from, [B]."""
+    if not hasattr(scorer.model, "score"):
+        return torch.zeros(len(lengths), dtype=torch.long)
+    if scorer.padding_side == "left":
+        return torch.full((len(lengths),), max(lengths) - 1)
+    return torch.tensor(lengths) - 1
