@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from align import cli_entangle, cli_filter
+from align import cli_entangle, cli_filter, cli_trust
 
 if TYPE_CHECKING:
     from align.config import RunConfig
@@ -32,6 +32,8 @@ app.add_typer(data, name="data")
 app.add_typer(reward, name="reward")
 app.add_typer(cli_filter.app, name="filter")
 app.add_typer(cli_entangle.app, name="entangle")
+app.command("trust")(cli_trust.trust)
+app.command("advise")(cli_trust.advise)
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.peft.r=8")]
