@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from align import cli_entangle, cli_eval, cli_filter, cli_generate, cli_pairs
+from align import cli_entangle, cli_eval, cli_filter, cli_generate, cli_pairs, cli_trust
 
 if TYPE_CHECKING:
     from align.config import RunConfig
@@ -36,6 +36,8 @@ app.command("generate")(cli_generate.generate)
 app.command("iterate")(cli_generate.iterate)
 app.add_typer(cli_pairs.app, name="pairs")
 app.add_typer(cli_eval.app, name="eval")
+app.command("trust")(cli_trust.trust)
+app.command("advise")(cli_trust.advise)
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.peft.r=8")]

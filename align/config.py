@@ -204,6 +204,11 @@ class TrainConfig(Section):
     """Name of a method (a folder name and a label in the report) -> its loss."""
     peft: dict[str, Any] | None = None
     """Fields of peft.LoraConfig; full fine-tuning where absent."""
+    trust: Literal["auto"] | None = None
+    """auto: methods with the loss ``trust`` get their slope, trust and strength from the pairs (docs/whom-to-trust.md),
+    except those that their ``parameters`` give."""
+    allow_in_sample: bool = False
+    """Let ``trust: auto`` read margins of a reward model that has seen the pairs' labels."""
     layout: Literal["auto", "concatenated", "shared_prefix"] = "auto"
     """How log-probs are computed: prompts once for both responses wherever that is exact, or row by row as trl does."""
     max_tokens_per_device: Count | None = None

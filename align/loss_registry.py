@@ -11,7 +11,7 @@ from align import losses
 from align.config import nearest
 from align.errors import ConfigError, listed
 from align.losses import PairLogps
-from align.margins import MADPO_TAU, validate_madpo
+from align.margins import MADPO_TAU, validate_madpo, validate_trust
 
 Range = tuple[float, float]
 ANY: Range = (-math.inf, math.inf)
@@ -63,11 +63,18 @@ class BoundLoss:
         return self.spec.function(logps, margin, **self.parameters)
 
 
-MADPO_DEFAULTS: dict[str, float | bool] = {"beta": 0.1, "c_max": 2.0, "c_min": 0.5, "lam": 1.0, "tau": MADPO_TAU}
+MADPO_SHAPE: dict[str, float | bool] = {"c_max": 2.0, "c_min": 0.5, "lam": 1.0, "tau": MADPO_TAU}
+MADPO_DEFAULTS: dict[str, float | bool] = {"beta": 0.1, **MADPO_SHAPE}
 
 
 def _madpo_check(*, c_max: float, c_min: float, lam: float, tau: float, **_: float) -> list[str]:
     return validate_madpo(c_max=c_max, c_min=c_min, lam=lam, tau=tau)
+
+
+def _trust_check(*, slope: float, trust: float, strength: float, **madpo: float) -> list[str]:
+    validate_trust(slope=slope, trust=trust, strength=strength)
+    warnings = _madpo_check(**madpo)
+    return warnings if strength > 0 and trust < 1 else []
 
 
 SPECS = (
@@ -82,6 +89,14 @@ SPECS = (
         "MADPO's expectation over the label",
         needs_margin=True,
         check=_madpo_check,
+    ),
+    LossSpec(
+        "trust",
+        losses.trust,
+        {"beta": 0.1, "slope": 1.0, "trust": 0.5, "strength": 1.0, **MADPO_SHAPE},
+        "label and margin, each believed as far as the data says",
+        needs_margin=True,
+        check=_trust_check,
     ),
     LossSpec("ipo", losses.ipo, {"beta": 0.1, "length_normalize": True}, "squared distance to a fixed margin"),
     LossSpec(

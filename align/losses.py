@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align.margins import MADPO_TAU, madpo_coefficient, madpo_weight
+from align.margins import MADPO_TAU, madpo_coefficient, madpo_weight, trusted_label
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +178,30 @@ def soft_madpo(
     m = _exact(margin)
     c = madpo_coefficient(m, c_max=c_max, c_min=c_min, lam=lam, tau=tau)
     return _soft_label(beta * logps.log_ratio_gap, torch.sigmoid(c * m).detach())
+
+
+def trust(
+    logps: PairLogps,
+    margin: Tensor,
+    *,
+    beta: float,
+    slope: float,
+    trust: float,
+    strength: float,
+    c_max: float = 2.0,
+    c_min: float = 0.5,
+    lam: float = 1.0,
+    tau: float = MADPO_TAU,
+) -> Tensor:
+    """(1 - t) w(g b m) * -log sigmoid(beta h) + t * cross-entropy against sigmoid(b m); t trust, g strength, b slope.
+
+    (t, g) = (0, 0) is DPO, (0, 1) MADPO on the margin b m, t = 1 MMPO with gamma = b; g = 0 between is knowledge
+    distillation's mix of hard and soft targets (arXiv 1503.02531). How t, g and b are read off the data: align/trust.
+    """
+    target, weight = trusted_label(
+        margin, slope=slope, trust=trust, strength=strength, c_max=c_max, c_min=c_min, lam=lam, tau=tau
+    )
+    return weight * _soft_label(beta * logps.log_ratio_gap, target)
 
 
 def scale_gradient(values: Tensor, factor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reward margin -> weight of a pair. Pure functions; B is the number of pairs, m the margin [B] (reward units).
+"""Reward margin -> weight and soft label of a pair. Pure functions; B pairs, m the margin [B] in reward units.
 
 MADPO: arXiv 2510.05342; its reference code is sirano1004/Margin-Apative-Direct-Preference-Optimization.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 from align.errors import ConfigError, listed
 
 MADPO_TAU = math.log(0.999 / 0.001)
+BISECTIONS = 60
 
 
 def validate_madpo(*, c_max: float, c_min: float, lam: float, tau: float) -> list[str]:
@@ -71,6 +72,90 @@ def madpo_weight(
     m = torch.where(inside, exact, torch.zeros_like(exact))
     c = madpo_coefficient(m, c_max=c_max, c_min=c_min, lam=lam, tau=tau)
     return torch.where(inside, torch.exp(F.logsigmoid(c * m) - F.logsigmoid(m)), torch.ones_like(m))
+
+
+def validate_trust(*, slope: float, trust: float, strength: float) -> None:
+    """Check the parameters of ``trusted_label`` that are its own.
+
+    Raises:
+        ConfigError: unless slope >= 0, 0 <= trust <= 1, 0 <= strength <= 1, all finite; every problem at once.
+    """
+    rules = (
+        ("slope", slope, slope >= 0, "a number of at least 0"),
+        ("trust", trust, 0 <= trust <= 1, "a number in [0, 1]"),
+        ("strength", strength, 0 <= strength <= 1, "a number in [0, 1]"),
+    )
+    problems = [
+        f"{name}: found {value}, expected {expected}"
+        for name, value, holds, expected in rules
+        if not (holds and math.isfinite(value))
+    ]
+    if problems:
+        raise ConfigError(f"parameters of trust:\n{listed(problems)}", code="loss-parameter")
+
+
+def trusted_label(
+    margin: Tensor,
+    *,
+    slope: float,
+    trust: float,
+    strength: float,
+    c_max: float = 2.0,
+    c_min: float = 0.5,
+    lam: float = 1.0,
+    tau: float = MADPO_TAU,
+    margin_std: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Soft label and weight of each pair when the margin is believed as far as ``trust`` and the label for the rest.
+
+    The loss (1 - t) w(g b m) CE(1) + t CE(p) with p = sigmoid(b m), CE(q) the cross-entropy of the policy's
+    sigmoid(beta h) to the label q, is weight * CE(target) with weight = (1 - t) w + t and
+    target = ((1 - t) w + t p) / weight. t = 0, g = 0 is DPO; t = 0, g = 1 is MADPO on b m; t = 1 is soft labels.
+
+    Args:
+        margin: m [B].
+        slope: b >= 0, log-odds of the label per unit of margin.
+        trust: t in [0, 1].
+        strength: g in [0, 1], of MADPO's weight w on the label's part.
+        c_max: of MADPO's weight, as c_min, lam and tau.
+        c_min: see ``madpo_weight``.
+        lam: see ``madpo_weight``.
+        tau: see ``madpo_weight``.
+        margin_std: [B], standard deviation of each margin over an ensemble, in units of the margin; the trust then
+            differs between the pairs (``trust_of_each``), its mean over them kept.
+
+    Returns:
+        target [B] in [0, 1] and weight [B] > 0, without gradient; float32 (float64 for float64 input).
+    """
+    m = slope * _exact(margin.detach())
+    t = torch.full_like(m, trust) if margin_std is None else trust_of_each(margin_std, trust).to(m.dtype)
+    label = (1 - t) * madpo_weight(strength * m, c_max=c_max, c_min=c_min, lam=lam, tau=tau)
+    weight = label + t
+    smallest = torch.finfo(weight.dtype).tiny
+    return (label + t * torch.sigmoid(m)) / weight.clamp_min(smallest), weight
+
+
+def trust_of_each(margin_std: Tensor, trust: float) -> Tensor:
+    """Trust t_i [B] that falls as the margin's own error rises, with mean ``trust``.
+
+    t_i / (1 - t_i) = k / (v + s_i^2): for a margin with error variance s_i^2 the mix of label and margin that serves
+    best has odds inversely proportional to it. v, the part of the error that an ensemble's members share and its
+    spread does not show, is taken to be the mean of s^2; k makes the mean right.
+    """
+    variance = _exact(margin_std).detach().double().square()
+    mean = variance.mean()
+    fall = -torch.log1p(variance / mean) if mean > 0 else torch.zeros_like(variance)
+    if trust in (0.0, 1.0):
+        return torch.full_like(fall, trust).to(_exact(margin_std).dtype)
+    centre = math.log(trust / (1 - trust))
+    low, high = centre - float(fall.max()), centre - float(fall.min())
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if float(torch.sigmoid(fall + middle).mean()) < trust:
+            low = middle
+        else:
+            high = middle
+    return torch.sigmoid(fall + (low + high) / 2).to(_exact(margin_std).dtype)
 
 
 def effective_sample_size(weight: Tensor) -> Tensor:

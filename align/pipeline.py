@@ -2,7 +2,7 @@
 
     pairs-reward -> reward -> crossfit -.
                       |                 v
-        sample / pairs -----------> margins -> filter -> train-<method> -> generate-<method> -> evaluate -> report
+        sample / pairs -----------> margins -> filter, trust -> train-METHOD -> generate-METHOD -> evaluate -> report
 
 What a stage does stands in align/stages.py; this file only says what it depends on.
 """
@@ -20,7 +20,9 @@ from align.secrets import redact
 from align.stage import Stage, digest, fingerprint_source, process_rank, read_json, run_stage, world_size, write_json
 
 REFERENCE = "reference"
+TRUST = "trust"
 REFERENCE_CACHE = "reference-logps"
+TRUST_NUMBERS = "parameters.json"
 
 
 def plan(config: RunConfig) -> list[str]:
@@ -40,11 +42,19 @@ def plan(config: RunConfig) -> list[str]:
     if config.filter is not None:
         stages.append("filter")
     if config.train is not None:
+        if measures_trust(config):
+            stages.append("trust")
         stages += [f"train-{method}" for method in config.train.methods]
         if config.evaluate is not None:
             stages += [f"generate-{policy}" for policy in (REFERENCE, *config.train.methods)]
             stages.append("evaluate")
     return stages
+
+
+def measures_trust(config: RunConfig) -> bool:
+    """Whether a method takes its trust from the pairs."""
+    train = config.train
+    return train is not None and train.trust == "auto" and any(m.loss == TRUST for m in train.methods.values())
 
 
 def check(config: RunConfig) -> None:
@@ -136,7 +146,8 @@ class _Runner:
             "sample": ("reward", "crossfit"),
             "margins": ("pairs", "sample", "reward", "crossfit"),
             "filter": ("margins",),
-            "train": ("margins", "filter"),
+            "trust": ("margins",),
+            "train": ("margins", "filter", TRUST) if self._is_trusted(name) else ("margins", "filter"),
             "generate": (name.replace("generate-", "train-"),),
             "evaluate": tuple(key for key in self.keys if key.startswith(("generate-", "margins", "reward"))),
         }
@@ -156,7 +167,7 @@ class _Runner:
             skipped = {"pairs", "eval_pairs", "eval_fraction"} | ({"folds"} if kind == "reward" else set())
             inputs["settings"] = config.reward.model_dump(exclude=skipped)
             inputs["model"] = fingerprint_source(config.reward.model)
-        if kind in ("sample", "train", "generate") and config.train:
+        if kind in ("sample", "trust", "train", "generate") and config.train:
             inputs["model"] = fingerprint_source(config.train.model)
         if kind == "filter" and config.filter:
             inputs["settings"] = config.filter.model_dump(exclude={"processes"})
@@ -166,7 +177,12 @@ class _Runner:
             inputs["read"] = [fingerprint_source(name) for name in read if name is not None]
         if kind == "train" and config.train:
             inputs["loss"] = config.train.methods[name.removeprefix("train-")].model_dump()
-            inputs["settings"] = config.train.model_dump(exclude={"methods"})
+            inputs["settings"] = config.train.model_dump(exclude={"methods", "trust", "allow_in_sample"})
+        if kind == "trust" and config.train:
+            inputs["allow_in_sample"] = config.train.allow_in_sample
+            inputs["max_length"] = config.train.trainer.get("max_length")
+        if self._is_trusted(name):
+            inputs["trust"] = read_json(self.root / TRUST / TRUST_NUMBERS)
         trusting = [part for part in (config.train, config.reward) if part is not None and part.trusts_remote_code]
         if trusting:
             inputs["trust_remote_code"] = [part.model for part in trusting]
@@ -175,6 +191,12 @@ class _Runner:
             inputs["settings"] = settings.model_dump()
             inputs["prompts"] = fingerprint_source(settings.prompts)
         return inputs
+
+    def _is_trusted(self, name: str) -> bool:
+        """Whether ``name`` trains a method whose trust was measured."""
+        if TRUST not in self.keys or self.config.train is None or not name.startswith("train-"):
+            return False
+        return self.config.train.methods[name.removeprefix("train-")].loss == TRUST
 
     def _work(self, name: str) -> Callable[[Path], None]:
         def work(folder: Path) -> None:

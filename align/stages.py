@@ -10,6 +10,7 @@ from scipy.stats import pearsonr
 
 from align.config import PairsConfig, RewardConfig, RunConfig
 from align.console import log
+from align.entanglement.batch import MAX_LENGTH
 from align.errors import DataError, ModelError
 from align.estimates import bootstrap_mean
 from align.evaluation.kl import completion_logps
@@ -21,9 +22,12 @@ from align.model_folders import check_model_folder
 from align.model_loading import load_policy, load_tokenizer
 from align.pairs import FILE as PAIRS_FILE
 from align.pairs import load_pairs, load_prompts, read_pairs, split_by_prompt, summarize, write_pairs
-from align.stage import write_json
+from align.pipeline import TRUST, TRUST_NUMBERS, measures_trust
+from align.stage import read_json, write_json
 from align.trainer_args import build_lora, build_trainer_args
 from align.training.train import MODEL, bind, require_margin, train_policy
+from align.trust.commands import FEATURES, FILE, check_margins, margin_source, measure
+from align.trust.says import sentences
 from reward_models.calibration import evaluate_margins
 from reward_models.crossfit import cross_fit
 from reward_models.judges import make_judge
@@ -194,6 +198,9 @@ def stage_margins(config: RunConfig, root: Path, folder: Path, which: str) -> No
         write_pairs(read_pairs(root / "pairs" / "train"), folder / "pairs")
         write_json(folder / METRICS, {"note": "No reward model was trained: margins, if any, came with the pairs."})
         return
+    origin = "outside"
+    if reward.pairs is None:
+        origin = "cross-fitted" if reward.folds else "in-sample"
     if reward.pairs is None and reward.folds:
         scored = read_pairs(root / "crossfit" / "pairs")
     elif reward.pairs is None:
@@ -208,7 +215,26 @@ def stage_margins(config: RunConfig, root: Path, folder: Path, which: str) -> No
         if config.sample is not None:
             note = "Labels were drawn from the same reward model that gives the margins: they agree by construction."
     write_pairs(scored, folder / "pairs")
-    write_json(folder / METRICS, {"note": note, **evaluate_margins(np.asarray(scored["margin"])).to_dict()})
+    found = evaluate_margins(np.asarray(scored["margin"])).to_dict()
+    write_json(folder / METRICS, {"note": note, "margins": origin, **found})
+
+
+def stage_trust(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+    """How far to believe label and margin, measured on the policy's pairs; the parameters for the loss ``trust``."""
+    assert config.train is not None
+    table = root / "margins" / "pairs"
+    pairs, origin = read_pairs(table), margin_source(table)
+    check_margins(pairs, origin, str(table), allow_in_sample=config.train.allow_in_sample)
+    max_length = int(config.train.trainer.get("max_length") or MAX_LENGTH)
+    cache, seed = folder / FEATURES, config.seed
+    found = measure(pairs, config.train.model, cache, origin=origin, max_length=max_length, seed=seed)
+    found |= {"source": str(table), "model": config.train.model, "margins": origin, "seed": config.seed}
+    found["sentences"] = sentences(found, origin)
+    write_json(folder / FILE, found)
+    write_json(
+        folder / TRUST_NUMBERS, {"slope": found["slope"]} | {k: found["chosen"][k] for k in ("trust", "strength")}
+    )
+    log.info("%s", found["sentences"]["verdict"])
 
 
 def stage_filter(config: RunConfig, root: Path, folder: Path, which: str) -> None:
@@ -219,15 +245,20 @@ def stage_filter(config: RunConfig, root: Path, folder: Path, which: str) -> Non
 
 
 def stage_train(config: RunConfig, root: Path, folder: Path, which: str) -> None:
-    """Train the policy under the method called ``which``."""
+    """Train the policy under the method called ``which``; a measured trust where the run measures it."""
     assert config.train is not None
     if config.filter is None:
         pairs = read_pairs(root / "margins" / "pairs")
     else:
         pairs = load_pairs(PairsConfig(path=str(root / "filter" / KEPT)))
+    train = config.train
+    if measures_trust(config) and train.methods[which].loss == TRUST:
+        loss = train.methods[which]
+        measured = loss.model_copy(update={"parameters": read_json(root / TRUST / TRUST_NUMBERS) | loss.parameters})
+        train = train.model_copy(update={"methods": {**train.methods, which: measured}})
     train_policy(
         pairs,
-        config.train,
+        train,
         which,
         folder,
         seed=config.seed,
@@ -356,6 +387,7 @@ WORK: dict[str, Callable[[RunConfig, Path, Path, str], None]] = {
     "sample": stage_sample,
     "margins": stage_margins,
     "filter": stage_filter,
+    "trust": stage_trust,
     "train": stage_train,
     "generate": stage_generate,
     "evaluate": stage_evaluate,

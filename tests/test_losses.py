@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from align.beta_dpo import BetaDpoState, beta_dpo, beta_dpo_step
 from align.errors import ConfigError
 from align.loss_registry import LOSSES, resolve
-from align.losses import PairLogps, gradient_weights
+from align.losses import PairLogps, gradient_weights, mmpo
 from align.margins import madpo_coefficient, madpo_weight
 
 ONE = {"chosen": -20.0, "rejected": -25.0, "ref_chosen": -21.0, "ref_rejected": -24.0}
@@ -18,6 +18,8 @@ GOLDEN = [
     ("dpo", {}, 0.598139),
     ("madpo", {}, 0.696238),
     ("soft_madpo", {}, 0.607806),
+    ("trust", {}, 0.665431),
+    ("trust", {"slope": 2.0, "trust": 0.25, "strength": 0.0}, 0.600510),
     ("ipo", {"length_normalize": False}, 9.0),
     ("ipo", {}, 23.200278),
     ("odpo", {}, 1.541008),
@@ -161,6 +163,43 @@ def test_label_smoothing_zero_is_dpo_and_more_is_not() -> None:
         assert not torch.allclose(resolve(name, {"label_smoothing": 0.2})(logps), plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("trusted", "other", "parameters", "scale"),
+    [
+        ({"trust": 0.0, "strength": 0.0, "slope": 0.7}, "dpo", {}, 1.0),
+        ({"trust": 0.0, "strength": 1.0, "slope": 0.7, "c_max": 4.0}, "madpo", {"c_max": 4.0}, 0.7),
+        ({"trust": 1.0, "strength": 0.3, "slope": 0.7}, "mmpo", {"gamma": 0.7}, 1.0),
+    ],
+)
+@given(rows=st.lists(st.tuples(numbers, numbers, st.floats(-12, 12)), min_size=1, max_size=8))
+def test_limits_of_trust(
+    dtype: torch.dtype,
+    trusted: dict[str, float],
+    other: str,
+    parameters: dict[str, float],
+    scale: float,
+    rows: list[tuple[float, float, float]],
+) -> None:
+    """Bit for bit DPO, MADPO on the margin b m, and MMPO with gamma = b: loss and both gradients."""
+    m = torch.tensor([margin for *_, margin in rows], dtype=dtype)
+    found, expected = make([(w, r) for w, r, _ in rows], dtype), make([(w, r) for w, r, _ in rows], dtype)
+    mixed, single = resolve("trust", trusted)(found, m), resolve(other, parameters)(expected, scale * m)
+    assert torch.equal(mixed, single)
+    for a, b in zip(gradient_weights(mixed, found), gradient_weights(single, expected), strict=True):
+        assert torch.equal(a, b)
+
+
+@given(st.tuples(numbers, numbers), st.floats(-8, 8), st.floats(0, 1), st.floats(0, 3))
+def test_trust_without_strength_is_the_mix_of_dpo_and_mmpo(
+    pair: tuple[float, float], margin: float, t: float, slope: float
+) -> None:
+    m, logps = torch.tensor([margin], dtype=torch.float64), make([pair])
+    mixed = resolve("trust", {"trust": t, "strength": 0.0, "slope": slope})(logps, m)
+    soft = mmpo(logps, m, beta=0.1, gamma=slope)
+    assert torch.allclose(mixed, (1 - t) * resolve("dpo", {})(logps) + t * soft)
+
+
 @given(st.tuples(numbers, numbers), st.floats(0.01, 30), st.floats(0.01, 0.9))
 def test_gate(pair: tuple[float, float], sharpness: float, threshold: float) -> None:
     """The value and the chosen gradient are DPO's, the rejected gradient is the gate times DPO's."""
@@ -236,6 +275,8 @@ def test_beta_dpo_clamps_and_is_reproducible() -> None:
         ("dpo", {"beta": 0}, "beta: found 0, expected a number above 0"),
         ("ipo", {"length_normalize": 1.0}, "length_normalize: found 1.0, expected true or false"),
         ("cdpo", {"label_smoothing": 0.5}, "label_smoothing: found 0.5"),
+        ("trust", {"trust": 2.0}, "trust: found 2.0, expected a number in [0, 1]"),
+        ("trust", {"trust": 1.0, "c_max": 0.5}, "c_max: found 0.5, expected a number above 1"),
         ("madpo", {"c_max": 0.5}, "c_max: found 0.5, expected a number above 1"),
     ],
 )

@@ -14,7 +14,10 @@ from align.margins import (
     madpo_coefficient,
     madpo_weight,
     margin_regions,
+    trust_of_each,
+    trusted_label,
     validate_madpo,
+    validate_trust,
 )
 
 A = {"c_max": 2.0, "c_min": 0.5, "lam": 1.0, "tau": 2.0}
@@ -138,3 +141,65 @@ def test_effective_sample_size_is_between_one_and_n(values: list[float]) -> None
 @given(margins)
 def test_regions_are_a_partition(values: list[float]) -> None:
     assert sum(margin_regions(tensor(values), 2.0).values()) == pytest.approx(1.0)
+
+
+share = st.floats(0, 1)
+
+
+@given(valid, margins, st.floats(0, 5), share, share)
+def test_trusted_label_is_the_mix_of_both_losses(
+    parameters: dict[str, float], values: list[float], slope: float, trust: float, strength: float
+) -> None:
+    """weight * CE(target) equals (1 - t) w(g b m) CE(1) + t CE(sigmoid(b m)) at every policy."""
+    m, x = tensor(values), torch.linspace(-4, 4, len(values), dtype=torch.float64)
+    target, weight = trusted_label(m, slope=slope, trust=trust, strength=strength, **parameters)
+    hard, soft = torch.nn.functional.softplus(-x), torch.nn.functional.softplus(x)
+    p = torch.sigmoid(slope * m)
+    label = madpo_weight(strength * slope * m, **parameters) * hard
+    expected = (1 - trust) * label + trust * (p * hard + (1 - p) * soft)
+    assert torch.allclose(weight * (target * hard + (1 - target) * soft), expected, rtol=1e-9, atol=1e-12)
+    assert ((target >= 0) & (target <= 1)).all() and (weight > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("trust", "strength"), [(0.0, 0.0), (0.0, 1.0), (0.3, 0.5), (1.0, 1.0)])
+def test_trusted_label_is_finite_for_extreme_margins(dtype: torch.dtype, trust: float, strength: float) -> None:
+    top = 6e4 if dtype == torch.float16 else 1e6
+    m = torch.tensor([-top, -104.0, -7.0, 0.0, 7.0, 104.0, top], dtype=dtype)
+    for values in trusted_label(m, slope=2.0, trust=trust, strength=strength, tau=500.0):
+        assert torch.isfinite(values).all()
+        assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=30), share)
+def test_trust_of_each_falls_with_the_error_and_keeps_its_mean(spread: list[float], trust: float) -> None:
+    found = trust_of_each(tensor(sorted(spread)), trust)
+    assert float(found.mean()) == pytest.approx(trust, abs=1e-9)
+    assert (found.diff() <= 1e-12).all()
+    assert ((found >= 0) & (found <= 1)).all()
+
+
+def test_trust_of_each_against_the_formula() -> None:
+    """Odds are inversely proportional to v + s^2 with v the mean of s^2; equal errors leave the trust as it was."""
+    spread = tensor([0.5, 1.0, 3.0])
+    found = trust_of_each(spread, 0.4)
+    odds = found / (1 - found) * (spread.square().mean() + spread.square())
+    assert torch.allclose(odds, odds[0].expand(3))
+    assert torch.allclose(trust_of_each(tensor([2.0, 2.0]), 0.4), tensor([0.4, 0.4]))
+    m = tensor([1.0, -1.0, 2.0])
+    target, _ = trusted_label(m, slope=1.0, trust=0.4, strength=0.0, margin_std=spread)
+    assert torch.allclose(target, (1 - found) + found * torch.sigmoid(m))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"slope": -1.0, "trust": 0.5, "strength": 0.5}, "slope: found -1.0, expected a number of at least 0"),
+        ({"slope": 1.0, "trust": 1.5, "strength": 0.5}, "trust: found 1.5, expected a number in [0, 1]"),
+        ({"slope": 1.0, "trust": 0.5, "strength": float("nan")}, "strength: found nan, expected a number in [0, 1]"),
+    ],
+)
+def test_bad_trust_is_named(parameters: dict[str, float], said: str) -> None:
+    with pytest.raises(ConfigError, match="loss-parameter") as caught:
+        validate_trust(**parameters)
+    assert said in str(caught.value)

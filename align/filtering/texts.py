@@ -1,5 +1,6 @@
 """The texts of a pair table as Arrow columns, whatever their format."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,17 @@ from datasets import Dataset
 
 PARTS = ("prompt", "chosen", "rejected")
 
+WORD = re.compile(r"\w+", re.UNICODE)
+
 
 def plain(part: Any) -> str:
     """Text of a prompt or response: a string, or a list of messages."""
     return part if isinstance(part, str) else "\n".join(str(turn["content"]) for turn in part)
+
+
+def words(part: Any) -> list[str]:
+    """Words of a prompt or response in lower case, punctuation left out."""
+    return WORD.findall(plain(part).lower())
 
 
 def texts(pairs: Dataset, start: int = 0, stop: int | None = None) -> pa.Array:

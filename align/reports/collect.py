@@ -42,6 +42,7 @@ def collect(config: RunConfig, *, seconds: dict[str, float], command: str) -> di
     }
     sections = {
         "reward_model": _reward_model(config, root),
+        "trust": read_json(root / "trust" / "trust.json") if "trust" in seconds else None,
         "margins": _margins(config, root),
         "filter": _filter(config, root),
         "training": _training(config, root),

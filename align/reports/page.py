@@ -10,7 +10,7 @@ from align.reports import plots
 from align.reports.verdict import interval, name, number, verdict
 from align.stage import read_json
 
-SECTIONS = ("summary", "data", "reward_model", "margins", "filter", "training", "evaluation", "samples")
+SECTIONS = ("summary", "data", "reward_model", "trust", "margins", "filter", "training", "evaluation", "samples")
 CURVES = {
     "loss": ("loss", False),
     "rewards/margins": ("implicit reward margin, beta h", True),
@@ -66,6 +66,8 @@ def _plots(report: dict[str, Any]) -> dict[str, Any]:
         made["policy_margins"] = plots.histogram({"margins": margins["values"]}, x_title="reward margin m")
         if margins["weights"]:
             made["weights"] = plots.weight_curve(margins["values"], margins["weights"])
+    if report.get("trust"):
+        made["trust"] = plots.trust_over_settings(report["trust"]["grid"])
     if "training" in report:
         made["curves"] = _curves(report["training"]["methods"])
         made["entanglement"] = _entanglement(report["training"]["methods"])

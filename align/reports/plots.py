@@ -167,6 +167,40 @@ def shares(parts: Mapping[str, tuple[int, str]]) -> Markup:
     return Markup(f'{svg}<ul class="legend">{"".join(legend)}</ul>')
 
 
+def error_lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]], *, x_title: str, y_title: str
+) -> Markup:
+    """One curve per series of (x, y, standard error of y), the error drawn as a bar to either side."""
+    names = list(series)
+    xs = np.concatenate([np.asarray(x, dtype=float) for x, *_ in series.values()])
+    bounds = np.concatenate([np.asarray(y) + sign * np.asarray(e) for _, y, e in series.values() for sign in (-1, 1)])
+    axes = Axes(_range(xs, 0.02), _range(bounds), x_title, y_title)
+    body = []
+    for name, points in series.items():
+        shade = colour(name, names)
+        path = " ".join(f"{axes.px(a):.1f},{axes.py(b):.1f}" for a, b, _ in zip(*points, strict=True))
+        body.append(f'<polyline class="{shade} line" points="{path}"/>')
+        for a, b, error in zip(*points, strict=True):
+            at, low, high = axes.px(a), axes.py(b - error), axes.py(b + error)
+            body.append(f'<line class="{shade} line" x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
+            body.append(
+                f'<circle class="{shade} dot" cx="{at:.1f}" cy="{axes.py(b):.1f}" r="3.5">'
+                f"<title>{escape(name)}: {a:g}, {b:.4f} (standard error {error:.4f})</title></circle>"
+            )
+    return _figure(axes, body, names)
+
+
+def trust_over_settings(grid: Sequence[Mapping[str, float]]) -> Markup:
+    """Held-out log-likelihood over the trust, a curve for each strength of MADPO's weight; all meet at trust 1."""
+    end = next(one for one in grid if one["trust"] == 1)
+    series = {}
+    for strength in sorted({one["strength"] for one in grid}):
+        points = [one for one in grid if one["strength"] == strength and one["trust"] < 1] + [end]
+        trust, loglik, error = ([point[name] for point in points] for name in ("trust", "loglik", "error"))
+        series[f"g={strength:g}"] = (trust, loglik, error)
+    return error_lines(series, x_title="trust t in the margin", y_title="log-likelihood of unseen labels (nats a pair)")
+
+
 def weight_curve(margins: Sequence[float], weights: Mapping[str, Sequence[float]]) -> Markup:
     """Weight of each pair against its margin, the histogram of the margins under it."""
     names = list(weights)

@@ -1,0 +1,151 @@
+"""All that can be said about a pair table's labels and margins before training, as plain numbers. No text, no files."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from align.estimates import Estimate
+from align.trust.choose import Choice, bootstrap, by_labels, choose
+from align.trust.evidence import weigh
+from align.trust.proxy import DPO, MADPO, SOFT, Family, Setting, fit, held_out, scaled, without_leak
+
+CHANCE = float(np.log(2))
+"""Nats that a label costs where nothing is known."""
+REFERENCES = {"dpo": DPO, "madpo": MADPO, "soft_labels": SOFT}
+PARTS = {4: 0.25, 2: 0.5, 1: 1.0}
+"""Each so manieth training pair -> share of the pairs, of the learning curves."""
+
+
+def analyse(
+    features: np.ndarray,
+    margin: np.ndarray,
+    folds: Sequence[np.ndarray],
+    family: Family,
+    *,
+    same_labels: bool,
+    seed: int,
+) -> dict[str, Any]:
+    """What labels and margins carry, and the setting to train with.
+
+    Args:
+        features: differences of frozen features [N, D], chosen minus rejected.
+        margin: m [N], some below 0, not all equal.
+        folds: for each repeat the fold [N] of every pair.
+        family: what to try.
+        same_labels: whether the margins were cross-fitted on these labels.
+        seed: of the bootstrap.
+
+    Returns:
+        JSON values: ``pairs``, ``agreement``, ``slope``, ``chosen``, ``interval``, ``by_labels``, ``grid``, ``gains``
+        (nats a pair over chance), ``against`` (nats a pair over each single loss), ``curve``, ``evidence``.
+    """
+    x = scaled(features)
+    found = held_out(x, margin, folds, family)
+    loglik = without_leak(found, family) if same_labels else found.loglik
+    theta = fit(x, margin, found.slope, family)
+    evidence = weigh(x, margin)
+    chosen = choose(found, theta, evidence.theta, x, family, same_labels=same_labels)
+    best = loglik[:, chosen.setting, chosen.spread]
+    alone = {name: _column(loglik, family, setting) for name, setting in REFERENCES.items()}
+    return {
+        "pairs": len(margin),
+        "directions": x.shape[1],
+        "agreement": mean(margin > 0).to_dict(),
+        "slope": found.slope,
+        "chosen": _describe(chosen, family),
+        "interval": bootstrap(loglik, family.grid, seed=seed),
+        "by_labels": _describe(by_labels(loglik), family),
+        "grid": _grid(loglik, family),
+        "gains": {
+            "margin": mean(found.margin_alone + CHANCE).to_dict(),
+            "labels": mean(alone["dpo"] + CHANCE).to_dict(),
+            "both": mean(best + CHANCE).to_dict(),
+        },
+        "against": {name: mean(best - values).to_dict() for name, values in alone.items()},
+        "curve": learning_curve(x, margin, folds[0], family, family.grid[chosen.setting]),
+        "evidence": {
+            "slope": evidence.slope,
+            "shared_error": evidence.shared_error,
+            "independent_error": evidence.independent_error,
+            "flip_rate": evidence.flip_rate,
+        },
+    }
+
+
+def learning_curve(
+    features: np.ndarray, margin: np.ndarray, fold: np.ndarray, family: Family, chosen: Setting
+) -> list[dict[str, float]]:
+    """Gain over chance (nats a pair) of DPO and of the chosen setting, trained on a part of the pairs."""
+    made = []
+    for every, share in PARTS.items():
+        grid = (DPO, chosen) if chosen != DPO else (DPO,)
+        part = Family(grid, family.spreads, family.madpo)
+        loglik = held_out(features, margin, [fold], part, every=every).loglik
+        best = loglik.mean(axis=0).max(axis=1) + CHANCE
+        made.append({"share": share, "labels": float(best[0]), "chosen": float(best[-1])})
+    return made
+
+
+def labels_worth(curve: list[dict[str, float]], gain: float) -> float | None:
+    """Labels, beside its own, that a pair would need for labels alone to gain ``gain``; None where none suffice.
+
+    By the fit  gain = limit - cost / share  to the labels' learning curve.
+    """
+    limit, cost = _limit_and_cost(curve, "labels")
+    if cost <= 0 or gain >= limit:
+        return None
+    return max(0.0, cost / (limit - gain) - 1)
+
+
+def overtaken_at(curve: list[dict[str, float]]) -> float | None:
+    """Multiple of the present pairs at which labels alone do as well as the chosen setting; None where not in sight."""
+    limit, cost = _limit_and_cost(curve, "labels")
+    other_limit, other_cost = _limit_and_cost(curve, "chosen")
+    if limit <= other_limit or cost <= other_cost:
+        return None
+    return (cost - other_cost) / (limit - other_limit)
+
+
+def mean(values: np.ndarray) -> Estimate:
+    """Mean of values [N] with its 95% interval by the normal approximation (N is at least 50 here)."""
+    array = np.asarray(values, dtype=np.float64)
+    centre, half = float(array.mean()), 1.96 * float(array.std(ddof=1)) / float(np.sqrt(len(array)))
+    return Estimate(centre, centre - half, centre + half, len(array))
+
+
+def _limit_and_cost(curve: list[dict[str, float]], name: str) -> tuple[float, float]:
+    inverse = [1 / point["share"] for point in curve]
+    slope, limit = np.polyfit(inverse, [point[name] for point in curve], 1)
+    return float(limit), -float(slope)
+
+
+def _column(loglik: np.ndarray, family: Family, setting: Setting) -> np.ndarray:
+    """[N], held-out log-likelihood under a setting at its best spread."""
+    allowed = np.array([one == setting for one in family.grid])
+    choice = by_labels(loglik, allowed)
+    values: np.ndarray = loglik[:, choice.setting, choice.spread]
+    return values
+
+
+def _grid(loglik: np.ndarray, family: Family) -> list[dict[str, float]]:
+    """Each setting at its best spread: held-out log-likelihood, standard error of its difference from the best."""
+    at = loglik.mean(axis=0).argmax(axis=1)
+    columns = np.stack([loglik[:, k, j] for k, j in enumerate(at)], axis=1)
+    top = columns[:, columns.mean(axis=0).argmax()]
+    error = (columns - top[:, None]).std(axis=0) / np.sqrt(len(columns))
+    return [
+        {
+            "trust": s.trust,
+            "strength": s.strength,
+            "loglik": float(value),
+            "error": float(e),
+            "spread": family.spreads[j],
+        }
+        for s, value, e, j in zip(family.grid, columns.mean(axis=0), error, at, strict=True)
+    ]
+
+
+def _describe(choice: Choice, family: Family) -> dict[str, float]:
+    setting = family.grid[choice.setting]
+    return {"trust": setting.trust, "strength": setting.strength, "spread": family.spreads[choice.spread]}

@@ -1,0 +1,136 @@
+"""Frozen features of pairs: the reference's last hidden states, averaged over each response, chosen minus rejected.
+
+Legend: N pairs, B pairs of a batch, T padded tokens, H hidden size, D directions.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scipy.linalg import eigh
+from torch import Tensor
+
+from align.batching import token_batches
+from align.console import log, progress
+from align.entanglement.batch import collate, tokenize_pairs
+from align.errors import ModelError
+from align.model_loading import load_policy, load_tokenizer
+from align.training import attention
+from align.training.layout import base_model, choose_layout
+from align.training.logps import Layout
+from align.training.packing import pack
+from align.training.reference import ID_COLUMNS, reference_key
+
+DIRECTIONS = 64
+BATCH_TOKENS = 8192
+FLUSH_EVERY = 16
+SAMPLE = 64
+
+
+def pair_features(pairs: Dataset, model: str, cache: Path, *, max_length: int) -> np.ndarray:
+    """Differences of mean hidden states [N, H], float32, kept in ``cache`` and resumed where a run was stopped.
+
+    Args:
+        pairs: pair table.
+        model: reference, hub id or folder.
+        cache: folder of .npy files, one for each (weights, token ids, truncation).
+        max_length: tokens of prompt and response together.
+
+    Raises:
+        ModelError: it cannot be loaded, or its tokenizer makes ids that it has no embedding for.
+        DataError: nothing of a response is left within ``max_length``.
+    """
+    tokenizer = load_tokenizer(model)
+    reference = load_policy(model, dtype="float32").eval()
+    tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
+    _check_fit(tokens, reference, model)
+    file = cache / f"{reference_key(reference, tokens, ('mean hidden states', max_length))[:32]}.npy"
+    if file.exists():
+        log.info("features: found in %s", file)
+        found: np.ndarray = np.load(file, allow_pickle=False)
+        return found
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reference.to(device)
+    sample = collate([tokens[k] for k in range(min(SAMPLE, len(tokens)))], tokenizer.pad_token_id)
+    layout = choose_layout(reference, sample, "auto")
+    partial = file.with_suffix(".partial.npy")
+    values = _open(partial, (len(tokens), base_model(reference).config.get_text_config().hidden_size))
+    lengths = [sum(map(len, columns)) for columns in zip(*(tokens[name] for name in ID_COLUMNS), strict=True)]
+    left = [k for k in range(len(tokens)) if np.isnan(values[k]).any()]
+    batches = [[left[k] for k in batch] for batch in token_batches([lengths[k] for k in left], BATCH_TOKENS)]
+    for count, rows in enumerate(progress(batches, what="features", total=len(batches), unit="batches"), 1):
+        batch = collate([tokens[k] for k in rows], tokenizer.pad_token_id, max_length=max_length)
+        batch = {name: value.to(device) for name, value in batch.items()}
+        values[rows] = mean_difference(reference, batch, layout).cpu().numpy()
+        if count % FLUSH_EVERY == 0:
+            values.flush()
+    values.flush()
+    partial.replace(file)
+    return np.array(values)
+
+
+@torch.no_grad()
+def mean_difference(model: torch.nn.Module, batch: dict[str, Any], layout: Layout) -> Tensor:
+    """Mean last hidden state of the chosen minus that of the rejected response, [B, H], float32.
+
+    Padding stands on the right, where no token of a causal model sees it; so there is no mask for it. (With one, a
+    sliding window that lies wholly in the padding makes NaN.)
+
+    Args:
+        model: causal language model, after ``choose_layout``.
+        batch: right-padded, in trl's layout, chosen rows first.
+        layout: what ``choose_layout`` returned.
+    """
+    base = base_model(model)
+    mask = batch["completion_mask"]
+    if layout == "shared_prefix":
+        packed = pack(batch)
+        row = base.base_model(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            attention_mask=attention.no_mask(mask.device),
+            packed_pairs=packed,
+            use_cache=False,
+        ).last_hidden_state[0]
+        hidden = row[packed.source]
+    else:
+        hidden = base.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+    sums = hidden.float().masked_fill(~mask.bool()[..., None], 0).sum(dim=1)
+    chosen, rejected = (sums / mask.sum(dim=1, keepdim=True).clamp_min(1)).chunk(2)
+    return chosen - rejected
+
+
+def reduce(differences: np.ndarray, directions: int = DIRECTIONS) -> np.ndarray:
+    """The differences [N, H] in their first ``directions`` principal directions, [N, D].
+
+    Not centred: a difference has a sign, and the direction in which chosen and rejected differ on average counts.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    size = values.shape[1]
+    kept = min(directions, size, len(values))
+    vectors = eigh(values.T @ values, subset_by_index=(size - kept, size - 1))[1]
+    found: np.ndarray = values @ vectors[:, ::-1]
+    return found
+
+
+def _check_fit(tokens: Dataset, model: torch.nn.Module, name: str) -> None:
+    rows = base_model(model).get_input_embeddings().weight.shape[0]
+    largest = max(max(ids, default=0) for column in ID_COLUMNS for ids in tokens[column])
+    if largest >= rows:
+        raise ModelError(
+            f"{name}: found token id {largest} from its tokenizer, expected ids below its {rows} embeddings",
+            code="tokenizer-fit",
+            hint="give the model a folder with its own tokenizer",
+        )
+
+
+def _open(partial: Path, shape: tuple[int, int]) -> np.memmap:
+    if partial.exists():
+        return np.lib.format.open_memmap(partial, mode="r+")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    values = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+    values[:] = np.nan
+    values.flush()
+    return values
