@@ -2,8 +2,9 @@
 
 A draw from softmax(scores) is the argmax of scores + Gumbel noise. The noise comes from one generator per row. What is
 left to differ between batches is rounding in the logits, which matters only where it decides which token wins: two
-candidates closer than ``TOLERANCE``, or a winner on the border of the nucleus. Such a row, about one in a thousand
-tokens, is computed again alone and without padding, which is the same computation in every batch.
+candidates closer than ``TOLERANCE``, or a winner on the border of the nucleus. Such a row is computed again alone and
+without padding, which is the same computation in every batch. Two candidates are that close with probability at most
+``TOLERANCE`` / temperature: sum over tokens of p (1 - p), times it, to first order.
 
 Shapes: B rows, V vocabulary.
 """
@@ -16,8 +17,8 @@ from transformers import LogitsProcessor
 from align.generation.base import Sampling
 
 TOLERANCE = 1e-3
-"""Of logits. Rounding between batches is some 1e-5 in float32; in half precision it is larger than this, so that there
-equal completions are likely and not certain."""
+"""Of logits; twice the rounding between batches that cannot turn a choice. Meant to be ample in float32; in half precision
+rounding may be more, so that there equal completions are likely and not certain."""
 
 
 class DrawnToken(LogitsProcessor):
