@@ -74,8 +74,9 @@ def load_pairs(source: PairsConfig, *, side_file: Path | None = None) -> Dataset
     """
     checked = check_pairs(source)
     if checked.problems and not (source.drop_invalid and checked.invalid):
+        count, found = len(checked.invalid) or "some", listed([str(problem) for problem in checked.problems])
         raise DataError(
-            f"{source.path}: {len(checked.invalid)} rows cannot be used:\n{listed([str(p) for p in checked.problems])}",
+            f"{source.path}: {count} rows cannot be used:\n{found}",
             code=checked.problems[0].code,
             hint="mend the rows, or set drop_invalid: true to leave them out",
         )
