@@ -90,7 +90,7 @@ def load_pairs(source: PairsConfig, *, side_file: Path | None = None) -> Dataset
 def unusable(path: str, problems: Sequence[Problem], count: int) -> DataError:
     """The error that ``count`` rows of a source cannot be used, with the first problems."""
     return DataError(
-        f"{path}: {count} rows cannot be used:\n{listed([str(problem) for problem in problems])}",
+        f"{path}: {count or 'some'} rows cannot be used:\n{listed([str(problem) for problem in problems])}",
         code=problems[0].code,
         hint="mend the rows, or set drop_invalid: true to leave them out",
     )

@@ -28,7 +28,11 @@ def table(messages: dict[str, str]) -> str:
 
 def row(case: BadInput, told: str) -> str:
     """The case's line of the table."""
-    text = " ".join(told.removeprefix("error ").split()).replace("|", "\\|").replace("`", "'")
+    text = (
+        " ".join(told.removeprefix("error ").replace("\n  do: ", "; do: ").split())
+        .replace("|", "\\|")
+        .replace("`", "'")
+    )
     return f"| {case.what} | `{text}` |"
 
 
