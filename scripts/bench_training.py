@@ -145,6 +145,19 @@ def side_by_side(
     }
 
 
+def profile(model: str, rows: list[dict[str, Any]], lora: bool) -> dict[str, float]:
+    """Share of one shared-prefix step's time that each kind of operation takes by itself, the ten largest."""
+    with TemporaryDirectory() as folder:
+        trainer = build("shared_prefix", model, Path(folder), rows, lora, "madpo")
+        batch = batch_of(trainer, rows)
+        step(trainer, batch)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            step(trainer, batch)
+    spent = {event.key: event.self_cpu_time_total for event in found.key_averages()}
+    total = sum(spent.values())
+    return {name: round(spent[name] / total, 3) for name in sorted(spent, key=lambda name: -spent[name])[:10]}
+
+
 def peak_memory(kind: str, model: str, rows_file: Path, lora: bool) -> dict[str, float]:
     """MiB of resident memory before and at the peak of one step, in a process of its own."""
     command = [sys.executable, __file__, "--model", model, "--memory-of", kind, "--rows", str(rows_file)]
@@ -206,6 +219,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="say where a step's time goes, and nothing else")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -221,7 +235,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     kinds = {name: KINDS[name] for name in arguments.kinds}
-    results = {}
+    results: dict[str, Any] = {}
     for shape in arguments.shapes:
         if shape == "dialogue":
             rows = dialogue_pairs(4, vocabulary)
@@ -229,6 +243,9 @@ def main() -> None:
             prompt, completion = map(int, shape.split("/"))
             pairs = next((n for p, c, n in SHAPES if (p, c) == (prompt, completion)), 4)
             rows = random_pairs(prompt, completion, pairs, vocabulary)
+        if arguments.profile:
+            results[shape] = profile(arguments.model, rows, arguments.lora)
+            continue
         peak = gemm_peak()
         found = side_by_side(kinds, arguments.model, rows, arguments.lora, arguments.rounds)
         found["pairs"] = len(rows)
