@@ -75,8 +75,8 @@ def kth_distance(
         k: at least 1; N - 1 where there are fewer others.
         seed: of the index and of the rows on which its recall is measured.
         rows: those of ``vectors`` that the set consists of; all where absent.
-        method: ``auto`` is exact up to ``exact_limit`` rows and an inverted file beyond, which is built faster than the
-            graph and gives the same answer under the same seed.
+        method: ``auto`` is exact up to ``exact_limit`` rows and an inverted file beyond, which gives the same answer
+            under the same seed; a graph that several threads build does not.
         exact_limit: see ``method``.
 
     Raises:
