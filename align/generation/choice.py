@@ -17,8 +17,8 @@ from transformers import LogitsProcessor
 from align.generation.base import Sampling
 
 TOLERANCE = 1e-3
-"""Of logits; twice the rounding between batches that cannot turn a choice. Meant to be ample in float32; in half precision
-rounding may be more, so that there equal completions are likely and not certain."""
+"""Of logits; twice the rounding between batches that cannot turn a choice. Meant to be ample in float32; in half
+precision rounding may be more, so that there equal completions are likely and not certain."""
 
 
 class DrawnToken(LogitsProcessor):
