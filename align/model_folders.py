@@ -237,6 +237,8 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     """The first line of an error, and the second where the first only announces it."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than config.json says"
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
