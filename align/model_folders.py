@@ -28,6 +28,7 @@ TOKENIZER_FILES = (
 )
 NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.pt", "scheduler.pt"})
 HEADER_BYTES = 8
+OWN_CODE = "if you trust that code, set trust_remote_code: true under train.trainer or reward.trainer"
 WANTED = "give a hub id or a folder with config.json, safetensors weights and a tokenizer"
 
 
@@ -85,7 +86,9 @@ def loading(model: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         log.debug("%s", model, exc_info=True)
-        raise ModelError(f"{model}: {what} ({_reason(error)})", code="model-load", hint=WANTED) from None
+        reason = _reason(error).replace(str(Path(model).absolute()), model)
+        hint = OWN_CODE if "custom code" in reason else WANTED
+        raise ModelError(f"{model}: {what} ({reason})", code="model-load", hint=hint) from None
 
 
 def check_vocabulary(model: str, tokens: int, rows: int) -> None:
@@ -234,6 +237,8 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     """The first line of an error, and the second where the first only announces it."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than config.json says"
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
