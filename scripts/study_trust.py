@@ -194,16 +194,18 @@ def summarise(found: dict[tuple[str, float, int], list[dict[str, Any]]]) -> dict
 
 
 def markdown(summary: dict[str, Any], kl: float) -> str:
-    """The table of the document."""
+    """The table of the document: gold reward of the two ends, every other rule's difference from the better of them."""
     rows = summary["rows"][kl]
-    rules = list(next(iter(rows.values()))["regret"])
+    rules = [name for name in next(iter(rows.values()))["regret"] if name not in ("DPO", "soft labels")]
     lines = ["| cell | DPO | soft labels | " + " | ".join(rules) + " |", "|---" * (len(rules) + 3) + "|"]
     for name, one in rows.items():
-        regrets = " | ".join(f"{-one['regret'][rule]:+.3f} ± {one['half_width'][rule]:.3f}" for rule in rules)
-        lines.append(f"| {name} | {one['DPO']:.3f} | {one['soft labels']:.3f} | {regrets} |")
-    for name in ("mean_regret", "worst_regret"):
-        values = " | ".join(f"{-summary[name][kl][rule]:+.3f}" for rule in rules)
-        lines.append(f"| {name.replace('_', ' ')} | | | {values} |")
+        half = {rule: f" ± {one['half_width'][rule]:.3f}" if rule == "combined" else "" for rule in rules}
+        differences = " | ".join(f"{-one['regret'][rule]:+.3f}{half[rule]}" for rule in rules)
+        lines.append(f"| {name} | {one['DPO']:.3f} | {one['soft labels']:.3f} | {differences} |")
+    for key, title in (("mean_regret", "mean"), ("worst_regret", "worst")):
+        at = summary[key][kl]
+        ends = " | ".join(f"{-at[rule]:+.3f}" for rule in ("DPO", "soft labels", *rules))
+        lines.append(f"| {title} difference | {ends} |")
     return "\n".join(lines)
 
 
