@@ -178,19 +178,47 @@ def row(results: list[dict[str, Any]], kl: int) -> dict[str, Any]:
 
 def summarise(found: dict[tuple[str, float, int], list[dict[str, Any]]]) -> dict[str, Any]:
     """A row per cell and KL; the regret of each rule averaged over the cells and at its worst."""
-    made: dict[str, Any] = {"rows": {}, "mean_regret": {}, "worst_regret": {}}
+    made: dict[str, Any] = {"rows": {}, "mean_regret": {}, "worst_regret": {}, "by_flips": {}}
     for k, kl in enumerate(KLS):
         rows = {f"{kind}, {flips:.0%} flipped, {count} pairs": row(results, k) for (kind, flips, count), results in
                 found.items() if len(results) > 1}  # fmt: skip
         if not rows:
             continue
         made["rows"][kl] = rows
+        made["by_flips"][kl] = by_flips(rows)
         for name, reduce in (("mean_regret", np.mean), ("worst_regret", np.max)):
             made[name][kl] = {
                 rule: float(reduce([one["regret"][rule] for one in rows.values()]))
                 for rule in next(iter(rows.values()))["regret"]
             }
     return made
+
+
+def by_flips(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Number of pairs and share of flips -> rule -> mean and worst regret over the kinds of margins."""
+    groups: dict[str, list[dict[str, float]]] = {}
+    for name, one in rows.items():
+        _, flips, pairs = name.split(", ")
+        groups.setdefault(f"{pairs}, {flips}", []).append(one["regret"])
+    for name, one in rows.items():
+        groups.setdefault(f"{name.split(', ')[2]}, all", []).append(one["regret"])
+    return {
+        group: {
+            rule: [float(np.mean([r[rule] for r in regrets])), max(r[rule] for r in regrets)] for rule in regrets[0]
+        }
+        for group, regrets in groups.items()
+    }
+
+
+def markdown_by_flips(summary: dict[str, Any], kl: float) -> str:
+    """The document's first table: mean (worst) difference from the better of DPO and soft labels."""
+    groups = summary["by_flips"][kl]
+    rules = list(next(iter(groups.values())))
+    lines = ["| cells | " + " | ".join(rules) + " |", "|---" * (len(rules) + 1) + "|"]
+    for group, found in groups.items():
+        values = " | ".join(f"{-found[rule][0]:+.3f} ({-found[rule][1]:+.3f})" for rule in rules)
+        lines.append(f"| {group} | {values} |")
+    return "\n".join(lines)
 
 
 def markdown(summary: dict[str, Any], kl: float) -> str:
@@ -240,7 +268,7 @@ def main() -> None:
         found.setdefault(cell, []).extend(read_json(file) if file.exists() else [])
     summary = summarise(found)
     if summary["rows"]:
-        print(markdown(summary, arguments.kl), file=sys.stderr)
+        print(markdown_by_flips(summary, arguments.kl), markdown(summary, arguments.kl), sep="\n\n", file=sys.stderr)
     write_json(arguments.output / "table.json", summary)
     json.dump(summary, sys.stdout, indent=2)
 
