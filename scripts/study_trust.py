@@ -178,13 +178,14 @@ def row(results: list[dict[str, Any]], kl: int) -> dict[str, Any]:
 
 def summarise(found: dict[tuple[str, float, int], list[dict[str, Any]]]) -> dict[str, Any]:
     """A row per cell and KL; the regret of each rule averaged over the cells and at its worst."""
-    made: dict[str, Any] = {"rows": {}, "mean_regret": {}, "worst_regret": {}}
+    made: dict[str, Any] = {"rows": {}, "mean_regret": {}, "worst_regret": {}, "by_flips": {}}
     for k, kl in enumerate(KLS):
         rows = {f"{kind}, {flips:.0%} flipped, {count} pairs": row(results, k) for (kind, flips, count), results in
                 found.items() if len(results) > 1}  # fmt: skip
         if not rows:
             continue
         made["rows"][kl] = rows
+        made["by_flips"][kl] = by_flips(rows)
         for name, reduce in (("mean_regret", np.mean), ("worst_regret", np.max)):
             made[name][kl] = {
                 rule: float(reduce([one["regret"][rule] for one in rows.values()]))
@@ -193,17 +194,46 @@ def summarise(found: dict[tuple[str, float, int], list[dict[str, Any]]]) -> dict
     return made
 
 
+def by_flips(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Number of pairs and share of flips -> rule -> mean and worst regret over the kinds of margins."""
+    groups: dict[str, list[dict[str, float]]] = {}
+    for name, one in rows.items():
+        _, flips, pairs = name.split(", ")
+        groups.setdefault(f"{pairs}, {flips}", []).append(one["regret"])
+    for name, one in rows.items():
+        groups.setdefault(f"{name.split(', ')[2]}, all", []).append(one["regret"])
+    return {
+        group: {
+            rule: [float(np.mean([r[rule] for r in regrets])), max(r[rule] for r in regrets)] for rule in regrets[0]
+        }
+        for group, regrets in groups.items()
+    }
+
+
+def markdown_by_flips(summary: dict[str, Any], kl: float) -> str:
+    """The document's first table: mean (worst) difference from the better of DPO and soft labels."""
+    groups = summary["by_flips"][kl]
+    rules = list(next(iter(groups.values())))
+    lines = ["| cells | " + " | ".join(rules) + " |", "|---" * (len(rules) + 1) + "|"]
+    for group, found in groups.items():
+        values = " | ".join(f"{-found[rule][0]:+.3f} ({-found[rule][1]:+.3f})" for rule in rules)
+        lines.append(f"| {group} | {values} |")
+    return "\n".join(lines)
+
+
 def markdown(summary: dict[str, Any], kl: float) -> str:
-    """The table of the document."""
+    """The table of the document: gold reward of the two ends, every other rule's difference from the better of them."""
     rows = summary["rows"][kl]
-    rules = list(next(iter(rows.values()))["regret"])
+    rules = [name for name in next(iter(rows.values()))["regret"] if name not in ("DPO", "soft labels")]
     lines = ["| cell | DPO | soft labels | " + " | ".join(rules) + " |", "|---" * (len(rules) + 3) + "|"]
     for name, one in rows.items():
-        regrets = " | ".join(f"{-one['regret'][rule]:+.3f} ± {one['half_width'][rule]:.3f}" for rule in rules)
-        lines.append(f"| {name} | {one['DPO']:.3f} | {one['soft labels']:.3f} | {regrets} |")
-    for name in ("mean_regret", "worst_regret"):
-        values = " | ".join(f"{-summary[name][kl][rule]:+.3f}" for rule in rules)
-        lines.append(f"| {name.replace('_', ' ')} | | | {values} |")
+        half = {rule: f" ± {one['half_width'][rule]:.3f}" if rule == "combined" else "" for rule in rules}
+        differences = " | ".join(f"{-one['regret'][rule]:+.3f}{half[rule]}" for rule in rules)
+        lines.append(f"| {name} | {one['DPO']:.3f} | {one['soft labels']:.3f} | {differences} |")
+    for key, title in (("mean_regret", "mean"), ("worst_regret", "worst")):
+        at = summary[key][kl]
+        ends = " | ".join(f"{-at[rule]:+.3f}" for rule in ("DPO", "soft labels", *rules))
+        lines.append(f"| {title} difference | {ends} |")
     return "\n".join(lines)
 
 
@@ -238,7 +268,7 @@ def main() -> None:
         found.setdefault(cell, []).extend(read_json(file) if file.exists() else [])
     summary = summarise(found)
     if summary["rows"]:
-        print(markdown(summary, arguments.kl), file=sys.stderr)
+        print(markdown_by_flips(summary, arguments.kl), markdown(summary, arguments.kl), sep="\n\n", file=sys.stderr)
     write_json(arguments.output / "table.json", summary)
     json.dump(summary, sys.stdout, indent=2)
 

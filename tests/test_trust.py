@@ -242,8 +242,9 @@ def test_analysis_believes_gold_and_not_noise(kind: str, believed: bool) -> None
 def test_learning_curve_arithmetic() -> None:
     """gain = limit - cost / share by hand: labels 0.30 - 0.10 / s, chosen 0.28 - 0.02 / s."""
     curve = [{"share": s, "labels": 0.30 - 0.10 / s, "chosen": 0.28 - 0.02 / s} for s in (0.25, 0.5, 1.0)]
-    assert labels_worth(curve, 0.26) == pytest.approx(0.10 / 0.04 - 1)
-    assert labels_worth(curve, 0.31) is None and labels_worth(curve, 0.15) == 0.0
+    assert labels_worth(curve) == pytest.approx(0.10 / 0.04 - 1)
+    assert labels_worth([{**point, "chosen": point["labels"] - 0.01} for point in curve]) == 0.0
+    assert labels_worth([{**point, "chosen": point["labels"] + 0.11} for point in curve]) is None
     assert overtaken_at(curve) == pytest.approx(0.08 / 0.02)
     assert overtaken_at([{**point, "labels": point["labels"] - 0.1} for point in curve]) is None
 

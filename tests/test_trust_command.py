@@ -75,6 +75,18 @@ def test_a_tokenizer_that_does_not_fit_is_named(tiny_policy: Path, tmp_path: Pat
         pair_features(Dataset.from_list(rows(3)), str(tmp_path), tmp_path / "cache", max_length=64)
 
 
+def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
+    from tests.builders import tokenizer
+
+    tokenizer(template=False).save_pretrained(tmp_path)
+    turns = {role: [{"role": role, "content": text}] for role, text in (("user", "the film"), ("assistant", "good"))}
+    pairs = Dataset.from_list(
+        [{"id": "p", "prompt": turns["user"], "chosen": turns["assistant"], "rejected": turns["assistant"]}]
+    )
+    with pytest.raises(ModelError, match="no-chat-template"):
+        pair_features(pairs, str(tmp_path), tmp_path / "cache", max_length=64)
+
+
 GOOD = [float(k % 7) - 2 for k in range(60)]
 
 

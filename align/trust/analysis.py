@@ -87,12 +87,13 @@ def learning_curve(
     return made
 
 
-def labels_worth(curve: list[dict[str, float]], gain: float) -> float | None:
-    """Labels, beside its own, that a pair would need for labels alone to gain ``gain``; None where none suffice.
+def labels_worth(curve: list[dict[str, float]]) -> float | None:
+    """Labels, beside its own, that a pair would need for labels alone to gain what the chosen setting gains.
 
-    By the fit  gain = limit - cost / share  to the labels' learning curve.
+    By the fit  gain = limit - cost / share  to the labels' learning curve; None where no number of labels is enough.
     """
     limit, cost = _limit_and_cost(curve, "labels")
+    gain = limit - cost + curve[-1]["chosen"] - curve[-1]["labels"]
     if cost <= 0 or gain >= limit:
         return None
     return max(0.0, cost / (limit - gain) - 1)

@@ -39,10 +39,17 @@ def pair_features(pairs: Dataset, model: str, cache: Path, *, max_length: int) -
         max_length: tokens of prompt and response together.
 
     Raises:
-        ModelError: it cannot be loaded, or its tokenizer makes ids that it has no embedding for.
+        ModelError: it cannot be loaded, its tokenizer makes ids that it has no embedding for, or has no chat template
+            where the pairs are conversations.
         DataError: nothing of a response is left within ``max_length``.
     """
     tokenizer = load_tokenizer(model)
+    if not isinstance(pairs[0]["prompt"], str) and tokenizer.chat_template is None:
+        raise ModelError(
+            f"{model}: found no chat template in its tokenizer, expected one, for the pairs are conversations",
+            code="no-chat-template",
+            hint="give a model that has one, or pairs of plain text",
+        )
     reference = load_policy(model, dtype="float32").eval()
     tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
     _check_fit(tokens, reference, model)

@@ -77,13 +77,13 @@ def setting(found: dict[str, Any]) -> str:
 
 def _against(name: str, difference: dict[str, float]) -> str:
     if difference["low"] <= 0 <= difference["high"]:
-        return f"Against {NAMES[name]}: no measurable difference ({_interval(difference)} nats a pair)."
+        return f"Against {NAMES[name]}: no measurable difference, {_nats(difference)}."
     word = "better" if difference["low"] > 0 else "worse"
-    return f"Against {NAMES[name]}: {word} by {_interval(difference)} nats a pair on unseen labels."
+    return f"Against {NAMES[name]}: {word} by {_nats(difference)} on unseen labels."
 
 
 def _worth(found: dict[str, Any]) -> str:
-    worth = labels_worth(found["curve"], found["gains"]["both"]["value"])
+    worth = labels_worth(found["curve"])
     if worth is None:
         return "No number of further labels in sight would do what the margins do."
     if worth < 0.05:
@@ -126,11 +126,7 @@ def _shared(signs: dict[str, dict[str, Any]]) -> str:
 
 
 def _nats(estimate: dict[str, float]) -> str:
-    return f"{_interval(estimate)} nats a pair"
-
-
-def _interval(estimate: dict[str, float]) -> str:
-    return f"{estimate['value']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})"
+    return f"{estimate['value']:.3f} nats a pair ({estimate['low']:.3f} to {estimate['high']:.3f})"
 
 
 def _share(estimate: dict[str, float]) -> str:
