@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 ASSETS := .assets
+WORKERS ?= 2
 
 .PHONY: setup assets vllm demo test test-slow lint bench clean
 
@@ -29,7 +30,7 @@ lint: $(STAMP)
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive align reward_models scripts
 
 test: assets
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(WORKERS)
 
 test-slow: assets vllm
 	$(BIN)/python -m pytest
