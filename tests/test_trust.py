@@ -11,6 +11,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from align.reports.page import render
+from align.trust import evidence
 from align.trust.analysis import analyse, labels_worth, overtaken_at
 from align.trust.calibrate import calibrated_slope
 from align.trust.choose import Choice, bootstrap, by_evidence, by_labels, choose, undecided
@@ -116,16 +117,17 @@ def test_order_and_scale_change_nothing(seed: int) -> None:
     assert fit(scaled(x), 10 * margin, 0.05, SMALL) == pytest.approx(one, abs=1e-6)
 
 
-def test_newton_keeps_its_head_where_labels_are_separable() -> None:
-    """All labels alike along one direction and next to no penalty: the loss still falls to its minimum."""
+@pytest.mark.parametrize("centre", [0.0, -30.0])
+def test_newton_keeps_its_head_where_labels_are_separable(centre: float) -> None:
+    """All labels alike along one direction and next to no penalty, also from where the loss has no curvature."""
     x = np.abs(np.random.default_rng(0).normal(size=(80, 1)))
 
     def slopes(z: np.ndarray, settings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         p = expit(z)
         return p - 1, p * (1 - p)
 
-    theta = minimise(x, slopes, np.zeros((1, 1)), np.full((1, 1), 1e-3))
-    gradient = x.T @ (expit(x @ theta) - 1) + 1e-3 * theta
+    theta = minimise(x, slopes, np.full((1, 1), centre), np.full((1, 1), 1e-3))
+    gradient = x.T @ (expit(x @ theta) - 1) + 1e-3 * (theta - centre)
     assert abs(float(gradient[0, 0])) < 1e-5 and float(theta[0, 0]) > 5
 
 
@@ -200,6 +202,30 @@ def test_reduce_keeps_signs_and_the_mean() -> None:
     singular = np.linalg.svd(x, compute_uv=False)
     assert np.square(few).sum() == pytest.approx(np.square(singular[:3]).sum())
     assert abs(few[:, 0].mean()) > 3 and reduce(-x, 3) == pytest.approx(-few)
+
+
+def test_evidence_policy_is_the_posterior_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One point of the grid, in the features' own coordinates, against a general optimiser."""
+    spread, flip, rms = 0.8, 0.2, 1.2
+    for name, value in (("SLOPES", rms), ("SHARED", spread), ("FLIPS", flip)):
+        monkeypatch.setattr(evidence, name, (value,))
+    x, gold, _ = arena(200, 5, flips=flip)
+    x, margin = scaled(x), gold + np.random.default_rng(1).normal(size=200)
+    mu = np.linalg.lstsq(x, margin, rcond=None)[0]
+    a = rms / np.sqrt(np.square(x @ mu).mean())
+    noise = np.square(margin - x @ mu).sum() / (200 - 5)
+    covariance = spread**2 / 5 * np.eye(5) + a**2 * noise * np.linalg.inv(x.T @ x)
+
+    def cost(theta: np.ndarray) -> float:
+        away = theta - a * mu
+        return float(
+            away @ np.linalg.solve(covariance, away) / 2 - np.log(flip + (1 - 2 * flip) * expit(x @ theta)).sum()
+        )
+
+    found = weigh(x, margin)
+    slow = minimize(cost, a * mu, method="BFGS", options={"gtol": 1e-7}).x
+    assert found.theta == pytest.approx(slow, abs=1e-3)
+    assert (found.slope, found.flip_rate) == pytest.approx((a, flip))
 
 
 @pytest.mark.parametrize(
