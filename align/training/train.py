@@ -19,7 +19,7 @@ from align.errors import ConfigError
 from align.loss_registry import BoundLoss, resolve
 from align.margins import MADPO_TAU, madpo_weight
 from align.model_folders import ADAPTER, check_model_folder, check_vocabulary, loading, vocabulary_rows
-from align.stage import write_json
+from align.stage import read_json, write_json
 from align.stopping import stoppable
 from align.trainer_args import build_lora, build_trainer_args, refusals
 from align.trainer_progress import show_progress
@@ -30,6 +30,7 @@ CHECKPOINTS = "checkpoints"
 MODEL = "model"
 HISTORY = "history.json"
 ENTANGLEMENT = "entanglement.json"
+SETS = ("target_modules", "exclude_modules", "modules_to_save")
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -161,8 +162,17 @@ def train_policy(
     found = {"method": method, "loss": config.methods[method].model_dump(), "history": history}
     if trainer.is_world_process_zero():
         (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        _order_adapter(output / MODEL / ADAPTER)
         write_json(output / HISTORY, found | ({"entanglement": probe.records} if probe is not None else {}))
         shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _order_adapter(file: Path) -> None:
+    """Sort the module names that peft keeps as a set, so that the same run leaves the same bytes in every process."""
+    if file.exists():
+        config = read_json(file)
+        ordered = {name: sorted(config[name]) for name in SETS if isinstance(config.get(name), list)}
+        write_json(file, config | ordered)
 
 
 def _probe(trainer: PreferenceTrainer, config: TrainConfig, file: Path) -> EntanglementCallback | None:
