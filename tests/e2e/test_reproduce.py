@@ -40,7 +40,7 @@ def test_another_input_is_named(workspace: Path) -> None:
     assert "pairs/train/pairs.parquet: another content" in message(errors)
 
 
-def test_an_adapter_is_written_in_one_order(workspace: Path) -> None:
+def test_an_adapter_is_written_in_one_order(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modules = "[up_proj, v_proj, q_proj, o_proj, k_proj, gate_proj, down_proj]"
     peft = ("--set", f"train.peft={{r: 2, target_modules: {modules}}}", "--set", "name=adapter")
     source = "elsewhere.yaml" if (workspace / "elsewhere.yaml").exists() else "run.yaml"
@@ -49,6 +49,7 @@ def test_an_adapter_is_written_in_one_order(workspace: Path) -> None:
     folder = workspace / "runs" / "adapter" / "train-madpo" / "model"
     found = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
     assert found == sorted(found) and len(found) == 7
+    monkeypatch.chdir(workspace)
     assert load_policy(str(folder)).peft_config["default"].target_modules == set(found)
 
 
