@@ -17,8 +17,9 @@ from align.entanglement.callback import EntanglementCallback
 from align.errors import ConfigError
 from align.loss_registry import BoundLoss, resolve
 from align.margins import MADPO_TAU, madpo_weight
+from align.model_folders import ADAPTER
 from align.model_loading import load_policy, load_tokenizer
-from align.stage import write_json
+from align.stage import read_json, write_json
 from align.stopping import stoppable
 from align.trainer_args import build_lora, build_trainer_args, refusals
 from align.trainer_progress import show_progress
@@ -29,6 +30,7 @@ CHECKPOINTS = "checkpoints"
 MODEL = "model"
 HISTORY = "history.json"
 ENTANGLEMENT = "entanglement.json"
+SETS = ("target_modules", "exclude_modules", "modules_to_save")
 MASK_SHOWN = 40
 """Tokens with the largest and with the smallest weights of a learned mask that are written down."""
 
@@ -143,8 +145,17 @@ def train_policy(
     trainer.save_model(str(output / MODEL))
     if trainer.is_world_process_zero():
         (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        _order_adapter(output / MODEL / ADAPTER)
         write_json(output / HISTORY, _history(trainer, method, options, probe))
         _remove_checkpoints(checkpoints, config)
+
+
+def _order_adapter(file: Path) -> None:
+    """Sort the module names that peft keeps as a set, so that the same run leaves the same bytes in every process."""
+    if file.exists():
+        config = read_json(file)
+        ordered = {name: sorted(config[name]) for name in SETS if isinstance(config.get(name), list)}
+        write_json(file, config | ordered)
 
 
 def _history(

@@ -67,4 +67,4 @@ def test_twenty_five_kills(tmp_path: Path) -> None:
     assert found["kills"] == 25 and found["differences"] == [] and found["stages_repeated"] == []
     hit = found["hit"]
     assert isinstance(hit, dict) and sum(count > 0 for count in hit.values()) >= len(hit) - 2, hit
-    assert int(found["while_writing"]) > 5  # type: ignore[call-overload]
+    assert int(found["as_a_file_appeared"]) > 5  # type: ignore[call-overload]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from align.training.train import load_policy
 from tests.bad_input_makers import RUN, build_workspace, message, run_command
 from tests.builders import rows
 
@@ -37,6 +38,19 @@ def test_another_input_is_named(workspace: Path) -> None:
     pairs.write_text(before)
     assert code == 2 and "stage pairs: data, model or settings are not what they were" in message(errors)
     assert "pairs/train/pairs.parquet: another content" in message(errors)
+
+
+def test_an_adapter_is_written_in_one_order(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = "[up_proj, v_proj, q_proj, o_proj, k_proj, gate_proj, down_proj]"
+    peft = ("--set", f"train.peft={{r: 2, target_modules: {modules}}}", "--set", "name=adapter")
+    source = "elsewhere.yaml" if (workspace / "elsewhere.yaml").exists() else "run.yaml"
+    code, _, errors = run_command(("run", source, *peft), workspace)
+    assert code == 0, errors
+    folder = workspace / "runs" / "adapter" / "train-madpo" / "model"
+    found = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    assert found == sorted(found) and len(found) == 7
+    monkeypatch.chdir(workspace)
+    assert load_policy(str(folder)).peft_config["default"].target_modules == set(found)
 
 
 def test_a_manifest_that_is_none(workspace: Path) -> None:
