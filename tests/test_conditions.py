@@ -69,9 +69,9 @@ def test_named_cases() -> None:
     assert room[2] == math.inf and math.isnan(room[5])
 
 
-@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"beta_dpo"}))
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"beta_dpo", "gated_dpo"}))
 def test_loss_weights_are_the_derivatives(name: str) -> None:
-    """Central differences of every registered loss."""
+    """Central differences of every registered loss but the gated one, whose gradient is not that of its value."""
     generator = torch.Generator().manual_seed(0)
     columns = [-10 * torch.rand(5, generator=generator, dtype=torch.float64) for _ in range(4)]
     lengths = [torch.randint(2, 9, (5,), generator=generator) for _ in range(2)]

@@ -37,8 +37,7 @@ def test_yaml_blocks_are_valid(text: str, tmp_path: Path) -> None:
     tree = yaml.safe_load(text)
     if "name" not in tree:
         tree = {"name": "part", "pairs": {"path": "pairs.jsonl"}, **tree}
-        if "train" in tree:
-            tree["train"] = {"model": "some/model", "methods": {"dpo": {"loss": "dpo"}}, **tree["train"]}
+        tree["train"] = {"model": "some/model", "methods": {"dpo": {"loss": "dpo"}}, **tree.get("train", {})}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tree))
     check_config(load_config(file))
