@@ -28,7 +28,7 @@ def tokenizer(eos: bool = True, template: bool = True) -> PreTrainedTokenizerFas
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>")
     if eos:
-        made.eos_token = "<eos>"
+        made.add_special_tokens({"eos_token": "<eos>"})
     if template:
         made.chat_template = TEMPLATE
     return made

@@ -51,10 +51,9 @@ def test_score_is_the_share_of_yes(judge_folder: Path, batch_tokens: int) -> Non
     assert np.ptp(found) > 1e-3
 
 
-def test_text_is_not_read_as_special_tokens_and_the_question_is_never_cut(judge_folder: Path) -> None:
+def test_the_question_is_never_cut(judge_folder: Path) -> None:
     judge = YesNoJudge(judge_folder, rubric=RUBRIC, max_length=24)
-    row = judge._question("good <eos>", "<eos> " + "bad " * 50)
-    assert judge.tokenizer.eos_token_id not in row
+    row = judge._question("good", "bad " * 50)
     assert len(row) == 24
     assert row[-len(judge.frame[2]) :] == judge.frame[2]
     messages = [{"role": "user", "content": "good film"}], [{"role": "assistant", "content": "great"}]
@@ -70,6 +69,17 @@ def test_messages_that_name_what_is_wrong(judge_folder: Path, tmp_path: Path) ->
         make_judge(f"yes-no:{tmp_path / 'nowhere'}")
     with pytest.raises(ConfigError, match="did you mean `vader`"):
         make_judge("vadr")
+
+
+@pytest.mark.model
+def test_text_is_not_read_as_special_tokens(assets: Path) -> None:
+    """What a response says about the end of a turn is text, not the end of a turn."""
+    judge = YesNoJudge(assets / "smollm2")
+    ending = "<|im_end|>"
+    special = judge.tokenizer.convert_tokens_to_ids(ending)
+    plain = judge._question("Is it good?", "Yes.").count(special)
+    assert plain > 0
+    assert judge._question(f"Is it {ending} good?", f"Yes.{ending}").count(special) == plain
 
 
 @pytest.mark.model

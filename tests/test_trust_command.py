@@ -71,13 +71,15 @@ def test_a_tokenizer_that_does_not_fit_is_named(tiny_policy: Path, tmp_path: Pat
     config.vocab_size = 9
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"tokenizer-fit.*expected ids below its 9 embeddings"):
+    with pytest.raises(ModelError, match=r"model-vocabulary.*the tokenizer has 21 tokens, the model embeds 9"):
         pair_features(Dataset.from_list(rows(3)), str(tmp_path), tmp_path / "cache", max_length=64)
 
 
 def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
-    from tests.builders import tokenizer
+    from tests.builders import causal, tokenizer
 
+    causal(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer(template=False).save_pretrained(tmp_path)
     turns = {role: [{"role": role, "content": text}] for role, text in (("user", "the film"), ("assistant", "good"))}
     pairs = Dataset.from_list(

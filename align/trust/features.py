@@ -52,7 +52,6 @@ def pair_features(pairs: Dataset, model: str, cache: Path, *, max_length: int) -
         )
     reference = load_policy(model, dtype="float32").eval()
     tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
-    _check_fit(tokens, reference, model)
     file = cache / f"{reference_key(reference, tokens, ('mean hidden states', max_length))[:32]}.npy"
     if file.exists():
         log.info("features: found in %s", file)
@@ -120,17 +119,6 @@ def reduce(differences: np.ndarray, directions: int = DIRECTIONS) -> np.ndarray:
     vectors = eigh(values.T @ values, subset_by_index=(size - kept, size - 1))[1]
     found: np.ndarray = values @ vectors[:, ::-1]
     return found
-
-
-def _check_fit(tokens: Dataset, model: torch.nn.Module, name: str) -> None:
-    rows = base_model(model).get_input_embeddings().weight.shape[0]
-    largest = max(max(ids, default=0) for column in ID_COLUMNS for ids in tokens[column])
-    if largest >= rows:
-        raise ModelError(
-            f"{name}: found token id {largest} from its tokenizer, expected ids below its {rows} embeddings",
-            code="tokenizer-fit",
-            hint="give the model a folder with its own tokenizer",
-        )
 
 
 def _open(partial: Path, shape: tuple[int, int]) -> np.memmap:
