@@ -30,7 +30,7 @@ lint: $(STAMP)
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive align reward_models scripts
 
 test: assets
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(WORKERS) --dist worksteal
 
 test-slow: assets vllm
 	$(BIN)/python -m pytest

@@ -30,6 +30,8 @@ CHECKPOINTS = "checkpoints"
 MODEL = "model"
 HISTORY = "history.json"
 ENTANGLEMENT = "entanglement.json"
+OF_RESUMING = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "loss_state.json", "token_mask.safetensors", "README.md")
+"""Files of a checkpoint beside the model."""
 SETS = ("target_modules", "exclude_modules", "modules_to_save")
 MASK_SHOWN = 40
 """Tokens with the largest and with the smallest weights of a learned mask that are written down."""
@@ -105,8 +107,9 @@ def train_policy(
 ) -> None:
     """Train ``config.model`` on ``pairs`` under one method; write ``model/`` and ``history.json`` into ``output``.
 
-    Resumes from the last whole checkpoint under ``output/checkpoints``; unless ``save_strategy`` asks for them, the
-    checkpoints are removed when done. The history is written last: where it is, nothing is trained again.
+    Resumes from the last whole checkpoint under ``output/checkpoints``; when done the checkpoints are removed, or where
+    ``save_strategy`` asks for them stripped to their models. The history is written last: where it is, nothing is
+    trained again.
 
     Args:
         pairs: pair table; ``margin`` where the loss needs one, ``weight`` where pairs are weighted.
@@ -122,7 +125,7 @@ def train_policy(
     checkpoints = output / CHECKPOINTS
     if (output / HISTORY).exists():
         log.info("train %s: there already (%s)", method, output / MODEL)
-        _remove_checkpoints(checkpoints, config)
+        _finish_checkpoints(checkpoints, config)
         return
     loss = bind(method, config.methods[method])
     tau = float(loss.parameters.get("tau", MADPO_TAU))
@@ -147,7 +150,7 @@ def train_policy(
         (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         _order_adapter(output / MODEL / ADAPTER)
         write_json(output / HISTORY, _history(trainer, method, options, probe))
-        _remove_checkpoints(checkpoints, config)
+        _finish_checkpoints(checkpoints, config)
 
 
 def _order_adapter(file: Path) -> None:
@@ -174,10 +177,19 @@ def _history(
     return found
 
 
-def _remove_checkpoints(checkpoints: Path, config: TrainConfig) -> None:
-    """Checkpoints that only a stop has left; those that ``save_strategy`` asks for are the user's."""
+def _finish_checkpoints(checkpoints: Path, config: TrainConfig) -> None:
+    """Remove checkpoints that only a stop has left; of those that ``save_strategy`` asks for keep the models.
+
+    What only a resumed training needs (optimizer, schedule, random state: pickles and logs) goes.
+    """
     if config.trainer.get("save_strategy", "no") == "no":
         shutil.rmtree(checkpoints, ignore_errors=True)
+        return
+    for pattern in OF_RESUMING:
+        for file in checkpoints.rglob(pattern):
+            file.unlink()
+    for file in checkpoints.rglob(ADAPTER):
+        _order_adapter(file)
 
 
 def _probe(trainer: PreferenceTrainer, config: TrainConfig, file: Path) -> EntanglementCallback | None:

@@ -62,7 +62,8 @@ def test_rounds(workspace: Path) -> None:
     assert again.returncode == 0 and ran(again.stderr) == []
     more = align("iterate", "it.yaml", "--set", "train.methods.dpo.parameters.beta=0.3", cwd=workspace)
     assert more.returncode == 0, more.stderr
-    assert ran(more.stderr) == ["train", "generate", "pairs-build", "train"]
+    again_ran = ran(more.stderr)  # pairs are built again only if the other policy wrote something else
+    assert again_ran[:2] == ["train", "generate"] and again_ran[-1] == "train" and len(again_ran) in (3, 4)
 
 
 def test_mistakes_cost_one_line(workspace: Path) -> None:
