@@ -1,8 +1,8 @@
 """Configuration: every mistake is named with its path and the nearest valid key, before anything heavy loads."""
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -98,7 +98,8 @@ def test_help_is_quick_and_light() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     times = []
     for _ in range(5):
-        start = time.monotonic()
+        before = os.times()
         subprocess.run([sys.executable, "-m", "align.cli", "--help"], check=True, capture_output=True)
-        times.append(time.monotonic() - start)
-    assert min(times) < 0.5
+        after = os.times()  # processor time: other tests run beside this one
+        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert 0 < min(times) < 0.5

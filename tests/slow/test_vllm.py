@@ -134,13 +134,17 @@ def test_options_and_models_that_vllm_refuses(assets: Path, tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def server(assets: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of `vllm serve` with the base model and the adapter."""
+    """Address of vLLM's server with the base model and the adapter.
+
+    Started as a module: the `vllm` command of the CPU build asks for the metadata of a package that it is not.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
     command = [
-        str(Path(sys.executable).parent / "vllm"), "serve", str(assets / "smollm2"), "--served-model-name", "base",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(assets / "smollm2"),
+        "--served-model-name", "base",
         "--dtype", "float32", "--enforce-eager", "--max-model-len", str(LENGTH), "--port", str(port),
         "--host", "127.0.0.1", "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"tuned={adapter}",
     ]  # fmt: skip
