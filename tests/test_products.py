@@ -56,7 +56,11 @@ def check(model: nn.Module, batch: dict[str, Tensor], tolerance: float) -> Gradi
         (found.inner, expected.diagonal(pairs), scale[:pairs] * scale[pairs:]),
     ):
         assert ((value - true).abs() <= tolerance * size).all()
-    gram = measure.gram(batch)
+    gram, pairwise = measure.gram_and_pairs(batch)
+    for name in ("chosen_sq", "rejected_sq", "inner", "chosen_logps", "rejected_logps", "chosen_length"):
+        assert torch.allclose(getattr(pairwise, name).double(), getattr(found, name).double(), rtol=1e-3, atol=1e-3), (
+            name
+        )
     assert ((gram - expected).abs() <= tolerance * scale[:, None] * scale).all()
     logps = one_by_one(model, batch).detach()
     assert torch.allclose(torch.cat([found.chosen_logps, found.rejected_logps]), logps.double(), atol=1e-3)

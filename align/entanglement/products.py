@@ -110,11 +110,14 @@ class GradientProducts:
         logps = self._measure(batch, groups, visit, lambda vectors: totals.add_(products_of_vectors(vectors)))
         for k, gram in enumerate(self._head.take()):
             totals[:, k] += torch.stack([gram[0, 0], gram[1, 1], gram[0, 1]])
-        length = batch["completion_mask"][:, 1:].sum(dim=1).chunk(2)
-        return PairProducts(*totals.cpu(), *logps.cpu().chunk(2), *(part.cpu() for part in length))
+        return _pair_products(totals.cpu(), logps, batch)
 
     def gram(self, batch: dict[str, Tensor]) -> Tensor:
-        """Inner products [2B, 2B] between all chosen and rejected gradients of a batch, float64 on the CPU.
+        """Inner products [2B, 2B] between all chosen and rejected gradients of a batch, float64 on the CPU."""
+        return self.gram_and_pairs(batch)[0]
+
+    def gram_and_pairs(self, batch: dict[str, Tensor]) -> tuple[Tensor, PairProducts]:
+        """``gram`` and, from its diagonals, the products of each pair, by one forward and one backward pass.
 
         Forms the per-sequence gradients of one layer at a time: 2B times the largest layer of memory.
         """
@@ -126,8 +129,10 @@ class GradientProducts:
                 total.add_((block @ block.T).double())
 
         groups = [torch.arange(rows, device=total.device)]
-        self._measure(batch, groups, lambda rule, call: add(rule.vectors(call)), add)
-        return (total + self._head.take()[0]).cpu()
+        logps = self._measure(batch, groups, lambda rule, call: add(rule.vectors(call)), add)
+        gram = (total + self._head.take()[0]).cpu()
+        squares = gram.diagonal().view(2, rows // 2)
+        return gram, _pair_products(torch.cat([squares, gram.diagonal(rows // 2)[None]]), logps, batch)
 
     def _measure(
         self,
@@ -261,3 +266,9 @@ class GradientProducts:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _pair_products(totals: Tensor, logps: Tensor, batch: dict[str, Tensor]) -> PairProducts:
+    """From |gw|^2, |gl|^2, <gw, gl> [3, B] and log-probs [2B]."""
+    length = batch["completion_mask"][:, 1:].sum(dim=1).chunk(2)
+    return PairProducts(*totals, *logps.cpu().chunk(2), *(part.cpu() for part in length))

@@ -49,7 +49,11 @@ class GradientRemedy:
             ref_rejected: reference log-probs [B].
         """
         batch = {name: inputs[name] for name in GRADIENT_INPUTS}
-        found = self.measure(batch)
+        gram = None
+        if self.of_whole_batches:
+            gram, found = self.measure.gram_and_pairs(batch)
+        else:
+            found = self.measure(batch)
         logps = PairLogps(
             found.chosen_logps,
             found.rejected_logps,
@@ -60,14 +64,13 @@ class GradientRemedy:
         )
         margin, weight = (inputs[name].cpu() if name in inputs else None for name in ("margin", "weight"))
         d_w, d_l = loss_weights(self.loss, logps, margin, weight)
-        if self.config.kind == "hold_chosen":
+        if gram is None and self.config.kind == "hold_chosen":
             factors = hold_chosen(found.chosen_sq, found.inner, d_w, d_l, keep=self.config.keep)
-        elif self.config.kind == "normalise":
+        elif gram is None:
             factors = normalise(found.chosen_sq, found.rejected_sq, d_w, d_l)
         elif self.config.kind == "hold_batch":
-            factors = hold_batch(self.measure.gram(batch), d_w, d_l, keep=self.config.keep)
+            factors = hold_batch(gram, d_w, d_l, keep=self.config.keep)
         else:
-            gram = self.measure.gram(batch)
             *factors, self.band = calibrate(gram, d_w, d_l, self.band, decay=self.config.decay, mean=self._mean)  # type: ignore[assignment]
         device = ref_chosen.device
         return factors[0].float().to(device), factors[1].float().to(device)
