@@ -82,16 +82,18 @@ class RewardConfig(Section):
 
 
 class SampleConfig(Section):
-    """Building pairs by sampling two continuations of each prompt and drawing the label by Bradley-Terry."""
+    """Building pairs by sampling continuations of each prompt and drawing the label by Bradley-Terry."""
 
     prompts: str
     """A .jsonl file with one ``prompt`` per line."""
+    num_generations: Annotated[int, Field(ge=2)] = 2
+    """Continuations of each prompt; the pair is the best and the worst of them by the labelling reward."""
     max_new_tokens: Count = 24
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     batch_size: Count = 64
     label_scale: Positive = 1.0
-    """P(first preferred) = sigmoid(label_scale * difference of the labelling reward)."""
+    """P(the better one is chosen) = sigmoid(label_scale * difference of the labelling reward)."""
 
 
 class RemedyConfig(Section):

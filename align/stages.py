@@ -17,6 +17,7 @@ from align.evaluation.kl import completion_logps
 from align.evaluation.rewards import compare, gain_per_root_kl
 from align.filtering.run import KEPT, filter_source
 from align.generation.base import Sampling
+from align.generation.pair_choice import draw_pair
 from align.generation.transformers_engine import TransformersEngine
 from align.model_folders import check_model_folder
 from align.model_loading import load_policy, load_tokenizer
@@ -146,7 +147,7 @@ def stage_crossfit(config: RunConfig, root: Path, folder: Path, which: str) -> N
 
 
 def stage_sample(config: RunConfig, root: Path, folder: Path, which: str) -> None:
-    """Two continuations of each prompt; the preferred one drawn by Bradley-Terry from a labelling reward.
+    """Sampled continuations of each prompt; of the best and the worst by a labelling reward, Bradley-Terry prefers one.
 
     With cross-fitted folds the label comes from fold 0's model and the margins (stage ``margins``) from the others, so
     that the labeller and the model that judges its labels share no training pair.
@@ -160,34 +161,36 @@ def stage_sample(config: RunConfig, root: Path, folder: Path, which: str) -> Non
         load_tokenizer(config.train.model, trust_remote_code=trusted),
         batch_size=settings.batch_size,
     )
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, n=2, seed=config.seed)
-    texts = [[completion.text for completion in group] for group in engine.generate(prompts, sampling)]
-    kept = [k for k, (first, second) in enumerate(texts) if first.strip() and second.strip() and first != second]
-    log.info("sample: %d of %d prompts gave two different completions", len(kept), len(prompts))
-    candidates = Dataset.from_list(
-        [
-            {"id": str(k), "prompt": prompts[k], "chosen": _as_completion(prompts[k], texts[k][0]),
-             "rejected": _as_completion(prompts[k], texts[k][1])}
-            for k in kept
-        ]
-    )  # fmt: skip
+    sampling = Sampling(
+        settings.max_new_tokens, settings.temperature, settings.top_p, n=settings.num_generations, seed=config.seed
+    )
+    groups = [[c.text for c in group if c.text.strip()] for group in engine.generate(prompts, sampling)]
+    different = {k: list(dict.fromkeys(texts)) for k, texts in enumerate(groups) if len(set(texts)) > 1}
+    log.info("sample: %d of %d prompts gave two different completions", len(different), len(prompts))
+    if not different:
+        raise DataError(
+            f"sample.prompts: {settings.prompts}: none of {len(prompts)} prompts gave two different completions",
+            code="pairs-none",
+            hint="raise sample.temperature or sample.max_new_tokens",
+        )
     labeller = root / "crossfit" / "fold-0" if config.reward.folds else root / "reward" / MODEL
-    gap = np.asarray(make_scorer(labeller, config.reward).score_pairs(candidates)["margin"])
-    first_preferred = 1.0 / (1.0 + np.exp(-settings.label_scale * gap))
-    flip = np.random.default_rng(config.seed).random(len(gap)) >= first_preferred
-    rows = [
-        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if flipped else row
-        for row, flipped in zip(candidates.to_list(), flip, strict=True)
-    ]
+    flat = [(prompts[k], _as_completion(prompts[k], text)) for k, texts in different.items() for text in texts]
+    scorer = make_scorer(labeller, config.reward)
+    rewards = scorer.score_completions([prompt for prompt, _ in flat], [completion for _, completion in flat])
+    rng = np.random.default_rng(config.seed)
+    rows, start = [], 0
+    for k, texts in different.items():
+        own = rewards[start : start + len(texts)]
+        start += len(texts)
+        chosen, rejected = draw_pair(own.tolist(), settings.label_scale, rng)
+        sides = {"chosen": texts[chosen], "rejected": texts[rejected]}
+        completions = {side: _as_completion(prompts[k], text) for side, text in sides.items()}
+        rows.append({"id": str(k), "prompt": prompts[k], **completions, "labeller_margin": own[chosen] - own[rejected]})
     pairs = Dataset.from_list(rows)
-    write_pairs(pairs, folder / "train")
+    against = float(np.mean(np.asarray(pairs["labeller_margin"]) < 0))
+    write_pairs(pairs.remove_columns("labeller_margin"), folder / "train")
     write_json(
-        folder / METRICS,
-        {
-            "train": summarize(pairs),
-            "prompts": len(prompts),
-            "labels_against_labeller": float(np.mean(np.where(flip, -gap, gap) < 0)),
-        },
+        folder / METRICS, {"train": summarize(pairs), "prompts": len(prompts), "labels_against_labeller": against}
     )
 
 
@@ -319,6 +322,8 @@ def stage_evaluate(config: RunConfig, root: Path, folder: Path, which: str) -> N
         policy["kl"] = None if is_reference else bootstrap_mean(kl, seed=config.seed).to_dict()
         ratio = None if is_reference else gain_per_root_kl(rewards[name] - rewards["reference"], kl, seed=config.seed)
         policy["gain_per_root_kl"] = ratio and ratio.to_dict()
+    for name, gain in _reward_model_gains(config, root, tables).items():
+        result["policies"][name]["reward_model_gain"] = gain
     result["judge"] = judge.name
     result["n_prompts"] = len(tables["reference"])
     result["gold_correlation"] = _gold_correlation(read_pairs(root / "margins" / "pairs"), judge)
@@ -332,6 +337,21 @@ def stage_evaluate(config: RunConfig, root: Path, folder: Path, which: str) -> N
         for k in range(min(config.evaluate.samples_shown, len(tables["reference"])))
     ]
     write_json(folder / METRICS, result)
+
+
+def _reward_model_gains(config: RunConfig, root: Path, tables: dict[str, Dataset]) -> dict[str, dict[str, float]]:
+    """Policy -> paired gain over the reference under the run's own reward model, the signal that training followed."""
+    if config.reward is None:
+        return {}
+    scorer = make_scorer(root / "reward" / MODEL, config.reward)
+    rewards = {
+        name: scorer.score_completions(
+            table["prompt"], [_as_completion(*row) for row in zip(table["prompt"], table["text"], strict=True)]
+        )
+        for name, table in tables.items()
+    }
+    found = compare(rewards, baseline="reference", seed=config.seed)["policies"]
+    return {name: policy["gain"] for name, policy in found.items() if policy["gain"] is not None}
 
 
 def make_scorer(model: Path, config: RewardConfig) -> RewardScorer:

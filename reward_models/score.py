@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -57,6 +57,15 @@ class RewardScorer:
             for batch in progress(batches, what="scoring", total=len(batches), unit="batches"):
                 rewards[batch] = self.rewards([ids[k] for k in batch])
         return rewards
+
+    def score_completions(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
+        """Reward of each completion of the prompt beside it, float64 [N].
+
+        Raises:
+            ModelError: they are messages, and the model's tokenizer has no chat template.
+        """
+        rows = zip(prompts, completions, strict=True)
+        return self.score_texts([render(prompt, completion, self.tokenizer) for prompt, completion in rows])
 
     def score_pairs(self, pairs: Dataset, cache: Path | None = None) -> Dataset:
         """The table with reward_chosen, reward_rejected and margin (their difference).

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from align.config import PairsConfig
 from align.errors import AlignError, ConfigError, DataError
 from align.generation.pair_build import BuildSettings, build_pairs, read_groups
-from align.generation.pair_choice import Guard, choose_pairs
+from align.generation.pair_choice import Guard, choose_pairs, draw_pair
 from align.generation.run import check_output
 from align.generation.scoring import ScorerChoice, score_in_chunks
 from align.pairs import load_pairs
@@ -198,3 +198,18 @@ def test_another_stage_is_not_replaced(tmp_path: Path) -> None:
         check_output(tmp_path / "out", "generate")
     assert build_pairs(file, BuildSettings(VADER), tmp_path / "out").skipped
     assert not build_pairs(file, BuildSettings(VADER, mode="all"), tmp_path / "out").skipped
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_the_drawn_label_follows_bradley_terry(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    drawn = [draw_pair([0.3, 1.0, -0.2, 0.9], scale, rng) for _ in range(20_000)]
+    assert set(drawn) == {(1, 2), (2, 1)}
+    expected = 1 / (1 + np.exp(-scale * 1.2))
+    assert abs(np.mean([pair == (1, 2) for pair in drawn]) - expected) < 4 * np.sqrt(0.25 / len(drawn))
+
+
+def test_equal_rewards_make_a_pair_of_two_completions_with_a_coin() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [draw_pair([1.0, 1.0, 1.0], 2.0, rng) for _ in range(2_000)]
+    assert set(drawn) == {(0, 2), (2, 0)} and 900 < drawn.count((0, 2)) < 1_100

@@ -131,6 +131,21 @@ def test_a_lead_at_another_kl_is_not_called_better() -> None:
     assert "no difference seen" in " ".join(verdict(report(gain=0.21, half=0.1)).details)
 
 
+def test_what_only_the_reward_model_sees_is_called_so() -> None:
+    seen = report(gain=0.05, half=0.1)
+    policies = seen["evaluation"]["policies"]
+    assert "gain by the reward model" not in render(seen)
+    policies["madpo"]["reward_model_gain"] = est(0.7, 0.1)
+    assert "MADPO did learn what its labels say: the run's own reward model sees a gain of 0.70" in " ".join(
+        verdict(seen).details
+    )
+    assert "gain by the reward model" in render(seen) and "0.70 (0.60 to 0.80)" in render(seen)
+    policies["madpo"]["reward_model_gain"] = est(0.05, 0.1)
+    assert "did learn" not in " ".join(verdict(seen).details)
+    policies["madpo"] |= {"reward_model_gain": est(0.7, 0.1), "gain": est(0.4, 0.1)}
+    assert "did learn" not in " ".join(verdict(seen).details)
+
+
 def test_digits_follow_the_interval() -> None:
     assert number(1.23456, 0.12) == "1.23" and number(1.23456, 2.0) == "1.2" and number(1234.5, 120.0) == "1234"
     assert interval(est(0.8123, 0.1)) == "0.81 (0.71 to 0.91)"

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
+import numpy as np
+
 Mode = Literal["best_worst", "band", "all"]
 Chosen = tuple[int, int]
 """Index of the chosen and of the rejected completion."""
@@ -60,3 +62,17 @@ def choose_pairs(
         wanted = list(combinations(order, 2))
     kept = [pair for pair in wanted if guard.passes(scores[pair[0]], scores[pair[1]])]
     return kept, len(wanted) - len(kept)
+
+
+def draw_pair(rewards: Sequence[float], scale: float, rng: np.random.Generator) -> Chosen:
+    """The best and the worst completion, the chosen one drawn by Bradley-Terry: P(best) = sigmoid(scale * difference).
+
+    Args:
+        rewards: of the K >= 2 completions of one prompt; where all are the same, its first and last make the pair.
+        scale: of the rewards; the larger, the fewer labels contradict them.
+        rng: draws once.
+    """
+    order = sorted(range(len(rewards)), key=lambda k: (-rewards[k], k))
+    best, worst = order[0], order[-1]
+    is_best = rng.random() < 1.0 / (1.0 + np.exp(-scale * (rewards[best] - rewards[worst])))
+    return (best, worst) if is_best else (worst, best)

@@ -70,15 +70,8 @@ class ScorerChoice:
         if self.judge is not None:
             return make_judge(self.judge).score
         from reward_models.score import RewardScorer
-        from reward_models.text import render
 
-        scorer = RewardScorer(self.model, batch_tokens=self.batch_tokens, max_length=self.max_length)
-
-        def rewards(prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
-            rows = zip(prompts, completions, strict=True)
-            return scorer.score_texts([render(prompt, completion, scorer.tokenizer) for prompt, completion in rows])
-
-        return rewards
+        return RewardScorer(self.model, batch_tokens=self.batch_tokens, max_length=self.max_length).score_completions
 
 
 def score_in_chunks(

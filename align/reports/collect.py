@@ -156,6 +156,8 @@ def _summary(report: dict[str, Any]) -> dict[str, Any]:
         _put(summary, f"gold_reward_{key}", policy["reward"])
         if name != "reference":
             _put(summary, f"gold_gain_{name}", policy["gain"])
+            if "reward_model_gain" in policy:
+                _put(summary, f"reward_model_gain_{name}", policy["reward_model_gain"])
             _put(summary, f"kl_{name}", policy["kl"])
             if policy["gain_per_root_kl"] is not None:
                 _put(summary, f"gain_per_root_kl_{name}", policy["gain_per_root_kl"])

@@ -63,6 +63,7 @@ def verdict(report: dict[str, Any]) -> Verdict:
         if other != best:
             headline += f" {name(other)} with the same budget ended at {interval(policies[other]['reward'])}."
     details = [_compared(item, policies) for item in evaluation["comparisons"]] + details
+    details = [said for method in trained if (said := _proxy_only(method, policies))] + details
     gained = policies[best]["gain"]["low"] > 0
     next_step = (
         "Read the samples, then compare reward against KL before calling one method better."
@@ -82,6 +83,17 @@ def _gain(method: str, policies: dict[str, Any]) -> str:
     if gain["high"] < 0:
         return f"{name(method)} lowered the gold reward {said}"
     return f"No difference in gold reward seen after {name(method)}: {said}"
+
+
+def _proxy_only(method: str, policies: dict[str, Any]) -> str:
+    """What to say where the reward model sees a gain that the gold judge does not; empty elsewhere."""
+    gain, followed = policies[method]["gain"], policies[method].get("reward_model_gain")
+    if followed is None or followed["low"] <= 0 or gain["low"] > 0:
+        return ""
+    return (
+        f"{name(method)} did learn what its labels say: the run's own reward model sees a gain of {interval(followed)}."
+        " What it rewards is only in part what the gold judge rewards."
+    )
 
 
 def _compared(item: dict[str, Any], policies: dict[str, Any]) -> str:

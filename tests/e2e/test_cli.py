@@ -43,7 +43,7 @@ def workspace(tmp_path: Path) -> Path:
             "model": "backbone", "folds": 2, "max_length": 64, "trainer": small | {"learning_rate": 1e-3},
             "pairs": {"path": "pairs.jsonl"}, "eval_pairs": {"path": "heldout.jsonl"},
         },
-        "sample": {"prompts": "prompts.jsonl", "max_new_tokens": 6},
+        "sample": {"prompts": "prompts.jsonl", "max_new_tokens": 6, "num_generations": 3},
         "train": {
             "model": "policy", "methods": {"dpo": {"loss": "dpo"}, "madpo": {"loss": "madpo"}},
             "trainer": small | {"learning_rate": 1e-2}, "peft": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
@@ -60,7 +60,7 @@ def test_whole_run_then_nothing_to_do_then_only_what_changed(workspace: Path) ->
     root = workspace / "runs" / "tiny"
     summary = json.loads((root / "summary.json").read_text())
     wanted = {"reward_model_accuracy", "reward_model_accuracy_ci", "gold_reward_before", "gold_reward_after_dpo",
-              "gold_reward_after_madpo_ci", "kl_dpo", "kl_madpo", "seconds_per_stage"}  # fmt: skip
+              "gold_reward_after_madpo_ci", "reward_model_gain_madpo_ci", "kl_dpo", "kl_madpo", "seconds_per_stage"}  # fmt: skip
     assert wanted <= set(summary)
     page = (root / "report.html").read_text()
     assert "first pair as the model sees it" in first.stderr and "Is it better, or has it only gone further?" in page
@@ -75,6 +75,10 @@ def test_whole_run_then_nothing_to_do_then_only_what_changed(workspace: Path) ->
     third = align("run", "run.yaml", "--set", "train.methods.madpo.parameters.beta=0.2", cwd=workspace)
     ran = [line.split(":")[0] for line in third.stderr.splitlines() if line.endswith(": running")]
     assert ran == ["train-madpo", "generate-madpo", "evaluate"]
+    assert (root / "train-dpo" / "manifest.json").stat().st_mtime_ns == stamp
+
+    alike = align("run", "run.yaml", "--set", "sample.temperature=1.0e-6", cwd=workspace)
+    assert alike.returncode == 2 and "none of 10 prompts gave two different completions" in alike.stderr
     assert (root / "train-dpo" / "manifest.json").stat().st_mtime_ns == stamp
     assert not [path for path in root.rglob("*") if path.name.endswith((".partial", ".tmp", ".old"))]
 
