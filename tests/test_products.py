@@ -119,6 +119,21 @@ def test_training_state_is_left_as_it_was() -> None:
     assert torch.allclose(first.inner, GradientProducts(model)(BATCH).inner)
 
 
+@pytest.mark.parametrize(("tokens", "scored"), [(1, 1), (60, 12)])
+def test_pairs_go_through_the_model_and_the_head_in_any_number(
+    tokens: int, scored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("Llama", tie_word_embeddings=True).double()
+    together = GradientProducts(model)(BATCH)
+    monkeypatch.setattr("align.entanglement.products.MAX_TOKENS", tokens)
+    monkeypatch.setattr("align.entanglement.head.TOKENS", scored)
+    apart = GradientProducts(model)(BATCH)
+    for name in ("chosen_sq", "rejected_sq", "inner", "chosen_logps", "rejected_logps"):
+        assert torch.allclose(getattr(apart, name), getattr(together, name), rtol=1e-9, atol=1e-12), name
+    assert torch.equal(apart.chosen_length, together.chosen_length)
+    assert torch.equal(apart.rejected_length, together.rejected_length)
+
+
 class Doubled(nn.Linear):
     """A layer that computes something of its own: no rule may be taken for it."""
 

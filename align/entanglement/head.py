@@ -7,6 +7,7 @@ and an embedding part, and with it a cross term (p at the ids of the other token
 Legend: B pairs, T padded tokens, D hidden size, V vocabulary, g rows of a group, C scored tokens of a group.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.training.head import LogitForm
+
+TOKENS = 256
+"""Scored tokens that pass the head together: enough for fast products, little enough that their logits are small."""
+
+
+@dataclass(slots=True)
+class _Scored:
+    """The scored tokens of one group of rows."""
+
+    rows: Tensor
+    """[g]."""
+    which: Tensor
+    """[C], place of each token's row within ``rows``."""
+    place: Tensor
+    """[C], position whose hidden state predicts the token."""
+    states: Tensor
+    """[C, D]."""
+    targets: Tensor
+    """[C], ids of the tokens."""
 
 
 @dataclass(slots=True)
@@ -73,76 +93,84 @@ class HeadProducts:
         self._ids = batch["input_ids"]
         logps = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
         grad = torch.zeros_like(hidden)
-        self._groups = [
-            self._of_group(rows, hidden.detach(), batch["completion_mask"].bool(), logps, grad) for rows in groups
-        ]
+        mask = batch["completion_mask"].bool()
+        scored = [self._scored(rows, hidden.detach(), mask) for rows in groups]
+        self._groups = []
+        for some in _bundles(scored):
+            through = self._linear if self.plain else self._by_autograd
+            for group, (token_logps, at_logits, back, gram) in zip(some, through(some), strict=True):
+                member = F.one_hot(group.which, len(group.rows)).double()
+                logps[group.rows] = member.T @ token_logps.double()
+                grad[group.rows[group.which], group.place] = back
+                at_ids = at_logits[:, self._ids[group.rows].flatten()] if self.tied else at_logits[:, :0]
+                self._groups.append(_Group(group.rows, gram, group.states, at_ids, member))
         return logps, grad
 
     def take(self) -> list[Tensor]:
         """Products [g, g] of each group, float64; after the backward pass."""
         return [group.gram + self._embedding_part(group) if self.tied else group.gram for group in self._groups]
 
-    def _of_group(self, rows: Tensor, hidden: Tensor, mask: Tensor, logps: Tensor, grad: Tensor) -> _Group:
-        """One group's products; writes into ``logps`` and ``grad``."""
-        scored = mask[rows, 1:]
-        which, place = scored.nonzero(as_tuple=True)
-        states = hidden[rows[which], place]
-        targets = self._ids[rows[which], place + 1]
-        member = F.one_hot(which, len(rows)).double()
-        if self.plain:
-            token_logps, at_logits, back = self._linear(states, targets)
-            gram = self._linear_gram(states, at_logits, member)
-        else:
-            token_logps, back, gram = self._by_autograd(states, targets, which, len(rows))
-            at_logits = states.new_zeros(len(states), 1)
-        logps[rows] = member.T @ token_logps.double()
-        grad[rows[which], place] = back
-        at_ids = at_logits[:, self._ids[rows].flatten()] if self.tied else at_logits[:, :0]
-        return _Group(rows, gram, states, at_ids, member)
+    def _scored(self, rows: Tensor, hidden: Tensor, mask: Tensor) -> _Scored:
+        which, place = mask[rows, 1:].nonzero(as_tuple=True)
+        return _Scored(rows, which, place, hidden[rows[which], place], self._ids[rows[which], place + 1])
 
     @torch.no_grad()
-    def _linear(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs [C], their gradients at W h + b [C, V] and at h [C, D]."""
+    def _linear(self, groups: list[_Scored]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """For each group log-probs [C], their gradients at W h + b [C, V] and at h [C, D], products [g, g]."""
         weight = self.head.get_parameter("weight")
+        states, targets = torch.cat([g.states for g in groups]), torch.cat([g.targets for g in groups])
         logits = self.form.apply(F.linear(states, weight, self.head.bias))  # type: ignore[arg-type]
         logps = F.log_softmax(logits, dim=-1)
         chosen = logps.gather(1, targets[:, None])
         at_logits = logps.exp_().neg_()
         at_logits.scatter_add_(1, targets[:, None], torch.ones_like(chosen))
         at_logits = self.form.backward_(at_logits, logits)
-        return chosen.squeeze(1), at_logits, at_logits.to(weight.dtype) @ weight
+        back = at_logits.to(weight.dtype) @ weight
+        sizes = [len(group.which) for group in groups]
+        split = zip(groups, *(values.split(sizes) for values in (chosen.squeeze(1), at_logits, back)), strict=True)
+        for group, *found in split:
+            token_logps, own_at_logits, own_back = found
+            yield token_logps, own_at_logits, own_back, self._linear_gram(group, own_at_logits)
 
-    def _linear_gram(self, states: Tensor, at_logits: Tensor, member: Tensor) -> Tensor:
+    def _linear_gram(self, group: _Scored, at_logits: Tensor) -> Tensor:
+        states, rows = group.states, len(group.rows)
         measured_weight = self.holds(self.head.get_parameter("weight"))
         measured_bias = self.head.bias is not None and self.holds(self.head.get_parameter("bias"))
         if not measured_weight and not measured_bias:
-            return torch.zeros(member.shape[1], member.shape[1], dtype=torch.float64, device=states.device)
+            return torch.zeros(rows, rows, dtype=torch.float64, device=states.device)
         inputs = states @ states.T if measured_weight else torch.zeros_like(states[:, :1] @ states[:, :1].T)
         if measured_bias:
             inputs = inputs + 1
+        member = F.one_hot(group.which, rows).double()
         return member.T @ (inputs * (at_logits @ at_logits.T)).double() @ member
 
-    def _by_autograd(self, states: Tensor, targets: Tensor, which: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Any other head (an adapter on it): one backward pass through the head alone for each row."""
+    def _by_autograd(self, groups: list[_Scored]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The same for any other head (an adapter on it), without the gradient at the logits."""
+        for parameter in self.own:
+            parameter.requires_grad_(True)
+        for group in groups:
+            yield self._group_by_autograd(group)
+        for parameter in self.own:
+            parameter.requires_grad_(False)
+
+    def _group_by_autograd(self, group: _Scored) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One backward pass through the head alone for each row."""
+        states = group.states
         logps = torch.empty(len(states), dtype=states.dtype, device=states.device)
         back = torch.empty_like(states)
         vectors = []
-        for parameter in self.own:
-            parameter.requires_grad_(True)
-        for row in range(rows):
-            own = which == row
+        for row in range(len(group.rows)):
+            own = group.which == row
             with torch.enable_grad():
                 entry = states[own].requires_grad_(True)
                 scores = F.log_softmax(self.form.apply(self.head(entry)), dim=-1)
-                found = scores.gather(1, targets[own, None]).squeeze(1)
+                found = scores.gather(1, group.targets[own, None]).squeeze(1)
                 at_states, *at_own = torch.autograd.grad(found.sum(), [entry, *self.own], allow_unused=True)
             logps[own], back[own] = found.detach().to(logps.dtype), at_states
             flat = [g.flatten().double() for g in at_own if g is not None]
             vectors.append(torch.cat(flat) if flat else states.new_zeros(1, dtype=torch.float64))
-        for parameter in self.own:
-            parameter.requires_grad_(False)
         stacked = torch.stack(vectors)
-        return logps, back, stacked @ stacked.T
+        return logps, states.new_zeros(len(states), 1), back, stacked @ stacked.T
 
     def _embedding_part(self, group: _Group) -> Tensor:
         """Embedding with embedding, and twice embedding with head, [g, g]."""
@@ -153,3 +181,16 @@ class HeadProducts:
         own = member.T @ (same * (grad @ grad.T)).double() @ member
         cross = group.member.T @ (group.at_ids * (group.hidden @ grad.T)).double() @ member
         return own + cross + cross.T
+
+
+def _bundles(groups: list[_Scored]) -> list[list[_Scored]]:
+    """The groups in order, as many together as have ``TOKENS`` scored tokens; at least one."""
+    bundles: list[list[_Scored]] = []
+    size = TOKENS
+    for group in groups:
+        if size + len(group.which) > TOKENS:
+            bundles.append([])
+            size = 0
+        bundles[-1].append(group)
+        size += len(group.which)
+    return bundles

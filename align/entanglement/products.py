@@ -10,7 +10,7 @@ Legend: B pairs, T padded tokens, D hidden size, V vocabulary, C scored tokens o
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from align.training.logps import NOT_MODEL_INPUTS
 
 TRIAL_ROWS, TRIAL_TOKENS = 2, 4
 CODE = "entanglement-parameter"
+MAX_TOKENS = 512
+"""Padded tokens that one forward and backward pass of pair products holds, unless a single pair has more."""
 BLOCK = 2**16
 """Entries of per-sequence gradients whose products are summed in their own precision before float64 takes over."""
 
@@ -99,7 +101,16 @@ class GradientProducts:
             )
 
     def __call__(self, batch: dict[str, Tensor]) -> PairProducts:
-        """Products of a right-padded batch in trl's layout."""
+        """Products of a right-padded batch in trl's layout.
+
+        Pairs go through the model ``MAX_TOKENS`` at a time: more at once would be no faster and need more memory.
+        """
+        pairs, width = batch["input_ids"].shape[0] // 2, batch["input_ids"].shape[1]
+        size = max(1, MAX_TOKENS // (2 * width))
+        return _joined([self._of_pairs(_some(batch, range(k, min(k + size, pairs)))) for k in range(0, pairs, size)])
+
+    def _of_pairs(self, batch: dict[str, Tensor]) -> PairProducts:
+        """Products of all pairs of a batch in one forward and one backward pass."""
         pairs = batch["input_ids"].shape[0] // 2
         totals = torch.zeros(3, pairs, dtype=torch.float64, device=batch["input_ids"].device)
 
@@ -266,6 +277,18 @@ class GradientProducts:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _some(batch: dict[str, Tensor], pairs: range) -> dict[str, Tensor]:
+    """These pairs of a batch in trl's layout, without the columns that are padding in all of them."""
+    half = batch["input_ids"].shape[0] // 2
+    rows = torch.tensor([*pairs, *(half + k for k in pairs)], device=batch["input_ids"].device)
+    width = int(batch["attention_mask"][rows].sum(dim=1).max())
+    return {name: value[rows, :width] for name, value in batch.items()}
+
+
+def _joined(parts: list[PairProducts]) -> PairProducts:
+    return PairProducts(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(PairProducts)))
 
 
 def _pair_products(totals: Tensor, logps: Tensor, batch: dict[str, Tensor]) -> PairProducts:

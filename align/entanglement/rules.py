@@ -119,16 +119,21 @@ def _embedding_products(call: Call) -> Tensor:
 def _scale_vectors(call: Call) -> Tensor:
     """A one-dimensional weight in which the module is affine (RMSNorm, LayerNorm, also Gemma's 1 + w).
 
-    The output at weight 1 less the output at weight 0 is what the weight multiplies, whatever the module's formula.
+    The output at weight 1 less the output at weight 0 is what the weight multiplies, whatever the module's formula;
+    where one input shows that the output at weight 0 is 0, it is not computed for the others.
     """
-    weight = call.module.get_parameter(call.name)
+    weight, x = call.module.get_parameter(call.name), call.input.value
     with torch.no_grad():
-        at = [
-            functional_call(call.module, {call.name: value}, (call.input.value,))
-            for value in (torch.ones_like(weight), torch.zeros_like(weight))
-        ]
-    product = call.grad * (at[0] - at[1])
-    return product.flatten(1, -2).sum(dim=1)
+        multiplied = _output(call, torch.ones_like(weight), x)
+        zero = torch.zeros_like(weight)
+        if _output(call, zero, torch.linspace(-1, 2, x.shape[-1], dtype=x.dtype, device=x.device)[None]).any():
+            multiplied = multiplied - _output(call, zero, x)
+    return (call.grad * multiplied).flatten(1, -2).sum(dim=1)
+
+
+def _output(call: Call, weight: Tensor, x: Tensor) -> Tensor:
+    found: Tensor = functional_call(call.module, {call.name: weight}, (x,))
+    return found
 
 
 LINEAR = Rule(_linear_vectors, _linear_products)

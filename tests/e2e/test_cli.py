@@ -60,7 +60,8 @@ def test_whole_run_then_nothing_to_do_then_only_what_changed(workspace: Path) ->
     root = workspace / "runs" / "tiny"
     summary = json.loads((root / "summary.json").read_text())
     wanted = {"reward_model_accuracy", "reward_model_accuracy_ci", "gold_reward_before", "gold_reward_after_dpo",
-              "gold_reward_after_madpo_ci", "reward_model_gain_madpo_ci", "kl_dpo", "kl_madpo", "seconds_per_stage"}  # fmt: skip
+              "gold_reward_after_madpo_ci", "reward_model_gain_madpo_ci", "kl_dpo", "kl_madpo",
+              "seconds_per_stage"}  # fmt: skip
     assert wanted <= set(summary)
     page = (root / "report.html").read_text()
     assert "first pair as the model sees it" in first.stderr and "Is it better, or has it only gone further?" in page
