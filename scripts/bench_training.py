@@ -21,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -72,6 +73,32 @@ def gemm_peak() -> float:
     a = torch.randn(2048, 2048)
     best = min(_timed(lambda: a @ a) for _ in range(8))
     return 2 * 2048**3 / best / 1e9
+
+
+def own_products_rate(model: PreTrainedModel, rows: list[dict[str, Any]], lora: bool) -> float:
+    """GFLOP/s of a step's matrix products by themselves: each linear layer at the tokens that pass it.
+
+    Output, gradient at the input and, without an adapter, at the weight; nothing between them. It is what the machine
+    gives at these sizes, so no step made of the same products can be faster.
+    """
+    scored = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    tokens = scored + sum(len(row["prompt_ids"]) for row in rows)
+    head = model.get_output_embeddings()
+    shapes: dict[tuple[int, int, int], int] = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            shape = (scored if module is head else tokens, module.in_features, module.out_features)
+            shapes[shape] = shapes.get(shape, 0) + 1
+    flops = seconds = 0.0
+    for (count, inside, outside), times in shapes.items():
+        x, w, grad = torch.randn(count, inside), torch.randn(outside, inside), torch.randn(count, outside)
+        products = [lambda x=x, w=w: x @ w.T, lambda grad=grad, w=w: grad @ w]
+        if not lora:
+            products.append(lambda x=x, grad=grad: grad.T @ x)
+        for product in products:
+            flops += times * 2 * count * inside * outside
+            seconds += times * statistics.median(_timed(product) for _ in range(5))
+    return flops / seconds / 1e9
 
 
 def _timed(work: Any) -> float:
@@ -134,15 +161,21 @@ def side_by_side(
                 if turn:
                     seconds[name].append(took)
     first = next(iter(losses))
+    ratios = {name: [a / b for a, b in zip(seconds[first], values, strict=True)] for name, values in seconds.items()}
     return {
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "ratios": {
-            name: statistics.median(a / b for a, b in zip(seconds[first], values, strict=True))
-            for name, values in seconds.items()
-        },
+        "ratios": {name: statistics.median(values) for name, values in ratios.items()},
+        "ratios_ci": {name: bootstrap_median(values) for name, values in ratios.items()},
         "loss_difference": {name: abs(losses[name] - losses[first]) for name in losses},
         "gradient_norm_difference": {name: abs(norms[name] / norms[first] - 1) for name in norms},
     }
+
+
+def bootstrap_median(values: list[float]) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the median over rounds."""
+    draws = np.random.default_rng(0).choice(values, size=(2_000, len(values)))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def profile(model: str, rows: list[dict[str, Any]], lora: bool) -> dict[str, float]:
@@ -250,6 +283,7 @@ def main() -> None:
         found = side_by_side(kinds, arguments.model, rows, arguments.lora, arguments.rounds)
         found["pairs"] = len(rows)
         found["gemm_gflops"] = peak
+        found["own_products_gflops"] = own_products_rate(model, rows, arguments.lora)
         flops = useful_flops(model, rows, arguments.lora)
         found["flops_of_padded_rows_over_needed"] = padded_flops(model, rows, arguments.lora) / flops
         found["utilisation"] = {name: flops / took / 1e9 / peak for name, took in found["seconds"].items()}

@@ -57,6 +57,7 @@ class EntanglementCallback(TrainerCallback):
         self.measure = GradientProducts(model)
         self.records: list[dict[str, float]] = []
         self._before: dict[str, Tensor] | None = None
+        self._copying = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,7 +71,9 @@ class EntanglementCallback(TrainerCallback):
     ) -> None:
         """Keep the parameters where the coming step is to be measured."""
         if state.global_step % self.every == 0:
+            start = time.monotonic()
             self._before = {name: p.detach().clone() for name, p in self.measure.measured.items()}
+            self._copying = time.monotonic() - start
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure at the parameters before the step, then compare with those after it."""
@@ -89,7 +92,7 @@ class EntanglementCallback(TrainerCallback):
         for key, batch in pairs.items():
             record |= _compared(key, predicted[key], self._logps(batch) - old[key])
         self._before = None
-        record |= {"step": state.global_step, "seconds": time.monotonic() - start}
+        record |= {"step": state.global_step, "seconds": self._copying + time.monotonic() - start}
         self.records.append(record)
         write_json(self.file, self.records)
         log.info(

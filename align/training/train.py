@@ -142,7 +142,7 @@ def train_policy(
     if last is not None:
         log.info("train %s: resuming from %s", method, last)
     show_progress(trainer, f"train {method}")
-    probe = _probe(trainer, config, output / ENTANGLEMENT)
+    probe = attach_probe(trainer, config, output / ENTANGLEMENT)
     with stoppable(trainer):
         trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(output / MODEL))
@@ -192,7 +192,7 @@ def _finish_checkpoints(checkpoints: Path, config: TrainConfig) -> None:
         _order_adapter(file)
 
 
-def _probe(trainer: PreferenceTrainer, config: TrainConfig, file: Path) -> EntanglementCallback | None:
+def attach_probe(trainer: PreferenceTrainer, config: TrainConfig, file: Path) -> EntanglementCallback | None:
     """A callback on ``trainer`` where the run asks for one and it can be had."""
     if config.entanglement is None:
         return None
