@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1200)
     parser.add_argument("--heldout-pairs", type=int, default=600)
     parser.add_argument("--train-prompts", type=int, default=512)
-    parser.add_argument("--eval-prompts", type=int, default=400)
+    parser.add_argument("--eval-prompts", type=int, default=320)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     configure()

@@ -70,9 +70,11 @@ class DrawnToken(LogitsProcessor):
         """Standard Gumbel noise [B, V], 0 where the choice is greedy; finished rows are left at 0."""
         noise = torch.zeros_like(logits)
         if self.sampling.temperature > 0:
+            own = torch.empty(logits.shape[1], dtype=torch.float64, device=logits.device)
+            smallest = torch.finfo(own.dtype).tiny
             for row in (~self.finished).nonzero().flatten().tolist():
-                noise[row].exponential_(generator=self.generators[row])
-                noise[row] = -noise[row].clamp_min(torch.finfo(noise.dtype).tiny).log()
+                own.uniform_(generator=self.generators[row])
+                noise[row] = own.neg_().log1p_().neg_().clamp_min_(smallest).log_().neg_()
         return noise
 
 
