@@ -48,6 +48,13 @@ class PairsConfig(Section):
     """Keep the first so many pairs."""
 
 
+class ObjectiveConfig(Section):
+    """One loss of reward_models/objective_registry.py and its parameters."""
+
+    name: str = "bradley_terry"
+    parameters: dict[str, float | bool] = {}
+
+
 class RewardConfig(Section):
     """Training of the reward model whose margins weight the pairs."""
 
@@ -60,6 +67,8 @@ class RewardConfig(Section):
     eval_fraction: Fraction = 0.1
     folds: Annotated[int, Field(ge=0)] = 0
     """k >= 2: also train k models, each scoring only the pairs that it has not seen. 0: no cross-fitting."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What the reward model is trained to minimise (docs/reward-models.md)."""
     batch_tokens: Count = 4096
     """Padded tokens per scoring batch."""
     max_length: Count = 1024

@@ -31,6 +31,7 @@ from align.trust.says import sentences
 from reward_models.calibration import evaluate_margins
 from reward_models.crossfit import cross_fit
 from reward_models.judges import make_judge
+from reward_models.objective_registry import objective_columns, resolve_objective
 from reward_models.score import RewardScorer
 from reward_models.train import train_reward_model
 
@@ -55,6 +56,7 @@ def check_config(config: RunConfig) -> None:
         build_lora(config.train.peft, path="train.peft", task_type="CAUSAL_LM")
         build_trainer_args(DPOConfig, config.train.trainer, path="train.trainer", forced=forced)
     if config.reward is not None:
+        resolve_objective(config.reward.objective)
         build_lora(config.reward.peft, path="reward.peft", task_type="SEQ_CLS")
         build_trainer_args(TrlRewardConfig, config.reward.trainer, path="reward.trainer", forced=forced)
     prompts = [
@@ -115,6 +117,7 @@ def stage_pairs(config: RunConfig, root: Path, folder: Path, which: str) -> None
             code="data-too-few",
             hint="give more prompts, another reward.eval_fraction, or reward.eval_pairs",
         )
+    objective_columns(train, resolve_objective(reward.objective))
     write_pairs(train, folder / "train")
     write_pairs(heldout, folder / "heldout")
     write_json(folder / METRICS, {"train": summarize(train), "heldout": summarize(heldout)})
