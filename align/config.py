@@ -48,6 +48,19 @@ class PairsConfig(Section):
     """Keep the first so many pairs."""
 
 
+class TiltConfig(Section):
+    """A weight of each pair from its loss, step by step (align/pair_weights.py)."""
+
+    kind: Literal["up", "down", "lin_upper", "quadratic", "extremes", "comp_sum"]
+    """up, lin_upper: pairs of high loss count more; down, comp_sum: less; quadratic, extremes: the middle, the ends."""
+    temperature: Positive = 1.0
+    """The larger, the more alike the weights; of all kinds but comp_sum."""
+    tau: Annotated[float, Field(ge=0.0)] = 1.5
+    """comp_sum: weight sigmoid(z)^(tau - 1)."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps with all weights alike before."""
+
+
 class ObjectiveConfig(Section):
     """One loss of reward_models/objective_registry.py and its parameters."""
 
@@ -69,6 +82,8 @@ class RewardConfig(Section):
     """k >= 2: also train k models, each scoring only the pairs that it has not seen. 0: no cross-fitting."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """What the reward model is trained to minimise (docs/reward-models.md)."""
+    tilt: TiltConfig | None = None
+    """Weights of the pairs from their losses; absent: every pair alike."""
     batch_tokens: Count = 4096
     """Padded tokens per scoring batch."""
     max_length: Count = 1024
@@ -127,6 +142,28 @@ class TokenMaskConfig(Section):
     """Learning rate of the mask."""
 
 
+class DistanceConfig(Section):
+    """How the margin shrinks with the distance to the reward model's training pairs (column ``ood``)."""
+
+    limit: Annotated[float, Field(ge=0.0)]
+    """Distance up to which nothing shrinks; ``filter.json`` has that of held-back training pairs."""
+    softness: Positive = 1.0
+    """Distance beyond it over which the margin falls by the factor e."""
+
+
+class WeightsConfig(Section):
+    """How much each pair counts beside the loss's own weight (docs/concepts.md)."""
+
+    spread: bool = False
+    """Moderate the margin by its ensemble spread ``margin_std``."""
+    ood: DistanceConfig | None = None
+    """Shrink the margin towards 0 where the pair is unlike those that the reward model was trained on."""
+    tilt: TiltConfig | None = None
+    """Weights from the losses of each step, over all processes."""
+    normalise: bool = False
+    """Divide the table's weights (MADPO's and the ``weight`` column's) by their mean."""
+
+
 class LossConfig(Section):
     """One loss of the registry in align/losses.py and its parameters."""
 
@@ -134,6 +171,8 @@ class LossConfig(Section):
     """Name in the registry: madpo, soft_madpo, dpo, ipo, ..."""
     parameters: dict[str, float | bool] = {}
     """Keyword parameters of the loss and, for madpo, of its weight."""
+    weights: WeightsConfig | None = None
+    """Absent: the loss's own weight, and the pairs' ``weight`` column."""
     remedy: RemedyConfig | None = None
     """Absent: the loss as it is."""
     token_mask: TokenMaskConfig | None = None

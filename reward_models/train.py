@@ -60,6 +60,7 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
     with refusals("reward"):
         trainer = ObjectiveRewardTrainer(
             objective=objective,
+            tilt=config.tilt,
             ids=[str(name) for name in (train["id"] if "id" in train.column_names else range(len(train)))],
             model=model,
             args=args,

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
+from align.config import TiltConfig
+from align.pair_weights import LossTilt
 from reward_models.guard import GuardedRewardTrainer
 from reward_models.objective_registry import NAMED, BoundObjective
 
@@ -34,15 +36,19 @@ class ObjectiveRewardTrainer(GuardedRewardTrainer):
 
     Args:
         objective: bound to its parameters.
+        tilt: weights of the pairs from their losses, or None.
         kwargs: those of ``GuardedRewardTrainer``; ``train_dataset`` has the objective's columns.
     """
 
     data_collator: Any
     _signature_columns: Any
 
-    def __init__(self, *, objective: BoundObjective, **kwargs: Any) -> None:
+    def __init__(self, *, objective: BoundObjective, tilt: TiltConfig | None = None, **kwargs: Any) -> None:
         self.objective = objective
         super().__init__(**kwargs)
+        self.tilt = None
+        if tilt is not None:
+            self.tilt = LossTilt(tilt, self.accelerator.gather, self.accelerator.process_index)
         self.data_collator = ObjectiveCollator(
             pad_token_id=self.data_collator.pad_token_id,
             pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
@@ -68,17 +74,28 @@ class ObjectiveRewardTrainer(GuardedRewardTrainer):
         columns = {name: inputs[name] for name in self.objective.columns}
         batch = {name: value for name, value in inputs.items() if name not in columns}
         loss, outputs = super().compute_loss(model, batch, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if self.objective.spec.name != "bradley_terry":
+        if self.objective.spec.name != "bradley_terry" or self.tilt is not None:
             chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
             loss = self._mean_loss(chosen, rejected, columns)
         return (loss, outputs) if return_outputs else loss
 
     def _mean_loss(self, chosen: Tensor, rejected: Tensor, columns: dict[str, Tensor]) -> Tensor:
-        """Objective and centring, a scalar."""
+        """Weighted objective and centring, a scalar."""
+        own = slice(None)
         if self.objective.spec.coupled:
+            own = slice(
+                len(chosen) * self.accelerator.process_index, len(chosen) * (self.accelerator.process_index + 1)
+            )
             chosen, rejected = (self._of_all(rewards) for rewards in (chosen, rejected))
             columns = {name: self.accelerator.gather(values) for name, values in columns.items()}
-        loss = self.objective(chosen, rejected, columns).mean()
+        losses = self.objective(chosen, rejected, columns)
+        if self.model.training and self.tilt is not None:
+            weight, share = self.tilt(losses[own], (chosen - rejected)[own], self.state.global_step)
+            if self.objective.spec.coupled:
+                weight = self.accelerator.gather(weight)
+            losses = weight * losses
+            self._metrics["train"]["weight/ess_share"].append(share)
+        loss = losses.mean()
         if self.args.center_rewards_coefficient is not None:
             loss = loss + self.args.center_rewards_coefficient * ((chosen + rejected) ** 2).mean()
         # Of the pairs of all processes each back-propagates its own, and the launcher averages over the processes.
