@@ -84,6 +84,14 @@ class RewardConfig(Section):
     """What the reward model is trained to minimise (docs/reward-models.md)."""
     tilt: TiltConfig | None = None
     """Weights of the pairs from their losses; absent: every pair alike."""
+    head: Literal["full", "logistic", "naive-bayes"] = "full"
+    """full: fine-tuning; the others fit a linear head on the backbone's frozen features, in seconds."""
+    ensemble: Count = 1
+    """Models trained under different seeds: the margin is their mean, ``margin_std`` their spread."""
+    calibrate: Literal["temperature", "isotonic"] | None = None
+    """Fit a map on the held-out pairs that makes the margin the log-odds of the label, and apply it."""
+    length_residual: bool = False
+    """Take the part of the margin off that rises with the difference of lengths."""
     batch_tokens: Count = 4096
     """Padded tokens per scoring batch."""
     max_length: Count = 1024
@@ -102,6 +110,12 @@ class RewardConfig(Section):
     def _folds_are_none_or_two(self) -> "RewardConfig":
         if self.folds == 1:
             raise ValueError("folds must be 0 (no cross-fitting) or at least 2, got 1")
+        return self
+
+    @model_validator(mode="after")
+    def _a_fitted_head_has_one_objective(self) -> "RewardConfig":
+        if self.head != "full" and (self.objective.name != "bradley_terry" or self.tilt or self.peft):
+            raise ValueError(f"head: {self.head} fits Bradley-Terry to frozen features: no objective, tilt or peft")
         return self
 
 

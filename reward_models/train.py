@@ -5,6 +5,7 @@ from pathlib import Path
 
 import transformers
 from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TrlRewardConfig
 
 from align.checkpoints import last_whole_checkpoint
@@ -13,6 +14,7 @@ from align.console import log
 from align.stopping import stoppable
 from align.trainer_args import build_lora, build_trainer_args, refusals
 from align.trainer_progress import show_progress
+from reward_models.heads import train_head
 from reward_models.model import load_reward_model
 from reward_models.objective_registry import objective_columns, resolve_objective
 from reward_models.text import render, tokenize
@@ -28,7 +30,7 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
 
     Args:
         train: pair table, with the columns that the objective reads.
-        config: backbone, objective, adapter, length and trl.RewardConfig fields.
+        config: backbone, head, objective, adapter, length and trl.RewardConfig fields.
         output: folder of the finished model; a folder that holds config.json is left as it is.
         seed: seed of the head, the adapter and the order of the pairs.
 
@@ -39,6 +41,9 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
     if (output / "config.json").exists():
         log.info("reward model: there already (%s)", output)
         shutil.rmtree(checkpoints, ignore_errors=True)
+        return
+    if config.head != "full":
+        save_model(*train_head(train, config, seed=seed), output)
         return
     objective = resolve_objective(config.objective)
     columns = objective_columns(train, objective)
@@ -77,8 +82,13 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if config.peft is not None:
         trained = trained.merge_and_unload()
+    save_model(trained, tokenizer, output)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    """Write a model folder, whole or not at all."""
     partial = output.with_name(output.name + ".tmp")
-    trained.save_pretrained(partial)
+    model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.replace(output)
-    shutil.rmtree(checkpoints, ignore_errors=True)
