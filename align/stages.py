@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from scipy.stats import pearsonr
 
 from align.config import PairsConfig, RewardConfig, RunConfig
 from align.console import log
 from align.entanglement.batch import MAX_LENGTH
 from align.errors import DataError, ModelError
-from align.estimates import bootstrap_mean
+from align.estimates import bootstrap_mean, correlation
 from align.evaluation.kl import completion_logps
 from align.evaluation.rewards import compare, gain_per_root_kl
 from align.filtering.run import KEPT, filter_source
@@ -327,12 +326,7 @@ def make_scorer(model: Path, config: RewardConfig) -> RewardScorer:
 def _gold_correlation(pairs: Dataset, judge: Any) -> dict[str, float] | None:
     """Pearson correlation of the margins with the judge's margins, 95% interval by Fisher's z."""
     gold = judge.score(pairs["prompt"], pairs["chosen"]) - judge.score(pairs["prompt"], pairs["rejected"])
-    margins = np.asarray(pairs["margin"])
-    if len(margins) < 4 or np.std(gold) == 0 or np.std(margins) == 0:
-        return None
-    found = pearsonr(margins, gold)
-    interval = found.confidence_interval(0.95)
-    return {"value": float(found.statistic), "low": float(interval.low), "high": float(interval.high), "n": len(gold)}
+    return correlation(pairs["margin"], gold)
 
 
 def _as_completion(prompt: Any, text: str) -> Any:

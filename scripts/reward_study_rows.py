@@ -15,6 +15,8 @@ from reward_models.heads import Loss, Moments, fit_linear
 from reward_models.objective_registry import resolve_objective
 
 BAG, LIST, AUC_BATCH, MEMBERS, ROUNDS = 4, 4, 100, 5, 6
+TEACHER_PENALTY = 1000.0
+"""Of the heads whose margins are distilled; what cross-validation mostly chooses for Bradley-Terry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +112,15 @@ def reweighted(shape: Shape) -> Fit:
 
 def margins_of_teacher(data: Data, pairs: Pairs) -> dict[str, Tensor]:
     """Margins by a Bradley-Terry head that was trained on ``TEACHER_PAIRS`` other pairs."""
-    return {"teacher_margin": torch.from_numpy(apart(data, pairs) @ BRADLEY_TERRY(data, data.teacher, 10.0))}
+    return {"teacher_margin": torch.from_numpy(apart(data, pairs) @ BRADLEY_TERRY(data, data.teacher, TEACHER_PENALTY))}
 
 
 def margins_of_ensemble(data: Data, pairs: Pairs) -> dict[str, Tensor]:
     """Mean margins of ``MEMBERS`` Bradley-Terry heads on resamples of the very pairs."""
-    rng = np.random.default_rng(len(pairs.gold))
-    heads = [
-        BRADLEY_TERRY(data, pairs[rng.integers(0, len(pairs.gold), len(pairs.gold))], 10.0) for _ in range(MEMBERS)
-    ]
+    count = len(pairs.gold)
+    rng = np.random.default_rng(count)
+    resamples = [pairs[rng.integers(0, count, count)] for _ in range(MEMBERS)]
+    heads = [BRADLEY_TERRY(data, resample, TEACHER_PENALTY) for resample in resamples]
     return {"teacher_margin": torch.from_numpy(apart(data, pairs) @ np.mean(heads, axis=0))}
 
 

@@ -44,7 +44,7 @@ from reward_models.train import train_reward_model
 
 BLOCK = 1500
 FOLDS = 5
-PENALTIES = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0)
+PENALTIES = (30000.0, 10000.0, 3000.0, 1000.0, 300.0, 100.0, 30.0)
 HELD_OUT, TEACHER_PAIRS = 0.2, 3000
 FLIPS = (0.0, 0.2, 0.4)
 SIZES = (25, 50, 100, 200, 400, 800, 1600, 3200)
