@@ -44,7 +44,8 @@ def train_members(train: Dataset, config: RewardConfig, output: Path, *, seed: i
 def members(model: Path | str) -> list[Path | str]:
     """The model and the other members of its ensemble, in their order; of a hub id itself alone."""
     below = Path(model) / MEMBERS
-    return [model, *sorted(below.iterdir(), key=lambda folder: int(folder.name))] if below.is_dir() else [model]
+    found = [folder for folder in below.iterdir() if folder.name.isdigit()] if below.is_dir() else []
+    return [model, *sorted(found, key=lambda folder: int(folder.name))]
 
 
 def score_with(

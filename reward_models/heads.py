@@ -5,9 +5,11 @@ Legend: N pairs, D features; a head is a vector w [D] and the reward of a text w
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from datasets import Dataset
 from scipy.optimize import minimize
 from torch import Tensor, nn
@@ -105,17 +107,21 @@ def fit_logistic(chosen: np.ndarray, rejected: np.ndarray, fold: np.ndarray) -> 
     return fit_linear(chosen, rejected, _logistic, {}, penalty=best), best
 
 
-def train_head(train: Dataset, config: RewardConfig, *, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def train_head(
+    train: Dataset, config: RewardConfig, *, seed: int, cache: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The backbone with a fitted head in place of its own, and its tokenizer.
 
     Args:
         train: pair table.
         config: ``model``, ``head`` (logistic or naive-bayes), batch and length.
-        seed: of the folds.
+        seed: of the folds, and of layers that the backbone lacks.
+        cache: folder that keeps the features for a stopped pass, or None.
 
     Raises:
         ModelError: the model's head is not one linear layer.
     """
+    transformers.set_seed(seed)
     scorer = RewardScorer(
         config.model,
         batch_tokens=config.batch_tokens,
@@ -130,7 +136,7 @@ def train_head(train: Dataset, config: RewardConfig, *, seed: int) -> tuple[PreT
             hint="use `reward.head: full`",
         )
     texts = [render(row["prompt"], row[side], scorer.tokenizer) for side in ("chosen", "rejected") for row in train]
-    chosen, rejected = np.split(head_features(scorer, texts), 2)
+    chosen, rejected = np.split(head_features(scorer, texts, cache), 2)
     if config.head == "naive-bayes":
         head = Moments.of(chosen - rejected).naive_bayes()
     else:

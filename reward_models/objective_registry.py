@@ -151,7 +151,8 @@ def objective_columns(pairs: Dataset, objective: BoundObjective) -> dict[str, li
     made: dict[str, list[float] | list[int]] = {}
     for name in objective.columns:
         values = pairs[name] if name in pairs.column_names else []
-        gaps = [str(key) for key, value in zip(pairs["id"], values, strict=False) if value is None]
+        ids = pairs["id"] if "id" in pairs.column_names else range(len(pairs))
+        gaps = [str(key) for key, value in zip(ids, values, strict=False) if value is None]
         if name not in pairs.column_names or gaps:
             found = f"none in pairs {', '.join(gaps[:3])}" if gaps else "no such column"
             raise DataError(

@@ -43,7 +43,8 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
         shutil.rmtree(checkpoints, ignore_errors=True)
         return
     if config.head != "full":
-        save_model(*train_head(train, config, seed=seed), output)
+        save_model(*train_head(train, config, seed=seed, cache=checkpoints), output)
+        shutil.rmtree(checkpoints, ignore_errors=True)
         return
     objective = resolve_objective(config.objective)
     columns = objective_columns(train, objective)

@@ -1,7 +1,9 @@
 """Objectives of a reward model: limits, closed-form slopes against autograd, invariances; the trainer under each."""
 
+import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align.config import ObjectiveConfig, RewardConfig
+from align.config import ObjectiveConfig, PairsConfig, RewardConfig, TiltConfig
 from align.errors import ConfigError, DataError
 from align.evaluation.ranking import auc as area
+from align.pair_stream import stream_pairs
+from align.pair_weights import LossTilt
+from align.pairs import load_pairs
 from reward_models import objectives as o
 from reward_models.gradient_view import gradient_weights, share_on_misranked
 from reward_models.objective_registry import OBJECTIVES, resolve_objective
@@ -339,3 +344,56 @@ def test_shares_that_cannot_be_are_refused(share: float, message: str, tmp_path:
     config = RewardConfig(model="nowhere", objective=ObjectiveConfig(name="aggregated"))
     with pytest.raises(DataError, match=message):
         train_reward_model(wrong, config, tmp_path / "out", seed=0)
+
+
+@pytest.mark.parametrize("name", ["auc", "aggregated", "bradley_terry"])
+@pytest.mark.parametrize("tilted", [False, True])
+def test_two_processes_have_the_gradient_of_one(name: str, tilted: bool) -> None:
+    """Each process holds three of six pairs; the mean of their gradients, and of their losses, is that of all six."""
+    generator = torch.Generator().manual_seed(3)
+    rewards_of_all = torch.randn(2, 6, dtype=torch.float64, generator=generator)
+    bound = resolve_objective(ObjectiveConfig(name=name))
+    every = {key: columns(6)[key] for key in bound.columns}
+
+    def gathered(own: Tensor, rank: int) -> Tensor:
+        """What all processes hold, found by what this one holds."""
+        shares = [*rewards_of_all, *every.values(), *known]
+        return next(x for x in shares if x.shape[1:] == own.shape[1:] and torch.equal(x[3 * rank : 3 * rank + 3], own))
+
+    def step(rank: int, processes: int) -> tuple[Tensor, Tensor]:
+        rows = slice(3 * rank, 3 * rank + 3) if processes == 2 else slice(0, 6)
+        chosen, rejected = rewards_of_all[:, rows].clone().requires_grad_()
+        trainer = ObjectiveRewardTrainer.__new__(ObjectiveRewardTrainer)
+
+        def gather(own: Tensor) -> Tensor:
+            return own if processes == 1 else gathered(own, rank)
+
+        trainer.accelerator = SimpleNamespace(gather=gather, process_index=rank, num_processes=processes)
+        trainer.objective, trainer.model = bound, SimpleNamespace(training=True)
+        trainer.args = SimpleNamespace(center_rewards_coefficient=0.1)
+        trainer.state, trainer._metrics = SimpleNamespace(global_step=0), {"train": {"weight/ess_share": []}}
+        trainer.tilt = LossTilt(TiltConfig(kind="down", temperature=0.5), gather, rank) if tilted else None
+        own = {key: value[rows] for key, value in every.items()}
+        loss = trainer._mean_loss(chosen, rejected, own)
+        return loss.detach(), torch.stack(torch.autograd.grad(loss, (chosen, rejected)))
+
+    known: list[Tensor] = []
+    losses = bound(*rewards_of_all, every)
+    weight = LossTilt(TiltConfig(kind="down", temperature=0.5), lambda own: own, 0)
+    known += [torch.stack([losses, rewards_of_all[0] - rewards_of_all[1]], dim=1), weight(losses, losses, 0)[0]]
+    loss, gradient = step(0, 1)
+    parts = [step(rank, 2) for rank in (0, 1)]
+    assert torch.allclose(sum(part[0] for part in parts) / 2, loss)
+    assert torch.allclose(torch.cat([part[1] for part in parts], dim=1) / 2, gradient)
+
+
+def test_columns_of_objectives_are_read_from_files(tmp_path: Path) -> None:
+    lines = [json.dumps(row | {"ood": 1.5, "bag": k % 2}) for k, row in enumerate(table(4))]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    source = PairsConfig(path=str(tmp_path / "pairs.jsonl"))
+    for pairs in (load_pairs(source), stream_pairs(source, tmp_path / "pairs.arrow")):
+        assert pairs["teacher_margin"] == [2.0, 3.0, 4.0, 2.0] and pairs["vote_share"] == [0.9] * 4
+        assert pairs["bag"] == ["0", "1", "0", "1"] and pairs["ood"] == [1.5] * 4
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(table(1)[0] | {"vote_share": -0.1}))
+    with pytest.raises(DataError, match=r"vote_share: found -0.1, expected a number that is not neg"):
+        load_pairs(source)
