@@ -71,9 +71,15 @@ def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) 
 
 
 @reward.command("train")
-def reward_train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def reward_train(
+    config: Config,
+    overrides: Overrides = None,
+    head: Annotated[str | None, typer.Option(help="full, logistic or naive-bayes; sets reward.head.")] = None,
+    dry_run: DryRun = False,
+) -> None:
     """The stages of a run up to the reward model and its cross-fitted margins."""
-    _pipeline(config, overrides, dry_run, until=("reward", "crossfit"))
+    chosen = [] if head is None else [f"reward.head={head}"]
+    _pipeline(config, [*(overrides or []), *chosen], dry_run, until=("reward", "crossfit"))
 
 
 @reward.command("score")
@@ -85,11 +91,13 @@ def reward_score(
     split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
     max_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
+    calibrated: Annotated[bool, typer.Option("--calibrated", help="Apply the model's calibration.json.")] = False,
 ) -> None:
-    """Add reward_chosen, reward_rejected and margin to a pair table."""
+    """Add reward_chosen, reward_rejected and margin to a pair table; margin_std where the model is an ensemble."""
     from align.commands import score_pairs
 
-    score_pairs(pair_source(pairs, column, split), model, output, batch_tokens=batch_tokens, max_length=max_length)
+    source = pair_source(pairs, column, split)
+    score_pairs(source, model, output, batch_tokens=batch_tokens, max_length=max_length, calibrated=calibrated)
 
 
 @data.command("check")

@@ -105,16 +105,20 @@ def reward_model(
     split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
     drop_invalid: Annotated[bool, typer.Option("--drop-invalid", help="Leave invalid rows out.")] = False,
     limit: Limit = None,
+    trained_on: Annotated[str | None, typer.Option(help="Its training pairs: say which pairs are unlike them.")] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per batch.")] = 4096,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 1024,
     seed: int = 0,
 ) -> None:
-    """Pair accuracy by category, calibration, global AUC, and whether one threshold fits all categories."""
+    """Pair accuracy by category, calibration, global AUC, length bias, unlike pairs, worst disagreements."""
     from align.cli import pair_source
     from align.evaluation.reward_model import evaluate
 
     source = pair_source(pairs, column, split).model_copy(update={"drop_invalid": drop_invalid, "limit": limit})
-    evaluate(source, model, output, chat=chat, batch_tokens=batch_tokens, max_length=max_length, seed=seed)
+    evaluate(
+        source, model, output, chat=chat, batch_tokens=batch_tokens, max_length=max_length, seed=seed,
+        trained_on=trained_on,
+    )  # fmt: skip
 
 
 @app.command("page")

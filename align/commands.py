@@ -44,8 +44,18 @@ def check_data(source: PairsConfig, *, drop_to: Path | None) -> None:
     log.info("valid pairs: %s; invalid rows with reasons: %s", drop_to / "pairs.parquet", side_file)
 
 
-def score_pairs(source: PairsConfig, model: str, output: Path, *, batch_tokens: int, max_length: int) -> None:
+def score_pairs(
+    source: PairsConfig, model: str, output: Path, *, batch_tokens: int, max_length: int, calibrated: bool = False
+) -> None:
     """Score a pair source with a reward model and write the table; print the margin metrics as JSON.
+
+    Args:
+        source: pairs.
+        model: reward model, folder or hub id; with the members of its ensemble, where it has any.
+        output: folder to write into.
+        batch_tokens: padded tokens per batch.
+        max_length: tokens per text.
+        calibrated: apply the calibration that lies beside the model.
 
     Raises:
         AlignError: the pairs or the model cannot be used.
@@ -54,12 +64,16 @@ def score_pairs(source: PairsConfig, model: str, output: Path, *, batch_tokens: 
 
     from align.pairs import load_pairs, write_pairs
     from reward_models.calibration import evaluate_margins
-    from reward_models.score import RewardScorer
+    from reward_models.ensemble import members, score_with
+    from reward_models.margin_map import MarginMap
 
+    calibration = MarginMap.load(model) if calibrated else None
     pairs = load_pairs(source)
     log.info("scoring %d pairs of %s with %s -> %s", len(pairs), source.path, model, output)
-    scorer = RewardScorer(model, batch_tokens=batch_tokens, max_length=max_length)
-    scored = scorer.score_pairs(pairs, cache=output / "scored")
+    scored = score_with(
+        members(model), pairs, batch_tokens=batch_tokens, max_length=max_length, calibration=calibration,
+        cache=output / "scored",
+    )  # fmt: skip
     write_pairs(scored, output)
     out.print_json(json.dumps(evaluate_margins(np.asarray(scored["margin"])).to_dict()))
     log.info("margins: %s; train on them with `pairs.path: %s`", output / "pairs.parquet", output / "pairs.parquet")

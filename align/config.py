@@ -48,6 +48,26 @@ class PairsConfig(Section):
     """Keep the first so many pairs."""
 
 
+class TiltConfig(Section):
+    """A weight of each pair from its loss, step by step (align/pair_weights.py)."""
+
+    kind: Literal["up", "down", "lin_upper", "quadratic", "extremes", "comp_sum"]
+    """up, lin_upper: pairs of high loss count more; down, comp_sum: less; quadratic, extremes: the middle, the ends."""
+    temperature: Positive = 1.0
+    """The larger, the more alike the weights; of all kinds but comp_sum."""
+    tau: Annotated[float, Field(ge=0.0)] = 1.5
+    """comp_sum: weight sigmoid(z)^(tau - 1)."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps with all weights alike before."""
+
+
+class ObjectiveConfig(Section):
+    """One loss of reward_models/objective_registry.py and its parameters."""
+
+    name: str = "bradley_terry"
+    parameters: dict[str, float | bool] = {}
+
+
 class RewardConfig(Section):
     """Training of the reward model whose margins weight the pairs."""
 
@@ -60,6 +80,18 @@ class RewardConfig(Section):
     eval_fraction: Fraction = 0.1
     folds: Annotated[int, Field(ge=0)] = 0
     """k >= 2: also train k models, each scoring only the pairs that it has not seen. 0: no cross-fitting."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What the reward model is trained to minimise (docs/reward-models.md)."""
+    tilt: TiltConfig | None = None
+    """Weights of the pairs from their losses; absent: every pair alike."""
+    head: Literal["full", "logistic", "naive-bayes"] = "full"
+    """full: fine-tuning; the others fit a linear head on the backbone's frozen features, in seconds."""
+    ensemble: Count = 1
+    """Models trained under different seeds: the margin is their mean, ``margin_std`` their spread."""
+    calibrate: Literal["temperature", "isotonic"] | None = None
+    """Fit a map on the held-out pairs that makes the margin the log-odds of the label, and apply it."""
+    length_residual: bool = False
+    """Take the part of the margin off that rises with the difference of lengths."""
     batch_tokens: Count = 4096
     """Padded tokens per scoring batch."""
     max_length: Count = 1024
@@ -78,6 +110,12 @@ class RewardConfig(Section):
     def _folds_are_none_or_two(self) -> "RewardConfig":
         if self.folds == 1:
             raise ValueError("folds must be 0 (no cross-fitting) or at least 2, got 1")
+        return self
+
+    @model_validator(mode="after")
+    def _a_fitted_head_has_one_objective(self) -> "RewardConfig":
+        if self.head != "full" and (self.objective.name != "bradley_terry" or self.tilt or self.peft):
+            raise ValueError(f"head: {self.head} fits Bradley-Terry to frozen features: no objective, tilt or peft")
         return self
 
 
@@ -120,6 +158,28 @@ class TokenMaskConfig(Section):
     """Learning rate of the mask."""
 
 
+class DistanceConfig(Section):
+    """How the margin shrinks with the distance to the reward model's training pairs (column ``ood``)."""
+
+    limit: Annotated[float, Field(ge=0.0)]
+    """Distance up to which nothing shrinks; ``filter.json`` has that of held-back training pairs."""
+    softness: Positive = 1.0
+    """Distance beyond it over which the margin falls by the factor e."""
+
+
+class WeightsConfig(Section):
+    """How much each pair counts beside the loss's own weight (docs/concepts.md)."""
+
+    spread: bool = False
+    """Moderate the margin by its ensemble spread ``margin_std``."""
+    ood: DistanceConfig | None = None
+    """Shrink the margin towards 0 where the pair is unlike those that the reward model was trained on."""
+    tilt: TiltConfig | None = None
+    """Weights from the losses of each step, over all processes."""
+    normalise: bool = False
+    """Divide the table's weights (MADPO's and the ``weight`` column's) by their mean."""
+
+
 class LossConfig(Section):
     """One loss of the registry in align/losses.py and its parameters."""
 
@@ -127,6 +187,8 @@ class LossConfig(Section):
     """Name in the registry: madpo, soft_madpo, dpo, ipo, ..."""
     parameters: dict[str, float | bool] = {}
     """Keyword parameters of the loss and, for madpo, of its weight."""
+    weights: WeightsConfig | None = None
+    """Absent: the loss's own weight, and the pairs' ``weight`` column."""
     remedy: RemedyConfig | None = None
     """Absent: the loss as it is."""
     token_mask: TokenMaskConfig | None = None

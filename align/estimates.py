@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 RESAMPLES = 2000
+LEAST_CORRELATED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +36,15 @@ def bootstrap_mean(values: ArrayLike, *, seed: int, resamples: int = RESAMPLES) 
     means = array[draws].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(float(array.mean()), float(low), float(high), int(array.size))
+
+
+def correlation(first: ArrayLike, second: ArrayLike) -> dict[str, float] | None:
+    """Pearson's correlation of [N] and [N] with its 95% interval by Fisher's z; None where it is not defined."""
+    from scipy.stats import pearsonr
+
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.size < LEAST_CORRELATED or np.std(a) == 0 or np.std(b) == 0:
+        return None
+    found = pearsonr(a, b)
+    interval = found.confidence_interval(0.95)
+    return {"value": float(found.statistic), "low": float(interval.low), "high": float(interval.high), "n": a.size}

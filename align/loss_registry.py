@@ -12,10 +12,8 @@ from align.config import nearest
 from align.errors import ConfigError, listed
 from align.losses import PairLogps
 from align.margins import MADPO_TAU, validate_madpo, validate_trust
+from align.parameters import ANY, POSITIVE, Range, parameter_problems
 
-Range = tuple[float, float]
-ANY: Range = (-math.inf, math.inf)
-POSITIVE: Range = (0.0, math.inf)
 FLIP: Range = (-1e-12, 0.5)
 SHARE: Range = (0.0, 1.0 + 1e-12)
 
@@ -155,17 +153,8 @@ def resolve(name: str, parameters: Mapping[str, Any]) -> BoundLoss:
     if name not in LOSSES:
         raise ConfigError(f"loss {name!r} is not known{nearest(name, list(LOSSES))}", code="loss-name")
     spec = LOSSES[name]
-    problems = []
-    for key, value in parameters.items():
-        if key not in spec.defaults:
-            problems.append(f"{key}: not a parameter of {name}{nearest(key, list(spec.defaults))}")
-        elif isinstance(spec.defaults[key], bool) != isinstance(value, bool):
-            expected = "true or false" if isinstance(spec.defaults[key], bool) else "a number"
-            problems.append(f"{key}: found {value!r}, expected {expected}")
-        elif (not isinstance(value, bool) and spec.check is None) or key == "beta":
-            low, high = spec.ranges.get(key, POSITIVE)
-            if not low < value < high:
-                problems.append(f"{key}: found {value}, expected a number above {low:g} and below {high:g}")
+    ranges = {key: spec.ranges.get(key, POSITIVE) for key in spec.defaults if spec.check is None or key == "beta"}
+    problems = parameter_problems(name, parameters, spec.defaults, ranges)
     if problems:
         raise ConfigError(f"parameters of {name}:\n{listed(problems)}", code="loss-parameter")
     bound = {**spec.defaults, **parameters}

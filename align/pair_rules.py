@@ -7,8 +7,11 @@ from typing import Any
 from align.pair_sources import Row
 
 ROLES = ("system", "user", "assistant", "tool")
-NUMBERS = ("reward_chosen", "reward_rejected", "margin", "margin_std", "weight")
-NOT_NEGATIVE = ("margin_std", "weight")
+NUMBERS = (
+    "reward_chosen", "reward_rejected", "margin", "margin_std", "weight", "ood", "teacher_margin", "vote_share",
+)  # fmt: skip
+NOT_NEGATIVE = ("margin_std", "weight", "ood", "vote_share")
+NAMES = ("group", "bag")
 LONGEST_TEXT = 4_000_000
 """Characters of one text: a million tokens; more is a file read wrongly."""
 SHOWN_CHARACTERS = 60
@@ -78,7 +81,8 @@ class RowReader:
             number, problem = self._number(row, name, values.get(name))
             pair[name] = number
             problems += problem
-        pair["group"] = None if values.get("group") is None else str(values["group"])
+        for name in NAMES:
+            pair[name] = None if values.get(name) is None else str(values[name])
         pair["id"] = values.get("id")
         return pair, problems
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from align.config import PairsConfig
 from align.console import log
 from align.errors import DataError
-from align.pair_rules import Problem, RowReader
+from align.pair_rules import NAMES, Problem, RowReader
 from align.pair_sources import Row, stream_source
 from align.pairs import OPTIONAL, TEXT, identify, unusable
 
@@ -83,7 +83,7 @@ def _write(source: PairsConfig, file: Path) -> None:
         text = pa.string() if isinstance(first["prompt"], str) else MESSAGES
         numbers = [name for name in OPTIONAL if name in reader.columns]
         fields = [("id", pa.string()), *((name, text) for name in TEXT)]
-        fields += [(name, pa.string() if name == "group" else pa.float64()) for name in numbers]
+        fields += [(name, pa.string() if name in NAMES else pa.float64()) for name in numbers]
         schema = pa.schema(fields)
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             batch = [first, *islice(pairs, BATCH - 1)]

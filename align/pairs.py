@@ -23,7 +23,10 @@ from align.pair_rules import SHOWN_CHARACTERS, Problem, RowReader
 from align.pair_sources import Row, read_jsonl, read_source
 
 TEXT = ("prompt", "chosen", "rejected")
-OPTIONAL = ("group", "reward_chosen", "reward_rejected", "margin", "margin_std", "weight")
+OPTIONAL = (
+    "group", "reward_chosen", "reward_rejected", "margin", "margin_std", "weight", "ood", "teacher_margin", "bag",
+    "vote_share",
+)  # fmt: skip
 FILE = "pairs.parquet"
 ID_DIGITS = 16
 

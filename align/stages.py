@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from scipy.stats import pearsonr
 
 from align.config import PairsConfig, RewardConfig, RunConfig
 from align.console import log
 from align.entanglement.batch import MAX_LENGTH
 from align.errors import DataError, ModelError
-from align.estimates import bootstrap_mean
+from align.estimates import bootstrap_mean, correlation
 from align.evaluation.kl import completion_logps
 from align.evaluation.rewards import compare, gain_per_root_kl
 from align.filtering.run import KEPT, filter_source
@@ -24,18 +23,19 @@ from align.model_loading import load_policy, load_tokenizer
 from align.pairs import FILE as PAIRS_FILE
 from align.pairs import load_pairs, load_prompts, read_pairs, split_by_prompt, summarize, write_pairs
 from align.pipeline import TRUST, TRUST_NUMBERS, measures_trust
+from align.reward_stages import METRICS, scored_by, stage_crossfit, stage_reward
 from align.stage import read_json, write_json
 from align.trainer_args import build_lora, build_trainer_args
 from align.training.train import MODEL, bind, require_margin, train_policy
 from align.trust.commands import FEATURES, FILE, check_margins, margin_source, measure
 from align.trust.says import sentences
 from reward_models.calibration import evaluate_margins
-from reward_models.crossfit import cross_fit
+from reward_models.ensemble import members
 from reward_models.judges import make_judge
+from reward_models.margin_map import MarginMap
+from reward_models.objective_registry import objective_columns, resolve_objective
 from reward_models.score import RewardScorer
-from reward_models.train import train_reward_model
 
-METRICS = "metrics.json"
 COMPLETIONS = "completions.parquet"
 KL_BATCH_TOKENS = 4096
 
@@ -56,6 +56,7 @@ def check_config(config: RunConfig) -> None:
         build_lora(config.train.peft, path="train.peft", task_type="CAUSAL_LM")
         build_trainer_args(DPOConfig, config.train.trainer, path="train.trainer", forced=forced)
     if config.reward is not None:
+        resolve_objective(config.reward.objective)
         build_lora(config.reward.peft, path="reward.peft", task_type="SEQ_CLS")
         build_trainer_args(TrlRewardConfig, config.reward.trainer, path="reward.trainer", forced=forced)
     prompts = [
@@ -116,34 +117,10 @@ def stage_pairs(config: RunConfig, root: Path, folder: Path, which: str) -> None
             code="data-too-few",
             hint="give more prompts, another reward.eval_fraction, or reward.eval_pairs",
         )
+    objective_columns(train, resolve_objective(reward.objective))
     write_pairs(train, folder / "train")
     write_pairs(heldout, folder / "heldout")
     write_json(folder / METRICS, {"train": summarize(train), "heldout": summarize(heldout)})
-
-
-def stage_reward(config: RunConfig, root: Path, folder: Path, which: str) -> None:
-    """Train the reward model; write its held-out and in-sample metrics and margins."""
-    assert config.reward is not None
-    source = reward_pairs_folder(root)
-    train, heldout = read_pairs(source / "train"), read_pairs(source / "heldout")
-    train_reward_model(train, config.reward, folder / MODEL, seed=config.seed)
-    scorer = make_scorer(folder / MODEL, config.reward)
-    metrics: dict[str, Any] = {"backbone": config.reward.model}
-    for name, pairs in (("heldout", heldout), ("in_sample", train)):
-        scored = scorer.score_pairs(pairs)
-        margins = np.asarray(scored["margin"])
-        write_pairs(scored, folder / name)
-        metrics[name] = evaluate_margins(margins).to_dict()
-    write_json(folder / METRICS, metrics)
-
-
-def stage_crossfit(config: RunConfig, root: Path, folder: Path, which: str) -> None:
-    """Margins of the reward model's own training pairs, each from a model that has not seen it."""
-    assert config.reward is not None
-    train = read_pairs(reward_pairs_folder(root) / "train")
-    scored = cross_fit(train, config.reward, folder, seed=config.seed)
-    write_pairs(scored.remove_columns("fold"), folder / "pairs")
-    write_json(folder / METRICS, evaluate_margins(np.asarray(scored["margin"])).to_dict())
 
 
 def stage_sample(config: RunConfig, root: Path, folder: Path, which: str) -> None:
@@ -201,20 +178,22 @@ def stage_margins(config: RunConfig, root: Path, folder: Path, which: str) -> No
         write_pairs(read_pairs(root / "pairs" / "train"), folder / "pairs")
         write_json(folder / METRICS, {"note": "No reward model was trained: margins, if any, came with the pairs."})
         return
+    model = root / "reward" / MODEL
+    calibration = MarginMap.load(model) if reward.calibrate or reward.length_residual else None
     origin = "outside"
     if reward.pairs is None:
         origin = "cross-fitted" if reward.folds else "in-sample"
     if reward.pairs is None and reward.folds:
         scored = read_pairs(root / "crossfit" / "pairs")
     elif reward.pairs is None:
-        scored = make_scorer(root / "reward" / MODEL, reward).score_pairs(read_pairs(root / "pairs" / "train"))
+        scored = scored_by(members(model), read_pairs(root / "pairs" / "train"), reward, calibration)
         note = "These margins are in-sample: the reward model was trained on the same pairs. Set reward.folds: 5."
     elif config.sample is not None and reward.folds:
-        folds = [root / "crossfit" / f"fold-{fold}" for fold in range(1, reward.folds)]
-        scored = _mean_of_models(read_pairs(root / "sample" / "train"), folds, reward)
+        folds = [m for fold in range(1, reward.folds) for m in members(root / "crossfit" / f"fold-{fold}")]
+        scored = scored_by(folds, read_pairs(root / "sample" / "train"), reward, calibration)
     else:
         source = root / ("sample" if config.sample is not None else "pairs") / "train"
-        scored = make_scorer(root / "reward" / MODEL, reward).score_pairs(read_pairs(source))
+        scored = scored_by(members(model), read_pairs(source), reward, calibration)
         if config.sample is not None:
             note = "Labels were drawn from the same reward model that gives the margins: they agree by construction."
     write_pairs(scored, folder / "pairs")
@@ -364,32 +343,10 @@ def make_scorer(model: Path, config: RewardConfig) -> RewardScorer:
     )
 
 
-def reward_pairs_folder(root: Path) -> Path:
-    """Folder of the stage whose pairs the reward model is trained on."""
-    own = root / "pairs-reward"
-    return own if own.exists() else root / "pairs"
-
-
-def _mean_of_models(pairs: Dataset, models: list[Path], config: RewardConfig) -> Dataset:
-    """Rewards averaged over several reward models; ``margin_std`` where there are at least two."""
-    scored = [make_scorer(model, config).score_pairs(pairs) for model in models]
-    for column in ("reward_chosen", "reward_rejected", "margin"):
-        pairs = pairs.add_column(column, np.mean([np.asarray(table[column]) for table in scored], axis=0).tolist())
-    if len(scored) > 1:
-        spread = np.std([np.asarray(table["margin"]) for table in scored], axis=0, ddof=1)
-        pairs = pairs.add_column("margin_std", spread.tolist())
-    return pairs
-
-
 def _gold_correlation(pairs: Dataset, judge: Any) -> dict[str, float] | None:
     """Pearson correlation of the margins with the judge's margins, 95% interval by Fisher's z."""
     gold = judge.score(pairs["prompt"], pairs["chosen"]) - judge.score(pairs["prompt"], pairs["rejected"])
-    margins = np.asarray(pairs["margin"])
-    if len(margins) < 4 or np.std(gold) == 0 or np.std(margins) == 0:
-        return None
-    found = pearsonr(margins, gold)
-    interval = found.confidence_interval(0.95)
-    return {"value": float(found.statistic), "low": float(interval.low), "high": float(interval.high), "n": len(gold)}
+    return correlation(pairs["margin"], gold)
 
 
 def _as_completion(prompt: Any, text: str) -> Any:

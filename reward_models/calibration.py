@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import expit
 
 from align.estimates import Estimate, bootstrap_mean
 
@@ -26,11 +27,13 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class MarginMetrics:
-    """Accuracy (ties count half) with its interval, log-loss (nats), expected calibration error, reliability bins."""
+    """Accuracy (ties count half) with its interval, log-loss (nats), Brier score, calibration, reliability bins."""
 
     n: int
     accuracy: Estimate
     log_loss: float
+    brier: float
+    """Mean squared distance of sigmoid(margin) from 1, the label; 0.25 where the margins are all 0."""
     ece: float
     mean_abs_margin: float
     bins: tuple[Bin, ...]
@@ -56,6 +59,7 @@ def evaluate_margins(margins: ArrayLike, *, seed: int = 0) -> MarginMetrics:
         n=int(m.size),
         accuracy=bootstrap_mean(right, seed=seed),
         log_loss=float(np.logaddexp(0.0, -m).mean()),
+        brier=float(np.mean(expit(-m) ** 2)),
         ece=float(ece),
         mean_abs_margin=float(np.abs(m).mean()),
         bins=bins,

@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from align.config import RewardConfig
 from align.console import log
 from align.pairs import folds_by_prompt
-from reward_models.score import COLUMNS, RewardScorer
-from reward_models.train import train_reward_model
+from reward_models.ensemble import SPREAD, members, score_with, train_members
+from reward_models.length_bias import word_difference
+from reward_models.margin_map import fit_map
+from reward_models.score import COLUMNS
 
 
 def cross_fit(pairs: Dataset, config: RewardConfig, folder: Path, *, seed: int) -> Dataset:
@@ -24,24 +26,39 @@ def cross_fit(pairs: Dataset, config: RewardConfig, folder: Path, *, seed: int) 
         seed: seed of the folds and the models.
 
     Returns:
-        The table with reward_chosen, reward_rejected, margin and ``fold``.
+        The table with reward_chosen, reward_rejected, margin, ``margin_std`` of an ensemble, and ``fold``.
     """
     fold = folds_by_prompt(pairs, config.folds, seed)
-    scores = np.zeros((len(pairs), len(COLUMNS)))
+    columns = COLUMNS if config.ensemble == 1 else (*COLUMNS, SPREAD)
+    scores = np.zeros((len(pairs), len(columns)))
     for k in range(config.folds):
         inside = np.flatnonzero(fold == k)
         log.info("cross-fitting: fold %d of %d, %d pairs to score", k + 1, config.folds, len(inside))
         model = folder / f"fold-{k}"
-        train_reward_model(pairs.select(np.flatnonzero(fold != k)), config, model, seed=seed + 1 + k)
-        scorer = RewardScorer(
-            model,
+        train_members(pairs.select(np.flatnonzero(fold != k)), config, model, seed=seed + 1 + k)
+        scored = score_with(
+            members(model),
+            pairs.select(inside),
             batch_tokens=config.batch_tokens,
             max_length=config.max_length,
             trust_remote_code=config.trusts_remote_code,
         )
-        scored = scorer.score_pairs(pairs.select(inside))
-        scores[inside] = np.stack([np.asarray(scored[column]) for column in COLUMNS], axis=1)
-    table = pairs.remove_columns([column for column in COLUMNS if column in pairs.column_names])
-    for column, values in zip(COLUMNS, scores.T, strict=True):
+        scores[inside] = np.stack([np.asarray(scored[column]) for column in columns], axis=1)
+    table = pairs.remove_columns([column for column in columns if column in pairs.column_names])
+    for column, values in zip(columns, scores.T, strict=True):
         table = table.add_column(column, values.tolist())
-    return table.add_column("fold", fold.tolist())
+    return _calibrated(table, fold, config).add_column("fold", fold.tolist())
+
+
+def _calibrated(table: Dataset, fold: np.ndarray, config: RewardConfig) -> Dataset:
+    """Each fold's margins by a map fitted on the margins of the others, where the configuration asks for it."""
+    if config.calibrate is None and not config.length_residual:
+        return table
+    margins, words = np.asarray(table["margin"]), word_difference(table)
+    parts = []
+    for number in range(config.folds):
+        others = fold != number
+        fitted = fit_map(margins[others], words[others], config.calibrate, length=config.length_residual)
+        parts.append(fitted.apply(table.select(np.flatnonzero(~others))))
+    order = np.argsort(np.concatenate([np.flatnonzero(fold == number) for number in range(config.folds)]))
+    return concatenate_datasets(parts).select(order)

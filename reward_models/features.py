@@ -1,6 +1,7 @@
 """What a reward model's head sees of a text: the pooled hidden state from which the reward is read off."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,18 +10,47 @@ import torch
 from align.batching import token_batches
 from align.console import progress
 from align.errors import ModelError
+from align.stage import digest
 from reward_models.score import RewardScorer
 from reward_models.text import tokenize
 
+CHUNK = 4096
 
-def head_features(scorer: RewardScorer, texts: Sequence[str]) -> np.ndarray:
+
+def head_features(scorer: RewardScorer, texts: Sequence[str], cache: Path | None = None) -> np.ndarray:
     """Input of the one-logit head for each text, float64 [N, D].
 
     A decoder's head is applied to every token and its last one counts; an encoder's sees its pooled or first token.
 
+    Args:
+        scorer: a reward model; its head does not matter.
+        texts: at least one.
+        cache: folder in which the features of every ``CHUNK`` texts are kept, so that a stopped pass goes on; it is
+            only valid for the same backbone.
+
     Raises:
         ModelError: the model has neither a ``score`` nor a ``classifier`` head.
     """
+    chunks = [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
+    return np.concatenate([_chunk(scorer, chunk, cache) for chunk in chunks])
+
+
+def _chunk(scorer: RewardScorer, texts: Sequence[str], cache: Path | None) -> np.ndarray:
+    file = cache / f"features-{digest(list(texts))[:32]}.npy" if cache is not None else None
+    if file is not None and file.exists():
+        found: np.ndarray = np.load(file, allow_pickle=False)
+        return found
+    made = _pass(scorer, texts)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp.npy")
+        np.save(temporary, made, allow_pickle=False)
+        temporary.replace(file)
+    return made
+
+
+def _pass(scorer: RewardScorer, texts: Sequence[str]) -> np.ndarray:
+    """One forward pass over the texts, a batch at a time."""
     head = getattr(scorer.model, "score", None) or getattr(scorer.model, "classifier", None)
     if head is None:
         name = type(scorer.model).__name__

@@ -1,7 +1,26 @@
-"""Losses of a reward model: pure functions of the two rewards, one value per pair."""
+"""Losses of a reward model: pure functions of the two rewards, one value per pair. The mean is taken elsewhere.
 
+Shapes: B pairs; rewards are [B], z = r_w - r_l is the margin. Float32 (float64 for float64 input), finite with finite
+gradients for |z| up to 1e4. Which of them a run uses is chosen by name: reward_models/objective_registry.py.
+
+    objective            believes                                                      source
+    bradley_terry        every label alike                                             Bradley and Terry (1952)
+    comp_sum             tau > 1: labels that the model can explain; tau < 1: the rest arXiv 2304.07288, the s-forms
+    margin_mse           a teacher's margins, no label                                 arXiv 2010.02666
+    auc                  labels, and that any chosen beats any rejected response       arXiv 2510.00137, eq. 3
+    ldr_kl               labels, up to a margin, with bounded pull                     arXiv 2112.14869
+    decoupled_listwise   which of K responses are acceptable                           arXiv 2310.10636
+    aggregated           only the share of votes in each group of pairs                arXiv 2401.11081
+"""
+
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+STEEPEST = 30.0
+"""comp_sum with tau < 1 grows exponentially; beyond e^30 it goes on as its tangent, which floats can hold."""
 
 
 def bradley_terry(
@@ -15,3 +34,139 @@ def bradley_terry(
     gap = reward_chosen - reward_rejected
     loss = -F.logsigmoid(gap if margin is None else gap - margin)
     return loss + centering * (reward_chosen + reward_rejected) ** 2
+
+
+def comp_sum(reward_chosen: Tensor, reward_rejected: Tensor, *, tau: float = 1.0) -> Tensor:
+    """((1 + e^-z)^(1 - tau) - 1) / (1 - tau), [B]; its slope is -sigmoid(z)^(tau - 1) (1 - sigmoid(z)).
+
+    tau 0 is the exponential loss, 1 Bradley-Terry, tau in (1, 2) generalised cross-entropy with q = tau - 1, 2 the mean
+    absolute error 1 - sigmoid(z). The more tau is above 1, the less a pair pulls that the model ranks against its
+    label. At tau = 2 alone, wrongly ranked pairs hardly pull at all and little may be learned.
+    """
+    cost = -F.logsigmoid(_exact(reward_chosen) - _exact(reward_rejected))
+    if tau == 1:
+        return cost
+    if tau > 1:
+        return -torch.expm1((1 - tau) * cost) / (tau - 1)
+    bound = STEEPEST / (1 - tau)
+    inside = torch.expm1((1 - tau) * cost.clamp_max(bound)) / (1 - tau)
+    return inside + math.exp(STEEPEST) * (cost - bound).clamp_min(0)
+
+
+def margin_mse(reward_chosen: Tensor, reward_rejected: Tensor, teacher_margin: Tensor, *, scale: float = 1.0) -> Tensor:
+    """(z - scale * teacher_margin)^2, [B]: the teacher's margins, whatever offset either model gives a prompt."""
+    return (_exact(reward_chosen) - _exact(reward_rejected) - scale * _exact(teacher_margin).detach()) ** 2
+
+
+def auc(
+    reward_chosen: Tensor,
+    reward_rejected: Tensor,
+    group: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    share: float = 1.0,
+) -> Tensor:
+    """(1 - share) Bradley-Terry + share * mean_j -log sigmoid((r_w,i - r_l,j) / temperature), [B].
+
+    The second term, over all rejected responses j of the batch, bounds 1 - AUC from above: its mean over i is at least
+    (1 - AUC) log 2. It holds that a chosen response is better than another prompt's rejected one, which pairs do not
+    say; ``group`` keeps the comparisons within a category, a small ``share`` keeps most of the weight on the pairs.
+
+    Args:
+        reward_chosen: [B].
+        reward_rejected: [B].
+        group: [B], pairs with the same number are compared with each other; all with all where None.
+        temperature: above 0.
+        share: in [0, 1].
+    """
+    chosen, rejected = _exact(reward_chosen), _exact(reward_rejected)
+    costs = -F.logsigmoid((chosen[:, None] - rejected[None, :]) / temperature)
+    if group is None:
+        across = costs.mean(dim=1)
+    else:
+        same = (group[:, None] == group[None, :]).to(costs.dtype)
+        across = (costs * same).sum(dim=1) / same.sum(dim=1)
+    return (1 - share) * -F.logsigmoid(chosen - rejected) + share * across
+
+
+def ldr_kl(
+    reward_chosen: Tensor,
+    reward_rejected: Tensor,
+    *,
+    lam: float = 1.0,
+    margin: float = 0.1,
+    adaptive: bool = False,
+    alpha: float = 2.0,
+) -> Tensor:
+    """lam (softplus((margin - z) / lam) - log 2), [B]: the label-distributionally robust loss of two classes.
+
+    lam = 1, margin = 0 is Bradley-Terry less log 2; lam to 0 is the hinge of margin - z, lam to infinity the line
+    (margin - z) / 2. With ``adaptive`` each pair has lam_i = lam (1 - KL(p_i, even) / (alpha log 2)), p_i the two
+    probabilities at lam: the surer the model, the smaller; in [lam (1 - 1/alpha), lam], without gradient. (The paper's
+    further term in lam_i has no gradient in the rewards and is left out, and the rewards are not normalised.)
+
+    Args:
+        reward_chosen: [B].
+        reward_rejected: [B].
+        lam: softness, above 0.
+        margin: c, what a chosen response should lead by.
+        adaptive: one softness per pair.
+        alpha: above 1.
+    """
+    gap = _exact(reward_chosen) - _exact(reward_rejected)
+    softness = torch.full_like(gap, lam)
+    if adaptive:
+        p = torch.sigmoid(gap.detach() / lam)
+        divergence = math.log(2) + torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)
+        softness = lam * (1 - divergence.clamp(0, math.log(2)) / (alpha * math.log(2)))
+    return softness * (-F.logsigmoid((gap - margin) / softness) - math.log(2))
+
+
+def decoupled_listwise(
+    rewards: Tensor, acceptable: Tensor, present: Tensor | None = None, *, temperature: float = 1.0
+) -> Tensor:
+    """Mean over a prompt's acceptable responses p of -log(e^r_p / (e^r_p + sum over unacceptable n of e^r_n)), [P].
+
+    Other acceptable responses are not in the denominator, so two good answers do not compete. One acceptable and one
+    unacceptable response are Bradley-Terry.
+
+    Args:
+        rewards: [P, K], K responses for each of P prompts.
+        acceptable: bool [P, K]; of the present ones at least one is and one is not, in every row.
+        present: bool [P, K], False where a prompt has fewer responses; all where None.
+        temperature: rewards are divided by it; above 0.
+    """
+    scaled = _exact(rewards) / temperature
+    here = torch.ones_like(acceptable) if present is None else present
+    good, bad = acceptable & here, ~acceptable & here
+    others = scaled.masked_fill(~bad, -math.inf).logsumexp(dim=1, keepdim=True)
+    costs = F.softplus(others - scaled.masked_fill(~good, 0.0)).masked_fill(~good, 0.0)
+    return costs.sum(dim=1) / good.sum(dim=1)
+
+
+def aggregated(
+    reward_chosen: Tensor, reward_rejected: Tensor, bag: Tensor, vote_share: Tensor, *, rho: float = 0.5
+) -> Tensor:
+    """(share - mean of p in the bag)^2 + rho (p - mean of p in the bag)^2, [B], with p = sigmoid(z).
+
+    For labels that are known only as the share of a group of pairs in which the first response won. rho = 0 asks the
+    mean of each bag to be right, rho = 1 every pair of it: the mean over a bag of the latter is mean (share - p)^2,
+    exactly. In between, rho trades the bias of the second for the variance of the first. The means are over those
+    pairs of a bag that are in the batch, so a bag split over batches acts as with a larger rho.
+
+    Args:
+        reward_chosen: [B], reward of the response that the share counts as won.
+        reward_rejected: [B].
+        bag: [B], number of the bag of each pair.
+        vote_share: [B], in [0, 1], the same for all pairs of a bag.
+        rho: in [0, 1].
+    """
+    p = torch.sigmoid(_exact(reward_chosen) - _exact(reward_rejected))
+    _, place = torch.unique(bag, return_inverse=True)
+    size = torch.zeros(int(place.max()) + 1, dtype=p.dtype, device=p.device).index_add(0, place, torch.ones_like(p))
+    mean = (torch.zeros_like(size).index_add(0, place, p) / size)[place]
+    return (_exact(vote_share) - mean) ** 2 + rho * (p - mean) ** 2
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()

@@ -1,10 +1,11 @@
-"""Bradley-Terry training of a reward model on trl's RewardTrainer."""
+"""Training of a reward model on trl's RewardTrainer, under the objective that the run names."""
 
 import shutil
 from pathlib import Path
 
 import transformers
 from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TrlRewardConfig
 
 from align.checkpoints import last_whole_checkpoint
@@ -13,9 +14,11 @@ from align.console import log
 from align.stopping import stoppable
 from align.trainer_args import build_lora, build_trainer_args, refusals
 from align.trainer_progress import show_progress
-from reward_models.guard import GuardedRewardTrainer
+from reward_models.heads import train_head
 from reward_models.model import load_reward_model
+from reward_models.objective_registry import objective_columns, resolve_objective
 from reward_models.text import render, tokenize
+from reward_models.trainer import ObjectiveRewardTrainer
 
 
 def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, seed: int) -> None:
@@ -26,8 +29,8 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
     beside ``output``; checkpoints are removed when it is done.
 
     Args:
-        train: pair table.
-        config: backbone, adapter, length and trl.RewardConfig fields.
+        train: pair table, with the columns that the objective reads.
+        config: backbone, head, objective, adapter, length and trl.RewardConfig fields.
         output: folder of the finished model; a folder that holds config.json is left as it is.
         seed: seed of the head, the adapter and the order of the pairs.
 
@@ -39,6 +42,12 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
         log.info("reward model: there already (%s)", output)
         shutil.rmtree(checkpoints, ignore_errors=True)
         return
+    if config.head != "full":
+        save_model(*train_head(train, config, seed=seed, cache=checkpoints), output)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        return
+    objective = resolve_objective(config.objective)
+    columns = objective_columns(train, objective)
     args = build_trainer_args(
         TrlRewardConfig,
         {"save_strategy": "no", "logging_steps": 20, "train_sampling_strategy": "group_by_length", **config.trainer},
@@ -55,11 +64,13 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
     }
     length = [max(len(chosen), len(rejected)) for chosen, rejected in zip(*ids.values(), strict=True)]
     with refusals("reward"):
-        trainer = GuardedRewardTrainer(
+        trainer = ObjectiveRewardTrainer(
+            objective=objective,
+            tilt=config.tilt,
             ids=[str(name) for name in (train["id"] if "id" in train.column_names else range(len(train)))],
             model=model,
             args=args,
-            train_dataset=Dataset.from_dict({**ids, args.length_column_name: length}),
+            train_dataset=Dataset.from_dict({**ids, **columns, args.length_column_name: length}),
             processing_class=tokenizer,
             peft_config=build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS"),
         )
@@ -72,8 +83,13 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if config.peft is not None:
         trained = trained.merge_and_unload()
+    save_model(trained, tokenizer, output)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    """Write a model folder, whole or not at all."""
     partial = output.with_name(output.name + ".tmp")
-    trained.save_pretrained(partial)
+    model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.replace(output)
-    shutil.rmtree(checkpoints, ignore_errors=True)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ from align.evaluation.kl import completion_logps
 from align.evaluation.parts import in_parts
 from align.evaluation.policies import Policy, checkpoints, find_reference, parse_policies
 from align.evaluation.reward_model import reward_model_metrics
+from align.evaluation.reward_pairs import findings_said, pair_findings
 from align.evaluation.rewardbench import SECTIONS, section_scores
 from align.generation.encoding import encode_prompt
+from align.reports.reward_model_page import GROUPS, by_group, write_page
 from reward_models.judges import VaderJudge
+from reward_models.length_bias import word_difference
 from tests.builders import causal, llama_reward, tokenizer
 
 PROMPTS = [f"the {word} film {'very ' * k}is" for k, word in enumerate(["good", "bad", "dull", "fine"])]
@@ -270,3 +274,57 @@ def test_metrics_of_a_reward_model_say_what_they_see() -> None:
     )
     blind = reward_model_metrics(rng.normal(size=300), rng.normal(size=300), None, seed=0)
     assert blind["said"][0].startswith("At chance") and blind["opis"] is None and blind["categories"] == {}
+
+
+def scored_pairs(count: int = 60) -> tuple[Dataset, np.ndarray]:
+    """Pairs of which the reward model likes the longer response, whatever the label."""
+    rng = np.random.default_rng(5)
+    table = []
+    for k in range(count):
+        lengths = rng.permutation([3, 3 + 1 + k % 9])
+        chosen, rejected = (" ".join(["good"] * int(n)) + f" {k}" for n in lengths)
+        table.append({"id": f"p{k}", "prompt": "<b>film</b>", "chosen": chosen, "rejected": rejected + " <i>",
+                      "teacher_margin": float(k % 5)})  # fmt: skip
+    pairs = Dataset.from_list(table)
+    return pairs, word_difference(pairs) + rng.normal(0, 0.1, count)
+
+
+def test_pair_findings_name_length_distance_and_disagreements() -> None:
+    pairs, margins = scored_pairs()
+    distance = np.arange(60.0)
+    found = pair_findings(pairs, margins, distances=(distance, 49.5), seed=0)
+    assert found["length"]["accuracy_longer"]["value"] == 1 and found["length"]["accuracy_shorter"]["value"] == 0
+    assert found["ood"]["share"] == pytest.approx(10 / 60)
+    assert found["ood"]["accuracy_far"]["value"] == pytest.approx(np.mean(margins[50:] > 0))
+    assert [one["id"] for one in found["ood"]["farthest"]] == [f"p{k}" for k in range(59, 49, -1)]
+    shown = [one["margin"] for one in found["disagreements"]]
+    assert shown == sorted(shown) and shown[0] == margins.min() and max(shown) < 0
+    gold = np.asarray(pairs["teacher_margin"])
+    assert found["reference_correlation"]["value"] == pytest.approx(np.corrcoef(margins, gold)[0, 1])
+    said = findings_said(found)
+    assert said[0].startswith("It pays for longer responses") and "16.7% of the pairs are farther" in said[1]
+    fair = pair_findings(pairs.remove_columns("teacher_margin"), np.ones(60), distances=None, seed=0)
+    assert fair["ood"] is None and fair["reference_correlation"] is None and fair["disagreements"] == []
+    assert findings_said(fair) == []
+
+
+def test_the_page_of_a_reward_model_escapes_every_text(tmp_path: Path) -> None:
+    pairs, margins = scored_pairs()
+    pairs = pairs.add_column("group", ["<u>one"] * 30 + [f"g{k}" for k in range(30)])
+    groups = list(pairs["group"])
+    found = reward_model_metrics(margins, np.zeros(60), groups, seed=0)
+    found |= pair_findings(pairs, margins, distances=(np.arange(60.0), 49.5), seed=0)
+    found["run"] = {"model": "<script>m", "pairs": "p", "command": "c", "chat": False, "seconds": 1}
+    write_page(tmp_path / "page.html", found, margins, groups=groups, words=word_difference(pairs))
+    page = (tmp_path / "page.html").read_text()
+    assert not any(f"<{tag}" in page for tag in ("script", "b>film", "i>", "u>one"))
+    assert "&lt;b&gt;film" in page and "&lt;u&gt;one" in page and "other groups" in page
+    assert "Where does it contradict the labels most?" in page and "distance 59.00" in page
+
+
+def test_groups_of_margins_lose_no_pair() -> None:
+    margins = np.arange(40.0)
+    groups = [f"g{k % 11}" for k in range(40)]
+    made = by_group(margins, groups)
+    assert len(made) == GROUPS + 1 and sorted(chain(*made.values())) == margins.tolist()
+    assert made["g0"] == margins[::11].tolist() and by_group(margins, None) == {"margins": margins.tolist()}

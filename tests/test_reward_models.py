@@ -111,6 +111,7 @@ def test_calibration_against_plain_python(margins: list[float]) -> None:
     found = evaluate_margins(margins)
     assert found.accuracy.value == pytest.approx(sum(0.5 if m == 0 else float(m > 0) for m in margins) / len(margins))
     assert found.log_loss == pytest.approx(sum(np.log1p(np.exp(-m)) for m in margins) / len(margins))
+    assert found.brier == pytest.approx(sum((1 - 1 / (1 + np.exp(-m))) ** 2 for m in margins) / len(margins))
     assert sum(item.count for item in found.bins) == len(margins)
     assert 0 <= found.ece <= 1 and found.accuracy.low <= found.accuracy.value <= found.accuracy.high
 

@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.config import PairsConfig
+from align.config import OodConfig, PairsConfig
 from align.console import log, out
 from align.errors import ConfigError
 from align.estimates import bootstrap_mean
 from align.evaluation.parts import in_parts, read_table
 from align.evaluation.ranking import auc_interval, opis
+from align.evaluation.reward_pairs import findings_said, pair_findings
 from align.evaluation.rewardbench import is_plain, section_scores
 from align.pair_sources import read_source
 from align.pairs import fingerprint, load_pairs
 from align.reports.verdict import interval
 from align.stage import fingerprint_source, run_stage, write_json
 from reward_models.calibration import evaluate_margins
+from reward_models.length_bias import word_difference
 
 PART = 256
 """Pairs per part; a stopped scoring makes at most one of them again."""
@@ -40,6 +42,7 @@ def evaluate(
     batch_tokens: int,
     max_length: int,
     seed: int,
+    trained_on: str | None = None,
 ) -> None:
     """Score pairs, write ``reward_model.json`` and ``reward_model.html`` into ``output``, print the numbers as JSON.
 
@@ -51,6 +54,7 @@ def evaluate(
         batch_tokens: padded tokens per batch.
         max_length: tokens per text; longer ones are cut from the right.
         seed: of the intervals.
+        trained_on: the pairs that the model was trained on; distances to them are measured where given.
 
     Raises:
         AlignError: the pairs or the model cannot be used.
@@ -77,6 +81,8 @@ def evaluate(
     groups = [str(group) for group in pairs["group"]] if "group" in pairs.column_names else None
     chosen, rejected = (np.asarray(scores[column]) for column in ("reward_chosen", "reward_rejected"))
     found = reward_model_metrics(chosen, rejected, groups, seed=seed)
+    found |= pair_findings(pairs, chosen - rejected, distances=_distances(pairs, model, trained_on, output), seed=seed)
+    found["said"] += findings_said(found)
     found["run"] = {
         "command": shlex.join(["align", *sys.argv[1:]]), "pairs": source.path, "model": model, "chat": chat,
         "seed": seed, "seconds": round(stage.seconds, 1),
@@ -84,8 +90,9 @@ def evaluate(
     write_json(output / REPORT, found | {"margins": (chosen - rejected).tolist()})
     from align.reports.reward_model_page import write_page
 
-    write_page(output / PAGE, found, chosen - rejected)
-    out.print_json(json.dumps(found))
+    write_page(output / PAGE, found, chosen - rejected, groups=groups, words=word_difference(pairs))
+    texts = {"disagreements", "ood"}
+    out.print_json(json.dumps({name: value for name, value in found.items() if name not in texts}))
     log.info("%s", found["said"][0])
     log.info("numbers: %s; look at it: open %s", output / REPORT, output / PAGE)
 
@@ -142,6 +149,23 @@ def _said(found: dict[str, Any]) -> list[str]:
         else:
             said.append(f"No difference between the categories at a common reward threshold was seen ({level}).")
     return said
+
+
+def _distances(pairs: Dataset, model: str, trained_on: str | None, output: Path) -> tuple[np.ndarray, float] | None:
+    """Distance [N] of each pair to the training pairs, and that of 99% of those held back; kept below ``output``."""
+    if trained_on is None:
+        return None
+    from align.filtering.columns import distances
+
+    known = load_pairs(PairsConfig(path=trained_on))
+    if isinstance(known["prompt"][0], str) != isinstance(pairs["prompt"][0], str):
+        raise ConfigError(
+            f"--trained-on {trained_on}: found pairs of another kind, expected plain text or messages like the others",
+            code="eval-trained-on",
+            hint="use --text, or give the training pairs as messages",
+        )
+    settings = OodConfig(model=model, pairs=PairsConfig(path=trained_on))
+    return distances(pairs, settings, output / "distances" / fingerprint(pairs)[:16])
 
 
 def _load(source: PairsConfig, model: str, chat: bool | None) -> tuple[Dataset, bool]:

@@ -101,6 +101,9 @@ def _margins(config: RunConfig, root: Path) -> dict[str, Any] | None:
         section["summary"][method] = weight_summary(weight, margin, parameters["tau"])
         section["warnings"] += loss.warnings
         section["tau"] = parameters["tau"]
+        assert config.train is not None
+        if config.train.methods[method].weights is not None:
+            section["warnings"].append(f"{method}: shown before what its `weights` do to margins and weights.")
         share = section["summary"][method]["ess_share"]
         if share > 0.99:
             section["warnings"].append(

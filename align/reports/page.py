@@ -11,6 +11,7 @@ from align.reports.verdict import interval, name, number, verdict
 from align.stage import read_json
 
 SECTIONS = ("summary", "data", "reward_model", "trust", "margins", "filter", "training", "evaluation", "samples")
+RELIABLE = ("heldout", "heldout_calibrated", "in_sample", "out_of_fold")
 CURVES = {
     "loss": ("loss", False),
     "rewards/margins": ("implicit reward margin, beta h", True),
@@ -57,9 +58,7 @@ def _plots(report: dict[str, Any]) -> dict[str, Any]:
         made["margins"] = plots.histogram(
             {key.replace("_", "-"): values for key, values in model["margins"].items()}, x_title="reward margin m"
         )
-        bins = {
-            key.replace("_", "-"): model[key]["bins"] for key in ("heldout", "in_sample", "out_of_fold") if key in model
-        }
+        bins = {key.replace("_", "-"): model[key]["bins"] for key in RELIABLE if key in model}
         made["reliability"] = plots.reliability(bins)
     margins = report.get("margins")
     if margins:

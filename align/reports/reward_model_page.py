@@ -8,20 +8,49 @@ import numpy as np
 from align.reports import plots
 from align.reports.page import environment
 
+GROUPS = 7
+"""Largest groups whose margins are drawn apart."""
 
-def write_page(target: Path, found: dict[str, Any], margins: np.ndarray) -> None:
+
+def write_page(
+    target: Path, found: dict[str, Any], margins: np.ndarray, *, groups: list[str] | None, words: np.ndarray
+) -> None:
     """Render the page by way of a temporary file.
 
     Args:
         target: the file.
-        found: what ``reward_model_metrics`` gives, and ``run``.
+        found: what ``reward_model_metrics`` and ``pair_findings`` give, and ``run``.
         margins: reward of the chosen minus reward of the rejected response, [N].
+        groups: category of each pair, [N], or None.
+        words: words of the chosen less words of the rejected response, [N].
     """
+    dots = [
+        (float(x), float(y), f"{x:+.0f} words, margin {y:.3g}") for x, y in zip(words.tolist(), margins, strict=True)
+    ]
+    series = by_group(margins, groups)
+    shades = {name: f"c{k}" for k, name in enumerate(series)} if groups is not None else None
     drawn = {
-        "margins": plots.histogram({"margins": margins.tolist()}, x_title="reward margin m"),
+        "margins": plots.histogram(series, x_title="reward margin m", shades=shades),
         "reliability": plots.reliability({"margins": found["bins"]}),
+        "length": plots.scatter({"pairs": dots}, x_title="words, chosen less rejected", y_title="reward margin m"),
+        "ood": None,
     }
+    if found["ood"] is not None:
+        distances = {"pairs": found["ood"]["distances"]}
+        drawn["ood"] = plots.histogram(distances, x_title="distance to the training pairs")
     page = environment().get_template("reward_model.html.j2").render(report=found, plots=drawn)
     temporary = target.with_suffix(".tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(target)
+
+
+def by_group(margins: np.ndarray, groups: list[str] | None) -> dict[str, list[float]]:
+    """Margins of the ``GROUPS`` largest groups, the others together; of all pairs where there are no groups."""
+    if groups is None:
+        return {"margins": margins.tolist()}
+    names = np.asarray(groups)
+    kinds, counts = np.unique(names, return_counts=True)
+    largest = [str(kinds[k]) for k in np.argsort(-counts, kind="stable")[:GROUPS]]
+    made = {name: margins[names == name].tolist() for name in largest}
+    rest = margins[~np.isin(names, largest)]
+    return made | ({"other groups": rest.tolist()} if rest.size else {})

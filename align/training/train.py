@@ -11,7 +11,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from trl import DPOConfig
 
 from align.checkpoints import last_whole_checkpoint
-from align.config import LossConfig, RemedyConfig, TokenMaskConfig, TrainConfig
+from align.config import LossConfig, RemedyConfig, TiltConfig, TokenMaskConfig, TrainConfig
 from align.console import log
 from align.entanglement.callback import EntanglementCallback
 from align.errors import ConfigError
@@ -25,6 +25,7 @@ from align.trainer_args import build_lora, build_trainer_args, refusals
 from align.trainer_progress import show_progress
 from align.training.preview import show_pair
 from align.training.trainer import PreferenceTrainer
+from align.training.weighting import adjust_margins, check_weights, normalise_weights
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
@@ -59,6 +60,7 @@ def bind(method: str, config: LossConfig) -> BoundLoss:
             code="remedy-loss",
             hint="train them as two methods",
         )
+    check_weights(method, config, loss)
     return loss
 
 
@@ -131,11 +133,13 @@ def train_policy(
     tau = float(loss.parameters.get("tau", MADPO_TAU))
     for warning in loss.warnings:
         log.warning("%s", warning)
-    pairs, loss = add_weight(pairs, loss)
     options = config.methods[method]
+    require_margin(pairs, loss)
+    pairs, loss = add_weight(adjust_margins(pairs, options.weights), loss)
     trainer = make_trainer(
-        pairs, config, loss, output, seed=seed, tau=tau, reference_cache=reference_cache, remedy=options.remedy,
-        token_mask=options.token_mask,
+        normalise_weights(pairs, options.weights), config, loss, output, seed=seed, tau=tau,
+        reference_cache=reference_cache, remedy=options.remedy, token_mask=options.token_mask,
+        tilt=options.weights.tilt if options.weights else None,
     )  # fmt: skip
     show_pair(trainer.train_dataset[0], trainer.processing_class)
     last = last_whole_checkpoint(checkpoints)
@@ -223,6 +227,7 @@ def make_trainer(
     reference_cache: Path | None,
     remedy: RemedyConfig | None = None,
     token_mask: TokenMaskConfig | None = None,
+    tilt: TiltConfig | None = None,
 ) -> PreferenceTrainer:
     """A PreferenceTrainer ready to train; see ``train_policy``."""
     transformers.set_seed(seed)
@@ -241,6 +246,7 @@ def make_trainer(
             max_tokens=config.max_tokens_per_device,
             remedy=remedy,
             token_mask=token_mask,
+            tilt=tilt,
             model=load_policy(
                 config.model,
                 trust_remote_code=args.trust_remote_code,

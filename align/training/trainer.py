@@ -14,10 +14,11 @@ from trl.trainer.utils import use_adapter
 
 from align.batching import token_batches
 from align.beta_dpo import BetaDpoState, beta_dpo, beta_dpo_step
-from align.config import RemedyConfig, TokenMaskConfig
+from align.config import RemedyConfig, TiltConfig, TokenMaskConfig
 from align.errors import ConfigError
 from align.loss_registry import BoundLoss
 from align.losses import PairLogps, scale_gradient
+from align.pair_weights import LossTilt
 from align.stage import read_json, write_json
 from align.training.collator import PAIR_COLUMNS, ROW, PairCollator
 from align.training.guard import FiniteGuard, numbered
@@ -51,6 +52,7 @@ class PreferenceTrainer(DPOTrainer):
         max_tokens: tokens of one forward pass; a batch of more is split, with the same gradient. None: never split.
         remedy: what is done about gradient entanglement, or None.
         token_mask: a learned mask over the tokens that the loss sees, or None.
+        tilt: weights from the losses of each forward pass over all processes, beside ``weight``, or None.
         kwargs: those of ``trl.DPOTrainer``.
 
     Raises:
@@ -73,6 +75,7 @@ class PreferenceTrainer(DPOTrainer):
         max_tokens: int | None = None,
         remedy: RemedyConfig | None = None,
         token_mask: TokenMaskConfig | None = None,
+        tilt: TiltConfig | None = None,
         **kwargs: Any,
     ) -> None:
         args = kwargs["args"]
@@ -113,6 +116,9 @@ class PreferenceTrainer(DPOTrainer):
         if token_mask is not None:
             vocabulary = self.model.get_input_embeddings().weight.shape[0]
             self.token_mask = TokenMask(vocabulary, token_mask, self.accelerator)
+        self.tilt = None
+        if tilt is not None:
+            self.tilt = LossTilt(tilt, self.accelerator.gather, self.accelerator.process_index)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -205,9 +211,11 @@ class PreferenceTrainer(DPOTrainer):
     def _micro_batches(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         """The batch split under the token budget, pairs of like length together.
 
-        beta-DPO is not split: its beta comes from the whole batch. Nor is a remedy with one factor for a batch.
+        beta-DPO is not split: its beta comes from the whole batch. Nor is a remedy with one factor for a batch, nor
+        are weights that compare the losses of a batch.
         """
-        whole = self.loss.spec.function is None or (self.remedy is not None and self.remedy.of_whole_batches)
+        remedy_of_all = self.remedy is not None and self.remedy.of_whole_batches
+        whole = self.loss.spec.function is None or remedy_of_all or self.tilt is not None
         if self.max_tokens is None or whole:
             return [inputs]
         if self.layout == "shared_prefix":
@@ -254,6 +262,9 @@ class PreferenceTrainer(DPOTrainer):
             per_pair = self._masked_loss(policy, inputs, margin)
         else:
             per_pair = self.loss(logps, margin)
+        if training and self.tilt is not None:
+            tilted, _ = self.tilt(per_pair, self.loss.beta * logps.log_ratio_gap, self.state.global_step)
+            weight = weight * tilted
         if training:
             shown = {
                 "chosen": logps.chosen,

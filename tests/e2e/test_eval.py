@@ -162,6 +162,22 @@ def test_a_reward_model_on_rewardbench_rows(tmp_path: Path) -> None:
     assert "as chat" not in text.stderr and json.loads(text.stdout)["log_loss"] != found["log_loss"]
 
 
+def test_a_reward_model_says_which_pairs_are_unlike_its_own(tmp_path: Path) -> None:
+    llama_reward(tmp_path / "rm")
+    write_rewardbench(tmp_path)
+    lines = "".join(json.dumps(row) + "\n" for row in rows(40))
+    (tmp_path / "trained.jsonl").write_text(lines)
+    command = ["eval", "reward-model", "bench.jsonl", "--model", "rm", "--output", "out"]
+    done = align(*command, "--text", "--trained-on", "trained.jsonl", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "reward_model.json").read_text())
+    assert len(report["ood"]["distances"]) == 60 and 0 <= report["ood"]["share"] < 1
+    page = (tmp_path / "out" / "reward_model.html").read_text()
+    assert "of training pairs that were held back lie below" in page and "Does it pay for length?" in page
+    refused = align(*command, "--trained-on", "trained.jsonl", folder=tmp_path)
+    assert refused.returncode == 2 and "[eval-trained-on] --trained-on trained.jsonl" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

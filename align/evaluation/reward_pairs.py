@@ -1,0 +1,84 @@
+"""What margins say pair by pair: length, distance to the training pairs, where they contradict the labels."""
+
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from align.estimates import bootstrap_mean, correlation
+from align.reports.verdict import interval
+from reward_models.length_bias import length_probe, word_difference
+
+SHOWN = 15
+SHOWN_CHARACTERS = 1200
+REFERENCE = "teacher_margin"
+
+
+def pair_findings(
+    pairs: Dataset, margins: np.ndarray, *, distances: tuple[np.ndarray, float] | None, seed: int
+) -> dict[str, Any]:
+    """Length bias, correlation with a reference, pairs far from the training pairs, worst disagreements.
+
+    Args:
+        pairs: the pairs that were scored, [N]; a ``teacher_margin`` column is taken for the gold margins.
+        margins: reward of chosen less reward of rejected, [N].
+        distances: distance [N] of each pair to the reward model's training pairs, and how far those held back lie.
+        seed: of the intervals.
+
+    Returns:
+        JSON values: ``length``, ``reference_correlation`` and ``ood`` (None where not measured), ``disagreements``.
+    """
+    found: dict[str, Any] = {"length": length_probe(margins, word_difference(pairs), seed=seed)}
+    found["reference_correlation"] = None
+    if REFERENCE in pairs.column_names and None not in pairs[REFERENCE]:
+        found["reference_correlation"] = correlation(margins, np.asarray(pairs[REFERENCE], dtype=np.float64))
+    found["ood"] = None if distances is None else _far(pairs, margins, *distances, seed=seed)
+    wrong = [int(k) for k in np.argsort(margins, kind="stable")[:SHOWN] if margins[k] < 0]
+    found["disagreements"] = [_shown(pairs[k], margin=float(margins[k])) for k in wrong]
+    return found
+
+
+def findings_said(found: dict[str, Any]) -> list[str]:
+    """The findings in words; nothing about what is not seen."""
+    said = []
+    longer, shorter = found["length"]["accuracy_longer"], found["length"]["accuracy_shorter"]
+    if longer and shorter and (longer["low"] > shorter["high"] or shorter["low"] > longer["high"]):
+        kind = "longer" if longer["low"] > shorter["high"] else "shorter"
+        said.append(
+            f"It pays for {kind} responses: it agrees with {interval(longer)} of the labels that prefer the longer "
+            f"response and with {interval(shorter)} of those that prefer the shorter one (`reward.length_residual`)."
+        )
+    ood = found["ood"]
+    if ood is not None and ood["accuracy_far"] is not None and ood["accuracy_near"] is not None:
+        said.append(
+            f"{ood['share']:.1%} of the pairs are farther from its training pairs than 99% of those held back; there "
+            f"it agrees with {interval(ood['accuracy_far'])} of the labels, elsewhere with "
+            f"{interval(ood['accuracy_near'])}."
+        )
+    return said
+
+
+def _far(pairs: Dataset, margins: np.ndarray, distance: np.ndarray, limit: float, *, seed: int) -> dict[str, Any]:
+    right, far = np.where(margins == 0, 0.5, margins > 0), distance > limit
+
+    def share(values: np.ndarray) -> dict[str, float] | None:
+        return bootstrap_mean(values, seed=seed).to_dict() if values.size else None
+
+    farthest = [int(k) for k in np.argsort(-distance, kind="stable")[:SHOWN] if far[k]]
+    return {
+        "limit": limit,
+        "share": float(far.mean()),
+        "accuracy_far": share(right[far]),
+        "accuracy_near": share(right[~far]),
+        "distances": [round(float(value), 3) for value in distance],
+        "farthest": [_shown(pairs[k], margin=float(margins[k]), distance=float(distance[k])) for k in farthest],
+    }
+
+
+def _shown(row: dict[str, Any], **numbers: float) -> dict[str, Any]:
+    texts = {name: _text(row[name])[:SHOWN_CHARACTERS] for name in ("prompt", "chosen", "rejected")}
+    return {"id": str(row["id"]), "group": row.get("group"), **texts, **numbers}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in value)

@@ -1,0 +1,86 @@
+"""What the stages of the reward model do: train it (and its ensemble), calibrate its margins, cross-fit."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from align.config import RewardConfig, RunConfig
+from align.pairs import folds_by_prompt, read_pairs, write_pairs
+from align.stage import write_json
+from align.training.train import MODEL
+from reward_models.calibration import evaluate_margins
+from reward_models.crossfit import cross_fit
+from reward_models.ensemble import members, score_with, train_members
+from reward_models.length_bias import length_probe, word_difference
+from reward_models.margin_map import MarginMap, calibrated_out_of_fold, fit_map
+
+METRICS = "metrics.json"
+FOLDS = 5
+"""Of the held-out pairs, to say what a calibration does to pairs that it was not fitted on."""
+
+
+def stage_reward(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+    """Train the reward model; write its held-out and in-sample metrics and margins."""
+    assert config.reward is not None
+    source = reward_pairs_folder(root)
+    train, heldout = read_pairs(source / "train"), read_pairs(source / "heldout")
+    model = folder / MODEL
+    train_members(train, config.reward, model, seed=config.seed)
+    metrics: dict[str, Any] = {"backbone": config.reward.model, "ensemble": config.reward.ensemble}
+    for name, pairs in (("heldout", heldout), ("in_sample", train)):
+        scored = scored_by(members(model), pairs, config.reward)
+        margins = np.asarray(scored["margin"])
+        write_pairs(scored, folder / name)
+        metrics[name] = evaluate_margins(margins).to_dict()
+        if name == "heldout":
+            words = word_difference(pairs)
+            metrics["length"] = length_probe(margins, words, seed=config.seed)
+            metrics |= _fit_calibration(
+                margins, words, folds_by_prompt(pairs, FOLDS, config.seed), config.reward, model
+            )
+    write_json(folder / METRICS, metrics)
+
+
+def _fit_calibration(
+    margins: np.ndarray, words: np.ndarray, fold: np.ndarray, reward: RewardConfig, model: Path
+) -> dict[str, Any]:
+    """Write the map of the margins into the model folder, and say what it does to pairs that it was not fitted on."""
+    if reward.calibrate is None and not reward.length_residual:
+        return {}
+    fitted = fit_map(margins, words, reward.calibrate, length=reward.length_residual)
+    fitted.save(model)
+    mapped = calibrated_out_of_fold(margins, words, fold, reward.calibrate, length=reward.length_residual)
+    shown = {"kind": fitted.kind, "temperature": fitted.temperature, "length_slope": fitted.length_slope}
+    return {"calibration": shown, "heldout_calibrated": evaluate_margins(mapped).to_dict()}
+
+
+def stage_crossfit(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+    """Margins of the reward model's own training pairs, each from a model that has not seen it."""
+    assert config.reward is not None
+    train = read_pairs(reward_pairs_folder(root) / "train")
+    scored = cross_fit(train, config.reward, folder, seed=config.seed)
+    write_pairs(scored.remove_columns("fold"), folder / "pairs")
+    write_json(folder / METRICS, evaluate_margins(np.asarray(scored["margin"])).to_dict())
+
+
+def scored_by(
+    models: Sequence[Path | str], pairs: Dataset, config: RewardConfig, calibration: MarginMap | None = None
+) -> Dataset:
+    """Pairs scored by the mean of the models, with the batch size and length of the reward configuration."""
+    return score_with(
+        list(models),
+        pairs,
+        batch_tokens=config.batch_tokens,
+        max_length=config.max_length,
+        trust_remote_code=config.trusts_remote_code,
+        calibration=calibration,
+    )
+
+
+def reward_pairs_folder(root: Path) -> Path:
+    """Folder of the stage whose pairs the reward model is trained on."""
+    own = root / "pairs-reward"
+    return own if own.exists() else root / "pairs"

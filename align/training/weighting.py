@@ -1,0 +1,74 @@
+"""Columns that decide how much each pair of a table counts, made before training from what the run asks for."""
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from align.config import LossConfig, WeightsConfig
+from align.errors import ConfigError, DataError
+from align.loss_registry import BoundLoss
+from align.pair_weights import mean_one, moderate, shrink_by_distance
+
+
+def check_weights(method: str, config: LossConfig, loss: BoundLoss) -> None:
+    """Raise where the loss cannot have the weights that are asked for.
+
+    Raises:
+        ConfigError: a tilt of a loss without a value per pair, a shrunken margin for a loss that reads none.
+    """
+    weights = config.weights
+    if weights is None:
+        return
+    if weights.tilt is not None and (loss.spec.function is None or config.token_mask is not None):
+        raise ConfigError(
+            f"train.methods.{method}.weights.tilt: {loss.spec.name} has no loss of a pair alone to weight by",
+            code="weights-loss",
+            hint="use it with another loss, and without a token mask",
+        )
+    if (weights.ood is not None or weights.spread) and not loss.spec.needs_margin:
+        raise ConfigError(
+            f"train.methods.{method}.weights: ood and spread shrink the margin, and {loss.spec.name} reads none",
+            code="weights-loss",
+            hint="use them with madpo, trust or another loss that reads margins",
+        )
+
+
+def adjust_margins(pairs: Dataset, weights: WeightsConfig | None) -> Dataset:
+    """The table with its ``margin`` moderated by ``margin_std`` and shrunk by ``ood``, as far as ``weights`` says.
+
+    Raises:
+        DataError: a column that is needed is not there.
+    """
+    if weights is None or (weights.ood is None and not weights.spread):
+        return pairs
+    margin = _numbers(pairs, "margin", "weights")
+    if weights.spread:
+        margin = moderate(margin, _numbers(pairs, "margin_std", "weights.spread"))
+    if weights.ood is not None:
+        distance = _numbers(pairs, "ood", "weights.ood")
+        margin = shrink_by_distance(margin, distance, limit=weights.ood.limit, softness=weights.ood.softness)
+    return pairs.remove_columns("margin").add_column("margin", margin.tolist())
+
+
+def normalise_weights(pairs: Dataset, weights: WeightsConfig | None) -> Dataset:
+    """The table with the mean of its ``weight`` at 1, where ``weights`` asks for it and there is such a column."""
+    if weights is None or not weights.normalise or "weight" not in pairs.column_names:
+        return pairs
+    return pairs.remove_columns("weight").add_column("weight", mean_one(_numbers(pairs, "weight", "weights")).tolist())
+
+
+def _numbers(pairs: Dataset, column: str, asked: str) -> Tensor:
+    values = np.asarray(pairs[column], dtype=np.float64) if column in pairs.column_names else np.array([np.nan])
+    if np.isnan(values).any():
+        hints = {
+            "margin_std": "train an ensemble: reward.ensemble: 5",
+            "ood": "let a filter measure it: filter.ood",
+            "margin": "run `align reward score` first",
+        }
+        raise DataError(
+            f"{column}: found no value for some pairs, expected one for each, for `{asked}`",
+            code="weights-column",
+            hint=hints.get(column, "give every pair a weight"),
+        )
+    return torch.from_numpy(values)

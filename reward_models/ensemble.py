@@ -1,0 +1,86 @@
+"""Several reward models for one: the margin is their mean, ``margin_std`` how far they disagree.
+
+The first member is the model folder itself, which loads as a plain reward model; the others lie in ``members/`` below.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from align.config import RewardConfig
+from reward_models.margin_map import MarginMap
+from reward_models.score import COLUMNS, RewardScorer
+from reward_models.train import train_reward_model
+
+MEMBERS = "members"
+SEED_STEP = 7919
+SPREAD = "margin_std"
+
+
+def train_members(train: Dataset, config: RewardConfig, output: Path, *, seed: int) -> None:
+    """Train ``config.ensemble`` reward models into ``output`` and ``output/members``; those that are there are kept.
+
+    Their seeds differ, so their heads and the order of their pairs do. A head that is fitted to frozen features in
+    closed form has no seed: members but the first see the pairs drawn with replacement (bagging).
+
+    Args:
+        train: pair table.
+        config: reward model.
+        output: folder of the first model.
+        seed: of the first member.
+    """
+    train_reward_model(train, config, output, seed=seed)
+    for number in range(1, config.ensemble):
+        own = seed + SEED_STEP * number
+        pairs = train
+        if config.head != "full":
+            rows = np.random.default_rng(own).integers(0, len(train), len(train))
+            pairs = train.select(np.sort(rows))
+        (output / MEMBERS).mkdir(exist_ok=True)
+        train_reward_model(pairs, config, output / MEMBERS / str(number), seed=own)
+
+
+def members(model: Path | str) -> list[Path | str]:
+    """The model and the other members of its ensemble, in their order; of a hub id itself alone."""
+    below = Path(model) / MEMBERS
+    found = [folder for folder in below.iterdir() if folder.name.isdigit()] if below.is_dir() else []
+    return [model, *sorted(found, key=lambda folder: int(folder.name))]
+
+
+def score_with(
+    models: list[Path | str],
+    pairs: Dataset,
+    *,
+    batch_tokens: int,
+    max_length: int,
+    trust_remote_code: bool = False,
+    calibration: MarginMap | None = None,
+    cache: Path | None = None,
+) -> Dataset:
+    """The table with the mean rewards of the models and their margin; ``margin_std`` where there are at least two.
+
+    Args:
+        models: at least one.
+        pairs: pair table.
+        batch_tokens: padded tokens per batch.
+        max_length: tokens per text.
+        trust_remote_code: code that comes with a model may run.
+        calibration: applied to the mean margin.
+        cache: folder for scored chunks, valid for these models and pairs only.
+    """
+    made = []
+    for number, model in enumerate(models):
+        scorer = RewardScorer(
+            model, batch_tokens=batch_tokens, max_length=max_length, trust_remote_code=trust_remote_code
+        )
+        below = cache if cache is None or number == 0 else cache / str(number)
+        scored = scorer.score_pairs(pairs, cache=below)
+        made.append(np.stack([np.asarray(scored[column]) for column in COLUMNS], axis=1))
+    rewards = np.stack(made)
+    table = pairs.remove_columns([name for name in (*COLUMNS, SPREAD) if name in pairs.column_names])
+    for column, values in zip(COLUMNS, rewards.mean(axis=0).T, strict=True):
+        table = table.add_column(column, values.tolist())
+    if len(models) > 1:
+        table = table.add_column(SPREAD, rewards[:, :, -1].std(axis=0, ddof=1).tolist())
+    return table if calibration is None else calibration.apply(table)

@@ -1,0 +1,286 @@
+"""Which objective makes the best reward model of noisy human labels? Linear heads on frozen features, many seeds.
+
+The human-rated movie-review snippets: 10,605 sentences, each rated by 15 to 20 people. A pair is two snippets; which is
+preferred is decided by one rater, so labels carry real noise, and in a given share of the training pairs the label is
+then flipped. Every objective trains a linear head on the same frozen MiniLM embeddings of the same pairs; its penalty
+is chosen by the pair accuracy of 5-fold cross-validation on those (noisy) labels. Tested on pairs of other snippets:
+
+    accuracy     which of the two has the higher mean rating over all raters
+    auc          a snippet that won by mean rating against one that lost, over all pairs of pairs
+    rater        accuracy on one rater's labels (nobody can reach 1)
+    ece, brier   of sigmoid(margin) against one rater's labels, before and after temperature calibration out of fold
+    correlation  of the margins with the differences of the mean ratings
+
+A second part varies the number of pairs for the three heads. Each cell is one JSON file, and is not computed again.
+
+    python scripts/study_reward_models.py --seeds 8
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from build_demo_data import Snippet, read_snippets
+from datasets import Dataset
+from reward_study_rows import BRADLEY_TERRY, ROWS, Data, Fit, Pairs, apart, naive_bayes
+from scipy.special import expit
+from scipy.stats import pearsonr
+
+from align.config import RewardConfig
+from align.console import configure, progress
+from align.evaluation.ranking import auc
+from align.filtering.embed import Encoder
+from align.stage import read_json, write_json
+from reward_models.calibration import evaluate_margins
+from reward_models.margin_map import best_temperature, calibrated_out_of_fold
+from reward_models.score import RewardScorer
+from reward_models.train import train_reward_model
+
+BLOCK = 1500
+FOLDS = 5
+PENALTIES = (30000.0, 10000.0, 3000.0, 1000.0, 300.0, 100.0, 30.0)
+HELD_OUT, TEACHER_PAIRS = 0.2, 3000
+FLIPS = (0.0, 0.2, 0.4)
+SIZES = (25, 50, 100, 200, 400, 800, 1600, 3200)
+FINE_TUNED = (100, 400, 1600)
+SHOWN = ("accuracy", "auc", "ece", "ece_calibrated")
+METRICS = ("accuracy", "auc", "rater", "correlation", "ece", "ece_calibrated", "brier", "temperature")
+
+
+def embed(snippets: list[Snippet], model: Path, folder: Path, end: float) -> np.ndarray | None:
+    """Embeddings [N, D], made block by block and kept; None where the time is up first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(snippets), BLOCK)
+    encoder: Encoder | None = None
+    for start in progress(starts, what="embedding", total=len(starts), unit="blocks"):
+        file = folder / f"{start:06d}.npy"
+        if file.exists():
+            continue
+        if time.monotonic() > end:
+            return None
+        encoder = encoder or Encoder(str(model))
+        values = np.asarray(encoder([snippet.text for snippet in snippets[start : start + BLOCK]]))
+        np.save(file.with_suffix(".tmp.npy"), values, allow_pickle=False)
+        file.with_suffix(".tmp.npy").replace(file)
+    blocks = [np.load(folder / f"{start:06d}.npy", allow_pickle=False) for start in starts]
+    return np.concatenate(blocks).astype(np.float64)
+
+
+def draw(snippets: list[Snippet], rows: np.ndarray, count: int, rng: np.random.Generator) -> Pairs:
+    """``count`` pairs of the snippets in ``rows``, none twice, each labelled by one rater; ties are left out."""
+    made: list[tuple[int, int, float, float]] = []
+    for first, second in rng.permutation(rows)[: len(rows) // 2 * 2].reshape(-1, 2).tolist():
+        a, b = snippets[first], snippets[second]
+        rater = int(rng.integers(min(len(a.ratings), len(b.ratings))))
+        strength = a.ratings[rater] - b.ratings[rater]
+        if strength != 0 and len(made) < count:
+            high, low = (first, second) if strength > 0 else (second, first)
+            made.append((high, low, abs(strength), snippets[high].mean - snippets[low].mean))
+    columns = np.array(made)
+    return Pairs(columns[:, 0].astype(int), columns[:, 1].astype(int), columns[:, 2], columns[:, 3])
+
+
+def prepare(snippets: list[Snippet], features: np.ndarray, flips: float, pairs: int, seed: int) -> Data:
+    """The pairs of one seed; those that are flipped at 20% are flipped at 40% too."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(snippets))
+    cut = int(HELD_OUT * len(order))
+    test = draw(snippets, order[:cut], cut, rng)
+    every = draw(snippets, order[cut:], len(order), rng)
+    train, teacher = every[np.arange(pairs)], every[np.arange(pairs, min(pairs + TEACHER_PAIRS, len(every.gold)))]
+    wrong = [rng.random(len(part.gold)) < flips for part in (train, teacher)]
+    return Data(features, train.flipped(wrong[0]), teacher.flipped(wrong[1]), test, rng)
+
+
+def select_penalty(data: Data, fit: Fit) -> float:
+    """The penalty with the best pair accuracy on held-out folds of the training pairs; the larger one of equals."""
+    fold = np.arange(len(data.train.gold)) * FOLDS // len(data.train.gold)
+    right = np.zeros(len(PENALTIES))
+    for number in range(FOLDS):
+        rest, held = data.train[fold != number], data.train[fold == number]
+        for k, penalty in enumerate(PENALTIES):
+            right[k] += np.sum(apart(data, held) @ fit(data, rest, penalty) > 0)
+    return PENALTIES[int(right.argmax())]
+
+
+def measure(features: np.ndarray, head: np.ndarray, test: Pairs) -> dict[str, float]:
+    """The metrics of a head on the test pairs."""
+    return metrics(features[test.chosen] @ head, features[test.rejected] @ head, test.gold)
+
+
+def metrics(chosen: np.ndarray, rejected: np.ndarray, gold: np.ndarray) -> dict[str, float]:
+    """Metrics of rewards of pairs that one rater labelled and whose mean ratings are ``gold`` apart."""
+    margin = chosen - rejected
+    decided = gold != 0
+    agrees = np.where(margin == 0, 0.5, margin * gold > 0)[decided]
+    better, worse = np.where(gold > 0, chosen, rejected)[decided], np.where(gold > 0, rejected, chosen)[decided]
+    fold = np.arange(len(margin)) % FOLDS
+    mapped = calibrated_out_of_fold(margin, np.zeros(len(margin)), fold, "temperature", length=False)
+    return {
+        "accuracy": float(agrees.mean()),
+        "auc": auc(better, worse),
+        "rater": float(np.mean(np.where(margin == 0, 0.5, margin > 0))),
+        "correlation": float(pearsonr(margin, gold).statistic) if np.ptp(margin) > 0 else 0.0,
+        "ece": evaluate_margins(margin).ece,
+        "ece_calibrated": evaluate_margins(mapped).ece,
+        "brier": float(np.mean(np.square(1 - expit(margin)))),
+        "temperature": best_temperature(margin),
+    }
+
+
+def run_objective(snippets: list[Snippet], features: np.ndarray, cell: dict[str, Any], pairs: int) -> dict[str, Any]:
+    """One objective, share of flips and seed."""
+    data = prepare(snippets, features, cell["flips"], pairs, cell["seed"])
+    fit = ROWS[cell["row"]]
+    penalty = PENALTIES[0] if fit is naive_bayes else select_penalty(data, fit)
+    return measure(features, fit(data, data.train, penalty), data.test) | {"penalty": penalty}
+
+
+def run_size(snippets: list[Snippet], features: np.ndarray, cell: dict[str, Any]) -> dict[str, Any]:
+    """One head on frozen features, number of pairs and seed."""
+    data = prepare(snippets, features, 0.0, cell["pairs"], cell["seed"])
+    fit = naive_bayes if cell["head"] == "naive-bayes" else BRADLEY_TERRY
+    penalty = PENALTIES[0] if fit is naive_bayes else select_penalty(data, fit)
+    return measure(features, fit(data, data.train, penalty), data.test)
+
+
+def run_full(snippets: list[Snippet], features: np.ndarray, cell: dict[str, Any], model: Path, work: Path) -> Any:
+    """MiniLM fine-tuned whole on so many pairs, as `align reward train` does it."""
+    data = prepare(snippets, features, 0.0, cell["pairs"], cell["seed"])
+    texts = [snippet.text for snippet in snippets]
+    tables = [
+        Dataset.from_dict(
+            {
+                "id": [f"{a}-{b}" for a, b in zip(part.chosen, part.rejected, strict=True)],
+                "prompt": ["Movie review:"] * len(part.gold),
+                "chosen": [f" {texts[row]}" for row in part.chosen],
+                "rejected": [f" {texts[row]}" for row in part.rejected],
+            }
+        )
+        for part in (data.train, data.test)
+    ]
+    trainer = {
+        "num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 1e-4, "warmup_steps": 10,
+        "save_strategy": "steps", "save_steps": 50, "save_total_limit": 1,
+    }  # fmt: skip
+    config = RewardConfig(model=str(model), max_length=64, trainer=trainer)
+    folder = work / f"full-{cell['pairs']}-{cell['seed']}"
+    train_reward_model(tables[0], config, folder, seed=cell["seed"])
+    scored = RewardScorer(folder, batch_tokens=8192, max_length=64).score_pairs(tables[1])
+    return metrics(np.asarray(scored["reward_chosen"]), np.asarray(scored["reward_rejected"]), data.test.gold)
+
+
+def cells(seeds: int, full_seeds: int) -> list[dict[str, Any]]:
+    """Every cell, seed by seed, so that a stopped study has all rows."""
+    made: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        made += [{"kind": "objective", "row": row, "flips": flips, "seed": seed} for flips in FLIPS for row in ROWS]
+        heads = ("naive-bayes", "logistic")
+        made += [{"kind": "size", "head": head, "pairs": n, "seed": seed} for n in SIZES for head in heads]
+    return made + [
+        {"kind": "full", "head": "full", "pairs": n, "seed": seed} for seed in range(full_seeds) for n in FINE_TUNED
+    ]
+
+
+def cell_file(folder: Path, cell: Mapping[str, Any]) -> Path:
+    """Where a cell's numbers stand."""
+    name = "_".join(str(value) for value in cell.values())
+    return folder / "cells" / ("".join(c if c.isalnum() or c in "._-" else "-" for c in name) + ".json")
+
+
+def summarise(found: list[tuple[dict[str, Any], dict[str, float]]]) -> dict[str, Any]:
+    """Mean over the seeds with the half-width of its 95% interval, for every row; differences from Bradley-Terry."""
+    groups: dict[str, dict[str, dict[int, dict[str, float]]]] = {"objective": {}, "size": {}, "full": {}}
+    for cell, values in found:
+        key = f"{cell['row']}|{cell['flips']:g}" if cell["kind"] == "objective" else f"{cell['head']}|{cell['pairs']}"
+        groups[cell["kind"]].setdefault(key, {})[cell["seed"]] = values
+    table: dict[str, Any] = {}
+    for kind, rows in groups.items():
+        table[kind] = {
+            key: {name: spread([values[name] for values in by_seed.values()]) for name in METRICS}
+            for key, by_seed in rows.items()
+        }
+        for key, by_seed in rows.items() if kind == "objective" else ():
+            base = rows.get(f"bradley_terry|{key.split('|')[1]}", {})
+            gains = [values["accuracy"] - base[seed]["accuracy"] for seed, values in by_seed.items() if seed in base]
+            table[kind][key]["gain"] = spread(gains)
+    return table
+
+
+def spread(values: list[float]) -> list[float]:
+    """Mean, half-width of its 95% interval (Student's t over the seeds) and count."""
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+    return [float(np.mean(values)) if values else float("nan"), float(half), len(values)]
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The tables of docs/reward-models.md."""
+    lines = []
+    for flips in FLIPS:
+        rows = {key.split("|")[0]: row for key, row in summary["objective"].items() if key.endswith(f"|{flips:g}")}
+        if not rows:
+            continue
+        lines += [f"\n**{flips:.0%} of the labels flipped**\n"]
+        lines += ["| objective | accuracy | minus Bradley-Terry | AUC | ECE raw | ECE calibrated |", "|---" * 6 + "|"]
+        for name, row in sorted(rows.items(), key=lambda item: -item[1]["accuracy"][0]):
+            shown = [f"{row[key][0]:.3f} ± {row[key][1]:.3f}" for key in SHOWN]
+            gain = "" if name == "bradley_terry" else f"{row['gain'][0]:+.3f} ± {row['gain'][1]:.3f}"
+            lines.append("| " + " | ".join([name, shown[0], gain, *shown[1:]]) + " |")
+    sizes = summary["size"] | summary["full"]
+    heads = list(dict.fromkeys(key.split("|")[0] for key in sizes))
+    if sizes:
+        lines += ["\n**Heads**\n", "| pairs | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+        for n in SIZES:
+            found = [sizes.get(f"{head}|{n}", {}).get("accuracy") for head in heads]
+            shown = ["" if v is None else f"{v[0]:.3f} ± {v[1]:.3f}" for v in found]
+            lines.append("| " + " | ".join([str(n), *shown]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Compute the cells that are not there, write ``table.json``, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=Path(".assets"))
+    parser.add_argument("--output", type=Path, default=Path("runs/study-reward-models"))
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--full-seeds", type=int, default=0, help="seeds of the fine-tuned models")
+    parser.add_argument("--pairs", type=int, default=800, help="training pairs of the objectives")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no further cell after so long")
+    arguments = parser.parse_args()
+    configure()
+    (arguments.output / "cells").mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * arguments.minutes
+    snippets = read_snippets(arguments.assets / "snippets")
+    random.Random(0).shuffle(snippets)
+    features = embed(snippets, arguments.assets / "minilm", arguments.output / "features", end)
+    if features is None:
+        return
+    wanted = cells(arguments.seeds, arguments.full_seeds)
+    missing = [cell for cell in wanted if not cell_file(arguments.output, cell).exists()]
+    for cell in progress(missing, what="cells", total=len(missing), unit="cells"):
+        if time.monotonic() > end:
+            break
+        if cell["kind"] == "objective":
+            values = run_objective(snippets, features, cell, arguments.pairs)
+        elif cell["kind"] == "size":
+            values = run_size(snippets, features, cell)
+        else:
+            values = run_full(snippets, features, cell, arguments.assets / "minilm", arguments.output)
+        write_json(cell_file(arguments.output, cell), values)
+    files = [(cell, cell_file(arguments.output, cell)) for cell in wanted]
+    summary = summarise([(cell, read_json(file)) for cell, file in files if file.exists()])
+    write_json(arguments.output / "table.json", summary)
+    print(markdown(summary))
+    json.dump({"cells": sum(file.exists() for _, file in files), "of": len(wanted)}, sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
