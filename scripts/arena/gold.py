@@ -23,25 +23,45 @@ def draw_gold(rng: np.random.Generator) -> np.ndarray:
 
 def gold_reward(theta: np.ndarray, gold: np.ndarray, rng: np.random.Generator, kls: Sequence[float]) -> np.ndarray:
     """Exact gold reward [KLS, M] of the directions theta [D, M], each at the temperature with that KL."""
-    x = rng.normal(size=(PROMPTS, RESPONSES, SIZE))
-    reward = x @ gold
+    x, reward = draw_prompts(gold, rng)
     u = x @ (theta / np.maximum(np.linalg.norm(theta, axis=0), 1e-12))
-    u -= u.mean(axis=1, keepdims=True)
+    u -= u.mean(axis=0)
     found = []
     for kl in kls:
         scale = np.full(theta.shape[1], np.sqrt(2 * kl))
         for _ in range(STEPS):
             p, at = softmax(scale * u)
-            spread = (p * np.square(u)).sum(axis=1) - np.square((p * u).sum(axis=1))
+            first = p * u
+            spread = (first * u).sum(axis=0) - np.square(first.sum(axis=0))
             scale -= (at - kl) / np.maximum(scale * spread.mean(axis=0), 1e-9)
             scale = np.maximum(scale, 1e-6)
-        p, _ = softmax(scale * u)
-        found.append((p * reward[..., None]).sum(axis=1).mean(axis=0) - reward.mean())
+        found.append(gained(softmax(scale * u)[0], reward))
     return np.array(found)
 
 
+def reward_and_kl(theta: np.ndarray, gold: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Exact gold reward and KL [M] of the policies theta [D, M] as they are."""
+    x, reward = draw_prompts(gold, rng)
+    p, kl = softmax(x @ theta)
+    return gained(p, reward), kl
+
+
+def draw_prompts(gold: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Features [R, P, D] and gold rewards [R, P] of the responses to new prompts."""
+    x = np.ascontiguousarray(rng.normal(size=(PROMPTS, RESPONSES, SIZE)).swapaxes(0, 1))
+    return x, x @ gold
+
+
+def gained(p: np.ndarray, reward: np.ndarray) -> np.ndarray:
+    """Mean reward [M] under p [R, P, M] minus that of the reference."""
+    return np.einsum("rpm,rp->m", p, reward) / reward.shape[1] - reward.mean()
+
+
 def softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities [P, R, M] and mean KL to the even reference [M]."""
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
-    return p, (p * np.log(np.maximum(p * RESPONSES, 1e-300))).sum(axis=1).mean(axis=0)
+    """Probabilities [R, P, M] and mean KL to the even reference [M]."""
+    shifted = logits - logits.max(axis=0)
+    p = np.exp(shifted)
+    total = p.sum(axis=0)
+    p /= total
+    kl = (p * shifted).sum(axis=0) - np.log(total) + np.log(RESPONSES)
+    return p, kl.mean(axis=0)
