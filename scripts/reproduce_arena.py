@@ -120,7 +120,11 @@ def run_cell(cell: Cell, seeds: int) -> dict[str, Any]:
 
 def key(seeds: int) -> str:
     """Of everything beside the code that a cell's numbers come from; another key computes the cell again."""
-    tried = [(name, recipe.labels, dict(recipe.loss.parameters)) for name, found in METHODS.items() for recipe in found]
+    tried = [
+        (name, recipe.labels, recipe.part, dict(recipe.loss.parameters))
+        for name, found in METHODS.items()
+        for recipe in found
+    ]
     return digest([tried, list(UNTUNED), list(VALIDATION), CHOICE_KL, KLS, BLOCK, seeds])
 
 

@@ -140,6 +140,19 @@ def test_special_cases_of_the_controls() -> None:
     assert np.allclose(*(train(turned, [recipe], seed=0) for recipe in (redrawn, relabelled)))
 
 
+def test_halves_of_the_weight() -> None:
+    """Dampening alone is DPO within tau and MADPO beyond it; amplifying alone the other way round."""
+    drawn = world("independent")
+    madpo = resolve("madpo", {"tau": 2.0})
+    inside, beyond = np.clip(drawn.margin, -1.9, 1.9), np.where(drawn.margin > 0, 2.0, -2.0) + drawn.margin
+    for margin, as_dpo, as_madpo in ((inside, "dampen", "amplify"), (beyond, "amplify", "dampen")):
+        here = World(drawn.features, margin, drawn.gold_margin, drawn.gold)
+        dpo, full = train(here, [DPO], seed=0), train(here, [Recipe(madpo)], seed=0)
+        assert np.allclose(train(here, [Recipe(madpo, part=as_dpo)], seed=0), dpo)
+        assert np.allclose(train(here, [Recipe(madpo, part=as_madpo)], seed=0), full)
+        assert not np.allclose(dpo, full)
+
+
 def test_first_step_is_of_the_losses_gradient() -> None:
     """With beta so small that nothing saturates, DPO's steps all go where the mean feature difference points."""
     drawn = world(pairs=32, seeds=1)
@@ -153,7 +166,7 @@ def test_first_step_is_of_the_losses_gradient() -> None:
 def test_tuning_budgets_are_equal() -> None:
     assert {len(recipes) for recipes in METHODS.values()} == {CANDIDATES}
     for name, recipes in METHODS.items():
-        distinct = {(recipe.labels, *recipe.loss.parameters.items()) for recipe in recipes}
+        distinct = {(recipe.labels, recipe.part, *recipe.loss.parameters.items()) for recipe in recipes}
         assert len(distinct) == CANDIDATES, name
     assert {recipe.loss.beta for recipe in UNTUNED.values()} == {0.1}
 

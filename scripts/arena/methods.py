@@ -16,15 +16,13 @@ BETAS = tuple(float(f"{beta:.3g}") for beta in np.geomspace(0.02, 2.0, CANDIDATE
 FOUR = BETAS[1::3]
 """Where three values of another parameter are tried as well."""
 THREE = (BETAS[2], BETAS[5], BETAS[8])
-"""Where four shapes of MADPO's weight are tried."""
+"""Where four values, or shapes of MADPO's weight, are tried."""
 SHAPES: tuple[dict[str, float], ...] = (
     {"c_max": 2.0, "c_min": 0.5, "tau": 2.0},
     {"c_max": 2.0, "c_min": 0.5, "tau": 6.9068},
     {"c_max": 4.0, "c_min": 0.25, "tau": 2.0},
     {"c_max": 4.0, "c_min": 0.25, "tau": 7.0},
 )
-AMPLIFY: tuple[dict[str, float], ...] = tuple({**shape, "c_min": 0.999} for shape in SHAPES)
-DAMPEN: tuple[dict[str, float], ...] = tuple({**shape, "c_max": 1.001} for shape in SHAPES)
 
 
 def _grid(loss: str, betas: Sequence[float], rest: Sequence[Mapping[str, Any]]) -> list[Recipe]:
@@ -32,7 +30,7 @@ def _grid(loss: str, betas: Sequence[float], rest: Sequence[Mapping[str, Any]]) 
 
 
 NOTHING: tuple[dict[str, float], ...] = ({},)
-DPO = _grid("dpo", BETAS, NOTHING)
+DPO, TUNED = _grid("dpo", BETAS, NOTHING), _grid("madpo", THREE, SHAPES)
 METHODS: dict[str, list[Recipe]] = {
     "dpo": DPO,
     "ipo": _grid("ipo", BETAS, NOTHING),
@@ -41,11 +39,11 @@ METHODS: dict[str, list[Recipe]] = {
     "mmpo": _grid("mmpo", FOUR, [{"gamma": gamma} for gamma in (0.5, 1.0, 2.0)]),
     "rpo_sq": _grid("rpo_sq", FOUR, [{"eta": eta} for eta in (0.5, 1.0, 2.0)]),
     "madpo, published": _grid("madpo", BETAS, NOTHING),
-    "madpo, tuned": _grid("madpo", THREE, SHAPES),
-    "madpo, amplify only": _grid("madpo", THREE, AMPLIFY),
-    "madpo, dampen only": _grid("madpo", THREE, DAMPEN),
+    "madpo, tuned": TUNED,
+    "madpo, amplify only": [replace(recipe, part="amplify") for recipe in TUNED],
+    "madpo, dampen only": [replace(recipe, part="dampen") for recipe in TUNED],
     "soft_madpo": _grid("soft_madpo", THREE, SHAPES),
-    "trust": _grid("trust", FOUR, [{"trust": trust} for trust in (0.25, 0.5, 0.75)]),
+    "trust": _grid("trust", THREE, [{"trust": trust} for trust in (0.0, 0.25, 0.5, 0.75)]),
     "dpo, redrawn": [replace(recipe, labels="redrawn") for recipe in DPO],
     "dpo, relabelled": [replace(recipe, labels="relabelled") for recipe in DPO],
 }

@@ -36,6 +36,8 @@ class Recipe:
     loss: BoundLoss
     labels: Literal["given", "redrawn", "relabelled"] = "given"
     """As drawn; drawn again from sigmoid of the reward model's margin; what the reward model prefers."""
+    part: Literal["all", "amplify", "dampen"] = "all"
+    """Of MADPO's weight: amplify leaves it 1 for margins above tau, dampen for those within -tau and tau."""
 
 
 def train(world: World, recipes: Sequence[Recipe], *, seed: int) -> np.ndarray:
@@ -109,9 +111,17 @@ class _Trainer:
             if recipe.loss.spec.function is None:
                 total = total + self._beta_dpo(k, recipe.loss, pairs, seeds)
                 continue
-            margin = self.calibrated if recipe.loss.spec.name == CALIBRATED else self.margin
-            total = total + recipe.loss(pairs, margin[:, rows].reshape(-1)).sum()
+            total = total + recipe.loss(pairs, self._margin(recipe)[:, rows].reshape(-1)).sum()
         return total / batch
+
+    def _margin(self, recipe: Recipe) -> Tensor:
+        """Margins [S, N] that a policy is trained with."""
+        if recipe.part == "all":
+            return self.calibrated if recipe.loss.spec.name == CALIBRATED else self.margin
+        tau = float(recipe.loss.parameters["tau"])
+        if recipe.part == "amplify":
+            return self.margin.clamp(max=tau)
+        return torch.where(self.margin.abs() < tau, torch.zeros_like(self.margin), self.margin)
 
     def _beta_dpo(self, policy: int, loss: BoundLoss, pairs: PairLogps, seeds: int) -> Tensor:
         """Sum of beta-DPO's loss; beta, the pairs kept and the statistics are each seed's own."""
