@@ -30,7 +30,7 @@ from arena.gold import gold_reward, reward_and_kl
 from arena.methods import CANDIDATES, METHODS, UNTUNED
 from arena.report import compact, draw_plots, markdown, summarise
 from arena.training import Recipe, train
-from arena.world import ERRORS, SPREADS, Cell, World, draw_world
+from arena.world import ERRORS, Cell, World, draw_world
 
 from align.console import configure, log
 from align.stage import digest, read_json, versions, write_json
@@ -44,12 +44,11 @@ BLOCK = 50
 
 
 def cells() -> list[Cell]:
-    """Every condition: all of them at 400 pairs, any pair of a prompt at 100 and 1600."""
-    sizes = [(400, SPREADS), (100, SPREADS[:1]), (1600, SPREADS[:1])]
+    """Every condition: any pair of a prompt at three sizes, and at 400 pairs close and distant ones."""
+    conditions = [(400, "even"), (100, "even"), (1600, "even"), (400, "few easy"), (400, "many easy")]
     return [
         Cell(pairs, flips, spread, error)
-        for pairs, spreads in sizes
-        for spread in spreads
+        for pairs, spread in conditions
         for flips in (0.0, 0.2, 0.4)
         for error in ERRORS
     ]

@@ -12,8 +12,6 @@ from scipy.special import expit
 
 from arena.gold import GOLD_SPREAD, RESPONSES, SIZE, draw_gold
 
-SPREADS = ("even", "few easy", "many easy")
-"""Which pair of a prompt is labelled: any; the closest of three in gold; the furthest apart of three."""
 ERRORS = ("none", "independent", "shared", "out-of-domain", "in-sample", "cross-fitted")
 NOISE = 2.0
 """Standard deviation of an independent or shared error of the margin; that of the gold margin is 2, too."""
@@ -34,6 +32,8 @@ class Cell:
     flips: float
     """Share of labels turned round after Bradley-Terry has drawn them."""
     spread: str
+    """Which pair of a prompt is labelled: ``even``: any; ``few easy``: the closest of three in gold; ``many easy``: the
+    furthest apart of three."""
     error: str
 
     @property
