@@ -9,7 +9,7 @@ Factors of a cell: number of pairs; flipped labels; which pair of a prompt is la
 furthest apart of three); the reward model's error (none, independent, shared by all pairs, right in one domain only,
 margins on its own training pairs that it remembers, cross-fitted margins).
 
-Fixed beforehand: every method has 12 candidates, the one with the highest mean gold reward at KL 0.5 on 24 validation
+Fixed beforehand: every method has 12 candidates, the one with the highest mean gold reward at KL 0.5 on 20 validation
 seeds is trained on the 200 test seeds; the outcome is the gold reward on new prompts at equal KL (0.25, 0.5, 1).
 
 A cell is one JSON file under --output and is not computed again. The same command writes table.json (and without what
@@ -21,21 +21,25 @@ no table needs results_arena.json), the tables of docs/results.md (standard outp
 import argparse
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from arena.gold import gold_reward, reward_and_kl
+from arena.gold import SIZE, gold_reward, reward_and_kl
 from arena.methods import CANDIDATES, METHODS, UNTUNED
-from arena.report import compact, draw_plots, markdown, summarise
+from arena.report import compact, draw_plots, insert, markdown, summarise
 from arena.training import Recipe, train
 from arena.world import ERRORS, Cell, World, draw_world
 
 from align.console import configure, log
+from align.loss_registry import resolve
 from align.stage import digest, read_json, versions, write_json
 
-VALIDATION = range(100_000, 100_024)
+VALIDATION = range(100_000, 100_020)
 CHOICE_KL = 0.5
 KLS = (0.1, 0.25, 0.5, 1.0, 1.4)
 """Of the frontier; 0.25, 0.5 and 1 are the outcome. More than log 6 = 1.79 there is not."""
@@ -65,10 +69,27 @@ def prompts_of(seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, 1])
 
 
+def policies(cell: Cell, world: World, recipes: Sequence[Recipe], seeds: range) -> np.ndarray:
+    """theta [S, D, M] of every recipe; those that no reward model touches are trained once for all errors."""
+    alone = [k for k, recipe in enumerate(recipes) if not recipe.needs_margin]
+    others = [k for k, recipe in enumerate(recipes) if recipe.needs_margin]
+    theta = np.empty((len(seeds), SIZE, len(recipes)))
+    theta[..., others] = train(world, [recipes[k] for k in others], seed=seeds.start)
+    named = tuple((recipes[k].loss.spec.name, tuple(recipes[k].loss.parameters.items())) for k in alone)
+    theta[..., alone] = _without_margin(replace(cell, error="none"), seeds, named)
+    return theta
+
+
+@cache
+def _without_margin(cell: Cell, seeds: range, named: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]) -> np.ndarray:
+    recipes = [Recipe(resolve(name, dict(parameters))) for name, parameters in named]
+    return train(draw_world(cell, seeds), recipes, seed=seeds.start)
+
+
 def choose(cell: Cell, seeds: range = VALIDATION) -> dict[str, tuple[int, np.ndarray]]:
     """Method -> index of its best candidate on the validation seeds, mean reward [candidates] there."""
     world = draw_world(cell, seeds)
-    theta = train(world, [recipe for recipes in METHODS.values() for recipe in recipes], seed=seeds[0])
+    theta = policies(cell, world, [recipe for recipes in METHODS.values() for recipe in recipes], seeds)
     mean = rewards(world, theta, seeds, (CHOICE_KL,))[:, 0].mean(axis=0).reshape(len(METHODS), CANDIDATES)
     return {name: (int(values.argmax()), values) for name, values in zip(METHODS, mean, strict=True)}
 
@@ -81,7 +102,7 @@ def judge(cell: Cell, recipes: dict[str, Recipe], seeds: range) -> dict[str, Any
     for start in range(seeds.start, seeds.stop, BLOCK):
         part = range(start, min(start + BLOCK, seeds.stop))
         world = draw_world(cell, part)
-        theta = train(world, list(recipes.values()), seed=start)
+        theta = policies(cell, world, list(recipes.values()), part)
         equal.append(rewards(world, theta, part, KLS))
         for seed, gold, one in zip(part, world.gold, theta, strict=True):
             for store, values in zip((reward, kl), reward_and_kl(one, gold, prompts_of(seed)), strict=True):
@@ -140,6 +161,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--pairs", nargs="*", type=int, default=[400, 100, 1600], help="only cells of these sizes")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further cell after so long")
+    parser.add_argument("--document", type=Path, help="page whose tables to replace, e.g. docs/results.md")
     arguments = parser.parse_args()
     configure()
     torch.set_num_threads(1)
@@ -161,6 +183,9 @@ def main() -> None:
     small = arguments.output / "results_arena.json"
     small.write_text(json.dumps(compact(summary), separators=(",", ":")) + "\n", encoding="utf-8")
     print(markdown(summary))
+    if arguments.document:
+        page = arguments.document
+        page.write_text(insert(page.read_text(encoding="utf-8"), markdown(summary)), encoding="utf-8")
     draw_plots(summary, arguments.output)
 
 

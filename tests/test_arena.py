@@ -10,7 +10,7 @@ import reproduce_arena
 import torch
 from arena.gold import RESPONSES, SIZE, draw_gold, draw_prompts, gained, gold_reward, reward_and_kl
 from arena.methods import CANDIDATES, METHODS, UNTUNED
-from arena.report import markdown, summarise
+from arena.report import insert, markdown, summarise
 from arena.training import Recipe, train
 from arena.world import ERRORS, RIDGE, Cell, World, draw_world, memorised_margins, reward_model
 from scipy.optimize import minimize
@@ -171,6 +171,14 @@ def test_tuning_budgets_are_equal() -> None:
     assert {recipe.loss.beta for recipe in UNTUNED.values()} == {0.1}
 
 
+def test_policies_without_a_reward_model_are_those_of_every_error() -> None:
+    where, recipes = Cell(100, 0.2, "even", "independent"), [*UNTUNED.values()]
+    found = reproduce_arena.policies(where, draw_world(where, range(4)), recipes, range(4))
+    for k, recipe in enumerate(recipes):
+        if recipe.loss.spec.function is not None:
+            assert np.allclose(found[..., k], train(draw_world(where, range(4)), [recipe], seed=0)[..., 0])
+
+
 def test_the_candidate_chosen_is_the_best_on_validation_seeds() -> None:
     where, seeds = Cell(100, 0.2, "even", "independent"), range(50, 53)
     chosen = reproduce_arena.choose(where, seeds)
@@ -229,3 +237,11 @@ def test_one_command_makes_cells_once(tmp_path: Path, monkeypatch: pytest.Monkey
     table = read_json(tmp_path / "table.json")
     assert len(table["rows"]) == 2 and markdown(table) == markdown(read_json(tmp_path / "results_arena.json"))
     assert (tmp_path / "flips.svg").read_text().startswith("<?xml")
+
+
+def test_tables_of_the_page_are_those_of_the_numbers_beside_it() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    page = (docs / "results.md").read_text(encoding="utf-8")
+    numbers = read_json(docs / "results_arena.json")
+    assert insert(page, markdown(numbers)) == page and "| none, 0% flipped |" in page
+    assert numbers["seeds"] == [200]

@@ -18,6 +18,7 @@ MAIN = ("madpo, published", MADPO, "soft_madpo", "mmpo", "dpo, relabelled", "tru
 OTHERS = ("ipo", "beta_dpo", "odpo", "rpo_sq", "dpo, redrawn", "madpo, amplify only", "madpo, dampen only")
 PLOTTED = (MADPO, "soft_madpo", "mmpo", "dpo, relabelled", "trust", "beta_dpo")
 UNTUNED = "untuned "
+BEGIN, END = "<!-- tables of scripts/reproduce_arena.py -->", "<!-- end of tables -->"
 Interval = tuple[float, float, float]
 """Mean, and the ends of its 95% bootstrap interval over the seeds."""
 
@@ -85,6 +86,13 @@ def markdown(summary: dict[str, Any]) -> str:
     tables += [(f"Which pairs and how many, KL 0.5: {name}", by_factor(rows, name)) for name in ("spread", "pairs")]
     tables += [("Mean over all cells at each KL", by_kl(rows))]
     return "\n\n".join(f"#### {title}\n\n{table}" for title, table in tables)
+
+
+def insert(page: str, tables: str) -> str:
+    """``page`` with what stands between its two marks replaced by ``tables``."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
 
 
 def _main(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -39,6 +39,11 @@ class Recipe:
     part: Literal["all", "amplify", "dampen"] = "all"
     """Of MADPO's weight: amplify leaves it 1 for margins above tau, dampen for those within -tau and tau."""
 
+    @property
+    def needs_margin(self) -> bool:
+        """Whether the reward model makes a difference."""
+        return self.loss.spec.needs_margin or self.labels != "given"
+
 
 def train(world: World, recipes: Sequence[Recipe], *, seed: int) -> np.ndarray:
     """theta [S, D, M] of every policy on every seed's pairs.
