@@ -23,7 +23,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from arena.training import Recipe, train
 from arena.world import ERRORS, Cell, World, draw_world
 
 from align.console import configure, log
-from align.loss_registry import resolve
 from align.stage import digest, read_json, versions, write_json
 
 VALIDATION = range(100_000, 100_020)
@@ -48,13 +46,14 @@ BLOCK = 50
 
 
 def cells() -> list[Cell]:
-    """Every condition: any pair of a prompt at three sizes, and at 400 pairs close and distant ones."""
-    conditions = [(400, "even"), (100, "even"), (1600, "even"), (400, "few easy"), (400, "many easy")]
+    """Every condition: the main ones; other sizes, close and distant pairs, both without 40% flipped labels."""
+    conditions = [(400, "even", 0.4), (100, "even", 0.2), (400, "few easy", 0.2), (400, "many easy", 0.2)]
     return [
         Cell(pairs, flips, spread, error)
-        for pairs, spread in conditions
+        for pairs, spread, most in [*conditions, (1600, "even", 0.2)]
         for flips in (0.0, 0.2, 0.4)
         for error in ERRORS
+        if flips <= most
     ]
 
 
@@ -69,32 +68,34 @@ def prompts_of(seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, 1])
 
 
-def policies(cell: Cell, world: World, recipes: Sequence[Recipe], seeds: range) -> np.ndarray:
+def policies(cell: Cell, world: World, recipes: Sequence[Recipe], seeds: range, store: Path) -> np.ndarray:
     """theta [S, D, M] of every recipe; those that no reward model touches are trained once for all errors."""
     alone = [k for k, recipe in enumerate(recipes) if not recipe.needs_margin]
     others = [k for k, recipe in enumerate(recipes) if recipe.needs_margin]
     theta = np.empty((len(seeds), SIZE, len(recipes)))
     theta[..., others] = train(world, [recipes[k] for k in others], seed=seeds.start)
-    named = tuple((recipes[k].loss.spec.name, tuple(recipes[k].loss.parameters.items())) for k in alone)
-    theta[..., alone] = _without_margin(replace(cell, error="none"), seeds, named)
+    named = [(recipes[k].loss.spec.name, dict(recipes[k].loss.parameters)) for k in alone]
+    same = replace(cell, error=ERRORS[0])
+    file = store / f"{digest([same.to_dict(), list(seeds), named])[:16]}.npy"
+    if not file.exists():
+        store.mkdir(parents=True, exist_ok=True)
+        found = train(draw_world(same, seeds), [recipes[k] for k in alone], seed=seeds.start)
+        temporary = file.with_suffix(".partial.npy")
+        np.save(temporary, found)
+        temporary.replace(file)
+    theta[..., alone] = np.load(file, allow_pickle=False)
     return theta
 
 
-@cache
-def _without_margin(cell: Cell, seeds: range, named: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]) -> np.ndarray:
-    recipes = [Recipe(resolve(name, dict(parameters))) for name, parameters in named]
-    return train(draw_world(cell, seeds), recipes, seed=seeds.start)
-
-
-def choose(cell: Cell, seeds: range = VALIDATION) -> dict[str, tuple[int, np.ndarray]]:
+def choose(cell: Cell, store: Path, seeds: range = VALIDATION) -> dict[str, tuple[int, np.ndarray]]:
     """Method -> index of its best candidate on the validation seeds, mean reward [candidates] there."""
     world = draw_world(cell, seeds)
-    theta = policies(cell, world, [recipe for recipes in METHODS.values() for recipe in recipes], seeds)
+    theta = policies(cell, world, [recipe for recipes in METHODS.values() for recipe in recipes], seeds, store)
     mean = rewards(world, theta, seeds, (CHOICE_KL,))[:, 0].mean(axis=0).reshape(len(METHODS), CANDIDATES)
     return {name: (int(values.argmax()), values) for name, values in zip(METHODS, mean, strict=True)}
 
 
-def judge(cell: Cell, recipes: dict[str, Recipe], seeds: range) -> dict[str, Any]:
+def judge(cell: Cell, recipes: dict[str, Recipe], seeds: range, store: Path) -> dict[str, Any]:
     """Method -> gold reward at each KL [S, KLS], and reward and KL as trained [S], on the test seeds."""
     equal: list[np.ndarray] = []
     reward: list[np.ndarray] = []
@@ -102,11 +103,12 @@ def judge(cell: Cell, recipes: dict[str, Recipe], seeds: range) -> dict[str, Any
     for start in range(seeds.start, seeds.stop, BLOCK):
         part = range(start, min(start + BLOCK, seeds.stop))
         world = draw_world(cell, part)
-        theta = policies(cell, world, list(recipes.values()), part)
+        theta = policies(cell, world, list(recipes.values()), part, store)
         equal.append(rewards(world, theta, part, KLS))
         for seed, gold, one in zip(part, world.gold, theta, strict=True):
-            for store, values in zip((reward, kl), reward_and_kl(one, gold, prompts_of(seed)), strict=True):
-                store.append(values)
+            gained, at = reward_and_kl(one, gold, prompts_of(seed))
+            reward.append(gained)
+            kl.append(at)
     found = np.concatenate(equal).round(5)
     return {
         name: {
@@ -118,13 +120,13 @@ def judge(cell: Cell, recipes: dict[str, Recipe], seeds: range) -> dict[str, Any
     }
 
 
-def run_cell(cell: Cell, seeds: int) -> dict[str, Any]:
+def run_cell(cell: Cell, seeds: int, store: Path) -> dict[str, Any]:
     """Choose on validation seeds, judge on test seeds."""
     start = time.monotonic()
-    chosen = choose(cell)
+    chosen = choose(cell, store)
     recipes = {name: METHODS[name][best] for name, (best, _) in chosen.items()}
     untuned = {f"untuned {name}": recipe for name, recipe in UNTUNED.items()}
-    found = judge(cell, {**recipes, **untuned}, range(seeds))
+    found = judge(cell, {**recipes, **untuned}, range(seeds), store)
     return {
         "key": key(seeds),
         "cell": cell.to_dict(),
@@ -174,7 +176,7 @@ def main() -> None:
             continue
         if time.monotonic() > end:
             break
-        found = run_cell(cell, arguments.seeds)
+        found = run_cell(cell, arguments.seeds, arguments.output / "without-margins")
         write_json(file, found)
         log.info("%d of %d cells: %s, %.0f s", number, len(wanted), cell.name, found["seconds"])
     files = [cell_file(arguments.output, cell) for cell in wanted]

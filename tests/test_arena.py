@@ -171,17 +171,17 @@ def test_tuning_budgets_are_equal() -> None:
     assert {recipe.loss.beta for recipe in UNTUNED.values()} == {0.1}
 
 
-def test_policies_without_a_reward_model_are_those_of_every_error() -> None:
+def test_policies_without_a_reward_model_are_those_of_every_error(tmp_path: Path) -> None:
     where, recipes = Cell(100, 0.2, "even", "independent"), [*UNTUNED.values()]
-    found = reproduce_arena.policies(where, draw_world(where, range(4)), recipes, range(4))
+    found = reproduce_arena.policies(where, draw_world(where, range(4)), recipes, range(4), tmp_path)
     for k, recipe in enumerate(recipes):
         if recipe.loss.spec.function is not None:
             assert np.allclose(found[..., k], train(draw_world(where, range(4)), [recipe], seed=0)[..., 0])
 
 
-def test_the_candidate_chosen_is_the_best_on_validation_seeds() -> None:
+def test_the_candidate_chosen_is_the_best_on_validation_seeds(tmp_path: Path) -> None:
     where, seeds = Cell(100, 0.2, "even", "independent"), range(50, 53)
-    chosen = reproduce_arena.choose(where, seeds)
+    chosen = reproduce_arena.choose(where, tmp_path, seeds)
     best, values = chosen["madpo, tuned"]
     drawn = draw_world(where, seeds)
     slow = []
@@ -221,7 +221,7 @@ def test_one_command_makes_cells_once(tmp_path: Path, monkeypatch: pytest.Monkey
     """Two cells of two seeds: JSON per cell, tables, plots; a cell that is there is not computed again."""
     picked = [Cell(100, 0.0, "even", "none"), Cell(400, 0.2, "even", "in-sample")]
     monkeypatch.setattr(reproduce_arena, "cells", lambda: picked)
-    monkeypatch.setattr(reproduce_arena, "choose", lambda cell: {name: (0, np.zeros(CANDIDATES)) for name in METHODS})
+    monkeypatch.setattr(reproduce_arena, "choose", lambda *_: {name: (0, np.zeros(CANDIDATES)) for name in METHODS})
     monkeypatch.setattr(sys, "argv", ["reproduce_arena", "--output", str(tmp_path), "--seeds", "2"])
     reproduce_arena.main()
     files = [reproduce_arena.cell_file(tmp_path, one) for one in picked]

@@ -11,7 +11,8 @@ import numpy as np
 SIZE, RESPONSES, GOLD_SPREAD = 20, 6, 2.0
 """D, R, standard deviation of the gold margin of two responses."""
 PROMPTS = 500
-STEPS = 8
+STEPS, CLOSE = 8, 1e-5
+"""Most Newton steps to a KL, relative error at which it is reached."""
 
 
 def draw_gold(rng: np.random.Generator) -> np.ndarray:
@@ -31,6 +32,8 @@ def gold_reward(theta: np.ndarray, gold: np.ndarray, rng: np.random.Generator, k
         scale = np.full(theta.shape[1], np.sqrt(2 * kl))
         for _ in range(STEPS):
             p, at = softmax(scale * u)
+            if (np.abs(at - kl) < CLOSE * kl).all():
+                break
             first = p * u
             spread = (first * u).sum(axis=0) - np.square(first.sum(axis=0))
             scale -= (at - kl) / np.maximum(scale * spread.mean(axis=0), 1e-9)

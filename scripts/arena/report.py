@@ -19,6 +19,8 @@ OTHERS = ("ipo", "beta_dpo", "odpo", "rpo_sq", "dpo, redrawn", "madpo, amplify o
 PLOTTED = (MADPO, "soft_madpo", "mmpo", "dpo, relabelled", "trust", "beta_dpo")
 UNTUNED = "untuned "
 BEGIN, END = "<!-- tables of scripts/reproduce_arena.py -->", "<!-- end of tables -->"
+SEEN_EVERYWHERE = 0.2
+"""Largest share of flips that there is at every size and spread."""
 Interval = tuple[float, float, float]
 """Mean, and the ends of its 95% bootstrap interval over the seeds."""
 
@@ -139,7 +141,7 @@ def against_controls(rows: Sequence[dict[str, Any]]) -> str:
 def by_factor(rows: Sequence[dict[str, Any]], factor: str) -> str:
     """A row per level of a factor: mean difference to DPO over the cells that differ in it alone."""
     fixed = {"spread": ("pairs", 400), "pairs": ("spread", "even")}[factor]
-    rows = [row for row in rows if row["cell"][fixed[0]] == fixed[1]]
+    rows = [row for row in rows if row["cell"][fixed[0]] == fixed[1] and row["cell"]["flips"] <= SEEN_EVERYWHERE]
     made = []
     for level in _levels(rows, factor):
         found = [row["difference"][f"{MAIN_KL:g}"] for row in rows if row["cell"][factor] == level]
