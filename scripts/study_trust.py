@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arena.gold import SIZE, draw_gold, gold_reward
 from scipy.special import expit
 
 from align.console import configure, progress
@@ -26,8 +27,6 @@ from align.trust.choose import by_labels, choose
 from align.trust.evidence import weigh
 from align.trust.proxy import DPO, GRID, MADPO, SOFT, Family, fit, held_out, scaled
 
-SIZE, RESPONSES, GOLD_SPREAD = 20, 6, 2.0
-PROMPTS = 500
 KLS = (0.25, 0.5, 1.0)
 FOLDS = 5
 FAMILY = Family()
@@ -48,8 +47,7 @@ ALLOWED = {
 
 def draw_pairs(kind: str, flips: float, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Gold direction [D], differences of features x [N, D] (preferred minus other), margins [N]."""
-    gold = rng.normal(size=SIZE)
-    gold *= GOLD_SPREAD / np.sqrt(2) / np.linalg.norm(gold)
+    gold = draw_gold(rng)
     x = rng.normal(size=(count, SIZE)) - rng.normal(size=(count, SIZE))
     first = rng.random(count) < expit(x @ gold)
     first ^= rng.random(count) < flips
@@ -83,32 +81,6 @@ def out_of_fold(seen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return margin
 
 
-def gold_reward(theta: np.ndarray, gold: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Exact gold reward [KLS, M] of the directions theta [D, M], each at the temperature with that KL."""
-    x = rng.normal(size=(PROMPTS, RESPONSES, SIZE))
-    reward = x @ gold
-    u = x @ (theta / np.maximum(np.linalg.norm(theta, axis=0), 1e-12))
-    u -= u.mean(axis=1, keepdims=True)
-    found = []
-    for kl in KLS:
-        scale = np.full(theta.shape[1], np.sqrt(2 * kl))
-        for _ in range(8):
-            p, at = _softmax(scale * u)
-            spread = (p * np.square(u)).sum(axis=1) - np.square((p * u).sum(axis=1))
-            scale -= (at - kl) / np.maximum(scale * spread.mean(axis=0), 1e-9)
-            scale = np.maximum(scale, 1e-6)
-        p, _ = _softmax(scale * u)
-        found.append((p * reward[..., None]).sum(axis=1).mean(axis=0) - reward.mean())
-    return np.array(found)
-
-
-def _softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities [P, R, M] and mean KL to the even reference [M]."""
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
-    return p, (p * np.log(np.maximum(p * RESPONSES, 1e-300))).sum(axis=1).mean(axis=0)
-
-
 def run_seed(kind: str, flips: float, count: int, seed: int) -> dict[str, Any]:
     """Every rule's gold reward, and what trust and evidence chose."""
     rng = np.random.default_rng([seed, MARGINS.index(kind), round(100 * flips), count])
@@ -121,7 +93,7 @@ def run_seed(kind: str, flips: float, count: int, seed: int) -> dict[str, Any]:
     same_labels = kind.startswith("out-of-fold")
     choices["combined"] = choose(found, theta, evidence.theta, x, FAMILY, same_labels=same_labels)
     columns = np.stack([theta[:, c.setting, c.spread] for c in choices.values()] + [evidence.theta], axis=1)
-    reward = gold_reward(columns, drawn["gold"], rng)
+    reward = gold_reward(columns, drawn["gold"], rng, KLS)
     return {
         "reward": dict(zip([*choices, "evidence"], reward.T.tolist(), strict=True)),
         "chosen": {name: [GRID[c.setting].trust, GRID[c.setting].strength] for name, c in choices.items()},

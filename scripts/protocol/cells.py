@@ -1,0 +1,153 @@
+"""One cell: a policy trained on one quality with one method and setting, what it writes, gold reward and KL."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from align.config import LossConfig
+from align.evaluation.completions import Decoding, measure_kl, score, write_completions
+from align.evaluation.policies import REFERENCE, Policy
+from align.model_loading import load_policy, load_tokenizer
+from align.pairs import read_pairs
+from align.stage import Stage, fingerprint_source, read_json, run_stage, write_json
+from align.training.train import MODEL, train_policy
+from protocol.data import Quality, Study, read_prompts
+from reward_models.judges import make_judge
+
+CELL = "cell.json"
+Parameters = dict[str, float | bool]
+CANDIDATES: dict[str, tuple[Parameters, ...]] = {
+    "dpo": ({"beta": 0.1}, {"beta": 0.03}, {"beta": 0.3}),
+    "ipo": tuple({"beta": beta, "length_normalize": False} for beta in (0.1, 0.03, 0.3)),
+    "beta_dpo": ({"beta": 0.1, "alpha": 0.6}, {"beta": 0.1, "alpha": 0.2}, {"beta": 0.03, "alpha": 0.6}),
+    "madpo": ({"beta": 0.1}, {"beta": 0.1, "c_max": 4.0, "c_min": 0.25, "tau": 7.0}, {"beta": 0.03}),
+    "soft_madpo": ({"beta": 0.1}, {"beta": 0.1, "c_max": 4.0, "c_min": 0.25, "tau": 7.0}, {"beta": 0.03}),
+    "mmpo": ({"beta": 0.1}, {"beta": 0.1, "gamma": 0.5}, {"beta": 0.03}),
+    "rpo_sq": ({"beta": 0.1}, {"beta": 0.1, "eta": 0.5}, {"beta": 0.03}),
+    "relabelled": ({"beta": 0.1}, {"beta": 0.03}, {"beta": 0.3}),
+}
+"""Method -> what it may choose from on the validation split, the published setting first; as many for every method."""
+RELABELLED = "relabelled"
+"""DPO on pairs turned round where the reward model prefers the rejected response."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Prompts that policies are judged on, and how they are decoded there."""
+
+    name: str
+    temperatures: tuple[float, ...]
+
+
+def setting_name(parameters: Parameters) -> str:
+    """For a folder: ``beta=0.1,tau=7``."""
+    return ",".join(f"{name}={value:g}" for name, value in parameters.items())
+
+
+def relabelled(pairs: Dataset) -> Dataset:
+    """Every pair with the response that the reward model prefers as the chosen one."""
+    names = {"chosen": "rejected", "rejected": "chosen", "reward_chosen": "reward_rejected"}
+    names |= {"reward_rejected": "reward_chosen"}
+
+    def turn(row: dict[str, Any]) -> dict[str, Any]:
+        if row["margin"] >= 0:
+            return row
+        turned = {name: row[names.get(name, name)] for name in row}
+        return turned | {"margin": -row["margin"], "gold_margin": -row["gold_margin"]}
+
+    return Dataset.from_list([turn(row) for row in pairs.to_list()])
+
+
+def run_cell(
+    study: Study, pairs: Stage, quality: Quality, method: str, parameters: Parameters, seed: int, split: Split
+) -> dict[str, Any]:
+    """Train and judge; what ``cell.json`` holds. A cell that is there is only read."""
+    loss = LossConfig(loss="dpo" if method == RELABELLED else method, parameters=parameters)
+    train = study.train.model_copy(update={"methods": {method: loss}})
+
+    def work(folder: Path) -> None:
+        table = read_pairs(pairs.folder / "pairs")
+        table = relabelled(table) if method == RELABELLED else table
+        trained, cache = folder / "train", study.root / f"seed-{seed}" / quality / "reference-logps"
+        train_policy(table, train, method, trained, seed=seed, reference_cache=cache)
+        found = _judge(
+            study, Policy(method, str(_merge(study, trained / MODEL, folder / "merged"))), seed, split, folder
+        )
+        shutil.rmtree(folder / "merged", ignore_errors=True)
+        facts = {"quality": quality, "method": method, "seed": seed, "split": split.name, "parameters": parameters}
+        write_json(folder / CELL, facts | {"decoded": found})
+
+    folder = study.root / f"seed-{seed}" / quality / method / setting_name(parameters)
+    inputs = {
+        "pairs": pairs.key,
+        "model": fingerprint_source(study.train.model),
+        "train": train.model_dump(),
+        "seed": seed,
+        **_judging(study, split),
+    }
+    stage = run_stage(f"{quality}, {method}, seed {seed}, {folder.name}", folder, inputs, work)
+    found: dict[str, Any] = read_json(stage.folder / CELL)
+    return found
+
+
+def run_reference(study: Study, seed: int, split: Split) -> dict[str, Any]:
+    """The same of the reference model."""
+
+    def work(folder: Path) -> None:
+        found = _judge(study, Policy(REFERENCE, study.train.model), seed, split, folder)
+        write_json(folder / CELL, {"method": REFERENCE, "seed": seed, "split": split.name, "decoded": found})
+
+    inputs = {"model": fingerprint_source(study.train.model), "seed": seed, **_judging(study, split)}
+    folder = study.root / f"seed-{seed}" / f"{REFERENCE}-{split.name}"
+    stage = run_stage(f"{REFERENCE}, seed {seed}", folder, inputs, work)
+    found: dict[str, Any] = read_json(stage.folder / CELL)
+    return found
+
+
+def _judging(study: Study, split: Split) -> dict[str, Any]:
+    return {
+        "prompts": read_prompts(study, split.name),
+        "temperatures": split.temperatures,
+        "max_new_tokens": study.sizes.max_new_tokens,
+        "judge": study.judge,
+    }
+
+
+def _merge(study: Study, trained: Path, target: Path) -> Path:
+    """The trained model as a folder without an adapter, which would cost each sampled token more than once."""
+    policy = load_policy(str(trained), dtype="float32")
+    if not hasattr(policy, "merge_and_unload"):
+        return trained
+    shutil.rmtree(target, ignore_errors=True)  # what a killed run has left may be half of a model
+    policy.merge_and_unload().save_pretrained(target)
+    load_tokenizer(study.train.model).save_pretrained(target)
+    return target
+
+
+def _judge(study: Study, policy: Policy, seed: int, split: Split, folder: Path) -> dict[str, dict[str, list[float]]]:
+    """Temperature -> gold reward, log policy - log reference and tokens of a completion of each prompt."""
+    prompts, judge = read_prompts(study, split.name), make_judge(study.judge)
+    reference = Policy(REFERENCE, study.train.model)
+    made = {}
+    for heat in split.temperatures:
+        decoding = Decoding(study.sizes.max_new_tokens, heat, seed, study.sizes.batch_size)
+        written = write_completions(policy, prompts, decoding, folder)
+        kl = np.zeros(len(prompts))
+        if policy.model != reference.model or heat != 1:
+            kl = measure_kl(written, reference, folder)
+        made[f"{heat:g}"] = {
+            "reward": np.round(score(written, judge, folder), 4).tolist(),
+            "kl": np.round(kl, 4).tolist(),
+            "tokens": [len(ids) for ids in written.table["token_ids"]],
+        }
+    return made
+
+
+def choose(cells: Sequence[dict[str, Any]]) -> int:
+    """Index of the candidate with the highest mean gold reward on the validation prompts at temperature 1."""
+    return int(np.argmax([np.mean(cell["decoded"]["1"]["reward"]) for cell in cells]))

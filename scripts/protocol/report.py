@@ -1,0 +1,127 @@
+"""From the policy study's cells to its table and plot."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.estimates import bootstrap_mean
+from align.evaluation.rewards import gain_per_root_kl
+
+BASELINE = "dpo"
+Cells = Sequence[dict[str, Any]]
+
+
+def summarise(cells: Cells, references: Cells) -> list[dict[str, Any]]:
+    """A row per quality and method, over the seeds that every method of the quality has.
+
+    Args:
+        cells: test cells.
+        references: the reference's test cells, one a seed.
+    """
+    origin = {cell["seed"]: cell["decoded"] for cell in references}
+    rows = []
+    for quality in dict.fromkeys(cell["quality"] for cell in cells):
+        here = [cell for cell in cells if cell["quality"] == quality]
+        methods = list(dict.fromkeys(cell["method"] for cell in here))
+        found = {method: {cell["seed"]: cell for cell in here if cell["method"] == method} for method in methods}
+        seeds = sorted(set(origin).intersection(*found.values()))
+        if seeds:
+            rows += [_row(quality, method, found, origin, seeds) for method in methods]
+    return rows
+
+
+def _row(
+    quality: str, method: str, found: dict[str, dict[int, Any]], origin: dict[int, Any], seeds: list[int]
+) -> dict[str, Any]:
+    """Numbers of a method: means over the seeds of each prompt, intervals over the prompts."""
+    reward, kl = (_by_seed(found[method], seeds, "1", name) for name in ("reward", "kl"))
+    start = np.array([origin[seed]["1"]["reward"] for seed in seeds])
+    row: dict[str, Any] = {
+        "quality": quality,
+        "method": method,
+        "seeds": len(seeds),
+        "parameters": found[method][seeds[0]]["parameters"],
+        "reference": float(start.mean()),
+        "reward": bootstrap_mean(reward.mean(axis=0), seed=0).to_dict(),
+        "kl": bootstrap_mean(kl.mean(axis=0), seed=0).to_dict(),
+    }
+    ratio = gain_per_root_kl((reward - start).mean(axis=0), kl.mean(axis=0), seed=0)
+    row["gain_per_root_kl"] = ratio and ratio.to_dict()
+    if BASELINE in found and method != BASELINE:
+        base = _by_seed(found[BASELINE], seeds, "1", "reward")
+        row["over_dpo"] = bootstrap_mean((reward - base).mean(axis=0), seed=0).to_dict()
+        row["over_dpo_by_seed"] = (reward - base).mean(axis=1).round(4).tolist()
+        wins = ((reward > base) + 0.5 * (reward == base)).mean(axis=0)
+        row["wins_over_dpo"] = bootstrap_mean(wins, seed=0).to_dict()
+    row["frontier"] = [
+        {
+            "temperature": float(heat),
+            "kl": float(_by_seed(found[method], seeds, heat, "kl").mean()),
+            "reward": bootstrap_mean(_by_seed(found[method], seeds, heat, "reward").mean(axis=0), seed=0).to_dict(),
+        }
+        for heat in found[method][seeds[0]]["decoded"]
+    ]
+    return row
+
+
+def _by_seed(cells: dict[int, Any], seeds: list[int], heat: str, name: str) -> np.ndarray:
+    """[seeds, prompts]."""
+    return np.array([cells[seed]["decoded"][heat][name] for seed in seeds], dtype=np.float64)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of docs/results.md."""
+    head = ["quality", "method", "chosen", "gold reward", "minus DPO", "by seed", "wins against DPO", "KL"]
+    head.append("gain per sqrt(2 KL)")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        chosen = ", ".join(f"{name} {value:g}" for name, value in row["parameters"].items())
+        by_seed = ", ".join(f"{value:+.2f}" for value in row.get("over_dpo_by_seed", []))
+        cells = [
+            row["quality"],
+            row["method"],
+            chosen,
+            _shown(row["reward"]),
+            _shown(row.get("over_dpo"), "+"),
+            by_seed,
+        ]
+        cells += [_shown(row.get("wins_over_dpo")), _shown(row["kl"]), _shown(row["gain_per_root_kl"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _shown(estimate: dict[str, float] | None, sign: str = "") -> str:
+    if estimate is None:
+        return ""
+    return f"{estimate['value']:{sign}.2f} ({estimate['low']:{sign}.2f} to {estimate['high']:{sign}.2f})"
+
+
+def draw_frontier(rows: Sequence[dict[str, Any]], target: Path) -> None:
+    """Gold reward against KL over decoding temperatures, a panel per quality."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "protocol", "svg.fonttype": "none"})
+    qualities = list(dict.fromkeys(row["quality"] for row in rows))
+    figure, axes = plt.subplots(1, len(qualities), figsize=(3.6 * len(qualities) + 1, 3.6), squeeze=False, sharey=True)
+    for panel, quality in zip(axes[0], qualities, strict=True):
+        for row in (row for row in rows if row["quality"] == quality):
+            points = sorted(row["frontier"], key=lambda point: point["kl"])
+            x, y = [point["kl"] for point in points], [point["reward"]["value"] for point in points]
+            errors = [
+                [abs(point["reward"][end] - point["reward"]["value"]) for point in points] for end in ("low", "high")
+            ]
+            panel.errorbar(x, y, yerr=errors, label=row["method"], marker="o", markersize=3, capsize=2, linewidth=1)
+        panel.set_title(f"{quality} quality", fontsize=9)
+        panel.set_xlabel("KL to the reference, nats")
+    axes[0, 0].set_ylabel("gold reward")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=8, fontsize=8)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    temporary = target.with_suffix(".partial")
+    figure.savefig(temporary, format="svg", metadata={"Date": None})
+    temporary.replace(target)
+    plt.close(figure)

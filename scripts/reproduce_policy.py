@@ -1,0 +1,146 @@
+"""MADPO's protocol on a real model: three data qualities, eight methods, equal tuning, seeds.
+
+Prompts are the first words of movie-review snippets, the gold reward is 3 x VADER, labels are drawn by Bradley-Terry
+from it. high: two samples of the reference model; low: the better of them against the review's own words; medium: half
+and half. Every method is trained with every of its three candidates on the tuning seed and judged on the validation
+prompts; the one with the highest mean gold reward there is trained on the test seeds and judged on the test prompts,
+which no choice has seen. The published setting is always a candidate.
+
+A cell (quality, method, seed, setting) is a stage with its cell.json under --output: a stopped study goes on where it
+was. The table and the frontier are written from whatever cells are there.
+
+    python scripts/reproduce_policy.py --minutes 600
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+from protocol.cells import CANDIDATES, Parameters, Split, choose, run_cell, run_reference
+from protocol.data import (
+    QUALITIES,
+    Margins,
+    Quality,
+    Sizes,
+    Study,
+    make_pairs,
+    make_prompts,
+    make_reward_model,
+    make_samples,
+)
+from protocol.report import draw_frontier, markdown, summarise
+
+from align.config import load_config
+from align.console import configure, log
+from align.errors import AlignError, ConfigError
+from align.stage import Stage, write_json
+
+TUNING_SEED = 1000
+VALIDATION = Split("validation", (1.0,))
+
+
+def read_study(arguments: argparse.Namespace) -> Study:
+    """Models, adapter and trainer fields of a run's YAML; sizes of the command line.
+
+    Raises:
+        ConfigError: the file has no reward model, policy or evaluation.
+    """
+    config = load_config(arguments.config, arguments.set)
+    if config.reward is None or config.train is None or config.evaluate is None or config.sample is None:
+        raise ConfigError(
+            f"{arguments.config}: expected `reward`, `sample`, `train` and `evaluate`",
+            code="config-key",
+            hint="give a file like configs/demo.yaml",
+        )
+    sizes = Sizes(
+        arguments.reward_pairs, arguments.train_prompts, arguments.validation_prompts, arguments.test_prompts,
+        config.sample.max_new_tokens, config.evaluate.batch_size, arguments.label_scale,
+    )  # fmt: skip
+    root = arguments.output / arguments.margins
+    return Study(root, arguments.snippets, sizes, config.train, config.reward, arguments.margins, config.evaluate.judge)
+
+
+class Runner:
+    """Makes what a cell needs before it, once."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.prompts = make_prompts(study)
+        if study.margins == "outside":
+            make_reward_model(study, self.prompts)
+        self.made: dict[tuple[str, int], Stage] = {}
+
+    def pairs(self, quality: Quality, seed: int) -> Stage:
+        """The pairs of a quality and seed, with margins."""
+        if (quality, seed) not in self.made:
+            samples = make_samples(self.study, self.prompts, seed)
+            self.made[quality, seed] = make_pairs(self.study, samples, quality, seed)
+        return self.made[quality, seed]
+
+    def cell(self, quality: Quality, method: str, parameters: Parameters, seed: int, split: Split) -> dict[str, Any]:
+        """A cell, computed or read."""
+        return run_cell(self.study, self.pairs(quality, seed), quality, method, parameters, seed, split)
+
+
+def run(arguments: argparse.Namespace, study: Study) -> None:
+    """Tune, then test, every quality and method; write the table after each cell."""
+    runner, test = Runner(study), Split("test", tuple(arguments.temperatures))
+    end = time.monotonic() + 60 * arguments.minutes
+    references: list[dict[str, Any]] = []
+    cells: list[dict[str, Any]] = []
+    chosen: dict[str, Any] = {}
+    for seed in range(arguments.seeds):
+        if time.monotonic() > end:
+            break
+        references.append(run_reference(study, seed, test))
+        for quality in arguments.qualities:
+            for method in arguments.methods:
+                if time.monotonic() > end:
+                    break
+                name = f"{quality}, {method}"
+                if name not in chosen:
+                    tried = CANDIDATES[method]
+                    found = [runner.cell(quality, method, one, TUNING_SEED, VALIDATION) for one in tried]
+                    chosen[name] = tried[choose(found)]
+                cells.append(runner.cell(quality, method, chosen[name], seed, test))
+                write_json(study.root / "table.json", {"chosen": chosen, "rows": summarise(cells, references)})
+    rows = summarise(cells, references)
+    if rows:
+        draw_frontier(rows, study.root / "frontier.svg")
+    print(markdown(rows))
+    log.info("%d test cells; %s", len(cells), study.root / "table.json")
+
+
+def main() -> None:
+    """Run the study."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="models and trainer fields")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a key of the config")
+    parser.add_argument("--snippets", type=Path, default=Path(".assets/snippets"))
+    parser.add_argument("--output", type=Path, default=Path("runs/reproduce-policy"))
+    parser.add_argument("--margins", choices=get_args(Margins), default="outside", help="where margins come from")
+    parser.add_argument("--qualities", nargs="+", choices=QUALITIES, default=list(QUALITIES))
+    parser.add_argument("--methods", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES))
+    parser.add_argument("--seeds", type=int, default=3, help="test seeds")
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.5, 0.7, 1.0, 1.3], help="1 among them")
+    parser.add_argument("--reward-pairs", type=int, default=2000)
+    parser.add_argument("--train-prompts", type=int, default=512)
+    parser.add_argument("--validation-prompts", type=int, default=200)
+    parser.add_argument("--test-prompts", type=int, default=400)
+    parser.add_argument("--label-scale", type=float, default=1.0, help="1 as published")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no further test cell after so long")
+    arguments = parser.parse_args()
+    configure()
+    if 1.0 not in arguments.temperatures:
+        parser.error("--temperatures: expected 1 among them, the temperature of the table")
+    try:
+        run(arguments, read_study(arguments))
+    except AlignError as error:
+        sys.stderr.write(f"error {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

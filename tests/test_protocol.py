@@ -1,0 +1,157 @@
+"""The policy study on a tiny model: its pairs, its choice, its table, and that it goes on where it was."""
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reproduce_policy
+import yaml
+from build_demo_data import RATINGS, TEXTS
+from datasets import Dataset
+from protocol.cells import CANDIDATES, choose, relabelled, setting_name
+from protocol.data import label
+from protocol.report import markdown, summarise
+from scipy.special import expit
+
+from align.pairs import read_pairs
+from align.stage import read_json
+from reward_models.judges import make_judge
+from tests.builders import WORDS, bert_reward, causal
+
+
+def snippets(folder: Path, count: int = 80) -> Path:
+    """Files like those of the rated snippets, in the words that the tiny models know."""
+    rng = random.Random(0)
+    folder.mkdir()
+    texts = [" ".join(rng.choices(WORDS[:14], k=14)) for _ in range(count)]
+    (folder / TEXTS).write_text("".join(f"{k}\t0\t{text}\n" for k, text in enumerate(texts)))
+    ratings = [[rng.randint(-4, 4) for _ in range(5)] for _ in range(count)]
+    (folder / RATINGS).write_text("".join(f"{k}\t0\t0\t{found}\n" for k, found in enumerate(ratings)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("protocol")
+    small = {"max_steps": 3, "per_device_train_batch_size": 4, "bf16": False, "gradient_checkpointing": False}
+    config = {
+        "name": "tiny",
+        "reward": {"model": str(bert_reward(folder / "backbone")), "folds": 2, "trainer": small, "max_length": 64,
+                   "pairs": {"path": "unused.jsonl"}},
+        "sample": {"prompts": "unused.jsonl", "max_new_tokens": 6},
+        "train": {"model": str(causal(folder / "policy")), "methods": {"dpo": {"loss": "dpo"}},
+                  "peft": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+                  "trainer": small | {"learning_rate": 0.05}},
+        "evaluate": {"prompts": "unused.jsonl", "max_new_tokens": 6},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    sizes = {"reward-pairs": 12, "train-prompts": 16, "validation-prompts": 8, "test-prompts": 10, "seeds": 1}
+    options = [item for name, value in sizes.items() for item in (f"--{name}", str(value))]
+    paths = ["--config", str(folder / "run.yaml"), "--snippets", str(snippets(folder / "snippets"))]
+    paths += ["--output", str(folder / "out")]
+    return [*paths, *options, "--temperatures", "1", "0.5", "--qualities", "medium"]
+
+
+def study(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["reproduce_policy", *options])
+    reproduce_policy.main()
+
+
+def test_a_whole_tiny_study(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Every cell on disk, the table of them, a rerun that makes nothing again, one lost cell made again alike."""
+    options = [*command, "--methods", "dpo", "madpo", "relabelled"]
+    study(monkeypatch, options)
+    table = capsys.readouterr().out
+    assert table.count("| medium |") == 3
+    root = Path(command[command.index("--output") + 1]) / "outside"
+    cells = {file: file.read_bytes() for file in root.rglob("cell.json")}
+    assert len(cells) == 3 * 3 + 3 + 1
+    assert not list(root.rglob("merged"))
+    assert (root / "frontier.svg").exists()
+    written = read_json(root / "table.json")
+    assert markdown(written["rows"]) == table.strip()
+    chosen = setting_name(written["chosen"]["medium, madpo"])
+    tried = {
+        setting_name(one): np.mean(read_json(root / "seed-1000/medium/madpo" / setting_name(one) / "cell.json")
+                                   ["decoded"]["1"]["reward"])
+        for one in CANDIDATES["madpo"]
+    }  # fmt: skip
+    assert tried[chosen] == max(tried.values())
+    lost = root / "seed-0/medium/madpo" / chosen
+    lost.rename(root / "elsewhere")
+    stamps = {file: file.stat().st_mtime_ns for file in cells if file.exists()}
+    study(monkeypatch, options)
+    assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
+    assert (lost / "cell.json").read_bytes() == cells[lost / "cell.json"]
+
+
+def test_pairs_of_a_quality(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """medium: the first half holds the review's own words, the better sample beside them; the rest two samples."""
+    study(monkeypatch, [*command, "--methods", "dpo"])
+    root = Path(command[command.index("--output") + 1]) / "outside"
+    pairs = read_pairs(root / "seed-0/medium/pairs/pairs")
+    own = {row["prompt"]: row["rest"] for row in read_json(root / "prompts/prompts.json")["train"]}
+    gold = make_judge("vader")
+    for row in pairs.to_list():
+        both = [row["chosen"], row["rejected"]]
+        if int(row["id"]) < 8:
+            assert " ".join(own[row["prompt"]].split()[:6]) in [text.strip() for text in both]
+        gap = np.subtract(*(gold.score([row["prompt"]], [text])[0] for text in both))
+        assert row["gold_margin"] == pytest.approx(gap)
+        assert row["margin"] == pytest.approx(row["reward_chosen"] - row["reward_rejected"], abs=1e-5)
+
+
+@pytest.mark.parametrize("margins", ["in-sample", "cross-fitted"])
+def test_other_margins(command: list[str], margins: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    study(monkeypatch, [*command, "--methods", "dpo", "--margins", margins])
+    root = Path(command[command.index("--output") + 1]) / margins
+    assert not (root / "reward").exists()
+    models = list((root / "seed-0/medium/pairs/reward").rglob("model.safetensors"))
+    assert len(models) == {"in-sample": 1, "cross-fitted": 2}[margins]
+
+
+def test_labels_follow_bradley_terry() -> None:
+    gap = np.linspace(-3, 3, 4000)
+    texts = [f"a{k}" for k in range(4000)], [f"b{k}" for k in range(4000)]
+    pairs = label(["p"] * 4000, *texts, gap, scale=1.0, seed=3)
+    first = np.array([row.startswith("a") for row in pairs["chosen"]])
+    assert first.mean() == pytest.approx(0.5, abs=0.02)
+    assert first[gap > 1].mean() == pytest.approx(expit(gap[gap > 1]).mean(), abs=0.03)
+    assert np.allclose(np.where(first, gap, -gap), pairs["gold_margin"])
+
+
+def test_relabelled_pairs_agree_with_the_reward_model() -> None:
+    row = {"id": "0", "prompt": "p", "chosen": "a", "rejected": "b", "reward_chosen": 1.0, "reward_rejected": 3.0,
+           "margin": -2.0, "gold_margin": 0.5}  # fmt: skip
+    kept = row | {"id": "1", "reward_chosen": 4.0, "margin": 1.0}
+    found = relabelled(Dataset.from_list([row, kept])).to_list()
+    turned = {"chosen": "b", "rejected": "a", "reward_chosen": 3.0, "reward_rejected": 1.0}
+    assert found == [row | turned | {"margin": 2.0, "gold_margin": -0.5}, kept]
+
+
+def test_budgets_are_equal_and_hold_the_published_setting() -> None:
+    assert {len(tried) for tried in CANDIDATES.values()} == {3}
+    for method, tried in CANDIDATES.items():
+        assert len({setting_name(one) for one in tried}) == 3, method
+        assert tried[0]["beta"] == 0.1
+
+
+def cell(method: str, seed: int, reward: list[float], kl: float) -> dict[str, Any]:
+    decoded = {"reward": reward, "kl": [kl] * len(reward), "tokens": [1] * len(reward)}
+    return {"quality": "high", "method": method, "seed": seed, "parameters": {"beta": 0.1}, "decoded": {"1": decoded}}
+
+
+def test_table_is_paired_and_leaves_out_seeds_that_a_method_lacks() -> None:
+    references = [cell("reference", seed, [0.0, 4.0], 0.0) for seed in (0, 1, 2)]
+    cells = [cell("dpo", 0, [1.0, 5.0], 0.5), cell("dpo", 1, [1.0, 5.0], 0.5), cell("dpo", 2, [9.0, 9.0], 0.5)]
+    cells += [cell("madpo", 0, [1.5, 5.5], 2.0), cell("madpo", 1, [2.5, 4.5], 2.0)]
+    dpo, madpo = summarise(cells, references)
+    assert dpo["seeds"] == madpo["seeds"] == 2
+    assert dpo["reward"]["value"] == 3.0 and dpo["gain_per_root_kl"]["value"] == pytest.approx(1.0)
+    assert madpo["over_dpo"]["value"] == 0.5 and madpo["over_dpo_by_seed"] == [0.5, 0.5]
+    assert madpo["wins_over_dpo"]["value"] == 0.75
+    assert madpo["gain_per_root_kl"]["value"] == pytest.approx(1.5 / 2)
+    assert choose([cells[0], cells[4], cells[3]]) in (1, 2)
