@@ -155,19 +155,20 @@ def stage_sample(config: RunConfig, root: Path, folder: Path, which: str) -> Non
     scorer = make_scorer(labeller, config.reward)
     rewards = scorer.score_completions([prompt for prompt, _ in flat], [completion for _, completion in flat])
     rng = np.random.default_rng(config.seed)
-    rows, start = [], 0
+    rows, against, start = [], 0, 0
     for k, texts in different.items():
         own = rewards[start : start + len(texts)]
         start += len(texts)
         chosen, rejected = draw_pair(own.tolist(), settings.label_scale, rng)
         sides = {"chosen": texts[chosen], "rejected": texts[rejected]}
         completions = {side: _as_completion(prompts[k], text) for side, text in sides.items()}
-        rows.append({"id": str(k), "prompt": prompts[k], **completions, "labeller_margin": own[chosen] - own[rejected]})
+        rows.append({"id": str(k), "prompt": prompts[k], **completions})
+        against += int(own[chosen] < own[rejected])
     pairs = Dataset.from_list(rows)
-    against = float(np.mean(np.asarray(pairs["labeller_margin"]) < 0))
-    write_pairs(pairs.remove_columns("labeller_margin"), folder / "train")
+    write_pairs(pairs, folder / "train")
     write_json(
-        folder / METRICS, {"train": summarize(pairs), "prompts": len(prompts), "labels_against_labeller": against}
+        folder / METRICS,
+        {"train": summarize(pairs), "prompts": len(prompts), "labels_against_labeller": against / len(rows)},
     )
 
 
