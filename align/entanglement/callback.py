@@ -37,6 +37,7 @@ class EntanglementCallback(TrainerCallback):
         every: optimizer steps from one measurement to the next.
         file: JSON file that holds ``records``; a resumed training goes on from it.
         batch: pairs of the last batch that was trained on, in the same layout.
+        layout: how realised changes are computed; the trainer's.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class EntanglementCallback(TrainerCallback):
         every: int,
         file: Path,
         batch: Callable[[], dict[str, Tensor]],
+        layout: Layout = "concatenated",
     ) -> None:
         self.model = model
         self.probes = probes
@@ -54,6 +56,7 @@ class EntanglementCallback(TrainerCallback):
         self.loss = loss
         self.every = every
         self.file = file
+        self.layout = layout
         self.measure = GradientProducts(model)
         self.records: list[dict[str, float]] = []
         self._before: dict[str, Tensor] | None = None
@@ -129,7 +132,7 @@ class EntanglementCallback(TrainerCallback):
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            found = pair_logps(self.model, batch, "concatenated")
+            found = pair_logps(self.model, batch, self.layout)
         self.model.train(training)
         return torch.cat([found.chosen, found.rejected]).double().cpu()
 

@@ -141,8 +141,15 @@ class HeadProducts:
         inputs = states @ states.T if measured_weight else torch.zeros_like(states[:, :1] @ states[:, :1].T)
         if measured_bias:
             inputs = inputs + 1
+        upper = torch.zeros(rows, rows, dtype=torch.float64, device=states.device)
         member = F.one_hot(group.which, rows).double()
-        return member.T @ (inputs * (at_logits @ at_logits.T)).double() @ member
+        first = 0
+        for row, count in enumerate(member.sum(dim=0).int().tolist()):  # the tokens are in the order of their rows
+            own, rest = slice(first, first + count), slice(first, None)
+            block = inputs[own, rest] * (at_logits[own] @ at_logits[rest].T)
+            upper[row] = block.double().sum(dim=0) @ member[rest]
+            first += count
+        return upper + upper.triu(diagonal=1).T
 
     def _by_autograd(self, groups: list[_Scored]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The same for any other head (an adapter on it), without the gradient at the logits."""

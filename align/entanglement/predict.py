@@ -7,8 +7,10 @@ are all in it; with u the gradient of the other response it is the gradient prod
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -31,14 +33,17 @@ def directional_logps(model: nn.Module, batch: dict[str, Tensor], direction: Dir
     parameters = dict(model.named_parameters())
     with torch.no_grad(), _forward_mode(model), forward_ad.dual_level():
         moved = {name: forward_ad.make_dual(parameters[name], u) for name, u in direction.items()}
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
-        logits = functional_call(model, moved, (), inputs).logits[:, :-1]
-        targets = batch["input_ids"][:, 1:, None]
+        inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+        first = int(mask.any(dim=0).int().argmax())  # before it no row has a scored token
+        kept = mask.shape[1] - first
+        logits = functional_call(model, moved, (), inputs | {"logits_to_keep": kept + 1}).logits[:, :-1]
+        targets = batch["input_ids"][:, -kept:, None]
         logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).gather(2, targets)[..., 0]
         value, tangent = forward_ad.unpack_dual(logps)
         if tangent is None:
             tangent = torch.zeros_like(value)
-    return value.masked_fill(~mask, 0), tangent.masked_fill(~mask, 0)
+    value, tangent = (F.pad(found, (first, 0)).masked_fill(~mask, 0) for found in (value, tangent))
+    return value, tangent
 
 
 def predicted_changes(model: nn.Module, batch: dict[str, Tensor], update: Direction) -> tuple[Tensor, Tensor]:

@@ -210,8 +210,9 @@ def attach_probe(trainer: PreferenceTrainer, config: TrainConfig, file: Path) ->
     batch = trainer.data_collator([trainer.train_dataset[k] for k in range(count)])
     probes = {name: value.to(trainer.accelerator.device) for name, value in batch.items()}
     callback = EntanglementCallback(
-        trainer.model, probes, trainer.loss, config.entanglement.every, file, lambda: trainer.latest_inputs
-    )
+        trainer.model, probes, trainer.loss, config.entanglement.every, file, lambda: trainer.latest_inputs,
+        layout=trainer.layout,
+    )  # fmt: skip
     trainer.add_callback(callback)
     return callback
 
