@@ -49,7 +49,7 @@ HELD_OUT, TEACHER_PAIRS = 0.2, 3000
 FLIPS = (0.0, 0.2, 0.4)
 SIZES = (25, 50, 100, 200, 400, 800, 1600, 3200)
 FINE_TUNED = (100, 400, 1600)
-SHOWN = ("accuracy", "auc", "ece", "ece_calibrated")
+BASE = "bradley_terry"
 METRICS = ("accuracy", "auc", "rater", "correlation", "ece", "ece_calibrated", "brier", "temperature")
 
 
@@ -207,7 +207,7 @@ def summarise(found: list[tuple[dict[str, Any], dict[str, float]]]) -> dict[str,
             for key, by_seed in rows.items()
         }
         for key, by_seed in rows.items() if kind == "objective" else ():
-            base = rows.get(f"bradley_terry|{key.split('|')[1]}", {})
+            base = rows.get(f"{BASE}|{key.split('|')[1]}", {})
             gains = [values["accuracy"] - base[seed]["accuracy"] for seed, values in by_seed.items() if seed in base]
             table[kind][key]["gain"] = spread(gains)
     return table
@@ -222,26 +222,25 @@ def spread(values: list[float]) -> list[float]:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The tables of docs/reward-models.md."""
-    lines = []
-    for flips in FLIPS:
-        rows = {key.split("|")[0]: row for key, row in summary["objective"].items() if key.endswith(f"|{flips:g}")}
-        if not rows:
-            continue
-        lines += [f"\n**{flips:.0%} of the labels flipped**\n"]
-        lines += ["| objective | accuracy | minus Bradley-Terry | AUC | ECE raw | ECE calibrated |", "|---" * 6 + "|"]
-        for name, row in sorted(rows.items(), key=lambda item: -item[1]["accuracy"][0]):
-            shown = [f"{row[key][0]:.3f} ± {row[key][1]:.3f}" for key in SHOWN]
-            gain = "" if name == "bradley_terry" else f"{row['gain'][0]:+.3f} ± {row['gain'][1]:.3f}"
-            lines.append("| " + " | ".join([name, shown[0], gain, *shown[1:]]) + " |")
+    """The tables of docs/reward-models.md: objectives by their accuracy without flips, then heads by pairs."""
+    clean = {key.split("|")[0]: row for key, row in summary["objective"].items() if key.endswith("|0")}
+    titles = [f"accuracy, {flips:.0%} flipped" for flips in FLIPS] + ["AUC, 0%", "ECE raw, 0%", "ECE calibrated, 0%"]
+    lines = ["| objective | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for name in sorted(clean, key=lambda name: -clean[name]["accuracy"][0]):
+        shown = []
+        for flips in FLIPS:
+            row = summary["objective"].get(f"{name}|{flips:g}")
+            gain = "" if row is None or name == BASE else f" ({row['gain'][0]:+.3f} ± {row['gain'][1]:.3f})"
+            shown.append("" if row is None else f"{row['accuracy'][0]:.3f}{gain}")
+        shown += [f"{clean[name][key][0]:.3f}" for key in ("auc", "ece", "ece_calibrated")]
+        lines.append("| " + " | ".join([name, *shown]) + " |")
     sizes = summary["size"] | summary["full"]
     heads = list(dict.fromkeys(key.split("|")[0] for key in sizes))
-    if sizes:
-        lines += ["\n**Heads**\n", "| pairs | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-        for n in SIZES:
-            found = [sizes.get(f"{head}|{n}", {}).get("accuracy") for head in heads]
-            shown = ["" if v is None else f"{v[0]:.3f} ± {v[1]:.3f}" for v in found]
-            lines.append("| " + " | ".join([str(n), *shown]) + " |")
+    lines += ["", "| pairs | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for n in SIZES:
+        found = [sizes.get(f"{head}|{n}", {}).get("accuracy") for head in heads]
+        shown = ["" if v is None else f"{v[0]:.3f} ± {v[1]:.3f}" for v in found]
+        lines.append("| " + " | ".join([str(n), *shown]) + " |")
     return "\n".join(lines)
 
 
