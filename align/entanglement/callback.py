@@ -17,7 +17,7 @@ from align.loss_registry import BoundLoss
 from align.losses import PairLogps
 from align.stage import read_json, write_json
 from align.training.layout import trim
-from align.training.logps import pair_logps
+from align.training.logps import Layout, pair_logps
 
 PREFIX = "entanglement/"
 
