@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from study_trust import FOLDS, KLS, draw_pairs, gold_reward, out_of_fold
+from arena.gold import gold_reward
+from study_trust import FOLDS, KLS, draw_pairs, out_of_fold
 
 from align.console import configure, progress
 from align.pair_weights import moderate
@@ -98,7 +99,7 @@ def run_seed(kind: str, seed: int) -> dict[str, float]:
     x, fold = scaled(drawn["x"]), rng.permutation(PAIRS) % FOLDS
     slope = calibrated_slope(margin) if (margin < 0).any() else 1.0
     columns = np.concatenate([trained(x, margin, b, fold) for b in (1.0, slope)], axis=1)
-    reward = gold_reward(columns, drawn["gold"], np.random.default_rng([seed, 2]))[KL]
+    reward = gold_reward(columns, drawn["gold"], np.random.default_rng([seed, 2]), KLS)[KL]
     rules = {"DPO": 0, "MADPO raw": 1, "soft labels raw": 2, "MADPO calibrated": 4, "soft labels calibrated": 5}
     gold = drawn["x"] @ drawn["gold"]
     return {name: float(reward[k]) for name, k in rules.items()} | {
