@@ -78,10 +78,11 @@ def test_whole_run_then_nothing_to_do_then_only_what_changed(workspace: Path) ->
     assert ran == ["train-madpo", "generate-madpo", "evaluate"]
     assert (root / "train-dpo" / "manifest.json").stat().st_mtime_ns == stamp
 
+    assert not [path for path in root.rglob("*") if path.name.endswith((".partial", ".tmp", ".old"))]
+
     alike = align("run", "run.yaml", "--set", "sample.temperature=1.0e-6", cwd=workspace)
     assert alike.returncode == 2 and "none of 10 prompts gave two different completions" in alike.stderr
     assert (root / "train-dpo" / "manifest.json").stat().st_mtime_ns == stamp
-    assert not [path for path in root.rglob("*") if path.name.endswith((".partial", ".tmp", ".old"))]
 
 
 def test_reward_verbs_and_report(workspace: Path) -> None:
