@@ -211,8 +211,8 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
         file = pq.ParquetFile(path)
         _refuse_twice(file.schema_arrow.names, str(path))
         yield from file.iter_batches(batch_size=READ_ROWS)
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # a damaged column name is a ValueError
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{path}: not a readable Parquet file ({reason})", code="data-unreadable") from None
 
 

@@ -10,7 +10,7 @@ import reproduce_arena
 import torch
 from arena.gold import RESPONSES, SIZE, draw_gold, draw_prompts, gained, gold_reward, reward_and_kl
 from arena.methods import CANDIDATES, METHODS, UNTUNED
-from arena.report import markdown, summarise
+from arena.report import insert, markdown, summarise
 from arena.training import Recipe, train
 from arena.world import ERRORS, RIDGE, Cell, World, draw_world, memorised_margins, reward_model
 from scipy.optimize import minimize
@@ -237,3 +237,11 @@ def test_one_command_makes_cells_once(tmp_path: Path, monkeypatch: pytest.Monkey
     table = read_json(tmp_path / "table.json")
     assert len(table["rows"]) == 2 and markdown(table) == markdown(read_json(tmp_path / "results_arena.json"))
     assert (tmp_path / "flips.svg").read_text().startswith("<?xml")
+
+
+def test_tables_of_the_page_are_those_of_the_numbers_beside_it() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    page = (docs / "results.md").read_text(encoding="utf-8")
+    numbers = read_json(docs / "results_arena.json")
+    assert insert(page, markdown(numbers)) == page and "| none, 0% flipped |" in page
+    assert numbers["seeds"] == [200]

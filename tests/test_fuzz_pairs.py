@@ -105,6 +105,7 @@ def test_any_bytes(tmp_path: Path, suffix: str, content: bytes) -> None:
 
 @settings(max_examples=SHORT, suppress_health_check=FOLDER_IS_SHARED)
 @given(st.integers(0, 2**32))
+@example(1524)  # its column name is not UTF-8
 def test_a_damaged_parquet_file(tmp_path: Path, seed: int) -> None:
     check_bytes(tmp_path, ".parquet", damaged(parquet_bytes(), seed))
 
