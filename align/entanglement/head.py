@@ -35,6 +35,8 @@ class _Scored:
     """[C, D]."""
     targets: Tensor
     """[C], ids of the tokens."""
+    member: Tensor
+    """[C, g], 1 where a scored token is of a row, float64."""
 
 
 @dataclass(slots=True)
@@ -97,13 +99,12 @@ class HeadProducts:
         scored = [self._scored(rows, hidden.detach(), mask) for rows in groups]
         self._groups = []
         for some in _bundles(scored):
-            through = self._linear if self.plain else self._by_autograd
-            for group, (token_logps, at_logits, back, gram) in zip(some, through(some), strict=True):
-                member = F.one_hot(group.which, len(group.rows)).double()
-                logps[group.rows] = member.T @ token_logps.double()
+            parts = self._linear(some) if self.plain else self._by_autograd(some)
+            for group, (token_logps, at_logits, back, gram) in zip(some, parts, strict=True):
+                logps[group.rows] = group.member.T @ token_logps.double()
                 grad[group.rows[group.which], group.place] = back
                 at_ids = at_logits[:, self._ids[group.rows].flatten()] if self.tied else at_logits[:, :0]
-                self._groups.append(_Group(group.rows, gram, group.states, at_ids, member))
+                self._groups.append(_Group(group.rows, gram, group.states, at_ids, group.member))
         return logps, grad
 
     def take(self) -> list[Tensor]:
@@ -112,7 +113,8 @@ class HeadProducts:
 
     def _scored(self, rows: Tensor, hidden: Tensor, mask: Tensor) -> _Scored:
         which, place = mask[rows, 1:].nonzero(as_tuple=True)
-        return _Scored(rows, which, place, hidden[rows[which], place], self._ids[rows[which], place + 1])
+        member = F.one_hot(which, len(rows)).double()
+        return _Scored(rows, which, place, hidden[rows[which], place], self._ids[rows[which], place + 1], member)
 
     @torch.no_grad()
     def _linear(self, groups: list[_Scored]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -127,9 +129,8 @@ class HeadProducts:
         at_logits = self.form.backward_(at_logits, logits)
         back = at_logits.to(weight.dtype) @ weight
         sizes = [len(group.which) for group in groups]
-        split = zip(groups, *(values.split(sizes) for values in (chosen.squeeze(1), at_logits, back)), strict=True)
-        for group, *found in split:
-            token_logps, own_at_logits, own_back = found
+        parts = (values.split(sizes) for values in (chosen.squeeze(1), at_logits, back))
+        for group, token_logps, own_at_logits, own_back in zip(groups, *parts, strict=True):
             yield token_logps, own_at_logits, own_back, self._linear_gram(group, own_at_logits)
 
     def _linear_gram(self, group: _Scored, at_logits: Tensor) -> Tensor:
@@ -142,23 +143,24 @@ class HeadProducts:
         if measured_bias:
             inputs = inputs + 1
         upper = torch.zeros(rows, rows, dtype=torch.float64, device=states.device)
-        member = F.one_hot(group.which, rows).double()
         first = 0
-        for row, count in enumerate(member.sum(dim=0).int().tolist()):  # the tokens are in the order of their rows
+        for row, count in enumerate(
+            group.member.sum(dim=0).int().tolist()
+        ):  # the tokens are in the order of their rows
             own, rest = slice(first, first + count), slice(first, None)
             block = inputs[own, rest] * (at_logits[own] @ at_logits[rest].T)
-            upper[row] = block.double().sum(dim=0) @ member[rest]
+            upper[row] = block.double().sum(dim=0) @ group.member[rest]
             first += count
         return upper + upper.triu(diagonal=1).T
 
-    def _by_autograd(self, groups: list[_Scored]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def _by_autograd(self, groups: list[_Scored]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The same for any other head (an adapter on it), without the gradient at the logits."""
         for parameter in self.own:
             parameter.requires_grad_(True)
-        for group in groups:
-            yield self._group_by_autograd(group)
+        found = [self._group_by_autograd(group) for group in groups]
         for parameter in self.own:
             parameter.requires_grad_(False)
+        return found
 
     def _group_by_autograd(self, group: _Scored) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One backward pass through the head alone for each row."""
