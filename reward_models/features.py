@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from align.arrays import kept_array
 from align.batching import token_batches
 from align.console import progress
 from align.errors import ModelError
@@ -37,16 +38,7 @@ def head_features(scorer: RewardScorer, texts: Sequence[str], cache: Path | None
 
 def _chunk(scorer: RewardScorer, texts: Sequence[str], cache: Path | None) -> np.ndarray:
     file = cache / f"features-{digest(list(texts))[:32]}.npy" if cache is not None else None
-    if file is not None and file.exists():
-        found: np.ndarray = np.load(file, allow_pickle=False)
-        return found
-    made = _pass(scorer, texts)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp.npy")
-        np.save(temporary, made, allow_pickle=False)
-        temporary.replace(file)
-    return made
+    return kept_array(file, lambda: _pass(scorer, texts))
 
 
 def _pass(scorer: RewardScorer, texts: Sequence[str]) -> np.ndarray:

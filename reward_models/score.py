@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from align.arrays import kept_array
 from align.batching import token_batches
 from align.console import progress
 from reward_models.model import load_reward_model
@@ -86,17 +87,12 @@ class RewardScorer:
     def _score_chunk(self, pairs: Dataset, start: int, cache: Path | None) -> np.ndarray:
         """Rewards [n, 2] of the pairs from ``start`` on."""
         file = cache / f"{start:010d}.npy" if cache is not None else None
-        if file is not None and file.exists():
-            return np.load(file, allow_pickle=False)
-        rows = pairs.select(range(start, min(start + CHUNK, len(pairs))))
+        return kept_array(file, lambda: self._pair_rewards(pairs.select(range(start, min(start + CHUNK, len(pairs))))))
+
+    def _pair_rewards(self, rows: Dataset) -> np.ndarray:
+        """Rewards [n, 2]."""
         texts = [render(row["prompt"], row[side], self.tokenizer) for side in ("chosen", "rejected") for row in rows]
-        rewards = self.score_texts(texts).reshape(2, len(rows)).T
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(".tmp.npy")
-            np.save(temporary, rewards, allow_pickle=False)
-            temporary.replace(file)
-        return rewards
+        return self.score_texts(texts).reshape(2, len(rows)).T
 
     def rewards(self, rows: list[list[int]]) -> np.ndarray:
         """Reward of each row of token ids, float64 [N], in one forward pass."""

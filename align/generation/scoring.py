@@ -1,5 +1,6 @@
 """Scoring completions with a reward model or a judge, a chunk at a time, so that a stopped scoring goes on."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from align.arrays import kept_array
 from align.config import nearest
 from align.errors import ConfigError
 from reward_models.judges import JUDGES, YES_NO, make_judge
@@ -85,16 +87,12 @@ def score_in_chunks(
         completions: N completions.
         cache: folder that keeps each finished chunk; valid for the same scorer, prompts and completions only.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    score: Score | None = None
-    parts = [np.empty(0)]
-    for start in range(0, len(prompts), CHUNK):
-        file = cache / f"{start:010d}.npy"
-        if not file.exists():
-            score = score or load()
-            part = slice(start, start + CHUNK)
-            temporary = file.with_suffix(".tmp.npy")
-            np.save(temporary, score(prompts[part], completions[part]), allow_pickle=False)
-            temporary.replace(file)
-        parts.append(np.load(file, allow_pickle=False))
-    return np.concatenate(parts)
+    loaded = functools.cache(load)
+
+    def scores(start: int) -> np.ndarray:
+        part = slice(start, start + CHUNK)
+        return loaded()(prompts[part], completions[part])
+
+    starts = range(0, len(prompts), CHUNK)
+    parts = [kept_array(cache / f"{start:010d}.npy", functools.partial(scores, start)) for start in starts]
+    return np.concatenate([np.empty(0), *parts])

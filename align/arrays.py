@@ -1,0 +1,25 @@
+"""Arrays that are made once and kept in a file, so that a stopped run need not make them again."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+
+def kept_array(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array in ``file``, made and written there first where it is not; never half a file, never a pickle.
+
+    Args:
+        file: a ``.npy`` file whose folder may have to be made; None: nothing is kept.
+        make: gives the array; called only where there is no file.
+    """
+    if file is not None and file.exists():
+        found: np.ndarray = np.load(file, allow_pickle=False)
+        return found
+    made = make()
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp.npy")
+        np.save(temporary, made, allow_pickle=False)
+        temporary.replace(file)
+    return made
