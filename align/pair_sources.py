@@ -209,11 +209,19 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
     """A Parquet file, ``READ_ROWS`` rows at a time."""
     try:
         file = pq.ParquetFile(path)
-        _refuse_twice(file.schema_arrow.names, str(path))
-        yield from file.iter_batches(batch_size=READ_ROWS)
+        names = file.schema_arrow.names
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # a damaged column name is a ValueError
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path}: not a readable Parquet file ({reason})", code="data-unreadable") from None
+        raise _not_parquet(path, error) from None
+    _refuse_twice(names, str(path))
+    try:
+        yield from file.iter_batches(batch_size=READ_ROWS)
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
+        raise _not_parquet(path, error) from None
+
+
+def _not_parquet(path: Path, error: Exception) -> DataError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return DataError(f"{path}: not a readable Parquet file ({reason})", code="data-unreadable")
 
 
 def _lines(path: Path, newline: bool = False) -> Iterator[str]:
