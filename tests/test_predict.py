@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from align.entanglement.check import check_predictions
-from align.entanglement.predict import directional_logps, predicted_changes
+from align.entanglement.predict import directional_logps
 from align.entanglement.products import GradientProducts
 from align.loss_registry import resolve
 from tests.test_logps import make_batch, one_by_one, tiny
+from tests.test_products import FAMILIES
 
 BATCH = make_batch([(6, 5, 8), (1, 3, 2), (12, 4, 4), (3, 1, 9)], same_start=1)
 OTHERS = make_batch([(4, 6, 5), (2, 7, 3)], seed=9)
@@ -24,17 +25,61 @@ def small(lora: bool) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)) if lora else model
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_derivatives_are_gradient_products(lora: bool) -> None:
-    model = small(lora)
+def somewhere(model: nn.Module) -> dict[str, Tensor]:
+    """A direction for every trained parameter."""
     generator = torch.Generator().manual_seed(0)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    direction = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in named.items()}
-    found = torch.cat(predicted_changes(model, BATCH, direction))
-    for value, row in zip(found, one_by_one(model, BATCH), strict=True):
-        grads = torch.autograd.grad(row, list(named.values()), retain_graph=True)
-        expected = sum(float((g * direction[n]).sum()) for n, g in zip(named, grads, strict=True))
-        assert float(value) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    return {n: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for n, p in named.items()}
+
+
+def by_gradients(model: nn.Module, batch: dict[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
+    """[2B], one backward pass per sequence."""
+    named = {name: p for name, p in model.named_parameters() if name in direction}
+    found = []
+    for row in one_by_one(model, batch):
+        grads = torch.autograd.grad(row, list(named.values()), retain_graph=True, allow_unused=True)
+        parts = (
+            0.0 if g is None else (g * direction[n]).sum(dtype=torch.float64) for n, g in zip(named, grads, strict=True)
+        )
+        found.append(float(sum(parts)))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_derivatives_are_gradient_products(family: str) -> None:
+    """Reverse mode with the products, forward mode token by token, and gradients themselves."""
+    model = tiny(family, **FAMILIES[family]).double()
+    direction = somewhere(model)
+    expected = by_gradients(model, BATCH, direction)
+    tolerance = 1e-5 if family.startswith("Gemma") else 1e-9  # their norms are float32
+    found = GradientProducts(model)(BATCH, direction)
+    assert torch.allclose(
+        torch.cat([found.chosen_along, found.rejected_along]), expected, rtol=tolerance, atol=tolerance
+    )
+    _, tokens = directional_logps(model, BATCH, direction)
+    assert torch.allclose(tokens.sum(dim=1), expected, rtol=1e-5, atol=1e-5)
+    alone = GradientProducts(model)(BATCH)
+    assert alone.chosen_along.isnan().all() and torch.equal(alone.inner, found.inner)
+
+
+@pytest.mark.parametrize("modules", [["q_proj", "down_proj"], ["q_proj", "lm_head"], ["embed_tokens", "v_proj"]])
+def test_derivatives_through_adapters(modules: list[str]) -> None:
+    torch.manual_seed(1)
+    model = get_peft_model(tiny("Llama"), LoraConfig(r=2, target_modules=modules, init_lora_weights=False)).double()
+    direction = somewhere(model)
+    found = GradientProducts(model)(BATCH, direction)
+    expected = by_gradients(model, BATCH, direction)
+    assert torch.allclose(torch.cat([found.chosen_along, found.rejected_along]), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_only_what_is_named_moves() -> None:
+    model = tiny("Llama", tie_word_embeddings=True).double()
+    whole = somewhere(model)
+    part = {name: u for name, u in whole.items() if "layers.1.mlp" in name or name.endswith("layernorm.weight")}
+    found = GradientProducts(model)(BATCH, part)
+    assert torch.allclose(found.chosen_along, by_gradients(model, BATCH, part)[:4], rtol=1e-9)
+    nowhere = GradientProducts(model)(BATCH, {})
+    assert not nowhere.chosen_along.any() and not nowhere.rejected_along.any()
 
 
 def test_tokens_sum_to_the_product() -> None:

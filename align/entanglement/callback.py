@@ -11,8 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align.console import log
 from align.entanglement.conditions import changes, loss_weights, shares
-from align.entanglement.predict import predicted_changes
-from align.entanglement.products import GradientProducts
+from align.entanglement.products import GradientProducts, PairProducts
 from align.loss_registry import BoundLoss
 from align.losses import PairLogps
 from align.stage import read_json, write_json
@@ -25,10 +24,10 @@ PREFIX = "entanglement/"
 class EntanglementCallback(TrainerCallback):
     """Measures probe pairs, and pairs of the batch, before and after every ``every``-th optimizer step.
 
-    Each measurement is one dictionary in ``records``: of the probes cosine and |gl|/|gw| (medians), the share of each
-    verdict under the loss in use and the mean change of log p(chosen) and log p(rejected) since the reference; of this
-    very step, for the probes and (``batch_...``) for as many pairs of its batch, the predicted and the realised mean
-    change, the share of chosen responses that fell, and how often predicted and realised signs agree.
+    Each measurement is one dictionary in ``records``, for the probes and (``batch_...``) for as many pairs of the
+    step's batch: cosine and |gl|/|gw| (medians), the share of each verdict under the loss in use and the mean change of
+    log p(chosen) and log p(rejected) since the reference; of this very step the predicted and the realised mean change,
+    the share of chosen responses that fell, and how often predicted and realised signs agree.
 
     Args:
         model: the policy, not wrapped by a launcher.
@@ -85,15 +84,17 @@ class EntanglementCallback(TrainerCallback):
         start = time.monotonic()
         after = {name: p.detach().clone() for name, p in self.measure.measured.items()}
         self._load(self._before)
-        record = self._geometry()
         update = {name: after[name] - self._before[name] for name in after}
         count = len(self.probes["input_ids"]) // 2
         pairs = {"": self.probes, "batch_": _first(self.batch(), count)}
-        predicted = {key: torch.cat(predicted_changes(self.model, batch, update)).cpu() for key, batch in pairs.items()}
+        found = {key: self.measure(_inputs(batch), update) for key, batch in pairs.items()}
         old = {key: self._logps(batch) for key, batch in pairs.items()}
         self._load(after)
+        record: dict[str, float] = {}
         for key, batch in pairs.items():
-            record |= _compared(key, predicted[key], self._logps(batch) - old[key])
+            predicted = torch.cat([found[key].chosen_along, found[key].rejected_along])
+            record |= self._geometry(key, batch, found[key])
+            record |= _compared(key, predicted, self._logps(batch) - old[key])
         self._before = None
         record |= {"step": state.global_step, "seconds": self._copying + time.monotonic() - start}
         self.records.append(record)
@@ -103,9 +104,8 @@ class EntanglementCallback(TrainerCallback):
             state.global_step, 100 * record["entangled"], record["cosine"], record["norm_ratio"],
         )  # fmt: skip
 
-    def _geometry(self) -> dict[str, float]:
-        found = self.measure({name: self.probes[name] for name in ("input_ids", "attention_mask", "completion_mask")})
-        ref_chosen, ref_rejected = (self.probes[f"ref_{side}_logps"].double().cpu() for side in ("chosen", "rejected"))
+    def _geometry(self, key: str, pairs: dict[str, Tensor], found: PairProducts) -> dict[str, float]:
+        ref_chosen, ref_rejected = (pairs[f"ref_{side}_logps"].double().cpu() for side in ("chosen", "rejected"))
         logps = PairLogps(
             found.chosen_logps,
             found.rejected_logps,
@@ -114,18 +114,18 @@ class EntanglementCallback(TrainerCallback):
             found.chosen_length,
             found.rejected_length,
         )
-        margin = self.probes.get("margin")
+        margin = pairs.get("margin")
         d_w, d_l = loss_weights(self.loss, logps, None if margin is None else margin.cpu())
         moved = changes(found.chosen_sq, found.rejected_sq, found.inner, d_w, d_l)
         share = shares(moved.verdicts())
         return {
-            "cosine": float(found.cosine.median()),
-            "norm_ratio": float(found.norm_ratio.median()),
-            "entangled": share["both fall"] + share["both rise"] + share["reversed"],
-            "chosen_falls": share["both fall"] + share["reversed"],
-            "rejected_rises": share["both rise"] + share["reversed"],
-            "chosen_change": float((found.chosen_logps - ref_chosen).mean()),
-            "rejected_change": float((found.rejected_logps - ref_rejected).mean()),
+            f"{key}cosine": float(found.cosine.median()),
+            f"{key}norm_ratio": float(found.norm_ratio.median()),
+            f"{key}entangled": share["both fall"] + share["both rise"] + share["reversed"],
+            f"{key}chosen_falls": share["both fall"] + share["reversed"],
+            f"{key}rejected_rises": share["both rise"] + share["reversed"],
+            f"{key}chosen_change": float((found.chosen_logps - ref_chosen).mean()),
+            f"{key}rejected_change": float((found.rejected_logps - ref_rejected).mean()),
         }
 
     def _logps(self, batch: dict[str, Tensor]) -> Tensor:
@@ -140,6 +140,10 @@ class EntanglementCallback(TrainerCallback):
         with torch.no_grad():
             for name, parameter in self.measure.measured.items():
                 parameter.copy_(values[name])
+
+
+def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "completion_mask")}
 
 
 def _first(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from align.console import log
-from align.entanglement.predict import Direction, predicted_changes
+from align.entanglement.moving import Direction
+from align.entanglement.products import GradientProducts
 from align.loss_registry import BoundLoss
 from align.losses import PairLogps
 from align.training.layout import base_model
@@ -77,7 +78,8 @@ def _check_one(
     update = {name: (parameter.detach() - before[name]) for name, parameter in trained.items()}
     _set(trained, before, update, 0.0)
     log.info("check %s: predicting %d log-probs along its update", optimizer_name, len(probes["input_ids"]))
-    predicted = torch.cat(predicted_changes(policy, probes, update))
+    products = GradientProducts(policy)(probes, update)
+    predicted = torch.cat([products.chosen_along, products.rejected_along])
     start, noise = _logps(policy, probes), _noise(policy, probes)
     steps = []
     for share in SHARES:

@@ -7,7 +7,7 @@ and an embedding part, and with it a cross term (p at the ids of the other token
 Legend: B pairs, T padded tokens, D hidden size, V vocabulary, g rows of a group, C scored tokens of a group.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -84,28 +84,33 @@ class HeadProducts:
         scale = getattr(self.embedding, "embed_scale", None)
         self._grad = grad.detach() if scale is None else grad.detach() * scale
 
-    def forward(self, hidden: Tensor, batch: dict[str, Tensor], groups: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Log-probs [2B] and their gradient [2B, T, D] at the last hidden states.
+    def forward(
+        self, hidden: Tensor, batch: dict[str, Tensor], groups: list[Tensor], direction: Mapping[int, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs [2B], their gradient [2B, T, D] at the last hidden states, derivatives along the head's direction.
 
         Args:
             hidden: [2B, T, D].
             batch: right-padded, in trl's layout.
             groups: disjoint sets of rows whose products with each other are wanted; together all rows.
+            direction: ``id`` of a parameter -> tensor of its shape; those of other modules are passed over.
         """
         self._ids = batch["input_ids"]
         logps = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
+        along = torch.zeros_like(logps)
         grad = torch.zeros_like(hidden)
         mask = batch["completion_mask"].bool()
         scored = [self._scored(rows, hidden.detach(), mask) for rows in groups]
         self._groups = []
         for some in _bundles(scored):
-            parts = self._linear(some) if self.plain else self._by_autograd(some)
-            for group, (token_logps, at_logits, back, gram) in zip(some, parts, strict=True):
+            parts = self._linear(some, direction) if self.plain else self._by_autograd(some, direction)
+            for group, (token_logps, at_logits, back, gram, token_along) in zip(some, parts, strict=True):
                 logps[group.rows] = group.member.T @ token_logps.double()
+                along[group.rows] = group.member.T @ token_along.double()
                 grad[group.rows[group.which], group.place] = back
                 at_ids = at_logits[:, self._ids[group.rows].flatten()] if self.tied else at_logits[:, :0]
                 self._groups.append(_Group(group.rows, gram, group.states, at_ids, group.member))
-        return logps, grad
+        return logps, grad, along
 
     def take(self) -> list[Tensor]:
         """Products [g, g] of each group, float64; after the backward pass."""
@@ -117,8 +122,10 @@ class HeadProducts:
         return _Scored(rows, which, place, hidden[rows[which], place], self._ids[rows[which], place + 1], member)
 
     @torch.no_grad()
-    def _linear(self, groups: list[_Scored]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """For each group log-probs [C], their gradients at W h + b [C, V] and at h [C, D], products [g, g]."""
+    def _linear(
+        self, groups: list[_Scored], direction: Mapping[int, Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """For each group log-probs [C], their gradients at W h + b [C, V] and h [C, D], products [g, g], along [C]."""
         weight = self.head.get_parameter("weight")
         states, targets = torch.cat([g.states for g in groups]), torch.cat([g.targets for g in groups])
         logits = self.form.apply(F.linear(states, weight, self.head.bias))  # type: ignore[arg-type]
@@ -128,10 +135,19 @@ class HeadProducts:
         at_logits.scatter_add_(1, targets[:, None], torch.ones_like(chosen))
         at_logits = self.form.backward_(at_logits, logits)
         back = at_logits.to(weight.dtype) @ weight
+        along = self._linear_along(states, at_logits, direction)
         sizes = [len(group.which) for group in groups]
-        parts = (values.split(sizes) for values in (chosen.squeeze(1), at_logits, back))
-        for group, token_logps, own_at_logits, own_back in zip(groups, *parts, strict=True):
-            yield token_logps, own_at_logits, own_back, self._linear_gram(group, own_at_logits)
+        parts = (values.split(sizes) for values in (chosen.squeeze(1), at_logits, back, along))
+        for group, token_logps, own_at_logits, own_back, own_along in zip(groups, *parts, strict=True):
+            yield token_logps, own_at_logits, own_back, self._linear_gram(group, own_at_logits), own_along
+
+    def _linear_along(self, states: Tensor, at_logits: Tensor, direction: Mapping[int, Tensor]) -> Tensor:
+        """Derivative of each token's log-prob along the direction's part for W and b, [C]."""
+        weight, bias = (direction.get(id(parameter)) for parameter in (self.head.weight, self.head.bias))
+        along = at_logits.new_zeros(len(states))
+        if weight is not None:
+            along += (at_logits * F.linear(states, weight)).sum(dim=1)
+        return along if bias is None else along + at_logits @ bias.to(at_logits.dtype)
 
     def _linear_gram(self, group: _Scored, at_logits: Tensor) -> Tensor:
         states, rows = group.states, len(group.rows)
@@ -153,19 +169,24 @@ class HeadProducts:
             first += count
         return upper + upper.triu(diagonal=1).T
 
-    def _by_autograd(self, groups: list[_Scored]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def _by_autograd(
+        self, groups: list[_Scored], direction: Mapping[int, Tensor]
+    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         """The same for any other head (an adapter on it), without the gradient at the logits."""
         for parameter in self.own:
             parameter.requires_grad_(True)
-        found = [self._group_by_autograd(group) for group in groups]
+        found = [self._group_by_autograd(group, direction) for group in groups]
         for parameter in self.own:
             parameter.requires_grad_(False)
         return found
 
-    def _group_by_autograd(self, group: _Scored) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One backward pass through the head alone for each row."""
+    def _group_by_autograd(
+        self, group: _Scored, direction: Mapping[int, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """One backward pass through the head alone for each row; what is along is spread over the row's tokens."""
         states = group.states
         logps = torch.empty(len(states), dtype=states.dtype, device=states.device)
+        along = torch.zeros(len(states), dtype=torch.float64, device=states.device)
         back = torch.empty_like(states)
         vectors = []
         for row in range(len(group.rows)):
@@ -176,10 +197,13 @@ class HeadProducts:
                 found = scores.gather(1, group.targets[own, None]).squeeze(1)
                 at_states, *at_own = torch.autograd.grad(found.sum(), [entry, *self.own], allow_unused=True)
             logps[own], back[own] = found.detach().to(logps.dtype), at_states
+            for parameter, at_parameter in zip(self.own, at_own, strict=True):
+                if at_parameter is not None and id(parameter) in direction:
+                    along[own] += (at_parameter.double() * direction[id(parameter)].double()).sum() / own.sum()
             flat = [g.flatten().double() for g in at_own if g is not None]
             vectors.append(torch.cat(flat) if flat else states.new_zeros(1, dtype=torch.float64))
         stacked = torch.stack(vectors)
-        return logps, states.new_zeros(len(states), 1), back, stacked @ stacked.T
+        return logps, states.new_zeros(len(states), 1), back, stacked @ stacked.T, along
 
     def _embedding_part(self, group: _Group) -> Tensor:
         """Embedding with embedding, and twice embedding with head, [g, g]."""

@@ -1,11 +1,11 @@
-"""What an update of the parameters does to every pair's log-probs, to first order, by one forward-mode pass.
+"""What a change of the parameters does to every token's log-prob, to first order, by one forward-mode pass.
 
-For any direction u in parameter space the derivative of log p(y) along u is <grad log p(y), u>. With u the optimizer's
-real update (parameters after the step minus before) learning rate, preconditioner, momentum, weight decay and clipping
-are all in it; with u the gradient of the other response it is the gradient product of every single token.
+For any direction u in parameter space the derivative of log p(y) along u is <grad log p(y), u>. With u the gradient of
+the other response it is the gradient product of every single token. Where only the sums over a response are wanted, as
+along an optimizer's update, ``GradientProducts`` has them for less.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +16,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from align.entanglement.moving import Direction
 from align.training.layout import base_model
-
-Direction = Mapping[str, Tensor]
 
 
 def directional_logps(model: nn.Module, batch: dict[str, Tensor], direction: Direction) -> tuple[Tensor, Tensor]:
@@ -44,16 +43,6 @@ def directional_logps(model: nn.Module, batch: dict[str, Tensor], direction: Dir
             tangent = torch.zeros_like(value)
     value, tangent = (F.pad(found, (first, 0)).masked_fill(~mask, 0) for found in (value, tangent))
     return value, tangent
-
-
-def predicted_changes(model: nn.Module, batch: dict[str, Tensor], update: Direction) -> tuple[Tensor, Tensor]:
-    """First-order change [B], [B] of the chosen and the rejected log-probs (nats) when ``update`` is added.
-
-    See ``directional_logps``.
-    """
-    _, change = directional_logps(model, batch, update)
-    chosen, rejected = change.sum(dim=1, dtype=torch.float64).chunk(2)
-    return chosen, rejected
 
 
 @contextmanager

@@ -4,6 +4,9 @@ gw and gl are the gradients of the summed log-probability of the chosen and of t
 parameters (arXiv 2410.13828). One forward pass and one backward pass through the activations serve both responses of
 all pairs: rows of a batch do not interact, so the gradient at a layer's output in one row belongs to that row alone.
 
+Along a direction u in parameter space the same two passes give <gw, u> and <gl, u>: each sequence gets a scalar that
+moves it, and it alone, along u, and the backward pass returns the derivative by that scalar.
+
 Legend: B pairs, T padded tokens, D hidden size, V vocabulary, C scored tokens of one response.
 """
 
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from align.console import log
 from align.entanglement.head import HeadProducts
+from align.entanglement.moving import Direction, moving
 from align.entanglement.rules import RULES, Call, Input, Rule, check_measurable, products_of_vectors
 from align.errors import ModelError
 from align.training.layout import base_model
@@ -49,6 +53,10 @@ class PairProducts:
     """Scored tokens."""
     rejected_length: Tensor
     """Scored tokens."""
+    chosen_along: Tensor
+    """<gw, u> of the direction that was given; NaN where none was."""
+    rejected_along: Tensor
+    """<gl, u>."""
 
     @property
     def cosine(self) -> Tensor:
@@ -100,16 +108,22 @@ class GradientProducts:
                 "no rule for %d parameters (%s): measured by one backward pass per sequence", len(self._rest), shown
             )
 
-    def __call__(self, batch: dict[str, Tensor]) -> PairProducts:
+    def __call__(self, batch: dict[str, Tensor], direction: Direction | None = None) -> PairProducts:
         """Products of a right-padded batch in trl's layout.
 
         Pairs go through the model ``MAX_TOKENS`` at a time: more at once would be no faster and need more memory.
+
+        Args:
+            batch: the pairs.
+            direction: measured parameter -> tensor of its shape, such as an optimizer's update: <gw, u> and <gl, u>
+                are to first order what it does to the log-probs. Parameters that are left out do not move.
         """
         pairs, width = batch["input_ids"].shape[0] // 2, batch["input_ids"].shape[1]
         size = max(1, MAX_TOKENS // (2 * width))
-        return _joined([self._of_pairs(_some(batch, range(k, min(k + size, pairs)))) for k in range(0, pairs, size)])
+        parts = (_some(batch, range(k, min(k + size, pairs))) for k in range(0, pairs, size))
+        return _joined([self._of_pairs(part, direction) for part in parts])
 
-    def _of_pairs(self, batch: dict[str, Tensor]) -> PairProducts:
+    def _of_pairs(self, batch: dict[str, Tensor], direction: Direction | None) -> PairProducts:
         """Products of all pairs of a batch in one forward and one backward pass."""
         pairs = batch["input_ids"].shape[0] // 2
         totals = torch.zeros(3, pairs, dtype=torch.float64, device=batch["input_ids"].device)
@@ -118,10 +132,12 @@ class GradientProducts:
             totals.add_(products_of_vectors(rule.vectors(call)) if rule.products is None else rule.products(call))
 
         groups = list(torch.arange(2 * pairs, device=totals.device).view(2, pairs).T)
-        logps = self._measure(batch, groups, visit, lambda vectors: totals.add_(products_of_vectors(vectors)))
+        logps, along = self._measure(
+            batch, groups, visit, lambda vectors: totals.add_(products_of_vectors(vectors)), direction
+        )
         for k, gram in enumerate(self._head.take()):
             totals[:, k] += torch.stack([gram[0, 0], gram[1, 1], gram[0, 1]])
-        return _pair_products(totals.cpu(), logps, batch)
+        return _pair_products(totals.cpu(), logps, along, batch)
 
     def gram(self, batch: dict[str, Tensor]) -> Tensor:
         """Inner products [2B, 2B] between all chosen and rejected gradients of a batch, float64 on the CPU."""
@@ -140,10 +156,10 @@ class GradientProducts:
                 total.add_((block @ block.T).double())
 
         groups = [torch.arange(rows, device=total.device)]
-        logps = self._measure(batch, groups, lambda rule, call: add(rule.vectors(call)), add)
+        logps, along = self._measure(batch, groups, lambda rule, call: add(rule.vectors(call)), add)
         gram = (total + self._head.take()[0]).cpu()
         squares = gram.diagonal().view(2, rows // 2)
-        return gram, _pair_products(torch.cat([squares, gram.diagonal(rows // 2)[None]]), logps, batch)
+        return gram, _pair_products(torch.cat([squares, gram.diagonal(rows // 2)[None]]), logps, along, batch)
 
     def _measure(
         self,
@@ -151,21 +167,50 @@ class GradientProducts:
         groups: list[Tensor],
         visit: Callable[[Rule, Call], None],
         visit_vectors: Callable[[Tensor], object],
-    ) -> Tensor:
-        """Run forward and backward; ``visit`` sees each call of each layer with a rule. Returns log-probs [2B]."""
+        direction: Direction | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run forward and backward; ``visit`` sees each call of each layer with a rule.
+
+        Returns log-probs and their derivatives along ``direction``, each [2B], float64.
+        """
         inputs = {name: value for name, value in batch.items() if name not in NOT_MODEL_INPUTS}
-        with self._ready(), self._hooks(visit) as seen:
+        moved = direction or {}
+        device = batch["input_ids"].device
+        shift = torch.zeros(len(batch["input_ids"]), dtype=torch.float64, device=device, requires_grad=True)
+        with self._ready(), moving(self._moves(moved), shift), self._hooks(visit) as seen:
             hidden = self.base.base_model(**inputs, use_cache=False).last_hidden_state
             seen.clear()
-            logps, grad = self._head.forward(hidden, batch, groups)
+            logps, grad, along = self._head.forward(hidden, batch, groups, self._by_id(moved))
             if self._rest:
-                self._by_autograd(hidden, grad, visit_vectors)
-            torch.autograd.grad(hidden, self._leaves, grad)
+                along += self._by_autograd(hidden, grad, visit_vectors, moved)
+            *_, at_shift = torch.autograd.grad(hidden, [*self._leaves, shift], grad, allow_unused=True)
         self._leaves = []
-        return logps
+        if at_shift is not None:
+            along += at_shift
+        return logps, along if direction is not None else torch.full_like(along, torch.nan)
 
-    def _by_autograd(self, hidden: Tensor, grad: Tensor, visit_vectors: Callable[[Tensor], object]) -> None:
-        """Gradients of the parameters without a rule, one backward pass per sequence."""
+    def _moves(self, direction: Direction) -> dict[nn.Module, Direction]:
+        """What moves in each module that a rule reaches, by parameter."""
+        named = self._by_id(direction)
+        own = (
+            (module, {name: id(module.get_parameter(name)) for name in rules}) for module, rules in self._sites.items()
+        )
+        found = {module: {name: named[key] for name, key in keys.items() if key in named} for module, keys in own}
+        if self._head.tied and id(self._head.embedding.weight) in named:
+            found[self._head.embedding] = {"weight": named[id(self._head.embedding.weight)]}
+        return {module: moved for module, moved in found.items() if moved}
+
+    def _by_id(self, direction: Direction) -> dict[int, Tensor]:
+        return {id(self.measured[name]): value for name, value in direction.items()}
+
+    def _by_autograd(
+        self,
+        hidden: Tensor,
+        grad: Tensor,
+        visit_vectors: Callable[[Tensor], object],
+        direction: Direction,
+    ) -> Tensor:
+        """Gradients of the parameters without a rule, one backward pass per sequence; their part along, [2B]."""
         rest = list(self._rest.values())
         rows = []
         self._by_rule = False
@@ -175,8 +220,13 @@ class GradientProducts:
             found = torch.autograd.grad(hidden, rest, only, retain_graph=True, allow_unused=True)
             rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(rest, found, strict=True)])
         self._by_rule = True
-        for columns in zip(*rows, strict=True):
-            visit_vectors(torch.stack([column.flatten() for column in columns]))
+        along = torch.zeros(len(grad), dtype=torch.float64, device=grad.device)
+        for name, columns in zip(self._rest, zip(*rows, strict=True), strict=True):
+            vectors = torch.stack([column.flatten() for column in columns])
+            visit_vectors(vectors)
+            if name in direction:
+                along += vectors.double() @ direction[name].flatten().double()
+        return along
 
     def _plan(self) -> tuple[dict[nn.Module, dict[str, Rule]], dict[str, nn.Parameter]]:
         """Modules with their rules, and the parameters that no rule reaches.
@@ -291,7 +341,8 @@ def _joined(parts: list[PairProducts]) -> PairProducts:
     return PairProducts(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(PairProducts)))
 
 
-def _pair_products(totals: Tensor, logps: Tensor, batch: dict[str, Tensor]) -> PairProducts:
-    """From |gw|^2, |gl|^2, <gw, gl> [3, B] and log-probs [2B]."""
-    length = batch["completion_mask"][:, 1:].sum(dim=1).chunk(2)
-    return PairProducts(*totals, *logps.cpu().chunk(2), *(part.cpu() for part in length))
+def _pair_products(totals: Tensor, logps: Tensor, along: Tensor, batch: dict[str, Tensor]) -> PairProducts:
+    """From |gw|^2, |gl|^2, <gw, gl> [3, B], log-probs [2B] and derivatives [2B]."""
+    length = batch["completion_mask"][:, 1:].sum(dim=1)
+    columns = (logps.cpu(), length.cpu(), along.cpu())
+    return PairProducts(*totals, *(part for column in columns for part in column.chunk(2)))
