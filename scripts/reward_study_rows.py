@@ -195,6 +195,15 @@ ROWS: dict[str, Fit] = {
 }
 
 
+TUNED: dict[str, tuple[ObjectiveConfig, Callable[[Data, Pairs], Mapping[str, Tensor]] | None]] = {
+    "bradley_terry": (ObjectiveConfig(name="bradley_terry"), None),
+    "bradley_terry_margin, rating apart / 4": (ObjectiveConfig(name="bradley_terry_margin"), rating_difference),
+    "comp_sum, tau 1.3": (ObjectiveConfig(name="comp_sum", parameters={"tau": 1.3}), None),
+    "margin_mse, teacher of 3,000 other pairs": (ObjectiveConfig(name="margin_mse"), margins_of_teacher),
+}
+"""Those that are trained with LoRA too: objective, and the columns that it reads."""
+
+
 def apart(data: Data, pairs: Pairs) -> np.ndarray:
     """Features of chosen less features of rejected, [N, D]."""
     found: np.ndarray = data.features[pairs.chosen] - data.features[pairs.rejected]

@@ -11,7 +11,9 @@ is chosen by the pair accuracy of 5-fold cross-validation on those (noisy) label
     ece, brier   of sigmoid(margin) against one rater's labels, before and after temperature calibration out of fold
     correlation  of the margins with the differences of the mean ratings
 
-A second part varies the number of pairs for the three heads. Each cell is one JSON file, and is not computed again.
+A second part varies the number of pairs for the three heads (``--full-seeds``: fine-tuned models among them), a third
+trains the best objectives with LoRA on the same pairs (``--lora-seeds``). Each cell is one JSON file, and is not
+computed again.
 
     python scripts/study_reward_models.py --seeds 8
 """
@@ -28,7 +30,7 @@ from typing import Any
 import numpy as np
 from build_demo_data import Snippet, read_snippets
 from datasets import Dataset
-from reward_study_rows import BRADLEY_TERRY, ROWS, Data, Fit, Pairs, apart, naive_bayes
+from reward_study_rows import BRADLEY_TERRY, ROWS, TUNED, Data, Fit, Pairs, apart, naive_bayes
 from scipy.special import expit
 from scipy.stats import pearsonr
 
@@ -49,6 +51,8 @@ HELD_OUT, TEACHER_PAIRS = 0.2, 3000
 FLIPS = (0.0, 0.2, 0.4)
 SIZES = (25, 50, 100, 200, 400, 800, 1600, 3200)
 FINE_TUNED = (100, 400, 1600)
+LORA_FLIPS = (0.0, 0.2)
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["query", "key", "value", "dense"]}
 BASE = "bradley_terry"
 METRICS = ("accuracy", "auc", "rater", "correlation", "ece", "ece_calibrated", "brier", "temperature")
 
@@ -150,42 +154,50 @@ def run_size(snippets: list[Snippet], features: np.ndarray, cell: dict[str, Any]
     return measure(features, fit(data, data.train, penalty), data.test)
 
 
-def run_full(snippets: list[Snippet], features: np.ndarray, cell: dict[str, Any], model: Path, work: Path) -> Any:
-    """MiniLM fine-tuned whole on so many pairs, as `align reward train` does it."""
-    data = prepare(snippets, features, 0.0, cell["pairs"], cell["seed"])
-    texts = [snippet.text for snippet in snippets]
-    tables = [
-        Dataset.from_dict(
-            {
-                "id": [f"{a}-{b}" for a, b in zip(part.chosen, part.rejected, strict=True)],
-                "prompt": ["Movie review:"] * len(part.gold),
-                "chosen": [f" {texts[row]}" for row in part.chosen],
-                "rejected": [f" {texts[row]}" for row in part.rejected],
-            }
-        )
-        for part in (data.train, data.test)
-    ]
+def texts_of(snippets: list[Snippet], part: Pairs, columns: Mapping[str, Any]) -> Dataset:
+    """Pairs as a pair table."""
+    return Dataset.from_dict(
+        {
+            "id": [f"{a}-{b}" for a, b in zip(part.chosen, part.rejected, strict=True)],
+            "prompt": ["Movie review:"] * len(part.gold),
+            "chosen": [f" {snippets[row].text}" for row in part.chosen],
+            "rejected": [f" {snippets[row].text}" for row in part.rejected],
+            **columns,
+        }
+    )
+
+
+def run_tuned(snippets: list[Snippet], data: Data, cell: dict[str, Any], model: Path, work: Path) -> dict[str, float]:
+    """MiniLM fine-tuned, whole or with LoRA, as `align reward train` does it."""
+    objective, columns = TUNED[cell.get("row", BASE)]
+    lora = cell["kind"] == "lora"
     trainer = {
-        "num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 1e-4, "warmup_steps": 10,
-        "save_strategy": "steps", "save_steps": 50, "save_total_limit": 1,
+        "num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 1e-3 if lora else 1e-4,
+        "warmup_steps": 10, "save_strategy": "steps", "save_steps": 50, "save_total_limit": 1,
     }  # fmt: skip
-    config = RewardConfig(model=str(model), max_length=64, trainer=trainer)
-    folder = work / f"full-{cell['pairs']}-{cell['seed']}"
-    train_reward_model(tables[0], config, folder, seed=cell["seed"])
-    scored = RewardScorer(folder, batch_tokens=8192, max_length=64).score_pairs(tables[1])
+    config = RewardConfig(
+        model=str(model), max_length=64, objective=objective, peft=LORA if lora else None, trainer=trainer
+    )
+    folder = work / "tuned" / cell_file(work, cell).stem
+    made = {} if columns is None else {name: value.tolist() for name, value in columns(data, data.train).items()}
+    train_reward_model(texts_of(snippets, data.train, made), config, folder, seed=cell["seed"])
+    scorer = RewardScorer(folder, batch_tokens=8192, max_length=64)
+    scored = scorer.score_pairs(texts_of(snippets, data.test, {}))
     return metrics(np.asarray(scored["reward_chosen"]), np.asarray(scored["reward_rejected"]), data.test.gold)
 
 
-def cells(seeds: int, full_seeds: int) -> list[dict[str, Any]]:
+def cells(seeds: int, full_seeds: int, lora_seeds: int) -> list[dict[str, Any]]:
     """Every cell, seed by seed, so that a stopped study has all rows."""
     made: list[dict[str, Any]] = []
     for seed in range(seeds):
         made += [{"kind": "objective", "row": row, "flips": flips, "seed": seed} for flips in FLIPS for row in ROWS]
         heads = ("naive-bayes", "logistic")
         made += [{"kind": "size", "head": head, "pairs": n, "seed": seed} for n in SIZES for head in heads]
-    return made + [
-        {"kind": "full", "head": "full", "pairs": n, "seed": seed} for seed in range(full_seeds) for n in FINE_TUNED
-    ]
+    for seed in range(lora_seeds):
+        made += [{"kind": "lora", "row": row, "flips": flips, "seed": seed} for flips in LORA_FLIPS for row in TUNED]
+    for seed in range(full_seeds):
+        made += [{"kind": "full", "head": "full", "pairs": n, "seed": seed} for n in FINE_TUNED]
+    return made
 
 
 def cell_file(folder: Path, cell: Mapping[str, Any]) -> Path:
@@ -196,9 +208,9 @@ def cell_file(folder: Path, cell: Mapping[str, Any]) -> Path:
 
 def summarise(found: list[tuple[dict[str, Any], dict[str, float]]]) -> dict[str, Any]:
     """Mean over the seeds with the half-width of its 95% interval, for every row; differences from Bradley-Terry."""
-    groups: dict[str, dict[str, dict[int, dict[str, float]]]] = {"objective": {}, "size": {}, "full": {}}
+    groups: dict[str, dict[str, dict[int, dict[str, float]]]] = {"objective": {}, "lora": {}, "size": {}, "full": {}}
     for cell, values in found:
-        key = f"{cell['row']}|{cell['flips']:g}" if cell["kind"] == "objective" else f"{cell['head']}|{cell['pairs']}"
+        key = f"{cell['row']}|{cell['flips']:g}" if "row" in cell else f"{cell['head']}|{cell['pairs']}"
         groups[cell["kind"]].setdefault(key, {})[cell["seed"]] = values
     table: dict[str, Any] = {}
     for kind, rows in groups.items():
@@ -206,7 +218,7 @@ def summarise(found: list[tuple[dict[str, Any], dict[str, float]]]) -> dict[str,
             key: {name: spread([values[name] for values in by_seed.values()]) for name in METRICS}
             for key, by_seed in rows.items()
         }
-        for key, by_seed in rows.items() if kind == "objective" else ():
+        for key, by_seed in rows.items() if kind in ("objective", "lora") else ():
             base = rows.get(f"{BASE}|{key.split('|')[1]}", {})
             gains = [values["accuracy"] - base[seed]["accuracy"] for seed, values in by_seed.items() if seed in base]
             table[kind][key]["gain"] = spread(gains)
@@ -221,19 +233,27 @@ def spread(values: list[float]) -> list[float]:
     return [float(np.mean(values)) if values else float("nan"), float(half), len(values)]
 
 
-def markdown(summary: dict[str, Any]) -> str:
-    """The tables of docs/reward-models.md: objectives by their accuracy without flips, then heads by pairs."""
-    clean = {key.split("|")[0]: row for key, row in summary["objective"].items() if key.endswith("|0")}
-    titles = [f"accuracy, {flips:.0%} flipped" for flips in FLIPS] + ["AUC, 0%", "ECE raw, 0%", "ECE calibrated, 0%"]
-    lines = ["| objective | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+def by_objective(rows: dict[str, Any], shares: tuple[float, ...], title: str) -> list[str]:
+    """A table of objectives by their accuracy without flips."""
+    clean = {key.split("|")[0]: row for key, row in rows.items() if key.endswith("|0")}
+    titles = [f"accuracy, {flips:.0%} flipped" for flips in shares] + ["AUC, 0%", "ECE raw, 0%", "ECE calibrated, 0%"]
+    lines = [f"| {title} | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for name in sorted(clean, key=lambda name: -clean[name]["accuracy"][0]):
         shown = []
-        for flips in FLIPS:
-            row = summary["objective"].get(f"{name}|{flips:g}")
+        for flips in shares:
+            row = rows.get(f"{name}|{flips:g}")
             gain = "" if row is None or name == BASE else f" ({row['gain'][0]:+.3f} ± {row['gain'][1]:.3f})"
             shown.append("" if row is None else f"{row['accuracy'][0]:.3f}{gain}")
         shown += [f"{clean[name][key][0]:.3f}" for key in ("auc", "ece", "ece_calibrated")]
         lines.append("| " + " | ".join([name, *shown]) + " |")
+    return lines
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The tables of docs/reward-models.md: objectives under linear heads and under LoRA, then heads by pairs."""
+    lines = by_objective(summary["objective"], FLIPS, "objective")
+    if summary["lora"]:
+        lines += ["", *by_objective(summary["lora"], LORA_FLIPS, "objective, with LoRA")]
     sizes = summary["size"] | summary["full"]
     heads = list(dict.fromkeys(key.split("|")[0] for key in sizes))
     lines += ["", "| pairs | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
@@ -251,6 +271,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/study-reward-models"))
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--full-seeds", type=int, default=0, help="seeds of the fine-tuned models")
+    parser.add_argument("--lora-seeds", type=int, default=0, help="seeds of the best objectives with LoRA")
     parser.add_argument("--pairs", type=int, default=800, help="training pairs of the objectives")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further cell after so long")
     arguments = parser.parse_args()
@@ -262,7 +283,7 @@ def main() -> None:
     features = embed(snippets, arguments.assets / "minilm", arguments.output / "features", end)
     if features is None:
         return
-    wanted = cells(arguments.seeds, arguments.full_seeds)
+    wanted = cells(arguments.seeds, arguments.full_seeds, arguments.lora_seeds)
     missing = [cell for cell in wanted if not cell_file(arguments.output, cell).exists()]
     for cell in progress(missing, what="cells", total=len(missing), unit="cells"):
         if time.monotonic() > end:
@@ -272,7 +293,8 @@ def main() -> None:
         elif cell["kind"] == "size":
             values = run_size(snippets, features, cell)
         else:
-            values = run_full(snippets, features, cell, arguments.assets / "minilm", arguments.output)
+            data = prepare(snippets, features, cell.get("flips", 0.0), cell.get("pairs", arguments.pairs), cell["seed"])
+            values = run_tuned(snippets, data, cell, arguments.assets / "minilm", arguments.output)
         write_json(cell_file(arguments.output, cell), values)
     files = [(cell, cell_file(arguments.output, cell)) for cell in wanted]
     summary = summarise([(cell, read_json(file)) for cell, file in files if file.exists()])
