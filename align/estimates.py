@@ -38,6 +38,21 @@ def bootstrap_mean(values: ArrayLike, *, seed: int, resamples: int = RESAMPLES) 
     return Estimate(float(array.mean()), float(low), float(high), int(array.size))
 
 
+def share(held: ArrayLike) -> Estimate:
+    """Share of the [N] observations that are true, with Wilson's 95% interval: it is right for none and for all, too.
+
+    Raises:
+        ValueError: no values.
+    """
+    from scipy.stats import binomtest
+
+    array = np.asarray(held, dtype=bool)
+    if array.size == 0:
+        raise ValueError("share needs at least one value")
+    interval = binomtest(int(array.sum()), array.size).proportion_ci(0.95, method="wilson")
+    return Estimate(float(array.mean()), float(interval.low), float(interval.high), int(array.size))
+
+
 def correlation(first: ArrayLike, second: ArrayLike) -> dict[str, float] | None:
     """Pearson's correlation of [N] and [N] with its 95% interval by Fisher's z; None where it is not defined."""
     from scipy.stats import pearsonr

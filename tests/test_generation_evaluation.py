@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.errors import ModelError
-from align.estimates import bootstrap_mean
+from align.estimates import bootstrap_mean, share
 from align.evaluation.kl import completion_logps
 from align.evaluation.rewards import compare, gain_per_root_kl
 from align.generation.base import Sampling
@@ -89,6 +89,16 @@ def test_bootstrap_interval_covers_about_95_percent() -> None:
     assert 180 <= inside <= 199
     with pytest.raises(ValueError, match="at least one"):
         bootstrap_mean([], seed=0)
+
+
+@pytest.mark.parametrize("truth", [0.02, 0.3, 0.9])
+def test_the_interval_of_a_share_covers_the_truth(truth: float) -> None:
+    found = [share(np.random.default_rng(seed).random(80) < truth) for seed in range(400)]
+    assert 0.92 < np.mean([one.low <= truth <= one.high for one in found]) < 0.99
+    none = share([False] * 60)
+    assert none.low == 0 and none.high == pytest.approx(1.96**2 / (60 + 1.96**2), rel=1e-3)  # Wilson's formula at 0
+    with pytest.raises(ValueError, match="at least one"):
+        share([])
 
 
 def test_gain_per_root_kl() -> None:

@@ -7,15 +7,15 @@ from datasets import Dataset
 from scipy.stats import spearmanr
 
 from align.entanglement.conditions import shares
-from align.estimates import bootstrap_mean
+from align.estimates import share
 
 SCREENS = ("ches", "ches_normalised", "hidden_cosine", "token_difference")
 AGAINST = (*SCREENS, "tokens_chosen", "tokens_rejected", "margin", "logp_chosen_change")
 RARE = 0.02
-"""A share of entangled pairs whose interval stays below this needs no remedy."""
+"""A share of entangled pairs up to this needs no remedy."""
 
 
-def summarize(table: Dataset, *, seed: int = 0) -> dict[str, Any]:
+def summarize(table: Dataset) -> dict[str, Any]:
     """Shares of verdicts with intervals, medians, and rank correlations of the cosine."""
     verdicts = list(table["verdict"])
     columns = {name: np.asarray(table[name], dtype=np.float64) for name in ("cosine", "norm_ratio", "d_w", "d_l")}
@@ -23,8 +23,8 @@ def summarize(table: Dataset, *, seed: int = 0) -> dict[str, Any]:
     return {
         "pairs": len(verdicts),
         "shares": shares(verdicts),
-        "entangled": bootstrap_mean(np.asarray(table["entangled"], dtype=float), seed=seed).to_dict(),
-        "chosen_falls": bootstrap_mean(np.asarray(falling, dtype=float), seed=seed).to_dict(),
+        "entangled": share(table["entangled"]).to_dict(),
+        "chosen_falls": share(falling).to_dict(),
         "cosine": _quartiles(columns["cosine"]),
         "norm_ratio": _quartiles(columns["norm_ratio"]),
         "weight_ratio": _quartiles(columns["d_w"][columns["d_l"] != 0] / columns["d_l"][columns["d_l"] != 0]),
@@ -41,11 +41,12 @@ def advice(summary: dict[str, Any], loss: str) -> dict[str, str]:
     falls, entangled = summary["chosen_falls"], summary["entangled"]
     percent = f"{100 * falls['value']:.0f}% ({100 * falls['low']:.0f} to {100 * falls['high']:.0f}%)"
     ratio = summary["norm_ratio"]["median"]
-    if entangled["high"] <= RARE:
+    if entangled["value"] <= RARE:
+        few = f" {entangled['n']} pairs do not say more than that it is at most {100 * entangled['high']:.0f}% of all."
         return {
             "headline": f"A step of {loss} separates the responses of practically every pair.",
             "next_step": "No remedy is needed here. Measure again late in training: entanglement grows as rejected "
-            "responses become unlikely.",
+            "responses become unlikely." + (few if entangled["high"] > RARE else ""),
         }
     if falls["value"] > RARE:
         return {
