@@ -61,6 +61,22 @@ class TiltConfig(Section):
     """Optimizer steps with all weights alike before."""
 
 
+class SharpnessConfig(Section):
+    """A penalty on how fast the margins change with the reward model's parameters (reward_models/sharpness.py)."""
+
+    threshold: Positive = 0.1
+    """radius * |gradient of the mean margin| above which the penalty grows."""
+    radius: Positive = 0.05
+    step: Positive = 0.05
+    """Length of the step in parameter space between the two gradients that are compared."""
+    start: Annotated[float, Field(ge=0.0)] = 1e-3
+    """Multiplier of the penalty at the beginning."""
+    rate: Annotated[float, Field(ge=0.0)] = 1e-3
+    """Of the multiplier's change; 0 keeps it."""
+    parameters: str | None = None
+    """Regular expression: only trained parameters whose name matches; all where absent."""
+
+
 class ObjectiveConfig(Section):
     """One loss of reward_models/objective_registry.py and its parameters."""
 
@@ -84,6 +100,8 @@ class RewardConfig(Section):
     """What the reward model is trained to minimise (docs/reward-models.md)."""
     tilt: TiltConfig | None = None
     """Weights of the pairs from their losses; absent: every pair alike."""
+    sharpness: SharpnessConfig | None = None
+    """Absent: no such penalty. It costs two more forward and backward passes a step."""
     head: Literal["full", "logistic", "naive-bayes"] = "full"
     """full: fine-tuning; the others fit a linear head on the backbone's frozen features, in seconds."""
     ensemble: Count = 1
@@ -114,8 +132,10 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _a_fitted_head_has_one_objective(self) -> "RewardConfig":
-        if self.head != "full" and (self.objective.name != "bradley_terry" or self.tilt or self.peft):
-            raise ValueError(f"head: {self.head} fits Bradley-Terry to frozen features: no objective, tilt or peft")
+        if self.head != "full" and (self.objective.name != "bradley_terry" or self.tilt or self.peft or self.sharpness):
+            raise ValueError(
+                f"head: {self.head} fits Bradley-Terry to frozen features: no objective, tilt, sharpness or peft"
+            )
         return self
 
 

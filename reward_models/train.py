@@ -67,6 +67,7 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
         trainer = ObjectiveRewardTrainer(
             objective=objective,
             tilt=config.tilt,
+            sharpness=config.sharpness,
             ids=[str(name) for name in (train["id"] if "id" in train.column_names else range(len(train)))],
             model=model,
             args=args,

@@ -1,16 +1,21 @@
 """Reward training under any objective: trl's RewardTrainer with the loss taken from the registry."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from align.config import TiltConfig
+from align.config import SharpnessConfig, TiltConfig
 from align.pair_weights import LossTilt
+from align.stage import read_json, write_json
 from reward_models.guard import GuardedRewardTrainer
 from reward_models.objective_registry import NAMED, BoundObjective
+from reward_models.sharpness import SharpnessPenalty
+
+PENALTY_STATE = "sharpness.json"
 
 
 @dataclass
@@ -37,18 +42,30 @@ class ObjectiveRewardTrainer(GuardedRewardTrainer):
     Args:
         objective: bound to its parameters.
         tilt: weights of the pairs from their losses, or None.
+        sharpness: a penalty whose gradient is added after each backward pass, or None.
         kwargs: those of ``GuardedRewardTrainer``; ``train_dataset`` has the objective's columns.
     """
 
     data_collator: Any
     _signature_columns: Any
 
-    def __init__(self, *, objective: BoundObjective, tilt: TiltConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        objective: BoundObjective,
+        tilt: TiltConfig | None = None,
+        sharpness: SharpnessConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.objective = objective
         super().__init__(**kwargs)
         self.tilt = None
         if tilt is not None:
             self.tilt = LossTilt(tilt, self.accelerator.gather, self.accelerator.process_index)
+        self.penalty = None
+        if sharpness is not None:
+            reduce = lambda tensor: self.accelerator.reduce(tensor, "mean")  # noqa: E731
+            self.penalty = SharpnessPenalty(sharpness, self.accelerator.unwrap_model(self.model), reduce)
         self.data_collator = ObjectiveCollator(
             pad_token_id=self.data_collator.pad_token_id,
             pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
@@ -78,6 +95,38 @@ class ObjectiveRewardTrainer(GuardedRewardTrainer):
             chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
             loss = self._mean_loss(chosen, rejected, columns)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        """trl's, and then the gradient of the penalty on sharpness where there is one."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.penalty is not None:
+            batch = self._prepare_inputs({name: inputs[name] for name in ("input_ids", "attention_mask")})
+            plain = self.penalty.model
+
+            def margins() -> Tensor:
+                with self.compute_loss_context_manager():
+                    chosen, rejected = plain(**batch, use_cache=False).logits.squeeze(-1).float().chunk(2)
+                return chosen - rejected
+
+            norm = self.penalty.add(margins, 1 / self.current_gradient_accumulation_steps)
+            self._metrics["train"]["sharpness/norm"].append(norm)
+            self._metrics["train"]["sharpness/multiplier"].append(self.penalty.multiplier)
+        return loss
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if self.penalty is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / PENALTY_STATE, self.penalty.to_dict())
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = Path(resume_from_checkpoint) / PENALTY_STATE
+        if self.penalty is not None and file.exists():
+            self.penalty.load(read_json(file))
 
     def _mean_loss(self, chosen: Tensor, rejected: Tensor, columns: dict[str, Tensor]) -> Tensor:
         """Weighted objective and centring, a scalar."""

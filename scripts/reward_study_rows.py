@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.config import ObjectiveConfig
+from align.config import ObjectiveConfig, SharpnessConfig
 from align.pair_weights import Shape, shaped
 from reward_models import objectives
 from reward_models.heads import Loss, Moments, fit_linear
@@ -195,13 +195,20 @@ ROWS: dict[str, Fit] = {
 }
 
 
-TUNED: dict[str, tuple[ObjectiveConfig, Callable[[Data, Pairs], Mapping[str, Tensor]] | None]] = {
-    "bradley_terry": (ObjectiveConfig(name="bradley_terry"), None),
-    "bradley_terry_margin, rating apart / 4": (ObjectiveConfig(name="bradley_terry_margin"), rating_difference),
-    "comp_sum, tau 1.3": (ObjectiveConfig(name="comp_sum", parameters={"tau": 1.3}), None),
-    "margin_mse, teacher of 3,000 other pairs": (ObjectiveConfig(name="margin_mse"), margins_of_teacher),
+TUNED: dict[str, tuple[dict[str, Any], Callable[[Data, Pairs], Mapping[str, Tensor]] | None]] = {
+    "bradley_terry": ({}, None),
+    "bradley_terry_margin, rating apart / 4": (
+        {"objective": ObjectiveConfig(name="bradley_terry_margin")},
+        rating_difference,
+    ),
+    "comp_sum, tau 1.3": ({"objective": ObjectiveConfig(name="comp_sum", parameters={"tau": 1.3})}, None),
+    "margin_mse, teacher of 3,000 other pairs": ({"objective": ObjectiveConfig(name="margin_mse")}, margins_of_teacher),
+    "bradley_terry, sharpness": ({"sharpness": SharpnessConfig()}, None),
 }
-"""Those that are trained with LoRA too: objective, and the columns that it reads."""
+"""Those that are trained with LoRA too: fields of RewardConfig, and the columns that the objective reads.
+
+The penalty on sharpness has no row above: the mean margin of a linear head has the same gradient everywhere.
+"""
 
 
 def apart(data: Data, pairs: Pairs) -> np.ndarray:

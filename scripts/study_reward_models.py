@@ -169,15 +169,13 @@ def texts_of(snippets: list[Snippet], part: Pairs, columns: Mapping[str, Any]) -
 
 def run_tuned(snippets: list[Snippet], data: Data, cell: dict[str, Any], model: Path, work: Path) -> dict[str, float]:
     """MiniLM fine-tuned, whole or with LoRA, as `align reward train` does it."""
-    objective, columns = TUNED[cell.get("row", BASE)]
+    fields, columns = TUNED[cell.get("row", BASE)]
     lora = cell["kind"] == "lora"
     trainer = {
         "num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 1e-3 if lora else 1e-4,
         "warmup_steps": 10, "save_strategy": "steps", "save_steps": 50, "save_total_limit": 1,
     }  # fmt: skip
-    config = RewardConfig(
-        model=str(model), max_length=64, objective=objective, peft=LORA if lora else None, trainer=trainer
-    )
+    config = RewardConfig(model=str(model), max_length=64, peft=LORA if lora else None, trainer=trainer, **fields)
     folder = work / "tuned" / cell_file(work, cell).stem
     made = {} if columns is None else {name: value.tolist() for name, value in columns(data, data.train).items()}
     train_reward_model(texts_of(snippets, data.train, made), config, folder, seed=cell["seed"])

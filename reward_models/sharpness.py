@@ -1,0 +1,122 @@
+"""A penalty on the sharpness of a reward model: how fast its margins change with its parameters (arXiv 2503.04242).
+
+With G(w) the mean margin of a batch, |grad G| is kept near or below ``threshold`` / ``radius`` by a Lagrange
+multiplier: to the gradient of the loss is added lambda * radius * (d/dw) |grad G|, by the difference of two gradients,
+
+    lambda * (radius / step) * (grad G(w + step * grad G / |grad G|) - grad G(w)),
+
+and lambda rises with rate * (radius * |grad G| - threshold). It is kept at 0 or above, which the released code does
+not do. G is the margin and not the reward: a constant that is added to all rewards has no say.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from align.config import SharpnessConfig
+from align.errors import ConfigError
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+class SharpnessPenalty:
+    """The penalty and its multiplier.
+
+    Args:
+        config: threshold, radius and rates.
+        model: the reward model, not wrapped by a launcher.
+        reduce: mean of a tensor over all processes.
+
+    Raises:
+        ConfigError: ``parameters`` matches none of the trained parameters, or they are sharded.
+    """
+
+    def __init__(self, config: SharpnessConfig, model: nn.Module, reduce: Reduce) -> None:
+        self.config = config
+        self.model = model
+        self.reduce = reduce
+        self.multiplier = config.start
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.moved = [
+            p for name, p in trained.items() if config.parameters is None or re.search(config.parameters, name)
+        ]
+        if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in self.moved):
+            raise ConfigError(
+                "reward.sharpness: the parameters are sharded over processes, and the penalty moves whole ones",
+                code="reward-sharpness",
+                hint="train without FSDP or DeepSpeed, or leave `sharpness` out",
+            )
+        if not self.moved:
+            raise ConfigError(
+                f"reward.sharpness.parameters: {config.parameters!r} matches no trained parameter",
+                code="reward-sharpness",
+                hint="names look like " + ", ".join(list(trained)[:2]),
+            )
+
+    def add(self, margins: Callable[[], Tensor], scale: float = 1.0) -> float:
+        """Add ``scale`` times the penalty's gradient to the parameters' gradients, and move the multiplier.
+
+        Args:
+            margins: computes the margins [B] of a batch of this process with gradients.
+            scale: share of the batch in the optimizer's step.
+
+        Returns:
+            |grad G| over all processes.
+        """
+        with self._still():
+            here = self._gradient(margins)
+            norm = math.sqrt(sum(float(g.double().square().sum()) for g in here))
+            if norm > 0 and self.multiplier > 0:
+                factor = scale * self.multiplier * self.config.radius / self.config.step
+                with _moved(self.moved, here, self.config.step / norm):
+                    there = self._gradient(margins)
+                for parameter, first, second in zip(self.moved, here, there, strict=True):
+                    added = (factor * (second - first)).to(parameter.dtype)
+                    parameter.grad = added if parameter.grad is None else parameter.grad.add_(added)
+        excess = self.config.radius * norm - self.config.threshold
+        self.multiplier = max(0.0, self.multiplier + self.config.rate * excess)
+        return norm
+
+    def to_dict(self) -> dict[str, float]:
+        """What a resumed training needs."""
+        return {"multiplier": self.multiplier}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Take up what ``to_dict`` gave."""
+        self.multiplier = state["multiplier"]
+
+    def _gradient(self, margins: Callable[[], Tensor]) -> list[Tensor]:
+        """grad G over all processes; 0 for what the margins do not depend on."""
+        found = torch.autograd.grad(margins().mean(), self.moved, allow_unused=True)
+        pairs = zip(found, self.moved, strict=True)
+        return [self.reduce(torch.zeros_like(p) if g is None else g.detach()) for g, p in pairs]
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """Without dropout, whose noise would be divided by ``step``."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+
+@contextmanager
+def _moved(parameters: list[nn.Parameter], direction: list[Tensor], factor: float) -> Iterator[None]:
+    """The parameters at w + factor * direction, and afterwards at w to the bit."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter, towards in zip(parameters, direction, strict=True):
+            parameter.add_(towards.to(parameter.dtype), alpha=factor)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
