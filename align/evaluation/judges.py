@@ -51,7 +51,7 @@ class ByScore:
 
 
 class RewardModelJudge:
-    """A reward model as a judge. It is no gold judge of a policy that was trained on its rewards or margins.
+    """A reward model, an ensemble's mean, as a judge; no gold one of a policy trained on its rewards or margins.
 
     Args:
         model: folder or hub id.
@@ -61,17 +61,14 @@ class RewardModelJudge:
     """
 
     def __init__(self, model: str) -> None:
-        from reward_models.score import RewardScorer
+        from reward_models.ensemble import EnsembleScorer
 
         self.name = model
-        self._scorer = RewardScorer(model, batch_tokens=BATCH_TOKENS, max_length=MAX_LENGTH)
+        self._scorer = EnsembleScorer(model, batch_tokens=BATCH_TOKENS, max_length=MAX_LENGTH)
 
     def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
         """Reward of each, float64 [N]."""
-        from reward_models.text import render
-
-        pairs = zip(prompts, completions, strict=True)
-        return self._scorer.score_texts([render(*pair, self._scorer.tokenizer) for pair in pairs])
+        return self._scorer.score_completions(prompts, completions)
 
 
 class LanguageModelJudge:

@@ -65,9 +65,9 @@ def evaluate(
     inputs = {"pairs": fingerprint(pairs), "model": fingerprint_source(model), "max_length": max_length, "part": PART}
 
     def work(folder: Path) -> None:
-        from reward_models.score import RewardScorer
+        from reward_models.ensemble import EnsembleScorer
 
-        scorer = RewardScorer(model, batch_tokens=batch_tokens, max_length=max_length)
+        scorer = EnsembleScorer(model, batch_tokens=batch_tokens, max_length=max_length)
 
         def part(rows: range) -> Dataset:
             scored = scorer.score_pairs(pairs.select(rows))

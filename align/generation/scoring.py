@@ -71,9 +71,9 @@ class ScorerChoice:
             return YesNoJudge(self.model, batch_tokens=self.batch_tokens, max_length=self.max_length).log_odds
         if self.judge is not None:
             return make_judge(self.judge).score
-        from reward_models.score import RewardScorer
+        from reward_models.ensemble import EnsembleScorer
 
-        return RewardScorer(self.model, batch_tokens=self.batch_tokens, max_length=self.max_length).score_completions
+        return EnsembleScorer(self.model, batch_tokens=self.batch_tokens, max_length=self.max_length).score_completions
 
 
 def score_in_chunks(
