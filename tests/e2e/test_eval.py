@@ -187,6 +187,8 @@ def test_a_reward_model_says_which_pairs_are_unlike_its_own(tmp_path: Path) -> N
         (["compare", "one", "two", "--judge", "vadr", *SHARED], "did you mean `vader`"),
         (["compare", "one", "nothing", *SHARED], "nothing: cannot be loaded as a causal language model"),
         (["frontier", "one", "--reference", "base", "--checkpoints", "one=base", *SHARED], "no folder checkpoint-<s"),
+        (["reward", "one", "--reference", "base", "--engine", "server", *SHARED], "--engine server: found a server"),
+        (["compare", "one", "two", "--engine", "vlm", *SHARED], "did you mean `vllm`"),
         (["page", "nowhere"], "holds no report.json"),
         (["compare", "one", "two", "--prompts", "no.jsonl", "--output", "out"], "no.jsonl: cannot be read"),
         (["reward-model", "prompts.jsonl", "--model", "base", "--output", "out"], "no column 'chosen'"),
