@@ -13,7 +13,7 @@ from datasets import Dataset
 from align.config import OodConfig, PairsConfig
 from align.console import log, out
 from align.errors import ConfigError
-from align.estimates import bootstrap_mean
+from align.estimates import bootstrap_share
 from align.evaluation.parts import in_parts, read_table
 from align.evaluation.ranking import auc_interval, opis
 from align.evaluation.reward_pairs import findings_said, pair_findings
@@ -116,7 +116,7 @@ def reward_model_metrics(
         names = np.asarray(groups)
         for name in sorted(set(groups)):
             found["categories"][name] = {
-                "accuracy": bootstrap_mean(right[names == name], seed=seed).to_dict(),
+                "accuracy": bootstrap_share(right[names == name], seed=seed).to_dict(),
                 "mean_reward": float(np.concatenate([chosen[names == name], rejected[names == name]]).mean()),
             }
         accuracies = {name: item["accuracy"]["value"] for name, item in found["categories"].items()}
