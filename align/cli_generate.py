@@ -1,4 +1,4 @@
-"""`align generate`: completions of prompts; `align iterate`: rounds of it with training."""
+"""`align generate`: completions of prompts; `align best-of-n` of them; `align iterate`: rounds of it with training."""
 
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -46,6 +46,42 @@ def generate(
     generate_completions(source, settings, output)
     file = find_completions(output)
     log.info("completions: %s; next: align pairs build %s --reward-model MODEL --output pairs", file, file)
+
+
+def best_of_n(
+    completions: Annotated[Path, typer.Argument(help="What `align generate -n N` wrote: its folder or file.")],
+    output: Annotated[Path, typer.Option(help="Folder to write completions.parquet or .jsonl into.")],
+    reward_model: Annotated[str | None, typer.Option(help="Chooses: reward model, folder or hub id.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Chooses: vader, or yes-no:MODEL for a language model.")] = None,
+    gold: Annotated[
+        str | None, typer.Option(help="Only measures what was chosen: vader, yes-no:MODEL or a reward model.")
+    ] = None,
+    write: Annotated[str, typer.Option("--format", help="parquet or jsonl.")] = "parquet",
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per forward pass.")] = 4096,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens per text.")] = 2048,
+    seed: int = 0,
+) -> None:
+    """The best of each prompt's completions; what every n up to theirs is worth, and its KL at most (JSON)."""
+    import json
+
+    from align.console import log, out
+    from align.errors import ConfigError
+    from align.generation.best_of_n import BestSettings, choose_best
+    from align.generation.run import METRICS, Format, find_completions
+    from align.generation.scoring import ScorerChoice, scorer_called
+    from align.stage import read_json
+
+    if write not in ("parquet", "jsonl"):
+        raise ConfigError(f"--format {write}: expected parquet or jsonl", code="config-option")
+    settings = BestSettings(
+        scorer=ScorerChoice(reward_model, judge, batch_tokens, max_length),
+        gold=None if gold is None else scorer_called(gold, batch_tokens=batch_tokens, max_length=max_length),
+        format=cast(Format, write),
+        seed=seed,
+    )
+    choose_best(completions, settings, output)
+    out.print_json(json.dumps(read_json(output / METRICS)))
+    log.info("the best ones: %s", find_completions(output))
 
 
 def iterate(

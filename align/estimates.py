@@ -1,11 +1,14 @@
 """Numbers with their intervals."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 RESAMPLES = 2000
+CHUNK_CELLS = 4_000_000
+"""Values that are resampled at once."""
+EXACT_TAIL = 0.025
 LEAST_CORRELATED = 4
 
 
@@ -32,25 +35,30 @@ def bootstrap_mean(values: ArrayLike, *, seed: int, resamples: int = RESAMPLES) 
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
         raise ValueError("bootstrap_mean needs at least one value")
-    draws = np.random.default_rng(seed).integers(0, array.size, size=(resamples, array.size))
-    means = array[draws].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    rng = np.random.default_rng(seed)
+    rows = max(1, CHUNK_CELLS // array.size)
+    means = [
+        array[rng.integers(0, array.size, size=(min(rows, resamples - done), array.size))].mean(axis=1)
+        for done in range(0, resamples, rows)
+    ]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return Estimate(float(array.mean()), float(low), float(high), int(array.size))
 
 
-def share(held: ArrayLike) -> Estimate:
-    """Share of the [N] observations that are true, with Wilson's 95% interval: it is right for none and for all, too.
+def bootstrap_share(values: ArrayLike, *, seed: int, resamples: int = RESAMPLES) -> Estimate:
+    """``bootstrap_mean`` of values in [0, 1]; of all 0 or all 1, the end that resampling cannot see is exact.
+
+    Resamples of equal values are all alike, and an interval without width says more than N observations can. With N
+    of N at one end the exact (Clopper and Pearson's) 95% interval of the share reaches from there to 0.025^(1/N).
 
     Raises:
         ValueError: no values.
     """
-    from scipy.stats import binomtest
-
-    array = np.asarray(held, dtype=bool)
-    if array.size == 0:
-        raise ValueError("share needs at least one value")
-    interval = binomtest(int(array.sum()), array.size).proportion_ci(0.95, method="wilson")
-    return Estimate(float(array.mean()), float(interval.low), float(interval.high), int(array.size))
+    found = bootstrap_mean(values, seed=seed, resamples=resamples)
+    if found.low < found.high or found.value not in (0.0, 1.0):
+        return found
+    least = EXACT_TAIL ** (1 / found.n)
+    return replace(found, low=least) if found.value == 1.0 else replace(found, high=1 - least)
 
 
 def correlation(first: ArrayLike, second: ArrayLike) -> dict[str, float] | None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from align.config import Count, PairsConfig, Positive, Section, TrainConfig, load_section
 from align.console import log
@@ -39,6 +39,16 @@ class GenerateConfig(Section):
     batch_size: Count = 32
     options: dict[str, Any] = Field(default={})
     """Passed to the engine."""
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _no_server(cls, value: Any) -> Any:
+        if value == "server":
+            raise ValueError(
+                "found server, which serves one model, and each round samples from the policy that the round before "
+                "has trained; use vllm, or make the rounds by hand: align generate --base-url, pairs build, train"
+            )
+        return value
 
 
 class BuildConfig(Section):

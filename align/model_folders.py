@@ -110,6 +110,17 @@ def check_vocabulary(model: str, tokens: int, rows: int) -> None:
         )
 
 
+def adapter_base(model: str) -> str | None:
+    """The base model that an adapter folder names; None where ``model`` is no such folder or names none.
+
+    Raises:
+        ModelError: its configuration cannot be read.
+    """
+    file = Path(model) / ADAPTER
+    base: str | None = _read_object(file).get("base_model_name_or_path") if file.exists() else None
+    return base
+
+
 def vocabulary_rows(model: str) -> int | None:
     """Tokens that a model folder embeds, by its configuration (an adapter's: by its base's); None where unknown."""
     folder = Path(model)

@@ -30,11 +30,10 @@ from align.training.train import MODEL, bind, require_margin, train_policy
 from align.trust.commands import FEATURES, FILE, check_margins, margin_source, measure
 from align.trust.says import sentences
 from reward_models.calibration import evaluate_margins
-from reward_models.ensemble import members
+from reward_models.ensemble import EnsembleScorer, members
 from reward_models.judges import make_judge
 from reward_models.margin_map import MarginMap
 from reward_models.objective_registry import objective_columns, resolve_objective
-from reward_models.score import RewardScorer
 
 COMPLETIONS = "completions.parquet"
 KL_BATCH_TOKENS = 4096
@@ -334,9 +333,9 @@ def _reward_model_gains(config: RunConfig, root: Path, tables: dict[str, Dataset
     return {name: policy["gain"] for name, policy in found.items() if policy["gain"] is not None}
 
 
-def make_scorer(model: Path, config: RewardConfig) -> RewardScorer:
-    """A scorer with the batch size and length of the reward configuration."""
-    return RewardScorer(
+def make_scorer(model: Path, config: RewardConfig) -> EnsembleScorer:
+    """A scorer, of all members where the model is an ensemble, with the batch size and length of its configuration."""
+    return EnsembleScorer(
         model,
         batch_tokens=config.batch_tokens,
         max_length=config.max_length,

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import expit
 
-from align.estimates import Estimate, bootstrap_mean
+from align.estimates import Estimate, bootstrap_share
 
 BINS = 10
 
@@ -57,7 +57,7 @@ def evaluate_margins(margins: ArrayLike, *, seed: int = 0) -> MarginMetrics:
     ece = sum(item.count * abs(item.accuracy - item.confidence) for item in bins) / m.size
     return MarginMetrics(
         n=int(m.size),
-        accuracy=bootstrap_mean(right, seed=seed),
+        accuracy=bootstrap_share(right, seed=seed),
         log_loss=float(np.logaddexp(0.0, -m).mean()),
         brier=float(np.mean(expit(-m) ** 2)),
         ece=float(ece),

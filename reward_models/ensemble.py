@@ -3,7 +3,9 @@
 The first member is the model folder itself, which loads as a plain reward model; the others lie in ``members/`` below.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -48,6 +50,43 @@ def members(model: Path | str) -> list[Path | str]:
     return [model, *sorted(found, key=lambda folder: int(folder.name))]
 
 
+class EnsembleScorer:
+    """The mean reward of a model and the other members of its ensemble; of a model without any, its reward.
+
+    All members are in memory at once, so that any number of small calls loads each of them once.
+
+    Args:
+        model: folder or hub id.
+        batch_tokens: padded tokens per batch.
+        max_length: tokens per text; longer ones are cut from the right.
+        trust_remote_code: code that comes with a model may run.
+
+    Raises:
+        ModelError: a member cannot be used.
+    """
+
+    def __init__(
+        self, model: Path | str, *, batch_tokens: int, max_length: int, trust_remote_code: bool = False
+    ) -> None:
+        self.scorers = [
+            RewardScorer(member, batch_tokens=batch_tokens, max_length=max_length, trust_remote_code=trust_remote_code)
+            for member in members(model)
+        ]
+
+    def score_completions(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
+        """Mean reward of each completion of the prompt beside it, float64 [N].
+
+        Raises:
+            ModelError: they are messages, and the model's tokenizer has no chat template.
+        """
+        rewards = [scorer.score_completions(prompts, completions) for scorer in self.scorers]
+        return np.asarray(np.mean(rewards, axis=0))
+
+    def score_pairs(self, pairs: Dataset) -> Dataset:
+        """The table with the mean rewards and their margin; ``margin_std`` where there are at least two members."""
+        return _averaged(pairs, [scorer.score_pairs(pairs) for scorer in self.scorers])
+
+
 def score_with(
     models: list[Path | str],
     pairs: Dataset,
@@ -59,6 +98,8 @@ def score_with(
     cache: Path | None = None,
 ) -> Dataset:
     """The table with the mean rewards of the models and their margin; ``margin_std`` where there are at least two.
+
+    One model after the other is loaded and scores all pairs, so that one of them is in memory at a time.
 
     Args:
         models: at least one.
@@ -75,12 +116,17 @@ def score_with(
             model, batch_tokens=batch_tokens, max_length=max_length, trust_remote_code=trust_remote_code
         )
         below = cache if cache is None or number == 0 else cache / str(number)
-        scored = scorer.score_pairs(pairs, cache=below)
-        made.append(np.stack([np.asarray(scored[column]) for column in COLUMNS], axis=1))
-    rewards = np.stack(made)
+        made.append(scorer.score_pairs(pairs, cache=below))
+    table = _averaged(pairs, made)
+    return table if calibration is None else calibration.apply(table)
+
+
+def _averaged(pairs: Dataset, scored: Sequence[Dataset]) -> Dataset:
+    """``pairs`` with the means of the members' score columns, and the standard deviation of their margins."""
+    rewards = np.stack([np.stack([np.asarray(one[column]) for column in COLUMNS], axis=1) for one in scored])
     table = pairs.remove_columns([name for name in (*COLUMNS, SPREAD) if name in pairs.column_names])
     for column, values in zip(COLUMNS, rewards.mean(axis=0).T, strict=True):
         table = table.add_column(column, values.tolist())
-    if len(models) > 1:
+    if len(scored) > 1:
         table = table.add_column(SPREAD, rewards[:, :, -1].std(axis=0, ddof=1).tolist())
-    return table if calibration is None else calibration.apply(table)
+    return table

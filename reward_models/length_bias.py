@@ -6,7 +6,7 @@ import numpy as np
 from datasets import Dataset
 from scipy.stats import spearmanr
 
-from align.estimates import bootstrap_mean
+from align.estimates import bootstrap_share
 
 LEAST = 4
 """Pairs below which no rank correlation is given."""
@@ -46,7 +46,7 @@ def length_probe(margins: np.ndarray, words: np.ndarray, *, seed: int) -> dict[s
     right = np.where(margins == 0, 0.5, margins > 0)
 
     def share(values: np.ndarray) -> dict[str, float] | None:
-        return bootstrap_mean(values, seed=seed).to_dict() if values.size else None
+        return bootstrap_share(values, seed=seed).to_dict() if values.size else None
 
     return {
         "pairs": len(margins),

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from scipy.special import expit
 
 from align.batching import token_batches
 from align.console import log, progress
 from align.errors import ConfigError, ModelError
+from align.model_loading import load_policy, load_tokenizer
 
 RUBRIC = """Below are a request and a response to it.
 
@@ -61,9 +62,9 @@ class YesNoJudge:
         dtype: str = "float32",
     ) -> None:
         self.name = f"yes-no:{model}"
-        loaded, self.tokenizer = _load(model, dtype)
+        self.tokenizer = load_tokenizer(str(model))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = loaded.to(self.device).eval()
+        self.model = load_policy(str(model), dtype=dtype).to(self.device).eval()
         self.batch_tokens = batch_tokens
         self.max_length = max_length
         self.frame = [self._frame_ids(part, first=k == 0) for k, part in enumerate(self._frame(rubric))]
@@ -78,8 +79,7 @@ class YesNoJudge:
     def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
         """P(yes) / (P(yes) + P(no)) of each completion, float64 [N] in (0, 1); prompts and completions are text or
         messages."""
-        logits = self.log_odds(prompts, completions)
-        return np.asarray(1.0 / (1.0 + np.exp(-logits)))
+        return np.asarray(expit(self.log_odds(prompts, completions)))
 
     def log_odds(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
         """log P(yes) - log P(no) of each completion, float64 [N]: ``score`` before the sigmoid."""
@@ -143,18 +143,6 @@ class YesNoJudge:
         """Ids of the spellings that are one token and not the unknown one."""
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in spellings]
         return sorted({row[0] for row in ids if len(row) == 1 and row[0] != self.tokenizer.unk_token_id})
-
-
-def _load(model: Path | str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype), AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{model}: cannot be loaded as a judge ({reason})",
-            code="model-load",
-            hint="give a hub id or a folder with a causal language model and its tokenizer",
-        ) from None
 
 
 def _plain(text: Any) -> str:

@@ -11,10 +11,13 @@ from datasets import Dataset
 from align.arrays import kept_array
 from align.batching import token_batches
 from align.console import progress
+from align.errors import NumericsError
 from reward_models.model import load_reward_model
 from reward_models.text import render, tokenize
 
 CHUNK = 4096
+SHOWN = 80
+"""Characters of a text in an error."""
 COLUMNS = ("reward_chosen", "reward_rejected", "margin")
 
 
@@ -41,6 +44,7 @@ class RewardScorer:
         padding_side: Literal["left", "right"] = "right",
         trust_remote_code: bool = False,
     ) -> None:
+        self.name = str(model)
         loaded, self.tokenizer = load_reward_model(model, trust_remote_code=trust_remote_code)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = loaded.to(self.device).eval()
@@ -50,13 +54,23 @@ class RewardScorer:
         self.padding_side = padding_side if hasattr(loaded, "score") else "right"
 
     def score_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Reward of each text, float64 [N], in the order given."""
+        """Reward of each text, float64 [N], in the order given.
+
+        Raises:
+            NumericsError: a reward is not a finite number.
+        """
         ids = tokenize(texts, self.tokenizer, self.max_length)
         rewards = np.empty(len(ids), dtype=np.float64)
         batches = token_batches([len(row) for row in ids], self.batch_tokens)
         with torch.inference_mode():
             for batch in progress(batches, what="scoring", total=len(batches), unit="batches"):
                 rewards[batch] = self.rewards([ids[k] for k in batch])
+        for k in np.flatnonzero(~np.isfinite(rewards))[:1]:
+            raise NumericsError(
+                f"{self.name}: found the reward {rewards[k]} for {texts[k][:SHOWN]!r}, expected a finite number",
+                code="score-not-finite",
+                hint="copy the model again, or train it with a smaller learning_rate",
+            )
         return rewards
 
     def score_completions(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """A report full of hostile texts in a real browser: no script runs, no request leaves."""
 
+import html
 import http.server
 import re
 import shutil
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from align.reports.comparison_page import render as compared
 from align.reports.page import render
+from tests.test_comparison_page import report as comparison
 from tests.test_report import report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -81,6 +84,32 @@ def test_a_page_of_hostile_texts_in_a_browser(tmp_path: Path, server: tuple[str,
     assert 'id="pwned"' not in opened(unescaped.format(policy.group(), evil), tmp_path) and asked == []
 
     assert 'id="pwned"' in opened(unescaped.format("", evil), tmp_path) and "/image" in asked
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")
+def test_the_search_leaves_the_prompts_that_hold_every_word(tmp_path: Path) -> None:
+    """The page's own script, driven by one that types; the policy, which forbids the latter, is taken out."""
+    found = comparison()
+    for k, sample in enumerate(found["reward"]["samples"]):
+        sample["prompt"] = f"Prompt {k}"
+        sample["completions"]["dpo"]["text"] = "A KIND word" if k == 1 else "a word"
+    found["comparisons"] = {}
+    page = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", compared(found))
+    typed = "field.value = 'kind prompt'; field.dispatchEvent(new Event('input'));"
+    dumped = opened(page.replace("</body>", f"<script>{typed}</script></body>"), tmp_path)
+    articles = re.findall(r"<article( hidden=\"\")?>", dumped)
+    assert articles == [' hidden=""', "", ' hidden=""'] and ">1 of 3 prompts<" in dumped
+    assert 'hidden="" aria-label="search' not in opened(page, tmp_path)  # with scripts the field is there
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")
+@pytest.mark.parametrize("width", [360, 1600])
+def test_the_comparison_page_is_never_wider_than_its_window(tmp_path: Path, width: int) -> None:
+    page = html.escape(compared(comparison()))
+    measured = "r = f.contentDocument.documentElement; document.title = r.scrollWidth - r.clientWidth"
+    frame = f'<iframe id="f" style="border:0;width:{width}px" onload="{measured}" srcdoc="{page}"></iframe>'
+    frame = f"<html><head><title></title></head><body>{frame}</body></html>"
+    assert "<title>0</title>" in opened(frame, tmp_path)
 
 
 def test_every_page_has_the_policy() -> None:

@@ -104,6 +104,24 @@ def test_the_frontier_goes_in_order_and_checkpoints_are_dashed_in_the_colour_of_
     assert len(heats) == 2 and heats == sorted(heats, reverse=True)  # temperature 0.5 is further away
 
 
+def test_points_of_the_frontier_say_their_temperature() -> None:
+    page = render(report())
+    assert re.findall(r'<text class="mark"[^>]*>([^<]*)<', page) == ["1", "0.5", "1", "step 20"]
+
+
+def test_a_verdict_stands_beside_the_texts_that_it_was_given_on() -> None:
+    """The policies wrote other texts for the comparison than for the rewards: two entries, the verdict in one."""
+    other = report()
+    for sample in other["comparisons"]["x"]["samples"]:
+        sample["completions"]["dpo"]["text"] = "decoded otherwise"
+    articles = re.findall(r"<article>.*?</article>", render(other), flags=re.S)
+    assert len(articles) == 6
+    assert [("decoded otherwise" in a, ": mine before DPO" in a) for a in articles[:2]] == [
+        (False, False),
+        (True, True),
+    ]
+
+
 @pytest.mark.parametrize("missing", ["reward", "comparisons", "frontier"])
 def test_what_was_not_measured_is_said(missing: str) -> None:
     partial = report()

@@ -36,6 +36,7 @@ from align.generation.encoding import encode_prompt
 from align.reports.reward_model_page import GROUPS, by_group, write_page
 from reward_models.judges import VaderJudge
 from reward_models.length_bias import word_difference
+from reward_models.score import RewardScorer
 from tests.builders import causal, llama_reward, tokenizer
 
 PROMPTS = [f"the {word} film {'very ' * k}is" for k, word in enumerate(["good", "bad", "dull", "fine"])]
@@ -213,6 +214,20 @@ def test_a_language_model_judge_reads_the_labels(tmp_path: Path, template: bool)
     assert make_pairwise(f"llm:{folder}").name == f"llm:{folder}"
 
 
+@pytest.mark.model
+def test_a_response_cannot_end_its_turn_and_long_ones_are_cut_alike(assets: Path) -> None:
+    judge = LanguageModelJudge(str(assets / "smollm2"), max_length=200)
+    ending = "<|im_end|>"
+    special = judge._tokenizer.convert_tokens_to_ids(ending)
+    usual = judge._question("Is it?", "Yes.", "No.").count(special)
+    assert usual > 0
+    assert judge._question(f"Is{ending}", f"Yes.{ending}", f"No.{ending}").count(special) == usual
+    row = judge._question("one " * 500, "two " * 500, "three")
+    assert len(row) <= 200 and row[-len(judge._frame[3]) :] == judge._frame[3]
+    text = judge._tokenizer.decode(row)
+    assert text.count("two") >= 40 and text.count("one") >= 20 and "three" in text
+
+
 def test_a_language_model_without_labels_is_refused(tiny_policy: Path) -> None:
     with pytest.raises(ConfigError, match="as the same token"):
         LanguageModelJudge(str(tiny_policy))
@@ -223,7 +238,8 @@ def test_a_reward_model_is_a_judge(tmp_path: Path) -> None:
     judge = make_score_judge(str(folder))
     assert isinstance(judge, RewardModelJudge)
     plain = judge.score(["the film is"], [" good"])
-    assert plain == pytest.approx(judge._scorer.score_texts(["the film is good"]))
+    alone = RewardScorer(folder, batch_tokens=64, max_length=64).score_texts(["the film is good"])
+    assert plain == pytest.approx(alone, abs=1e-5)
     preferred = make_pairwise(str(folder)).prefer(PROMPTS, ["good"] * 4, ["good"] * 4)
     assert preferred.tolist() == [0.5] * 4
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.errors import ModelError
-from align.estimates import bootstrap_mean, share
+from align.estimates import bootstrap_mean, bootstrap_share
 from align.evaluation.kl import completion_logps
 from align.evaluation.rewards import compare, gain_per_root_kl
 from align.generation.base import Sampling
@@ -91,14 +92,22 @@ def test_bootstrap_interval_covers_about_95_percent() -> None:
         bootstrap_mean([], seed=0)
 
 
-@pytest.mark.parametrize("truth", [0.02, 0.3, 0.9])
-def test_the_interval_of_a_share_covers_the_truth(truth: float) -> None:
-    found = [share(np.random.default_rng(seed).random(80) < truth) for seed in range(400)]
-    assert 0.92 < np.mean([one.low <= truth <= one.high for one in found]) < 0.99
-    none = share([False] * 60)
-    assert none.low == 0 and none.high == pytest.approx(1.96**2 / (60 + 1.96**2), rel=1e-3)  # Wilson's formula at 0
-    with pytest.raises(ValueError, match="at least one"):
-        share([])
+def test_a_share_of_none_or_all_keeps_an_interval() -> None:
+    """Clopper and Pearson's: with a true share of 0.025^(1/N), N of N still happens in 2.5% of the cases."""
+    every, none = bootstrap_share([1.0] * 20, seed=0), bootstrap_share([0.0] * 20, seed=0)
+    exact = binomtest(20, 20).proportion_ci(0.95, method="exact")
+    assert (every.value, every.low, every.high) == pytest.approx((1.0, exact.low, 1.0))
+    assert (none.value, none.low, none.high) == pytest.approx((0.0, 0.0, 1 - exact.low))
+    ties, mixed = [0.5] * 9, [0.0, 1.0, 0.5, 1.0]
+    assert bootstrap_share(ties, seed=0) == bootstrap_mean(ties, seed=0)
+    assert bootstrap_share(mixed, seed=0) == bootstrap_mean(mixed, seed=0)
+
+
+def test_resampling_a_part_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(size=37)
+    whole = bootstrap_mean(values, seed=3, resamples=101)
+    monkeypatch.setattr("align.estimates.CHUNK_CELLS", 37 * 4)
+    assert bootstrap_mean(values, seed=3, resamples=101) == whole
 
 
 def test_gain_per_root_kl() -> None:
@@ -106,6 +115,8 @@ def test_gain_per_root_kl() -> None:
     found = gain_per_root_kl(gain, kl, seed=0)
     assert found is not None and (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
     assert gain_per_root_kl(gain, -kl, seed=0) is None
+    noisy = np.random.default_rng(0).normal(0.05, 1.0, 50)
+    assert 0 < noisy.mean() < 0.2 and gain_per_root_kl(gain, noisy, seed=0) is None
 
 
 def test_left_padding_side_is_not_left_behind(tiny_policy: Path) -> None:

@@ -65,7 +65,7 @@ def test_messages_that_name_what_is_wrong(judge_folder: Path, tmp_path: Path) ->
         YesNoJudge(judge_folder, rubric="is {completion} good for {prompt}?")
     with pytest.raises(ModelError, match="`Yes` and `No` are not tokens"):
         make_judge(f"yes-no:{causal(tmp_path / 'model')}")
-    with pytest.raises(ModelError, match="cannot be loaded as a judge"):
+    with pytest.raises(ModelError, match="found nothing, expected a model folder or a hub id"):
         make_judge(f"yes-no:{tmp_path / 'nowhere'}")
     with pytest.raises(ConfigError, match="did you mean `vader`"):
         make_judge("vadr")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from align.config import PairsConfig
 from align.errors import AlignError, ConfigError, DataError
-from align.generation.pair_build import BuildSettings, build_pairs, read_groups
+from align.generation.groups import read_groups
+from align.generation.pair_build import BuildSettings, build_pairs
 from align.generation.pair_choice import Guard, choose_pairs, draw_pair
 from align.generation.run import check_output
 from align.generation.scoring import ScorerChoice, score_in_chunks
@@ -117,6 +118,14 @@ def test_pairs_with_provenance_that_load_as_they_are(tmp_path: Path) -> None:
     assert metrics["pairs_dropped_by_guard"] == 1 and metrics["prompts_without_pair"] == 2
 
 
+def test_completions_without_numbers_are_numbered(tmp_path: Path) -> None:
+    rows = [{"id": "a", "prompt": "it is", "completion": text} for text in (" fine", " awful", " great")]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_pairs(tmp_path / "c.jsonl", BuildSettings(VADER, mode="all"), tmp_path / "out")
+    pairs = load_pairs(PairsConfig(path=str(tmp_path / "out" / "pairs.parquet")))
+    assert pairs["id"][:] == ["a:2-0", "a:2-1", "a:0-1"]
+
+
 def test_temperature_scales_margins_and_not_the_pairs(tmp_path: Path) -> None:
     file = completions(tmp_path / "c.jsonl", TEXTS)
     tables = []
@@ -180,6 +189,23 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
             '{"id": "a", "prompt": "a", "completion": "x"}\n{"id": "a", "prompt": "b", "completion": "y"}\n'
         )
         read_groups(tmp_path / "two.jsonl")
+    odd = [{"completion": 3}, {"completion": [{"role": "assistant"}]}, {"sample": "x"}, {"sample": 4}, {"sample": 4},
+           {"completion": [{"role": "assistant", "content": "x"}]}]  # fmt: skip
+    lines = [json.dumps({"id": "a", "prompt": "a", "completion": "x"} | more) + "\n" for more in odd]
+    (tmp_path / "odd.jsonl").write_text("".join(lines))
+    with pytest.raises(DataError) as told:
+        read_groups(tmp_path / "odd.jsonl")
+    for said in (
+        "row 1: completion: found 3, expected text or a list of messages",
+        "row 2: completion[1]: found {'role': 'assistant'}, expected {role: ..., content: ...}",
+        "row 3: sample: found 'x', expected a number from 0 up",
+        "row 5: found sample 4 of 'a' again, expected each number once",
+        "row 6: found text beside messages",
+    ):
+        assert said in str(told.value)
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match="holds no rows"):
+        read_groups(tmp_path / "empty.jsonl")
     with pytest.raises(DataError, match=r"no pair is left of 1 prompts"):
         build_pairs(completions(tmp_path / "c.jsonl", {"b": ["x", "x"]}), BuildSettings(VADER), tmp_path / "o")
     (tmp_path / "taken").mkdir()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.config import RewardConfig
-from align.errors import ConfigError, ModelError
+from align.errors import ConfigError, ModelError, NumericsError
 from reward_models.calibration import evaluate_margins
 from reward_models.crossfit import cross_fit
 from reward_models.judges import VaderJudge, make_judge
@@ -46,6 +46,14 @@ def test_scored_pairs_and_their_cache(tmp_path: Path) -> None:
     assert row["margin"] == row["reward_chosen"] - row["reward_rejected"]
     np.save(tmp_path / "cache" / f"{0:010d}.npy", np.zeros((6, 2)))
     assert set(scorer.score_pairs(pairs, cache=tmp_path / "cache")["margin"]) == {0.0}
+
+
+def test_a_reward_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    scorer = RewardScorer(llama_reward(tmp_path), batch_tokens=256, max_length=64)
+    with torch.no_grad():
+        scorer.model.score.weight.fill_(float("nan"))
+    with pytest.raises(NumericsError, match="found the reward nan for 'the film is good', expected a finite number"):
+        scorer.score_texts(TEXTS)
 
 
 def test_two_labels_and_a_missing_folder_are_refused(tmp_path: Path) -> None:

@@ -85,6 +85,14 @@ def echo(path: str, body: dict[str, Any], number: int) -> Reply:
     return 200, {"choices": [choice]}
 
 
+def test_log_probs_that_were_asked_for_and_did_not_come_are_told() -> None:
+    def silent(path: str, body: dict[str, Any], number: int) -> Reply:
+        return echo(path, {name: value for name, value in body.items() if name != "logprobs"}, number)
+
+    with Fake(silent).running() as address, pytest.raises(EnvironmentProblem, match="no log-prob for each token"):
+        ServerEngine("policy", base_url=address).generate(["a"], Sampling(4, logprobs=True))
+
+
 def test_each_sample_has_its_own_seed_and_its_place() -> None:
     fake = Fake(echo)
     prompts = ["b", "a", [{"role": "user", "content": "hi"}]]

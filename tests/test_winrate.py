@@ -84,6 +84,12 @@ def test_length_control_changes_nothing_where_length_does_not_matter() -> None:
     assert equal.length_controlled.rate.value == pytest.approx(equal.rate.value, abs=1e-4)
 
 
+def test_winning_everywhere_is_not_certainty() -> None:
+    found = win_rate(np.ones(20), np.ones(20), np.arange(20), np.full(20, 9), seed=0, resamples=200)
+    assert (found.rate.value, found.rate.high) == (1.0, 1.0) and found.rate.low == pytest.approx(0.025 ** (1 / 20))
+    assert found.length_controlled is not None and found.length_controlled.rate.low <= found.rate.low
+
+
 def test_what_length_control_cannot_tell() -> None:
     outcome = np.array([1.0, 0.0, 1.0, 1.0])
     assert length_control(outcome, np.full(4, 7.0), seed=0) is None

@@ -7,7 +7,7 @@ from datasets import Dataset
 from scipy.stats import spearmanr
 
 from align.entanglement.conditions import shares
-from align.estimates import share
+from align.estimates import bootstrap_share
 
 SCREENS = ("ches", "ches_normalised", "hidden_cosine", "token_difference")
 AGAINST = (*SCREENS, "tokens_chosen", "tokens_rejected", "margin", "logp_chosen_change")
@@ -15,7 +15,7 @@ RARE = 0.02
 """A share of entangled pairs up to this needs no remedy."""
 
 
-def summarize(table: Dataset) -> dict[str, Any]:
+def summarize(table: Dataset, *, seed: int = 0) -> dict[str, Any]:
     """Shares of verdicts with intervals, medians, and rank correlations of the cosine."""
     verdicts = list(table["verdict"])
     columns = {name: np.asarray(table[name], dtype=np.float64) for name in ("cosine", "norm_ratio", "d_w", "d_l")}
@@ -23,8 +23,8 @@ def summarize(table: Dataset) -> dict[str, Any]:
     return {
         "pairs": len(verdicts),
         "shares": shares(verdicts),
-        "entangled": share(table["entangled"]).to_dict(),
-        "chosen_falls": share(falling).to_dict(),
+        "entangled": bootstrap_share(np.asarray(table["entangled"], dtype=float), seed=seed).to_dict(),
+        "chosen_falls": bootstrap_share(np.asarray(falling, dtype=float), seed=seed).to_dict(),
         "cosine": _quartiles(columns["cosine"]),
         "norm_ratio": _quartiles(columns["norm_ratio"]),
         "weight_ratio": _quartiles(columns["d_w"][columns["d_l"] != 0] / columns["d_l"][columns["d_l"] != 0]),

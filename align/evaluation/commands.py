@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from align.console import log, out
-from align.errors import DataError
+from align.errors import ConfigError, DataError
 from align.estimates import bootstrap_mean
 from align.evaluation.completions import (
     Decoding,
@@ -165,9 +165,8 @@ def frontier(
     prompts = read_prompts(settings.prompts, settings.limit)
     judge = make_score_judge(settings.judge)
     jobs: list[tuple[Policy, float, int | None]] = [(origin, 1.0, None)]
-    jobs += [
-        (policy, heat, None) for policy in (origin, *policies) for heat in temperatures if policy != origin or heat != 1
-    ]
+    heats = list(dict.fromkeys(temperatures))
+    jobs += [(policy, heat, None) for policy in (origin, *policies) for heat in heats if policy != origin or heat != 1]
     jobs += [(policy, 1.0, step) for step, policy in steps]
     base = None
     points = []
@@ -189,13 +188,19 @@ def page(output: Path) -> None:
     Raises:
         DataError: there is no report.json.
     """
+    from jinja2 import TemplateError
+
     from align.reports.comparison_page import write_page
 
     if not (output / REPORT).exists():
         raise DataError(
             f"{output}: holds no {REPORT}", code="report-missing", hint="run `align eval reward` or `compare` first"
         )
-    write_page(output / PAGE, read_json(output / REPORT))
+    report = _read_report(output)
+    try:
+        write_page(output / PAGE, report)
+    except (LookupError, TypeError, AttributeError, TemplateError) as error:
+        raise _no_report(output, " ".join(str(error).split())) from None
     log.info("look at it: open %s", output / PAGE)
 
 
@@ -262,7 +267,18 @@ def _run(settings: Settings, policies: Sequence[Policy], prompts: int, started: 
 
 
 def _start(settings: Settings, policies: Sequence[Policy]) -> float:
-    """Say what will be done; the time."""
+    """Say what will be done, look whether it can be written; the time.
+
+    Raises:
+        ConfigError: the output is a file.
+        DataError: a report.json lies there that is none.
+    """
+    if settings.output.is_file():
+        raise ConfigError(
+            f"{settings.output}: found a file, expected a folder", code="output-folder", hint="give another --output"
+        )
+    if (settings.output / REPORT).exists():
+        _read_report(settings.output)
     named = ", ".join(f"{policy.name} ({policy.model})" for policy in policies)
     log.info("evaluating %s on %s, judge %s -> %s", named, settings.prompts, settings.judge, settings.output)
     return time.monotonic()
@@ -273,11 +289,34 @@ def _publish(output: Path, part: dict[str, Any]) -> None:
     from align.reports.comparison_page import write_page
 
     file = output / REPORT
-    report = read_json(file) if file.exists() else {}
+    report = _read_report(output) if file.exists() else {}
     if "comparisons" in part:
         part = {"comparisons": report.get("comparisons", {}) | part["comparisons"]}
     write_json(file, report | part)
     write_page(output / PAGE, report | part)
+
+
+def _read_report(output: Path) -> dict[str, Any]:
+    """OUTPUT/report.json.
+
+    Raises:
+        DataError: it is not JSON, or no object.
+    """
+    try:
+        report = read_json(output / REPORT)
+    except ValueError as error:
+        raise _no_report(output, str(error)) from None
+    if not isinstance(report, dict):
+        raise _no_report(output, f"found a {type(report).__name__}")
+    return report
+
+
+def _no_report(output: Path, why: str) -> DataError:
+    return DataError(
+        f"{output / REPORT}: not the report of an evaluation ({why})",
+        code="report-missing",
+        hint="give another --output, or delete the file and evaluate again: completions and scores are kept",
+    )
 
 
 def _finish(output: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, List, Value
 
-from align.errors import DataError, ModelError
+from align.errors import ConfigError, DataError, ModelError
 from align.evaluation.judges import ByScore, PairwiseJudge, from_scores, judge_key
 from align.evaluation.parts import in_parts, read_table
 from align.evaluation.policies import Policy
@@ -39,7 +39,11 @@ Scorer = Callable[[list[list[int]], list[list[int]]], Any]
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How completions are sampled. The whole distribution is sampled from (top_p 1): anything else has no KL."""
+    """How completions are sampled. The whole distribution is sampled from (top_p 1): anything else has no KL.
+
+    Raises:
+        ConfigError: the engine is a server.
+    """
 
     max_new_tokens: int
     temperature: float
@@ -47,6 +51,14 @@ class Decoding:
     batch_size: int
     """Rows per forward pass of the transformers engine; the completions do not depend on it."""
     engine: Choice = "auto"
+
+    def __post_init__(self) -> None:
+        if self.engine == "server":
+            raise ConfigError(
+                "--engine server: found a server, expected auto, vllm or transformers",
+                code="engine-option",
+                hint="policies are read from their folders here, because KL and checkpoints need their weights",
+            )
 
     def sampling(self) -> Sampling:
         """One completion per prompt."""

@@ -4,6 +4,7 @@
 that is asked in words and answers by the probabilities of two labels.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ QUESTION = (
     "Which of two responses to the same prompt is better?\n\nPrompt: {prompt}\n\nResponse A: {first}\n\n"
     "Response B: {second}\n\n"
 )
+FIELDS = r"\{prompt\}|\{first\}|\{second\}"
 ANSWER = "The better response is Response"
 """What the judge has already said; its next token is a label."""
 
@@ -51,7 +53,7 @@ class ByScore:
 
 
 class RewardModelJudge:
-    """A reward model as a judge. It is no gold judge of a policy that was trained on its rewards or margins.
+    """A reward model, an ensemble's mean, as a judge; no gold one of a policy trained on its rewards or margins.
 
     Args:
         model: folder or hub id.
@@ -61,34 +63,35 @@ class RewardModelJudge:
     """
 
     def __init__(self, model: str) -> None:
-        from reward_models.score import RewardScorer
+        from reward_models.ensemble import EnsembleScorer
 
         self.name = model
-        self._scorer = RewardScorer(model, batch_tokens=BATCH_TOKENS, max_length=MAX_LENGTH)
+        self._scorer = EnsembleScorer(model, batch_tokens=BATCH_TOKENS, max_length=MAX_LENGTH)
 
     def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
         """Reward of each, float64 [N]."""
-        from reward_models.text import render
-
-        pairs = zip(prompts, completions, strict=True)
-        return self._scorer.score_texts([render(*pair, self._scorer.tokenizer) for pair in pairs])
+        return self._scorer.score_completions(prompts, completions)
 
 
 class LanguageModelJudge:
     """A causal language model that reads both responses and names one.
 
     Its preference is P(A) / (P(A) + P(B)), the probabilities of the two labels as the next token; the question goes
-    through its chat template where it has one.
+    through its chat template where it has one. Texts are never read as special tokens, so a response cannot end its
+    own turn and answer in the judge's place. Of texts that do not fit, the prompt loses its beginning and both
+    responses their ends, after equally many tokens; the question itself is never cut.
 
     Args:
         model: folder or hub id.
+        max_length: tokens of one question.
 
     Raises:
         ModelError: it cannot be loaded.
-        ConfigError: its tokenizer does not tell the two labels apart by one token.
+        ConfigError: its tokenizer does not tell the two labels apart by one token, or its chat template leaves out
+            what it is given.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, max_length: int = MAX_LENGTH) -> None:
         import torch
 
         from align.model_loading import load_policy, load_tokenizer
@@ -102,6 +105,8 @@ class LanguageModelJudge:
                 code="eval-judge",
                 hint="use another language model",
             )
+        self._frame = self._pieces()
+        self._room = max_length - sum(len(piece) for piece in self._frame)
         self._model = load_policy(model, dtype="float32").to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def prefer(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> np.ndarray:
@@ -123,13 +128,37 @@ class LanguageModelJudge:
                 found[batch] = labels.softmax(dim=-1)[:, 0].cpu().numpy()
         return found
 
+    def _pieces(self) -> list[list[int]]:
+        """Token ids of the four pieces of the question around the three texts."""
+        plainly = self._tokenizer.chat_template is None
+        text = QUESTION
+        if not plainly:
+            turn = [{"role": "user", "content": QUESTION.strip()}]
+            text = str(self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+        pieces = re.split(FIELDS, text + ANSWER)
+        if len(pieces) != 4:
+            raise ConfigError(
+                f"judge {self.name}: its chat template does not give a message back as it was",
+                code="eval-judge",
+                hint="use another language model",
+            )
+        found = [
+            list(self._tokenizer(piece, add_special_tokens=plainly and k == 0)["input_ids"])
+            for k, piece in enumerate(pieces)
+        ]
+        if plainly and found[0][-1:] == [self._tokenizer.eos_token_id]:
+            found[0].pop()
+        return found
+
     def _question(self, prompt: Any, first: Any, second: Any) -> list[int]:
-        text = QUESTION.format(prompt=plain(prompt), first=plain(first), second=plain(second))
-        if self._tokenizer.chat_template is None:
-            return list(self._tokenizer(text + ANSWER)["input_ids"])
-        turn = [{"role": "user", "content": text.strip()}]
-        asked = str(self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-        return list(self._tokenizer(asked + ANSWER, add_special_tokens=False)["input_ids"])
+        asked, one, other = (self._text_ids(plain(text)) for text in (prompt, first, second))
+        asked = asked[max(0, len(asked) - max(0, self._room // 3)) :]
+        share = max(0, self._room - len(asked)) // 2
+        before, between, among, after = self._frame
+        return [*before, *asked, *between, *one[:share], *among, *other[:share], *after]
+
+    def _text_ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 def make_pairwise(name: str) -> PairwiseJudge:

@@ -1,15 +1,14 @@
 """The policies of an evaluation: what they are called, where they lie, what they are measured against."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from align.errors import ConfigError
+from align.model_folders import adapter_base
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-ADAPTER = "adapter_config.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 REFERENCE = "reference"
 
@@ -53,10 +52,11 @@ def find_reference(policies: Sequence[Policy], given: str | None) -> Policy:
 
     Raises:
         ConfigError: none is given and the policies do not name one and the same.
+        ModelError: an adapter's configuration cannot be read.
     """
     if given is not None:
         return Policy(REFERENCE, given)
-    bases = {_adapter_base(policy.model) for policy in policies}
+    bases = {adapter_base(policy.model) for policy in policies}
     if len(bases) == 1 and (base := bases.pop()) is not None:
         return Policy(REFERENCE, base)
     raise ConfigError(
@@ -82,8 +82,3 @@ def checkpoints(policy: Policy) -> list[tuple[int, Policy]]:
             hint="train with `save_strategy: steps` and give the `checkpoints` folder",
         )
     return [(step, Policy(policy.name, path)) for step, path in sorted(found)]
-
-
-def _adapter_base(model: str) -> str | None:
-    file = Path(model) / ADAPTER
-    return json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") if file.exists() else None

@@ -13,7 +13,7 @@ from datasets import Dataset
 from align.config import OodConfig, PairsConfig
 from align.console import log, out
 from align.errors import ConfigError
-from align.estimates import bootstrap_mean
+from align.estimates import bootstrap_share
 from align.evaluation.parts import in_parts, read_table
 from align.evaluation.ranking import auc_interval, opis
 from align.evaluation.reward_pairs import findings_said, pair_findings
@@ -65,9 +65,9 @@ def evaluate(
     inputs = {"pairs": fingerprint(pairs), "model": fingerprint_source(model), "max_length": max_length, "part": PART}
 
     def work(folder: Path) -> None:
-        from reward_models.score import RewardScorer
+        from reward_models.ensemble import EnsembleScorer
 
-        scorer = RewardScorer(model, batch_tokens=batch_tokens, max_length=max_length)
+        scorer = EnsembleScorer(model, batch_tokens=batch_tokens, max_length=max_length)
 
         def part(rows: range) -> Dataset:
             scored = scorer.score_pairs(pairs.select(rows))
@@ -116,7 +116,7 @@ def reward_model_metrics(
         names = np.asarray(groups)
         for name in sorted(set(groups)):
             found["categories"][name] = {
-                "accuracy": bootstrap_mean(right[names == name], seed=seed).to_dict(),
+                "accuracy": bootstrap_share(right[names == name], seed=seed).to_dict(),
                 "mean_reward": float(np.concatenate([chosen[names == name], rejected[names == name]]).mean()),
             }
         accuracies = {name: item["accuracy"]["value"] for name, item in found["categories"].items()}

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.estimates import bootstrap_mean, correlation
+from align.estimates import bootstrap_share, correlation
 from align.reports.verdict import interval
 from reward_models.length_bias import length_probe, word_difference
 
@@ -62,7 +62,7 @@ def _far(pairs: Dataset, margins: np.ndarray, distance: np.ndarray, limit: float
     right, far = np.where(margins == 0, 0.5, margins > 0), distance > limit
 
     def share(values: np.ndarray) -> dict[str, float] | None:
-        return bootstrap_mean(values, seed=seed).to_dict() if values.size else None
+        return bootstrap_share(values, seed=seed).to_dict() if values.size else None
 
     farthest = [int(k) for k in np.argsort(-distance, kind="stable")[:SHOWN] if far[k]]
     return {

@@ -32,7 +32,9 @@ def compare(rewards: dict[str, np.ndarray], *, baseline: str, seed: int) -> dict
 
 
 def gain_per_root_kl(gain: np.ndarray, kl: np.ndarray, *, seed: int) -> Estimate | None:
-    """mean gain / sqrt(2 mean KL) with a joint bootstrap interval over prompts; None where the KL is not positive.
+    """mean gain / sqrt(2 mean KL) with a joint bootstrap interval over prompts; None unless the KL is clearly above 0.
+
+    Clearly: in at least 97.5% of the resamples. Near 0 the ratio has no mean, and an interval of it says nothing.
 
     For a policy near the reference it is the correlation of the policy's implicit reward with gold times the standard
     deviation of gold, whatever beta, learning rate or number of steps: better, not merely further.
@@ -47,6 +49,8 @@ def gain_per_root_kl(gain: np.ndarray, kl: np.ndarray, *, seed: int) -> Estimate
     draws = np.random.default_rng(seed).integers(0, len(gain), size=(RESAMPLES, len(gain)))
     kls = kl[draws].mean(axis=1)
     positive = kls > 0
+    if positive.mean() < 0.975:
+        return None
     ratios = gain[draws].mean(axis=1)[positive] / np.sqrt(2 * kls[positive])
     low, high = np.quantile(ratios, [0.025, 0.975])
     return Estimate(float(gain.mean() / np.sqrt(2 * kl.mean())), float(low), float(high), len(gain))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from align.estimates import bootstrap_mean
+from align.estimates import bootstrap_mean, bootstrap_share
 from align.filtering.texts import words
 
 RUN = 3
@@ -85,7 +85,10 @@ def text_statistics(policies: Mapping[str, Texts], *, baseline: str, seed: int) 
                 for key, values in columns[name].items()
             }
         made[name] = {
-            **{key: bootstrap_mean(values, seed=seed).to_dict() for key, values in columns[name].items()},
+            **{
+                key: (bootstrap_mean if key == "tokens" else bootstrap_share)(values, seed=seed).to_dict()
+                for key, values in columns[name].items()
+            },
             "change": change,
             "distinct": {str(size): distinct(found.texts, size, budget) for size in SIZES},
             "distinct_words": budget,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from align.estimates import RESAMPLES, Estimate, bootstrap_mean
+from align.estimates import RESAMPLES, Estimate, bootstrap_mean, bootstrap_share
 
 RIDGE = (0.01, 0.1)
 """Penalties on a and b: too weak to move an estimate, enough for a finite one where A always wins."""
@@ -88,7 +88,7 @@ def win_rate(
         raise ValueError("preferences must lie in [0, 1]")
     outcome = (first + second) / 2
     return WinRate(
-        rate=bootstrap_mean(outcome, seed=seed, resamples=resamples),
+        rate=bootstrap_share(outcome, seed=seed, resamples=resamples),
         wins=int((outcome > 0.5).sum()),
         ties=int((outcome == 0.5).sum()),
         losses=int((outcome < 0.5).sum()),
@@ -120,6 +120,9 @@ def length_control(
     rows = max(1, CHUNK_CELLS // size)
     drawn = [fit_logistic(outcome, feature, counts[k : k + rows])[:, 0] for k in range(0, resamples, rows)]
     low, high = np.quantile(_sigmoid(np.concatenate(drawn)), [0.025, 0.975])
+    plain = bootstrap_share(outcome, seed=seed, resamples=1)  # all wins or all losses: no sharper than the plain rate
+    if outcome.min() == outcome.max() and outcome[0] in (0.0, 1.0):
+        low, high = min(low, plain.low), max(high, plain.high)
     return LengthControl(
         rate=Estimate(float(_sigmoid(intercept)), float(low), float(high), int(size)),
         slope=float(slope),

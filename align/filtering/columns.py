@@ -111,7 +111,10 @@ class _Once:
 
 
 class _Features:
-    """Features of the reward model's head, chosen and rejected in turn, [2 N, D]; the model is loaded when needed."""
+    """Features of the reward model's head, chosen and rejected in turn, [2 N, D]; the model is loaded when needed.
+
+    Of an ensemble, those of its first member: features of two members are of two spaces and have no mean.
+    """
 
     def __init__(self, model: str) -> None:
         self.model = model

@@ -80,4 +80,6 @@ def make_engine(
     from align.model_loading import load_policy, load_tokenizer
 
     policy = load_policy(model, **({"dtype": "float32"} | extra))
+    if hasattr(policy, "merge_and_unload") and not getattr(policy, "is_quantized", False):
+        policy = policy.merge_and_unload()  # an adapter costs each sampled token more than once what it holds
     return TransformersEngine(policy, load_tokenizer(model), batch_size=batch_size)

@@ -11,14 +11,13 @@ import numpy as np
 from datasets import Dataset
 from scipy.special import expit
 
-from align.config import PairsConfig
 from align.console import log
-from align.errors import ConfigError, DataError, listed
+from align.errors import ConfigError, DataError
 from align.estimates import Estimate, bootstrap_mean
+from align.generation.groups import Candidate, Group, plain_text, read_groups
 from align.generation.pair_choice import Guard, Mode, choose_pairs
 from align.generation.run import check_output, find_completions
 from align.generation.scoring import ScorerChoice, score_in_chunks
-from align.pair_sources import read_rows
 from align.pairs import summarize, write_pairs
 from align.stage import Stage, fingerprint_source, run_stage, write_json
 
@@ -66,20 +65,10 @@ class BuildSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """One completion of a prompt."""
+class Different:
+    """The different, non-empty completions of a prompt."""
 
-    sample: int
-    completion: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """A prompt and its different, non-empty completions."""
-
-    id: str
-    prompt: Any
-    group: str | None
+    of: Group
     candidates: list[Candidate]
     left_out: Counter[str]
     """Completions that are empty or the same as an earlier one."""
@@ -97,7 +86,7 @@ def build_pairs(completions: Path, settings: BuildSettings, output: Path) -> Sta
     """
     check_output(output, STAGE)
     file = find_completions(completions)
-    groups = read_groups(file)
+    groups = [different(group) for group in read_groups(file)]
     log.info("pairs: %d prompts of %s, scored by %s, mode %s -> %s",
              len(groups), file, settings.scorer.name, settings.mode, output)  # fmt: skip
     inputs = {
@@ -108,52 +97,25 @@ def build_pairs(completions: Path, settings: BuildSettings, output: Path) -> Sta
     return run_stage(STAGE, output, inputs, lambda folder: _work(groups, settings, folder))
 
 
-def read_groups(file: Path) -> list[Group]:
-    """The completions of a file that ``align generate`` wrote, by prompt, in the order of the file.
-
-    Raises:
-        DataError: the file cannot be read, or rows lack ``id``, ``prompt`` or ``completion`` (the first 20, a count).
-    """
-    problems: list[str] = []
-    groups: dict[str, Group] = {}
-    seen: dict[str, set[str]] = {}
-    for row in read_rows(PairsConfig(path=str(file))):
-        values = row.values
-        missing = [name for name in ("id", "prompt", "completion") if values.get(name) is None]
-        if row.unreadable or missing:
-            problems.append(f"row {row.number}: {row.unreadable or 'found no ' + ', '.join(missing)}")
-            continue
-        key = str(values["id"])
-        group = groups.setdefault(key, Group(key, values["prompt"], values.get("group"), [], Counter()))
-        if values["prompt"] != group.prompt:
-            problems.append(f"row {row.number}: found another prompt than in the rows before with id {key!r}")
-            continue
-        text = plain_text(values["completion"]).strip()
-        known = seen.setdefault(key, set())
+def different(group: Group) -> Different:
+    """Leave empty completions out, and those whose text (blanks around it aside) an earlier one has."""
+    found = Different(group, [], Counter())
+    known: set[str] = set()
+    for candidate in group.candidates:
+        text = plain_text(candidate.completion).strip()
         if not text or text in known:
-            group.left_out["repeated" if text else "empty"] += 1
+            found.left_out["repeated" if text else "empty"] += 1
             continue
         known.add(text)
-        group.candidates.append(Candidate(int(values.get("sample") or 0), values["completion"]))
-    if problems:
-        raise DataError(
-            f"{file}: {len(problems)} rows cannot be used:\n{listed(problems)}",
-            code="completion-row",
-            hint="expected rows as `align generate` writes them: id, prompt, sample, completion",
-        )
-    return list(groups.values())
+        found.candidates.append(candidate)
+    return found
 
 
-def plain_text(completion: Any) -> str:
-    """The text of a completion, of messages their contents."""
-    return completion if isinstance(completion, str) else "\n".join(str(turn["content"]) for turn in completion)
-
-
-def _work(groups: list[Group], settings: BuildSettings, folder: Path) -> None:
+def _work(groups: list[Different], settings: BuildSettings, folder: Path) -> None:
     flat = [(group, candidate) for group in groups if len(group.candidates) > 1 for candidate in group.candidates]
     rewards = score_in_chunks(
         settings.scorer.load,
-        [group.prompt for group, _ in flat],
+        [group.of.prompt for group, _ in flat],
         [candidate.completion for _, candidate in flat],
         folder / CACHE,
     ) / settings.temperature  # fmt: skip
@@ -169,7 +131,7 @@ def _work(groups: list[Group], settings: BuildSettings, folder: Path) -> None:
         pairs += made
         if not made:
             reason = "fewer than two different completions" if not count else "no two scores far enough apart"
-            dropped.append({"id": group.id, "prompt": group.prompt, "reason": reason})
+            dropped.append({"id": group.of.id, "prompt": group.of.prompt, "reason": reason})
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in dropped)
     (folder / DROPPED).write_text("".join(lines), encoding="utf-8")
     if not pairs:
@@ -196,22 +158,23 @@ def _work(groups: list[Group], settings: BuildSettings, folder: Path) -> None:
     log.info("pairs: %d of %d prompts; %d pairs dropped by the guard", len(table), len(groups), guarded)
 
 
-def _mean_reward(flat: list[tuple[Group, Candidate]], rewards: np.ndarray) -> Estimate:
+def _mean_reward(flat: list[tuple[Different, Candidate]], rewards: np.ndarray) -> Estimate:
     """Mean reward of the different completions of a prompt, over the prompts that have two or more."""
     by_prompt: dict[str, list[float]] = {}
     for (group, _), reward in zip(flat, rewards.tolist(), strict=True):
-        by_prompt.setdefault(group.id, []).append(reward)
+        by_prompt.setdefault(group.of.id, []).append(reward)
     return bootstrap_mean([float(np.mean(values)) for values in by_prompt.values()], seed=0)
 
 
-def _pairs_of(group: Group, rewards: np.ndarray, settings: BuildSettings) -> tuple[list[dict[str, Any]], int]:
+def _pairs_of(found: Different, rewards: np.ndarray, settings: BuildSettings) -> tuple[list[dict[str, Any]], int]:
     """(rows of the pair table, pairs that the guard dropped) of one prompt."""
     scores = expit(rewards * settings.temperature) if settings.scorer.probabilities else rewards
     guard = Guard(settings.guard_margin, settings.guard_ratio)
     chosen_pairs, dropped = choose_pairs(scores.tolist(), settings.mode, guard, band=settings.band or ANY)
     rows = []
+    group = found.of
     for best, worst in chosen_pairs:
-        first, second = group.candidates[best], group.candidates[worst]
+        first, second = found.candidates[best], found.candidates[worst]
         margin = float(rewards[best] - rewards[worst])
         row: dict[str, Any] = {
             "id": f"{group.id}:{first.sample}-{second.sample}",

@@ -134,7 +134,7 @@ def _work(prompts: list[PromptRow], settings: GenerateSettings, chosen: Choice, 
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
                 out.flush()
     done = time.monotonic()
-    _write_table(list(_rows(prompts, finished, settings)), settings.format, folder)
+    write_table(list(_rows(prompts, finished, settings)), folder / f"{STEM}.{settings.format}")
     _write_metrics(finished, chosen, new_tokens, loaded - start, done - loaded, folder)
     file.unlink(missing_ok=True)
 
@@ -177,10 +177,10 @@ def _rows(
             yield row
 
 
-def _write_table(rows: list[dict[str, Any]], form: Format, folder: Path) -> None:
-    file = folder / f"{STEM}.{form}"
+def write_table(rows: list[dict[str, Any]], file: Path) -> None:
+    """Write rows as JSONL where the file is called so, else as Parquet; by way of a temporary file."""
     temporary = file.with_name(file.name + ".tmp")
-    if form == "jsonl":
+    if file.suffix == ".jsonl":
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     else:
         pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")

@@ -10,7 +10,7 @@ import numpy as np
 
 from align.arrays import kept_array
 from align.config import nearest
-from align.errors import ConfigError
+from align.errors import ConfigError, NumericsError
 from reward_models.judges import JUDGES, YES_NO, make_judge
 
 CHUNK = 512
@@ -71,9 +71,20 @@ class ScorerChoice:
             return YesNoJudge(self.model, batch_tokens=self.batch_tokens, max_length=self.max_length).log_odds
         if self.judge is not None:
             return make_judge(self.judge).score
-        from reward_models.score import RewardScorer
+        from reward_models.ensemble import EnsembleScorer
 
-        return RewardScorer(self.model, batch_tokens=self.batch_tokens, max_length=self.max_length).score_completions
+        return EnsembleScorer(self.model, batch_tokens=self.batch_tokens, max_length=self.max_length).score_completions
+
+
+def scorer_called(name: str, *, batch_tokens: int, max_length: int) -> ScorerChoice:
+    """The scorer that one name stands for: a folder or hub id is a reward model, anything else a judge.
+
+    Raises:
+        ConfigError: there is no such judge.
+    """
+    is_model = not name.startswith(f"{YES_NO}:") and ("/" in name or Path(name).is_dir())
+    named = {"reward_model": name} if is_model else {"judge": name}
+    return ScorerChoice(**named, batch_tokens=batch_tokens, max_length=max_length)
 
 
 def score_in_chunks(
@@ -86,12 +97,22 @@ def score_in_chunks(
         prompts: N prompts.
         completions: N completions.
         cache: folder that keeps each finished chunk; valid for the same scorer, prompts and completions only.
+
+    Raises:
+        NumericsError: a score is not a finite number.
     """
     loaded = functools.cache(load)
 
     def scores(start: int) -> np.ndarray:
         part = slice(start, start + CHUNK)
-        return loaded()(prompts[part], completions[part])
+        found = loaded()(prompts[part], completions[part])
+        for place in np.flatnonzero(~np.isfinite(found))[:1]:
+            raise NumericsError(
+                f"completion {start + int(place) + 1}: found the score {found[place]}, expected a finite number",
+                code="score-not-finite",
+                hint="look at this completion; a reward model whose weights are whole scores every text",
+            )
+        return found
 
     starts = range(0, len(prompts), CHUNK)
     parts = [kept_array(cache / f"{start:010d}.npy", functools.partial(scores, start)) for start in starts]

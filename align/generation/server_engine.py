@@ -126,16 +126,18 @@ class ServerEngine:
         }
         if isinstance(prompt, str):
             body |= {"prompt": prompt} | ({"logprobs": 0} if sampling.logprobs else {})
-            return self._read(self._request("POST", "/completions", body), _from_text)
+            return self._read(self._request("POST", "/completions", body), _from_text, sampling)
         body |= {"messages": prompt} | ({"logprobs": True, "top_logprobs": 0} if sampling.logprobs else {})
-        return self._read(self._request("POST", "/chat/completions", body), _from_chat)
+        return self._read(self._request("POST", "/chat/completions", body), _from_chat, sampling)
 
-    def _read(self, answer: dict[str, Any], reader: Any) -> Completion:
+    def _read(self, answer: dict[str, Any], reader: Any, sampling: Sampling) -> Completion:
         try:
             choice = answer["choices"][0]
             token_ids = [int(token) for token in choice["token_ids"]]
             text, logprobs = reader(choice)
             reason = choice["finish_reason"]
+            if sampling.logprobs and (logprobs is None or len(logprobs) != len(token_ids)):
+                raise ValueError("no log-prob for each token, which were asked for")
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise EnvironmentProblem(
                 f"{self.base_url}: the answer lacks what is needed ({type(error).__name__}: {error})",

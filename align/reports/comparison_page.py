@@ -46,7 +46,7 @@ def render(report: dict[str, Any]) -> str:
         colour=plots.colour,
         changes=_changes(whole),
         text_tables=_text_tables(whole),
-        samples=_samples(whole),
+        samples=_samples(whole, names),
         prompts=max((run["n_prompts"] for run in runs), default=0),
         runs=runs,
         script=Markup(script),
@@ -126,17 +126,30 @@ def _text_tables(report: dict[str, Any]) -> list[dict[str, Any]]:
     return tables
 
 
-def _samples(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The completions of all policies for the same prompt, and what the judges said."""
-    found: dict[str, dict[str, Any]] = {}
+def _samples(report: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """The completions of all policies for the same prompt, and what the judges said of them.
+
+    Parts of the report share an entry where what they have of the same policy is the same text: under another decoding
+    or another model of the same name it is not, and a verdict stands beside the texts that it was given on.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
     for part in _parts(report):
         for sample in part.get("samples", []):
-            key = json.dumps(sample["prompt"], sort_keys=True)
-            entry = found.setdefault(key, {"prompt": _shown(sample["prompt"]), "completions": {}, "verdicts": []})
-            entry["completions"] = sample["completions"] | entry["completions"]
+            entries = found.setdefault(json.dumps(sample["prompt"], sort_keys=True), [])
+            entry = next((one for one in entries if _agree(one["completions"], sample["completions"])), None)
+            if entry is None:
+                entry = {"prompt": _shown(sample["prompt"]), "completions": {}, "verdicts": []}
+                entries.append(entry)
+            merged = sample["completions"] | entry["completions"]
+            entry["completions"] = {key: merged[key] for key in names if key in merged}
             if "preference" in sample:
                 entry["verdicts"].append(_verdict(part, sample["preference"]))
-    return list(found.values())
+    return [entry for entries in found.values() for entry in entries]
+
+
+def _agree(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether the policies that both have wrote the same."""
+    return all(first[key]["text"] == second[key]["text"] for key in first.keys() & second.keys())
 
 
 def _verdict(part: dict[str, Any], preference: float) -> str:
@@ -155,7 +168,7 @@ def _plots(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
     made: dict[str, Any] = {"wins": {}}
     titles: dict[str, Any] = {"x_title": "KL to the reference (nats per completion)", "y_title": "reward"}
     if report["reward"]:
-        dots = {key: [_dot(policy, key)] for key, policy in report["reward"]["policies"].items()}
+        dots = {key: [_mark(policy, key)] for key, policy in report["reward"]["policies"].items()}
         made["reward"] = plots.frontier(dots, methods=names, **titles)
     for key, found in report["comparisons"].items():
         wins = found["win_rate"]
@@ -171,24 +184,28 @@ def _plots(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
     return made
 
 
-def _curves(points: list[dict[str, Any]]) -> dict[str, list[tuple[float, tuple[float, float, float], str]]]:
+def _curves(points: list[dict[str, Any]]) -> dict[str, list[plots.Mark]]:
     """Temperatures in order, and the checkpoints in order from the reference on."""
-    curves: dict[str, list[tuple[float, tuple[float, float, float], str]]] = {}
+    curves: dict[str, list[plots.Mark]] = {}
     start = points[0]
     for policy in dict.fromkeys(point["policy"] for point in points):
         own = [point for point in points if point["policy"] == policy]
         heats = sorted((p for p in own if p["step"] is None), key=lambda p: p["temperature"])
-        curves[policy] = [_dot(p, f"{policy}, temperature {p['temperature']:g}") for p in heats]
+        curves[policy] = [
+            _mark(p, f"{policy}, temperature {p['temperature']:g}", f"{p['temperature']:g}") for p in heats
+        ]
         steps = sorted((p for p in own if p["step"] is not None), key=lambda p: p["step"])
         if steps:
-            dots = [_dot(p, f"{policy}, step {p['step']}") for p in steps]
-            curves[f"{policy} checkpoints"] = [_dot(start, "reference, step 0"), *dots]
+            last = steps[-1]["step"]
+            marks = [_mark(p, f"{policy}, step {p['step']}", f"step {last}" * (p["step"] == last)) for p in steps]
+            curves[f"{policy} checkpoints"] = [_mark(start, "reference, step 0"), *marks]
     return curves
 
 
-def _dot(point: dict[str, Any], said: str) -> tuple[float, tuple[float, float, float], str]:
+def _mark(point: dict[str, Any], said: str, label: str = "") -> plots.Mark:
     kl = f"KL {interval(point['kl'])}" if point["kl"] else "KL 0"
-    return _kl(point), _ends(point["reward"]), f"{said}: {kl}, reward {interval(point['reward'])}"
+    hover = f"{said}: {kl}, reward {interval(point['reward'])}"
+    return plots.Mark(_kl(point), _ends(point["reward"]), hover, label)
 
 
 def _kl(point: dict[str, Any]) -> float:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
+from align.reports.verdict import name as written
+
 WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 46
 TICKS = 5
 FIXED_COLOURS = {"reference": 0, "dpo": 1, "madpo": 2, "soft_madpo": 3}
 COLOURS = 8
@@ -32,6 +34,18 @@ class Axes:
         """Vertical pixel of a value."""
         low, high = self.y
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A point of a frontier."""
+
+    x: float
+    y: tuple[float, float, float]
+    """Lower end of its interval, value, upper end."""
+    hover: str
+    label: str = ""
+    """Drawn beside the point."""
 
 
 def colour(name: str, names: Sequence[str]) -> str:
@@ -120,32 +134,35 @@ def intervals(points: Mapping[str, tuple[float, tuple[float, float, float]]], *,
 
 
 def frontier(
-    curves: Mapping[str, Sequence[tuple[float, tuple[float, float, float], str]]],
+    curves: Mapping[str, Sequence[Mark]],
     *,
     methods: Sequence[str],
     x_title: str,
     y_title: str,
 ) -> Markup:
-    """One path of points per series: x, (low, value, high) in y with its interval drawn, and a hover text.
+    """One path of marks per series.
 
     A series called ``<method> checkpoints`` has the colour that the method has among all ``methods`` of the page, and
     a dashed line.
     """
     names = [name for name, points in curves.items() if points]
     shades = {name: colour(_method(name), methods) for name in names}
-    xs = np.array([x for name in names for x, _, _ in curves[name]])
-    ys = np.array([y for name in names for _, y, _ in curves[name]])
-    axes = Axes(_range(np.append(xs, 0.0), 0.05), _range(ys.ravel()), x_title, y_title)
+    xs = np.array([mark.x for name in names for mark in curves[name]])
+    ys = np.array([mark.y for name in names for mark in curves[name]])
+    axes = Axes(_range(np.append(xs, 0.0), 0.08), _range(ys.ravel()), x_title, y_title)
     body = []
     for name, shade in shades.items():
-        path = " ".join(f"{axes.px(x):.1f},{axes.py(value):.1f}" for x, (_, value, _), _ in curves[name])
+        path = " ".join(f"{axes.px(mark.x):.1f},{axes.py(mark.y[1]):.1f}" for mark in curves[name])
         body.append(f'<polyline class="{shade} line{_dash(name)}" points="{path}"/>')
-        for x, (low, value, high), hover in curves[name]:
-            at = axes.px(x)
+        for mark in curves[name]:
+            at = axes.px(mark.x)
+            low, middle, high = (axes.py(value) for value in mark.y)
             body.append(
-                f'<line class="{shade} line thin" x1="{at:.1f}" x2="{at:.1f}" y1="{axes.py(low):.1f}" y2="{axes.py(high):.1f}"/>'
-                f'<circle class="{shade} dot" cx="{at:.1f}" cy="{axes.py(value):.1f}" r="4"><title>{escape(hover)}</title></circle>'
+                f'<line class="{shade} line thin" x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
+                f'<circle class="{shade} dot" cx="{at:.1f}" cy="{middle:.1f}" r="4"><title>{escape(mark.hover)}</title></circle>'
             )
+            if mark.label:
+                body.append(f'<text class="mark" x="{at + 6:.1f}" y="{middle - 6:.1f}">{escape(mark.label)}</text>')
     return _figure(axes, body, names, shades)
 
 
@@ -296,7 +313,7 @@ def _figure(axes: Axes, body: Sequence[str], names: Sequence[str], shades: Mappi
     shades = shades or {name: colour(_method(name), methods) for name in names}
     legend = "".join(
         f'<li><svg viewBox="0 0 22 10" width="22" height="10"><line class="{shades[name]} line{_dash(name)}" '
-        f'x1="0" x2="22" y1="5" y2="5"/></svg>{escape(name)}</li>'
+        f'x1="0" x2="22" y1="5" y2="5"/></svg>{escape(_legend(name))}</li>'
         for name in names
     )
     label = escape(f"{axes.y_title} against {axes.x_title}")
@@ -307,6 +324,12 @@ def _figure(axes: Axes, body: Sequence[str], names: Sequence[str], shades: Mappi
 def _method(name: str) -> str:
     """The method in a series name such as ``madpo rejected``."""
     return name.split(" ", maxsplit=1)[0]
+
+
+def _legend(name: str) -> str:
+    """A series name with its method as people write it."""
+    method, blank, rest = name.partition(" ")
+    return written(method) + blank + rest
 
 
 def _dash(name: str) -> str:

@@ -187,12 +187,24 @@ def test_a_reward_model_says_which_pairs_are_unlike_its_own(tmp_path: Path) -> N
         (["compare", "one", "two", "--judge", "vadr", *SHARED], "did you mean `vader`"),
         (["compare", "one", "nothing", *SHARED], "nothing: cannot be loaded as a causal language model"),
         (["frontier", "one", "--reference", "base", "--checkpoints", "one=base", *SHARED], "no folder checkpoint-<s"),
+        (["reward", "one", "--reference", "base", "--engine", "server", *SHARED], "--engine server: found a server"),
+        (["compare", "one", "two", "--engine", "vlm", *SHARED], "did you mean `vllm`"),
+        (["reward", "one", "--reference", "base", *SHARED[:2], "--output", "prompts.jsonl"], "found a file, expected"),
+        (["page", "broken"], "broken/report.json: not the report of an evaluation"),
+        (["reward", "one", "--reference", "base", *SHARED[:2], "--output", "broken"], "not the report of an eval"),
+        (["page", "other"], "other/report.json: not the report of an evaluation"),
+        (["reward", "adapter", *SHARED], "adapter/adapter_config.json: not valid JSON"),
         (["page", "nowhere"], "holds no report.json"),
         (["compare", "one", "two", "--prompts", "no.jsonl", "--output", "out"], "no.jsonl: cannot be read"),
         (["reward-model", "prompts.jsonl", "--model", "base", "--output", "out"], "no column 'chosen'"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_one_message(folder: Path, arguments: list[str], message: str) -> None:
+    for name, text in (("broken", "{"), ("other", '{"reward": {"policies": 3}}')):
+        (folder / name).mkdir()
+        (folder / name / "report.json").write_text(text)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{")
     done = align("eval", *arguments, folder=folder)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 

@@ -69,6 +69,8 @@ def test_rounds(workspace: Path) -> None:
 def test_mistakes_cost_one_line(workspace: Path) -> None:
     cases = [
         ("rouns=2", "rouns: unknown key (did you mean `rounds`?)"),
+        ("generate.engine=server", "generate.engine: found server, which serves one model, and each round samples"),
+        ("generate.engine=vlm", "generate.engine: expected 'auto', 'vllm' or 'transformers'"),
         ("generate.n=1", "generate.n: expected greater than or equal to 2"),
         ("pairs.judge=vader", "give either a reward model or a judge"),
         ("train.methods={}", "train.methods"),
