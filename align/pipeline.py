@@ -17,6 +17,7 @@ from align.console import log
 from align.errors import EnvironmentProblem
 from align.processes import process_rank, world_size
 from align.reproduce import write_run_manifest
+from align.run_log import run_log
 from align.secrets import redact
 from align.stage import Stage, digest, fingerprint_source, read_json, run_stage, write_json
 
@@ -87,6 +88,12 @@ def run_pipeline(config: RunConfig, *, command: str, until: tuple[str, ...] = ()
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentProblem(f"{root}: cannot be written ({error.strerror})", code="output-folder") from None
+    with run_log(root):
+        return _run_stages(config, root, command, until)
+
+
+def _run_stages(config: RunConfig, root: Path, command: str, until: tuple[str, ...]) -> Path:
+    """The stages and the report; see ``run_pipeline``."""
     runner = _Runner(config, root)
     names = plan(config)
     if until:
