@@ -14,9 +14,9 @@ from tests.e2e.test_cli import jsonl
 from tests.launching import ROOT
 
 STEPS, WARM = 2000, 200
-MOST_MIB = 24
-"""Growth of resident memory from step ``WARM`` to the last that is allowed: 13 KiB a step. A tensor of one pair's
-log-probs that is kept with its graph is ten times that."""
+MOST_MIB = 4
+"""Growth of resident memory from step ``WARM`` to the last that is allowed: 2.3 KiB a step. The activations of a step,
+kept by mistake, are a hundred times that. What is logged is kept by design, for the history: little is logged here."""
 BATCH, LENGTH = 4, 64
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ def test_memory_is_flat(tmp_path: Path, loss: str) -> None:
     jsonl(tmp_path / "pairs.jsonl", rows(64))
     trainer = {
         "max_steps": STEPS, "per_device_train_batch_size": BATCH, "max_length": LENGTH, "learning_rate": 1e-5,
-        "save_strategy": "steps", "save_steps": 250, "save_total_limit": 2, "logging_steps": 1,
+        "save_strategy": "steps", "save_steps": 250, "save_total_limit": 2, "logging_steps": 100,
     }  # fmt: skip
     train = {"model": "policy", "methods": {"m": {"loss": loss}}, "trainer": trainer}
     run = {"name": "long", "pairs": {"path": "pairs.jsonl"}, "train": train}
