@@ -11,6 +11,8 @@ from torch import Tensor
 from align.losses import PairLogps, dpo
 
 BETA_FLOOR = 1e-3
+SPREAD_FLOOR = 1e-3
+"""Nats; gaps nearer to each other than this differ by rounding (all do before the first step) and are drawn alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def beta_dpo_step(
     spread = float(h.std()) if h.numel() > 1 else 0.0
     mean = momentum * state.mean + (1 - momentum) * float(h.mean())
     std = momentum * state.std + (1 - momentum) * spread
-    log_density = -0.5 * ((h - mean) / max(std, 1e-12)) ** 2
+    log_density = -0.5 * ((h - mean) / max(std, SPREAD_FLOOR)) ** 2
     probability = torch.softmax(log_density, dim=0).clamp_min(1e-12)
     kept = torch.multinomial(probability, max(1, int(h.numel() * rho)), replacement=False, generator=generator)
     keep = torch.zeros(h.numel(), dtype=torch.bool)

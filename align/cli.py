@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 STOPPED = {128 + signal.SIGINT: "stopped", 128 + signal.SIGTERM: "terminated"}
 
+TOGETHER = frozenset({"run", "train", "reward", "entangle", "iterate"})
+"""Verbs that the processes of a launcher do together; the others the first does alone."""
+
 app = typer.Typer(
     name="align",
     help="Margin-adaptive preference alignment: reward models, MADPO and its neighbours, one report.",
@@ -47,16 +50,20 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print
 
 @app.callback()
 def common(
+    context: typer.Context,
     quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Options that every verb shares."""
     from align.console import LEVELS, configure
     from align.errors import ConfigError
+    from align.processes import process_rank
 
     if log_level.lower() not in LEVELS:
         raise ConfigError(f"--log-level {log_level}: expected one of {', '.join(LEVELS)}", code="config-option")
     configure(quiet=quiet, level=log_level)
+    if process_rank() > 0 and context.invoked_subcommand not in TOGETHER:
+        raise typer.Exit
 
 
 @app.command("run")
@@ -141,6 +148,7 @@ def main() -> NoReturn:
     """Entry point: exit 0; 2 for the user's mistake, 1 for ours, 130 for Ctrl-C, 143 for SIGTERM."""
     from align.disk import disk_problem
     from align.errors import AlignError
+    from align.processes import lost_process
     from align.secrets import redact_text
 
     signal.signal(signal.SIGTERM, _terminated)
@@ -155,7 +163,7 @@ def main() -> NoReturn:
             sys.stderr.write(f"{STOPPED[stop.code]}; what is finished is kept, the same command goes on from there\n")
         raise
     except Exception as error:
-        if (problem := disk_problem(error)) is not None:
+        if (problem := disk_problem(error) or lost_process(error)) is not None:
             sys.stderr.write(redact_text(f"error {problem}\n"))
             sys.exit(2)
         sys.stderr.write(redact_text(traceback.format_exc()))
@@ -174,11 +182,13 @@ def _pipeline(path: Path, overrides: list[str] | None, dry_run: bool, until: tup
     config = load_config(path, overrides)
     from align import pipeline
     from align.console import log, out
+    from align.processes import process_rank
     from align.secrets import redact_text
 
     pipeline.check(config)
     if dry_run:
-        out.print_json(json.dumps(pipeline.describe(config), default=str))
+        if process_rank() == 0:
+            out.print_json(json.dumps(pipeline.describe(config), default=str))
         return
     _announce(config)
     command = redact_text(shlex.join(["align", *sys.argv[1:]]))

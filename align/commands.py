@@ -8,6 +8,7 @@ from rich.table import Table
 from align.config import PairsConfig
 from align.console import log, out
 from align.errors import SHOWN, DataError
+from align.processes import process_rank
 
 
 def check_data(source: PairsConfig, *, drop_to: Path | None) -> None:
@@ -49,6 +50,8 @@ def score_pairs(
 ) -> None:
     """Score a pair source with a reward model and write the table; print the margin metrics as JSON.
 
+    Under a launcher the processes share the pairs.
+
     Args:
         source: pairs.
         model: reward model, folder or hub id; with the members of its ensemble, where it has any.
@@ -72,8 +75,10 @@ def score_pairs(
     log.info("scoring %d pairs of %s with %s -> %s", len(pairs), source.path, model, output)
     scored = score_with(
         members(model), pairs, batch_tokens=batch_tokens, max_length=max_length, calibration=calibration,
-        cache=output / "scored",
+        cache=output / "scored", together=True,
     )  # fmt: skip
+    if process_rank() > 0:
+        return
     write_pairs(scored, output)
     out.print_json(json.dumps(evaluate_margins(np.asarray(scored["margin"])).to_dict()))
     log.info("margins: %s; train on them with `pairs.path: %s`", output / "pairs.parquet", output / "pairs.parquet")

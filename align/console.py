@@ -27,7 +27,7 @@ def configure(*, quiet: bool = False, level: str = "info") -> None:
     """Send the program's log lines to stderr at ``level`` (``warning`` where ``quiet``, and on every
     process but the first)."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter("%(message)s"))
+    handler.setFormatter(RedactingFormatter("%(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
     follows = os.environ.get("RANK", "0") != "0"
@@ -36,7 +36,7 @@ def configure(*, quiet: bool = False, level: str = "info") -> None:
         _quieten_libraries()
 
 
-class _Formatter(logging.Formatter):
+class RedactingFormatter(logging.Formatter):
     """The whole line, a traceback's too, without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -10,16 +10,17 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.errors import SHOWN, NumericsError
+from align.processes import process_rank
 from align.stage import write_json
 
-FILE = "non_finite.json"
+FILE = "non_finite"
 
 
 class FiniteSteps(TrainerCallback):
     """Looks at the gradient's norm before (``look_at_norm``) and at the weights after each optimizer step.
 
-    What is found is written to ``output_dir/non_finite.json`` (step, what, the pairs at fault, all pairs of the step)
-    and raised; a gradient that is not finite never reaches the weights.
+    What is found is written to ``output_dir/non_finite.json`` (step, what, the pairs at fault, all pairs of the step;
+    of process r > 0 to ``non_finite-r.json``) and raised; a gradient that is not finite never reaches the weights.
 
     Args:
         scaled: a loss scaler (fp16) is in use: gradients overflow now and then by design, the scaler leaves such a
@@ -82,7 +83,8 @@ class FiniteSteps(TrainerCallback):
             NumericsError: always.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / FILE
+        rank = process_rank()
+        file = self.folder / (f"{FILE}.json" if rank == 0 else f"{FILE}-{rank}.json")
         write_json(file, {"step": self.step, "what": what, "at_fault": at_fault, "pairs": self.pairs})
         more = f" and {len(at_fault) - SHOWN} more" if len(at_fault) > SHOWN else ""
         kind = "pair" if len(at_fault) == 1 else "pairs"

@@ -21,7 +21,8 @@ from align.generation.pair_build import METRICS, BuildSettings, build_pairs
 from align.generation.prompts import PromptRow, read_prompts
 from align.generation.run import GenerateSettings, complete_prompts
 from align.generation.scoring import ScorerChoice
-from align.stage import fingerprint_source, process_rank, read_json, run_stage, write_json
+from align.processes import process_rank
+from align.stage import fingerprint_source, read_json, run_stage, write_json
 
 SUMMARY = "iterate.json"
 MERGED = "policy"
@@ -131,6 +132,8 @@ def iterate(config: IterateConfig) -> Path:
         root = config.folder / f"round-{number}"
         log.info("round %d of %d: from %s", number, config.rounds, policy)
         policy = _round(config, prompts[number - 1 :: config.rounds], policy, root)
+        if process_rank() > 0:
+            continue
         metrics = {name: read_json(root / name / METRICS) for name in ("generate", "pairs")}
         summary.append({"round": number, "policy": policy, **metrics})
         write_json(config.folder / SUMMARY, {"rounds": summary})

@@ -95,18 +95,24 @@ class LossTilt:
         self._gather = gather
         self._rank = rank
 
-    def __call__(self, losses: Tensor, gap: Tensor, step: int) -> tuple[Tensor, float]:
+    def __call__(self, losses: Tensor, gap: Tensor, step: int, real: Tensor | None = None) -> tuple[Tensor, float]:
         """Weights [B] of this process's pairs, without gradient, and the effective sample size as a share of all pairs.
 
         Args:
             losses: [B].
             gap: z of each pair, [B]; -log sigmoid(z) is what it costs under DPO or Bradley-Terry.
             step: optimizer steps done; before ``warmup`` of them all weights are 1.
+            real: [B], which pairs count; all where None. The others weigh 0.
         """
-        every = self._gather(torch.stack([_exact(losses.detach()), _exact(gap.detach())], dim=1))
-        weights = torch.ones_like(every[:, 0]) if step < self.config.warmup else self._weights(*every.T)
+        columns = [_exact(losses), _exact(gap)] + ([] if real is None else [_exact(real.to(losses))])
+        every = self._gather(torch.stack(columns, dim=1))
+        counting = torch.ones_like(every[:, 0], dtype=torch.bool) if real is None else every[:, 2] > 0
+        found = every[counting, :2]
+        some = torch.ones_like(found[:, 0]) if step < self.config.warmup else self._weights(*found.T)
+        weights = torch.zeros_like(every[:, 0])
+        weights[counting] = some
         own, first = losses.shape[0], losses.shape[0] * self._rank
-        return weights[first : first + own], float(effective_sample_size(weights)) / len(weights)
+        return weights[first : first + own], float(effective_sample_size(some)) / len(some)
 
     def _weights(self, losses: Tensor, gap: Tensor) -> Tensor:
         kind, temperature = self.config.kind, self.config.temperature

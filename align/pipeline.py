@@ -15,14 +15,18 @@ from typing import Any
 from align.config import PairsConfig, RunConfig
 from align.console import log
 from align.errors import EnvironmentProblem
+from align.processes import process_rank, world_size
 from align.reproduce import write_run_manifest
+from align.run_log import run_log
 from align.secrets import redact
-from align.stage import Stage, digest, fingerprint_source, process_rank, read_json, run_stage, world_size, write_json
+from align.stage import Stage, digest, fingerprint_source, read_json, run_stage, write_json
 
 REFERENCE = "reference"
 TRUST = "trust"
 REFERENCE_CACHE = "reference-logps"
 TRUST_NUMBERS = "parameters.json"
+TOGETHER = frozenset({"reward", "crossfit", "margins", "train"})
+"""Kinds of stages that the processes of a launcher do together; the others the first does alone."""
 
 
 def plan(config: RunConfig) -> list[str]:
@@ -84,6 +88,12 @@ def run_pipeline(config: RunConfig, *, command: str, until: tuple[str, ...] = ()
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentProblem(f"{root}: cannot be written ({error.strerror})", code="output-folder") from None
+    with run_log(root):
+        return _run_stages(config, root, command, until)
+
+
+def _run_stages(config: RunConfig, root: Path, command: str, until: tuple[str, ...]) -> Path:
+    """The stages and the report; see ``run_pipeline``."""
     runner = _Runner(config, root)
     names = plan(config)
     if until:
@@ -131,7 +141,8 @@ class _Runner:
     def run(self, name: str) -> Stage:
         """Run (or skip) the stage called ``name``."""
         inputs = {"after": self._after(name)} | self._inputs(name)
-        stage = run_stage(name, self.root / name, inputs, self._work(name), collective=name.startswith("train-"))
+        together = name.split("-", maxsplit=1)[0] in TOGETHER
+        stage = run_stage(name, self.root / name, inputs, self._work(name), collective=together)
         self.keys[name] = stage.key
         return stage
 

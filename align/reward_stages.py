@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from align.config import RewardConfig, RunConfig
 from align.pairs import folds_by_prompt, read_pairs, write_pairs
+from align.processes import process_rank
 from align.stage import write_json
 from align.training.train import MODEL
 from reward_models.calibration import evaluate_margins
@@ -30,16 +31,21 @@ def stage_reward(config: RunConfig, root: Path, folder: Path, which: str) -> Non
     model = folder / MODEL
     train_members(train, config.reward, model, seed=config.seed)
     metrics: dict[str, Any] = {"backbone": config.reward.model, "ensemble": config.reward.ensemble}
-    for name, pairs in (("heldout", heldout), ("in_sample", train)):
-        scored = scored_by(members(model), pairs, config.reward)
+    tables = {
+        name: scored_by(members(model), pairs, config.reward)
+        for name, pairs in (("heldout", heldout), ("in_sample", train))
+    }
+    if process_rank() > 0:
+        return
+    for name, scored in tables.items():
         margins = np.asarray(scored["margin"])
         write_pairs(scored, folder / name)
         metrics[name] = evaluate_margins(margins).to_dict()
         if name == "heldout":
-            words = word_difference(pairs)
+            words = word_difference(heldout)
             metrics["length"] = length_probe(margins, words, seed=config.seed)
             metrics |= _fit_calibration(
-                margins, words, folds_by_prompt(pairs, FOLDS, config.seed), config.reward, model
+                margins, words, folds_by_prompt(heldout, FOLDS, config.seed), config.reward, model
             )
     write_json(folder / METRICS, metrics)
 
@@ -62,6 +68,8 @@ def stage_crossfit(config: RunConfig, root: Path, folder: Path, which: str) -> N
     assert config.reward is not None
     train = read_pairs(reward_pairs_folder(root) / "train")
     scored = cross_fit(train, config.reward, folder, seed=config.seed)
+    if process_rank() > 0:
+        return
     write_pairs(scored.remove_columns("fold"), folder / "pairs")
     write_json(folder / METRICS, evaluate_margins(np.asarray(scored["margin"])).to_dict())
 
@@ -69,7 +77,10 @@ def stage_crossfit(config: RunConfig, root: Path, folder: Path, which: str) -> N
 def scored_by(
     models: Sequence[Path | str], pairs: Dataset, config: RewardConfig, calibration: MarginMap | None = None
 ) -> Dataset:
-    """Pairs scored by the mean of the models, with the batch size and length of the reward configuration."""
+    """Pairs scored by the mean of the models, with the batch size and length of the reward configuration.
+
+    Under a launcher all processes call this together.
+    """
     return score_with(
         list(models),
         pairs,
@@ -77,6 +88,7 @@ def scored_by(
         max_length=config.max_length,
         trust_remote_code=config.trusts_remote_code,
         calibration=calibration,
+        together=True,
     )
 
 

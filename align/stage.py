@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -13,13 +12,13 @@ from typing import Any
 
 from align.console import log
 from align.disk import disk_problems
+from align.processes import from_first, process_rank, wait_until
 from align.secrets import redact
 
 MANIFEST = "manifest.json"
 PACKAGES = ("margin-align", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "vaderSentiment")
 KEY, PARTIAL, OLD = "key", ".partial", ".old"
 CHUNK_BYTES = 1 << 20
-POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,29 +52,25 @@ def run_stage(
         folder: where the finished stage lies.
         inputs: JSON values that determine the result: configuration, seed, keys of earlier stages.
         work: writes the artefacts into the folder that it is given.
-        collective: under a launcher with several processes, all of them run ``work`` together (training); otherwise
-            the first process does it and the others wait for the folder.
+        collective: under a launcher with several processes, all of them run ``work`` together (training, scoring);
+            only the first may then write what ``work`` leaves, or each its own part. Otherwise the first process does
+            it all and the others wait for the folder.
     """
     inputs = redact(dict(inputs))
     key = digest({"stage": name, **inputs})
-    if process_rank() == 0:
-        _finish_replacement(folder, key)
-    manifest = read_manifest(folder)
-    if manifest is not None and manifest["key"] == key:
-        log.info("%s: up to date, skipped (%s)", name, folder)
-        return Stage(name, folder, key, True, manifest["seconds"])
     partial = folder.with_name(folder.name + PARTIAL)
-    note = partial / KEY
-    if process_rank() > 0:
-        return _follow(name, folder, key, note, work if collective else None)
+    if process_rank() > 0 and not collective:
+        return _awaited(name, folder, key)
+    begun = from_first(lambda: _begin(folder, partial, key)) if collective else _begin(folder, partial, key)
+    if not begun:
+        log.info("%s: up to date, skipped (%s)", name, folder)
+        return Stage(name, folder, key, True, _seconds(folder))
     log.info("%s: running", name)
-    if partial.exists() and (not note.exists() or note.read_text(encoding="utf-8") != key):
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    note.write_text(key, encoding="utf-8")
     start = time.monotonic()
     with disk_problems(partial):
         work(partial)
+    if process_rank() > 0:
+        return _awaited(name, folder, key)
     seconds = time.monotonic() - start
     write_json(
         partial / MANIFEST,
@@ -86,31 +81,30 @@ def run_stage(
     return Stage(name, folder, key, False, seconds)
 
 
-def process_rank() -> int:
-    """Rank of this process under ``accelerate launch`` or ``torchrun``; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+def _begin(folder: Path, partial: Path, key: str) -> bool:
+    """Whether there is something to do; if so, the temporary folder is there and belongs to ``key``."""
+    _finish_replacement(folder, key)
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest["key"] == key:
+        return False
+    note = partial / KEY
+    if partial.exists() and (not note.exists() or note.read_text(encoding="utf-8") != key):
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    note.write_text(key, encoding="utf-8")
+    return True
 
 
-def world_size() -> int:
-    """Processes under ``accelerate launch`` or ``torchrun``; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _follow(name: str, folder: Path, key: str, note: Path, work: Callable[[Path], None] | None) -> Stage:
-    """What a process other than the first does with a stage: take part in it, or wait until it is there."""
-    if work is not None:
-        wait_until(lambda: note.exists() and note.read_text(encoding="utf-8") == key)
-        work(note.parent)
+def _awaited(name: str, folder: Path, key: str) -> Stage:
+    """The stage that the first process finishes, once it has."""
     wait_until(lambda: (read_manifest(folder) or {}).get("key") == key)
+    return Stage(name, folder, key, False, _seconds(folder))
+
+
+def _seconds(folder: Path) -> float:
     manifest = read_manifest(folder)
     assert manifest is not None
-    return Stage(name, folder, key, False, manifest["seconds"])
-
-
-def wait_until(ready: Callable[[], bool]) -> None:
-    """Poll until ``ready``; a first process that fails makes the launcher end this one."""
-    while not ready():
-        time.sleep(POLL_SECONDS)
+    return float(manifest["seconds"])
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

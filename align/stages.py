@@ -23,6 +23,7 @@ from align.model_loading import load_policy, load_tokenizer
 from align.pairs import FILE as PAIRS_FILE
 from align.pairs import load_pairs, load_prompts, read_pairs, split_by_prompt, summarize, write_pairs
 from align.pipeline import TRUST, TRUST_NUMBERS, measures_trust
+from align.processes import process_rank
 from align.reward_stages import METRICS, scored_by, stage_crossfit, stage_reward
 from align.stage import read_json, write_json
 from align.trainer_args import build_lora, build_trainer_args
@@ -175,6 +176,8 @@ def stage_margins(config: RunConfig, root: Path, folder: Path, which: str) -> No
     """Add the reward margin to the policy's pairs, from models that have not seen them wherever there are any."""
     note, reward = "", config.reward
     if reward is None:
+        if process_rank() > 0:
+            return
         write_pairs(read_pairs(root / "pairs" / "train"), folder / "pairs")
         write_json(folder / METRICS, {"note": "No reward model was trained: margins, if any, came with the pairs."})
         return
@@ -196,6 +199,8 @@ def stage_margins(config: RunConfig, root: Path, folder: Path, which: str) -> No
         scored = scored_by(members(model), read_pairs(source), reward, calibration)
         if config.sample is not None:
             note = "Labels were drawn from the same reward model that gives the margins: they agree by construction."
+    if process_rank() > 0:
+        return
     write_pairs(scored, folder / "pairs")
     found = evaluate_margins(np.asarray(scored["margin"])).to_dict()
     write_json(folder / METRICS, {"note": note, "margins": origin, **found})

@@ -11,23 +11,25 @@ from typing import Any, TypeVar
 from align.config import nearest
 from align.console import log
 from align.errors import AlignError, ConfigError, listed
+from align.processes import world_size
 
 Args = TypeVar("Args")
-DEFAULTS = {"report_to": "none", "bf16": False, "dataloader_pin_memory": False}
+DEFAULTS = {"report_to": "none"}
+WITHOUT_GPU = {"bf16": False, "dataloader_pin_memory": False}
 LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "learning_rate": 0, "num_train_epochs": 0, "max_grad_norm": 0, "weight_decay": 0, "warmup_steps": 0,
     "dataloader_num_workers": 0, "logging_steps": 0, "save_steps": 0, "max_length": 2,
 }  # fmt: skip
 """Smallest values of fields that the libraries check late or not at all."""
-ONLY_WITHOUT_GPU = ("bf16", "dataloader_pin_memory")
 
 
 def build_trainer_args(kind: type[Args], fields: dict[str, Any], *, path: str, forced: dict[str, Any]) -> Args:
     """An instance of ``kind`` (trl.DPOConfig, trl.RewardConfig) from user fields.
 
     A number that YAML reads as text (``1e-5``) is taken as a number where the field is one. ``report_to`` is ``none``,
-    and without a GPU ``bf16`` and pinned memory are off, unless the user says otherwise.
+    and without a GPU ``bf16`` and pinned memory are off, unless the user says otherwise. Processes of a launcher find
+    each other on CPUs only where ``use_cpu`` is set, so without a GPU it is.
 
     Args:
         kind: dataclass of training arguments.
@@ -56,7 +58,7 @@ def build_trainer_args(kind: type[Args], fields: dict[str, Any], *, path: str, f
                 problems.append(f"{path}.{name}: found {value!r}, expected {problem}")
     if problems:
         raise ConfigError(listed(problems), code="trainer-key")
-    defaults = {name: value for name, value in DEFAULTS.items() if not (name in ONLY_WITHOUT_GPU and _has_gpu())}
+    defaults = DEFAULTS if _has_gpu() else DEFAULTS | WITHOUT_GPU | {"use_cpu": world_size() > 1}
     with refusals(path):
         made = kind(**{**defaults, **forced, **values})
         get_reporting_integration_callbacks(made.report_to)  # type: ignore[attr-defined]

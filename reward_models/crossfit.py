@@ -17,6 +17,7 @@ from reward_models.score import COLUMNS
 def cross_fit(pairs: Dataset, config: RewardConfig, folder: Path, *, seed: int) -> Dataset:
     """Train ``config.folds`` models, each on all folds but its own; score each fold by its model.
 
+    Under a launcher all processes call this together.
     A model's margins on its own training pairs are overconfident; out-of-fold margins are not.
 
     Args:
@@ -42,6 +43,7 @@ def cross_fit(pairs: Dataset, config: RewardConfig, folder: Path, *, seed: int) 
             batch_tokens=config.batch_tokens,
             max_length=config.max_length,
             trust_remote_code=config.trusts_remote_code,
+            together=True,
         )
         scores[inside] = np.stack([np.asarray(scored[column]) for column in columns], axis=1)
     table = pairs.remove_columns([column for column in columns if column in pairs.column_names])

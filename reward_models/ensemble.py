@@ -96,6 +96,7 @@ def score_with(
     trust_remote_code: bool = False,
     calibration: MarginMap | None = None,
     cache: Path | None = None,
+    together: bool = False,
 ) -> Dataset:
     """The table with the mean rewards of the models and their margin; ``margin_std`` where there are at least two.
 
@@ -109,12 +110,14 @@ def score_with(
         trust_remote_code: code that comes with a model may run.
         calibration: applied to the mean margin.
         cache: folder for scored chunks, valid for these models and pairs only.
+        together: see ``RewardScorer``.
     """
     made = []
     for number, model in enumerate(models):
         scorer = RewardScorer(
-            model, batch_tokens=batch_tokens, max_length=max_length, trust_remote_code=trust_remote_code
-        )
+            model, batch_tokens=batch_tokens, max_length=max_length, trust_remote_code=trust_remote_code,
+            together=together,
+        )  # fmt: skip
         below = cache if cache is None or number == 0 else cache / str(number)
         made.append(scorer.score_pairs(pairs, cache=below))
     table = _averaged(pairs, made)

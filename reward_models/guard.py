@@ -7,9 +7,10 @@ import torch
 from trl import RewardTrainer
 
 from align.finite import FiniteSteps
+from align.whole_epochs import REAL, WholeEpochs, only_real
 
 
-class GuardedRewardTrainer(RewardTrainer):
+class GuardedRewardTrainer(WholeEpochs, RewardTrainer):
     """trl's RewardTrainer with a look at every loss, gradient and weight; see ``FiniteSteps``.
 
     Args:
@@ -41,12 +42,13 @@ class GuardedRewardTrainer(RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """trl's loss.
+        """trl's loss, of all pairs of the batch; its metrics too count those that only fill a last batch up.
 
         Raises:
             NumericsError: a reward of a pair is not finite.
         """
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        batch = {name: value for name, value in inputs.items() if name != REAL}
+        loss, outputs = super().compute_loss(model, batch, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.model.training:
             self._look(inputs, outputs.logits.detach())
         return (loss, outputs) if return_outputs else loss
@@ -61,7 +63,7 @@ class GuardedRewardTrainer(RewardTrainer):
         rows = [tuple(row[:n]) for row, n in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
         half = len(rows) // 2
         names = [self._names.get(pair, "unknown") for pair in zip(rows[:half], rows[half:], strict=True)]
-        self.guard.pairs += names
+        self.guard.pairs += [names[k] for k in only_real(torch.arange(half), inputs.get(REAL)).tolist()]
         pairs = rewards.squeeze(-1).view(2, half)
         bad = (~torch.isfinite(pairs).all(dim=0)).nonzero().flatten().tolist()
         if bad:

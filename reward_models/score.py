@@ -12,6 +12,7 @@ from align.arrays import kept_array
 from align.batching import token_batches
 from align.console import progress
 from align.errors import NumericsError
+from align.processes import from_first, local_device, of_all, own_share, process_rank
 from reward_models.model import load_reward_model
 from reward_models.text import render, tokenize
 
@@ -30,6 +31,8 @@ class RewardScorer:
         max_length: tokens per text; longer ones are cut from the right.
         padding_side: of a decoder; rewards do not depend on it. An encoder is always padded on the right.
         trust_remote_code: code that comes with the model may run.
+        together: under a launcher all processes score the same texts at the same time: each a share of the batches,
+            and each gets all rewards. Otherwise a process scores for itself.
 
     Raises:
         ModelError: the model cannot be used.
@@ -43,10 +46,12 @@ class RewardScorer:
         max_length: int,
         padding_side: Literal["left", "right"] = "right",
         trust_remote_code: bool = False,
+        together: bool = False,
     ) -> None:
         self.name = str(model)
         loaded, self.tokenizer = load_reward_model(model, trust_remote_code=trust_remote_code)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(local_device())
+        self.together = together
         self.model = loaded.to(self.device).eval()
         self.batch_tokens = batch_tokens
         self.max_length = max_length
@@ -62,9 +67,13 @@ class RewardScorer:
         ids = tokenize(texts, self.tokenizer, self.max_length)
         rewards = np.empty(len(ids), dtype=np.float64)
         batches = token_batches([len(row) for row in ids], self.batch_tokens)
+        own = own_share(batches) if self.together else batches
+        found = []
         with torch.inference_mode():
-            for batch in progress(batches, what="scoring", total=len(batches), unit="batches"):
-                rewards[batch] = self.rewards([ids[k] for k in batch])
+            for batch in progress(own, what="scoring", total=len(own), unit="batches"):
+                found.append((batch, self.rewards([ids[k] for k in batch])))
+        for batch, values in of_all(found) if self.together else found:
+            rewards[batch] = values
         for k in np.flatnonzero(~np.isfinite(rewards))[:1]:
             raise NumericsError(
                 f"{self.name}: found the reward {rewards[k]} for {texts[k][:SHOWN]!r}, expected a finite number",
@@ -100,8 +109,13 @@ class RewardScorer:
 
     def _score_chunk(self, pairs: Dataset, start: int, cache: Path | None) -> np.ndarray:
         """Rewards [n, 2] of the pairs from ``start`` on."""
-        file = cache / f"{start:010d}.npy" if cache is not None else None
-        return kept_array(file, lambda: self._pair_rewards(pairs.select(range(start, min(start + CHUNK, len(pairs))))))
+        rows = pairs.select(range(start, min(start + CHUNK, len(pairs))))
+        if cache is None:
+            return self._pair_rewards(rows)
+        file = cache / f"{start:010d}.npy"
+        known = from_first(file.exists) if self.together else file.exists()
+        keeps = known or not self.together or process_rank() == 0
+        return kept_array(file if keeps else None, lambda: self._pair_rewards(rows))
 
     def _pair_rewards(self, rows: Dataset) -> np.ndarray:
         """Rewards [n, 2]."""

@@ -58,23 +58,23 @@ class SharpnessPenalty:
                 hint="names look like " + ", ".join(list(trained)[:2]),
             )
 
-    def add(self, margins: Callable[[], Tensor], scale: float = 1.0) -> float:
+    def add(self, mean_margin: Callable[[], Tensor], scale: float = 1.0) -> float:
         """Add ``scale`` times the penalty's gradient to the parameters' gradients, and move the multiplier.
 
         Args:
-            margins: computes the margins [B] of a batch of this process with gradients.
+            mean_margin: computes G with gradients, a scalar whose mean over the processes is that of all pairs.
             scale: share of the batch in the optimizer's step.
 
         Returns:
             |grad G| over all processes.
         """
         with self._still():
-            here = self._gradient(margins)
+            here = self._gradient(mean_margin)
             norm = math.sqrt(sum(float(g.double().square().sum()) for g in here))
             if norm > 0 and self.multiplier > 0:
                 factor = scale * self.multiplier * self.config.radius / self.config.step
                 with _moved(self.moved, here, self.config.step / norm):
-                    there = self._gradient(margins)
+                    there = self._gradient(mean_margin)
                 for parameter, first, second in zip(self.moved, here, there, strict=True):
                     added = (factor * (second - first)).to(parameter.dtype)
                     parameter.grad = added if parameter.grad is None else parameter.grad.add_(added)
@@ -90,9 +90,9 @@ class SharpnessPenalty:
         """Take up what ``to_dict`` gave."""
         self.multiplier = state["multiplier"]
 
-    def _gradient(self, margins: Callable[[], Tensor]) -> list[Tensor]:
+    def _gradient(self, mean_margin: Callable[[], Tensor]) -> list[Tensor]:
         """grad G over all processes; 0 for what the margins do not depend on."""
-        found = torch.autograd.grad(margins().mean(), self.moved, allow_unused=True)
+        found = torch.autograd.grad(mean_margin(), self.moved, allow_unused=True)
         pairs = zip(found, self.moved, strict=True)
         return [self.reduce(torch.zeros_like(p) if g is None else g.detach()) for g, p in pairs]
 

@@ -11,6 +11,7 @@ from trl import RewardConfig as TrlRewardConfig
 from align.checkpoints import last_whole_checkpoint
 from align.config import RewardConfig
 from align.console import log
+from align.processes import from_first, process_rank, wait_until
 from align.stopping import stoppable
 from align.trainer_args import build_lora, build_trainer_args, refusals
 from align.trainer_progress import show_progress
@@ -20,13 +21,16 @@ from reward_models.objective_registry import objective_columns, resolve_objectiv
 from reward_models.text import render, tokenize
 from reward_models.trainer import ObjectiveRewardTrainer
 
+CONFIG = "config.json"
+"""A model folder that holds it is whole."""
+
 
 def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, seed: int) -> None:
     """Train on a pair table and save model and tokenizer (safetensors; an adapter is merged) into ``output``.
 
     The head is drawn under ``seed``. Pairs of like length share a batch, which of them meet is drawn anew each epoch
     (``train_sampling_strategy: random`` for any order). A stopped training resumes from the last whole checkpoint
-    beside ``output``; checkpoints are removed when it is done.
+    beside ``output``; checkpoints are removed when it is done. Under a launcher all processes call this together.
 
     Args:
         train: pair table, with the columns that the objective reads.
@@ -38,14 +42,19 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
         AlignError: the configuration, the model or the pairs cannot be used.
     """
     checkpoints = output.with_name(output.name + "-checkpoints")
-    if (output / "config.json").exists():
+    if from_first((output / CONFIG).exists):
         log.info("reward model: there already (%s)", output)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        return
-    if config.head != "full":
+    elif config.head == "full":
+        _train_whole(train, config, output, checkpoints, seed)
+    elif process_rank() == 0:
         save_model(*train_head(train, config, seed=seed, cache=checkpoints), output)
+    if process_rank() == 0:
         shutil.rmtree(checkpoints, ignore_errors=True)
-        return
+    wait_until((output / CONFIG).exists)
+
+
+def _train_whole(train: Dataset, config: RewardConfig, output: Path, checkpoints: Path, seed: int) -> None:
+    """Train head and backbone (or its adapter) and save them."""
     objective = resolve_objective(config.objective)
     columns = objective_columns(train, objective)
     args = build_trainer_args(
@@ -75,17 +84,18 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
             processing_class=tokenizer,
             peft_config=build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS"),
         )
-    last = last_whole_checkpoint(checkpoints)
+    last = from_first(lambda: last_whole_checkpoint(checkpoints))
     if last is not None:
         log.info("reward model %s: resuming from %s", output.name, last)
     show_progress(trainer, f"reward model {output.name}")
     with stoppable(trainer):
         trainer.train(resume_from_checkpoint=last)
+    if process_rank() > 0:
+        return
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if config.peft is not None:
         trained = trained.merge_and_unload()
     save_model(trained, tokenizer, output)
-    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:

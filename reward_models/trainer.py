@@ -11,6 +11,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from align.config import SharpnessConfig, TiltConfig
 from align.pair_weights import LossTilt
 from align.stage import read_json, write_json
+from align.whole_epochs import REAL, counted, only_real
 from reward_models.guard import GuardedRewardTrainer
 from reward_models.objective_registry import NAMED, BoundObjective
 from reward_models.sharpness import SharpnessPenalty
@@ -36,6 +37,8 @@ class ObjectiveCollator(DataCollatorForPreference):
 class ObjectiveRewardTrainer(GuardedRewardTrainer):
     """The loss of a step is the mean of the objective over its pairs; with Bradley-Terry it is trl's own, to the bit.
 
+    It is so however the pairs of a step are split into micro-batches and over processes; pairs that only fill a last
+    batch up (``WholeEpochs``) are left out.
     trl's ``center_rewards_coefficient`` is added to any objective. An objective whose pairs depend on each other sees
     the pairs of all processes of one forward pass.
 
@@ -48,6 +51,7 @@ class ObjectiveRewardTrainer(GuardedRewardTrainer):
 
     data_collator: Any
     _signature_columns: Any
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -83,7 +87,9 @@ class ObjectiveRewardTrainer(GuardedRewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Mean of the objective over the pairs of ``inputs``; trl's metrics are logged whatever the objective.
+        """Mean of the objective over the pairs of ``inputs``, times their share of the step's pairs.
+
+        trl's metrics are logged whatever the objective.
 
         Raises:
             NumericsError: a reward of a pair is not finite.
@@ -91,26 +97,29 @@ class ObjectiveRewardTrainer(GuardedRewardTrainer):
         columns = {name: inputs[name] for name in self.objective.columns}
         batch = {name: value for name, value in inputs.items() if name not in columns}
         loss, outputs = super().compute_loss(model, batch, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if self.objective.spec.name != "bradley_terry" or self.tilt is not None:
+        real: Tensor | None = inputs.get(REAL)
+        if self.objective.spec.name != "bradley_terry" or self.tilt is not None or real is not None:
             chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
-            loss = self._mean_loss(chosen, rejected, columns)
+            loss = self._mean_loss(chosen, rejected, columns, real)
+        if self.model.training and num_items_in_batch is not None:
+            counts, step = self._counts(inputs), int(num_items_in_batch)
+            loss = loss if counts == step else loss * counts / step
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
-    ) -> Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor) -> Tensor:
         """trl's, and then the gradient of the penalty on sharpness where there is one."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.penalty is not None:
             batch = self._prepare_inputs({name: inputs[name] for name in ("input_ids", "attention_mask")})
-            plain = self.penalty.model
+            every, plain = self._together(inputs), self.penalty.model
 
-            def margins() -> Tensor:
+            def mean_margin() -> Tensor:
                 with self.compute_loss_context_manager():
                     chosen, rejected = plain(**batch, use_cache=False).logits.squeeze(-1).float().chunk(2)
-                return chosen - rejected
+                counting = only_real(chosen - rejected, inputs.get(REAL))
+                return counting.sum() * (self.accelerator.num_processes / every)
 
-            norm = self.penalty.add(margins, 1 / self.current_gradient_accumulation_steps)
+            norm = self.penalty.add(mean_margin, every / int(num_items_in_batch))
             self._metrics["train"]["sharpness/norm"].append(norm)
             self._metrics["train"]["sharpness/multiplier"].append(self.penalty.multiplier)
         return loss
@@ -128,31 +137,57 @@ class ObjectiveRewardTrainer(GuardedRewardTrainer):
         if self.penalty is not None and file.exists():
             self.penalty.load(read_json(file))
 
-    def _mean_loss(self, chosen: Tensor, rejected: Tensor, columns: dict[str, Tensor]) -> Tensor:
-        """Weighted objective and centring, a scalar."""
-        own = slice(None)
+    def _counts(self, inputs: dict[str, Any]) -> int:
+        """Pairs that the loss of this process stands for once the launcher has averaged over the processes."""
+        if not self.objective.spec.coupled:
+            return counted(inputs) * self.accelerator.num_processes
+        return self._together(inputs)
+
+    def _together(self, inputs: dict[str, Any]) -> int:
+        """Pairs of this batch that count, over all processes."""
+        own = torch.tensor([counted(inputs)], device=self.accelerator.device)
+        return int(self.accelerator.gather(own).sum())
+
+    def _mean_loss(
+        self, chosen: Tensor, rejected: Tensor, columns: dict[str, Tensor], real: Tensor | None = None
+    ) -> Tensor:
+        """Weighted objective and centring over the pairs that count, a scalar."""
+        own, counting = slice(None), real
         if self.objective.spec.coupled:
             own = slice(
                 len(chosen) * self.accelerator.process_index, len(chosen) * (self.accelerator.process_index + 1)
             )
             chosen, rejected = (self._of_all(rewards) for rewards in (chosen, rejected))
             columns = {name: self.accelerator.gather(values) for name, values in columns.items()}
-        losses = self.objective(chosen, rejected, columns)
+            counting = None if real is None else self.accelerator.gather(real)
+        losses = self._losses(chosen, rejected, columns, counting)
         if self.model.training and self.tilt is not None:
-            weight, share = self.tilt(losses[own], (chosen - rejected)[own], self.state.global_step)
+            weight, share = self.tilt(losses[own], (chosen - rejected)[own], self.state.global_step, real)
             if self.objective.spec.coupled:
                 weight = self.accelerator.gather(weight)
             losses = weight * losses
             self._metrics["train"]["weight/ess_share"].append(share)
-        loss = losses.mean()
+        loss = _mean(losses, counting)
         if self.args.center_rewards_coefficient is not None:
-            loss = loss + self.args.center_rewards_coefficient * ((chosen + rejected) ** 2).mean()
+            loss = loss + self.args.center_rewards_coefficient * _mean((chosen + rejected) ** 2, counting)
         # Of the pairs of all processes each back-propagates its own, and the launcher averages over the processes.
         others = self.accelerator.num_processes - 1 if self.objective.spec.coupled else 0
         return loss + others * (loss - loss.detach())
+
+    def _losses(self, chosen: Tensor, rejected: Tensor, columns: dict[str, Tensor], real: Tensor | None) -> Tensor:
+        """The objective [B] of the pairs that count among themselves, 0 for the others."""
+        if real is None:
+            return self.objective(chosen, rejected, columns)
+        found = self.objective(chosen[real], rejected[real], {name: values[real] for name, values in columns.items()})
+        return found.new_zeros(len(real)).index_put((real.nonzero().flatten(),), found)
 
     def _of_all(self, own: Tensor) -> Tensor:
         """Values of all processes along the first dimension; this process's own keep their gradient."""
         every: Tensor = self.accelerator.gather(own.detach())
         first = own.shape[0] * self.accelerator.process_index
         return torch.cat([every[:first], own, every[first + own.shape[0] :]])
+
+
+def _mean(values: Tensor, real: Tensor | None) -> Tensor:
+    """Mean of [B] over the pairs that count, 0 where there are none."""
+    return values.mean() if real is None else (values * real).sum() / real.sum().clamp_min(1)

@@ -24,10 +24,11 @@ from typing import Any
 
 from align.console import configure, log
 from align.pipeline import plan
+from align.run_log import FILE as LOG
 from align.stage import MANIFEST, read_json, write_json
 
 REPORT = "report"
-TIMED = frozenset({MANIFEST, "report.json", "report.html", "summary.json", "run.json"})
+TIMED = frozenset({MANIFEST, "report.json", "report.html", "summary.json", "run.json", LOG})
 """Files that hold a date, seconds, or where they lie."""
 TEMPORARY = (".partial", ".old", ".tmp", ".tmp.npy", ".partial.npy")
 POLL_SECONDS = 0.002

@@ -24,8 +24,11 @@ def network() -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
-def margins_of(model: nn.Module) -> Any:
-    return lambda: model(INPUTS[:3]).squeeze(-1) - model(INPUTS[3:]).squeeze(-1)
+def mean_margin(model: nn.Module) -> Any:
+    def mean() -> Tensor:
+        return (model(INPUTS[:3]) - model(INPUTS[3:])).mean()
+
+    return mean
 
 
 def penalty(model: nn.Module, **fields: Any) -> SharpnessPenalty:
@@ -36,7 +39,7 @@ def exact(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
     """|grad G| and its gradient by autograd, without dropout."""
     model.eval()
     parameters = list(model.parameters())
-    first = torch.autograd.grad(margins_of(model)().mean(), parameters, create_graph=True, allow_unused=True)
+    first = torch.autograd.grad(mean_margin(model)(), parameters, create_graph=True, allow_unused=True)
     norm = torch.cat([g.flatten() for g in first if g is not None]).norm()
     second = torch.autograd.grad(norm, parameters, allow_unused=True)
     model.train()
@@ -49,7 +52,7 @@ def test_the_difference_tends_to_the_derivative_of_the_norm() -> None:
     errors = []
     for step in (1e-2, 1e-3, 1e-4):
         model.zero_grad()
-        found = penalty(model, step=step, start=2.0, radius=0.3).add(margins_of(model), scale=0.5)
+        found = penalty(model, step=step, start=2.0, radius=0.3).add(mean_margin(model), scale=0.5)
         assert found == pytest.approx(float(norm))
         grads = [p.grad for p in model.parameters()]
         errors.append(max(float((g - 0.5 * 2.0 * 0.3 * e).abs().max()) for g, e in zip(grads, expected, strict=True)))
@@ -63,11 +66,11 @@ def test_parameters_are_left_to_the_bit_and_gradients_are_added_to() -> None:
     model = network()
     before = [p.detach().clone() for p in model.parameters()]
     alone = penalty(model, start=1.0)
-    alone.add(margins_of(model))
+    alone.add(mean_margin(model))
     added = [p.grad.clone() for p in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    penalty(model, start=1.0).add(margins_of(model))
+    penalty(model, start=1.0).add(mean_margin(model))
     for parameter, value, more in zip(model.parameters(), before, added, strict=True):
         assert torch.equal(parameter, value) and torch.equal(parameter.grad, more + 1)
 
@@ -75,7 +78,7 @@ def test_parameters_are_left_to_the_bit_and_gradients_are_added_to() -> None:
 def test_a_linear_model_has_nothing_to_flatten() -> None:
     model = nn.Linear(4, 1).double()
     found = penalty(model, start=5.0)
-    found.add(margins_of(model))
+    found.add(mean_margin(model))
     assert all(float(p.grad.abs().max()) < 1e-12 for p in model.parameters())
 
 
@@ -85,7 +88,7 @@ def test_the_multiplier_rises_above_the_threshold_alone_and_is_never_negative(th
     found = penalty(model, threshold=threshold, start=0.5, rate=0.1)
     seen = [found.multiplier]
     for _ in range(3):
-        found.add(margins_of(model))
+        found.add(mean_margin(model))
         seen.append(found.multiplier)
     assert seen == sorted(seen, reverse=not rises) and (seen[-1] > 0.5) is rises and min(seen) >= 0
     again = penalty(model, start=0.0)
@@ -95,7 +98,7 @@ def test_the_multiplier_rises_above_the_threshold_alone_and_is_never_negative(th
 
 def test_only_the_named_parameters() -> None:
     model = network()
-    penalty(model, parameters=r"^3\.", start=1.0).add(margins_of(model))
+    penalty(model, parameters=r"^3\.", start=1.0).add(mean_margin(model))
     assert [p.grad is None for p in model.parameters()] == [True, True, False, False]
     with pytest.raises(ConfigError, match="'nothing' matches no trained parameter") as caught:
         penalty(model, parameters="nothing")

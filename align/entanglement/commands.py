@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ from align.errors import ConfigError, DataError
 from align.loss_registry import BoundLoss, resolve
 from align.model_loading import load_policy, load_tokenizer
 from align.pairs import load_pairs, read_pairs
+from align.processes import local_device, process_rank
 from align.reports.entanglement_page import shade, write_page, write_trace_page
-from align.stage import Stage, fingerprint_source, process_rank, read_manifest, run_stage, write_json
+from align.stage import Stage, fingerprint_source, read_manifest, run_stage, write_json
 
 TABLE = "entanglement.parquet"
 
@@ -135,6 +135,8 @@ def check(
     Raises:
         AlignError: the pairs, the model or the loss cannot be used.
     """
+    if process_rank() > 0:
+        return
     bound = _bound(loss, parameters)
     pairs = _sample(load_pairs(source), bound, limit, source.path)
     tokenizer = load_tokenizer(model)
@@ -215,16 +217,11 @@ def _policy(model: str) -> nn.Module:
     kwargs: dict[str, Any] = {"dtype": "float32"}
     if (Path(model) / "adapter_config.json").exists():
         kwargs["is_trainable"] = True
-    return load_policy(model, **kwargs).to(_device()).eval()
+    return load_policy(model, **kwargs).to(local_device()).eval()
 
 
 def _frozen(model: str) -> nn.Module:
-    return load_policy(model, dtype="float32").to(_device()).eval()
-
-
-def _device() -> str:
-    """One GPU per process where there are any."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return load_policy(model, dtype="float32").to(local_device()).eval()
 
 
 def _worst(row: dict[str, Any]) -> tuple[bool, float]:

@@ -19,7 +19,7 @@ from align.entanglement.products import GradientProducts
 from align.entanglement.screening import screen
 from align.loss_registry import BoundLoss
 from align.losses import PairLogps
-from align.stage import process_rank, wait_until, world_size
+from align.processes import own_share, wait_until
 from align.training.layout import base_model
 from align.training.logps import add_completion_head, pair_logps
 
@@ -60,7 +60,7 @@ def measure_pairs(
     if reference is not None:
         add_completion_head(base_model(reference))
     starts = range(0, len(pairs), PART)
-    own = starts[process_rank() :: world_size()]
+    own = own_share(starts)
     for start in progress(own, what="entanglement", total=len(own), unit="parts"):
         file = _part(parts, start)
         if not file.exists():

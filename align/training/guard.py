@@ -12,6 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from align.finite import FiniteSteps, all_finite, gradient_norm
 from align.training.collator import ROW
 from align.training.layout import trim
+from align.whole_epochs import REAL, only_real
 
 
 def numbered(table: Dataset) -> tuple[Dataset, list[str]]:
@@ -59,7 +60,7 @@ class FiniteGuard(FiniteSteps):
             return
         self._batches.append(inputs)
         names = self._ids(inputs)
-        self.pairs += names
+        self.pairs += [names[k] for k in only_real(torch.arange(len(names)), inputs.get(REAL)).tolist()]
         if all_finite([losses.detach()]):
             return
         bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()

@@ -16,10 +16,13 @@ from transformers.utils import ModelOutput
 from align.training import attention
 from align.training.head import LogitForm, TokenScores, score_tokens
 from align.training.packing import pack
+from align.whole_epochs import REAL
 
 Layout = Literal["concatenated", "shared_prefix"]
 FORWARD_BEFORE = "_forward_without_completion_head"
-NOT_MODEL_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "margin", "weight", "row"})
+NOT_MODEL_INPUTS = frozenset(
+    {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "margin", "weight", "row", REAL}
+)
 
 
 class SequenceLogps(NamedTuple):

@@ -27,8 +27,16 @@ class PairMetrics:
         self._tokens: list[Tensor] = []
         self._has_margin = False
 
-    def add(self, policy: SequenceLogps, logps: PairLogps, weight: Tensor, margin: Tensor | None) -> None:
-        """Keep what ``flush`` needs of one micro-batch."""
+    def add(
+        self,
+        policy: SequenceLogps,
+        logps: PairLogps,
+        weight: Tensor,
+        margin: Tensor | None,
+        real: Tensor | None = None,
+    ) -> None:
+        """Keep what ``flush`` needs of one micro-batch; ``real`` [B] says which pairs count, all where None."""
+        counts = torch.ones_like(weight) if real is None else real.to(weight)
         self._has_margin = margin is not None
         self._pairs.append(
             torch.stack(
@@ -39,11 +47,15 @@ class PairMetrics:
                     logps.ref_rejected.float(),
                     weight,
                     margin if margin is not None else torch.zeros_like(weight),
+                    counts,
                 ]
             ).T
         )
         tokens = policy.tokens
-        sides = [(values.detach().chunk(2)) for values in (tokens.entropy, tokens.mean_logit, tokens.top1)]
+        sides = [
+            (values.detach() * counts.repeat(2)[:, None]).chunk(2)
+            for values in (tokens.entropy, tokens.mean_logit, tokens.top1)
+        ]
         (entropy_w, entropy_l), (logit_w, logit_l), (hit_w, _) = sides
         self._tokens.append(
             torch.stack(
@@ -52,8 +64,8 @@ class PairMetrics:
                     logit_w.sum(),
                     logit_l.sum(),
                     hit_w.sum(),
-                    policy.chosen_length.sum().float(),
-                    policy.rejected_length.sum().float(),
+                    (policy.chosen_length * counts).sum().float(),
+                    (policy.rejected_length * counts).sum().float(),
                 ]
             )
         )
@@ -67,7 +79,7 @@ class PairMetrics:
         pairs = gather(torch.cat(self._pairs).contiguous())
         tokens = gather(torch.stack(self._tokens).sum(dim=0, keepdim=True)).sum(dim=0)
         self._pairs, self._tokens = [], []
-        chosen, rejected, ref_chosen, ref_rejected, weight, margin = pairs.T
+        chosen, rejected, ref_chosen, ref_rejected, weight, margin = pairs[pairs[:, -1] > 0, :-1].T
         chosen_change, rejected_change = chosen - ref_chosen, rejected - ref_rejected
         gap = chosen_change - rejected_change
         entropy, logits_w, logits_l, hits, n_w, n_l = tokens.tolist()

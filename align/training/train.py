@@ -19,6 +19,7 @@ from align.loss_registry import BoundLoss, resolve
 from align.margins import MADPO_TAU, madpo_weight
 from align.model_folders import ADAPTER
 from align.model_loading import load_policy, load_tokenizer
+from align.processes import from_first, process_rank
 from align.stage import read_json, write_json
 from align.stopping import stoppable
 from align.trainer_args import build_lora, build_trainer_args, refusals
@@ -127,7 +128,8 @@ def train_policy(
     checkpoints = output / CHECKPOINTS
     if (output / HISTORY).exists():
         log.info("train %s: there already (%s)", method, output / MODEL)
-        _finish_checkpoints(checkpoints, config)
+        if process_rank() == 0:
+            _finish_checkpoints(checkpoints, config)
         return
     loss = bind(method, config.methods[method])
     tau = float(loss.parameters.get("tau", MADPO_TAU))
@@ -142,7 +144,7 @@ def train_policy(
         tilt=options.weights.tilt if options.weights else None,
     )  # fmt: skip
     show_pair(trainer.train_dataset[0], trainer.processing_class)
-    last = last_whole_checkpoint(checkpoints)
+    last = from_first(lambda: last_whole_checkpoint(checkpoints))
     if last is not None:
         log.info("train %s: resuming from %s", method, last)
     show_progress(trainer, f"train {method}")

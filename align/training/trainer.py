@@ -1,5 +1,6 @@
 """PreferenceTrainer: trl's DPOTrainer with the loss of a pair taken from align/losses.py and weighted per pair."""
 
+from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from align.training.pair_metrics import PairMetrics
 from align.training.reference import reference_key, reference_logps
 from align.training.remedy import GradientRemedy
 from align.training.token_mask import TokenMask
+from align.whole_epochs import REAL, WholeEpochs, only_real
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 REFERENCE_TOKENS = 8192
@@ -38,7 +40,7 @@ LOSS_STATE = "loss_state.json"
 UNUSED_FIELDS = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl", "loss_weights": None}
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(WholeEpochs, DPOTrainer):
     """trl's DPOTrainer, its loss replaced by ``loss`` and multiplied by the pair's ``weight`` before the mean.
 
     The loss of an optimizer step is mean_i weight_i * loss_i over its pairs; weights are not renormalised.
@@ -97,6 +99,7 @@ class PreferenceTrainer(DPOTrainer):
         """The last (micro-)batch that was trained on."""
         self._layout_choice = layout
         self._pair_metrics = PairMetrics(beta=loss.beta, tau=tau)
+        self._step_values: dict[str, list[Tensor]] = defaultdict(list)
         args.beta = loss.beta
         args.loss_type = ["sigmoid"]
         kwargs["train_dataset"], ids = numbered(kwargs["train_dataset"])
@@ -166,7 +169,7 @@ class PreferenceTrainer(DPOTrainer):
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Log-probs [B], [B] of the chosen and rejected responses under the reference, without gradient."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            inputs = {name: value for name, value in inputs.items() if name not in (*PAIR_COLUMNS, ROW)}
+            inputs = {name: value for name, value in inputs.items() if name not in (*PAIR_COLUMNS, ROW, REAL)}
             return super().compute_ref_log_probs(model, inputs)
         found = self._under_reference(inputs)
         return found.chosen, found.rejected
@@ -181,11 +184,6 @@ class PreferenceTrainer(DPOTrainer):
         with torch.no_grad(), checkpointing, off, self.accelerator.autocast():
             return pair_logps(self._reference, inputs, self.layout)
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Pairs of one optimizer step, over its micro-batches and all processes."""
-        own = sum(batch["input_ids"].shape[0] // 2 for batch in batch_samples)
-        return self.accelerator.gather(torch.tensor([own], device=device)).sum()
-
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
@@ -196,7 +194,8 @@ class PreferenceTrainer(DPOTrainer):
             with self.accelerator.no_sync(model):
                 total += super().training_step(model, batch, num_items_in_batch)
         total += super().training_step(model, last, num_items_in_batch)
-        self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
+        lengths = inputs["attention_mask"].sum(dim=1).view(2, -1).sum(dim=0)
+        self._total_train_tokens += int(self.accelerator.gather(only_real(lengths, inputs.get(REAL)).sum()).sum())
         if self.accelerator.sync_gradients:
             if self.token_mask is not None:
                 self.token_mask.step()
@@ -235,7 +234,8 @@ class PreferenceTrainer(DPOTrainer):
         """Sum of weight * loss over the pairs of ``inputs``, over the pairs of the optimizer step.
 
         The step's loss is so the mean over its pairs whatever way they are split into micro-batches and over
-        processes (whose gradients the launcher averages). Without ``num_items_in_batch`` it is the mean of ``inputs``.
+        processes (whose gradients the launcher averages); pairs that only fill a last batch up (``WholeEpochs``) are
+        left out. Without ``num_items_in_batch`` it is the mean of ``inputs``.
         """
         training = self.model.training
         if self.precompute_ref_logps:
@@ -244,6 +244,7 @@ class PreferenceTrainer(DPOTrainer):
             ref_chosen, ref_rejected = self.compute_ref_log_probs(self._reference, inputs)
         if training:
             self.latest_inputs = inputs
+        real: Tensor | None = inputs.get(REAL)
         of_chosen, of_rejected = self._gradient_factors(inputs, ref_chosen, ref_rejected)
         policy = pair_logps(model, inputs, self.layout)
         logps = PairLogps(
@@ -256,14 +257,16 @@ class PreferenceTrainer(DPOTrainer):
         )
         margin: Tensor | None = inputs.get("margin")
         weight: Tensor = inputs.get("weight", torch.ones_like(ref_chosen))
+        if real is not None:
+            weight = weight * real
         if self.loss.spec.function is None:
-            per_pair = self._adaptive_beta(logps)
+            per_pair = self._adaptive_beta(logps, real)
         elif self.token_mask is not None:
             per_pair = self._masked_loss(policy, inputs, margin)
         else:
             per_pair = self.loss(logps, margin)
         if training and self.tilt is not None:
-            tilted, _ = self.tilt(per_pair, self.loss.beta * logps.log_ratio_gap, self.state.global_step)
+            tilted, _ = self.tilt(per_pair, self.loss.beta * logps.log_ratio_gap, self.state.global_step, real)
             weight = weight * tilted
         if training:
             shown = {
@@ -279,7 +282,7 @@ class PreferenceTrainer(DPOTrainer):
         if training and num_items_in_batch is not None:
             pairs = num_items_in_batch / self.accelerator.num_processes
         loss = (weight * per_pair).sum() / pairs
-        self._pair_metrics.add(policy, logps, weight, margin)
+        self._pair_metrics.add(policy, logps, weight, margin, real)
         if not training:
             self._log_pairs("eval")
         return (loss, policy.tokens) if return_outputs else loss
@@ -290,10 +293,16 @@ class PreferenceTrainer(DPOTrainer):
         """Factors [B], [B] of the chosen and the rejected gradients; 1 without a remedy."""
         if self.remedy is None or not self.model.training:
             return torch.ones_like(ref_chosen), torch.ones_like(ref_rejected)
-        of_chosen, of_rejected = self.remedy.factors(inputs, ref_chosen, ref_rejected)
+        real = inputs.get(REAL)
+        if real is not None and real.any() and not real.all():
+            rows = real.nonzero().flatten()
+            found = self.remedy.factors(trim(inputs, rows), ref_chosen[rows], ref_rejected[rows])
+            of_chosen, of_rejected = (torch.ones_like(ref_chosen).index_copy(0, rows, values) for values in found)
+        else:
+            of_chosen, of_rejected = self.remedy.factors(inputs, ref_chosen, ref_rejected)
         touched = (of_chosen != 1) | (of_rejected != 1)
         for name, values in (("chosen", of_chosen), ("rejected", of_rejected), ("touched", touched.float())):
-            self._metrics["train"][f"remedy/{name}"].append(float(self.accelerator.gather(values).mean()))
+            self._step_values[f"remedy/{name}"].append(only_real(values, real))
         return of_chosen, of_rejected
 
     def _masked_loss(self, policy: SequenceLogps, inputs: dict[str, Any], margin: Tensor | None) -> Tensor:
@@ -302,18 +311,25 @@ class PreferenceTrainer(DPOTrainer):
         reference = self._under_reference(inputs).tokens.logps
         ids, completion = inputs["input_ids"], inputs["completion_mask"]
         masked, price, left = self.token_mask(policy.tokens.logps, reference, ids, completion)
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["token_mask/left"].append(float(self.accelerator.gather(left).mean()))
+        real = inputs.get(REAL)
+        self._step_values["token_mask/left"].append(only_real(left, None if real is None else real.repeat(2)))
         return self.loss(masked, margin) + (price if self.model.training else 0.0)
 
     def _log_pairs(self, mode: str) -> None:
         for name, value in self._pair_metrics.flush(self.accelerator.gather).items():
             self._metrics[mode][name].append(value)
+        for name, parts in self._step_values.items():
+            values = torch.cat(parts)
+            total, count = self.accelerator.reduce(torch.stack([values.sum(), values.new_tensor(len(values))]))
+            self._metrics[mode][name].append(float(total / count))
+        self._step_values.clear()
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
-    def _adaptive_beta(self, logps: PairLogps) -> Tensor:
+    def _adaptive_beta(self, logps: PairLogps, real: Tensor | None) -> Tensor:
         """beta-DPO's loss; its statistics run over the pairs of all processes (arXiv 2407.08639)."""
-        gaps = self.accelerator.gather(logps.log_ratio_gap.detach())
+        counts = torch.ones_like(logps.chosen, dtype=torch.bool) if real is None else real
+        every = self.accelerator.gather(counts)
+        gaps = self.accelerator.gather(logps.log_ratio_gap.detach())[every]
         generator = torch.Generator().manual_seed(self.args.seed + 7919 * (self.state.global_step + 1))
         parameters = self.loss.parameters
         beta, keep, state = beta_dpo_step(
@@ -330,7 +346,9 @@ class PreferenceTrainer(DPOTrainer):
         own = logps.chosen.shape[0]
         first = own * self.accelerator.process_index
         self._metrics["train" if self.model.training else "eval"]["beta"].append(beta)
-        own_keep = keep[first : first + own].to(gaps.device)
+        kept = torch.zeros_like(every)
+        kept[every] = keep.to(gaps.device)
+        own_keep = kept[first : first + own]
         return beta_dpo(logps, beta=beta, keep=own_keep, scale=keep.numel() / int(keep.sum()))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

@@ -1,56 +1,205 @@
-"""Two processes give what one gives: same pairs a step, same weights."""
+"""Several processes give what one gives: the same pairs a step, weights, scores, products; none is lost or repeated."""
 
-import os
-import subprocess
-import sys
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 
-from tests.builders import causal
+from align.pairs import read_pairs
+from tests.builders import bert_reward, causal, llama_reward
 from tests.builders import rows as pairs
 from tests.e2e.test_cli import jsonl
+from tests.launching import launched
+
+SEVERAL = [2, pytest.param(4, marks=pytest.mark.slow)]
+GLOBAL_BATCH = 4
+PAIRS = 18
+"""Not divisible by the pairs of a step: the last step of an epoch has two, none for one of two processes."""
+STEPS = 20
+TOLERANCE = 1e-5
+SMALL: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False}
 
 
-def train(folder: Path, name: str, processes: int) -> dict[str, torch.Tensor]:
-    """Weights after training on four pairs a step, split over the processes."""
-    trainer: dict[str, Any] = {
-        "max_steps": 3, "per_device_train_batch_size": 4 // processes, "bf16": False, "gradient_checkpointing": False,
-        "learning_rate": 1e-2, "use_cpu": True, "optim": "sgd",
-    }  # fmt: skip
-    run = {
-        "name": name,
-        "pairs": {"path": "pairs.jsonl"},
-        "train": {"model": "policy", "methods": {"madpo": {"loss": "madpo"}}, "trainer": trainer},
-    }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(run))
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--master_port",
-        "29571",
-    ]
-    command = [*(launcher if processes > 1 else [sys.executable]), "-m", "align.cli", "train", f"{name}.yaml"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=600
-    )
+def run_file(folder: Path, name: str, processes: int, **sections: Any) -> str:
+    """A run with ``GLOBAL_BATCH`` pairs a step over the processes."""
+    batch = {"per_device_train_batch_size": GLOBAL_BATCH // processes}
+    for section in sections.values():
+        if "trainer" in section:
+            section["trainer"] = SMALL | batch | section["trainer"]
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump({"name": name, "pairs": {"path": "pairs.jsonl"}, **sections}))
+    return file.name
+
+
+def used(folder: Path, processes: int) -> list[list[str]]:
+    """Ids of the pairs of each optimizer step, over the processes; the records are removed."""
+    files = [folder / f"used-{rank}.jsonl" for rank in range(processes)]
+    ranks = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    for file in files:
+        file.unlink()
+    return [[name for part in step for name in part] for step in zip(*ranks, strict=True)]
+
+
+def assert_whole_epochs(steps: list[list[str]], count: int) -> None:
+    """Every epoch has every pair once."""
+    epoch = -(-count // GLOBAL_BATCH)
+    assert len(steps) % epoch == 0
+    for start in range(0, len(steps), epoch):
+        seen = Counter(name for step in steps[start : start + epoch] for name in step)
+        assert seen == Counter(f"p{k}" for k in range(count))
+
+
+def assert_same_weights(one: Path, other: Path, tolerance: float = TOLERANCE) -> None:
+    """The weights of two model folders."""
+    left, right = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.allclose(value, right[name], atol=tolerance, rtol=0), name
+
+
+def assert_same_columns(one: Dataset, other: Dataset, columns: list[str]) -> None:
+    """The numbers of two tables with the same pairs."""
+    assert one["id"] == other["id"]
+    for column in columns:
+        assert np.allclose(one[column], other[column], atol=TOLERANCE, equal_nan=True), column
+
+
+def policies(folder: Path, name: str, processes: int) -> list[list[str]]:
+    """Train under three losses; the pairs of each step."""
+    methods = {"dpo": {"loss": "dpo"}, "madpo": {"loss": "madpo"}, "beta": {"loss": "beta_dpo"}}
+    train = {"model": "policy", "methods": methods, "trainer": {"max_steps": STEPS, "learning_rate": 1e-3}}
+    file = run_file(folder, name, processes, train=train)
+    done = launched(processes, "train", file, cwd=folder, module="tests.recorded_cli")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("first pair as the model sees it") == 1
-    return load_file(folder / "runs" / name / "train-madpo" / "model" / "model.safetensors")
+    assert done.stderr.count("first pair as the model sees it") == 3
+    return used(folder, processes)
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    start = load_file(causal(tmp_path / "policy") / "model.safetensors")
+@pytest.mark.parametrize("processes", SEVERAL)
+def test_training(tmp_path: Path, processes: int) -> None:
+    """Twenty steps under three losses, beta-DPO with its statistics over all processes: four epochs, 18 pairs each."""
+    start = causal(tmp_path / "policy")
+    jsonl(tmp_path / "pairs.jsonl", pairs(PAIRS))
+    one, several = policies(tmp_path, "one", 1), policies(tmp_path, "several", processes)
+    for steps in (one, several):
+        for method in range(3):
+            assert_whole_epochs(steps[method * STEPS : (method + 1) * STEPS], PAIRS)
+    assert [sorted(step) for step in one] == [sorted(step) for step in several]
+    runs = tmp_path / "runs"
+    for method in ("dpo", "madpo", "beta"):
+        model = runs / "one" / f"train-{method}" / "model"
+        assert_same_weights(model, runs / "several" / f"train-{method}" / "model")
+        with pytest.raises(AssertionError):
+            assert_same_weights(start, model, 100 * TOLERANCE)
+        ends = [json.loads((runs / run / f"train-{method}" / "history.json").read_text()) for run in ("one", "several")]
+        last, other = (end["history"][-1] for end in ends)
+        for name in ("loss", "rewards/margins", "weight/mean", "entropy", "num_tokens"):
+            assert last[name] == pytest.approx(other[name], rel=1e-3), name
+
+
+def whole_run(folder: Path, name: str, processes: int) -> list[list[str]]:
+    """Reward model, cross-fitting, filter and a policy; the pairs of each step of the reward models and the policy."""
+    reward = {
+        "model": "backbone", "folds": 2, "max_length": 64, "eval_pairs": {"path": "heldout.jsonl"},
+        "trainer": {"num_train_epochs": 2, "learning_rate": 1e-3, "optim": "sgd"},
+    }  # fmt: skip
+    filtering = {"keep": 0.75, "embeddings": "vectors.npy"}
+    trainer = {"max_steps": 8, "optim": "sgd"}
+    train = {"model": "policy", "layout": "concatenated", "methods": {"dpo": {"loss": "dpo"}}, "trainer": trainer}
+    file = run_file(folder, name, processes, reward=reward, filter=filtering, train=train)
+    done = launched(processes, "run", file, cwd=folder, module="tests.recorded_cli")
+    assert done.returncode == 0, done.stderr
+    return used(folder, processes)
+
+
+@pytest.mark.parametrize("processes", SEVERAL)
+def test_a_whole_run(tmp_path: Path, processes: int) -> None:
+    """Reward model, folds, scores, filter and policy, with a last step of an epoch that leaves processes without pairs.
+
+    The kept pairs are the same only if the margins, by which they are chosen, are.
+    """
+    causal(tmp_path / "policy")
+    bert_reward(tmp_path / "backbone")
+    table = [{name: value for name, value in row.items() if name != "margin"} for row in pairs(PAIRS)]
+    jsonl(tmp_path / "pairs.jsonl", table)
+    jsonl(tmp_path / "heldout.jsonl", [{**row, "prompt": f"not {row['prompt']}"} for row in table[:7]])
+    vectors = np.random.default_rng(0).normal(size=(PAIRS, 8)).astype(np.float32)
+    np.save(tmp_path / "vectors.npy", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    one, several = whole_run(tmp_path, "one", 1), whole_run(tmp_path, "several", processes)
+    again = launched(processes, "run", "several.yaml", cwd=tmp_path)
+    assert again.returncode == 0 and "nothing to do" in again.stderr, again.stderr
+    assert [sorted(step) for step in one] == [sorted(step) for step in several]
+    assert_whole_epochs(one[: 2 * -(-PAIRS // GLOBAL_BATCH)], PAIRS)
+    left, right = (tmp_path / "runs" / name for name in ("one", "several"))
+    assert_same_weights(left / "reward" / "model", right / "reward" / "model")
+    for fold in range(2):
+        assert_same_weights(left / "crossfit" / f"fold-{fold}", right / "crossfit" / f"fold-{fold}")
+    for where in ("reward/heldout", "reward/in_sample", "crossfit/pairs", "margins/pairs"):
+        columns = ["reward_chosen", "reward_rejected", "margin"]
+        assert_same_columns(read_pairs(left / where), read_pairs(right / where), columns)
+    kept, same = (Dataset.from_parquet(str(run / "filter" / "kept.parquet")) for run in (left, right))
+    assert_same_columns(kept, same, ["margin", "importance"])
+    assert_same_weights(left / "train-dpo" / "model", right / "train-dpo" / "model")
+
+
+@pytest.mark.parametrize("processes", SEVERAL)
+def test_scoring_and_products(tmp_path: Path, processes: int) -> None:
+    """`align reward score` and `align entangle report`: 70 pairs in three parts, an odd number of batches."""
+    causal(tmp_path / "policy")
+    llama_reward(tmp_path / "reward")
+    jsonl(tmp_path / "pairs.jsonl", pairs(70))
+    found: dict[str, list[Dataset]] = {"scored": [], "measured": []}
+    for name, count in (("one", 1), ("several", processes)):
+        score = ["reward", "score", "pairs.jsonl", "--model", "reward", "--batch-tokens", "100"]
+        scored = launched(count, *score, "--output", f"scored-{name}", cwd=tmp_path)
+        assert scored.returncode == 0, scored.stderr
+        assert json.loads(scored.stdout)["n"] == 70, "one process prints"
+        found["scored"].append(read_pairs(tmp_path / f"scored-{name}"))
+        report = ["entangle", "report", "pairs.jsonl", "--model", "policy", "--output", f"products-{name}"]
+        measured = launched(count, *report, cwd=tmp_path)
+        assert measured.returncode == 0, measured.stderr
+        table = tmp_path / f"products-{name}" / "measurements" / "entanglement.parquet"
+        found["measured"].append(Dataset.from_parquet(str(table)))
+    assert_same_columns(*found["scored"], ["reward_chosen", "reward_rejected", "margin"])
+    assert_same_columns(*found["measured"], ["chosen_sq", "rejected_sq", "inner", "cosine", "slack"])
+    assert len(found["measured"][0]) == 70 and found["measured"][0]["verdict"] == found["measured"][1]["verdict"]
+
+
+@pytest.mark.parametrize("processes", SEVERAL)
+def test_a_process_that_dies_ends_the_run(tmp_path: Path, processes: int) -> None:
+    """The last process gets SIGKILL; the others say so and end, long before the five minutes that are allowed."""
+    causal(tmp_path / "policy")
     jsonl(tmp_path / "pairs.jsonl", pairs(16))
-    one, two = train(tmp_path, "one", 1), train(tmp_path, "two", 2)
-    assert one.keys() == two.keys()
-    assert any(not torch.equal(one[name], start[name]) for name in one if name in start)
-    for name, value in one.items():
-        assert torch.allclose(value, two[name], atol=1e-5), name
+    train = {"model": "policy", "methods": {"dpo": {"loss": "dpo"}}, "trainer": {"max_steps": STEPS}}
+    file = run_file(tmp_path, "dies", processes, train=train)
+    done = launched(processes, "train", file, cwd=tmp_path, module="tests.dying_cli", timeout=300)
+    assert done.returncode != 0
+    assert "error [process-lost] process 0" in done.stderr and "another process of this run has ended" in done.stderr
+    assert not (tmp_path / "runs" / "dies" / "train-dpo").exists()
+    again = launched(processes, "train", file, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+
+
+def test_verbs_of_one_process_run_once(tmp_path: Path) -> None:
+    """A verb that does not share its work leaves the other processes idle."""
+    jsonl(tmp_path / "pairs.jsonl", pairs(5))
+    done = launched(2, "data", "check", "pairs.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("valid pairs") == 1
+
+
+def test_what_would_lose_pairs_is_refused(tmp_path: Path) -> None:
+    causal(tmp_path / "policy")
+    jsonl(tmp_path / "pairs.jsonl", pairs(6))
+    trainer = {"accelerator_config": {"even_batches": False}, "max_steps": 2}
+    train = {"model": "policy", "methods": {"dpo": {"loss": "dpo"}}, "trainer": trainer}
+    done = launched(2, "train", run_file(tmp_path, "uneven", 2, train=train), cwd=tmp_path)
+    assert done.returncode != 0
+    assert "error [trainer-key] accelerator_config.even_batches: found false" in done.stderr

@@ -1,0 +1,102 @@
+"""The processes of one launcher (``accelerate launch``, ``torchrun``): who this one is, and what they tell each other.
+
+Without a launcher there is one process, and everything here does nothing.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from align.errors import EnvironmentProblem
+
+T = TypeVar("T")
+POLL_SECONDS = 0.2
+LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What torch says, in a RuntimeError, when a process at the other end is gone."""
+
+
+def process_rank() -> int:
+    """Rank of this process under a launcher; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Processes under a launcher; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_device() -> str:
+    """One GPU per process where there are any."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def wait_until(ready: Callable[[], bool]) -> None:
+    """Poll until ``ready``; a first process that fails makes the launcher end this one."""
+    while not ready():
+        time.sleep(POLL_SECONDS)
+
+
+def from_first(find: Callable[[], T]) -> T:
+    """What ``find`` gives in the first process, in every process; it is called in no other.
+
+    All processes call this at the same point of the program.
+    """
+    if world_size() == 1:
+        return find()
+    from accelerate.utils import broadcast_object_list
+
+    _connect()
+    found: list[Any] = [find() if process_rank() == 0 else None]
+    broadcast_object_list(found, from_process=0)
+    first: T = found[0]
+    return first
+
+
+def own_share(items: Sequence[T]) -> Sequence[T]:
+    """Every ``world_size``-th item, from this process's rank on: the shares of all are the whole."""
+    return items[process_rank() :: world_size()]
+
+
+def of_all(own: list[T]) -> list[T]:
+    """The lists of all processes, one after the other by rank, in every process."""
+    if world_size() == 1:
+        return own
+    from accelerate.utils import gather_object
+
+    _connect()
+    return list(gather_object(own))
+
+
+def lost_process(error: BaseException) -> EnvironmentProblem | None:
+    """What to tell the user about ``error`` if it means that another process is gone, else None."""
+    if world_size() == 1:
+        return None
+    import torch
+
+    chain: BaseException | None = error
+    while chain is not None:
+        gone = isinstance(chain, torch.distributed.DistError)
+        if gone or (isinstance(chain, RuntimeError) and any(word in str(chain) for word in LOST)):
+            return EnvironmentProblem(
+                f"process {process_rank()} of {world_size()}: another process of this run has ended",
+                code="process-lost",
+                hint="look for its own message above or below; then start the same command again, it goes on from the "
+                "last checkpoint",
+            )
+        chain = chain.__cause__ or chain.__context__
+    return None
+
+
+def _connect() -> None:
+    """Join the process group, where nothing has done so before."""
+    import torch
+    from accelerate import PartialState
+
+    if PartialState().num_processes != world_size():  # made by a library that does not ask for processes on CPUs
+        PartialState._reset_state()
+        joined = PartialState(cpu=not torch.cuda.is_available()).num_processes
+        if joined != world_size():
+            raise RuntimeError(f"the launcher started {world_size()} processes and {joined} found each other")
