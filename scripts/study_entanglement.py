@@ -11,10 +11,8 @@ log-probs. Each cell (method, seed) is a folder with cell.json; a stopped study 
 """
 
 import argparse
-import json
 import random
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,9 +174,51 @@ def table(cells: list[dict[str, Any]], before: np.ndarray) -> list[dict[str, Any
         gain = np.mean([np.array(cell["reward"]) - before for cell in own], axis=0)
         row["gold_gain"] = bootstrap_mean(gain, seed=0).to_dict()
         row["gold_gain_by_seed"] = [float((np.array(cell["reward"]) - before).mean()) for cell in own]
+        row["gold_less_dpo"] = _less_dpo(own, cells)
+        row["foreseen"] = _foreseen(own)
         row["kl"] = float(np.mean([np.mean(cell["kl"]) for cell in own]))
         rows.append(row)
     return rows
+
+
+def _less_dpo(own: list[dict[str, Any]], cells: list[dict[str, Any]]) -> dict[str, float] | None:
+    """Gold reward less plain DPO's, prompt by prompt, of the seeds that both have."""
+    plain = {cell["seed"]: np.array(cell["reward"]) for cell in cells if cell["method"] == "dpo"}
+    found = [np.array(cell["reward"]) - plain[cell["seed"]] for cell in own if cell["seed"] in plain]
+    return bootstrap_mean(np.mean(found, axis=0), seed=0).to_dict() if found else None
+
+
+def _foreseen(own: list[dict[str, Any]]) -> dict[str, float]:
+    """Shares of measured steps in which the prediction along the real update and the condition have the realised sign.
+
+    All of the mean change of the probes' chosen log-probs; the condition says "falls" where it does of most probes.
+    """
+    records = [record for cell in own for record in cell["entanglement"]]
+    fell = np.array([record["realised_chosen"] < 0 for record in records])
+    return {
+        "steps": len(records),
+        "fell": float(fell.mean()),
+        "by_update": float(np.mean(fell == np.array([record["predicted_chosen"] < 0 for record in records]))),
+        "by_condition": float(np.mean(fell == np.array([record["chosen_falls"] > 0.5 for record in records]))),
+    }
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The table of docs/entanglement.md."""
+    columns = ("chosen", "rejected", "entropy", "chosen fallen", "chosen, held out", "KL", "gold gain", "gold less DPO")
+    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in summary["rows"]:
+        shown = [
+            f"{row[name]:+.{digits}f}"
+            + ("" if row[f"{name}_spread"] is None else f" ± {row[f'{name}_spread']:.{digits}f}")
+            for name, digits in (("train_chosen", 1), ("train_rejected", 1), ("train_entropy", 2))
+        ]
+        shown += [f"{row['share_of_chosen_fallen']:.0%}", f"{row['heldout_chosen']:+.1f}", f"{row['kl']:.0f}"]
+        for name in ("gold_gain", "gold_less_dpo"):
+            found = row[name]
+            shown.append(f"{found['value']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})" if found else "")
+        lines.append("| " + " | ".join([row["method"], *shown]) + " |")
+    return "\n".join(lines)
 
 
 def reference_rewards(model: str, prompts: list[str], file: Path) -> np.ndarray:
@@ -194,7 +234,7 @@ def reference_rewards(model: str, prompts: list[str], file: Path) -> np.ndarray:
 
 
 def main() -> None:
-    """Run the cells that are not there, print the table as JSON."""
+    """Run the cells that are not there, write ``table.json``, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
     parser.add_argument("--output", type=Path, default=Path("runs/study-entanglement"))
@@ -237,7 +277,7 @@ def main() -> None:
     summary = {"sizes": {name: getattr(sizes, name) for name in names}, "reward_before": float(before.mean()),
                "rows": table(cells, before)}  # fmt: skip
     write_json(arguments.output / "table.json", summary)
-    json.dump(summary, sys.stdout, indent=2)
+    print(markdown(summary))
 
 
 if __name__ == "__main__":

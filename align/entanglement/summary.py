@@ -52,8 +52,9 @@ def advice(summary: dict[str, Any], loss: str) -> dict[str, str]:
         return {
             "headline": f"A step of {loss} on a pair alone would lower the chosen response in {percent} of the pairs: "
             f"the rejected gradient is {ratio:.2g} times as long as the chosen one (median).",
-            "next_step": "Train with a loss that holds the chosen response up (`loss: dpop`), or for fewer epochs; "
-            "then judge by reward on held-out prompts, not by this number.",
+            "next_step": "Judge by reward on held-out prompts first: a falling chosen response can go with a better "
+            "model, and losses that hold it up gained less in our study (docs/entanglement.md). Where its likelihood "
+            "itself matters: `remedy: {kind: hold_batch}`, `loss: dpop`, or fewer epochs.",
         }
     return {
         "headline": f"A step of {loss} on a pair alone would raise both responses in "
