@@ -14,7 +14,7 @@ app = typer.Typer(help="Rewards, win rates and KL of policies; accuracy of rewar
 Policies = Annotated[list[str], typer.Argument(metavar="POLICY...", help="NAME=FOLDER or FOLDER; an adapter's too.")]
 Prompts = Annotated[Path, typer.Option(help="Held-out prompts: a .jsonl file with one `prompt` per line.")]
 Output = Annotated[Path, typer.Option(help="Folder to write into; several commands share one page there.")]
-Judge = Annotated[str, typer.Option(help="vader, a reward model's folder or hub id, or llm:MODEL (compare only).")]
+Judge = Annotated[str, typer.Option(help="vader, yes-no:MODEL, a reward model, or llm:MODEL (compare only).")]
 Reference = Annotated[str | None, typer.Option(help="Reference model; default: what the adapters were trained on.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of a completion, at most.")]
 Rows = Annotated[int, typer.Option(min=1, help="Completions per forward pass.")]

@@ -13,6 +13,7 @@ from typing import Any
 
 from align.console import log
 from align.errors import ModelError
+from align.stage import digest, fingerprint_source
 
 ADAPTER = "adapter_config.json"
 CONFIG = "config.json"
@@ -119,6 +120,13 @@ def adapter_base(model: str) -> str | None:
     file = Path(model) / ADAPTER
     base: str | None = _read_object(file).get("base_model_name_or_path") if file.exists() else None
     return base
+
+
+def fingerprint_model(model: str) -> str:
+    """Content hash of a model folder, an adapter's with that of its base; a hub id stands for itself."""
+    base = adapter_base(model)
+    own = fingerprint_source(model)
+    return own if base is None else digest([own, fingerprint_source(base)])
 
 
 def vocabulary_rows(model: str) -> int | None:

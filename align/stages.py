@@ -1,11 +1,12 @@
 """What each stage of a run does. A stage reads the folders of earlier stages and writes one folder."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 
 from align.config import PairsConfig, RewardConfig, RunConfig
 from align.console import log
@@ -13,9 +14,10 @@ from align.entanglement.batch import MAX_LENGTH
 from align.errors import DataError, ModelError
 from align.estimates import bootstrap_mean, correlation
 from align.evaluation.kl import completion_logps
+from align.evaluation.parts import in_parts
 from align.evaluation.rewards import compare, gain_per_root_kl
 from align.filtering.run import KEPT, filter_source
-from align.generation.base import Sampling
+from align.generation.base import Sampling, prompt_keys
 from align.generation.pair_choice import draw_pair
 from align.generation.transformers_engine import TransformersEngine
 from align.model_folders import check_model_folder
@@ -38,6 +40,8 @@ from reward_models.objective_registry import objective_columns, resolve_objectiv
 
 COMPLETIONS = "completions.parquet"
 KL_BATCH_TOKENS = 4096
+PARTS, PART = "parts", 128
+"""Folder of finished parts, and prompts of one: a stopped stage makes at most one of them again."""
 
 
 def check_config(config: RunConfig) -> None:
@@ -132,16 +136,7 @@ def stage_sample(config: RunConfig, root: Path, folder: Path, which: str) -> Non
     assert config.sample is not None and config.train is not None and config.reward is not None
     settings = config.sample
     prompts = load_prompts(Path(settings.prompts))
-    trusted = config.train.trusts_remote_code
-    engine = TransformersEngine(
-        load_policy(config.train.model, dtype="float32", trust_remote_code=trusted),
-        load_tokenizer(config.train.model, trust_remote_code=trusted),
-        batch_size=settings.batch_size,
-    )
-    sampling = Sampling(
-        settings.max_new_tokens, settings.temperature, settings.top_p, n=settings.num_generations, seed=config.seed
-    )
-    groups = [[c.text for c in group if c.text.strip()] for group in engine.generate(prompts, sampling)]
+    groups = _continuations(config, prompts, folder)
     different = {k: list(dict.fromkeys(texts)) for k, texts in enumerate(groups) if len(set(texts)) > 1}
     log.info("sample: %d of %d prompts gave two different completions", len(different), len(prompts))
     if not different:
@@ -170,6 +165,31 @@ def stage_sample(config: RunConfig, root: Path, folder: Path, which: str) -> Non
         folder / METRICS,
         {"train": summarize(pairs), "prompts": len(prompts), "labels_against_labeller": against / len(rows)},
     )
+    shutil.rmtree(folder / PARTS)
+
+
+def _continuations(config: RunConfig, prompts: list[Any], folder: Path) -> list[list[str]]:
+    """The non-empty sampled texts of each prompt; finished parts are kept in ``folder``."""
+    assert config.sample is not None and config.train is not None
+    settings = config.sample
+    trusted = config.train.trusts_remote_code
+    engine = TransformersEngine(
+        load_policy(config.train.model, dtype="float32", trust_remote_code=trusted),
+        load_tokenizer(config.train.model, trust_remote_code=trusted),
+        batch_size=settings.batch_size,
+    )
+    sampling = Sampling(
+        settings.max_new_tokens, settings.temperature, settings.top_p, n=settings.num_generations, seed=config.seed
+    )
+    keys = prompt_keys(prompts)
+
+    def part(rows: range) -> Dataset:
+        made = engine.generate([prompts[k] for k in rows], sampling, [keys[k] for k in rows])
+        texts = [[c.text for c in group if c.text.strip()] for group in made]
+        return Dataset.from_dict({"texts": texts}, features=Features({"texts": List(Value("string"))}))
+
+    found: list[list[str]] = in_parts(len(prompts), PART, folder / PARTS, part, what="sampling")["texts"][:]
+    return found
 
 
 def stage_margins(config: RunConfig, root: Path, folder: Path, which: str) -> None:
@@ -269,23 +289,28 @@ def stage_generate(config: RunConfig, root: Path, folder: Path, which: str) -> N
             policy = policy.merge_and_unload()
     engine = TransformersEngine(policy, tokenizer, batch_size=settings.batch_size)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, n=1, seed=config.seed)
-    completions = [group[0] for group in engine.generate(prompts, sampling)]
-    ids = [engine.encode(prompt) for prompt in prompts]
-    sampled = [completion.token_ids for completion in completions]
-    logps = {
-        model: completion_logps(model, ids, sampled, batch_tokens=KL_BATCH_TOKENS, pad_token_id=tokenizer.pad_token_id)
-        for model in {policy, reference}
-    }
-    table = Dataset.from_dict(
-        {
-            "prompt": prompts,
-            "text": [completion.text for completion in completions],
-            "tokens": [len(completion.token_ids) for completion in completions],
-            "logp_policy": logps[policy],
-            "logp_reference": logps[reference],
-        }
-    )
+    keys = prompt_keys(prompts)
+
+    def part(rows: range) -> Dataset:
+        own = [prompts[k] for k in rows]
+        completions = [group[0] for group in engine.generate(own, sampling, [keys[k] for k in rows])]
+        ids = [engine.encode(prompt) for prompt in own]
+        sampled = [completion.token_ids for completion in completions]
+        budget = {"batch_tokens": KL_BATCH_TOKENS, "pad_token_id": tokenizer.pad_token_id}
+        logps = {model: completion_logps(model, ids, sampled, **budget) for model in {policy, reference}}
+        return Dataset.from_dict(
+            {
+                "prompt": own,
+                "text": [completion.text for completion in completions],
+                "tokens": [len(token_ids) for token_ids in sampled],
+                "logp_policy": logps[policy],
+                "logp_reference": logps[reference],
+            }
+        )
+
+    table = in_parts(len(prompts), PART, folder / PARTS, part, what=f"completions of {which}")
     table.to_parquet(str(folder / COMPLETIONS))
+    shutil.rmtree(folder / PARTS)
 
 
 def stage_evaluate(config: RunConfig, root: Path, folder: Path, which: str) -> None:

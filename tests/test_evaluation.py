@@ -23,6 +23,7 @@ from align.evaluation.judges import (
     ByScore,
     LanguageModelJudge,
     RewardModelJudge,
+    judge_key,
     make_pairwise,
     make_score_judge,
 )
@@ -33,6 +34,7 @@ from align.evaluation.reward_model import reward_model_metrics
 from align.evaluation.reward_pairs import findings_said, pair_findings
 from align.evaluation.rewardbench import SECTIONS, section_scores
 from align.generation.encoding import encode_prompt
+from align.model_folders import fingerprint_model
 from align.reports.reward_model_page import GROUPS, by_group, write_page
 from reward_models.judges import VaderJudge
 from reward_models.length_bias import word_difference
@@ -242,6 +244,34 @@ def test_a_reward_model_is_a_judge(tmp_path: Path) -> None:
     assert plain == pytest.approx(alone, abs=1e-5)
     preferred = make_pairwise(str(folder)).prefer(PROMPTS, ["good"] * 4, ["good"] * 4)
     assert preferred.tolist() == [0.5] * 4
+
+
+def test_another_base_is_another_adapter(tmp_path: Path) -> None:
+    for name, text in (("adapter_config.json", json.dumps({"base_model_name_or_path": str(tmp_path / "base")})),
+                       ("adapter_model.safetensors", "own")):  # fmt: skip
+        (tmp_path / "adapter").mkdir(exist_ok=True)
+        (tmp_path / "adapter" / name).write_text(text)
+    (tmp_path / "base").mkdir()
+    found = []
+    for weights in ("one", "two"):
+        (tmp_path / "base" / "model.safetensors").write_text(weights)
+        found.append((fingerprint_model(str(tmp_path / "adapter")), fingerprint_model(str(tmp_path / "base"))))
+    assert found[0][0] != found[1][0] and found[0][1] != found[1][1]
+    assert fingerprint_model("some/hub-id") == "some/hub-id"
+
+
+def test_a_judge_that_is_asked_for_yes_or_no_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its model's folder has slashes; and its verdicts are another judge's than those of the same model as `llm:`."""
+    asked: list[str] = []
+    monkeypatch.setattr("align.evaluation.judges.make_judge", lambda name: asked.append(name) or VaderJudge())
+    model = tmp_path / "judge"
+    model.mkdir()
+    make_score_judge(f"yes-no:{model}")
+    assert asked == [f"yes-no:{model}"]
+    before = {kind: judge_key(f"{kind}{model}") for kind in ("", "llm:", "yes-no:")}
+    assert len(set(before.values())) == 3
+    (model / "weights").write_text("other")
+    assert not {judge_key(f"{kind}{model}") for kind in before} & set(before.values())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TopPLogitsWarper
 
@@ -14,6 +15,7 @@ from align.evaluation.kl import completion_logps
 from align.generation.base import Sampling, prompt_keys, sample_seed
 from align.generation.choice import TOLERANCE, DrawnToken, draw, nucleus_floors
 from align.generation.encoding import stop_ids, to_completion
+from align.generation.engines import make_engine
 from align.generation.transformers_engine import TransformersEngine
 from tests.builders import WORDS, tokenizer
 
@@ -162,6 +164,20 @@ def test_seeds_are_spread_and_stable() -> None:
     assert all(0 <= seed < 2**32 for seed in seeds)
     assert abs(np.mean([seed / 2**32 for seed in seeds]) - 0.5) < 0.02
     assert prompt_keys(["a", "b", "a"])[0] == prompt_keys(["a"])[0] != prompt_keys(["b", "a", "a"])[2]
+
+
+def test_an_adapter_is_merged_for_sampling_and_samples_the_same(tiny_policy: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_policy)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(tmp_path)
+    made = make_engine("transformers", str(tmp_path), batch_size=8)
+    assert isinstance(made, TransformersEngine) and not isinstance(made.model, PeftModel)
+    sampling = Sampling(12, n=4, seed=1)
+    beside = TransformersEngine(adapted, made.tokenizer, batch_size=8)
+    assert made.generate(PROMPTS, sampling) == beside.generate(PROMPTS, sampling)
+    assert made.generate(PROMPTS, sampling) != engine(tiny_policy).generate(PROMPTS, sampling)
 
 
 @pytest.mark.model

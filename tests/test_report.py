@@ -124,7 +124,11 @@ def test_the_verdict_says_what_the_intervals_say(changes: dict[str, float], said
 
 def test_a_lead_at_another_kl_is_not_called_better() -> None:
     details = " ".join(verdict(report(gain=0.5, half=0.05)).details)
-    assert "at another KL (2 and 1 nats), so it may only have gone further" in details
+    assert "at another KL (2 and 1 nats), so it may only have gone further; reward gained per" in details
+    unclear = report(gain=0.5, half=0.05)
+    for policy in unclear["evaluation"]["policies"].values():
+        policy["gain_per_root_kl"] = None
+    assert "it may only have gone further." in " ".join(verdict(unclear).details)
     same = report(gain=0.5, half=0.05)
     same["evaluation"]["policies"]["madpo"]["kl"] = est(1.0, 0.1)
     assert "at about the same KL" in " ".join(verdict(same).details)

@@ -26,8 +26,9 @@ from align.evaluation.parts import in_parts, read_table
 from align.evaluation.policies import Policy
 from align.generation.base import Engine, Sampling, prompt_keys
 from align.generation.engines import Choice, choose_engine, make_engine
+from align.model_folders import fingerprint_model
 from align.pairs import load_prompts
-from align.stage import digest, fingerprint_source, run_stage
+from align.stage import digest, run_stage
 from reward_models.judges import Judge
 
 PART = 64
@@ -247,7 +248,7 @@ def _table_stage(
 
 @cache
 def _fingerprint(source: str) -> str:
-    return fingerprint_source(source)
+    return fingerprint_model(source)
 
 
 @cache

@@ -1,7 +1,7 @@
 """Judges that say which of two responses is better, behind one protocol; judges that give a number serve as such too.
 
 ``vader`` is the independent gold judge. A folder or hub id is a reward model. ``llm:`` before one is a language model
-that is asked in words and answers by the probabilities of two labels.
+that is asked which of two responses is better, ``yes-no:`` one that is asked of each response whether it is good.
 """
 
 import re
@@ -16,7 +16,7 @@ from align.console import progress
 from align.errors import ConfigError
 from align.filtering.texts import plain
 from align.stage import fingerprint_source
-from reward_models.judges import JUDGES, Judge, make_judge
+from reward_models.judges import JUDGES, YES_NO, Judge, make_judge
 
 LANGUAGE_MODEL = "llm:"
 BATCH_TOKENS = 4096
@@ -162,7 +162,7 @@ class LanguageModelJudge:
 
 
 def make_pairwise(name: str) -> PairwiseJudge:
-    """The judge called ``name``: ``vader``, a reward model, or ``llm:`` and a language model.
+    """The judge called ``name``: one that gives numbers, or ``llm:`` and a language model.
 
     Raises:
         ConfigError: there is none of that name.
@@ -174,7 +174,7 @@ def make_pairwise(name: str) -> PairwiseJudge:
 
 
 def make_score_judge(name: str) -> Judge:
-    """A judge that gives numbers: ``vader`` or a reward model.
+    """A judge that gives numbers: ``vader``, ``yes-no:`` and a language model, or a reward model.
 
     Raises:
         ConfigError: there is none of that name, or it only prefers.
@@ -186,14 +186,18 @@ def make_score_judge(name: str) -> Judge:
             code="eval-judge",
             hint="use `align eval compare` with it, or a reward model here",
         )
-    if name not in JUDGES and ("/" in name or Path(name).is_dir()):
+    asks = name.startswith(f"{YES_NO}:")
+    if name not in JUDGES and not asks and ("/" in name or Path(name).is_dir()):
         return RewardModelJudge(name)
     return make_judge(name)
 
 
 def judge_key(name: str) -> str:
     """What the verdicts of a judge depend on: its name, and the content of its model."""
-    return name if name in JUDGES else fingerprint_source(name.removeprefix(LANGUAGE_MODEL))
+    if name in JUDGES:
+        return name
+    kind = next((kind for kind in (LANGUAGE_MODEL, f"{YES_NO}:") if name.startswith(kind)), "")
+    return kind + fingerprint_source(name.removeprefix(kind))
 
 
 def from_scores(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -16,7 +16,8 @@ from align.errors import ConfigError, DataError
 from align.generation.base import Completion, Sampling, show_tokens
 from align.generation.engines import Choice, choose_engine, make_engine
 from align.generation.prompts import PromptRow, read_prompts
-from align.stage import Stage, digest, fingerprint_source, read_manifest, run_stage, write_json
+from align.model_folders import fingerprint_model
+from align.stage import Stage, digest, read_manifest, run_stage, write_json
 
 FINISHED = "finished.jsonl"
 """One line for each finished prompt, while a run is under way."""
@@ -65,7 +66,7 @@ def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSe
     inputs = {
         "prompts": digest([asdict(prompt) for prompt in prompts]),
         "model": settings.model,
-        "content": fingerprint_source(settings.model),
+        "content": fingerprint_model(settings.model),
         "engine": chosen,
         "options": settings.options,
         "sampling": asdict(settings.sampling),

@@ -107,10 +107,10 @@ def _compared(item: dict[str, Any], policies: dict[str, Any]) -> str:
     if abs(kls[a] - kls[b]) > SAME_KL * max(kls.values()):
         ratios = {method: policies[method]["gain_per_root_kl"] for method in (a, b)}
         per = ", ".join(f"{name(method)} {interval(ratio)}" for method, ratio in ratios.items() if ratio)
-        return (
-            f"{said}, at another KL ({number(kls[a])} and {number(kls[b])} nats), so it may only have gone further; "
-            f"reward gained per sqrt(2 KL): {per}."
+        further = (
+            f"{said}, at another KL ({number(kls[a])} and {number(kls[b])} nats), so it may only have gone further"
         )
+        return f"{further}; reward gained per sqrt(2 KL): {per}." if per else f"{further}."
     return f"{said}, at about the same KL."
 
 
