@@ -16,7 +16,7 @@ from align.pairs import read_pairs
 from tests.builders import bert_reward, causal, llama_reward
 from tests.builders import rows as pairs
 from tests.e2e.test_cli import jsonl
-from tests.launching import launched
+from tests.launching import ROOT, launched
 
 SEVERAL = [2, pytest.param(4, marks=pytest.mark.slow)]
 GLOBAL_BATCH = 4
@@ -56,9 +56,9 @@ def assert_whole_epochs(steps: list[list[str]], count: int) -> None:
         assert seen == Counter(f"p{k}" for k in range(count))
 
 
-def assert_same_weights(one: Path, other: Path, tolerance: float = TOLERANCE) -> None:
-    """The weights of two model folders."""
-    left, right = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+def assert_same_weights(one: Path, other: Path, tolerance: float = TOLERANCE, kind: str = "model") -> None:
+    """The weights of two model or adapter folders."""
+    left, right = (load_file(folder / f"{kind}.safetensors") for folder in (one, other))
     assert left.keys() == right.keys()
     for name, value in left.items():
         assert torch.allclose(value, right[name], atol=tolerance, rtol=0), name
@@ -203,3 +203,28 @@ def test_what_would_lose_pairs_is_refused(tmp_path: Path) -> None:
     done = launched(2, "train", run_file(tmp_path, "uneven", 2, train=train), cwd=tmp_path)
     assert done.returncode != 0
     assert "error [trainer-key] accelerator_config.even_batches: found false" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", [None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}])
+def test_sharded_training(tmp_path: Path, peft: dict[str, Any] | None) -> None:
+    """configs/accelerate_fsdp2.yaml over two processes gives the weights of one process, of a model and an adapter."""
+    causal(tmp_path / "policy")
+    jsonl(tmp_path / "pairs.jsonl", pairs(PAIRS))
+    methods = {"madpo": {"loss": "madpo"}, "beta": {"loss": "beta_dpo"}}
+    for name, processes in (("one", 1), ("sharded", 2)):
+        trainer = {"max_steps": 7, "learning_rate": 1e-3, "use_cpu": processes == 1}
+        train = {"model": "policy", "methods": methods, "trainer": trainer, "peft": peft}
+        file = run_file(tmp_path, name, processes, train=train)
+        module = "align.cli" if processes == 1 else "tests.fsdp_cli"
+        done = launched(
+            processes, "train", file, cwd=tmp_path, module=module, launcher=ROOT / "configs" / "accelerate_fsdp2.yaml"
+        )
+        assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        sharded, trained = json.loads((tmp_path / f"sharded-{rank}.json").read_text())
+        assert 0 < sharded == trained
+    kind = "model" if peft is None else "adapter_model"
+    for method in methods:
+        one, other = (tmp_path / "runs" / name / f"train-{method}" / "model" for name in ("one", "sharded"))
+        assert_same_weights(one, other, kind=kind)
