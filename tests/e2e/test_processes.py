@@ -208,7 +208,7 @@ def test_what_would_lose_pairs_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("peft", [None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}])
 def test_sharded_training(tmp_path: Path, peft: dict[str, Any] | None) -> None:
-    """configs/accelerate_fsdp2.yaml over two processes gives the weights of one process, of a model and an adapter."""
+    """configs/accelerate/fsdp2.yaml over two processes gives the weights of one process, of a model and an adapter."""
     causal(tmp_path / "policy")
     jsonl(tmp_path / "pairs.jsonl", pairs(PAIRS))
     methods = {"madpo": {"loss": "madpo"}, "beta": {"loss": "beta_dpo"}}
@@ -218,7 +218,12 @@ def test_sharded_training(tmp_path: Path, peft: dict[str, Any] | None) -> None:
         file = run_file(tmp_path, name, processes, train=train)
         module = "align.cli" if processes == 1 else "tests.fsdp_cli"
         done = launched(
-            processes, "train", file, cwd=tmp_path, module=module, launcher=ROOT / "configs" / "accelerate_fsdp2.yaml"
+            processes,
+            "train",
+            file,
+            cwd=tmp_path,
+            module=module,
+            launcher=ROOT / "configs" / "accelerate" / "fsdp2.yaml",
         )
         assert done.returncode == 0, done.stderr
     for rank in range(2):
