@@ -111,7 +111,7 @@ def whole_run(folder: Path, name: str, processes: int) -> list[list[str]]:
         "trainer": {"num_train_epochs": 2, "learning_rate": 1e-3, "optim": "sgd"},
     }  # fmt: skip
     filtering = {"keep": 0.75, "embeddings": "vectors.npy"}
-    trainer = {"max_steps": 8, "optim": "sgd"}
+    trainer = {"max_steps": 8, "optim": "sgd", "learning_rate": 1e-2}
     train = {"model": "policy", "layout": "concatenated", "methods": {"dpo": {"loss": "dpo"}}, "trainer": trainer}
     file = run_file(folder, name, processes, reward=reward, filter=filtering, train=train)
     done = launched(processes, "run", file, cwd=folder, module="tests.recorded_cli")
