@@ -5,7 +5,7 @@ STAMP := $(VENV)/.ready
 ASSETS := .assets
 WORKERS ?= 2
 
-.PHONY: setup assets vllm demo test test-slow lint bench clean
+.PHONY: setup assets vllm demo test test-slow test-lowest lint bench clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,15 @@ test: assets
 test-slow: assets vllm
 	$(BIN)/python -m pytest
 	.venv-vllm/bin/python -m pytest tests/slow/test_vllm.py
+
+test-lowest: .venv-lowest/.ready assets
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -m 'not slow' --numprocesses $(WORKERS) --dist worksteal
+
+.venv-lowest/.ready: pyproject.toml constraints-lowest.txt
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt torch
+	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable '.[report,gguf,filter,dev]'
+	touch $@
 
 vllm:
 	PYTHON=$(PYTHON) scripts/setup_vllm.sh .venv-vllm

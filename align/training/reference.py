@@ -26,6 +26,7 @@ def reference_logps(
     *,
     batch_tokens: int,
     file: Path | None,
+    in_step: bool = False,
 ) -> np.ndarray:
     """Log-probs (nats) of every pair's chosen and rejected response under the reference, float64 [N, 2].
 
@@ -36,6 +37,7 @@ def reference_logps(
         batch_tokens: tokens of a batch, prompts counted once.
         file: a .npy file to keep the result in, or None; found whole it is only read. While computing, a memory-mapped
             file beside it holds NaN where nothing is known yet, and a stopped run goes on from there.
+        in_step: the model is sharded over the processes, so that each has to compute whenever one does.
     """
     if file is not None and file.exists():
         return np.load(file, mmap_mode="r", allow_pickle=False)
@@ -49,6 +51,8 @@ def reference_logps(
     for start in progress(rounds, what="reference log-probs", total=len(rounds), unit="batches"):
         own = batches[start + rank : start + rank + 1]
         found = [(batch, compute([dataset[k] for k in batch]).double().cpu().numpy()) for batch in own]
+        if in_step and not own:
+            compute([dataset[k] for k in batches[start]])
         for batch, rows in gather_object(found) if world > 1 else found:
             if accelerator.is_main_process or file is None:
                 values[batch] = rows

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from trl import DPOTrainer
@@ -20,6 +19,7 @@ from align.errors import ConfigError
 from align.loss_registry import BoundLoss
 from align.losses import PairLogps, scale_gradient
 from align.pair_weights import LossTilt
+from align.processes import from_first
 from align.stage import read_json, write_json
 from align.training.collator import PAIR_COLUMNS, ROW, PairCollator
 from align.training.guard import FiniteGuard, numbered
@@ -130,20 +130,21 @@ class PreferenceTrainer(WholeEpochs, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Reference log-probs as columns, kept on disk under a key of (reference weights, token ids, truncation)."""
         self._prepare_layout(dataset)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         file = None
         if self.reference_cache is not None:
             settings = (self.args.max_length, self.args.truncation_mode)
-            key = [reference_key(self._reference, dataset, settings) if self.accelerator.is_main_process else ""]
-            broadcast_object_list(key, from_process=0)
-            file = self.reference_cache / f"{key[0]}.npy"
+            # The policy is its own reference before the first step, and not sharded yet, as the reference may be.
+            key = from_first(lambda: reference_key(self.model, dataset, settings))
+            file = self.reference_cache / f"{key}.npy"
         values = reference_logps(
             dataset,
             self._reference_of_examples,
             self.accelerator,
             batch_tokens=self.max_tokens or REFERENCE_TOKENS,
             file=file,
+            in_step=self.is_fsdp_enabled,
         )
         columns = Dataset.from_dict(dict(zip(REFERENCE_COLUMNS, values.T, strict=True)))
         return concatenate_datasets([dataset, columns], axis=1)
@@ -168,7 +169,7 @@ class PreferenceTrainer(WholeEpochs, DPOTrainer):
 
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Log-probs [B], [B] of the chosen and rejected responses under the reference, without gradient."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled:
             inputs = {name: value for name, value in inputs.items() if name not in (*PAIR_COLUMNS, ROW, REAL)}
             return super().compute_ref_log_probs(model, inputs)
         found = self._under_reference(inputs)
