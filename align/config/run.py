@@ -1,0 +1,71 @@
+"""One run, from pairs to report."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from align.config.base import Count, Name, Positive, Section, Seed
+from align.config.data import FilterConfig, PairsConfig, SampleConfig
+from align.config.reading import load_section
+from align.config.reward import RewardConfig
+from align.config.train import TrainConfig
+
+
+class EvaluateConfig(Section):
+    """What is measured on held-out prompts."""
+
+    prompts: str
+    """A .jsonl file with one ``prompt`` per line, none of which was trained on."""
+    judge: Literal["vader"] = "vader"
+    """Independent gold judge; never trained, never used as a label."""
+    max_new_tokens: Count = 24
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    batch_size: Count = 64
+    samples_shown: Annotated[int, Field(ge=0)] = 20
+
+
+class RunConfig(Section):
+    """One run from pairs to report."""
+
+    name: Name
+    output_dir: str = "runs"
+    """The run writes ``output_dir/name``."""
+    seed: Seed = 0
+    pairs: PairsConfig | None = None
+    """The policy's preference pairs. Exactly one of ``pairs`` and ``sample`` is given."""
+    sample: SampleConfig | None = None
+    reward: RewardConfig | None = None
+    """Absent: the pairs bring their own ``margin`` column, or no method needs one."""
+    filter: FilterConfig | None = None
+    """Absent: the policy is trained on all pairs."""
+    train: TrainConfig | None = None
+    """Absent: the run ends with the reward model and its margins."""
+    evaluate: EvaluateConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_source_of_pairs(self) -> "RunConfig":
+        if (self.pairs is None) == (self.sample is None):
+            raise ValueError("give exactly one of `pairs` (a dataset) and `sample` (prompts to sample pairs from)")
+        if self.sample is not None and (self.reward is None or self.reward.pairs is None or self.train is None):
+            raise ValueError("`sample` needs `train` and `reward.pairs`: the reward model is trained on other pairs")
+        if self.evaluate is not None and self.train is None:
+            raise ValueError("`evaluate` needs `train`: there is no policy to evaluate")
+        if self.reward is None and self.train is None:
+            raise ValueError("give `reward`, `train` or both: there is nothing to do")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Folder that holds everything this run writes."""
+        return Path(self.output_dir) / self.name
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run's YAML, apply ``a.b=c`` overrides, validate.
+
+    Raises:
+        ConfigError: file missing, not YAML, unknown key, ill-typed value; all problems of the file at once.
+    """
+    return load_section(path, overrides, RunConfig)
