@@ -174,7 +174,7 @@ def test_scoring_and_products(tmp_path: Path, processes: int) -> None:
 
 @pytest.mark.parametrize("processes", SEVERAL)
 def test_a_process_that_dies_ends_the_run(tmp_path: Path, processes: int) -> None:
-    """The last process gets SIGKILL; the launcher names it, the others say what they met first: that, or its SIGTERM."""
+    """The last process gets SIGKILL; the launcher names it, the others say what they met first: that, or SIGTERM."""
     causal(tmp_path / "policy")
     jsonl(tmp_path / "pairs.jsonl", pairs(16))
     train = {"model": "policy", "methods": {"dpo": {"loss": "dpo"}}, "trainer": {"max_steps": STEPS}}
