@@ -27,6 +27,7 @@ def report(
     parameters: Annotated[str | None, typer.Option(help="Measure only parameters whose name matches.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Pairs to measure.")] = 256,
     shown: Annotated[int, typer.Option(min=0, help="Pairs to show token by token.")] = 8,
+    matrices: Annotated[int, typer.Option(min=0, help="Of these, pairs to show token against token.")] = 1,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per batch.")] = 2048,
     max_length: MaxLength = 1024,
     column: Column = None,
@@ -38,8 +39,8 @@ def report(
 
     commands.report(
         pair_source(pairs, column, split), model, output, loss=loss, parameters=_numbers(parameter),
-        reference=reference, parameter_names=parameters, limit=limit, shown=shown, batch_tokens=batch_tokens,
-        max_length=max_length,
+        reference=reference, parameter_names=parameters, limit=limit, shown=shown, matrices=matrices,
+        batch_tokens=batch_tokens, max_length=max_length,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from align.entanglement.check import check_predictions
 from align.entanglement.predict import directional_logps
 from align.entanglement.products import GradientProducts
+from align.entanglement.tokens import token_matrix, token_products
 from align.loss_registry import resolve
 from tests.test_logps import make_batch, one_by_one, tiny
 from tests.test_products import FAMILIES
@@ -93,6 +94,30 @@ def test_tokens_sum_to_the_product() -> None:
     assert float(tokens[0].sum()) == pytest.approx(float(products.inner[0]), rel=1e-4)
     assert float(tokens[1].sum()) == pytest.approx(float(products.rejected_sq[0]), rel=1e-4)
     assert not tokens[~pair["completion_mask"][:, 1:].bool()].any()
+
+
+@pytest.mark.parametrize("pair", [0, 2])
+def test_tokens_against_tokens(pair: int) -> None:
+    """Every entry against two gradients, for pairs in which either response is the longer one."""
+    model = tiny("Llama", tie_word_embeddings=True).double()
+    batch = {name: value[[pair, pair + 4]] for name, value in BATCH.items()}
+    found = token_matrix(model, batch)
+    parameters = list(model.parameters())
+    logps = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
+    logps = logps.gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+    gradients = [
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(logps[row, place], parameters, retain_graph=True)])
+            for place in mask[1:].nonzero()[:, 0].tolist()
+        ]
+        for row, mask in enumerate(batch["completion_mask"])
+    ]
+    expected = torch.tensor([[float(a @ b) for b in gradients[1]] for a in gradients[0]], dtype=torch.float64)
+    assert found.shape == expected.shape and torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
+    chosen, rejected = token_products(model, batch)
+    scored = batch["completion_mask"][:, 1:].bool()
+    assert torch.allclose(found.sum(dim=1), chosen[scored[0]], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(found.sum(dim=0), rejected[scored[1]], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -19,7 +19,7 @@ from align.entanglement.check import check_predictions
 from align.entanglement.measure import measure_pairs, measured
 from align.entanglement.products import GradientProducts
 from align.entanglement.summary import advice, summarize
-from align.entanglement.tokens import token_products
+from align.entanglement.tokens import token_matrix, token_products
 from align.entanglement.trace import checkpoints_of, sentence, trajectory
 from align.errors import ConfigError, DataError
 from align.loss_registry import BoundLoss, resolve
@@ -30,6 +30,8 @@ from align.reports.entanglement_page import shade, write_page, write_trace_page
 from align.stage import Stage, fingerprint_source, read_manifest, run_stage, write_json
 
 TABLE = "entanglement.parquet"
+MATRIX_TOKENS = 64
+"""Of the shorter response, above which a pair is not shown token against token: each costs two passes."""
 
 
 def report(
@@ -43,6 +45,7 @@ def report(
     parameter_names: str | None,
     limit: int,
     shown: int,
+    matrices: int,
     batch_tokens: int,
     max_length: int,
 ) -> None:
@@ -71,7 +74,10 @@ def report(
         },
         "summary": summary,
         "advice": advice(summary, loss),
-        "pairs": [_coloured(policy, tokenizer, tokens[k], table[k], max_length) for k in rows],
+        "pairs": [
+            _coloured(policy, tokenizer, tokens[k], table[k], max_length, matrix=number < matrices)
+            for number, k in enumerate(rows)
+        ],
     }  # fmt: skip
     write_json(output / "summary.json", {key: page[key] for key in ("run", "summary", "advice")})
     write_page(output / "report.html", table, page)
@@ -231,8 +237,9 @@ def _worst(row: dict[str, Any]) -> tuple[bool, float]:
 
 
 def _coloured(
-    model: nn.Module, tokenizer: Any, tokens: dict[str, Any], row: dict[str, Any], limit: int
+    model: nn.Module, tokenizer: Any, tokens: dict[str, Any], row: dict[str, Any], limit: int, *, matrix: bool
 ) -> dict[str, Any]:
+    """A pair as text coloured by the products of its tokens; with ``matrix`` also each token against each."""
     batch = collate([tokens], tokenizer.pad_token_id, max_length=limit)
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
@@ -253,4 +260,8 @@ def _coloured(
             }
             for place in places
         ]
+    if matrix and min(len(found["chosen"]), len(found["rejected"])) <= MATRIX_TOKENS:
+        values = token_matrix(model, batch)
+        largest = float(values.abs().max())
+        found["matrix"] = [[(value, shade(value, largest)) for value in line] for line in values.tolist()]
     return found

@@ -48,6 +48,7 @@ def test_report_and_again(tiny_policy: Path, pairs: Path, tmp_path: Path) -> Non
     assert summary["summary"]["pairs"] == 10 and sum(summary["summary"]["shares"].values()) == pytest.approx(1)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page and "Content-Security-Policy" in page
+    assert page.count('class="matrix"') == 1
     again = align(*command, folder=tmp_path)
     assert again.returncode == 0 and "up to date, skipped" in again.stderr
     assert "up to date" not in align(*command, "--loss", "madpo", folder=tmp_path).stderr
