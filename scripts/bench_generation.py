@@ -33,7 +33,8 @@ OPENINGS = (
 def measure(engine: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second of each repeat of one engine."""
     start = time.perf_counter()
-    made = make_engine(engine, arguments.model, batch_size=arguments.batch_size)  # type: ignore[arg-type]
+    options = {"gpu_memory_utilization": arguments.memory} if engine == "vllm" else None
+    made = make_engine(engine, arguments.model, batch_size=arguments.batch_size, options=options)  # type: ignore[arg-type]
     loaded = time.perf_counter()
     prompts = [f"Review {k}: {OPENINGS[k % len(OPENINGS)]}" for k in range(arguments.prompts)]
     made.generate(prompts[:4], Sampling(4))
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--memory", type=float, default=0.5, help="share of the memory that vLLM takes")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=ENGINES, help="measure one engine in this process")
     arguments = parser.parse_args()
