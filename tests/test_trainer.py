@@ -145,6 +145,8 @@ def test_resumed_equals_uninterrupted(tiny_policy: Path, tmp_path: Path, loss: s
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name]), name
     assert whole.beta_state == second.beta_state
+    steps = [[entry for entry in one.state.log_history if "loss" in entry] for one in (whole, second)]
+    assert len(steps[0]) == 6 and steps[0] == steps[1]
 
 
 @pytest.mark.parametrize("layout", ["concatenated", "shared_prefix"])

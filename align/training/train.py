@@ -170,8 +170,11 @@ def _order_adapter(file: Path) -> None:
 def _history(
     trainer: PreferenceTrainer, method: str, options: LossConfig, probe: EntanglementCallback | None
 ) -> dict[str, Any]:
-    """What is kept of a finished training: its loss, every logged step, and what was measured or learned beside."""
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    """What is kept of a finished training: its loss, every logged step, and what was measured or learned beside.
+
+    A resumed training has the steps before its stop from a checkpoint, which keeps their values in this order.
+    """
+    history = [dict(sorted(entry.items())) for entry in trainer.state.log_history if "loss" in entry]
     found: dict[str, Any] = {"method": method, "loss": options.model_dump(), "history": history}
     if probe is not None:
         found["entanglement"] = probe.records

@@ -356,8 +356,11 @@ class PreferenceTrainer(WholeEpochs, DPOTrainer):
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            remedy = None if self.remedy is None else self.remedy.to_dict()
-            write_json(folder / LOSS_STATE, self.beta_state.to_dict() | {"remedy": remedy})
+            more = {
+                "remedy": None if self.remedy is None else self.remedy.to_dict(),
+                "num_tokens": self._total_train_tokens,
+            }
+            write_json(folder / LOSS_STATE, self.beta_state.to_dict() | more)
             if self.token_mask is not None:
                 self.token_mask.save(folder)
         super()._save_checkpoint(model, trial)
@@ -368,6 +371,7 @@ class PreferenceTrainer(WholeEpochs, DPOTrainer):
         if file.exists():
             state = read_json(file)
             self.beta_state = BetaDpoState.from_dict(state)
+            self._total_train_tokens = int(state["num_tokens"])
             if self.remedy is not None:
                 self.remedy.load(state["remedy"])
             if self.token_mask is not None:
