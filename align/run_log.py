@@ -34,17 +34,15 @@ def run_log(folder: Path) -> Iterator[None]:
     """While inside, what goes to the terminal goes to ``folder/log.txt`` too, an error that ends the run included.
 
     Lines of earlier attempts stay above. Process r > 0 of a launcher writes ``log-r.txt``, warnings and errors alone.
+    Where the file cannot be opened there is none: a run that has something else to write meets the disk itself.
 
     Args:
         folder: it exists.
-
-    Raises:
-        OSError: the file cannot be opened.
     """
-    rank = process_rank()
-    name = FILE if rank == 0 else f"log-{rank}.txt"
-    handler = _RunLog(folder / name, maxBytes=MOST_BYTES, backupCount=KEPT, encoding="utf-8", delay=rank > 0)
-    handler.setFormatter(RedactingFormatter(LINE))
+    handler = _opened(folder)
+    if handler is None:
+        yield
+        return
     log.addHandler(handler)
     try:
         yield
@@ -60,6 +58,17 @@ def run_log(folder: Path) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         handler.close()
+
+
+def _opened(folder: Path) -> _RunLog | None:
+    rank = process_rank()
+    name = FILE if rank == 0 else f"log-{rank}.txt"
+    try:
+        handler = _RunLog(folder / name, maxBytes=MOST_BYTES, backupCount=KEPT, encoding="utf-8", delay=rank > 0)
+    except OSError:
+        return None
+    handler.setFormatter(RedactingFormatter(LINE))
+    return handler
 
 
 def _only_here(handler: logging.Handler, message: str, error: Exception | None) -> None:

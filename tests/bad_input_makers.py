@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from align.run_log import FILE
 from tests.builders import bert_reward, causal, llama_reward, rows, tokenizer
 
 GOOD = {"prompt": "Say:", "chosen": " yes", "rejected": " no"}
@@ -106,8 +107,9 @@ def message(errors: str) -> str:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Content of every file of finished stages and reports."""
-    files = [path for path in folder.rglob("*") if path.is_file() and ".partial" not in str(path)]
+    """Content of every file of finished stages and reports; the log, which goes on, is none."""
+    found = (path for path in folder.rglob("*") if path.is_file() and ".partial" not in str(path))
+    files = [path for path in found if path.name != FILE]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
