@@ -1,6 +1,7 @@
 """Reward training under any objective: trl's RewardTrainer with the loss taken from the registry."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class ObjectiveRewardTrainer(GuardedRewardTrainer):
             self.tilt = LossTilt(tilt, self.accelerator.gather, self.accelerator.process_index)
         self.penalty = None
         if sharpness is not None:
-            reduce = lambda tensor: self.accelerator.reduce(tensor, "mean")  # noqa: E731
+            reduce = partial(self.accelerator.reduce, reduction="mean")
             self.penalty = SharpnessPenalty(sharpness, self.accelerator.unwrap_model(self.model), reduce)
         self.data_collator = ObjectiveCollator(
             pad_token_id=self.data_collator.pad_token_id,
