@@ -8,6 +8,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def command(processes: int, module: str, *arguments: str, launcher: Path | None = None) -> list[str]:
+    """``module`` in that many processes; 1 starts it as it is."""
+    kind = ["--multi_gpu"] if launcher is None else ["--config_file", str(launcher)]
+    launch = ["-m", "accelerate.commands.launch", *kind, "--num_machines", "1", "--main_process_port", "0"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", str(processes)]
+    return [sys.executable, *(launch if processes > 1 else []), "-m", module, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """One thread a process and no GPU."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+
+
 def launched(
     processes: int,
     *arguments: str,
@@ -26,11 +39,7 @@ def launched(
         launcher: accelerate's configuration; plain data parallelism where None.
         timeout: seconds until the test fails.
     """
-    kind = ["--multi_gpu"] if launcher is None else ["--config_file", str(launcher)]
-    launch = ["-m", "accelerate.commands.launch", *kind, "--num_machines", "1", "--main_process_port", "0"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", str(processes)]
-    command = [sys.executable, *(launch if processes > 1 else []), "-m", module, *arguments]
-    full = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        command, cwd=cwd, env=full, capture_output=True, text=True, check=False, timeout=timeout
+        command(processes, module, *arguments, launcher=launcher),
+        cwd=cwd, env=environment(), capture_output=True, text=True, check=False, timeout=timeout,
     )  # fmt: skip

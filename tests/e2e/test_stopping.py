@@ -1,9 +1,7 @@
 """A signal in the middle of training: a checkpoint, one line, and the same weights in the end."""
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,20 +13,24 @@ from safetensors.torch import load_file
 
 from align.pairs import write_pairs
 from tests.builders import causal, rows
+from tests.launching import command, environment
 
 STEPS = 400
 
 
-def start(folder: Path, name: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "align.cli", "train", "run.yaml", "--set", f"name={name}"]
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+def start(folder: Path, name: str, processes: int) -> subprocess.Popen[str]:
+    align = command(processes, "align.cli", "train", "run.yaml", "--set", f"name={name}")
+    return subprocess.Popen(align, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "stopped")]
 )
-def test_stopped_training_ends_as_if_it_had_not(tmp_path: Path, number: int, code: int, word: str) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stopped_training_ends_as_if_it_had_not(
+    tmp_path: Path, number: int, code: int, word: str, processes: int
+) -> None:
+    """Several processes get the signal from their launcher, which ends with an exit code and last words of its own."""
     causal(tmp_path / "policy")
     write_pairs(Dataset.from_list(rows(16)), tmp_path)
     trainer = {"max_steps": STEPS, "per_device_train_batch_size": 4, "bf16": False, "gradient_checkpointing": False}
@@ -37,9 +39,9 @@ def test_stopped_training_ends_as_if_it_had_not(tmp_path: Path, number: int, cod
         "train": {"model": "policy", "methods": {"madpo": {"loss": "madpo"}}, "trainer": trainer},
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
-    whole = start(tmp_path, "whole")
+    whole = start(tmp_path, "whole", processes)
     assert whole.wait(timeout=300) == 0
-    stopped = start(tmp_path, "stopped")
+    stopped = start(tmp_path, "stopped", processes)
     lines = []
     assert stopped.stderr is not None
     for line in stopped.stderr:
@@ -47,12 +49,15 @@ def test_stopped_training_ends_as_if_it_had_not(tmp_path: Path, number: int, cod
         if f"{STEPS} steps" in line:
             time.sleep(0.3)
             stopped.send_signal(number)
-    assert stopped.wait(timeout=300) == code, "".join(lines)
-    assert lines[-1].startswith(word) and "Traceback" not in "".join(lines)
+    ended = stopped.wait(timeout=300)
+    if processes == 1:
+        assert ended == code, "".join(lines)
+        assert lines[-1].startswith(word) and "Traceback" not in "".join(lines)
+    assert ended != 0 and sum(line.startswith(f"{word};") for line in lines) == processes, "".join(lines)
     partial = tmp_path / "runs" / "stopped" / "train-madpo.partial" / "checkpoints"
     (checkpoint,) = partial.glob("checkpoint-*")
     assert 0 < int(checkpoint.name.split("-")[1]) < STEPS
-    again = start(tmp_path, "stopped")
+    again = start(tmp_path, "stopped", processes)
     assert again.stderr is not None
     said = again.stderr.read()
     assert again.wait(timeout=300) == 0, said
