@@ -1,8 +1,10 @@
 """A remedy against gradient entanglement inside the training: each batch is measured before its step."""
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from align.entanglement.products import GradientProducts
 from align.entanglement.remedies import BandState, calibrate, hold_batch, hold_chosen, normalise
 from align.loss_registry import BoundLoss
 from align.losses import PairLogps
+from align.whole_epochs import counted
 
 GRADIENT_INPUTS = ("input_ids", "attention_mask", "completion_mask")
 
@@ -71,13 +74,16 @@ class GradientRemedy:
         elif self.config.kind == "hold_batch":
             factors = hold_batch(gram, d_w, d_l, keep=self.config.keep)
         else:
-            *factors, self.band = calibrate(gram, d_w, d_l, self.band, decay=self.config.decay, mean=self._mean)  # type: ignore[assignment]
+            mean = partial(self._mean, pairs=counted(inputs))
+            *factors, self.band = calibrate(gram, d_w, d_l, self.band, decay=self.config.decay, mean=mean)  # type: ignore[assignment]
         device = ref_chosen.device
         return factors[0].float().to(device), factors[1].float().to(device)
 
-    def _mean(self, values: Tensor) -> Tensor:
-        found: Tensor = self.accelerator.reduce(values.to(self.accelerator.device), "mean")
-        return found.cpu()
+    def _mean(self, values: Tensor, *, pairs: int) -> Tensor:
+        """Over processes, each with the pairs that it has in this step; one that only fills it up has none."""
+        own = torch.cat([pairs * values, values.new_tensor([pairs])]).to(self.accelerator.device)
+        found: Tensor = self.accelerator.reduce(own, "sum")
+        return (found[:-1] / found[-1]).cpu()
 
     def to_dict(self) -> dict[str, float] | None:
         """State for a checkpoint."""

@@ -71,14 +71,13 @@ def assert_same_columns(one: Dataset, other: Dataset, columns: list[str]) -> Non
         assert np.allclose(one[column], other[column], atol=TOLERANCE, equal_nan=True), column
 
 
-def policies(folder: Path, name: str, processes: int) -> list[list[str]]:
-    """Train under three losses; the pairs of each step."""
-    methods = {"dpo": {"loss": "dpo"}, "madpo": {"loss": "madpo"}, "beta": {"loss": "beta_dpo"}}
-    train = {"model": "policy", "methods": methods, "trainer": {"max_steps": STEPS, "learning_rate": 1e-3}}
+def policies(folder: Path, name: str, processes: int, methods: dict[str, Any], steps: int) -> list[list[str]]:
+    """Train under each method; the pairs of each step."""
+    train = {"model": "policy", "methods": methods, "trainer": {"max_steps": steps, "learning_rate": 1e-3}}
     file = run_file(folder, name, processes, train=train)
     done = launched(processes, "train", file, cwd=folder, module="tests.recorded_cli")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("first pair as the model sees it") == 3
+    assert done.stderr.count("first pair as the model sees it") == len(methods)
     return used(folder, processes)
 
 
@@ -87,7 +86,8 @@ def test_training(tmp_path: Path, processes: int) -> None:
     """Twenty steps under three losses, beta-DPO with its statistics over all processes: four epochs, 18 pairs each."""
     start = causal(tmp_path / "policy")
     jsonl(tmp_path / "pairs.jsonl", pairs(PAIRS))
-    one, several = policies(tmp_path, "one", 1), policies(tmp_path, "several", processes)
+    methods = {"dpo": {"loss": "dpo"}, "madpo": {"loss": "madpo"}, "beta": {"loss": "beta_dpo"}}
+    one, several = (policies(tmp_path, name, n, methods, STEPS) for name, n in (("one", 1), ("several", processes)))
     for steps in (one, several):
         for method in range(3):
             assert_whole_epochs(steps[method * STEPS : (method + 1) * STEPS], PAIRS)
@@ -102,6 +102,28 @@ def test_training(tmp_path: Path, processes: int) -> None:
         last, other = (end["history"][-1] for end in ends)
         for name in ("loss", "rewards/margins", "weight/mean", "entropy", "num_tokens"):
             assert last[name] == pytest.approx(other[name], rel=1e-3), name
+
+
+@pytest.mark.parametrize("processes", SEVERAL)
+def test_remedies(tmp_path: Path, processes: int) -> None:
+    """What is done pair by pair is the same as in one process; what looks at batches sees each process's pairs once."""
+    causal(tmp_path / "policy")
+    jsonl(tmp_path / "pairs.jsonl", pairs(PAIRS))
+    methods: dict[str, Any] = {
+        kind: {"loss": "dpo", "remedy": {"kind": kind}} for kind in ("hold_chosen", "normalise", "hold_batch")
+    }
+    methods |= {"calibrate": {"loss": "dpo", "remedy": {"kind": "calibrate", "decay": 0.5}}}
+    methods |= {"mask": {"loss": "dpo", "token_mask": {}}}
+    epochs = 2 * -(-PAIRS // GLOBAL_BATCH)
+    one, several = (policies(tmp_path, name, n, methods, epochs) for name, n in (("one", 1), ("several", processes)))
+    assert [sorted(step) for step in one] == [sorted(step) for step in several]
+    assert_whole_epochs(several, PAIRS)
+    runs = tmp_path / "runs"
+    for method in ("hold_chosen", "normalise", "mask"):
+        left, right = (runs / name / f"train-{method}" / "model" for name in ("one", "several"))
+        assert_same_weights(left, right)
+    last = json.loads((runs / "several" / "train-calibrate" / "history.json").read_text())["history"][-1]
+    assert float(last["remedy/chosen"]) * float(last["remedy/rejected"]) == pytest.approx(1.0, rel=1e-4)
 
 
 def whole_run(folder: Path, name: str, processes: int) -> list[list[str]]:
