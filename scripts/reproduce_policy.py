@@ -4,12 +4,15 @@ Prompts are the first words of movie-review snippets, the gold reward is 3 x VAD
 from it. high: two samples of the reference model; low: the better of them against the review's own words; medium: half
 and half. Every method is trained with every of its three candidates on the tuning seed and judged on the validation
 prompts; the one with the highest mean gold reward there is trained on the test seeds and judged on the test prompts,
-which no choice has seen. The published setting is always a candidate.
+which no choice has seen. The published setting is always a candidate; with --candidates 1 it is the only one and
+nothing is tuned.
 
 A cell (quality, method, seed, setting) is a stage with its cell.json under --output: a stopped study goes on where it
 was. The table and the frontier are written from whatever cells are there.
 
     python scripts/reproduce_policy.py --minutes 600
+    python scripts/reproduce_policy.py --candidates 1 --margins noise --qualities high \\
+        --methods dpo madpo mmpo relabelled trust
 """
 
 import argparse
@@ -18,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-from protocol.cells import CANDIDATES, Parameters, Split, choose, run_cell, run_reference
+from protocol.cells import CANDIDATES, TRUST, Parameters, Split, choose, run_cell, run_reference
 from protocol.data import (
     QUALITIES,
     Margins,
@@ -68,7 +71,7 @@ class Runner:
     def __init__(self, study: Study) -> None:
         self.study = study
         self.prompts = make_prompts(study)
-        if study.margins == "outside":
+        if study.margins in ("outside", "noise"):
             make_reward_model(study, self.prompts)
         self.made: dict[tuple[str, int], Stage] = {}
 
@@ -82,6 +85,14 @@ class Runner:
     def cell(self, quality: Quality, method: str, parameters: Parameters, seed: int, split: Split) -> dict[str, Any]:
         """A cell, computed or read."""
         return run_cell(self.study, self.pairs(quality, seed), quality, method, parameters, seed, split)
+
+
+def tune(runner: Runner, quality: Quality, method: str, candidates: int) -> Parameters:
+    """The best of a method's first so many settings on the validation prompts."""
+    tried = CANDIDATES[method][:candidates]
+    if len(tried) == 1:
+        return tried[0]
+    return tried[choose([runner.cell(quality, method, one, TUNING_SEED, VALIDATION) for one in tried])]
 
 
 def run(arguments: argparse.Namespace, study: Study) -> None:
@@ -101,9 +112,7 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
                     break
                 name = f"{quality}, {method}"
                 if name not in chosen:
-                    tried = CANDIDATES[method]
-                    found = [runner.cell(quality, method, one, TUNING_SEED, VALIDATION) for one in tried]
-                    chosen[name] = tried[choose(found)]
+                    chosen[name] = tune(runner, quality, method, arguments.candidates)
                 cells.append(runner.cell(quality, method, chosen[name], seed, test))
                 write_json(study.root / "table.json", {"chosen": chosen, "rows": summarise(cells, references)})
     rows = summarise(cells, references)
@@ -122,7 +131,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce-policy"))
     parser.add_argument("--margins", choices=get_args(Margins), default="outside", help="where margins come from")
     parser.add_argument("--qualities", nargs="+", choices=QUALITIES, default=list(QUALITIES))
-    parser.add_argument("--methods", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES))
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(CANDIDATES), default=[name for name in CANDIDATES if name != TRUST]
+    )
+    parser.add_argument("--candidates", type=int, choices=(1, 2, 3), default=3, help="settings tried; 1 tunes nothing")
     parser.add_argument("--seeds", type=int, default=3, help="test seeds")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.5, 0.7, 1.0, 1.3], help="1 among them")
     parser.add_argument("--reward-pairs", type=int, default=2000)

@@ -11,8 +11,10 @@ import reproduce_policy
 import yaml
 from build_demo_data import RATINGS, TEXTS
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from protocol.cells import CANDIDATES, choose, relabelled, setting_name
-from protocol.data import label
+from protocol.data import dealt_anew, label
 from protocol.report import markdown, summarise
 from scipy.special import expit
 
@@ -111,6 +113,33 @@ def test_other_margins(command: list[str], margins: str, monkeypatch: pytest.Mon
     assert not (root / "reward").exists()
     models = list((root / "seed-0/medium/pairs/reward").rglob("model.safetensors"))
     assert len(models) == {"in-sample": 1, "cross-fitted": 2}[margins]
+
+
+def test_margins_about_nothing_and_measured_trust(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is tuned; the loss `trust` gets what was measured on the pairs, and the cell says so."""
+    options = [*command, "--train-prompts", "60", "--snippets", str(snippets(tmp_path / "more", 140))]
+    study(monkeypatch, [*options, "--methods", "trust", "--margins", "noise", "--candidates", "1"])
+    root = Path(command[command.index("--output") + 1]) / "noise"
+    assert not (root / "seed-1000").exists()
+    (file,) = (root / "seed-0/medium/trust").rglob("cell.json")
+    found = read_json(root / "seed-0/medium/measured/trust.json")
+    assert read_json(file)["measured"] == {
+        "slope": found["slope"], "trust": found["chosen"]["trust"], "strength": found["chosen"]["strength"]
+    }  # fmt: skip
+
+
+@given(st.integers(0, 10**6))
+def test_dealing_keeps_the_scores_and_not_their_pairs(seed: int) -> None:
+    first, second = np.arange(8.0), np.arange(100.0, 108.0)
+    ids = [str(k) for k in range(8)]
+    columns = {"id": ids, "reward_chosen": first, "reward_rejected": second, "margin": first - second}
+    found = dealt_anew(Dataset.from_dict(columns), seed)
+    chosen, rejected = np.asarray(found["reward_chosen"]), np.asarray(found["reward_rejected"])
+    assert found["id"] == ids and np.allclose(np.abs(chosen - rejected), 100)
+    assert sorted([*chosen, *rejected]) == sorted([*first, *second])
+    assert np.allclose(found["margin"], chosen - rejected)
 
 
 def test_labels_follow_bradley_terry() -> None:

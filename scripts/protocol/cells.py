@@ -10,12 +10,14 @@ import numpy as np
 from datasets import Dataset
 
 from align.config import LossConfig
+from align.entanglement.batch import MAX_LENGTH
 from align.evaluation.completions import Decoding, measure_kl, score, write_completions
 from align.evaluation.policies import REFERENCE, Policy
 from align.model_loading import load_policy, load_tokenizer
 from align.pairs import read_pairs
 from align.stage import Stage, fingerprint_source, read_json, run_stage, write_json
 from align.training.train import MODEL, train_policy
+from align.trust.commands import FEATURES, FILE, measure
 from protocol.data import Quality, Study, read_prompts
 from reward_models.judges import make_judge
 
@@ -30,10 +32,13 @@ CANDIDATES: dict[str, tuple[Parameters, ...]] = {
     "mmpo": ({"beta": 0.1}, {"beta": 0.1, "gamma": 0.5}, {"beta": 0.03}),
     "rpo_sq": ({"beta": 0.1}, {"beta": 0.1, "eta": 0.5}, {"beta": 0.03}),
     "relabelled": ({"beta": 0.1}, {"beta": 0.03}, {"beta": 0.3}),
+    "trust": ({"beta": 0.1}, {"beta": 0.03}, {"beta": 0.3}),
 }
 """Method -> what it may choose from on the validation split, the published setting first; as many for every method."""
 RELABELLED = "relabelled"
 """DPO on pairs turned round where the reward model prefers the rejected response."""
+TRUST = "trust"
+"""Its slope, trust and strength are measured on the pairs, by no gold reward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,8 @@ def run_cell(
     study: Study, pairs: Stage, quality: Quality, method: str, parameters: Parameters, seed: int, split: Split
 ) -> dict[str, Any]:
     """Train and judge; what ``cell.json`` holds. A cell that is there is only read."""
-    loss = LossConfig(loss="dpo" if method == RELABELLED else method, parameters=parameters)
+    measured = _measured(study, pairs, quality, seed) if method == TRUST else {}
+    loss = LossConfig(loss="dpo" if method == RELABELLED else method, parameters=parameters | measured)
     train = study.train.model_copy(update={"methods": {method: loss}})
 
     def work(folder: Path) -> None:
@@ -80,7 +86,7 @@ def run_cell(
         )
         shutil.rmtree(folder / "merged", ignore_errors=True)
         facts = {"quality": quality, "method": method, "seed": seed, "split": split.name, "parameters": parameters}
-        write_json(folder / CELL, facts | {"decoded": found})
+        write_json(folder / CELL, facts | ({"measured": measured} if measured else {}) | {"decoded": found})
 
     folder = study.root / f"seed-{seed}" / quality / method / setting_name(parameters)
     inputs = {
@@ -93,6 +99,23 @@ def run_cell(
     stage = run_stage(f"{quality}, {method}, seed {seed}, {folder.name}", folder, inputs, work)
     found: dict[str, Any] = read_json(stage.folder / CELL)
     return found
+
+
+def _measured(study: Study, pairs: Stage, quality: Quality, seed: int) -> Parameters:
+    """Slope, trust and strength as ``align trust`` finds them on the pairs."""
+    origin = "cross-fitted" if study.margins == "cross-fitted" else "outside"
+
+    def work(folder: Path) -> None:
+        model, length = study.train.model, int(study.train.trainer.get("max_length") or MAX_LENGTH)
+        table = read_pairs(pairs.folder / "pairs")
+        write_json(folder / FILE, measure(table, model, folder / FEATURES, origin=origin, max_length=length, seed=seed))
+
+    inputs = {"pairs": pairs.key, "model": fingerprint_source(study.train.model), "origin": origin, "seed": seed}
+    stage = run_stage(
+        f"trust, {quality}, seed {seed}", study.root / f"seed-{seed}" / quality / "measured", inputs, work
+    )
+    found = read_json(stage.folder / FILE)
+    return {"slope": found["slope"], "trust": found["chosen"]["trust"], "strength": found["chosen"]["strength"]}
 
 
 def run_reference(study: Study, seed: int, split: Split) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from reward_models.score import RewardScorer
 from reward_models.train import train_reward_model
 
 Quality = Literal["high", "medium", "low"]
-Margins = Literal["outside", "in-sample", "cross-fitted"]
+Margins = Literal["outside", "in-sample", "cross-fitted", "noise"]
 QUALITIES: tuple[Quality, ...] = ("high", "medium", "low")
 PART = 64
 PROMPTS, SAMPLES = "prompts.json", "samples.parquet"
@@ -61,7 +61,8 @@ class Study:
     reward: RewardConfig
     margins: Margins
     """outside: a reward model trained on human-rated snippets, none of them a prompt here. in-sample: as in the paper,
-    one trained on the very pairs. cross-fitted: each pair's from a model trained on the others."""
+    one trained on the very pairs. cross-fitted: each pair's from a model trained on the others. noise: the outside
+    model's, dealt anew among the pairs: as large, and about nothing."""
     judge: str = "vader"
 
 
@@ -203,7 +204,21 @@ def _margins(study: Study, pairs: Dataset, folder: Path, seed: int) -> Dataset:
     else:
         model = study.root / "reward" / "model"
     scorer = RewardScorer(model, batch_tokens=study.reward.batch_tokens, max_length=study.reward.max_length)
-    return scorer.score_pairs(pairs)
+    scored = scorer.score_pairs(pairs)
+    return dealt_anew(scored, seed) if study.margins == "noise" else scored
+
+
+def dealt_anew(scored: Dataset, seed: int) -> Dataset:
+    """The table with the scores of both responses permuted among the pairs and each margin's sign drawn."""
+    rng = np.random.default_rng(seed)
+    order, turned = rng.permutation(len(scored)), rng.random(len(scored)) < 0.5
+    first, second = (np.asarray(scored[name])[order] for name in ("reward_chosen", "reward_rejected"))
+    chosen, rejected = np.where(turned, second, first), np.where(turned, first, second)
+    columns = {"reward_chosen": chosen, "reward_rejected": rejected, "margin": chosen - rejected}
+    kept = scored.remove_columns(list(columns))
+    for name, values in columns.items():
+        kept = kept.add_column(name, values.tolist())
+    return kept
 
 
 def make_reward_model(study: Study, prompts: Stage) -> Stage:
