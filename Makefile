@@ -5,7 +5,7 @@ STAMP := $(VENV)/.ready
 ASSETS := .assets
 WORKERS ?= 2
 
-.PHONY: setup assets vllm demo test test-slow test-lowest lint bench clean
+.PHONY: setup assets vllm demo test test-slow test-lowest lint audit bench clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive align reward_models scripts
+
+audit:
+	test -x .venv-audit/bin/pip-audit || ($(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install --quiet pip-audit)
+	sed 's/+cpu//' constraints.txt > .venv-audit/requirements.txt
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement .venv-audit/requirements.txt
 
 test: assets
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(WORKERS) --dist worksteal

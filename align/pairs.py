@@ -115,7 +115,7 @@ def read_pairs(folder: Path) -> Dataset:
         DataError: there is none, or it cannot be read.
     """
     try:
-        return Dataset(pq.read_table(folder / FILE))
+        return Dataset(pq.read_table(folder / FILE, partitioning=None))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{folder / FILE}: cannot be read ({error})", code="data-unreadable") from None
 

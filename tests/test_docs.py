@@ -2,9 +2,10 @@
 
 import re
 import shlex
+from itertools import groupby
 from pathlib import Path
+from string import Template
 
-import click
 import pytest
 import typer
 import yaml
@@ -21,10 +22,22 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
+SEPARATORS = ("&&", "||", ";", "|")
+
+
 def commands(page: Path) -> list[str]:
-    """Lines of shell blocks that call `align`, those that go on in the next line joined."""
-    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line.startswith("align ")]
+    """Calls of `align` in shell blocks; lines that go on in the next are joined, the block's variables filled in."""
+    found = []
+    for block in blocks(page, "bash"):
+        variables: dict[str, str] = {}
+        for line in block.replace("\\\n", " ").splitlines():
+            lexer = shlex.shlex(Template(line).safe_substitute(variables), posix=True, punctuation_chars=";&|")
+            lexer.whitespace_split = True
+            words = list(lexer)
+            variables |= dict(word.split("=", 1) for word in words if re.match(r"[A-Za-z_]+=", word))
+            calls = [list(part) for end, part in groupby(words, lambda word: word in SEPARATORS) if not end]
+            found += [shlex.join(call) for call in calls if call[0] == "align"]
+    return found
 
 
 YAML = [pytest.param(text, id=f"{page.name}-{k}") for page in PAGES for k, text in enumerate(blocks(page, "yaml"))]
@@ -46,12 +59,22 @@ def test_yaml_blocks_are_valid(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line: str) -> None:
     """Verbs and options exist and take what they are given; nothing is run."""
-    command: click.Command = typer.main.get_command(app)
-    arguments = shlex.split(line, comments=True)[1:]
-    context = click.Context(command)
-    while isinstance(command, click.Group):
-        assert arguments and arguments[0] in command.commands, line
-        name, *arguments = arguments
-        command = command.commands[name]
-    context = command.make_context(command.name or "align", arguments, parent=context)
-    assert context.params
+    parse(line)
+
+
+@pytest.mark.parametrize("line", ["align trian run.yaml", "align train run.yaml --method dpo", "align eval reward"])
+def test_wrong_commands_do_not_parse(line: str) -> None:
+    with pytest.raises(Exception, match=r"trian|No such option|Missing parameter"):
+        parse(line)
+
+
+def parse(line: str) -> None:
+    """What the command line does with ``line`` before it runs anything."""
+    command = typer.main.get_command(app)
+    verb, *arguments = shlex.split(line)
+    context = command.make_context("align", [], resilient_parsing=True)
+    while hasattr(command, "commands"):
+        verb, *arguments = arguments
+        assert verb in command.commands, f"no verb {verb}"
+        command = command.commands[verb]
+    assert command.make_context(verb, arguments, parent=context).params

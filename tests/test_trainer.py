@@ -90,7 +90,7 @@ def compare_with_trl(
     (their_losses, their_gradients, their_log), (my_losses, my_gradients, my_log) = found
     assert np.allclose(their_losses, my_losses, atol=1e-5)
     for a, b in zip(their_gradients, my_gradients, strict=True):
-        assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+        assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=2e-5) for name in a)
     for name in ("rewards/chosen", "rewards/margins", "logps/chosen", "logps/rejected", "logits/chosen", "entropy"):
         logged = [[float(entry[name]) for entry in log if name in entry] for log in (their_log, my_log)]
         assert np.allclose(*logged, rtol=metrics_rtol, atol=1e-4), name

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 import trl
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.trainer import base_trainer, dpo_trainer, reward_trainer
 
@@ -149,6 +150,14 @@ def test_the_loss_is_taken_as_the_step_s_share() -> None:
     asked = inspect.getsource(Trainer.training_step)
     older = "loss_is_scaled_for_ga" in inspect.getsource(base_trainer._BaseTrainer.__init__)
     assert "self.loss_is_scaled_for_ga" in asked or older, explained(place, "nothing asks for loss_is_scaled_for_ga")
+
+
+def test_accelerate_does_not_divide_the_loss(tmp_path: Path) -> None:
+    """transformers before 5.6 tells accelerate to divide it by the micro-batches, whoever has scaled it already."""
+    args = TrainingArguments(output_dir=str(tmp_path), gradient_accumulation_steps=4, use_cpu=True, report_to="none")
+    divisor = Trainer(model=torch.nn.Linear(1, 1), args=args).accelerator.gradient_accumulation_steps
+    place = "align/training/trainer.py, reward_models/trainer.py"
+    assert divisor == 1, explained(place, f"accelerate divides each loss by {divisor}")
 
 
 def collated(collator: Any, examples: list[dict[str, Any]]) -> dict[str, Any]:

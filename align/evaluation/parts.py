@@ -34,4 +34,4 @@ def in_parts(total: int, size: int, folder: Path, work: Callable[[range], Datase
 
 def read_table(file: Path) -> Dataset:
     """The table of a Parquet file, read into memory and into no cache."""
-    return Dataset(pq.read_table(file))
+    return Dataset(pq.read_table(file, partitioning=None))

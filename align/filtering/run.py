@@ -175,7 +175,7 @@ def explain(output: Path, pair_id: str) -> dict[str, Any]:
     if not (output / SUMMARY).exists():
         raise DataError(f"{output}: holds no {SUMMARY}", code="filter-missing", hint="run `align filter` first")
     for name in (KEPT, DROPPED):
-        rows = pq.read_table(output / name, filters=[("id", "=", pair_id)]).to_pylist()
+        rows = pq.read_table(output / name, partitioning=None, filters=[("id", "=", pair_id)]).to_pylist()
         if rows:
             found: dict[str, Any] = rows[0]
             return found

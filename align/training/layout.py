@@ -52,12 +52,17 @@ def choose_layout(model: torch.nn.Module, batch: dict[str, Any], choice: LayoutC
 
 def base_model(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    return model.get_base_model() if has_adapter(model) else model  # type: ignore[operator]
+
+
+def has_adapter(model: torch.nn.Module) -> bool:
+    """Whether PEFT has wrapped the model; one that an adapter was merged into may keep its ``peft_config``."""
+    return hasattr(model, "get_base_model")
 
 
 def _refusal(model: torch.nn.Module, base: PreTrainedModel) -> str | None:
     """Why packed pairs are not exact for this model, or None after a trial."""
-    adapters = getattr(model, "peft_config", {}).values()
+    adapters = model.peft_config.values() if has_adapter(model) else ()  # type: ignore[operator]
     if any(adapter.is_prompt_learning for adapter in adapters):
         return "a prompt-learning adapter puts tokens of its own before each sequence"
     unknown = set(getattr(base.config.get_text_config(), "layer_types", None) or ()) - EXACT_LAYERS

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from align.batching import token_batches
 from align.console import progress
+from align.training.layout import has_adapter
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -70,7 +71,7 @@ def reference_logps(
 def reference_key(model: torch.nn.Module, dataset: Dataset, settings: Sequence[object]) -> str:
     """Hex digest of the reference's weights (an adapter's left out), the token ids and ``settings``."""
     state = hashlib.sha256(repr(list(settings)).encode())
-    tuner = getattr(model, "base_model", None) if hasattr(model, "peft_config") else None
+    tuner = getattr(model, "base_model", None) if has_adapter(model) else None
     adapter = () if tuner is None else (str(getattr(tuner, "prefix", "lora_")), "modules_to_save.")
     for name, parameter in sorted(model.named_parameters()):
         if not any(part in name for part in adapter):

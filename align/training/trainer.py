@@ -23,7 +23,7 @@ from align.processes import from_first
 from align.stage import read_json, write_json
 from align.training.collator import PAIR_COLUMNS, ROW, PairCollator
 from align.training.guard import FiniteGuard, numbered
-from align.training.layout import LayoutChoice, choose_layout, trim
+from align.training.layout import LayoutChoice, choose_layout, has_adapter, trim
 from align.training.logps import Layout, SequenceLogps, pair_logps
 from align.training.packing import packed_tokens
 from align.training.pair_metrics import PairMetrics
@@ -178,7 +178,7 @@ class PreferenceTrainer(WholeEpochs, DPOTrainer):
     def _under_reference(self, inputs: dict[str, Any]) -> SequenceLogps:
         """Log-probs under the reference: the adapter off where it is the policy's own base."""
         off: AbstractContextManager[None] = nullcontext()
-        if self.ref_model is None and hasattr(self.model, "peft_config"):
+        if self.ref_model is None and has_adapter(self.model):
             policy = self.accelerator.unwrap_model(self.model)
             off = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)

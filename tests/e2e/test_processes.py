@@ -182,7 +182,8 @@ def test_scoring_and_products(tmp_path: Path, processes: int) -> None:
         score = ["reward", "score", "pairs.jsonl", "--model", "reward", "--batch-tokens", "100"]
         scored = launched(count, *score, "--output", f"scored-{name}", cwd=tmp_path)
         assert scored.returncode == 0, scored.stderr
-        assert json.loads(scored.stdout)["n"] == 70, "one process prints"
+        printed = scored.stdout[scored.stdout.index("{") :]  # torch 2.8 has gloo say there who has joined
+        assert json.loads(printed)["n"] == 70, "one process prints"
         found["scored"].append(read_pairs(tmp_path / f"scored-{name}"))
         report = ["entangle", "report", "pairs.jsonl", "--model", "policy", "--output", f"products-{name}"]
         measured = launched(count, *report, cwd=tmp_path)
