@@ -2,6 +2,7 @@
 
     python scripts/study_entanglement.py --output runs/study-entanglement            # all cells, then the table
     python scripts/study_entanglement.py --methods dpo hold_chosen --seeds 0         # some of them
+    python scripts/study_entanglement.py --tail 0 --output runs/study-one-word       # responses of one word
 
 A pair is a human-written review snippet in which one strongly valued word is exchanged for one of the opposite sign;
 the positive one is chosen. Both responses begin with that word and share everything after it, so their gradients are
@@ -42,6 +43,7 @@ METHODS: dict[str, LossConfig] = {
     "dpo": LossConfig(loss="dpo"),
     "ipo": LossConfig(loss="ipo"),
     "simpo": LossConfig(loss="simpo"),
+    "madpo": LossConfig(loss="madpo"),
     "dpop": LossConfig(loss="dpop"),
     "dpo_shift": LossConfig(loss="dpo_shift"),
     "gated_dpo": LossConfig(loss="gated_dpo"),
@@ -66,11 +68,13 @@ class Sizes:
     epochs: int
     batch: int
     rate: float
+    tail: int
+    """Words after the exchanged one, at most."""
 
 
-def exchanged_pairs(snippets: list[Snippet], count: int, seed: int) -> list[dict[str, Any]]:
-    """Pairs that differ in their first word only."""
-    rng = random.Random(seed)
+def exchanged_pairs(snippets: list[Snippet], count: int, seed: int, tail: int) -> list[dict[str, Any]]:
+    """Pairs that differ in their first word only; the margin is gold's."""
+    rng, judge = random.Random(seed), make_judge("vader")
     lexicon = SentimentIntensityAnalyzer().lexicon
     texts = [snippet.text.split()[:MOST_WORDS] for snippet in snippets]
     seen: dict[str, int] = {}
@@ -87,10 +91,10 @@ def exchanged_pairs(snippets: list[Snippet], count: int, seed: int) -> list[dict
         word, rest = words[place], words[place + 1 :]
         other = rng.choice(others[-1 if strong[word] > 0 else 1])
         good, bad = (word, other) if strong[word] > 0 else (other, word)
-        rows.append(
-            {"id": snippet.id, "prompt": " ".join(words[:place]), "chosen": " " + " ".join([good, *rest]),
-             "rejected": " " + " ".join([bad, *rest])}
-        )  # fmt: skip
+        prompt = " ".join(words[:place])
+        chosen, rejected = (" " + " ".join([first, *rest[:tail]]) for first in (good, bad))
+        margin = float(np.subtract(*judge.score([prompt] * 2, [chosen, rejected])))
+        rows.append({"id": snippet.id, "prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin})
     return rows[:count]
 
 
@@ -246,9 +250,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--tail", type=int, default=MOST_WORDS, help="words after the exchanged one, at most")
     arguments = parser.parse_args()
     configure()
-    names = ("pairs", "heldout", "prompts", "epochs", "batch", "rate")
+    names = ("pairs", "heldout", "prompts", "epochs", "batch", "rate", "tail")
     sizes = Sizes(**{name: getattr(arguments, name) for name in names})
     model = str(arguments.assets / "smollm2")
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -259,7 +264,9 @@ def main() -> None:
     before = reference_rewards(model, prompts, arguments.output / f"reference-{sizes.prompts}.json")
     cells = []
     for seed in arguments.seeds:
-        pairs = exchanged_pairs(random.Random(seed).sample(snippets[:half], half), sizes.pairs + sizes.heldout, seed)
+        pairs = exchanged_pairs(
+            random.Random(seed).sample(snippets[:half], half), sizes.pairs + sizes.heldout, seed, sizes.tail
+        )
         data = {
             "train": Dataset.from_list(pairs[: sizes.pairs]),
             "heldout": Dataset.from_list(pairs[sizes.pairs :]),
