@@ -4,7 +4,8 @@
                       |                 v
         sample / pairs -----------> margins -> filter, trust -> train-METHOD -> generate-METHOD -> evaluate -> report
 
-What a stage does stands in align/stages.py; this file only says what it depends on.
+What a stage does stands in align/stages.py, reward_stages.py and evaluation_stages.py; this file only says what it
+depends on.
 """
 
 import sys

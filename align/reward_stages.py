@@ -14,7 +14,7 @@ from align.stage import write_json
 from align.training.train import MODEL
 from reward_models.calibration import evaluate_margins
 from reward_models.crossfit import cross_fit
-from reward_models.ensemble import members, score_with, train_members
+from reward_models.ensemble import EnsembleScorer, members, score_with, train_members
 from reward_models.length_bias import length_probe, word_difference
 from reward_models.margin_map import MarginMap, calibrated_out_of_fold, fit_map
 
@@ -96,3 +96,13 @@ def reward_pairs_folder(root: Path) -> Path:
     """Folder of the stage whose pairs the reward model is trained on."""
     own = root / "pairs-reward"
     return own if own.exists() else root / "pairs"
+
+
+def make_scorer(model: Path, config: RewardConfig) -> EnsembleScorer:
+    """A scorer, of all members where the model is an ensemble, with the batch size and length of its configuration."""
+    return EnsembleScorer(
+        model,
+        batch_tokens=config.batch_tokens,
+        max_length=config.max_length,
+        trust_remote_code=config.trusts_remote_code,
+    )

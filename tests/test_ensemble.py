@@ -12,7 +12,7 @@ from align.config import PairsConfig, RewardConfig
 from align.evaluation.judges import make_score_judge
 from align.evaluation.reward_model import evaluate
 from align.generation.scoring import ScorerChoice
-from align.stages import make_scorer
+from align.reward_stages import make_scorer
 from reward_models.ensemble import EnsembleScorer, members, score_with
 from reward_models.score import RewardScorer
 from tests.builders import bert_reward, llama_reward, rows

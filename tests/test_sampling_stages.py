@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from align import stages
+from align import evaluation_stages, stages
 from align.config import RunConfig
 from align.generation.transformers_engine import TransformersEngine
 from align.pairs import read_pairs
@@ -52,12 +52,13 @@ def stopped(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
 def test_a_stopped_stage_repeats_no_finished_part(
     stage: str, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work, which = (stages.stage_sample, "") if stage == "sample" else (stages.stage_generate, "reference")
+    module, which = (stages, "") if stage == "sample" else (evaluation_stages, "reference")
+    work = stages.WORK[stage]
     whole, halted = tmp_path / "whole", tmp_path / "halted"
     whole.mkdir()
     halted.mkdir()
     work(config, config.folder, whole, which)
-    monkeypatch.setattr(stages, "PART", 4)
+    monkeypatch.setattr(module, "PART", 4)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         first = stopped(patch, 8)
         work(config, config.folder, halted, which)

@@ -96,3 +96,8 @@ def sample_seed(seed: int, key: str, sample: int) -> int:
 
 def _tokens(found: tuple[int, list[Completion]]) -> int:
     return sum(len(completion.token_ids) for completion in found[1])
+
+
+def as_completion(prompt: Any, text: str) -> Any:
+    """``text`` as a dataset would hold it beside ``prompt``: a message where the prompt is a conversation."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

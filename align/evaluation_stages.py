@@ -1,0 +1,127 @@
+"""What the last stages do: completions of every policy on held-out prompts, and what they are worth."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from align.config import RunConfig
+from align.estimates import bootstrap_mean, correlation
+from align.evaluation.kl import completion_logps
+from align.evaluation.parts import in_parts
+from align.evaluation.rewards import compare, gain_per_root_kl
+from align.generation.base import Sampling, as_completion, prompt_keys
+from align.generation.transformers_engine import TransformersEngine
+from align.model_loading import load_policy, load_tokenizer
+from align.pairs import load_prompts, read_pairs
+from align.reward_stages import METRICS, make_scorer
+from align.stage import write_json
+from align.training.train import MODEL
+from reward_models.judges import make_judge
+
+COMPLETIONS = "completions.parquet"
+KL_BATCH_TOKENS = 4096
+PARTS, PART = "parts", 128
+"""Folder of finished parts, and prompts of one: a stopped stage makes at most one of them again."""
+
+
+def stage_generate(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+    """One completion of each held-out prompt by policy ``which``, its log-probs under policy and reference."""
+    assert config.evaluate is not None and config.train is not None
+    settings = config.evaluate
+    prompts = load_prompts(Path(settings.prompts))
+    trusted = config.train.trusts_remote_code
+    tokenizer = load_tokenizer(config.train.model, trust_remote_code=trusted)
+    reference = load_policy(config.train.model, dtype="float32", trust_remote_code=trusted).eval()
+    policy = reference
+    if which != "reference":
+        trained = str(root / f"train-{which}" / MODEL)
+        policy = load_policy(trained, dtype="float32", trust_remote_code=trusted).eval()
+        if hasattr(policy, "merge_and_unload"):  # an adapter costs each sampled token more than once what it holds
+            policy = policy.merge_and_unload()
+    engine = TransformersEngine(policy, tokenizer, batch_size=settings.batch_size)
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, n=1, seed=config.seed)
+    keys = prompt_keys(prompts)
+
+    def part(rows: range) -> Dataset:
+        own = [prompts[k] for k in rows]
+        completions = [group[0] for group in engine.generate(own, sampling, [keys[k] for k in rows])]
+        ids = [engine.encode(prompt) for prompt in own]
+        sampled = [completion.token_ids for completion in completions]
+        budget = {"batch_tokens": KL_BATCH_TOKENS, "pad_token_id": tokenizer.pad_token_id}
+        logps = {model: completion_logps(model, ids, sampled, **budget) for model in {policy, reference}}
+        return Dataset.from_dict(
+            {
+                "prompt": own,
+                "text": [completion.text for completion in completions],
+                "tokens": [len(token_ids) for token_ids in sampled],
+                "logp_policy": logps[policy],
+                "logp_reference": logps[reference],
+            }
+        )
+
+    table = in_parts(len(prompts), PART, folder / PARTS, part, what=f"completions of {which}")
+    table.to_parquet(str(folder / COMPLETIONS))
+    shutil.rmtree(folder / PARTS)
+
+
+def stage_evaluate(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+    """Gold reward, KL to the reference and their ratio for every policy; gold correlation of the margins."""
+    assert config.evaluate is not None and config.train is not None
+    judge = make_judge(config.evaluate.judge)
+    tables = {
+        name: Dataset.from_parquet(str(root / f"generate-{name}" / COMPLETIONS))
+        for name in ("reference", *config.train.methods)
+    }
+    rewards = {name: judge.score(table["prompt"], table["text"]) for name, table in tables.items()}
+    result = compare(rewards, baseline="reference", seed=config.seed)
+    for name, table in tables.items():
+        policy = result["policies"][name]
+        policy["mean_tokens"] = float(np.mean(table["tokens"]))
+        kl = np.asarray(table["logp_policy"]) - np.asarray(table["logp_reference"])
+        is_reference = name == "reference"
+        policy["kl"] = None if is_reference else bootstrap_mean(kl, seed=config.seed).to_dict()
+        ratio = None if is_reference else gain_per_root_kl(rewards[name] - rewards["reference"], kl, seed=config.seed)
+        policy["gain_per_root_kl"] = ratio and ratio.to_dict()
+    for name, gain in _reward_model_gains(config, root, tables).items():
+        result["policies"][name]["reward_model_gain"] = gain
+    result["judge"] = judge.name
+    result["n_prompts"] = len(tables["reference"])
+    result["gold_correlation"] = _gold_correlation(read_pairs(root / "margins" / "pairs"), judge)
+    result["samples"] = [
+        {
+            "prompt": _plain(tables["reference"]["prompt"][k]),
+            "completions": {
+                name: {"text": table["text"][k], "reward": float(rewards[name][k])} for name, table in tables.items()
+            },
+        }
+        for k in range(min(config.evaluate.samples_shown, len(tables["reference"])))
+    ]
+    write_json(folder / METRICS, result)
+
+
+def _reward_model_gains(config: RunConfig, root: Path, tables: dict[str, Dataset]) -> dict[str, dict[str, float]]:
+    """Policy -> paired gain over the reference under the run's own reward model, the signal that training followed."""
+    if config.reward is None:
+        return {}
+    scorer = make_scorer(root / "reward" / MODEL, config.reward)
+    rewards = {
+        name: scorer.score_completions(
+            table["prompt"], [as_completion(*row) for row in zip(table["prompt"], table["text"], strict=True)]
+        )
+        for name, table in tables.items()
+    }
+    found = compare(rewards, baseline="reference", seed=config.seed)["policies"]
+    return {name: policy["gain"] for name, policy in found.items() if policy["gain"] is not None}
+
+
+def _gold_correlation(pairs: Dataset, judge: Any) -> dict[str, float] | None:
+    """Pearson correlation of the margins with the judge's margins, 95% interval by Fisher's z."""
+    gold = judge.score(pairs["prompt"], pairs["chosen"]) - judge.score(pairs["prompt"], pairs["rejected"])
+    return correlation(pairs["margin"], gold)
+
+
+def _plain(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
