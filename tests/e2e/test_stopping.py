@@ -15,25 +15,40 @@ from align.pairs import write_pairs
 from tests.builders import causal, rows
 from tests.launching import command, environment
 
-STEPS = 400
-
 
 def start(folder: Path, name: str, processes: int) -> subprocess.Popen[str]:
     align = command(processes, "align.cli", "train", "run.yaml", "--set", f"name={name}")
     return subprocess.Popen(align, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
 
 
+def loads_to_first_cpu(folder: Path) -> bool:
+    """Where transformers loads an optimizer's state to in several processes on CPUs; torch 2.8 does not know it."""
+    torch.save(torch.zeros(1), folder / "state.pt")
+    try:
+        torch.load(folder / "state.pt", map_location=torch.device("cpu:0"), weights_only=True)
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "stopped")]
+    ("number", "code", "word", "processes", "steps"),
+    [
+        (signal.SIGTERM, 143, "terminated", 1, 400),
+        (signal.SIGINT, 130, "stopped", 1, 400),
+        (signal.SIGTERM, 143, "terminated", 2, 200),
+        pytest.param(signal.SIGINT, 130, "stopped", 2, 200, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("processes", [1, 2])
 def test_stopped_training_ends_as_if_it_had_not(
-    tmp_path: Path, number: int, code: int, word: str, processes: int
+    tmp_path: Path, number: int, code: int, word: str, processes: int, steps: int
 ) -> None:
     """Several processes get the signal from their launcher, which ends with an exit code and last words of its own."""
+    if processes > 1 and not loads_to_first_cpu(tmp_path):
+        pytest.skip("this torch cannot load a checkpoint in several processes on CPUs")
     causal(tmp_path / "policy")
     write_pairs(Dataset.from_list(rows(16)), tmp_path)
-    trainer = {"max_steps": STEPS, "per_device_train_batch_size": 4, "bf16": False, "gradient_checkpointing": False}
+    trainer = {"max_steps": steps, "per_device_train_batch_size": 4, "bf16": False, "gradient_checkpointing": False}
     run = {
         "name": "x", "pairs": {"path": "pairs.parquet"},
         "train": {"model": "policy", "methods": {"madpo": {"loss": "madpo"}}, "trainer": trainer},
@@ -46,7 +61,7 @@ def test_stopped_training_ends_as_if_it_had_not(
     assert stopped.stderr is not None
     for line in stopped.stderr:
         lines.append(line)
-        if f"{STEPS} steps" in line:
+        if f"{steps} steps" in line:
             time.sleep(0.3)
             stopped.send_signal(number)
     ended = stopped.wait(timeout=300)
@@ -56,7 +71,7 @@ def test_stopped_training_ends_as_if_it_had_not(
     assert ended != 0 and sum(line.startswith(f"{word};") for line in lines) == processes, "".join(lines)
     partial = tmp_path / "runs" / "stopped" / "train-madpo.partial" / "checkpoints"
     (checkpoint,) = partial.glob("checkpoint-*")
-    assert 0 < int(checkpoint.name.split("-")[1]) < STEPS
+    assert 0 < int(checkpoint.name.split("-")[1]) < steps
     again = start(tmp_path, "stopped", processes)
     assert again.stderr is not None
     said = again.stderr.read()
