@@ -148,7 +148,7 @@ def main() -> NoReturn:
     """Entry point: exit 0; 2 for the user's mistake, 1 for ours, 130 for Ctrl-C, 143 for SIGTERM."""
     from align.disk import disk_problem
     from align.errors import AlignError
-    from align.processes import lost_process
+    from align.processes import leave, lost_process
     from align.secrets import redact_text
 
     signal.signal(signal.SIGTERM, _terminated)
@@ -161,6 +161,8 @@ def main() -> NoReturn:
     except SystemExit as stop:
         if stop.code in STOPPED:
             sys.stderr.write(f"{STOPPED[stop.code]}; what is finished is kept, the same command goes on from there\n")
+        elif not stop.code:
+            leave()
         raise
     except Exception as error:
         if (problem := disk_problem(error) or lost_process(error)) is not None:

@@ -70,6 +70,16 @@ def of_all(own: list[T]) -> list[T]:
     return list(gather_object(own))
 
 
+def leave() -> None:
+    """Close the process group at the end of a run that went well; left open, its threads may abort the process."""
+    if world_size() == 1:
+        return
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def lost_process(error: BaseException) -> EnvironmentProblem | None:
     """What to tell the user about ``error`` if it means that another process is gone, else None."""
     if world_size() == 1:

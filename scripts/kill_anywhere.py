@@ -116,8 +116,7 @@ def kill_anywhere(run: Path, scratch: Path, kills: int, seed: int) -> dict[str, 
     found: list[str] = []
     while len(done) < kills:
         rounds += 1
-        aims = sorted(chance.choices(range(len(stages)), k=kills)) if rounds > 1 else _spread(len(stages), kills)
-        for aim in aims[: kills - len(done)]:
+        for aim in _aims(stages, {kill.hit for kill in done}, kills - len(done), chance):
             whole_before = finished(killed, stages)
             attempt = Attempt(run, scratch / "killed")
             hit = _shoot(attempt, stages, aim, killed, seconds, chance)
@@ -171,16 +170,19 @@ def compare(whole: Path, other: Path) -> list[str]:
     return lines
 
 
-def _spread(stages: int, kills: int) -> list[int]:
-    """Every stage as often as every other, in order."""
-    return sorted(k % stages for k in range(kills))
+def _aims(stages: list[str], hit: set[str], kills: int, chance: random.Random) -> list[int]:
+    """Places of the stages to aim at, in order: those that were never hit as often as each other, then any."""
+    missed = [k for k, stage in enumerate(stages) if stage not in hit]
+    chance.shuffle(missed)
+    return sorted((missed or range(len(stages)))[k % len(missed or stages)] for k in range(kills))
 
 
 def _shoot(
     attempt: Attempt, stages: list[str], aim: int, folder: Path, seconds: dict[str, float], chance: random.Random
 ) -> Kill | None:
-    """Kill the process in the stage aimed at (or soon after); None if it was done before."""
-    stage = stages[aim]
+    """Kill the process in the stage aimed at, in the next unfinished one, or soon after; None if it was too late."""
+    whole = finished(folder, stages)
+    stage = next(name for name in stages[aim:] if name not in whole)
     how = chance.choice(["time", "write"])
     if stage == REPORT:
         _until(attempt, lambda: attempt.ended(stages[-2]))
@@ -190,7 +192,8 @@ def _shoot(
         before, wait = folder / f"{stage}.partial", chance.uniform(0, seconds[stage])
     known = _files(before)
     if how == "write":
-        _until(attempt, lambda: bool(_files(before) - known), LIMIT_SECONDS if stage != REPORT else 1.0)
+        limit = LIMIT_SECONDS if stage != REPORT else 1.0
+        _until(attempt, lambda: bool(_files(before) - known) or (stage != REPORT and attempt.ended(stage)), limit)
         wait = chance.uniform(0, 0.005)
     _until(attempt, lambda: False, wait)
     if not attempt.alive:
