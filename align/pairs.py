@@ -6,7 +6,7 @@ preference format, plain or conversational) and those of ``OPTIONAL`` that its s
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,14 @@ def write_pairs(pairs: Dataset, folder: Path) -> None:
     temporary = folder / f"{FILE}.tmp"
     pq.write_table(table, temporary, compression="zstd")
     temporary.replace(folder / FILE)
+
+
+def with_columns(pairs: Dataset, columns: Mapping[str, np.ndarray]) -> Dataset:
+    """The table with ``columns`` (each [N]) at its end, in place of those of the same names."""
+    table = pairs.remove_columns([name for name in columns if name in pairs.column_names])
+    for name, values in columns.items():
+        table = table.add_column(name, values.tolist())
+    return table
 
 
 def read_pairs(folder: Path) -> Dataset:

@@ -28,7 +28,7 @@ from align.reward_stages import METRICS, make_scorer, scored_by, stage_crossfit,
 from align.stage import read_json, write_json
 from align.trainer_args import build_lora, build_trainer_args
 from align.training.train import MODEL, bind, require_margin, train_policy
-from align.trust.commands import FEATURES, FILE, check_margins, margin_source, measure
+from align.trust.commands import FEATURES, FILE, check_margins, loss_parameters, margin_source, measure
 from align.trust.says import sentences
 from reward_models.calibration import evaluate_margins
 from reward_models.ensemble import members
@@ -230,9 +230,7 @@ def stage_trust(config: RunConfig, root: Path, folder: Path, which: str) -> None
     found |= {"source": str(table), "model": config.train.model, "margins": origin, "seed": config.seed}
     found["sentences"] = sentences(found, origin)
     write_json(folder / FILE, found)
-    write_json(
-        folder / TRUST_NUMBERS, {"slope": found["slope"]} | {k: found["chosen"][k] for k in ("trust", "strength")}
-    )
+    write_json(folder / TRUST_NUMBERS, loss_parameters(found))
     log.info("%s", found["sentences"]["verdict"])
 
 

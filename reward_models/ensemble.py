@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from align.config import RewardConfig
+from align.pairs import with_columns
 from reward_models.margin_map import MarginMap
 from reward_models.score import COLUMNS, RewardScorer
 from reward_models.train import train_reward_model
@@ -127,9 +128,8 @@ def score_with(
 def _averaged(pairs: Dataset, scored: Sequence[Dataset]) -> Dataset:
     """``pairs`` with the means of the members' score columns, and the standard deviation of their margins."""
     rewards = np.stack([np.stack([np.asarray(one[column]) for column in COLUMNS], axis=1) for one in scored])
-    table = pairs.remove_columns([name for name in (*COLUMNS, SPREAD) if name in pairs.column_names])
-    for column, values in zip(COLUMNS, rewards.mean(axis=0).T, strict=True):
-        table = table.add_column(column, values.tolist())
+    columns = dict(zip(COLUMNS, rewards.mean(axis=0).T, strict=True))
     if len(scored) > 1:
-        table = table.add_column(SPREAD, rewards[:, :, -1].std(axis=0, ddof=1).tolist())
-    return table
+        columns[SPREAD] = rewards[:, :, -1].std(axis=0, ddof=1)
+    stale = [SPREAD] if SPREAD in pairs.column_names else []
+    return with_columns(pairs.remove_columns(stale), columns)

@@ -14,6 +14,7 @@ from datasets import Dataset
 from scipy.optimize import isotonic_regression, minimize_scalar
 
 from align.errors import ModelError
+from align.pairs import with_columns
 from align.stage import read_json, write_json
 from reward_models.length_bias import length_slope, word_difference
 
@@ -54,9 +55,7 @@ class MarginMap:
         if "margin_std" in pairs.column_names:
             std, words = np.asarray(pairs["margin_std"], dtype=np.float64), word_difference(pairs)
             columns["margin_std"] = np.abs(self(old + std / 2, words) - self(old - std / 2, words))
-        for name, values in columns.items():
-            pairs = pairs.remove_columns(name).add_column(name, values.tolist())
-        return pairs
+        return with_columns(pairs, columns)
 
     def save(self, model: Path) -> None:
         """Write it into a model folder."""

@@ -12,6 +12,7 @@ from align.arrays import kept_array
 from align.batching import token_batches
 from align.console import progress
 from align.errors import NumericsError
+from align.pairs import with_columns
 from align.processes import from_first, local_device, of_all, own_share, process_rank
 from reward_models.model import load_reward_model
 from reward_models.text import render, tokenize
@@ -101,11 +102,8 @@ class RewardScorer:
         """
         parts = [self._score_chunk(pairs, start, cache) for start in range(0, len(pairs), CHUNK)]
         rewards = np.concatenate(parts) if parts else np.empty((0, 2))
-        present = [column for column in COLUMNS if column in pairs.column_names]
-        scored = pairs.remove_columns(present)
-        for column, values in zip(COLUMNS, (*rewards.T, rewards[:, 0] - rewards[:, 1]), strict=True):
-            scored = scored.add_column(column, values.tolist())
-        return scored
+        values = (*rewards.T, rewards[:, 0] - rewards[:, 1])
+        return with_columns(pairs, dict(zip(COLUMNS, values, strict=True)))
 
     def _score_chunk(self, pairs: Dataset, start: int, cache: Path | None) -> np.ndarray:
         """Rewards [n, 2] of the pairs from ``start`` on."""

@@ -172,9 +172,9 @@ def compare(whole: Path, other: Path) -> list[str]:
 
 def _aims(stages: list[str], hit: set[str], kills: int, chance: random.Random) -> list[int]:
     """Places of the stages to aim at, in order: those that were never hit as often as each other, then any."""
-    missed = [k for k, stage in enumerate(stages) if stage not in hit]
-    chance.shuffle(missed)
-    return sorted((missed or range(len(stages)))[k % len(missed or stages)] for k in range(kills))
+    places = [k for k, stage in enumerate(stages) if stage not in hit] or list(range(len(stages)))
+    chance.shuffle(places)
+    return sorted(places[k % len(places)] for k in range(kills))
 
 
 def _shoot(
@@ -193,7 +193,7 @@ def _shoot(
     known = _files(before)
     if how == "write":
         limit = LIMIT_SECONDS if stage != REPORT else 1.0
-        _until(attempt, lambda: bool(_files(before) - known) or (stage != REPORT and attempt.ended(stage)), limit)
+        _until(attempt, lambda: bool(_files(before) - known) or attempt.ended(stage), limit)
         wait = chance.uniform(0, 0.005)
     _until(attempt, lambda: False, wait)
     if not attempt.alive:

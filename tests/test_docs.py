@@ -5,6 +5,7 @@ import shlex
 from itertools import groupby
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import pytest
 import typer
@@ -15,14 +16,12 @@ from align.config import load_config
 from align.stages import check_config
 
 ROOT = Path(__file__).parents[1]
+SEPARATORS = ("&&", "||", ";", "|")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-
-
-SEPARATORS = ("&&", "||", ";", "|")
 
 
 def commands(page: Path) -> list[str]:
@@ -59,7 +58,7 @@ def test_yaml_blocks_are_valid(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line: str) -> None:
     """Verbs and options exist and take what they are given; nothing is run."""
-    parse(line)
+    assert parse(line)
 
 
 @pytest.mark.parametrize("line", ["align trian run.yaml", "align train run.yaml --method dpo", "align eval reward"])
@@ -68,8 +67,8 @@ def test_wrong_commands_do_not_parse(line: str) -> None:
         parse(line)
 
 
-def parse(line: str) -> None:
-    """What the command line does with ``line`` before it runs anything."""
+def parse(line: str) -> dict[str, Any]:
+    """The parameters that the command line takes from ``line`` before it runs anything."""
     command = typer.main.get_command(app)
     verb, *arguments = shlex.split(line)
     context = command.make_context("align", [], resilient_parsing=True)
@@ -77,4 +76,4 @@ def parse(line: str) -> None:
         verb, *arguments = arguments
         assert verb in command.commands, f"no verb {verb}"
         command = command.commands[verb]
-    assert command.make_context(verb, arguments, parent=context).params
+    return dict(command.make_context(verb, arguments, parent=context).params)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from packaging import version
 from peft import PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -28,6 +29,10 @@ BASE: dict[str, Any] = {
     "use_cpu": True, "gradient_checkpointing": False, "max_length": 64, "report_to": "none", "save_strategy": "no",
     "disable_tqdm": True,
 }  # fmt: skip
+
+
+ROUNDING = 1e-5 if version.parse(torch.__version__).release >= (2, 9) else 2e-5
+"""Gradients of up to 0.14 after steps of AdamW; with the kernels of torch 2.8 the largest difference was 1.3e-5."""
 
 
 class Gradients(TrainerCallback):
@@ -90,7 +95,7 @@ def compare_with_trl(
     (their_losses, their_gradients, their_log), (my_losses, my_gradients, my_log) = found
     assert np.allclose(their_losses, my_losses, atol=1e-5)
     for a, b in zip(their_gradients, my_gradients, strict=True):
-        assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=2e-5) for name in a)
+        assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=ROUNDING) for name in a)
     for name in ("rewards/chosen", "rewards/margins", "logps/chosen", "logps/rejected", "logits/chosen", "entropy"):
         logged = [[float(entry[name]) for entry in log if name in entry] for log in (their_log, my_log)]
         assert np.allclose(*logged, rtol=metrics_rtol, atol=1e-4), name

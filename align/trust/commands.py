@@ -100,6 +100,11 @@ def measure(pairs: Dataset, model: str, cache: Path, *, origin: str, max_length:
     return found
 
 
+def loss_parameters(found: dict[str, Any]) -> dict[str, float]:
+    """Of what ``measure`` found, the parameters of the loss ``trust``."""
+    return {"slope": found["slope"], "trust": found["chosen"]["trust"], "strength": found["chosen"]["strength"]}
+
+
 def margin_source(table: Path) -> str:
     """Where the run that wrote ``table`` says its margins come from; ``unknown`` where no run says it."""
     for folder in (table, table.parent):

@@ -17,7 +17,7 @@ from align.model_loading import load_policy, load_tokenizer
 from align.pairs import read_pairs
 from align.stage import Stage, fingerprint_source, read_json, run_stage, write_json
 from align.training.train import MODEL, train_policy
-from align.trust.commands import FEATURES, FILE, measure
+from align.trust.commands import FEATURES, FILE, loss_parameters, measure
 from protocol.data import Quality, Study, read_prompts
 from reward_models.judges import make_judge
 
@@ -114,8 +114,7 @@ def _measured(study: Study, pairs: Stage, quality: Quality, seed: int) -> Parame
     stage = run_stage(
         f"trust, {quality}, seed {seed}", study.root / f"seed-{seed}" / quality / "measured", inputs, work
     )
-    found = read_json(stage.folder / FILE)
-    return {"slope": found["slope"], "trust": found["chosen"]["trust"], "strength": found["chosen"]["strength"]}
+    return dict(loss_parameters(read_json(stage.folder / FILE)))
 
 
 def run_reference(study: Study, seed: int, split: Split) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from align.evaluation.parts import in_parts, read_table
 from align.generation.base import Sampling
 from align.generation.engines import make_engine
 from align.model_loading import load_tokenizer
-from align.pairs import read_pairs, write_pairs
+from align.pairs import read_pairs, with_columns, write_pairs
 from align.stage import Stage, fingerprint_source, read_json, run_stage, write_json
 from reward_models.calibration import evaluate_margins
 from reward_models.crossfit import cross_fit
@@ -215,10 +215,7 @@ def dealt_anew(scored: Dataset, seed: int) -> Dataset:
     first, second = (np.asarray(scored[name])[order] for name in ("reward_chosen", "reward_rejected"))
     chosen, rejected = np.where(turned, second, first), np.where(turned, first, second)
     columns = {"reward_chosen": chosen, "reward_rejected": rejected, "margin": chosen - rejected}
-    kept = scored.remove_columns(list(columns))
-    for name, values in columns.items():
-        kept = kept.add_column(name, values.tolist())
-    return kept
+    return with_columns(scored, columns)
 
 
 def make_reward_model(study: Study, prompts: Stage) -> Stage:

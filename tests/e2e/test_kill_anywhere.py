@@ -1,7 +1,6 @@
 """A run that is killed anywhere ends as one that was left alone: scripts/kill_anywhere.py on a whole tiny run."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,7 @@ import yaml
 
 from tests.builders import bert_reward, causal, rows
 from tests.e2e.test_cli import jsonl
-
-ROOT = Path(__file__).parents[2]
+from tests.launching import ROOT, environment
 
 
 def workspace(folder: Path) -> Path:
@@ -44,10 +42,14 @@ def workspace(folder: Path) -> Path:
 
 def harness(run: Path, kills: int, output: Path) -> dict[str, object]:
     """What the script finds; it must find nothing wrong."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "scripts" / "kill_anywhere.py"), str(run), "--kills", str(kills)]
     done = subprocess.run(
-        [*command, "--output", str(output)], env=environment, capture_output=True, text=True, check=False, timeout=1800
+        [*command, "--output", str(output)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(output.read_text())  # type: ignore[no-any-return]

@@ -1,6 +1,5 @@
 """Ten minutes of coverage-guided fuzzing: pair files, run files and overrides give a result or an error to mend."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT
+from tests.launching import environment
 
 SECONDS = {"jsonl": 150, "csv": 120, "parquet": 150, "config": 150, "override": 30}
 LEAST_RUNS = 200
@@ -20,9 +19,8 @@ pytestmark = pytest.mark.slow
 def test_nothing_crashes(tmp_path: Path, target: str) -> None:
     pytest.importorskip("atheris")
     command = [sys.executable, "-m", "tests.fuzzing", target, str(tmp_path), "--seconds", str(SECONDS[target])]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=1800
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=1800
     )
     said = done.stdout[-2000:] + done.stderr[-6000:]
     found = [(path.name, path.read_bytes()) for path in tmp_path.glob("*-*") if path.name.split("-")[0] != "seed"]

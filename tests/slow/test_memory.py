@@ -1,7 +1,6 @@
 """A training of 2,000 steps holds no more memory at its end than after its first steps."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import yaml
 
 from tests.builders import causal, rows
 from tests.e2e.test_cli import jsonl
-from tests.launching import ROOT
+from tests.launching import ROOT, environment
 
 STEPS, WARM = 2000, 200
 MOST_MIB = 4
@@ -34,10 +33,9 @@ def test_memory_is_flat(tmp_path: Path, loss: str) -> None:
     train = {"model": "policy", "methods": {"m": {"loss": loss}}, "trainer": trainer}
     run = {"name": "long", "pairs": {"path": "pairs.jsonl"}, "train": train}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.measured_cli", "train", "run.yaml"]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=3600
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=3600
     )
     assert done.returncode == 0, done.stderr
     measured = [json.loads(line) for line in (tmp_path / "memory.jsonl").read_text().splitlines()]
