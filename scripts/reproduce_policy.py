@@ -21,14 +21,15 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-from protocol.cells import CANDIDATES, TRUST, Parameters, Split, choose, run_cell, run_reference
+from protocol.cells import CANDIDATES, TRUST, Parameters, Split, choose, reads_margins, run_cell, run_reference
 from protocol.data import (
     QUALITIES,
     Margins,
     Quality,
     Sizes,
     Study,
-    make_pairs,
+    make_labels,
+    make_margins,
     make_prompts,
     make_reward_model,
     make_samples,
@@ -61,8 +62,15 @@ def read_study(arguments: argparse.Namespace) -> Study:
         arguments.reward_pairs, arguments.train_prompts, arguments.validation_prompts, arguments.test_prompts,
         config.sample.max_new_tokens, config.evaluate.batch_size, arguments.label_scale,
     )  # fmt: skip
-    root = arguments.output / arguments.margins
-    return Study(root, arguments.snippets, sizes, config.train, config.reward, arguments.margins, config.evaluate.judge)
+    return Study(
+        arguments.output,
+        arguments.snippets,
+        sizes,
+        config.train,
+        config.reward,
+        arguments.margins,
+        config.evaluate.judge,
+    )
 
 
 class Runner:
@@ -73,18 +81,24 @@ class Runner:
         self.prompts = make_prompts(study)
         if study.margins in ("outside", "noise"):
             make_reward_model(study, self.prompts)
-        self.made: dict[tuple[str, int], Stage] = {}
+        self.made: dict[tuple[str, int, bool], Stage] = {}
 
-    def pairs(self, quality: Quality, seed: int) -> Stage:
-        """The pairs of a quality and seed, with margins."""
-        if (quality, seed) not in self.made:
-            samples = make_samples(self.study, self.prompts, seed)
-            self.made[quality, seed] = make_pairs(self.study, samples, quality, seed)
-        return self.made[quality, seed]
+    def pairs(self, quality: Quality, seed: int, *, with_margins: bool) -> Stage:
+        """The labelled pairs of a quality and seed."""
+        place = (quality, seed, with_margins)
+        if place not in self.made:
+            if with_margins:
+                labels = self.pairs(quality, seed, with_margins=False)
+                self.made[place] = make_margins(self.study, labels, quality, seed)
+            else:
+                samples = make_samples(self.study, self.prompts, seed)
+                self.made[place] = make_labels(self.study, samples, quality, seed)
+        return self.made[place]
 
     def cell(self, quality: Quality, method: str, parameters: Parameters, seed: int, split: Split) -> dict[str, Any]:
         """A cell, computed or read."""
-        return run_cell(self.study, self.pairs(quality, seed), quality, method, parameters, seed, split)
+        pairs = self.pairs(quality, seed, with_margins=reads_margins(method))
+        return run_cell(self.study, pairs, quality, method, parameters, seed, split)
 
 
 def tune(runner: Runner, quality: Quality, method: str, candidates: int) -> Parameters:
@@ -102,7 +116,7 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
     references: list[dict[str, Any]] = []
     cells: list[dict[str, Any]] = []
     chosen: dict[str, Any] = {}
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         if time.monotonic() > end:
             break
         references.append(run_reference(study, seed, test))
@@ -114,12 +128,12 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
                 if name not in chosen:
                     chosen[name] = tune(runner, quality, method, arguments.candidates)
                 cells.append(runner.cell(quality, method, chosen[name], seed, test))
-                write_json(study.root / "table.json", {"chosen": chosen, "rows": summarise(cells, references)})
+                write_json(study.margins_root / "table.json", {"chosen": chosen, "rows": summarise(cells, references)})
     rows = summarise(cells, references)
     if rows:
-        draw_frontier(rows, study.root / "frontier.svg")
+        draw_frontier(rows, study.margins_root / "frontier.svg")
     print(markdown(rows))
-    log.info("%d test cells; %s", len(cells), study.root / "table.json")
+    log.info("%d test cells; %s", len(cells), study.margins_root / "table.json")
 
 
 def main() -> None:
@@ -135,7 +149,7 @@ def main() -> None:
         "--methods", nargs="+", choices=list(CANDIDATES), default=[name for name in CANDIDATES if name != TRUST]
     )
     parser.add_argument("--candidates", type=int, choices=(1, 2, 3), default=3, help="settings tried; 1 tunes nothing")
-    parser.add_argument("--seeds", type=int, default=3, help="test seeds")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="test seeds")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.5, 0.7, 1.0, 1.3], help="1 among them")
     parser.add_argument("--reward-pairs", type=int, default=2000)
     parser.add_argument("--train-prompts", type=int, default=512)

@@ -13,6 +13,7 @@ from align.config import LossConfig
 from align.entanglement.batch import MAX_LENGTH
 from align.evaluation.completions import Decoding, measure_kl, score, write_completions
 from align.evaluation.policies import REFERENCE, Policy
+from align.loss_registry import LOSSES
 from align.model_loading import load_policy, load_tokenizer
 from align.pairs import read_pairs
 from align.stage import Stage, fingerprint_source, read_json, run_stage, write_json
@@ -68,10 +69,18 @@ def relabelled(pairs: Dataset) -> Dataset:
     return Dataset.from_list([turn(row) for row in pairs.to_list()])
 
 
+def reads_margins(method: str) -> bool:
+    """Whether the margins change what the method trains."""
+    return method == RELABELLED or LOSSES[method].needs_margin
+
+
 def run_cell(
     study: Study, pairs: Stage, quality: Quality, method: str, parameters: Parameters, seed: int, split: Split
 ) -> dict[str, Any]:
-    """Train and judge; what ``cell.json`` holds. A cell that is there is only read."""
+    """Train and judge; what ``cell.json`` holds. A cell that is there is only read.
+
+    ``pairs``: with margins where the method reads them, the labels' otherwise.
+    """
     measured = _measured(study, pairs, quality, seed) if method == TRUST else {}
     loss = LossConfig(loss="dpo" if method == RELABELLED else method, parameters=parameters | measured)
     train = study.train.model_copy(update={"methods": {method: loss}})
@@ -88,7 +97,8 @@ def run_cell(
         facts = {"quality": quality, "method": method, "seed": seed, "split": split.name, "parameters": parameters}
         write_json(folder / CELL, facts | ({"measured": measured} if measured else {}) | {"decoded": found})
 
-    folder = study.root / f"seed-{seed}" / quality / method / setting_name(parameters)
+    root = study.margins_root if reads_margins(method) else study.root
+    folder = root / f"seed-{seed}" / quality / method / setting_name(parameters)
     inputs = {
         "pairs": pairs.key,
         "model": fingerprint_source(study.train.model),
@@ -112,7 +122,7 @@ def _measured(study: Study, pairs: Stage, quality: Quality, seed: int) -> Parame
 
     inputs = {"pairs": pairs.key, "model": fingerprint_source(study.train.model), "origin": origin, "seed": seed}
     stage = run_stage(
-        f"trust, {quality}, seed {seed}", study.root / f"seed-{seed}" / quality / "measured", inputs, work
+        f"trust, {quality}, seed {seed}", study.margins_root / f"seed-{seed}" / quality / "measured", inputs, work
     )
     return dict(loss_parameters(read_json(stage.folder / FILE)))
 

@@ -55,6 +55,7 @@ class Study:
     """What every cell shares."""
 
     root: Path
+    """Of what no margin touches: prompts, samples, labels, outside reward model, policies trained without margins."""
     snippets: Path
     sizes: Sizes
     train: TrainConfig
@@ -64,6 +65,11 @@ class Study:
     one trained on the very pairs. cross-fitted: each pair's from a model trained on the others. noise: the outside
     model's, dealt anew among the pairs: as large, and about nothing."""
     judge: str = "vader"
+
+    @property
+    def margins_root(self) -> Path:
+        """Of what these margins touch."""
+        return self.root / self.margins
 
 
 def make_prompts(study: Study) -> Stage:
@@ -161,16 +167,26 @@ def _cut(study: Study, texts: list[str]) -> list[str]:
     return [text if text.startswith(" ") else f" {text}" for text in cut]
 
 
-def make_pairs(study: Study, samples: Stage, quality: Quality, seed: int) -> Stage:
-    """Labelled pairs of a quality with their margins in ``pairs/``; how good both are in ``metrics.json``."""
+def make_labels(study: Study, samples: Stage, quality: Quality, seed: int) -> Stage:
+    """Labelled pairs of a quality in ``pairs/``, without margins."""
 
     def work(folder: Path) -> None:
         prompts = read_prompts(study, "train")
         first, second = responses(study, quality, seed)
         judge = make_judge(study.judge)
         gap = judge.score(prompts, first) - judge.score(prompts, second)
-        pairs = label(prompts, first, second, gap, scale=study.sizes.label_scale, seed=seed)
-        scored = _margins(study, pairs, folder, seed)
+        write_pairs(label(prompts, first, second, gap, scale=study.sizes.label_scale, seed=seed), folder / "pairs")
+
+    inputs = {"samples": samples.key, "quality": quality, "judge": study.judge, "seed": seed}
+    folder = study.root / f"seed-{seed}" / quality / "labels"
+    return run_stage(f"labels, {quality}, seed {seed}", folder, inputs, work)
+
+
+def make_margins(study: Study, labels: Stage, quality: Quality, seed: int) -> Stage:
+    """The same pairs with their margins in ``pairs/``; how good labels and margins are in ``metrics.json``."""
+
+    def work(folder: Path) -> None:
+        scored = _margins(study, read_pairs(labels.folder / "pairs"), folder, seed)
         write_pairs(scored, folder / "pairs")
         gold_margin, margin = np.asarray(scored["gold_margin"]), np.asarray(scored["margin"])
         facts: dict[str, Any] = {
@@ -182,16 +198,14 @@ def make_pairs(study: Study, samples: Stage, quality: Quality, seed: int) -> Sta
         write_json(folder / "metrics.json", facts)
 
     inputs = {
-        "samples": samples.key,
-        "quality": quality,
+        "labels": labels.key,
         "margins": study.margins,
         "reward": study.reward.model_dump(),
         "backbone": fingerprint_source(study.reward.model),
-        "judge": study.judge,
         "seed": seed,
     }
-    folder = study.root / f"seed-{seed}" / quality / "pairs"
-    return run_stage(f"pairs, {quality}, seed {seed}", folder, inputs, work)
+    folder = study.margins_root / f"seed-{seed}" / quality / "margins"
+    return run_stage(f"margins {study.margins}, {quality}, seed {seed}", folder, inputs, work)
 
 
 def _margins(study: Study, pairs: Dataset, folder: Path, seed: int) -> Dataset:
