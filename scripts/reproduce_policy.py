@@ -113,6 +113,7 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
     """Tune, then test, every quality and method; write the table after each cell."""
     runner, test = Runner(study), Split("test", tuple(arguments.temperatures))
     end = time.monotonic() + 60 * arguments.minutes
+    study.margins_root.mkdir(parents=True, exist_ok=True)
     references: list[dict[str, Any]] = []
     cells: list[dict[str, Any]] = []
     chosen: dict[str, Any] = {}

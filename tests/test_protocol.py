@@ -50,7 +50,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "evaluate": {"prompts": "unused.jsonl", "max_new_tokens": 6},
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    sizes = {"reward-pairs": 12, "train-prompts": 16, "validation-prompts": 8, "test-prompts": 10, "seeds": 1}
+    sizes = {"reward-pairs": 12, "train-prompts": 16, "validation-prompts": 8, "test-prompts": 10, "seeds": 0}
     options = [item for name, value in sizes.items() for item in (f"--{name}", str(value))]
     paths = ["--config", str(folder / "run.yaml"), "--snippets", str(snippets(folder / "snippets"))]
     paths += ["--output", str(folder / "out")]
@@ -68,10 +68,12 @@ def test_a_whole_tiny_study(command: list[str], monkeypatch: pytest.MonkeyPatch,
     study(monkeypatch, options)
     table = capsys.readouterr().out
     assert table.count("| medium |") == 3
-    root = Path(command[command.index("--output") + 1]) / "outside"
-    cells = {file: file.read_bytes() for file in root.rglob("cell.json")}
+    output = Path(command[command.index("--output") + 1])
+    root = output / "outside"
+    cells = {file: file.read_bytes() for file in output.rglob("cell.json")}
     assert len(cells) == 3 * 3 + 3 + 1
-    assert not list(root.rglob("merged"))
+    assert not list(output.rglob("merged"))
+    assert {file.parents[1].name for file in root.rglob("cell.json")} == {"madpo", "relabelled"}
     assert (root / "frontier.svg").exists()
     written = read_json(root / "table.json")
     assert markdown(written["rows"]) == table.strip()
@@ -92,9 +94,9 @@ def test_a_whole_tiny_study(command: list[str], monkeypatch: pytest.MonkeyPatch,
 
 def test_pairs_of_a_quality(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """medium: the first half holds the review's own words, the better sample beside them; the rest two samples."""
-    study(monkeypatch, [*command, "--methods", "dpo"])
-    root = Path(command[command.index("--output") + 1]) / "outside"
-    pairs = read_pairs(root / "seed-0/medium/pairs/pairs")
+    study(monkeypatch, [*command, "--methods", "madpo"])
+    root = Path(command[command.index("--output") + 1])
+    pairs = read_pairs(root / "outside/seed-0/medium/margins/pairs")
     own = {row["prompt"]: row["rest"] for row in read_json(root / "prompts/prompts.json")["train"]}
     gold = make_judge("vader")
     for row in pairs.to_list():
@@ -108,10 +110,9 @@ def test_pairs_of_a_quality(command: list[str], monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("margins", ["in-sample", "cross-fitted"])
 def test_other_margins(command: list[str], margins: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    study(monkeypatch, [*command, "--methods", "dpo", "--margins", margins])
-    root = Path(command[command.index("--output") + 1]) / margins
-    assert not (root / "reward").exists()
-    models = list((root / "seed-0/medium/pairs/reward").rglob("model.safetensors"))
+    study(monkeypatch, [*command, "--methods", "madpo", "--margins", margins])
+    root = Path(command[command.index("--output") + 1])
+    models = list((root / margins / "seed-0/medium/margins/reward").rglob("model.safetensors"))
     assert len(models) == {"in-sample": 1, "cross-fitted": 2}[margins]
 
 
