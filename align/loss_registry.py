@@ -47,8 +47,8 @@ class BoundLoss:
         """Strength of the pull to the reference; 1 / beta scales the implicit margin."""
         return float(self.parameters["beta"])
 
-    def __call__(self, logps: PairLogps, margin: Tensor | None = None) -> Tensor:
-        """Loss [B].
+    def __call__(self, logps: PairLogps, margin: Tensor | None = None, trust: Tensor | None = None) -> Tensor:
+        """Loss [B]; ``trust`` [B], of the loss that has it, goes before the parameter.
 
         Raises:
             ConfigError: the loss needs a margin and there is none.
@@ -58,7 +58,8 @@ class BoundLoss:
             return self.spec.function(logps, **self.parameters)
         if margin is None:
             raise ConfigError(f"loss {self.spec.name} needs a margin for each pair", code="loss-needs-margin")
-        return self.spec.function(logps, margin, **self.parameters)
+        own: dict[str, Any] = {} if trust is None else {"trust": trust}
+        return self.spec.function(logps, margin, **{**self.parameters, **own})
 
 
 MADPO_SHAPE: dict[str, float | bool] = {"c_max": 2.0, "c_min": 0.5, "lam": 1.0, "tau": MADPO_TAU}

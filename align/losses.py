@@ -186,7 +186,7 @@ def trust(
     *,
     beta: float,
     slope: float,
-    trust: float,
+    trust: float | Tensor,
     strength: float,
     c_max: float = 2.0,
     c_min: float = 0.5,
@@ -196,7 +196,8 @@ def trust(
     """(1 - t) w(g b m) * -log sigmoid(beta h) + t * cross-entropy against sigmoid(b m); t trust, g strength, b slope.
 
     (t, g) = (0, 0) is DPO, (0, 1) MADPO on the margin b m, t = 1 MMPO with gamma = b; g = 0 between is knowledge
-    distillation's mix of hard and soft targets (arXiv 1503.02531). How t, g and b are read off the data: align/trust.
+    distillation's mix of hard and soft targets (arXiv 1503.02531). t may differ between the pairs, [B]. How t, g and b
+    are read off the data: align/trust.
     """
     target, weight = trusted_label(
         margin, slope=slope, trust=trust, strength=strength, c_max=c_max, c_min=c_min, lam=lam, tau=tau

@@ -98,13 +98,12 @@ def trusted_label(
     margin: Tensor,
     *,
     slope: float,
-    trust: float,
+    trust: float | Tensor,
     strength: float,
     c_max: float = 2.0,
     c_min: float = 0.5,
     lam: float = 1.0,
     tau: float = MADPO_TAU,
-    margin_std: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Soft label and weight of each pair when the margin is believed as far as ``trust`` and the label for the rest.
 
@@ -115,20 +114,18 @@ def trusted_label(
     Args:
         margin: m [B].
         slope: b >= 0, log-odds of the label per unit of margin.
-        trust: t in [0, 1].
+        trust: t in [0, 1], of all pairs or of each [B] (``trust_of_each``).
         strength: g in [0, 1], of MADPO's weight w on the label's part.
         c_max: of MADPO's weight, as c_min, lam and tau.
         c_min: see ``madpo_weight``.
         lam: see ``madpo_weight``.
         tau: see ``madpo_weight``.
-        margin_std: [B], standard deviation of each margin over an ensemble, in units of the margin; the trust then
-            differs between the pairs (``trust_of_each``), its mean over them kept.
 
     Returns:
         target [B] in [0, 1] and weight [B] > 0, without gradient; float32 (float64 for float64 input).
     """
     m = slope * _exact(margin.detach())
-    t = torch.full_like(m, trust) if margin_std is None else trust_of_each(margin_std, trust).to(m.dtype)
+    t = torch.as_tensor(trust, dtype=m.dtype, device=m.device).expand_as(m)
     label = (1 - t) * madpo_weight(strength * m, c_max=c_max, c_min=c_min, lam=lam, tau=tau)
     weight = label + t
     smallest = torch.finfo(weight.dtype).tiny
@@ -141,6 +138,10 @@ def trust_of_each(margin_std: Tensor, trust: float) -> Tensor:
     t_i / (1 - t_i) = k / (v + s_i^2): for a margin with error variance s_i^2 the mix of label and margin that serves
     best has odds inversely proportional to it. v, the part of the error that an ensemble's members share and its
     spread does not show, is taken to be the mean of s^2; k makes the mean right.
+
+    Args:
+        margin_std: s [B], standard deviation of each margin over an ensemble, in units of the margin.
+        trust: mean of the result.
     """
     variance = _exact(margin_std).detach().double().square()
     mean = variance.mean()

@@ -14,7 +14,6 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from align.errors import ConfigError
-from align.processes import from_first
 
 REAL = "real"
 """Of a batch in which there are pairs to be left out: bool [B], whether a pair counts."""
@@ -38,12 +37,11 @@ class WholeEpochs:
         return super().get_train_dataloader()  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """The trainer's own order; one that is drawn from torch's generator is drawn by the first process."""
+        """The trainer's own; groups of like length are formed over all processes."""
         sampler: Sampler | None = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         processes = self.accelerator.num_processes
         if processes > 1 and isinstance(sampler, LengthGroupedSampler):
             sampler.batch_size *= processes
-            return _OneOrder(sampler)
         return sampler
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
@@ -94,17 +92,3 @@ def _check_dealing(args: Any) -> None:
             code="trainer-key",
             hint="use group_by_length for batches of like length",
         )
-
-
-class _OneOrder(Sampler):
-    """The order that ``inner`` has in the first process, in every process."""
-
-    def __init__(self, inner: LengthGroupedSampler) -> None:
-        self.inner = inner
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __iter__(self) -> Any:
-        own = list(self.inner)
-        return iter(from_first(lambda: own))

@@ -7,10 +7,11 @@ import torch
 from trl import RewardTrainer
 
 from align.finite import FiniteSteps
+from align.resuming import ExactResume
 from align.whole_epochs import REAL, WholeEpochs, only_real
 
 
-class GuardedRewardTrainer(WholeEpochs, RewardTrainer):
+class GuardedRewardTrainer(ExactResume, WholeEpochs, RewardTrainer):
     """trl's RewardTrainer with a look at every loss, gradient and weight; see ``FiniteSteps``.
 
     Args:

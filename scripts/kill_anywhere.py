@@ -33,6 +33,8 @@ TIMED = frozenset({MANIFEST, "report.json", "report.html", "summary.json", "run.
 TEMPORARY = (".partial", ".old", ".tmp", ".tmp.npy", ".partial.npy")
 POLL_SECONDS = 0.002
 LIMIT_SECONDS = 600.0
+ROUNDS = 6
+"""After so many runs a stage that no kill has hit is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class Attempt:
             raise RuntimeError(f"the run ended with {code}:\n{''.join(self.lines)}")
 
 
-def kill_anywhere(run: Path, scratch: Path, kills: int, seed: int) -> dict[str, Any]:
+def kill_anywhere(run: Path, scratch: Path, kills: int, seed: int, *, every_stage: bool) -> dict[str, Any]:
     """The whole experiment; see the module.
 
     Args:
@@ -101,6 +103,7 @@ def kill_anywhere(run: Path, scratch: Path, kills: int, seed: int) -> dict[str, 
         scratch: an empty folder.
         kills: how many.
         seed: of the moments.
+        every_stage: more kills where a stage has not been hit by then.
     """
     from align.config import load_config
 
@@ -114,9 +117,12 @@ def kill_anywhere(run: Path, scratch: Path, kills: int, seed: int) -> dict[str, 
     repeated: list[str] = []
     rounds = 0
     found: list[str] = []
-    while len(done) < kills:
+    missed = set(stages)
+    while len(done) < kills or (every_stage and missed and rounds < ROUNDS):
+        if rounds:
+            killed.rename(killed.with_name(f"round-{rounds}"))
         rounds += 1
-        for aim in _aims(stages, {kill.hit for kill in done}, kills - len(done), chance):
+        for aim in _aims(stages, missed, (kills - len(done)) or len(missed), chance):
             whole_before = finished(killed, stages)
             attempt = Attempt(run, scratch / "killed")
             hit = _shoot(attempt, stages, aim, killed, seconds, chance)
@@ -130,8 +136,7 @@ def kill_anywhere(run: Path, scratch: Path, kills: int, seed: int) -> dict[str, 
         last.finish()
         repeated += [stage for stage in last.started() if stage in whole_before]
         found += compare(whole, killed)
-        if len(done) < kills:
-            killed.rename(killed.with_name(f"round-{rounds}"))
+        missed = set(stages) - {kill.hit for kill in done}
     return {
         "kills": len(done),
         "seed": seed,
@@ -170,9 +175,9 @@ def compare(whole: Path, other: Path) -> list[str]:
     return lines
 
 
-def _aims(stages: list[str], hit: set[str], kills: int, chance: random.Random) -> list[int]:
+def _aims(stages: list[str], missed: set[str], kills: int, chance: random.Random) -> list[int]:
     """Places of the stages to aim at, in order: those that were never hit as often as each other, then any."""
-    places = [k for k, stage in enumerate(stages) if stage not in hit] or list(range(len(stages)))
+    places = [k for k, stage in enumerate(stages) if stage in missed] or list(range(len(stages)))
     chance.shuffle(places)
     return sorted(places[k % len(places)] for k in range(kills))
 
@@ -225,11 +230,14 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run file")
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every-stage", action="store_true", help="go on until each has been hit")
     parser.add_argument("--output", type=Path, default=Path("build/kill_anywhere.json"))
     options = parser.parse_args()
     configure()
     with tempfile.TemporaryDirectory() as scratch:
-        result = kill_anywhere(options.run.resolve(), Path(scratch), options.kills, options.seed)
+        result = kill_anywhere(
+            options.run.resolve(), Path(scratch), options.kills, options.seed, every_stage=options.every_stage
+        )
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output, result)
     shown = {name: value for name, value in result.items() if name != "every_kill"}

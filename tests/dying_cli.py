@@ -1,4 +1,4 @@
-"""`align` whose last process dies as if killed, in the middle of its third optimizer step."""
+"""`align` whose last process dies as if killed, in the middle of the optimizer step ``STEP``."""
 
 import os
 import signal
@@ -8,13 +8,14 @@ from align.cli import main
 from align.finite import FiniteSteps
 from align.processes import process_rank, world_size
 
+STEP = 8
 before = FiniteSteps.on_step_begin
 
 
 def die(guard: FiniteSteps, *args: Any, **kwargs: Any) -> None:
     """Do what the guard does; then end."""
     before(guard, *args, **kwargs)
-    if guard.step == 3 and process_rank() == world_size() - 1:
+    if guard.step == STEP and process_rank() == world_size() - 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -187,7 +187,7 @@ def test_trust_of_each_against_the_formula() -> None:
     assert torch.allclose(odds, odds[0].expand(3))
     assert torch.allclose(trust_of_each(tensor([2.0, 2.0]), 0.4), tensor([0.4, 0.4]))
     m = tensor([1.0, -1.0, 2.0])
-    target, _ = trusted_label(m, slope=1.0, trust=0.4, strength=0.0, margin_std=spread)
+    target, _ = trusted_label(m, slope=1.0, trust=found, strength=0.0)
     assert torch.allclose(target, (1 - found) + found * torch.sigmoid(m))
 
 

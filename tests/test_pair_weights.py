@@ -14,7 +14,8 @@ from torch import Tensor
 from align.config import LossConfig, ObjectiveConfig, RewardConfig, TiltConfig, TrainConfig, WeightsConfig
 from align.errors import ConfigError, DataError
 from align.loss_registry import resolve
-from align.margins import effective_sample_size, madpo_weight
+from align.losses import PairLogps
+from align.margins import effective_sample_size, madpo_weight, trust_of_each
 from align.pair_weights import (
     LossTilt,
     comp_sum_weight,
@@ -26,7 +27,7 @@ from align.pair_weights import (
 )
 from align.stage import read_json
 from align.training.train import bind, make_trainer, train_policy
-from align.training.weighting import adjust_margins, normalise_weights
+from align.training.weighting import add_trust, adjust_margins, normalise_weights
 from reward_models.objectives import bradley_terry, comp_sum
 from reward_models.train import train_reward_model
 from reward_models.trainer import ObjectiveRewardTrainer
@@ -176,6 +177,7 @@ def test_margins_are_adjusted_before_the_weight_is_made() -> None:
     ("loss", "weights", "message"),
     [
         ("dpo", {"spread": True}, "ood and spread shrink the margin, and dpo reads none"),
+        ("madpo", {"trust_by_spread": True}, "trust_by_spread: madpo has no trust"),
         ("beta_dpo", {"tilt": {"kind": "up"}}, "beta_dpo has no loss of a pair alone to weight by"),
     ],
 )
@@ -188,6 +190,30 @@ SMALL = {
     "per_device_train_batch_size": 4, "learning_rate": 1e-3, "max_steps": 3, "use_cpu": True, "max_length": 64,
     "gradient_checkpointing": False,
 }  # fmt: skip
+
+
+def test_trust_of_each_pair_is_trained_with(tmp_path: Path) -> None:
+    """The loss of a step is the mean over its pairs of each pair's loss at its own trust."""
+    parameters: dict[str, float | bool] = {"slope": 1.0, "trust": 0.5, "strength": 1.0}
+    config = LossConfig(loss="trust", parameters=parameters, weights=WeightsConfig(trust_by_spread=True))
+    table, loss = pairs(4), bind("m", config)
+    trusted = add_trust(table, config.weights, loss)
+    each = trust_of_each(torch.tensor(table["margin_std"], dtype=torch.float64), 0.5)
+    assert trusted["trust"] == pytest.approx(each.tolist()) and float(each.std()) > 0.05
+    train = TrainConfig(model=str(causal(tmp_path / "policy")), methods={"m": config}, trainer=SMALL)
+    found = []
+    for data in (table, trusted):
+        trainer = make_trainer(data, train, loss, tmp_path / "a", seed=0, tau=2.0, reference_cache=None)
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        with torch.no_grad():
+            found.append(float(trainer.compute_loss(trainer.model, dict(batch))))
+    zero = PairLogps(*(torch.zeros(4, dtype=torch.float64) for _ in range(4)), *(torch.ones(4) for _ in range(2)))
+    margin = torch.tensor(table["margin"], dtype=torch.float64)
+    for value, own in zip(found, (None, each), strict=True):
+        assert value == pytest.approx(float(loss(zero, margin, own).mean()), rel=1e-5)
+    assert abs(found[0] - found[1]) > 1e-3
+    with pytest.raises(DataError, match=r"weights-column.*margin_std: found no value.*trust_by_spread"):
+        add_trust(table.remove_columns("margin_std"), config.weights, loss)
 
 
 def test_the_tilt_multiplies_the_weight_of_a_policy_step(tmp_path: Path) -> None:

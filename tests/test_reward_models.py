@@ -1,5 +1,6 @@
 """Reward models: the same reward whatever the batch and the padding; training that learns; calibration by hand."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +150,31 @@ def test_vader_prefers_praise() -> None:
     assert -3 <= bad < 0 < good <= 3
     with pytest.raises(ConfigError, match=r"judge 'vadr' is not known \(did you mean `vader`"):
         make_judge("vadr")
+
+
+def test_training_resumed_anywhere_ends_in_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bitwise, from the checkpoint of any step: of six an epoch, eight in all."""
+    trainer = FAST | {"max_steps": 8, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+    config = RewardConfig(
+        model=str(bert_reward(tmp_path / "backbone")), max_length=64,
+        trainer=trainer | {"lr_scheduler_type": "constant"},
+    )  # fmt: skip
+    pairs = Dataset.from_list(rows(24))
+    train_reward_model(pairs, config, tmp_path / "whole", seed=0)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("reward_models.train.save_model", die)
+        with pytest.raises(KeyboardInterrupt):
+            train_reward_model(pairs, config, tmp_path / "stopped" / "model", seed=0)
+    left = tmp_path / "stopped" / "model-checkpoints"
+    for step in range(1, 9):
+        folder = tmp_path / f"stopped-{step}"
+        shutil.copytree(left, folder / left.name, ignore=lambda _, names, step=step: [
+            name for name in names if name.startswith("checkpoint-") and int(name.split("-")[1]) > step
+        ])  # fmt: skip
+        train_reward_model(pairs, config, folder / "model", seed=0)
+        weights = [(path / "model.safetensors").read_bytes() for path in (folder / "model", tmp_path / "whole")]
+        assert weights[0] == weights[1], step

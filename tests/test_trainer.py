@@ -1,5 +1,6 @@
 """PreferenceTrainer: equal to trl's DPOTrainer under dpo; weights, margins, reference cache, exact resume."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from align.loss_registry import resolve
 from align.margins import madpo_weight
 from align.model_loading import load_policy, load_tokenizer
 from align.stage import read_json
+from align.stopping import stoppable
 from align.training.layout import LayoutChoice
 from align.training.train import add_weight, make_trainer, train_policy
 from align.training.trainer import PreferenceTrainer
@@ -137,21 +139,53 @@ def test_neighbours_train_and_log(tiny_policy: Path, tmp_path: Path, loss: str) 
     assert float(logged[0]["logps/chosen_change"]) == pytest.approx(0.0, abs=1e-4) or loss == "simpo"
 
 
-@pytest.mark.parametrize("loss", ["madpo", "beta_dpo"])
-def test_resumed_equals_uninterrupted(tiny_policy: Path, tmp_path: Path, loss: str) -> None:
-    """Bitwise: stop after 3 of 6 steps, go on from the checkpoint."""
-    saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
-    whole = ours(tiny_policy, tmp_path / "whole", loss, **saving)
+@pytest.mark.parametrize(("loss", "order"), [("madpo", "random"), ("beta_dpo", "random"), ("madpo", "group_by_length")])
+def test_resumed_equals_uninterrupted(tiny_policy: Path, tmp_path: Path, loss: str, order: str) -> None:
+    """Bitwise, from the checkpoint of any step: in the first epoch, at its end, in a later one, and after the last."""
+    saving = {"max_steps": 11, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 11,
+              "lr_scheduler_type": "constant", "train_sampling_strategy": order}  # fmt: skip
+    whole = ours(tiny_policy, tmp_path, loss, **saving)
     whole.train()
-    first = ours(tiny_policy, tmp_path / "stopped", loss, **(saving | {"max_steps": 3}))
-    first.train()
-    second = ours(tiny_policy, tmp_path / "stopped", loss, **saving)
-    second.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoints" / "checkpoint-3"))
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, second.model.state_dict()[name]), name
-    assert whole.beta_state == second.beta_state
-    steps = [[entry for entry in one.state.log_history if "loss" in entry] for one in (whole, second)]
-    assert len(steps[0]) == 6 and steps[0] == steps[1]
+    steps = [entry for entry in whole.state.log_history if "loss" in entry]
+    assert len(steps) == 11 and len(whole.get_train_dataloader()) == 4
+    for step in range(1, 12):
+        resumed = ours(tiny_policy, tmp_path, loss, **saving)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / f"checkpoint-{step}"))
+        assert resumed.state.global_step == 11
+        for name, value in whole.model.state_dict().items():
+            assert torch.equal(value, resumed.model.state_dict()[name]), (step, name)
+        assert whole.beta_state == resumed.beta_state
+        assert [entry for entry in resumed.state.log_history if "loss" in entry] == steps
+
+
+class Saves(TrainerCallback):
+    """Asks for a stop after the second step, and counts checkpoints."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append(state.global_step)
+
+
+def test_a_checkpoint_is_written_once(tiny_policy: Path, tmp_path: Path) -> None:
+    """Not again at the end of an epoch that a stop cuts short, nor where nothing is left to do."""
+    saving = {"max_steps": 3, "save_strategy": "epoch"}
+    stopped = ours(tiny_policy, tmp_path, **saving)
+    saves = Saves()
+    stopped.add_callback(saves)
+    with pytest.raises(SystemExit), stoppable(stopped):
+        stopped.train()
+    assert saves.steps == [2]
+    ours(tiny_policy, tmp_path, **saving).train(resume_from_checkpoint=True)
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-3"
+    before = {file: file.stat().st_mtime_ns for file in checkpoint.iterdir()}
+    ours(tiny_policy, tmp_path, **saving).train(resume_from_checkpoint=str(checkpoint))
+    assert {file: file.stat().st_mtime_ns for file in checkpoint.iterdir()} == before
 
 
 @pytest.mark.parametrize("layout", ["concatenated", "shared_prefix"])

@@ -46,6 +46,8 @@ class WeightsConfig(Section):
 
     spread: bool = False
     """Moderate the margin by its ensemble spread ``margin_std``."""
+    trust_by_spread: bool = False
+    """Loss ``trust``: believe a margin less, the larger its ``margin_std``, and as far as before in the mean."""
     ood: DistanceConfig | None = None
     """Shrink the margin towards 0 where the pair is unlike those that the reward model was trained on."""
     tilt: TiltConfig | None = None

@@ -114,8 +114,8 @@ class EntanglementCallback(TrainerCallback):
             found.chosen_length,
             found.rejected_length,
         )
-        margin = pairs.get("margin")
-        d_w, d_l = loss_weights(self.loss, logps, None if margin is None else margin.cpu())
+        own = {name: pairs[name].cpu() for name in ("margin", "trust") if name in pairs}
+        d_w, d_l = loss_weights(self.loss, logps, **own)
         moved = changes(found.chosen_sq, found.rejected_sq, found.inner, d_w, d_l)
         share = shares(moved.verdicts())
         return {

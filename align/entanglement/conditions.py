@@ -58,7 +58,11 @@ class Changes:
 
 
 def loss_weights(
-    loss: BoundLoss, logps: PairLogps, margin: Tensor | None = None, weight: Tensor | None = None
+    loss: BoundLoss,
+    logps: PairLogps,
+    margin: Tensor | None = None,
+    weight: Tensor | None = None,
+    trust: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """d_w = -dL/dlw and d_l = dL/dll, each [B], float64, by autograd through the loss.
 
@@ -67,6 +71,7 @@ def loss_weights(
         logps: of the pairs, [B].
         margin: [B], for losses that use one.
         weight: [B], of the pairs; 1 where None.
+        trust: [B], of each pair, where the loss is to have it.
     """
     chosen, rejected = (values.double().detach().requires_grad_() for values in (logps.chosen, logps.rejected))
     inner = PairLogps(
@@ -78,7 +83,7 @@ def loss_weights(
         rejected_length=logps.rejected_length,
     )
     with torch.enable_grad():
-        total = loss(inner, None if margin is None else margin.double())
+        total = loss(inner, *(None if values is None else values.double() for values in (margin, trust)))
         total = (total if weight is None else total * weight.double()).sum()
         to_chosen, to_rejected = torch.autograd.grad(total, [chosen, rejected])
     return -to_chosen, to_rejected

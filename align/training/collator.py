@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-PAIR_COLUMNS = ("margin", "weight")
+PAIR_COLUMNS = ("margin", "weight", "trust")
 ROW = "row"
 """Which row of the training table a pair is."""
 
@@ -16,7 +16,7 @@ class PairCollator(DataCollatorForPreference):
     """trl's preference collator plus one number per pair from each of ``PAIR_COLUMNS`` that the examples carry.
 
     Row k of the first half of ``input_ids`` [2B, T] is the chosen, row B + k the rejected response of pair k;
-    ``margin`` and ``weight`` are float32 [B] in the same order, ``row`` is int64 [B].
+    ``margin``, ``weight`` and ``trust`` are float32 [B] in the same order, ``row`` is int64 [B].
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:

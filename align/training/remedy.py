@@ -14,6 +14,7 @@ from align.entanglement.products import GradientProducts
 from align.entanglement.remedies import BandState, calibrate, hold_batch, hold_chosen, normalise
 from align.loss_registry import BoundLoss
 from align.losses import PairLogps
+from align.training.collator import PAIR_COLUMNS
 from align.whole_epochs import counted
 
 GRADIENT_INPUTS = ("input_ids", "attention_mask", "completion_mask")
@@ -65,8 +66,8 @@ class GradientRemedy:
             found.chosen_length,
             found.rejected_length,
         )
-        margin, weight = (inputs[name].cpu() if name in inputs else None for name in ("margin", "weight"))
-        d_w, d_l = loss_weights(self.loss, logps, margin, weight)
+        own = {name: inputs[name].cpu() for name in PAIR_COLUMNS if name in inputs}
+        d_w, d_l = loss_weights(self.loss, logps, **own)
         if gram is None and self.config.kind == "hold_chosen":
             factors = hold_chosen(found.chosen_sq, found.inner, d_w, d_l, keep=self.config.keep)
         elif gram is None:

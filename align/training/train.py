@@ -26,7 +26,7 @@ from align.trainer_args import build_lora, build_trainer_args, refusals
 from align.trainer_progress import show_progress
 from align.training.preview import show_pair
 from align.training.trainer import PreferenceTrainer
-from align.training.weighting import adjust_margins, check_weights, normalise_weights
+from align.training.weighting import add_trust, adjust_margins, check_weights, normalise_weights
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
@@ -137,6 +137,7 @@ def train_policy(
         log.warning("%s", warning)
     options = config.methods[method]
     require_margin(pairs, loss)
+    pairs = add_trust(pairs, options.weights, loss)
     pairs, loss = add_weight(adjust_margins(pairs, options.weights), loss)
     trainer = make_trainer(
         normalise_weights(pairs, options.weights), config, loss, output, seed=seed, tau=tau,

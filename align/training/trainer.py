@@ -20,6 +20,7 @@ from align.loss_registry import BoundLoss
 from align.losses import PairLogps, scale_gradient
 from align.pair_weights import LossTilt
 from align.processes import from_first
+from align.resuming import ExactResume
 from align.stage import read_json, write_json
 from align.training.collator import PAIR_COLUMNS, ROW, PairCollator
 from align.training.guard import FiniteGuard, numbered
@@ -36,11 +37,13 @@ REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 REFERENCE_TOKENS = 8192
 """Tokens of a batch of reference log-probs where no budget is set."""
 LAYOUT_SAMPLE = 256
+BY_LENGTH = ("group_by_length", "batch_rebalance")
+"""Orders of the pairs for which the trainer reads their lengths."""
 LOSS_STATE = "loss_state.json"
 UNUSED_FIELDS = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl", "loss_weights": None}
 
 
-class PreferenceTrainer(WholeEpochs, DPOTrainer):
+class PreferenceTrainer(ExactResume, WholeEpochs, DPOTrainer):
     """trl's DPOTrainer, its loss replaced by ``loss`` and multiplied by the pair's ``weight`` before the mean.
 
     The loss of an optimizer step is mean_i weight_i * loss_i over its pairs; weights are not renormalised.
@@ -114,6 +117,8 @@ class PreferenceTrainer(WholeEpochs, DPOTrainer):
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
         self._prepare_layout(self.train_dataset)
+        if args.train_sampling_strategy in BY_LENGTH:
+            self.train_dataset = self.train_dataset.add_column(args.length_column_name, _tokens(self.train_dataset))
         self.remedy = None if remedy is None else GradientRemedy(self.model, loss, remedy, self.accelerator)
         self.token_mask = None
         if token_mask is not None:
@@ -125,7 +130,7 @@ class PreferenceTrainer(WholeEpochs, DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, *PAIR_COLUMNS, ROW]
+        self._signature_columns = [*self._signature_columns, *PAIR_COLUMNS, ROW, self.args.length_column_name]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Reference log-probs as columns, kept on disk under a key of (reference weights, token ids, truncation)."""
@@ -263,9 +268,9 @@ class PreferenceTrainer(WholeEpochs, DPOTrainer):
         if self.loss.spec.function is None:
             per_pair = self._adaptive_beta(logps, real)
         elif self.token_mask is not None:
-            per_pair = self._masked_loss(policy, inputs, margin)
+            per_pair = self._masked_loss(policy, inputs)
         else:
-            per_pair = self.loss(logps, margin)
+            per_pair = self.loss(logps, margin, inputs.get("trust"))
         if training and self.tilt is not None:
             tilted, _ = self.tilt(per_pair, self.loss.beta * logps.log_ratio_gap, self.state.global_step, real)
             weight = weight * tilted
@@ -306,7 +311,7 @@ class PreferenceTrainer(WholeEpochs, DPOTrainer):
             self._step_values[f"remedy/{name}"].append(only_real(values, real))
         return of_chosen, of_rejected
 
-    def _masked_loss(self, policy: SequenceLogps, inputs: dict[str, Any], margin: Tensor | None) -> Tensor:
+    def _masked_loss(self, policy: SequenceLogps, inputs: dict[str, Any]) -> Tensor:
         """Loss [B] of the tokens that the mask lets through, its price added while training."""
         assert self.token_mask is not None
         reference = self._under_reference(inputs).tokens.logps
@@ -314,7 +319,8 @@ class PreferenceTrainer(WholeEpochs, DPOTrainer):
         masked, price, left = self.token_mask(policy.tokens.logps, reference, ids, completion)
         real = inputs.get(REAL)
         self._step_values["token_mask/left"].append(only_real(left, None if real is None else real.repeat(2)))
-        return self.loss(masked, margin) + (price if self.model.training else 0.0)
+        per_pair = self.loss(masked, inputs.get("margin"), inputs.get("trust"))
+        return per_pair + (price if self.model.training else 0.0)
 
     def _log_pairs(self, mode: str) -> None:
         for name, value in self._pair_metrics.flush(self.accelerator.gather).items():
@@ -376,3 +382,9 @@ class PreferenceTrainer(WholeEpochs, DPOTrainer):
                 self.remedy.load(state["remedy"])
             if self.token_mask is not None:
                 self.token_mask.load(file.parent)
+
+
+def _tokens(dataset: Dataset) -> list[int]:
+    """Tokens of the prompt with the longer response, of each pair."""
+    columns = zip(dataset["prompt_ids"], dataset["chosen_ids"], dataset["rejected_ids"], strict=True)
+    return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in columns]

@@ -8,14 +8,17 @@ from torch import Tensor
 from align.config import LossConfig, WeightsConfig
 from align.errors import ConfigError, DataError
 from align.loss_registry import BoundLoss
+from align.margins import trust_of_each
 from align.pair_weights import mean_one, moderate, shrink_by_distance
+from align.pairs import with_columns
 
 
 def check_weights(method: str, config: LossConfig, loss: BoundLoss) -> None:
     """Raise where the loss cannot have the weights that are asked for.
 
     Raises:
-        ConfigError: a tilt of a loss without a value per pair, a shrunken margin for a loss that reads none.
+        ConfigError: a tilt of a loss without a value per pair, a shrunken margin for a loss that reads none, a trust of
+            each pair for a loss without trust.
     """
     weights = config.weights
     if weights is None:
@@ -32,6 +35,25 @@ def check_weights(method: str, config: LossConfig, loss: BoundLoss) -> None:
             code="weights-loss",
             hint="use them with madpo, trust or another loss that reads margins",
         )
+    if weights.trust_by_spread and "trust" not in loss.parameters:
+        raise ConfigError(
+            f"train.methods.{method}.weights.trust_by_spread: {loss.spec.name} has no trust",
+            code="weights-loss",
+            hint="use it with the loss trust",
+        )
+
+
+def add_trust(pairs: Dataset, weights: WeightsConfig | None, loss: BoundLoss) -> Dataset:
+    """The table with a column ``trust``, of each pair, where ``weights`` asks for it.
+
+    Raises:
+        DataError: some pairs have no ``margin_std``.
+    """
+    if weights is None or not weights.trust_by_spread:
+        return pairs
+    spread = _numbers(pairs, "margin_std", "weights.trust_by_spread")
+    found = trust_of_each(spread, float(loss.parameters["trust"]))
+    return with_columns(pairs, {"trust": found.numpy()})
 
 
 def adjust_margins(pairs: Dataset, weights: WeightsConfig | None) -> Dataset:

@@ -23,6 +23,7 @@ def workspace(folder: Path) -> Path:
     jsonl(folder / "prompts.jsonl", [{"prompt": f"the {row['prompt']}"} for row in table[:10]])
     saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
     small = {"max_steps": 9, "per_device_train_batch_size": 4, "bf16": False, "gradient_checkpointing": False, **saving}
+    small |= {"lr_scheduler_type": "constant"}  # a step too many, or with other pairs, is seen in the weights
     run = {
         "name": "tiny",
         "reward": {
@@ -40,9 +41,9 @@ def workspace(folder: Path) -> Path:
     return folder / "run.yaml"
 
 
-def harness(run: Path, kills: int, output: Path) -> dict[str, object]:
+def harness(run: Path, kills: int, output: Path, *more: str) -> dict[str, object]:
     """What the script finds; it must find nothing wrong."""
-    command = [sys.executable, str(ROOT / "scripts" / "kill_anywhere.py"), str(run), "--kills", str(kills)]
+    command = [sys.executable, str(ROOT / "scripts" / "kill_anywhere.py"), str(run), "--kills", str(kills), *more]
     done = subprocess.run(
         [*command, "--output", str(output)],
         env=environment(),
@@ -65,8 +66,8 @@ def test_twenty_five_kills(tmp_path: Path) -> None:
     """Every stage is hit, some of them while files are being written."""
     output = ROOT / "build" / "kill_anywhere.json"
     output.parent.mkdir(exist_ok=True)
-    found = harness(workspace(tmp_path), 25, output)
-    assert found["kills"] == 25 and found["differences"] == [] and found["stages_repeated"] == []
+    found = harness(workspace(tmp_path), 25, output, "--every-stage")
+    assert int(found["kills"]) >= 25 and found["differences"] == [] and found["stages_repeated"] == []  # type: ignore[call-overload]
     hit = found["hit"]
-    assert isinstance(hit, dict) and sum(count > 0 for count in hit.values()) >= len(hit) - 2, hit
+    assert isinstance(hit, dict) and all(count > 0 for stage, count in hit.items() if stage != "start"), hit
     assert int(found["as_a_file_appeared"]) > 5  # type: ignore[call-overload]

@@ -23,6 +23,8 @@ GLOBAL_BATCH = 4
 PAIRS = 18
 """Not divisible by the pairs of a step: the last step of an epoch has two, none for one of two processes."""
 STEPS = 20
+DIES_IN = 8
+"""Of tests.dying_cli."""
 TOLERANCE = 1e-5
 SMALL: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False}
 
@@ -197,10 +199,22 @@ def test_scoring_and_products(tmp_path: Path, processes: int) -> None:
 
 @pytest.mark.parametrize("processes", SEVERAL)
 def test_a_process_that_dies_ends_the_run(tmp_path: Path, processes: int) -> None:
-    """The last process gets SIGKILL; the launcher names it, the others say what they met first: that or its SIGTERM."""
+    """The last process gets SIGKILL; the launcher names it, the others say what they met first: that or its SIGTERM.
+
+    It dies in the second epoch; the resumed run trains on what is left of it and ends in the same weights.
+    """
     causal(tmp_path / "policy")
-    jsonl(tmp_path / "pairs.jsonl", pairs(16))
-    train = {"model": "policy", "methods": {"dpo": {"loss": "dpo"}}, "trainer": {"max_steps": STEPS}}
+    jsonl(tmp_path / "pairs.jsonl", pairs(PAIRS))
+    trainer = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    trainer |= {"train_sampling_strategy": "group_by_length"}
+    train = {"model": "policy", "methods": {"dpo": {"loss": "dpo"}}, "trainer": trainer}
+    whole = launched(
+        processes, "train", run_file(tmp_path, "whole", processes, train=train),
+        cwd=tmp_path, module="tests.recorded_cli",
+    )  # fmt: skip
+    assert whole.returncode == 0, whole.stderr
+    steps = used(tmp_path, processes)
+    assert_whole_epochs(steps[:10], PAIRS)
     file = run_file(tmp_path, "dies", processes, train=train)
     done = launched(processes, "train", file, cwd=tmp_path, module="tests.dying_cli", timeout=300)
     assert done.returncode != 0
@@ -208,8 +222,11 @@ def test_a_process_that_dies_ends_the_run(tmp_path: Path, processes: int) -> Non
     lost, stopped = "error [process-lost] process ", "terminated; what is finished is kept"
     assert lost in done.stderr or stopped in done.stderr, done.stderr
     assert not (tmp_path / "runs" / "dies" / "train-dpo").exists()
-    again = launched(processes, "train", file, cwd=tmp_path)
+    again = launched(processes, "train", file, cwd=tmp_path, module="tests.recorded_cli")
     assert again.returncode == 0, again.stderr
+    rest = used(tmp_path, processes)
+    assert 12 - DIES_IN < len(rest) < 12 and rest == steps[-len(rest) :]
+    assert_same_weights(*(tmp_path / "runs" / name / "train-dpo" / "model" for name in ("whole", "dies")), tolerance=0)
 
 
 def test_verbs_of_one_process_run_once(tmp_path: Path) -> None:
