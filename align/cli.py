@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from align import cli_entangle, cli_eval, cli_filter, cli_generate, cli_pairs, cli_trust
+from align.cluster_option import Cluster, cluster_called
 
 if TYPE_CHECKING:
     from align.config import RunConfig
@@ -100,12 +101,16 @@ def reward_score(
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
     max_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
     calibrated: Annotated[bool, typer.Option("--calibrated", help="Apply the model's calibration.json.")] = False,
+    cluster: Cluster = None,
 ) -> None:
     """Add reward_chosen, reward_rejected and margin to a pair table; margin_std where the model is an ensemble."""
     from align.commands import score_pairs
 
     source = pair_source(pairs, column, split)
-    score_pairs(source, model, output, batch_tokens=batch_tokens, max_length=max_length, calibrated=calibrated)
+    score_pairs(
+        source, model, output, batch_tokens=batch_tokens, max_length=max_length, calibrated=calibrated,
+        cluster=cluster_called(cluster),
+    )  # fmt: skip
 
 
 @data.command("check")

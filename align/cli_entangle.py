@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from align.cluster_option import Cluster, cluster_called
+
 app = typer.Typer(help="Measure how the gradients of chosen and rejected responses interact.", no_args_is_help=True)
 
 Pairs = Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id.")]
@@ -32,6 +34,7 @@ def report(
     max_length: MaxLength = 1024,
     column: Column = None,
     split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
+    cluster: Cluster = None,
 ) -> None:
     """Exact gradient products of each pair, verdicts, a table (Parquet) and a page (HTML)."""
     from align.cli import pair_source
@@ -40,7 +43,7 @@ def report(
     commands.report(
         pair_source(pairs, column, split), model, output, loss=loss, parameters=_numbers(parameter),
         reference=reference, parameter_names=parameters, limit=limit, shown=shown, matrices=matrices,
-        batch_tokens=batch_tokens, max_length=max_length,
+        batch_tokens=batch_tokens, max_length=max_length, cluster=cluster_called(cluster),
     )  # fmt: skip
 
 

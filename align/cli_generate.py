@@ -5,6 +5,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from align.cluster_option import Cluster, cluster_called
+
 
 def generate(
     prompts: Annotated[str, typer.Argument(help="Prompt file (JSONL, CSV, Parquet), saved dataset or hub id.")],
@@ -24,6 +26,7 @@ def generate(
     column: Annotated[list[str] | None, typer.Option(help="Column mapping: prompt=question.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
+    cluster: Cluster = None,
 ) -> None:
     """Complete every prompt; a stopped run goes on where it was, and repeats no finished prompt."""
     from align.cli import pair_source
@@ -41,7 +44,7 @@ def generate(
     settings = GenerateSettings(
         model=model, sampling=Sampling(max_new_tokens, temperature, top_p, n, seed, logprobs),
         engine=cast(Choice, engine), base_url=base_url, batch_size=batch_size, format=cast(Format, write),
-        options=parse_options(option),
+        options=parse_options(option), cluster=cluster_called(cluster),
     )  # fmt: skip
     generate_completions(source, settings, output)
     file = find_completions(output)

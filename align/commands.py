@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from align.config import PairsConfig
+from align.config import ClusterConfig, PairsConfig
 from align.console import log, out
 from align.errors import SHOWN, DataError
 from align.processes import process_rank
@@ -46,7 +46,14 @@ def check_data(source: PairsConfig, *, drop_to: Path | None) -> None:
 
 
 def score_pairs(
-    source: PairsConfig, model: str, output: Path, *, batch_tokens: int, max_length: int, calibrated: bool = False
+    source: PairsConfig,
+    model: str,
+    output: Path,
+    *,
+    batch_tokens: int,
+    max_length: int,
+    calibrated: bool = False,
+    cluster: ClusterConfig | None = None,
 ) -> None:
     """Score a pair source with a reward model and write the table; print the margin metrics as JSON.
 
@@ -59,6 +66,7 @@ def score_pairs(
         batch_tokens: padded tokens per batch.
         max_length: tokens per text.
         calibrated: apply the calibration that lies beside the model.
+        cluster: whose workers share the pairs.
 
     Raises:
         AlignError: the pairs or the model cannot be used.
@@ -74,8 +82,8 @@ def score_pairs(
     pairs = load_pairs(source)
     log.info("scoring %d pairs of %s with %s -> %s", len(pairs), source.path, model, output)
     scored = score_with(
-        members(model), pairs, batch_tokens=batch_tokens, max_length=max_length, calibration=calibration,
-        cache=output / "scored", together=True,
+        members(model), pairs, output / "scored", batch_tokens=batch_tokens, max_length=max_length,
+        calibration=calibration, cluster=cluster,
     )  # fmt: skip
     if process_rank() > 0:
         return

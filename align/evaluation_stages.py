@@ -10,13 +10,13 @@ from datasets import Dataset
 from align.config import RunConfig
 from align.estimates import bootstrap_mean, correlation
 from align.evaluation.kl import completion_logps
-from align.evaluation.parts import in_parts
 from align.evaluation.rewards import compare, gain_per_root_kl
 from align.generation.base import Sampling, as_completion, prompt_keys
 from align.generation.transformers_engine import TransformersEngine
 from align.model_loading import load_policy, load_tokenizer
 from align.pairs import load_prompts, read_pairs
 from align.reward_stages import METRICS, make_scorer
+from align.shards import in_parts
 from align.stage import write_json
 from align.training.train import MODEL
 from reward_models.judges import make_judge

@@ -32,7 +32,7 @@ def stage_reward(config: RunConfig, root: Path, folder: Path, which: str) -> Non
     train_members(train, config.reward, model, seed=config.seed)
     metrics: dict[str, Any] = {"backbone": config.reward.model, "ensemble": config.reward.ensemble}
     tables = {
-        name: scored_by(members(model), pairs, config.reward)
+        name: scored_by(members(model), pairs, config, folder)
         for name, pairs in (("heldout", heldout), ("in_sample", train))
     }
     if process_rank() > 0:
@@ -67,7 +67,7 @@ def stage_crossfit(config: RunConfig, root: Path, folder: Path, which: str) -> N
     """Margins of the reward model's own training pairs, each from a model that has not seen it."""
     assert config.reward is not None
     train = read_pairs(reward_pairs_folder(root) / "train")
-    scored = cross_fit(train, config.reward, folder, seed=config.seed)
+    scored = cross_fit(train, config.reward, folder, seed=config.seed, cluster=config.cluster)
     if process_rank() > 0:
         return
     write_pairs(scored.remove_columns("fold"), folder / "pairs")
@@ -75,20 +75,26 @@ def stage_crossfit(config: RunConfig, root: Path, folder: Path, which: str) -> N
 
 
 def scored_by(
-    models: Sequence[Path | str], pairs: Dataset, config: RewardConfig, calibration: MarginMap | None = None
+    models: Sequence[Path | str],
+    pairs: Dataset,
+    config: RunConfig,
+    folder: Path,
+    calibration: MarginMap | None = None,
 ) -> Dataset:
-    """Pairs scored by the mean of the models, with the batch size and length of the reward configuration.
+    """Pairs scored by the mean of the models, with the batch size and length of the run's reward configuration.
 
-    Under a launcher all processes call this together.
+    Under a launcher all processes call this together; unfinished, it leaves its shards in ``folder/scored``.
     """
+    assert config.reward is not None
     return score_with(
-        list(models),
+        models,
         pairs,
-        batch_tokens=config.batch_tokens,
-        max_length=config.max_length,
-        trust_remote_code=config.trusts_remote_code,
+        folder / "scored",
+        batch_tokens=config.reward.batch_tokens,
+        max_length=config.reward.max_length,
+        trust_remote_code=config.reward.trusts_remote_code,
         calibration=calibration,
-        together=True,
+        cluster=config.cluster,
     )
 
 

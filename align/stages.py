@@ -12,7 +12,6 @@ from align.config import PairsConfig, RunConfig
 from align.console import log
 from align.entanglement.batch import MAX_LENGTH
 from align.errors import DataError, ModelError
-from align.evaluation.parts import in_parts
 from align.evaluation_stages import PART, PARTS, stage_evaluate, stage_generate
 from align.filtering.run import KEPT, filter_source
 from align.generation.base import Sampling, as_completion, prompt_keys
@@ -25,6 +24,7 @@ from align.pairs import load_pairs, load_prompts, read_pairs, split_by_prompt, s
 from align.pipeline import TRUST, TRUST_NUMBERS, measures_trust
 from align.processes import process_rank
 from align.reward_stages import METRICS, make_scorer, scored_by, stage_crossfit, stage_reward
+from align.shards import in_parts
 from align.stage import read_json, write_json
 from align.trainer_args import build_lora, build_trainer_args
 from align.training.train import MODEL, bind, require_margin, train_policy
@@ -201,14 +201,14 @@ def stage_margins(config: RunConfig, root: Path, folder: Path, which: str) -> No
     if reward.pairs is None and reward.folds:
         scored = read_pairs(root / "crossfit" / "pairs")
     elif reward.pairs is None:
-        scored = scored_by(members(model), read_pairs(root / "pairs" / "train"), reward, calibration)
+        scored = scored_by(members(model), read_pairs(root / "pairs" / "train"), config, folder, calibration)
         note = "These margins are in-sample: the reward model was trained on the same pairs. Set reward.folds: 5."
     elif config.sample is not None and reward.folds:
         folds = [m for fold in range(1, reward.folds) for m in members(root / "crossfit" / f"fold-{fold}")]
-        scored = scored_by(folds, read_pairs(root / "sample" / "train"), reward, calibration)
+        scored = scored_by(folds, read_pairs(root / "sample" / "train"), config, folder, calibration)
     else:
         source = root / ("sample" if config.sample is not None else "pairs") / "train"
-        scored = scored_by(members(model), read_pairs(source), reward, calibration)
+        scored = scored_by(members(model), read_pairs(source), config, folder, calibration)
         if config.sample is not None:
             note = "Labels were drawn from the same reward model that gives the margins: they agree by construction."
     if process_rank() > 0:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from align.config import RewardConfig
+from align.config import ClusterConfig, RewardConfig
 from align.console import log
 from align.pairs import folds_by_prompt
 from reward_models.ensemble import SPREAD, members, score_with, train_members
@@ -14,7 +14,9 @@ from reward_models.margin_map import fit_map
 from reward_models.score import COLUMNS
 
 
-def cross_fit(pairs: Dataset, config: RewardConfig, folder: Path, *, seed: int) -> Dataset:
+def cross_fit(
+    pairs: Dataset, config: RewardConfig, folder: Path, *, seed: int, cluster: ClusterConfig | None = None
+) -> Dataset:
     """Train ``config.folds`` models, each on all folds but its own; score each fold by its model.
 
     Under a launcher all processes call this together.
@@ -25,6 +27,7 @@ def cross_fit(pairs: Dataset, config: RewardConfig, folder: Path, *, seed: int) 
         config: reward model and number of folds k >= 2.
         folder: gets fold-0 ... fold-(k-1), model folders; one that is there is not trained again.
         seed: seed of the folds and the models.
+        cluster: whose workers share the scoring.
 
     Returns:
         The table with reward_chosen, reward_rejected, margin, ``margin_std`` of an ensemble, and ``fold``.
@@ -40,10 +43,11 @@ def cross_fit(pairs: Dataset, config: RewardConfig, folder: Path, *, seed: int) 
         scored = score_with(
             members(model),
             pairs.select(inside),
+            folder / "scored",
             batch_tokens=config.batch_tokens,
             max_length=config.max_length,
             trust_remote_code=config.trusts_remote_code,
-            together=True,
+            cluster=cluster,
         )
         scores[inside] = np.stack([np.asarray(scored[column]) for column in columns], axis=1)
     table = pairs.remove_columns([column for column in columns if column in pairs.column_names])

@@ -3,6 +3,7 @@
 The first member is the model folder itself, which loads as a plain reward model; the others lie in ``members/`` below.
 """
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,21 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.config import RewardConfig
-from align.pairs import with_columns
+from align.config import ClusterConfig, RewardConfig
+from align.pairs import TEXT, fingerprint, with_columns
+from align.processes import from_first, of_all, process_rank
+from align.shards import gathered, map_shards
+from align.stage import digest, fingerprint_source
 from reward_models.margin_map import MarginMap
-from reward_models.score import COLUMNS, RewardScorer
+from reward_models.score import COLUMNS, RewardScorer, ScoreJob, with_rewards
 from reward_models.train import train_reward_model
 
 MEMBERS = "members"
 SEED_STEP = 7919
 SPREAD = "margin_std"
+SHARD = 512
+"""Pairs that are lost at most when a scoring is stopped, and that a process or a worker is given at a time."""
+KEY_DIGITS = 8
 
 
 def train_members(train: Dataset, config: RewardConfig, output: Path, *, seed: int) -> None:
@@ -89,40 +96,52 @@ class EnsembleScorer:
 
 
 def score_with(
-    models: list[Path | str],
+    models: Sequence[Path | str],
     pairs: Dataset,
+    folder: Path,
     *,
     batch_tokens: int,
     max_length: int,
     trust_remote_code: bool = False,
     calibration: MarginMap | None = None,
-    cache: Path | None = None,
-    together: bool = False,
+    cluster: ClusterConfig | None = None,
 ) -> Dataset:
     """The table with the mean rewards of the models and their margin; ``margin_std`` where there are at least two.
 
-    One model after the other is loaded and scores all pairs, so that one of them is in memory at a time.
+    One model after the other is loaded and scores all pairs, so that one of them is in memory at a time. Under a
+    launcher all processes call this together and share the work.
 
     Args:
         models: at least one.
         pairs: pair table.
+        folder: keeps finished shards until all are, so that a stopped scoring goes on; what another model, another
+            table or other settings have left there is not looked at.
         batch_tokens: padded tokens per batch.
         max_length: tokens per text.
-        trust_remote_code: code that comes with a model may run.
+        trust_remote_code: code that comes with the model may run.
         calibration: applied to the mean margin.
-        cache: folder for scored chunks, valid for these models and pairs only.
-        together: see ``RewardScorer``.
+        cluster: whose workers share the pairs; None: this process, or those of the launcher.
     """
+    kept = from_first(lambda: folder / _key(models, pairs, max_length))
     made = []
     for number, model in enumerate(models):
-        scorer = RewardScorer(
-            model, batch_tokens=batch_tokens, max_length=max_length, trust_remote_code=trust_remote_code,
-            together=together,
-        )  # fmt: skip
-        below = cache if cache is None or number == 0 else cache / str(number)
-        made.append(scorer.score_pairs(pairs, cache=below))
+        job = ScoreJob(str(model), batch_tokens, max_length, trust_remote_code)
+        own = kept / str(number)
+        map_shards(
+            pairs.select_columns(list(TEXT)), job, own, size=SHARD, what="scoring", cluster=cluster, together=True
+        )
+        found = gathered(own, len(pairs), SHARD)
+        made.append(with_rewards(pairs, *(np.asarray(found[name]) for name in ("reward_chosen", "reward_rejected"))))
+    of_all([process_rank()])  # nobody reads a shard any more
+    if process_rank() == 0:
+        shutil.rmtree(folder)
     table = _averaged(pairs, made)
     return table if calibration is None else calibration.apply(table)
+
+
+def _key(models: Sequence[Path | str], pairs: Dataset, max_length: int) -> str:
+    """Of what the rewards depend on."""
+    return digest([*(fingerprint_source(str(model)) for model in models), fingerprint(pairs), max_length])[:KEY_DIGITS]
 
 
 def _averaged(pairs: Dataset, scored: Sequence[Dataset]) -> Dataset:

@@ -1,6 +1,7 @@
 """Scoring: (prompt, completion) -> reward, whatever the batch size and the padding."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,16 +9,15 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from align.arrays import kept_array
 from align.batching import token_batches
 from align.console import progress
 from align.errors import NumericsError
 from align.pairs import with_columns
-from align.processes import from_first, local_device, of_all, own_share, process_rank
+from align.processes import local_device
+from align.shards import Work
 from reward_models.model import load_reward_model
 from reward_models.text import render, tokenize
 
-CHUNK = 4096
 SHOWN = 80
 """Characters of a text in an error."""
 COLUMNS = ("reward_chosen", "reward_rejected", "margin")
@@ -32,8 +32,6 @@ class RewardScorer:
         max_length: tokens per text; longer ones are cut from the right.
         padding_side: of a decoder; rewards do not depend on it. An encoder is always padded on the right.
         trust_remote_code: code that comes with the model may run.
-        together: under a launcher all processes score the same texts at the same time: each a share of the batches,
-            and each gets all rewards. Otherwise a process scores for itself.
 
     Raises:
         ModelError: the model cannot be used.
@@ -47,12 +45,10 @@ class RewardScorer:
         max_length: int,
         padding_side: Literal["left", "right"] = "right",
         trust_remote_code: bool = False,
-        together: bool = False,
     ) -> None:
         self.name = str(model)
         loaded, self.tokenizer = load_reward_model(model, trust_remote_code=trust_remote_code)
         self.device = torch.device(local_device())
-        self.together = together
         self.model = loaded.to(self.device).eval()
         self.batch_tokens = batch_tokens
         self.max_length = max_length
@@ -68,13 +64,9 @@ class RewardScorer:
         ids = tokenize(texts, self.tokenizer, self.max_length)
         rewards = np.empty(len(ids), dtype=np.float64)
         batches = token_batches([len(row) for row in ids], self.batch_tokens)
-        own = own_share(batches) if self.together else batches
-        found = []
         with torch.inference_mode():
-            for batch in progress(own, what="scoring", total=len(own), unit="batches"):
-                found.append((batch, self.rewards([ids[k] for k in batch])))
-        for batch, values in of_all(found) if self.together else found:
-            rewards[batch] = values
+            for batch in progress(batches, what="scoring", total=len(batches), unit="batches"):
+                rewards[batch] = self.rewards([ids[k] for k in batch])
         for k in np.flatnonzero(~np.isfinite(rewards))[:1]:
             raise NumericsError(
                 f"{self.name}: found the reward {rewards[k]} for {texts[k][:SHOWN]!r}, expected a finite number",
@@ -92,33 +84,10 @@ class RewardScorer:
         rows = zip(prompts, completions, strict=True)
         return self.score_texts([render(prompt, completion, self.tokenizer) for prompt, completion in rows])
 
-    def score_pairs(self, pairs: Dataset, cache: Path | None = None) -> Dataset:
-        """The table with reward_chosen, reward_rejected and margin (their difference).
-
-        Args:
-            pairs: pair table.
-            cache: folder in which every ``CHUNK`` scored pairs are kept, so that a stopped scoring goes on; it is
-                only valid for the same model and pairs.
-        """
-        parts = [self._score_chunk(pairs, start, cache) for start in range(0, len(pairs), CHUNK)]
-        rewards = np.concatenate(parts) if parts else np.empty((0, 2))
-        values = (*rewards.T, rewards[:, 0] - rewards[:, 1])
-        return with_columns(pairs, dict(zip(COLUMNS, values, strict=True)))
-
-    def _score_chunk(self, pairs: Dataset, start: int, cache: Path | None) -> np.ndarray:
-        """Rewards [n, 2] of the pairs from ``start`` on."""
-        rows = pairs.select(range(start, min(start + CHUNK, len(pairs))))
-        if cache is None:
-            return self._pair_rewards(rows)
-        file = cache / f"{start:010d}.npy"
-        known = from_first(file.exists) if self.together else file.exists()
-        keeps = known or not self.together or process_rank() == 0
-        return kept_array(file if keeps else None, lambda: self._pair_rewards(rows))
-
-    def _pair_rewards(self, rows: Dataset) -> np.ndarray:
-        """Rewards [n, 2]."""
-        texts = [render(row["prompt"], row[side], self.tokenizer) for side in ("chosen", "rejected") for row in rows]
-        return self.score_texts(texts).reshape(2, len(rows)).T
+    def score_pairs(self, pairs: Dataset) -> Dataset:
+        """The table with reward_chosen, reward_rejected and margin (their difference)."""
+        texts = [render(row["prompt"], row[side], self.tokenizer) for side in ("chosen", "rejected") for row in pairs]
+        return with_rewards(pairs, *self.score_texts(texts).reshape(2, len(pairs)))
 
     def rewards(self, rows: list[list[int]]) -> np.ndarray:
         """Reward of each row of token ids, float64 [N], in one forward pass."""
@@ -136,3 +105,26 @@ class RewardScorer:
             input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device), **positions
         ).logits
         return logits.squeeze(-1).double().cpu().numpy()
+
+
+def with_rewards(pairs: Dataset, chosen: np.ndarray, rejected: np.ndarray) -> Dataset:
+    """The table with the rewards [N] of both responses and their margin."""
+    return with_columns(pairs, dict(zip(COLUMNS, (chosen, rejected, chosen - rejected), strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreJob:
+    """Rewards of the pairs of a shard; see ``RewardScorer``."""
+
+    model: str
+    batch_tokens: int
+    max_length: int
+    trust_remote_code: bool
+
+    def start(self) -> Work:
+        """Load the model."""
+        scorer = RewardScorer(
+            self.model, batch_tokens=self.batch_tokens, max_length=self.max_length,
+            trust_remote_code=self.trust_remote_code,
+        )  # fmt: skip
+        return lambda rows: scorer.score_pairs(rows).select_columns(["reward_chosen", "reward_rejected"])

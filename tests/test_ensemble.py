@@ -49,10 +49,10 @@ def test_a_score_is_the_mean_of_the_members(ensemble: Path, name: str) -> None:
     assert SCORERS[name](ensemble) == pytest.approx(means(ensemble), abs=1e-5)
 
 
-def test_pairs_one_member_at_a_time_or_all_at_once(ensemble: Path) -> None:
+def test_pairs_one_member_at_a_time_or_all_at_once(ensemble: Path, tmp_path: Path) -> None:
     pairs = Dataset.from_list(rows(5))
     together = EnsembleScorer(ensemble, **BUDGET).score_pairs(pairs)
-    one_by_one = score_with(members(ensemble), pairs, **BUDGET)
+    one_by_one = score_with(members(ensemble), pairs, tmp_path / "scored", **BUDGET)
     for column in ("reward_chosen", "reward_rejected", "margin", "margin_std"):
         assert together[column][:] == pytest.approx(one_by_one[column][:], abs=1e-6)
     assert "margin_std" not in EnsembleScorer(ensemble / "members" / "1", **BUDGET).score_pairs(pairs).column_names
@@ -63,5 +63,5 @@ def test_a_reward_model_is_evaluated_with_all_its_members(ensemble: Path, tmp_pa
     source = PairsConfig(path=str(tmp_path / "pairs.jsonl"))
     evaluate(source, str(ensemble), tmp_path / "out", chat=None, batch_tokens=256, max_length=64, seed=0)
     margins = json.loads((tmp_path / "out" / "reward_model.json").read_text())["margins"]
-    expected = score_with(members(ensemble), Dataset.from_list(rows(8)), **BUDGET)["margin"]
+    expected = score_with(members(ensemble), Dataset.from_list(rows(8)), tmp_path / "scored", **BUDGET)["margin"]
     assert margins == pytest.approx(expected[:], abs=1e-5)

@@ -28,7 +28,6 @@ from align.evaluation.judges import (
     make_score_judge,
 )
 from align.evaluation.kl import completion_logps
-from align.evaluation.parts import in_parts
 from align.evaluation.policies import Policy, checkpoints, find_reference, parse_policies
 from align.evaluation.reward_model import reward_model_metrics
 from align.evaluation.reward_pairs import findings_said, pair_findings
@@ -36,6 +35,7 @@ from align.evaluation.rewardbench import SECTIONS, section_scores
 from align.generation.encoding import encode_prompt
 from align.model_folders import fingerprint_model
 from align.reports.reward_model_page import GROUPS, by_group, write_page
+from align.shards import in_parts
 from reward_models.judges import VaderJudge
 from reward_models.length_bias import word_difference
 from reward_models.score import RewardScorer

@@ -151,11 +151,12 @@ def test_an_ensemble_averages_and_disagrees(head: str, tmp_path: Path) -> None:
     alone = np.stack([
         np.asarray(RewardScorer(m, batch_tokens=512, max_length=64).score_pairs(pairs)["margin"]) for m in models
     ])  # fmt: skip
-    scored = score_with(models, pairs, batch_tokens=512, max_length=64, cache=tmp_path / "cache")
+    scored = score_with(models, pairs, tmp_path / "scored", batch_tokens=512, max_length=64)
+    assert not (tmp_path / "scored").exists()
     assert np.asarray(scored["margin"]) == pytest.approx(alone.mean(axis=0), abs=1e-5)
     assert np.asarray(scored["margin_std"]) == pytest.approx(alone.std(axis=0, ddof=1), abs=1e-5)
     assert float(np.min(alone.std(axis=0))) > 0
-    single = score_with([models[0]], pairs, batch_tokens=512, max_length=64)
+    single = score_with([models[0]], pairs, tmp_path / "scored", batch_tokens=512, max_length=64)
     assert "margin_std" not in single.column_names
 
 

@@ -38,15 +38,13 @@ def test_reward_does_not_depend_on_batch_or_padding(build: object, tmp_path: Pat
     )
 
 
-def test_scored_pairs_and_their_cache(tmp_path: Path) -> None:
+def test_scored_pairs(tmp_path: Path) -> None:
     scorer = RewardScorer(llama_reward(tmp_path / "m"), batch_tokens=256, max_length=64)
     pairs = Dataset.from_list(rows(6))
-    scored = scorer.score_pairs(pairs, cache=tmp_path / "cache")
+    scored = scorer.score_pairs(pairs)
     row = scored[2]
     assert row["reward_chosen"] == pytest.approx(scorer.score_texts([row["prompt"] + row["chosen"]])[0], abs=1e-5)
     assert row["margin"] == row["reward_chosen"] - row["reward_rejected"]
-    np.save(tmp_path / "cache" / f"{0:010d}.npy", np.zeros((6, 2)))
-    assert set(scorer.score_pairs(pairs, cache=tmp_path / "cache")["margin"]) == {0.0}
 
 
 def test_a_reward_that_is_not_finite_is_named(tmp_path: Path) -> None:

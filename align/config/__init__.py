@@ -1,6 +1,7 @@
 """The typed tree of one run, a module per part of it."""
 
 from align.config.base import Count, Positive, Section
+from align.config.cluster import ClusterConfig
 from align.config.data import FilterConfig, OodConfig, PairsConfig, SampleConfig
 from align.config.reading import apply_override, load_section, nearest
 from align.config.reward import ObjectiveConfig, RewardConfig, SharpnessConfig, TiltConfig
@@ -16,6 +17,7 @@ from align.config.train import (
 )
 
 __all__ = [
+    "ClusterConfig",
     "Count",
     "DistanceConfig",
     "EntanglementConfig",

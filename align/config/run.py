@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from align.config.base import Count, Name, Positive, Section, Seed
+from align.config.cluster import ClusterConfig
 from align.config.data import FilterConfig, PairsConfig, SampleConfig
 from align.config.reading import load_section
 from align.config.reward import RewardConfig
@@ -43,6 +44,8 @@ class RunConfig(Section):
     train: TrainConfig | None = None
     """Absent: the run ends with the reward model and its margins."""
     evaluate: EvaluateConfig | None = None
+    cluster: ClusterConfig | None = None
+    """Absent: this machine, or the processes of a launcher."""
 
     @model_validator(mode="after")
     def _one_source_of_pairs(self) -> "RunConfig":

@@ -12,21 +12,22 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from align.config import PairsConfig
+from align.config import ClusterConfig, PairsConfig
 from align.console import log, out
 from align.entanglement.batch import collate, tokenize_pairs
 from align.entanglement.check import check_predictions
-from align.entanglement.measure import measure_pairs, measured
+from align.entanglement.measure import SHARD, MeasureJob, load_measured, measuring
 from align.entanglement.products import GradientProducts
 from align.entanglement.summary import advice, summarize
 from align.entanglement.tokens import token_matrix, token_products
 from align.entanglement.trace import checkpoints_of, sentence, trajectory
 from align.errors import ConfigError, DataError
 from align.loss_registry import BoundLoss, resolve
-from align.model_loading import load_policy, load_tokenizer
+from align.model_loading import load_tokenizer
 from align.pairs import load_pairs, read_pairs
-from align.processes import local_device, process_rank
+from align.processes import process_rank
 from align.reports.entanglement_page import shade, write_page, write_trace_page
+from align.shards import Work, gathered, map_shards
 from align.stage import Stage, fingerprint_source, read_manifest, run_stage, write_json
 
 TABLE = "entanglement.parquet"
@@ -48,6 +49,7 @@ def report(
     matrices: int,
     batch_tokens: int,
     max_length: int,
+    cluster: ClusterConfig | None = None,
 ) -> None:
     """Measure pairs, write ``entanglement.parquet``, ``summary.json`` and ``report.html`` under ``output``.
 
@@ -57,9 +59,9 @@ def report(
     bound = _bound(loss, parameters)
     pairs = _sample(load_pairs(source), bound, limit, source.path)
     tokenizer = load_tokenizer(model)
-    policy = _policy(model)
+    policy = load_measured(model)
     tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
-    settings = _Settings(bound, parameter_names, batch_tokens, max_length, fingerprint_source(source.path))
+    settings = _Settings(bound, parameter_names, batch_tokens, max_length, fingerprint_source(source.path), cluster)
     stage, table = _measure(output / "measurements", tokens, model, policy, reference, settings)
     if process_rank() > 0:
         return
@@ -109,7 +111,7 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     for step, folder in checkpoints:
         reference = None if (folder / "adapter_config.json").exists() else base
         name = output / f"step-{step:06d}"
-        tables.append(_measure(name, tokens, str(folder), _policy(str(folder)), reference, settings)[1])
+        tables.append(_measure(name, tokens, str(folder), load_measured(str(folder)), reference, settings)[1])
     if process_rank() > 0:
         return
     found = trajectory([step for step, _ in checkpoints], tables)
@@ -150,7 +152,7 @@ def check(
     half = tokens.select(range(max(1, len(tokens) // 2)))
     batch, probes = (collate(rows, tokenizer.pad_token_id, max_length=max_length) for rows in (half, tokens))
     margin = torch.tensor(half["margin"]) if bound.spec.needs_margin else None
-    found = check_predictions(_policy(model), batch, probes, bound, rates, margin=margin)
+    found = check_predictions(load_measured(model), batch, probes, bound, rates, margin=margin)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "check.json", {"model": model, "loss": loss, "pairs": len(tokens), "optimizers": found})
     out.print_json(json.dumps(found))
@@ -177,6 +179,19 @@ class _Settings:
     batch_tokens: int
     max_length: int
     content: str
+    cluster: ClusterConfig | None = None
+    """Whose workers share the pairs; no result depends on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """The job in this process, which has loaded the policy for the page as well."""
+
+    policy: nn.Module
+    job: MeasureJob
+
+    def start(self) -> Work:
+        return measuring(self.policy, self.job)
 
 
 def _measure(
@@ -194,14 +209,14 @@ def _measure(
         "max_length": settings.max_length,
     }
 
+    job = MeasureJob(model, reference, settings.loss, settings.parameters, settings.batch_tokens, settings.max_length)
+
     def work(partial: Path) -> None:
-        measure_pairs(
-            tokens, policy, load_tokenizer(model), settings.loss,
-            reference=None if reference is None else _frozen(reference), parameters=settings.parameters,
-            batch_tokens=settings.batch_tokens, max_length=settings.max_length, parts=partial / "parts",
-        )  # fmt: skip
+        parts = partial / "parts"
+        here = job if settings.cluster is not None else _Loaded(policy, job)
+        map_shards(tokens, here, parts, size=SHARD, what="entanglement", cluster=settings.cluster, together=True)
         if process_rank() == 0:
-            measured(partial / "parts", len(tokens)).to_parquet(str(partial / TABLE))
+            gathered(parts, len(tokens), SHARD).to_parquet(str(partial / TABLE))
 
     stage = run_stage("entanglement", folder, inputs, work, collective=True)
     return stage, Dataset.from_parquet(str(folder / TABLE), keep_in_memory=True)
@@ -217,17 +232,6 @@ def _sample(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset
         )
     order = sorted(range(len(pairs)), key=lambda k: str(pairs[k]["id"]))[:limit]
     return pairs.select(sorted(order))
-
-
-def _policy(model: str) -> nn.Module:
-    kwargs: dict[str, Any] = {"dtype": "float32"}
-    if (Path(model) / "adapter_config.json").exists():
-        kwargs["is_trainable"] = True
-    return load_policy(model, **kwargs).to(local_device()).eval()
-
-
-def _frozen(model: str) -> nn.Module:
-    return load_policy(model, dtype="float32").to(local_device()).eval()
 
 
 def _worst(row: dict[str, Any]) -> tuple[bool, float]:

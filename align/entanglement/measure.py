@@ -1,90 +1,74 @@
-"""A table of pairs -> a table of measurements, in resumable parts."""
+"""A shard of pairs -> a row of measurements for each."""
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from align.batching import token_batches
-from align.console import progress
 from align.entanglement.batch import collate
 from align.entanglement.conditions import changes, loss_weights, slack
 from align.entanglement.products import GradientProducts
 from align.entanglement.screening import screen
 from align.loss_registry import BoundLoss
 from align.losses import PairLogps
-from align.processes import own_share, wait_until
+from align.model_loading import load_policy, load_tokenizer
+from align.processes import local_device
+from align.shards import Work
 from align.training.layout import base_model
 from align.training.logps import add_completion_head, pair_logps
 
-PART = 32
-"""Pairs per part; a stopped measurement loses at most one, and processes share the parts."""
+SHARD = 32
+"""Pairs that a stopped measurement loses at most, and that a process or a worker is given at a time."""
 
 
-def measure_pairs(
-    pairs: Dataset,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    loss: BoundLoss,
-    *,
-    reference: nn.Module | None,
-    parameters: str | None,
-    batch_tokens: int,
-    max_length: int,
-    parts: Path,
-) -> None:
-    """One row per pair: gradient products, the loss's weights, first-order changes, the verdict, screening scores.
+@dataclass(frozen=True, slots=True)
+class MeasureJob:
+    """One row per pair: gradient products, the loss's weights, first-order changes, the verdict, screening scores."""
 
-    Under a launcher each process measures its share of the parts; ``measured`` gives the whole.
+    model: str
+    """Policy; its trained parameters are measured."""
+    reference: str | None
+    """Reference model; None: the policy with its adapter off, or the policy itself without one."""
+    loss: BoundLoss
+    """Any registered loss but beta_dpo."""
+    parameters: str | None
+    """See ``GradientProducts``."""
+    batch_tokens: int
+    """Padded tokens of a batch."""
+    max_length: int
+    """Tokens of prompt and response together."""
 
-    Args:
-        pairs: tokenized pair table (``tokenize_pairs``), with ``margin`` where the loss needs one.
-        model: policy; its trained parameters are measured.
-        tokenizer: of the policy.
-        loss: any registered loss but beta_dpo.
-        reference: reference model; None: the policy with its adapter off, or the policy itself without one.
-        parameters: see ``GradientProducts``.
-        batch_tokens: padded tokens of a batch.
-        max_length: tokens of prompt and response together.
-        parts: folder for finished parts.
-    """
-    parts.mkdir(parents=True, exist_ok=True)
-    measure = GradientProducts(model, parameters)
-    add_completion_head(base_model(model))
-    if reference is not None:
+    def start(self) -> Work:
+        """Load the models; the work takes tokenized pairs, with ``margin`` where the loss needs one."""
+        return measuring(load_measured(self.model), self)
+
+
+def measuring(policy: nn.Module, job: MeasureJob) -> Work:
+    """What ``job`` does, with a policy that is loaded already."""
+    measure = GradientProducts(policy, job.parameters)
+    tokenizer = load_tokenizer(job.model)
+    add_completion_head(base_model(policy))
+    reference = None
+    if job.reference is not None:
+        reference = load_policy(job.reference, dtype="float32").to(local_device()).eval()
         add_completion_head(base_model(reference))
-    starts = range(0, len(pairs), PART)
-    own = own_share(starts)
-    for start in progress(own, what="entanglement", total=len(own), unit="parts"):
-        file = _part(parts, start)
-        if not file.exists():
-            rows = pairs.select(range(start, min(start + PART, len(pairs))))
-            made = _measure_part(rows, measure, tokenizer, loss, reference, batch_tokens, max_length)
-            temporary = file.with_suffix(".tmp")
-            made.to_parquet(str(temporary))
-            temporary.replace(file)
+    return lambda rows: _measure_part(rows, measure, tokenizer, job.loss, reference, job.batch_tokens, job.max_length)
 
 
-def measured(parts: Path, pairs: int) -> Dataset:
-    """The measurements of all pairs, once every process has finished its parts.
-
-    Args:
-        parts: folder of the parts.
-        pairs: how many were to be measured.
-    """
-    files = [_part(parts, start) for start in range(0, pairs, PART)]
-    wait_until(lambda: all(file.exists() for file in files))
-    return concatenate_datasets([Dataset.from_parquet(str(file), keep_in_memory=True) for file in files])
-
-
-def _part(parts: Path, start: int) -> Path:
-    return parts / f"{start:08d}.parquet"
+def load_measured(model: str) -> nn.Module:
+    """A policy in float32 on this process's device, an adapter's parameters trainable."""
+    kwargs: dict[str, Any] = {"dtype": "float32"}
+    if (Path(model) / "adapter_config.json").exists():
+        kwargs["is_trainable"] = True
+    return load_policy(model, **kwargs).to(local_device()).eval()
 
 
 def _measure_part(

@@ -22,12 +22,12 @@ from datasets import Dataset, List, Value
 
 from align.errors import ConfigError, DataError, ModelError
 from align.evaluation.judges import ByScore, PairwiseJudge, from_scores, judge_key
-from align.evaluation.parts import in_parts, read_table
 from align.evaluation.policies import Policy
 from align.generation.base import Engine, Sampling, prompt_keys
 from align.generation.engines import Choice, choose_engine, make_engine
 from align.model_folders import fingerprint_model
 from align.pairs import load_prompts
+from align.shards import in_parts, read_table
 from align.stage import digest, run_stage
 from reward_models.judges import Judge
 

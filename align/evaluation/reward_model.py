@@ -14,13 +14,13 @@ from align.config import OodConfig, PairsConfig
 from align.console import log, out
 from align.errors import ConfigError
 from align.estimates import bootstrap_share
-from align.evaluation.parts import in_parts, read_table
 from align.evaluation.ranking import auc_interval, opis
 from align.evaluation.reward_pairs import findings_said, pair_findings
 from align.evaluation.rewardbench import is_plain, section_scores
 from align.pair_sources import read_source
 from align.pairs import fingerprint, load_pairs
 from align.reports.verdict import interval
+from align.shards import in_parts, read_table
 from align.stage import fingerprint_source, run_stage, write_json
 from reward_models.calibration import evaluate_margins
 from reward_models.length_bias import word_difference

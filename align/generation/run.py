@@ -9,20 +9,24 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Dataset
 
-from align.config import PairsConfig
+from align.config import ClusterConfig, PairsConfig
 from align.console import log
 from align.errors import ConfigError, DataError
 from align.generation.base import Completion, Sampling, show_tokens
 from align.generation.engines import Choice, choose_engine, make_engine
 from align.generation.prompts import PromptRow, read_prompts
 from align.model_folders import fingerprint_model
+from align.shards import Work, decode
 from align.stage import Stage, digest, read_manifest, run_stage, write_json
 
 FINISHED = "finished.jsonl"
 """One line for each finished prompt, while a run is under way."""
 STAGE = "generate"
 STEM = "completions"
+SHARD = 64
+"""Prompts that a worker of a cluster is given at a time."""
 METRICS = "metrics.json"
 Format = Literal["jsonl", "parquet"]
 
@@ -39,6 +43,8 @@ class GenerateSettings:
     format: Format = "parquet"
     options: dict[str, Any] = field(default_factory=dict)
     """Passed to the engine; see ``make_engine``."""
+    cluster: ClusterConfig | None = None
+    """Whose workers share the prompts; no result depends on it."""
 
 
 def generate_completions(source: PairsConfig, settings: GenerateSettings, output: Path) -> Stage:
@@ -120,7 +126,10 @@ def _work(prompts: list[PromptRow], settings: GenerateSettings, chosen: Choice, 
     if finished:
         log.info("generate: %d of %d prompts are finished already", len(prompts) - len(left), len(prompts))
     loaded, new_tokens = start, 0
-    if left:
+    if left and settings.cluster is not None:
+        new_tokens = _on_cluster(left, settings, chosen, file)
+        finished = read_finished(file, settings.sampling.n)
+    elif left:
         engine = make_engine(
             chosen, settings.model, batch_size=settings.batch_size, base_url=settings.base_url,
             options=settings.options,
@@ -131,13 +140,69 @@ def _work(prompts: list[PromptRow], settings: GenerateSettings, chosen: Choice, 
             for index, completions in show_tokens(stream, len(left)):
                 finished[left[index].id] = [asdict(completion) for completion in completions]
                 new_tokens += sum(len(completion.token_ids) for completion in completions)
-                line = {"id": left[index].id, "completions": finished[left[index].id]}
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                out.write(_line(left[index].id, finished[left[index].id]))
                 out.flush()
     done = time.monotonic()
     write_table(list(_rows(prompts, finished, settings)), folder / f"{STEM}.{settings.format}")
     _write_metrics(finished, chosen, new_tokens, loaded - start, done - loaded, folder)
     file.unlink(missing_ok=True)
+
+
+def _line(prompt: str, completions: list[dict[str, Any]]) -> str:
+    return json.dumps({"id": prompt, "completions": completions}, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateJob:
+    """Completions of the prompts of a shard, as the lines of ``finished.jsonl``."""
+
+    settings: GenerateSettings
+    engine: Choice
+
+    def start(self) -> Work:
+        """Load the engine."""
+        settings = self.settings
+        engine = make_engine(
+            self.engine, settings.model, batch_size=settings.batch_size, base_url=settings.base_url,
+            options=settings.options,
+        )  # fmt: skip
+
+        def work(rows: Dataset) -> Dataset:
+            prompts = [json.loads(prompt) for prompt in rows["prompt"]]
+            groups = engine.generate(prompts, settings.sampling, list(rows["id"]))
+            lines = [
+                _line(name, [asdict(one) for one in group]) for name, group in zip(rows["id"], groups, strict=True)
+            ]
+            tokens = [sum(len(one.token_ids) for one in group) for group in groups]
+            return Dataset.from_dict({"line": lines, "tokens": tokens})
+
+        return work
+
+
+def _on_cluster(left: list[PromptRow], settings: GenerateSettings, chosen: Choice, file: Path) -> int:
+    """Let the workers of the cluster complete the prompts into ``file``; tokens that they have made."""
+    from align.cluster import map_on_cluster
+
+    assert settings.cluster is not None
+    shards = {
+        start: Dataset.from_dict({
+            "id": [row.id for row in left[start : start + SHARD]],
+            "prompt": [json.dumps(row.prompt) for row in left[start : start + SHARD]],
+        })
+        for start in range(0, len(left), SHARD)
+    }  # fmt: skip
+    tokens = 0
+    with file.open("a", encoding="utf-8") as out:
+
+        def keep(_: int, shard: bytes) -> None:
+            nonlocal tokens
+            made = decode(shard)
+            out.write("".join(made["line"]))
+            out.flush()
+            tokens += sum(made["tokens"])
+
+        map_on_cluster(GenerateJob(settings, chosen), shards, settings.cluster, keep, what="generating")
+    return tokens
 
 
 def read_finished(file: Path, n: int) -> dict[str, list[dict[str, Any]]]:

@@ -17,11 +17,11 @@ from scipy.special import expit
 
 from align.config import RewardConfig, TrainConfig
 from align.errors import DataError
-from align.evaluation.parts import in_parts, read_table
 from align.generation.base import Sampling
 from align.generation.engines import make_engine
 from align.model_loading import load_tokenizer
 from align.pairs import read_pairs, with_columns, write_pairs
+from align.shards import in_parts, read_table
 from align.stage import Stage, fingerprint_source, read_json, run_stage, write_json
 from reward_models.calibration import evaluate_margins
 from reward_models.crossfit import cross_fit

@@ -175,19 +175,20 @@ def test_a_whole_run(tmp_path: Path, processes: int) -> None:
 
 @pytest.mark.parametrize("processes", SEVERAL)
 def test_scoring_and_products(tmp_path: Path, processes: int) -> None:
-    """`align reward score` and `align entangle report`: 70 pairs in three parts, an odd number of batches."""
+    """`align reward score`, 1,100 pairs in three shards, and `align entangle report`, 70 pairs in three."""
     causal(tmp_path / "policy")
     llama_reward(tmp_path / "reward")
-    jsonl(tmp_path / "pairs.jsonl", pairs(70))
+    jsonl(tmp_path / "pairs.jsonl", pairs(1100))
     found: dict[str, list[Dataset]] = {"scored": [], "measured": []}
     for name, count in (("one", 1), ("several", processes)):
-        score = ["reward", "score", "pairs.jsonl", "--model", "reward", "--batch-tokens", "100"]
+        score = ["reward", "score", "pairs.jsonl", "--model", "reward", "--batch-tokens", "2000"]
         scored = launched(count, *score, "--output", f"scored-{name}", cwd=tmp_path)
         assert scored.returncode == 0, scored.stderr
         printed = scored.stdout[scored.stdout.index("{") :]  # torch 2.8 has gloo say there who has joined
-        assert json.loads(printed)["n"] == 70, "one process prints"
+        assert json.loads(printed)["n"] == 1100, "one process prints"
         found["scored"].append(read_pairs(tmp_path / f"scored-{name}"))
         report = ["entangle", "report", "pairs.jsonl", "--model", "policy", "--output", f"products-{name}"]
+        report += ["--limit", "70"]
         measured = launched(count, *report, cwd=tmp_path)
         assert measured.returncode == 0, measured.stderr
         table = tmp_path / f"products-{name}" / "measurements" / "entanglement.parquet"

@@ -1,0 +1,57 @@
+"""Jobs that workers of a cluster do in the tests of tests/slow/test_cluster.py."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+
+from align.errors import DataError
+from align.shards import Work
+
+
+@dataclass(frozen=True)
+class Squares:
+    """The square of each number, a while later; what was worked on is a file's line."""
+
+    seconds: float
+    seen: str
+
+    def start(self) -> Work:
+        def work(rows: Dataset) -> Dataset:
+            time.sleep(self.seconds)
+            with Path(self.seen).open("a") as stream:
+                stream.write(f"{rows['value'][0]}\n")
+            return Dataset.from_dict({"value": rows["value"], "square": [value**2 for value in rows["value"]]})
+
+        return work
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """Kills the worker that meets a number, on its first so many meetings."""
+
+    number: int
+    meetings: int
+    seen: str
+
+    def start(self) -> Work:
+        def work(rows: Dataset) -> Dataset:
+            if self.number in rows["value"]:
+                met = Path(self.seen)
+                before = len(met.read_text()) if met.exists() else 0
+                met.write_text("x" * (before + 1))
+                if before < self.meetings:
+                    os._exit(1)
+            return rows
+
+        return work
+
+
+@dataclass(frozen=True)
+class Refusing:
+    """Cannot start."""
+
+    def start(self) -> Work:
+        raise DataError("no such model", code="model-missing", hint="give another")

@@ -1,0 +1,216 @@
+"""The same tables from a Ray cluster as from this machine, whatever dies on the way; needs the extra `ray`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from align.config import ClusterConfig
+from align.errors import DataError, EnvironmentProblem
+from align.pairs import read_pairs
+from align.shards import Job, finished, gathered, map_shards
+from tests.builders import bert_reward, causal, rows
+from tests.e2e.test_cli import jsonl
+from tests.launching import ROOT, environment
+from tests.slow.cluster_jobs import Deadly, Refusing, Squares
+
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+pytest.importorskip("ray")
+from ray.cluster_utils import Cluster
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head that does no work; tests add machines to it."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    yield found
+    found.shutdown()
+
+
+def squares(cluster: Any, folder: Path, job: Job, count: int = 40, **fields: Any) -> Dataset:
+    """Numbers in shards of five, worked on by the cluster."""
+    table = Dataset.from_dict({"value": list(range(count))})
+    settings = ClusterConfig(address=cluster.address, **fields)
+    map_shards(table, job, folder, size=5, what="squares", cluster=settings)
+    return gathered(folder, count, 5)
+
+
+@pytest.mark.parametrize("machines", [1, 2, 4])
+def test_verbs_give_the_same_tables(cluster: Any, tmp_path: Path, machines: int) -> None:
+    for _ in range(machines):
+        cluster.add_node(num_cpus=1)
+    table = [{name: value for name, value in row.items() if name != "margin"} for row in rows(1100)]
+    jsonl(tmp_path / "pairs.jsonl", table)
+    jsonl(
+        tmp_path / "prompts.jsonl",
+        [{"id": f"p{k}", "prompt": f"the {row['prompt']}"} for k, row in enumerate(table[:130])],
+    )
+    causal(tmp_path / "policy")
+    bert_reward(tmp_path / "reward")
+
+    def align(*arguments: str) -> None:
+        command = [sys.executable, "-m", "align.cli", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    for name, more in (("here", []), ("there", ["--cluster", cluster.address])):
+        align("reward", "score", "pairs.jsonl", "--model", "reward", "--output", f"scored-{name}", *more)
+        scored = f"scored-{name}/pairs.parquet"
+        options = ["--loss", "madpo", "--limit", "70", "--shown", "1"]
+        align("entangle", "report", scored, "--model", "policy", "--output", f"measured-{name}", *options, *more)
+        sampling = ["-n", "2", "--max-new-tokens", "6", "--engine", "transformers"]
+        align("generate", "prompts.jsonl", "--model", "policy", "--output", f"made-{name}", *sampling, *more)
+    here, there = (read_pairs(tmp_path / f"scored-{name}") for name in ("here", "there"))
+    assert here["id"][:] == there["id"][:] and here.column_names == there.column_names
+    assert np.allclose(here["margin"], there["margin"], atol=1e-5)
+    measured = [
+        Dataset.from_parquet(str(tmp_path / f"measured-{name}" / "measurements" / "entanglement.parquet"))
+        for name in ("here", "there")
+    ]
+    assert measured[0]["id"][:] == measured[1]["id"][:] and measured[0]["verdict"][:] == measured[1]["verdict"][:]
+    assert np.allclose(measured[0]["inner"], measured[1]["inner"], atol=1e-5)
+    made = [Dataset.from_parquet(str(tmp_path / f"made-{name}" / "completions.parquet")) for name in ("here", "there")]
+    assert made[0].to_list() == made[1].to_list() and len(made[0]) == 260
+
+
+def test_a_machine_that_dies(cluster: Any, tmp_path: Path) -> None:
+    """No row is lost and none is there twice; the machine that stays does the rest."""
+    dying = cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
+    job = Squares(0.5, str(tmp_path / "seen"))
+
+    def kill() -> None:
+        while not (tmp_path / "seen").exists():
+            time.sleep(0.1)
+        cluster.remove_node(dying, allow_graceful=False)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    found = squares(cluster, tmp_path / "shards", job)
+    killer.join()
+    assert found["square"][:] == [k**2 for k in range(40)]
+
+
+def test_a_machine_that_comes_later_works_too(cluster: Any, tmp_path: Path) -> None:
+    """All machines are gone, then one is back: the work goes on."""
+    dying = cluster.add_node(num_cpus=1)
+    job = Squares(0.3, str(tmp_path / "seen"))
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(squares, cluster, tmp_path / "shards", job)
+        while not finished(tmp_path / "shards"):
+            assert not found.done()
+            time.sleep(0.1)
+        cluster.remove_node(dying, allow_graceful=False)
+        time.sleep(1)
+        cluster.add_node(num_cpus=1)  # from the main thread, which alone may set the handlers of signals
+        assert found.result()["square"][:] == [k**2 for k in range(40)]
+
+
+def test_the_driver_dies(cluster: Any, tmp_path: Path) -> None:
+    """What is finished is not worked on again, on the cluster or without it."""
+    cluster.add_node(num_cpus=1)
+    code = (
+        "from pathlib import Path; from tests.slow.test_cluster import *\n"
+        f"class C: address = {cluster.address!r}\n"
+        f"squares(C, Path({str(tmp_path / 'shards')!r}), Squares(0.5, {str(tmp_path / 'seen')!r}))"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd=ROOT)
+    while len(finished(tmp_path / "shards")) < 2:
+        assert driver.poll() is None
+        time.sleep(0.1)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    files = {start: tmp_path / "shards" / f"{start:08d}.parquet" for start in finished(tmp_path / "shards")}
+    kept = {start: file.stat().st_mtime_ns for start, file in files.items()}
+    assert 2 <= len(kept) < 8
+    table = Dataset.from_dict({"value": list(range(40))})
+    map_shards(table, Squares(0.0, str(tmp_path / "again")), tmp_path / "shards", size=5, what="squares")
+    again = [int(line) for line in (tmp_path / "again").read_text().splitlines()]
+    assert sorted([*again, *kept]) == list(range(0, 40, 5))
+    assert {start: file.stat().st_mtime_ns for start, file in files.items()} == kept
+    assert gathered(tmp_path / "shards", 40, 5)["square"][:] == [k**2 for k in range(40)]
+
+
+def test_a_worker_that_dies_is_replaced(cluster: Any, tmp_path: Path) -> None:
+    cluster.add_node(num_cpus=1)
+    found = squares(cluster, tmp_path / "shards", Deadly(12, 2, str(tmp_path / "met")))
+    assert found["value"][:] == list(range(40))
+    assert len((tmp_path / "met").read_text()) == 3
+
+
+def test_a_shard_that_kills_every_worker_is_named(cluster: Any, tmp_path: Path) -> None:
+    """With its rows; what others have finished is kept."""
+    cluster.add_node(num_cpus=1)
+    with pytest.raises(EnvironmentProblem, match=r"cluster-lost.*3 workers were lost on the rows from 10 on"):
+        squares(cluster, tmp_path / "shards", Deadly(12, 99, str(tmp_path / "met")))
+    assert 10 not in finished(tmp_path / "shards")
+
+
+def test_what_a_job_refuses_is_the_message(cluster: Any, tmp_path: Path) -> None:
+    cluster.add_node(num_cpus=1)
+    with pytest.raises(DataError, match=r"model-missing.*no such model"):
+        squares(cluster, tmp_path / "shards", Refusing())
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"cpus": 8}, "room for 0 workers of 8 CPUs and 0 GPUs, expected for at least 1"),
+        ({"workers": 3}, "room for 1 workers of 1 CPUs and 0 GPUs, expected for at least 3"),
+        ({"gpus": 1}, "room for 0 workers of 1 CPUs and 1 GPUs, expected for at least 1"),
+    ],
+)
+def test_too_little_room_is_said_before_anything_starts(
+    cluster: Any, tmp_path: Path, fields: dict[str, Any], said: str
+) -> None:
+    cluster.add_node(num_cpus=1)
+    with pytest.raises(EnvironmentProblem, match="cluster-room") as caught:
+        squares(cluster, tmp_path / "shards", Squares(0, str(tmp_path / "seen")), **fields)
+    assert said in str(caught.value) and not (tmp_path / "seen").exists()
+
+
+def test_nothing_answers(tmp_path: Path) -> None:
+    table = Dataset.from_dict({"value": [1]})
+    for address in ("auto", "127.0.0.1:1"):
+        with pytest.raises(EnvironmentProblem, match="cluster-unreachable"):
+            map_shards(table, Refusing(), tmp_path, size=1, what="x", cluster=ClusterConfig(address=address))
+
+
+def test_a_run_is_the_same_with_a_cluster(tmp_path: Path) -> None:
+    """The stages of a run that score, under `cluster: {address: local}`; switching it makes no stage stale."""
+    bert_reward(tmp_path / "backbone")
+    table = [{name: value for name, value in row.items() if name != "margin"} for row in rows(24)]
+    jsonl(tmp_path / "pairs.jsonl", table)
+    trainer = {"max_steps": 2, "per_device_train_batch_size": 4, "bf16": False, "gradient_checkpointing": False}
+    run = {
+        "name": "x", "pairs": {"path": "pairs.jsonl"},
+        "reward": {"model": "backbone", "folds": 2, "max_length": 64, "trainer": trainer},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+
+    def align(*more: str) -> str:
+        command = [sys.executable, "-m", "align.cli", "run", "run.yaml", *more]
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    align()
+    align("--set", "cluster.address=local", "--set", "name=y")
+    one, other = (read_pairs(tmp_path / "runs" / name / "margins" / "pairs") for name in "xy")
+    assert one["id"][:] == other["id"][:] and np.allclose(one["margin"], other["margin"], atol=1e-5)
+    assert "running" not in align("--set", "cluster.address=local").replace("report: running", "")
