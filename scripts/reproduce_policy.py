@@ -8,7 +8,7 @@ which no choice has seen. The published setting is always a candidate; with --ca
 nothing is tuned.
 
 A cell (quality, method, seed, setting) is a stage with its cell.json under --output: a stopped study goes on where it
-was. The table and the frontier are written from whatever cells are there.
+was, and with --known on another machine. The table, the frontier and cells.json are written from the cells there are.
 
     python scripts/reproduce_policy.py --minutes 600
     python scripts/reproduce_policy.py --candidates 1 --margins noise --qualities high \\
@@ -33,6 +33,7 @@ from protocol.data import (
     make_prompts,
     make_reward_model,
     make_samples,
+    read_known,
 )
 from protocol.report import draw_frontier, markdown, summarise
 
@@ -70,6 +71,7 @@ def read_study(arguments: argparse.Namespace) -> Study:
         config.reward,
         arguments.margins,
         config.evaluate.judge,
+        read_known(arguments.known),
     )
 
 
@@ -82,6 +84,8 @@ class Runner:
         if study.margins in ("outside", "noise"):
             make_reward_model(study, self.prompts)
         self.made: dict[tuple[str, int, bool], Stage] = {}
+        self.cells: list[dict[str, Any]] = []
+        """Every cell so far, those that settings are chosen by too."""
 
     def pairs(self, quality: Quality, seed: int, *, with_margins: bool) -> Stage:
         """The labelled pairs of a quality and seed."""
@@ -98,7 +102,8 @@ class Runner:
     def cell(self, quality: Quality, method: str, parameters: Parameters, seed: int, split: Split) -> dict[str, Any]:
         """A cell, computed or read."""
         pairs = self.pairs(quality, seed, with_margins=reads_margins(method))
-        return run_cell(self.study, pairs, quality, method, parameters, seed, split)
+        self.cells.append(run_cell(self.study, pairs, quality, method, parameters, seed, split))
+        return self.cells[-1]
 
 
 def tune(runner: Runner, quality: Quality, method: str, candidates: int) -> Parameters:
@@ -130,6 +135,7 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
                     chosen[name] = tune(runner, quality, method, arguments.candidates)
                 cells.append(runner.cell(quality, method, chosen[name], seed, test))
                 write_json(study.margins_root / "table.json", {"chosen": chosen, "rows": summarise(cells, references)})
+                write_json(study.margins_root / "cells.json", [*references, *runner.cells])
     rows = summarise(cells, references)
     if rows:
         draw_frontier(rows, study.margins_root / "frontier.svg")
@@ -144,6 +150,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a key of the config")
     parser.add_argument("--snippets", type=Path, default=Path(".assets/snippets"))
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce-policy"))
+    parser.add_argument(
+        "--known", nargs="*", type=Path, default=[], metavar="CELLS.json", help="of earlier runs, not made again"
+    )
     parser.add_argument("--margins", choices=get_args(Margins), default="outside", help="where margins come from")
     parser.add_argument("--qualities", nargs="+", choices=QUALITIES, default=list(QUALITIES))
     parser.add_argument(

@@ -91,6 +91,12 @@ def test_a_whole_tiny_study(command: list[str], monkeypatch: pytest.MonkeyPatch,
     assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
     assert (lost / "cell.json").read_bytes() == cells[lost / "cell.json"]
 
+    capsys.readouterr()
+    elsewhere = Path(command[command.index("--output") + 1]).with_name("elsewhere")
+    study(monkeypatch, [*options, "--known", str(root / "cells.json"), "--output", str(elsewhere)])
+    assert capsys.readouterr().out == table
+    assert not list(elsewhere.rglob("cell.json"))
+
 
 def test_pairs_of_a_quality(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """medium: the first half holds the review's own words, the better sample beside them; the rest two samples."""

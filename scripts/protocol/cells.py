@@ -1,7 +1,7 @@
 """One cell: a policy trained on one quality with one method and setting, what it writes, gold reward and KL."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from align.evaluation.policies import REFERENCE, Policy
 from align.loss_registry import LOSSES
 from align.model_loading import load_policy, load_tokenizer
 from align.pairs import read_pairs
-from align.stage import Stage, fingerprint_source, read_json, run_stage, write_json
+from align.stage import Stage, digest, fingerprint_source, read_json, run_stage, write_json
 from align.training.train import MODEL, train_policy
 from align.trust.commands import FEATURES, FILE, loss_parameters, measure
 from protocol.data import Quality, Study, read_prompts
@@ -106,9 +106,17 @@ def run_cell(
         "seed": seed,
         **_judging(study, split),
     }
-    stage = run_stage(f"{quality}, {method}, seed {seed}, {folder.name}", folder, inputs, work)
-    found: dict[str, Any] = read_json(stage.folder / CELL)
-    return found
+    return _cell(study, f"{quality}, {method}, seed {seed}, {folder.name}", folder, inputs, work)
+
+
+def _cell(
+    study: Study, name: str, folder: Path, inputs: dict[str, Any], work: Callable[[Path], None]
+) -> dict[str, Any]:
+    """What ``cell.json`` of a stage holds, and its key; a cell that the study knows is not made."""
+    key = digest({"stage": name, **inputs})
+    if key in study.known:
+        return study.known[key]
+    return {"key": key, **read_json(run_stage(name, folder, inputs, work).folder / CELL)}
 
 
 def _measured(study: Study, pairs: Stage, quality: Quality, seed: int) -> Parameters:
@@ -136,9 +144,7 @@ def run_reference(study: Study, seed: int, split: Split) -> dict[str, Any]:
 
     inputs = {"model": fingerprint_source(study.train.model), "seed": seed, **_judging(study, split)}
     folder = study.root / f"seed-{seed}" / f"{REFERENCE}-{split.name}"
-    stage = run_stage(f"{REFERENCE}, seed {seed}", folder, inputs, work)
-    found: dict[str, Any] = read_json(stage.folder / CELL)
-    return found
+    return _cell(study, f"{REFERENCE}, seed {seed}", folder, inputs, work)
 
 
 def _judging(study: Study, split: Split) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Bradley-Terry from the gold reward. Every folder is a stage.
 """
 
 import random
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,11 +66,18 @@ class Study:
     one trained on the very pairs. cross-fitted: each pair's from a model trained on the others. noise: the outside
     model's, dealt anew among the pairs: as large, and about nothing."""
     judge: str = "vader"
+    known: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """Key -> cell of an earlier study, perhaps of another machine; see ``read_known``."""
 
     @property
     def margins_root(self) -> Path:
         """Of what these margins touch."""
         return self.root / self.margins
+
+
+def read_known(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """The cells, those of the reference too, of ``cells.json`` of earlier studies, by key."""
+    return {cell["key"]: cell for file in files for cell in read_json(file)}
 
 
 def make_prompts(study: Study) -> Stage:
