@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from align.cluster_option import Cluster, cluster_called
+
 if TYPE_CHECKING:
     from align.evaluation.commands import Settings
     from align.generation.engines import Choice
@@ -38,11 +40,15 @@ def reward(
     limit: Limit = None,
     shown: Shown = 100,
     seed: int = 0,
+    cluster: Cluster = None,
 ) -> None:
     """Reward of policies on held-out prompts, gain over the reference, KL, gain per sqrt(2 KL), what degraded."""
     from align.evaluation import commands
 
-    settings = _settings(prompts, output, judge, temperature, max_new_tokens, engine, batch_size, limit, shown, seed)
+    settings = _settings(
+        prompts, output, judge, temperature, max_new_tokens, engine, batch_size, limit, shown, seed,
+        cluster,
+    )  # fmt: skip
     commands.reward(policies, reference, settings)
 
 
@@ -60,11 +66,15 @@ def compare(
     limit: Limit = None,
     shown: Shown = 100,
     seed: int = 0,
+    cluster: Cluster = None,
 ) -> None:
     """Win rate of A over B: both orders asked, ties half, length-controlled, with intervals over prompts."""
     from align.evaluation import commands
 
-    settings = _settings(prompts, output, judge, temperature, max_new_tokens, engine, batch_size, limit, shown, seed)
+    settings = _settings(
+        prompts, output, judge, temperature, max_new_tokens, engine, batch_size, limit, shown, seed,
+        cluster,
+    )  # fmt: skip
     commands.compare(a, b, settings)
 
 
@@ -84,11 +94,14 @@ def frontier(
     batch_size: Rows = 64,
     limit: Limit = None,
     seed: int = 0,
+    cluster: Cluster = None,
 ) -> None:
     """Reward against KL over decoding temperatures and over training checkpoints, as one plot."""
     from align.evaluation import commands
 
-    settings = _settings(prompts, output, judge, 1.0, max_new_tokens, engine, batch_size, limit, 0, seed)
+    settings = _settings(
+        prompts, output, judge, 1.0, max_new_tokens, engine, batch_size, limit, 0, seed, cluster,
+    )  # fmt: skip
     commands.frontier(policies, reference, temperature or [0.5, 0.75, 1.0], checkpoints or [], settings)
 
 
@@ -140,9 +153,10 @@ def _settings(
     limit: int | None,
     shown: int,
     seed: int,
+    cluster: str | None,
 ) -> "Settings":
     from align.evaluation.commands import Settings
     from align.evaluation.completions import Decoding
 
-    decoding = Decoding(max_new_tokens, temperature, seed, batch_size, cast("Choice", engine))
+    decoding = Decoding(max_new_tokens, temperature, seed, batch_size, cast("Choice", engine), cluster_called(cluster))
     return Settings(prompts, output, judge, decoding, limit, shown)

@@ -1,13 +1,15 @@
 """What the last stages do: completions of every policy on held-out prompts, and what they are worth."""
 
+import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from align.config import RunConfig
+from align.config import EvaluateConfig, RunConfig
 from align.estimates import bootstrap_mean, correlation
 from align.evaluation.kl import completion_logps
 from align.evaluation.rewards import compare, gain_per_root_kl
@@ -16,7 +18,7 @@ from align.generation.transformers_engine import TransformersEngine
 from align.model_loading import load_policy, load_tokenizer
 from align.pairs import load_prompts, read_pairs
 from align.reward_stages import METRICS, make_scorer
-from align.shards import in_parts
+from align.shards import Work, gathered, map_shards
 from align.stage import write_json
 from align.training.train import MODEL
 from reward_models.judges import make_judge
@@ -30,41 +32,57 @@ PARTS, PART = "parts", 128
 def stage_generate(config: RunConfig, root: Path, folder: Path, which: str) -> None:
     """One completion of each held-out prompt by policy ``which``, its log-probs under policy and reference."""
     assert config.evaluate is not None and config.train is not None
-    settings = config.evaluate
-    prompts = load_prompts(Path(settings.prompts))
-    trusted = config.train.trusts_remote_code
-    tokenizer = load_tokenizer(config.train.model, trust_remote_code=trusted)
-    reference = load_policy(config.train.model, dtype="float32", trust_remote_code=trusted).eval()
-    policy = reference
-    if which != "reference":
-        trained = str(root / f"train-{which}" / MODEL)
-        policy = load_policy(trained, dtype="float32", trust_remote_code=trusted).eval()
-        if hasattr(policy, "merge_and_unload"):  # an adapter costs each sampled token more than once what it holds
-            policy = policy.merge_and_unload()
-    engine = TransformersEngine(policy, tokenizer, batch_size=settings.batch_size)
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, n=1, seed=config.seed)
-    keys = prompt_keys(prompts)
-
-    def part(rows: range) -> Dataset:
-        own = [prompts[k] for k in rows]
-        completions = [group[0] for group in engine.generate(own, sampling, [keys[k] for k in rows])]
-        ids = [engine.encode(prompt) for prompt in own]
-        sampled = [completion.token_ids for completion in completions]
-        budget = {"batch_tokens": KL_BATCH_TOKENS, "pad_token_id": tokenizer.pad_token_id}
-        logps = {model: completion_logps(model, ids, sampled, **budget) for model in {policy, reference}}
-        return Dataset.from_dict(
-            {
-                "prompt": own,
-                "text": [completion.text for completion in completions],
-                "tokens": [len(token_ids) for token_ids in sampled],
-                "logp_policy": logps[policy],
-                "logp_reference": logps[reference],
-            }
-        )
-
-    table = in_parts(len(prompts), PART, folder / PARTS, part, what=f"completions of {which}")
-    table.to_parquet(str(folder / COMPLETIONS))
+    prompts = load_prompts(Path(config.evaluate.prompts))
+    trained = None if which == "reference" else str(root / f"train-{which}" / MODEL)
+    job = PolicyJob(config.train.model, trained, config.train.trusts_remote_code, config.evaluate, config.seed)
+    rows = Dataset.from_dict({"prompt": [json.dumps(prompt) for prompt in prompts], "key": prompt_keys(prompts)})
+    map_shards(rows, job, folder / PARTS, size=PART, what=f"completions of {which}", cluster=config.cluster)
+    gathered(folder / PARTS, len(rows), PART).to_parquet(str(folder / COMPLETIONS))
     shutil.rmtree(folder / PARTS)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyJob:
+    """Completions of the prompts (JSON) of a shard and their log-probs."""
+
+    reference: str
+    trained: str | None
+    """None: the reference itself completes."""
+    trust_remote_code: bool
+    settings: EvaluateConfig
+    seed: int
+
+    def start(self) -> Work:
+        """Load both models."""
+        settings, trusted = self.settings, self.trust_remote_code
+        tokenizer = load_tokenizer(self.reference, trust_remote_code=trusted)
+        reference = load_policy(self.reference, dtype="float32", trust_remote_code=trusted).eval()
+        policy = reference
+        if self.trained is not None:
+            policy = load_policy(self.trained, dtype="float32", trust_remote_code=trusted).eval()
+            if hasattr(policy, "merge_and_unload"):  # an adapter costs each sampled token more than once what it holds
+                policy = policy.merge_and_unload()
+        engine = TransformersEngine(policy, tokenizer, batch_size=settings.batch_size)
+        sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, n=1, seed=self.seed)
+
+        def work(rows: Dataset) -> Dataset:
+            own = [json.loads(prompt) for prompt in rows["prompt"]]
+            completions = [group[0] for group in engine.generate(own, sampling, list(rows["key"]))]
+            ids = [engine.encode(prompt) for prompt in own]
+            sampled = [completion.token_ids for completion in completions]
+            budget = {"batch_tokens": KL_BATCH_TOKENS, "pad_token_id": tokenizer.pad_token_id}
+            logps = {model: completion_logps(model, ids, sampled, **budget) for model in {policy, reference}}
+            return Dataset.from_dict(
+                {
+                    "prompt": own,
+                    "text": [completion.text for completion in completions],
+                    "tokens": [len(token_ids) for token_ids in sampled],
+                    "logp_policy": logps[policy],
+                    "logp_reference": logps[reference],
+                }
+            )
+
+        return work
 
 
 def stage_evaluate(config: RunConfig, root: Path, folder: Path, which: str) -> None:

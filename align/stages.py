@@ -1,14 +1,16 @@
 """What each stage of a run does. A stage reads the folders of earlier stages and writes one folder."""
 
+import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from align.config import PairsConfig, RunConfig
+from align.config import PairsConfig, RunConfig, SampleConfig
 from align.console import log
 from align.entanglement.batch import MAX_LENGTH
 from align.errors import DataError, ModelError
@@ -24,7 +26,7 @@ from align.pairs import load_pairs, load_prompts, read_pairs, split_by_prompt, s
 from align.pipeline import TRUST, TRUST_NUMBERS, measures_trust
 from align.processes import process_rank
 from align.reward_stages import METRICS, make_scorer, scored_by, stage_crossfit, stage_reward
-from align.shards import in_parts
+from align.shards import Work, gathered, map_shards
 from align.stage import read_json, write_json
 from align.trainer_args import build_lora, build_trainer_args
 from align.training.train import MODEL, bind, require_margin, train_policy
@@ -163,25 +165,40 @@ def stage_sample(config: RunConfig, root: Path, folder: Path, which: str) -> Non
 def _continuations(config: RunConfig, prompts: list[Any], folder: Path) -> list[list[str]]:
     """The non-empty sampled texts of each prompt; finished parts are kept in ``folder``."""
     assert config.sample is not None and config.train is not None
-    settings = config.sample
-    trusted = config.train.trusts_remote_code
-    engine = TransformersEngine(
-        load_policy(config.train.model, dtype="float32", trust_remote_code=trusted),
-        load_tokenizer(config.train.model, trust_remote_code=trusted),
-        batch_size=settings.batch_size,
-    )
-    sampling = Sampling(
-        settings.max_new_tokens, settings.temperature, settings.top_p, n=settings.num_generations, seed=config.seed
-    )
-    keys = prompt_keys(prompts)
-
-    def part(rows: range) -> Dataset:
-        made = engine.generate([prompts[k] for k in rows], sampling, [keys[k] for k in rows])
-        texts = [[c.text for c in group if c.text.strip()] for group in made]
-        return Dataset.from_dict({"texts": texts}, features=Features({"texts": List(Value("string"))}))
-
-    found: list[list[str]] = in_parts(len(prompts), PART, folder / PARTS, part, what="sampling")["texts"][:]
+    rows = Dataset.from_dict({"prompt": [json.dumps(prompt) for prompt in prompts], "key": prompt_keys(prompts)})
+    job = SampleJob(config.train.model, config.train.trusts_remote_code, config.sample, config.seed)
+    map_shards(rows, job, folder / PARTS, size=PART, what="sampling", cluster=config.cluster)
+    found: list[list[str]] = gathered(folder / PARTS, len(rows), PART)["texts"][:]
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class SampleJob:
+    """The non-empty sampled texts of each prompt (JSON) of a shard."""
+
+    model: str
+    trust_remote_code: bool
+    settings: SampleConfig
+    seed: int
+
+    def start(self) -> Work:
+        """Load the model."""
+        settings = self.settings
+        engine = TransformersEngine(
+            load_policy(self.model, dtype="float32", trust_remote_code=self.trust_remote_code),
+            load_tokenizer(self.model, trust_remote_code=self.trust_remote_code),
+            batch_size=settings.batch_size,
+        )
+        sampling = Sampling(
+            settings.max_new_tokens, settings.temperature, settings.top_p, n=settings.num_generations, seed=self.seed
+        )
+
+        def work(rows: Dataset) -> Dataset:
+            made = engine.generate([json.loads(prompt) for prompt in rows["prompt"]], sampling, list(rows["key"]))
+            texts = [[c.text for c in group if c.text.strip()] for group in made]
+            return Dataset.from_dict({"texts": texts}, features=Features({"texts": List(Value("string"))}))
+
+        return work
 
 
 def stage_margins(config: RunConfig, root: Path, folder: Path, which: str) -> None:

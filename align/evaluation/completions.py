@@ -12,7 +12,7 @@ another verb, another judge or the same command again finds it:
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, List, Value
 
+from align.config import ClusterConfig
 from align.errors import ConfigError, DataError, ModelError
 from align.evaluation.judges import ByScore, PairwiseJudge, from_scores, judge_key
 from align.evaluation.policies import Policy
-from align.generation.base import Engine, Sampling, prompt_keys
+from align.generation.base import Sampling, prompt_keys
 from align.generation.engines import Choice, choose_engine, make_engine
 from align.model_folders import fingerprint_model
 from align.pairs import load_prompts
-from align.shards import in_parts, read_table
+from align.shards import Work, gathered, in_parts, map_shards, read_table
 from align.stage import digest, run_stage
 from reward_models.judges import Judge
 
@@ -35,7 +36,6 @@ PART = 64
 """Prompts per part; a stopped evaluation makes at most one of them again."""
 KEY_DIGITS = 8
 KL_BATCH_TOKENS = 4096
-Scorer = Callable[[list[list[int]], list[list[int]]], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,8 @@ class Decoding:
     batch_size: int
     """Rows per forward pass of the transformers engine; the completions do not depend on it."""
     engine: Choice = "auto"
+    cluster: ClusterConfig | None = None
+    """Whose workers share the prompts; no result depends on it."""
 
     def __post_init__(self) -> None:
         if self.engine == "server":
@@ -105,34 +107,22 @@ def write_completions(policy: Policy, prompts: Sequence[Any], decoding: Decoding
     Raises:
         ModelError: the policy cannot be loaded, or has no chat template for messages.
     """
-    keys = prompt_keys(prompts)
+    keys, engine = prompt_keys(prompts), choose_engine(decoding.engine)[0]
     inputs = {
         "prompts": digest(list(prompts)),
         "model": _fingerprint(policy.model),
         "sampling": asdict(decoding.sampling()),
-        "engine": choose_engine(decoding.engine)[0],
+        "engine": engine,
         "part": PART,
     }
 
+    rows = Dataset.from_dict({"prompt": [json.dumps(prompt) for prompt in prompts], "key": keys})
+    job = CompletionJob(policy.model, replace(decoding, engine=engine, cluster=None))
+
     def work(parts: Path) -> Dataset:
-        engine: Engine | None = None
-
-        def part(rows: range) -> Dataset:
-            nonlocal engine
-            engine = engine or make_engine(decoding.engine, policy.model, batch_size=decoding.batch_size)
-            wanted = [prompts[k] for k in rows]
-            groups = engine.generate(wanted, decoding.sampling(), [keys[k] for k in rows])
-            found = [group[0] for group in groups]
-            texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in wanted]
-            table = {
-                "prompt": texts,
-                "text": [one.text for one in found],
-                "token_ids": [one.token_ids for one in found],
-                "finished": [one.finish_reason == "stop" for one in found],
-            }
-            return Dataset.from_dict(table).cast_column("token_ids", List(Value("int64")))
-
-        return in_parts(len(prompts), PART, parts, part, what=f"completions of {policy.name}")
+        what = f"completions of {policy.name}"
+        map_shards(rows, job, parts, size=PART, what=what, cluster=decoding.cluster)
+        return gathered(parts, len(rows), PART)
 
     table, key = _table_stage(output, "completions", policy.name, inputs, work)
     return Written(policy, prompts, decoding, table, key)
@@ -146,21 +136,14 @@ def measure_kl(written: Written, reference: Policy, output: Path) -> np.ndarray:
     """
     inputs = {"completions": written.key, "reference": _fingerprint(reference.model)}
 
+    decoding, ids = written.decoding, written.table["token_ids"][:]
+    rows = Dataset.from_dict({"prompt": [json.dumps(prompt) for prompt in written.prompts], "token_ids": ids})
+    job = LogpJob(written.policy.model, reference.model, decoding.temperature)
+
     def work(parts: Path) -> Dataset:
-        from align.generation.encoding import encode_prompt
-
-        models: list[Scorer] = []
-
-        def part(rows: range) -> Dataset:
-            if not models:
-                models.extend(_scorers(written.policy, reference, written.decoding.temperature))
-            tokenizer = _tokenizer(written.policy.model)
-            ids = [encode_prompt(tokenizer, written.prompts[k]) for k in rows]
-            tokens = [written.table[k]["token_ids"] for k in rows]
-            scores = [model(ids, tokens) for model in models]
-            return Dataset.from_dict({"logp_policy": scores[0], "logp_reference": scores[1]})
-
-        return in_parts(len(written.table), PART, parts, part, what=f"log-probs of {written.policy.name}")
+        what = f"log-probs of {written.policy.name}"
+        map_shards(rows, job, parts, size=PART, what=what, cluster=decoding.cluster)
+        return gathered(parts, len(rows), PART)
 
     table, _ = _table_stage(output, "log-probs", written.policy.name, inputs, work)
     return np.asarray(table["logp_policy"]) - np.asarray(table["logp_reference"])
@@ -207,28 +190,69 @@ def judge_pairs(first: Written, second: Written, judge: PairwiseJudge, output: P
     return np.asarray(table["shown_first"]), np.asarray(table["shown_second"])
 
 
-def _scorers(policy: Policy, reference: Policy, temperature: float) -> list[Scorer]:
-    """Log-probs under the policy as it was decoded, and under the reference."""
-    import torch
+@dataclass(frozen=True, slots=True)
+class CompletionJob:
+    """One completion of each prompt (JSON) of a shard, drawn under its key."""
 
-    from align.evaluation.kl import completion_logps
-    from align.model_loading import load_policy
+    model: str
+    decoding: Decoding
 
-    if _tokenizer(policy.model).get_vocab() != _tokenizer(reference.model).get_vocab():
-        raise ModelError(
-            f"{policy.model} and {reference.model}: found two vocabularies, expected one",
-            code="eval-tokenizer",
-            hint="give the reference that the policy was trained from",
-        )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pad = _tokenizer(policy.model).pad_token_id
-    made: list[Scorer] = []
-    for model, heat in ((policy.model, temperature), (reference.model, 1.0)):
-        loaded = load_policy(model, dtype="float32").to(device).eval()
+    def start(self) -> Work:
+        """Load the engine."""
+        engine = make_engine(self.decoding.engine, self.model, batch_size=self.decoding.batch_size)
+        sampling = self.decoding.sampling()
 
-        settings = {"batch_tokens": KL_BATCH_TOKENS, "pad_token_id": pad, "temperature": heat}
-        made.append(partial(completion_logps, loaded, **settings))
-    return made
+        def work(rows: Dataset) -> Dataset:
+            wanted = [json.loads(prompt) for prompt in rows["prompt"]]
+            found = [group[0] for group in engine.generate(wanted, sampling, list(rows["key"]))]
+            texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in wanted]
+            table = {
+                "prompt": texts,
+                "text": [one.text for one in found],
+                "token_ids": [one.token_ids for one in found],
+                "finished": [one.finish_reason == "stop" for one in found],
+            }
+            return Dataset.from_dict(table).cast_column("token_ids", List(Value("int64")))
+
+        return work
+
+
+@dataclass(frozen=True, slots=True)
+class LogpJob:
+    """Log-probs of the completions (``token_ids``) of a shard under the policy as it was decoded and the reference."""
+
+    policy: str
+    reference: str
+    temperature: float
+
+    def start(self) -> Work:
+        """Load both models."""
+        import torch
+
+        from align.evaluation.kl import completion_logps
+        from align.generation.encoding import encode_prompt
+        from align.model_loading import load_policy
+
+        tokenizer = _tokenizer(self.policy)
+        if tokenizer.get_vocab() != _tokenizer(self.reference).get_vocab():
+            raise ModelError(
+                f"{self.policy} and {self.reference}: found two vocabularies, expected one",
+                code="eval-tokenizer",
+                hint="give the reference that the policy was trained from",
+            )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        scorers: list[Any] = []
+        for model, heat in ((self.policy, self.temperature), (self.reference, 1.0)):
+            settings = {"batch_tokens": KL_BATCH_TOKENS, "pad_token_id": tokenizer.pad_token_id, "temperature": heat}
+            loaded = load_policy(model, dtype="float32").to(device).eval()
+            scorers.append(partial(completion_logps, loaded, **settings))
+
+        def work(rows: Dataset) -> Dataset:
+            ids = [encode_prompt(tokenizer, json.loads(prompt)) for prompt in rows["prompt"]]
+            scores = [score(ids, rows["token_ids"][:]) for score in scorers]
+            return Dataset.from_dict({"logp_policy": scores[0], "logp_reference": scores[1]})
+
+        return work
 
 
 def _table_stage(
