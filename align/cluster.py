@@ -88,6 +88,7 @@ class _Pool:
         self.kind = ray.remote(num_cpus=cluster.cpus, num_gpus=cluster.gpus)(Worker)
         self.starting: dict[Any, Any] = {}
         self.working: dict[Any, tuple[Any, int]] = {}
+        self.idle: list[Any] = []
         room = self._room()
         wanted = cluster.workers or room
         if room < max(1, wanted):
@@ -133,18 +134,21 @@ class _Pool:
                 self._lost(error, number, losses)
                 if number is not None:
                     waiting.append(number)
-                continue
-            if number is None:
-                losses[None] = 0
             else:
-                left -= 1
-                yield number, result
-            if waiting:
-                following = waiting.pop()
+                self.idle.append(worker)
+                if number is None:
+                    losses[None] = 0
+                else:
+                    left -= 1
+                    yield number, result
+            while waiting and self.idle:
+                worker, following = self.idle.pop(), waiting.pop()
                 self.working[worker.__call__.remote(encode(shards[following]))] = (worker, following)
+            if waiting and not self.starting and not self.working:
+                self._add()
 
     def _lost(self, error: Exception, number: int | None, losses: dict[int | None, int]) -> None:
-        """Replace a worker that is gone.
+        """Replace a worker that is gone, where no other is free.
 
         Raises:
             EnvironmentProblem: too many were lost on this shard, or one after the other while they started.
@@ -159,7 +163,8 @@ class _Pool:
                 code="cluster-lost",
                 hint="a worker that runs out of memory is the usual cause: make batches smaller",
             )
-        self._add()
+        if not self.idle:
+            self._add()
 
     def _complain(self) -> None:
         """Nothing has happened for a while.

@@ -17,10 +17,17 @@ class Squares:
 
     seconds: float
     seen: str
+    slow: int = -1
+    """Shard that takes ten times as long; on which machine is a file's name."""
 
     def start(self) -> Work:
         def work(rows: Dataset) -> Dataset:
-            time.sleep(self.seconds)
+            slow = rows["value"][0] == self.slow
+            if slow:
+                import ray
+
+                Path(f"{self.seen}-{ray.get_runtime_context().get_node_id()}").touch()
+            time.sleep(self.seconds * (10 if slow else 1))
             with Path(self.seen).open("a") as stream:
                 stream.write(f"{rows['value'][0]}\n")
             return Dataset.from_dict({"value": rows["value"], "square": [value**2 for value in rows["value"]]})

@@ -1,6 +1,5 @@
 """The same tables from a Ray cluster as from this machine, whatever dies on the way; needs the extra `ray`."""
 
-import json
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
+from kill_anywhere import compare
 
 from align.config import ClusterConfig
 from align.errors import DataError, EnvironmentProblem
@@ -22,6 +22,7 @@ from align.pairs import read_pairs
 from align.shards import Job, finished, gathered, map_shards
 from tests.builders import bert_reward, causal, rows
 from tests.e2e.test_cli import jsonl
+from tests.e2e.test_kill_anywhere import workspace
 from tests.launching import ROOT, environment
 from tests.slow.cluster_jobs import Deadly, Refusing, Squares
 
@@ -75,6 +76,8 @@ def test_verbs_give_the_same_tables(cluster: Any, tmp_path: Path, machines: int)
         align("entangle", "report", scored, "--model", "policy", "--output", f"measured-{name}", *options, *more)
         sampling = ["-n", "2", "--max-new-tokens", "6", "--engine", "transformers"]
         align("generate", "prompts.jsonl", "--model", "policy", "--output", f"made-{name}", *sampling, *more)
+        sampling = ["--max-new-tokens", "6", "--engine", "transformers", "--reference", "policy"]
+        align("eval", "reward", "p=policy", "--prompts", "prompts.jsonl", "--output", f"eval-{name}", *sampling, *more)
     here, there = (read_pairs(tmp_path / f"scored-{name}") for name in ("here", "there"))
     assert here["id"][:] == there["id"][:] and here.column_names == there.column_names
     assert np.allclose(here["margin"], there["margin"], atol=1e-5)
@@ -86,6 +89,11 @@ def test_verbs_give_the_same_tables(cluster: Any, tmp_path: Path, machines: int)
     assert np.allclose(measured[0]["inner"], measured[1]["inner"], atol=1e-5)
     made = [Dataset.from_parquet(str(tmp_path / f"made-{name}" / "completions.parquet")) for name in ("here", "there")]
     assert made[0].to_list() == made[1].to_list() and len(made[0]) == 260
+    for kind in ("completions", "log-probs", "scores"):
+        tables = [sorted((tmp_path / f"eval-{name}").glob(f"{kind}/*/*.parquet")) for name in ("here", "there")]
+        assert tables[0], kind
+        for one, other in zip(*tables, strict=True):
+            assert one.read_bytes() == other.read_bytes(), one
 
 
 def test_a_machine_that_dies(cluster: Any, tmp_path: Path) -> None:
@@ -153,6 +161,27 @@ def test_a_worker_that_dies_is_replaced(cluster: Any, tmp_path: Path) -> None:
     assert len((tmp_path / "met").read_text()) == 3
 
 
+def test_who_is_free_takes_the_shard_of_a_lost_worker(cluster: Any, tmp_path: Path) -> None:
+    """Of two workers one is done; it holds the only CPU that is left when the other's machine goes."""
+    machines = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    seen = tmp_path / "seen"
+
+    def kill() -> None:
+        while not seen.exists() or not list(tmp_path.glob("seen-*")):
+            time.sleep(0.1)
+        time.sleep(1)
+        cluster.remove_node(
+            next(m for m in machines if (tmp_path / f"seen-{m.node_id}").exists()), allow_graceful=False
+        )
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    found = squares(cluster, tmp_path / "shards", Squares(1.0, str(seen), slow=5), count=10)
+    killer.join()
+    assert found["square"][:] == [k**2 for k in range(10)]
+    assert len(list(tmp_path.glob("seen-*"))) == 2, "on both machines, one after the other"
+
+
 def test_a_shard_that_kills_every_worker_is_named(cluster: Any, tmp_path: Path) -> None:
     """With its rows; what others have finished is kept."""
     cluster.add_node(num_cpus=1)
@@ -192,25 +221,18 @@ def test_nothing_answers(tmp_path: Path) -> None:
 
 
 def test_a_run_is_the_same_with_a_cluster(tmp_path: Path) -> None:
-    """The stages of a run that score, under `cluster: {address: local}`; switching it makes no stage stale."""
-    bert_reward(tmp_path / "backbone")
-    table = [{name: value for name, value in row.items() if name != "margin"} for row in rows(24)]
-    jsonl(tmp_path / "pairs.jsonl", table)
-    trainer = {"max_steps": 2, "per_device_train_batch_size": 4, "bf16": False, "gradient_checkpointing": False}
-    run = {
-        "name": "x", "pairs": {"path": "pairs.jsonl"},
-        "reward": {"model": "backbone", "folds": 2, "max_length": 64, "trainer": trainer},
-    }  # fmt: skip
-    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    """Every kind of stage, under `cluster: {address: local}`; taking the section out makes no stage stale."""
+    run = workspace(tmp_path)
 
     def align(*more: str) -> str:
-        command = [sys.executable, "-m", "align.cli", "run", "run.yaml", *more]
+        command = [sys.executable, "-m", "align.cli", "run", run.name, *more]
         done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stderr
 
-    align()
-    align("--set", "cluster.address=local", "--set", "name=y")
-    one, other = (read_pairs(tmp_path / "runs" / name / "margins" / "pairs") for name in "xy")
-    assert one["id"][:] == other["id"][:] and np.allclose(one["margin"], other["margin"], atol=1e-5)
-    assert "running" not in align("--set", "cluster.address=local").replace("report: running", "")
+    align("--set", "name=here")
+    align("--set", "cluster.address=local", "--set", "name=there")
+    here, there = (tmp_path / "runs" / name for name in ("here", "there"))
+    assert compare(here, there) == []
+    stages = [line for line in align("--set", "name=there").splitlines() if line.endswith(": running")]
+    assert stages in ([], ["report: running"])
