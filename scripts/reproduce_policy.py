@@ -8,7 +8,7 @@ which no choice has seen. The published setting is always a candidate; with --ca
 nothing is tuned.
 
 A cell (quality, method, seed, setting) is a stage with its cell.json under --output: a stopped study goes on where it
-was, and with --known on another machine. The table, the frontier and cells.json are written from the cells there are.
+was, and with --known on another machine. The table, the frontier and cells.jsonl are written from the cells there are.
 
     python scripts/reproduce_policy.py --minutes 600
     python scripts/reproduce_policy.py --candidates 1 --margins noise --qualities high \\
@@ -34,6 +34,7 @@ from protocol.data import (
     make_reward_model,
     make_samples,
     read_known,
+    write_known,
 )
 from protocol.report import draw_frontier, markdown, summarise
 
@@ -135,7 +136,7 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
                     chosen[name] = tune(runner, quality, method, arguments.candidates)
                 cells.append(runner.cell(quality, method, chosen[name], seed, test))
                 write_json(study.margins_root / "table.json", {"chosen": chosen, "rows": summarise(cells, references)})
-                write_json(study.margins_root / "cells.json", [*references, *runner.cells])
+                write_known([*references, *runner.cells], study.margins_root / "cells.jsonl")
     rows = summarise(cells, references)
     if rows:
         draw_frontier(rows, study.margins_root / "frontier.svg")
@@ -151,7 +152,7 @@ def main() -> None:
     parser.add_argument("--snippets", type=Path, default=Path(".assets/snippets"))
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce-policy"))
     parser.add_argument(
-        "--known", nargs="*", type=Path, default=[], metavar="CELLS.json", help="of earlier runs, not made again"
+        "--known", nargs="*", type=Path, default=[], metavar="CELLS.jsonl", help="of earlier runs, not made again"
     )
     parser.add_argument("--margins", choices=get_args(Margins), default="outside", help="where margins come from")
     parser.add_argument("--qualities", nargs="+", choices=QUALITIES, default=list(QUALITIES))

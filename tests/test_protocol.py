@@ -93,7 +93,7 @@ def test_a_whole_tiny_study(command: list[str], monkeypatch: pytest.MonkeyPatch,
 
     capsys.readouterr()
     elsewhere = Path(command[command.index("--output") + 1]).with_name("elsewhere")
-    study(monkeypatch, [*options, "--known", str(root / "cells.json"), "--output", str(elsewhere)])
+    study(monkeypatch, [*options, "--known", str(root / "cells.jsonl"), "--output", str(elsewhere)])
     assert capsys.readouterr().out == table
     assert not list(elsewhere.rglob("cell.json"))
 

@@ -5,6 +5,7 @@ goes on with. medium: the first half of the prompts as in low, the others as in 
 Bradley-Terry from the gold reward. Every folder is a stage.
 """
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -76,8 +77,16 @@ class Study:
 
 
 def read_known(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """The cells, those of the reference too, of ``cells.json`` of earlier studies, by key."""
-    return {cell["key"]: cell for file in files for cell in read_json(file)}
+    """The cells, those of the reference too, of ``cells.jsonl`` of earlier studies, by key."""
+    cells = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return {cell["key"]: cell for cell in cells}
+
+
+def write_known(cells: Sequence[dict[str, Any]], file: Path) -> None:
+    """One cell a line, for ``read_known``."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(cell) + "\n" for cell in cells), encoding="utf-8")
+    temporary.replace(file)
 
 
 def make_prompts(study: Study) -> Stage:
