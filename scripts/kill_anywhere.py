@@ -33,8 +33,8 @@ TIMED = frozenset({MANIFEST, "report.json", "report.html", "summary.json", "run.
 TEMPORARY = (".partial", ".old", ".tmp", ".tmp.npy", ".partial.npy")
 POLL_SECONDS = 0.002
 LIMIT_SECONDS = 600.0
-ROUNDS = 6
-"""After so many runs a stage that no kill has hit is given up."""
+ROUNDS = 10
+"""After so many runs a stage that no kill has hit is given up; from run to run the shots come sooner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +122,11 @@ def kill_anywhere(run: Path, scratch: Path, kills: int, seed: int, *, every_stag
         if rounds:
             killed.rename(killed.with_name(f"round-{rounds}"))
         rounds += 1
+        sooner = {name: value / rounds for name, value in seconds.items()}
         for aim in _aims(stages, missed, (kills - len(done)) or len(missed), chance):
             whole_before = finished(killed, stages)
             attempt = Attempt(run, scratch / "killed")
-            hit = _shoot(attempt, stages, aim, killed, seconds, chance)
+            hit = _shoot(attempt, stages, aim, killed, sooner, chance)
             repeated += [stage for stage in attempt.started() if stage in whole_before]
             if hit is None:
                 break
