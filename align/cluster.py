@@ -191,7 +191,7 @@ def _connected(cluster: ClusterConfig) -> Any:
         EnvironmentProblem: not installed, or nothing answers at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports its use over the network by default
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its coming default; unset, it warns
     try:
         import ray
     except ImportError:
