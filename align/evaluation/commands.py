@@ -261,7 +261,7 @@ def _run(settings: Settings, policies: Sequence[Policy], prompts: int, started: 
         "n_prompts": prompts,
         "judge": settings.judge,
         "policies": {policy.name: policy.model for policy in policies},
-        "decoding": asdict(settings.decoding),
+        "decoding": {name: value for name, value in asdict(settings.decoding).items() if name != "cluster"},
         "seconds": round(time.monotonic() - started, 1),
     }
 

@@ -62,6 +62,7 @@ def test_verbs_give_the_same_tables(cluster: Any, tmp_path: Path, machines: int)
         [{"id": f"p{k}", "prompt": f"the {row['prompt']}"} for k, row in enumerate(table[:130])],
     )
     causal(tmp_path / "policy")
+    causal(tmp_path / "other", seed=1)
     bert_reward(tmp_path / "reward")
 
     def align(*arguments: str) -> None:
@@ -76,7 +77,7 @@ def test_verbs_give_the_same_tables(cluster: Any, tmp_path: Path, machines: int)
         align("entangle", "report", scored, "--model", "policy", "--output", f"measured-{name}", *options, *more)
         sampling = ["-n", "2", "--max-new-tokens", "6", "--engine", "transformers"]
         align("generate", "prompts.jsonl", "--model", "policy", "--output", f"made-{name}", *sampling, *more)
-        sampling = ["--max-new-tokens", "6", "--engine", "transformers", "--reference", "policy"]
+        sampling = ["--max-new-tokens", "6", "--engine", "transformers", "--reference", "other"]
         align("eval", "reward", "p=policy", "--prompts", "prompts.jsonl", "--output", f"eval-{name}", *sampling, *more)
     here, there = (read_pairs(tmp_path / f"scored-{name}") for name in ("here", "there"))
     assert here["id"][:] == there["id"][:] and here.column_names == there.column_names
@@ -133,9 +134,12 @@ def test_the_driver_dies(cluster: Any, tmp_path: Path) -> None:
     """What is finished is not worked on again, on the cluster or without it."""
     cluster.add_node(num_cpus=1)
     code = (
-        "from pathlib import Path; from tests.slow.test_cluster import *\n"
-        f"class C: address = {cluster.address!r}\n"
-        f"squares(C, Path({str(tmp_path / 'shards')!r}), Squares(0.5, {str(tmp_path / 'seen')!r}))"
+        "from pathlib import Path\nfrom datasets import Dataset\nfrom align.config import ClusterConfig\n"
+        "from align.shards import map_shards\nfrom tests.slow.cluster_jobs import Squares\n"
+        "table = Dataset.from_dict({'value': list(range(40))})\n"
+        f"job, folder = Squares(0.5, {str(tmp_path / 'seen')!r}), Path({str(tmp_path / 'shards')!r})\n"
+        f"cluster = ClusterConfig(address={cluster.address!r})\n"
+        "map_shards(table, job, folder, size=5, what='squares', cluster=cluster)"
     )
     driver = subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd=ROOT)
     while len(finished(tmp_path / "shards")) < 2:
