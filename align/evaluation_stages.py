@@ -13,12 +13,12 @@ from align.config import EvaluateConfig, RunConfig
 from align.estimates import bootstrap_mean, correlation
 from align.evaluation.kl import completion_logps
 from align.evaluation.rewards import compare, gain_per_root_kl
-from align.generation.base import Sampling, as_completion, prompt_keys
+from align.generation.base import Sampling, as_completion, keyed_prompts
 from align.generation.transformers_engine import TransformersEngine
 from align.model_loading import load_policy, load_tokenizer
 from align.pairs import load_prompts, read_pairs
 from align.reward_stages import METRICS, make_scorer
-from align.shards import Work, gathered, map_shards
+from align.shards import Work, map_shards
 from align.stage import write_json
 from align.training.train import MODEL
 from reward_models.judges import make_judge
@@ -35,9 +35,9 @@ def stage_generate(config: RunConfig, root: Path, folder: Path, which: str) -> N
     prompts = load_prompts(Path(config.evaluate.prompts))
     trained = None if which == "reference" else str(root / f"train-{which}" / MODEL)
     job = PolicyJob(config.train.model, trained, config.train.trusts_remote_code, config.evaluate, config.seed)
-    rows = Dataset.from_dict({"prompt": [json.dumps(prompt) for prompt in prompts], "key": prompt_keys(prompts)})
-    map_shards(rows, job, folder / PARTS, size=PART, what=f"completions of {which}", cluster=config.cluster)
-    gathered(folder / PARTS, len(rows), PART).to_parquet(str(folder / COMPLETIONS))
+    rows, what = keyed_prompts(prompts), f"completions of {which}"
+    made = map_shards(rows, job, folder / PARTS, size=PART, what=what, cluster=config.cluster)
+    made.to_parquet(str(folder / COMPLETIONS))
     shutil.rmtree(folder / PARTS)
 
 

@@ -37,8 +37,8 @@ def map_shards(
     what: str,
     cluster: ClusterConfig | None = None,
     together: bool = False,
-) -> None:
-    """Make the shards that ``folder`` lacks; ``gathered`` reads them.
+) -> Dataset:
+    """Make the shards that ``folder`` lacks; the results of all, in the order of the table.
 
     Args:
         table: rows to work on, at least one.
@@ -47,32 +47,26 @@ def map_shards(
         size: rows of a shard.
         what: shown to the user meanwhile.
         cluster: send the shards to its workers; None: they are worked on here.
-        together: all processes of a launcher call this, and each works on its share.
+        together: all processes of a launcher call this, and each works on its share and gets the whole.
 
     Raises:
         AlignError: what the work raises, or a cluster that cannot be used.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+
+    def rows(start: int) -> Dataset:
+        return table.select(range(start, min(start + size, len(table))))
+
     starts = range(0, len(table), size)
-    missing = [start for start in (own_share(starts) if together else starts) if not _file(folder, start).exists()]
-    if cluster is not None and missing:
+    missing = _missing(folder, own_share(starts) if together else starts)
+    if missing and cluster is not None:
         from align.cluster import map_on_cluster
 
-        rows = {start: table.select(range(start, min(start + size, len(table)))) for start in missing}
-        map_on_cluster(job, rows, cluster, lambda start, made: _keep(_file(folder, start), made), what=what)
-        return
-    work: Work | None = None
-    for start in progress(missing, what=what, total=len(missing), unit=f"shards of {size}"):
-        work = work or job.start()
-        made = work(table.select(range(start, min(start + size, len(table)))))
-        _keep(_file(folder, start), encode(made))
-
-
-def gathered(folder: Path, total: int, size: int) -> Dataset:
-    """The results of all shards in the order of the table, once every process has finished its own."""
-    files = [_file(folder, start) for start in range(0, total, size)]
-    wait_until(lambda: all(file.exists() for file in files))
-    return concatenate_datasets([read_table(file) for file in files])
+        shards = {start: rows(start) for start in missing}
+        map_on_cluster(job, shards, cluster, lambda start, made: _keep(_file(folder, start), made), what=what)
+    elif missing:
+        work = job.start()
+        _make(missing, size, folder, lambda start: work(rows(start)), what=what)
+    return gathered(folder, len(table), size)
 
 
 def in_parts(total: int, size: int, folder: Path, work: Callable[[range], Dataset], *, what: str) -> Dataset:
@@ -85,13 +79,26 @@ def in_parts(total: int, size: int, folder: Path, work: Callable[[range], Datase
         work: makes the rows of a range.
         what: shown to the user while it runs.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, total, size)
-    for start in progress(starts, what=what, total=len(starts), unit=f"parts of {size}"):
-        file = _file(folder, start)
-        if not file.exists():
-            _keep(file, encode(work(range(start, min(start + size, total)))))
+    missing = _missing(folder, range(0, total, size))
+    _make(missing, size, folder, lambda start: work(range(start, min(start + size, total))), what=what)
     return gathered(folder, total, size)
+
+
+def gathered(folder: Path, total: int, size: int) -> Dataset:
+    """The results of all shards in the order of the table, once every process has finished its own."""
+    files = [_file(folder, start) for start in range(0, total, size)]
+    wait_until(lambda: all(file.exists() for file in files))
+    return concatenate_datasets([read_table(file) for file in files])
+
+
+def _missing(folder: Path, starts: Sequence[int]) -> list[int]:
+    folder.mkdir(parents=True, exist_ok=True)
+    return [start for start in starts if not _file(folder, start).exists()]
+
+
+def _make(missing: list[int], size: int, folder: Path, make: Callable[[int], Dataset], *, what: str) -> None:
+    for start in progress(missing, what=what, total=len(missing), unit=f"parts of {size}"):
+        _keep(_file(folder, start), encode(make(start)))
 
 
 def read_table(file: Path) -> Dataset:
@@ -109,11 +116,6 @@ def encode(table: Dataset) -> bytes:
 def decode(file: bytes) -> Dataset:
     """The table that ``encode`` wrote."""
     return Dataset(pq.read_table(io.BytesIO(file)))
-
-
-def finished(folder: Path) -> Sequence[int]:
-    """First rows of the shards that are whole."""
-    return sorted(int(file.stem) for file in folder.glob("*.parquet"))
 
 
 def _file(folder: Path, start: int) -> Path:

@@ -56,8 +56,7 @@ def run_stage(
             only the first may then write what ``work`` leaves, or each its own part. Otherwise the first process does
             it all and the others wait for the folder.
     """
-    inputs = redact(dict(inputs))
-    key = digest({"stage": name, **inputs})
+    inputs, key = redact(dict(inputs)), stage_key(name, inputs)
     partial = folder.with_name(folder.name + PARTIAL)
     if process_rank() > 0 and not collective:
         return _awaited(name, folder, key)
@@ -79,6 +78,11 @@ def run_stage(
     _replace(partial, folder)
     log.info("%s: done in %.0f s -> %s", name, seconds, folder)
     return Stage(name, folder, key, False, seconds)
+
+
+def stage_key(name: str, inputs: Mapping[str, Any]) -> str:
+    """What ``run_stage`` knows a stage by, whether or not it has run."""
+    return digest({"stage": name, **redact(dict(inputs))})
 
 
 def _begin(folder: Path, partial: Path, key: str) -> bool:

@@ -16,7 +16,7 @@ from align.entanglement.batch import MAX_LENGTH
 from align.errors import DataError, ModelError
 from align.evaluation_stages import PART, PARTS, stage_evaluate, stage_generate
 from align.filtering.run import KEPT, filter_source
-from align.generation.base import Sampling, as_completion, prompt_keys
+from align.generation.base import Sampling, as_completion, keyed_prompts
 from align.generation.pair_choice import draw_pair
 from align.generation.transformers_engine import TransformersEngine
 from align.model_folders import check_model_folder
@@ -26,7 +26,7 @@ from align.pairs import load_pairs, load_prompts, read_pairs, split_by_prompt, s
 from align.pipeline import TRUST, TRUST_NUMBERS, measures_trust
 from align.processes import process_rank
 from align.reward_stages import METRICS, make_scorer, scored_by, stage_crossfit, stage_reward
-from align.shards import Work, gathered, map_shards
+from align.shards import Work, map_shards
 from align.stage import read_json, write_json
 from align.trainer_args import build_lora, build_trainer_args
 from align.training.train import MODEL, bind, require_margin, train_policy
@@ -165,10 +165,10 @@ def stage_sample(config: RunConfig, root: Path, folder: Path, which: str) -> Non
 def _continuations(config: RunConfig, prompts: list[Any], folder: Path) -> list[list[str]]:
     """The non-empty sampled texts of each prompt; finished parts are kept in ``folder``."""
     assert config.sample is not None and config.train is not None
-    rows = Dataset.from_dict({"prompt": [json.dumps(prompt) for prompt in prompts], "key": prompt_keys(prompts)})
+    rows, parts = keyed_prompts(prompts), folder / PARTS
     job = SampleJob(config.train.model, config.train.trusts_remote_code, config.sample, config.seed)
-    map_shards(rows, job, folder / PARTS, size=PART, what="sampling", cluster=config.cluster)
-    found: list[list[str]] = gathered(folder / PARTS, len(rows), PART)["texts"][:]
+    made = map_shards(rows, job, parts, size=PART, what="sampling", cluster=config.cluster)
+    found: list[list[str]] = made["texts"][:]
     return found
 
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 from align.config import ClusterConfig, RewardConfig
 from align.pairs import TEXT, fingerprint, with_columns
 from align.processes import from_first, of_all, process_rank
-from align.shards import gathered, map_shards
+from align.shards import map_shards
 from align.stage import digest, fingerprint_source
 from reward_models.margin_map import MarginMap
 from reward_models.score import COLUMNS, RewardScorer, ScoreJob, with_rewards
@@ -123,14 +123,12 @@ def score_with(
         cluster: whose workers share the pairs; None: this process, or those of the launcher.
     """
     kept = from_first(lambda: folder / _key(models, pairs, max_length))
+    texts = pairs.select_columns(list(TEXT))
     made = []
     for number, model in enumerate(models):
         job = ScoreJob(str(model), batch_tokens, max_length, trust_remote_code)
         own = kept / str(number)
-        map_shards(
-            pairs.select_columns(list(TEXT)), job, own, size=SHARD, what="scoring", cluster=cluster, together=True
-        )
-        found = gathered(own, len(pairs), SHARD)
+        found = map_shards(texts, job, own, size=SHARD, what="scoring", cluster=cluster, together=True)
         made.append(with_rewards(pairs, *(np.asarray(found[name]) for name in ("reward_chosen", "reward_rejected"))))
     of_all([process_rank()])  # nobody reads a shard any more
     if process_rank() == 0:

@@ -22,7 +22,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from align.config import ClusterConfig
-from align.shards import encode, gathered, map_shards
+from align.shards import encode, map_shards
 from reward_models.ensemble import SHARD
 from reward_models.score import ScoreJob
 
@@ -52,8 +52,8 @@ def timed(table: Dataset, job: ScoreJob, cluster: ClusterConfig | None) -> tuple
     """Seconds, and the rewards."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        map_shards(table, job, Path(folder), size=SHARD, what="scoring", cluster=cluster)
-        return time.perf_counter() - start, gathered(Path(folder), len(table), SHARD)
+        made = map_shards(table, job, Path(folder), size=SHARD, what="scoring", cluster=cluster)
+        return time.perf_counter() - start, made
 
 
 def main() -> None:

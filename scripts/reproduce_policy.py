@@ -34,13 +34,13 @@ from protocol.data import (
     make_reward_model,
     make_samples,
     read_known,
-    write_known,
 )
 from protocol.report import draw_frontier, markdown, summarise
 
 from align.config import load_config
 from align.console import configure, log
 from align.errors import AlignError, ConfigError
+from align.generation.run import write_table
 from align.stage import Stage, write_json
 
 TUNING_SEED = 1000
@@ -136,7 +136,7 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
                     chosen[name] = tune(runner, quality, method, arguments.candidates)
                 cells.append(runner.cell(quality, method, chosen[name], seed, test))
                 write_json(study.margins_root / "table.json", {"chosen": chosen, "rows": summarise(cells, references)})
-                write_known([*references, *runner.cells], study.margins_root / "cells.jsonl")
+                write_table([*references, *runner.cells], study.margins_root / "cells.jsonl")
     rows = summarise(cells, references)
     if rows:
         draw_frontier(rows, study.margins_root / "frontier.svg")

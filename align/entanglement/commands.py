@@ -27,7 +27,7 @@ from align.model_loading import load_tokenizer
 from align.pairs import load_pairs, read_pairs
 from align.processes import process_rank
 from align.reports.entanglement_page import shade, write_page, write_trace_page
-from align.shards import Work, gathered, map_shards
+from align.shards import Work, map_shards
 from align.stage import Stage, fingerprint_source, read_manifest, run_stage, write_json
 
 TABLE = "entanglement.parquet"
@@ -214,9 +214,9 @@ def _measure(
     def work(partial: Path) -> None:
         parts = partial / "parts"
         here = job if settings.cluster is not None else _Loaded(policy, job)
-        map_shards(tokens, here, parts, size=SHARD, what="entanglement", cluster=settings.cluster, together=True)
+        made = map_shards(tokens, here, parts, size=SHARD, what="entanglement", cluster=settings.cluster, together=True)
         if process_rank() == 0:
-            gathered(parts, len(tokens), SHARD).to_parquet(str(partial / TABLE))
+            made.to_parquet(str(partial / TABLE))
 
     stage = run_stage("entanglement", folder, inputs, work, collective=True)
     return stage, Dataset.from_parquet(str(folder / TABLE), keep_in_memory=True)

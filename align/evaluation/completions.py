@@ -24,11 +24,11 @@ from align.config import ClusterConfig
 from align.errors import ConfigError, DataError, ModelError
 from align.evaluation.judges import ByScore, PairwiseJudge, from_scores, judge_key
 from align.evaluation.policies import Policy
-from align.generation.base import Sampling, prompt_keys
+from align.generation.base import Sampling, keyed_prompts
 from align.generation.engines import Choice, choose_engine, make_engine
 from align.model_folders import fingerprint_model
 from align.pairs import load_prompts
-from align.shards import Work, gathered, in_parts, map_shards, read_table
+from align.shards import Work, in_parts, map_shards, read_table
 from align.stage import digest, run_stage
 from reward_models.judges import Judge
 
@@ -107,7 +107,7 @@ def write_completions(policy: Policy, prompts: Sequence[Any], decoding: Decoding
     Raises:
         ModelError: the policy cannot be loaded, or has no chat template for messages.
     """
-    keys, engine = prompt_keys(prompts), choose_engine(decoding.engine)[0]
+    engine = choose_engine(decoding.engine)[0]
     inputs = {
         "prompts": digest(list(prompts)),
         "model": _fingerprint(policy.model),
@@ -116,13 +116,11 @@ def write_completions(policy: Policy, prompts: Sequence[Any], decoding: Decoding
         "part": PART,
     }
 
-    rows = Dataset.from_dict({"prompt": [json.dumps(prompt) for prompt in prompts], "key": keys})
     job = CompletionJob(policy.model, replace(decoding, engine=engine, cluster=None))
 
     def work(parts: Path) -> Dataset:
-        what = f"completions of {policy.name}"
-        map_shards(rows, job, parts, size=PART, what=what, cluster=decoding.cluster)
-        return gathered(parts, len(rows), PART)
+        rows, what = keyed_prompts(prompts), f"completions of {policy.name}"
+        return map_shards(rows, job, parts, size=PART, what=what, cluster=decoding.cluster)
 
     table, key = _table_stage(output, "completions", policy.name, inputs, work)
     return Written(policy, prompts, decoding, table, key)
@@ -135,15 +133,12 @@ def measure_kl(written: Written, reference: Policy, output: Path) -> np.ndarray:
         ModelError: a model cannot be loaded, or the two do not share a vocabulary.
     """
     inputs = {"completions": written.key, "reference": _fingerprint(reference.model)}
-
-    decoding, ids = written.decoding, written.table["token_ids"][:]
-    rows = Dataset.from_dict({"prompt": [json.dumps(prompt) for prompt in written.prompts], "token_ids": ids})
-    job = LogpJob(written.policy.model, reference.model, decoding.temperature)
+    job = LogpJob(written.policy.model, reference.model, written.decoding.temperature)
 
     def work(parts: Path) -> Dataset:
-        what = f"log-probs of {written.policy.name}"
-        map_shards(rows, job, parts, size=PART, what=what, cluster=decoding.cluster)
-        return gathered(parts, len(rows), PART)
+        prompts, ids = [json.dumps(prompt) for prompt in written.prompts], written.table["token_ids"][:]
+        rows, what = Dataset.from_dict({"prompt": prompts, "token_ids": ids}), f"log-probs of {written.policy.name}"
+        return map_shards(rows, job, parts, size=PART, what=what, cluster=written.decoding.cluster)
 
     table, _ = _table_stage(output, "log-probs", written.policy.name, inputs, work)
     return np.asarray(table["logp_policy"]) - np.asarray(table["logp_reference"])

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from datasets import Dataset
+
 from align.console import progress
 
 SEED_BYTES = 4
@@ -86,6 +88,11 @@ def prompt_keys(prompts: Sequence[Any]) -> list[str]:
         seen[content] += 1
         keys.append(f"{content}#{seen[content]}")
     return keys
+
+
+def keyed_prompts(prompts: Sequence[Any]) -> Dataset:
+    """A table to complete in shards: ``prompt`` (JSON) and ``key``."""
+    return Dataset.from_dict({"prompt": [json.dumps(prompt) for prompt in prompts], "key": prompt_keys(prompts)})
 
 
 def sample_seed(seed: int, key: str, sample: int) -> int:

@@ -16,7 +16,7 @@ from align.evaluation.policies import REFERENCE, Policy
 from align.loss_registry import LOSSES
 from align.model_loading import load_policy, load_tokenizer
 from align.pairs import read_pairs
-from align.stage import Stage, digest, fingerprint_source, read_json, run_stage, write_json
+from align.stage import Stage, fingerprint_source, read_json, run_stage, stage_key, write_json
 from align.training.train import MODEL, train_policy
 from align.trust.commands import FEATURES, FILE, loss_parameters, measure
 from protocol.data import Quality, Study, read_prompts
@@ -113,7 +113,7 @@ def _cell(
     study: Study, name: str, folder: Path, inputs: dict[str, Any], work: Callable[[Path], None]
 ) -> dict[str, Any]:
     """What ``cell.json`` of a stage holds, and its key; a cell that the study knows is not made."""
-    key = digest({"stage": name, **inputs})
+    key = stage_key(name, inputs)
     if key in study.known:
         return study.known[key]
     return {"key": key, **read_json(run_stage(name, folder, inputs, work).folder / CELL)}

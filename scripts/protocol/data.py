@@ -82,13 +82,6 @@ def read_known(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     return {cell["key"]: cell for cell in cells}
 
 
-def write_known(cells: Sequence[dict[str, Any]], file: Path) -> None:
-    """One cell a line, for ``read_known``."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(cell) + "\n" for cell in cells), encoding="utf-8")
-    temporary.replace(file)
-
-
 def make_prompts(study: Study) -> Stage:
     """Openings to train, validate and test on, and human-rated pairs; no snippet is in two of them."""
     sizes = study.sizes

@@ -11,6 +11,11 @@ from align.errors import DataError
 from align.shards import Work
 
 
+def finished(folder: Path) -> list[int]:
+    """First rows of the shards that are whole."""
+    return sorted(int(file.stem) for file in folder.glob("*.parquet"))
+
+
 @dataclass(frozen=True)
 class Squares:
     """The square of each number, a while later; what was worked on is a file's line."""

@@ -19,12 +19,12 @@ from kill_anywhere import compare
 from align.config import ClusterConfig
 from align.errors import DataError, EnvironmentProblem
 from align.pairs import read_pairs
-from align.shards import Job, finished, gathered, map_shards
+from align.shards import Job, gathered, map_shards
 from tests.builders import bert_reward, causal, rows
 from tests.e2e.test_cli import jsonl
 from tests.e2e.test_kill_anywhere import workspace
 from tests.launching import ROOT, environment
-from tests.slow.cluster_jobs import Deadly, Refusing, Squares
+from tests.slow.cluster_jobs import Deadly, Refusing, Squares, finished
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 pytest.importorskip("ray")
