@@ -52,7 +52,8 @@ def tokenise(strings: pa.Array) -> Hashes:
     unspaced = pc.match_substring_regex(lower, UNSPACED)
     if pc.any(unspaced).as_py():
         lower = pc.if_else(unspaced, pc.replace_substring_regex(lower, UNSPACED, r" \1 "), lower)
-    words = pc.utf8_split_whitespace(pc.replace_substring_regex(lower, NOT_A_WORD, " "))
+    spaced = pc.replace_substring_regex(lower, NOT_A_WORD, " ")
+    words = pc.split_pattern(spaced, " ")  # utf8_split_whitespace reads past the end (apache/arrow#37757)
     flat = words.flatten()
     counts = pc.list_value_length(words).to_numpy(zero_copy_only=False).astype(np.int64)
     codes = flat.dictionary_encode()
