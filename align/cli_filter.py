@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from align.cluster_option import Cluster, cluster_called
+
 app = typer.Typer(help="Keep the pairs that are worth training on.", no_args_is_help=True)
 Column = Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. chosen=preferred.")]
 
@@ -36,6 +38,7 @@ def run(
     ood_model: Annotated[str | None, typer.Option(help="Reward model to measure distances with.")] = None,
     ood_pairs: Annotated[str | None, typer.Option(help="Pairs that the reward model was trained on.")] = None,
     processes: Annotated[int, typer.Option(help="Processes that read texts.")] = 1,
+    cluster: Cluster = None,
     seed: int = 0,
     column: Column = None,
     split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
@@ -59,7 +62,14 @@ def run(
     from align.filtering.run import CACHE, filter_source
 
     log.info("filter %s: keep %g of what passes the rules, seed %d, writes %s", pairs, settings.keep, seed, output)
-    filter_source(pair_source(pairs, column, split), settings, output, seed=seed, cache=output / CACHE)
+    filter_source(
+        pair_source(pairs, column, split),
+        settings,
+        output,
+        seed=seed,
+        cache=output / CACHE,
+        cluster=cluster_called(cluster),
+    )
     log.info("train on it: pairs.path: %s", output / "kept.parquet")
 
 
@@ -72,9 +82,9 @@ def explain(
     import json
 
     from align.console import out
-    from align.filtering import run
+    from align.filtering import result
 
-    out.print_json(json.dumps(run.explain(output, pair_id), default=str))
+    out.print_json(json.dumps(result.explain(output, pair_id), default=str))
 
 
 def _settings(given: dict[str, Any]) -> Any:

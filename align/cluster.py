@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,20 @@ class Worker:
 
 
 def map_on_cluster(
-    job: Job, shards: Mapping[int, Dataset], cluster: ClusterConfig, keep: Callable[[int, bytes], None], *, what: str
+    job: Job,
+    shards: Sequence[int],
+    rows: Callable[[int], Dataset],
+    cluster: ClusterConfig,
+    keep: Callable[[int, bytes], object],
+    *,
+    what: str,
 ) -> None:
     """Work on all shards; ``keep`` gets each result once, in any order.
 
     Args:
         job: pickled and started once in each worker.
-        shards: number -> rows.
+        shards: their numbers.
+        rows: of a shard; called for when it is sent.
         cluster: where, and how many workers.
         keep: number and Parquet file of a finished shard.
         what: shown to the user meanwhile.
@@ -73,7 +80,7 @@ def map_on_cluster(
     ray = _connected(cluster)
     try:
         pool = _Pool(ray, job, cluster, len(shards))
-        for number, result in progress(pool.results(shards), what=what, total=len(shards), unit="shards"):
+        for number, result in progress(pool.results(shards, rows), what=what, total=len(shards), unit="shards"):
             keep(number, result)
     finally:
         ray.shutdown()
@@ -113,7 +120,7 @@ class _Pool:
         worker = self.kind.remote(self.job, str(Path.cwd()), max(1, int(self.cluster.cpus)))
         self.starting[worker.start.remote()] = worker
 
-    def results(self, shards: Mapping[int, Dataset]) -> Any:
+    def results(self, shards: Sequence[int], rows: Callable[[int], Dataset]) -> Any:
         """(number, file) of each shard as it is finished."""
         waiting = list(reversed(shards))
         losses: dict[int | None, int] = dict.fromkeys([None, *shards], 0)
@@ -143,7 +150,7 @@ class _Pool:
                     yield number, result
             while waiting and self.idle:
                 worker, following = self.idle.pop(), waiting.pop()
-                self.working[worker.__call__.remote(encode(shards[following]))] = (worker, following)
+                self.working[worker.__call__.remote(encode(rows(following)))] = (worker, following)
             if waiting and not self.starting and not self.working:
                 self._add()
 

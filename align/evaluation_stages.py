@@ -37,7 +37,7 @@ def stage_generate(config: RunConfig, root: Path, folder: Path, which: str) -> N
     job = PolicyJob(config.train.model, trained, config.train.trusts_remote_code, config.evaluate, config.seed)
     rows, what = keyed_prompts(prompts), f"completions of {which}"
     made = map_shards(rows, job, folder / PARTS, size=PART, what=what, cluster=config.cluster)
-    made.to_parquet(str(folder / COMPLETIONS))
+    made.whole().to_parquet(str(folder / COMPLETIONS))
     shutil.rmtree(folder / PARTS)
 
 

@@ -6,7 +6,11 @@ to know which.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
 
@@ -22,14 +26,43 @@ Work = Callable[[Dataset], Dataset]
 
 
 class Job(Protocol):
-    """What is done to every shard. For a cluster it is pickled: settings and names, no model and no open file."""
+    """What is done to every shard. Elsewhere it arrives pickled: settings and names, no model and no open file."""
 
     def start(self) -> Work:
         """Load what the work needs; called once in each process that works."""
 
 
+class Rows(Protocol):
+    """What is worked on: a table, or what makes one of any of its rows."""
+
+    def __len__(self) -> int:
+        """Rows."""
+
+    def select(self, indices: range) -> Dataset:
+        """Some of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """The results, shard by shard in the order of the table, each once every process has finished its own."""
+
+    folder: Path
+    total: int
+    size: int
+
+    def __iter__(self) -> Iterator[Dataset]:
+        """Each into memory and into no cache."""
+        files = [_file(self.folder, start) for start in range(0, self.total, self.size)]
+        wait_until(lambda: all(file.exists() for file in files))
+        return map(read_table, files)
+
+    def whole(self) -> Dataset:
+        """All of them as one table."""
+        return concatenate_datasets(list(self))
+
+
 def map_shards(
-    table: Dataset,
+    table: Rows,
     job: Job,
     folder: Path,
     *,
@@ -37,8 +70,9 @@ def map_shards(
     what: str,
     cluster: ClusterConfig | None = None,
     together: bool = False,
-) -> Dataset:
-    """Make the shards that ``folder`` lacks; the results of all, in the order of the table.
+    processes: int = 1,
+) -> Shards:
+    """Make the shards that ``folder`` lacks.
 
     Args:
         table: rows to work on, at least one.
@@ -48,25 +82,29 @@ def map_shards(
         what: shown to the user meanwhile.
         cluster: send the shards to its workers; None: they are worked on here.
         together: all processes of a launcher call this, and each works on its share and gets the whole.
+        processes: that work at the same time here, where there are at least two shards for each of them.
 
     Raises:
         AlignError: what the work raises, or a cluster that cannot be used.
     """
-
-    def rows(start: int) -> Dataset:
-        return table.select(range(start, min(start + size, len(table))))
-
     starts = range(0, len(table), size)
     missing = _missing(folder, own_share(starts) if together else starts)
     if missing and cluster is not None:
         from align.cluster import map_on_cluster
 
-        shards = {start: rows(start) for start in missing}
-        map_on_cluster(job, shards, cluster, lambda start, made: _keep(_file(folder, start), made), what=what)
+        keep = partial(_keep_in, folder)
+        map_on_cluster(job, missing, partial(_rows, table, size), cluster, keep, what=what)
+    elif len(missing) >= 2 * processes > 2:
+        begin = (job, table, size, folder)
+        with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_Process, initargs=begin) as pool:
+            for _ in progress(
+                pool.map(_Process.make, missing), what=what, total=len(missing), unit=f"shards of {size}"
+            ):
+                pass
     elif missing:
         work = job.start()
-        _make(missing, size, folder, lambda start: work(rows(start)), what=what)
-    return gathered(folder, len(table), size)
+        _make(missing, size, folder, lambda start: work(_rows(table, size, start)), what=what)
+    return Shards(folder, len(table), size)
 
 
 def in_parts(total: int, size: int, folder: Path, work: Callable[[range], Dataset], *, what: str) -> Dataset:
@@ -81,14 +119,27 @@ def in_parts(total: int, size: int, folder: Path, work: Callable[[range], Datase
     """
     missing = _missing(folder, range(0, total, size))
     _make(missing, size, folder, lambda start: work(range(start, min(start + size, total))), what=what)
-    return gathered(folder, total, size)
+    return Shards(folder, total, size).whole()
 
 
-def gathered(folder: Path, total: int, size: int) -> Dataset:
-    """The results of all shards in the order of the table, once every process has finished its own."""
-    files = [_file(folder, start) for start in range(0, total, size)]
-    wait_until(lambda: all(file.exists() for file in files))
-    return concatenate_datasets([read_table(file) for file in files])
+class _Process:
+    """What a process of this machine works with, loaded as it starts."""
+
+    made: "_Process"
+
+    def __init__(self, job: Job, table: Rows, size: int, folder: Path) -> None:
+        self.work, self.table, self.size, self.folder = job.start(), table, size, folder
+        _Process.made = self
+
+    @staticmethod
+    def make(start: int) -> None:
+        """One shard."""
+        own = _Process.made
+        _keep_in(own.folder, start, encode(own.work(_rows(own.table, own.size, start))))
+
+
+def _rows(table: Rows, size: int, start: int) -> Dataset:
+    return table.select(range(start, min(start + size, len(table))))
 
 
 def _missing(folder: Path, starts: Sequence[int]) -> list[int]:
@@ -97,8 +148,8 @@ def _missing(folder: Path, starts: Sequence[int]) -> list[int]:
 
 
 def _make(missing: list[int], size: int, folder: Path, make: Callable[[int], Dataset], *, what: str) -> None:
-    for start in progress(missing, what=what, total=len(missing), unit=f"parts of {size}"):
-        _keep(_file(folder, start), encode(make(start)))
+    for start in progress(missing, what=what, total=len(missing), unit=f"shards of {size}"):
+        _keep_in(folder, start, encode(make(start)))
 
 
 def read_table(file: Path) -> Dataset:
@@ -122,7 +173,8 @@ def _file(folder: Path, start: int) -> Path:
     return folder / f"{start:08d}.parquet"
 
 
-def _keep(file: Path, content: bytes) -> None:
+def _keep_in(folder: Path, start: int, content: bytes) -> None:
+    file = _file(folder, start)
     temporary = file.with_suffix(".tmp")
     temporary.write_bytes(content)
     temporary.replace(file)

@@ -15,7 +15,8 @@ from align.console import log
 from align.entanglement.batch import MAX_LENGTH
 from align.errors import DataError, ModelError
 from align.evaluation_stages import PART, PARTS, stage_evaluate, stage_generate
-from align.filtering.run import KEPT, filter_source
+from align.filtering.result import KEPT
+from align.filtering.run import filter_source
 from align.generation.base import Sampling, as_completion, keyed_prompts
 from align.generation.pair_choice import draw_pair
 from align.generation.transformers_engine import TransformersEngine
@@ -168,7 +169,7 @@ def _continuations(config: RunConfig, prompts: list[Any], folder: Path) -> list[
     rows, parts = keyed_prompts(prompts), folder / PARTS
     job = SampleJob(config.train.model, config.train.trusts_remote_code, config.sample, config.seed)
     made = map_shards(rows, job, parts, size=PART, what="sampling", cluster=config.cluster)
-    found: list[list[str]] = made["texts"][:]
+    found: list[list[str]] = made.whole()["texts"][:]
     return found
 
 
@@ -255,7 +256,7 @@ def stage_filter(config: RunConfig, root: Path, folder: Path, which: str) -> Non
     """Keep the pairs that are worth training on; the others with the reason of each."""
     assert config.filter is not None
     source = PairsConfig(path=str(root / "margins" / "pairs" / PAIRS_FILE))
-    filter_source(source, config.filter, folder, seed=config.seed, cache=root / "filter-parts")
+    filter_source(source, config.filter, folder, seed=config.seed, cache=root / "filter-parts", cluster=config.cluster)
 
 
 def stage_train(config: RunConfig, root: Path, folder: Path, which: str) -> None:

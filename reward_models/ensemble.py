@@ -128,7 +128,7 @@ def score_with(
     for number, model in enumerate(models):
         job = ScoreJob(str(model), batch_tokens, max_length, trust_remote_code)
         own = kept / str(number)
-        found = map_shards(texts, job, own, size=SHARD, what="scoring", cluster=cluster, together=True)
+        found = map_shards(texts, job, own, size=SHARD, what="scoring", cluster=cluster, together=True).whole()
         made.append(with_rewards(pairs, *(np.asarray(found[name]) for name in ("reward_chosen", "reward_rejected"))))
     of_all([process_rank()])  # nobody reads a shard any more
     if process_rank() == 0:

@@ -53,7 +53,7 @@ def timed(table: Dataset, job: ScoreJob, cluster: ClusterConfig | None) -> tuple
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         made = map_shards(table, job, Path(folder), size=SHARD, what="scoring", cluster=cluster)
-        return time.perf_counter() - start, made
+        return time.perf_counter() - start, made.whole()
 
 
 def main() -> None:

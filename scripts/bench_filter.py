@@ -6,9 +6,11 @@ are, with some exact duplicates. Each size is filtered in a process of its own, 
 
     python scripts/bench_filter.py --sizes 10000 100000
     python scripts/bench_filter.py --sizes 20000 --against scikit-learn datasketch hnsw
+    python scripts/bench_filter.py --sizes 10000000 --dimensions 64 --words 8 16 --processes 1
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -16,11 +18,13 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.stats import spearmanr
@@ -28,36 +32,37 @@ from scipy.stats import spearmanr
 from align.config import FilterConfig, PairsConfig
 from align.console import configure
 from align.filtering.minhash import band_keys
-from align.filtering.neighbours import View, _exact, kth_distance
-from align.filtering.run import SUMMARY, filter_source
+from align.filtering.neighbours import _exact, kth_distance
+from align.filtering.result import SUMMARY
+from align.filtering.run import filter_source
 from align.filtering.scores import diversity, effective_number
 from align.filtering.select import greedy, standardise, top
 from align.filtering.survey import shingles
 from align.filtering.texts import texts
+from align.filtering.view import View
 from align.pair_stream import stream_pairs
 
 SAMPLE = 2000
-DIMENSIONS = 384
 K = 5
 BLOCK = 50_000
 WAYS = ("scikit-learn", "datasketch", "ivf", "hnsw", "exact", "greedy")
 VOCABULARY = 60_000
-PROMPT_WORDS, RESPONSE_WORDS = 25, 60
+SAMPLED_EVERY = 0.1
 EXACT_SHARE, NEAR_SHARE, PERSONAL_SHARE = 0.01, 0.01, 0.002
 
 
-def make_vectors(count: int, file: Path) -> None:
-    """Unit vectors [count, DIMENSIONS] around cluster centres; cluster sizes and widths are log-normal."""
+def make_vectors(count: int, dimensions: int, file: Path) -> None:
+    """Unit vectors [count, dimensions] around cluster centres; cluster sizes and widths are log-normal."""
     rng = np.random.default_rng(0)
     clusters = max(20, count // 200)
     share = rng.lognormal(sigma=1.0, size=clusters)
     member = rng.choice(clusters, size=count, p=share / share.sum())
     width = rng.lognormal(mean=np.log(0.6), sigma=0.3, size=clusters).astype(np.float32)
-    centres = rng.normal(size=(clusters, DIMENSIONS)).astype(np.float32)
-    vectors = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(count, DIMENSIONS))
+    centres = rng.normal(size=(clusters, dimensions)).astype(np.float32)
+    vectors = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(count, dimensions))
     for start in range(0, count, BLOCK):
         part = member[start : start + BLOCK]
-        block = centres[part] + width[part, None] * rng.normal(size=(len(part), DIMENSIONS)).astype(np.float32)
+        block = centres[part] + width[part, None] * rng.normal(size=(len(part), dimensions)).astype(np.float32)
         block /= np.linalg.norm(block, axis=1, keepdims=True)
         copies = rng.integers(0, len(part), size=(2, max(len(part) // 100, 1)))
         block[copies[0]] = block[copies[1]]
@@ -65,8 +70,8 @@ def make_vectors(count: int, file: Path) -> None:
     vectors.flush()
 
 
-def make_texts(count: int, file: Path) -> None:
-    """A pair file with margins; ids are the numbers of the rows."""
+def make_texts(count: int, words_of: tuple[int, int], file: Path) -> None:
+    """A pair file with margins; ids are the numbers of the rows. Prompts and responses have about so many words."""
     rng = np.random.default_rng(1)
     words = np.array([f"w{k:x}" for k in range(VOCABULARY)], dtype=object)
     weights = np.cumsum(1.0 / np.arange(2, VOCABULARY + 2))
@@ -74,7 +79,7 @@ def make_texts(count: int, file: Path) -> None:
     for start in range(0, count, BLOCK):
         size = min(BLOCK, count - start)
         columns: dict[str, list[Any]] = {"id": [f"{start + k:09d}" for k in range(size)]}
-        for part, mean in (("prompt", PROMPT_WORDS), ("chosen", RESPONSE_WORDS), ("rejected", RESPONSE_WORDS)):
+        for part, mean in (("prompt", words_of[0]), ("chosen", words_of[1]), ("rejected", words_of[1])):
             lengths = np.maximum(rng.lognormal(np.log(mean), 0.5, size=size).astype(int), 1)
             drawn = words[np.searchsorted(weights, rng.random(int(lengths.sum())) * weights[-1])]
             ends = np.cumsum(lengths)
@@ -100,7 +105,8 @@ def measure(count: int, folder: Path, processes: int) -> dict[str, Any]:
     settings = FilterConfig(keep=0.1, embeddings=str(folder / "vectors.npy"), neighbours=K, processes=processes)
     output = folder / "filtered"
     start = time.perf_counter()
-    filter_source(PairsConfig(path=str(folder / "pairs.parquet")), settings, output, seed=0, cache=output / "parts")
+    with Memory() as memory:
+        filter_source(PairsConfig(path=str(folder / "pairs.parquet")), settings, output, seed=0, cache=output / "parts")
     seconds = time.perf_counter() - start
     peak = _peak_mib()
     summary = json.loads((output / SUMMARY).read_text(encoding="utf-8"))
@@ -115,6 +121,7 @@ def measure(count: int, folder: Path, processes: int) -> dict[str, Any]:
         "seconds": seconds,
         "seconds_by_stage": summary["seconds"],
         "peak_mib": peak,
+        "peak_mib_without_mapped_files": memory.peak / 2**20,
         "peak_mib_of_a_text_process": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
         "kept": summary["kept"],
         "dropped_by_rule": summary["dropped_by_rule"],
@@ -177,6 +184,31 @@ def _greedy(vectors: np.ndarray) -> dict[str, Any]:
     }
 
 
+class Memory(threading.Thread):
+    """The most memory that is not a mapped file in any one process, this and those that it starts, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self.ended = 0, threading.Event()
+
+    def __enter__(self) -> "Memory":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.join()
+
+    def run(self) -> None:
+        """Look every ``SAMPLED_EVERY`` seconds."""
+        this = psutil.Process()
+        while not self.ended.wait(SAMPLED_EVERY):
+            for process in (this, *this.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    found = process.memory_info()
+                    self.peak = max(self.peak, found.rss - found.shared)
+
+
 def _peak_mib() -> float:
     line = next(item for item in Path("/proc/self/status").read_text().splitlines() if item.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
@@ -187,27 +219,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="*", type=int, default=[10_000, 100_000])
     parser.add_argument("--against", nargs="*", default=[], choices=WAYS)
+    parser.add_argument("--dimensions", type=int, default=384, help="of the vectors")
+    parser.add_argument("--words", nargs=2, type=int, default=(25, 60), help="of a prompt and of a response")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-filter"))
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     configure()
     if arguments.one is not None:
-        print(json.dumps(measure(arguments.one, arguments.folder / str(arguments.one), arguments.processes)))
+        print(json.dumps(measure(arguments.one, arguments.folder, arguments.processes)))
         return
     results = []
     for count in arguments.sizes:
-        folder = arguments.folder / str(count)
+        folder = arguments.folder / "-".join(map(str, (count, arguments.dimensions, *arguments.words)))
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "made").exists():
-            make_texts(count, folder / "pairs.parquet")
-            make_vectors(count, folder / "vectors.npy")
+            make_texts(count, arguments.words, folder / "pairs.parquet")
+            make_vectors(count, arguments.dimensions, folder / "vectors.npy")
             (folder / "made").touch()
         if arguments.against:
             results += [against(name, count, folder) for name in arguments.against]
             continue
         shutil.rmtree(folder / "filtered", ignore_errors=True)
-        command = [sys.executable, __file__, "--one", str(count), "--folder", str(arguments.folder)]
+        command = [sys.executable, __file__, "--one", str(count), "--folder", str(folder)]
         command += ["--processes", str(arguments.processes)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         results.append(json.loads(done.stdout))

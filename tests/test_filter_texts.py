@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.filtering.minhash import BANDS, ROWS, band_keys, candidates, jaccard, near_duplicates
-from align.filtering.parts import gathered, in_parts
-from align.filtering.rules import RULES, Table, apply_rules, length_bias
+from align.filtering.parts import as_table, found_of
+from align.filtering.rules import RULES, Table, apply_rules, by_id, length_bias
 from align.filtering.screen import screen
 from align.filtering.survey import MAYBE_PERSONAL, PERSONAL, Asked, overlap_hashes, personal, shingles, take_survey
 from align.filtering.texts import texts
 from align.filtering.tokens import Hashes, distinct, runs, tokenise, word_list
+from align.shards import Work
 
 WORDS = st.lists(st.sampled_from(["a", "bee", "Cat", "dog,", "élan", "猫", "x_1"]), max_size=12)
 
@@ -33,7 +34,7 @@ def table(rows: list[dict[str, Any]], folder: Path, *, held_out: tuple[str, ...]
         [row | {"id": f"{row['id']}{k if row['id'] == 'x' else ''}"} for k, row in enumerate(rows)]
     )
     asked = Asked(overlap_hashes(held_out), near=True, language=more.get("language") is not None)
-    return Table(pairs, np.array(pairs["id"]), take_survey(pairs, asked, folder), held_out=held_out, **more)
+    return Table(pairs, by_id(pairs), take_survey(pairs, asked, folder), held_out=held_out, **more)
 
 
 @given(st.lists(WORDS, min_size=1, max_size=6), st.integers(1, 5))
@@ -93,7 +94,7 @@ def test_signatures_agree_as_often_as_sets_are_similar() -> None:
 @given(st.lists(st.integers(0, 12), min_size=2, max_size=40), st.integers(0, 99))
 def test_candidates_are_the_pairs_with_a_shared_band(values: list[int], seed: int) -> None:
     keys = np.random.default_rng(seed).integers(0, 15, size=(len(values), 2)).astype(np.uint64)
-    found = {tuple(row) for row in candidates(keys).tolist()}
+    found = {tuple(row) for row in candidates(keys.T).tolist()}
     truth = {(a, b) for b in range(len(values)) for a in range(b) if (keys[a] == keys[b]).any()}
     assert found <= truth
     if max(Counter(keys[:, 0].tolist()).values()) <= 8 and max(Counter(keys[:, 1].tolist()).values()) <= 8:
@@ -113,7 +114,7 @@ def test_near_duplicates_of_what_is_kept() -> None:
 
     a, b, c = map(np.unique, sets)
     assert jaccard(a, b) > 0.9 and jaccard(b, c) > 0.9 > jaccard(a, c)
-    assert near_duplicates(keys, of, 0.9) == {1: 0}
+    assert near_duplicates(keys.T, of, 0.9) == {1: 0}
 
 
 def test_the_screen_against_counting() -> None:
@@ -213,22 +214,38 @@ def test_messages_read_as_their_text() -> None:
     assert texts(Dataset.from_list(rows)).to_pylist() == texts(Dataset.from_list(chat)).to_pylist() == ["p", "a", "b"]
 
 
+class Squares:
+    """Of numbers; stops at a row once."""
+
+    def __init__(self, stop: int) -> None:
+        self.stop, self.calls = stop, []  # type: ignore[var-annotated]
+
+    def start(self) -> Work:
+        return self.work
+
+    def work(self, rows: Dataset) -> Dataset:
+        start = rows["value"][0]
+        if start == self.stop:
+            self.stop = -1
+            raise KeyboardInterrupt
+        self.calls.append(start)
+        values = np.array(rows["value"])
+        return as_table({"square": values**2, "both": np.stack([values, -values], axis=1).astype(np.float32)})
+
+
 def test_parts_are_not_done_again(tmp_path: Path) -> None:
     """Stopped in the middle, the work goes on with the part that is missing, and the result is the same."""
-    calls: list[int] = []
-
-    def work(start: int, stop: int) -> dict[str, np.ndarray]:
-        if start == 20 and len(calls) == 2:
-            raise KeyboardInterrupt
-        calls.append(start)
-        return {"value": np.arange(start, stop) ** 2}
-
+    rows, job = Dataset.from_dict({"value": list(range(35))}), Squares(20)
     with pytest.raises(KeyboardInterrupt):
-        in_parts(work, 35, tmp_path, what="test", rows=10)
-    calls.append(-1)
-    in_parts(work, 35, tmp_path, what="test", rows=10)
-    assert calls == [0, 10, -1, 20, 30]
-    assert np.array_equal(gathered(tmp_path, 35, ("value",), 10)["value"], np.arange(35) ** 2)
+        found_of(rows, job, tmp_path, what="test", rows=10)
+    assert job.calls == [0, 10]
+    found = found_of(rows, job, tmp_path, what="test", rows=10)
+    assert job.calls == [0, 10, 20, 30]
+    assert np.array_equal(found["square"], np.arange(35) ** 2) and found["square"].dtype == np.int64
+    assert np.array_equal(found["both"], np.stack([np.arange(35), -np.arange(35)], axis=1))
+    assert found["both"].dtype == np.float32 and isinstance(found["both"], np.memmap)
+    assert found_of(rows, job, tmp_path, what="test", rows=10).keys() == found.keys() and len(job.calls) == 4
+    assert [place.name for place in tmp_path.iterdir()] == ["columns"]
 
 
 def test_survey_in_two_processes_is_the_survey_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,15 +17,18 @@ from scipy.stats import spearmanr
 
 from align.config import FilterConfig, OodConfig, PairsConfig
 from align.errors import AlignError, DataError
-from align.filtering.columns import distances
-from align.filtering.embed import Encoder, read_embeddings, stored_embedding
-from align.filtering.neighbours import View, _exact, kth_distance
+from align.filtering import inverted
+from align.filtering.columns import distances, vectors
+from align.filtering.embed import Encoder, read_embeddings
+from align.filtering.neighbours import _exact, kth_distance
 from align.filtering.ood import Mahalanobis, ledoit_wolf
+from align.filtering.parts import as_array
 from align.filtering.quality import Fluency, Rubric, make_scorer, pair_quality
 from align.filtering.run import filter_pairs
 from align.filtering.scores import DUPLICATE_DISTANCE, diversity, doubtful, effective_number, over_spread
 from align.filtering.select import greedy, importance, standardise, top
 from align.filtering.static import StaticEncoder
+from align.filtering.view import View
 from align.pair_stream import stream_pairs
 from align.pairs import load_pairs
 from tests.builders import bert_reward, causal, llama_reward, rows
@@ -69,6 +72,50 @@ def test_an_index_is_close_to_exact(method: str, label: str) -> None:
     assert spearmanr(found.distance, exact).statistic >= 0.99
     again = kth_distance(vectors, 5, seed=0, exact_limit=1000, method=method)  # type: ignore[arg-type]
     assert method == "hnsw" or np.array_equal(found.distance, again.distance)
+
+
+def test_neighbours_among_shares_are_those_among_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a seventh of the vectors in memory at a time; a search that is stopped between two shares goes on."""
+    found = clustered(6000)
+    whole = kth_distance(found, 5, seed=0, exact_limit=1000)
+    monkeypatch.setattr("align.filtering.inverted.SHARE_BYTES", 900 * 4 * 32)
+    shared = kth_distance(found, 5, seed=0, exact_limit=1000)
+    assert np.array_equal(whole.distance, shared.distance) and whole.recall == shared.recall
+    begun: list[int] = []
+    start, firsts = inverted.Share.start, [*range(0, 6000, 900)]
+
+    def counted(self: inverted.Share) -> Any:
+        begun.append(self.first)
+        if begun == [*firsts, 0, 900, 1800, 2700]:
+            raise KeyboardInterrupt
+        return start(self)
+
+    monkeypatch.setattr(inverted.Share, "start", counted)
+    with pytest.raises(KeyboardInterrupt):
+        kth_distance(found, 5, seed=0, exact_limit=1000, folder=tmp_path)
+    again = kth_distance(found, 5, seed=0, exact_limit=1000, folder=tmp_path)
+    assert begun[len(firsts) + 4 :] == [*firsts, 2700, 3600, 4500, 5400], "the recall is measured anew"
+    assert np.array_equal(again.distance, whole.distance)
+
+
+@given(st.integers(0, 99), st.integers(1, 6), st.integers(1, 40))
+def test_shares_give_the_best_of_all(seed: int, k: int, size: int) -> None:
+    """Looking into every list, whatever the share: the k nearest that there are."""
+    vectors_of = unit(40, 4, seed)
+    view, places = View(vectors_of), np.arange(40)
+    lists = np.random.default_rng(seed).integers(0, 3, size=40).astype(np.int32)
+    best: dict[str, np.ndarray] = {}
+    for first in range(0, 40, size):
+        block = places[first : first + size]
+        share = inverted.Share(view[block], lists[block], first, 3, k)
+        rows_of = inverted.Queries(view, places, lambda part: np.tile(np.arange(3, dtype=np.int32), (40, 1)), best)
+        made = share.start()(rows_of.select(range(40)))
+        best = {name: as_array(made, name) for name in made.column_names}
+    cosine = vectors_of @ vectors_of.T
+    np.fill_diagonal(cosine, -np.inf)
+    expected = np.sort(cosine, axis=1)[:, -k:]
+    assert np.allclose(np.sort(best["similarity"], axis=1), expected, atol=1e-5)
+    assert np.allclose(np.take_along_axis(cosine, best["place"], axis=1), best["similarity"], atol=1e-5)
 
 
 def test_exact_in_blocks_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,23 +284,11 @@ def test_quality_scorers_are_refused_by_name() -> None:
             make_scorer(name, model)
 
 
-def test_embedding_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_embedded_as_the_encoder_does(tmp_path: Path) -> None:
     model = str(bert_reward(tmp_path / "model"))
     texts = ["the film is good", "bad", "a plot", "great film", "dull"]
-    monkeypatch.setattr("align.filtering.embed.PART", 2)
-    asked: list[tuple[int, int]] = []
-
-    def strings(start: int, stop: int) -> list[str]:
-        if start == 2 and len(asked) == 1:
-            asked.append((-1, -1))
-            raise KeyboardInterrupt
-        asked.append((start, stop))
-        return texts[start:stop]
-
-    with pytest.raises(KeyboardInterrupt):
-        stored_embedding(strings, 5, lambda: Encoder(model), tmp_path / "e.npy")
-    found = stored_embedding(strings, 5, lambda: Encoder(model), tmp_path / "e.npy")
-    assert asked == [(0, 2), (-1, -1), (2, 4), (4, 5)]
+    pairs = Dataset.from_list([pair(text, "a", "b", str(k)) for k, text in enumerate(texts)])
+    found, _ = vectors(pairs, FilterConfig(embedding_model=model), tmp_path / "cache")
     assert np.allclose(found, Encoder(model)(texts), atol=1e-6) and np.allclose(np.linalg.norm(found, axis=1), 1)
 
 

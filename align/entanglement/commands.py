@@ -216,7 +216,7 @@ def _measure(
         here = job if settings.cluster is not None else _Loaded(policy, job)
         made = map_shards(tokens, here, parts, size=SHARD, what="entanglement", cluster=settings.cluster, together=True)
         if process_rank() == 0:
-            made.to_parquet(str(partial / TABLE))
+            made.whole().to_parquet(str(partial / TABLE))
 
     stage = run_stage("entanglement", folder, inputs, work, collective=True)
     return stage, Dataset.from_parquet(str(folder / TABLE), keep_in_memory=True)

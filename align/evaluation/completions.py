@@ -120,7 +120,7 @@ def write_completions(policy: Policy, prompts: Sequence[Any], decoding: Decoding
 
     def work(parts: Path) -> Dataset:
         rows, what = keyed_prompts(prompts), f"completions of {policy.name}"
-        return map_shards(rows, job, parts, size=PART, what=what, cluster=decoding.cluster)
+        return map_shards(rows, job, parts, size=PART, what=what, cluster=decoding.cluster).whole()
 
     table, key = _table_stage(output, "completions", policy.name, inputs, work)
     return Written(policy, prompts, decoding, table, key)
@@ -138,7 +138,7 @@ def measure_kl(written: Written, reference: Policy, output: Path) -> np.ndarray:
     def work(parts: Path) -> Dataset:
         prompts, ids = [json.dumps(prompt) for prompt in written.prompts], written.table["token_ids"][:]
         rows, what = Dataset.from_dict({"prompt": prompts, "token_ids": ids}), f"log-probs of {written.policy.name}"
-        return map_shards(rows, job, parts, size=PART, what=what, cluster=written.decoding.cluster)
+        return map_shards(rows, job, parts, size=PART, what=what, cluster=written.decoding.cluster).whole()
 
     table, _ = _table_stage(output, "log-probs", written.policy.name, inputs, work)
     return np.asarray(table["logp_policy"]) - np.asarray(table["logp_reference"])

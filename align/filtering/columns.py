@@ -1,26 +1,29 @@
 """The score columns of a pair table, each kept in the cache under the key of what determines it."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from safetensors.numpy import load_file, save_file
 
-from align.config import FilterConfig, OodConfig
-from align.filtering.embed import Encoder, TextEncoder, read_embeddings, stored_embedding
+from align.config import ClusterConfig, FilterConfig, OodConfig
+from align.filtering.embed import PART, Encoder, TextEncoder, read_embeddings
 from align.filtering.ood import Mahalanobis
-from align.filtering.parts import Arrays, gathered, in_parts
-from align.filtering.quality import QualityScorer, make_scorer, pair_quality
+from align.filtering.parts import as_table, found_of
+from align.filtering.quality import make_scorer, pair_quality
 from align.filtering.scores import over_spread
 from align.filtering.select import standardise
 from align.filtering.static import StaticEncoder
 from align.filtering.survey import Survey
-from align.filtering.texts import cells, column, texts
+from align.filtering.texts import PARTS, cells, column, texts
+from align.shards import Work
 from align.stage import digest, fingerprint_source
 
 ROWS = 1024
-"""Pairs of a part where a model reads the texts."""
+"""Pairs of a shard where a model reads the texts."""
 
 
 def margins(pairs: Dataset, *, in_spreads: bool) -> np.ndarray | None:
@@ -31,25 +34,26 @@ def margins(pairs: Dataset, *, in_spreads: bool) -> np.ndarray | None:
     return over_spread(margin, _numbers(pairs, "margin_std")) if in_spreads else margin
 
 
-def vectors(pairs: Dataset, settings: FilterConfig, cache: Path) -> np.ndarray:
-    """Unit vectors [N, D] of the prompts, memory-mapped: the user's, or of the embedding model."""
+def vectors(
+    pairs: Dataset, settings: FilterConfig, cache: Path, cluster: ClusterConfig | None = None
+) -> tuple[np.ndarray, str]:
+    """Unit vectors [N, D] of the prompts, memory-mapped, and what they are known by: the user's, or of the model."""
     if settings.embeddings is not None:
-        return read_embeddings(settings.embeddings, len(pairs))
+        return read_embeddings(settings.embeddings, len(pairs)), fingerprint_source(settings.embeddings)
     model = settings.embedding_model
     key = digest([fingerprint_source(model), settings.embedding])[:16]
-
-    def prompts(start: int, stop: int) -> list[str]:
-        found: list[str] = column(pairs.with_format("arrow")[start:stop]["prompt"]).to_pylist()
-        return found
-
-    def encoder() -> TextEncoder:
-        is_static = settings.embedding == "static"
-        return StaticEncoder(model, cache / f"tokens-{key}.safetensors") if is_static else Encoder(model)
-
-    return stored_embedding(prompts, len(pairs), encoder, cache / f"embedding-{key}.npy")
+    static = settings.embedding == "static"
+    job = Embedding(model, cache / f"tokens-{key}.safetensors" if static else None)
+    found = found_of(
+        pairs.select_columns(["prompt"]), job, cache / f"embedding-{key}", what="embedding", rows=PART,
+        cluster=None if static else cluster,
+    )  # fmt: skip
+    return found["vector"], key
 
 
-def qualities(pairs: Dataset, survey: Survey, settings: FilterConfig, cache: Path) -> dict[str, np.ndarray]:
+def qualities(
+    pairs: Dataset, survey: Survey, settings: FilterConfig, cache: Path, cluster: ClusterConfig | None = None
+) -> dict[str, np.ndarray]:
     """``quality`` [N], and where there is more than one scorer each of theirs as ``quality_<name>``."""
     found: dict[str, np.ndarray] = {}
     for name in settings.quality_scorers:
@@ -57,17 +61,19 @@ def qualities(pairs: Dataset, survey: Survey, settings: FilterConfig, cache: Pat
             found[name] = survey.screen.astype(np.float64)
             continue
         key = digest([name, fingerprint_source(str(settings.quality_model))])[:16]
-        scorer = _Once(name, settings.quality_model)
-        folder = cache / f"quality-{key}"
-        in_parts(partial(_quality, pairs, scorer), len(pairs), folder, what=f"quality: {name}", rows=ROWS)
-        found[name] = gathered(folder, len(pairs), ("quality",), ROWS)["quality"]
+        job, folder = Quality(name, settings.quality_model), cache / f"quality-{key}"
+        table = pairs.select_columns(list(PARTS))
+        made = found_of(table, job, folder, what=f"quality: {name}", rows=ROWS, cluster=cluster)
+        found[name] = np.asarray(made["quality"])
     if len(found) == 1:
         return {"quality": next(iter(found.values()))}
     mean = np.mean([standardise(values) for values in found.values()], axis=0)
     return {"quality": mean} | {f"quality_{name}": values for name, values in found.items()}
 
 
-def distances(pairs: Dataset, ood: OodConfig, cache: Path) -> tuple[np.ndarray, float]:
+def distances(
+    pairs: Dataset, ood: OodConfig, cache: Path, cluster: ClusterConfig | None = None
+) -> tuple[np.ndarray, float]:
     """Distance [N] of each pair to the reward model's training pairs, and that of the ``quantile`` of pairs held back.
 
     The distance of a pair is the larger of its two responses'. Half of the training pairs fit means and covariance, the
@@ -80,74 +86,113 @@ def distances(pairs: Dataset, ood: OodConfig, cache: Path) -> tuple[np.ndarray, 
 
     known = load_pairs(ood.pairs)
     key = digest([fingerprint_source(ood.model), fingerprint(known), ood.quantile])[:16]
-    folder = cache / f"ood-{key}"
-    features = _Features(ood.model)
+    file = cache / f"ood-{key}.safetensors"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        save_file(_fit(known, ood), temporary)
+        temporary.replace(file)
+    fitted = load_file(file)
+    job = Distance(ood.model, Mahalanobis(fitted["means"], fitted["whitening"]))
+    table = pairs.select_columns(list(PARTS))
+    found = found_of(table, job, cache / f"ood-{key}", what="distances", rows=ROWS, cluster=cluster)
+    return np.asarray(found["ood"]), float(fitted["limit"][0])
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Unit vectors of prompts (a job of ``align.shards``)."""
+
+    model: str
+    tokens: Path | None
+    """Table of a ``StaticEncoder``; None: the encoder itself."""
+
+    def start(self) -> Work:
+        """Load the encoder.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        encoder: TextEncoder = Encoder(self.model) if self.tokens is None else StaticEncoder(self.model, self.tokens)
+
+        def work(rows: Dataset) -> Dataset:
+            return as_table({"vector": encoder(column(rows.with_format("arrow")[:]["prompt"]).to_pylist())})
+
+        return work
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """The quality of pairs by one scorer (a job of ``align.shards``)."""
+
+    name: str
+    model: str | None
+
+    def start(self) -> Work:
+        """Load the scorer.
+
+        Raises:
+            AlignError: it cannot be.
+        """
+        scorer = make_scorer(self.name, self.model)
+
+        def work(rows: Dataset) -> Dataset:
+            strings = texts(rows)
+            return as_table({"quality": pair_quality(scorer, *(strings[k::3].to_pylist() for k in range(3)))})
+
+        return work
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """Distances of pairs (a job of ``align.shards``)."""
+
+    model: str
+    fitted: Mahalanobis
+
+    def start(self) -> Work:
+        """Load the reward model.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        features = _features(self.model)
+        return lambda rows: as_table({"ood": _pair_distance(self.fitted, features(rows))})
+
+
+def _fit(known: Dataset, ood: OodConfig) -> dict[str, np.ndarray]:
+    """Means and whitening of one half of the training pairs, and the distance that limits the other."""
     half = np.random.default_rng(0).permutation(len(known)) < len(known) // 2
-    fitted: dict[str, np.ndarray] = {}
-    if not (folder / "fit" / f"{0:010d}.npz").exists():
-        first, second = features(known.select(np.flatnonzero(half))), features(known.select(np.flatnonzero(~half)))
-        classes = np.tile([0, 1], len(first) // 2)
-        model = Mahalanobis.fit(first, classes)
-        limit = np.quantile(_pair_distance(model, second), ood.quantile)
-        made = {"means": model.means[None], "whitening": model.whitening[None], "limit": np.array([limit])}
-        in_parts(lambda start, stop: made, 1, folder / "fit", what="distances: fit")
-    fitted = gathered(folder / "fit", 1, ("means", "whitening", "limit"))
-    model = Mahalanobis(fitted["means"][0], fitted["whitening"][0])
-    in_parts(partial(_distance, pairs, features, model), len(pairs), folder, what="distances", rows=ROWS)
-    return gathered(folder, len(pairs), ("ood",), ROWS)["ood"], float(fitted["limit"][0])
+    features = _features(ood.model)
+    first, second = features(known.select(np.flatnonzero(half))), features(known.select(np.flatnonzero(~half)))
+    model = Mahalanobis.fit(first, np.tile([0, 1], len(first) // 2))
+    limit = np.quantile(_pair_distance(model, second), ood.quantile)
+    return {"means": model.means, "whitening": np.ascontiguousarray(model.whitening), "limit": np.array([limit])}
 
 
-class _Once:
-    """A quality scorer that is loaded when the first part is missing."""
-
-    def __init__(self, name: str, model: str | None) -> None:
-        self.name, self.model = name, model
-        self.scorer: QualityScorer | None = None
-
-    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        if self.scorer is None:
-            self.scorer = make_scorer(self.name, self.model)
-        return self.scorer.score(prompts, completions)
-
-
-class _Features:
-    """Features of the reward model's head, chosen and rejected in turn, [2 N, D]; the model is loaded when needed.
+def _features(model: str) -> Callable[[Dataset], np.ndarray]:
+    """Features of the reward model's head, chosen and rejected in turn, [2 N, D].
 
     Of an ensemble, those of its first member: features of two members are of two spaces and have no mean.
     """
+    from reward_models.features import head_features
+    from reward_models.score import RewardScorer
+    from reward_models.text import render
 
-    def __init__(self, model: str) -> None:
-        self.model = model
-        self.scorer: object | None = None
+    scorer = RewardScorer(model, batch_tokens=4096, max_length=1024)
 
-    def __call__(self, pairs: Dataset) -> np.ndarray:
-        from reward_models.features import head_features
-        from reward_models.score import RewardScorer
-        from reward_models.text import render
+    def features(pairs: Dataset) -> np.ndarray:
+        def rendered(row: Any) -> list[str]:
+            return [render(row["prompt"], row[side], scorer.tokenizer) for side in ("chosen", "rejected")]
 
-        if self.scorer is None:
-            self.scorer = RewardScorer(self.model, batch_tokens=4096, max_length=1024)
-        scorer = self.scorer
-        assert isinstance(scorer, RewardScorer)
-        rendered = [
-            render(row["prompt"], row[side], scorer.tokenizer) for row in pairs for side in ("chosen", "rejected")
-        ]
-        return head_features(scorer, rendered)
+        return head_features(scorer, [text for row in pairs for text in rendered(row)])
 
-
-def _distance(pairs: Dataset, features: _Features, model: Mahalanobis, start: int, stop: int) -> Arrays:
-    return {"ood": _pair_distance(model, features(pairs.select(range(start, stop))))}
+    return features
 
 
 def _pair_distance(model: Mahalanobis, features: np.ndarray) -> np.ndarray:
     """[N] from the features of chosen and rejected in turn."""
     return np.sqrt(model.squared(features).reshape(-1, 2).max(axis=1))
-
-
-def _quality(pairs: Dataset, scorer: QualityScorer, start: int, stop: int) -> Arrays:
-    strings = texts(pairs, start, stop)
-    prompts, chosen, rejected = (strings[k::3].to_pylist() for k in range(3))
-    return {"quality": pair_quality(scorer, prompts, chosen, rejected)}
 
 
 def _numbers(pairs: Dataset, name: str) -> np.ndarray:

@@ -1,7 +1,6 @@
-"""Embeddings of the prompts: unit vectors from an encoder, in one file that grows part by part."""
+"""Embeddings of the prompts: unit vectors from an encoder, or from a file."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -95,39 +94,6 @@ class TextEncoder(Protocol):
 
     def __call__(self, strings: Sequence[str]) -> np.ndarray:
         """[N, size], float32."""
-
-
-def stored_embedding(
-    strings_of: Callable[[int, int], Sequence[str]], count: int, encoder: Callable[[], TextEncoder], file: Path
-) -> np.ndarray:
-    """Unit vectors [count, D], memory-mapped from ``file`` (.npy); parts that are done are not computed again.
-
-    Args:
-        strings_of: (start, stop) -> the texts of these rows.
-        count: rows.
-        encoder: makes the encoder when a part is missing.
-        file: of the vectors; valid for the same texts and encoder. ``file``.partial and ``file``.done while it grows.
-    """
-    if not file.exists():
-        _fill(strings_of, count, encoder(), file)
-    found: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
-    return found
-
-
-def _fill(strings_of: Callable[[int, int], Sequence[str]], count: int, encoder: TextEncoder, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial, note = file.with_suffix(".partial"), file.with_suffix(".done")
-    shape = (count, encoder.size)
-    done = int(note.read_text(encoding="utf-8")) if note.exists() and partial.exists() else 0
-    vectors = np.lib.format.open_memmap(partial, mode="r+" if done else "w+", dtype=np.float32, shape=shape)
-    starts = range(done, count, PART)
-    for start in progress(starts, what="embedding", total=len(starts), unit="parts"):
-        stop = min(start + PART, count)
-        vectors[start:stop] = encoder(strings_of(start, stop))
-        vectors.flush()
-        note.write_text(str(stop), encoding="utf-8")
-    partial.replace(file)
-    note.unlink(missing_ok=True)
 
 
 def read_embeddings(file: str, count: int) -> np.ndarray:

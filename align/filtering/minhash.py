@@ -4,7 +4,7 @@ The probability that two rows of similarity s share at least one of ``BANDS`` ba
 1 - (1 - s^ROWS)^BANDS: 0.9995 at 0.9, 0.95 at 0.8 (Broder 1997; Leskovec, Rajaraman and Ullman, chapter 3).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -35,17 +35,19 @@ def band_keys(shingles: Hashes) -> np.ndarray:
     return keys
 
 
-def candidates(keys: np.ndarray) -> np.ndarray:
+def candidates(bands: Iterable[np.ndarray]) -> np.ndarray:
     """Pairs [P, 2] of rows, earlier first, that share a band, each pair once, ordered by the later row.
 
     Args:
-        keys: [N, BANDS]; the order of the rows is the order of preference.
+        bands: keys [N] of each band, one held at a time; the order of the rows is the order of preference.
     """
-    found = [pair for band in range(keys.shape[1]) for pair in _in_one_band(keys[:, band])]
+    found = [pair for keys in bands for pair in _in_one_band(keys)]
     if not found:
         return np.empty((0, 2), dtype=np.int64)
-    packed = np.unique(np.concatenate([later * np.int64(len(keys)) + earlier for earlier, later in found]))
-    return np.stack([packed % len(keys), packed // len(keys)], axis=1)
+    earlier, later = (np.concatenate([pair[k] for pair in found]) for k in range(2))
+    count = later.max() + 1
+    packed = np.unique(later * count + earlier)
+    return np.stack([packed % count, packed // count], axis=1)
 
 
 def _in_one_band(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -61,15 +63,17 @@ def _in_one_band(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield order[first[later] + member], order[later]
 
 
-def near_duplicates(keys: np.ndarray, shingles_of: Callable[[np.ndarray], Hashes], threshold: float) -> dict[int, int]:
+def near_duplicates(
+    bands: Iterable[np.ndarray], shingles_of: Callable[[np.ndarray], Hashes], threshold: float
+) -> dict[int, int]:
     """{row: the earlier row it nearly equals}, rows in order of preference; what a row is compared with is kept itself.
 
     Args:
-        keys: [N, BANDS] of ``band_keys``.
+        bands: the columns of ``band_keys``.
         shingles_of: hashes of the shingles of some rows, which are called for once.
         threshold: least Jaccard similarity.
     """
-    pairs = candidates(keys)
+    pairs = candidates(bands)
     rows = np.unique(pairs)
     shingles = shingles_of(rows)
     sets = [np.unique(shingles.row(k)) for k in range(len(rows))]

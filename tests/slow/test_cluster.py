@@ -19,7 +19,7 @@ from kill_anywhere import compare
 from align.config import ClusterConfig
 from align.errors import DataError, EnvironmentProblem
 from align.pairs import read_pairs
-from align.shards import Job, gathered, map_shards
+from align.shards import Job, map_shards
 from tests.builders import bert_reward, causal, rows
 from tests.e2e.test_cli import jsonl
 from tests.e2e.test_kill_anywhere import workspace
@@ -47,8 +47,7 @@ def squares(cluster: Any, folder: Path, job: Job, count: int = 40, **fields: Any
     """Numbers in shards of five, worked on by the cluster."""
     table = Dataset.from_dict({"value": list(range(count))})
     settings = ClusterConfig(address=cluster.address, **fields)
-    map_shards(table, job, folder, size=5, what="squares", cluster=settings)
-    return gathered(folder, count, 5)
+    return map_shards(table, job, folder, size=5, what="squares", cluster=settings).whole()
 
 
 @pytest.mark.parametrize("machines", [1, 2, 4])
@@ -95,6 +94,49 @@ def test_verbs_give_the_same_tables(cluster: Any, tmp_path: Path, machines: int)
         assert tables[0], kind
         for one, other in zip(*tables, strict=True):
             assert one.read_bytes() == other.read_bytes(), one
+
+
+@pytest.mark.parametrize("machines", [1, 2, 4])
+def test_a_filter_keeps_the_same_pairs(cluster: Any, tmp_path: Path, machines: int) -> None:
+    """With every score that a cluster can share; then without a cluster in the folder of one: nothing is done again."""
+    for _ in range(machines):
+        cluster.add_node(num_cpus=1)
+    jsonl(tmp_path / "pairs.jsonl", rows(1100))
+    jsonl(tmp_path / "known.jsonl", rows(40))
+    causal(tmp_path / "policy")
+    bert_reward(tmp_path / "reward")
+
+    def align(name: str, *more: str) -> None:
+        command = [sys.executable, "-m", "align.cli", "filter", "run", "pairs.jsonl", "--output", name]
+        command += [
+            "--index",
+            "ivf",
+            "--embedding-model",
+            "reward",
+            "--ood-model",
+            "reward",
+            "--ood-pairs",
+            "known.jsonl",
+        ]
+        command += ["--quality-scorer", "screen", "--quality-scorer", "fluency", "--quality-model", "policy"]
+        command += ["--skip", "near_duplicate", "--skip", "duplicate", "--skip", "contradiction", *more]
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    align("here")
+    align("there", "--cluster", cluster.address)
+    found = []
+    for table in ("kept", "dropped"):
+        here, there = (Dataset.from_parquet(str(tmp_path / name / f"{table}.parquet")) for name in ("here", "there"))
+        assert here["id"][:] == there["id"][:] and here.column_names == there.column_names
+        for name in ("quality", "diversity", "ood", "importance"):
+            values = [np.array(side[name], dtype=np.float64) for side in (here, there)]  # None where a rule came first
+            assert np.allclose(*values, atol=1e-5, equal_nan=True), name
+        found.append(len(here))
+    assert sum(found) == 1100 and min(found) > 100
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "there" / "parts").rglob("*.np?")}
+    align("there")
+    assert len(written) > 5 and all(file.stat().st_mtime_ns == written[file] for file in written)
 
 
 def test_a_machine_that_dies(cluster: Any, tmp_path: Path) -> None:
@@ -151,11 +193,11 @@ def test_the_driver_dies(cluster: Any, tmp_path: Path) -> None:
     kept = {start: file.stat().st_mtime_ns for start, file in files.items()}
     assert 2 <= len(kept) < 8
     table = Dataset.from_dict({"value": list(range(40))})
-    map_shards(table, Squares(0.0, str(tmp_path / "again")), tmp_path / "shards", size=5, what="squares")
+    made = map_shards(table, Squares(0.0, str(tmp_path / "again")), tmp_path / "shards", size=5, what="squares")
     again = [int(line) for line in (tmp_path / "again").read_text().splitlines()]
     assert sorted([*again, *kept]) == list(range(0, 40, 5))
     assert {start: file.stat().st_mtime_ns for start, file in files.items()} == kept
-    assert gathered(tmp_path / "shards", 40, 5)["square"][:] == [k**2 for k in range(40)]
+    assert made.whole()["square"][:] == [k**2 for k in range(40)]
 
 
 def test_a_worker_that_dies_is_replaced(cluster: Any, tmp_path: Path) -> None:

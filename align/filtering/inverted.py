@@ -1,0 +1,241 @@
+"""The nearest neighbours of many vectors by an inverted file of which only a share is in memory at a time.
+
+Cluster centres are trained on a sample, and every vector is told the lists nearest to it: in the first of them it lies,
+in all of them its neighbours are looked for. Then one share of the vectors after the other is put into its lists, all
+queries are answered from it, and the best k so far are kept, which are the best k of all shares exactly. Each pass over
+the queries is cut into shards (align/shards.py): a stopped search goes on, and a cluster can share it.
+
+Memory: 20 bytes a vector, and ``SHARE_BYTES`` of vectors up to three times over; in a worker of a cluster the latter
+only. On disk: 4 bytes a list and 12 a neighbour for each vector.
+"""
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from align.arrays import kept_array
+from align.config import ClusterConfig
+from align.console import log
+from align.errors import EnvironmentProblem
+from align.filtering.parts import COLUMNS, Arrays, as_array, as_table, found_of
+from align.filtering.view import View
+from align.shards import Work
+
+SHARE_BYTES = 1 << 28
+QUERIES = 8192
+BEST = "best-"
+WANTED_RECALL = 0.97
+FIRST_PROBES = 8
+POINTS_PER_LIST = 64
+TRAINING_ROUNDS = 8
+
+
+def search(
+    view: View, sample: np.ndarray, truth: np.ndarray, *, seed: int, folder: Path, cluster: ClusterConfig | None
+) -> tuple[np.ndarray, str, float]:
+    """A k-nearest neighbour of each vector that is the farthest of the k found.
+
+    Args:
+        view: N vectors of unit length.
+        sample: places [S] of those whose neighbours are known.
+        truth: their k neighbours [S, k]; as many lists are looked into as it takes to find ``WANTED_RECALL`` of them.
+        seed: of the training.
+        folder: valid for these vectors, k and seed only.
+        cluster: whose workers share the passes over the queries.
+
+    Returns:
+        Places [N], how they were found, and the recall on the sample.
+
+    Raises:
+        EnvironmentProblem: the cluster is of no use.
+    """
+    count, k = max(1, int(4 * math.sqrt(len(view)))), truth.shape[1]
+    centres = kept_array(folder / "centres.npy", lambda: _train(view, count, seed))
+
+    def lists(probes: int) -> np.ndarray:
+        table, job = Queries(view, np.arange(len(view))), Assign(centres, probes)
+        return found_of(table, job, folder / f"lists-{probes}", what="lists", rows=QUERIES, cluster=cluster)["list"]
+
+    first = lists(min(FIRST_PROBES, count))
+    found, probes = _tune(view, sample, truth, centres, first[:, 0])
+    near = lists(probes)
+    order = np.argsort(near[:, 0], kind="stable")  # a block of queries finds its lists in the processor's cache
+    best: Arrays = {}
+    for stop in _stops(view, folder):
+        share = _share(view, first[:, 0], stop, count, k)
+        table = Queries(view, order, lambda part: near[order[part]], best)
+        best = found_of(table, share, folder / f"{BEST}{stop}", what="neighbours", rows=QUERIES, cluster=cluster)
+        for earlier in set(folder.glob(f"{BEST}*")) - {folder / f"{BEST}{stop}"}:
+            shutil.rmtree(earlier)
+    last = np.empty(len(view), dtype=np.int64)
+    last[order] = farthest(best["similarity"], best["place"])
+    return last, f"inverted file of {count} lists, {probes} probed", found
+
+
+def recall(truth: np.ndarray, found: np.ndarray) -> float:
+    """Share of the true neighbours [S, k] among those found [S, k]."""
+    shared = [len(np.intersect1d(a, b)) for a, b in zip(truth, found, strict=True)]
+    return float(np.mean(shared)) / truth.shape[1]
+
+
+def farthest(similarity: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """The place [N] of the least similar of each row's neighbours [N, k], of those that were found."""
+    found = np.where(place < 0, np.inf, similarity)
+    return np.take_along_axis(place, found.argmin(axis=1)[:, None], axis=1)[:, 0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Queries:
+    """Vectors whose neighbours are wanted, as rows for ``align.shards``."""
+
+    view: View
+    places: np.ndarray
+    """[Q], in the order in which they are asked for."""
+    lists: Callable[[slice], np.ndarray] | None = None
+    """Lists [q, probes] to look into, for a part of the queries."""
+    best: Arrays | None = None
+    """``similarity`` and ``place`` [Q, k] of the best neighbours so far."""
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def select(self, indices: range) -> Dataset:
+        """Some of them as a table."""
+        part = slice(indices.start, indices.stop)
+        arrays = {"vector": self.view[self.places[part]], "own": self.places[part]}
+        if self.lists is not None:
+            arrays["list"] = self.lists(part)
+        return as_table(arrays | {name: values[part] for name, values in (self.best or {}).items()})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Assign:
+    """The lists nearest to vectors (a job of ``align.shards``)."""
+
+    centres: np.ndarray
+    probes: int
+
+    def start(self) -> Work:
+        """Index the centres."""
+        index = faiss().IndexFlatIP(self.centres.shape[1])
+        index.add(self.centres)
+
+        def work(rows: Dataset) -> Dataset:
+            _, nearest = index.search(as_array(rows, "vector"), self.probes)
+            return as_table({"list": nearest.astype(np.int32)})
+
+        return work
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Share:
+    """The best k neighbours so far, with those among a share of the vectors (a job of ``align.shards``)."""
+
+    vectors: np.ndarray
+    """[S, D]."""
+    lists: np.ndarray
+    """[S], of each."""
+    first: int
+    """Place of the first."""
+    count: int
+    """Lists."""
+    k: int
+
+    def start(self) -> Work:
+        """Put the vectors into their lists."""
+        library, (number, size) = faiss(), self.vectors.shape
+        flat = library.IndexFlatIP(size)
+        index = library.IndexIVFFlat(flat, size, self.count, library.METRIC_INNER_PRODUCT)
+        index.is_trained = True
+        places, lists = np.arange(self.first, self.first + number), self.lists.astype(np.int64)
+        index.add_core(number, *map(library.swig_ptr, (self.vectors, places, lists)))
+        return lambda rows: self._work(index, rows)
+
+    def _work(self, index: Any, rows: Dataset) -> Dataset:
+        lists = as_array(rows, "list").astype(np.int64)
+        index.nprobe = lists.shape[1]
+        unused = np.zeros(lists.shape, dtype=np.float32)
+        similarity, place = index.search_preassigned(as_array(rows, "vector"), self.k + 1, lists, unused)
+        none = (place < 0) | (place == as_array(rows, "own")[:, None])
+        similarity, place = np.where(none, -np.inf, similarity).astype(np.float32), np.where(none, -1, place)
+        if "place" in rows.column_names:
+            similarity = np.concatenate([as_array(rows, "similarity"), similarity], axis=1)
+            place = np.concatenate([as_array(rows, "place"), place], axis=1)
+        kept = np.argpartition(-similarity, self.k - 1, axis=1)[:, : self.k]
+        return as_table({
+            "similarity": np.take_along_axis(similarity, kept, axis=1),
+            "place": np.take_along_axis(place, kept, axis=1),
+        })  # fmt: skip
+
+
+def _stops(view: View, folder: Path | None = None) -> list[int]:
+    """Where the shares end, from the last that ``folder`` holds on."""
+    done = max(
+        (int(place.parent.name[len(BEST) :]) for place in (folder or Path()).glob(f"{BEST}*/{COLUMNS}")), default=0
+    )
+    size = _share_size(view)
+    return [stop for stop in (*range(size, len(view), size), len(view)) if stop >= done]
+
+
+def _share(view: View, lists: np.ndarray, stop: int, count: int, k: int) -> Share:
+    size = _share_size(view)
+    block = np.arange((stop - 1) // size * size, stop)
+    return Share(view[block], lists[block], int(block[0]), count, k)
+
+
+def _share_size(view: View) -> int:
+    return max(1, SHARE_BYTES // (4 * view.size))
+
+
+def _train(view: View, count: int, seed: int) -> np.ndarray:
+    """Centres [count, D], trained on ``POINTS_PER_LIST`` vectors a list."""
+    drawn = np.random.default_rng(seed).choice(len(view), min(len(view), POINTS_PER_LIST * count), replace=False)
+    kmeans = faiss().Kmeans(view.size, count, niter=TRAINING_ROUNDS, seed=seed, spherical=True)
+    kmeans.train(view[np.sort(drawn)])
+    found: np.ndarray = kmeans.centroids
+    return found
+
+
+def _tune(
+    view: View, sample: np.ndarray, truth: np.ndarray, centres: np.ndarray, lists: np.ndarray
+) -> tuple[float, int]:
+    """Look into more lists until ``WANTED_RECALL`` of the true neighbours are found; (recall, lists)."""
+    count, k = len(centres), truth.shape[1]
+    probes = min(FIRST_PROBES, count)
+    while True:
+        bare = Queries(view, sample)
+        near = as_array(Assign(centres, probes).start()(bare.select(range(len(sample)))), "list")
+        best: Arrays = {}
+        for stop in _stops(view):
+            share = _share(view, lists, stop, count, k)
+            rows = Queries(view, sample, near.__getitem__, best).select(range(len(sample)))
+            made = share.start()(rows)
+            best = {name: as_array(made, name) for name in made.column_names}
+        found = recall(truth, best["place"])
+        log.debug("%d lists looked into: recall %.3f", probes, found)
+        if found >= WANTED_RECALL or probes >= count:
+            return found, probes
+        probes = min(count, math.ceil(1.5 * probes))
+
+
+def faiss() -> Any:
+    """The library of the index.
+
+    Raises:
+        EnvironmentProblem: it is not installed.
+    """
+    try:
+        import faiss as found
+    except ImportError:
+        raise EnvironmentProblem(
+            "neighbours of so many vectors need faiss",
+            code="package-missing",
+            hint="pip install 'margin-align[filter]'",
+        ) from None
+    return found

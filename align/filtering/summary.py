@@ -1,0 +1,59 @@
+"""What a filter did, in numbers."""
+
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from align.filtering.neighbours import Neighbours
+from align.filtering.rules import RULES, Table, length_bias
+from align.filtering.scores import effective_number
+from align.filtering.texts import cells
+
+
+def summarise(
+    pairs: Dataset,
+    table: Table,
+    broken: dict[int, tuple[str, str]],
+    near: Neighbours,
+    kept: np.ndarray,
+    embedded: np.ndarray,
+    seed: int,
+) -> dict[str, Any]:
+    """Counts, and what was kept against all pairs and against as many drawn at random under ``seed``."""
+    words = table.survey.words.sum(axis=1, dtype=np.int64)
+    rules = [rule for rule, _ in broken.values()]
+    random = np.sort(np.random.default_rng(seed).choice(len(kept), int(kept.sum()), replace=False))
+    return {
+        "pairs": len(kept),
+        "passed_rules": len(kept) - len(broken),
+        "kept": int(kept.sum()),
+        "dropped_by_rule": {name: rules.count(name) for name in RULES if name in rules},
+        "groups": _groups(pairs, kept),
+        "longer_is_chosen": {
+            "all": length_bias(table.survey.words),
+            "kept": length_bias(table.survey.words, np.flatnonzero(kept)),
+        },
+        "neighbours": {"method": near.method, "recall": near.recall},
+        "effective_number": {
+            "all": effective_number(embedded),
+            "kept": effective_number(embedded, np.flatnonzero(kept)),
+            "random": effective_number(embedded, random),
+        },
+        "training_time_saved": float(1 - words[kept].sum() / max(words.sum(), 1)),
+        "doubtful": None
+        if table.doubtful is None
+        else {"all": float(table.doubtful.mean()), "kept": float(table.doubtful[kept].mean())},
+        "ood_limit": None if table.ood is None else table.ood_limit,
+    }
+
+
+def _groups(pairs: Dataset, kept: np.ndarray) -> dict[str, dict[str, int]]:
+    if "group" not in pairs.column_names:
+        return {}
+    groups = cells(pairs, "group").to_numpy().astype(str)
+    names, which = np.unique(groups, return_inverse=True)
+    return {
+        str(name): {"pairs": int((which == k).sum()), "kept": int(kept[which == k].sum())}
+        for k, name in enumerate(names)
+    }
