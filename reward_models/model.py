@@ -2,9 +2,14 @@
 
 from pathlib import Path
 
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from align.console import log
 from align.model_folders import check_model_folder, check_vocabulary, loading
+
+POSITIONS = ("position_embeddings", "wpe", "embed_positions")
+"""What transformers' models call their tables of positions."""
 
 
 def load_reward_model(
@@ -27,3 +32,18 @@ def load_reward_model(
     loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     loaded.config.pad_token_id = tokenizer.pad_token_id
     return loaded, tokenizer
+
+
+def fitting_length(model: PreTrainedModel, max_length: int) -> int:
+    """``max_length``, or fewer tokens where the model has a table of positions that ends before it (BERT, GPT-2)."""
+    places = [
+        module.num_embeddings
+        - (0 if module.padding_idx is None else module.padding_idx + 1)
+        - getattr(module, "offset", 0)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in POSITIONS and isinstance(module, nn.Embedding)
+    ]
+    most = min([max_length, *places])
+    if most < max_length:
+        log.warning("%s: takes %d tokens at most, longer texts are cut", model.name_or_path, most)
+    return most

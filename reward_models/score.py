@@ -15,7 +15,7 @@ from align.errors import NumericsError
 from align.pairs import with_columns
 from align.processes import local_device
 from align.shards import Work
-from reward_models.model import load_reward_model
+from reward_models.model import fitting_length, load_reward_model
 from reward_models.text import render, tokenize
 
 SHOWN = 80
@@ -51,7 +51,7 @@ class RewardScorer:
         self.device = torch.device(local_device())
         self.model = loaded.to(self.device).eval()
         self.batch_tokens = batch_tokens
-        self.max_length = max_length
+        self.max_length = fitting_length(loaded, max_length)
         # An encoder pools its first token, which left padding would replace.
         self.padding_side = padding_side if hasattr(loaded, "score") else "right"
 

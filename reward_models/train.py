@@ -16,7 +16,7 @@ from align.stopping import stoppable
 from align.trainer_args import build_lora, build_trainer_args, refusals
 from align.trainer_progress import show_progress
 from reward_models.heads import train_head
-from reward_models.model import load_reward_model
+from reward_models.model import fitting_length, load_reward_model
 from reward_models.objective_registry import objective_columns, resolve_objective
 from reward_models.text import render, tokenize
 from reward_models.trainer import ObjectiveRewardTrainer
@@ -65,10 +65,9 @@ def _train_whole(train: Dataset, config: RewardConfig, output: Path, checkpoints
     )
     transformers.set_seed(seed)
     model, tokenizer = load_reward_model(config.model, trust_remote_code=args.trust_remote_code)
+    most = fitting_length(model, config.max_length)
     ids = {
-        f"{side}_ids": tokenize(
-            [render(row["prompt"], row[side], tokenizer) for row in train], tokenizer, config.max_length
-        )
+        f"{side}_ids": tokenize([render(row["prompt"], row[side], tokenizer) for row in train], tokenizer, most)
         for side in ("chosen", "rejected")
     }
     length = [max(len(chosen), len(rejected)) for chosen, rejected in zip(*ids.values(), strict=True)]

@@ -9,12 +9,21 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    RobertaConfig,
+)
 
 from align.config import RewardConfig
 from align.errors import ConfigError, ModelError, NumericsError
 from reward_models.calibration import evaluate_margins
 from reward_models.crossfit import cross_fit
 from reward_models.judges import VaderJudge, make_judge
+from reward_models.model import fitting_length
 from reward_models.objectives import bradley_terry
 from reward_models.score import RewardScorer
 from reward_models.text import render, tokenize
@@ -70,6 +79,44 @@ def test_text_is_cut_from_the_right_and_ends() -> None:
     assert text.split() == ["user", ":", "good", "assistant", ":", "fine"]
     with pytest.raises(ModelError, match="no chat template"):
         render(chat, chat, tokenizer(template=False))
+
+
+def test_a_text_longer_than_the_table_of_positions_is_cut(tmp_path: Path) -> None:
+    """It is scored as its beginning is, and can be trained on; the limit is said."""
+    folder = bert_reward(tmp_path / "model")
+    scorer = RewardScorer(folder, batch_tokens=4096, max_length=2048)
+    assert scorer.max_length == 512
+    long = "good film " * 300
+    rewards = scorer.score_texts([long, long + "bad " * 9, "good film " * 256])
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-6) == pytest.approx(rewards[2], abs=1e-6)
+    pairs = Dataset.from_list([row | {"prompt": long} for row in rows(8)])
+    trainer = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "bf16": False}
+    config = RewardConfig(model=str(folder), max_length=2048, trainer=trainer)
+    train_reward_model(pairs, config, tmp_path / "trained", seed=0)
+    assert (tmp_path / "trained" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (RobertaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+                       max_position_embeddings=34, pad_token_id=1), 32),
+        (GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=32, pad_token_id=0), 32),
+        (OPTConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8,
+                   word_embed_proj_dim=8, max_position_embeddings=32), 32),
+        (LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+                     max_position_embeddings=32, pad_token_id=0), 99),
+    ],
+)  # fmt: skip
+def test_most_tokens_of_a_model(config: PretrainedConfig, most: int) -> None:
+    """As many as it takes without an error; rotary positions have no end."""
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert fitting_length(model, 99) == most
+    ids = torch.full((1, most), 5)
+    assert model(input_ids=ids).logits.isfinite().all()
+    if most < 99:
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, most + 1), 5))
 
 
 @pytest.mark.parametrize("peft", [None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}])
