@@ -115,7 +115,7 @@ def measure(count: int, folder: Path, processes: int) -> dict[str, Any]:
     scores = pa.concat_tables(kept).to_pandas().dropna().set_index("id")["diversity"].sort_index()
     left = scores.index.astype(int).to_numpy()
     places = np.random.default_rng(1).choice(len(left), min(SAMPLE, len(left)), replace=False)
-    exact, _ = _exact(View(vectors, left), places, K)
+    exact = _exact(View(vectors, left), places, K)
     return {
         "pairs": count,
         "seconds": seconds,

@@ -31,20 +31,38 @@ SHARE_BYTES = 1 << 28
 QUERIES = 8192
 BEST = "best-"
 WANTED_RECALL = 0.97
+TIE = 5e-4
+"""Distances that differ by less are equal: float32 similarities do not tell them apart where they are small."""
 FIRST_PROBES = 8
 POINTS_PER_LIST = 64
 TRAINING_ROUNDS = 8
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """Rows whose k-th neighbours are known, to measure a search by."""
+
+    rows: np.ndarray
+    """[S]."""
+    k: int
+    distance: np.ndarray
+    """[S], to the k-th."""
+
+    def recall(self, view: View, place: np.ndarray) -> float:
+        """Share of the neighbours found, [S, k], that are no farther than the true k-th; of equals any will do."""
+        pairs = np.repeat(self.rows, self.k), np.maximum(place, 0).ravel()
+        near = view.distances(*pairs).reshape(place.shape) <= self.distance[:, None] + TIE
+        return float((near & (place >= 0)).mean())
+
+
 def search(
-    view: View, sample: np.ndarray, truth: np.ndarray, *, seed: int, folder: Path, cluster: ClusterConfig | None
+    view: View, true: Sample, *, seed: int, folder: Path, cluster: ClusterConfig | None
 ) -> tuple[np.ndarray, str, float]:
     """A k-nearest neighbour of each vector that is the farthest of the k found.
 
     Args:
         view: N vectors of unit length.
-        sample: places [S] of those whose neighbours are known.
-        truth: their k neighbours [S, k]; as many lists are looked into as it takes to find ``WANTED_RECALL`` of them.
+        true: as many lists are looked into as it takes to find ``WANTED_RECALL`` of its neighbours.
         seed: of the training.
         folder: valid for these vectors, k and seed only.
         cluster: whose workers share the passes over the queries.
@@ -55,7 +73,7 @@ def search(
     Raises:
         EnvironmentProblem: the cluster is of no use.
     """
-    count, k = max(1, int(4 * math.sqrt(len(view)))), truth.shape[1]
+    count = max(1, int(4 * math.sqrt(len(view))))
     centres = kept_array(folder / "centres.npy", lambda: _train(view, count, seed))
 
     def lists(probes: int) -> np.ndarray:
@@ -63,12 +81,12 @@ def search(
         return found_of(table, job, folder / f"lists-{probes}", what="lists", rows=QUERIES, cluster=cluster)["list"]
 
     first = lists(min(FIRST_PROBES, count))
-    found, probes = _tune(view, sample, truth, centres, first[:, 0])
+    found, probes = _tune(view, true, centres, first[:, 0])
     near = lists(probes)
     order = np.argsort(near[:, 0], kind="stable")  # a block of queries finds its lists in the processor's cache
     best: Arrays = {}
     for stop in _stops(view, folder):
-        share = _share(view, first[:, 0], stop, count, k)
+        share = _share(view, first[:, 0], stop, count, true.k)
         table = Queries(view, order, lambda part: near[order[part]], best)
         best = found_of(table, share, folder / f"{BEST}{stop}", what="neighbours", rows=QUERIES, cluster=cluster)
         for earlier in set(folder.glob(f"{BEST}*")) - {folder / f"{BEST}{stop}"}:
@@ -76,12 +94,6 @@ def search(
     last = np.empty(len(view), dtype=np.int64)
     last[order] = farthest(best["similarity"], best["place"])
     return last, f"inverted file of {count} lists, {probes} probed", found
-
-
-def recall(truth: np.ndarray, found: np.ndarray) -> float:
-    """Share of the true neighbours [S, k] among those found [S, k]."""
-    shared = [len(np.intersect1d(a, b)) for a, b in zip(truth, found, strict=True)]
-    return float(np.mean(shared)) / truth.shape[1]
 
 
 def farthest(similarity: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -202,22 +214,20 @@ def _train(view: View, count: int, seed: int) -> np.ndarray:
     return found
 
 
-def _tune(
-    view: View, sample: np.ndarray, truth: np.ndarray, centres: np.ndarray, lists: np.ndarray
-) -> tuple[float, int]:
+def _tune(view: View, true: Sample, centres: np.ndarray, lists: np.ndarray) -> tuple[float, int]:
     """Look into more lists until ``WANTED_RECALL`` of the true neighbours are found; (recall, lists)."""
-    count, k = len(centres), truth.shape[1]
+    count, rows_asked = len(centres), range(len(true.rows))
     probes = min(FIRST_PROBES, count)
     while True:
-        bare = Queries(view, sample)
-        near = as_array(Assign(centres, probes).start()(bare.select(range(len(sample)))), "list")
+        bare = Queries(view, true.rows).select(rows_asked)
+        near = as_array(Assign(centres, probes).start()(bare), "list")
         best: Arrays = {}
         for stop in _stops(view):
-            share = _share(view, lists, stop, count, k)
-            rows = Queries(view, sample, near.__getitem__, best).select(range(len(sample)))
+            share = _share(view, lists, stop, count, true.k)
+            rows = Queries(view, true.rows, near.__getitem__, best).select(rows_asked)
             made = share.start()(rows)
             best = {name: as_array(made, name) for name in made.column_names}
-        found = recall(truth, best["place"])
+        found = true.recall(view, best["place"])
         log.debug("%d lists looked into: recall %.3f", probes, found)
         if found >= WANTED_RECALL or probes >= count:
             return found, probes

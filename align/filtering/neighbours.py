@@ -37,7 +37,7 @@ class Neighbours:
     """[N], Euclidean."""
     method: str
     recall: float
-    """Share of the true k nearest that were found, on ``SAMPLE`` rows; 1 where exact."""
+    """Share of the k found that are no farther than the true k-th, on ``SAMPLE`` rows; 1 where exact."""
 
     def write(self, file: Path) -> None:
         """Into an .npz file."""
@@ -87,26 +87,25 @@ def kth_distance(
         raise ValueError("kth_distance needs at least two vectors")
     k = min(k, len(view) - 1)
     if method == "exact" or (method == "auto" and len(view) <= exact_limit):
-        return Neighbours(_exact(view, np.arange(len(view)), k)[0], "exact", 1.0)
+        return Neighbours(_exact(view, np.arange(len(view)), k), "exact", 1.0)
     sample = np.random.default_rng(seed).choice(len(view), min(SAMPLE, len(view)), replace=False)
-    _, truth = _exact(view, sample, k)
+    true = inverted.Sample(sample, k, _exact(view, sample, k))
     if method == "hnsw":
-        return _by_graph(view, sample, truth)
+        return _by_graph(view, true)
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
-        last, label, recall = inverted.search(view, sample, truth, seed=seed, folder=Path(place), cluster=cluster)
-    return Neighbours(_distance(view, last), label, recall)
+        last, label, recall = inverted.search(view, true, seed=seed, folder=Path(place), cluster=cluster)
+        return Neighbours(_distance(view, last), label, recall)
 
 
-def _exact(view: View, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distance [R] to the k-th neighbour and the k neighbours [R, k] of ``rows``."""
-    distance, indices = np.empty(len(rows)), np.empty((len(rows), k), dtype=np.int64)
+def _exact(view: View, rows: np.ndarray, k: int) -> np.ndarray:
+    """Distance [R] of ``rows`` to their k-th neighbours."""
+    distance = np.empty(len(rows))
     starts = range(0, len(rows), BLOCK)
     for start in progress(starts, what="exact neighbours", total=len(starts), unit="blocks"):
         part = rows[start : start + BLOCK]
         values, nearest = _nearest_in_blocks(view, part, k)
-        distance[start : start + len(part)] = _between(view, part, inverted.farthest(values, nearest))
-        indices[start : start + len(part)] = nearest
-    return distance, indices
+        distance[start : start + len(part)] = view.distances(part, inverted.farthest(values, nearest))
+    return distance
 
 
 def _nearest_in_blocks(view: View, part: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -126,23 +125,22 @@ def _nearest_in_blocks(view: View, part: np.ndarray, k: int) -> tuple[np.ndarray
     return best, places
 
 
-def _by_graph(view: View, sample: np.ndarray, truth: np.ndarray) -> Neighbours:
+def _by_graph(view: View, true: inverted.Sample) -> Neighbours:
     """Hierarchical navigable small world graph (Malkov and Yashunin, arXiv 1603.09320)."""
-    k = truth.shape[1]
     index = inverted.faiss().IndexHNSWFlat(view.size, LINKS, inverted.faiss().METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = EF_CONSTRUCTION
     blocks = list(view.blocks(ADD_BLOCK))
     for block in progress(blocks, what="index", total=len(blocks), unit="blocks"):
         index.add(view[block])
     index.hnsw.efSearch = FIRST_EF
-    while (recall := inverted.recall(truth, _search(index, view, sample, k)[1])) < inverted.WANTED_RECALL:
+    while (recall := true.recall(view, _search(index, view, true.rows, true.k)[1])) < inverted.WANTED_RECALL:
         if index.hnsw.efSearch >= MOST_EF:
             break
         index.hnsw.efSearch = min(MOST_EF, math.ceil(1.5 * index.hnsw.efSearch))
     distance = np.empty(len(view))
     parts = list(view.blocks(8 * BLOCK))
     for rows in progress(parts, what="neighbours", total=len(parts), unit="blocks"):
-        distance[rows], _ = _search(index, view, rows, k)
+        distance[rows], _ = _search(index, view, rows, true.k)
     return Neighbours(distance, f"HNSW graph of {LINKS} links, {index.hnsw.efSearch} candidates", recall)
 
 
@@ -152,15 +150,9 @@ def _search(index: Any, view: View, rows: np.ndarray, k: int) -> tuple[np.ndarra
     own = indices == rows[:, None]
     own[~own.any(axis=1), -1] = True
     values, nearest = similarity[~own].reshape(len(rows), k), indices[~own].reshape(len(rows), k)
-    return _between(view, rows, inverted.farthest(values, nearest)), nearest
+    return view.distances(rows, inverted.farthest(values, nearest)), nearest
 
 
 def _distance(view: View, last: np.ndarray) -> np.ndarray:
     """Distance [N] of each row to the row ``last``."""
-    return np.concatenate([_between(view, rows, last[rows]) for rows in view.blocks(ADD_BLOCK)])
-
-
-def _between(view: View, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Distances [R] of rows to others, from the difference: 2 - 2 cos loses small distances."""
-    found: np.ndarray = np.linalg.norm(view[rows] - view[others], axis=1).astype(np.float64)
-    return found
+    return np.concatenate([view.distances(rows, last[rows]) for rows in view.blocks(ADD_BLOCK)])
