@@ -74,14 +74,22 @@ def map_on_cluster(
 
     Raises:
         AlignError: raised by the job in a worker.
-        EnvironmentProblem: Ray is not installed, the cluster cannot be reached or has no room, or workers are lost on
-            the same shard again and again.
+        EnvironmentProblem: Ray is not installed, the cluster cannot be reached, has no room or fails, or workers are
+            lost on the same shard again and again.
     """
     ray = _connected(cluster)
     try:
         pool = _Pool(ray, job, cluster, len(shards))
         for number, result in progress(pool.results(shards, rows), what=what, total=len(shards), unit="shards"):
             keep(number, result)
+    except ray.exceptions.RayTaskError:
+        raise
+    except ray.exceptions.RayError as error:
+        raise EnvironmentProblem(
+            f"cluster {cluster.address}: {type(error).__name__}: {' '.join(str(error).split())[:SAID]}",
+            code="cluster-failed",
+            hint="finished shards are kept: mend the cluster and give the same command again",
+        ) from None
     finally:
         ray.shutdown()
 

@@ -208,7 +208,9 @@ def _share_size(view: View) -> int:
 def _train(view: View, count: int, seed: int) -> np.ndarray:
     """Centres [count, D], trained on ``POINTS_PER_LIST`` vectors a list."""
     drawn = np.random.default_rng(seed).choice(len(view), min(len(view), POINTS_PER_LIST * count), replace=False)
-    kmeans = faiss().Kmeans(view.size, count, niter=TRAINING_ROUNDS, seed=seed, spherical=True)
+    kmeans = faiss().Kmeans(
+        view.size, count, niter=TRAINING_ROUNDS, seed=seed, spherical=True, min_points_per_centroid=1
+    )
     kmeans.train(view[np.sort(drawn)])
     found: np.ndarray = kmeans.centroids
     return found

@@ -67,3 +67,13 @@ class Refusing:
 
     def start(self) -> Work:
         raise DataError("no such model", code="model-missing", hint="give another")
+
+
+@dataclass(frozen=True)
+class Heavy:
+    """Too large to be sent."""
+
+    content: bytes
+
+    def start(self) -> Work:
+        return lambda rows: rows

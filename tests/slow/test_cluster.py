@@ -1,9 +1,11 @@
 """The same tables from a Ray cluster as from this machine, whatever dies on the way; needs the extra `ray`."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,9 +24,10 @@ from align.pairs import read_pairs
 from align.shards import Job, map_shards
 from tests.builders import bert_reward, causal, rows
 from tests.e2e.test_cli import jsonl
+from tests.e2e.test_disk import mounted
 from tests.e2e.test_kill_anywhere import workspace
 from tests.launching import ROOT, environment
-from tests.slow.cluster_jobs import Deadly, Refusing, Squares, finished
+from tests.slow.cluster_jobs import Deadly, Heavy, Refusing, Squares, finished
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 pytest.importorskip("ray")
@@ -242,6 +245,30 @@ def test_what_a_job_refuses_is_the_message(cluster: Any, tmp_path: Path) -> None
         squares(cluster, tmp_path / "shards", Refusing())
 
 
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """Of 150 MB, under a name short enough for a socket in it."""
+    with tempfile.TemporaryDirectory(prefix="r") as name:
+        if os.geteuid() != 0 or not mounted(Path(name), "size=150m", "-t", "tmpfs", "none"):
+            pytest.skip("no right to mount a file system here")
+        yield Path(name)
+        subprocess.run(["umount", "--lazy", name], check=True)  # Ray is still going down
+
+
+def test_a_full_object_store_is_told(small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a full disk behind it; shards that are finished stay."""
+    monkeypatch.setenv("RAY_TMPDIR", str(small_disk))
+    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 * 2**20}
+    found = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        squares(found, tmp_path / "shards", Squares(0, str(tmp_path / "seen")), count=10)
+        with pytest.raises(EnvironmentProblem, match=r"cluster-failed.*OutOfDiskError.*Local disk is full"):
+            squares(found, tmp_path / "shards", Heavy(b"0" * 200 * 2**20), count=20)
+    finally:
+        found.shutdown()
+    assert finished(tmp_path / "shards") == [0, 5]
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -282,3 +309,25 @@ def test_a_run_is_the_same_with_a_cluster(tmp_path: Path) -> None:
     assert compare(here, there) == []
     stages = [line for line in align("--set", "name=there").splitlines() if line.endswith(": running")]
     assert stages in ([], ["report: running"])
+
+
+def test_ten_kills_of_a_filter(tmp_path: Path) -> None:
+    """Workers, machines and the command itself, in every pass: the tables of a run without a cluster each time."""
+    rng = np.random.default_rng(0)
+    words = ["good", "bad", "great", "awful", "film", "plot"]
+    pairs = [
+        row | {"prompt": " ".join(rng.choice(words, size=9)), "id": f"p{k}"} for k, row in enumerate(rows(30) * 300)
+    ]
+    jsonl(tmp_path / "pairs.jsonl", pairs)
+    jsonl(tmp_path / "known.jsonl", rows(40))
+    causal(tmp_path / "policy")
+    bert_reward(tmp_path / "reward")
+    command = [sys.executable, str(ROOT / "scripts" / "kill_cluster.py"), "--kills", "10", "--output", "kills.json"]
+    command += ["--", "pairs.jsonl", "--index", "ivf", "--embedding-model", "reward", "--ood-model", "reward"]
+    command += ["--ood-pairs", "known.jsonl", "--quality-scorer", "fluency", "--quality-model", "policy"]
+    command += [part for rule in ("near_duplicate", "duplicate", "contradiction") for part in ("--skip", rule)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "kills.json").read_text())
+    assert (found["differences"], found["made_again"]) == (0, 0), found["kills"]
+    assert all(found["hit"].values()) and sum(found["hit"].values()) >= 8, found["kills"]
