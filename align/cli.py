@@ -14,6 +14,7 @@ import typer
 
 from align import cli_entangle, cli_eval, cli_filter, cli_generate, cli_pairs, cli_trust
 from align.cluster_option import Cluster, cluster_called
+from align.output_option import output_folder
 
 if TYPE_CHECKING:
     from align.config import RunConfig
@@ -95,7 +96,7 @@ def reward_train(
 def reward_score(
     pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id.")],
     model: Annotated[str, typer.Option(help="Reward model: folder or hub id.")],
-    output: Annotated[Path, typer.Option(help="Folder to write pairs.parquet into.")],
+    output: Annotated[Path, output_folder("Folder to write pairs.parquet into.")],
     column: Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. chosen=preferred.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
@@ -117,7 +118,7 @@ def reward_score(
 def data_check(
     pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id.")],
     drop_invalid: Annotated[bool, typer.Option("--drop-invalid", help="Write valid and invalid rows apart.")] = False,
-    output: Annotated[Path, typer.Option(help="Folder for --drop-invalid.")] = Path("checked"),
+    output: Annotated[Path, output_folder("Folder for --drop-invalid.")] = Path("checked"),
     column: Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. chosen=preferred.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
 ) -> None:
@@ -135,10 +136,21 @@ def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run, e.g
     render_report(run_folder)
 
 
+@app.command("push")
+def push(
+    folder: Annotated[Path, typer.Argument(help="What a command wrote: the folder of a run, a stage, tables.")],
+    address: Annotated[str, typer.Argument(help="Where to copy it: s3://bucket/prefix, new or of an earlier push.")],
+) -> None:
+    """Copy a finished folder to an object store; only what has changed, and never half of it as if it were whole."""
+    from align.push import push_folder
+
+    push_folder(folder, address)
+
+
 @app.command("reproduce")
 def reproduce(
     manifest: Annotated[Path, typer.Argument(help="run.json of a finished run.")],
-    output: Annotated[Path, typer.Option(help="Where to write the run again; not its own folder.")],
+    output: Annotated[Path, output_folder("Where to write the run again; not its own folder.")],
 ) -> None:
     """Make a run again from its manifest and compare every file; exit 2 and a list where something differs."""
     from align.console import out

@@ -6,12 +6,13 @@ from typing import Annotated, Any
 import typer
 
 from align.cluster_option import Cluster, cluster_called
+from align.output_option import output_folder
 
 app = typer.Typer(help="Measure how the gradients of chosen and rejected responses interact.", no_args_is_help=True)
 
 Pairs = Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id.")]
 Model = Annotated[str, typer.Option(help="Policy: folder (an adapter's too) or hub id.")]
-Output = Annotated[Path, typer.Option(help="Folder to write into.")]
+Output = Annotated[Path, output_folder("Folder to write into.")]
 Loss = Annotated[str, typer.Option(help="Loss in use: dpo, madpo, ipo, simpo, dpop, ...")]
 Parameter = Annotated[list[str] | None, typer.Option(help="Parameter of the loss: --parameter beta=0.1")]
 Column = Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. chosen=preferred.")]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from align.cluster_option import Cluster, cluster_called
+from align.output_option import output_folder
 
 if TYPE_CHECKING:
     from align.evaluation.commands import Settings
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Rewards, win rates and KL of policies; accuracy of reward models.", no_args_is_help=True)
 
 Policies = Annotated[list[str], typer.Argument(metavar="POLICY...", help="NAME=FOLDER or FOLDER; an adapter's too.")]
-Prompts = Annotated[Path, typer.Option(help="Held-out prompts: a .jsonl file with one `prompt` per line.")]
-Output = Annotated[Path, typer.Option(help="Folder to write into; several commands share one page there.")]
+Prompts = Annotated[str, typer.Option(help="Held-out prompts: a file with one `prompt` per row.")]
+Output = Annotated[Path, output_folder("Folder to write into; several commands share one page there.")]
 Judge = Annotated[str, typer.Option(help="vader, yes-no:MODEL, a reward model, or llm:MODEL (compare only).")]
 Reference = Annotated[str | None, typer.Option(help="Reference model; default: what the adapters were trained on.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of a completion, at most.")]
@@ -109,7 +110,7 @@ def frontier(
 def reward_model(
     pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id; RewardBench's columns are known.")],
     model: Annotated[str, typer.Option(help="Reward model: folder or hub id.")],
-    output: Annotated[Path, typer.Option(help="Folder to write reward_model.json and reward_model.html into.")],
+    output: Annotated[Path, output_folder("Folder to write reward_model.json and reward_model.html into.")],
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--text", help="Plain pairs as a user's and an assistant's message, or joined."),
@@ -143,7 +144,7 @@ def page(output: Annotated[Path, typer.Argument(help="Folder of an evaluation.")
 
 
 def _settings(
-    prompts: Path,
+    prompts: str,
     output: Path,
     judge: str,
     temperature: float,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from align.cluster_option import Cluster, cluster_called
+from align.output_option import output_folder
 
 app = typer.Typer(help="Keep the pairs that are worth training on.", no_args_is_help=True)
 Column = Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. chosen=preferred.")]
@@ -14,7 +15,7 @@ Column = Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. cho
 @app.command("run")
 def run(
     pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id; with a `margin` column if any.")],
-    output: Annotated[Path, typer.Option(help="Folder to write kept.parquet and dropped.parquet into.")],
+    output: Annotated[Path, output_folder("Folder to write kept.parquet and dropped.parquet into.")],
     keep: Annotated[float, typer.Option(help="Share of the pairs that pass the rules.")] = 0.5,
     method: Annotated[str, typer.Option(help="top, greedy or threshold.")] = "top",
     margin: Annotated[float, typer.Option(help="Weight of the margin.")] = 1.0,
@@ -26,7 +27,7 @@ def run(
     skip: Annotated[list[str] | None, typer.Option(help="Rule to leave out.")] = None,
     longest: Annotated[int, typer.Option(help="Words of a response, at most.")] = 2048,
     language: Annotated[str | None, typer.Option(help="Code, e.g. en, that both responses must be in.")] = None,
-    held_out: Annotated[Path | None, typer.Option(help="Evaluation pairs that nothing may overlap with.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Evaluation pairs that nothing may overlap with.")] = None,
     drop_doubtful: Annotated[bool, typer.Option("--drop-doubtful", help="Drop labels that margins deny.")] = False,
     neighbours: Annotated[int, typer.Option(help="k of the k-nearest-neighbour entropy.")] = 5,
     index: Annotated[str, typer.Option(help="auto, exact, ivf or hnsw.")] = "auto",
@@ -52,7 +53,7 @@ def run(
     given: dict[str, Any] = {
         "keep": keep, "method": method, "margin": margin, "quality": quality, "diversity": diversity,
         "minimum": minimum, "in_spreads": in_spreads, "per_group": per_group, "skip": skip, "longest": longest,
-        "language": language, "held_out": held_out and str(held_out), "drop_doubtful": drop_doubtful,
+        "language": language, "held_out": held_out, "drop_doubtful": drop_doubtful,
         "neighbours": neighbours, "index": index, "embedding_model": embedding_model, "embedding": embedding,
         "embeddings": embeddings and str(embeddings), "quality_scorers": quality_scorer, "quality_model": quality_model,
         "ood": ood_model and {"model": ood_model, "pairs": {"path": ood_pairs}}, "processes": processes,

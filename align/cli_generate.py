@@ -6,12 +6,13 @@ from typing import Annotated, Any, cast
 import typer
 
 from align.cluster_option import Cluster, cluster_called
+from align.output_option import output_folder
 
 
 def generate(
     prompts: Annotated[str, typer.Argument(help="Prompt file (JSONL, CSV, Parquet), saved dataset or hub id.")],
     model: Annotated[str, typer.Option(help="Policy: folder (an adapter too), hub id, or a server's name for it.")],
-    output: Annotated[Path, typer.Option(help="Folder to write completions.parquet or .jsonl into.")],
+    output: Annotated[Path, output_folder("Folder to write completions.parquet or .jsonl into.")],
     n: Annotated[int, typer.Option("-n", "--samples", min=1, help="Completions of each prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a completion, at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
@@ -52,8 +53,8 @@ def generate(
 
 
 def best_of_n(
-    completions: Annotated[Path, typer.Argument(help="What `align generate -n N` wrote: its folder or file.")],
-    output: Annotated[Path, typer.Option(help="Folder to write completions.parquet or .jsonl into.")],
+    completions: Annotated[str, typer.Argument(help="What `align generate -n N` wrote: its folder or file.")],
+    output: Annotated[Path, output_folder("Folder to write completions.parquet or .jsonl into.")],
     reward_model: Annotated[str | None, typer.Option(help="Chooses: reward model, folder or hub id.")] = None,
     judge: Annotated[str | None, typer.Option(help="Chooses: vader, or yes-no:MODEL for a language model.")] = None,
     gold: Annotated[

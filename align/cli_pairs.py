@@ -5,13 +5,15 @@ from typing import Annotated, cast
 
 import typer
 
+from align.output_option import output_folder
+
 app = typer.Typer(help="Build preference pairs.", no_args_is_help=True)
 
 
 @app.command("build")
 def build(
-    completions: Annotated[Path, typer.Argument(help="What `align generate` wrote: its folder or file.")],
-    output: Annotated[Path, typer.Option(help="Folder to write pairs.parquet into.")],
+    completions: Annotated[str, typer.Argument(help="What `align generate` wrote: its folder or file.")],
+    output: Annotated[Path, output_folder("Folder to write pairs.parquet into.")],
     reward_model: Annotated[str | None, typer.Option(help="Reward model: folder or hub id.")] = None,
     judge: Annotated[str | None, typer.Option(help="vader, or yes-no:MODEL for a language model.")] = None,
     mode: Annotated[str, typer.Option(help="best_worst, band or all.")] = "best_worst",

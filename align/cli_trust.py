@@ -5,9 +5,11 @@ from typing import Annotated
 
 import typer
 
+from align.output_option import output_folder
+
 Pairs = Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id, with a `margin` column.")]
 Model = Annotated[str, typer.Option(help="Reference model: folder or hub id.")]
-Output = Annotated[Path, typer.Option(help="Folder to write trust.json and trust.html into; keeps the features.")]
+Output = Annotated[Path, output_folder("Folder to write trust.json and trust.html into; keeps the features.")]
 Margins = Annotated[
     str | None,
     typer.Option(help="Where the margins come from: outside, cross-fitted or in-sample; default: what their run says."),

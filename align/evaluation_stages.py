@@ -32,7 +32,7 @@ PARTS, PART = "parts", 128
 def stage_generate(config: RunConfig, root: Path, folder: Path, which: str) -> None:
     """One completion of each held-out prompt by policy ``which``, its log-probs under policy and reference."""
     assert config.evaluate is not None and config.train is not None
-    prompts = load_prompts(Path(config.evaluate.prompts))
+    prompts = load_prompts(config.evaluate.prompts)
     trained = None if which == "reference" else str(root / f"train-{which}" / MODEL)
     job = PolicyJob(config.train.model, trained, config.train.trusts_remote_code, config.evaluate, config.seed)
     rows, what = keyed_prompts(prompts), f"completions of {which}"

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from align.config import Count, PairsConfig, Positive, Section, TrainConfig, load_section
+from align.config import Count, OutputFolder, PairsConfig, Positive, Section, TrainConfig, load_section
 from align.console import log
 from align.errors import DataError
 from align.generation.base import Sampling
@@ -80,7 +80,7 @@ class IterateConfig(Section):
     """Rounds of sampling, pairing and training."""
 
     name: str
-    output_dir: str = "runs"
+    output_dir: OutputFolder = "runs"
     seed: int = 0
     rounds: Count = 3
     prompts: PairsConfig

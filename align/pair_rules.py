@@ -1,7 +1,7 @@
 """What makes a row a preference pair, and how what is wrong with one is said."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from align.pair_sources import Row
@@ -52,7 +52,7 @@ class RowReader:
         """(pair or None, problems): a pair comes with problems only if a further column is at fault."""
         if row.unreadable:
             found, _, expected = row.unreadable.removeprefix("found ").partition(", expected ")
-            return None, [Problem(self.source, row.number, "(row)", "data-row", found, expected)]
+            return None, [Problem(row.file or self.source, row.number, "(row)", "data-row", found, expected)]
         texts = ("chosen", "rejected") if self.implicit else ("prompt", "chosen", "rejected")
         problems = [problem for name in texts for problem in self.text(row, name)]
         if problems:
@@ -70,7 +70,7 @@ class RowReader:
                 expected = "chosen and rejected to begin with the same prompt"
                 return None, [self._problem(row, "chosen", "pair-no-prompt", "no shared beginning", expected)]
             problems = [
-                problem for name in ("chosen", "rejected") for problem in self.text(Row(row.number, values), name)
+                problem for name in ("chosen", "rejected") for problem in self.text(replace(row, values=values), name)
             ]
         if not kinds["chosen"]:
             problems += self._turns(row, values)
@@ -155,7 +155,7 @@ class RowReader:
     def _problem(self, row: Row, column: str, code: str, found: str, expected: str) -> Problem:
         if len(found) > SHOWN_CHARACTERS:
             found = found[:SHOWN_CHARACTERS] + "..."
-        return Problem(self.source, row.number, column, code, found, expected)
+        return Problem(row.file or self.source, row.number, column, code, found, expected)
 
 
 def _has_odd(text: str) -> bool:

@@ -1,9 +1,10 @@
-"""Rows of a pair source, one by one with their numbers: JSONL, CSV, Parquet, a saved dataset, the hub."""
+"""Rows of a source, one by one with their numbers: JSONL, CSV and Parquet files, a saved dataset, the hub."""
 
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from align.config import PairsConfig, nearest
-from align.errors import DataError
+from align.errors import AlignError, DataError
+from align.source_files import SUFFIXES, SourceFile, find_files
+from align.stores import store_problem
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
 READ_ROWS = 4096
 
 
@@ -25,6 +27,8 @@ class Row:
     number: int
     values: dict[str, Any]
     unreadable: str = ""
+    file: str = ""
+    """Which of several files the number counts in; empty where the source is one."""
 
 
 def read_source(source: PairsConfig) -> tuple[list[Row], set[str]]:
@@ -36,19 +40,22 @@ def read_source(source: PairsConfig) -> tuple[list[Row], set[str]]:
     rows = list(_rows(source))
     names, renamed = _columns(source, rows)
     if renamed:
-        rows = [Row(row.number, _rename(row.values, renamed), row.unreadable) for row in rows]
+        rows = [replace(row, values=_rename(row.values, renamed)) for row in rows]
     return rows, names
 
 
 def stream_source(source: PairsConfig) -> tuple[Iterator[Row], set[str]]:
-    """As ``read_source``, reading the source twice and never holding more than a few of its rows.
+    """As ``read_source``, never holding more than a few rows; reads JSONL and CSV twice, Parquet and its footer once.
 
     Raises:
         DataError: as ``read_source``.
     """
-    names, renamed = _columns(source, _rows(source))
-    rows = (Row(row.number, _rename(row.values, renamed), row.unreadable) for row in _rows(source))
-    return rows, names
+    files = find_files(source.path)
+    if files is not None and all(file.suffix == ".parquet" for file in files):
+        names, renamed = _columns(source, _headers(files))
+    else:
+        names, renamed = _columns(source, _rows(source))
+    return (replace(row, values=_rename(row.values, renamed)) for row in _rows(source)), names
 
 
 def _columns(source: PairsConfig, rows: Iterable[Row]) -> tuple[set[str], dict[str, str]]:
@@ -79,19 +86,6 @@ def _columns(source: PairsConfig, rows: Iterable[Row]) -> tuple[set[str], dict[s
     return columns, renamed
 
 
-def read_jsonl(path: Path) -> list[Row]:
-    """The lines of a JSONL file.
-
-    Raises:
-        DataError: the file cannot be read, or a line is not a JSON object.
-    """
-    rows = list(_jsonl(path))
-    for row in rows:
-        if row.unreadable:
-            raise DataError(f"{path}:row {row.number}: {row.unreadable}", code="data-row")
-    return rows
-
-
 def read_rows(source: PairsConfig) -> list[Row]:
     """All rows of a source as they are.
 
@@ -101,14 +95,20 @@ def read_rows(source: PairsConfig) -> list[Row]:
     return list(_rows(source))
 
 
+def read_files(source: str) -> list[Row]:
+    """All rows of the files that ``source`` names; a file with another ending is read as JSONL.
+
+    Raises:
+        DataError: there are none, or one is unreadable.
+    """
+    return list(_of_files(find_files(source) or [SourceFile(source)]))
+
+
 def _rows(source: PairsConfig) -> Iterator[Row]:
+    files = find_files(source.path)
+    if files is not None:
+        return _of_files(files)
     path = Path(source.path)
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-    if path.suffix in readers:
-        if not path.is_file():
-            found = "found a folder, expected a file" if path.is_dir() else "no such file"
-            raise DataError(f"{path}: {found}", code="data-missing", hint="check pairs.path")
-        return readers[path.suffix](path)
     if path.is_dir():
         return _numbered(_saved(source))
     if path.is_file() or path.is_absolute() or source.path.startswith("."):
@@ -126,6 +126,41 @@ def _rows(source: PairsConfig) -> Iterator[Row]:
             code="data-hub",
             hint="check the id, pairs.subset, pairs.split and the network",
         ) from None
+
+
+def _of_files(files: Sequence[SourceFile]) -> Iterator[Row]:
+    """The rows of all files."""
+    _refuse_other_columns(files)
+    readers = {".csv": _csv, ".parquet": _parquet}
+    for file in files:
+        for row in readers.get(file.suffix, _jsonl)(file):
+            yield row if len(files) == 1 else replace(row, file=file.name)
+
+
+def _headers(files: Sequence[SourceFile]) -> Iterator[Row]:
+    """A row without values for each Parquet file that has rows: its columns, from its footer alone."""
+    _refuse_other_columns(files)
+    for file in files:
+        with _opened(file) as table:
+            if table.metadata.num_rows:
+                yield Row(0, dict.fromkeys(table.schema_arrow.names))
+
+
+def _refuse_other_columns(files: Sequence[SourceFile]) -> None:
+    """Parquet files, the parts of one table, must have the same columns."""
+    parts = [file for file in files if file.suffix == ".parquet"]
+    first: list[str] | None = None
+    for file in parts if len(parts) > 1 else []:
+        with _opened(file) as table:
+            names = sorted(table.schema_arrow.names)
+        first = first or names
+        if names != first:
+            odd = sorted(set(names) ^ set(first))
+            raise DataError(
+                f"{file.name}: found columns that differ from {parts[0].name} ({', '.join(odd)}), expected one table",
+                code="data-column",
+                hint="name one file, or a pattern that matches the parts of one table",
+            )
 
 
 def _saved(source: PairsConfig) -> Dataset:
@@ -150,8 +185,8 @@ def _numbered(dataset: Dataset) -> Iterator[Row]:
     return (Row(number, dict(values)) for number, values in enumerate(dataset, 1))
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_lines(path), 1):
+def _jsonl(file: SourceFile) -> Iterator[Row]:
+    for number, line in enumerate(_lines(file), 1):
         if not line.strip():
             continue
         try:
@@ -173,14 +208,14 @@ def _jsonl(path: Path) -> Iterator[Row]:
             yield Row(number, {}, f"found a JSON {type(values).__name__}, expected an object")
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(file: SourceFile) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(_lines(path, newline=True), strict=True)
+    reader = csv.reader(_lines(file, newline=""), strict=True)
     try:
         header = next(reader, None)
         if header is None:
             return
-        _refuse_twice(header, f"{path}:row 1")
+        _refuse_twice(header, f"{file.name}:row 1")
         for number, fields in enumerate(reader, 1):
             if len(fields) == len(header):
                 values = {name: value if value != "" else None for name, value in zip(header, fields, strict=True)}
@@ -188,56 +223,68 @@ def _csv(path: Path) -> Iterator[Row]:
             else:
                 yield Row(number, {}, f"found {len(fields)} fields, expected {len(header)} as in the header")
     except csv.Error as error:
-        raise DataError(f"{path}:line {reader.line_num}: {error}", code="data-unreadable") from None
+        raise DataError(f"{file.name}:line {reader.line_num}: {error}", code="data-unreadable") from None
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(file: SourceFile) -> Iterator[Row]:
     number = 0
-    for batch in _batches(path):
+    for batch in _batches(file):
         try:
             rows = batch.to_pylist()
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: a text is not UTF-8 ({error.reason})", code="data-encoding") from None
+            raise DataError(f"{file.name}: a text is not UTF-8 ({error.reason})", code="data-encoding") from None
         except (ValueError, OverflowError, pa.ArrowException) as error:
-            raise DataError(f"{path}: a value cannot be read ({error})", code="data-unreadable") from None
+            raise DataError(f"{file.name}: a value cannot be read ({error})", code="data-unreadable") from None
         for values in rows:
             number += 1
             yield Row(number, values)
 
 
-def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+def _batches(file: SourceFile) -> Iterator[pa.RecordBatch]:
     """A Parquet file, ``READ_ROWS`` rows at a time."""
-    try:
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # a damaged column name is a ValueError
-        raise _not_parquet(path, error) from None
-    _refuse_twice(names, str(path))
-    try:
-        yield from file.iter_batches(batch_size=READ_ROWS)
-    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
-        raise _not_parquet(path, error) from None
+    with _opened(file) as table:
+        try:
+            yield from table.iter_batches(batch_size=READ_ROWS)
+        except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
+            raise _not_parquet(file, error) from None
 
 
-def _not_parquet(path: Path, error: Exception) -> DataError:
+@contextmanager
+def _opened(file: SourceFile) -> Iterator[pq.ParquetFile]:
+    with file.open() as content:
+        try:
+            table = pq.ParquetFile(content)
+            names = table.schema_arrow.names
+        except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # a damaged column name: ValueError
+            raise _not_parquet(file, error) from None
+        _refuse_twice(names, file.name)
+        with table:
+            yield table
+
+
+def _not_parquet(file: SourceFile, error: Exception) -> AlignError:
+    if file.filesystem is not None and isinstance(error, OSError) and "AWS Error" in str(error):
+        return store_problem(file.name, error)
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    return DataError(f"{path}: not a readable Parquet file ({reason})", code="data-unreadable")
+    return DataError(f"{file.name}: not a readable Parquet file ({reason})", code="data-unreadable")
 
 
-def _lines(path: Path, newline: bool = False) -> Iterator[str]:
+def _lines(file: SourceFile, newline: str | None = None) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8-sig", newline="" if newline else None) as stream:
+        with file.text(newline=newline) as stream:
             yield from stream
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: not UTF-8 (byte {error.start}: {error.reason})",
+            f"{file.name}: not UTF-8 (byte {error.start}: {error.reason})",
             code="data-encoding",
             hint="convert it, e.g. iconv -f latin1 -t utf-8",
         ) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})", code="data-missing") from None
+        raise DataError(f"{file.name}: cannot be read ({error.strerror})", code="data-missing") from None
     except ValueError as error:
-        raise DataError(f"{str(path)!r}: cannot be read ({error})", code="data-missing") from None
+        if isinstance(error, AlignError):
+            raise
+        raise DataError(f"{file.name!r}: cannot be read ({error})", code="data-missing") from None
 
 
 def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class _Reader:
         if plain == self.plain:
             return []
         kinds = ("conversational", "plain text")
-        return [Problem(self.path, row.number, "prompt", "pair-mixed", kinds[plain],
+        return [Problem(row.file or self.path, row.number, "prompt", "pair-mixed", kinds[plain],
                         f"{kinds[not plain]}, as in the rows before")]  # fmt: skip
 
 

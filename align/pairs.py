@@ -20,7 +20,7 @@ from align.config import PairsConfig
 from align.console import log
 from align.errors import DataError, listed
 from align.pair_rules import SHOWN_CHARACTERS, Problem, RowReader
-from align.pair_sources import Row, read_jsonl, read_source
+from align.pair_sources import Row, read_files, read_source
 
 TEXT = ("prompt", "chosen", "rejected")
 OPTIONAL = (
@@ -169,19 +169,22 @@ def folds_by_prompt(pairs: Dataset, folds: int, seed: int) -> np.ndarray:
     return fold
 
 
-def load_prompts(path: Path) -> list[Any]:
-    """The ``prompt`` of every line of a JSONL file: text, or a list of messages.
+def load_prompts(source: str) -> list[Any]:
+    """The ``prompt`` of every row of a JSONL, CSV or Parquet file, or of several: text, or a list of messages.
 
     Raises:
-        DataError: file missing, a line that is not an object with a prompt.
+        DataError: file missing, a row without a prompt.
     """
-    rows = read_jsonl(path)
-    reader = RowReader(str(path), {"prompt"})
+    rows = read_files(source)
+    for row in rows:
+        if row.unreadable:
+            raise DataError(f"{row.file or source}:row {row.number}: {row.unreadable}", code="data-row")
+    reader = RowReader(source, {"prompt"})
     problems = [problem for row in rows for problem in reader.text(row, "prompt")]
     if problems:
-        raise DataError(f"{path}:\n{listed([str(problem) for problem in problems])}", code="prompt-row")
+        raise DataError(f"{source}:\n{listed([str(problem) for problem in problems])}", code="prompt-row")
     if not rows:
-        raise DataError(f"{path}: holds no rows", code="data-empty", hint="expected one prompt per line")
+        raise DataError(f"{source}: holds no rows", code="data-empty", hint="expected one prompt per row")
     return [row.values["prompt"] for row in rows]
 
 
@@ -210,8 +213,9 @@ def identify(pair: dict[str, Any], row: Row, seen: dict[str, int], source: str, 
     else:
         key = str(own)
         if key in seen:
-            expected = f"an id used once (row {seen[key]} has it too)"
-            found.append(Problem(source, row.number, "id", "pair-duplicate-id", repr(key), expected))
+            other = f"row {seen[key]}" + (" of one of the files" if row.file else "")
+            expected = f"an id used once ({other} has it too)"
+            found.append(Problem(row.file or source, row.number, "id", "pair-duplicate-id", repr(key), expected))
     seen.setdefault(key, row.number)
     return key
 

@@ -18,7 +18,9 @@ SHAPES = re.compile(
 )
 """Values that are secret wherever they stand: keys of well-known services, user and password in an address."""
 ASSIGNED = re.compile(rf"(?i)\b((?:{'|'.join(sorted(NAMES))})['\"]?(?:=|:\s*(?:found )?))('?)[^\s,'\"]+")
-ENVIRONMENT = re.compile(r"(?i)(TOKEN|API_KEY|SECRET|PASSWORD)$")
+ENVIRONMENT = re.compile(
+    r"(?i)(TOKEN|API_KEY|SECRET|PASSWORD|ACCESS_KEY(_ID)?|ACCOUNT_KEY|STORAGE_KEY|CONNECTION_STRING)$"
+)
 SHORTEST = 8
 """Characters; a shorter value of an environment variable hides too much else."""
 

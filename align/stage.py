@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from glob import has_magic
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from align.console import log
 from align.disk import disk_problems
 from align.processes import from_first, process_rank, wait_until
 from align.secrets import redact
+from align.source_files import fingerprint_address, matching_files
+from align.stores import is_remote
 
 MANIFEST = "manifest.json"
 PACKAGES = ("margin-align", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "vaderSentiment")
@@ -144,13 +147,17 @@ def digest(value: Any) -> str:
 
 
 def fingerprint_source(source: str) -> str:
-    """Content hash of a file or folder; a name that is neither (a hub id) stands for itself."""
+    """Content hash of a file, a folder or what a pattern matches, or the state of objects in a store; a name that is
+    none of them (a hub id) stands for itself.
+    """
+    if is_remote(source):
+        return fingerprint_address(source)
     path = Path(source)
     if path.is_file():
         return _hash_files([path])
     if path.is_dir():
         return _hash_files(sorted(entry for entry in path.rglob("*") if entry.is_file()))
-    return source
+    return _hash_files(matching_files(source)) if has_magic(source) else source
 
 
 def versions() -> dict[str, str]:

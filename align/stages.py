@@ -59,10 +59,7 @@ def check_config(config: RunConfig) -> None:
         build_lora(config.reward.peft, path="reward.peft", task_type="SEQ_CLS")
         build_trainer_args(TrlRewardConfig, config.reward.trainer, path="reward.trainer", forced=forced)
     prompts = [
-        prompt
-        for part in (config.sample, config.evaluate)
-        if part is not None
-        for prompt in load_prompts(Path(part.prompts))
+        prompt for part in (config.sample, config.evaluate) if part is not None for prompt in load_prompts(part.prompts)
     ]
     check_models(config, conversational=not all(isinstance(prompt, str) for prompt in prompts))
 
@@ -130,7 +127,7 @@ def stage_sample(config: RunConfig, root: Path, folder: Path, which: str) -> Non
     """
     assert config.sample is not None and config.train is not None and config.reward is not None
     settings = config.sample
-    prompts = load_prompts(Path(settings.prompts))
+    prompts = load_prompts(settings.prompts)
     groups = _continuations(config, prompts, folder)
     different = {k: list(dict.fromkeys(texts)) for k, texts in enumerate(groups) if len(set(texts)) > 1}
     log.info("sample: %d of %d prompts gave two different completions", len(different), len(prompts))

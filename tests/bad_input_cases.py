@@ -128,7 +128,7 @@ def pair_cases() -> Iterator[BadInput]:
         ("Parquet text that is not UTF-8", not_text, table, "data-encoding", "not UTF-8"),
         ("bytes in a Parquet column", parquet({**{k: [v] for k, v in GOOD.items()}, "chosen": [b"\x01"]}), table, "pair-type",
          "row 1:chosen: found b'\\x01'"),
-        ("no prompts file", nothing, setting("evaluate.prompts=nowhere.jsonl"), "data-missing", "nowhere.jsonl: cannot be read"),
+        ("no prompts file", nothing, setting("evaluate.prompts=nowhere.jsonl"), "data-missing", "nowhere.jsonl: no such file"),
         ("prompts that are numbers", lambda f: write_lines(f / "p.jsonl", {"prompt": 3}), setting("evaluate.prompts=p.jsonl"),
          "prompt-row", "p.jsonl:row 1:prompt: found 3"),
         ("prompts with broken messages", lambda f: write_lines(f / "p.jsonl", {"prompt": [1]}), setting("evaluate.prompts=p.jsonl"),

@@ -57,7 +57,7 @@ def check_rows(folder: Path, table: list[Any]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in table))
     check_source(path)
     try:
-        assert load_prompts(path)
+        assert load_prompts(str(path))
     except AlignError as error:
         assert str(path) in error.message
 

@@ -197,7 +197,7 @@ def test_split_keeps_prompts_apart() -> None:
 def test_prompts_and_summary(tmp_path: Path) -> None:
     path = Path(jsonl(tmp_path, {"prompt": "a"}, {"prompt": ""}))
     with pytest.raises(DataError, match="row 2:prompt: found empty text"):
-        load_prompts(path)
+        load_prompts(str(path))
     summary = summarize(load_pairs(PairsConfig(path=jsonl(tmp_path, GOOD, {**GOOD, "chosen": " yes of course"}))))
     assert summary["pairs"] == 2 and summary["prompts"] == 1 and summary["chosen_longer_share"] == 0.5
 

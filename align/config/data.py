@@ -11,7 +11,8 @@ class PairsConfig(Section):
     """Where preference pairs come from."""
 
     path: str
-    """A hub dataset id, a folder written by ``save_to_disk``, or a .jsonl, .csv or .parquet file."""
+    """A hub dataset id, a folder written by ``save_to_disk``, a .jsonl, .csv or .parquet file, a folder of Parquet
+    files, or a pattern; files also as s3://bucket/key."""
     split: str = "train"
     """Split of a hub dataset or saved dataset dictionary."""
     subset: str | None = None
@@ -28,7 +29,7 @@ class SampleConfig(Section):
     """Building pairs by sampling continuations of each prompt and drawing the label by Bradley-Terry."""
 
     prompts: str
-    """A .jsonl file with one ``prompt`` per line."""
+    """A file with one ``prompt`` per row, as in ``pairs.path``."""
     num_generations: Annotated[int, Field(ge=2)] = 2
     """Continuations of each prompt; the pair is the best and the worst of them by the labelling reward."""
     max_new_tokens: Count = 24

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.base import Count, Name, Positive, Section, Seed
+from align.config.base import Count, Name, OutputFolder, Positive, Section, Seed
 from align.config.cluster import ClusterConfig
 from align.config.data import FilterConfig, PairsConfig, SampleConfig
 from align.config.reading import load_section
@@ -31,7 +31,7 @@ class RunConfig(Section):
     """One run from pairs to report."""
 
     name: Name
-    output_dir: str = "runs"
+    output_dir: OutputFolder = "runs"
     """The run writes ``output_dir/name``."""
     seed: Seed = 0
     pairs: PairsConfig | None = None

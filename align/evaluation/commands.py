@@ -40,7 +40,7 @@ PAGE = "report.html"
 class Settings:
     """What every evaluation of policies shares."""
 
-    prompts: Path
+    prompts: str
     output: Path
     judge: str
     decoding: Decoding

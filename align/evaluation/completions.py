@@ -89,8 +89,8 @@ class Written:
         ]
 
 
-def read_prompts(path: Path, limit: int | None) -> list[Any]:
-    """The first ``limit`` prompts of a JSONL file.
+def read_prompts(path: str, limit: int | None) -> list[Any]:
+    """The first ``limit`` prompts of a file, a folder of Parquet files or a pattern, on a disk or in an object store.
 
     Raises:
         DataError: the file is missing, wrong or empty.

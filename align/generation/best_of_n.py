@@ -50,7 +50,7 @@ class BestSettings:
             )
 
 
-def choose_best(completions: Path, settings: BestSettings, output: Path) -> Stage:
+def choose_best(completions: str | Path, settings: BestSettings, output: Path) -> Stage:
     """Write the best completion of each prompt, all scores, and ``metrics.json``; skipped where up to date.
 
     ``completions.parquet`` (or ``.jsonl``) has the row of the best completion as ``align generate`` wrote it, with
@@ -69,7 +69,7 @@ def choose_best(completions: Path, settings: BestSettings, output: Path) -> Stag
              len(groups), file, count, settings.scorer.name, measured, output)  # fmt: skip
     judges = [settings.scorer, *([settings.gold] if settings.gold else [])]
     inputs = {
-        "completions": fingerprint_source(str(file)),
+        "completions": fingerprint_source(file),
         "scorers": [fingerprint_source(judge.model) for judge in judges],
         "settings": asdict(settings),
     }
@@ -101,7 +101,7 @@ def measure(scores: np.ndarray, gold: np.ndarray | None, *, seed: int) -> list[d
     return found
 
 
-def _same_count(groups: Sequence[Group], file: Path) -> int:
+def _same_count(groups: Sequence[Group], file: str) -> int:
     """N, the number of completions that every prompt has.
 
     Raises:

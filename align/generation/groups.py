@@ -35,7 +35,7 @@ class Group:
     candidates: list[Candidate]
 
 
-def read_groups(file: Path) -> list[Group]:
+def read_groups(file: str | Path) -> list[Group]:
     """The completions of a file that ``align generate`` wrote, by prompt, in the order of the file.
 
     Raises:
@@ -61,7 +61,7 @@ def read_groups(file: Path) -> list[Group]:
             else:
                 group.candidates.append(Candidate(number, row.values["completion"], row.values))
         if problem:
-            problems.append(f"row {row.number}: {problem}")
+            problems.append(f"{row.file and row.file + ':'}row {row.number}: {problem}")
     if problems:
         raise DataError(
             f"{file}: {len(problems)} rows cannot be used:\n{listed(problems)}",

@@ -74,7 +74,7 @@ class Different:
     """Completions that are empty or the same as an earlier one."""
 
 
-def build_pairs(completions: Path, settings: BuildSettings, output: Path) -> Stage:
+def build_pairs(completions: str | Path, settings: BuildSettings, output: Path) -> Stage:
     """Write ``pairs.parquet``, ``dropped.jsonl`` (prompts without a pair, with the reason) and ``metrics.json``.
 
     Columns: those of a pair table with ``reward_chosen``, ``reward_rejected`` and ``margin``; and the provenance
@@ -90,7 +90,7 @@ def build_pairs(completions: Path, settings: BuildSettings, output: Path) -> Sta
     log.info("pairs: %d prompts of %s, scored by %s, mode %s -> %s",
              len(groups), file, settings.scorer.name, settings.mode, output)  # fmt: skip
     inputs = {
-        "completions": fingerprint_source(str(file)),
+        "completions": fingerprint_source(file),
         "scorer": fingerprint_source(settings.scorer.model),
         "settings": asdict(settings),
     }

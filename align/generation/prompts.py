@@ -48,7 +48,7 @@ def read_prompts(source: PairsConfig) -> list[PromptRow]:
         if not problem and key in seen:
             problem = f"found id {key!r}, which row {seen[key]} has too, expected an id used once"
         if problem:
-            problems.append(f"row {row.number}: {problem}")
+            problems.append(f"{row.file and row.file + ':'}row {row.number}: {problem}")
             continue
         seen[key] = row.number
         prompts.append(PromptRow(key, row.values[renamed], _group(row)))

@@ -20,6 +20,7 @@ from align.generation.prompts import PromptRow, read_prompts
 from align.model_folders import fingerprint_model
 from align.shards import Work, decode
 from align.stage import Stage, digest, read_manifest, run_stage, write_json
+from align.stores import is_remote
 
 FINISHED = "finished.jsonl"
 """One line for each finished prompt, while a run is under way."""
@@ -97,17 +98,18 @@ def check_output(output: Path, stage: str) -> None:
         )
 
 
-def find_completions(path: Path) -> Path:
-    """The table in a folder that ``generate_completions`` wrote; a file stands for itself.
+def find_completions(given: str | Path) -> str:
+    """The table in a folder that ``generate_completions`` wrote; a file or an address stands for itself.
 
     Raises:
         DataError: the folder holds none.
     """
-    if not path.is_dir():
-        return path
+    path = Path(given)
+    if is_remote(str(given)) or not path.is_dir():
+        return str(given)
     for suffix in ("parquet", "jsonl"):
         if (path / f"{STEM}.{suffix}").exists():
-            return path / f"{STEM}.{suffix}"
+            return str(path / f"{STEM}.{suffix}")
     raise DataError(
         f"{path}: holds no {STEM}.parquet or {STEM}.jsonl", code="data-missing", hint="run `align generate`"
     )
