@@ -143,7 +143,7 @@ def _where(filesystem: "FileSystem", place: str) -> str:
     with store_errors(bucket):
         (info,) = filesystem.get_file_info([bucket])
     if info.type == FileType.NotFound:
-        return f"there is no bucket {bucket!r}: check its name, and AWS_ENDPOINT_URL for the server"
+        return f"there is no bucket {bucket!r}: check its name, and which server is asked (AWS_ENDPOINT_URL)"
     return f"the bucket {bucket!r} is there: check the rest of the address"
 
 

@@ -17,7 +17,7 @@ ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 S3, GCS, AZURE = ("s3",), ("gs", "gcs"), ("abfs", "abfss")
 SCHEMES = S3 + GCS + AZURE
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-GCS_PATIENCE = timedelta(seconds=60)
+GCS_PATIENCE = timedelta(seconds=20)
 MISSING = re.compile(r"NO_SUCH_|Path does not exist|HTTP status 404|NOT_FOUND|NotFound")
 DENIED = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE|MISSING_AUTH|EXPIRED|TOKEN|InvalidAccessKeyId"
@@ -28,7 +28,7 @@ AWAY = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|THROTTLING|REQUEST_TIMEOUT|curlCode|HTTP status 5"
     r"|INTERNAL_FAILURE|INTERNAL_ERROR|UNAVAILABLE|DEADLINE|InsufficientStorage|Could not resolve"
 )
-NOISE = re.compile(r"\s*\((?:Request ID|Detail)[^)]*\)|Detail: \[.*", re.DOTALL)
+NOISE = re.compile(r"\s*\((?:Request ID|Detail)[^)]*\)|Detail: \[.*|\s*error_info=.*", re.DOTALL)
 
 
 def is_remote(address: str) -> bool:
@@ -93,21 +93,25 @@ def store_problem(address: str, error: Exception) -> AlignError:
         return DataError(
             f"{address}: no such object, or no such bucket ({said})",
             code="data-missing",
-            hint="check the address; AWS_ENDPOINT_URL says which server is asked",
+            hint="check the address, and which server is asked (AWS_ENDPOINT_URL)",
         )
     if AWAY.search(text):
         return EnvironmentProblem(
             f"{address}: the object store is away, full or overloaded ({said})",
             code="store-away",
-            hint="check the network, AWS_ENDPOINT_URL and the store; the same command goes on from what is finished",
+            hint="check the network and the store's address (AWS_ENDPOINT_URL); the same command goes on from there",
         )
     if DENIED.search(text):
         return EnvironmentProblem(
             f"{address}: the object store refuses the keys it was given, or was given none ({said})",
             code="store-denied",
-            hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the role of this machine",
+            hint="give them as the store's own tools take them, e.g. AWS_PROFILE, or AWS_ACCESS_KEY_ID with its secret",
         )
-    return EnvironmentProblem(f"{address}: the object store failed ({said})", code="store-failed")
+    return EnvironmentProblem(
+        f"{address}: the object store failed ({said})",
+        code="store-failed",
+        hint="status 301: set AWS_REGION to the bucket's region; else ask whoever runs the store",
+    )
 
 
 def _parts(address: str) -> tuple[str, str]:
@@ -121,7 +125,7 @@ def _parts(address: str) -> tuple[str, str]:
             code="store-address",
             hint="give keys by the environment or the store's own configuration file, which no log or manifest keeps",
         )
-    if scheme not in SCHEMES or not place.strip("/"):
+    if scheme not in SCHEMES or not place or place.startswith("/"):
         expected = ", ".join(f"{known}://" for known in ("s3", "gs", "abfs"))
         raise ConfigError(
             f"{address}: found scheme {scheme!r} and place {place!r}, expected {expected} and bucket/key",

@@ -19,6 +19,7 @@ from align import push
 from align.config import PairsConfig
 from align.pair_stream import stream_pairs
 from align.pairs import load_pairs, load_prompts
+from align.secrets import redact_text
 from align.stage import fingerprint_source
 from tests.bad_input_makers import build_workspace, message, run_command, write_lines
 from tests.builders import rows
@@ -143,6 +144,21 @@ def test_lines_are_read_from_a_store_too(store: fs.FileSystem, tmp_path: Path, s
     assert load_prompts(remote) == load_prompts(str(local)) == [row["prompt"] for row in table]
 
 
+def test_prompts_come_from_a_store_and_pushed_completions_become_pairs(store: fs.FileSystem, workspace: Path) -> None:
+    put(store, workspace / "prompts.jsonl", "prompts.jsonl")
+    generate = ("generate", "s3://bucket/prompts.jsonl", "--model", "policy", "--output", "made", "-n", "4",
+                "--max-new-tokens", "4")  # fmt: skip
+    assert run_command(generate, workspace)[0] == 0
+    assert "up to date" in run_command(generate, workspace)[2]
+    assert run_command(("push", "made", "s3://bucket/made"), workspace)[0] == 0
+    found = []
+    for source in ("made", "s3://bucket/made/", "s3://bucket/made/completions.parquet"):
+        build = ("pairs", "build", source, "--output", "built", "--reward-model", "backbone", "--mode", "all")
+        assert run_command(build, workspace)[0] == 0
+        found.append((workspace / "built" / "pairs.parquet").read_bytes())
+    assert found == [found[0]] * 3
+
+
 def test_a_table_is_streamed_and_each_object_read_once(store: fs.FileSystem, server: Path, workspace: Path) -> None:
     for file in (workspace / "parts").iterdir():
         put(store, file, f"parts/{file.name}")
@@ -246,6 +262,8 @@ CASES: dict[str, tuple[Prepare, str, str, str]] = {
     "overloaded": (failing("GET", "503 Slow Down", "SlowDown"), "s3://bucket/p.parquet", "store-away", "overloaded"),
     "refused": (failing("GET", "403 Forbidden", "AccessDenied"), "s3://bucket/p.parquet", "store-denied", "refuses"),
     "gone meanwhile": (failing("GET", "404 Not Found", "NoSuchKey"), "s3://bucket/p.parquet", "data-missing", "no"),
+    "elsewhere": (failing("HEAD", "301 Moved", "x"), "s3://bucket/p.parquet", "store-failed", "set AWS_REGION"),
+    "no name": (nothing, "s3:///p.parquet", "store-address", "bucket/key"),
     "key in it": (nothing, f"s3://{KEY}:{SECRET}@bucket/p.parquet", "store-address", "s3://***@bucket/p.parquet"),
     "scheme": (nothing, "https://host/p.parquet", "store-address", "expected s3://, gs://, abfs://"),
 }  # fmt: skip
@@ -260,6 +278,20 @@ def test_what_a_store_lacks_or_refuses_is_one_message(
     found = told(("reward", "score", source, *SCORE), workspace)
     assert found.startswith(f"error [{code}] ") and said in found and len(found.splitlines()) <= 2, found
     assert "WRONGKEY" not in found and not (workspace / "scored" / "pairs.parquet").exists()
+
+
+def test_keys_of_the_environment_are_hidden(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a-third-key")
+    assert redact_text(f"{KEY} {SECRET} a-third-key") == "*** *** ***"
+
+
+@pytest.mark.parametrize("source", ["parts", "parts/*.parquet"])
+def test_local_parts_make_a_stage_stale(workspace: Path, source: str) -> None:
+    command = ("run", "run.yaml", "--set", f"pairs.path={source}")
+    assert run_command(command, workspace)[0] == 0
+    assert "nothing to do" in run_command(command, workspace)[2]
+    (workspace / "parts" / "part-2.parquet").unlink()
+    assert "pairs: running" in run_command(command, workspace)[2]
 
 
 @pytest.mark.parametrize(
@@ -358,22 +390,23 @@ def test_an_upload_killed_in_the_middle_leaves_nothing_that_looks_complete(
     store: fs.FileSystem, server: Path, workspace: Path, folder: Path, number: signal.Signals
 ) -> None:
     assert run_command(PUSH, workspace)[0] == 0
-    changed = b'{"prompt": "y"}\n' * 100_000
+    before = (folder / "inner" / "table.jsonl").read_bytes()
+    changed = b'{"prompt": "y"}\n' * 1_000_000  # two parts of an upload
     (folder / "inner" / "table.jsonl").write_bytes(changed)
-    Fault("PUT", "table.jsonl", seconds=2.0).write(server)
+    Fault("PUT", "table.jsonl?partNumber=2", seconds=1.0).write(server)
     (server / SEEN).write_text("")
     process = subprocess.Popen(
         [sys.executable, "-m", "align.cli", *PUSH], cwd=workspace, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     )  # fmt: skip
-    while not any(line.startswith("PUT /bucket/there/inner/table.jsonl") for line in requests(server)):
+    while not any(line.startswith("PUT /bucket/there/inner/table.jsonl?partNumber=2") for line in requests(server)):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode != 0 and not complete(store)
     assert not [name for name in names(store, "there") if name.endswith("manifest.json")]
-    assert stored(store, "there/inner/table.jsonl") in (changed, b'{"prompt": "x"}\n' * 100_000)
+    assert stored(store, "there/inner/table.jsonl") == (before if number == signal.SIGKILL else changed)
     (server / FAULT).unlink()
     assert run_command(PUSH, workspace)[0] == 0 and complete(store)
     assert names(store, "there") == [f"there/{name}" for name in ALL]
