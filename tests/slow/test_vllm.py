@@ -3,6 +3,7 @@
 Runs where vLLM is installed: `.venv-vllm/bin/python -m pytest tests/slow/test_vllm.py` (see scripts/setup_vllm.sh).
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 pytest.importorskip("vllm")
@@ -24,6 +26,7 @@ from align.generation.engines import choose_engine, make_engine
 from align.generation.server_engine import ServerEngine
 from align.generation.vllm_engine import VllmEngine
 from align.model_loading import load_policy, load_tokenizer
+from tests.launching import environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 
@@ -167,6 +170,21 @@ def server(assets: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+def test_in_a_worker_of_a_cluster(base: VllmEngine, assets: Path, tmp_path: Path) -> None:
+    """What the engine gives here, it gives there."""
+    pytest.importorskip("ray")
+    lines = [json.dumps({"id": f"p{k}", "prompt": prompt}) + "\n" for k, prompt in enumerate(PROMPTS)]
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    command = [sys.executable, "-m", "align.cli", "generate", "prompts.jsonl", "--model", str(assets / "smollm2")]
+    command += ["--output", "made", "--engine", "vllm", "--temperature", "0", "--max-new-tokens", "12"]
+    command += ["--option", f"max_model_len={LENGTH}", "--cluster", "local,workers=1,cpus=2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment())
+    assert done.returncode == 0, done.stderr
+    made = Dataset.from_parquet(str(tmp_path / "made" / "completions.parquet"))
+    here = base.generate(PROMPTS, Sampling(12, temperature=0.0))
+    assert made["completion"][:] == [group[0].text for group in here]
 
 
 def test_server_gives_what_the_engine_gives(server: str, base: VllmEngine) -> None:
