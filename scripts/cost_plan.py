@@ -1,0 +1,117 @@
+"""Hours, memory and traffic of every stage for tables of 10 million to 1 billion pairs. Prints Markdown.
+
+Computed, not measured, from what ``scripts/cost_model.py`` measured on one thread: for stages without a model its
+seconds; for stages with one how much more work a token is than in a scoring pass, times 2 operations a weight, at the
+share of a GPU's peak that --share assumes. A cluster is assumed to lose nothing to waiting.
+
+    python scripts/cost_model.py > cost.json && python scripts/cost_plan.py cost.json
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PAIRS = (10_000_000, 100_000_000, 1_000_000_000)
+PROMPT, RESPONSE = 200, 300
+"""Tokens."""
+WORDS_PER_TOKEN = 0.75
+DIMENSIONS = 384
+ENCODER, REWARD, POLICY = 22e6, 70e9, 8e9
+"""Weights."""
+CORES_PER_GPU = 16
+SCORED_SHARD, COLUMNS = 512, 12
+BYTES_OF_A_NUMBER = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What costs are computed from."""
+
+    cost: dict[str, Any]
+    """Of cost_model.py."""
+    flops: float
+    """Operations a second that a GPU really gives."""
+
+    def gpu_seconds(self, stage: str, tokens: float, weights: float) -> float:
+        """Of one pair on one GPU."""
+        return tokens * weights * 2 * self._passes(stage) / self.flops
+
+    def _passes(self, stage: str) -> float:
+        """Work of a token and weight in passes of scoring."""
+        return float(self._coefficients(stage)[1] / self._coefficients("scoring")[1])
+
+    def cpu_seconds(self, stage: str, *terms: float) -> float:
+        """Of one pair on one core."""
+        return float(sum(c * x for c, x in zip(self._coefficients(stage), terms, strict=True)))
+
+    def _coefficients(self, stage: str) -> list[float]:
+        found: list[float] = self.cost["stages"][stage]["coefficients"]
+        return found
+
+
+def stages(plan: Plan) -> dict[str, Callable[[float, int], float]]:
+    """Hours of each stage, for so many pairs and GPUs."""
+    pair, both = PROMPT + 2 * RESPONSE, 2 * (PROMPT + RESPONSE)
+    words = WORDS_PER_TOKEN * pair
+
+    def on_gpus(stage: str, tokens: float, weights: float) -> Callable[[float, int], float]:
+        return lambda pairs, gpus: pairs * plan.gpu_seconds(stage, tokens, weights) / gpus / 3600
+
+    return {
+        "scores of a 70B reward model": on_gpus("scoring", both, REWARD),
+        "embeddings by MiniLM": on_gpus("embedding", PROMPT, ENCODER),
+        "gradient products of an 8B policy": on_gpus("entanglement", both, POLICY),
+        "an epoch of an 8B policy": on_gpus("training", pair, POLICY),
+        "texts read by the filter": lambda pairs, gpus: (
+            pairs * plan.cpu_seconds("texts", 1, words) / (CORES_PER_GPU * gpus) / 3600
+        ),
+        "neighbours": lambda pairs, gpus: (
+            pairs * plan.cpu_seconds("neighbours", 1, DIMENSIONS * pairs**0.5) / (CORES_PER_GPU * gpus) / 3600
+        ),
+        "shards through the one process": lambda pairs, gpus: pairs * plan.cost["through_one_process"] / 3600,
+    }
+
+
+def table(plan: Plan, gpus: list[int]) -> str:
+    """Hours, a row for each stage."""
+    columns = [(pairs, count) for pairs in PAIRS for count in gpus]
+    lines = [
+        "| hours | " + " | ".join(f"{pairs / 1e6:,.0f}M, {count} GPUs" for pairs, count in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for name, hours in stages(plan).items():
+        lines.append(f"| {name} | " + " | ".join(f"{hours(*column):.2g}" for column in columns) + " |")
+    return "\n".join(lines)
+
+
+def sizes(plan: Plan) -> str:
+    """Memory, traffic and files, a row for each number of pairs."""
+    scored, dense = plan.cost["stages"]["scoring"], 4 * DIMENSIONS
+    lines = [
+        "| pairs | columns in memory | vectors on disk | sent to score | returned | files of scores |",
+        "|---" * 6 + "|",
+    ]
+    for pairs in PAIRS:
+        amounts = (COLUMNS * BYTES_OF_A_NUMBER, dense, scored["bytes_sent"], scored["bytes_returned"])
+        cells = " | ".join(f"{pairs * amount / 2**30:,.0f} GiB" for amount in amounts)
+        lines.append(f"| {pairs:,} | {cells} | {pairs // SCORED_SHARD:,} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cost", type=Path, help="JSON of cost_model.py")
+    parser.add_argument("--gpus", nargs="+", type=int, default=[8, 64, 512])
+    parser.add_argument("--peak", type=float, default=989e12, help="operations a second of one GPU")
+    parser.add_argument("--share", type=float, default=0.4, help="of the peak")
+    arguments = parser.parse_args()
+    plan = Plan(json.loads(arguments.cost.read_text(encoding="utf-8")), arguments.peak * arguments.share)
+    print(table(plan, arguments.gpus), sizes(plan), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
