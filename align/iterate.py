@@ -165,7 +165,7 @@ def _round(config: IterateConfig, prompts: list[PromptRow], policy: str, root: P
     inputs: Mapping[str, Any] = {
         "pairs": fingerprint_source(str(root / "pairs" / "pairs.parquet")),
         "model": fingerprint_source(policy),
-        "settings": config.train.model_dump(exclude={"model"}),
+        "settings": config.train.made_from(without={"model"}),
         "seed": config.seed,
     }
 

@@ -177,7 +177,7 @@ class _Runner:
             inputs["eval_fraction"] = reward and reward.eval_fraction
         if kind in ("reward", "crossfit") and config.reward:
             skipped = {"pairs", "eval_pairs", "eval_fraction"} | ({"folds"} if kind == "reward" else set())
-            inputs["settings"] = config.reward.model_dump(exclude=skipped)
+            inputs["settings"] = config.reward.made_from(without=skipped)
             inputs["model"] = fingerprint_source(config.reward.model)
         if kind in ("sample", "trust", "train", "generate") and config.train:
             inputs["model"] = fingerprint_source(config.train.model)
@@ -189,7 +189,7 @@ class _Runner:
             inputs["read"] = [fingerprint_source(name) for name in read if name is not None]
         if kind == "train" and config.train:
             inputs["loss"] = config.train.methods[name.removeprefix("train-")].model_dump()
-            inputs["settings"] = config.train.model_dump(exclude={"methods", "trust", "allow_in_sample"})
+            inputs["settings"] = config.train.made_from(without={"methods", "trust", "allow_in_sample"})
         if kind == "trust" and config.train:
             inputs["allow_in_sample"] = config.train.allow_in_sample
             inputs["max_length"] = config.train.trainer.get("max_length")

@@ -6,6 +6,7 @@ Without a launcher there is one process, and everything here does nothing.
 import os
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from align.errors import EnvironmentProblem
@@ -48,7 +49,7 @@ def from_first(find: Callable[[], T]) -> T:
         return find()
     from accelerate.utils import broadcast_object_list
 
-    _connect()
+    connect()
     found: list[Any] = [find() if process_rank() == 0 else None]
     broadcast_object_list(found, from_process=0)
     first: T = found[0]
@@ -66,7 +67,7 @@ def of_all(own: list[T]) -> list[T]:
         return own
     from accelerate.utils import gather_object
 
-    _connect()
+    connect()
     return list(gather_object(own))
 
 
@@ -100,13 +101,31 @@ def lost_process(error: BaseException) -> EnvironmentProblem | None:
     return None
 
 
-def _connect() -> None:
-    """Join the process group, where nothing has done so before."""
+def connect(seconds: float | None = None) -> None:
+    """Join the process group, where nothing has done so before.
+
+    Args:
+        seconds: how long the processes wait for each other on CPUs before they take one for lost; None: as long as
+            torch does, half an hour.
+
+    Raises:
+        EnvironmentProblem: torchrun has started the processes again in a way in which gloo cannot find them.
+    """
     import torch
     from accelerate import PartialState
 
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if restarted and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            "torchrun has started the processes again with the addresses of those before, where gloo looks for them "
+            "in vain",
+            code="restart-store",
+            hint="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and use --rdzv-backend=c10d; or start the same command "
+            "again, it goes on from the last checkpoint",
+        )
     if PartialState().num_processes != world_size():  # made by a library that does not ask for processes on CPUs
         PartialState._reset_state()
-        joined = PartialState(cpu=not torch.cuda.is_available()).num_processes
+        waits = {} if seconds is None else {"timeout": timedelta(seconds=seconds)}
+        joined = PartialState(cpu=not torch.cuda.is_available(), **waits).num_processes
         if joined != world_size():
             raise RuntimeError(f"the launcher started {world_size()} processes and {joined} found each other")

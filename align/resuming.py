@@ -1,12 +1,22 @@
-"""A training that was stopped goes on as if it had not been: the same pairs in the same order, and no step too many."""
+"""A training that was stopped goes on as if it had not been: the same pairs in the same order, and no step too many.
+
+So does one that goes on in another number of processes, as long as a step has as many pairs as before.
+"""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import RandomSampler, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from align.errors import ConfigError
+from align.stage import read_json, write_json
+
+STEP = "step.json"
+"""File of a checkpoint: how many pairs a step has over all processes."""
 
 
 class ExactResume:
@@ -20,6 +30,7 @@ class ExactResume:
     args: Any
     state: Any
     control: Any
+    accelerator: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,6 +50,33 @@ class ExactResume:
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The random state of every process; then the trainer's state makes the checkpoint one that counts."""
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        if self.args.should_save:
+            write_json(Path(output_dir) / STEP, {"pairs": self._pairs_per_step()})
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The trainer's own, where a step has as many pairs as it had.
+
+        Raises:
+            ConfigError: it has not: what the checkpoint counts as steps would be other pairs.
+        """
+        file = Path(resume_from_checkpoint) / STEP
+        before, now = read_json(file)["pairs"] if file.exists() else None, self._pairs_per_step()
+        if before not in (None, now):
+            raise ConfigError(
+                f"{resume_from_checkpoint}: was written with {before} pairs a step, and now a step has {now}",
+                code="pairs-per-step",
+                hint="start as many processes as before; `pairs_per_step` under train or reward, set from the start, "
+                "keeps the pairs of a step whatever the number of processes",
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _pairs_per_step(self) -> int:
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
 
 
 class _OrderOfEpoch(Sampler):

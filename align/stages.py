@@ -53,11 +53,17 @@ def check_config(config: RunConfig) -> None:
         for method, loss in config.train.methods.items():
             bind(method, loss)
         build_lora(config.train.peft, path="train.peft", task_type="CAUSAL_LM")
-        build_trainer_args(DPOConfig, config.train.trainer, path="train.trainer", forced=forced)
+        build_trainer_args(
+            DPOConfig, config.train.trainer, path="train.trainer", forced=forced,
+            pairs_per_step=config.train.pairs_per_step,
+        )  # fmt: skip
     if config.reward is not None:
         resolve_objective(config.reward.objective)
         build_lora(config.reward.peft, path="reward.peft", task_type="SEQ_CLS")
-        build_trainer_args(TrlRewardConfig, config.reward.trainer, path="reward.trainer", forced=forced)
+        build_trainer_args(
+            TrlRewardConfig, config.reward.trainer, path="reward.trainer", forced=forced,
+            pairs_per_step=config.reward.pairs_per_step,
+        )  # fmt: skip
     prompts = [
         prompt for part in (config.sample, config.evaluate) if part is not None for prompt in load_prompts(part.prompts)
     ]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from align.config import nearest
 from align.console import log
 from align.errors import AlignError, ConfigError, listed
-from align.processes import world_size
+from align.processes import connect, world_size
 
 Args = TypeVar("Args")
 DEFAULTS = {"report_to": "none"}
@@ -24,22 +24,27 @@ LEAST = {
 """Smallest values of fields that the libraries check late or not at all."""
 
 
-def build_trainer_args(kind: type[Args], fields: dict[str, Any], *, path: str, forced: dict[str, Any]) -> Args:
+def build_trainer_args(
+    kind: type[Args], fields: dict[str, Any], *, path: str, forced: dict[str, Any], pairs_per_step: int | None = None
+) -> Args:
     """An instance of ``kind`` (trl.DPOConfig, trl.RewardConfig) from user fields.
 
     A number that YAML reads as text (``1e-5``) is taken as a number where the field is one. ``report_to`` is ``none``,
     and without a GPU ``bf16`` and pinned memory are off, unless the user says otherwise. Processes of a launcher find
-    each other on CPUs only where ``use_cpu`` is set, so without a GPU it is.
+    each other on CPUs only where ``use_cpu`` is set, so without a GPU it is; how long they wait there, ``ddp_timeout``,
+    would get lost in transformers and is set here.
 
     Args:
         kind: dataclass of training arguments.
         fields: what the user wrote.
         path: where the user wrote it, for messages.
         forced: fields that the program sets itself; the user may not.
+        pairs_per_step: pairs of an optimizer step over all processes, from which ``gradient_accumulation_steps``
+            follows; None leaves that to ``fields``.
 
     Raises:
-        ConfigError: unknown field (with the nearest known), wrong type, a field that is not the user's to set, or
-            anything that the class itself refuses.
+        ConfigError: unknown field (with the nearest known), wrong type, a field that is not the user's to set,
+            anything that the class itself refuses, or pairs of a step that the processes cannot share.
     """
     from transformers.integrations import get_reporting_integration_callbacks
 
@@ -59,10 +64,34 @@ def build_trainer_args(kind: type[Args], fields: dict[str, Any], *, path: str, f
     if problems:
         raise ConfigError(listed(problems), code="trainer-key")
     defaults = DEFAULTS if _has_gpu() else DEFAULTS | WITHOUT_GPU | {"use_cpu": world_size() > 1}
+    given = {**defaults, **forced, **values}
+    if world_size() > 1 and given.get("use_cpu"):
+        connect(given.get("ddp_timeout"))
     with refusals(path):
-        made = kind(**{**defaults, **forced, **values})
+        made = kind(**given)
         get_reporting_integration_callbacks(made.report_to)  # type: ignore[attr-defined]
+    if pairs_per_step is not None:
+        _share(made, fields, pairs_per_step, path)
     return made
+
+
+def _share(args: Any, fields: dict[str, Any], pairs: int, path: str) -> None:
+    """Set the micro-batches of a step such that all processes together see ``pairs`` in it."""
+    section = path.partition(".")[0]
+    if "gradient_accumulation_steps" in fields:
+        raise ConfigError(
+            f"{path}.gradient_accumulation_steps: follows from {section}.pairs_per_step", code="trainer-key",
+            hint="leave one of them out",
+        )  # fmt: skip
+    steps, rest = divmod(pairs, args.train_batch_size * world_size())
+    if rest:
+        raise ConfigError(
+            f"{section}.pairs_per_step: found {pairs}, expected a multiple of {args.train_batch_size} pairs of a batch "
+            f"in each of {world_size()} {'process' if world_size() == 1 else 'processes'}",
+            code="trainer-key",
+            hint=f"choose a {path}.per_device_train_batch_size that divides it for every number of processes",
+        )
+    args.gradient_accumulation_steps = steps
 
 
 @contextmanager

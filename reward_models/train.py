@@ -62,6 +62,7 @@ def _train_whole(train: Dataset, config: RewardConfig, output: Path, checkpoints
         {"save_strategy": "no", "logging_steps": 20, "train_sampling_strategy": "group_by_length", **config.trainer},
         path="reward.trainer",
         forced={"output_dir": str(checkpoints), "seed": seed, "max_length": config.max_length},
+        pairs_per_step=config.pairs_per_step,
     )
     transformers.set_seed(seed)
     model, tokenizer = load_reward_model(config.model, trust_remote_code=args.trust_remote_code)

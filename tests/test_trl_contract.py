@@ -40,6 +40,12 @@ PLACES = {
             "_get_output_dir": ("trial",),
         },
     },
+    "align/resuming.py": {
+        Trainer: {
+            "_save_rng_state": ("output_dir",),
+            "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+        },
+    },
     "align/whole_epochs.py": {
         Trainer: {
             "get_train_dataloader": (),

@@ -1,11 +1,13 @@
 """What every section of a configuration is made of."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from align.stores import is_remote
 
+ADDED = frozenset({"pairs_per_step"})
+"""Fields that came later: absent, they make no stage stale that was finished without them."""
 NAME = r"^\w[\w .+=-]{0,99}$"
 
 
@@ -13,6 +15,11 @@ class Section(BaseModel):
     """Base of every section: unknown keys are refused, values are frozen once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
+
+    def made_from(self, *, without: set[str]) -> dict[str, Any]:
+        """The values that a stage is made from; those of ``ADDED`` where they are given."""
+        values = self.model_dump(exclude=without)
+        return {name: value for name, value in values.items() if name not in ADDED or value is not None}
 
 
 def _on_disk(folder: str) -> str:

@@ -76,6 +76,9 @@ class RewardConfig(Section):
     """Tokens per sequence; longer ones are cut from the right when training and scoring."""
     peft: dict[str, Any] | None = None
     """Fields of peft.LoraConfig; full fine-tuning where absent."""
+    pairs_per_step: Count | None = None
+    """Pairs of an optimizer step over all processes, whatever their number; absent: per_device_train_batch_size x
+    gradient_accumulation_steps x processes."""
     trainer: dict[str, Any] = {}
     """Fields of trl.RewardConfig, passed through unchanged."""
 

@@ -100,6 +100,9 @@ class TrainConfig(Section):
     """Tokens of one forward pass; a larger batch is split without changing its gradient."""
     entanglement: EntanglementConfig | None = None
     """Measure probe pairs along training; absent: not measured."""
+    pairs_per_step: Count | None = None
+    """Pairs of an optimizer step over all processes, whatever their number; absent: per_device_train_batch_size x
+    gradient_accumulation_steps x processes."""
     trainer: dict[str, Any] = {}
     """Fields of trl.DPOConfig, passed through unchanged."""
 

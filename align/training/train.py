@@ -20,6 +20,7 @@ from align.margins import MADPO_TAU, madpo_weight
 from align.model_folders import ADAPTER
 from align.model_loading import load_policy, load_tokenizer
 from align.processes import from_first, process_rank
+from align.resuming import STEP
 from align.stage import read_json, write_json
 from align.stopping import stoppable
 from align.trainer_args import build_lora, build_trainer_args, refusals
@@ -32,7 +33,9 @@ CHECKPOINTS = "checkpoints"
 MODEL = "model"
 HISTORY = "history.json"
 ENTANGLEMENT = "entanglement.json"
-OF_RESUMING = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "loss_state.json", "token_mask.safetensors", "README.md")
+OF_RESUMING = (
+    "*.pt", "*.pth", "*.bin", "trainer_state.json", STEP, "loss_state.json", "token_mask.safetensors", "README.md",
+)  # fmt: skip
 """Files of a checkpoint beside the model."""
 SETS = ("target_modules", "exclude_modules", "modules_to_save")
 MASK_SHOWN = 40
@@ -243,6 +246,7 @@ def make_trainer(
         {"precompute_ref_log_probs": True, "save_strategy": "no", "logging_steps": 1} | config.trainer,
         path="train.trainer",
         forced={"output_dir": str(output / CHECKPOINTS), "seed": seed},
+        pairs_per_step=config.pairs_per_step,
     )
     with refusals("train"):
         return PreferenceTrainer(
