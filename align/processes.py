@@ -123,9 +123,9 @@ def connect(seconds: float | None = None) -> None:
             hint="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and use --rdzv-backend=c10d; or start the same command "
             "again, it goes on from the last checkpoint",
         )
-    if PartialState().num_processes != world_size():  # made by a library that does not ask for processes on CPUs
+    waits = {} if seconds is None else {"timeout": timedelta(seconds=seconds)}
+    if PartialState(**waits).num_processes != world_size():  # made by a library that does not ask for processes on CPUs
         PartialState._reset_state()
-        waits = {} if seconds is None else {"timeout": timedelta(seconds=seconds)}
         joined = PartialState(cpu=not torch.cuda.is_available(), **waits).num_processes
         if joined != world_size():
             raise RuntimeError(f"the launcher started {world_size()} processes and {joined} found each other")

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,17 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("localhost", 0))
         return int(found.getsockname()[1])
+
+
+def wait_for(port: int) -> None:
+    """Until something listens there."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as tried:
+            if tried.connect_ex(("localhost", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"nothing listens on port {port}")
 
 
 def torchrun(port: int, processes: int, file: str) -> list[str]:
@@ -81,12 +93,14 @@ def test_one_of_two_machines_is_gone(tmp_path: Path, machines: list[subprocess.P
     alone = launched(1, "run", run_file(tmp_path, "whole"), cwd=tmp_path, module=MODULE)
     assert alone.returncode == 0, alone.stderr
     steps = taken(tmp_path)
-    line = torchrun(free_port(), 1, run_file(tmp_path, "lost"))
+    port = free_port()
+    line = torchrun(port, 1, run_file(tmp_path, "lost"))
     to_die(tmp_path, rank=1, agent=True)
     full = environment() | OWN_STORE
     for number in range(2):
         with (tmp_path / f"machine-{number}.txt").open("w") as log:
             machines.append(subprocess.Popen(line, cwd=tmp_path, env=full, stderr=log, text=True))
+        wait_for(port)  # the first machine keeps the list of machines
     codes = {launcher.wait(timeout=300) for launcher in machines}
     said = "".join((tmp_path / f"machine-{number}.txt").read_text() for number in range(2))
     assert codes == {0, -9}, said
