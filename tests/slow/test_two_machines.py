@@ -53,7 +53,7 @@ class Launch:
                         env=environment() | machines.environment(),
                         stdout=stream,
                         stderr=stream,
-                    )  # fmt: skip
+                    )
                 )
 
     def said(self, machine: int) -> str:
