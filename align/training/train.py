@@ -37,6 +37,8 @@ OF_RESUMING = (
     "*.pt", "*.pth", "*.bin", "trainer_state.json", STEP, "loss_state.json", "token_mask.safetensors", "README.md",
 )  # fmt: skip
 """Files of a checkpoint beside the model."""
+SHARDED_OPTIMIZER = "optimizer_0"
+"""Folder of a checkpoint whose parts the processes have written (FSDP2, SHARDED_STATE_DICT)."""
 SETS = ("target_modules", "exclude_modules", "modules_to_save")
 MASK_SHOWN = 40
 """Tokens with the largest and with the smallest weights of a learned mask that are written down."""
@@ -155,6 +157,8 @@ def train_policy(
     probe = attach_probe(trainer, config, output / ENTANGLEMENT)
     with stoppable(trainer):
         trainer.train(resume_from_checkpoint=last)
+    if trainer.is_fsdp_enabled:  # its checkpoints may be in parts, the model is not
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(output / MODEL))
     if trainer.is_world_process_zero():
         (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
@@ -201,6 +205,8 @@ def _finish_checkpoints(checkpoints: Path, config: TrainConfig) -> None:
     for pattern in OF_RESUMING:
         for file in checkpoints.rglob(pattern):
             file.unlink()
+    for part in checkpoints.glob(f"*/{SHARDED_OPTIMIZER}"):
+        shutil.rmtree(part)
     for file in checkpoints.rglob(ADAPTER):
         _order_adapter(file)
 

@@ -1,0 +1,49 @@
+"""FSDP2 with sharded checkpoints: each process writes its part, a killed training goes on, the model is saved whole."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.interrupted import DIES_IN, STEPS, difference, prepare, run_file, taken, to_die
+from tests.launching import ROOT, launched
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 1e-5
+MODULE = "tests.dying_fsdp_cli"
+
+
+def launcher(folder: Path) -> Path:
+    """configs/accelerate/nodes.yaml on one machine."""
+    tree = yaml.safe_load((ROOT / "configs" / "accelerate" / "nodes.yaml").read_text())
+    assert tree["fsdp_config"]["fsdp_state_dict_type"] == "SHARDED_STATE_DICT"
+    file = folder / "launcher.yaml"
+    file.write_text(yaml.safe_dump(tree | {"num_machines": 1, "main_process_ip": "localhost"}))
+    return file
+
+
+def test_a_killed_training(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    alone = launched(1, "run", run_file(tmp_path, "alone"), cwd=tmp_path, module="tests.dying_once_cli")
+    assert alone.returncode == 0, alone.stderr
+    config, steps = launcher(tmp_path), taken(tmp_path)
+    whole = run_file(tmp_path, "whole", use_cpu=False)
+    done = launched(2, "run", whole, cwd=tmp_path, module=MODULE, launcher=config)
+    assert done.returncode == 0, done.stderr
+    assert {step: pairs for step, (_, pairs) in taken(tmp_path).items()} == {
+        k: pairs for k, (_, pairs) in steps.items()
+    }
+    assert difference(tmp_path / "runs" / "alone", tmp_path / "runs" / "whole") < TOLERANCE
+    kept = tmp_path / "runs" / "whole" / "train-dpo" / "checkpoints" / f"checkpoint-{STEPS}"
+    assert not list(kept.rglob("optimizer*"))
+    file = run_file(tmp_path, "killed", use_cpu=False)
+    to_die(tmp_path, rank=1)
+    assert launched(2, "run", file, cwd=tmp_path, module=MODULE, launcher=config).returncode != 0
+    checkpoint = tmp_path / "runs" / "killed" / "train-dpo.partial" / "checkpoints" / f"checkpoint-{DIES_IN - 1}"
+    for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+        assert len(list((checkpoint / part).glob("*.distcp"))) == 2, list(checkpoint.rglob("*"))
+    again = launched(2, "run", file, cwd=tmp_path, module=MODULE, launcher=config)
+    assert again.returncode == 0, again.stderr
+    assert f"checkpoint-{DIES_IN - 1}" in again.stderr
+    taken(tmp_path)
+    assert difference(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed") == 0
