@@ -64,8 +64,13 @@ def taken(folder: Path) -> dict[int, tuple[int, list[str]]]:
 
 
 def difference(one: Path, other: Path) -> float:
-    """Largest difference between the trained weights of two runs; 0 where they are equal bit for bit."""
-    left, right = (load_file(run / "train-dpo" / "model" / "model.safetensors") for run in (one, other))
+    """Between the policies of two runs."""
+    return largest_difference(*(run / "train-dpo" / "model" for run in (one, other)))
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Between the weights of two model folders; 0 where they are equal bit for bit."""
+    left, right = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert left.keys() == right.keys()
     return max(0.0 if torch.equal(value, right[name]) else float((value - right[name]).abs().max())
                for name, value in left.items())  # fmt: skip

@@ -4,8 +4,22 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.interrupted import DIES_IN, MODULE, PAIRS, STEPS, difference, prepare, run_file, taken, to_die
+from tests.builders import llama_reward, rows
+from tests.e2e.test_cli import jsonl
+from tests.interrupted import (
+    DIES_IN,
+    MODULE,
+    PAIRS,
+    STEPS,
+    difference,
+    largest_difference,
+    prepare,
+    run_file,
+    taken,
+    to_die,
+)
 from tests.launching import launched
 
 TOLERANCE = 1e-5
@@ -59,3 +73,36 @@ def test_pairs_that_the_processes_cannot_share(tmp_path: Path) -> None:
         sets = ["--set", "train.trainer.per_device_train_batch_size=2", "--set", change]
         done = launched(1, "train", file, *sets, "--dry-run", cwd=tmp_path)
         assert done.returncode == 2 and said in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_reward_model(tmp_path: Path, before: int, after: int) -> None:
+    """Its batches are of like length; groups are formed over the pairs of a step, which stay the same."""
+    prepare(tmp_path)
+    llama_reward(tmp_path / "backbone")
+    jsonl(tmp_path / "heldout.jsonl", [{**row, "prompt": f"not {row['prompt']}"} for row in rows(4)])
+    files = [reward_file(tmp_path, name) for name in ("whole", "moved")]
+    assert launched(1, "run", files[0], cwd=tmp_path, module=MODULE).returncode == 0
+    steps = taken(tmp_path)
+    to_die(tmp_path, rank=before - 1)
+    assert launched(before, "run", files[1], cwd=tmp_path, module=MODULE).returncode != 0
+    again = launched(after, "run", files[1], cwd=tmp_path, module=MODULE)
+    assert again.returncode == 0 and f"checkpoint-{DIES_IN - 1}" in again.stderr, again.stderr
+    moved = taken(tmp_path)
+    assert {step: pairs for step, (_, pairs) in moved.items()} == {step: pairs for step, (_, pairs) in steps.items()}
+    folders = [tmp_path / "runs" / name / "reward" / "model" for name in ("whole", "moved")]
+    assert largest_difference(*folders) < TOLERANCE
+
+
+def reward_file(folder: Path, name: str) -> str:
+    """A run that ends with its reward model: ``STEPS`` steps of four pairs, one a batch."""
+    fields = {
+        "bf16": False, "gradient_checkpointing": False, "max_steps": STEPS, "learning_rate": 1e-3,
+        "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 1,
+    }  # fmt: skip
+    reward = {"model": "backbone", "max_length": 64, "pairs_per_step": 4, "trainer": fields}
+    reward |= {"eval_pairs": {"path": "heldout.jsonl"}}
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump({"name": name, "pairs": {"path": "pairs.jsonl"}, "reward": reward}))
+    return file.name
