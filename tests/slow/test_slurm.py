@@ -15,7 +15,7 @@ from tests.launching import ROOT, environment
 
 pytestmark = pytest.mark.slow
 SCRIPT = ROOT / "configs" / "slurm" / "train.sbatch"
-STEPS = 300
+STEPS = 1500
 
 
 class Job:
@@ -59,7 +59,7 @@ def test_a_notice_before_the_time_limit(tmp_path: Path) -> None:
     while f"{STEPS} steps" not in job.log.read_text():
         assert time.monotonic() < deadline and job.script.poll() is None, job.log.read_text()
         time.sleep(0.1)
-    time.sleep(1)
+    time.sleep(0.5)
     job.script.send_signal(signal.SIGUSR1)
     said = job.end()
     assert "notice: a checkpoint" in said and said.count("terminated; what is finished is kept") == 2, said
