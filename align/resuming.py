@@ -17,6 +17,8 @@ from align.stage import read_json, write_json
 
 STEP = "step.json"
 """File of a checkpoint: how many pairs a step has over all processes."""
+SHARDED = "pytorch_model_fsdp*"
+"""What accelerate leaves in a checkpoint under FSDP."""
 
 
 class ExactResume:
@@ -31,6 +33,7 @@ class ExactResume:
     state: Any
     control: Any
     accelerator: Any
+    is_fsdp_enabled: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,8 +65,15 @@ class ExactResume:
         """The trainer's own, where a step has as many pairs as it had.
 
         Raises:
-            ConfigError: it has not: what the checkpoint counts as steps would be other pairs.
+            ConfigError: it has not: what the checkpoint counts as steps would be other pairs. Or the checkpoint is one
+                of FSDP and this training is not sharded.
         """
+        if any(Path(resume_from_checkpoint).glob(SHARDED)) and not self.is_fsdp_enabled:
+            raise ConfigError(
+                f"{resume_from_checkpoint}: was written by a sharded training (FSDP), and this one is not",
+                code="sharded-checkpoint",
+                hint="start it as before, with accelerate's configuration for FSDP and at least two processes",
+            )
         file = Path(resume_from_checkpoint) / STEP
         before, now = read_json(file)["pairs"] if file.exists() else None, self._pairs_per_step()
         if before not in (None, now):

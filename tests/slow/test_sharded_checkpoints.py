@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.interrupted import DIES_IN, STEPS, difference, prepare, run_file, taken, to_die
+from tests.interrupted import DIES_IN, STEPS, difference, largest_difference, prepare, run_file, taken, to_die
 from tests.launching import ROOT, environment, launched
 
 pytestmark = pytest.mark.slow
@@ -40,12 +40,18 @@ def test_a_killed_training(tmp_path: Path) -> None:
     assert difference(tmp_path / "runs" / "alone", tmp_path / "runs" / "whole") < TOLERANCE
     kept = tmp_path / "runs" / "whole" / "train-dpo" / "checkpoints" / f"checkpoint-{STEPS}"
     assert not list(kept.rglob("optimizer*"))
+    merge = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "merge-weights"]
+    merged = tmp_path / "merged"
+    subprocess.run([*merge, str(kept / "pytorch_model_fsdp_0"), str(merged)], env=environment(), check=True)
+    assert largest_difference(merged, tmp_path / "runs" / "whole" / "train-dpo" / "model") == 0
     file = run_file(tmp_path, "killed", use_cpu=False)
     to_die(tmp_path, rank=1)
     assert launched(2, "run", file, cwd=tmp_path, module=MODULE, launcher=config).returncode != 0
     checkpoint = tmp_path / "runs" / "killed" / "train-dpo.partial" / "checkpoints" / f"checkpoint-{DIES_IN - 1}"
     for part in ("pytorch_model_fsdp_0", "optimizer_0"):
         assert len(list((checkpoint / part).glob("*.distcp"))) == 2, list(checkpoint.rglob("*"))
+    refused = launched(1, "run", file, cwd=tmp_path, module="tests.dying_once_cli")
+    assert refused.returncode == 2 and "error [sharded-checkpoint]" in refused.stderr, refused.stderr
     again = launched(2, "run", file, cwd=tmp_path, module=MODULE, launcher=config)
     assert again.returncode == 0, again.stderr
     assert f"checkpoint-{DIES_IN - 1}" in again.stderr
