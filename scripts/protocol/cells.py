@@ -102,7 +102,7 @@ def run_cell(
     inputs = {
         "pairs": pairs.key,
         "model": fingerprint_source(study.train.model),
-        "train": train.model_dump(),
+        "train": train.made_from(without=set()),
         "seed": seed,
         **_judging(study, split),
     }

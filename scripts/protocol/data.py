@@ -210,7 +210,7 @@ def make_margins(study: Study, labels: Stage, quality: Quality, seed: int) -> St
     inputs = {
         "labels": labels.key,
         "margins": study.margins,
-        "reward": study.reward.model_dump(),
+        "reward": study.reward.made_from(without=set()),
         "backbone": fingerprint_source(study.reward.model),
         "seed": seed,
     }
@@ -248,6 +248,6 @@ def make_reward_model(study: Study, prompts: Stage) -> Stage:
     def work(folder: Path) -> None:
         train_reward_model(read_pairs(study.root / "prompts" / "human"), study.reward, folder / "model", seed=0)
 
-    settings = study.reward.model_dump(exclude={"folds"})
+    settings = study.reward.made_from(without={"folds"})
     inputs = {"prompts": prompts.key, "settings": settings, "backbone": fingerprint_source(study.reward.model)}
     return run_stage("reward model", study.root / "reward", inputs, work)
