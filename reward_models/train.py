@@ -2,9 +2,11 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import transformers
 from datasets import Dataset
+from peft import get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TrlRewardConfig
 
@@ -90,12 +92,24 @@ def _train_whole(train: Dataset, config: RewardConfig, output: Path, checkpoints
     show_progress(trainer, f"reward model {output.name}")
     with stoppable(trainer):
         trainer.train(resume_from_checkpoint=last)
+    trained = _gathered(trainer, config)
+    if trained is not None:
+        save_model(trained.merge_and_unload() if config.peft is not None else trained, tokenizer, output)
+
+
+def _gathered(trainer: ObjectiveRewardTrainer, config: RewardConfig) -> Any:
+    """The trained model on the first process, None on the others; what was sharded is put into the model anew."""
+    sharded: bool = trainer.is_fsdp_enabled
+    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else {}  # every process gives its part
     if process_rank() > 0:
-        return
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    if config.peft is not None:
-        trained = trained.merge_and_unload()
-    save_model(trained, tokenizer, output)
+        return None
+    if not sharded:
+        return trainer.accelerator.unwrap_model(trainer.model)
+    model, _ = load_reward_model(config.model, trust_remote_code=config.trusts_remote_code)
+    adapter = build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS")
+    whole = model if adapter is None else get_peft_model(model, adapter)
+    whole.load_state_dict(weights)
+    return whole
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:

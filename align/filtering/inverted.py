@@ -83,7 +83,7 @@ def search(
     first = lists(min(FIRST_PROBES, count))
     found, probes = _tune(view, true, centres, first[:, 0])
     near = lists(probes)
-    order = np.argsort(near[:, 0], kind="stable")  # a block of queries finds its lists in the processor's cache
+    order = _by_list(view, first[:, 0])
     best: Arrays = {}
     for stop in _stops(view, folder):
         share = _share(view, first[:, 0], stop, count, true.k)
@@ -184,6 +184,14 @@ class Share:
             "similarity": np.take_along_axis(similarity, kept, axis=1),
             "place": np.take_along_axis(place, kept, axis=1),
         })  # fmt: skip
+
+
+def _by_list(view: View, lists: np.ndarray) -> np.ndarray:
+    """Places in an order in which queries of one list follow each other, which keeps it in the processor's cache.
+
+    Only within as many vectors as a share has: these are read from the file together, wherever it lies.
+    """
+    return np.concatenate([block[np.argsort(lists[block], kind="stable")] for block in view.blocks(_share_size(view))])
 
 
 def _stops(view: View, folder: Path | None = None) -> list[int]:

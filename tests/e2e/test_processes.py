@@ -276,3 +276,26 @@ def test_sharded_training(tmp_path: Path, peft: dict[str, Any] | None) -> None:
     for method in methods:
         one, other = (tmp_path / "runs" / name / f"train-{method}" / "model" for name in ("one", "sharded"))
         assert_same_weights(one, other, kind=kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", [None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}])
+def test_sharded_reward_model(tmp_path: Path, peft: dict[str, Any] | None) -> None:
+    """The same of a reward model, an adapter merged into it."""
+    llama_reward(tmp_path / "reward")
+    jsonl(tmp_path / "pairs.jsonl", pairs(PAIRS))
+    for name, processes in (("one", 1), ("sharded", 2)):
+        trainer = {"max_steps": 7, "learning_rate": 1e-3, "use_cpu": processes == 1}
+        reward = {"model": "reward", "max_length": 64, "trainer": trainer, "peft": peft}
+        done = launched(
+            processes,
+            "reward",
+            "train",
+            run_file(tmp_path, name, processes, reward=reward),
+            cwd=tmp_path,
+            module="align.cli" if processes == 1 else "tests.fsdp_cli",
+            launcher=ROOT / "configs" / "accelerate" / "fsdp2.yaml",
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+    assert_same_weights(*(tmp_path / "runs" / name / "reward" / "model" for name in ("one", "sharded")))
