@@ -54,7 +54,7 @@ WIDTHS = ((128, 2), (192, 4), (256, 6), (384, 8))
 WORDS = (10, 20, 40, 80)
 """Of each text, where no model reads it."""
 VECTORS = ((25_000, 64), (50_000, 96), (50_000, 192), (100_000, 128))
-TEXT_WORDS = 24
+TEXT_WORDS, LONG_WORDS = 24, 200
 BATCH_TOKENS = 2048
 REPEATS = 3
 
@@ -223,8 +223,11 @@ def fitted(found: list[Measured]) -> dict[str, Any]:
 
 
 def through_one_process(count: int = 512) -> float:
-    """Seconds a pair that sending shards to score and taking them back costs the process that gave the command."""
-    table = pairs(count, TEXT_WORDS)
+    """Seconds a pair that sending shards to score and taking them back costs the process that gave the command.
+
+    Of pairs as long as those that plans are made for.
+    """
+    table = pairs(count, LONG_WORDS)
     made = encode(Dataset.from_dict({"reward_chosen": [0.5] * count, "reward_rejected": [0.25] * count}))
     return best(lambda: (encode(table), decode(made))) / count
 

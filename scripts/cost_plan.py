@@ -17,12 +17,15 @@ from typing import Any
 PAIRS = (10_000_000, 100_000_000, 1_000_000_000)
 PROMPT, RESPONSE = 200, 300
 """Tokens."""
-WORDS_PER_TOKEN = 0.75
+WORDS_PER_TOKEN, BYTES_PER_TOKEN = 0.75, 4.5
 DIMENSIONS = 384
 ENCODER, REWARD, POLICY = 22e6, 70e9, 8e9
 """Weights."""
 CORES_PER_GPU = 16
 SCORED_SHARD, COLUMNS = 512, 12
+DRIVER_SECONDS = 2.0e-5
+"""Of a pair that a filter reads, sorts, selects and writes: bench_filter.py at 100,000 pairs, its stages without those
+that a cluster shares."""
 BYTES_OF_A_NUMBER = 8
 
 
@@ -71,7 +74,10 @@ def stages(plan: Plan) -> dict[str, Callable[[float, int], float]]:
         "neighbours": lambda pairs, gpus: (
             pairs * plan.cpu_seconds("neighbours", 1, DIMENSIONS * pairs**0.5) / (CORES_PER_GPU * gpus) / 3600
         ),
-        "shards through the one process": lambda pairs, gpus: pairs * plan.cost["through_one_process"] / 3600,
+        "one process: shards sent to score and taken back": lambda pairs, gpus: (
+            pairs * plan.cost["through_one_process"] / 3600
+        ),
+        "one process: a filter's reading, sorting, writing": lambda pairs, gpus: pairs * DRIVER_SECONDS / 3600,
     }
 
 
@@ -83,19 +89,31 @@ def table(plan: Plan, gpus: list[int]) -> str:
         "|---|" + "---|" * len(columns),
     ]
     for name, hours in stages(plan).items():
-        lines.append(f"| {name} | " + " | ".join(f"{hours(*column):.2g}" for column in columns) + " |")
+        lines.append(f"| {name} | " + " | ".join(_hours(hours(*column)) for column in columns) + " |")
     return "\n".join(lines)
+
+
+def _hours(value: float) -> str:
+    return (
+        f"{value:,.0f}"
+        if value >= 10
+        else f"{value:.1f}"
+        if value >= 1
+        else f"{value:.2f}"
+        if value >= 0.01
+        else "<0.01"
+    )
 
 
 def sizes(plan: Plan) -> str:
     """Memory, traffic and files, a row for each number of pairs."""
-    scored, dense = plan.cost["stages"]["scoring"], 4 * DIMENSIONS
+    returned, sent = plan.cost["stages"]["scoring"]["bytes_returned"], BYTES_PER_TOKEN * (PROMPT + 2 * RESPONSE)
     lines = [
-        "| pairs | columns in memory | vectors on disk | sent to score | returned | files of scores |",
+        "| pairs | columns in memory | vectors on disk | sent to score, at most | returned | files of scores |",
         "|---" * 6 + "|",
     ]
     for pairs in PAIRS:
-        amounts = (COLUMNS * BYTES_OF_A_NUMBER, dense, scored["bytes_sent"], scored["bytes_returned"])
+        amounts = (COLUMNS * BYTES_OF_A_NUMBER, 4 * DIMENSIONS, sent, returned)
         cells = " | ".join(f"{pairs * amount / 2**30:,.0f} GiB" for amount in amounts)
         lines.append(f"| {pairs:,} | {cells} | {pairs // SCORED_SHARD:,} |")
     return "\n".join(lines)

@@ -195,7 +195,7 @@ def test_a_reward_model_says_which_pairs_are_unlike_its_own(tmp_path: Path) -> N
         (["page", "other"], "other/report.json: not the report of an evaluation"),
         (["reward", "adapter", *SHARED], "adapter/adapter_config.json: not valid JSON"),
         (["page", "nowhere"], "holds no report.json"),
-        (["compare", "one", "two", "--prompts", "no.jsonl", "--output", "out"], "no.jsonl: cannot be read"),
+        (["compare", "one", "two", "--prompts", "no.jsonl", "--output", "out"], "no.jsonl: no such file"),
         (["reward-model", "prompts.jsonl", "--model", "base", "--output", "out"], "no column 'chosen'"),
     ],
 )  # fmt: skip
