@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 
 def kept_array(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -23,3 +24,13 @@ def kept_array(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
         np.save(temporary, made, allow_pickle=False)
         temporary.replace(file)
     return made
+
+
+def kept_arrays(file: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Several arrays in one ``.safetensors`` file, as ``kept_array`` keeps one."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        save_file(make(), temporary)
+        temporary.replace(file)
+    return load_file(file)

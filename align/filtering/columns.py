@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from safetensors.numpy import load_file, save_file
 
+from align.arrays import kept_arrays
 from align.config import ClusterConfig, FilterConfig, OodConfig
 from align.filtering.embed import PART, Encoder, TextEncoder, read_embeddings
 from align.filtering.ood import Mahalanobis
@@ -87,12 +87,7 @@ def distances(
     known = load_pairs(ood.pairs)
     key = digest([fingerprint_source(ood.model), fingerprint(known), ood.quantile])[:16]
     file = cache / f"ood-{key}.safetensors"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        save_file(_fit(known, ood), temporary)
-        temporary.replace(file)
-    fitted = load_file(file)
+    fitted = kept_arrays(file, lambda: _fit(known, ood))
     job = Distance(ood.model, Mahalanobis(fitted["means"], fitted["whitening"]))
     table = pairs.select_columns(list(PARTS))
     found = found_of(table, job, cache / f"ood-{key}", what="distances", rows=ROWS, cluster=cluster)

@@ -224,11 +224,20 @@ def _train(view: View, count: int, seed: int) -> np.ndarray:
     return found
 
 
+def enough(first: int, most: int, recall_of: Callable[[int], float]) -> tuple[float, int]:
+    """Raise the effort of a search from ``first`` on until its recall is ``WANTED_RECALL``; (recall, effort)."""
+    effort = min(first, most)
+    while (found := recall_of(effort)) < WANTED_RECALL and effort < most:
+        log.debug("effort %d: recall %.3f", effort, found)
+        effort = min(most, math.ceil(1.5 * effort))
+    return found, effort
+
+
 def _tune(view: View, true: Sample, centres: np.ndarray, lists: np.ndarray) -> tuple[float, int]:
-    """Look into more lists until ``WANTED_RECALL`` of the true neighbours are found; (recall, lists)."""
+    """Look into more lists until enough of the true neighbours are found; (recall, lists)."""
     count, rows_asked = len(centres), range(len(true.rows))
-    probes = min(FIRST_PROBES, count)
-    while True:
+
+    def recall_of(probes: int) -> float:
         bare = Queries(view, true.rows).select(rows_asked)
         near = as_array(Assign(centres, probes).start()(bare), "list")
         best: Arrays = {}
@@ -237,11 +246,9 @@ def _tune(view: View, true: Sample, centres: np.ndarray, lists: np.ndarray) -> t
             rows = Queries(view, true.rows, near.__getitem__, best).select(rows_asked)
             made = share.start()(rows)
             best = {name: as_array(made, name) for name in made.column_names}
-        found = true.recall(view, best["place"])
-        log.debug("%d lists looked into: recall %.3f", probes, found)
-        if found >= WANTED_RECALL or probes >= count:
-            return found, probes
-        probes = min(count, math.ceil(1.5 * probes))
+        return true.recall(view, best["place"])
+
+    return enough(FIRST_PROBES, count, recall_of)
 
 
 def faiss() -> Any:

@@ -5,7 +5,6 @@ Memory beside the vectors (N of D numbers, which may lie in a memory-mapped file
 vectors and about 140 bytes of links for each.
 """
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +87,7 @@ def kth_distance(
     k = min(k, len(view) - 1)
     if method == "exact" or (method == "auto" and len(view) <= exact_limit):
         return Neighbours(_exact(view, np.arange(len(view)), k), "exact", 1.0)
+    inverted.faiss()  # whether it is there, before the work begins
     sample = np.random.default_rng(seed).choice(len(view), min(SAMPLE, len(view)), replace=False)
     true = inverted.Sample(sample, k, _exact(view, sample, k))
     if method == "hnsw":
@@ -132,16 +132,17 @@ def _by_graph(view: View, true: inverted.Sample) -> Neighbours:
     blocks = list(view.blocks(ADD_BLOCK))
     for block in progress(blocks, what="index", total=len(blocks), unit="blocks"):
         index.add(view[block])
-    index.hnsw.efSearch = FIRST_EF
-    while (recall := true.recall(view, _search(index, view, true.rows, true.k)[1])) < inverted.WANTED_RECALL:
-        if index.hnsw.efSearch >= MOST_EF:
-            break
-        index.hnsw.efSearch = min(MOST_EF, math.ceil(1.5 * index.hnsw.efSearch))
+
+    def recall_of(candidates: int) -> float:
+        index.hnsw.efSearch = candidates
+        return true.recall(view, _search(index, view, true.rows, true.k)[1])
+
+    recall, candidates = inverted.enough(FIRST_EF, MOST_EF, recall_of)
     distance = np.empty(len(view))
     parts = list(view.blocks(8 * BLOCK))
     for rows in progress(parts, what="neighbours", total=len(parts), unit="blocks"):
         distance[rows], _ = _search(index, view, rows, true.k)
-    return Neighbours(distance, f"HNSW graph of {LINKS} links, {index.hnsw.efSearch} candidates", recall)
+    return Neighbours(distance, f"HNSW graph of {LINKS} links, {candidates} candidates", recall)
 
 
 def _search(index: Any, view: View, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

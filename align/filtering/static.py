@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
+from align.arrays import kept_arrays
 from align.filtering.embed import Encoder
 
 TOKENS_PER_PART = 2048
@@ -31,15 +31,10 @@ class StaticEncoder:
     """
 
     def __init__(self, model: str, file: Path) -> None:
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(".tmp")
-            save_file({"table": distilled(Encoder(model))}, temporary)
-            temporary.replace(file)
+        self.table = kept_arrays(file, lambda: {"table": distilled(Encoder(model))})["table"]
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.table = load_file(file)["table"]
 
     @property
     def size(self) -> int:
