@@ -10,12 +10,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from align.console import log
 
 STATE = "trainer_state.json"
+PARTS = ("pytorch_model_fsdp_*/", "optimizer_*/")
+"""Folders of a checkpoint that the processes of a sharded training write, each its part (accelerate's names)."""
+PARTS_WRITTEN = ".metadata"
+"""What torch.distributed.checkpoint leaves last in such a folder."""
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint under ``folder`` that was written to its end; newer, unfinished ones are removed.
 
-    The trainer writes the state last, so a checkpoint whose state can be read is whole.
+    The trainer writes the state last, so a checkpoint whose state can be read is whole, but for parts that are written
+    in the background (``align/background_saves.py``), which say so themselves.
 
     Args:
         folder: ``output_dir`` of the trainer; it need not exist.
@@ -34,4 +39,6 @@ def _is_whole(checkpoint: Path) -> bool:
         state = TrainerState.load_from_json(str(checkpoint / STATE))
     except (OSError, json.JSONDecodeError, TypeError):
         return False
-    return f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" == checkpoint.name
+    parts = [folder for pattern in PARTS for folder in checkpoint.glob(pattern)]
+    written = all((folder / PARTS_WRITTEN).exists() for folder in parts)
+    return written and f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" == checkpoint.name

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from trl import RewardTrainer
 
+from align.background_saves import BackgroundSaves
 from align.finite import FiniteSteps
 from align.resuming import ExactResume
 from align.whole_epochs import REAL, WholeEpochs, only_real
 
 
-class GuardedRewardTrainer(ExactResume, WholeEpochs, RewardTrainer):
+class GuardedRewardTrainer(BackgroundSaves, ExactResume, WholeEpochs, RewardTrainer):
     """trl's RewardTrainer with a look at every loss, gradient and weight; see ``FiniteSteps``.
 
     Args:

@@ -86,6 +86,7 @@ def _train_whole(train: Dataset, config: RewardConfig, output: Path, checkpoints
             processing_class=tokenizer,
             peft_config=build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS"),
         )
+    trainer.in_background = config.async_checkpoints
     last = from_first(lambda: last_whole_checkpoint(checkpoints))
     if last is not None:
         log.info("reward model %s: resuming from %s", output.name, last)

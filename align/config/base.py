@@ -10,6 +10,9 @@ ADDED = frozenset({"pairs_per_step"})
 """Fields that came later: absent, they make no stage stale that was finished without them."""
 NAME = r"^\w[\w .+=-]{0,99}$"
 
+OF_THE_MACHINE = frozenset({"async_checkpoints"})
+"""Fields that no result depends on."""
+
 
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values are frozen once read."""
@@ -17,8 +20,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
 
     def made_from(self, *, without: set[str]) -> dict[str, Any]:
-        """The values that a stage is made from; those of ``ADDED`` where they are given."""
-        values = self.model_dump(exclude=without)
+        """The values that a stage is made from, without ``OF_THE_MACHINE``; those of ``ADDED`` where they are given."""
+        values = self.model_dump(exclude=without | OF_THE_MACHINE)
         return {name: value for name, value in values.items() if name not in ADDED or value is not None}
 
 

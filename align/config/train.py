@@ -103,6 +103,9 @@ class TrainConfig(Section):
     pairs_per_step: Count | None = None
     """Pairs of an optimizer step over all processes, whatever their number; absent: per_device_train_batch_size x
     gradient_accumulation_steps x processes."""
+    async_checkpoints: bool = False
+    """Where checkpoints are in parts (FSDP2, ``SHARDED_STATE_DICT``): write them while the training goes on, from a
+    copy in the machine's memory. No effect elsewhere."""
     trainer: dict[str, Any] = {}
     """Fields of trl.DPOConfig, passed through unchanged."""
 

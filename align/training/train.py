@@ -150,6 +150,7 @@ def train_policy(
         tilt=options.weights.tilt if options.weights else None,
     )  # fmt: skip
     show_pair(trainer.train_dataset[0], trainer.processing_class)
+    trainer.in_background = config.async_checkpoints
     last = from_first(lambda: last_whole_checkpoint(checkpoints))
     if last is not None:
         log.info("train %s: resuming from %s", method, last)

@@ -12,6 +12,7 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from align.background_saves import BackgroundSaves
 from align.batching import token_batches
 from align.beta_dpo import BetaDpoState, beta_dpo, beta_dpo_step
 from align.config import RemedyConfig, TiltConfig, TokenMaskConfig
@@ -43,7 +44,7 @@ LOSS_STATE = "loss_state.json"
 UNUSED_FIELDS = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl", "loss_weights": None}
 
 
-class PreferenceTrainer(ExactResume, WholeEpochs, DPOTrainer):
+class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
     """trl's DPOTrainer, its loss replaced by ``loss`` and multiplied by the pair's ``weight`` before the mean.
 
     The loss of an optimizer step is mean_i weight_i * loss_i over its pairs; weights are not renormalised.

@@ -105,3 +105,71 @@ def test_torchrun_starts_it_again(tmp_path: Path) -> None:
     sharded, trained = json.loads(counts.read_text())
     assert 0 < sharded == trained
     assert difference(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed") == 0
+
+
+SLOW = "tests.slow_writes_cli"
+"""Checkpoints after steps 3, 6, 9 and 12; only the newest is kept."""
+
+
+def in_background(folder: Path, name: str) -> str:
+    """A run whose parts are written while it goes on."""
+    file = folder / run_file(folder, name, use_cpu=False, save_steps=3, save_total_limit=1)
+    tree = yaml.safe_load(file.read_text())
+    tree["train"]["async_checkpoints"] = True
+    file.write_text(yaml.safe_dump(tree))
+    return file.name
+
+
+def disk(folder: Path, **told: float) -> None:
+    """See ``tests.slow_writes_cli``."""
+    (folder / "disk.json").write_text(json.dumps({"slow": 0, "seconds": 1} | told))
+
+
+def test_written_while_the_training_goes_on(tmp_path: Path) -> None:
+    """Steps are made meanwhile, and the weights are those without a checkpoint in the background."""
+    prepare(tmp_path)
+    config = launcher(tmp_path)
+    waiting = launched(2, "run", run_file(tmp_path, "waiting", use_cpu=False), cwd=tmp_path, module=MODULE,
+                       launcher=config)  # fmt: skip
+    assert waiting.returncode == 0, waiting.stderr
+    disk(tmp_path)
+    done = launched(2, "run", in_background(tmp_path, "whole"), cwd=tmp_path, module=SLOW, launcher=config)
+    assert done.returncode == 0, done.stderr
+    assert difference(tmp_path / "runs" / "waiting", tmp_path / "runs" / "whole") == 0
+    writes = [json.loads(line) for line in (tmp_path / "writes.jsonl").read_text().splitlines()]
+    assert sorted((one["rank"], one["checkpoint"]) for one in writes) == [
+        (rank, step) for rank in (0, 1) for step in (3, 6, 9, 12) for _ in ("model", "optimizer")
+    ]
+    assert all(one["written_in"] > one["checkpoint"] for one in writes if one["checkpoint"] == 3), writes
+    kept = tmp_path / "runs" / "whole" / "train-dpo" / "checkpoints"
+    assert [path.name for path in kept.iterdir()] == [f"checkpoint-{STEPS}"]
+
+
+def test_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """The one before, which it would have replaced, is still there; the training goes on from it, bit for bit."""
+    prepare(tmp_path)
+    config, file = launcher(tmp_path), in_background(tmp_path, "killed")
+    disk(tmp_path, slow=6, seconds=20)
+    to_die(tmp_path, rank=1)
+    assert launched(2, "run", file, cwd=tmp_path, module=SLOW, launcher=config).returncode != 0
+    assert not (tmp_path / "dies.json").exists()
+    disk(tmp_path, seconds=0)
+    again = launched(2, "run", file, cwd=tmp_path, module=SLOW, launcher=config)
+    assert again.returncode == 0, again.stderr
+    assert "checkpoint-6: not written to its end" in again.stderr and "resuming from" in again.stderr
+    assert "checkpoint-3\n" in again.stderr
+    whole = launched(2, "run", in_background(tmp_path, "whole"), cwd=tmp_path, module=SLOW, launcher=config)
+    assert whole.returncode == 0, whole.stderr
+    assert difference(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed") == 0
+
+
+def test_a_disk_that_is_full_meanwhile(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    config, file = launcher(tmp_path), in_background(tmp_path, "full")
+    disk(tmp_path, seconds=0, full=6, rank=1)
+    failed = launched(2, "run", file, cwd=tmp_path, module=SLOW, launcher=config)
+    assert failed.returncode != 0
+    assert "error [disk-full]" in failed.stderr, failed.stderr
+    disk(tmp_path, seconds=0)
+    again = launched(2, "run", file, cwd=tmp_path, module=SLOW, launcher=config)
+    assert again.returncode == 0 and "checkpoint-3\n" in again.stderr, again.stderr
