@@ -11,15 +11,15 @@ from datasets import Dataset
 
 from align.config import LossConfig
 from align.entanglement.batch import MAX_LENGTH
-from align.evaluation.completions import Decoding, measure_kl, score, write_completions
+from align.evaluation.completions import Decoding
 from align.evaluation.policies import REFERENCE, Policy
 from align.loss_registry import LOSSES
-from align.model_loading import load_policy, load_tokenizer
 from align.pairs import read_pairs
 from align.stage import Stage, fingerprint_source, read_json, run_stage, stage_key, write_json
 from align.training.train import MODEL, train_policy
 from align.trust.commands import FEATURES, FILE, loss_parameters, measure
 from protocol.data import Quality, Study, read_prompts
+from protocol.judging import Decoded, judge_policy, merge_adapter
 from reward_models.judges import make_judge
 
 CELL = "cell.json"
@@ -90,9 +90,8 @@ def run_cell(
         table = relabelled(table) if method == RELABELLED else table
         trained, cache = folder / "train", study.root / f"seed-{seed}" / quality / "reference-logps"
         train_policy(table, train, method, trained, seed=seed, reference_cache=cache)
-        found = _judge(
-            study, Policy(method, str(_merge(study, trained / MODEL, folder / "merged"))), seed, split, folder
-        )
+        merged = merge_adapter(trained / MODEL, study.train.model, folder / "merged")
+        found = _judge(study, Policy(method, str(merged)), seed, split, folder)
         shutil.rmtree(folder / "merged", ignore_errors=True)
         facts = {"quality": quality, "method": method, "seed": seed, "split": split.name, "parameters": parameters}
         write_json(folder / CELL, facts | ({"measured": measured} if measured else {}) | {"decoded": found})
@@ -156,34 +155,12 @@ def _judging(study: Study, split: Split) -> dict[str, Any]:
     }
 
 
-def _merge(study: Study, trained: Path, target: Path) -> Path:
-    """The trained model as a folder without an adapter, which would cost each sampled token more than once."""
-    policy = load_policy(str(trained), dtype="float32")
-    if not hasattr(policy, "merge_and_unload"):
-        return trained
-    shutil.rmtree(target, ignore_errors=True)  # what a killed run has left may be half of a model
-    policy.merge_and_unload().save_pretrained(target)
-    load_tokenizer(study.train.model).save_pretrained(target)
-    return target
-
-
-def _judge(study: Study, policy: Policy, seed: int, split: Split, folder: Path) -> dict[str, dict[str, list[float]]]:
-    """Temperature -> gold reward, log policy - log reference and tokens of a completion of each prompt."""
-    prompts, judge = read_prompts(study, split.name), make_judge(study.judge)
+def _judge(study: Study, policy: Policy, seed: int, split: Split, folder: Path) -> Decoded:
+    sizes = study.sizes
+    decodings = [Decoding(sizes.max_new_tokens, heat, seed, sizes.batch_size) for heat in split.temperatures]
     reference = Policy(REFERENCE, study.train.model)
-    made = {}
-    for heat in split.temperatures:
-        decoding = Decoding(study.sizes.max_new_tokens, heat, seed, study.sizes.batch_size)
-        written = write_completions(policy, prompts, decoding, folder)
-        kl = np.zeros(len(prompts))
-        if policy.model != reference.model or heat != 1:
-            kl = measure_kl(written, reference, folder)
-        made[f"{heat:g}"] = {
-            "reward": np.round(score(written, judge, folder), 4).tolist(),
-            "kl": np.round(kl, 4).tolist(),
-            "tokens": [len(ids) for ids in written.table["token_ids"]],
-        }
-    return made
+    prompts = read_prompts(study, split.name)
+    return judge_policy(policy, reference, prompts, decodings, make_judge(study.judge), folder)
 
 
 def choose(cells: Sequence[dict[str, Any]]) -> int:

@@ -1,0 +1,320 @@
+"""Is a filtered quarter of noisy pairs worth all of them, or more than a random quarter, to a policy?
+
+A pair is two human-rated movie-review snippets; gold says that the one with the higher mean rating (15 to 20 people) is
+better, and a known share of the labels is flipped. Margins are cross-fitted on the flipped labels (a logistic head on
+frozen MiniLM features, five folds), the filter is `align filter`'s with its default weights; diversity is that of both
+responses together, since all pairs share one prompt. Then DPO and MADPO train SmolLM2-135M on all pairs, on a random
+subset, on the filtered one and on the one with the largest margins, one pass each, and are judged by VADER, which none
+of them has seen, on openings of other snippets. A head on each subset is judged on clean pairs.
+
+Every cell (share flipped, seed, subset, loss) is a folder with cell.json; one that is there, or is in --known, is not
+made again.
+
+    python scripts/study_filtered_policies.py --flipped 0.2 0.3 0.4 --seeds 0 1 2
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from build_demo_data import PAIR_PROMPT, Snippet, as_pair, openings, read_snippets
+from datasets import Dataset
+from protocol.judging import judge_policy, merge_adapter
+
+from align.config import FilterConfig, LossConfig, RewardConfig, TrainConfig
+from align.console import configure, log, progress
+from align.errors import AlignError
+from align.estimates import bootstrap_mean
+from align.evaluation.completions import Decoding
+from align.evaluation.policies import REFERENCE, Policy
+from align.filtering.embed import embed
+from align.filtering.run import filter_pairs
+from align.pairs import read_pairs, write_pairs
+from align.stage import digest, read_json, run_stage, write_json
+from align.training.train import MODEL, train_policy
+from reward_models.crossfit import cross_fit
+from reward_models.judges import make_judge
+from reward_models.score import RewardScorer
+from reward_models.train import train_reward_model
+
+ARMS = ("all pairs", "random", "filtered", "largest margins")
+LOSSES = {"dpo": LossConfig(loss="dpo", parameters={"beta": 0.1}), "madpo": LossConfig(loss="madpo")}
+CELL = "cell.json"
+JUDGE = "vader"
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much of everything; fixed before any result."""
+
+    pairs: int
+    keep: float
+    clean_pairs: int
+    prompts: int
+    batch: int
+    rate: float
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What every cell shares."""
+
+    assets: Path
+    output: Path
+    sizes: Sizes
+    known: dict[str, dict[str, Any]]
+
+    @property
+    def model(self) -> str:
+        """Policy and reference."""
+        return str(self.assets / "smollm2")
+
+    @property
+    def reward(self) -> RewardConfig:
+        """A head on frozen features."""
+        return RewardConfig(model=str(self.assets / "minilm"), head="logistic", folds=5, max_length=128)
+
+
+def gold_pairs(snippets: list[Snippet], count: int, rng: random.Random) -> list[dict[str, Any]]:
+    """``count`` pairs in which no snippet occurs twice, labelled by the mean ratings."""
+    pool = rng.sample(snippets, len(snippets))
+    ordered = (sorted(two, key=lambda one: -one.mean) for two in zip(pool[0::2], pool[1::2], strict=False))
+    return [as_pair(*two) for two in ordered if two[0].mean != two[1].mean][:count]
+
+
+def flip(rows: list[dict[str, Any]], share: float, rng: random.Random) -> list[dict[str, Any]]:
+    """The same pairs, of a share of which the label is turned round."""
+    wrong = set(rng.sample(range(len(rows)), round(share * len(rows))))
+    return [
+        row | {"chosen": row["rejected"], "rejected": row["chosen"], "gold_margin": -row["gold_margin"]}
+        if k in wrong
+        else row
+        for k, row in enumerate(rows)
+    ]
+
+
+def draw(study: Study, flipped: float, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """Noisy pairs to train on, clean pairs, prompts of the same kind as the pairs; no snippet is in two of them."""
+    rng = random.Random(f"{seed}")
+    snippets = read_snippets(study.assets / "snippets")
+    random.Random(0).shuffle(snippets)
+    sizes, prompts = study.sizes, openings(snippets, study.sizes.prompts)
+    taken = {row["id"] for row in prompts}
+    rest = rng.sample(left := [snippet for snippet in snippets if snippet.id not in taken], len(left))
+    cut = len(rest) * 2 // 3
+    train = flip(gold_pairs(rest[:cut], sizes.pairs, rng), flipped, random.Random(f"{seed} {flipped}"))
+    clean = gold_pairs(rest[cut:], sizes.clean_pairs, rng)
+    return train, clean, [f"{PAIR_PROMPT} {row['prompt']}" for row in prompts]
+
+
+def make_subsets(study: Study, flipped: float, seed: int) -> Path:
+    """A folder per arm with its pairs in ``pairs/``, and subsets.json: sizes, labels, CPU seconds, a head."""
+
+    def work(folder: Path) -> None:
+        rows, clean, _ = draw(study, flipped, seed)
+        start = time.process_time()
+        scored = cross_fit(Dataset.from_list(rows), study.reward, folder / "reward", seed=seed)
+        seconds = {"margins": time.process_time() - start}
+        start = time.process_time()
+        texts = [row["chosen"].strip() + " " + row["rejected"].strip() for row in rows]
+        np.save(folder / "vectors.npy", embed(texts, study.reward.model))
+        settings = FilterConfig(keep=study.sizes.keep, embeddings=str(folder / "vectors.npy"))
+        kept = filter_pairs(scored, settings, folder / "parts", held_out=[], seed=seed).kept
+        seconds["filter"] = time.process_time() - start
+        size = int(kept.sum())
+        places = {
+            "all pairs": np.arange(len(rows)),
+            "random": np.sort(np.random.default_rng(seed).choice(len(rows), size, replace=False)),
+            "filtered": np.flatnonzero(kept),
+            "largest margins": np.sort(np.argsort(-np.asarray(scored["margin"]), kind="stable")[:size]),
+        }
+        facts: dict[str, Any] = {"seconds": seconds, "arms": {}}
+        for name in ARMS:
+            part = scored.select(places[name])
+            write_pairs(part, folder / name / "pairs")
+            train_reward_model(part, study.reward, folder / name / "head", seed=seed)
+            scorer = RewardScorer(folder / name / "head", batch_tokens=4096, max_length=128)
+            margin = scorer.score_pairs(Dataset.from_list(clean))["margin"]
+            facts["arms"][name] = {
+                "pairs": len(part),
+                "gold_labels": float(np.mean(np.asarray(part["gold_margin"]) > 0)),
+                "head_on_clean": float(np.mean(np.asarray(margin) > 0)),
+            }
+        write_json(folder / "subsets.json", facts)
+        for left in ("parts", "reward"):
+            shutil.rmtree(folder / left)
+
+    inputs = {"flipped": flipped, "seed": seed, "sizes": asdict(study.sizes)}
+    name = f"subsets, {flipped:.0%} flipped, seed {seed}"
+    return run_stage(name, study.output / f"{flipped:g}-{seed}" / "subsets", inputs, work).folder
+
+
+def train_config(study: Study, loss: str) -> TrainConfig:
+    """One pass; the demo's adapter and schedule."""
+    return TrainConfig(
+        model=study.model,
+        methods={loss: LOSSES[loss]},
+        peft={"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+        trainer={
+            "num_train_epochs": 1, "per_device_train_batch_size": study.sizes.batch, "warmup_steps": 2,
+            "learning_rate": study.sizes.rate, "lr_scheduler_type": "cosine", "max_length": 128,
+            "bf16": True, "use_cpu": not torch.cuda.is_available(),
+            "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
+        },
+    )  # fmt: skip
+
+
+def run_cell(study: Study, flipped: float, seed: int, arm: str, loss: str) -> dict[str, Any]:
+    """A policy and what it writes."""
+    named = {"flipped": flipped, "seed": seed, "arm": arm, "loss": loss}
+    key = digest(named | {"sizes": asdict(study.sizes), "judge": JUDGE})
+    if key in study.known:
+        return study.known[key]
+    subsets = make_subsets(study, flipped, seed)
+    folder = study.output / f"{flipped:g}-{seed}" / f"{arm}-{loss}"
+
+    def work(folder: Path) -> None:
+        start = time.process_time()
+        pairs = read_pairs(subsets / arm / "pairs")
+        cache = study.output / f"{flipped:g}-{seed}" / "reference-logps"
+        train_policy(pairs, train_config(study, loss), loss, folder / "train", seed=seed, reference_cache=cache)
+        seconds = time.process_time() - start
+        merged = merge_adapter(folder / "train" / MODEL, study.model, folder / "merged")
+        found = _judged(study, Policy(loss, str(merged)), flipped, seed, folder)
+        shutil.rmtree(folder / "merged", ignore_errors=True)
+        made = read_json(subsets / "subsets.json")
+        own = made["arms"][arm] | {
+            "margin_seconds": made["seconds"]["margins"],
+            "filter_seconds": made["seconds"]["filter"],
+        }
+        write_json(folder / CELL, named | own | {"seconds": seconds} | found)
+
+    stage = run_stage(f"{arm}, {loss}, {flipped:.0%} flipped, seed {seed}", folder, {"key": key}, work)
+    return {"key": key} | read_json(stage.folder / CELL)
+
+
+def run_reference(study: Study, seed: int) -> dict[str, Any]:
+    """The same of the reference."""
+    named = {"flipped": None, "seed": seed, "arm": REFERENCE, "loss": REFERENCE}
+    key = digest(named | {"sizes": asdict(study.sizes), "judge": JUDGE})
+    if key in study.known:
+        return study.known[key]
+
+    def work(folder: Path) -> None:
+        write_json(folder / CELL, named | _judged(study, Policy(REFERENCE, study.model), 0.0, seed, folder))
+
+    stage = run_stage(f"reference, seed {seed}", study.output / f"reference-{seed}", {"key": key}, work)
+    return {"key": key} | read_json(stage.folder / CELL)
+
+
+def _judged(study: Study, policy: Policy, flipped: float, seed: int, folder: Path) -> dict[str, Any]:
+    prompts, sizes = draw(study, flipped, seed)[2], study.sizes
+    decoding = Decoding(sizes.max_new_tokens, 1.0, seed, 64)
+    return judge_policy(policy, Policy(REFERENCE, study.model), prompts, [decoding], make_judge(JUDGE), folder)["1"]
+
+
+def summarise(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per share flipped and arm, over the seeds that all arms have under both losses."""
+    start = {cell["seed"]: np.array(cell["reward"]) for cell in references}
+    found = {(cell["flipped"], cell["arm"], cell["loss"], cell["seed"]): cell for cell in cells}
+    rows = []
+    for flipped in sorted({cell["flipped"] for cell in cells}):
+        seeds = [s for s in start if all((flipped, arm, loss, s) in found for arm in ARMS for loss in LOSSES)]
+        for arm in ARMS if seeds else ():
+            own = [found[flipped, arm, "dpo", seed] for seed in seeds]
+            row: dict[str, Any] = {"flipped": flipped, "arm": arm, "seeds": len(seeds)}
+            for name in ("pairs", "gold_labels", "head_on_clean", "margin_seconds", "filter_seconds"):
+                row[name] = float(np.mean([cell[name] for cell in own]))
+            for loss in LOSSES:
+                here, random_ = ([found[flipped, one, loss, seed] for seed in seeds] for one in (arm, "random"))
+                gain = np.array([np.array(cell["reward"]) - start[cell["seed"]] for cell in here])
+                less = np.array([np.subtract(a["reward"], b["reward"]) for a, b in zip(here, random_, strict=True)])
+                row[loss] = {
+                    "gain": bootstrap_mean(gain.mean(axis=0), seed=0).to_dict(),
+                    "less_random": bootstrap_mean(less.mean(axis=0), seed=0).to_dict(),
+                    "less_random_by_seed": less.mean(axis=1).round(4).tolist(),
+                    "kl": float(np.mean([np.mean(cell["kl"]) for cell in here])),
+                    "seconds": float(np.mean([cell["seconds"] for cell in here])),
+                }
+            rows.append(row)
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/filtering.md."""
+    head = ["flipped", "subset", "pairs", "gold labels", "head on clean pairs"]
+    head += [f"{name}: {what}" for name in ("DPO", "MADPO") for what in ("gain", "minus random", "KL", "CPU seconds")]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        shown = [f"{row['flipped']:.0%}", row["arm"], f"{row['pairs']:.0f}", f"{row['gold_labels']:.1%}"]
+        shown.append(f"{row['head_on_clean']:.1%}")
+        for loss in LOSSES:
+            own = row[loss]
+            gain, less = (
+                f"{one['value']:+.2f} ({one['low']:+.2f} to {one['high']:+.2f})"
+                for one in (own["gain"], own["less_random"])
+            )
+            shown += [gain, "" if row["arm"] == "random" else less, f"{own['kl']:.1f}", f"{own['seconds']:.0f}"]
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Make the cells that are missing, write cells.jsonl and table.json, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=Path(".assets"))
+    parser.add_argument("--output", type=Path, default=Path("runs/study-filtered-policies"))
+    parser.add_argument("--known", nargs="*", type=Path, default=[], metavar="CELLS.jsonl", help="of earlier runs")
+    parser.add_argument("--flipped", nargs="+", type=float, default=[0.2, 0.3, 0.4])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--pairs", type=int, default=768)
+    parser.add_argument("--keep", type=float, default=0.25)
+    parser.add_argument("--clean-pairs", type=int, default=1000)
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no further cell after so long")
+    arguments = parser.parse_args()
+    configure()
+    names = ("pairs", "keep", "clean_pairs", "prompts", "batch", "rate", "max_new_tokens")
+    lines = [line for file in arguments.known for line in file.read_text(encoding="utf-8").splitlines()]
+    study = Study(
+        arguments.assets, arguments.output, Sizes(**{name: getattr(arguments, name) for name in names}),
+        {cell["key"]: cell for cell in map(json.loads, lines)},
+    )  # fmt: skip
+    study.output.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * arguments.minutes
+    try:
+        references = [run_reference(study, seed) for seed in arguments.seeds]
+        cells = []
+        wanted = [
+            (flipped, seed, arm, loss)
+            for seed in arguments.seeds for flipped in arguments.flipped for loss in LOSSES for arm in ARMS
+        ]  # fmt: skip
+        for one in progress(wanted, what="policies", total=len(wanted), unit="cells"):
+            if time.monotonic() > end:
+                break
+            cells.append(run_cell(study, *one))
+            text = "".join(json.dumps(cell) + "\n" for cell in [*references, *cells])
+            (study.output / "cells.jsonl").write_text(text, encoding="utf-8")
+    except AlignError as error:
+        sys.stderr.write(f"error {error}\n")
+        sys.exit(2)
+    rows = summarise(cells, references)
+    write_json(study.output / "table.json", {"sizes": asdict(study.sizes), "rows": rows})
+    print(markdown(rows))
+    log.info("%d cells; %s", len(cells), study.output / "table.json")
+
+
+if __name__ == "__main__":
+    main()
