@@ -116,20 +116,27 @@ def draw(study: Study, flipped: float, seed: int) -> tuple[list[dict[str, Any]],
     return train, clean, [f"{PAIR_PROMPT} {row['prompt']}" for row in prompts]
 
 
+def scored_and_kept(
+    study: Study, rows: list[dict[str, Any]], folder: Path, seed: int
+) -> tuple[Dataset, np.ndarray, dict[str, float]]:
+    """The pairs with cross-fitted margins, which of them the filter keeps [N], and CPU seconds of both."""
+    start = time.process_time()
+    scored = cross_fit(Dataset.from_list(rows), study.reward, folder / "reward", seed=seed)
+    seconds = {"margins": time.process_time() - start}
+    start = time.process_time()
+    texts = [row["chosen"].strip() + " " + row["rejected"].strip() for row in rows]
+    np.save(folder / "vectors.npy", embed(texts, study.reward.model))
+    settings = FilterConfig(keep=study.sizes.keep, embeddings=str(folder / "vectors.npy"))
+    kept = filter_pairs(scored, settings, folder / "parts", held_out=[], seed=seed).kept
+    return scored, kept, seconds | {"filter": time.process_time() - start}
+
+
 def make_subsets(study: Study, flipped: float, seed: int) -> Path:
     """A folder per arm with its pairs in ``pairs/``, and subsets.json: sizes, labels, CPU seconds, a head."""
 
     def work(folder: Path) -> None:
         rows, clean, _ = draw(study, flipped, seed)
-        start = time.process_time()
-        scored = cross_fit(Dataset.from_list(rows), study.reward, folder / "reward", seed=seed)
-        seconds = {"margins": time.process_time() - start}
-        start = time.process_time()
-        texts = [row["chosen"].strip() + " " + row["rejected"].strip() for row in rows]
-        np.save(folder / "vectors.npy", embed(texts, study.reward.model))
-        settings = FilterConfig(keep=study.sizes.keep, embeddings=str(folder / "vectors.npy"))
-        kept = filter_pairs(scored, settings, folder / "parts", held_out=[], seed=seed).kept
-        seconds["filter"] = time.process_time() - start
+        scored, kept, seconds = scored_and_kept(study, rows, folder, seed)
         size = int(kept.sum())
         places = {
             "all pairs": np.arange(len(rows)),
