@@ -18,6 +18,8 @@ from align.filtering.texts import PARTS, cells, plain, texts_of
 from align.filtering.tokens import Hashes, runs, tokenise, word_list
 
 NEAR = 0.9
+Found = dict[int, str]
+"""Place of a pair that broke a rule -> what was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +46,10 @@ class Table:
         """Places still alive, smallest id first."""
         return self.order[alive[self.order]]
 
-    def name(self, place: int) -> str:
-        """Id of a pair."""
-        return str(self.pairs[int(place)]["id"])
+    def like(self, places: np.ndarray, others: np.ndarray, said: str) -> Found:
+        """Of each place, what is said of it and the id of the pair that it is like."""
+        ids = self.pairs.select_columns(["id"])[others]["id"] if len(others) else []
+        return {int(place): f"{said} {name}" for place, name in zip(places, ids, strict=True)}
 
 
 def by_id(pairs: Dataset) -> np.ndarray:
@@ -54,7 +57,6 @@ def by_id(pairs: Dataset) -> np.ndarray:
     return pc.sort_indices(cells(pairs, "id")).to_numpy().astype(np.int64)
 
 
-Found = dict[int, str]
 Rule = Callable[[Table, np.ndarray], Found]
 
 
@@ -74,7 +76,7 @@ def contradiction(table: Table, alive: np.ndarray) -> Found:
     sort = np.argsort(said, kind="stable")
     other = sort[np.minimum(np.searchsorted(said[sort], opposite), len(order) - 1)]
     hit = np.flatnonzero((said[other] == opposite) & (other != np.arange(len(order))))
-    return {int(order[k]): f"the opposite of {table.name(order[other[k]])}" for k in hit}
+    return table.like(order[hit], order[other[hit]], "the opposite of")
 
 
 def length(table: Table, alive: np.ndarray) -> Found:
@@ -124,7 +126,7 @@ def duplicate(table: Table, alive: np.ndarray) -> Found:
     order = table.by_id(alive)
     _, first, which = np.unique(_key(table.survey.content[order]), return_index=True, return_inverse=True)
     repeated = np.flatnonzero(first[which] != np.arange(len(order)))
-    return {int(order[k]): f"same as {table.name(order[first[which[k]]])}" for k in repeated}
+    return table.like(order[repeated], order[first[which[repeated]]], "same as")
 
 
 def near_duplicate(table: Table, alive: np.ndarray) -> Found:
@@ -136,7 +138,8 @@ def near_duplicate(table: Table, alive: np.ndarray) -> Found:
 
     bands = (table.survey.bands[order, band] for band in range(BANDS))
     found = near_duplicates(bands, shingles_of, NEAR)
-    return {int(order[later]): f"nearly the same as {table.name(order[earlier])}" for later, earlier in found.items()}
+    later, earlier = (np.array(list(side), dtype=np.int64) for side in (found.keys(), found.values()))
+    return table.like(order[later], order[earlier], "nearly the same as")
 
 
 def out_of_distribution(table: Table, alive: np.ndarray) -> Found:
