@@ -1,9 +1,9 @@
 """The nearest neighbours of many vectors by an inverted file of which only a share is in memory at a time.
 
 Cluster centres are trained on a sample, and every vector is told the lists nearest to it: in the first of them it lies,
-in all of them its neighbours are looked for. Then one share of the vectors after the other is put into its lists, all
-queries are answered from it, and the best k so far are kept, which are the best k of all shares exactly. Each pass over
-the queries is cut into shards (align/shards.py): a stopped search goes on, and a cluster can share it.
+in as many of them as it takes its neighbours are looked for. Then one share of the vectors after the other is put into
+its lists, all queries are answered from it, and the best k so far are kept, which are the best k of all shares exactly.
+Each pass over the queries is cut into shards (align/shards.py): a stopped search goes on, and a cluster can share it.
 
 Memory: 20 bytes a vector, and ``SHARE_BYTES`` of vectors up to three times over; in a worker of a cluster the latter
 only. On disk: 4 bytes a list and 12 a neighbour for each vector.
@@ -34,8 +34,15 @@ WANTED_RECALL = 0.97
 TIE = 5e-4
 """Distances that differ by less are equal: float32 similarities do not tell them apart where they are small."""
 FIRST_PROBES = 8
+MOST_COMPARED = 8192
+"""Vectors that each is compared with, on average and at most: what more recall may cost."""
+LIST_LENGTH = 250
+"""Of large sets, on average; sets below (4 x 250)^2 have 4 sqrt(N) lists."""
 POINTS_PER_LIST = 64
 TRAINING_ROUNDS = 8
+FLAT_CENTRES = 8192
+"""Of more centres the nearest are looked up in a graph, and they are trained in two levels."""
+GRAPH_LINKS, GRAPH_EFFORT = 32, 80
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +69,8 @@ def search(
 
     Args:
         view: N vectors of unit length.
-        true: as many lists are looked into as it takes to find ``WANTED_RECALL`` of its neighbours.
+        true: as many lists are looked into as it takes to find ``WANTED_RECALL`` of its neighbours, unless that were
+            more than ``MOST_COMPARED`` vectors allow.
         seed: of the training.
         folder: valid for these vectors, k and seed only.
         cluster: whose workers share the passes over the queries.
@@ -73,21 +81,23 @@ def search(
     Raises:
         EnvironmentProblem: the cluster is of no use.
     """
-    count = max(1, int(4 * math.sqrt(len(view))))
-    centres = kept_array(folder / "centres.npy", lambda: _train(view, count, seed))
-
-    def lists(probes: int) -> np.ndarray:
-        table, job = Queries(view, np.arange(len(view))), Assign(centres, probes)
-        return found_of(table, job, folder / f"lists-{probes}", what="lists", rows=QUERIES, cluster=cluster)["list"]
-
-    first = lists(min(FIRST_PROBES, count))
-    found, probes = _tune(view, true, centres, first[:, 0])
-    near = lists(probes)
-    order = _by_list(view, first[:, 0])
+    centres = kept_array(folder / "centres.npy", lambda: _train(view, _list_count(len(view)), seed))
+    count = len(centres)
+    most = min(count, max(FIRST_PROBES, MOST_COMPARED * count // len(view)))
+    table, job = Queries(view, np.arange(len(view))), Assign(centres, most)
+    near = found_of(table, job, folder / f"lists-{most}", what="lists", rows=QUERIES, cluster=cluster)["list"]
+    first = near[:, 0]
+    found, probes = _tune(view, true, near, count)
+    if found < WANTED_RECALL:
+        log.warning(
+            "neighbours: %.1f%% of the nearest are found where %.0f%% were wanted; comparing more of the %d vectors would "
+            "take too long", 100 * found, 100 * WANTED_RECALL, len(view),
+        )  # fmt: skip
+    order = _by_list(view, first)
     best: Arrays = {}
     for stop in _stops(view, folder):
-        share = _share(view, first[:, 0], stop, count, true.k)
-        table = Queries(view, order, lambda part: near[order[part]], best)
+        share = _share(view, first, stop, count, true.k)
+        table = Queries(view, order, lambda part: near[order[part], :probes], best)
         best = found_of(table, share, folder / f"{BEST}{stop}", what="neighbours", rows=QUERIES, cluster=cluster)
         for earlier in set(folder.glob(f"{BEST}*")) - {folder / f"{BEST}{stop}"}:
             shutil.rmtree(earlier)
@@ -135,8 +145,7 @@ class Assign:
 
     def start(self) -> Work:
         """Index the centres."""
-        index = faiss().IndexFlatIP(self.centres.shape[1])
-        index.add(self.centres)
+        index = _index_of(self.centres, self.probes)
 
         def work(rows: Dataset) -> Dataset:
             _, nearest = index.search(as_array(rows, "vector"), self.probes)
@@ -213,15 +222,49 @@ def _share_size(view: View) -> int:
     return max(1, SHARE_BYTES // (4 * view.size))
 
 
+def _list_count(count: int) -> int:
+    return max(1, int(4 * math.sqrt(count)), count // LIST_LENGTH)
+
+
 def _train(view: View, count: int, seed: int) -> np.ndarray:
-    """Centres [count, D], trained on ``POINTS_PER_LIST`` vectors a list."""
+    """About ``count`` centres, [C, D], trained on ``POINTS_PER_LIST`` vectors a list.
+
+    Many are trained in two levels: a few, and as many within each as it has of the vectors.
+    """
     drawn = np.random.default_rng(seed).choice(len(view), min(len(view), POINTS_PER_LIST * count), replace=False)
+    points = view[np.sort(drawn)]
+    if count <= FLAT_CENTRES:
+        return _kmeans(points, count, seed)
+    upper = _kmeans(points, math.isqrt(count), seed)
+    cell = _index_of(upper, 1).search(points, 1)[1][:, 0]
+    inside = [points[cell == number] for number in range(len(upper))]
+    return np.concatenate([_kmeans(own, max(1, count * len(own) // len(points)), seed) for own in inside if len(own)])
+
+
+def _kmeans(points: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Centres [count, D] of points [P, D]; of more than 256 points a centre a random 256."""
     kmeans = faiss().Kmeans(
-        view.size, count, niter=TRAINING_ROUNDS, seed=seed, spherical=True, min_points_per_centroid=1
+        points.shape[1], count, niter=TRAINING_ROUNDS, seed=seed, spherical=True, min_points_per_centroid=1
     )
-    kmeans.train(view[np.sort(drawn)])
+    kmeans.train(points)
     found: np.ndarray = kmeans.centroids
     return found
+
+
+def _index_of(centres: np.ndarray, probes: int) -> Any:
+    """Finds the nearest of many vectors: all are compared, or a graph is followed, built by one thread and so always
+    the same."""
+    library, size = faiss(), centres.shape[1]
+    index = library.IndexFlatIP(size)
+    if len(centres) > FLAT_CENTRES:
+        index = library.IndexHNSWFlat(size, GRAPH_LINKS, library.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = GRAPH_EFFORT
+        index.hnsw.efSearch = 2 * probes
+    threads = library.omp_get_max_threads()
+    library.omp_set_num_threads(1)
+    index.add(centres)
+    library.omp_set_num_threads(threads)
+    return index
 
 
 def enough(first: int, most: int, recall_of: Callable[[int], float]) -> tuple[float, int]:
@@ -233,22 +276,20 @@ def enough(first: int, most: int, recall_of: Callable[[int], float]) -> tuple[fl
     return found, effort
 
 
-def _tune(view: View, true: Sample, centres: np.ndarray, lists: np.ndarray) -> tuple[float, int]:
-    """Look into more lists until enough of the true neighbours are found; (recall, lists)."""
-    count, rows_asked = len(centres), range(len(true.rows))
+def _tune(view: View, true: Sample, near: np.ndarray, count: int) -> tuple[float, int]:
+    """Look into more of the ``near`` lists [N, most] until enough of the true neighbours are found; (recall, lists)."""
+    lists, first, rows_asked = near[true.rows], near[:, 0], range(len(true.rows))
 
     def recall_of(probes: int) -> float:
-        bare = Queries(view, true.rows).select(rows_asked)
-        near = as_array(Assign(centres, probes).start()(bare), "list")
         best: Arrays = {}
         for stop in _stops(view):
-            share = _share(view, lists, stop, count, true.k)
-            rows = Queries(view, true.rows, near.__getitem__, best).select(rows_asked)
+            share = _share(view, first, stop, count, true.k)
+            rows = Queries(view, true.rows, lambda part: lists[part, :probes], best).select(rows_asked)
             made = share.start()(rows)
             best = {name: as_array(made, name) for name in made.column_names}
         return true.recall(view, best["place"])
 
-    return enough(FIRST_PROBES, count, recall_of)
+    return enough(FIRST_PROBES, near.shape[1], recall_of)
 
 
 def faiss() -> Any:
