@@ -98,6 +98,26 @@ def test_neighbours_among_shares_are_those_among_all(monkeypatch: pytest.MonkeyP
     assert np.array_equal(again.distance, whole.distance)
 
 
+def test_many_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of millions: centres in two levels, looked up in a graph; as close to exact, and the same answer twice."""
+    vectors = clustered(6000)
+    monkeypatch.setattr("align.filtering.inverted.FLAT_CENTRES", 100)
+    found, again = (kth_distance(vectors, 5, seed=0, exact_limit=1000) for _ in range(2))
+    assert found.recall >= 0.95 and np.array_equal(found.distance, again.distance)
+    assert spearmanr(found.distance, _exact(View(vectors), np.arange(6000), 5)).statistic >= 0.99
+
+
+def test_more_recall_has_its_price(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Vectors without any structure: the search ends where it would compare too many, and says what it found."""
+    vectors_of, exact = unit(6000, 32), 1000
+    monkeypatch.setattr("align.filtering.inverted.MOST_COMPARED", 6000 * 20 // 309)
+    found = kth_distance(vectors_of, 5, seed=0, exact_limit=exact)
+    assert found.method == "inverted file of 309 lists, 19 probed" and found.recall < inverted.WANTED_RECALL
+    assert f"{100 * found.recall:.1f}% of the nearest are found where 97% were wanted" in caplog.text
+    monkeypatch.undo()
+    assert kth_distance(vectors_of, 5, seed=0, exact_limit=exact).recall >= inverted.WANTED_RECALL
+
+
 @pytest.mark.parametrize("method", ["ivf", "hnsw"])
 def test_of_equal_prompts_any_is_a_neighbour(method: str) -> None:
     """More copies of each than neighbours are asked for: which of them are found says nothing about the search."""

@@ -90,8 +90,8 @@ def search(
     found, probes = _tune(view, true, near, count)
     if found < WANTED_RECALL:
         log.warning(
-            "neighbours: %.1f%% of the nearest are found where %.0f%% were wanted; comparing more of the %d vectors would "
-            "take too long", 100 * found, 100 * WANTED_RECALL, len(view),
+            "neighbours: %.1f%% of the nearest are found where %.0f%% were wanted; to compare more of the %d vectors "
+            "would take too long", 100 * found, 100 * WANTED_RECALL, len(view),
         )  # fmt: skip
     order = _by_list(view, first)
     best: Arrays = {}
