@@ -1,6 +1,7 @@
 """A pair table that need not fit into memory: read and validated row by row, kept in one memory-mapped Arrow file."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from align.errors import DataError
 from align.pair_rules import NAMES, Problem, RowReader
 from align.pair_sources import Row, stream_source
 from align.pairs import OPTIONAL, TEXT, identify, unusable
+from align.seen_ids import SeenIds
 
 BATCH = 4096
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -32,7 +34,8 @@ def stream_pairs(source: PairsConfig, file: Path) -> Dataset:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".tmp")
-        _write(source, temporary)
+        with closing(SeenIds(file.with_suffix(".ids"))) as seen:
+            _write(source, temporary, seen)
         temporary.replace(file)
     pairs = Dataset.from_file(str(file))
     unused = [name for name in OPTIONAL if name in pairs.column_names and _is_empty(pairs, name)]
@@ -42,11 +45,11 @@ def stream_pairs(source: PairsConfig, file: Path) -> Dataset:
 class _Reader:
     """Valid pairs of a source one by one; what is wrong with the others is counted and the first of it kept."""
 
-    def __init__(self, source: PairsConfig) -> None:
+    def __init__(self, source: PairsConfig, seen: SeenIds) -> None:
         self.path = source.path
         self.rows, self.columns = stream_source(source)
         self.reader = RowReader(source.path, self.columns)
-        self.seen: dict[str, int] = {}
+        self.seen = seen
         self.plain: bool | None = None
         self.problems: list[Problem] = []
         self.invalid = 0
@@ -74,8 +77,8 @@ class _Reader:
                         f"{kinds[not plain]}, as in the rows before")]  # fmt: skip
 
 
-def _write(source: PairsConfig, file: Path) -> None:
-    reader = _Reader(source)
+def _write(source: PairsConfig, file: Path, seen: SeenIds) -> None:
+    reader = _Reader(source, seen)
     pairs = islice(reader.pairs(), source.limit)
     first = next(pairs, None)
     kept = 0

@@ -21,6 +21,7 @@ from align.console import log
 from align.errors import DataError, listed
 from align.pair_rules import SHOWN_CHARACTERS, Problem, RowReader
 from align.pair_sources import Row, read_files, read_source
+from align.seen_ids import SeenIds
 
 TEXT = ("prompt", "chosen", "rejected")
 OPTIONAL = (
@@ -51,7 +52,7 @@ def check_pairs(source: PairsConfig) -> CheckResult:
     rows, columns = read_source(source)
     reader = RowReader(source.path, columns)
     valid, problems, invalid = [], [], []
-    seen: dict[str, int] = {}
+    seen = SeenIds()
     for row in rows:
         pair, found = reader.read(row)
         if pair is not None:
@@ -201,22 +202,22 @@ def summarize(pairs: Dataset) -> dict[str, Any]:
     }
 
 
-def identify(pair: dict[str, Any], row: Row, seen: dict[str, int], source: str, found: list[Problem]) -> str:
+def identify(pair: dict[str, Any], row: Row, seen: SeenIds, source: str, found: list[Problem]) -> str:
     """The row's own id, or a hash of its content made unique for repeated rows; a repeated own id is a problem."""
     own = pair.get("id")
     if own is None:
         content = json.dumps([pair[column] for column in TEXT], sort_keys=True, ensure_ascii=False)
         key = base = hashlib.sha256(content.encode()).hexdigest()[:ID_DIGITS]
         repeat = 2
-        while key in seen:
+        while seen.get(key) is not None:
             key, repeat = f"{base}-{repeat}", repeat + 1
     else:
         key = str(own)
-        if key in seen:
-            other = f"row {seen[key]}" + (" of one of the files" if row.file else "")
+        if (earlier := seen.get(key)) is not None:
+            other = f"row {earlier}" + (" of one of the files" if row.file else "")
             expected = f"an id used once ({other} has it too)"
             found.append(Problem(row.file or source, row.number, "id", "pair-duplicate-id", repr(key), expected))
-    seen.setdefault(key, row.number)
+    seen.add(key, row.number)
     return key
 
 
