@@ -253,7 +253,7 @@ def _batches(file: SourceFile) -> Iterator[pa.RecordBatch]:
 def _opened(file: SourceFile) -> Iterator[pq.ParquetFile]:
     with file.open() as content:
         try:
-            table = pq.ParquetFile(content)
+            table = pq.ParquetFile(content, pre_buffer=False)  # which would hold all that has been read
             names = table.schema_arrow.names
         except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # a damaged column name: ValueError
             raise _not_parquet(file, error) from None

@@ -1,5 +1,6 @@
 """Words, runs, MinHash, the screen and the hard rules; against Python's own sets and datasketch."""
 
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from datasketch import MinHash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from align.filtering import keys
 from align.filtering.minhash import BANDS, ROWS, band_keys, candidates, jaccard, near_duplicates
 from align.filtering.parts import as_table, found_of
 from align.filtering.rules import RULES, Table, apply_rules, by_id, length_bias
@@ -115,6 +117,51 @@ def test_near_duplicates_of_what_is_kept() -> None:
     a, b, c = map(np.unique, sets)
     assert jaccard(a, b) > 0.9 and jaccard(b, c) > 0.9 > jaccard(a, c)
     assert near_duplicates(keys.T, of, 0.9) == {1: 0}
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.lists(st.integers(0, 9), max_size=5), st.integers(1, 7))
+def test_equal_keys(values: list[int], wanted: list[int], block: int) -> None:
+    """Against counting, whatever the rows looked at together."""
+    array = np.array(values, dtype=np.uint64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keys, "BLOCK", block)
+        assert keys.repeated(array).tolist() == [values.count(value) > 1 for value in values]
+        sought = np.unique(np.array(wanted, dtype=np.uint64))
+        assert keys.among(array, sought).tolist() == [value in wanted for value in values]
+        two = np.stack([array, array[::-1]], axis=1)
+        assert np.array_equal(keys.one_key(two, (0, 1)), keys.one_key(two[:, ::-1], (1, 0)))
+        assert len(np.unique(keys.one_key(two, (0, 1)))) == len({tuple(row) for row in two.tolist()})
+
+
+SAYS = st.tuples(st.sampled_from("pq"), st.sampled_from("abc"), st.sampled_from("abc"))
+
+
+@settings(max_examples=40)
+@given(st.lists(SAYS, min_size=1, max_size=12), st.randoms(use_true_random=False))
+def test_repeated_and_opposite_pairs_against_comparing_all(
+    tmp_path_factory: pytest.TempPathFactory, said: list[tuple[str, str, str]], rng: random.Random
+) -> None:
+    """Of all pairs with all, in the order of their ids; the same where little is in memory at a time."""
+    names = rng.sample([f"{k:02d}" for k in range(len(said))], len(said))
+    rows = [pair(*one, name) for one, name in zip(said, names, strict=True)]
+    skip = [name for name in RULES if name not in ("same_text", "contradiction", "duplicate", "near_duplicate")]
+    made = table(rows, tmp_path_factory.mktemp("rules"))
+    found = apply_rules(made, skip)
+    expected: dict[int, tuple[str, str]] = {}
+    by_name = sorted(range(len(said)), key=names.__getitem__)
+    left = [k for k in by_name if said[k][1] != said[k][2]]
+    opposite = {k: [n for n in left if said[n] == (said[k][0], said[k][2], said[k][1])] for k in left}
+    expected |= {k: ("contradiction", f"the opposite of {names[other[0]]}") for k, other in opposite.items() if other}
+    left = [k for k in left if not opposite[k]]
+    for k in left:
+        first = next(n for n in left if said[n] == said[k])
+        if first != k:
+            expected[k] = ("duplicate", f"same as {names[first]}")
+    assert {k: what for k, what in found.items() if what[0] not in ("same_text", "near_duplicate")} == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keys, "BLOCK", 2)
+        patch.setattr("align.filtering.minhash.CHECKED", 1)
+        assert apply_rules(made, skip) == found
 
 
 def test_the_screen_against_counting() -> None:

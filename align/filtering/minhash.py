@@ -11,6 +11,8 @@ import numpy as np
 from align.filtering.tokens import Hashes, mixed
 
 BANDS, ROWS = 10, 6
+CHECKED = 16_384
+"""Pairs of candidates whose texts are in memory at a time."""
 MOST_PER_BUCKET = 8
 """Members of a bucket that all others of it are compared with; bounds the work on a bucket of near-equal rows."""
 
@@ -70,20 +72,19 @@ def near_duplicates(
 
     Args:
         bands: the columns of ``band_keys``.
-        shingles_of: hashes of the shingles of some rows, which are called for once.
+        shingles_of: hashes of the shingles of some rows, called for those of ``CHECKED`` candidates at a time.
         threshold: least Jaccard similarity.
     """
-    pairs = candidates(bands)
-    rows = np.unique(pairs)
-    shingles = shingles_of(rows)
-    sets = [np.unique(shingles.row(k)) for k in range(len(rows))]
-    places = np.searchsorted(rows, pairs)
     found: dict[int, int] = {}
-    for (earlier, later), (a, b) in zip(pairs.tolist(), places.tolist(), strict=True):
-        if later in found or earlier in found:
-            continue
-        if jaccard(sets[a], sets[b]) >= threshold:
-            found[later] = earlier
+    every = candidates(bands)
+    for start in range(0, len(every), CHECKED):
+        pairs = every[start : start + CHECKED]
+        rows = np.unique(pairs)
+        shingles = shingles_of(rows)
+        sets = [np.unique(shingles.row(k)) for k in range(len(rows))]
+        for (earlier, later), (a, b) in zip(pairs.tolist(), np.searchsorted(rows, pairs).tolist(), strict=True):
+            if later not in found and earlier not in found and jaccard(sets[a], sets[b]) >= threshold:
+                found[later] = earlier
     return found
 
 

@@ -12,12 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from align.filtering.keys import among, one_key, repeated
 from align.filtering.minhash import BANDS, near_duplicates
 from align.filtering.survey import OVERLAP, PERSONAL, Survey, language_code, language_number, overlap_hashes, shingles
 from align.filtering.texts import PARTS, cells, plain, texts_of
 from align.filtering.tokens import Hashes, runs, tokenise, word_list
 
 NEAR = 0.9
+SAID, OPPOSITE = (0, 1, 2), (0, 2, 1)
+"""Prompt, chosen and rejected as they are, and turned round."""
 Found = dict[int, str]
 """Place of a pair that broke a rule -> what was found."""
 
@@ -54,7 +57,7 @@ class Table:
 
 def by_id(pairs: Dataset) -> np.ndarray:
     """Places [N] of the pairs, smallest id first."""
-    return pc.sort_indices(cells(pairs, "id")).to_numpy().astype(np.int64)
+    return pc.sort_indices(cells(pairs, "id")).to_numpy().view(np.int64)
 
 
 Rule = Callable[[Table, np.ndarray], Found]
@@ -68,13 +71,11 @@ def same_text(table: Table, alive: np.ndarray) -> Found:
 
 def contradiction(table: Table, alive: np.ndarray) -> Found:
     """Another pair says the opposite of the same two responses; both go."""
-    order = table.by_id(alive)
-    if not len(order):
-        return {}
-    content = table.survey.content[order]
-    said, opposite = _key(content), _key(content[:, [0, 2, 1]])
+    said, opposite = (one_key(table.survey.content, columns) for columns in (SAID, OPPOSITE))
+    order = table.by_id(alive & among(opposite, np.sort(said[alive])))
+    said, opposite = said[order], opposite[order]
     sort = np.argsort(said, kind="stable")
-    other = sort[np.minimum(np.searchsorted(said[sort], opposite), len(order) - 1)]
+    other = sort[np.minimum(np.searchsorted(said[sort], opposite), max(len(order) - 1, 0))]
     hit = np.flatnonzero((said[other] == opposite) & (other != np.arange(len(order))))
     return table.like(order[hit], order[other[hit]], "the opposite of")
 
@@ -123,15 +124,19 @@ def contamination(table: Table, alive: np.ndarray) -> Found:
 
 def duplicate(table: Table, alive: np.ndarray) -> Found:
     """Prompt and responses are those of another pair."""
-    order = table.by_id(alive)
-    _, first, which = np.unique(_key(table.survey.content[order]), return_index=True, return_inverse=True)
-    repeated = np.flatnonzero(first[which] != np.arange(len(order)))
-    return table.like(order[repeated], order[first[which[repeated]]], "same as")
+    said = one_key(table.survey.content, SAID)
+    order = table.by_id(_repeated(said, alive))
+    _, first, which = np.unique(said[order], return_index=True, return_inverse=True)
+    later = np.flatnonzero(first[which] != np.arange(len(order)))
+    return table.like(order[later], order[first[which[later]]], "same as")
 
 
 def near_duplicate(table: Table, alive: np.ndarray) -> Found:
     """Jaccard similarity of its five-word runs with those of another pair of at least ``NEAR``."""
-    order = table.by_id(alive)
+    shared = np.zeros(len(alive), dtype=bool)
+    for band in range(BANDS):
+        shared |= _repeated(table.survey.bands[:, band], alive)
+    order = table.by_id(shared)
 
     def shingles_of(rows: np.ndarray) -> Hashes:
         return shingles(texts_of(table.pairs, order[rows].tolist()))
@@ -207,10 +212,11 @@ def _places(mask: np.ndarray) -> list[int]:
     return np.flatnonzero(mask).tolist()
 
 
-def _key(content: np.ndarray) -> np.ndarray:
-    """Three hashes as one, uint64 [N]."""
-    factor = np.uint64(0x9E3779B97F4A7C15)
-    return (content[:, 0] * factor + content[:, 1]) * factor + content[:, 2]
+def _repeated(keys: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    """bool [N]: alive, and another that is alive has the same key."""
+    found = np.zeros(len(alive), dtype=bool)
+    found[alive] = repeated(keys[alive])
+    return found
 
 
 def _shared(text: str, held_out: np.ndarray) -> str:
