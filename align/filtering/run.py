@@ -7,7 +7,7 @@ and another choice of weights costs seconds.
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -115,7 +115,7 @@ def filter_pairs(
         scores["margin"] = margin
     weights = {name: float(getattr(settings, name)) for name in scores}
     with run.timed("selection"):
-        usable = {name: found[left] for name, found in scores.items()}
+        usable = _OfRows(scores, left)
         values, kept = run.selected(usable, weights, embedded, left, table.order)
     columns = quality | {"diversity": scores["diversity"], "importance": values, "kept": kept}
     columns |= {n: found for n, found in (("doubtful", table.doubtful), ("ood", table.ood)) if found is not None}
@@ -195,7 +195,7 @@ class _Run:
 
     def selected(
         self,
-        scores: dict[str, np.ndarray],
+        scores: Mapping[str, np.ndarray],
         weights: dict[str, float],
         embedded: np.ndarray,
         left: np.ndarray,
@@ -211,8 +211,8 @@ class _Run:
             order: places of all pairs, smallest id first.
         """
         settings, count = self.settings, len(self.pairs)
-        rank = np.empty(count, dtype=np.int64)
-        rank[order] = np.arange(count)
+        rank = np.empty(count, dtype=np.int32 if count < 2**31 else np.int64)
+        rank[order] = np.arange(count, dtype=rank.dtype)
         values = importance(scores, weights)
         wanted = max(1, round(settings.keep * len(left)))
         if settings.method == "threshold":
@@ -257,6 +257,23 @@ def _spread(values: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
     made = np.full(count, np.nan)
     made[places] = values
     return made
+
+
+class _OfRows(Mapping[str, np.ndarray]):
+    """Some rows of columns, copied one column at a time."""
+
+    def __init__(self, columns: dict[str, np.ndarray], rows: np.ndarray) -> None:
+        self.columns = columns
+        self.rows = rows
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name][self.rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.columns)
 
 
 @contextmanager

@@ -26,8 +26,11 @@ class Scale:
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """(x - median) / width, 0 where all values are the same."""
-        centred = values - self.median
-        return centred / self.width if self.width > 0 else np.zeros_like(centred)
+        if not self.width > 0:
+            return np.zeros_like(values, dtype=np.float64)
+        found: np.ndarray = np.subtract(values, self.median, dtype=np.float64)
+        found /= self.width
+        return found
 
 
 def standardise(values: np.ndarray) -> np.ndarray:
@@ -40,7 +43,9 @@ def importance(columns: Mapping[str, np.ndarray], weights: Mapping[str, float]) 
     total = np.zeros(len(next(iter(columns.values()))))
     for name, weight in weights.items():
         if weight != 0:
-            total += weight * standardise(columns[name])
+            part = standardise(columns[name])
+            part *= weight
+            total += part
     return total
 
 
@@ -51,9 +56,9 @@ def top(
 
     Shares are rounded by largest remainder, so that together they are ``count``.
     """
-    order = np.lexsort((np.asarray(ids), -values))
     if groups is None:
-        return np.sort(order[:count])
+        return _largest(values, np.asarray(ids), count)
+    order = np.lexsort((np.asarray(ids), -values))
     names, group = np.unique(np.asarray(groups), return_inverse=True)
     exact = count * np.bincount(group) / len(values)
     quota = exact.astype(np.int64)
@@ -61,6 +66,16 @@ def top(
     quota[remainder[: count - int(quota.sum())]] += 1
     kept = [order[group[order] == k][: quota[k]] for k in range(len(names))]
     return np.sort(np.concatenate(kept))
+
+
+def _largest(values: np.ndarray, ids: np.ndarray, count: int) -> np.ndarray:
+    """Without an order of all: what lies above the smallest value that is kept, and of its equals those of least id."""
+    if count >= len(values) or count < 1:
+        return np.arange(len(values) if count > 0 else 0)
+    least = np.partition(values, len(values) - count)[len(values) - count]
+    above, equal = np.flatnonzero(values > least), np.flatnonzero(values == least)
+    first = equal[np.argsort(ids[equal], kind="stable")[: count - len(above)]]
+    return np.sort(np.concatenate([above, first]))
 
 
 def greedy(

@@ -21,7 +21,7 @@ def summarise(
     seed: int,
 ) -> dict[str, Any]:
     """Counts, and what was kept against all pairs and against as many drawn at random under ``seed``."""
-    words = table.survey.words.sum(axis=1, dtype=np.int64)
+    words = table.survey.words.sum(axis=1, dtype=np.int32)
     rules = [rule for rule, _ in broken.values()]
     random = np.sort(np.random.default_rng(seed).choice(len(kept), int(kept.sum()), replace=False))
     return {
@@ -40,7 +40,7 @@ def summarise(
             "kept": effective_number(embedded, np.flatnonzero(kept)),
             "random": effective_number(embedded, random),
         },
-        "training_time_saved": float(1 - words[kept].sum() / max(words.sum(), 1)),
+        "training_time_saved": float(1 - words[kept].sum(dtype=np.int64) / max(words.sum(dtype=np.int64), 1)),
         "doubtful": None
         if table.doubtful is None
         else {"all": float(table.doubtful.mean()), "kept": float(table.doubtful[kept].mean())},

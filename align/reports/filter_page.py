@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from align.filtering.result import Filtered
+from align.filtering.select import top
 from align.filtering.texts import cells, plain
 from align.reports import plots
 from align.reports.page import environment
@@ -61,7 +62,8 @@ def embedding_map(found: Filtered) -> Any:
     axes, centre, share = _principal_plane(found.vectors, rng)
     rows = np.sort(rng.choice(count, min(count, MAP_POINTS), replace=False))
     plane = (np.asarray(found.vectors[rows]) - centre) @ axes
-    fate = np.where(found.kept, "kept", np.where(np.isfinite(found.columns["importance"]), "dropped", BY_RULE))[rows]
+    scored = np.isfinite(found.columns["importance"][rows])
+    fate = np.where(found.kept[rows], "kept", np.where(scored, "dropped", BY_RULE))
     prompts = found.pairs.select(rows)["prompt"]
     points = {
         label: [
@@ -90,8 +92,10 @@ def _border(found: Filtered, scored: np.ndarray) -> dict[str, list[dict[str, Any
     """The kept pairs with the least and the dropped pairs with the most importance."""
     importance = found.columns["importance"]
     kept, dropped = np.flatnonzero(found.kept), np.flatnonzero(scored & ~found.kept)
-    least = kept[np.argsort(importance[kept], kind="stable")[:BORDER]]
-    most = dropped[np.argsort(-importance[dropped], kind="stable")[:BORDER]]
+    least = kept[top(-importance[kept], kept, BORDER)]
+    most = dropped[top(importance[dropped], dropped, BORDER)]
+    least = least[np.argsort(importance[least], kind="stable")]
+    most = most[np.argsort(-importance[most], kind="stable")]
     return {"just kept": [_text(found, k) for k in least], "just dropped": [_text(found, k) for k in most]}
 
 
