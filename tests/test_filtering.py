@@ -432,6 +432,8 @@ def test_selection_ignores_the_order_of_rows(values: list[float], seed: int, dat
         moved = None if chosen_groups is None else [chosen_groups[k] for k in order]
         second = {ids[order[k]] for k in top(column[order], [ids[k] for k in order], count, moved)}
         assert first == second and len(first) == count
+    ranked = sorted(range(len(column)), key=lambda k: (-column[k], ids[k]))
+    assert top(column, ids, count).tolist() == sorted(ranked[:count])
     assert min(column[top(column, ids, count)]) >= max(
         [v for k, v in enumerate(column) if k not in top(column, ids, count)], default=-99
     )
