@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-SCHEDULER = "scheduler.pt"
+from align.checkpoints import MODEL_PARTS, OPTIMIZER_PARTS
 
 
 class BackgroundSaves:
@@ -62,10 +62,12 @@ class BackgroundSaves:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
         options = StateDictOptions(ignore_frozen_params=hasattr(self.model, "peft_config"))
-        self._write(Path(output_dir), FSDP_MODEL_NAME, "model", get_model_state_dict(self.model, options=options))
-        self._write(Path(output_dir), OPTIMIZER_NAME, "optimizer", get_optimizer_state_dict(self.model, self.optimizer))
+        self._write(Path(output_dir) / MODEL_PARTS, "model", get_model_state_dict(self.model, options=options))
+        self._write(
+            Path(output_dir) / OPTIMIZER_PARTS, "optimizer", get_optimizer_state_dict(self.model, self.optimizer)
+        )
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_best_model(self) -> None:
         self.finish_writing()
@@ -101,16 +103,15 @@ class BackgroundSaves:
         plugin = self.accelerator.state.fsdp_plugin
         return plugin.fsdp_version == 2 and "SHARDED_STATE_DICT" in str(plugin.state_dict_type)
 
-    def _write(self, checkpoint: Path, name: str, key: str, state: dict[str, Any]) -> None:
-        """Begin to write ``{key: state}`` as accelerate's folder of that name.
+    def _write(self, folder: Path, name: str, state: dict[str, Any]) -> None:
+        """Begin to write ``{name: state}`` into a folder.
 
         The thread has processes of its own to talk to (gloo), for those of the training are busy with its steps.
         """
         if name not in self._groups:
             self._groups[name] = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.args.ddp_timeout))
-        folder = checkpoint / f"{name}_0"
         folder.mkdir(parents=True, exist_ok=True)  # there from the start: without its metadata it is not whole
-        begun = async_save({key: state}, storage_writer=FileSystemWriter(folder), process_group=self._groups[name])
+        begun = async_save({name: state}, storage_writer=FileSystemWriter(folder), process_group=self._groups[name])
         self._writing.append(begun.upload_completion if isinstance(begun, AsyncSaveResponse) else begun)
 
 

@@ -4,14 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from align.console import log
 
 STATE = "trainer_state.json"
-PARTS = ("pytorch_model_fsdp_*/", "optimizer_*/")
-"""Folders of a checkpoint that the processes of a sharded training write, each its part (accelerate's names)."""
+MODEL_PARTS, OPTIMIZER_PARTS = f"{FSDP_MODEL_NAME}_0", f"{OPTIMIZER_NAME}_0"
+"""Folders of a checkpoint that the processes of a sharded training (FSDP2) write, each its part; accelerate's names."""
 PARTS_WRITTEN = ".metadata"
 """What torch.distributed.checkpoint leaves last in such a folder."""
 
@@ -39,6 +40,6 @@ def _is_whole(checkpoint: Path) -> bool:
         state = TrainerState.load_from_json(str(checkpoint / STATE))
     except (OSError, json.JSONDecodeError, TypeError):
         return False
-    parts = [folder for pattern in PARTS for folder in checkpoint.glob(pattern)]
-    written = all((folder / PARTS_WRITTEN).exists() for folder in parts)
+    parts = [checkpoint / name for name in (MODEL_PARTS, OPTIMIZER_PARTS)]
+    written = all((folder / PARTS_WRITTEN).exists() for folder in parts if folder.is_dir())
     return written and f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" == checkpoint.name

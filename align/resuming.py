@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch.utils.data import RandomSampler, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -17,7 +18,7 @@ from align.stage import read_json, write_json
 
 STEP = "step.json"
 """File of a checkpoint: how many pairs a step has over all processes."""
-SHARDED = "pytorch_model_fsdp*"
+SHARDED = f"{FSDP_MODEL_NAME}*"
 """What accelerate leaves in a checkpoint under FSDP."""
 
 

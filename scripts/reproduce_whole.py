@@ -15,22 +15,30 @@ A constant learning rate, so that every moment is an end; the same adapter, batc
     python scripts/reproduce_whole.py --seeds 0 1 2
 """
 
-import argparse
-import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from datasets import Dataset
-from protocol.judging import judge_policy, merge_adapter
-from study_filtered_policies import Sizes, Study, draw, scored_and_kept
+from protocol.data import read_known
+from protocol.judging import merge_adapter
+from study_filtered_policies import (
+    JUDGE,
+    LORA,
+    Sizes,
+    Study,
+    draw,
+    judged,
+    options,
+    run_reference,
+    scored_and_kept,
+    trainer_fields,
+)
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
@@ -38,13 +46,12 @@ from align.config import LossConfig, RemedyConfig, TrainConfig
 from align.console import configure, log
 from align.errors import AlignError
 from align.estimates import bootstrap_mean
-from align.evaluation.completions import Decoding
-from align.evaluation.policies import REFERENCE, Policy
+from align.evaluation.policies import Policy
+from align.generation.run import write_table
 from align.model_loading import load_policy, load_tokenizer
 from align.stage import digest, read_json, run_stage, write_json
 from align.trainer_args import build_lora
 from align.training.train import bind, make_trainer
-from reward_models.judges import make_judge
 
 ROUTES = {
     "trl": None,
@@ -55,14 +62,12 @@ ROUTES = {
 FILTERED = ("whole", "unguarded")
 FLIPPED = 0.3
 MARKS = 4
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-JUDGE = "vader"
 LONGEST = 100
 
 
 @dataclass
 class Clock:
-    """CPU seconds of this process, without those between ``pause`` and ``go``."""
+    """CPU seconds of this process since it was told to go."""
 
     started: float = 0.0
 
@@ -103,20 +108,15 @@ class Marks(TrainerCallback):
         control.should_training_stop = len(self.found) == MARKS
 
 
-def trainer_fields(study: Study, passes: float) -> dict[str, Any]:
+def fields(study: Study, **more: Any) -> dict[str, Any]:
     """Of trl.DPOConfig, for every route."""
-    return {
-        "num_train_epochs": passes, "per_device_train_batch_size": study.sizes.batch, "warmup_steps": 2,
-        "learning_rate": study.sizes.rate, "lr_scheduler_type": "constant_with_warmup", "max_length": 128,
-        "bf16": True, "use_cpu": not torch.cuda.is_available(), "gradient_checkpointing": False, "report_to": "none",
-        "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1,
-    }  # fmt: skip
+    return trainer_fields(study, lr_scheduler_type="constant_with_warmup", logging_steps=1, **more)
 
 
 def train_trl(study: Study, pairs: Dataset, seed: int, folder: Path) -> Trainer:
     """trl's trainer as it ships, on the same model, adapter and fields."""
     transformers.set_seed(seed)
-    args = DPOConfig(output_dir=str(folder / "trl"), seed=seed, beta=0.1, **trainer_fields(study, 1))
+    args = DPOConfig(output_dir=str(folder / "trl"), seed=seed, beta=0.1, **fields(study))
     return DPOTrainer(
         model=load_policy(study.model, dtype="float32"),
         args=args,
@@ -128,9 +128,8 @@ def train_trl(study: Study, pairs: Dataset, seed: int, folder: Path) -> Trainer:
 
 def train_own(study: Study, pairs: Dataset, loss: LossConfig, seed: int, folder: Path) -> Trainer:
     """This program's trainer; it ends with the budget."""
-    config = TrainConfig(
-        model=study.model, methods={"route": loss}, peft=LORA, trainer=trainer_fields(study, LONGEST)
-    )  # fmt: skip
+    trainer = fields(study, num_train_epochs=LONGEST)
+    config = TrainConfig(model=study.model, methods={"route": loss}, peft=LORA, trainer=trainer)
     return make_trainer(
         pairs, config, bind("route", loss), folder / "own", seed=seed, tau=1.0, reference_cache=None, remedy=loss.remedy
     )
@@ -159,12 +158,7 @@ def run_route(study: Study, route: str, seed: int, budget: float | None) -> dict
             scored, kept, _ = scored_and_kept(study, rows, folder / "filter", seed)
             pairs = scored.select(np.flatnonzero(kept))
         before = clock.read()
-        make: Callable[[], Trainer] = (
-            (lambda: train_trl(study, pairs, seed, folder))
-            if loss is None
-            else (lambda: train_own(study, pairs, loss, seed, folder))
-        )
-        trainer = make()
+        trainer = train_trl(study, pairs, seed, folder) if loss is None else train_own(study, pairs, loss, seed, folder)
         marks = Marks(trainer, folder, clock, budget)
         trainer.add_callback(marks)
         trainer.train()
@@ -181,26 +175,6 @@ def run_route(study: Study, route: str, seed: int, budget: float | None) -> dict
     inputs = {"key": key} | ({} if budget is None else {"budget": budget})
     stage = run_stage(f"{route}, seed {seed}", study.output / f"{route}-{seed}", inputs, work)
     return {"key": key} | read_json(stage.folder / "cell.json")
-
-
-def run_reference(study: Study, seed: int) -> dict[str, Any]:
-    """What the reference writes."""
-    key = digest({"route": REFERENCE, "seed": seed, "sizes": asdict(study.sizes), "judge": JUDGE})
-    if key in study.known:
-        return study.known[key]
-
-    def work(folder: Path) -> None:
-        found = judged(study, Policy(REFERENCE, study.model), seed, folder)
-        write_json(folder / "cell.json", {"route": REFERENCE, "seed": seed} | found)
-
-    stage = run_stage(f"reference, seed {seed}", study.output / f"reference-{seed}", {"key": key}, work)
-    return {"key": key} | read_json(stage.folder / "cell.json")
-
-
-def judged(study: Study, policy: Policy, seed: int, folder: Path) -> dict[str, Any]:
-    """Reward and KL of one completion of each prompt."""
-    prompts, decoding = draw(study, FLIPPED, seed)[2], Decoding(study.sizes.max_new_tokens, 1.0, seed, 64)
-    return judge_policy(policy, Policy(REFERENCE, study.model), prompts, [decoding], make_judge(JUDGE), folder)["1"]
 
 
 def summarise(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -271,18 +245,10 @@ def draw_curves(rows: list[dict[str, Any]], target: Path) -> None:
 
 def main() -> None:
     """Make the routes that are missing, write cells.jsonl, table.json and curves.svg, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--assets", type=Path, default=Path(".assets"))
-    parser.add_argument("--output", type=Path, default=Path("runs/reproduce-whole"))
-    parser.add_argument("--known", nargs="*", type=Path, default=[], metavar="CELLS.jsonl", help="of earlier runs")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--pairs", type=int, default=768)
-    parser.add_argument("--prompts", type=int, default=128)
-    arguments = parser.parse_args()
+    arguments = options(__doc__, "runs/reproduce-whole").parse_args()
     configure()
     sizes = Sizes(arguments.pairs, 0.25, 0, arguments.prompts, batch=16, rate=2e-4, max_new_tokens=24)
-    lines = [line for file in arguments.known for line in file.read_text(encoding="utf-8").splitlines()]
-    study = Study(arguments.assets, arguments.output, sizes, {cell["key"]: cell for cell in map(json.loads, lines)})
+    study = Study(arguments.assets, arguments.output, sizes, read_known(arguments.known))
     study.output.mkdir(parents=True, exist_ok=True)
     try:
         references, cells = [], []
@@ -292,8 +258,7 @@ def main() -> None:
             for route in ROUTES:
                 cells.append(run_route(study, route, seed, budget))
                 budget = cells[-1]["marks"][-1]["seconds"] if route == "trl" else budget
-                text = "".join(json.dumps(cell) + "\n" for cell in [*references, *cells])
-                (study.output / "cells.jsonl").write_text(text, encoding="utf-8")
+                write_table([*references, *cells], study.output / "cells.jsonl")
     except AlignError as error:
         sys.stderr.write(f"error {error}\n")
         sys.exit(2)

@@ -14,7 +14,6 @@ made again.
 """
 
 import argparse
-import json
 import random
 import shutil
 import sys
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from build_demo_data import PAIR_PROMPT, Snippet, as_pair, openings, read_snippets
 from datasets import Dataset
+from protocol.data import read_known
 from protocol.judging import judge_policy, merge_adapter
 
 from align.config import FilterConfig, LossConfig, RewardConfig, TrainConfig
@@ -37,6 +37,7 @@ from align.evaluation.completions import Decoding
 from align.evaluation.policies import REFERENCE, Policy
 from align.filtering.embed import embed
 from align.filtering.run import filter_pairs
+from align.generation.run import write_table
 from align.pairs import read_pairs, write_pairs
 from align.stage import digest, read_json, run_stage, write_json
 from align.training.train import MODEL, train_policy
@@ -49,6 +50,7 @@ ARMS = ("all pairs", "random", "filtered", "largest margins")
 LOSSES = {"dpo": LossConfig(loss="dpo", parameters={"beta": 0.1}), "madpo": LossConfig(loss="madpo")}
 CELL = "cell.json"
 JUDGE = "vader"
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +104,23 @@ def flip(rows: list[dict[str, Any]], share: float, rng: random.Random) -> list[d
     ]
 
 
-def draw(study: Study, flipped: float, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
-    """Noisy pairs to train on, clean pairs, prompts of the same kind as the pairs; no snippet is in two of them."""
-    rng = random.Random(f"{seed}")
+def split(study: Study) -> tuple[list[Snippet], list[dict[str, str]]]:
+    """All snippets in an order of their own, and openings of some, the same whatever the seed."""
     snippets = read_snippets(study.assets / "snippets")
     random.Random(0).shuffle(snippets)
-    sizes, prompts = study.sizes, openings(snippets, study.sizes.prompts)
+    return snippets, openings(snippets, study.sizes.prompts)
+
+
+def draw(study: Study, flipped: float, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Noisy pairs to train on and clean pairs; no snippet is in both, or an opening to judge by."""
+    rng, sizes = random.Random(f"{seed}"), study.sizes
+    snippets, prompts = split(study)
     taken = {row["id"] for row in prompts}
     rest = rng.sample(left := [snippet for snippet in snippets if snippet.id not in taken], len(left))
     cut = len(rest) * 2 // 3
     train = flip(gold_pairs(rest[:cut], sizes.pairs, rng), flipped, random.Random(f"{seed} {flipped}"))
     clean = gold_pairs(rest[cut:], sizes.clean_pairs, rng)
-    return train, clean, [f"{PAIR_PROMPT} {row['prompt']}" for row in prompts]
+    return train, clean
 
 
 def scored_and_kept(
@@ -135,7 +142,7 @@ def make_subsets(study: Study, flipped: float, seed: int) -> Path:
     """A folder per arm with its pairs in ``pairs/``, and subsets.json: sizes, labels, CPU seconds, a head."""
 
     def work(folder: Path) -> None:
-        rows, clean, _ = draw(study, flipped, seed)
+        rows, clean = draw(study, flipped, seed)
         scored, kept, seconds = scored_and_kept(study, rows, folder, seed)
         size = int(kept.sum())
         places = {
@@ -165,19 +172,14 @@ def make_subsets(study: Study, flipped: float, seed: int) -> Path:
     return run_stage(name, study.output / f"{flipped:g}-{seed}" / "subsets", inputs, work).folder
 
 
-def train_config(study: Study, loss: str) -> TrainConfig:
-    """One pass; the demo's adapter and schedule."""
-    return TrainConfig(
-        model=study.model,
-        methods={loss: LOSSES[loss]},
-        peft={"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
-        trainer={
-            "num_train_epochs": 1, "per_device_train_batch_size": study.sizes.batch, "warmup_steps": 2,
-            "learning_rate": study.sizes.rate, "lr_scheduler_type": "cosine", "max_length": 128,
-            "bf16": True, "use_cpu": not torch.cuda.is_available(),
-            "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
-        },
-    )  # fmt: skip
+def trainer_fields(study: Study, **more: Any) -> dict[str, Any]:
+    """Of trl.DPOConfig: the demo's, one pass."""
+    return {
+        "num_train_epochs": 1, "per_device_train_batch_size": study.sizes.batch, "warmup_steps": 2,
+        "learning_rate": study.sizes.rate, "lr_scheduler_type": "cosine", "max_length": 128,
+        "bf16": True, "use_cpu": not torch.cuda.is_available(), "gradient_checkpointing": False,
+        "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
+    } | more  # fmt: skip
 
 
 def run_cell(study: Study, flipped: float, seed: int, arm: str, loss: str) -> dict[str, Any]:
@@ -193,10 +195,13 @@ def run_cell(study: Study, flipped: float, seed: int, arm: str, loss: str) -> di
         start = time.process_time()
         pairs = read_pairs(subsets / arm / "pairs")
         cache = study.output / f"{flipped:g}-{seed}" / "reference-logps"
-        train_policy(pairs, train_config(study, loss), loss, folder / "train", seed=seed, reference_cache=cache)
+        config = TrainConfig(
+            model=study.model, methods={loss: LOSSES[loss]}, peft=LORA, trainer=trainer_fields(study)
+        )  # fmt: skip
+        train_policy(pairs, config, loss, folder / "train", seed=seed, reference_cache=cache)
         seconds = time.process_time() - start
         merged = merge_adapter(folder / "train" / MODEL, study.model, folder / "merged")
-        found = _judged(study, Policy(loss, str(merged)), flipped, seed, folder)
+        found = judged(study, Policy(loss, str(merged)), seed, folder)
         shutil.rmtree(folder / "merged", ignore_errors=True)
         made = read_json(subsets / "subsets.json")
         own = made["arms"][arm] | {
@@ -217,15 +222,16 @@ def run_reference(study: Study, seed: int) -> dict[str, Any]:
         return study.known[key]
 
     def work(folder: Path) -> None:
-        write_json(folder / CELL, named | _judged(study, Policy(REFERENCE, study.model), 0.0, seed, folder))
+        write_json(folder / CELL, named | judged(study, Policy(REFERENCE, study.model), seed, folder))
 
     stage = run_stage(f"reference, seed {seed}", study.output / f"reference-{seed}", {"key": key}, work)
     return {"key": key} | read_json(stage.folder / CELL)
 
 
-def _judged(study: Study, policy: Policy, flipped: float, seed: int, folder: Path) -> dict[str, Any]:
-    prompts, sizes = draw(study, flipped, seed)[2], study.sizes
-    decoding = Decoding(sizes.max_new_tokens, 1.0, seed, 64)
+def judged(study: Study, policy: Policy, seed: int, folder: Path) -> dict[str, Any]:
+    """Reward and KL of one completion of each prompt, which begins as the prompts of the pairs do."""
+    prompts = [f"{PAIR_PROMPT} {row['prompt']}" for row in split(study)[1]]
+    decoding = Decoding(study.sizes.max_new_tokens, 1.0, seed, 64)
     return judge_policy(policy, Policy(REFERENCE, study.model), prompts, [decoding], make_judge(JUDGE), folder)["1"]
 
 
@@ -275,18 +281,24 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Make the cells that are missing, write cells.jsonl and table.json, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(document: str | None, output: str) -> argparse.ArgumentParser:
+    """Of both studies on these pairs."""
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
-    parser.add_argument("--output", type=Path, default=Path("runs/study-filtered-policies"))
+    parser.add_argument("--output", type=Path, default=Path(output))
     parser.add_argument("--known", nargs="*", type=Path, default=[], metavar="CELLS.jsonl", help="of earlier runs")
-    parser.add_argument("--flipped", nargs="+", type=float, default=[0.2, 0.3, 0.4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--pairs", type=int, default=768)
+    parser.add_argument("--prompts", type=int, default=128)
+    return parser
+
+
+def main() -> None:
+    """Make the cells that are missing, write cells.jsonl and table.json, print the table."""
+    parser = options(__doc__, "runs/study-filtered-policies")
+    parser.add_argument("--flipped", nargs="+", type=float, default=[0.2, 0.3, 0.4])
     parser.add_argument("--keep", type=float, default=0.25)
     parser.add_argument("--clean-pairs", type=int, default=1000)
-    parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--max-new-tokens", type=int, default=24)
@@ -294,11 +306,8 @@ def main() -> None:
     arguments = parser.parse_args()
     configure()
     names = ("pairs", "keep", "clean_pairs", "prompts", "batch", "rate", "max_new_tokens")
-    lines = [line for file in arguments.known for line in file.read_text(encoding="utf-8").splitlines()]
-    study = Study(
-        arguments.assets, arguments.output, Sizes(**{name: getattr(arguments, name) for name in names}),
-        {cell["key"]: cell for cell in map(json.loads, lines)},
-    )  # fmt: skip
+    sizes = Sizes(**{name: getattr(arguments, name) for name in names})
+    study = Study(arguments.assets, arguments.output, sizes, read_known(arguments.known))
     study.output.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * arguments.minutes
     try:
@@ -312,8 +321,7 @@ def main() -> None:
             if time.monotonic() > end:
                 break
             cells.append(run_cell(study, *one))
-            text = "".join(json.dumps(cell) + "\n" for cell in [*references, *cells])
-            (study.output / "cells.jsonl").write_text(text, encoding="utf-8")
+            write_table([*references, *cells], study.output / "cells.jsonl")
     except AlignError as error:
         sys.stderr.write(f"error {error}\n")
         sys.exit(2)

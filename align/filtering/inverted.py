@@ -39,6 +39,7 @@ MOST_COMPARED = 8192
 LIST_LENGTH = 250
 """Of large sets, on average; sets below (4 x 250)^2 have 4 sqrt(N) lists."""
 POINTS_PER_LIST = 64
+POINTS_PER_CENTRE = 256
 TRAINING_ROUNDS = 8
 FLAT_CENTRES = 8192
 """Of more centres the nearest are looked up in a graph, and they are trained in two levels."""
@@ -229,23 +230,30 @@ def _list_count(count: int) -> int:
 def _train(view: View, count: int, seed: int) -> np.ndarray:
     """About ``count`` centres, [C, D], trained on ``POINTS_PER_LIST`` vectors a list.
 
-    Many are trained in two levels: a few, and as many within each as it has of the vectors.
+    Many are trained in two levels: a few, and as many within each as it has of the vectors, of which those of one are
+    in memory at a time.
     """
-    drawn = np.random.default_rng(seed).choice(len(view), min(len(view), POINTS_PER_LIST * count), replace=False)
-    points = view[np.sort(drawn)]
+    rng = np.random.default_rng(seed)
+    drawn = np.sort(rng.choice(len(view), min(len(view), POINTS_PER_LIST * count), replace=False))
     if count <= FLAT_CENTRES:
-        return _kmeans(points, count, seed)
-    upper = _kmeans(points, math.isqrt(count), seed)
-    cell = _index_of(upper, 1).search(points, 1)[1][:, 0]
-    inside = [points[cell == number] for number in range(len(upper))]
-    return np.concatenate([_kmeans(own, max(1, count * len(own) // len(points)), seed) for own in inside if len(own)])
+        return _kmeans(view[drawn], count, seed)
+    few = math.isqrt(count)
+    upper = _kmeans(view[rng.choice(drawn, min(len(drawn), POINTS_PER_CENTRE * few), replace=False)], few, seed)
+    index, parts = _index_of(upper, 1), range(0, len(drawn), QUERIES)
+    cell = np.concatenate([index.search(view[drawn[start : start + QUERIES]], 1)[1][:, 0] for start in parts])
+    sizes = np.bincount(cell, minlength=few)
+    return np.concatenate([
+        _kmeans(view[drawn[cell == number]], max(1, count * size // len(drawn)), seed)
+        for number, size in enumerate(sizes.tolist()) if size
+    ])  # fmt: skip
 
 
 def _kmeans(points: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Centres [count, D] of points [P, D]; of more than 256 points a centre a random 256."""
+    """Centres [count, D] of points [P, D], of which at most ``POINTS_PER_CENTRE`` a centre are looked at."""
     kmeans = faiss().Kmeans(
-        points.shape[1], count, niter=TRAINING_ROUNDS, seed=seed, spherical=True, min_points_per_centroid=1
-    )
+        points.shape[1], count, niter=TRAINING_ROUNDS, seed=seed, spherical=True, min_points_per_centroid=1,
+        max_points_per_centroid=POINTS_PER_CENTRE,
+    )  # fmt: skip
     kmeans.train(points)
     found: np.ndarray = kmeans.centroids
     return found

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import DPOConfig
 
-from align.checkpoints import last_whole_checkpoint
+from align.checkpoints import OPTIMIZER_PARTS, last_whole_checkpoint
 from align.config import LossConfig, RemedyConfig, TiltConfig, TokenMaskConfig, TrainConfig
 from align.console import log
 from align.entanglement.callback import EntanglementCallback
@@ -37,8 +37,6 @@ OF_RESUMING = (
     "*.pt", "*.pth", "*.bin", "trainer_state.json", STEP, "loss_state.json", "token_mask.safetensors", "README.md",
 )  # fmt: skip
 """Files of a checkpoint beside the model."""
-SHARDED_OPTIMIZER = "optimizer_0"
-"""Folder of a checkpoint whose parts the processes have written (FSDP2, SHARDED_STATE_DICT)."""
 SETS = ("target_modules", "exclude_modules", "modules_to_save")
 MASK_SHOWN = 40
 """Tokens with the largest and with the smallest weights of a learned mask that are written down."""
@@ -206,7 +204,7 @@ def _finish_checkpoints(checkpoints: Path, config: TrainConfig) -> None:
     for pattern in OF_RESUMING:
         for file in checkpoints.rglob(pattern):
             file.unlink()
-    for part in checkpoints.glob(f"*/{SHARDED_OPTIMIZER}"):
+    for part in checkpoints.glob(f"*/{OPTIMIZER_PARTS}"):
         shutil.rmtree(part)
     for file in checkpoints.rglob(ADAPTER):
         _order_adapter(file)
