@@ -58,7 +58,7 @@ def qualities(
     found: dict[str, np.ndarray] = {}
     for name in settings.quality_scorers:
         if name == "screen":
-            found[name] = survey.screen.astype(np.float64)
+            found[name] = survey.screen
             continue
         key = digest([name, fingerprint_source(str(settings.quality_model))])[:16]
         job, folder = Quality(name, settings.quality_model), cache / f"quality-{key}"
@@ -191,5 +191,5 @@ def _pair_distance(model: Mahalanobis, features: np.ndarray) -> np.ndarray:
 
 
 def _numbers(pairs: Dataset, name: str) -> np.ndarray:
-    values: np.ndarray = cells(pairs, name).to_numpy().astype(np.float64)
+    values: np.ndarray = cells(pairs, name).to_numpy().astype(np.float64, copy=False)
     return values

@@ -38,6 +38,10 @@ class Neighbours:
     recall: float
     """Share of the k found that are no farther than the true k-th, on ``SAMPLE`` rows; 1 where exact."""
 
+    def how(self) -> dict[str, Any]:
+        """All but the distances."""
+        return {"method": self.method, "recall": self.recall}
+
     def write(self, file: Path) -> None:
         """Into an .npz file."""
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -156,4 +160,7 @@ def _search(index: Any, view: View, rows: np.ndarray, k: int) -> tuple[np.ndarra
 
 def _distance(view: View, last: np.ndarray) -> np.ndarray:
     """Distance [N] of each row to the row ``last``."""
-    return np.concatenate([view.distances(rows, last[rows]) for rows in view.blocks(ADD_BLOCK)])
+    found = np.empty(len(view))
+    for rows in view.blocks(ADD_BLOCK):
+        found[rows] = view.distances(rows, last[rows])
+    return found

@@ -6,6 +6,7 @@ same the one with the smallest id is kept, so the result does not depend on the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +32,7 @@ class Table:
 
     pairs: Dataset
     order: np.ndarray
-    """int64 [N]: places of the pairs, smallest id first."""
+    """[N] of ``place_type``: places of the pairs, smallest id first."""
     survey: Survey
     longest: int = 2048
     """Most words of a response."""
@@ -55,9 +56,14 @@ class Table:
         return {int(place): f"{said} {name}" for place, name in zip(places, ids, strict=True)}
 
 
+def place_type(count: int) -> type[np.signedinteger[Any]]:
+    """The smaller type that holds the places of ``count`` pairs."""
+    return np.int32 if count < 2**31 else np.int64
+
+
 def by_id(pairs: Dataset) -> np.ndarray:
     """Places [N] of the pairs, smallest id first."""
-    return pc.sort_indices(cells(pairs, "id")).to_numpy().view(np.int64)
+    return pc.sort_indices(cells(pairs, "id")).to_numpy().astype(place_type(len(pairs)))
 
 
 Rule = Callable[[Table, np.ndarray], Found]

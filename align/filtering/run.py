@@ -22,7 +22,7 @@ from align.errors import ConfigError, DataError
 from align.filtering.columns import distances, margins, qualities, vectors
 from align.filtering.neighbours import Neighbours, kth_distance
 from align.filtering.result import DROPPED, KEPT, SUMMARY, Filtered, Reasons, write_tables
-from align.filtering.rules import RULES, Table, apply_rules, by_id
+from align.filtering.rules import RULES, Table, apply_rules, by_id, place_type
 from align.filtering.scores import diversity, doubtful
 from align.filtering.select import Scale, greedy, importance, top
 from align.filtering.summary import summarise
@@ -105,12 +105,16 @@ def filter_pairs(
     table, broken = run.rules(held_out)
     passed = np.ones(len(pairs), dtype=bool)
     passed[list(broken)] = False
-    left = np.flatnonzero(passed)
+    left = np.flatnonzero(passed).astype(place_type(len(pairs)))
+    del passed
     if len(left) < 2:
         raise DataError(f"{len(left)} pairs pass the rules, at least 2 are needed", code="filter-empty")
     embedded, near = run.neighbours(left)
+    scores = {"diversity": _spread(diversity(near.distance).astype(np.float32), left, len(pairs))}
+    how = near.how()
+    del near
     quality = run.qualities(table.survey)
-    scores = {"quality": quality["quality"], "diversity": _spread(diversity(near.distance), left, len(pairs))}
+    scores["quality"] = quality["quality"]
     if (margin := margins(pairs, in_spreads=settings.in_spreads)) is not None:
         scores["margin"] = margin
     weights = {name: float(getattr(settings, name)) for name in scores}
@@ -120,7 +124,7 @@ def filter_pairs(
     columns = quality | {"diversity": scores["diversity"], "importance": values, "kept": kept}
     columns |= {n: found for n, found in (("doubtful", table.doubtful), ("ood", table.ood)) if found is not None}
     with run.timed("summary"):
-        summary = summarise(pairs, table, broken, near, kept, embedded, seed)
+        summary = summarise(pairs, table, broken, how, kept, embedded, seed)
     parts = {name: (weights[name], Scale.of(usable[name]), scores[name]) for name in scores}
     reasons = Reasons(broken, parts, values, kept, settings.method)
     return Filtered(pairs, columns, reasons, embedded, summary | {"seconds": run.seconds})
@@ -211,7 +215,7 @@ class _Run:
             order: places of all pairs, smallest id first.
         """
         settings, count = self.settings, len(self.pairs)
-        rank = np.empty(count, dtype=np.int32 if count < 2**31 else np.int64)
+        rank = np.empty_like(order)
         rank[order] = np.arange(count, dtype=rank.dtype)
         values = importance(scores, weights)
         wanted = max(1, round(settings.keep * len(left)))
@@ -254,7 +258,7 @@ def _check(pairs: Dataset, settings: FilterConfig) -> None:
 
 def _spread(values: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
     """``values`` at ``places`` of an array of ``count``, not-a-number elsewhere."""
-    made = np.full(count, np.nan)
+    made = np.full(count, np.nan, dtype=values.dtype)
     made[places] = values
     return made
 

@@ -21,8 +21,8 @@ class Scale:
     @classmethod
     def of(cls, values: np.ndarray) -> "Scale":
         """From values [N]."""
-        low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-        return cls(float(median), float((high - low) / IQR_OF_NORMAL) or float(np.std(values)))
+        low, median, high = map(float, np.quantile(values, [0.25, 0.5, 0.75]))
+        return cls(median, (high - low) / IQR_OF_NORMAL or float(np.std(values, dtype=np.float64)))
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """(x - median) / width, 0 where all values are the same."""

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.filtering.neighbours import Neighbours
 from align.filtering.rules import RULES, Table, length_bias
 from align.filtering.scores import effective_number
 from align.filtering.texts import cells
@@ -15,7 +14,7 @@ def summarise(
     pairs: Dataset,
     table: Table,
     broken: dict[int, tuple[str, str]],
-    near: Neighbours,
+    neighbours: dict[str, Any],
     kept: np.ndarray,
     embedded: np.ndarray,
     seed: int,
@@ -34,7 +33,7 @@ def summarise(
             "all": length_bias(table.survey.words),
             "kept": length_bias(table.survey.words, np.flatnonzero(kept)),
         },
-        "neighbours": {"method": near.method, "recall": near.recall},
+        "neighbours": neighbours,
         "effective_number": {
             "all": effective_number(embedded),
             "kept": effective_number(embedded, np.flatnonzero(kept)),
