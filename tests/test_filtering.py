@@ -5,7 +5,9 @@ import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,9 +19,11 @@ from scipy.stats import spearmanr
 
 from align.config import FilterConfig, OodConfig, PairsConfig
 from align.errors import AlignError, DataError
-from align.filtering import inverted
+from align.filtering.best import Best
 from align.filtering.columns import distances, vectors
 from align.filtering.embed import Encoder, read_embeddings
+from align.filtering.inverted import Share, share_of
+from align.filtering.lists import Visitors, in_lists
 from align.filtering.neighbours import _exact, kth_distance
 from align.filtering.ood import Mahalanobis, ledoit_wolf
 from align.filtering.parts import as_array
@@ -28,6 +32,7 @@ from align.filtering.run import filter_pairs
 from align.filtering.scores import DUPLICATE_DISTANCE, diversity, doubtful, effective_number, over_spread
 from align.filtering.select import greedy, importance, standardise, top
 from align.filtering.static import StaticEncoder
+from align.filtering.trial import WANTED_RECALL
 from align.filtering.view import View
 from align.pair_stream import stream_pairs
 from align.pairs import load_pairs
@@ -75,33 +80,97 @@ def test_an_index_is_close_to_exact(method: str, label: str) -> None:
 
 
 def test_neighbours_among_shares_are_those_among_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With a seventh of the vectors in memory at a time; a search that is stopped between two shares goes on."""
+    """With about a seventh of the vectors in memory at a time; a search that is stopped in a share, or while a share's
+    answers are taken over, goes on there."""
     found = clustered(6000)
     whole = kth_distance(found, 5, seed=0, exact_limit=1000)
-    monkeypatch.setattr("align.filtering.inverted.SHARE_BYTES", 900 * 4 * 32)
+    monkeypatch.setattr("align.filtering.lists.SHARE_BYTES", 900 * 4 * 32)
     shared = kth_distance(found, 5, seed=0, exact_limit=1000)
     assert np.array_equal(whole.distance, shared.distance) and whole.recall == shared.recall
     begun: list[int] = []
-    start, firsts = inverted.Share.start, [*range(0, 6000, 900)]
+    start, flush = Share.start, np.memmap.flush
 
-    def counted(self: inverted.Share) -> Any:
+    def counted(self: Share) -> Any:
         begun.append(self.first)
-        if begun == [*firsts, 0, 900, 1800, 2700]:
+        if len(begun) == 3:
             raise KeyboardInterrupt
         return start(self)
 
-    monkeypatch.setattr(inverted.Share, "start", counted)
-    with pytest.raises(KeyboardInterrupt):
-        kth_distance(found, 5, seed=0, exact_limit=1000, folder=tmp_path)
+    def stopped(self: np.memmap) -> None:
+        if len(begun) == 5:
+            begun.append(-1)
+            raise KeyboardInterrupt
+        flush(self)
+
+    monkeypatch.setattr(Share, "start", counted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            kth_distance(found, 5, seed=0, exact_limit=1000, folder=tmp_path)
+        monkeypatch.setattr(np.memmap, "flush", stopped)
     again = kth_distance(found, 5, seed=0, exact_limit=1000, folder=tmp_path)
-    assert begun[len(firsts) + 4 :] == [*firsts, 2700, 3600, 4500, 5400], "the recall is measured anew"
+    assert begun[2] == begun[3] and begun[4] == max(begun[:5]) < begun[6], "each share is looked into once"
+    assert begun == [*sorted(begun[:3]), begun[2], begun[4], -1, *sorted(begun[6:])] and 7 <= len(begun) - 2 <= 9
     assert np.array_equal(again.distance, whole.distance)
+
+
+@given(st.integers(0, 99), st.integers(1, 30), st.integers(1, 6))
+def test_every_vector_lies_in_one_share_and_looks_into_those_of_its_lists(seed: int, count: int, probes: int) -> None:
+    """Whatever the lists and the size of a share: sorted by list, shares of whole lists, nothing lost."""
+    rng, probes = np.random.default_rng(seed), min(probes, count)
+    vectors_of, rows = unit(50, 4, seed), np.sort(rng.permutation(50)[:40])
+    near = np.stack([rng.permutation(count)[:probes] for _ in rows]).astype(np.int32)
+    with TemporaryDirectory() as folder, patch("align.filtering.lists.SHARE_BYTES", int(rng.integers(1, 12)) * 16):
+        listed = in_lists(View(vectors_of, rows), near, count, Path(folder) / "lists")
+        place = listed.records["place"]
+        assert np.array_equal(np.sort(place), np.arange(40)) and np.array_equal(listed.records["list"], near[place])
+        assert np.array_equal(listed.vectors(slice(0, 40)), vectors_of[rows[place]])
+        assert (np.diff(listed.records["list"][:, 0]) >= 0).all()
+        shares = len(listed.starts) - 1
+        for share in range(shares):
+            within, lists = slice(*listed.starts[share : share + 2]), listed.lists_of(share)
+            assert set(listed.records["list"][within, 0].tolist()) <= set(lists) and within.start < within.stop
+            table = listed.visitors(share)
+            visits = (listed.share_of[listed.records["list"]] == share).any(axis=1)
+            assert np.array_equal(table.positions, np.flatnonzero(visits))
+            own = as_array(table.select(range(len(table))), "list")
+            known = listed.records["list"][table.positions]
+            for found, asked in zip(own.tolist(), known.tolist(), strict=True):
+                inside = [number - lists.start for number in asked if number in lists]
+                assert found == inside + [-1] * (own.shape[1] - len(inside))
+
+
+def test_near_lists_are_in_few_shares(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a search costs grows with the shares that a vector looks into, not with those that there are."""
+    angle = np.random.default_rng(0).uniform(0, 2 * np.pi, size=8000)
+    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    looked: list[int] = []
+    count = Visitors.__len__
+    monkeypatch.setattr(Share, "start", lambda self, start=Share.start: looked.append(0) or start(self))
+    monkeypatch.setattr("align.filtering.lists.SHARE_BYTES", 200 * 4 * 2)
+    visits: dict[int, int] = {}
+    monkeypatch.setattr(Visitors, "__len__", lambda self: visits.setdefault(self.share, count(self)))
+    found = kth_distance(circle, 5, seed=0, exact_limit=1000)
+    assert found.recall >= WANTED_RECALL and len(looked) == len(visits) >= 35
+    assert sum(visits.values()) <= 3 * 8000
+
+
+def test_answers_taken_over_twice_count_once(tmp_path: Path) -> None:
+    best = Best(tmp_path / "best", 3, 2)
+    first = {"similarity": np.array([[0.9, 0.5], [0.4, -np.inf]]), "place": np.array([[2, 1], [0, -1]])}
+    second = {"similarity": np.array([[0.7, 0.6]]), "place": np.array([[3, 4]])}
+    for _ in range(2):
+        best.add(0, np.array([0, 2]), first)
+    best.add(1, np.array([0]), second)
+    again = Best(tmp_path / "best", 3, 2)
+    assert again.holds(0) and again.holds(1) and not again.holds(2)
+    assert [set(row) for row in again.place.tolist()] == [{2, 3}, {-1}, {0, -1}]
+    assert np.sort(again.similarity[0]) == pytest.approx([0.7, 0.9])
 
 
 def test_many_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of millions: centres in two levels, looked up in a graph; as close to exact, and the same answer twice."""
     vectors = clustered(6000)
-    monkeypatch.setattr("align.filtering.inverted.FLAT_CENTRES", 100)
+    monkeypatch.setattr("align.filtering.centres.FLAT_CENTRES", 100)
     found, again = (kth_distance(vectors, 5, seed=0, exact_limit=1000) for _ in range(2))
     assert found.recall >= 0.95 and np.array_equal(found.distance, again.distance)
     assert spearmanr(found.distance, _exact(View(vectors), np.arange(6000), 5)).statistic >= 0.99
@@ -112,10 +181,10 @@ def test_more_recall_has_its_price(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     vectors_of, exact = unit(6000, 32), 1000
     monkeypatch.setattr("align.filtering.inverted.MOST_COMPARED", 6000 * 20 // 309)
     found = kth_distance(vectors_of, 5, seed=0, exact_limit=exact)
-    assert found.method == "inverted file of 309 lists, 19 probed" and found.recall < inverted.WANTED_RECALL
+    assert found.method == "inverted file of 309 lists, 19 probed" and found.recall < WANTED_RECALL
     assert f"{100 * found.recall:.1f}% of the nearest are found where 97% were wanted" in caplog.text
     monkeypatch.undo()
-    assert kth_distance(vectors_of, 5, seed=0, exact_limit=exact).recall >= inverted.WANTED_RECALL
+    assert kth_distance(vectors_of, 5, seed=0, exact_limit=exact).recall >= WANTED_RECALL
 
 
 @pytest.mark.parametrize("method", ["ivf", "hnsw"])
@@ -130,21 +199,22 @@ def test_of_equal_prompts_any_is_a_neighbour(method: str) -> None:
 @given(st.integers(0, 99), st.integers(1, 6), st.integers(1, 40))
 def test_shares_give_the_best_of_all(seed: int, k: int, size: int) -> None:
     """Looking into every list, whatever the share: the k nearest that there are."""
-    vectors_of = unit(40, 4, seed)
-    view, places = View(vectors_of), np.arange(40)
-    lists = np.random.default_rng(seed).integers(0, 3, size=40).astype(np.int32)
-    best: dict[str, np.ndarray] = {}
-    for first in range(0, 40, size):
-        block = places[first : first + size]
-        share = inverted.Share(view[block], lists[block], first, 3, k)
-        rows_of = inverted.Queries(view, places, lambda part: np.tile(np.arange(3, dtype=np.int32), (40, 1)), best)
-        made = share.start()(rows_of.select(range(40)))
-        best = {name: as_array(made, name) for name in made.column_names}
-    cosine = vectors_of @ vectors_of.T
-    np.fill_diagonal(cosine, -np.inf)
-    expected = np.sort(cosine, axis=1)[:, -k:]
-    assert np.allclose(np.sort(best["similarity"], axis=1), expected, atol=1e-5)
-    assert np.allclose(np.take_along_axis(cosine, best["place"], axis=1), best["similarity"], atol=1e-5)
+    vectors_of, count = unit(40, 4, seed), 7
+    rng = np.random.default_rng(seed)
+    near = np.stack([rng.permutation(count) for _ in range(40)]).astype(np.int32)
+    with TemporaryDirectory() as folder, patch("align.filtering.lists.SHARE_BYTES", size * 16):
+        listed = in_lists(View(vectors_of), near, count, Path(folder) / "lists")
+        best = Best(Path(folder) / "best", 40, k)
+        for share in range(len(listed.starts) - 1):
+            table = listed.visitors(share)
+            made = share_of(listed, share, k).start()(table.select(range(len(table))))
+            best.add(share, table.positions, {name: as_array(made, name) for name in made.column_names})
+        ordered = listed.vectors(slice(0, 40))
+        cosine = ordered @ ordered.T
+        np.fill_diagonal(cosine, -np.inf)
+        expected = np.sort(cosine, axis=1)[:, -k:]
+        assert np.allclose(np.sort(best.similarity, axis=1), expected, atol=1e-5)
+        assert np.allclose(np.take_along_axis(cosine, best.place, axis=1), best.similarity, atol=1e-5)
 
 
 def test_exact_in_blocks_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:

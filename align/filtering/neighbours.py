@@ -15,7 +15,10 @@ import numpy as np
 
 from align.config import ClusterConfig
 from align.console import progress
-from align.filtering import inverted
+from align.filtering.best import farthest
+from align.filtering.centres import faiss
+from align.filtering.inverted import search
+from align.filtering.trial import Sample, enough
 from align.filtering.view import View
 
 Method = Literal["auto", "exact", "ivf", "hnsw"]
@@ -91,14 +94,13 @@ def kth_distance(
     k = min(k, len(view) - 1)
     if method == "exact" or (method == "auto" and len(view) <= exact_limit):
         return Neighbours(_exact(view, np.arange(len(view)), k), "exact", 1.0)
-    inverted.faiss()  # whether it is there, before the work begins
+    faiss()  # whether it is there, before the work begins
     sample = np.random.default_rng(seed).choice(len(view), min(SAMPLE, len(view)), replace=False)
-    true = inverted.Sample(sample, k, _exact(view, sample, k))
+    true = Sample(sample, k, _exact(view, sample, k))
     if method == "hnsw":
         return _by_graph(view, true)
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
-        last, label, recall = inverted.search(view, true, seed=seed, folder=Path(place), cluster=cluster)
-        return Neighbours(_distance(view, last), label, recall)
+        return Neighbours(*search(view, true, seed=seed, folder=Path(place), cluster=cluster))
 
 
 def _exact(view: View, rows: np.ndarray, k: int) -> np.ndarray:
@@ -108,7 +110,7 @@ def _exact(view: View, rows: np.ndarray, k: int) -> np.ndarray:
     for start in progress(starts, what="exact neighbours", total=len(starts), unit="blocks"):
         part = rows[start : start + BLOCK]
         values, nearest = _nearest_in_blocks(view, part, k)
-        distance[start : start + len(part)] = view.distances(part, inverted.farthest(values, nearest))
+        distance[start : start + len(part)] = view.distances(part, farthest(values, nearest))
     return distance
 
 
@@ -129,9 +131,9 @@ def _nearest_in_blocks(view: View, part: np.ndarray, k: int) -> tuple[np.ndarray
     return best, places
 
 
-def _by_graph(view: View, true: inverted.Sample) -> Neighbours:
+def _by_graph(view: View, true: Sample) -> Neighbours:
     """Hierarchical navigable small world graph (Malkov and Yashunin, arXiv 1603.09320)."""
-    index = inverted.faiss().IndexHNSWFlat(view.size, LINKS, inverted.faiss().METRIC_INNER_PRODUCT)
+    index = faiss().IndexHNSWFlat(view.size, LINKS, faiss().METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = EF_CONSTRUCTION
     blocks = list(view.blocks(ADD_BLOCK))
     for block in progress(blocks, what="index", total=len(blocks), unit="blocks"):
@@ -141,7 +143,7 @@ def _by_graph(view: View, true: inverted.Sample) -> Neighbours:
         index.hnsw.efSearch = candidates
         return true.recall(view, _search(index, view, true.rows, true.k)[1])
 
-    recall, candidates = inverted.enough(FIRST_EF, MOST_EF, recall_of)
+    recall, candidates = enough(FIRST_EF, MOST_EF, recall_of)
     distance = np.empty(len(view))
     parts = list(view.blocks(8 * BLOCK))
     for rows in progress(parts, what="neighbours", total=len(parts), unit="blocks"):
@@ -155,12 +157,4 @@ def _search(index: Any, view: View, rows: np.ndarray, k: int) -> tuple[np.ndarra
     own = indices == rows[:, None]
     own[~own.any(axis=1), -1] = True
     values, nearest = similarity[~own].reshape(len(rows), k), indices[~own].reshape(len(rows), k)
-    return view.distances(rows, inverted.farthest(values, nearest)), nearest
-
-
-def _distance(view: View, last: np.ndarray) -> np.ndarray:
-    """Distance [N] of each row to the row ``last``."""
-    found = np.empty(len(view))
-    for rows in view.blocks(ADD_BLOCK):
-        found[rows] = view.distances(rows, last[rows])
-    return found
+    return view.distances(rows, farthest(values, nearest)), nearest
