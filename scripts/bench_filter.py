@@ -31,8 +31,9 @@ from scipy.stats import spearmanr
 
 from align.config import FilterConfig, PairsConfig
 from align.console import configure
+from align.filtering.exact import exact_distance
 from align.filtering.minhash import band_keys
-from align.filtering.neighbours import _exact, kth_distance
+from align.filtering.neighbours import kth_distance
 from align.filtering.result import SUMMARY
 from align.filtering.run import filter_source
 from align.filtering.scores import diversity, effective_number
@@ -115,7 +116,7 @@ def measure(count: int, folder: Path, processes: int) -> dict[str, Any]:
     scores = pa.concat_tables(kept).to_pandas().dropna().set_index("id")["diversity"].sort_index()
     left = scores.index.astype(int).to_numpy()
     places = np.random.default_rng(1).choice(len(left), min(SAMPLE, len(left)), replace=False)
-    exact = _exact(View(vectors, left), places, K)
+    exact = exact_distance(View(vectors, left), places, K)
     return {
         "pairs": count,
         "seconds": seconds,

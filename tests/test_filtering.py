@@ -22,9 +22,10 @@ from align.errors import AlignError, DataError
 from align.filtering.best import Best
 from align.filtering.columns import distances, vectors
 from align.filtering.embed import Encoder, read_embeddings
+from align.filtering.exact import exact_distance
 from align.filtering.inverted import Share, share_of
-from align.filtering.lists import Visitors, in_lists
-from align.filtering.neighbours import _exact, kth_distance
+from align.filtering.lists import Visitors, _append, in_lists
+from align.filtering.neighbours import kth_distance
 from align.filtering.ood import Mahalanobis, ledoit_wolf
 from align.filtering.parts import as_array
 from align.filtering.quality import Fluency, Rubric, make_scorer, pair_quality
@@ -32,7 +33,7 @@ from align.filtering.run import filter_pairs
 from align.filtering.scores import DUPLICATE_DISTANCE, diversity, doubtful, effective_number, over_spread
 from align.filtering.select import greedy, importance, standardise, top
 from align.filtering.static import StaticEncoder
-from align.filtering.trial import WANTED_RECALL
+from align.filtering.trial import WANTED_RECALL, Sample, Trial
 from align.filtering.view import View
 from align.pair_stream import stream_pairs
 from align.pairs import load_pairs
@@ -72,7 +73,7 @@ def test_an_index_is_close_to_exact(method: str, label: str) -> None:
     """On clustered vectors: recall, rank of the scores, the same answer twice."""
     vectors = clustered(6000)
     found = kth_distance(vectors, 5, seed=0, exact_limit=1000, method=method)  # type: ignore[arg-type]
-    exact = _exact(View(vectors), np.arange(6000), 5)
+    exact = exact_distance(View(vectors), np.arange(6000), 5)
     assert found.method.startswith(label) and found.recall >= 0.95
     assert spearmanr(found.distance, exact).statistic >= 0.99
     again = kth_distance(vectors, 5, seed=0, exact_limit=1000, method=method)  # type: ignore[arg-type]
@@ -167,13 +168,104 @@ def test_answers_taken_over_twice_count_once(tmp_path: Path) -> None:
     assert np.sort(again.similarity[0]) == pytest.approx([0.7, 0.9])
 
 
+class Dying:
+    """An array in which nothing can be put."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape = array, array.shape
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return self.array[rows]
+
+    def __setitem__(self, rows: Any, values: np.ndarray) -> None:
+        self.array[rows[:1]] = values[:1]
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["similarity", "place"])
+def test_a_kill_while_answers_are_taken_over_mixes_none(name: str, tmp_path: Path) -> None:
+    """In the middle of either file: what was there is there again, and the share can be added once more."""
+    rows = np.array([0, 1])
+    first = {"similarity": np.array([[0.3, 0.2]] * 2), "place": np.array([[10, 11]] * 2)}
+    second = {"similarity": np.array([[0.9, 0.1]] * 2), "place": np.array([[20, 21]] * 2)}
+    best = Best(tmp_path / "best", 2, 2)
+    best.add(0, rows, first)
+    setattr(best, name, Dying(getattr(best, name)))
+    with pytest.raises(KeyboardInterrupt):
+        best.add(1, rows, second)
+    again = Best(tmp_path / "best", 2, 2)
+    assert np.array_equal(np.sort(again.place), [[10, 11]] * 2) and not again.holds(1)
+    again.add(1, rows, second)
+    for place, similarity in zip(again.place, again.similarity, strict=True):
+        assert dict(zip(place.tolist(), similarity.tolist(), strict=True)) == pytest.approx({20: 0.9, 10: 0.3})
+
+
+def test_a_vector_that_finds_too_few_is_compared_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most vectors are equal, so that near copies of one centre have lists with hardly a vector."""
+    copies = np.repeat(unit(1, 8), 5500, axis=0)
+    around = copies[:500] + 0.02 * np.random.default_rng(0).normal(size=(500, 8))
+    vectors_of = np.concatenate([copies, around / np.linalg.norm(around, axis=1, keepdims=True)]).astype(np.float32)
+    alone: list[int] = []
+    monkeypatch.setattr(
+        "align.filtering.inverted.exact_distance",
+        lambda view, rows, k: alone.extend(rows.tolist()) or exact_distance(view, rows, k),
+    )
+    found = kth_distance(vectors_of, 5, seed=0, exact_limit=1000).distance
+    exact = exact_distance(View(vectors_of), np.arange(6000), 5)
+    assert alone and np.allclose(found[alone], exact[alone], atol=1e-5)
+    assert (found >= exact - 1e-3).all(), "none is nearer than the nearest"
+
+
+@pytest.mark.parametrize("count", [2, 5, 13])
+def test_an_inverted_file_of_a_few_vectors(count: int) -> None:
+    vectors_of = unit(count, 4)
+    found = kth_distance(vectors_of, 3, seed=0, method="ivf")
+    exact = exact_distance(View(vectors_of), np.arange(count), min(3, count - 1))
+    assert np.allclose(found.distance, exact, atol=1e-5)
+
+
+def test_a_trial_holds_few_pairs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of all vectors in one list, which half of the sample looks into: same recall, whatever is held."""
+    vectors_of = clustered(3000)
+    near = np.random.default_rng(0).integers(1, 40, size=(3000, 4)).astype(np.int32)
+    near[:1500, 0] = 0
+    view, true = (
+        View(vectors_of),
+        Sample(np.arange(0, 3000, 10), 5, exact_distance(View(vectors_of), np.arange(0, 3000, 10), 5)),
+    )
+    whole = Trial(view, true, near, 40)
+    expected, asked, einsum = whole.recall(4), [], np.einsum
+    monkeypatch.setattr("align.filtering.trial.PAIR_BYTES", 1000 * 4 * 32)
+    monkeypatch.setattr(np, "einsum", lambda how, a, b: asked.append(len(a)) or einsum(how, a, b))
+    parts = Trial(view, true, near, 40)
+    assert parts.recall(4) == expected and np.array_equal(np.sort(parts.best["place"]), np.sort(whole.best["place"]))
+    assert max(asked) <= 1000 and sum(asked) > 100_000
+
+
+def test_a_missing_list_is_none(tmp_path: Path) -> None:
+    """Where a graph finds fewer lists than were asked for."""
+    near = np.array([[0, -1, 1], [1, -1, -1], [2, 1, -1]], dtype=np.int32)
+    with patch("align.filtering.lists.SHARE_BYTES", 16):
+        listed = in_lists(View(unit(3, 4)), near, 3, tmp_path / "lists")
+    looked = [listed.visitors(share).positions.tolist() for share in range(3)]
+    assert looked == [[0], [0, 1, 2], [2]]
+    table = listed.visitors(2)
+    assert as_array(table.select(range(1)), "list").tolist() == [[0]]
+
+
+def test_a_full_disk_is_no_loss_of_rows(tmp_path: Path) -> None:
+    (tmp_path / "share-0.bin").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        _append(np.arange(400), np.zeros(400, dtype=int), tmp_path, "share-{}.bin")
+
+
 def test_many_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of millions: centres in two levels, looked up in a graph; as close to exact, and the same answer twice."""
     vectors = clustered(6000)
     monkeypatch.setattr("align.filtering.centres.FLAT_CENTRES", 100)
     found, again = (kth_distance(vectors, 5, seed=0, exact_limit=1000) for _ in range(2))
     assert found.recall >= 0.95 and np.array_equal(found.distance, again.distance)
-    assert spearmanr(found.distance, _exact(View(vectors), np.arange(6000), 5)).statistic >= 0.99
+    assert spearmanr(found.distance, exact_distance(View(vectors), np.arange(6000), 5)).statistic >= 0.99
 
 
 def test_more_recall_has_its_price(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -221,8 +313,8 @@ def test_exact_in_blocks_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the block of rows held at a time, and for some of the rows as if they were all."""
     vectors, places = clustered(500), np.random.default_rng(0).permutation(500)[:333]
     whole = kth_distance(vectors[places], 7, seed=0).distance
-    monkeypatch.setattr("align.filtering.neighbours.ADD_BLOCK", 40)
-    monkeypatch.setattr("align.filtering.neighbours.BLOCK", 17)
+    monkeypatch.setattr("align.filtering.exact.ADD_BLOCK", 40)
+    monkeypatch.setattr("align.filtering.exact.BLOCK", 17)
     assert np.allclose(kth_distance(vectors, 7, seed=0, rows=places).distance, whole, atol=1e-6)
 
 

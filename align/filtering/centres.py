@@ -22,7 +22,7 @@ TRAINED_BLOCK = 8192
 
 def list_count(count: int) -> int:
     """Lists for so many vectors."""
-    return max(1, int(4 * math.sqrt(count)), count // LIST_LENGTH)
+    return min(count, max(1, int(4 * math.sqrt(count)), count // LIST_LENGTH))
 
 
 def train(view: View, count: int, seed: int) -> np.ndarray:

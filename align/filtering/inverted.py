@@ -6,9 +6,11 @@ in as many of them as it takes its neighbours are looked for. The vectors are wr
 best k so far are kept, which are the best k of all shares exactly. What a share answers is cut into shards
 (align/shards.py): a stopped search goes on, and a cluster can share it.
 
-Memory: 16 bytes a vector, and ``SHARE_BYTES`` of vectors up to three times over; in a worker of a cluster the latter
-only. On disk, until it is done: a copy of the vectors, and for each 4 bytes a list, 8 a share that it looks into and 24
-a neighbour.
+Memory: 20 bytes a vector, the vectors that centres are trained on (64 for each of at most 8,192, of more one cell at a
+time), and ``SHARE_BYTES`` of vectors up to three times over; in a worker of a cluster the latter only. A list is never
+cut: where most vectors are equal theirs may be larger than a share, and takes the square of its length to search. On
+disk, until it is done: a copy of the vectors, and for each up to 8 bytes a list, 8 a share that it looks into and 36 a
+neighbour.
 """
 
 import shutil
@@ -24,6 +26,7 @@ from align.config import ClusterConfig
 from align.console import log
 from align.filtering.best import Best, farthest, nearest
 from align.filtering.centres import faiss, index_of, list_count, train
+from align.filtering.exact import exact_distance
 from align.filtering.lists import Listed, in_lists
 from align.filtering.parts import as_array, as_table, found_of
 from align.filtering.trial import WANTED_RECALL, Sample, Trial, enough
@@ -75,8 +78,8 @@ def search(
             answers = found_of(table, share_of(listed, share, true.k), part, what="neighbours", rows=QUERIES,
                                cluster=cluster)  # fmt: skip
             best.add(share, table.positions, answers)
-            shutil.rmtree(part)
-    return _distances(listed, best), f"inverted file of {count} lists, {probes} probed", found
+        shutil.rmtree(folder / f"best-{probes}-{share}", ignore_errors=True)
+    return _distances(view, listed, best), f"inverted file of {count} lists, {probes} probed", found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,11 +154,18 @@ def share_of(listed: Listed, share: int, k: int) -> Share:
     return Share(listed.vectors(own), inside, own.start, len(lists), k)
 
 
-def _distances(listed: Listed, best: Best) -> np.ndarray:
-    """Distance [N] of each vector of the view to the last of its best neighbours."""
-    found = np.empty(len(listed.records))
+def _distances(view: View, listed: Listed, best: Best) -> np.ndarray:
+    """Distance [N] of each vector of the view to the last of its best neighbours.
+
+    Those that found fewer than k, in lists with hardly a vector, are compared with all.
+    """
+    found, few = np.empty(len(view)), []
     for block in listed.blocks():
-        last = farthest(best.similarity[block], best.place[block])
-        apart = listed.vectors(block) - listed.vectors(last)
-        found[listed.records["place"][block]] = np.linalg.norm(apart, axis=1)
+        place, own = best.place[block], listed.records["place"][block]
+        apart = listed.vectors(block) - listed.vectors(farthest(best.similarity[block], place))
+        found[own] = np.linalg.norm(apart, axis=1)
+        few.append(own[(place < 0).any(axis=1)])
+    alone = np.concatenate(few)
+    if len(alone):
+        found[alone] = exact_distance(view, alone, best.place.shape[1])
     return found

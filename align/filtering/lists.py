@@ -27,7 +27,7 @@ class Listed:
 
     folder: Path
     records: np.ndarray
-    """[N], mapped: ``place`` in the view, ``list`` [probes], nearest first, and ``vector`` [D]."""
+    """[N], mapped: ``place`` in the view, ``list`` [probes], nearest first, -1 for none, and ``vector`` [D]."""
     share_of: np.ndarray
     """[C], of each list."""
     starts: np.ndarray
@@ -77,7 +77,7 @@ class Visitors:
         beyond; in so many columns as it takes."""
         positions = np.asarray(self.positions[indices.start : indices.stop])
         lists = self.listed.records["list"][positions]
-        inside = self.listed.share_of[lists] == self.share
+        inside = (lists >= 0) & (self.listed.share_of[lists] == self.share)
         order = np.argsort(~inside, axis=1, kind="stable")[:, : inside.sum(axis=1).max()]
         lists = np.where(inside, lists - self.listed.lists_of(self.share).start, -1).astype(np.int32)
         lists = np.take_along_axis(lists, order, axis=1)
@@ -139,8 +139,9 @@ def _sort(share_of: np.ndarray, record: np.dtype, folder: Path) -> None:
             order = np.argsort(dealt["list"][:, 0], kind="stable")
             for start in range(0, len(order), BLOCK):
                 records = dealt[order[start : start + BLOCK]]
-                records.tofile(target)
-                shares = np.sort(share_of[records["list"]], axis=1)
+                target.write(np.ascontiguousarray(records).data)
+                lists = records["list"]
+                shares = np.sort(share_of[np.where(lists < 0, lists[:, :1], lists)], axis=1)
                 first = np.diff(shares, axis=1, prepend=-1) > 0
                 positions = np.broadcast_to(np.arange(position, position + len(records))[:, None], first.shape)
                 _append(positions[first], shares[first], folder, "visitors-{}.bin")
@@ -154,4 +155,4 @@ def _append(rows: np.ndarray, targets: np.ndarray, folder: Path, name: str) -> N
     numbers, starts = np.unique(targets[order], return_index=True)
     for number, part in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
         with (folder / name.format(number)).open("ab") as file:
-            rows[part].tofile(file)
+            file.write(np.ascontiguousarray(rows[part]).data)  # unlike tofile, fails on a full disk

@@ -1,8 +1,7 @@
 """Distance of every vector to its k-th nearest neighbour: exact for small sets, an inverted file or HNSW graph beyond.
 
-Memory beside the vectors (N of D numbers, which may lie in a memory-mapped file): some blocks of ``BLOCK`` x
-``ADD_BLOCK`` similarities when exact; see ``inverted`` for the inverted file; in the graph one float32 copy of the
-vectors and about 140 bytes of links for each.
+Memory beside the vectors (N of D numbers, which may lie in a memory-mapped file): see ``exact`` and ``inverted``; in
+the graph one float32 copy of the vectors and about 140 bytes of links for each.
 """
 
 from contextlib import nullcontext
@@ -17,14 +16,14 @@ from align.config import ClusterConfig
 from align.console import progress
 from align.filtering.best import farthest
 from align.filtering.centres import faiss
+from align.filtering.exact import ADD_BLOCK, exact_distance
 from align.filtering.inverted import search
 from align.filtering.trial import Sample, enough
 from align.filtering.view import View
 
 Method = Literal["auto", "exact", "ivf", "hnsw"]
 EXACT_LIMIT = 20_000
-BLOCK = 1024
-ADD_BLOCK = 65_536
+QUERIES = 8192
 SAMPLE = 500
 FIRST_EF, MOST_EF = 64, 4096
 LINKS = 16
@@ -93,42 +92,14 @@ def kth_distance(
         raise ValueError("kth_distance needs at least two vectors")
     k = min(k, len(view) - 1)
     if method == "exact" or (method == "auto" and len(view) <= exact_limit):
-        return Neighbours(_exact(view, np.arange(len(view)), k), "exact", 1.0)
+        return Neighbours(exact_distance(view, np.arange(len(view)), k), "exact", 1.0)
     faiss()  # whether it is there, before the work begins
     sample = np.random.default_rng(seed).choice(len(view), min(SAMPLE, len(view)), replace=False)
-    true = Sample(sample, k, _exact(view, sample, k))
+    true = Sample(sample, k, exact_distance(view, sample, k))
     if method == "hnsw":
         return _by_graph(view, true)
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
         return Neighbours(*search(view, true, seed=seed, folder=Path(place), cluster=cluster))
-
-
-def _exact(view: View, rows: np.ndarray, k: int) -> np.ndarray:
-    """Distance [R] of ``rows`` to their k-th neighbours."""
-    distance = np.empty(len(rows))
-    starts = range(0, len(rows), BLOCK)
-    for start in progress(starts, what="exact neighbours", total=len(starts), unit="blocks"):
-        part = rows[start : start + BLOCK]
-        values, nearest = _nearest_in_blocks(view, part, k)
-        distance[start : start + len(part)] = view.distances(part, farthest(values, nearest))
-    return distance
-
-
-def _nearest_in_blocks(view: View, part: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Similarities and places [P, k] of the nearest others of the rows ``part``, by a pass over all rows."""
-    queries = view[part]
-    best = np.full((len(part), k), -np.inf, dtype=np.float32)
-    places = np.zeros((len(part), k), dtype=np.int64)
-    for block in view.blocks(ADD_BLOCK):
-        similarity = queries @ view[block].T
-        own = (part >= block[0]) & (part <= block[-1])
-        similarity[np.flatnonzero(own), part[own] - block[0]] = -np.inf
-        top = np.argpartition(similarity, -min(k, len(block)), axis=1)[:, -min(k, len(block)) :]
-        values = np.concatenate([best, np.take_along_axis(similarity, top, axis=1)], axis=1)
-        where = np.concatenate([places, block[top]], axis=1)
-        kept = np.argpartition(values, -k, axis=1)[:, -k:]
-        best, places = np.take_along_axis(values, kept, axis=1), np.take_along_axis(where, kept, axis=1)
-    return best, places
 
 
 def _by_graph(view: View, true: Sample) -> Neighbours:
@@ -145,7 +116,7 @@ def _by_graph(view: View, true: Sample) -> Neighbours:
 
     recall, candidates = enough(FIRST_EF, MOST_EF, recall_of)
     distance = np.empty(len(view))
-    parts = list(view.blocks(8 * BLOCK))
+    parts = list(view.blocks(QUERIES))
     for rows in progress(parts, what="neighbours", total=len(parts), unit="blocks"):
         distance[rows], _ = _search(index, view, rows, true.k)
     return Neighbours(distance, f"HNSW graph of {LINKS} links, {candidates} candidates", recall)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 IQR_OF_NORMAL = 1.349
+BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +44,10 @@ def importance(columns: Mapping[str, np.ndarray], weights: Mapping[str, float]) 
     total = np.zeros(len(next(iter(columns.values()))))
     for name, weight in weights.items():
         if weight != 0:
-            part = standardise(columns[name])
-            part *= weight
-            total += part
+            values = columns[name]
+            scale = Scale.of(values)
+            for start in range(0, len(values), BLOCK):
+                total[start : start + BLOCK] += weight * scale(values[start : start + BLOCK])
     return total
 
 

@@ -70,6 +70,10 @@ class Trial:
         own = self.near[block, 0]
         low, high = np.searchsorted(asked, own, "left"), np.searchsorted(asked, own, "right")
         times = high - low
+        if len(block) > 1 and times.sum() > PAIR_BYTES // (4 * self.view.size):
+            for half in np.array_split(block, 2):
+                self._look(half, asked, who)
+            return
         rows = np.repeat(np.arange(len(block)), times)
         query = who[np.arange(len(rows)) + np.repeat(low - np.cumsum(times) + times, times)]
         other = block[rows] != self.true.rows[query]
