@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
-from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -112,7 +112,7 @@ class BackgroundSaves:
             self._groups[name] = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.args.ddp_timeout))
         folder.mkdir(parents=True, exist_ok=True)  # there from the start: without its metadata it is not whole
         begun = async_save({name: state}, storage_writer=FileSystemWriter(folder), process_group=self._groups[name])
-        self._writing.append(begun.upload_completion if isinstance(begun, AsyncSaveResponse) else begun)
+        self._writing.append(begun if isinstance(begun, Future) else begun.upload_completion)
 
 
 @contextmanager

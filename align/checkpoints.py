@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -15,6 +16,9 @@ MODEL_PARTS, OPTIMIZER_PARTS = f"{FSDP_MODEL_NAME}_0", f"{OPTIMIZER_NAME}_0"
 """Folders of a checkpoint that the processes of a sharded training (FSDP2) write, each its part; accelerate's names."""
 PARTS_WRITTEN = ".metadata"
 """What torch.distributed.checkpoint leaves last in such a folder."""
+
+# before 5.18 transformers loads the optimizer of several CPU processes to "cpu:0", a name that torch does not know
+torch.serialization.register_package(100, lambda _: None, lambda one, at: one if at.startswith("cpu:") else None)
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:

@@ -21,6 +21,8 @@ from reward_models.length_bias import length_slope, word_difference
 FILE = "calibration.json"
 Kind = Literal["temperature", "isotonic"]
 COLDEST, HOTTEST = 1e-3, 1e3
+SMALLEST = 1e-290
+"""Margins that are nearer to 0 count as 0: between two of them a map would be steeper than a number can say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ def isotonic(margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Every pair counts twice, as (m, right) and (-m, wrong), which makes the map odd. No share is nearer to 0 or 1 than
     1 / (2 N + 2).
     """
+    margins = np.where(np.abs(margins) < SMALLEST, 0.0, margins)
     values, place, counts = np.unique(np.concatenate([margins, -margins]), return_inverse=True, return_counts=True)
     right = np.bincount(place, weights=np.repeat([1.0, 0.0], margins.size)) / counts
     share = isotonic_regression(right, weights=counts.astype(np.float64)).x

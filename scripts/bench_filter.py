@@ -7,6 +7,7 @@ are, with some exact duplicates. Each size is filtered in a process of its own, 
     python scripts/bench_filter.py --sizes 10000 100000
     python scripts/bench_filter.py --sizes 20000 --against scikit-learn datasketch hnsw
     python scripts/bench_filter.py --sizes 10000000 --dimensions 64 --words 8 16 --processes 1
+    python scripts/bench_filter.py --sizes 400000 --cluster local,workers=2
 """
 
 import argparse
@@ -29,7 +30,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.stats import spearmanr
 
-from align.config import FilterConfig, PairsConfig
+from align.cluster_option import cluster_called
+from align.config import ClusterConfig, FilterConfig, PairsConfig
 from align.console import configure
 from align.filtering.exact import exact_distance
 from align.filtering.minhash import band_keys
@@ -101,13 +103,14 @@ def make_texts(count: int, words_of: tuple[int, int], file: Path) -> None:
     writer.close()
 
 
-def measure(count: int, folder: Path, processes: int) -> dict[str, Any]:
+def measure(count: int, folder: Path, processes: int, cluster: ClusterConfig | None) -> dict[str, Any]:
     """Filter the files in ``folder`` and compare with the exact score on a sample; in this process."""
     settings = FilterConfig(keep=0.1, embeddings=str(folder / "vectors.npy"), neighbours=K, processes=processes)
     output = folder / "filtered"
+    source, cache = PairsConfig(path=str(folder / "pairs.parquet")), output / "parts"
     start = time.perf_counter()
     with Memory() as memory:
-        filter_source(PairsConfig(path=str(folder / "pairs.parquet")), settings, output, seed=0, cache=output / "parts")
+        filter_source(source, settings, output, seed=0, cache=cache, cluster=cluster)
     seconds = time.perf_counter() - start
     peak = _peak_mib()
     summary = json.loads((output / SUMMARY).read_text(encoding="utf-8"))
@@ -223,12 +226,14 @@ def main() -> None:
     parser.add_argument("--dimensions", type=int, default=384, help="of the vectors")
     parser.add_argument("--words", nargs=2, type=int, default=(25, 60), help="of a prompt and of a response")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--cluster", metavar="ADDRESS,workers=N", help="as of align filter run")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-filter"))
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     configure()
     if arguments.one is not None:
-        print(json.dumps(measure(arguments.one, arguments.folder, arguments.processes)))
+        cluster = cluster_called(arguments.cluster)
+        print(json.dumps(measure(arguments.one, arguments.folder, arguments.processes, cluster)))
         return
     results = []
     for count in arguments.sizes:
@@ -244,6 +249,7 @@ def main() -> None:
         shutil.rmtree(folder / "filtered", ignore_errors=True)
         command = [sys.executable, __file__, "--one", str(count), "--folder", str(folder)]
         command += ["--processes", str(arguments.processes)]
+        command += ["--cluster", arguments.cluster] if arguments.cluster else []
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         results.append(json.loads(done.stdout))
     print(json.dumps({"machine": platform.machine(), "cores": os.cpu_count(), "results": results}, indent=2))

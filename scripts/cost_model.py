@@ -41,9 +41,13 @@ from align.console import configure, log
 from align.entanglement.batch import tokenize_pairs
 from align.entanglement.measure import MeasureJob
 from align.evaluation.completions import CompletionJob, Decoding
+from align.filtering.best import Best
 from align.filtering.columns import Embedding
+from align.filtering.lists import in_lists
 from align.filtering.neighbours import kth_distance
+from align.filtering.parts import ROWS, as_array, as_table
 from align.filtering.survey import Asked
+from align.filtering.view import View
 from align.generation.base import keyed_prompts
 from align.loss_registry import resolve
 from align.shards import Job, decode, encode
@@ -232,6 +236,28 @@ def through_one_process(count: int = 512) -> float:
     return best(lambda: (encode(table), decode(made))) / count
 
 
+def visit_through_one_process(count: int = 40_000, size: int = 384, probes: int = 8) -> float:
+    """Seconds that it costs the process that gave the command to send one vector to one share of the others, take back
+    its neighbours there, and keep the best."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(count, size)).astype(np.float32)
+    near = rng.integers(0, 160, size=(count, probes)).astype(np.int32)
+    found = as_table({
+        "similarity": rng.random((ROWS, 5)).astype(np.float32), "place": rng.integers(0, count, (ROWS, 5)),
+    })  # fmt: skip
+    answer = encode(found)
+    with tempfile.TemporaryDirectory() as folder:
+        visitors = in_lists(View(vectors), near, 160, Path(folder) / "by-list").visitors(0)
+        best_of = Best(Path(folder) / "best", count, 5)
+
+        def visit() -> None:
+            encode(visitors.select(range(ROWS)))
+            table = decode(answer)
+            best_of.add(0, visitors.positions[:ROWS], {name: as_array(table, name) for name in table.column_names})
+
+        return best(visit) / ROWS
+
+
 def main() -> None:
     """Measure, fit, check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -247,7 +273,8 @@ def main() -> None:
             results[name] = fitted(list(STAGES[name](models)))
             log.info("%s: off by %.0f%% at the fourth size", name, 100 * results[name]["error"])
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    print(json.dumps(machine | {"through_one_process": through_one_process(), "stages": results}, indent=2))
+    one = {"through_one_process": through_one_process(), "visit_through_one_process": visit_through_one_process()}
+    print(json.dumps(machine | one | {"stages": results}, indent=2))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ share of a GPU's peak that --share assumes. A cluster is assumed to lose nothing
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from align.filtering.lists import SHARE_BYTES
 
 PAIRS = (10_000_000, 100_000_000, 1_000_000_000)
 PROMPT, RESPONSE = 200, 300
@@ -23,9 +26,16 @@ ENCODER, REWARD, POLICY = 22e6, 70e9, 8e9
 """Weights."""
 CORES_PER_GPU = 16
 SCORED_SHARD, COLUMNS = 512, 12
-DRIVER_SECONDS = 2.0e-5
-"""Of a pair that a filter reads, sorts, selects and writes: bench_filter.py at 100,000 pairs, its stages without those
-that a cluster shares."""
+PROBES = 8
+"""Shares that a vector is sent to, at most: the lists that it looks into, of bench_filter.py at 1,000,000 x 384."""
+NEIGHBOUR_SECONDS, MEASURED_DIMENSIONS = 2.2e-4, 64
+"""Of a vector whose neighbours are looked for among 10 million: bench_filter.py at that size. In larger tables
+it looks into as many lists of the same length; only the graph that finds them is deeper."""
+SHARE_SECONDS = 8.0
+"""Before workers that have a share of the vectors begin: bench_filter.py with and without --cluster."""
+DRIVER_SECONDS = 2.8e-5
+"""Of a pair that a filter reads, sorts, selects and writes: bench_filter.py at 10 million pairs of short texts, without
+the stages that a cluster shares."""
 BYTES_OF_A_NUMBER = 8
 
 
@@ -72,13 +82,21 @@ def stages(plan: Plan) -> dict[str, Callable[[float, int], float]]:
             pairs * plan.cpu_seconds("texts", 1, words) / (CORES_PER_GPU * gpus) / 3600
         ),
         "neighbours": lambda pairs, gpus: (
-            pairs * plan.cpu_seconds("neighbours", 1, DIMENSIONS * pairs**0.5) / (CORES_PER_GPU * gpus) / 3600
+            pairs * NEIGHBOUR_SECONDS * DIMENSIONS / MEASURED_DIMENSIONS / (CORES_PER_GPU * gpus) / 3600
         ),
         "one process: shards sent to score and taken back": lambda pairs, gpus: (
             pairs * plan.cost["through_one_process"] / 3600
         ),
         "one process: a filter's reading, sorting, writing": lambda pairs, gpus: pairs * DRIVER_SECONDS / 3600,
+        "one process: vectors sent to the shares, at most": lambda pairs, gpus: (
+            pairs * min(PROBES, _shares(pairs)) * plan.cost["visit_through_one_process"] / 3600
+        ),
+        "one after the other: shares of the vectors": lambda pairs, gpus: _shares(pairs) * SHARE_SECONDS / 3600,
     }
+
+
+def _shares(pairs: float) -> int:
+    return math.ceil(pairs * 4 * DIMENSIONS / SHARE_BYTES)
 
 
 def table(plan: Plan, gpus: list[int]) -> str:
@@ -109,11 +127,13 @@ def sizes(plan: Plan) -> str:
     """Memory, traffic and files, a row for each number of pairs."""
     returned, sent = plan.cost["stages"]["scoring"]["bytes_returned"], BYTES_PER_TOKEN * (PROMPT + 2 * RESPONSE)
     lines = [
-        "| pairs | columns in memory | vectors on disk | sent to score, at most | returned | files of scores |",
-        "|---" * 6 + "|",
+        "| pairs | columns in memory | vectors on disk | sent to score, at most | returned | sent to shares, at most "
+        "| files of scores |",
+        "|---" * 7 + "|",
     ]
     for pairs in PAIRS:
-        amounts = (COLUMNS * BYTES_OF_A_NUMBER, 4 * DIMENSIONS, sent, returned)
+        visits = min(PROBES, _shares(pairs)) * 4 * DIMENSIONS
+        amounts = (COLUMNS * BYTES_OF_A_NUMBER, 4 * DIMENSIONS, sent, returned, visits)
         cells = " | ".join(f"{pairs * amount / 2**30:,.0f} GiB" for amount in amounts)
         lines.append(f"| {pairs:,} | {cells} | {pairs // SCORED_SHARD:,} |")
     return "\n".join(lines)

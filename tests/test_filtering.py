@@ -18,6 +18,7 @@ from scipy.special import digamma
 from scipy.stats import spearmanr
 
 from align.config import FilterConfig, OodConfig, PairsConfig
+from align.console import log
 from align.errors import AlignError, DataError
 from align.filtering.best import Best
 from align.filtering.columns import distances, vectors
@@ -272,6 +273,7 @@ def test_more_recall_has_its_price(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     """Vectors without any structure: the search ends where it would compare too many, and says what it found."""
     vectors_of, exact = unit(6000, 32), 1000
     monkeypatch.setattr("align.filtering.inverted.MOST_COMPARED", 6000 * 20 // 309)
+    monkeypatch.setattr(log, "propagate", True)  # which the command line turns off
     found = kth_distance(vectors_of, 5, seed=0, exact_limit=exact)
     assert found.method == "inverted file of 309 lists, 19 probed" and found.recall < WANTED_RECALL
     assert f"{100 * found.recall:.1f}% of the nearest are found where 97% were wanted" in caplog.text

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
@@ -79,6 +79,7 @@ def test_isotonic_against_scikit_learn(margins: np.ndarray) -> None:
     assert expit(np.interp(doubled, knots, odds)) == pytest.approx(theirs.predict(doubled), abs=1e-6)
 
 
+@example(np.array([2.2e-309]), "isotonic", False, 0.0, 0)
 @given(
     margins_of,
     st.sampled_from(["temperature", "isotonic", None]),
