@@ -31,8 +31,8 @@ PROBES = 8
 NEIGHBOUR_SECONDS, MEASURED_DIMENSIONS = 2.2e-4, 64
 """Of a vector whose neighbours are looked for among 10 million: bench_filter.py at that size. In larger tables
 it looks into as many lists of the same length; only the graph that finds them is deeper."""
-SHARE_SECONDS = 8.0
-"""Before workers that have a share of the vectors begin: bench_filter.py with and without --cluster."""
+SHARE_SECONDS = 2.9
+"""More than without a cluster for each share of the vectors: bench_filter.py at 400,000 with and without --cluster."""
 DRIVER_SECONDS = 2.8e-5
 """Of a pair that a filter reads, sorts, selects and writes: bench_filter.py at 10 million pairs of short texts, without
 the stages that a cluster shares."""
