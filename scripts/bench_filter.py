@@ -7,7 +7,7 @@ are, with some exact duplicates. Each size is filtered in a process of its own, 
     python scripts/bench_filter.py --sizes 10000 100000
     python scripts/bench_filter.py --sizes 20000 --against scikit-learn datasketch hnsw
     python scripts/bench_filter.py --sizes 10000000 --dimensions 64 --words 8 16 --processes 1
-    python scripts/bench_filter.py --sizes 400000 --cluster local,workers=2
+    python scripts/bench_filter.py --sizes 400000 --cluster auto,workers=2
 """
 
 import argparse
