@@ -13,7 +13,10 @@ from align.errors import EnvironmentProblem
 
 T = TypeVar("T")
 POLL_SECONDS = 0.2
-LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+LOST = (
+    "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed",
+    "Application timeout caused pair closure",
+)  # fmt: skip
 """What torch says, in a RuntimeError, when a process at the other end is gone."""
 
 
