@@ -2,7 +2,8 @@
 
 Computed, not measured, from what ``scripts/cost_model.py`` measured on one thread: for stages without a model its
 seconds; for stages with one how much more work a token is than in a scoring pass, times 2 operations a weight, at the
-share of a GPU's peak that --share assumes. A cluster is assumed to lose nothing to waiting.
+share of a GPU's peak that --share assumes. Neighbours, and what one process does of a filter, are from
+``scripts/bench_filter.py``. A cluster is assumed to lose nothing to waiting.
 
     python scripts/cost_model.py > cost.json && python scripts/cost_plan.py cost.json
 """
