@@ -32,7 +32,7 @@ def run(
     neighbours: Annotated[int, typer.Option(help="k of the k-nearest-neighbour entropy.")] = 5,
     index: Annotated[str, typer.Option(help="auto, exact, ivf or hnsw.")] = "auto",
     embedding_model: Annotated[str | None, typer.Option(help="Encoder of the prompts: hub id or folder.")] = None,
-    embedding: Annotated[str, typer.Option(help="encoder, or static: far faster, blind to word order.")] = "encoder",
+    embedding: Annotated[str, typer.Option(help="encoder, or static: far faster, no stand-in for it.")] = "encoder",
     embeddings: Annotated[Path | None, typer.Option(help=".npy file of unit vectors, a row per pair.")] = None,
     quality_scorer: Annotated[list[str] | None, typer.Option(help="screen, fluency, rubric or yes_no.")] = None,
     quality_model: Annotated[str | None, typer.Option(help="Language model of the quality scorers.")] = None,

@@ -187,7 +187,9 @@ def main() -> None:
     print(markdown(summary))
     if arguments.document:
         page = arguments.document
-        page.write_text(insert(page.read_text(encoding="utf-8"), markdown(summary)), encoding="utf-8")
+        page.write_text(
+            insert(page.read_text(encoding="utf-8"), markdown(summary), Path(__file__).name), encoding="utf-8"
+        )
     draw_plots(summary, arguments.output)
 
 

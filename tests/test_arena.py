@@ -243,5 +243,5 @@ def test_tables_of_the_page_are_those_of_the_numbers_beside_it() -> None:
     docs = Path(__file__).parents[1] / "docs"
     page = (docs / "results.md").read_text(encoding="utf-8")
     numbers = read_json(docs / "results_arena.json")
-    assert insert(page, markdown(numbers)) == page and "| none, 0% flipped |" in page
+    assert insert(page, markdown(numbers), "reproduce_arena.py") == page and "| none, 0% flipped |" in page
     assert numbers["seeds"] == [200]

@@ -4,6 +4,7 @@ Memory beside the vectors: a few blocks of ``BLOCK`` x ``ADD_BLOCK`` similaritie
 """
 
 import numpy as np
+import torch
 
 from align.console import progress
 from align.filtering.best import farthest
@@ -33,9 +34,9 @@ def _nearest_in_blocks(view: View, part: np.ndarray, k: int) -> tuple[np.ndarray
         similarity = queries @ view[block].T
         own = (part >= block[0]) & (part <= block[-1])
         similarity[np.flatnonzero(own), part[own] - block[0]] = -np.inf
-        top = np.argpartition(similarity, -min(k, len(block)), axis=1)[:, -min(k, len(block)) :]
-        values = np.concatenate([best, np.take_along_axis(similarity, top, axis=1)], axis=1)
-        where = np.concatenate([places, block[top]], axis=1)
+        top = torch.from_numpy(similarity).topk(min(k, len(block)), dim=1, sorted=False)
+        values = np.concatenate([best, top.values.numpy()], axis=1)
+        where = np.concatenate([places, block[top.indices.numpy()]], axis=1)
         kept = np.argpartition(values, -k, axis=1)[:, -k:]
         best, places = np.take_along_axis(values, kept, axis=1), np.take_along_axis(where, kept, axis=1)
     return best, places

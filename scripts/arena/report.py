@@ -18,7 +18,7 @@ MAIN = ("madpo, published", MADPO, "soft_madpo", "mmpo", "dpo, relabelled", "tru
 OTHERS = ("ipo", "beta_dpo", "odpo", "rpo_sq", "dpo, redrawn", "madpo, amplify only", "madpo, dampen only")
 PLOTTED = (MADPO, "soft_madpo", "mmpo", "dpo, relabelled", "trust", "beta_dpo")
 UNTUNED = "untuned "
-BEGIN, END = "<!-- tables of scripts/reproduce_arena.py -->", "<!-- end of tables -->"
+END = "<!-- end of tables -->"
 SEEN_EVERYWHERE = 0.2
 """Largest share of flips that there is at every size and spread."""
 Interval = tuple[float, float, float]
@@ -39,10 +39,10 @@ def _row(cell: dict[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {"cell": cell["cell"], "chosen": cell["chosen"], "difference": {}, "over": {}}
     for k, kl in enumerate(cell["kls"]):
         base = rewards[BASELINE][:, k]
-        differences = {name: _interval(values[:, k] - base) for name, values in rewards.items() if name != BASELINE}
+        differences = {name: interval(values[:, k] - base) for name, values in rewards.items() if name != BASELINE}
         made["difference"][f"{kl:g}"] = {BASELINE: round(float(base.mean()), 4), **differences}
         if kl == MAIN_KL:
-            made["over"] = {name: _interval(rewards[MADPO][:, k] - rewards[name][:, k]) for name in CONTROLS}
+            made["over"] = {name: interval(rewards[MADPO][:, k] - rewards[name][:, k]) for name in CONTROLS}
             made["untuned"] = {name: _untuned(one, k) for name, one in untuned.items()}
     return made
 
@@ -55,7 +55,8 @@ def _untuned(one: dict[str, Any], kl: int) -> dict[str, float]:
     }
 
 
-def _interval(values: np.ndarray) -> Interval:
+def interval(values: np.ndarray) -> Interval:
+    """Of values [S], by bootstrap over the seeds."""
     estimate = bootstrap_mean(values, seed=0)
     return round(estimate.value, 4), round(estimate.low, 4), round(estimate.high, 4)
 
@@ -90,11 +91,12 @@ def markdown(summary: dict[str, Any]) -> str:
     return "\n\n".join(f"#### {title}\n\n{table}" for title, table in tables)
 
 
-def insert(page: str, tables: str) -> str:
-    """``page`` with what stands between its two marks replaced by ``tables``."""
-    before, _, rest = page.partition(BEGIN)
+def insert(page: str, tables: str, script: str) -> str:
+    """``page`` with what stands between the marks of a script replaced by its ``tables``."""
+    begin = f"<!-- tables of scripts/{script} -->"
+    before, _, rest = page.partition(begin)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
+    return f"{before}{begin}\n\n{tables}\n\n{END}{after}"
 
 
 def _main(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -107,8 +109,8 @@ def differences(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
     for row in rows:
         found = row["difference"][f"{MAIN_KL:g}"]
         label = f"{row['cell']['error']}, {row['cell']['flips']:.0%} flipped"
-        made.append([label, f"{found[BASELINE]:.3f}", *(_shown(found[name]) for name in methods)])
-    return _table(["reward model's error", "DPO", *methods], made)
+        made.append([label, f"{found[BASELINE]:.3f}", *(shown(found[name]) for name in methods)])
+    return table(["reward model's error", "DPO", *methods], made)
 
 
 def overview(rows: Sequence[dict[str, Any]]) -> str:
@@ -123,7 +125,7 @@ def overview(rows: Sequence[dict[str, Any]]) -> str:
         better, worse = sum(d[1] > 0 for _, d in found), sum(d[2] < 0 for _, d in found)
         made.append([name, *by_flips, f"{worst:+.3f}", f"{best:+.3f}", str(better), str(worse)])
     flips = [f"mean, {flips:.0%} flipped" for flips in _levels(rows, "flips")]
-    return _table(["method", *flips, "worst cell", "best cell", "cells better", "cells worse"], made)
+    return table(["method", *flips, "worst cell", "best cell", "cells better", "cells worse"], made)
 
 
 def against_controls(rows: Sequence[dict[str, Any]]) -> str:
@@ -135,7 +137,7 @@ def against_controls(rows: Sequence[dict[str, Any]]) -> str:
         mean = np.mean([lead[0] for lead in leads])
         worst, best = min(lead[0] for lead in leads), max(lead[0] for lead in leads)
         made.append([name, f"{mean:+.3f}", f"{worst:+.3f}", f"{best:+.3f}", str(ahead), str(behind), str(len(leads))])
-    return _table(["MADPO against", "mean", "worst cell", "best cell", "cells ahead", "cells behind", "cells"], made)
+    return table(["MADPO against", "mean", "worst cell", "best cell", "cells ahead", "cells behind", "cells"], made)
 
 
 def by_factor(rows: Sequence[dict[str, Any]], factor: str) -> str:
@@ -147,7 +149,7 @@ def by_factor(rows: Sequence[dict[str, Any]], factor: str) -> str:
         found = [row["difference"][f"{MAIN_KL:g}"] for row in rows if row["cell"][factor] == level]
         means = [f"{np.mean([one[name][0] for one in found]):+.3f}" for name in (*MAIN, *OTHERS)]
         made.append([str(level), f"{np.mean([one[BASELINE] for one in found]):.3f}", *means])
-    return _table([factor, "DPO", *MAIN, *OTHERS], made)
+    return table([factor, "DPO", *MAIN, *OTHERS], made)
 
 
 def by_kl(rows: Sequence[dict[str, Any]]) -> str:
@@ -157,7 +159,7 @@ def by_kl(rows: Sequence[dict[str, Any]]) -> str:
         found = [row["difference"][kl] for row in rows]
         means = [f"{np.mean([one[name][0] for one in found]):+.3f}" for name in (*MAIN, *OTHERS)]
         made.append([kl, f"{np.mean([one[BASELINE] for one in found]):.3f}", *means])
-    return _table(["KL", "DPO", *MAIN, *OTHERS], made)
+    return table(["KL", "DPO", *MAIN, *OTHERS], made)
 
 
 def untuned(rows: Sequence[dict[str, Any]]) -> str:
@@ -167,20 +169,22 @@ def untuned(rows: Sequence[dict[str, Any]]) -> str:
         label = f"{row['cell']['error']}, {row['cell']['flips']:.0%} flipped"
         found = row["untuned"].values()
         made.append([label, *(f"{one['reward']:.2f} ({one['kl']:.2f}) [{one['equal']:.3f}]" for one in found)])
-    return _table(["reward model's error", *rows[0]["untuned"]], made)
+    return table(["reward model's error", *rows[0]["untuned"]], made)
 
 
 def _levels(rows: Sequence[dict[str, Any]], factor: str) -> list[Any]:
     return sorted({row["cell"][factor] for row in rows})
 
 
-def _shown(interval: Sequence[float]) -> str:
+def shown(interval: Sequence[float]) -> str:
+    """Value and interval, in bold where all of it lies above 0."""
     value, low, high = interval
-    shown = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
-    return f"**{shown}**" if low > 0 else shown
+    text = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
+    return f"**{text}**" if low > 0 else text
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 

@@ -45,20 +45,21 @@ class Recipe:
         return self.loss.spec.needs_margin or self.labels != "given"
 
 
-def train(world: World, recipes: Sequence[Recipe], *, seed: int) -> np.ndarray:
+def train(world: World, recipes: Sequence[Recipe], *, seed: int, steps: int = STEPS) -> np.ndarray:
     """theta [S, D, M] of every policy on every seed's pairs.
 
     Args:
         world: the pairs.
         recipes: of the M policies.
         seed: of the order of the pairs, of redrawn labels and of beta-DPO's draws.
+        steps: of ``BATCH`` pairs; the pairs are gone through as often as that takes.
     """
     trainer = _Trainer(world, recipes, seed)
     x = torch.from_numpy(world.features)
     seeds, _, _, size = x.shape
     theta = torch.zeros(seeds, size, len(recipes), dtype=torch.float64)
     mean, square = torch.zeros_like(theta), torch.zeros(seeds, 1, len(recipes), dtype=torch.float64)
-    for step, rows in enumerate(_batches(x.shape[1], seed)):
+    for step, rows in enumerate(_batches(x.shape[1], seed, steps)):
         theta.requires_grad_(True)
         loss = trainer.loss(x[:, rows], theta, rows)
         (gradient,) = torch.autograd.grad(loss, theta)
@@ -67,17 +68,17 @@ def train(world: World, recipes: Sequence[Recipe], *, seed: int) -> np.ndarray:
             square = SECOND * square + (1 - SECOND) * gradient.square().sum(dim=1, keepdim=True)
             unbiased = mean / (1 - FIRST ** (step + 1))
             scale = (square / (1 - SECOND ** (step + 1))).sqrt().clamp_min(1e-12)
-            rate = RATE * 0.5 * (1 + np.cos(np.pi * step / STEPS))
+            rate = RATE * 0.5 * (1 + np.cos(np.pi * step / steps))
             theta = theta - rate * unbiased / scale
     return theta.detach().numpy()
 
 
-def _batches(pairs: int, seed: int) -> list[Tensor]:
+def _batches(pairs: int, seed: int, steps: int) -> list[Tensor]:
     """Rows of each step's batch: all pairs in a random order, then all in another, as often as it takes."""
     generator = torch.Generator().manual_seed(seed)
-    epochs = -(-STEPS * BATCH // pairs)
+    epochs = -(-steps * BATCH // pairs)
     order = torch.cat([torch.randperm(pairs, generator=generator) for _ in range(epochs)])
-    return list(order[: STEPS * BATCH].view(STEPS, BATCH))
+    return list(order[: steps * BATCH].view(steps, BATCH))
 
 
 class _Trainer:

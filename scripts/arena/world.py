@@ -72,7 +72,7 @@ def draw_world(cell: Cell, seeds: Sequence[int]) -> World:
     difference = features[:, :, 0] - features[:, :, 1]
     rngs = [np.random.default_rng([seed, cell.pairs, ERRORS.index(cell.error)]) for seed in seeds]
     gold_margin = np.einsum("snd,sd->sn", difference, gold)
-    return World(features, _margins(cell.error, difference, gold, rngs), gold_margin, gold)
+    return World(features, margins_of(cell.error, difference, gold, rngs), gold_margin, gold)
 
 
 def _draw_pairs(cell: Cell, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +90,7 @@ def _draw_pairs(cell: Cell, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
     return x, gold
 
 
-def _margins(error: str, x: np.ndarray, gold: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
+def margins_of(error: str, x: np.ndarray, gold: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
     """Margins [S, N] of a reward model with the kind of error called ``error``; x [S, N, D], gold [S, D]."""
     if error == "in-sample":
         return memorised_margins(x, MEMORY)
