@@ -99,7 +99,7 @@ def draw_pool(cell: PoolCell, seeds: Sequence[int]) -> Pool:
     drawn = [_draw(cell, np.random.default_rng([seed, cell.pairs, KINDS.index(cell.kind)])) for seed in seeds]
     features, quality, gold = (np.stack(values) for values in zip(*drawn, strict=True))
     difference = features[:, :, 0] - features[:, :, 1]
-    rngs = [np.random.default_rng([seed, cell.pairs, ERRORS.index(cell.error)]) for seed in seeds]
+    rngs = [np.random.default_rng([seed, cell.pairs, len(KINDS) + ERRORS.index(cell.error)]) for seed in seeds]
     gold_margin = np.einsum("snd,sd->sn", difference, gold)
     world = World(features, margins_of(cell.error, difference, gold, rngs), gold_margin, gold)
     both = features[:, :, 0] + features[:, :, 1]
