@@ -23,7 +23,7 @@ from arena.pool import (
     draw_pool,
 )
 from arena.pool_report import MAIN_KEEP, named, soonest, summarise
-from arena.report import END
+from arena.report import END, insert
 from arena.training import BATCH, STEPS, Recipe, train
 from arena.world import SIZE, Cell, draw_world
 
@@ -139,3 +139,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(reproduce_filtering, "run_cell", lambda *_: pytest.fail("a cell that is there was made again"))
     reproduce_filtering.main()
     assert json.loads(before) == read_json(tmp_path / "made" / "results_filtering.json")
+
+
+def test_the_page_shows_the_committed_numbers() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    page, numbers = (docs / "results.md").read_text(encoding="utf-8"), read_json(docs / "results_filtering.json")
+    tables = reproduce_filtering.markdown(numbers["rows"], reproduce_filtering.STEPS)
+    assert insert(page, tables, "reproduce_filtering.py") == page and "sound, 0% flipped" in page
