@@ -21,6 +21,7 @@ and writes results_filtering.json and the plot:
 import argparse
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def run_cell(cell: PoolCell, seeds: int) -> dict[str, Any]:
             reward = rewards(held, [recipes[best]], steps, blocks)[:, 0]
             found[name][f"{steps}"] = {"beta": FOUR[best], "reward": reward.round(5).tolist()}
     seconds = time.monotonic() - start
-    return {"key": key(seeds), "cell": cell.to_dict(), "found": found, "versions": versions(), "seconds": seconds}
+    return {"key": key(seeds), "cell": asdict(cell), "found": found, "versions": versions(), "seconds": seconds}
 
 
 def key(seeds: int) -> str:

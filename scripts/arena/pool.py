@@ -6,7 +6,7 @@ coin, which the quality score knows with some error; in the other pools quality 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import expit
@@ -15,7 +15,7 @@ from align.filtering.neighbours import kth_distance
 from align.filtering.scores import diversity
 from align.filtering.select import greedy, importance, top
 from arena.gold import RESPONSES, SIZE, draw_gold
-from arena.world import ERRORS, World, margins_of
+from arena.world import ERRORS, World, prefer, world_of
 
 KINDS = ("sound", "repeated", "junk")
 REPEATED, FEW, JITTER = 0.8, 40, 0.1
@@ -50,10 +50,6 @@ class PoolCell:
     def name(self) -> str:
         """For files and logs."""
         return f"{self.pairs} pairs, {self.flips:.0%} flipped, {self.kind}, {self.error}"
-
-    def to_dict(self) -> dict[str, float | str]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +94,11 @@ def draw_pool(cell: PoolCell, seeds: Sequence[int]) -> Pool:
     """The pools of the given seeds; cells that differ in flips or errors only have the same responses."""
     drawn = [_draw(cell, np.random.default_rng([seed, cell.pairs, KINDS.index(cell.kind)])) for seed in seeds]
     features, quality, gold = (np.stack(values) for values in zip(*drawn, strict=True))
-    difference = features[:, :, 0] - features[:, :, 1]
     rngs = [np.random.default_rng([seed, cell.pairs, len(KINDS) + ERRORS.index(cell.error)]) for seed in seeds]
-    gold_margin = np.einsum("snd,sd->sn", difference, gold)
-    world = World(features, margins_of(cell.error, difference, gold, rngs), gold_margin, gold)
     both = features[:, :, 0] + features[:, :, 1]
     vectors = (both / np.linalg.norm(both, axis=2, keepdims=True)).astype(np.float32)
     far = np.stack([diversity(kth_distance(one, NEIGHBOURS, seed=0).distance) for one in vectors])
-    return Pool(world, quality, vectors, far)
+    return Pool(world_of(features, gold, cell.error, rngs), quality, vectors, far)
 
 
 def _draw(cell: PoolCell, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -122,8 +115,5 @@ def _draw(cell: PoolCell, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
         junk = rng.random(cell.pairs) < JUNK
         x[junk] *= WIDER
         quality -= KNOWN * junk
-    belief = np.where(junk, 0.5, expit((x[:, 0] - x[:, 1]) @ gold))
-    preferred = rng.random(cell.pairs) < belief
-    preferred ^= rng.random(cell.pairs) < cell.flips
-    x[~preferred, :2] = x[~preferred, 1::-1]
+    prefer(x, np.where(junk, 0.5, expit((x[:, 0] - x[:, 1]) @ gold)), cell.flips, rng)
     return x, quality, gold

@@ -69,10 +69,35 @@ def draw_world(cell: Cell, seeds: Sequence[int]) -> World:
     """The worlds of the given seeds."""
     drawn = [_draw_pairs(cell, np.random.default_rng([seed, cell.pairs])) for seed in seeds]
     features, gold = (np.stack(values) for values in zip(*drawn, strict=True))
-    difference = features[:, :, 0] - features[:, :, 1]
     rngs = [np.random.default_rng([seed, cell.pairs, ERRORS.index(cell.error)]) for seed in seeds]
-    gold_margin = np.einsum("snd,sd->sn", difference, gold)
-    return World(features, margins_of(cell.error, difference, gold, rngs), gold_margin, gold)
+    return world_of(features, gold, cell.error, rngs)
+
+
+def world_of(features: np.ndarray, gold: np.ndarray, error: str, rngs: Sequence[np.random.Generator]) -> World:
+    """The world of features [S, N, R, D], preferred responses first, and gold directions [S, D].
+
+    Args:
+        features: of the responses.
+        gold: of the gold rewards.
+        error: of the reward model.
+        rngs: what each seed's error is drawn from; of no source that drew ``gold``.
+    """
+    difference = features[:, :, 0] - features[:, :, 1]
+    return World(features, _margins(error, difference, gold, rngs), np.einsum("snd,sd->sn", difference, gold), gold)
+
+
+def prefer(x: np.ndarray, belief: np.ndarray, flips: float, rng: np.random.Generator) -> None:
+    """Put the preferred one of the first two responses of x [N, R, D] first, in place.
+
+    Args:
+        x: features.
+        belief: [N], probability that the first is preferred.
+        flips: share of the labels turned round afterwards.
+        rng: source of both.
+    """
+    preferred = rng.random(len(x)) < belief
+    preferred ^= rng.random(len(x)) < flips
+    x[~preferred, :2] = x[~preferred, 1::-1]
 
 
 def _draw_pairs(cell: Cell, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -84,13 +109,11 @@ def _draw_pairs(cell: Cell, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
     chosen = {"even": np.zeros(cell.pairs, int), "few easy": gaps.argmin(axis=1), "many easy": gaps.argmax(axis=1)}
     start = 2 * chosen[cell.spread][:, None]
     x = np.take_along_axis(x, ((start + np.arange(RESPONSES)) % RESPONSES)[..., None], axis=1)
-    preferred = rng.random(cell.pairs) < expit((x[:, 0] - x[:, 1]) @ gold)
-    preferred ^= rng.random(cell.pairs) < cell.flips
-    x[~preferred, :2] = x[~preferred, 1::-1]
+    prefer(x, expit((x[:, 0] - x[:, 1]) @ gold), cell.flips, rng)
     return x, gold
 
 
-def margins_of(error: str, x: np.ndarray, gold: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
+def _margins(error: str, x: np.ndarray, gold: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
     """Margins [S, N] of a reward model with the kind of error called ``error``; x [S, N, D], gold [S, D]."""
     if error == "in-sample":
         return memorised_margins(x, MEMORY)
