@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,10 +243,19 @@ def encoders(arguments: argparse.Namespace) -> None:
         found[name] = encode(strings)
         facts[f"{name}_texts_per_second"] = len(strings) / (time.perf_counter() - start)
     scores = {name: diversity(kth_distance(rows, NEIGHBOURS, seed=0).distance) for name, rows in found.items()}
-    facts["rank_correlation_of_diversity"] = float(spearmanr(scores["encoder"], scores["static"]).statistic)
+    facts["rank_correlation_of_diversity"] = rank(scores["encoder"], scores["static"])
+    words = [len(text.split()) for text in strings]
+    facts |= {
+        f"rank_correlation_of_{name}_diversity_with_words": rank(values, words) for name, values in scores.items()
+    }
     kept = [set(top(values, [str(k) for k in range(len(strings))], len(strings) // 10)) for values in scores.values()]
     facts["most_diverse_tenth_in_common"] = len(kept[0] & kept[1]) / len(kept[0])
     print(json.dumps(facts, indent=2))
+
+
+def rank(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray) -> float:
+    """Spearman's correlation."""
+    return float(spearmanr(one, other).statistic)
 
 
 def _estimates(found: list[dict[str, float]], arms: list[dict[str, dict[str, float]]] | None) -> dict[str, Any]:
