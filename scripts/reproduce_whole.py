@@ -245,7 +245,10 @@ def draw_curves(rows: list[dict[str, Any]], target: Path) -> None:
 
 def main() -> None:
     """Make the routes that are missing, write cells.jsonl, table.json and curves.svg, print the table."""
-    arguments = options(__doc__, "runs/reproduce-whole").parse_args()
+    parser = options(__doc__, "runs/reproduce-whole")
+    others = [route for route in ROUTES if route != "trl"]
+    parser.add_argument("--routes", nargs="*", choices=others, default=others, help="beside trl, which sets the budget")
+    arguments = parser.parse_args()
     configure()
     sizes = Sizes(arguments.pairs, 0.25, 0, arguments.prompts, batch=16, rate=2e-4, max_new_tokens=24)
     study = Study(arguments.assets, arguments.output, sizes, read_known(arguments.known))
@@ -255,7 +258,7 @@ def main() -> None:
         for seed in arguments.seeds:
             references.append(run_reference(study, seed))
             budget = None
-            for route in ROUTES:
+            for route in ("trl", *arguments.routes):
                 cells.append(run_route(study, route, seed, budget))
                 budget = cells[-1]["marks"][-1]["seconds"] if route == "trl" else budget
                 write_table([*references, *cells], study.output / "cells.jsonl")

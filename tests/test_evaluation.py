@@ -118,6 +118,18 @@ def test_completions_do_not_depend_on_where_the_work_was_stopped(
     assert other.table["token_ids"] != whole.table["token_ids"] and other.key != whole.key
 
 
+def test_another_policy_in_the_same_folder_is_another_policy(tmp_path: Path) -> None:
+    """Its completions and its KL are its own, although the folder's name is what it was."""
+    reference = Policy("reference", str(causal(tmp_path / "reference", seed=5)))
+    found = []
+    for seed in (5, 6):
+        policy = Policy("trained", str(causal(tmp_path / "policy", seed)))
+        written = write_completions(policy, PROMPTS, WARM, tmp_path / "out")
+        found.append((written.key, written.table["text"][:], measure_kl(written, reference, tmp_path / "out")))
+    assert found[0][0] != found[1][0] and found[0][1] != found[1][1]
+    assert np.allclose(found[0][2], 0, atol=1e-5) and not np.allclose(found[1][2], 0, atol=1e-2)
+
+
 def test_kl_at_a_temperature_is_that_of_what_is_sampled_from(tiny_policy: Path, tmp_path: Path) -> None:
     """Mean log-ratio of many one-token samples against the exact sum over the vocabulary; 0 for greedy's own part."""
     reference = Policy("reference", str(causal(tmp_path / "other", seed=5)))

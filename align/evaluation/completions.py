@@ -26,7 +26,7 @@ from align.evaluation.judges import ByScore, PairwiseJudge, from_scores, judge_k
 from align.evaluation.policies import Policy
 from align.generation.base import Sampling, keyed_prompts
 from align.generation.engines import Choice, choose_engine, make_engine
-from align.model_folders import fingerprint_model
+from align.model_folders import adapter_base, fingerprint_model
 from align.pairs import load_prompts
 from align.shards import Work, in_parts, map_shards, read_table
 from align.stage import digest, run_stage
@@ -265,8 +265,16 @@ def _table_stage(
     return read_table(folder / file), stage.key
 
 
-@cache
 def _fingerprint(source: str) -> str:
+    """Hashed once for as long as no file changes: a caller may write another policy to the same folder."""
+    folders = [Path(name) for name in (source, adapter_base(source)) if name]
+    files = sorted(file for folder in folders if folder.is_dir() for file in folder.rglob("*") if file.is_file())
+    states = ((file, file.stat()) for file in files)
+    return _hashed(source, tuple((str(file), state.st_size, state.st_mtime_ns, state.st_ino) for file, state in states))
+
+
+@cache
+def _hashed(source: str, _states: tuple[tuple[str, int, int, int], ...]) -> str:
     return fingerprint_model(source)
 
 
