@@ -205,7 +205,7 @@ def summarise(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table of docs/results.md: where each route ends."""
-    head = ["route", "CPU seconds", "of them before the first step", "steps", "gold gain", "minus trl", "by seed", "KL"]
+    head = ["route", "CPU seconds", "of them margins and filter", "steps", "gold gain", "minus trl", "by seed", "KL"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         if row["mark"] == MARKS:

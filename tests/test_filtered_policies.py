@@ -81,6 +81,8 @@ def test_the_whole(assets: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for route, marks in found.items():
         seconds = [mark["seconds"] for mark in marks]
         assert len(marks) == reproduce_whole.MARKS and seconds == sorted(seconds)
+        steps, kls = ({mark[name] for mark in marks} for name in ("step", "kl"))
+        assert len(kls) == len(steps), "every mark is a policy of its own"
         if route != "trl":
             shares = np.array(seconds) / budget
             assert (shares >= np.arange(1, 5) / 4).all(), "a quarter is full before it is put aside"
