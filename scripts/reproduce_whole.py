@@ -178,16 +178,19 @@ def run_route(study: Study, route: str, seed: int, budget: float | None) -> dict
 
 
 def summarise(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per route and mark, over the seeds that all routes have; differences to trl at the same mark."""
+    """A row per route and mark, over the seeds that all routes have; differences to trl and dpo at the same mark."""
     start = {cell["seed"]: np.array(cell["reward"]) for cell in references}
     found = {(cell["route"], cell["seed"]): cell for cell in cells}
     seeds = [seed for seed in start if all((route, seed) in found for route in ROUTES)]
     rows = []
     for route in ROUTES if seeds else ():
         for mark in range(MARKS):
-            own, base = ([found[one, seed]["marks"][mark] for seed in seeds] for one in (route, "trl"))
+            own, trl, dpo = ([found[one, seed]["marks"][mark] for seed in seeds] for one in (route, "trl", "dpo"))
             gain = np.array([np.array(m["reward"]) - start[seed] for m, seed in zip(own, seeds, strict=True)])
-            less = np.array([np.subtract(m["reward"], b["reward"]) for m, b in zip(own, base, strict=True)])
+            less_trl, less_dpo = (
+                np.array([np.subtract(m["reward"], b["reward"]) for m, b in zip(own, base, strict=True)])
+                for base in (trl, dpo)
+            )
             rows.append(
                 {
                     "route": route, "mark": mark + 1, "seeds": len(seeds),
@@ -195,8 +198,9 @@ def summarise(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> 
                     "before_training": float(np.mean([found[route, seed]["before_training"] for seed in seeds])),
                     "step": float(np.mean([m["step"] for m in own])),
                     "gain": bootstrap_mean(gain.mean(axis=0), seed=0).to_dict(),
-                    "less_trl": bootstrap_mean(less.mean(axis=0), seed=0).to_dict(),
-                    "less_trl_by_seed": less.mean(axis=1).round(4).tolist(),
+                    "less_trl": bootstrap_mean(less_trl.mean(axis=0), seed=0).to_dict(),
+                    "less_trl_by_seed": less_trl.mean(axis=1).round(4).tolist(),
+                    "less_dpo": bootstrap_mean(less_dpo.mean(axis=0), seed=0).to_dict(),
                     "kl": float(np.mean([np.mean(m["kl"]) for m in own])),
                 }
             )  # fmt: skip
@@ -205,17 +209,19 @@ def summarise(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table of docs/results.md: where each route ends."""
-    head = ["route", "CPU seconds", "of them margins and filter", "steps", "gold gain", "minus trl", "by seed", "KL"]
+    head = ["route", "CPU seconds", "of them margins and filter", "steps", "gold gain", "minus trl", "by seed"]
+    head += ["minus dpo", "KL"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         if row["mark"] == MARKS:
-            gain, less = (
+            gain, less_trl, less_dpo = (
                 f"{one['value']:+.2f} ({one['low']:+.2f} to {one['high']:+.2f})"
-                for one in (row["gain"], row["less_trl"])
+                for one in (row["gain"], row["less_trl"], row["less_dpo"])
             )
             seeds = ", ".join(f"{value:+.2f}" for value in row["less_trl_by_seed"])
             shown = [row["route"], f"{row['seconds']:.0f}", f"{row['before_training']:.0f}", f"{row['step']:.0f}", gain]
-            shown += ["", ""] if row["route"] == "trl" else [less, seeds]
+            shown += ["", ""] if row["route"] == "trl" else [less_trl, seeds]
+            shown.append("" if row["route"] == "dpo" else less_dpo)
             lines.append("| " + " | ".join([*shown, f"{row['kl']:.1f}"]) + " |")
     return "\n".join(lines)
 
