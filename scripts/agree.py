@@ -5,9 +5,9 @@ mean gold reward now lies in the 95% interval over the prompts from then, `same`
 same. Two results_arena.json: whether each method's difference to DPO now lies in its interval from then. A line of JSON
 for each cell that both files have; ends with 1 if one does not agree.
 
-    python scripts/reproduce_policy.py --candidates 1 --qualities high --methods dpo --seeds 0 --train-prompts 256 \\
-        --validation-prompts 96 --test-prompts 128 --temperatures 0.7 1 --output runs/again
-    python scripts/agree.py docs/policy_study/cells.jsonl runs/again/outside/cells.jsonl
+    python scripts/reproduce_policy.py --candidates 1 --margins cross-fitted --qualities high --methods dpo --seeds 0 \\
+        --train-prompts 256 --validation-prompts 96 --test-prompts 128 --temperatures 0.7 1 --output runs/again
+    python scripts/agree.py docs/policy_study/cells.jsonl runs/again/cross-fitted/cells.jsonl
 
     python scripts/reproduce_arena.py --pairs 100 --output runs/arena-again
     python scripts/agree.py docs/results_arena.json runs/arena-again/results_arena.json
