@@ -27,6 +27,7 @@ import transformers
 from datasets import Dataset
 from protocol.data import read_known
 from protocol.judging import merge_adapter
+from protocol.report import shown
 from study_filtered_policies import (
     JUDGE,
     LORA,
@@ -34,6 +35,7 @@ from study_filtered_policies import (
     Study,
     draw,
     judged,
+    less,
     options,
     run_reference,
     scored_and_kept,
@@ -187,10 +189,7 @@ def summarise(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> 
         for mark in range(MARKS):
             own, trl, dpo = ([found[one, seed]["marks"][mark] for seed in seeds] for one in (route, "trl", "dpo"))
             gain = np.array([np.array(m["reward"]) - start[seed] for m, seed in zip(own, seeds, strict=True)])
-            less_trl, less_dpo = (
-                np.array([np.subtract(m["reward"], b["reward"]) for m, b in zip(own, base, strict=True)])
-                for base in (trl, dpo)
-            )
+            less_trl, less_dpo = less(own, trl), less(own, dpo)
             rows.append(
                 {
                     "route": route, "mark": mark + 1, "seeds": len(seeds),
@@ -214,15 +213,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         if row["mark"] == MARKS:
-            gain, less_trl, less_dpo = (
-                f"{one['value']:+.2f} ({one['low']:+.2f} to {one['high']:+.2f})"
-                for one in (row["gain"], row["less_trl"], row["less_dpo"])
-            )
+            gain, less_trl, less_dpo = (shown(row[name], "+") for name in ("gain", "less_trl", "less_dpo"))
             seeds = ", ".join(f"{value:+.2f}" for value in row["less_trl_by_seed"])
-            shown = [row["route"], f"{row['seconds']:.0f}", f"{row['before_training']:.0f}", f"{row['step']:.0f}", gain]
-            shown += ["", ""] if row["route"] == "trl" else [less_trl, seeds]
-            shown.append("" if row["route"] == "dpo" else less_dpo)
-            lines.append("| " + " | ".join([*shown, f"{row['kl']:.1f}"]) + " |")
+            cells = [row["route"], f"{row['seconds']:.0f}", f"{row['before_training']:.0f}", f"{row['step']:.0f}", gain]
+            cells += ["", ""] if row["route"] == "trl" else [less_trl, seeds]
+            cells.append("" if row["route"] == "dpo" else less_dpo)
+            lines.append("| " + " | ".join([*cells, f"{row['kl']:.1f}"]) + " |")
     return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from build_demo_data import Snippet, openings, read_snippets
 from datasets import Dataset
+from protocol.report import shown
 from torch import nn
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -212,16 +213,14 @@ def markdown(summary: dict[str, Any]) -> str:
     columns = ("chosen", "rejected", "entropy", "chosen fallen", "chosen, held out", "KL", "gold gain", "gold less DPO")
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in summary["rows"]:
-        shown = [
+        cells = [
             f"{row[name]:+.{digits}f}"
             + ("" if row[f"{name}_spread"] is None else f" ± {row[f'{name}_spread']:.{digits}f}")
             for name, digits in (("train_chosen", 1), ("train_rejected", 1), ("train_entropy", 2))
         ]
-        shown += [f"{row['share_of_chosen_fallen']:.0%}", f"{row['heldout_chosen']:+.1f}", f"{row['kl']:.0f}"]
-        for name in ("gold_gain", "gold_less_dpo"):
-            found = row[name]
-            shown.append(f"{found['value']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})" if found else "")
-        lines.append("| " + " | ".join([row["method"], *shown]) + " |")
+        cells += [f"{row['share_of_chosen_fallen']:.0%}", f"{row['heldout_chosen']:+.1f}", f"{row['kl']:.0f}"]
+        cells += [shown(row[name], "+") for name in ("gold_gain", "gold_less_dpo")]
+        lines.append("| " + " | ".join([row["method"], *cells]) + " |")
     return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ from build_demo_data import PAIR_PROMPT, Snippet, as_pair, openings, read_snippe
 from datasets import Dataset
 from protocol.data import read_known
 from protocol.judging import judge_policy, merge_adapter
+from protocol.report import shown
 
 from align.config import FilterConfig, LossConfig, RewardConfig, TrainConfig
 from align.console import configure, log, progress
@@ -235,6 +236,11 @@ def judged(study: Study, policy: Policy, seed: int, folder: Path) -> dict[str, A
     return judge_policy(policy, Policy(REFERENCE, study.model), prompts, [decoding], make_judge(JUDGE), folder)["1"]
 
 
+def less(own: list[dict[str, Any]], base: list[dict[str, Any]]) -> np.ndarray:
+    """Difference of rewards on the same prompts [seeds, prompts]."""
+    return np.array([np.subtract(one["reward"], other["reward"]) for one, other in zip(own, base, strict=True)])
+
+
 def summarise(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row per share flipped and arm, over the seeds that all arms have under both losses."""
     start = {cell["seed"]: np.array(cell["reward"]) for cell in references}
@@ -250,11 +256,11 @@ def summarise(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> 
             for loss in LOSSES:
                 here, random_ = ([found[flipped, one, loss, seed] for seed in seeds] for one in (arm, "random"))
                 gain = np.array([np.array(cell["reward"]) - start[cell["seed"]] for cell in here])
-                less = np.array([np.subtract(a["reward"], b["reward"]) for a, b in zip(here, random_, strict=True)])
+                less_random = less(here, random_)
                 row[loss] = {
                     "gain": bootstrap_mean(gain.mean(axis=0), seed=0).to_dict(),
-                    "less_random": bootstrap_mean(less.mean(axis=0), seed=0).to_dict(),
-                    "less_random_by_seed": less.mean(axis=1).round(4).tolist(),
+                    "less_random": bootstrap_mean(less_random.mean(axis=0), seed=0).to_dict(),
+                    "less_random_by_seed": less_random.mean(axis=1).round(4).tolist(),
                     "kl": float(np.mean([np.mean(cell["kl"]) for cell in here])),
                     "seconds": float(np.mean([cell["seconds"] for cell in here])),
                 }
@@ -268,16 +274,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     head += [f"{name}: {what}" for name in ("DPO", "MADPO") for what in ("gain", "minus random", "KL", "CPU seconds")]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
-        shown = [f"{row['flipped']:.0%}", row["arm"], f"{row['pairs']:.0f}", f"{row['gold_labels']:.1%}"]
-        shown.append(f"{row['head_on_clean']:.1%}")
+        cells = [f"{row['flipped']:.0%}", row["arm"], f"{row['pairs']:.0f}", f"{row['gold_labels']:.1%}"]
+        cells.append(f"{row['head_on_clean']:.1%}")
         for loss in LOSSES:
             own = row[loss]
-            gain, less = (
-                f"{one['value']:+.2f} ({one['low']:+.2f} to {one['high']:+.2f})"
-                for one in (own["gain"], own["less_random"])
-            )
-            shown += [gain, "" if row["arm"] == "random" else less, f"{own['kl']:.1f}", f"{own['seconds']:.0f}"]
-        lines.append("| " + " | ".join(shown) + " |")
+            less_random = "" if row["arm"] == "random" else shown(own["less_random"], "+")
+            cells += [shown(own["gain"], "+"), less_random, f"{own['kl']:.1f}", f"{own['seconds']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -83,16 +83,17 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             row["quality"],
             row["method"],
             chosen,
-            _shown(row["reward"]),
-            _shown(row.get("over_dpo"), "+"),
+            shown(row["reward"]),
+            shown(row.get("over_dpo"), "+"),
             by_seed,
         ]
-        cells += [_shown(row.get("wins_over_dpo")), _shown(row["kl"]), _shown(row["gain_per_root_kl"])]
+        cells += [shown(row.get("wins_over_dpo")), shown(row["kl"]), shown(row["gain_per_root_kl"])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _shown(estimate: dict[str, float] | None, sign: str = "") -> str:
+def shown(estimate: dict[str, float] | None, sign: str = "") -> str:
+    """Value and interval, with two decimals; nothing where there is no estimate."""
     if estimate is None:
         return ""
     return f"{estimate['value']:{sign}.2f} ({estimate['low']:{sign}.2f} to {estimate['high']:{sign}.2f})"
