@@ -60,20 +60,25 @@ def _pass(scorer: RewardScorer, texts: Sequence[str]) -> np.ndarray:
         with torch.inference_mode():
             for batch in progress(batches, what="features", total=len(batches), unit="batches"):
                 seen.clear()
-                scorer.rewards([ids[k] for k in batch])
+                inputs = scorer.inputs([ids[k] for k in batch])
+                scorer.model(**inputs)
                 states = seen[0]
                 if states.ndim == 3:
-                    states = states[torch.arange(len(batch)), _place(scorer, [len(ids[k]) for k in batch])]
+                    states = states[torch.arange(len(batch)), _place(scorer, inputs["input_ids"])]
                 made.update(zip(batch, states.double().cpu().numpy(), strict=True))
     finally:
         hook.remove()
     return np.stack([made[k] for k in range(len(ids))])
 
 
-def _place(scorer: RewardScorer, lengths: list[int]) -> torch.Tensor:
-    """Which token of each padded row the head's reward comes from, [B]."""
+def _place(scorer: RewardScorer, input_ids: torch.Tensor) -> torch.Tensor:
+    """Which token of each padded row [B, width] the head's reward comes from, [B].
+
+    Of a decoder the last that is not the padding token, as transformers' models take it: where end-of-sequence pads,
+    that is the token before it.
+    """
     if not hasattr(scorer.model, "score"):
-        return torch.zeros(len(lengths), dtype=torch.long)
-    if scorer.padding_side == "left":
-        return torch.full((len(lengths),), max(lengths) - 1)
-    return torch.tensor(lengths) - 1
+        return torch.zeros(len(input_ids), dtype=torch.long)
+    pad = scorer.model.config.get_text_config().pad_token_id
+    places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return (places if pad is None else places * (input_ids != pad)).argmax(dim=1)

@@ -91,6 +91,10 @@ class RewardScorer:
 
     def rewards(self, rows: list[list[int]]) -> np.ndarray:
         """Reward of each row of token ids, float64 [N], in one forward pass."""
+        return self.model(**self.inputs(rows)).logits.squeeze(-1).double().cpu().numpy()
+
+    def inputs(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        """What the model is given of the rows of token ids: padded ids and mask [N, width], on its device."""
         width = max(len(row) for row in rows)
         pad = self.tokenizer.pad_token_id or 0
         left = self.padding_side == "left"
@@ -100,11 +104,10 @@ class RewardScorer:
             where = slice(width - len(row), width) if left else slice(0, len(row))
             input_ids[k, where] = torch.tensor(row)
             mask[k, where] = 1
-        positions = {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0).to(self.device)} if left else {}
-        logits = self.model(
-            input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device), **positions
-        ).logits
-        return logits.squeeze(-1).double().cpu().numpy()
+        found = {"input_ids": input_ids, "attention_mask": mask}
+        if left:
+            found["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
+        return {name: value.to(self.device) for name, value in found.items()}
 
 
 def with_rewards(pairs: Dataset, chosen: np.ndarray, rejected: np.ndarray) -> Dataset:
