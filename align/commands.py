@@ -82,7 +82,7 @@ def score_pairs(
     pairs = load_pairs(source)
     log.info("scoring %d pairs of %s with %s -> %s", len(pairs), source.path, model, output)
     scored = score_with(
-        members(model), pairs, output / "scored", batch_tokens=batch_tokens, max_length=max_length,
+        members(model), pairs, output / ".scoring", batch_tokens=batch_tokens, max_length=max_length,
         calibration=calibration, cluster=cluster,
     )  # fmt: skip
     if process_rank() > 0:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from align.console import log, progress
 from align.errors import ConfigError, DataError
 from align.source_files import PUSHED
-from align.stage import MANIFEST, OLD, PARTIAL, hash_file
+from align.stage import MANIFEST, PARTIAL, REPLACED, hash_file
 from align.stores import connect, is_remote, store_errors
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ NOTED_SECONDS = 10.0
 AT_ONCE = 8
 """Files that are copied at a time."""
 CHUNK_BYTES = 1 << 20
-UNFINISHED = (PARTIAL, OLD)
+UNFINISHED = (PARTIAL, REPLACED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from align.console import log
 from align.disk import disk_problems
+from align.errors import ConfigError
 from align.processes import from_first, process_rank, wait_until
 from align.secrets import redact
 from align.source_files import fingerprint_address, matching_files
@@ -20,7 +21,7 @@ from align.stores import is_remote
 
 MANIFEST = "manifest.json"
 PACKAGES = ("margin-align", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "vaderSentiment")
-KEY, PARTIAL, OLD = "key", ".partial", ".old"
+KEY, PARTIAL, REPLACED = "key", ".partial", ".replaced"
 CHUNK_BYTES = 1 << 20
 
 
@@ -58,12 +59,15 @@ def run_stage(
         collective: under a launcher with several processes, all of them run ``work`` together (training, scoring);
             only the first may then write what ``work`` leaves, or each its own part. Otherwise the first process does
             it all and the others wait for the folder.
+
+    Raises:
+        ConfigError: ``folder`` holds what no stage of this name has written; it stays as it is.
     """
     inputs, key = redact(dict(inputs)), stage_key(name, inputs)
     partial = folder.with_name(folder.name + PARTIAL)
     if process_rank() > 0 and not collective:
         return _awaited(name, folder, key)
-    begun = from_first(lambda: _begin(folder, partial, key)) if collective else _begin(folder, partial, key)
+    begun = from_first(lambda: _begin(name, folder, key)) if collective else _begin(name, folder, key)
     if not begun:
         log.info("%s: up to date, skipped (%s)", name, folder)
         return Stage(name, folder, key, True, _seconds(folder))
@@ -88,9 +92,28 @@ def stage_key(name: str, inputs: Mapping[str, Any]) -> str:
     return digest({"stage": name, **redact(dict(inputs))})
 
 
-def _begin(folder: Path, partial: Path, key: str) -> bool:
+def check_output(folder: Path, stage: str) -> None:
+    """Look whether ``folder`` is new or holds an earlier result of ``stage``: a stage replaces what is there.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    manifest = read_manifest(folder)
+    other = not (folder / MANIFEST).exists() if manifest is None else manifest.get("stage") != stage
+    if taken and other:
+        raise ConfigError(
+            f"{folder}: found other files there, expected a new folder or an earlier result of the same command",
+            code="output-folder",
+            hint="give another folder to write to, or move these files",
+        )
+
+
+def _begin(name: str, folder: Path, key: str) -> bool:
     """Whether there is something to do; if so, the temporary folder is there and belongs to ``key``."""
+    partial = folder.with_name(folder.name + PARTIAL)
     _finish_replacement(folder, key)
+    check_output(folder, name)
     manifest = read_manifest(folder)
     if manifest is not None and manifest["key"] == key:
         return False
@@ -194,7 +217,7 @@ def _update(state: "hashlib._Hash", file: Path) -> None:
 
 def _replace(new: Path, folder: Path) -> None:
     """Put ``new``, which is whole, in place of ``folder``; killed between any two lines, the next run goes on here."""
-    old = folder.with_name(folder.name + OLD)
+    old = folder.with_name(folder.name + REPLACED)
     if folder.exists():
         if old.exists():
             shutil.rmtree(old)
@@ -207,7 +230,7 @@ def _replace(new: Path, folder: Path) -> None:
 
 def _finish_replacement(folder: Path, key: str) -> None:
     """Do what a run that was killed in ``_replace`` left undone."""
-    partial, old = folder.with_name(folder.name + PARTIAL), folder.with_name(folder.name + OLD)
+    partial, old = folder.with_name(folder.name + PARTIAL), folder.with_name(folder.name + REPLACED)
     waiting = read_manifest(partial)
     if waiting is not None and waiting["key"] == key:
         _replace(partial, folder)

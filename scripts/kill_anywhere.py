@@ -30,7 +30,7 @@ from align.stage import MANIFEST, read_json, write_json
 REPORT = "report"
 TIMED = frozenset({MANIFEST, "report.json", "report.html", "summary.json", "run.json", LOG})
 """Files that hold a date, seconds, or where they lie."""
-TEMPORARY = (".partial", ".old", ".tmp", ".tmp.npy", ".partial.npy")
+TEMPORARY = (".partial", ".replaced", ".tmp", ".tmp.npy", ".partial.npy")
 POLL_SECONDS = 0.002
 LIMIT_SECONDS = 600.0
 ROUNDS = 10

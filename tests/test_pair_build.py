@@ -15,9 +15,9 @@ from align.errors import AlignError, ConfigError, DataError
 from align.generation.groups import read_groups
 from align.generation.pair_build import BuildSettings, build_pairs
 from align.generation.pair_choice import Guard, choose_pairs, draw_pair
-from align.generation.run import check_output
 from align.generation.scoring import ScorerChoice, score_in_chunks
 from align.pairs import load_pairs
+from align.stage import check_output
 from reward_models.judges import make_judge
 
 SCORES = st.lists(st.floats(-5, 5), min_size=2, max_size=7)

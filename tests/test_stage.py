@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from align.errors import ConfigError
 from align.stage import fingerprint_source, read_manifest, run_stage
 
 
@@ -66,7 +67,7 @@ def test_a_kill_between_any_two_lines_of_the_replacement_is_mended(tmp_path: Pat
 
     for state in ("whole, not renamed", "old set aside", "note gone", "old not removed"):
         folder = tmp_path / state
-        partial, old = folder.with_name(f"{state}.partial"), folder.with_name(f"{state}.old")
+        partial, old = folder.with_name(f"{state}.partial"), folder.with_name(f"{state}.replaced")
         run_stage("s", folder, {"a": 1}, lambda target: (target / "result").write_text("old") and None)
         run_stage("s", tmp_path / "made", {"a": 2}, new)
         if state == "old not removed":
@@ -86,9 +87,26 @@ def test_a_kill_between_any_two_lines_of_the_replacement_is_mended(tmp_path: Pat
 def test_an_old_result_comes_back_where_the_new_one_is_not_whole(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     run_stage("s", folder, {"a": 1}, lambda target: (target / "result").write_text("old") and None)
-    folder.replace(tmp_path / "s.old")
+    folder.replace(tmp_path / "s.replaced")
     found = run_stage("s", folder, {"a": 1}, lambda target: None)
-    assert found.skipped and (folder / "result").read_text() == "old" and not (tmp_path / "s.old").exists()
+    assert found.skipped and (folder / "result").read_text() == "old" and not (tmp_path / "s.replaced").exists()
+
+
+def test_a_folder_that_no_stage_has_written_is_not_replaced(tmp_path: Path) -> None:
+    folder, kept = tmp_path / "s", tmp_path / "s.old"
+    for place in (folder, kept):
+        place.mkdir()
+        (place / "mine").write_text("keep")
+    with pytest.raises(ConfigError, match="s: found other files there, expected a new folder"):
+        run_stage("s", folder, {"a": 1}, lambda target: None)
+    assert (folder / "mine").read_text() == "keep"
+    run_stage("t", tmp_path / "t", {"a": 1}, lambda target: None)
+    with pytest.raises(ConfigError, match="t: found other files there"):
+        run_stage("s", tmp_path / "t", {"a": 1}, lambda target: None)
+    (folder / "mine").unlink()
+    run_stage("s", folder, {"a": 1}, lambda target: None)
+    run_stage("s", folder, {"a": 2}, lambda target: None)
+    assert (kept / "mine").read_text() == "keep"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 1}'])

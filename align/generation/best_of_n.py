@@ -15,10 +15,10 @@ from align.errors import ConfigError, DataError, listed
 from align.estimates import bootstrap_mean
 from align.generation.best_choice import best_index, expected_best, kl_bound
 from align.generation.groups import Group, read_groups
-from align.generation.run import METRICS, STEM, Format, check_output, find_completions, write_table
+from align.generation.run import METRICS, STEM, Format, find_completions, write_table
 from align.generation.scoring import ScorerChoice, score_in_chunks
 from align.reports.verdict import interval
-from align.stage import Stage, fingerprint_source, run_stage, write_json
+from align.stage import Stage, check_output, fingerprint_source, run_stage, write_json
 
 STAGE = "best-of-n"
 SCORES = "scores"

@@ -16,10 +16,10 @@ from align.errors import ConfigError, DataError
 from align.estimates import Estimate, bootstrap_mean
 from align.generation.groups import Candidate, Group, plain_text, read_groups
 from align.generation.pair_choice import Guard, Mode, choose_pairs
-from align.generation.run import check_output, find_completions
+from align.generation.run import find_completions
 from align.generation.scoring import ScorerChoice, score_in_chunks
 from align.pairs import summarize, write_pairs
-from align.stage import Stage, fingerprint_source, run_stage, write_json
+from align.stage import Stage, check_output, fingerprint_source, run_stage, write_json
 
 DROPPED = "dropped.jsonl"
 METRICS = "metrics.json"

@@ -13,13 +13,13 @@ from datasets import Dataset
 
 from align.config import ClusterConfig, PairsConfig
 from align.console import log
-from align.errors import ConfigError, DataError
+from align.errors import DataError
 from align.generation.base import Completion, Sampling, show_tokens
 from align.generation.engines import Choice, choose_engine, make_engine
 from align.generation.prompts import PromptRow, read_prompts
 from align.model_folders import fingerprint_model
 from align.shards import Work, decode
-from align.stage import Stage, digest, read_manifest, run_stage, write_json
+from align.stage import Stage, check_output, digest, run_stage, write_json
 from align.stores import is_remote
 
 FINISHED = "finished.jsonl"
@@ -80,22 +80,6 @@ def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSe
         "format": settings.format,
     }
     return run_stage(STAGE, output, inputs, lambda folder: _work(prompts, settings, chosen, folder))
-
-
-def check_output(output: Path, stage: str) -> None:
-    """Look whether ``output`` is new or holds an earlier result of ``stage``: a stage replaces what is there.
-
-    Raises:
-        ConfigError: it holds something else.
-    """
-    manifest = read_manifest(output)
-    taken = output.is_file() or (output.is_dir() and any(output.iterdir()))
-    if taken and (manifest is None or manifest.get("stage") != stage):
-        raise ConfigError(
-            f"{output}: found other files there, expected a new folder or an earlier result of the same command",
-            code="output-folder",
-            hint="give another --output",
-        )
 
 
 def find_completions(given: str | Path) -> str:

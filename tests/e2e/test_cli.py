@@ -78,7 +78,7 @@ def test_whole_run_then_nothing_to_do_then_only_what_changed(workspace: Path) ->
     assert ran == ["train-madpo", "generate-madpo", "evaluate"]
     assert (root / "train-dpo" / "manifest.json").stat().st_mtime_ns == stamp
 
-    assert not [path for path in root.rglob("*") if path.name.endswith((".partial", ".tmp", ".old"))]
+    assert not [path for path in root.rglob("*") if path.name.endswith((".partial", ".tmp", ".replaced"))]
 
     alike = align("run", "run.yaml", "--set", "sample.temperature=1.0e-6", cwd=workspace)
     assert alike.returncode == 2 and "none of 10 prompts gave two different completions" in alike.stderr
@@ -94,6 +94,11 @@ def test_reward_verbs_and_report(workspace: Path) -> None:
     assert scored.returncode == 0, scored.stderr
     assert json.loads(scored.stdout)["n"] == 24
     assert "margin" in read_pairs(workspace / "scored").column_names
+    kept = (workspace / "scored" / "pairs.parquet").read_bytes()
+    beside = align("reward", "score", "pairs.jsonl", "--model", str(model), "--output", ".", cwd=workspace)
+    assert beside.returncode == 0, beside.stderr
+    assert (workspace / "scored" / "pairs.parquet").read_bytes() == kept
+    assert not (workspace / ".scoring").exists() and (workspace / "pairs.parquet").exists()
     assert align("report", "runs/tiny", cwd=workspace).returncode == 0
 
 
