@@ -16,7 +16,7 @@ from align.evaluation.rewards import compare, gain_per_root_kl
 from align.generation.base import Sampling, as_completion, keyed_prompts
 from align.generation.transformers_engine import TransformersEngine
 from align.model_loading import load_policy, load_tokenizer
-from align.pairs import load_prompts, read_pairs
+from align.pairs import gaps, load_prompts, read_pairs
 from align.reward_stages import METRICS, make_scorer
 from align.shards import Work, map_shards
 from align.stage import write_json
@@ -71,14 +71,16 @@ class PolicyJob:
             ids = [engine.encode(prompt) for prompt in own]
             sampled = [completion.token_ids for completion in completions]
             budget = {"batch_tokens": KL_BATCH_TOKENS, "pad_token_id": tokenizer.pad_token_id}
-            logps = {model: completion_logps(model, ids, sampled, **budget) for model in {policy, reference}}
+            own_logps = completion_logps(policy, ids, sampled, temperature=settings.temperature, **budget)
+            same = policy is reference and settings.temperature == 1
+            reference_logps = own_logps if same else completion_logps(reference, ids, sampled, **budget)
             return Dataset.from_dict(
                 {
                     "prompt": own,
                     "text": [completion.text for completion in completions],
                     "tokens": [len(token_ids) for token_ids in sampled],
-                    "logp_policy": logps[policy],
-                    "logp_reference": logps[reference],
+                    "logp_policy": own_logps,
+                    "logp_reference": reference_logps,
                 }
             )
 
@@ -98,11 +100,14 @@ def stage_evaluate(config: RunConfig, root: Path, folder: Path, which: str) -> N
     for name, table in tables.items():
         policy = result["policies"][name]
         policy["mean_tokens"] = float(np.mean(table["tokens"]))
+        policy |= {"kl": None, "gain_per_root_kl": None}
+        if name == "reference" or config.evaluate.top_p < 1:  # what a nucleus leaves out has no log-probability
+            continue
         kl = np.asarray(table["logp_policy"]) - np.asarray(table["logp_reference"])
-        is_reference = name == "reference"
-        policy["kl"] = None if is_reference else bootstrap_mean(kl, seed=config.seed).to_dict()
-        ratio = None if is_reference else gain_per_root_kl(rewards[name] - rewards["reference"], kl, seed=config.seed)
-        policy["gain_per_root_kl"] = ratio and ratio.to_dict()
+        policy["kl"] = bootstrap_mean(kl, seed=config.seed).to_dict()
+        if config.evaluate.temperature == 1:  # else gain and KL are counted from two origins
+            ratio = gain_per_root_kl(rewards[name] - rewards["reference"], kl, seed=config.seed)
+            policy["gain_per_root_kl"] = ratio and ratio.to_dict()
     for name, gain in _reward_model_gains(config, root, tables).items():
         result["policies"][name]["reward_model_gain"] = gain
     result["judge"] = judge.name
@@ -136,7 +141,10 @@ def _reward_model_gains(config: RunConfig, root: Path, tables: dict[str, Dataset
 
 
 def _gold_correlation(pairs: Dataset, judge: Any) -> dict[str, float] | None:
-    """Pearson correlation of the margins with the judge's margins, 95% interval by Fisher's z."""
+    """Pearson correlation of the margins that there are with the judge's, 95% interval by Fisher's z."""
+    if "margin" not in pairs.column_names:
+        return None
+    pairs = pairs.select(np.setdiff1d(np.arange(len(pairs)), gaps(pairs, "margin")))
     gold = judge.score(pairs["prompt"], pairs["chosen"]) - judge.score(pairs["prompt"], pairs["rejected"])
     return correlation(pairs["margin"], gold)
 

@@ -121,11 +121,8 @@ class RowReader:
         if len(text) > LONGEST_TEXT:
             expected = f"at most {LONGEST_TEXT:,} (an unclosed quote swallows a file)"
             return self._problem(row, name, "pair-text", f"{len(text):,} characters", expected)
-        for position, character in enumerate(text, 1) if _has_odd(text) else ():
-            if character == "\0" or "\ud800" <= character <= "\udfff":
-                kind = "a null character" if character == "\0" else f"half a character ({character!r})"
-                return self._problem(row, name, "pair-text", f"{kind} at place {position}", "whole Unicode text")
-        return None
+        odd = odd_character(text)
+        return None if odd is None else self._problem(row, name, "pair-text", odd, "whole Unicode text")
 
     def _turns(self, row: Row, values: dict[str, Any]) -> list[Problem]:
         problems = []
@@ -156,6 +153,15 @@ class RowReader:
         if len(found) > SHOWN_CHARACTERS:
             found = found[:SHOWN_CHARACTERS] + "..."
         return Problem(row.file or self.source, row.number, column, code, found, expected)
+
+
+def odd_character(text: str) -> str | None:
+    """The first null or half character of a text and its place; None where there is none."""
+    for position, character in enumerate(text, 1) if _has_odd(text) else ():
+        if character == "\0" or "\ud800" <= character <= "\udfff":
+            kind = "a null character" if character == "\0" else f"half a character ({character!r})"
+            return f"{kind} at place {position}"
+    return None
 
 
 def _has_odd(text: str) -> bool:

@@ -202,6 +202,11 @@ def summarize(pairs: Dataset) -> dict[str, Any]:
     }
 
 
+def gaps(pairs: Dataset, column: str) -> np.ndarray:
+    """Places of the pairs that have no value in a column of numbers, int64 [G]."""
+    return np.flatnonzero(np.isnan(np.asarray(pairs[column], dtype=np.float64)))
+
+
 def identify(pair: dict[str, Any], row: Row, seen: SeenIds, source: str, found: list[Problem]) -> str:
     """The row's own id, or a hash of its content made unique for repeated rows; a repeated own id is a problem."""
     own = pair.get("id")

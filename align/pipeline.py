@@ -20,7 +20,7 @@ from align.processes import process_rank, world_size
 from align.reproduce import write_run_manifest
 from align.run_log import run_log
 from align.secrets import redact
-from align.stage import Stage, digest, fingerprint_source, read_json, run_stage, write_json
+from align.stage import Stage, digest, fingerprint_source, finished_stage, read_json, run_stage, write_json
 
 REFERENCE = "reference"
 TRUST = "trust"
@@ -101,6 +101,7 @@ def _run_stages(config: RunConfig, root: Path, command: str, until: tuple[str, .
         last = max((k for k, name in enumerate(names) if name.split("-")[0] in until), default=-1)
         names = names[: last + 1]
     done = [runner.run(name) for name in names]
+    done += [stage for name in plan(config)[len(names) :] if (stage := runner.current(name)) is not None]
     report = root / "report.html"
     if _is_current(report, done):
         log.info("nothing to do: all %d stages of %s are up to date", len(done), root)
@@ -141,11 +142,20 @@ class _Runner:
 
     def run(self, name: str) -> Stage:
         """Run (or skip) the stage called ``name``."""
-        inputs = {"after": self._after(name)} | self._inputs(name)
         together = name.split("-", maxsplit=1)[0] in TOGETHER
-        stage = run_stage(name, self.root / name, inputs, self._work(name), collective=together)
+        stage = run_stage(name, self.root / name, self._made_from(name), self._work(name), collective=together)
         self.keys[name] = stage.key
         return stage
+
+    def current(self, name: str) -> Stage | None:
+        """The stage called ``name`` where it was finished earlier and its inputs have not changed since."""
+        found = finished_stage(name, self.root / name, self._made_from(name))
+        if found is not None:
+            self.keys[name] = found.key
+        return found
+
+    def _made_from(self, name: str) -> dict[str, Any]:
+        return {"after": self._after(name)} | self._inputs(name)
 
     def _after(self, name: str) -> dict[str, str]:
         """Keys of the stages that ``name`` reads."""
@@ -175,6 +185,8 @@ class _Runner:
             inputs["source"] = _source(source)
             inputs["heldout"] = _source(reward.eval_pairs if reward else None)
             inputs["eval_fraction"] = reward and reward.eval_fraction
+            if name == "pairs" and reward is not None and reward.pairs is not None:
+                inputs["whole"] = True  # nothing is held out of the policy's pairs
         if kind in ("reward", "crossfit") and config.reward:
             skipped = {"pairs", "eval_pairs", "eval_fraction"} | ({"folds"} if kind == "reward" else set())
             inputs["settings"] = config.reward.made_from(without=skipped)

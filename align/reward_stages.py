@@ -26,7 +26,7 @@ FOLDS = 5
 def stage_reward(config: RunConfig, root: Path, folder: Path, which: str) -> None:
     """Train the reward model; write its held-out and in-sample metrics and margins."""
     assert config.reward is not None
-    source = reward_pairs_folder(root)
+    source = reward_pairs_folder(config.reward, root)
     train, heldout = read_pairs(source / "train"), read_pairs(source / "heldout")
     model = folder / MODEL
     train_members(train, config.reward, model, seed=config.seed)
@@ -66,7 +66,7 @@ def _fit_calibration(
 def stage_crossfit(config: RunConfig, root: Path, folder: Path, which: str) -> None:
     """Margins of the reward model's own training pairs, each from a model that has not seen it."""
     assert config.reward is not None
-    train = read_pairs(reward_pairs_folder(root) / "train")
+    train = read_pairs(reward_pairs_folder(config.reward, root) / "train")
     scored = cross_fit(train, config.reward, folder, seed=config.seed, cluster=config.cluster)
     if process_rank() > 0:
         return
@@ -98,10 +98,9 @@ def scored_by(
     )
 
 
-def reward_pairs_folder(root: Path) -> Path:
+def reward_pairs_folder(config: RewardConfig, root: Path) -> Path:
     """Folder of the stage whose pairs the reward model is trained on."""
-    own = root / "pairs-reward"
-    return own if own.exists() else root / "pairs"
+    return root / ("pairs" if config.pairs is None else "pairs-reward")
 
 
 def make_scorer(model: Path, config: RewardConfig) -> EnsembleScorer:

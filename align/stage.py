@@ -87,6 +87,14 @@ def run_stage(
     return Stage(name, folder, key, False, seconds)
 
 
+def finished_stage(name: str, folder: Path, inputs: Mapping[str, Any]) -> Stage | None:
+    """The stage in ``folder`` where it was made from these inputs; nothing is run."""
+    manifest, key = read_manifest(folder), stage_key(name, inputs)
+    if manifest is None or manifest["key"] != key:
+        return None
+    return Stage(name, folder, key, True, float(manifest["seconds"]))
+
+
 def stage_key(name: str, inputs: Mapping[str, Any]) -> str:
     """What ``run_stage`` knows a stage by, whether or not it has run."""
     return digest({"stage": name, **redact(dict(inputs))})

@@ -128,8 +128,8 @@ def stage_pairs(config: RunConfig, root: Path, folder: Path, which: str) -> None
 def stage_sample(config: RunConfig, root: Path, folder: Path, which: str) -> None:
     """Sampled continuations of each prompt; of the best and the worst by a labelling reward, Bradley-Terry prefers one.
 
-    With cross-fitted folds the label comes from fold 0's model and the margins (stage ``margins``) from the others, so
-    that the labeller and the model that judges its labels share no training pair.
+    With cross-fitted folds the label comes from fold 0's model and the margins (stage ``margins``) from the others. Of
+    two folds the labeller and the model that judges its labels share no training pair; of more they share some.
     """
     assert config.sample is not None and config.train is not None and config.reward is not None
     settings = config.sample
@@ -227,6 +227,11 @@ def stage_margins(config: RunConfig, root: Path, folder: Path, which: str) -> No
     elif config.sample is not None and reward.folds:
         folds = [m for fold in range(1, reward.folds) for m in members(root / "crossfit" / f"fold-{fold}")]
         scored = scored_by(folds, read_pairs(root / "sample" / "train"), config, folder, calibration)
+        if reward.folds > 2:
+            note = (
+                f"Labels are by the model of one fold, margins by those of the others: of {reward.folds} folds any two "
+                "models share training pairs, so they agree more than strangers. With reward.folds: 2 they share none."
+            )
     else:
         source = root / ("sample" if config.sample is not None else "pairs") / "train"
         scored = scored_by(members(model), read_pairs(source), config, folder, calibration)

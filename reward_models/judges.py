@@ -29,7 +29,7 @@ class VaderJudge:
 
     def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
         """3 x compound of prompt + completion, float64 [N]; of messages, their contents."""
-        texts = [_plain(prompt) + _plain(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        texts = [_joined(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         return np.array([3.0 * self._analyzer.polarity_scores(text)["compound"] for text in texts])
 
 
@@ -54,6 +54,11 @@ def make_judge(name: str) -> Judge:
             f"judge {name!r} is not known{nearest(name, [*JUDGES, f'{YES_NO}:MODEL'])}", code="judge-name"
         )
     return JUDGES[name]()
+
+
+def _joined(prompt: Any, completion: Any) -> str:
+    """Text goes on where its prompt ends; an answer to messages begins a line of its own."""
+    return _plain(prompt) + ("" if isinstance(prompt, str) else "\n") + _plain(completion)
 
 
 def _plain(text: Any) -> str:

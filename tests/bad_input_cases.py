@@ -135,6 +135,10 @@ def pair_cases() -> Iterator[BadInput]:
          "prompt-row", "p.jsonl:row 1:prompt[1]"),
         ("an empty prompts file", raw("p.jsonl", b""), setting("evaluate.prompts=p.jsonl"), "data-empty", "p.jsonl: holds no rows"),
         ("a margin that a loss needs and no pair has", lines(), jsonl, "loss-needs-margin", "needs a `margin` column"),
+        ("a margin that a loss needs and one pair lacks", lines({**GOOD, "margin": 1.0}), jsonl, "loss-needs-margin",
+         "margin: 1 of 2 pairs have none"),
+        ("prompts with half a character", raw("p.jsonl", b'{"prompt": "a \\ud83d b"}\n'), setting("evaluate.prompts=p.jsonl"),
+         "prompt-row", "half a character"),
     ]  # fmt: skip
     yield from (BadInput(*case) for case in made)
 
@@ -169,6 +173,8 @@ def config_cases() -> Iterator[BadInput]:
         ("a section where text is wanted", nothing, setting("name={a: b}"), "config-key", "name: expected a valid string"),
         ("a run name that leaves the folder", nothing, setting("name=../../etc"), "config-key", "name: expected a name"),
         ("a method name that is a path", nothing, setting("train.methods.a/b={loss: dpo}"), "config-key", "expected a name"),
+        ("a method called reference", nothing, setting("train.methods.reference={loss: dpo}"), "config-key",
+         "the model that is trained from"),
         ("a negative seed", nothing, setting("seed=-1"), "config-key", "seed: expected greater than or equal to 0"),
         ("a seed beyond 32 bits", nothing, setting("seed=99999999999"), "config-key", "seed: expected less than 4294967296"),
         ("a word as number", nothing, setting("seed=many"), "config-key", "seed: expected a valid integer"),

@@ -45,6 +45,16 @@ PROMPTS = [f"the {word} film {'very ' * k}is" for k, word in enumerate(["good", 
 WARM = Decoding(max_new_tokens=5, temperature=1.0, seed=3, batch_size=2)
 
 
+def test_an_answer_to_messages_is_judged_as_text_of_its_own() -> None:
+    judge, asked = VaderJudge(), [{"role": "user", "content": "Continue the review"}]
+    for answer in ("Great movie!", "Wonderful acting.", "Terrible film."):
+        alone = judge.score(["Continue the review "], [answer])
+        assert alone[0] != 0
+        for form in (answer, [{"role": "assistant", "content": answer}]):
+            assert judge.score([asked], [form]) == pytest.approx(alone)
+    assert judge.score(["a good fi"], ["lm"]) == judge.score(["a good film"], [""])
+
+
 def test_names_of_policies() -> None:
     found = parse_policies(["a=x/y", "runs/demo/train-dpo/model", "runs/demo/train-madpo", "smollm2"])
     assert [(policy.name, policy.model) for policy in found] == [

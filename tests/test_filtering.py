@@ -38,7 +38,7 @@ from align.filtering.trial import WANTED_RECALL, Sample, Trial
 from align.filtering.view import View
 from align.pair_stream import stream_pairs
 from align.pairs import load_pairs
-from tests.builders import bert_reward, causal, llama_reward, rows
+from tests.builders import bert_reward, causal, llama_reward, rows, tokenizer
 
 VALUES = st.lists(st.floats(-50, 50), min_size=2, max_size=30)
 
@@ -397,14 +397,19 @@ def test_mahalanobis_distance_of_a_gaussian() -> None:
         Mahalanobis.fit(np.ones((4, 3)), np.zeros(4, dtype=int))
 
 
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
 @pytest.mark.parametrize("build", [llama_reward, bert_reward])
-def test_features_are_what_the_head_reads(build: Any, tmp_path: Path) -> None:
-    """Head applied to the features is the reward, whatever the batch."""
+def test_features_are_what_the_head_reads(build: Any, pad: str, tmp_path: Path) -> None:
+    """Head applied to the features is the reward, whatever the batch; also where end-of-sequence pads."""
     from reward_models.features import head_features
     from reward_models.score import RewardScorer
 
     texts = ["the film is good", "a bad plot", "good", "the a is was very not great awful fine dull"]
     model = build(tmp_path)
+    if build is llama_reward:
+        words = tokenizer()
+        words.pad_token = pad
+        words.save_pretrained(model)
     for side in ("left", "right"):
         scorer = RewardScorer(model, batch_tokens=30, max_length=64, padding_side=side)  # type: ignore[arg-type]
         features = head_features(scorer, texts)
@@ -571,6 +576,12 @@ def test_filter_pairs_with_own_vectors(tmp_path: Path) -> None:
     no_margin = Dataset.from_list([row | {"margin": None if row["id"] == "02" else row["margin"]} for row in table])
     with pytest.raises(DataError, match="1 of 10 pairs have none"):
         filter_pairs(no_margin, FilterConfig(), tmp_path / "cache2", held_out=[], seed=0)
+    no_spread = Dataset.from_list([row | {"margin_std": None if row["id"] == "02" else 1.0} for row in table])
+    with pytest.raises(DataError, match="margin_std: 1 of 10 pairs have none"):
+        filter_pairs(no_spread, FilterConfig(in_spreads=True), tmp_path / "cache2", held_out=[], seed=0)
+    nobody = FilterConfig(method="threshold", minimum=99.0, embeddings=str(tmp_path / "0.npy"))
+    with pytest.raises(DataError, match=r"filter-empty.*an importance of 99 or more; the highest is \d"):
+        filter_pairs(Dataset.from_list(table), nobody, tmp_path / "cache3", held_out=[], seed=0)
     with pytest.raises(AlignError, match=r"per_group.*; skip: no rule 'all'"):
         filter_pairs(
             no_margin.remove_columns("group"), FilterConfig(per_group=True, skip=["all"]), tmp_path, held_out=[], seed=0

@@ -128,23 +128,6 @@ def test_a_fitted_head_is_a_plain_model_and_its_margins_are_the_heads(build: Any
     assert (again / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
-@pytest.mark.parametrize("build", [llama_reward, bert_reward])
-def test_the_features_are_those_that_the_reward_is_read_from(build: Any, pad: str, side: str, tmp_path: Path) -> None:
-    backbone = build(tmp_path / "backbone")
-    if build is llama_reward:
-        words = tokenizer()
-        words.pad_token = pad
-        words.save_pretrained(backbone)
-    scorer = RewardScorer(backbone, batch_tokens=64, max_length=64, padding_side=side)  # type: ignore[arg-type]
-    layer = scorer.model.score if build is llama_reward else scorer.model.classifier
-    bias = 0.0 if layer.bias is None else layer.bias.item()
-    texts = [row["prompt"] + row[side] for side in ("chosen", "rejected") for row in rows(12)]
-    read = head_features(scorer, texts) @ layer.weight.detach().double().numpy()[0] + bias
-    assert read == pytest.approx(scorer.score_texts(texts), abs=1e-5)
-
-
 def test_a_fitted_head_needs_one_linear_layer_and_bradley_terry(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = RobertaForSequenceClassification(RobertaConfig(vocab_size=30, num_labels=1, pad_token_id=0, **sizes))

@@ -4,13 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from datasets import Dataset
 
 from align import evaluation_stages, stages
 from align.config import RunConfig
+from align.generation.base import keyed_prompts
 from align.generation.transformers_engine import TransformersEngine
-from align.pairs import read_pairs
+from align.model_loading import load_policy, load_tokenizer
+from align.pairs import read_pairs, write_pairs
+from align.stage import read_json
 from tests.builders import bert_reward, causal
 
 PROMPTS = [f"the {a} {b} is" for a in ("good", "bad", "dull") for b in ("film", "plot", "review")]
@@ -46,6 +52,54 @@ def stopped(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
 
     monkeypatch.setattr(TransformersEngine, "generate", counted)
     return seen
+
+
+@pytest.mark.parametrize("heat", [0.5, 1.0])
+def test_the_log_probs_are_those_of_what_was_decoded(heat: float, config: RunConfig, tmp_path: Path) -> None:
+    """Of softmax(logits / T) for the policy that sampled, and at temperature 1 for the reference."""
+    assert config.evaluate is not None and config.train is not None
+    trained = causal(tmp_path / "trained", seed=3)
+    settings = config.evaluate.model_copy(update={"temperature": heat})
+    work = evaluation_stages.PolicyJob(config.train.model, str(trained), False, settings, 0).start()
+    found = work(keyed_prompts(PROMPTS)).to_dict()
+    words = load_tokenizer(config.train.model)
+    for name, folder, divisor in (("policy", str(trained), heat), ("reference", config.train.model, 1.0)):
+        model = load_policy(folder, dtype="float32").eval()
+        for prompt, text, tokens, logp in zip(
+            *(found[k] for k in ("prompt", "text", "tokens", f"logp_{name}")), strict=True
+        ):
+            given = words(prompt, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([given + words(text, add_special_tokens=False)["input_ids"]])
+            if ids.shape[1] - len(given) != tokens:  # it ended before its length, in a token that is not in the text
+                continue
+            with torch.no_grad():
+                logps = torch.log_softmax(model(ids).logits[0, len(given) - 1 : -1].double() / divisor, dim=-1)
+            assert logp == pytest.approx(logps.gather(1, ids[0, len(given) :, None]).sum().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("fields", "measured"), [({}, (True, True)), ({"temperature": 0.5}, (True, False)),
+                                                  ({"top_p": 0.9}, (False, False))])  # fmt: skip
+def test_a_kl_only_of_what_has_one(
+    fields: dict[str, float], measured: tuple[bool, bool], config: RunConfig, tmp_path: Path
+) -> None:
+    """No KL of a nucleus, no gain per root KL at another temperature; pairs without margins have no correlation."""
+    assert config.evaluate is not None
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=fields), "reward": None})
+    root, rng = config.folder, np.random.default_rng(0)
+    write_pairs(
+        Dataset.from_list([{"id": "a", "prompt": "a", "chosen": " b", "rejected": " c"}]), root / "margins" / "pairs"
+    )
+    for name, texts, ratio in (("reference", " dull", 0.0), ("dpo", " good", 2.0)):
+        (root / f"generate-{name}").mkdir(parents=True)
+        table = {"prompt": PROMPTS, "text": [texts] * 9, "tokens": [1] * 9, "logp_reference": [-3.0] * 9}
+        table["logp_policy"] = (ratio - 3 + rng.normal(0, 0.1, 9)).tolist()
+        Dataset.from_dict(table).to_parquet(str(root / f"generate-{name}" / "completions.parquet"))
+    (tmp_path / "out").mkdir()
+    evaluation_stages.stage_evaluate(config, root, tmp_path / "out", "")
+    found = read_json(tmp_path / "out" / "metrics.json")
+    policy = found["policies"]["dpo"]
+    assert (policy["kl"] is not None, policy["gain_per_root_kl"] is not None) == measured
+    assert found["gold_correlation"] is None and policy["gain"]["value"] > 0
 
 
 @pytest.mark.parametrize("stage", ["sample", "generate"])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from align.config import EntanglementConfig, LossConfig, TrainConfig
-from align.errors import ConfigError
+from align.errors import ConfigError, DataError
 from align.loss_registry import resolve
 from align.margins import madpo_weight
 from align.model_loading import load_policy, load_tokenizer
@@ -277,6 +277,28 @@ def test_what_cannot_be_trained_is_said(tiny_policy: Path, tmp_path: Path) -> No
         ours(tiny_policy, tmp_path, learning_rte=1.0)
     with pytest.raises(ConfigError, match="loss madpo needs a `margin` column"):
         ours(tiny_policy, tmp_path, "madpo", Dataset.from_list(rows(4)).remove_columns("margin"))
+
+
+def test_pairs_without_a_margin_or_weight(tiny_policy: Path, tmp_path: Path) -> None:
+    """Where the loss reads margins the pair is named; where it reads none, gaps change nothing."""
+    table = rows(8)
+    holes = [row | {"margin": None} if row["id"] == "p3" else row for row in table]
+    weighted = [row | {"weight": None if row["id"] == "p5" else 1.0} for row in table]
+    fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"} | {"max_steps": 2}
+    config = TrainConfig(
+        model=str(tiny_policy),
+        methods={"dpo": LossConfig(loss="dpo"), "madpo": LossConfig(loss="madpo")},
+        trainer=fields,
+    )
+    said = r"\[loss-needs-margin\] margin: 1 of 8 pairs have none, the first 'p3'; expected one for each"
+    with pytest.raises(DataError, match=said):
+        train_policy(Dataset.from_list(holes), config, "madpo", tmp_path / "madpo", seed=0)
+    with pytest.raises(DataError, match=r"\[weights-column\] weight: found no value for some pairs"):
+        train_policy(Dataset.from_list(weighted), config, "dpo", tmp_path / "weighted", seed=0)
+    train_policy(Dataset.from_list(holes), config, "dpo", tmp_path / "holes", seed=0)
+    train_policy(Dataset.from_list(table), config, "dpo", tmp_path / "whole", seed=0)
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("holes", "whole")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_entanglement_along_training(tiny_policy: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from align.config.base import Count, Name, Positive, Section
 from align.config.reward import TiltConfig
@@ -108,6 +108,13 @@ class TrainConfig(Section):
     copy in the machine's memory. No effect elsewhere."""
     trainer: dict[str, Any] = {}
     """Fields of trl.DPOConfig, passed through unchanged."""
+
+    @field_validator("methods")
+    @classmethod
+    def _no_method_is_the_reference(cls, methods: dict[str, LossConfig]) -> dict[str, LossConfig]:
+        if "reference" in methods:
+            raise ValueError("`reference` is the model that is trained from: give the method another name")
+        return methods
 
     @property
     def trusts_remote_code(self) -> bool:

@@ -24,7 +24,7 @@ from align.entanglement.trace import checkpoints_of, sentence, trajectory
 from align.errors import ConfigError, DataError
 from align.loss_registry import BoundLoss, resolve
 from align.model_loading import load_tokenizer
-from align.pairs import load_pairs, read_pairs
+from align.pairs import gaps, load_pairs, read_pairs
 from align.processes import process_rank
 from align.reports.entanglement_page import shade, write_page, write_trace_page
 from align.shards import Work, map_shards
@@ -224,9 +224,9 @@ def _measure(
 
 def _sample(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset:
     """The first ``limit`` pairs in an order that does not depend on the file's."""
-    if loss.spec.needs_margin and "margin" not in pairs.column_names:
+    if loss.spec.needs_margin and ("margin" not in pairs.column_names or len(gaps(pairs, "margin"))):
         raise DataError(
-            f"{source}: loss {loss.spec.name} needs a `margin` column",
+            f"{source}: loss {loss.spec.name} needs a `margin` of every pair",
             code="loss-needs-margin",
             hint="run `align reward score` first, or measure with --loss dpo",
         )

@@ -221,6 +221,13 @@ class _Run:
         wanted = max(1, round(settings.keep * len(left)))
         if settings.method == "threshold":
             places = np.flatnonzero(values >= settings.minimum)
+            if not len(places):
+                raise DataError(
+                    f"minimum: found no pair with an importance of {settings.minimum:g} or more; "
+                    f"the highest is {values.max():.4g}",
+                    code="filter-empty",
+                    hint="give a smaller --minimum",
+                )
         elif settings.method == "greedy":
             base = importance(scores, weights | {"diversity": 0.0})
             spread = 1.0 / (np.std(scores["diversity"]) or 1.0)
@@ -249,11 +256,13 @@ def _check(pairs: Dataset, settings: FilterConfig) -> None:
         raise ConfigError("; ".join(wrong), code="filter-option", hint="see docs/filtering.md")
     if "margin" not in pairs.column_names and settings.margin != 0:
         log.warning("the pairs have no `margin` column: quality and diversity decide alone")
-    elif "margin" in pairs.column_names and cells(pairs, "margin").null_count:
-        raise DataError(
-            f"margin: {cells(pairs, 'margin').null_count} of {len(pairs)} pairs have none", code="filter-margin",
-            hint="score all pairs with `align reward score`, or take the column out",
-        )  # fmt: skip
+    for column in ("margin", "margin_std") if settings.in_spreads else ("margin",):
+        missing = cells(pairs, column).null_count if column in pairs.column_names else 0
+        if missing:
+            raise DataError(
+                f"{column}: {missing} of {len(pairs)} pairs have none", code="filter-margin",
+                hint="score all pairs with `align reward score`, or take the column out",
+            )  # fmt: skip
 
 
 def _spread(values: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:

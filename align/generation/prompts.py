@@ -7,7 +7,7 @@ from typing import Any
 
 from align.config import PairsConfig
 from align.errors import DataError, listed
-from align.pair_rules import ROLES
+from align.pair_rules import ROLES, odd_character
 from align.pair_sources import Row, read_rows
 from align.pairs import ID_DIGITS
 
@@ -44,7 +44,7 @@ def read_prompts(source: PairsConfig) -> list[PromptRow]:
         if not problem and prompts and isinstance(prompts[0].prompt, str) != isinstance(row.values[renamed], str):
             problem = "found text beside messages, expected one kind in a file"
         own = row.values.get("id")
-        key = _hashed(row.values.get(renamed), seen) if own is None else str(own)
+        key = str(own) if own is not None or problem else _hashed(row.values[renamed], seen)
         if not problem and key in seen:
             problem = f"found id {key!r}, which row {seen[key]} has too, expected an id used once"
         if problem:
@@ -64,12 +64,16 @@ def read_prompts(source: PairsConfig) -> list[PromptRow]:
 def _wrong(prompt: Any) -> str:
     """What is wrong with a prompt; empty where nothing is."""
     if isinstance(prompt, str):
+        if odd := odd_character(prompt):
+            return f"found {odd}, expected whole Unicode text"
         return "" if prompt.strip() else "found an empty prompt, expected text"
     if not isinstance(prompt, list) or not prompt:
         return f"prompt: found {prompt!r}, expected text or a list of messages"
     for turn in prompt:
         if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
             return f"prompt: found {str(turn)[:80]}, expected {{role: {' or '.join(ROLES)}, content: text}}"
+        if odd := odd_character(turn["content"]):
+            return f"prompt: found {odd}, expected whole Unicode text"
     if prompt[-1]["role"] == "assistant":
         return "prompt: found a last message by assistant, expected one by user or tool"
     return ""

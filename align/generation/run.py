@@ -204,7 +204,7 @@ def read_finished(file: Path, n: int) -> dict[str, list[dict[str, Any]]]:
     if len(whole) < len(content):
         with file.open("r+b") as stream:
             stream.truncate(len(whole))
-    rows = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+    rows = [json.loads(line) for line in whole.split(b"\n")[:-1]]
     return {row["id"]: row["completions"] for row in rows if len(row["completions"]) == n}
 
 

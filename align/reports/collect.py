@@ -1,5 +1,6 @@
 """Gathers what the stages of a run wrote into one dictionary: report.json. Nothing is shown that is not in it."""
 
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def collect(config: RunConfig, *, seconds: dict[str, float], command: str) -> di
 
     Args:
         config: the run.
-        seconds: stage name -> wall-clock seconds of the run that made it.
+        seconds: stage name -> wall-clock seconds of the run that made it; no other stage's folder is looked at.
         command: what makes the same run again.
     """
     root = config.folder
@@ -38,38 +39,37 @@ def collect(config: RunConfig, *, seconds: dict[str, float], command: str) -> di
             "fingerprints": {name: read_json(root / name / MANIFEST)["key"][:16] for name in seconds},
             "seconds_per_stage": seconds,
         },
-        "data": {"sets": _data(root)},
+        "data": {"sets": _data(root, seconds)},
     }
     sections = {
-        "reward_model": _reward_model(config, root),
+        "reward_model": _reward_model(config, root) if "reward" in seconds else None,
         "trust": read_json(root / "trust" / "trust.json") if "trust" in seconds else None,
-        "margins": _margins(config, root),
-        "filter": _filter(config, root),
-        "training": _training(config, root),
-        "evaluation": _evaluation(root),
+        "margins": _margins(config, root) if "margins" in seconds else None,
+        "filter": read_json(root / "filter" / FILTER_SUMMARY) if "filter" in seconds else None,
+        "training": _training(root, seconds),
+        "evaluation": read_json(root / "evaluate" / "metrics.json") if "evaluate" in seconds else None,
     }
     report |= {name: section for name, section in sections.items() if section is not None}
     if "evaluation" in report:
         report["samples"] = report["evaluation"].pop("samples")
+        if "margins" in report:
+            report["margins"]["gold_correlation"] = report["evaluation"]["gold_correlation"]
     report["summary"] = _summary(report)
     return report
 
 
-def _data(root: Path) -> list[dict[str, Any]]:
+def _data(root: Path, stages: Collection[str]) -> list[dict[str, Any]]:
     sets = []
     for stage in ("pairs-reward", "pairs", "sample"):
-        file = root / stage / "metrics.json"
-        if file.exists():
-            found = read_json(file)
+        if stage in stages:
+            found = read_json(root / stage / "metrics.json")
             sets += [{"name": f"{stage}: {part}", **found[part]} for part in ("train", "heldout") if part in found]
     return sets
 
 
-def _reward_model(config: RunConfig, root: Path) -> dict[str, Any] | None:
-    file = root / "reward" / "metrics.json"
-    if not file.exists() or config.reward is None:
-        return None
-    section = read_json(file)
+def _reward_model(config: RunConfig, root: Path) -> dict[str, Any]:
+    assert config.reward is not None
+    section: dict[str, Any] = read_json(root / "reward" / "metrics.json")
     section["margins"] = {name: _column(root / "reward" / name) for name in ("heldout", "in_sample")}
     if config.reward.folds:
         section["folds"] = config.reward.folds
@@ -80,7 +80,7 @@ def _reward_model(config: RunConfig, root: Path) -> dict[str, Any] | None:
 
 def _margins(config: RunConfig, root: Path) -> dict[str, Any] | None:
     folder = root / "margins" / "pairs"
-    if not folder.exists() or "margin" not in read_pairs(folder).column_names:
+    if "margin" not in read_pairs(folder).column_names:
         return None
     values = _column(folder)
     margin = torch.tensor(values, dtype=torch.float64)
@@ -110,9 +110,6 @@ def _margins(config: RunConfig, root: Path) -> dict[str, Any] | None:
                 f"{method}: the weights are nearly equal (effective sample size {share:.1%} of the pairs): "
                 "expect it to act like plain DPO."
             )
-    evaluated = root / "evaluate" / "metrics.json"
-    if evaluated.exists():
-        section["gold_correlation"] = read_json(evaluated)["gold_correlation"]
     return section
 
 
@@ -122,26 +119,15 @@ def _weighted(config: RunConfig) -> dict[str, BoundLoss]:
     return {name: resolve(loss.loss, loss.parameters) for name, loss in methods.items() if loss.loss == "madpo"}
 
 
-def _filter(config: RunConfig, root: Path) -> dict[str, Any] | None:
-    file = root / "filter" / FILTER_SUMMARY
-    return read_json(file) if config.filter is not None and file.exists() else None
-
-
-def _training(config: RunConfig, root: Path) -> dict[str, Any] | None:
+def _training(root: Path, seconds: Mapping[str, float]) -> dict[str, Any] | None:
     methods = {}
-    for name in config.train.methods if config.train else ():
-        folder = root / f"train-{name}"
-        if (folder / MANIFEST).exists():
-            history = read_json(folder / "history.json")
-            seconds = read_json(folder / MANIFEST)["seconds"]
-            methods[name] = {"loss": history["loss"], "seconds": seconds, "history": history["history"]}
+    for stage, took in seconds.items():
+        kind, _, name = stage.partition("-")
+        if kind == "train":
+            history = read_json(root / stage / "history.json")
+            methods[name] = {"loss": history["loss"], "seconds": took, "history": history["history"]}
             methods[name] |= {"entanglement": history["entanglement"]} if history.get("entanglement") else {}
     return {"methods": methods} if methods else None
-
-
-def _evaluation(root: Path) -> dict[str, Any] | None:
-    file = root / "evaluate" / "metrics.json"
-    return read_json(file) if file.exists() else None
 
 
 def _summary(report: dict[str, Any]) -> dict[str, Any]:
@@ -161,9 +147,9 @@ def _summary(report: dict[str, Any]) -> dict[str, Any]:
             _put(summary, f"gold_gain_{name}", policy["gain"])
             if "reward_model_gain" in policy:
                 _put(summary, f"reward_model_gain_{name}", policy["reward_model_gain"])
-            _put(summary, f"kl_{name}", policy["kl"])
-            if policy["gain_per_root_kl"] is not None:
-                _put(summary, f"gain_per_root_kl_{name}", policy["gain_per_root_kl"])
+            for key in ("kl", "gain_per_root_kl"):
+                if policy[key] is not None:
+                    _put(summary, f"{key}_{name}", policy[key])
     return summary
 
 
@@ -173,4 +159,6 @@ def _put(summary: dict[str, Any], key: str, estimate: dict[str, float]) -> None:
 
 
 def _column(folder: Path) -> list[float]:
-    return [round(float(value), DIGITS) for value in np.asarray(read_pairs(folder)["margin"])]
+    """The margins that there are."""
+    margin = np.asarray(read_pairs(folder)["margin"], dtype=np.float64)
+    return [round(float(value), DIGITS) for value in margin[~np.isnan(margin)]]

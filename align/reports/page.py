@@ -79,6 +79,7 @@ def _plots(report: dict[str, Any]) -> dict[str, Any]:
                     (policy["reward"]["low"], policy["reward"]["value"], policy["reward"]["high"]),
                 )
                 for key, policy in policies.items()
+                if policy["kl"] or key == "reference"
             },
             x_title="KL to the reference (nats per completion)",
             y_title="gold reward",

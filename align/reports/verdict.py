@@ -77,7 +77,7 @@ def _gain(method: str, policies: dict[str, Any]) -> str:
     before, policy = policies["reference"]["reward"], policies[method]
     gain = policy["gain"]
     said = f"from {interval(before)} to {interval(policy['reward'])}; gain {interval(gain)}"
-    said += f", KL {interval(policy['kl'])} nats."
+    said += f", KL {interval(policy['kl'])} nats." if policy["kl"] else "."
     if gain["low"] > 0:
         return f"{name(method)} raised the gold reward {said}"
     if gain["high"] < 0:
@@ -103,6 +103,8 @@ def _compared(item: dict[str, Any], policies: dict[str, Any]) -> str:
         return f"{pair}: no difference seen, {interval(difference)}."
     ahead = a if difference["low"] > 0 else b
     said = f"{pair}: {name(ahead)} is ahead by {interval(difference)}"
+    if policies[a]["kl"] is None:
+        return f"{said}, at a KL that was not measured."
     kls = {method: policies[method]["kl"]["value"] for method in (a, b)}
     if abs(kls[a] - kls[b]) > SAME_KL * max(kls.values()):
         ratios = {method: policies[method]["gain_per_root_kl"] for method in (a, b)}

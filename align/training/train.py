@@ -14,11 +14,12 @@ from align.checkpoints import OPTIMIZER_PARTS, last_whole_checkpoint
 from align.config import LossConfig, RemedyConfig, TiltConfig, TokenMaskConfig, TrainConfig
 from align.console import log
 from align.entanglement.callback import EntanglementCallback
-from align.errors import ConfigError
+from align.errors import ConfigError, DataError
 from align.loss_registry import BoundLoss, resolve
 from align.margins import MADPO_TAU, madpo_weight
 from align.model_folders import ADAPTER
 from align.model_loading import load_policy, load_tokenizer
+from align.pairs import gaps
 from align.processes import from_first, process_rank
 from align.resuming import STEP
 from align.stage import read_json, write_json
@@ -27,7 +28,7 @@ from align.trainer_args import build_lora, build_trainer_args, refusals
 from align.trainer_progress import show_progress
 from align.training.preview import show_pair
 from align.training.trainer import PreferenceTrainer
-from align.training.weighting import add_trust, adjust_margins, check_weights, normalise_weights
+from align.training.weighting import add_trust, adjust_margins, check_weights, normalise_weights, numbers
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
@@ -69,17 +70,42 @@ def bind(method: str, config: LossConfig) -> BoundLoss:
 
 
 def require_margin(pairs: Dataset, loss: BoundLoss) -> None:
-    """Raise where the loss needs a margin and the table has none.
+    """Raise where the loss needs a margin and a pair has none.
 
     Raises:
-        ConfigError: see above.
+        ConfigError: there is no such column.
+        DataError: some pairs have no value in it.
     """
-    if loss.spec.needs_margin and "margin" not in pairs.column_names:
+    if not loss.spec.needs_margin:
+        return
+    if "margin" not in pairs.column_names:
         raise ConfigError(
             f"loss {loss.spec.name} needs a `margin` column and the pair table has none",
             code="loss-needs-margin",
             hint="run `align reward score` first, or map the column in `pairs.columns`",
         )
+    missing = gaps(pairs, "margin")
+    if len(missing):
+        raise DataError(
+            f"margin: {len(missing)} of {len(pairs)} pairs have none, the first {pairs['id'][int(missing[0])]!r}; "
+            f"expected one for each, for the loss {loss.spec.name}",
+            code="loss-needs-margin",
+            hint="run `align reward score` first, or leave these pairs out",
+        )
+
+
+def without_gaps(pairs: Dataset) -> Dataset:
+    """The table without its margins where some are missing and the loss reads none; weights must be there for all.
+
+    Raises:
+        DataError: some pairs have no weight.
+    """
+    if "weight" in pairs.column_names:
+        numbers(pairs, "weight", "the loss")
+    if "margin" not in pairs.column_names or not (missing := len(gaps(pairs, "margin"))):
+        return pairs
+    log.warning("margin: %d of %d pairs have none, so nothing is logged by margin", missing, len(pairs))
+    return pairs.remove_columns("margin")
 
 
 def add_weight(pairs: Dataset, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
@@ -140,6 +166,7 @@ def train_policy(
         log.warning("%s", warning)
     options = config.methods[method]
     require_margin(pairs, loss)
+    pairs = without_gaps(pairs)
     pairs = add_trust(pairs, options.weights, loss)
     pairs, loss = add_weight(adjust_margins(pairs, options.weights), loss)
     trainer = make_trainer(

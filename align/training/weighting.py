@@ -10,7 +10,7 @@ from align.errors import ConfigError, DataError
 from align.loss_registry import BoundLoss
 from align.margins import trust_of_each
 from align.pair_weights import mean_one, moderate, shrink_by_distance
-from align.pairs import with_columns
+from align.pairs import gaps, with_columns
 
 
 def check_weights(method: str, config: LossConfig, loss: BoundLoss) -> None:
@@ -51,7 +51,7 @@ def add_trust(pairs: Dataset, weights: WeightsConfig | None, loss: BoundLoss) ->
     """
     if weights is None or not weights.trust_by_spread:
         return pairs
-    spread = _numbers(pairs, "margin_std", "weights.trust_by_spread")
+    spread = numbers(pairs, "margin_std", "weights.trust_by_spread")
     found = trust_of_each(spread, float(loss.parameters["trust"]))
     return with_columns(pairs, {"trust": found.numpy()})
 
@@ -64,11 +64,11 @@ def adjust_margins(pairs: Dataset, weights: WeightsConfig | None) -> Dataset:
     """
     if weights is None or (weights.ood is None and not weights.spread):
         return pairs
-    margin = _numbers(pairs, "margin", "weights")
+    margin = numbers(pairs, "margin", "weights")
     if weights.spread:
-        margin = moderate(margin, _numbers(pairs, "margin_std", "weights.spread"))
+        margin = moderate(margin, numbers(pairs, "margin_std", "weights.spread"))
     if weights.ood is not None:
-        distance = _numbers(pairs, "ood", "weights.ood")
+        distance = numbers(pairs, "ood", "weights.ood")
         margin = shrink_by_distance(margin, distance, limit=weights.ood.limit, softness=weights.ood.softness)
     return pairs.remove_columns("margin").add_column("margin", margin.tolist())
 
@@ -77,12 +77,16 @@ def normalise_weights(pairs: Dataset, weights: WeightsConfig | None) -> Dataset:
     """The table with the mean of its ``weight`` at 1, where ``weights`` asks for it and there is such a column."""
     if weights is None or not weights.normalise or "weight" not in pairs.column_names:
         return pairs
-    return pairs.remove_columns("weight").add_column("weight", mean_one(_numbers(pairs, "weight", "weights")).tolist())
+    return pairs.remove_columns("weight").add_column("weight", mean_one(numbers(pairs, "weight", "weights")).tolist())
 
 
-def _numbers(pairs: Dataset, column: str, asked: str) -> Tensor:
-    values = np.asarray(pairs[column], dtype=np.float64) if column in pairs.column_names else np.array([np.nan])
-    if np.isnan(values).any():
+def numbers(pairs: Dataset, column: str, asked: str) -> Tensor:
+    """A column [N] of a number for each pair; ``asked`` says for what.
+
+    Raises:
+        DataError: it is not there, or some pairs have no value in it.
+    """
+    if column not in pairs.column_names or len(gaps(pairs, column)):
         hints = {
             "margin_std": "train an ensemble: reward.ensemble: 5",
             "ood": "let a filter measure it: filter.ood",
@@ -93,4 +97,4 @@ def _numbers(pairs: Dataset, column: str, asked: str) -> Tensor:
             code="weights-column",
             hint=hints.get(column, "give every pair a weight"),
         )
-    return torch.from_numpy(values)
+    return torch.from_numpy(np.asarray(pairs[column], dtype=np.float64))

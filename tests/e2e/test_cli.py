@@ -73,10 +73,23 @@ def test_whole_run_then_nothing_to_do_then_only_what_changed(workspace: Path) ->
     assert second.returncode == 0 and "nothing to do: all" in second.stderr
     assert "running" not in second.stderr
 
+    part = align("train", "run.yaml", cwd=workspace)
+    assert part.returncode == 0 and "nothing to do: all" in part.stderr
+    assert json.loads((root / "summary.json").read_text()) == summary
+
     third = align("run", "run.yaml", "--set", "train.methods.madpo.parameters.beta=0.2", cwd=workspace)
     ran = [line.split(":")[0] for line in third.stderr.splitlines() if line.endswith(": running")]
     assert ran == ["train-madpo", "generate-madpo", "evaluate"]
     assert (root / "train-dpo" / "manifest.json").stat().st_mtime_ns == stamp
+
+    other = align("train", "run.yaml", "--set", "train.trainer.learning_rate=0.02", cwd=workspace)
+    assert other.returncode == 0, other.stderr
+    shown = json.loads((root / "report.json").read_text())
+    assert set(shown["training"]["methods"]) == {"dpo", "madpo"} and "evaluation" not in shown
+    assert not [key for key in shown["summary"] if key.startswith(("gold", "kl"))]
+    back = align("train", "run.yaml", cwd=workspace)
+    assert back.returncode == 0, back.stderr
+    stamp = (root / "train-dpo" / "manifest.json").stat().st_mtime_ns
 
     assert not [path for path in root.rglob("*") if path.name.endswith((".partial", ".tmp", ".replaced"))]
 
@@ -132,6 +145,28 @@ def test_conversational_pairs_cross_fitted_on_themselves(workspace: Path) -> Non
     margins = read_pairs(workspace / "runs" / "chat" / "margins" / "pairs")
     crossfit = read_pairs(workspace / "runs" / "chat" / "crossfit" / "pairs")
     assert list(margins["margin"]) == list(crossfit["margin"])
+
+
+def test_another_source_of_the_reward_models_pairs_in_the_same_folder(workspace: Path) -> None:
+    """What an earlier configuration left is neither trained on nor taken for what this one asks for."""
+    jsonl(workspace / "others.jsonl", [{**row, "prompt": f"others {row['prompt']}"} for row in rows(20)])
+    run = yaml.safe_load((workspace / "run.yaml").read_text())
+    reward = run["reward"] | {"eval_pairs": None, "eval_fraction": 0.2, "folds": 0}
+    root = workspace / "runs" / "own"
+    for pairs, policy_rows in (("others.jsonl", 24), (None, 20), ("others.jsonl", 24)):
+        tree = {
+            "name": "own",
+            "pairs": {"path": "pairs.jsonl"},
+            "reward": reward | {"pairs": pairs and {"path": pairs}},
+        }
+        (workspace / "own.yaml").write_text(yaml.safe_dump(tree))
+        done = align("run", "own.yaml", cwd=workspace)
+        assert done.returncode == 0, done.stderr
+        asked = read_pairs(root / "reward" / "in_sample")["prompt"]
+        assert all(prompt.startswith("others") == (pairs is not None) for prompt in asked)
+        assert abs(len(read_pairs(root / "margins" / "pairs")) - policy_rows) <= 2
+        sets = json.loads((root / "report.json").read_text())["data"]["sets"]
+        assert any(part["name"].startswith("pairs-reward") for part in sets) == (pairs is not None)
 
 
 MISTAKES = [
