@@ -21,3 +21,19 @@ def token_batches(lengths: Sequence[int], budget: int, *, padded: bool = True) -
         batches[-1].append(index)
         used += max(cost, 1)
     return batches
+
+
+def in_so_many(batches: Sequence[list[int]], count: int) -> list[list[int]]:
+    """The same indices in ``count`` batches, the largest halved until there are so many.
+
+    Raises:
+        ValueError: fewer indices than ``count``.
+    """
+    parts = list(batches)
+    if sum(map(len, parts)) < count:
+        raise ValueError(f"{sum(map(len, parts))} indices cannot make {count} batches")
+    while len(parts) < count:
+        largest = max(range(len(parts)), key=lambda k: len(parts[k]))
+        whole = parts.pop(largest)
+        parts += [whole[: len(whole) // 2], whole[len(whole) // 2 :]]
+    return parts

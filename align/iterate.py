@@ -21,6 +21,7 @@ from align.generation.pair_build import METRICS, BuildSettings, build_pairs
 from align.generation.prompts import PromptRow, read_prompts
 from align.generation.run import GenerateSettings, complete_prompts
 from align.generation.scoring import ScorerChoice
+from align.model_folders import fingerprint_model
 from align.processes import process_rank
 from align.stage import fingerprint_source, read_json, run_stage, write_json
 
@@ -164,7 +165,7 @@ def _round(config: IterateConfig, prompts: list[PromptRow], policy: str, root: P
     (method,) = config.train.methods
     inputs: Mapping[str, Any] = {
         "pairs": fingerprint_source(str(root / "pairs" / "pairs.parquet")),
-        "model": fingerprint_source(policy),
+        "model": fingerprint_model(policy),
         "settings": config.train.made_from(without={"model"}),
         "seed": config.seed,
     }

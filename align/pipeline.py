@@ -16,6 +16,7 @@ from typing import Any
 from align.config import PairsConfig, RunConfig
 from align.console import log
 from align.errors import EnvironmentProblem
+from align.model_folders import fingerprint_model
 from align.processes import process_rank, world_size
 from align.reproduce import write_run_manifest
 from align.run_log import run_log
@@ -192,7 +193,7 @@ class _Runner:
             inputs["settings"] = config.reward.made_from(without=skipped)
             inputs["model"] = fingerprint_source(config.reward.model)
         if kind in ("sample", "trust", "train", "generate") and config.train:
-            inputs["model"] = fingerprint_source(config.train.model)
+            inputs["model"] = fingerprint_model(config.train.model)
         if kind == "filter" and config.filter:
             inputs["settings"] = config.filter.model_dump(exclude={"processes"})
             chosen = config.filter

@@ -13,7 +13,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from align.errors import ConfigError
+from align.errors import ConfigError, ModelError
 from align.training import head
 from align.training.head import LogitForm, score_tokens
 from align.training.layout import choose_layout, trim
@@ -185,6 +185,24 @@ def test_what_is_not_exact_is_refused(family: str) -> None:
     assert torch.allclose(torch.cat([found.chosen, found.rejected]).double(), one_by_one(model, BATCH), atol=1e-4)
     with pytest.raises(ConfigError, match="shared_prefix is not exact for this model"):
         choose_layout(tiny(family, **fields), BATCH, "shared_prefix")
+
+
+def test_a_cap_by_another_name_is_known() -> None:
+    fields = {"lru_width": 32, "attention_window_size": 64, "head_dim": 8, "logits_soft_cap": 2.0}
+    model = tiny("RecurrentGemma", **fields)
+    assert choose_layout(model, BATCH, "auto") == "concatenated"
+    found = pair_logps(model, BATCH, "concatenated")
+    assert torch.allclose(torch.cat([found.chosen, found.rejected]).double(), one_by_one(model, BATCH), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_of_more_than_its_output_embeddings_is_refused(dtype: torch.dtype) -> None:
+    fields = {"cls_token_id": 1, "sep_token_id": 2, "num_hidden_layers": 3}
+    with pytest.raises(
+        ModelError, match=r"\[model-logits\].*ModernBertDecoderForCausalLM does more to its last hidden"
+    ):
+        choose_layout(tiny("ModernBertDecoder", **fields).to(dtype), BATCH, "auto")
+    choose_layout(tiny("Gemma2").to(dtype), BATCH, "concatenated")
 
 
 def test_prompt_learning_is_refused_and_right_when_concatenated() -> None:

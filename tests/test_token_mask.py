@@ -10,8 +10,10 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from align.config import LossConfig, TokenMaskConfig, TrainConfig
+from align.errors import ConfigError
 from align.loss_registry import resolve
 from align.stage import read_json
+from align.training.logps import pair_logps
 from align.training.token_mask import OPEN, TokenMask
 from align.training.train import make_trainer, train_policy
 from align.training.trainer import PreferenceTrainer
@@ -58,9 +60,9 @@ def test_a_shared_token_closes_and_a_telling_one_stays_open() -> None:
     assert {token for token, _ in made.extremes(5)["closed"]} == {6, 7, 8}
 
 
-def trainer(policy: Path, output: Path, steps: int) -> PreferenceTrainer:
+def trainer(policy: Path, output: Path, steps: int, **more: Any) -> PreferenceTrainer:
     fields: dict[str, Any] = {name: value for name, value in BASE.items() if name != "disable_tqdm"}
-    fields |= {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    fields |= {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"} | more
     config = TrainConfig(model=str(policy), methods={"m": LossConfig(loss="dpo")}, trainer=fields)
     return make_trainer(
         Dataset.from_list(rows(16)), config, resolve("dpo", {}), output, seed=0, tau=1.0, reference_cache=None,
@@ -79,6 +81,20 @@ def test_resumed_equals_uninterrupted(tiny_policy: Path, tmp_path: Path) -> None
     assert torch.equal(whole.token_mask.logit, second.token_mask.logit)
     assert not torch.equal(whole.token_mask.logit, torch.full_like(whole.token_mask.logit, OPEN))
     assert all(torch.equal(value, second.model.state_dict()[name]) for name, value in whole.model.state_dict().items())
+
+
+def test_the_reference_of_a_whole_policy_stays_where_it_was(tiny_policy: Path, tmp_path: Path) -> None:
+    made = trainer(tiny_policy, tmp_path / "m", 4)
+    made.train()
+    assert made.state.log_history[3]["loss"] < made.state.log_history[0]["loss"] - 0.05
+    batch = made.data_collator([made.train_dataset[k] for k in range(4)])
+    fresh = trainer(tiny_policy, tmp_path / "fresh", 4)
+    fresh.model.eval()
+    with torch.no_grad():
+        start = pair_logps(fresh.model, batch, fresh.layout).tokens.logps
+    assert torch.allclose(made._under_reference(batch).tokens.logps, start, atol=1e-5)
+    with pytest.raises(ConfigError, match="precompute_ref_log_probs: found true beside a token_mask"):
+        trainer(tiny_policy, tmp_path / "x", 4, precompute_ref_log_probs=True)
 
 
 def test_what_it_learned_is_written_down(tiny_policy: Path, tmp_path: Path) -> None:

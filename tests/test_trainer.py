@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from packaging import version
-from peft import PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -22,6 +22,7 @@ from align.model_loading import load_policy, load_tokenizer
 from align.stage import read_json
 from align.stopping import stoppable
 from align.training.layout import LayoutChoice
+from align.training.logps import pair_logps
 from align.training.train import add_weight, make_trainer, train_policy
 from align.training.trainer import PreferenceTrainer
 from tests.builders import rows
@@ -277,6 +278,43 @@ def test_what_cannot_be_trained_is_said(tiny_policy: Path, tmp_path: Path) -> No
         ours(tiny_policy, tmp_path, learning_rte=1.0)
     with pytest.raises(ConfigError, match="loss madpo needs a `margin` column"):
         ours(tiny_policy, tmp_path, "madpo", Dataset.from_list(rows(4)).remove_columns("margin"))
+
+
+def test_an_adapter_trained_on_is_part_of_the_cached_reference(tiny_policy: Path, tmp_path: Path) -> None:
+    """Another adapter in the same folder has other reference log-probs: at the start they are the policy's own."""
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_policy), lora).save_pretrained(tmp_path / "adapter")
+        load_tokenizer(str(tiny_policy)).save_pretrained(tmp_path / "adapter")
+        made = ours(tmp_path / "adapter", tmp_path)
+        batch = made.data_collator([made.train_dataset[k] for k in range(4)])
+        made.model.eval()
+        with torch.no_grad():
+            found = pair_logps(made.model, batch, made.layout)
+        assert torch.allclose(found.chosen, batch["ref_chosen_logps"], atol=1e-4)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
+
+
+def test_prompts_that_fill_the_length_are_said(
+    tiny_policy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = [row | {"prompt": "the film was " * (9 if k < 3 else 1)} for k, row in enumerate(rows(8))]
+    made = ours(tiny_policy, tmp_path, pairs=Dataset.from_list(table), max_length=20)
+    assert len(made.train_dataset) == 5 and "3 of 8 pairs are left out: their prompts fill max_length" in caplog.text
+    with pytest.raises(DataError, match="none of 8 pairs has a token of a response within max_length"):
+        ours(tiny_policy, tmp_path, pairs=Dataset.from_list(table), max_length=2)
+
+
+def test_an_adapter_that_changes_its_base_is_refused(tiny_policy: Path, tmp_path: Path) -> None:
+    lora = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "pissa"}
+    config = TrainConfig(model=str(tiny_policy), methods={"m": LossConfig(loss="dpo")}, trainer=BASE, peft=lora)
+    with pytest.raises(
+        ConfigError, match="init_lora_weights: 'pissa' takes what the adapter starts with out of the base"
+    ):
+        make_trainer(
+            Dataset.from_list(rows(8)), config, resolve("dpo", {}), tmp_path, seed=0, tau=1.0, reference_cache=None
+        )
 
 
 def test_pairs_without_a_margin_or_weight(tiny_policy: Path, tmp_path: Path) -> None:

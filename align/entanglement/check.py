@@ -79,7 +79,7 @@ def _check_one(
     _set(trained, before, update, 0.0)
     log.info("check %s: predicting %d log-probs along its update", optimizer_name, len(probes["input_ids"]))
     products = GradientProducts(policy)(probes, update)
-    predicted = torch.cat([products.chosen_along, products.rejected_along])
+    predicted = torch.cat([products.chosen_along, products.rejected_along]).cpu()
     start, noise = _logps(policy, probes), _noise(policy, probes)
     steps = []
     for share in SHARES:
@@ -115,7 +115,7 @@ def _set(trained: dict[str, nn.Parameter], before: Direction, update: Direction,
 def _logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         found = pair_logps(model, batch, "concatenated")
-    return torch.cat([found.chosen, found.rejected]).double()
+    return torch.cat([found.chosen, found.rejected]).double().cpu()
 
 
 def _noise(model: nn.Module, batch: dict[str, Tensor]) -> float:

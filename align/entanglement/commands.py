@@ -151,8 +151,11 @@ def check(
     tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
     half = tokens.select(range(max(1, len(tokens) // 2)))
     batch, probes = (collate(rows, tokenizer.pad_token_id, max_length=max_length) for rows in (half, tokens))
-    margin = torch.tensor(half["margin"]) if bound.spec.needs_margin else None
-    found = check_predictions(load_measured(model), batch, probes, bound, rates, margin=margin)
+    policy = load_measured(model)
+    device = next(policy.parameters()).device
+    batch, probes = ({name: value.to(device) for name, value in rows.items()} for rows in (batch, probes))
+    margin = torch.tensor(half["margin"], device=device) if bound.spec.needs_margin else None
+    found = check_predictions(policy, batch, probes, bound, rates, margin=margin)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "check.json", {"model": model, "loss": loss, "pairs": len(tokens), "optimizers": found})
     out.print_json(json.dumps(found))

@@ -17,6 +17,9 @@ CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
 """Logits held at once: 16 MiB on a CPU, where they should stay near its caches, and 512 MiB on a GPU."""
 
 
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
 class TokenScores(NamedTuple):
     """What the head says about one target token per position, each [M], float32 or better."""
 
@@ -40,9 +43,9 @@ class LogitForm:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "LogitForm":
-        """The form that a model's configuration declares (Gemma caps; Cohere, Granite and others scale)."""
+        """The form that a model's configuration declares (Gemma and xLSTM cap; Cohere, Granite and others scale)."""
         text = config.get_text_config()
-        softcap = getattr(text, "final_logit_softcapping", None)
+        softcap = next((cap for name in CAPS if (cap := getattr(text, name, None)) is not None), None)
         for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
             if getattr(text, name, None) is not None:
                 return cls(float(getattr(text, name)), softcap)

@@ -10,18 +10,24 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from align.errors import ModelError
 from align.training import attention
 from align.training.head import LogitForm, TokenScores, score_tokens
 from align.training.packing import pack
 from align.whole_epochs import REAL
 
 Layout = Literal["concatenated", "shared_prefix"]
+TRIAL_TOKENS = 8
+HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+HALF_HEAD_TOLERANCE = 0.25
+"""Mean difference of log-probs (nats) that rounding explains: of logits near 30, 16 bits leave 0.1."""
 FORWARD_BEFORE = "_forward_without_completion_head"
 NOT_MODEL_INPUTS = frozenset(
-    {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "margin", "weight", "row", REAL}
+    {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "margin", "weight", "trust", "row", REAL}
 )
 
 
@@ -71,6 +77,37 @@ def add_completion_head(model: PreTrainedModel) -> None:
         return
     setattr(model, FORWARD_BEFORE, model.forward)
     model.forward = MethodType(functools.wraps(type(model).forward)(_forward), model)
+    _check_head(model)
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    """Whether the head gives the model's own log-probs, on two short random rows.
+
+    Raises:
+        ModelError: it does not: between the last hidden state and the logits is more than this program knows.
+    """
+    embedded = model.get_input_embeddings().weight
+    if hasattr(embedded, "ds_id") or isinstance(embedded, DTensor):  # in parts on several processes
+        return
+    ids = torch.randint(embedded.shape[0], (2, TRIAL_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids, training = ids.to(embedded.device), model.training
+    model.eval()
+    with torch.no_grad():
+        logits = getattr(model, FORWARD_BEFORE)(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+        targets = ids.flatten().clamp(max=logits.shape[1] - 1)
+        places = torch.arange(ids.numel(), device=ids.device)
+        found = model(input_ids=ids, use_cache=False, scored=Scored(places, targets, TRIAL_TOKENS)).logps
+    model.train(training)
+    own = logits.double().log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
+    difference = float((found - own).abs().mean())
+    if difference > HEAD_TOLERANCE.get(model.dtype, HALF_HEAD_TOLERANCE):
+        name = model.name_or_path or type(model).__name__
+        raise ModelError(
+            f"{name}: the log-probs of its output embeddings differ from its own by {difference:.2g} nats a token: "
+            f"{type(model).__name__} does more to its last hidden state than is known here",
+            code="model-logits",
+            hint="use a model of another architecture",
+        )
 
 
 def _forward(self: PreTrainedModel, *args: Any, scored: Scored | None = None, **kwargs: Any) -> Any:

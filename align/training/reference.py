@@ -69,9 +69,13 @@ def reference_logps(
 
 
 def reference_key(model: torch.nn.Module, dataset: Dataset, settings: Sequence[object]) -> str:
-    """Hex digest of the reference's weights (an adapter's left out), the token ids and ``settings``."""
+    """Hex digest of the reference's weights, the token ids and ``settings``.
+
+    An adapter's weights are left out, but not where the reference has one of its own (``ref``): an adapter trained on.
+    """
     state = hashlib.sha256(repr(list(settings)).encode())
-    tuner = getattr(model, "base_model", None) if has_adapter(model) else None
+    bare = has_adapter(model) and "ref" not in model.peft_config  # type: ignore[operator]
+    tuner = getattr(model, "base_model", None) if bare else None
     adapter = () if tuner is None else (str(getattr(tuner, "prefix", "lora_")), "modules_to_save.")
     for name, parameter in sorted(model.named_parameters()):
         if not any(part in name for part in adapter):

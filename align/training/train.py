@@ -275,7 +275,13 @@ def make_trainer(
     transformers.set_seed(seed)
     args = build_trainer_args(
         DPOConfig,
-        {"precompute_ref_log_probs": True, "save_strategy": "no", "logging_steps": 1} | config.trainer,
+        {
+            # A mask reads the reference token by token in every step, which only an adapter can be taken off for.
+            "precompute_ref_log_probs": token_mask is None or config.peft is not None,
+            "save_strategy": "no",
+            "logging_steps": 1,
+        }
+        | config.trainer,
         path="train.trainer",
         forced={"output_dir": str(output / CHECKPOINTS), "seed": seed},
         pairs_per_step=config.pairs_per_step,

@@ -13,10 +13,11 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from align.background_saves import BackgroundSaves
-from align.batching import token_batches
+from align.batching import in_so_many, token_batches
 from align.beta_dpo import BetaDpoState, beta_dpo, beta_dpo_step
 from align.config import RemedyConfig, TiltConfig, TokenMaskConfig
-from align.errors import ConfigError
+from align.console import log
+from align.errors import ConfigError, DataError
 from align.loss_registry import BoundLoss
 from align.losses import PairLogps, scale_gradient
 from align.pair_weights import LossTilt
@@ -40,6 +41,7 @@ REFERENCE_TOKENS = 8192
 LAYOUT_SAMPLE = 256
 BY_LENGTH = ("group_by_length", "batch_rebalance")
 """Orders of the pairs for which the trainer reads their lengths."""
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 LOSS_STATE = "loss_state.json"
 UNUSED_FIELDS = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl", "loss_weights": None}
 
@@ -121,13 +123,35 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
         if args.train_sampling_strategy in BY_LENGTH:
             self.train_dataset = self.train_dataset.add_column(args.length_column_name, _tokens(self.train_dataset))
         self.remedy = None if remedy is None else GradientRemedy(self.model, loss, remedy, self.accelerator)
+        _refuse_other_start(self.model)
         self.token_mask = None
         if token_mask is not None:
+            if self.ref_model is None and not has_adapter(self.model):
+                raise ConfigError(
+                    "train.trainer.precompute_ref_log_probs: found true beside a token_mask, which reads the reference "
+                    "in every step: without an adapter no reference is left",
+                    code="trainer-key",
+                    hint="leave it out, or train an adapter",
+                )
             vocabulary = self.model.get_input_embeddings().weight.shape[0]
             self.token_mask = TokenMask(vocabulary, token_mask, self.accelerator)
         self.tilt = None
         if tilt is not None:
             self.tilt = LossTilt(tilt, self.accelerator.gather, self.accelerator.process_index)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """trl's, which leaves out pairs whose prompt fills ``max_length``; here it is said."""
+        prepared = super()._prepare_dataset(dataset, *args, **kwargs)
+        missing = len(dataset) - len(prepared)
+        if missing == len(dataset):
+            raise DataError(
+                f"none of {missing} pairs has a token of a response within max_length",
+                code="empty-completion",
+                hint="raise train.trainer.max_length",
+            )
+        if missing:
+            log.warning("%d of %d pairs are left out: their prompts fill max_length", missing, len(dataset))
+        return prepared
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -140,7 +164,8 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
             return super()._precompute_ref_logps(dataset, name, batch_size)
         file = None
         if self.reference_cache is not None:
-            settings = (self.args.max_length, self.args.truncation_mode)
+            settings = [self.args.max_length, self.args.truncation_mode]
+            settings += [name for name in ("bf16", "fp16") if getattr(self.args, name)]
             # The policy is its own reference before the first step, and not sharded yet, as the reference may be.
             key = from_first(lambda: reference_key(self.model, dataset, settings))
             file = self.reference_cache / f"{key}.npy"
@@ -229,6 +254,9 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
         else:
             longest = inputs["attention_mask"].sum(dim=1).view(2, -1).amax(dim=0)
             batches = token_batches((2 * longest).tolist(), self.max_tokens)
+        if self.is_fsdp_enabled:  # each forward pass gathers parameters from all processes
+            count = torch.tensor([len(batches)], device=self.accelerator.device)
+            batches = in_so_many(batches, int(self.accelerator.gather(count).max()))
         return [trim(inputs, torch.tensor(sorted(batch))) for batch in batches]
 
     def compute_loss(
@@ -383,6 +411,23 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
                 self.remedy.load(state["remedy"])
             if self.token_mask is not None:
                 self.token_mask.load(file.parent)
+
+
+def _refuse_other_start(model: torch.nn.Module) -> None:
+    """Raise where the model without its adapter is not the one that training starts from.
+
+    Raises:
+        ConfigError: see above.
+    """
+    for adapter in model.peft_config.values() if has_adapter(model) else ():  # type: ignore[operator]
+        start = getattr(adapter, "init_lora_weights", True)
+        if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
+            raise ConfigError(
+                f"train.peft.init_lora_weights: {start!r} takes what the adapter starts with out of the base weights, "
+                "so that the model without its adapter is not the reference",
+                code="trainer-key",
+                hint="leave it out, or use gaussian, orthogonal or eva",
+            )
 
 
 def _tokens(dataset: Dataset) -> list[int]:

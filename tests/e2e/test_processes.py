@@ -257,7 +257,7 @@ def test_sharded_training(tmp_path: Path, peft: dict[str, Any] | None) -> None:
     methods = {"madpo": {"loss": "madpo"}, "beta": {"loss": "beta_dpo"}}
     for name, processes in (("one", 1), ("sharded", 2)):
         trainer = {"max_steps": 7, "learning_rate": 1e-3, "use_cpu": processes == 1}
-        train = {"model": "policy", "methods": methods, "trainer": trainer, "peft": peft}
+        train = {"model": "policy", "methods": methods, "trainer": trainer, "peft": peft, "max_tokens_per_device": 25}
         file = run_file(tmp_path, name, processes, train=train)
         module = "align.cli" if processes == 1 else "tests.fsdp_cli"
         done = launched(
