@@ -13,8 +13,8 @@ from align.config import PairsConfig
 from align.console import log
 from align.errors import DataError
 from align.pair_rules import NAMES, Problem, RowReader
-from align.pair_sources import Row, stream_source
-from align.pairs import OPTIONAL, TEXT, identify, unusable
+from align.pair_sources import stream_source
+from align.pairs import OPTIONAL, TEXT, identify, other_kind, unusable
 from align.seen_ids import SeenIds
 
 BATCH = 4096
@@ -50,7 +50,7 @@ class _Reader:
         self.rows, self.columns = stream_source(source)
         self.reader = RowReader(source.path, self.columns)
         self.seen = seen
-        self.plain: bool | None = None
+        self.first: dict[str, Any] | None = None
         self.problems: list[Problem] = []
         self.invalid = 0
 
@@ -58,23 +58,14 @@ class _Reader:
         for row in self.rows:
             pair, found = self.reader.read(row)
             if pair is not None:
+                self.first = self.first or pair
                 pair["id"] = identify(pair, row, self.seen, self.path, found)
-                found += self._mixed(pair, row)
+                found += other_kind(pair, self.first, row, self.path)
             if found:
                 self.problems += found
                 self.invalid += 1
             elif pair is not None:
                 yield pair
-
-    def _mixed(self, pair: dict[str, Any], row: Row) -> list[Problem]:
-        plain = isinstance(pair["prompt"], str)
-        if self.plain is None:
-            self.plain = plain
-        if plain == self.plain:
-            return []
-        kinds = ("conversational", "plain text")
-        return [Problem(row.file or self.path, row.number, "prompt", "pair-mixed", kinds[plain],
-                        f"{kinds[not plain]}, as in the rows before")]  # fmt: skip
 
 
 def _write(source: PairsConfig, file: Path, seen: SeenIds) -> None:

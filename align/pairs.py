@@ -52,18 +52,19 @@ def check_pairs(source: PairsConfig) -> CheckResult:
     rows, columns = read_source(source)
     reader = RowReader(source.path, columns)
     valid, problems, invalid = [], [], []
-    seen = SeenIds()
+    seen, first = SeenIds(), None
     for row in rows:
         pair, found = reader.read(row)
         if pair is not None:
+            first = first or pair
             pair["id"] = identify(pair, row, seen, source.path, found)
+            found += other_kind(pair, first, row, source.path)
             valid.append(pair)
         if found:
             problems += found
             if pair is not None:
                 valid.pop()
             invalid.append({**row.values, "row": row.number, "reason": "; ".join(str(item) for item in found)})
-    problems += _mixed(valid, source.path)
     return CheckResult(_table(valid[: source.limit], source.path), problems, invalid)
 
 
@@ -226,20 +227,18 @@ def identify(pair: dict[str, Any], row: Row, seen: SeenIds, source: str, found: 
     return key
 
 
-def _mixed(valid: list[dict[str, Any]], source: str) -> list[Problem]:
-    """Plain and conversational rows cannot share a table."""
-    kinds = [isinstance(pair["prompt"], str) for pair in valid]
-    if not kinds or all(kinds) or not any(kinds):
+def other_kind(pair: dict[str, Any], first: dict[str, Any], row: Row, source: str) -> list[Problem]:
+    """Plain and conversational rows cannot share a table: a problem where ``pair`` is not of the kind of ``first``."""
+    plain, wanted = (isinstance(one["prompt"], str) for one in (pair, first))
+    if plain == wanted:
         return []
-    odd = kinds.index(not kinds[0])
-    wanted, other = ("plain text", "conversational") if kinds[0] else ("conversational", "plain text")
-    return [Problem(source, odd + 1, "prompt", "pair-mixed", other, f"{wanted}, as in the rows before")]
+    kinds = ("conversational", "plain text")
+    expected = f"{kinds[wanted]}, as in the rows before"
+    return [Problem(row.file or source, row.number, "prompt", "pair-mixed", kinds[plain], expected)]
 
 
 def _table(valid: list[dict[str, Any]], source: str) -> Dataset:
     columns = ["id", *TEXT, *(name for name in OPTIONAL if any(pair.get(name) is not None for pair in valid))]
-    if any((isinstance(pair["prompt"], str)) != isinstance(valid[0]["prompt"], str) for pair in valid):
-        valid = [pair for pair in valid if isinstance(pair["prompt"], str) == isinstance(valid[0]["prompt"], str)]
     made = {}
     for name in columns:
         try:

@@ -122,6 +122,16 @@ def test_drop_invalid_keeps_the_rest_and_says_why(tmp_path: Path) -> None:
     assert dropped["row"] == 2 and "found empty text" in dropped["reason"]
 
 
+def test_rows_of_the_other_kind_are_set_aside_each(tmp_path: Path) -> None:
+    chat = {name: [{"role": "assistant" if name != "prompt" else "user", "content": GOOD[name]}] for name in GOOD}
+    path = jsonl(tmp_path, GOOD, chat, {**GOOD, "chosen": ""}, {**GOOD, "chosen": " sure"}, chat)
+    side = tmp_path / "side.jsonl"
+    assert len(load_pairs(PairsConfig(path=path, drop_invalid=True), side_file=side)) == 2
+    dropped = [json.loads(line) for line in side.read_text().splitlines()]
+    assert [row["row"] for row in dropped] == [2, 3, 5]
+    assert "row 5:prompt: found conversational, expected plain text, as in the rows before" in dropped[2]["reason"]
+
+
 def test_every_format_gives_the_same_table(tmp_path: Path) -> None:
     table = rows(8)
     jsonl(tmp_path, *table)

@@ -22,6 +22,7 @@ from align.entanglement.summary import advice, summarize
 from align.entanglement.tokens import token_matrix, token_products
 from align.entanglement.trace import checkpoints_of, sentence, trajectory
 from align.errors import ConfigError, DataError
+from align.filtering.result import KEPT
 from align.loss_registry import BoundLoss, resolve
 from align.model_loading import load_tokenizer
 from align.pairs import gaps, load_pairs, read_pairs
@@ -102,11 +103,14 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
         trained = ", ".join(sorted(path.name.removeprefix("train-") for path in run.glob("train-*"))) or "none"
         raise DataError(f"{training}: no finished training (methods here: {trained})", code="trace-missing")
     inputs = manifest["inputs"]
-    checkpoints, bound = checkpoints_of(training), _bound(inputs["loss"]["loss"], inputs["loss"]["parameters"])
+    parameters = inputs.get("trust", {}) | inputs["loss"]["parameters"]  # trust: what the run measured on the pairs
+    checkpoints, bound = checkpoints_of(training), _bound(inputs["loss"]["loss"], parameters)
     base = inputs["settings"]["model"]
-    pairs = _sample(read_pairs(run / "margins" / "pairs"), bound, limit, str(run))
+    table = run / "filter" / KEPT if "filter" in inputs["after"] else run / "margins" / "pairs"
+    every = load_pairs(PairsConfig(path=str(table))) if table.is_file() else read_pairs(table)
+    pairs = _sample(every, bound, limit, str(run))
     tokens = tokenize_pairs(pairs, load_tokenizer(base), max_length=max_length)
-    settings = _Settings(bound, None, batch_tokens, max_length, fingerprint_source(str(run / "margins" / "pairs")))
+    settings = _Settings(bound, None, batch_tokens, max_length, fingerprint_source(str(table)))
     output, tables = run / f"trace-{method}", []
     for step, folder in checkpoints:
         reference = None if (folder / "adapter_config.json").exists() else base

@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from align.entanglement.commands import trace
 from tests.builders import rows
 
 BAD = "<script>alert(1)</script>"
@@ -105,6 +106,24 @@ def test_trace_over_checkpoints(tiny_policy: Path, tmp_path: Path) -> None:
     assert "<script" not in page and found["sentence"].split(";")[0] in page
     again = align(*command, folder=tmp_path)
     assert again.returncode == 0 and again.stderr.count("up to date, skipped") == 3
+
+
+def test_a_trace_measures_what_was_trained(tiny_policy: Path, tmp_path: Path) -> None:
+    """The pairs that a filter kept, under the trust that the run measured."""
+    trained(tiny_policy, tmp_path, save_strategy="steps", save_steps=6)
+    run = tmp_path / "runs" / "r"
+    file = run / "train-dpo" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    trust = {"slope": 0.4, "trust": 0.9, "strength": 0.25}
+    manifest["inputs"] |= {"trust": trust, "loss": {"loss": "trust", "parameters": {"beta": 0.2}}}
+    manifest["inputs"]["after"] |= {"filter": "0"}
+    file.write_text(json.dumps(manifest))
+    (run / "filter").mkdir()
+    Dataset.from_list(rows(5)).to_parquet(str(run / "filter" / "kept.parquet"))
+    trace(run, "dpo", limit=64, batch_tokens=2048, max_length=64)
+    made = json.loads((run / "trace-dpo" / "step-000006" / "manifest.json").read_text())
+    assert made["inputs"]["loss_parameters"].items() >= (trust | {"beta": 0.2}).items()
+    assert made["inputs"]["pairs"] == [row["id"] for row in rows(5)]
 
 
 def test_trace_needs_a_training_with_checkpoints(tiny_policy: Path, tmp_path: Path) -> None:
