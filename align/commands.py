@@ -7,7 +7,7 @@ from rich.table import Table
 
 from align.config import ClusterConfig, PairsConfig
 from align.console import log, out
-from align.errors import SHOWN, DataError
+from align.errors import SHOWN, ConfigError, DataError
 from align.processes import process_rank
 
 
@@ -39,6 +39,7 @@ def check_data(source: PairsConfig, *, drop_to: Path | None) -> None:
                 hint="mend the rows, or set them aside with --drop-invalid",
             )
         return
+    _keep_source(source, drop_to)
     drop_to.mkdir(parents=True, exist_ok=True)
     side_file = drop_to / "invalid.jsonl"
     write_pairs(load_pairs(source.model_copy(update={"drop_invalid": True}), side_file=side_file), drop_to)
@@ -78,6 +79,7 @@ def score_pairs(
     from reward_models.ensemble import members, score_with
     from reward_models.margin_map import MarginMap
 
+    _keep_source(source, output)
     calibration = MarginMap.load(model) if calibrated else None
     pairs = load_pairs(source)
     log.info("scoring %d pairs of %s with %s -> %s", len(pairs), source.path, model, output)
@@ -90,6 +92,28 @@ def score_pairs(
     write_pairs(scored, output)
     out.print_json(json.dumps(evaluate_margins(np.asarray(scored["margin"])).to_dict()))
     log.info("margins: %s; train on them with `pairs.path: %s`", output / "pairs.parquet", output / "pairs.parquet")
+
+
+def _keep_source(source: PairsConfig, output: Path) -> None:
+    """Raise where the table that is written to ``output`` would replace what it is made from.
+
+    Raises:
+        ConfigError: see above.
+    """
+    from align.pairs import FILE
+    from align.source_files import matching_files
+    from align.stores import is_remote
+
+    target = output / FILE
+    given = (
+        [] if is_remote(source.path) else [Path(source.path), Path(source.path) / FILE, *matching_files(source.path)]
+    )
+    if target.exists() and any(file.exists() and file.samefile(target) for file in given):
+        raise ConfigError(
+            f"{target}: is read, and would be replaced",
+            code="output-folder",
+            hint="give another folder to write to",
+        )
 
 
 def render_report(run: Path) -> None:

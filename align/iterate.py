@@ -7,6 +7,7 @@ stopped. Every round samples from the policy of the round before, which is also 
 one round only. The scorer that makes the pairs is what the policy learns to please: judge the result by another one.
 """
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from align.config import Count, OutputFolder, PairsConfig, Positive, Section, TrainConfig, load_section
 from align.console import log
-from align.errors import DataError
+from align.errors import ConfigError, DataError
 from align.generation.base import Sampling
 from align.generation.pair_build import METRICS, BuildSettings, build_pairs
 from align.generation.prompts import PromptRow, read_prompts
@@ -111,7 +112,37 @@ def load_iterate(path: Path, overrides: list[str] | None) -> IterateConfig:
     """
     config = load_section(path, overrides, IterateConfig)
     config.pairs.settings()
+    _check_training(config.train)
     return config
+
+
+def _check_training(train: TrainConfig) -> None:
+    """What can be found wrong with the training before anything is sampled for it.
+
+    Raises:
+        ConfigError: a loss, its parameters, a field of the adapter or the trainer; or a trust to be measured.
+    """
+    from trl import DPOConfig
+
+    from align.trainer_args import build_lora, build_trainer_args
+    from align.training.train import bind
+
+    if train.trust is not None:
+        raise ConfigError(
+            "train.trust: found auto, which rounds do not measure",
+            code="config-key",
+            hint="leave it out and give slope, trust and strength, as `align trust` finds them",
+        )
+    for method, loss in train.methods.items():
+        bind(method, loss)
+    build_lora(train.peft, path="train.peft", task_type="CAUSAL_LM")
+    build_trainer_args(
+        DPOConfig,
+        train.trainer,
+        path="train.trainer",
+        forced={"output_dir": "check"},
+        pairs_per_step=train.pairs_per_step,
+    )
 
 
 def iterate(config: IterateConfig) -> Path:
@@ -192,4 +223,6 @@ def _train(config: TrainConfig, method: str, pairs: Path, folder: Path, seed: in
     temporary = folder / f"{MERGED}.tmp"
     load_policy(str(folder / MODEL), dtype="float32").merge_and_unload().save_pretrained(temporary)
     load_tokenizer(config.model).save_pretrained(temporary)
+    if (folder / MERGED).exists():  # of a process that was killed before the stage was whole
+        shutil.rmtree(folder / MERGED)
     temporary.replace(folder / MERGED)

@@ -304,5 +304,6 @@ def _refuse_twice(names: Sequence[str], where: str) -> None:
 
 
 def _rename(values: dict[str, Any], renamed: dict[str, str]) -> dict[str, Any]:
-    kept: Sequence[tuple[str, Any]] = [item for item in values.items() if item[0] not in renamed.values()]
-    return {renamed.get(name, name): value for name, value in kept}
+    """A row under the names of the pair table; a column whose name another takes goes, unless it has a new one too."""
+    taken = renamed.values()
+    return {renamed.get(name, name): value for name, value in values.items() if name in renamed or name not in taken}

@@ -116,7 +116,7 @@ def _run_stages(config: RunConfig, root: Path, command: str, until: tuple[str, .
     collected = collect(config, seconds=seconds, command=command)
     write_json(root / "report.json", collected)
     write_json(root / "summary.json", collected["summary"])
-    write_run_manifest(config, done, command)
+    write_run_manifest(config, done, command, until)
     return write_report(root)
 
 

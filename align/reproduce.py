@@ -13,9 +13,11 @@ from align.secrets import redact
 from align.stage import MANIFEST, Stage, hash_file, read_json, versions, write_json
 
 FILE = "run.json"
+TOLD = (MANIFEST, "filter.json", "report.html", "trust.json")
+"""Files of a stage that say when or where it was made; what they conclude stands in the tables beside them."""
 
 
-def write_run_manifest(config: RunConfig, stages: list[Stage], command: str) -> None:
+def write_run_manifest(config: RunConfig, stages: list[Stage], command: str, until: tuple[str, ...] = ()) -> None:
     """Write ``run.json``: configuration, command, versions, the key of every stage, the sha256 of every file it left.
 
     The keys cover the content of data and models, so the manifest tells a changed input from a changed result.
@@ -24,6 +26,7 @@ def write_run_manifest(config: RunConfig, stages: list[Stage], command: str) -> 
         config.folder / FILE,
         {
             "command": command,
+            "until": list(until),
             "config": redact(config.model_dump()),
             "versions": versions() | {"python": platform.python_version()},
             "machine": platform.machine(),
@@ -58,6 +61,7 @@ def read_run_manifest(file: Path) -> tuple[dict[str, Any], RunConfig]:
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """What two manifests differ in: inputs (stages made from something else), results (files), versions."""
+    after = after | {part: {name: after[part].get(name) for name in before[part]} for part in ("stages", "files")}
     return {
         "same_files": sum(after["files"].get(name) == found for name, found in before["files"].items()),
         "other_inputs": _different(before["stages"], after["stages"]),
@@ -106,7 +110,7 @@ def same_run(manifest: Path, output: Path, *, command: str) -> dict[str, Any]:
     if again.folder.resolve() == manifest.parent.resolve():
         raise DataError(f"{output}: holds the run itself", code="run-manifest", hint="give another --output")
     pipeline.check(again)
-    pipeline.run_pipeline(again, command=command)
+    pipeline.run_pipeline(again, command=command, until=tuple(before.get("until", ())))
     return compare(before, read_json(again.folder / FILE))
 
 
@@ -115,6 +119,6 @@ def _different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """sha256 of every file of a stage but its manifest, which holds seconds."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    """sha256 of every file of a stage but those that hold seconds or where the run lies."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in TOLD)
     return {str(path.relative_to(folder.parent)): hash_file(path) for path in found}

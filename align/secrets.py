@@ -13,8 +13,8 @@ NAMES = frozenset(
 )
 """Keys whose value is secret whatever it looks like."""
 SHAPES = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
-    r"|AKIA[A-Z0-9]{16}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?i:(?<=bearer ))[A-Za-z0-9._-]{16,}"
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
+    r"|AKIA[A-Z0-9]{16})|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?i:(?<=bearer ))[A-Za-z0-9._-]{16,}"
 )
 """Values that are secret wherever they stand: keys of well-known services, user and password in an address."""
 ASSIGNED = re.compile(rf"(?i)\b((?:{'|'.join(sorted(NAMES))})['\"]?(?:=|:\s*(?:found )?))('?)[^\s,'\"]+")

@@ -125,6 +125,7 @@ def _remote(source: str) -> list[SourceFile]:
     with store_errors(source):
         (info,) = filesystem.get_file_info([place.rstrip("/")])
     if info.type == FileType.File and not place.endswith("/"):
+        _look_above(source, filesystem, place)
         return _readable(source, [named(info)])
     if info.type == FileType.NotFound and PurePosixPath(place).suffix in SUFFIXES:
         raise DataError(f"{source}: no such object", code="data-missing", hint=_where(filesystem, place))
@@ -153,16 +154,36 @@ def _listed(source: str, filesystem: "FileSystem", folder: str, *, deep: bool) -
 
     with store_errors(source):
         there = filesystem.get_file_info(FileSelector(folder, recursive=deep))
-        for info in there:
-            if PurePosixPath(info.path).name == PUSHED:
-                with filesystem.open_input_stream(info.path) as stream:
-                    complete = b'"complete": true' in stream.read()
-                if not complete:
-                    raise DataError(
-                        f"{source}: a push into it has not ended", code="store-unfinished",
-                        hint="wait for `align push`, or run it again",
-                    )  # fmt: skip
+    for info in there:
+        if PurePosixPath(info.path).name == PUSHED:
+            _refuse_unfinished(source, filesystem, info.path)
+    _look_above(source, filesystem, folder)
     return sorted((info for info in there if info.type == FileType.File), key=lambda info: info.path)
+
+
+def _look_above(source: str, filesystem: "FileSystem", place: str) -> None:
+    """Whether what ``place`` lies in is being pushed: a folder above it may be what `align push` was given."""
+    from pyarrow.fs import FileType
+
+    above = [str(folder / PUSHED) for folder in PurePosixPath(place).parents if len(folder.parts)]
+    try:
+        found = filesystem.get_file_info(above)
+    except OSError:  # a key that may read this prefix alone
+        return
+    for info in found:
+        if info.type == FileType.File:
+            _refuse_unfinished(source, filesystem, info.path)
+
+
+def _refuse_unfinished(source: str, filesystem: "FileSystem", note: str) -> None:
+    with store_errors(source), filesystem.open_input_stream(note) as stream:
+        complete = b'"complete": true' in stream.read()
+    if not complete:
+        raise DataError(
+            f"{source}: a push into it has not ended",
+            code="store-unfinished",
+            hint="wait for `align push`, or run it again",
+        )
 
 
 def _matches(place: str, pattern: PurePosixPath) -> bool:

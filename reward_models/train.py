@@ -91,11 +91,12 @@ def _train_whole(train: Dataset, config: RewardConfig, output: Path, checkpoints
     if last is not None:
         log.info("reward model %s: resuming from %s", output.name, last)
     show_progress(trainer, f"reward model {output.name}")
-    with stoppable(trainer):
+    with stoppable(trainer) as notice:
         trainer.train(resume_from_checkpoint=last)
-    trained = _gathered(trainer, config)
-    if trained is not None:
-        save_model(trained.merge_and_unload() if config.peft is not None else trained, tokenizer, output)
+        notice.check()
+        trained = _gathered(trainer, config)
+        if trained is not None:
+            save_model(trained.merge_and_unload() if config.peft is not None else trained, tokenizer, output)
 
 
 def _gathered(trainer: ObjectiveRewardTrainer, config: RewardConfig) -> Any:

@@ -155,6 +155,23 @@ def test_implicit_prompt_is_what_both_responses_begin_with(tmp_path: Path) -> No
         load_pairs(PairsConfig(path=jsonl(tmp_path, {"chosen": "yes", "rejected": "no"})))
 
 
+def test_columns_may_be_swapped_and_mapped_to_themselves(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {**GOOD, "margin": 2.0, "id": "mine", "weight": 0.5, "good": " yes!"})
+    swapped = {"chosen": "rejected", "rejected": "chosen", "margin": "margin", "id": "id", "weight": "weight"}
+    (row,) = load_pairs(PairsConfig(path=path, columns=swapped))
+    assert (row["chosen"], row["rejected"], row["margin"], row["id"], row["weight"]) == (
+        " no",
+        " yes",
+        2.0,
+        "mine",
+        0.5,
+    )
+    (row,) = load_pairs(PairsConfig(path=path, columns={"chosen": "good"}))
+    assert row["chosen"] == " yes!"
+    with pytest.raises(ValueError, match="'good' is given for two columns"):
+        PairsConfig(path=path, columns={"chosen": "good", "rejected": "good"})
+
+
 def test_columns_are_mapped_and_a_wrong_map_is_named(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"question": "Say:", "better": " yes", "worse": " no"})
     columns = {"prompt": "question", "chosen": "better", "rejected": "worse"}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from align.errors import ModelError
 from align.model_loading import load_policy, load_tokenizer
 from align.secrets import HIDDEN, redact, redact_text
+from align.stage import stage_key
 from scripts.fetch_assets import SNIPPETS, build_minilm, build_snippets
 from tests.bad_input_makers import RUN, build_workspace, run_command
 from tests.builders import causal
@@ -145,6 +146,9 @@ def test_what_counts_as_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
         "train.trainer.seed=1",
     ):
         assert redact_text(text) == text
+    names = [f"acme/{word}-preferences-2025-q{k}" for word in ("helpdesk", "risk", "task", "mask") for k in (1, 2)]
+    assert [redact(name) for name in names] == names == [redact_text(name) for name in names]
+    assert len({stage_key("pairs", {"path": name}) for name in names}) == len(names)
     kept = {"pad_token": "<pad>", "tokens": [1, 2.0, None, True], "a": {"b": "c"}, "token": None}
     assert redact(kept) == kept
     assert redact({"a": [{"hub_token": "x", "url": "https://u:p@h"}]}) == {

@@ -183,6 +183,27 @@ def test_a_finished_prompt_is_given_before_the_rest() -> None:
         assert next(stream)[0] == 0
 
 
+def test_nobody_waits_for_a_request_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where one fails nor where the iterator is left; and no further one begins."""
+    release = threading.Event()
+
+    def others_wait(path: str, body: dict[str, Any], number: int) -> Reply:
+        if body["prompt"] != "bad":
+            release.wait(20)
+        return (400, "no") if body["prompt"] == "bad" else echo(path, body, number)
+
+    fake = Fake(others_wait)
+    with fake.running() as address:
+        start = time.monotonic()
+        with pytest.raises(DataError, match="refuses a request"):
+            ServerEngine("policy", base_url=address, concurrency=2).generate(["a", "bad", "b", "c"], Sampling(2))
+        assert time.monotonic() - start < 10
+        assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith("request"))
+        release.set()
+        time.sleep(0.2)
+        assert len(fake.bodies) == 2
+
+
 def test_nobody_there_and_unknown_model(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EnvironmentProblem, match="no answer") as caught:
         ServerEngine("policy", base_url="http://127.0.0.1:9/v1", attempts=2, first_wait=0.01)

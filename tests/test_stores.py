@@ -346,6 +346,16 @@ def test_a_pushed_folder_is_whole_and_what_is_there_is_not_copied_again(
     assert stored(store, "there/inner/empty") == b"no more"
 
 
+def test_a_part_of_an_unfinished_push_is_refused_too(store: fs.FileSystem, workspace: Path, folder: Path) -> None:
+    assert run_command(PUSH, workspace)[0] == 0
+    inside = ("data", "check", "s3://bucket/there/inner/table.jsonl", "--column", "chosen=prompt")
+    assert "a push into it has not ended" not in run_command(inside, workspace)[2]
+    write(store, "there/pushed.json", b'{"complete": false}')
+    for source in ("inner/table.jsonl", "inner/*.jsonl", "inner/"):
+        code, _, errors = run_command(("data", "check", f"s3://bucket/there/{source}"), workspace)
+        assert code == 2 and "store-unfinished" in errors and "a push into it has not ended" in errors
+
+
 def test_other_objects_are_left_alone(store: fs.FileSystem, workspace: Path, folder: Path) -> None:
     write(store, "there/mine", b"mine")
     assert "found other objects there (mine)" in told(PUSH, workspace)

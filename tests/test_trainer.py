@@ -189,6 +189,41 @@ def test_a_checkpoint_is_written_once(tiny_policy: Path, tmp_path: Path) -> None
     assert {file: file.stat().st_mtime_ns for file in checkpoint.iterdir()} == before
 
 
+class Signals(TrainerCallback):
+    """Sends two notices at once in a step, or one after the last."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.step == state.max_steps:
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_a_notice_that_comes_twice_or_late(tiny_policy: Path, tmp_path: Path, step: int) -> None:
+    """In the last step: a checkpoint of it; after it what follows is done before the end."""
+    made = ours(tiny_policy, tmp_path, max_steps=3)
+    made.add_callback(Signals(step))
+    followed = []
+    with pytest.raises(SystemExit) as left, stoppable(made) as notice:
+        made.train()
+        notice.check()
+        followed.append("saved")
+    assert left.value.code == 128 + signal.SIGTERM and followed == (["saved"] if step == 3 else [])
+    kept = [folder.name for folder in (tmp_path / "checkpoints").glob("checkpoint-*")]
+    assert kept == ([] if step == 3 else [f"checkpoint-{step + 1}"])
+    if step == 2:
+        again = ours(tiny_policy, tmp_path, max_steps=3)
+        again.train(resume_from_checkpoint=True)
+        assert all(torch.equal(v, again.model.state_dict()[k]) for k, v in made.model.state_dict().items())
+
+
 @pytest.mark.parametrize("layout", ["concatenated", "shared_prefix"])
 @pytest.mark.parametrize("loss", ["madpo", "ipo"])
 def test_same_gradients_for_any_split(tiny_policy: Path, tmp_path: Path, loss: str, layout: LayoutChoice) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from align.config.base import Count, Fraction, Positive, Section
 
@@ -23,6 +23,14 @@ class PairsConfig(Section):
     """Leave invalid rows out (they are counted and written to a side file) instead of stopping."""
     limit: Count | None = None
     """Keep the first so many pairs."""
+
+    @field_validator("columns")
+    @classmethod
+    def _each_column_once(cls, columns: dict[str, str]) -> dict[str, str]:
+        given = list(columns.values())
+        if twice := [name for name in given if given.count(name) > 1]:
+            raise ValueError(f"{twice[0]!r} is given for two columns of the pair table")
+        return columns
 
 
 class SampleConfig(Section):

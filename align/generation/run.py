@@ -79,6 +79,8 @@ def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSe
         "sampling": asdict(settings.sampling),
         "format": settings.format,
     }
+    if settings.base_url is not None:
+        inputs["base_url"] = settings.base_url
     return run_stage(STAGE, output, inputs, lambda folder: _work(prompts, settings, chosen, folder))
 
 

@@ -1,10 +1,11 @@
 """Generation by a running OpenAI-compatible server, such as ``vllm serve MODEL``."""
 
 import os
+import queue
 import random
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import httpx
@@ -93,25 +94,20 @@ class ServerEngine:
             DataError: the server refuses a prompt.
         """
         keys = prompt_keys(prompts) if keys is None else keys
-        pool = ThreadPoolExecutor(self.concurrency)
-        self._stopping.clear()
         found: dict[int, dict[int, Completion]] = {}
-        try:
-            jobs = {
-                pool.submit(self._complete, prompt, sample_seed(sampling.seed, key, sample), sampling): (k, sample)
-                for k, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
-                for sample in range(sampling.n)
-            }
-            for job in as_completed(jobs):
-                k, sample = jobs[job]
-                group = found.setdefault(k, {})
-                group[sample] = job.result()
-                if len(group) == sampling.n:
-                    yield k, [group[number] for number in range(sampling.n)]
-                    del found[k]
-        finally:
-            self._stopping.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        jobs = [
+            partial(self._complete, prompt, sample_seed(sampling.seed, key, sample), sampling)
+            for prompt, key in zip(prompts, keys, strict=True)
+            for sample in range(sampling.n)
+        ]
+        self._stopping = threading.Event()
+        for number, completion in in_threads(jobs, self.concurrency, self._stopping):
+            k, sample = divmod(number, sampling.n)
+            group = found.setdefault(k, {})
+            group[sample] = completion
+            if len(group) == sampling.n:
+                yield k, [group[number] for number in range(sampling.n)]
+                del found[k]
 
     def _complete(self, prompt: Any, seed: int, sampling: Sampling) -> Completion:
         body: dict[str, Any] = {
@@ -198,6 +194,48 @@ class ServerEngine:
             code="server-unreachable",
             hint=f"start it with `vllm serve {self.model}`, or give its --base-url",
         )
+
+
+def in_threads(
+    jobs: Sequence[Callable[[], Completion]], threads: int, stopping: threading.Event
+) -> Iterator[tuple[int, Completion]]:
+    """(place of a job, its result) as they end; the first failure is raised.
+
+    Nobody waits for a job under way once the iterator is left, not even the end of the program: a request may take
+    minutes.
+
+    Args:
+        jobs: what to call, in this order.
+        threads: at a time.
+        stopping: set when a job fails or the iterator is left, and no further job begins.
+    """
+    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[tuple[int, Completion | BaseException]] = queue.SimpleQueue()
+    for number in range(len(jobs)):
+        todo.put(number)
+
+    def work() -> None:
+        while not stopping.is_set():
+            try:
+                number = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                ended.put((number, jobs[number]()))
+            except BaseException as error:  # raised where the results are read
+                stopping.set()
+                ended.put((number, error))
+
+    for number in range(min(threads, len(jobs))):
+        threading.Thread(target=work, name=f"request-{number}", daemon=True).start()
+    try:
+        for _ in jobs:
+            number, result = ended.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield number, result
+    finally:
+        stopping.set()
 
 
 def _from_text(choice: dict[str, Any]) -> tuple[str, list[float] | None]:

@@ -181,16 +181,17 @@ def train_policy(
         log.info("train %s: resuming from %s", method, last)
     show_progress(trainer, f"train {method}")
     probe = attach_probe(trainer, config, output / ENTANGLEMENT)
-    with stoppable(trainer):
+    with stoppable(trainer) as notice:
         trainer.train(resume_from_checkpoint=last)
-    if trainer.is_fsdp_enabled:  # its checkpoints may be in parts, the model is not
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(output / MODEL))
-    if trainer.is_world_process_zero():
-        (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        _order_adapter(output / MODEL / ADAPTER)
-        write_json(output / HISTORY, _history(trainer, method, options, probe))
-        _finish_checkpoints(checkpoints, config)
+        notice.check()
+        if trainer.is_fsdp_enabled:  # its checkpoints may be in parts, the model is not
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.save_model(str(output / MODEL))
+        if trainer.is_world_process_zero():
+            (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            _order_adapter(output / MODEL / ADAPTER)
+            write_json(output / HISTORY, _history(trainer, method, options, probe))
+            _finish_checkpoints(checkpoints, config)
 
 
 def _order_adapter(file: Path) -> None:

@@ -115,6 +115,16 @@ def test_reward_verbs_and_report(workspace: Path) -> None:
     assert align("report", "runs/tiny", cwd=workspace).returncode == 0
 
 
+def test_the_table_that_is_read_is_not_replaced(workspace: Path) -> None:
+    Dataset.from_list([row | {"annotator": "a"} for row in rows(4)]).to_parquet(str(workspace / "pairs.parquet"))
+    before = (workspace / "pairs.parquet").read_bytes()
+    for source in ("pairs.parquet", "*.parquet"):
+        for verb in (("data", "check", source, "--drop-invalid"), ("reward", "score", source, "--model", "backbone")):
+            done = align(*verb, "--output", ".", cwd=workspace)
+            assert done.returncode == 2 and "pairs.parquet: is read, and would be replaced" in done.stderr
+    assert (workspace / "pairs.parquet").read_bytes() == before
+
+
 def test_pairs_with_margins_need_no_reward_model(workspace: Path) -> None:
     jsonl(workspace / "own.jsonl", rows(12))
     run = yaml.safe_load((workspace / "run.yaml").read_text())

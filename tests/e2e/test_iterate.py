@@ -75,6 +75,9 @@ def test_mistakes_cost_one_line(workspace: Path) -> None:
         ("pairs.judge=vader", "give either a reward model or a judge"),
         ("train.methods={}", "train.methods"),
         ("train.methods.madpo.loss=madpo", "found 2 methods, expected one"),
+        ("train.methods.dpo.loss=dpoo", "did you mean `dpo`?"),
+        ("train.trainer.lerning_rate=1", "train.trainer.lerning_rate: not a field of DPOConfig"),
+        ("train.trust=auto", "train.trust: found auto, which rounds do not measure"),
         ("rounds=26", "found 25 prompts, expected one for each of 26 rounds"),
     ]
     for override, said in cases:

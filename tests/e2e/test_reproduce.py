@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from align.training.train import load_policy
@@ -28,6 +29,18 @@ def test_a_run_is_reproduced_from_its_manifest_alone(workspace: Path) -> None:
     files = json.loads((workspace / "runs" / "tiny" / "run.json").read_text())["files"]
     assert found == {"same_files": len(files), "other_inputs": [], "other_files": [], "other_versions": {}}
     assert "train-madpo/model/model.safetensors" in files and "reproduced:" in errors
+
+
+def test_a_part_of_a_run_is_reproduced_as_far_as_it_went(workspace: Path) -> None:
+    source = "elsewhere.yaml" if (workspace / "elsewhere.yaml").exists() else "run.yaml"
+    count = len((workspace / "pairs.jsonl").read_text().splitlines())
+    np.save(workspace / "vectors.npy", np.eye(count, dtype=np.float32))
+    keys = ("--set", "name=filtered", "--set", "filter={keep: 0.9, embeddings: vectors.npy}")
+    code, _, errors = run_command(("train", source, *keys), workspace)
+    assert code == 0, errors
+    code, output, errors = run_command(("reproduce", "runs/filtered/run.json", "--output", "again"), workspace)
+    assert code == 0 and json.loads(output)["other_files"] == [], errors
+    assert not (workspace / "again" / "filtered" / "evaluate").exists()
 
 
 def test_another_input_is_named(workspace: Path) -> None:
