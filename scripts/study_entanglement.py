@@ -22,14 +22,13 @@ import numpy as np
 import torch
 from build_demo_data import Snippet, openings, read_snippets
 from datasets import Dataset
-from protocol.report import shown
+from protocol.report import crossed, shown
 from torch import nn
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from align.config import EntanglementConfig, LossConfig, RemedyConfig, TokenMaskConfig, TrainConfig
 from align.console import configure, log
 from align.entanglement.batch import collate, tokenize_pairs
-from align.estimates import bootstrap_mean
 from align.evaluation.kl import completion_logps
 from align.generation.base import Sampling
 from align.generation.transformers_engine import TransformersEngine
@@ -176,8 +175,7 @@ def table(cells: list[dict[str, Any]], before: np.ndarray) -> list[dict[str, Any
             row[name] = float(values.mean())
             row[f"{name}_spread"] = float(values.std(ddof=1)) if len(own) > 1 else None
         row["share_of_chosen_fallen"] = float(np.mean([cell["share_of_chosen_fallen"] for cell in own]))
-        gain = np.mean([np.array(cell["reward"]) - before for cell in own], axis=0)
-        row["gold_gain"] = bootstrap_mean(gain, seed=0).to_dict()
+        row["gold_gain"] = crossed(np.array([np.array(cell["reward"]) - before for cell in own])).to_dict()
         row["gold_gain_by_seed"] = [float((np.array(cell["reward"]) - before).mean()) for cell in own]
         row["gold_less_dpo"] = _less_dpo(own, cells)
         row["foreseen"] = _foreseen(own)
@@ -190,7 +188,7 @@ def _less_dpo(own: list[dict[str, Any]], cells: list[dict[str, Any]]) -> dict[st
     """Gold reward less plain DPO's, prompt by prompt, of the seeds that both have."""
     plain = {cell["seed"]: np.array(cell["reward"]) for cell in cells if cell["method"] == "dpo"}
     found = [np.array(cell["reward"]) - plain[cell["seed"]] for cell in own if cell["seed"] in plain]
-    return bootstrap_mean(np.mean(found, axis=0), seed=0).to_dict() if found else None
+    return crossed(np.array(found)).to_dict() if found else None
 
 
 def _foreseen(own: list[dict[str, Any]]) -> dict[str, float]:

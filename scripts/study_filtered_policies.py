@@ -28,12 +28,11 @@ from build_demo_data import PAIR_PROMPT, Snippet, as_pair, openings, read_snippe
 from datasets import Dataset
 from protocol.data import read_known
 from protocol.judging import judge_policy, merge_adapter
-from protocol.report import shown
+from protocol.report import crossed, shown
 
 from align.config import FilterConfig, LossConfig, RewardConfig, TrainConfig
 from align.console import configure, log, progress
 from align.errors import AlignError
-from align.estimates import bootstrap_mean
 from align.evaluation.completions import Decoding
 from align.evaluation.policies import REFERENCE, Policy
 from align.filtering.embed import embed
@@ -47,6 +46,7 @@ from reward_models.judges import make_judge
 from reward_models.score import RewardScorer
 from reward_models.train import train_reward_model
 
+WHAT = ("gain", "minus random", "minus all pairs", "KL", "CPU seconds")
 ARMS = ("all pairs", "random", "filtered", "largest margins")
 LOSSES = {"dpo": LossConfig(loss="dpo", parameters={"beta": 0.1}), "madpo": LossConfig(loss="madpo")}
 CELL = "cell.json"
@@ -193,14 +193,14 @@ def run_cell(study: Study, flipped: float, seed: int, arm: str, loss: str) -> di
     folder = study.output / f"{flipped:g}-{seed}" / f"{arm}-{loss}"
 
     def work(folder: Path) -> None:
-        start = time.process_time()
+        start, begun = time.process_time(), (folder / "train").exists()
         pairs = read_pairs(subsets / arm / "pairs")
         cache = study.output / f"{flipped:g}-{seed}" / "reference-logps"
         config = TrainConfig(
             model=study.model, methods={loss: LOSSES[loss]}, peft=LORA, trainer=trainer_fields(study)
         )  # fmt: skip
         train_policy(pairs, config, loss, folder / "train", seed=seed, reference_cache=cache)
-        seconds = time.process_time() - start
+        seconds = None if begun else time.process_time() - start  # of a resumed training this process saw a part
         merged = merge_adapter(folder / "train" / MODEL, study.model, folder / "merged")
         found = judged(study, Policy(loss, str(merged)), seed, folder)
         shutil.rmtree(folder / "merged", ignore_errors=True)
@@ -256,13 +256,16 @@ def summarise(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> 
             for loss in LOSSES:
                 here, random_ = ([found[flipped, one, loss, seed] for seed in seeds] for one in (arm, "random"))
                 gain = np.array([np.array(cell["reward"]) - start[cell["seed"]] for cell in here])
-                less_random = less(here, random_)
+                every = [found[flipped, "all pairs", loss, seed] for seed in seeds]
+                less_random, less_all = less(here, random_), less(here, every)
                 row[loss] = {
-                    "gain": bootstrap_mean(gain.mean(axis=0), seed=0).to_dict(),
-                    "less_random": bootstrap_mean(less_random.mean(axis=0), seed=0).to_dict(),
+                    "gain": crossed(gain).to_dict(),
+                    "less_random": crossed(less_random).to_dict(),
                     "less_random_by_seed": less_random.mean(axis=1).round(4).tolist(),
+                    "less_all": crossed(less_all).to_dict(),
+                    "less_all_by_seed": less_all.mean(axis=1).round(4).tolist(),
                     "kl": float(np.mean([np.mean(cell["kl"]) for cell in here])),
-                    "seconds": float(np.mean([cell["seconds"] for cell in here])),
+                    "seconds": float(np.mean([cell["seconds"] for cell in here if cell["seconds"] is not None])),
                 }
             rows.append(row)
     return rows
@@ -271,7 +274,7 @@ def summarise(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table of docs/filtering.md."""
     head = ["flipped", "subset", "pairs", "gold labels", "head on clean pairs"]
-    head += [f"{name}: {what}" for name in ("DPO", "MADPO") for what in ("gain", "minus random", "KL", "CPU seconds")]
+    head += [f"{name}: {what}" for name in ("DPO", "MADPO") for what in WHAT]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         cells = [f"{row['flipped']:.0%}", row["arm"], f"{row['pairs']:.0f}", f"{row['gold_labels']:.1%}"]
@@ -279,7 +282,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         for loss in LOSSES:
             own = row[loss]
             less_random = "" if row["arm"] == "random" else shown(own["less_random"], "+")
-            cells += [shown(own["gain"], "+"), less_random, f"{own['kl']:.1f}", f"{own['seconds']:.0f}"]
+            less_all = "" if row["arm"] == "all pairs" else shown(own["less_all"], "+")
+            cells += [shown(own["gain"], "+"), less_random, less_all, f"{own['kl']:.1f}", f"{own['seconds']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from align.estimates import bootstrap_mean
+from align.estimates import Estimate, bootstrap_mean, crossed_mean
 from align.evaluation.rewards import gain_per_root_kl
 
 BASELINE = "dpo"
@@ -35,7 +35,7 @@ def summarise(cells: Cells, references: Cells) -> list[dict[str, Any]]:
 def _row(
     quality: str, method: str, found: dict[str, dict[int, Any]], origin: dict[int, Any], seeds: list[int]
 ) -> dict[str, Any]:
-    """Numbers of a method: means over the seeds of each prompt, intervals over the prompts."""
+    """Numbers of a method; intervals of gains and differences over seeds and prompts, of the others over prompts."""
     reward, kl = (_by_seed(found[method], seeds, "1", name) for name in ("reward", "kl"))
     start = np.array([origin[seed]["1"]["reward"] for seed in seeds])
     row: dict[str, Any] = {
@@ -45,13 +45,16 @@ def _row(
         "parameters": found[method][seeds[0]]["parameters"],
         "reference": float(start.mean()),
         "reward": bootstrap_mean(reward.mean(axis=0), seed=0).to_dict(),
+        "gain": crossed(reward - start).to_dict(),
+        "gain_by_seed": (reward - start).mean(axis=1).round(4).tolist(),
         "kl": bootstrap_mean(kl.mean(axis=0), seed=0).to_dict(),
     }
     ratio = gain_per_root_kl((reward - start).mean(axis=0), kl.mean(axis=0), seed=0)
     row["gain_per_root_kl"] = ratio and ratio.to_dict()
     if BASELINE in found and method != BASELINE:
         base = _by_seed(found[BASELINE], seeds, "1", "reward")
-        row["over_dpo"] = bootstrap_mean((reward - base).mean(axis=0), seed=0).to_dict()
+        row["over_dpo"] = crossed(reward - base).to_dict()
+        row["over_dpo_of_these_policies"] = bootstrap_mean((reward - base).mean(axis=0), seed=0).to_dict()
         row["over_dpo_by_seed"] = (reward - base).mean(axis=1).round(4).tolist()
         wins = ((reward > base) + 0.5 * (reward == base)).mean(axis=0)
         row["wins_over_dpo"] = bootstrap_mean(wins, seed=0).to_dict()
@@ -66,6 +69,11 @@ def _row(
     return row
 
 
+def crossed(table: np.ndarray) -> Estimate:
+    """``crossed_mean`` of [seeds, prompts]; of a single seed an interval over prompts, for want of others."""
+    return crossed_mean(table) if len(table) > 1 else bootstrap_mean(table[0], seed=0)
+
+
 def _by_seed(cells: dict[int, Any], seeds: list[int], heat: str, name: str) -> np.ndarray:
     """[seeds, prompts]."""
     return np.array([cells[seed]["decoded"][heat][name] for seed in seeds], dtype=np.float64)
@@ -73,8 +81,8 @@ def _by_seed(cells: dict[int, Any], seeds: list[int], heat: str, name: str) -> n
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table of docs/results.md."""
-    head = ["quality", "method", "chosen", "gold reward", "minus DPO", "by seed", "wins against DPO", "KL"]
-    head.append("gain per sqrt(2 KL)")
+    head = ["quality", "method", "chosen", "seeds", "gain over the reference", "minus DPO", "by seed"]
+    head += ["of these policies", "wins against DPO", "KL", "gain per sqrt(2 KL)"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         chosen = ", ".join(f"{name} {value:g}" for name, value in row["parameters"].items())
@@ -83,9 +91,11 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             row["quality"],
             row["method"],
             chosen,
-            shown(row["reward"]),
+            str(row["seeds"]),
+            shown(row["gain"], "+"),
             shown(row.get("over_dpo"), "+"),
             by_seed,
+            shown(row.get("over_dpo_of_these_policies"), "+"),
         ]
         cells += [shown(row.get("wins_over_dpo")), shown(row["kl"]), shown(row["gain_per_root_kl"])]
         lines.append("| " + " | ".join(cells) + " |")
