@@ -2,7 +2,7 @@
 
 Both trainers hold the same weights and see the same batches, in turns (A B A B). A step is what each trainer's
 ``training_step`` does (forward, loss, backward, metrics), with reference log-probs precomputed; the optimizer's update,
-which is the same code for both, is timed apart. Prints JSON.
+which is the same code for both, is not timed. Prints JSON.
 
     python scripts/bench_training.py --model .assets/smollm2
 """
