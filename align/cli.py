@@ -226,6 +226,8 @@ def _announce(config: "RunConfig") -> None:
 
 
 def pair_source(path: str, columns: list[str] | None, split: str) -> Any:
+    from pydantic import ValidationError
+
     from align.config import PairsConfig
     from align.errors import ConfigError
 
@@ -235,7 +237,11 @@ def pair_source(path: str, columns: list[str] | None, split: str) -> Any:
         if not (name and found and source):
             raise ConfigError(f"--column {item}: expected name=source", code="config-option")
         mapping[name] = source
-    return PairsConfig(path=path, columns=mapping, split=split)
+    try:
+        return PairsConfig(path=path, columns=mapping, split=split)
+    except ValidationError as error:
+        said = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+        raise ConfigError(f"--column: {said}", code="config-option") from None
 
 
 if __name__ == "__main__":

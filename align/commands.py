@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from align.config import ClusterConfig, PairsConfig
 from align.console import log, out
@@ -20,7 +21,7 @@ def check_data(source: PairsConfig, *, drop_to: Path | None) -> None:
     from align.pairs import check_pairs, load_pairs, summarize, write_pairs
 
     checked = check_pairs(source)
-    table = Table(title=source.path, show_header=False)
+    table = Table(title=Text(source.path), show_header=False)
     for name, value in {"valid pairs": len(checked.pairs), "invalid rows": len(checked.invalid)}.items():
         table.add_row(name, str(value))
     if len(checked.pairs):
@@ -42,8 +43,11 @@ def check_data(source: PairsConfig, *, drop_to: Path | None) -> None:
     _keep_source(source, drop_to)
     drop_to.mkdir(parents=True, exist_ok=True)
     side_file = drop_to / "invalid.jsonl"
+    side_file.unlink(missing_ok=True)
     write_pairs(load_pairs(source.model_copy(update={"drop_invalid": True}), side_file=side_file), drop_to)
-    log.info("valid pairs: %s; invalid rows with reasons: %s", drop_to / "pairs.parquet", side_file)
+    log.info("valid pairs: %s", drop_to / "pairs.parquet")
+    if side_file.exists():
+        log.info("invalid rows with reasons: %s", side_file)
 
 
 def score_pairs(

@@ -6,7 +6,7 @@ is left to the loader.
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -227,6 +227,28 @@ def _check_head(folder: Path, config: dict[str, Any]) -> None:
             f"{folder}: its classification head has {count} outputs, expected one",
             code="reward-labels",
             hint="a reward model gives one number per text: num_labels = 1",
+        )
+
+
+def refuse_new_weights(model: str, loaded: Any, missing: Iterable[str], kind: str) -> None:
+    """Raise where parameters of a loaded model are new and random, because its folder has none for them.
+
+    Args:
+        model: folder or hub id.
+        loaded: the model.
+        missing: names that the folder lacks.
+        kind: what it was loaded as.
+
+    Raises:
+        ModelError: see above.
+    """
+    new = sorted({name for name, _ in loaded.named_parameters()} & set(missing))
+    if new:
+        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        raise ModelError(
+            f"{model}: has no weights {new[0]}{more}, so it is not {kind}",
+            code="model-load",
+            hint="give a model that was trained as one",
         )
 
 

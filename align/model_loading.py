@@ -5,7 +5,14 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from align.model_folders import ADAPTER, check_model_folder, check_vocabulary, loading, vocabulary_rows
+from align.model_folders import (
+    ADAPTER,
+    check_model_folder,
+    check_vocabulary,
+    loading,
+    refuse_new_weights,
+    vocabulary_rows,
+)
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -37,6 +44,8 @@ def load_policy(model: str, *, trust_remote_code: bool = False, **kwargs: Any) -
             from peft import AutoPeftModelForCausalLM
 
             return AutoPeftModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code, **kwargs)
-        return AutoModelForCausalLM.from_pretrained(
-            model, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            model, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **kwargs
         )
+    refuse_new_weights(model, loaded, found["missing_keys"], "a causal language model")
+    return loaded

@@ -14,4 +14,7 @@ def output_folder(what: str) -> Any:
 
 
 def _on_disk(given: str | Path) -> Path:
-    return Path(local_path(str(given), what="--output"))
+    folder = Path(local_path(str(given), what="--output"))
+    if folder.is_file():
+        raise typer.BadParameter(f"{folder}: found a file, expected a folder")
+    return folder

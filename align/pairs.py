@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from align.config import PairsConfig
+from align.config.data import COLUMNS
 from align.console import log
 from align.errors import DataError, listed
 from align.pair_rules import SHOWN_CHARACTERS, Problem, RowReader
@@ -24,10 +25,7 @@ from align.pair_sources import Row, read_files, read_source
 from align.seen_ids import SeenIds
 
 TEXT = ("prompt", "chosen", "rejected")
-OPTIONAL = (
-    "group", "reward_chosen", "reward_rejected", "margin", "margin_std", "weight", "ood", "teacher_margin", "bag",
-    "vote_share",
-)  # fmt: skip
+OPTIONAL = tuple(name for name in COLUMNS if name not in ("id", *TEXT))
 FILE = "pairs.parquet"
 ID_DIGITS = 16
 
@@ -97,7 +95,7 @@ def unusable(path: str, problems: Sequence[Problem], count: int) -> DataError:
     return DataError(
         f"{path}: {count or 'some'} rows cannot be used:\n{listed([str(problem) for problem in problems])}",
         code=problems[0].code,
-        hint="mend the rows, or set drop_invalid: true to leave them out",
+        hint="mend the rows, or set them aside: `align data check FILE --drop-invalid`, in a run drop_invalid: true",
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from align.config import PairsConfig, RunConfig
 from align.console import log
-from align.errors import EnvironmentProblem
+from align.errors import ConfigError, EnvironmentProblem
 from align.model_folders import fingerprint_model
 from align.processes import process_rank, world_size
 from align.reproduce import write_run_manifest
@@ -100,6 +100,9 @@ def _run_stages(config: RunConfig, root: Path, command: str, until: tuple[str, .
     names = plan(config)
     if until:
         last = max((k for k, name in enumerate(names) if name.split("-")[0] in until), default=-1)
+        if last < 0:
+            section = "reward" if "reward" in until else "train"
+            raise ConfigError(f"{config.name}: has no section `{section}`", code="config-key", hint="add it")
         names = names[: last + 1]
     done = [runner.run(name) for name in names]
     done += [stage for name in plan(config)[len(names) :] if (stage := runner.current(name)) is not None]

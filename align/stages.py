@@ -119,6 +119,12 @@ def stage_pairs(config: RunConfig, root: Path, folder: Path, which: str) -> None
             code="data-too-few",
             hint="give more prompts, another reward.eval_fraction, or reward.eval_pairs",
         )
+    if reward.folds and len(set(map(str, train["prompt"]))) < reward.folds:
+        raise DataError(
+            f"{source.path}: {len(train)} pairs to train on have fewer prompts than reward.folds: {reward.folds}",
+            code="data-too-few",
+            hint="give more prompts, or fewer folds",
+        )
     objective_columns(train, resolve_objective(reward.objective))
     write_pairs(train, folder / "train")
     write_pairs(heldout, folder / "heldout")

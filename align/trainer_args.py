@@ -52,11 +52,17 @@ def build_trainer_args(
     hints = typing.get_type_hints(kind)
     problems, values = [], {}
     for name, value in fields.items():
-        if name not in known:
+        if name in OF_THE_LOSS and path.startswith("train."):
+            problems.append(f"{path}.{name}: has no meaning here: name the loss and its parameters under train.methods")
+        elif name not in known:
             problems.append(f"{path}.{name}: not a field of {kind.__name__}{nearest(name, list(known))}")
         elif name in forced and name != "seed":
             problems.append(f"{path}.{name}: set by the program, leave it out")
         else:
+            if name.endswith("_strategy") and value is False:
+                value = "no"  # noqa: PLW2901  YAML reads a bare no as false
+            if name == "eval_strategy" and value != "no":
+                problems.append(f"{path}.{name}: found {value!r}, expected no: a training here holds no pairs back")
             values[name], problem = _typed(value, hints[name])
             problem = problem or _in_range(name, values[name])
             if problem:
@@ -73,6 +79,10 @@ def build_trainer_args(
     if pairs_per_step is not None:
         _share(made, fields, pairs_per_step, path)
     return made
+
+
+OF_THE_LOSS = ("loss_type", "beta", "label_smoothing", "loss_weights", "discopop_tau")
+"""Fields of trl.DPOConfig that would say what the loss is."""
 
 
 def _share(args: Any, fields: dict[str, Any], pairs: int, path: str) -> None:

@@ -127,6 +127,7 @@ def train_head(
         batch_tokens=config.batch_tokens,
         max_length=config.max_length,
         trust_remote_code=config.trusts_remote_code,
+        new_head=True,
     )
     layer = getattr(scorer.model, "score", None) or getattr(scorer.model, "classifier", None)
     if not isinstance(layer, nn.Linear):

@@ -6,26 +6,35 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.console import log
-from align.model_folders import check_model_folder, check_vocabulary, loading
+from align.model_folders import check_model_folder, check_vocabulary, loading, refuse_new_weights
 
 POSITIONS = ("position_embeddings", "wpe", "embed_positions")
 """What transformers' models call their tables of positions."""
 
 
 def load_reward_model(
-    model: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False
+    model: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False, new_head: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model with one output and its tokenizer; where there is no padding token, end-of-sequence pads.
 
+    Args:
+        model: folder or hub id.
+        dtype: of the weights.
+        trust_remote_code: code that comes with the model may run.
+        new_head: the model may be a backbone, which gets a random head, to be trained or not to be read.
+
     Raises:
-        ModelError: model or tokenizer cannot be loaded, or the model has a head with more than one output.
+        ModelError: model or tokenizer cannot be loaded, or the model has a head with more than one output, or none.
     """
     check_model_folder(str(model), rewards=True)
     with loading(str(model), "cannot be loaded as a reward model"):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-        loaded = AutoModelForSequenceClassification.from_pretrained(
-            model, num_labels=1, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        loaded, found = AutoModelForSequenceClassification.from_pretrained(
+            model, num_labels=1, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    if not new_head:
+        refuse_new_weights(str(model), loaded, found["missing_keys"], "a reward model")
     check_vocabulary(str(model), len(tokenizer), loaded.get_input_embeddings().weight.shape[0])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

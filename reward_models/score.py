@@ -32,6 +32,7 @@ class RewardScorer:
         max_length: tokens per text; longer ones are cut from the right.
         padding_side: of a decoder; rewards do not depend on it. An encoder is always padded on the right.
         trust_remote_code: code that comes with the model may run.
+        new_head: the model may be a backbone without a head of its own, whose features alone are read.
 
     Raises:
         ModelError: the model cannot be used.
@@ -45,9 +46,10 @@ class RewardScorer:
         max_length: int,
         padding_side: Literal["left", "right"] = "right",
         trust_remote_code: bool = False,
+        new_head: bool = False,
     ) -> None:
         self.name = str(model)
-        loaded, self.tokenizer = load_reward_model(model, trust_remote_code=trust_remote_code)
+        loaded, self.tokenizer = load_reward_model(model, trust_remote_code=trust_remote_code, new_head=new_head)
         self.device = torch.device(local_device())
         self.model = loaded.to(self.device).eval()
         self.batch_tokens = batch_tokens

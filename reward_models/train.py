@@ -67,7 +67,7 @@ def _train_whole(train: Dataset, config: RewardConfig, output: Path, checkpoints
         pairs_per_step=config.pairs_per_step,
     )
     transformers.set_seed(seed)
-    model, tokenizer = load_reward_model(config.model, trust_remote_code=args.trust_remote_code)
+    model, tokenizer = load_reward_model(config.model, trust_remote_code=args.trust_remote_code, new_head=True)
     most = fitting_length(model, config.max_length)
     ids = {
         f"{side}_ids": tokenize([render(row["prompt"], row[side], tokenizer) for row in train], tokenizer, most)
@@ -107,7 +107,7 @@ def _gathered(trainer: ObjectiveRewardTrainer, config: RewardConfig) -> Any:
         return None
     if not sharded:
         return trainer.accelerator.unwrap_model(trainer.model)
-    model, _ = load_reward_model(config.model, trust_remote_code=config.trusts_remote_code)
+    model, _ = load_reward_model(config.model, trust_remote_code=config.trusts_remote_code, new_head=True)
     adapter = build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS")
     whole = model if adapter is None else get_peft_model(model, adapter)
     whole.load_state_dict(weights)

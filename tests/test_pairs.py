@@ -168,6 +168,8 @@ def test_columns_may_be_swapped_and_mapped_to_themselves(tmp_path: Path) -> None
     )
     (row,) = load_pairs(PairsConfig(path=path, columns={"chosen": "good"}))
     assert row["chosen"] == " yes!"
+    with pytest.raises(ValueError, match=r"'weigth' is not a column of the pair table \(did you mean `weight`\?\)"):
+        PairsConfig(path=path, columns={"weigth": "w"})
     with pytest.raises(ValueError, match="'good' is given for two columns"):
         PairsConfig(path=path, columns={"chosen": "good", "rejected": "good"})
 

@@ -20,6 +20,7 @@ from transformers import (
 
 from align.config import RewardConfig
 from align.errors import ConfigError, ModelError, NumericsError
+from align.model_loading import load_policy
 from reward_models.calibration import evaluate_margins
 from reward_models.crossfit import cross_fit
 from reward_models.judges import VaderJudge, make_judge
@@ -28,7 +29,7 @@ from reward_models.objectives import bradley_terry
 from reward_models.score import RewardScorer
 from reward_models.text import render, tokenize
 from reward_models.train import train_reward_model
-from tests.builders import bert_reward, llama_reward, rows, tokenizer
+from tests.builders import bert_reward, causal, llama_reward, rows, tokenizer
 
 TEXTS = ["the film is good", "a bad plot", "good", "the a is was very not great awful fine dull", "not bad"]
 FAST = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "bf16": False, "use_cpu": True}
@@ -69,6 +70,18 @@ def test_two_labels_and_a_missing_folder_are_refused(tmp_path: Path) -> None:
         RewardScorer(llama_reward(tmp_path, labels=2), batch_tokens=64, max_length=64)
     with pytest.raises(ModelError, match="found nothing, expected a model folder or a hub id"):
         RewardScorer(tmp_path / "nothing", batch_tokens=64, max_length=64)
+
+
+def test_weights_that_a_folder_lacks_are_not_made_up(tmp_path: Path) -> None:
+    """A policy is no reward model and a reward model no policy; a backbone is one to train a head on."""
+    policy, reward = causal(tmp_path / "policy"), llama_reward(tmp_path / "reward")
+    with pytest.raises(ModelError, match=r"policy: has no weights score.weight, so it is not a reward model"):
+        RewardScorer(policy, batch_tokens=64, max_length=64)
+    assert RewardScorer(policy, batch_tokens=64, max_length=64, new_head=True).score_texts(["a film"]).shape == (1,)
+    with pytest.raises(
+        ModelError, match=r"reward: has no weights lm_head.weight, so it is not a causal language model"
+    ):
+        load_policy(str(reward))
 
 
 def test_text_is_cut_from_the_right_and_ends() -> None:

@@ -5,6 +5,13 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from align.config.base import Count, Fraction, Positive, Section
+from align.config.reading import nearest
+
+COLUMNS = (
+    "id", "prompt", "chosen", "rejected", "group", "reward_chosen", "reward_rejected", "margin", "margin_std", "weight",
+    "ood", "teacher_margin", "bag", "vote_share",
+)  # fmt: skip
+"""Of a pair table: the text, and what its source or a stage may add (align/pairs.py)."""
 
 
 class PairsConfig(Section):
@@ -30,6 +37,9 @@ class PairsConfig(Section):
         given = list(columns.values())
         if twice := [name for name in given if given.count(name) > 1]:
             raise ValueError(f"{twice[0]!r} is given for two columns of the pair table")
+        for name in columns:
+            if name not in COLUMNS:
+                raise ValueError(f"{name!r} is not a column of the pair table{nearest(name, list(COLUMNS))}")
         return columns
 
 

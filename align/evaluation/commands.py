@@ -34,6 +34,8 @@ from align.stage import read_json, write_json
 
 REPORT = "report.json"
 PAGE = "report.html"
+PARTS = frozenset({"reward", "comparisons", "frontier"})
+"""Of an evaluation's report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,15 +272,19 @@ def _start(settings: Settings, policies: Sequence[Policy]) -> float:
     """Say what will be done, look whether it can be written; the time.
 
     Raises:
-        ConfigError: the output is a file.
+        ConfigError: the output is a file, or holds a report of something else.
         DataError: a report.json lies there that is none.
     """
     if settings.output.is_file():
         raise ConfigError(
             f"{settings.output}: found a file, expected a folder", code="output-folder", hint="give another --output"
         )
-    if (settings.output / REPORT).exists():
-        _read_report(settings.output)
+    if (settings.output / REPORT).exists() and not _read_report(settings.output).keys() <= PARTS:
+        raise ConfigError(
+            f"{settings.output / REPORT}: found another report, expected none or that of an evaluation",
+            code="output-folder",
+            hint="give another --output",
+        )
     named = ", ".join(f"{policy.name} ({policy.model})" for policy in policies)
     log.info("evaluating %s on %s, judge %s -> %s", named, settings.prompts, settings.judge, settings.output)
     return time.monotonic()

@@ -174,7 +174,7 @@ def _features(model: str) -> Callable[[Dataset], np.ndarray]:
     from reward_models.score import RewardScorer
     from reward_models.text import render
 
-    scorer = RewardScorer(model, batch_tokens=4096, max_length=1024)
+    scorer = RewardScorer(model, batch_tokens=4096, max_length=1024, new_head=True)
 
     def features(pairs: Dataset) -> np.ndarray:
         def rendered(row: Any) -> list[str]:

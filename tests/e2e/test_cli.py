@@ -115,6 +115,43 @@ def test_reward_verbs_and_report(workspace: Path) -> None:
     assert align("report", "runs/tiny", cwd=workspace).returncode == 0
 
 
+def test_commands_that_would_do_nothing_or_too_much_say_so(workspace: Path) -> None:
+    jsonl(workspace / "own.jsonl", rows(3))
+    run = yaml.safe_load((workspace / "run.yaml").read_text())
+    reward = run["reward"] | {"pairs": None, "eval_pairs": {"path": "heldout.jsonl"}, "folds": 4}
+    (workspace / "own.yaml").write_text(
+        yaml.safe_dump({"name": "own", "pairs": {"path": "own.jsonl"}, "reward": reward})
+    )
+    (workspace / "file").write_text("mine")
+    (workspace / "run").mkdir()
+    (workspace / "run" / "report.json").write_text('{"run": {}}')
+    cases = [
+        (("train", "own.yaml"), "own: has no section `train`"),
+        (("reward", "train", "own.yaml"), "3 pairs to train on have fewer prompts than reward.folds: 4"),
+        (
+            ("data", "check", "own.jsonl", "--column", "weigth=w"),
+            "--column: 'weigth' is not a column of the pair table",
+        ),
+        (
+            ("reward", "score", "own.jsonl", "--model", "backbone", "--output", "file"),
+            "file: found a file, expected a folder",
+        ),
+        (
+            ("eval", "reward", "a=policy", "--reference", "policy", "--prompts", "prompts.jsonl", "--output", "run"),
+            "report.json: found another report",
+        ),
+    ]
+    for command, said in cases:
+        done = align(*command, cwd=workspace)
+        told = " ".join(done.stderr.replace("│", "").split())
+        assert done.returncode == 2 and said in told and "Traceback" not in told, told
+    assert (workspace / "run" / "report.json").read_text() == '{"run": {}}'
+    (workspace / "a[b].jsonl").write_bytes((workspace / "own.jsonl").read_bytes())
+    assert "a[b].jsonl" in align("data", "check", "a[b].jsonl", cwd=workspace).stdout
+    plain = align("train", "run.yaml", "--set", "train.trainer.save_strategy=no", "--dry-run", cwd=workspace)
+    assert plain.returncode == 0, plain.stderr
+
+
 def test_the_table_that_is_read_is_not_replaced(workspace: Path) -> None:
     Dataset.from_list([row | {"annotator": "a"} for row in rows(4)]).to_parquet(str(workspace / "pairs.parquet"))
     before = (workspace / "pairs.parquet").read_bytes()
