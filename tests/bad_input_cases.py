@@ -223,6 +223,10 @@ def model_cases() -> Iterator[BadInput]:
         write_lines(folder / "chat.jsonl", CHAT)
         model(no_template)(folder)
 
+    def scored(folder: Path) -> None:
+        write_lines(folder / "chat.jsonl", CHAT)
+        model(no_template, source="backbone")(folder)
+
     made: list[tuple[str, Change, tuple[str, ...], str, str]] = [
         ("no such model folder", nothing, setting("train.model=./nowhere"), "model-load", "'./nowhere': found nothing"),
         ("a file as model", nothing, setting("train.model=pairs.jsonl"), "model-load", "found a file, expected a model folder"),
@@ -257,7 +261,9 @@ def model_cases() -> Iterator[BadInput]:
         ("an adapter of an unknown kind", model(edit("adapter_config.json", peft_type="NOTHING"), "adapter"), policy, "model-load", "NOTHING"),
         ("a reward model with two outputs", nothing, ("reward", "score", "pairs.jsonl", "--model", "two-labels", "--output", "o"),
          "reward-labels", "two-labels: its classification head has 2 outputs"),
-        ("conversational pairs, no chat template", conversational, chat, "no-chat-template", "no chat template"),
+        ("a policy as reward model", nothing, ("reward", "score", "pairs.jsonl", "--model", "policy", "--output", "o"),
+         "model-load", "policy: has no weights score.weight, so it is not a reward model"),
+        ("conversational pairs, no chat template", scored, chat, "no-chat-template", "no chat template"),
         ("conversational pairs, no chat template, a whole run", conversational, (*policy, "--set", "pairs.path=chat.jsonl"),
          "no-chat-template", "no chat template"),
         ("a model that needs its own code", model(remote_code), policy, "model-load", "bad-model"),
