@@ -122,10 +122,7 @@ def _check_training(train: TrainConfig) -> None:
     Raises:
         ConfigError: a loss, its parameters, a field of the adapter or the trainer; or a trust to be measured.
     """
-    from trl import DPOConfig
-
-    from align.trainer_args import build_lora, build_trainer_args
-    from align.training.train import bind
+    from align.stages import check_train
 
     if train.trust is not None:
         raise ConfigError(
@@ -133,16 +130,7 @@ def _check_training(train: TrainConfig) -> None:
             code="config-key",
             hint="leave it out and give slope, trust and strength, as `align trust` finds them",
         )
-    for method, loss in train.methods.items():
-        bind(method, loss)
-    build_lora(train.peft, path="train.peft", task_type="CAUSAL_LM")
-    build_trainer_args(
-        DPOConfig,
-        train.trainer,
-        path="train.trainer",
-        forced={"output_dir": "check"},
-        pairs_per_step=train.pairs_per_step,
-    )
+    check_train(train, {"output_dir": "check"})
 
 
 def iterate(config: IterateConfig) -> Path:

@@ -21,7 +21,16 @@ from align.processes import process_rank, world_size
 from align.reproduce import write_run_manifest
 from align.run_log import run_log
 from align.secrets import redact
-from align.stage import Stage, digest, fingerprint_source, finished_stage, read_json, run_stage, write_json
+from align.stage import (
+    Stage,
+    digest,
+    fingerprint_source,
+    finished_stage,
+    read_json,
+    read_manifest,
+    run_stage,
+    write_json,
+)
 
 REFERENCE = "reference"
 TRUST = "trust"
@@ -97,7 +106,7 @@ def run_pipeline(config: RunConfig, *, command: str, until: tuple[str, ...] = ()
 def _run_stages(config: RunConfig, root: Path, command: str, until: tuple[str, ...]) -> Path:
     """The stages and the report; see ``run_pipeline``."""
     runner = _Runner(config, root)
-    names = plan(config)
+    every = names = plan(config)
     if until:
         last = max((k for k, name in enumerate(names) if name.split("-")[0] in until), default=-1)
         if last < 0:
@@ -105,7 +114,7 @@ def _run_stages(config: RunConfig, root: Path, command: str, until: tuple[str, .
             raise ConfigError(f"{config.name}: has no section `{section}`", code="config-key", hint="add it")
         names = names[: last + 1]
     done = [runner.run(name) for name in names]
-    done += [stage for name in plan(config)[len(names) :] if (stage := runner.current(name)) is not None]
+    done += [stage for name in every[len(names) :] if (stage := runner.current(name)) is not None]
     report = root / "report.html"
     if _is_current(report, done):
         log.info("nothing to do: all %d stages of %s are up to date", len(done), root)
@@ -153,6 +162,8 @@ class _Runner:
 
     def current(self, name: str) -> Stage | None:
         """The stage called ``name`` where it was finished earlier and its inputs have not changed since."""
+        if read_manifest(self.root / name) is None:  # before models and data are hashed for its key
+            return None
         found = finished_stage(name, self.root / name, self._made_from(name))
         if found is not None:
             self.keys[name] = found.key

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from align.config import PairsConfig, RunConfig, SampleConfig
+from align.config import PairsConfig, RunConfig, SampleConfig, TrainConfig
 from align.console import log
 from align.entanglement.batch import MAX_LENGTH
 from align.errors import DataError, ModelError
@@ -45,18 +45,11 @@ def check_config(config: RunConfig) -> None:
     Raises:
         AlignError: the first thing found wrong.
     """
-    from trl import DPOConfig
     from trl import RewardConfig as TrlRewardConfig
 
     forced = {"output_dir": str(config.folder / "check")}
     if config.train is not None:
-        for method, loss in config.train.methods.items():
-            bind(method, loss)
-        build_lora(config.train.peft, path="train.peft", task_type="CAUSAL_LM")
-        build_trainer_args(
-            DPOConfig, config.train.trainer, path="train.trainer", forced=forced,
-            pairs_per_step=config.train.pairs_per_step,
-        )  # fmt: skip
+        check_train(config.train, forced)
     if config.reward is not None:
         resolve_objective(config.reward.objective)
         build_lora(config.reward.peft, path="reward.peft", task_type="SEQ_CLS")
@@ -68,6 +61,22 @@ def check_config(config: RunConfig) -> None:
         prompt for part in (config.sample, config.evaluate) if part is not None for prompt in load_prompts(part.prompts)
     ]
     check_models(config, conversational=not all(isinstance(prompt, str) for prompt in prompts))
+
+
+def check_train(train: TrainConfig, forced: dict[str, Any]) -> None:
+    """Bind every loss, the adapter and the trainer's fields; ``forced`` are those that the program sets itself.
+
+    Raises:
+        ConfigError: the first thing found wrong.
+    """
+    from trl import DPOConfig
+
+    for method, loss in train.methods.items():
+        bind(method, loss)
+    build_lora(train.peft, path="train.peft", task_type="CAUSAL_LM")
+    build_trainer_args(
+        DPOConfig, train.trainer, path="train.trainer", forced=forced, pairs_per_step=train.pairs_per_step
+    )
 
 
 def check_models(config: RunConfig, *, conversational: bool) -> None:

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from align.batching import token_batches
 from align.console import progress
+from align.errors import ConfigError
 from align.training.layout import has_adapter
 
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of ``init_lora_weights`` that take the adapter's start out of the base weights."""
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -85,6 +88,23 @@ def reference_key(model: torch.nn.Module, dataset: Dataset, settings: Sequence[o
         for ids in dataset[column]:
             state.update(f"{column}{ids}".encode())
     return state.hexdigest()
+
+
+def refuse_other_start(model: torch.nn.Module) -> None:
+    """Raise where the model without its adapter is not the one that training starts from.
+
+    Raises:
+        ConfigError: see above.
+    """
+    for adapter in model.peft_config.values() if has_adapter(model) else ():  # type: ignore[operator]
+        start = getattr(adapter, "init_lora_weights", True)
+        if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
+            raise ConfigError(
+                f"train.peft.init_lora_weights: {start!r} takes what the adapter starts with out of the base weights, "
+                "so that the model without its adapter is not the reference",
+                code="trainer-key",
+                hint="leave it out, or use gaussian, orthogonal or eva",
+            )
 
 
 def _open(partial: Path | None, rows: int, *, create: bool) -> np.ndarray:

@@ -30,7 +30,7 @@ from align.training.layout import LayoutChoice, choose_layout, has_adapter, trim
 from align.training.logps import Layout, SequenceLogps, pair_logps
 from align.training.packing import packed_tokens
 from align.training.pair_metrics import PairMetrics
-from align.training.reference import reference_key, reference_logps
+from align.training.reference import reference_key, reference_logps, refuse_other_start
 from align.training.remedy import GradientRemedy
 from align.training.token_mask import TokenMask
 from align.whole_epochs import REAL, WholeEpochs, only_real
@@ -41,7 +41,6 @@ REFERENCE_TOKENS = 8192
 LAYOUT_SAMPLE = 256
 BY_LENGTH = ("group_by_length", "batch_rebalance")
 """Orders of the pairs for which the trainer reads their lengths."""
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 LOSS_STATE = "loss_state.json"
 UNUSED_FIELDS = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl", "loss_weights": None}
 
@@ -123,7 +122,7 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
         if args.train_sampling_strategy in BY_LENGTH:
             self.train_dataset = self.train_dataset.add_column(args.length_column_name, _tokens(self.train_dataset))
         self.remedy = None if remedy is None else GradientRemedy(self.model, loss, remedy, self.accelerator)
-        _refuse_other_start(self.model)
+        refuse_other_start(self.model)
         self.token_mask = None
         if token_mask is not None:
             if self.ref_model is None and not has_adapter(self.model):
@@ -411,23 +410,6 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
                 self.remedy.load(state["remedy"])
             if self.token_mask is not None:
                 self.token_mask.load(file.parent)
-
-
-def _refuse_other_start(model: torch.nn.Module) -> None:
-    """Raise where the model without its adapter is not the one that training starts from.
-
-    Raises:
-        ConfigError: see above.
-    """
-    for adapter in model.peft_config.values() if has_adapter(model) else ():  # type: ignore[operator]
-        start = getattr(adapter, "init_lora_weights", True)
-        if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
-            raise ConfigError(
-                f"train.peft.init_lora_weights: {start!r} takes what the adapter starts with out of the base weights, "
-                "so that the model without its adapter is not the reference",
-                code="trainer-key",
-                hint="leave it out, or use gaussian, orthogonal or eva",
-            )
 
 
 def _tokens(dataset: Dataset) -> list[int]:
