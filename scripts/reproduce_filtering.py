@@ -10,7 +10,8 @@ without dropping anything by them.
 Fixed beforehand: four betas for every subset and number of steps, chosen by gold reward at KL 0.5 on 20 validation
 seeds; the outcome is that on 100 other seeds. Every policy takes 100 steps of 32 pairs, whatever the size of its
 subset, so all shares cost the same to train; 12, 25 and 50 steps show how soon each is as good as DPO on all pairs
-after 100.
+after 100. With cross-fitted margins all pairs and a fifth of them are trained for 200 and 400 steps as well, for a lead
+after 100 may be one of speed.
 
 A cell is one JSON file under --output and is not computed again. The same command prints the tables of docs/results.md
 and writes results_filtering.json and the plot:
@@ -21,6 +22,7 @@ and writes results_filtering.json and the plot:
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,9 @@ from typing import Any
 import numpy as np
 import torch
 from arena.gold import gold_reward
-from arena.methods import FOUR
+from arena.methods import BETAS
 from arena.pool import ALL, ALL_SOFT, ARMS, KEEPS, KINDS, RANDOM, SOFT, WEIGHTS, PoolCell, draw_pool
-from arena.pool_report import draw_plot, markdown, named, summarise
+from arena.pool_report import LONG, MAIN_ERROR, draw_plot, markdown, named, summarise
 from arena.report import insert
 from arena.training import Recipe, train
 from arena.world import World
@@ -43,6 +45,9 @@ from align.stage import digest, read_json, versions, write_json
 FLIPS = (0.0, 0.2, 0.4)
 ERRORS = ("cross-fitted", "independent", "shared")
 STEPS = (12, 25, 50, 100)
+FOUR = BETAS[1::3]
+LONG_STEPS = (200, 400)
+"""With cross-fitted margins, for the trainings of ``LONG``."""
 KL = 0.5
 BLOCK = 50
 """Seeds trained together."""
@@ -73,27 +78,51 @@ def rewards(worlds: list[World], recipes: list[Recipe], steps: int, blocks: list
     return np.array(found)
 
 
-def run_cell(cell: PoolCell, seeds: int) -> dict[str, Any]:
+def run_cell(cell: PoolCell, seeds: int, names: Sequence[str], steps: Sequence[int]) -> dict[str, Any]:
     """Choose each beta on validation seeds, judge on test seeds: training -> steps -> beta and gold rewards [S]."""
     start = time.monotonic()
     blocks = [range(first, min(first + BLOCK, seeds)) for first in range(0, seeds, BLOCK)]
     validation, test = draw_pool(cell, VALIDATION), [draw_pool(cell, block) for block in blocks]
     found: dict[str, Any] = {}
-    for name, (arm, keep, loss) in trainings().items():
+    for name in names:
+        arm, keep, loss = trainings()[name]
         count, recipes = round(keep * cell.pairs), RECIPES[loss]
         tried, held = validation.subset(arm, count), [pool.subset(arm, count) for pool in test]
         found[name] = {"gold_labels": float(np.mean([(world.gold_margin > 0).mean() for world in held]))}
-        for steps in STEPS:
-            best = int(rewards([tried], recipes, steps, [VALIDATION]).mean(axis=0).argmax())
-            reward = rewards(held, [recipes[best]], steps, blocks)[:, 0]
-            found[name][f"{steps}"] = {"beta": FOUR[best], "reward": reward.round(5).tolist()}
+        for taken in steps:
+            best = int(rewards([tried], recipes, taken, [VALIDATION]).mean(axis=0).argmax())
+            reward = rewards(held, [recipes[best]], taken, blocks)[:, 0]
+            found[name][f"{taken}"] = {"beta": FOUR[best], "reward": reward.round(5).tolist()}
     seconds = time.monotonic() - start
-    return {"key": key(seeds), "cell": asdict(cell), "found": found, "versions": versions(), "seconds": seconds}
+    return {
+        "key": key(seeds, names, steps), "cell": asdict(cell), "found": found, "versions": versions(),
+        "seconds": seconds,
+    }  # fmt: skip
 
 
-def key(seeds: int) -> str:
+def key(seeds: int, names: Sequence[str], steps: Sequence[int]) -> str:
     """Of everything beside the code that a cell's numbers come from."""
-    return digest([trainings(), FOUR, STEPS, KL, list(VALIDATION), BLOCK, WEIGHTS, seeds])
+    trained = {name: trainings()[name] for name in names}
+    return digest([trained, FOUR, steps, KL, list(VALIDATION), BLOCK, WEIGHTS, seeds])
+
+
+def kept_cell(cell: PoolCell, seeds: int, folder: Path) -> dict[str, Any]:
+    """A cell, with its longer trainings where there are such, from its files or computed."""
+    parts: list[tuple[str, list[str], Sequence[int]]] = [("", list(trainings()), STEPS)]
+    if cell.error == MAIN_ERROR:
+        parts.append(("-long", list(LONG), LONG_STEPS))
+    found = []
+    for ending, names, steps in parts:
+        file = folder / f"{cell.name.replace(', ', '-').replace(' ', '_')}{ending}.json"
+        if not file.exists() or read_json(file)["key"] != key(seeds, names, steps):
+            write_json(file, run_cell(cell, seeds, names, steps))
+            log.info("%s%s", cell.name, ending)
+        found.append(read_json(file))
+    for longer in found[1:]:
+        for name, one in longer["found"].items():
+            found[0]["found"][name] |= one
+        found[0]["seconds"] += longer["seconds"]
+    return dict(found[0])
 
 
 def main() -> None:
@@ -107,19 +136,13 @@ def main() -> None:
     configure()
     torch.set_num_threads(1)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    found, wanted = [], cells(arguments.pairs)
-    for number, cell in enumerate(wanted, start=1):
-        file = arguments.output / f"{cell.name.replace(', ', '-').replace(' ', '_')}.json"
-        if not file.exists() or read_json(file)["key"] != key(arguments.seeds):
-            write_json(file, run_cell(cell, arguments.seeds))
-            log.info("%d of %d cells: %s", number, len(wanted), cell.name)
-        found.append(read_json(file))
-    rows = summarise(found, STEPS)
+    found = [kept_cell(cell, arguments.seeds, arguments.output) for cell in cells(arguments.pairs)]
+    rows = summarise(found, STEPS, LONG_STEPS)
     summary = {"seeds": arguments.seeds, "seconds": round(sum(cell["seconds"] for cell in found)), "rows": rows}
     small = arguments.output / "results_filtering.json"
     small.write_text(json.dumps(summary, separators=(",", ":")) + "\n", encoding="utf-8")
     draw_plot(rows, STEPS, arguments.output / "filtering.svg")
-    tables = markdown(rows, STEPS)
+    tables = markdown(rows, STEPS, LONG_STEPS)
     print(tables)
     if arguments.document:
         page = arguments.document.read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from arena.pool import (
     PoolCell,
     draw_pool,
 )
-from arena.pool_report import MAIN_KEEP, named, soonest, summarise
+from arena.pool_report import LONG, MAIN_KEEP, named, soonest, summarise
 from arena.report import END, insert
 from arena.training import BATCH, STEPS, Recipe, train
 from arena.world import SIZE, Cell, draw_world
@@ -113,6 +113,7 @@ def test_fewer_steps_are_another_training() -> None:
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(reproduce_filtering, "STEPS", (2, 4))
+    monkeypatch.setattr(reproduce_filtering, "LONG_STEPS", (6,))
     monkeypatch.setattr(reproduce_filtering, "VALIDATION", range(100_000, 100_002))
     monkeypatch.setattr(reproduce_filtering, "cells", lambda pairs: [PoolCell(pairs, 0.2, "sound", "cross-fitted")])
     page = tmp_path / "page.md"
@@ -122,7 +123,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     reproduce_filtering.main()
     printed = capsys.readouterr().out
     assert printed.strip() in page.read_text() and "stale" not in page.read_text()
-    (cell,) = [read_json(file) for file in (tmp_path / "made").glob("*.json") if "results" not in file.name]
+    longer, cell = [read_json(file) for file in sorted((tmp_path / "made").glob("1*.json"))]
+    assert set(longer["found"]) == set(LONG) and all("6" in one for one in longer["found"].values())
+    shown = read_json(tmp_path / "made" / "results_filtering.json")["rows"][0]["longer"]["6"]
+    for name, one in shown.items():
+        less = np.subtract(longer["found"][name]["6"]["reward"], longer["found"][ALL]["6"]["reward"])
+        assert one["less_all"][0] == pytest.approx(less.mean(), abs=1e-4)
     (row,) = summarise([cell], (2, 4))
     trained = row["trainings"]
     for arm in ARMS:
@@ -144,5 +150,5 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_the_page_shows_the_committed_numbers() -> None:
     docs = Path(__file__).parents[1] / "docs"
     page, numbers = (docs / "results.md").read_text(encoding="utf-8"), read_json(docs / "results_filtering.json")
-    tables = reproduce_filtering.markdown(numbers["rows"], reproduce_filtering.STEPS)
+    tables = reproduce_filtering.markdown(numbers["rows"], reproduce_filtering.STEPS, reproduce_filtering.LONG_STEPS)
     assert insert(page, tables, "reproduce_filtering.py") == page and "sound, 0% flipped" in page

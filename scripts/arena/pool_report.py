@@ -23,11 +23,17 @@ def named(arm: str, keep: float) -> str:
     return f"{arm}, {keep:g}"
 
 
-def summarise(found: Sequence[dict[str, Any]], steps: Sequence[int]) -> list[dict[str, Any]]:
+LONG = (ALL, ALL_SOFT, *(named(arm, MAIN_KEEP) for arm in (RANDOM, SOFT, "filtered")))
+"""What is trained for longer as well, with cross-fitted margins."""
+
+
+def summarise(
+    found: Sequence[dict[str, Any]], steps: Sequence[int], longer: Sequence[int] = ()
+) -> list[dict[str, Any]]:
     """Of each cell, training and number of steps the mean reward and its paired differences, with intervals.
 
-    Differences are to DPO on all pairs after the most steps, and to DPO on a random subset of the same size after as
-    many.
+    Differences are to DPO on all pairs after the most of ``steps``, and to DPO on a random subset of the same size
+    after as many. After the ``longer`` numbers of steps the first is to DPO on all pairs after as many.
     """
     rows = []
     for cell in found:
@@ -45,8 +51,23 @@ def summarise(found: Sequence[dict[str, Any]], steps: Sequence[int]) -> list[dic
                     "less_all": interval(reward - whole),
                     "less_random": interval(reward - np.array(random[count]["reward"])),
                 }
-        rows.append({"cell": cell["cell"], "trainings": made})
+        row = {"cell": cell["cell"], "trainings": made}
+        if cell["cell"]["error"] == MAIN_ERROR and longer:
+            row["longer"] = _longer(trained, longer)
+        rows.append(row)
     return rows
+
+
+def _longer(trained: dict[str, Any], steps: Sequence[int]) -> dict[str, Any]:
+    """Steps -> training -> mean reward, difference to DPO on all pairs after as many steps."""
+    made: dict[str, Any] = {}
+    for count in map(str, steps):
+        rewards = {name: np.array(trained[name][count]["reward"]) for name in LONG}
+        made[count] = {
+            name: {"reward": round(float(reward.mean()), 4), "less_all": interval(reward - rewards[ALL])}
+            for name, reward in rewards.items()
+        }
+    return made
 
 
 def soonest(trained: dict[str, Any], steps: Sequence[int]) -> str:
@@ -54,8 +75,10 @@ def soonest(trained: dict[str, Any], steps: Sequence[int]) -> str:
     return next((str(count) for count in steps if trained[f"{count}"]["less_all"][0] >= 0), "-")
 
 
-def markdown(rows: Sequence[dict[str, Any]], steps: Sequence[int]) -> str:
-    """A fifth of the pairs under each kind of margins; every share, and how soon all pairs are reached, under one."""
+def markdown(rows: Sequence[dict[str, Any]], steps: Sequence[int], longer: Sequence[int] = ()) -> str:
+    """A fifth of the pairs under each kind of margins; under one every share, how soon all pairs are reached, and
+    longer trainings.
+    """
     last, parts = f"{max(steps)}", []
     for error in dict.fromkeys(row["cell"]["error"] for row in rows):
         body = []
@@ -77,6 +100,15 @@ def markdown(rows: Sequence[dict[str, Any]], steps: Sequence[int]) -> str:
         f"Steps (of {', '.join(map(str, steps))}) until DPO on all pairs after {last} is reached, {MAIN_ERROR} margins"
     )
     parts.append((title, table(["pool", *names], body)))
+    for count in map(str, longer):
+        body = []
+        for row in here:
+            found = row["longer"][count]
+            less = [shown(found[name]["less_all"]) for name in LONG[1:]]
+            body.append([_condition(row), f"{found[ALL]['reward']:.3f}", *less])
+        parts.append(
+            (f"After {count} steps: all pairs, and others minus it, {MAIN_ERROR} margins", table(["pool", *LONG], body))
+        )
     return "\n\n".join(f"#### {title}\n\n{text}" for title, text in parts)
 
 
