@@ -35,7 +35,7 @@ from protocol.data import (
     make_samples,
     read_known,
 )
-from protocol.report import draw_frontier, markdown, summarise
+from protocol.report import draw_frontier, markdown, primary, primary_markdown, summarise
 
 from align.config import load_config
 from align.console import configure, log
@@ -143,13 +143,14 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
                 if name not in chosen:
                     chosen[name] = tune(runner, quality, method, arguments.candidates)
                 cells.append(runner.cell(quality, method, chosen[name], seed, test))
-                table = {"chosen": chosen, "tried": runner.tried, "rows": summarise(cells, references)}
+                rows, first = summarise(cells, references), primary(cells, references)
+                table = {"chosen": chosen, "tried": runner.tried, "rows": rows, "primary": first}
                 write_json(study.margins_root / "table.json", table)
                 write_table([*references, *runner.cells], study.margins_root / "cells.jsonl")
     rows = summarise(cells, references)
     if rows:
         draw_frontier(rows, study.margins_root / "frontier.svg")
-    print(markdown(rows))
+    print("\n\n".join(filter(None, (markdown(rows), primary_markdown(primary(cells, references))))))
     log.info("%d test cells; %s", len(cells), study.margins_root / "table.json")
 
 

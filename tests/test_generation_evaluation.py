@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest, ttest_1samp
 from scipy.stats import t as student
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.errors import ModelError
-from align.estimates import Estimate, bootstrap_mean, bootstrap_share, crossed_mean
+from align.estimates import Estimate, bootstrap_mean, bootstrap_share, crossed_mean, crossed_p
 from align.evaluation.kl import completion_logps
 from align.evaluation.rewards import compare, gain_per_root_kl
 from align.generation.base import Sampling
@@ -106,9 +108,20 @@ def test_an_interval_over_seeds_and_prompts_of_known_cases() -> None:
     found = crossed_mean(np.repeat(means[:, None], 50, axis=1))
     low, high = student.interval(0.95, 2, loc=means.mean(), scale=means.std(ddof=1) / np.sqrt(3))
     assert (found.low, found.high) == pytest.approx((low, high))
+    assert crossed_p(np.repeat(means[:, None], 50, axis=1)) == pytest.approx(ttest_1samp(means, 0).pvalue)
+    assert crossed_p(np.full((3, 5), 0.5)) == 0 and crossed_p(np.zeros((3, 5))) == 1
     for wrong in (np.zeros((1, 5)), np.zeros((5, 1)), np.zeros(5)):
         with pytest.raises(ValueError, match="two seeds and two prompts"):
             crossed_mean(wrong)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(-1, 1))
+@settings(deadline=None)
+def test_p_over_seeds_and_prompts_is_where_the_interval_ends_at_nothing(seed: int, mean: float) -> None:
+    rng = np.random.default_rng(seed)
+    table = mean + rng.normal(size=(3, 1)) + rng.normal(size=(3, 20))
+    found = crossed_mean(table, confidence=1 - crossed_p(table))
+    assert min(abs(found.low), abs(found.high)) == pytest.approx(0, abs=1e-6)
 
 
 def test_bootstrap_interval_covers_about_95_percent() -> None:

@@ -11,13 +11,14 @@ import reproduce_policy
 import yaml
 from build_demo_data import RATINGS, TEXTS
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from protocol.cells import CANDIDATES, choose, relabelled, setting_name
 from protocol.data import dealt_anew, label
-from protocol.report import markdown, summarise
+from protocol.report import ERROR_RATE, holm, markdown, primary, primary_markdown, summarise
 from scipy.special import expit
 
+from align.estimates import crossed_p
 from align.pairs import read_pairs
 from align.stage import read_json
 from reward_models.judges import make_judge
@@ -76,7 +77,7 @@ def test_a_whole_tiny_study(command: list[str], monkeypatch: pytest.MonkeyPatch,
     assert {file.parents[1].name for file in root.rglob("cell.json")} == {"madpo", "relabelled"}
     assert (root / "frontier.svg").exists()
     written = read_json(root / "table.json")
-    assert markdown(written["rows"]) == table.strip()
+    assert markdown(written["rows"]) == table.strip() and written["primary"] == []
     chosen = setting_name(written["chosen"]["medium, madpo"])
     tried = {
         setting_name(one): np.mean(read_json(root / "seed-1000/medium/madpo" / setting_name(one) / "cell.json")
@@ -191,3 +192,46 @@ def test_table_is_paired_and_leaves_out_seeds_that_a_method_lacks() -> None:
     assert madpo["wins_over_dpo"]["value"] == 0.75
     assert madpo["gain_per_root_kl"]["value"] == pytest.approx(1.5 / 2)
     assert choose([cells[0], cells[4], cells[3]]) in (1, 2)
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5, unique=True), st.floats(0, 0.6))
+@settings(deadline=None)
+def test_holm_against_its_definition(seeds: list[int], shift: float) -> None:
+    """Step-down p of the sorted ones; an interval excludes 0 just where its corrected p is below the error rate."""
+    tables = {str(seed): np.random.default_rng(seed).normal(shift, 1, (3, 30)) for seed in seeds}
+    found, alone = holm(tables), {name: crossed_p(table) for name, table in tables.items()}
+    for name, (estimate, p) in found.items():
+        before = [one for one in alone if alone[one] <= alone[name]]
+        slow = max(min(1.0, alone[one] * sum(alone[other] >= alone[one] for other in alone)) for one in before)
+        assert p == pytest.approx(slow)
+        assert (estimate.low > 0 or estimate.high < 0) == (p < ERROR_RATE)
+        assert estimate.value == pytest.approx(tables[name].mean())
+
+
+def of_quality(quality: str, method: str, rewards: list[list[float]], kl: float) -> list[dict[str, Any]]:
+    return [cell(method, seed, reward, kl) | {"quality": quality} for seed, reward in enumerate(rewards)]
+
+
+@pytest.mark.parametrize(
+    ("gains", "kl", "verdict"),
+    [
+        ([2.0, 2.01, 2.02], 0.5, "better"),
+        ([2.0, 2.01, 2.02], 50.0, "no worse"),
+        ([1.0, 1.0, 1.0], 0.5, "no worse"),
+        ([0.0, 0.01, 0.02], 0.5, "worse"),
+        ([3.0, 1.2, 0.5], 0.5, "no difference seen"),
+    ],
+)
+def test_verdict_of_a_primary_comparison(gains: list[float], kl: float, verdict: str) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.01, (3, 20))
+    base, origin = (1.0 + noise).tolist(), noise.tolist()
+    other = (np.array(gains)[:, None] + np.random.default_rng(1).normal(0, 0.01, (3, 20))).tolist()
+    references = of_quality("", "reference", origin, 0.0)
+    cells = [one for quality in ("high", "low") for one in of_quality(quality, "dpo", base, 0.5)]
+    cells += [one for quality in ("high", "low") for one in of_quality(quality, "madpo", other, kl)]
+    rows = primary(cells, references)
+    assert [(row["quality"], row["verdict"], row["baseline_gains"]) for row in rows] == [
+        ("high", verdict, True), ("low", verdict, True)
+    ]  # fmt: skip
+    assert primary_markdown(rows).count("| yes |") == 2 and verdict in primary_markdown(rows)
+    assert primary([one for one in cells if one["method"] == "dpo"], references) == []

@@ -1,15 +1,19 @@
 """From the policy study's cells to its table and plot."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from align.estimates import Estimate, bootstrap_mean, crossed_mean
+from align.estimates import Estimate, bootstrap_mean, crossed_mean, crossed_p
 from align.evaluation.rewards import gain_per_root_kl
 
-BASELINE = "dpo"
+BASELINE, MADPO = "dpo", "madpo"
+ERROR_RATE = 0.05
+"""Of the primary comparisons together."""
+NO_WORSE = -0.1
+"""A difference above it, interval and all, is called no worse."""
 Cells = Sequence[dict[str, Any]]
 
 
@@ -20,16 +24,79 @@ def summarise(cells: Cells, references: Cells) -> list[dict[str, Any]]:
         cells: test cells.
         references: the reference's test cells, one a seed.
     """
-    origin = {cell["seed"]: cell["decoded"] for cell in references}
     rows = []
+    for quality, (found, origin, seeds) in _by_quality(cells, references).items():
+        rows += [_row(quality, method, found, origin, seeds) for method in found]
+    return rows
+
+
+def _by_quality(
+    cells: Cells, references: Cells
+) -> dict[str, tuple[dict[str, dict[int, Any]], dict[int, Any], list[int]]]:
+    """Quality -> method -> seed -> cell, the reference's answers by seed, and the seeds that every method has."""
+    origin, made = {cell["seed"]: cell["decoded"] for cell in references}, {}
     for quality in dict.fromkeys(cell["quality"] for cell in cells):
         here = [cell for cell in cells if cell["quality"] == quality]
-        methods = list(dict.fromkeys(cell["method"] for cell in here))
+        methods = dict.fromkeys(cell["method"] for cell in here)
         found = {method: {cell["seed"]: cell for cell in here if cell["method"] == method} for method in methods}
         seeds = sorted(set(origin).intersection(*found.values()))
         if seeds:
-            rows += [_row(quality, method, found, origin, seeds) for method in methods]
-    return rows
+            made[quality] = found, origin, seeds
+    return made
+
+
+def primary(cells: Cells, references: Cells) -> list[dict[str, Any]]:
+    """A row per quality: MADPO minus DPO with Holm's correction over the qualities, and what may be said of it.
+
+    ``verdict``: "better" where the corrected interval lies above 0, every seed agrees in sign and MADPO's gain per root
+    KL is not the lower one ("worse" the other way round, without that of the KL); "no worse" where the interval lies
+    above ``NO_WORSE``; else "no difference seen". ``baseline_gains``: whether DPO's own gain over the reference is
+    beyond its interval; where it is not, the quality says nothing about how alike methods are.
+    """
+    tables, rows = {}, {(row["quality"], row["method"]): row for row in summarise(cells, references)}
+    for quality, (found, _, seeds) in _by_quality(cells, references).items():
+        if {BASELINE, MADPO} <= set(found) and len(seeds) > 1:
+            reward, base = (_by_seed(found[method], seeds, "1", "reward") for method in (MADPO, BASELINE))
+            tables[quality] = reward - base
+    made = []
+    for quality, (estimate, p) in holm(tables).items():
+        dpo, madpo = rows[quality, BASELINE], rows[quality, MADPO]
+        ratios = madpo["gain_per_root_kl"], dpo["gain_per_root_kl"]
+        made.append({
+            "quality": quality,
+            "baseline_gains": dpo["gain"]["low"] > 0,
+            "over_dpo": estimate.to_dict(),
+            "p": p,
+            "verdict": _verdict(estimate, tables[quality].mean(axis=1), *ratios),
+        })  # fmt: skip
+    return made
+
+
+def holm(tables: Mapping[str, np.ndarray]) -> dict[str, tuple[Estimate, float]]:
+    """Of each table [seeds, prompts] the mean with its corrected interval, and its corrected p (Holm, 1979).
+
+    The intervals are at the level of Holm's step at which each table was decided, so that exactly those exclude 0 whose
+    corrected p is below ``ERROR_RATE``.
+    """
+    alone = {name: crossed_p(table) for name, table in tables.items()}
+    made: dict[str, tuple[Estimate, float]] = {}
+    p, level = 0.0, ERROR_RATE
+    for number, name in enumerate(sorted(alone, key=lambda name: alone[name])):
+        if p < ERROR_RATE:
+            level = ERROR_RATE / (len(tables) - number)
+        p = max(p, min(1.0, (len(tables) - number) * alone[name]))
+        made[name] = crossed_mean(tables[name], confidence=1 - level), p
+    return {name: made[name] for name in tables}
+
+
+def _verdict(
+    difference: Estimate, by_seed: np.ndarray, ratio: dict[str, float] | None, base: dict[str, float] | None
+) -> str:
+    if difference.low > 0 and (by_seed > 0).all() and ratio and base and ratio["value"] >= base["value"]:
+        return "better"
+    if difference.high < 0 and (by_seed < 0).all():
+        return "worse"
+    return "no worse" if difference.low > NO_WORSE else "no difference seen"
 
 
 def _row(
@@ -99,6 +166,19 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         ]
         cells += [shown(row.get("wins_over_dpo")), shown(row["kl"]), shown(row["gain_per_root_kl"])]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def primary_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The primary comparisons' table of docs/results.md; nothing where there are none."""
+    if not rows:
+        return ""
+    lines = ["| quality | DPO gains | MADPO minus DPO, corrected | p, corrected | verdict |", "|---|---|---|---|---|"]
+    for row in rows:
+        gains = "yes" if row["baseline_gains"] else "not seen"
+        lines.append(
+            f"| {row['quality']} | {gains} | {shown(row['over_dpo'], '+')} | {row['p']:.2f} | {row['verdict']} |"
+        )
     return "\n".join(lines)
 
 
