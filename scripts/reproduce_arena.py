@@ -9,8 +9,9 @@ Factors of a cell: number of pairs; flipped labels; which pair of a prompt is la
 furthest apart of three); the reward model's error (none, independent, shared by all pairs, right in one domain only,
 margins on its own training pairs that it remembers, cross-fitted margins).
 
-Fixed beforehand: every method has 12 candidates, the one with the highest mean gold reward at KL 0.5 on 20 validation
-seeds is trained on the 200 test seeds; the outcome is the gold reward on new prompts at equal KL (0.25, 0.5, 1).
+Fixed beforehand: every method has 15 candidates, the same 12 betas and then 3 other values at the best of them; the one
+with the highest mean gold reward at KL 0.5 on 20 validation seeds is trained on the 200 test seeds; the outcome is the
+gold reward on new prompts at equal KL (0.25, 0.5, 1).
 
 A cell is one JSON file under --output and is not computed again. The same command writes table.json (and without what
 no table needs results_arena.json), the tables of docs/results.md (standard output) and the plots:
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from arena.gold import SIZE, gold_reward, reward_and_kl
-from arena.methods import CANDIDATES, METHODS, UNTUNED
+from arena.methods import METHODS, UNTUNED
 from arena.report import compact, draw_plots, insert, markdown, summarise
 from arena.training import Recipe, train
 from arena.world import ERRORS, Cell, World, draw_world
@@ -87,12 +88,22 @@ def policies(cell: Cell, world: World, recipes: Sequence[Recipe], seeds: range, 
     return theta
 
 
-def choose(cell: Cell, store: Path, seeds: range = VALIDATION) -> dict[str, tuple[int, np.ndarray]]:
-    """Method -> index of its best candidate on the validation seeds, mean reward [candidates] there."""
+def choose(cell: Cell, store: Path, seeds: range = VALIDATION) -> dict[str, tuple[Recipe, np.ndarray]]:
+    """Method -> its best candidate on the validation seeds, mean reward [CANDIDATES] of all of them there."""
     world = draw_world(cell, seeds)
-    theta = policies(cell, world, [recipe for recipes in METHODS.values() for recipe in recipes], seeds, store)
-    mean = rewards(world, theta, seeds, (CHOICE_KL,))[:, 0].mean(axis=0).reshape(len(METHODS), CANDIDATES)
-    return {name: (int(values.argmax()), values) for name, values in zip(METHODS, mean, strict=True)}
+
+    def tried(recipes: Sequence[Sequence[Recipe]]) -> np.ndarray:
+        """Mean reward [methods, candidates of each]."""
+        theta = policies(cell, world, [recipe for each in recipes for recipe in each], seeds, store)
+        return rewards(world, theta, seeds, (CHOICE_KL,))[:, 0].mean(axis=0).reshape(len(recipes), -1)
+
+    first = [method.first() for method in METHODS.values()]
+    of_betas = tried(first)
+    then = [method.then(int(best)) for method, best in zip(METHODS.values(), of_betas.argmax(axis=1), strict=True)]
+    values = np.concatenate([of_betas, tried(then)], axis=1)
+    candidates = [[*one, *other] for one, other in zip(first, then, strict=True)]
+    found = zip(METHODS, candidates, values, strict=True)
+    return {name: (recipes[int(mean.argmax())], mean) for name, recipes, mean in found}
 
 
 def judge(cell: Cell, recipes: dict[str, Recipe], seeds: range, store: Path) -> dict[str, Any]:
@@ -124,7 +135,7 @@ def run_cell(cell: Cell, seeds: int, store: Path) -> dict[str, Any]:
     """Choose on validation seeds, judge on test seeds."""
     start = time.monotonic()
     chosen = choose(cell, store)
-    recipes = {name: METHODS[name][best] for name, (best, _) in chosen.items()}
+    recipes = {name: recipe for name, (recipe, _) in chosen.items()}
     untuned = {f"untuned {name}": recipe for name, recipe in UNTUNED.items()}
     found = judge(cell, {**recipes, **untuned}, range(seeds), store)
     return {
@@ -144,8 +155,8 @@ def key(seeds: int) -> str:
     """Of everything beside the code that a cell's numbers come from; another key computes the cell again."""
     tried = [
         (name, recipe.labels, recipe.part, dict(recipe.loss.parameters))
-        for name, found in METHODS.items()
-        for recipe in found
+        for name, method in METHODS.items()
+        for recipe in [*method.first(), *method.then(0)]
     ]
     return digest([tried, list(UNTUNED), list(VALIDATION), CHOICE_KL, KLS, BLOCK, seeds])
 

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
+from arena.report import insert
 from protocol.cells import CANDIDATES, TRUST, Parameters, Split, choose, reads_margins, run_cell, run_reference
 from protocol.data import (
     QUALITIES,
@@ -150,7 +151,11 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
     rows = summarise(cells, references)
     if rows:
         draw_frontier(rows, study.margins_root / "frontier.svg")
-    print("\n\n".join(filter(None, (markdown(rows), primary_markdown(primary(cells, references))))))
+    tables = "\n\n".join(filter(None, (primary_markdown(primary(cells, references)), markdown(rows))))
+    print(tables)
+    if arguments.document:
+        page = arguments.document.read_text(encoding="utf-8")
+        arguments.document.write_text(insert(page, tables, Path(__file__).name), encoding="utf-8")
     log.info("%d test cells; %s", len(cells), study.margins_root / "table.json")
 
 
@@ -178,6 +183,7 @@ def main() -> None:
     parser.add_argument("--test-prompts", type=int, default=400)
     parser.add_argument("--label-scale", type=float, default=1.0, help="1 as published")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further test cell after so long")
+    parser.add_argument("--document", type=Path, help="page whose tables to replace, e.g. docs/results.md")
     arguments = parser.parse_args()
     configure()
     if 1.0 not in arguments.temperatures:

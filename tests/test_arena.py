@@ -9,7 +9,7 @@ import pytest
 import reproduce_arena
 import torch
 from arena.gold import RESPONSES, SIZE, draw_gold, draw_prompts, gained, gold_reward, reward_and_kl
-from arena.methods import CANDIDATES, METHODS, UNTUNED
+from arena.methods import BETAS, CANDIDATES, METHODS, UNTUNED
 from arena.report import insert, markdown, summarise
 from arena.training import Recipe, train
 from arena.world import ERRORS, RIDGE, Cell, World, draw_world, memorised_margins, reward_model
@@ -163,11 +163,27 @@ def test_first_step_is_of_the_losses_gradient() -> None:
     assert float(torch_loss) == pytest.approx(np.log(2))
 
 
-def test_tuning_budgets_are_equal() -> None:
-    assert {len(recipes) for recipes in METHODS.values()} == {CANDIDATES}
-    for name, recipes in METHODS.items():
-        distinct = {(recipe.labels, recipe.part, *recipe.loss.parameters.items()) for recipe in recipes}
+@pytest.mark.parametrize("best", range(len(BETAS)))
+def test_tuning_budgets_and_ranges_are_equal(best: int) -> None:
+    """As many distinct candidates for every method, the same betas first, none beyond them after."""
+    for name, method in METHODS.items():
+        first, then = method.first(), method.then(best)
+        assert tuple(recipe.loss.beta for recipe in first) == BETAS and len(first) + len(then) == CANDIDATES
+        distinct = {(recipe.labels, recipe.part, *recipe.loss.parameters.items()) for recipe in [*first, *then]}
         assert len(distinct) == CANDIDATES, name
+        betas = {recipe.loss.beta for recipe in then}
+        if method.others:
+            assert betas == {BETAS[best]}
+        else:
+            near = BETAS[max(best - 1, 0) : best + 2]
+            assert min(near) < min(betas) and max(betas) < max(near)
+
+
+def test_what_is_tried_first_is_the_published_setting() -> None:
+    published = METHODS["madpo, published"].first()
+    for name in ("madpo, tuned", "madpo, amplify only", "madpo, dampen only"):
+        first = METHODS[name].first()
+        assert [recipe.loss.parameters for recipe in first] == [recipe.loss.parameters for recipe in published]
     assert {recipe.loss.beta for recipe in UNTUNED.values()} == {0.1}
 
 
@@ -184,13 +200,15 @@ def test_the_candidate_chosen_is_the_best_on_validation_seeds(tmp_path: Path) ->
     chosen = reproduce_arena.choose(where, tmp_path, seeds)
     best, values = chosen["madpo, tuned"]
     drawn = draw_world(where, seeds)
+    tried = METHODS["madpo, tuned"].first()
+    tried += METHODS["madpo, tuned"].then(int(np.argmax(values[: len(tried)])))
     slow = []
-    for recipe in METHODS["madpo, tuned"]:
+    for recipe in tried:
         theta = train(drawn, [recipe], seed=50)
         prompts = [reproduce_arena.prompts_of(seed) for seed in seeds]
         found = [gold_reward(*one, (0.5,)) for one in zip(theta, drawn.gold, prompts, strict=True)]
         slow.append(np.mean(found))
-    assert np.allclose(slow, values) and best == int(np.argmax(slow)) and set(chosen) == set(METHODS)
+    assert np.allclose(slow, values) and best == tried[int(np.argmax(slow))] and set(chosen) == set(METHODS)
 
 
 def cell(error: str, rewards: dict[str, list[float]]) -> dict[str, object]:
@@ -221,7 +239,8 @@ def test_one_command_makes_cells_once(tmp_path: Path, monkeypatch: pytest.Monkey
     """Two cells of two seeds: JSON per cell, tables, plots; a cell that is there is not computed again."""
     picked = [Cell(100, 0.0, "even", "none"), Cell(400, 0.2, "even", "in-sample")]
     monkeypatch.setattr(reproduce_arena, "cells", lambda: picked)
-    monkeypatch.setattr(reproduce_arena, "choose", lambda *_: {name: (0, np.zeros(CANDIDATES)) for name in METHODS})
+    chosen = {name: (method.first()[0], np.zeros(CANDIDATES)) for name, method in METHODS.items()}
+    monkeypatch.setattr(reproduce_arena, "choose", lambda *_: chosen)
     monkeypatch.setattr(sys, "argv", ["reproduce_arena", "--output", str(tmp_path), "--seeds", "2"])
     reproduce_arena.main()
     files = [reproduce_arena.cell_file(tmp_path, one) for one in picked]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reproduce_policy
 import yaml
+from arena.report import END
 from build_demo_data import RATINGS, TEXTS
 from datasets import Dataset
 from hypothesis import given, settings
@@ -94,8 +95,12 @@ def test_a_whole_tiny_study(command: list[str], monkeypatch: pytest.MonkeyPatch,
 
     capsys.readouterr()
     elsewhere = Path(command[command.index("--output") + 1]).with_name("elsewhere")
-    study(monkeypatch, [*options, "--known", str(root / "cells.jsonl"), "--output", str(elsewhere)])
+    page = elsewhere.with_name("page.md")
+    page.write_text(f"before\n<!-- tables of scripts/reproduce_policy.py -->\nstale\n{END}\nafter\n")
+    known = ["--known", str(root / "cells.jsonl"), "--output", str(elsewhere), "--document", str(page)]
+    study(monkeypatch, [*options, *known])
     assert capsys.readouterr().out == table
+    assert table.strip() in page.read_text() and "stale" not in page.read_text()
     assert not list(elsewhere.rglob("cell.json"))
 
 

@@ -1,53 +1,81 @@
-"""The methods of the study and what each may choose from on validation seeds: as many candidates for every method."""
+"""The methods of the study and what each may choose from on validation seeds: as many candidates, the same betas.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import product
-from typing import Any
+Every method tries the same betas first. At the best of them it then tries as many other values again: of its own
+parameter or shape where it has one, and else betas between the best and its neighbours.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from align.loss_registry import resolve
 from arena.training import Recipe
 
-CANDIDATES = 12
-BETAS = tuple(float(f"{beta:.3g}") for beta in np.geomspace(0.02, 2.0, CANDIDATES))
-"""Where beta is all there is to choose."""
-FOUR = BETAS[1::3]
-"""Where three values of another parameter are tried as well."""
-THREE = (BETAS[2], BETAS[5], BETAS[8])
-"""Where four values, or shapes of MADPO's weight, are tried."""
+BETAS = tuple(float(f"{beta:.3g}") for beta in np.geomspace(0.02, 2.0, 12))
+"""Tried first, by every method."""
+BETWEEN = (-0.5, 0.25, 0.75)
+"""Where beta is all there is to choose: how many places of BETAS beside the best. At an edge all lie within."""
+CANDIDATES = len(BETAS) + len(BETWEEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A loss, what its labels are, and what is tried beside beta."""
+
+    loss: str
+    others: tuple[Mapping[str, float], ...] = ()
+    """Parameters tried at the best beta; betas are tried with the loss's own."""
+    labels: Literal["given", "redrawn", "relabelled"] = "given"
+    part: Literal["all", "amplify", "dampen"] = "all"
+
+    def first(self) -> list[Recipe]:
+        """A recipe a beta of ``BETAS``."""
+        return [self._recipe({"beta": beta}) for beta in BETAS]
+
+    def then(self, best: int) -> list[Recipe]:
+        """What is tried once the beta at ``best`` of ``BETAS`` was found to be the best."""
+        if self.others:
+            return [self._recipe({"beta": BETAS[best], **other}) for other in self.others]
+        last = len(BETAS) - 1
+        places = [abs(last - abs(last - abs(best + step))) for step in BETWEEN]
+        between = np.exp(np.interp(places, np.arange(len(BETAS)), np.log(BETAS)))
+        return [self._recipe({"beta": float(f"{beta:.3g}")}) for beta in between]
+
+    def _recipe(self, parameters: Mapping[str, Any]) -> Recipe:
+        return Recipe(resolve(self.loss, dict(parameters)), self.labels, self.part)
+
+
 SHAPES: tuple[dict[str, float], ...] = (
     {"c_max": 2.0, "c_min": 0.5, "tau": 2.0},
-    {"c_max": 2.0, "c_min": 0.5, "tau": 6.9068},
     {"c_max": 4.0, "c_min": 0.25, "tau": 2.0},
     {"c_max": 4.0, "c_min": 0.25, "tau": 7.0},
 )
+"""Of MADPO's weight, beside the paper's c_max 2, c_min 1/2, tau 6.9."""
 
 
-def _grid(loss: str, betas: Sequence[float], rest: Sequence[Mapping[str, Any]]) -> list[Recipe]:
-    return [Recipe(resolve(loss, {"beta": beta, **more})) for beta, more in product(betas, rest)]
+def _values(name: str, *values: float) -> tuple[dict[str, float], ...]:
+    return tuple({name: value} for value in values)
 
 
-NOTHING: tuple[dict[str, float], ...] = ({},)
-DPO, TUNED = _grid("dpo", BETAS, NOTHING), _grid("madpo", THREE, SHAPES)
-METHODS: dict[str, list[Recipe]] = {
-    "dpo": DPO,
-    "ipo": _grid("ipo", BETAS, NOTHING),
-    "beta_dpo": _grid("beta_dpo", FOUR, [{"alpha": alpha} for alpha in (0.2, 0.6, 1.0)]),
-    "odpo": _grid("odpo", FOUR, [{"alpha": alpha} for alpha in (0.25, 0.5, 1.0)]),
-    "mmpo": _grid("mmpo", FOUR, [{"gamma": gamma} for gamma in (0.5, 1.0, 2.0)]),
-    "rpo_sq": _grid("rpo_sq", FOUR, [{"eta": eta} for eta in (0.5, 1.0, 2.0)]),
-    "madpo, published": _grid("madpo", BETAS, NOTHING),
-    "madpo, tuned": TUNED,
-    "madpo, amplify only": [replace(recipe, part="amplify") for recipe in TUNED],
-    "madpo, dampen only": [replace(recipe, part="dampen") for recipe in TUNED],
-    "soft_madpo": _grid("soft_madpo", THREE, SHAPES),
-    "trust": _grid("trust", THREE, [{"trust": trust} for trust in (0.0, 0.25, 0.5, 0.75)]),
-    "dpo, redrawn": [replace(recipe, labels="redrawn") for recipe in DPO],
-    "dpo, relabelled": [replace(recipe, labels="relabelled") for recipe in DPO],
+METHODS: dict[str, Method] = {
+    "dpo": Method("dpo"),
+    "ipo": Method("ipo"),
+    "beta_dpo": Method("beta_dpo", _values("alpha", 0.1, 0.3, 1.0)),
+    "odpo": Method("odpo", _values("alpha", 0.25, 0.5, 2.0)),
+    "mmpo": Method("mmpo", _values("gamma", 0.25, 0.5, 2.0)),
+    "rpo_sq": Method("rpo_sq", _values("eta", 0.25, 0.5, 2.0)),
+    "madpo, published": Method("madpo"),
+    "madpo, tuned": Method("madpo", SHAPES),
+    "madpo, amplify only": Method("madpo", SHAPES, part="amplify"),
+    "madpo, dampen only": Method("madpo", SHAPES, part="dampen"),
+    "soft_madpo": Method("soft_madpo", SHAPES),
+    "trust": Method("trust", _values("trust", 0.0, 0.25, 0.75)),
+    "dpo, redrawn": Method("dpo", labels="redrawn"),
+    "dpo, relabelled": Method("dpo", labels="relabelled"),
 }
-"""Name -> candidates. ``madpo, published`` keeps the paper's c_max, c_min, lambda and tau and sweeps beta alone."""
+"""``madpo, published`` keeps the paper's c_max, c_min, lambda and tau and chooses beta alone."""
 UNTUNED: dict[str, Recipe] = {
     "dpo": Recipe(resolve("dpo", {})),
     "ipo": Recipe(resolve("ipo", {})),
