@@ -8,7 +8,7 @@ from rich.text import Text
 
 from align.config import ClusterConfig, PairsConfig
 from align.console import log, out
-from align.errors import SHOWN, ConfigError, DataError
+from align.errors import SHOWN, DataError
 from align.processes import process_rank
 
 
@@ -18,7 +18,8 @@ def check_data(source: PairsConfig, *, drop_to: Path | None) -> None:
     Raises:
         DataError: rows are invalid and ``drop_to`` is None, or nothing can be read.
     """
-    from align.pairs import check_pairs, load_pairs, summarize, write_pairs
+    from align.pairs import FILE, check_pairs, load_pairs, summarize, write_pairs
+    from align.source_files import keep_source
 
     checked = check_pairs(source)
     table = Table(title=Text(source.path), show_header=False)
@@ -40,7 +41,7 @@ def check_data(source: PairsConfig, *, drop_to: Path | None) -> None:
                 hint="mend the rows, or set them aside with --drop-invalid",
             )
         return
-    _keep_source(source, drop_to)
+    keep_source(source.path, [drop_to / FILE])
     drop_to.mkdir(parents=True, exist_ok=True)
     side_file = drop_to / "invalid.jsonl"
     side_file.unlink(missing_ok=True)
@@ -78,12 +79,13 @@ def score_pairs(
     """
     import numpy as np
 
-    from align.pairs import load_pairs, write_pairs
+    from align.pairs import FILE, load_pairs, write_pairs
+    from align.source_files import keep_source
     from reward_models.calibration import evaluate_margins
     from reward_models.ensemble import members, score_with
     from reward_models.margin_map import MarginMap
 
-    _keep_source(source, output)
+    keep_source(source.path, [output / FILE])
     calibration = MarginMap.load(model) if calibrated else None
     pairs = load_pairs(source)
     log.info("scoring %d pairs of %s with %s -> %s", len(pairs), source.path, model, output)
@@ -96,28 +98,6 @@ def score_pairs(
     write_pairs(scored, output)
     out.print_json(json.dumps(evaluate_margins(np.asarray(scored["margin"])).to_dict()))
     log.info("margins: %s; train on them with `pairs.path: %s`", output / "pairs.parquet", output / "pairs.parquet")
-
-
-def _keep_source(source: PairsConfig, output: Path) -> None:
-    """Raise where the table that is written to ``output`` would replace what it is made from.
-
-    Raises:
-        ConfigError: see above.
-    """
-    from align.pairs import FILE
-    from align.source_files import matching_files
-    from align.stores import is_remote
-
-    target = output / FILE
-    given = (
-        [] if is_remote(source.path) else [Path(source.path), Path(source.path) / FILE, *matching_files(source.path)]
-    )
-    if target.exists() and any(file.exists() and file.samefile(target) for file in given):
-        raise ConfigError(
-            f"{target}: is read, and would be replaced",
-            code="output-folder",
-            hint="give another folder to write to",
-        )
 
 
 def render_report(run: Path) -> None:

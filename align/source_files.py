@@ -3,14 +3,14 @@
 import glob
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TextIO
 
-from align.errors import DataError
+from align.errors import ConfigError, DataError
 from align.stores import connect, is_remote, store_errors
 
 if TYPE_CHECKING:
@@ -92,6 +92,23 @@ def find_files(source: str) -> list[SourceFile] | None:
         said = "found a folder, expected a file" if path.is_dir() else "no such file"
         raise DataError(f"{path}: {said}", code="data-missing", hint="check the path")
     return None
+
+
+def keep_source(source: str, targets: Iterable[Path]) -> None:
+    """Raise where a file that is to be written is one that ``source`` is read from.
+
+    Raises:
+        ConfigError: see above.
+        DataError: the source is not there.
+    """
+    given = [] if is_remote(source) else [Path(file.name) for file in find_files(source) or []]
+    for target in targets:
+        if target.exists() and any(file.samefile(target) for file in given):
+            raise ConfigError(
+                f"{target}: is read, and would be replaced",
+                code="output-folder",
+                hint="give another folder to write to",
+            )
 
 
 def matching_files(pattern: str) -> list[Path]:

@@ -30,6 +30,7 @@ from align.filtering.survey import Asked, Survey, overlap_hashes, take_survey
 from align.filtering.texts import cells, plain
 from align.pair_stream import stream_pairs
 from align.pairs import load_pairs
+from align.source_files import keep_source
 from align.stage import digest, fingerprint_source, write_json
 
 CACHE = "parts"
@@ -57,6 +58,7 @@ def filter_source(
     Raises:
         AlignError: the pairs, the settings or a model cannot be used.
     """
+    keep_source(source.path, [output / KEPT, output / DROPPED])
     seconds: dict[str, float] = {}
     known = source.model_dump() | {"content": fingerprint_source(source.path)}
     own = cache / digest(known)[:16]

@@ -160,6 +160,11 @@ def test_the_table_that_is_read_is_not_replaced(workspace: Path) -> None:
             done = align(*verb, "--output", ".", cwd=workspace)
             assert done.returncode == 2 and "pairs.parquet: is read, and would be replaced" in done.stderr
     assert (workspace / "pairs.parquet").read_bytes() == before
+    (workspace / "pairs.parquet").rename(workspace / "kept.parquet")
+    for source in ("kept.parquet", "."):
+        done = align("filter", "run", source, "--output", ".", cwd=workspace)
+        assert done.returncode == 2 and "kept.parquet: is read, and would be replaced" in done.stderr
+    assert (workspace / "kept.parquet").read_bytes() == before
 
 
 def test_pairs_with_margins_need_no_reward_model(workspace: Path) -> None:
