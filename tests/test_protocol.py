@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reproduce_policy
 import yaml
-from arena.report import END
+from arena.report import END, insert
 from build_demo_data import RATINGS, TEXTS
 from datasets import Dataset
 from hypothesis import given, settings
@@ -240,3 +240,11 @@ def test_verdict_of_a_primary_comparison(gains: list[float], kl: float, verdict:
     ]  # fmt: skip
     assert primary_markdown(rows).count("| yes |") == 2 and verdict in primary_markdown(rows)
     assert primary([one for one in cells if one["method"] == "dpo"], references) == []
+
+
+def test_tables_of_the_page_are_those_of_the_numbers_beside_it() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    page, found = (docs / "results.md").read_text(encoding="utf-8"), read_json(docs / "policy_study" / "table.json")
+    tables = f"{primary_markdown(found['primary'])}\n\n{markdown(found['rows'])}"
+    assert insert(page, tables, "reproduce_policy.py") == page and page.count("| low | relabelled |") == 1
+    assert {row["seeds"] for row in found["rows"]} == {3} and len(found["rows"]) == 24

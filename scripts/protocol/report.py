@@ -33,8 +33,8 @@ def summarise(cells: Cells, references: Cells) -> list[dict[str, Any]]:
 def _by_quality(
     cells: Cells, references: Cells
 ) -> dict[str, tuple[dict[str, dict[int, Any]], dict[int, Any], list[int]]]:
-    """Quality -> method -> seed -> cell, the reference's answers by seed, and the seeds that every method has."""
-    origin, made = {cell["seed"]: cell["decoded"] for cell in references}, {}
+    """Quality -> method -> seed -> cell, the reference's cells by seed, and the seeds that every method has."""
+    origin, made = {cell["seed"]: cell for cell in references}, {}
     for quality in dict.fromkeys(cell["quality"] for cell in cells):
         here = [cell for cell in cells if cell["quality"] == quality]
         methods = dict.fromkeys(cell["method"] for cell in here)
@@ -104,7 +104,7 @@ def _row(
 ) -> dict[str, Any]:
     """Numbers of a method; intervals of gains and differences over seeds and prompts, of the others over prompts."""
     reward, kl = (_by_seed(found[method], seeds, "1", name) for name in ("reward", "kl"))
-    start = np.array([origin[seed]["1"]["reward"] for seed in seeds])
+    start = _by_seed(origin, seeds, "1", "reward")
     row: dict[str, Any] = {
         "quality": quality,
         "method": method,
@@ -125,15 +125,23 @@ def _row(
         row["over_dpo_by_seed"] = (reward - base).mean(axis=1).round(4).tolist()
         wins = ((reward > base) + 0.5 * (reward == base)).mean(axis=0)
         row["wins_over_dpo"] = bootstrap_mean(wins, seed=0).to_dict()
-    row["frontier"] = [
-        {
-            "temperature": float(heat),
-            "kl": float(_by_seed(found[method], seeds, heat, "kl").mean()),
-            "reward": bootstrap_mean(_by_seed(found[method], seeds, heat, "reward").mean(axis=0), seed=0).to_dict(),
-        }
-        for heat in found[method][seeds[0]]["decoded"]
-    ]
+    row["frontier"] = _frontier(found[method], seeds, start)
+    row["reference_frontier"] = _frontier(origin, seeds, start)
     return row
+
+
+def _frontier(cells: Mapping[int, Any], seeds: list[int], start: np.ndarray) -> list[dict[str, Any]]:
+    """Of each decoding temperature the KL, the gold reward and how much it is above ``start`` [seeds, prompts]."""
+    made = []
+    for heat in cells[seeds[0]]["decoded"]:
+        reward, kl = (_by_seed(cells, seeds, heat, name) for name in ("reward", "kl"))
+        made.append({
+            "temperature": float(heat),
+            "kl": float(kl.mean()),
+            "reward": bootstrap_mean(reward.mean(axis=0), seed=0).to_dict(),
+            "gain": crossed(reward - start).to_dict(),
+        })  # fmt: skip
+    return made
 
 
 def crossed(table: np.ndarray) -> Estimate:
@@ -141,7 +149,7 @@ def crossed(table: np.ndarray) -> Estimate:
     return crossed_mean(table) if len(table) > 1 else bootstrap_mean(table[0], seed=0)
 
 
-def _by_seed(cells: dict[int, Any], seeds: list[int], heat: str, name: str) -> np.ndarray:
+def _by_seed(cells: Mapping[int, Any], seeds: list[int], heat: str, name: str) -> np.ndarray:
     """[seeds, prompts]."""
     return np.array([cells[seed]["decoded"][heat][name] for seed in seeds], dtype=np.float64)
 
@@ -190,7 +198,7 @@ def shown(estimate: dict[str, float] | None, sign: str = "") -> str:
 
 
 def draw_frontier(rows: Sequence[dict[str, Any]], target: Path) -> None:
-    """Gold reward against KL over decoding temperatures, a panel per quality."""
+    """Gold gain, with the KL beside it, of each decoding temperature; a panel per quality, a line per method."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -198,20 +206,33 @@ def draw_frontier(rows: Sequence[dict[str, Any]], target: Path) -> None:
 
     plt.rcParams.update({"svg.hashsalt": "protocol", "svg.fonttype": "none"})
     qualities = list(dict.fromkeys(row["quality"] for row in rows))
-    figure, axes = plt.subplots(1, len(qualities), figsize=(3.6 * len(qualities) + 1, 3.6), squeeze=False, sharey=True)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    size = (3.4 * len(qualities) + 1.2, 0.55 * len(methods) + 1.9)
+    figure, axes = plt.subplots(1, len(qualities), figsize=size, squeeze=False, sharex=True, sharey=True)
     for panel, quality in zip(axes[0], qualities, strict=True):
-        for row in (row for row in rows if row["quality"] == quality):
-            points = sorted(row["frontier"], key=lambda point: point["kl"])
-            x, y = [point["kl"] for point in points], [point["reward"]["value"] for point in points]
-            errors = [
-                [abs(point["reward"][end] - point["reward"]["value"]) for point in points] for end in ("low", "high")
-            ]
-            panel.errorbar(x, y, yerr=errors, label=row["method"], marker="o", markersize=3, capsize=2, linewidth=1)
+        here = {row["method"]: row["frontier"] for row in rows if row["quality"] == quality}
+        here["reference"] = next(row["reference_frontier"] for row in rows if row["quality"] == quality)
+        heats = sorted((point["temperature"] for point in here["reference"]), reverse=True)
+        panel.axvline(0, color="0.6", linewidth=1)
+        for k, heat in enumerate(heats):
+            for name, points in here.items():
+                point = next(point for point in points if point["temperature"] == heat)
+                gain, place = point["gain"], [*methods, "reference"].index(name)
+                y = place + 0.5 * (k - (len(heats) - 1) / 2) / len(heats)
+                error = [[gain["value"] - gain["low"]], [gain["high"] - gain["value"]]]
+                label = f"temperature {heat:g}" if name == "reference" else None
+                panel.errorbar(
+                    gain["value"], y, xerr=error, color=f"C{k}", fmt="o", markersize=4, capsize=2, label=label
+                )
+                panel.annotate(
+                    f"KL {point['kl']:.2f}", (1.02, y), xycoords=("axes fraction", "data"), fontsize=6, va="center"
+                )
         panel.set_title(f"{quality} quality", fontsize=9)
-        panel.set_xlabel("KL to the reference, nats")
-    axes[0, 0].set_ylabel("gold reward")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=8, fontsize=8)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+        panel.set_xlabel("gold reward minus the reference's at 1", fontsize=8)
+    axes[0, 0].set_yticks(range(len(methods) + 1), [*methods, "reference"])
+    axes[0, 0].invert_yaxis()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=8)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     temporary = target.with_suffix(".partial")
     figure.savefig(temporary, format="svg", metadata={"Date": None})
     temporary.replace(target)
