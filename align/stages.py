@@ -23,7 +23,7 @@ from align.generation.transformers_engine import TransformersEngine
 from align.model_folders import check_model_folder
 from align.model_loading import load_policy, load_tokenizer
 from align.pairs import FILE as PAIRS_FILE
-from align.pairs import load_pairs, load_prompts, read_pairs, split_by_prompt, summarize, write_pairs
+from align.pairs import folds_by_prompt, load_pairs, load_prompts, read_pairs, split_by_prompt, summarize, write_pairs
 from align.pipeline import TRUST, TRUST_NUMBERS, measures_trust
 from align.processes import process_rank
 from align.reward_stages import METRICS, make_scorer, scored_by, stage_crossfit, stage_reward
@@ -128,11 +128,11 @@ def stage_pairs(config: RunConfig, root: Path, folder: Path, which: str) -> None
             code="data-too-few",
             hint="give more prompts, another reward.eval_fraction, or reward.eval_pairs",
         )
-    if reward.folds and len(set(map(str, train["prompt"]))) < reward.folds:
+    if reward.folds and len(set(folds_by_prompt(train, reward.folds, config.seed))) < reward.folds:
         raise DataError(
-            f"{source.path}: {len(train)} pairs to train on have fewer prompts than reward.folds: {reward.folds}",
+            f"{source.path}: {len(train)} pairs to train on fill fewer parts than reward.folds: {reward.folds}",
             code="data-too-few",
-            hint="give more prompts, or fewer folds",
+            hint="give pairs of more prompts, or fewer folds",
         )
     objective_columns(train, resolve_objective(reward.objective))
     write_pairs(train, folder / "train")

@@ -1,0 +1,30 @@
+"""`make demo` on less of its data: its own configuration, real texts, the real models."""
+
+import json
+import sys
+from pathlib import Path
+
+import build_demo_data
+import pytest
+
+from tests.bad_input_makers import run_command
+
+CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
+SIZES = ("--pairs", "64", "--heldout-pairs", "32", "--train-prompts", "16", "--eval-prompts", "8")
+
+
+def test_the_demo_on_less_data(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its pairs have one prompt, of which its two folds are made all the same."""
+    (tmp_path / ".assets").mkdir()
+    for name in ("minilm", "smollm2", "snippets"):
+        (tmp_path / ".assets" / name).symlink_to(assets / name)
+    output = tmp_path / ".assets" / "demo"
+    monkeypatch.setattr(sys, "argv", ["build_demo_data", "--assets", str(assets), "--output", str(output), *SIZES])
+    build_demo_data.main()
+    code, _, errors = run_command(("run", str(CONFIG)), tmp_path)
+    assert code == 0, errors
+    run = tmp_path / "runs" / "demo"
+    assert json.loads((run / "crossfit" / "metrics.json").read_text())["n"] == 64
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"gold_gain_dpo", "gold_gain_madpo", "kl_madpo", "reward_model_accuracy_out_of_fold"} <= set(summary)
+    assert {"report.html", "log.txt"} <= {file.name for file in run.iterdir()}
