@@ -132,6 +132,8 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
     references: list[dict[str, Any]] = []
     cells: list[dict[str, Any]] = []
     chosen: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    first: list[dict[str, Any]] = []
     for seed in arguments.seeds:
         if time.monotonic() > end:
             break
@@ -144,14 +146,14 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
                 if name not in chosen:
                     chosen[name] = tune(runner, quality, method, arguments.candidates)
                 cells.append(runner.cell(quality, method, chosen[name], seed, test))
-                rows, first = summarise(cells, references), primary(cells, references)
+                rows = summarise(cells, references)
+                first = primary(rows, cells, references)
                 table = {"chosen": chosen, "tried": runner.tried, "rows": rows, "primary": first}
                 write_json(study.margins_root / "table.json", table)
                 write_table([*references, *runner.cells], study.margins_root / "cells.jsonl")
-    rows = summarise(cells, references)
     if rows:
         draw_frontier(rows, study.margins_root / "frontier.svg")
-    tables = "\n\n".join(filter(None, (primary_markdown(primary(cells, references)), markdown(rows))))
+    tables = "\n\n".join(filter(None, (primary_markdown(first), markdown(rows))))
     print(tables)
     if arguments.document:
         page = arguments.document.read_text(encoding="utf-8")

@@ -234,12 +234,13 @@ def test_verdict_of_a_primary_comparison(gains: list[float], kl: float, verdict:
     references = of_quality("", "reference", origin, 0.0)
     cells = [one for quality in ("high", "low") for one in of_quality(quality, "dpo", base, 0.5)]
     cells += [one for quality in ("high", "low") for one in of_quality(quality, "madpo", other, kl)]
-    rows = primary(cells, references)
+    rows = primary(summarise(cells, references), cells, references)
     assert [(row["quality"], row["verdict"], row["baseline_gains"]) for row in rows] == [
         ("high", verdict, True), ("low", verdict, True)
     ]  # fmt: skip
     assert primary_markdown(rows).count("| yes |") == 2 and verdict in primary_markdown(rows)
-    assert primary([one for one in cells if one["method"] == "dpo"], references) == []
+    alone = [one for one in cells if one["method"] == "dpo"]
+    assert primary(summarise(alone, references), alone, references) == []
 
 
 def test_tables_of_the_page_are_those_of_the_numbers_beside_it() -> None:

@@ -26,7 +26,9 @@ def summarise(cells: Cells, references: Cells) -> list[dict[str, Any]]:
     """
     rows = []
     for quality, (found, origin, seeds) in _by_quality(cells, references).items():
-        rows += [_row(quality, method, found, origin, seeds) for method in found]
+        start = _by_seed(origin, seeds, "1", "reward")
+        untrained = _frontier(origin, seeds, start)
+        rows += [_row(quality, method, found, start, seeds) | {"reference_frontier": untrained} for method in found]
     return rows
 
 
@@ -45,15 +47,16 @@ def _by_quality(
     return made
 
 
-def primary(cells: Cells, references: Cells) -> list[dict[str, Any]]:
+def primary(summary: Sequence[dict[str, Any]], cells: Cells, references: Cells) -> list[dict[str, Any]]:
     """A row per quality: MADPO minus DPO with Holm's correction over the qualities, and what may be said of it.
 
     ``verdict``: "better" where the corrected interval lies above 0, every seed agrees in sign and MADPO's gain per root
     KL is not the lower one ("worse" the other way round, without that of the KL); "no worse" where the interval lies
     above ``NO_WORSE``; else "no difference seen". ``baseline_gains``: whether DPO's own gain over the reference is
-    beyond its interval; where it is not, the quality says nothing about how alike methods are.
+    beyond its interval; where it is not, the quality says nothing about how alike methods are. ``summary``: what
+    ``summarise`` makes of the same cells.
     """
-    tables, rows = {}, {(row["quality"], row["method"]): row for row in summarise(cells, references)}
+    tables, rows = {}, {(row["quality"], row["method"]): row for row in summary}
     for quality, (found, _, seeds) in _by_quality(cells, references).items():
         if {BASELINE, MADPO} <= set(found) and len(seeds) > 1:
             reward, base = (_by_seed(found[method], seeds, "1", "reward") for method in (MADPO, BASELINE))
@@ -100,11 +103,13 @@ def _verdict(
 
 
 def _row(
-    quality: str, method: str, found: dict[str, dict[int, Any]], origin: dict[int, Any], seeds: list[int]
+    quality: str, method: str, found: dict[str, dict[int, Any]], start: np.ndarray, seeds: list[int]
 ) -> dict[str, Any]:
-    """Numbers of a method; intervals of gains and differences over seeds and prompts, of the others over prompts."""
+    """Numbers of a method; intervals of gains and differences over seeds and prompts, of the others over prompts.
+
+    ``start``: the reference's gold rewards [seeds, prompts].
+    """
     reward, kl = (_by_seed(found[method], seeds, "1", name) for name in ("reward", "kl"))
-    start = _by_seed(origin, seeds, "1", "reward")
     row: dict[str, Any] = {
         "quality": quality,
         "method": method,
@@ -126,7 +131,6 @@ def _row(
         wins = ((reward > base) + 0.5 * (reward == base)).mean(axis=0)
         row["wins_over_dpo"] = bootstrap_mean(wins, seed=0).to_dict()
     row["frontier"] = _frontier(found[method], seeds, start)
-    row["reference_frontier"] = _frontier(origin, seeds, start)
     return row
 
 
