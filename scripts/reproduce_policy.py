@@ -157,7 +157,7 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
     print(tables)
     if arguments.document:
         page = arguments.document.read_text(encoding="utf-8")
-        arguments.document.write_text(insert(page, tables, Path(__file__).name), encoding="utf-8")
+        arguments.document.write_text(insert(page, tables, arguments.mark), encoding="utf-8")
     log.info("%d test cells; %s", len(cells), study.margins_root / "table.json")
 
 
@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--label-scale", type=float, default=1.0, help="1 as published")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further test cell after so long")
     parser.add_argument("--document", type=Path, help="page whose tables to replace, e.g. docs/results.md")
+    parser.add_argument("--mark", default=Path(__file__).name, help="which of the page's tables: what its mark says")
     arguments = parser.parse_args()
     configure()
     if 1.0 not in arguments.temperatures:

@@ -102,6 +102,11 @@ def test_a_whole_tiny_study(command: list[str], monkeypatch: pytest.MonkeyPatch,
     assert capsys.readouterr().out == table
     assert table.strip() in page.read_text() and "stale" not in page.read_text()
     assert not list(elsewhere.rglob("cell.json"))
+    page.write_text(
+        f"<!-- tables of scripts/reproduce_policy.py -->\nkept\n{END}\n<!-- tables of scripts/other -->\n{END}\n"
+    )
+    study(monkeypatch, [*options, *known, "--mark", "other"])
+    assert page.read_text().index("kept") < page.read_text().index(table.strip())
 
 
 def test_pairs_of_a_quality(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
