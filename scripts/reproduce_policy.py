@@ -149,6 +149,7 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
                 rows = summarise(cells, references)
                 first = primary(rows, cells, references)
                 table = {"chosen": chosen, "tried": runner.tried, "rows": rows, "primary": first}
+                table["references"] = [cell["key"] for cell in references]
                 write_json(study.margins_root / "table.json", table)
                 write_table([*references, *runner.cells], study.margins_root / "cells.jsonl")
     if rows:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from protocol.cells import CANDIDATES, choose, relabelled, setting_name
-from protocol.data import dealt_anew, label
+from protocol.data import dealt_anew, label, read_known
 from protocol.report import ERROR_RATE, holm, markdown, primary, primary_markdown, summarise
 from scipy.special import expit
 
@@ -188,7 +188,8 @@ def test_budgets_are_equal_and_hold_the_published_setting() -> None:
 
 def cell(method: str, seed: int, reward: list[float], kl: float) -> dict[str, Any]:
     decoded = {"reward": reward, "kl": [kl] * len(reward), "tokens": [1] * len(reward)}
-    return {"quality": "high", "method": method, "seed": seed, "parameters": {"beta": 0.1}, "decoded": {"1": decoded}}
+    row = {"key": f"{method}-{seed}", "quality": "high", "method": method, "seed": seed, "parameters": {"beta": 0.1}}
+    return {**row, "decoded": {"1": decoded}}
 
 
 def test_table_is_paired_and_leaves_out_seeds_that_a_method_lacks() -> None:
@@ -254,3 +255,9 @@ def test_tables_of_the_page_are_those_of_the_numbers_beside_it() -> None:
     tables = f"{primary_markdown(found['primary'])}\n\n{markdown(found['rows'])}"
     assert insert(page, tables, "reproduce_policy.py") == page and page.count("| low | relabelled |") == 1
     assert {row["seeds"] for row in found["rows"]} == {3} and len(found["rows"]) == 24
+    known = read_known([docs / "policy_study" / "cells.jsonl"])
+    cells = [known[key] for row in found["rows"] for key in row["cells"]]
+    references = [known[key] for key in found["references"]]
+    again = summarise(cells, references)
+    assert markdown(again) == markdown(found["rows"])
+    assert primary_markdown(primary(again, cells, references)) == primary_markdown(found["primary"])

@@ -115,6 +115,7 @@ def _row(
         "method": method,
         "seeds": len(seeds),
         "parameters": found[method][seeds[0]]["parameters"],
+        "cells": [found[method][seed]["key"] for seed in seeds],
         "reference": float(start.mean()),
         "reward": bootstrap_mean(reward.mean(axis=0), seed=0).to_dict(),
         "gain": crossed(reward - start).to_dict(),
