@@ -32,8 +32,16 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     return tokenizer
 
 
-def load_policy(model: str, *, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
+def load_policy(
+    model: str, *, trust_remote_code: bool = False, trainable: bool = False, **kwargs: Any
+) -> PreTrainedModel:
     """Causal language model of a folder (an adapter folder included) or hub id, from safetensors alone.
+
+    Args:
+        model: folder or hub id.
+        trust_remote_code: run code that comes with the model.
+        trainable: whether an adapter's weights take gradients; those of a whole model do in any case.
+        kwargs: of ``from_pretrained``.
 
     Raises:
         ModelError: it cannot be loaded as one.
@@ -43,7 +51,9 @@ def load_policy(model: str, *, trust_remote_code: bool = False, **kwargs: Any) -
         if (Path(model) / ADAPTER).exists():
             from peft import AutoPeftModelForCausalLM
 
-            return AutoPeftModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code, **kwargs)
+            return AutoPeftModelForCausalLM.from_pretrained(
+                model, trust_remote_code=trust_remote_code, is_trainable=trainable, **kwargs
+            )
         loaded, found = AutoModelForCausalLM.from_pretrained(
             model, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **kwargs
         )

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -38,6 +40,15 @@ def causal(folder: Path, seed: int = 0) -> Path:
     """A random tiny Llama with its tokenizer, saved as a model folder."""
     torch.manual_seed(seed)
     LlamaForCausalLM(llama_config()).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def trained_adapter(base: Path, folder: Path, seed: int) -> Path:
+    """An adapter on a model folder, of random weights as if it had been trained, with its tokenizer."""
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), lora).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -1,5 +1,6 @@
 """PreferenceTrainer: equal to trl's DPOTrainer under dpo; weights, margins, reference cache, exact resume."""
 
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from packaging import version
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -19,13 +20,13 @@ from align.errors import ConfigError, DataError
 from align.loss_registry import resolve
 from align.margins import madpo_weight
 from align.model_loading import load_policy, load_tokenizer
-from align.stage import read_json
+from align.stage import read_json, write_json
 from align.stopping import stoppable
 from align.training.layout import LayoutChoice
 from align.training.logps import pair_logps
 from align.training.train import add_weight, make_trainer, train_policy
 from align.training.trainer import PreferenceTrainer
-from tests.builders import rows
+from tests.builders import rows, trained_adapter
 
 BASE: dict[str, Any] = {
     "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1, "bf16": False,
@@ -315,13 +316,48 @@ def test_what_cannot_be_trained_is_said(tiny_policy: Path, tmp_path: Path) -> No
         ours(tiny_policy, tmp_path, "madpo", Dataset.from_list(rows(4)).remove_columns("margin"))
 
 
+@pytest.mark.parametrize("fields", [{}, {"precompute_ref_log_probs": False}, {"gradient_checkpointing": True}])
+def test_an_adapter_trained_on_learns_under_every_method(
+    tiny_policy: Path, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    """Also where the reference log-probs need not be computed, as for all methods but the first."""
+    trained_adapter(tiny_policy, tmp_path / "adapter", 1)
+    start = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    config = TrainConfig(
+        model=str(tmp_path / "adapter"),
+        methods={"dpo": LossConfig(loss="dpo"), "ipo": LossConfig(loss="ipo")},
+        trainer={name: value for name, value in BASE.items() if name != "disable_tqdm"} | {"max_steps": 2} | fields,
+    )
+    for method in config.methods:
+        train_policy(
+            Dataset.from_list(rows(8)), config, method, tmp_path / method, seed=0, reference_cache=tmp_path / "cache"
+        )
+        trained = load_file(tmp_path / method / "model" / "adapter_model.safetensors")
+        assert trained.keys() == start.keys()
+        assert all(not torch.equal(trained[name], value) for name, value in start.items()), method
+    made = ours(tmp_path / "adapter", tmp_path)
+    learning = [name for name, parameter in made.model.named_parameters() if parameter.requires_grad]
+    assert learning and all(".default." in name for name in learning)
+
+
+def test_another_config_is_another_reference(tiny_policy: Path, tmp_path: Path) -> None:
+    """Weights alone do not say what a model computes."""
+    shutil.copytree(tiny_policy, tmp_path / "turned")
+    config = read_json(tmp_path / "turned" / "config.json")
+    config["rope_parameters"]["rope_theta"] = 10.0
+    write_json(tmp_path / "turned" / "config.json", config)
+    of_one, again = ours(tiny_policy, tmp_path), ours(tiny_policy, tmp_path, "ipo")
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+    of_other = ours(tmp_path / "turned", tmp_path)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
+    first, second, third = (made.train_dataset["ref_chosen_logps"][:] for made in (of_one, again, of_other))
+    assert first == second and not np.allclose(first, third, atol=0.1)
+
+
 def test_an_adapter_trained_on_is_part_of_the_cached_reference(tiny_policy: Path, tmp_path: Path) -> None:
     """Another adapter in the same folder has other reference log-probs: at the start they are the policy's own."""
     for seed in (1, 2):
-        torch.manual_seed(seed)
-        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-        get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_policy), lora).save_pretrained(tmp_path / "adapter")
-        load_tokenizer(str(tiny_policy)).save_pretrained(tmp_path / "adapter")
+        trained_adapter(tiny_policy, tmp_path / "adapter", seed)
         made = ours(tmp_path / "adapter", tmp_path)
         batch = made.data_collator([made.train_dataset[k] for k in range(4)])
         made.model.eval()

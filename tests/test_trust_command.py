@@ -18,7 +18,7 @@ from align.training.layout import choose_layout
 from align.trust.commands import check_margins, margin_source
 from align.trust.features import mean_difference, pair_features
 from align.trust.says import sentences, setting
-from tests.builders import rows
+from tests.builders import rows, trained_adapter
 from tests.test_logps import make_batch, tiny
 
 LENGTHS = [(6, 5, 8), (1, 3, 2), (12, 4, 4), (3, 1, 9)]
@@ -42,6 +42,15 @@ def test_features_against_single_sequences(family: str, layout: str) -> None:
     chosen = choose_layout(model, batch, layout)  # type: ignore[arg-type]
     found = mean_difference(model, batch, chosen)
     assert torch.allclose(found.double(), torch.stack(expected).double(), atol=1e-5)
+
+
+def test_features_of_another_adapter_are_others(tiny_policy: Path, tmp_path: Path) -> None:
+    """Two adapters of one shape on one base, one cache."""
+    pairs = Dataset.from_list(rows(6))
+    adapters = [trained_adapter(tiny_policy, tmp_path / f"adapter-{seed}", seed) for seed in (1, 2)]
+    one, other = (pair_features(pairs, str(adapter), tmp_path / "cache", max_length=64) for adapter in adapters)
+    alone = pair_features(pairs, str(adapters[1]), tmp_path / "alone", max_length=64)
+    assert np.array_equal(other, alone) and not np.allclose(one, other, atol=0.1)
 
 
 def test_features_are_kept_and_a_stopped_pass_goes_on(tiny_policy: Path, tmp_path: Path) -> None:

@@ -16,10 +16,13 @@ from torch import Tensor
 from align.batching import token_batches
 from align.console import progress
 from align.errors import ConfigError
-from align.training.layout import has_adapter
+from align.stage import digest
+from align.training.layout import base_model, has_adapter
 
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of ``init_lora_weights`` that take the adapter's start out of the base weights."""
+NOT_OF_THE_MODEL = frozenset({"_name_or_path", "transformers_version", "use_cache"})
+"""Fields of a config that no log-prob depends on: where it lies, who wrote it, how it samples."""
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -71,14 +74,18 @@ def reference_logps(
     return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
-def reference_key(model: torch.nn.Module, dataset: Dataset, settings: Sequence[object]) -> str:
-    """Hex digest of the reference's weights, the token ids and ``settings``.
+def reference_key(model: torch.nn.Module, dataset: Dataset, settings: Sequence[object], *, with_adapter: bool) -> str:
+    """Hex digest of the reference's weights and config, the token ids and ``settings``.
 
-    An adapter's weights are left out, but not where the reference has one of its own (``ref``): an adapter trained on.
+    Args:
+        model: the reference, or a policy that is its own before the first step.
+        dataset: table with ``ID_COLUMNS``.
+        settings: whatever else the log-probs come from.
+        with_adapter: the adapter is part of the reference; else its weights are left out.
     """
-    state = hashlib.sha256(repr(list(settings)).encode())
-    bare = has_adapter(model) and "ref" not in model.peft_config  # type: ignore[operator]
-    tuner = getattr(model, "base_model", None) if bare else None
+    config = {name: value for name, value in base_model(model).config.to_dict().items() if name not in NOT_OF_THE_MODEL}
+    state = hashlib.sha256(repr([*settings, digest(config)]).encode())
+    tuner = getattr(model, "base_model", None) if has_adapter(model) and not with_adapter else None
     adapter = () if tuner is None else (str(getattr(tuner, "prefix", "lora_")), "modules_to_save.")
     for name, parameter in sorted(model.named_parameters()):
         if not any(part in name for part in adapter):

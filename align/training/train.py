@@ -300,6 +300,7 @@ def make_trainer(
             model=load_policy(
                 config.model,
                 trust_remote_code=args.trust_remote_code,
+                trainable=True,
                 **(args.model_init_kwargs or {"dtype": "float32"}),
             ),
             args=args,

@@ -109,6 +109,8 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
         args.loss_type = ["sigmoid"]
         kwargs["train_dataset"], ids = numbered(kwargs["train_dataset"])
         super().__init__(**kwargs)
+        if self._continues_an_adapter:
+            self.model.set_adapter("default")  # takes gradients, and trl's copy of its start none
         scaled = self.accelerator.scaler is not None
         self.guard = FiniteGuard(ids, lambda pair: self.compute_loss(self.model, pair), scaled=scaled)
         self.add_callback(self.guard)
@@ -166,7 +168,9 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
             settings = [self.args.max_length, self.args.truncation_mode]
             settings += [name for name in ("bf16", "fp16") if getattr(self.args, name)]
             # The policy is its own reference before the first step, and not sharded yet, as the reference may be.
-            key = from_first(lambda: reference_key(self.model, dataset, settings))
+            key = from_first(
+                lambda: reference_key(self.model, dataset, settings, with_adapter=self._continues_an_adapter)
+            )
             file = self.reference_cache / f"{key}.npy"
         values = reference_logps(
             dataset,
@@ -183,6 +187,11 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
         batch = self.data_collator(examples)
         batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
         return torch.stack(self.compute_ref_log_probs(self._reference, batch), dim=1)
+
+    @property
+    def _continues_an_adapter(self) -> bool:
+        """The policy began as an adapter that was trained before; trl keeps a copy of it, ``ref``, as the reference."""
+        return has_adapter(self.model) and "ref" in self.model.peft_config
 
     @property
     def _reference(self) -> torch.nn.Module:

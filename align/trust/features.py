@@ -52,7 +52,8 @@ def pair_features(pairs: Dataset, model: str, cache: Path, *, max_length: int) -
         )
     reference = load_policy(model, dtype="float32").eval()
     tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
-    file = cache / f"{reference_key(reference, tokens, ('mean hidden states', max_length))[:32]}.npy"
+    key = reference_key(reference, tokens, ("mean hidden states", max_length), with_adapter=True)
+    file = cache / f"{key[:32]}.npy"
     if file.exists():
         log.info("features: found in %s", file)
         found: np.ndarray = np.load(file, allow_pickle=False)
