@@ -10,8 +10,8 @@ without dropping anything by them.
 Fixed beforehand: four betas for every subset and number of steps, chosen by gold reward at KL 0.5 on 20 validation
 seeds; the outcome is that on 100 other seeds. Every policy takes 100 steps of 32 pairs, whatever the size of its
 subset, so all shares cost the same to train; 12, 25 and 50 steps show how soon each is as good as DPO on all pairs
-after 100. With cross-fitted margins all pairs and a fifth of them are trained for 200 and 400 steps as well, for a lead
-after 100 may be one of speed.
+after 100. All pairs and a fifth of them are trained for 200 and 400 steps as well, for a lead after 100 may be one of
+speed.
 
 A cell is one JSON file under --output and is not computed again. The same command prints the tables of docs/results.md
 and writes results_filtering.json and the plot:
@@ -32,7 +32,7 @@ import torch
 from arena.gold import gold_reward
 from arena.methods import BETAS
 from arena.pool import ALL, ALL_SOFT, ARMS, KEEPS, KINDS, RANDOM, SOFT, WEIGHTS, PoolCell, draw_pool
-from arena.pool_report import LONG, MAIN_ERROR, draw_plot, markdown, named, summarise
+from arena.pool_report import LONG, draw_plot, markdown, named, summarise
 from arena.report import insert
 from arena.training import Recipe, train
 from arena.world import World
@@ -47,7 +47,7 @@ ERRORS = ("cross-fitted", "independent", "shared")
 STEPS = (12, 25, 50, 100)
 FOUR = BETAS[1::3]
 LONG_STEPS = (200, 400)
-"""With cross-fitted margins, for the trainings of ``LONG``."""
+"""For the trainings of ``LONG``."""
 KL = 0.5
 BLOCK = 50
 """Seeds trained together."""
@@ -108,11 +108,12 @@ def key(seeds: int, names: Sequence[str], steps: Sequence[int]) -> str:
 
 def kept_cell(cell: PoolCell, seeds: int, folder: Path) -> dict[str, Any]:
     """A cell, with its longer trainings where there are such, from its files or computed."""
-    parts: list[tuple[str, list[str], Sequence[int]]] = [("", list(trainings()), STEPS)]
-    if cell.error == MAIN_ERROR:
-        parts.append(("-long", list(LONG), LONG_STEPS))
+    parts: dict[str, tuple[list[str], Sequence[int]]] = {
+        "": (list(trainings()), STEPS),
+        "-long": (list(LONG), LONG_STEPS),
+    }
     found = []
-    for ending, names, steps in parts:
+    for ending, (names, steps) in parts.items():
         file = folder / f"{cell.name.replace(', ', '-').replace(' ', '_')}{ending}.json"
         if not file.exists() or read_json(file)["key"] != key(seeds, names, steps):
             write_json(file, run_cell(cell, seeds, names, steps))

@@ -24,7 +24,7 @@ def named(arm: str, keep: float) -> str:
 
 
 LONG = (ALL, ALL_SOFT, *(named(arm, MAIN_KEEP) for arm in (RANDOM, SOFT, "filtered")))
-"""What is trained for longer as well, with cross-fitted margins."""
+"""What is trained for longer as well."""
 
 
 def summarise(
@@ -52,7 +52,7 @@ def summarise(
                     "less_random": interval(reward - np.array(random[count]["reward"])),
                 }
         row = {"cell": cell["cell"], "trainings": made}
-        if cell["cell"]["error"] == MAIN_ERROR and longer:
+        if longer:
             row["longer"] = _longer(trained, longer)
         rows.append(row)
     return rows
@@ -76,8 +76,8 @@ def soonest(trained: dict[str, Any], steps: Sequence[int]) -> str:
 
 
 def markdown(rows: Sequence[dict[str, Any]], steps: Sequence[int], longer: Sequence[int] = ()) -> str:
-    """A fifth of the pairs under each kind of margins; under one every share, how soon all pairs are reached, and
-    longer trainings.
+    """A fifth of the pairs under each kind of margins, after longer trainings too; under one every share, and how soon
+    all pairs are reached.
     """
     last, parts = f"{max(steps)}", []
     for error in dict.fromkeys(row["cell"]["error"] for row in rows):
@@ -100,15 +100,16 @@ def markdown(rows: Sequence[dict[str, Any]], steps: Sequence[int], longer: Seque
         f"Steps (of {', '.join(map(str, steps))}) until DPO on all pairs after {last} is reached, {MAIN_ERROR} margins"
     )
     parts.append((title, table(["pool", *names], body)))
-    for count in map(str, longer):
+    for error in dict.fromkeys(row["cell"]["error"] for row in rows) if longer else ():
         body = []
-        for row in here:
-            found = row["longer"][count]
-            less = [shown(found[name]["less_all"]) for name in LONG[1:]]
-            body.append([_condition(row), f"{found[ALL]['reward']:.3f}", *less])
-        parts.append(
-            (f"After {count} steps: all pairs, and others minus it, {MAIN_ERROR} margins", table(["pool", *LONG], body))
-        )
+        for row in rows:
+            if row["cell"]["error"] == error:
+                after = {last: {name: row["trainings"][name][last] for name in LONG}, **row["longer"]}
+                for count, found in after.items():
+                    less = [shown(found[name]["less_all"]) for name in LONG[1:]]
+                    body.append([_condition(row), count, f"{found[ALL]['reward']:.3f}", *less])
+        title = f"After more steps: all pairs, and others minus it after as many; {error} margins"
+        parts.append((title, table(["pool", "steps", *LONG], body)))
     return "\n\n".join(f"#### {title}\n\n{text}" for title, text in parts)
 
 
