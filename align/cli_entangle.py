@@ -54,7 +54,7 @@ def trace(
     method: Annotated[str, typer.Option(help="Method whose checkpoints to measure.")],
     limit: Annotated[int, typer.Option(min=4, help="Pairs to measure at each checkpoint.")] = 64,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per batch.")] = 2048,
-    max_length: MaxLength = 1024,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a pair [as trained].")] = None,
 ) -> None:
     """The same pairs over the saved checkpoints of a training: from which step on would steps go wrong?"""
     from align.entanglement import commands

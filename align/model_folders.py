@@ -55,7 +55,7 @@ def check_model_folder(model: str, *, tokenizer: bool = True, rewards: bool = Fa
                 hint=WANTED,
             )
         return
-    if (folder / ADAPTER).exists():
+    if is_adapter(folder):
         _check_adapter(folder)
     else:
         config = _read_object(folder / CONFIG)
@@ -111,6 +111,11 @@ def check_vocabulary(model: str, tokens: int, rows: int) -> None:
         )
 
 
+def is_adapter(model: str | Path) -> bool:
+    """Whether it is the folder of an adapter."""
+    return (Path(model) / ADAPTER).exists()
+
+
 def adapter_base(model: str) -> str | None:
     """The base model that an adapter folder names; None where ``model`` is no such folder or names none.
 
@@ -132,7 +137,7 @@ def fingerprint_model(model: str) -> str:
 def vocabulary_rows(model: str) -> int | None:
     """Tokens that a model folder embeds, by its configuration (an adapter's: by its base's); None where unknown."""
     folder = Path(model)
-    if (folder / ADAPTER).exists():
+    if is_adapter(folder):
         return vocabulary_rows(str(_read_object(folder / ADAPTER).get("base_model_name_or_path")))
     if not (folder / CONFIG).exists():
         return None

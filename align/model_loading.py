@@ -1,14 +1,13 @@
 """Loading a policy and its tokenizer from a folder or hub id."""
 
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.model_folders import (
-    ADAPTER,
     check_model_folder,
     check_vocabulary,
+    is_adapter,
     loading,
     refuse_new_weights,
     vocabulary_rows,
@@ -48,7 +47,7 @@ def load_policy(
     """
     check_model_folder(model, tokenizer=False)
     with loading(model, "cannot be loaded as a causal language model"):
-        if (Path(model) / ADAPTER).exists():
+        if is_adapter(model):
             from peft import AutoPeftModelForCausalLM
 
             return AutoPeftModelForCausalLM.from_pretrained(

@@ -14,7 +14,7 @@ from torch import nn
 
 from align.config import ClusterConfig, PairsConfig
 from align.console import log, out
-from align.entanglement.batch import collate, tokenize_pairs
+from align.entanglement.batch import MAX_LENGTH, collate, tokenize_pairs
 from align.entanglement.check import check_predictions
 from align.entanglement.measure import SHARD, MeasureJob, load_measured, measuring
 from align.entanglement.products import GradientProducts
@@ -24,6 +24,7 @@ from align.entanglement.trace import checkpoints_of, sentence, trajectory
 from align.errors import ConfigError, DataError
 from align.filtering.result import KEPT
 from align.loss_registry import BoundLoss, resolve
+from align.model_folders import is_adapter
 from align.model_loading import load_tokenizer
 from align.pairs import gaps, load_pairs, read_pairs
 from align.processes import process_rank
@@ -89,10 +90,10 @@ def report(
     log.info("look at it: open %s", output / "report.html")
 
 
-def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: int) -> None:
+def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: int | None) -> None:
     """Measure the saved checkpoints of one method of a run; write ``trace-<method>/`` with JSON, tables and a page.
 
-    The loss, its parameters and the reference are those that the method was trained with.
+    The loss, its parameters, the reference and, where ``max_length`` is None, the length are those of the training.
 
     Raises:
         AlignError: no such training, no checkpoint, or a loss that has no verdict for one pair.
@@ -106,14 +107,15 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     parameters = inputs.get("trust", {}) | inputs["loss"]["parameters"]  # trust: what the run measured on the pairs
     checkpoints, bound = checkpoints_of(training), _bound(inputs["loss"]["loss"], parameters)
     base = inputs["settings"]["model"]
+    length = max_length or inputs["settings"]["trainer"].get("max_length") or MAX_LENGTH
     table = run / "filter" / KEPT if "filter" in inputs["after"] else run / "margins" / "pairs"
     every = load_pairs(PairsConfig(path=str(table))) if table.is_file() else read_pairs(table)
     pairs = _sample(every, bound, limit, str(run))
-    tokens = tokenize_pairs(pairs, load_tokenizer(base), max_length=max_length)
-    settings = _Settings(bound, None, batch_tokens, max_length, fingerprint_source(str(table)))
+    tokens = tokenize_pairs(pairs, load_tokenizer(base), max_length=length)
+    settings = _Settings(bound, None, batch_tokens, length, fingerprint_source(str(table)))
     output, tables = run / f"trace-{method}", []
     for step, folder in checkpoints:
-        reference = None if (folder / "adapter_config.json").exists() else base
+        reference = None if is_adapter(folder) and not is_adapter(base) else base
         name = output / f"step-{step:06d}"
         tables.append(_measure(name, tokens, str(folder), load_measured(str(folder)), reference, settings)[1])
     if process_rank() > 0:

@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,10 +64,7 @@ def measuring(policy: nn.Module, job: MeasureJob) -> Work:
 
 def load_measured(model: str) -> nn.Module:
     """A policy in float32 on this process's device, an adapter's parameters trainable."""
-    kwargs: dict[str, Any] = {"dtype": "float32"}
-    if (Path(model) / "adapter_config.json").exists():
-        kwargs["is_trainable"] = True
-    return load_policy(model, **kwargs).to(local_device()).eval()
+    return load_policy(model, trainable=True, dtype="float32").to(local_device()).eval()
 
 
 def _measure_part(

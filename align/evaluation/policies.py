@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.errors import ConfigError
-from align.model_folders import adapter_base
+from align.model_folders import adapter_base, is_adapter
+from align.stage import read_manifest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 REFERENCE = "reference"
+FIRST_ADAPTER = "ref"
+"""Where a training that went on from an adapter keeps that adapter, in its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,8 @@ def parse_policies(items: Sequence[str]) -> list[Policy]:
 
 
 def find_reference(policies: Sequence[Policy], given: str | None) -> Policy:
-    """The reference policy: the one given, or what the policies' adapters were trained on.
+    """The reference policy: the one given, or what the policies' adapters were trained from: their base, or the adapter
+    that a training went on from.
 
     Raises:
         ConfigError: none is given and the policies do not name one and the same.
@@ -56,7 +60,7 @@ def find_reference(policies: Sequence[Policy], given: str | None) -> Policy:
     """
     if given is not None:
         return Policy(REFERENCE, given)
-    bases = {adapter_base(policy.model) for policy in policies}
+    bases = {_trained_from(policy.model) for policy in policies}
     if len(bases) == 1 and (base := bases.pop()) is not None:
         return Policy(REFERENCE, base)
     raise ConfigError(
@@ -64,6 +68,19 @@ def find_reference(policies: Sequence[Policy], given: str | None) -> Policy:
         code="eval-reference",
         hint="give the model that training started from",
     )
+
+
+def _trained_from(model: str) -> str | None:
+    """What an adapter was trained from; None where ``model`` is no adapter, or one whose start cannot be found."""
+    folder = Path(model)
+    if not is_adapter(folder / FIRST_ADAPTER):
+        return adapter_base(model)
+    for above in list(folder.absolute().parents)[:2]:
+        manifest = read_manifest(above)
+        start = manifest and manifest["inputs"].get("settings", {}).get("model")
+        if start and is_adapter(start):
+            return str(start)
+    return None
 
 
 def checkpoints(policy: Policy) -> list[tuple[int, Policy]]:

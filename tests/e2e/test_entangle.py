@@ -16,7 +16,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from align.entanglement.commands import trace
-from tests.builders import rows
+from align.errors import ConfigError
+from align.evaluation.policies import Policy, find_reference
+from tests.builders import rows, trained_adapter
 
 BAD = "<script>alert(1)</script>"
 
@@ -106,6 +108,24 @@ def test_trace_over_checkpoints(tiny_policy: Path, tmp_path: Path) -> None:
     assert "<script" not in page and found["sentence"].split(";")[0] in page
     again = align(*command, folder=tmp_path)
     assert again.returncode == 0 and again.stderr.count("up to date, skipped") == 3
+
+
+def test_a_training_that_went_on_from_an_adapter_is_measured_against_it(tiny_policy: Path, tmp_path: Path) -> None:
+    """After a step of next to nothing the policy is its start: by the trace, and where an evaluation begins."""
+    adapter = trained_adapter(tiny_policy, tmp_path / "adapter", 1)
+    trained(adapter, tmp_path, save_strategy="steps", save_steps=1, max_steps=1, learning_rate=1e-9, max_length=32)
+    run = tmp_path / "runs" / "r"
+    trace(run, "dpo", limit=64, batch_tokens=2048, max_length=None)
+    table = Dataset.from_parquet(str(run / "trace-dpo" / "step-000001" / "entanglement.parquet"))
+    assert np.abs(table["logp_chosen_change"]).max() < 1e-3 and np.abs(table["logp_chosen"]).min() > 1
+    made = json.loads((run / "trace-dpo" / "step-000001" / "manifest.json").read_text())
+    assert made["inputs"]["max_length"] == 32
+    for model in ("train-dpo/model", "train-dpo/checkpoints/checkpoint-1"):
+        assert find_reference([Policy("dpo", str(run / model))], None).model == str(adapter)
+    moved = run.rename(tmp_path / "moved") / "train-dpo" / "model"
+    (moved.parent / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="--reference: needed"):
+        find_reference([Policy("dpo", str(moved))], None)
 
 
 def test_a_trace_measures_what_was_trained(tiny_policy: Path, tmp_path: Path) -> None:
