@@ -12,7 +12,7 @@ from datasets import Dataset
 from packaging import version
 from peft import PromptTuningConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from align.config import EntanglementConfig, LossConfig, TrainConfig
@@ -26,7 +26,7 @@ from align.training.layout import LayoutChoice
 from align.training.logps import pair_logps
 from align.training.train import add_weight, make_trainer, train_policy
 from align.training.trainer import PreferenceTrainer
-from tests.builders import rows, trained_adapter
+from tests.builders import rows, tokenizer, trained_adapter
 
 BASE: dict[str, Any] = {
     "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1, "bf16": False,
@@ -338,6 +338,25 @@ def test_an_adapter_trained_on_learns_under_every_method(
     made = ours(tmp_path / "adapter", tmp_path)
     learning = [name for name, parameter in made.model.named_parameters() if parameter.requires_grad]
     assert learning and all(".default." in name for name in learning)
+
+
+def test_a_mixture_of_experts_is_told_that_nothing_balances_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "eos_token_id": 1}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    words = tokenizer()
+    config = Qwen3MoeConfig(vocab_size=len(words), bos_token_id=None, **sizes, **heads, **experts)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    words.save_pretrained(tmp_path / "moe")
+    ours(tmp_path / "moe", tmp_path)
+    assert "load-balancing loss of this model (0.001 in its config) is not added" in caplog.text
+    with pytest.raises(ConfigError, match=r"train.trainer.router_aux_loss_coef: found 0.01, expected 0 or none"):
+        ours(tmp_path / "moe", tmp_path, router_aux_loss_coef=0.01)
+    caplog.clear()
+    ours(tmp_path / "moe", tmp_path, router_aux_loss_coef=0.0)
+    assert "load-balancing" not in caplog.text
 
 
 def test_another_config_is_another_reference(tiny_policy: Path, tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
         args.loss_type = ["sigmoid"]
         kwargs["train_dataset"], ids = numbered(kwargs["train_dataset"])
         super().__init__(**kwargs)
+        self._leave_experts_unbalanced()
         if self._continues_an_adapter:
             self.model.set_adapter("default")  # takes gradients, and trl's copy of its start none
         scaled = self.accelerator.scaler is not None
@@ -139,6 +140,19 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
         self.tilt = None
         if tilt is not None:
             self.tilt = LossTilt(tilt, self.accelerator.gather, self.accelerator.process_index)
+
+    def _leave_experts_unbalanced(self) -> None:
+        """Refuse or say that the load-balancing loss of a mixture of experts, which trl adds, is not added here."""
+        coefficient = getattr(self, "router_aux_loss_coef", 0.0) if getattr(self, "aux_loss_enabled", False) else 0.0
+        if coefficient and getattr(self.args, "router_aux_loss_coef", None):
+            raise ConfigError(
+                f"train.trainer.router_aux_loss_coef: found {coefficient:g}, expected 0 or none: the losses of this "
+                "program do not balance experts",
+                code="trainer-key",
+                hint="leave it out, and train an adapter that leaves the routers as they are",
+            )
+        if coefficient:
+            log.warning("the experts' load-balancing loss of this model (%g in its config) is not added", coefficient)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """trl's, which leaves out pairs whose prompt fills ``max_length``; here it is said."""
