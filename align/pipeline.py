@@ -31,6 +31,7 @@ from align.stage import (
     run_stage,
     write_json,
 )
+from reward_models.readings import ANSWERS, ASKING
 
 REFERENCE = "reference"
 TRUST = "trust"
@@ -214,6 +215,8 @@ class _Runner:
             read = [chosen.embedding_model, chosen.embeddings, chosen.quality_model, chosen.held_out]
             read += [chosen.ood.model, chosen.ood.pairs.path] if chosen.ood else []
             inputs["read"] = [fingerprint_source(name) for name in read if name is not None]
+            if ASKING & set(chosen.quality_scorers):
+                inputs["answers"] = ANSWERS
         if kind == "train" and config.train:
             inputs["loss"] = config.train.methods[name.removeprefix("train-")].model_dump()
             inputs["settings"] = config.train.made_from(without={"methods", "trust", "allow_in_sample"})

@@ -4,6 +4,7 @@ score = P(yes) / (P(yes) + P(no)), read from the logits of the first token of th
 the spellings that are one token (UniME-V2, arXiv 2510.13515, has one spelling each). Nothing is sampled.
 """
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ class YesNoJudge:
         self.tokenizer = load_tokenizer(str(model))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_policy(str(model), dtype=dtype).to(self.device).eval()
+        inside = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        self._keeps_places = "logits_to_keep" in inspect.signature(inside.forward).parameters
         self.batch_tokens = batch_tokens
         self.max_length = max_length
         self.frame = [self._frame_ids(part, first=k == 0) for k, part in enumerate(self._frame(rubric))]
@@ -96,15 +99,20 @@ class YesNoJudge:
 
     def _forward(self, rows: list[list[int]]) -> np.ndarray:
         """log P(yes) and log P(no) [n, 2] after each row."""
+        logps = torch.log_softmax(self._next_logits(rows), dim=-1)
+        return torch.stack([logps[:, side].logsumexp(dim=-1) for side in (self.yes, self.no)], dim=1).cpu().numpy()
+
+    def _next_logits(self, rows: list[list[int]]) -> torch.Tensor:
+        """The model's own logits, float64 [n, V], of the token after each row."""
         width = max(len(row) for row in rows)
         pad = self.tokenizer.pad_token_id or 0
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.device)
-        last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
-        hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-        logits = self.model.get_output_embeddings()(hidden[torch.arange(len(rows)), last])
-        logps = torch.log_softmax(logits.double(), dim=-1)
-        return torch.stack([logps[:, side].logsumexp(dim=-1) for side in (self.yes, self.no)], dim=1).cpu().numpy()
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        last = mask.sum(dim=1) - 1 - width  # from the end: a prompt-learning adapter puts tokens of its own before
+        if self._keeps_places:
+            inputs["logits_to_keep"], last = last.unique(return_inverse=True)
+        return self.model(**inputs).logits[torch.arange(len(rows), device=self.device), last].double()
 
     def _frame(self, rubric: str) -> list[str]:
         """The three pieces of the question around prompt and completion."""

@@ -5,10 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from align.errors import ConfigError, ModelError
+from align.evaluation.judges import judge_key
+from align.filtering.quality import Rubric
+from align.generation.scoring import ScorerChoice
 from reward_models.judges import make_judge
 from reward_models.llm_judge import YesNoJudge
 from tests.builders import TEMPLATE, WORDS, causal, llama_config
@@ -22,17 +27,82 @@ TEXTS = ["great", "bad bad bad", "fine film is very good"]
 def judge_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama whose words include two spellings of yes and one of no."""
     folder = tmp_path_factory.mktemp("judge")
-    vocabulary = {word: k for k, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS, "Yes", "yes", "No"])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
-    words.chat_template = TEMPLATE if request.param else None
-    words.save_pretrained(folder)
     config = llama_config()
-    config.vocab_size = len(vocabulary)
+    config.vocab_size = judge_words(folder, template=request.param)
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def judge_words(folder: Path, *, template: bool) -> int:
+    """Save a tokenizer whose words include two spellings of yes, one of no, and the digits; the number of words."""
+    answers = ["Yes", "yes", "No", "1", "2", "3", "4", "5"]
+    vocabulary = {word: k for k, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS, *answers])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
+    words.chat_template = TEMPLATE if template else None
+    words.save_pretrained(folder)
+    return len(vocabulary)
+
+
+FAMILIES = {
+    "Granite": {"logits_scaling": 8.0},
+    "Cohere": {"logit_scale": 0.0625},
+    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 1.0, "attn_implementation": "eager"},
+    "Llama": {},
+}
+"""What each does between the last hidden state and the logits; Llama nothing."""
+
+
+def family_judge(folder: Path, family: str) -> Path:
+    """A random tiny model of a family, with the words of a judge."""
+    config = llama_config().to_dict() | FAMILIES[family] | {"vocab_size": judge_words(folder, template=False)}
+    del config["model_type"], config["architectures"]
+    torch.manual_seed(0)
+    made = getattr(transformers, f"{family}Config")(**config)
+    getattr(transformers, f"{family}ForCausalLM")(made).save_pretrained(folder)
+    return folder
+
+
+def own_logits(judge: YesNoJudge, prompt: str, text: str) -> torch.Tensor:
+    """The logits [V], float64, that the judge's model itself gives of the answer to one question."""
+    with torch.no_grad():
+        return judge.model(torch.tensor([judge._question(prompt, text)])).logits[0, -1].double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adapter", ["", "lora", "prompt"])
+def test_log_odds_and_ratings_are_those_of_the_models_own_logits(family: str, adapter: str, tmp_path: Path) -> None:
+    """A scale or a cap of the logits counts, and an adapter's folder judges as the model that it makes."""
+    folder = family_judge(tmp_path / "model", family)
+    if adapter:
+        settings: PeftConfig = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        if adapter == "lora":
+            settings = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        made = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), settings)
+        made.save_pretrained(tmp_path / "adapter")
+        folder = tmp_path / "adapter"
+        judge_words(folder, template=False)
+    judge = YesNoJudge(folder, rubric=RUBRIC, batch_tokens=40)
+    spelled = [judge.tokenizer.convert_tokens_to_ids(word) for word in ("Yes", "yes", "No")]
+    own = [own_logits(judge, *texts)[spelled] for texts in zip(PROMPTS, TEXTS, strict=True)]
+    expected = [float(logits[:2].logsumexp(0) - logits[2]) for logits in own]
+    assert judge.log_odds(PROMPTS, TEXTS) == pytest.approx(expected, abs=1e-4)
+    rating = Rubric(str(folder), batch_tokens=40)
+    digits = [rating.tokenizer.convert_tokens_to_ids(digit) for digit in "12345"]
+    shares = [own_logits(rating, *texts)[digits].softmax(0).tolist() for texts in zip(PROMPTS, TEXTS, strict=True)]
+    assert np.allclose(rating.probabilities(PROMPTS, TEXTS), shares, atol=1e-5)
+
+
+def test_a_model_that_cannot_leave_logits_out_is_read_at_the_last_token(
+    judge_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models without ``logits_to_keep`` give the same scores."""
+    judge = YesNoJudge(judge_folder, rubric=RUBRIC)
+    kept = judge.log_odds(PROMPTS, TEXTS)
+    monkeypatch.setattr(judge, "_keeps_places", False)
+    assert judge.log_odds(PROMPTS, TEXTS) == pytest.approx(kept, abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 4096])
@@ -69,6 +139,12 @@ def test_messages_that_name_what_is_wrong(judge_folder: Path, tmp_path: Path) ->
         make_judge(f"yes-no:{tmp_path / 'nowhere'}")
     with pytest.raises(ConfigError, match="did you mean `vader`"):
         make_judge("vadr")
+
+
+def test_scores_from_hidden_states_are_not_taken_for_those_from_logits() -> None:
+    """Scores that lie on disk under the content of the judge's model alone are made again; a reward model's stay."""
+    assert ScorerChoice(judge="yes-no:some/model").key == judge_key("yes-no:some/model").removeprefix("yes-no:")
+    assert ScorerChoice(judge="yes-no:some/model").key != "some/model" == ScorerChoice(reward_model="some/model").key
 
 
 @pytest.mark.model

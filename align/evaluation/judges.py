@@ -15,8 +15,9 @@ from align.batching import token_batches
 from align.console import progress
 from align.errors import ConfigError
 from align.filtering.texts import plain
-from align.stage import fingerprint_source
+from align.model_folders import fingerprint_model
 from reward_models.judges import JUDGES, YES_NO, Judge, make_judge
+from reward_models.readings import ANSWERS
 
 LANGUAGE_MODEL = "llm:"
 BATCH_TOKENS = 4096
@@ -197,7 +198,8 @@ def judge_key(name: str) -> str:
     if name in JUDGES:
         return name
     kind = next((kind for kind in (LANGUAGE_MODEL, f"{YES_NO}:") if name.startswith(kind)), "")
-    return kind + fingerprint_source(name.removeprefix(kind))
+    reading = f"{ANSWERS}:" if kind == f"{YES_NO}:" else ""
+    return kind + reading + fingerprint_model(name.removeprefix(kind))
 
 
 def from_scores(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -19,8 +19,10 @@ from align.filtering.select import standardise
 from align.filtering.static import StaticEncoder
 from align.filtering.survey import Survey
 from align.filtering.texts import PARTS, cells, column, texts
+from align.model_folders import fingerprint_model
 from align.shards import Work
 from align.stage import digest, fingerprint_source
+from reward_models.readings import ANSWERS, ASKING
 
 ROWS = 1024
 """Pairs of a shard where a model reads the texts."""
@@ -60,7 +62,8 @@ def qualities(
         if name == "screen":
             found[name] = survey.screen
             continue
-        key = digest([name, fingerprint_source(str(settings.quality_model))])[:16]
+        reading = [ANSWERS] if name in ASKING else []
+        key = digest([name, fingerprint_model(str(settings.quality_model)), *reading])[:16]
         job, folder = Quality(name, settings.quality_model), cache / f"quality-{key}"
         table = pairs.select_columns(list(PARTS))
         made = found_of(table, job, folder, what=f"quality: {name}", rows=ROWS, cluster=cluster)

@@ -100,13 +100,7 @@ class Rubric(YesNoJudge):
         batches = token_batches([len(row) for row in rows], self.batch_tokens)
         with torch.inference_mode():
             for batch in progress(batches, what="rubric", total=len(batches), unit="batches"):
-                width = max(len(rows[k]) for k in batch)
-                pad = self.tokenizer.pad_token_id or 0
-                ids = torch.tensor([rows[k] + [pad] * (width - len(rows[k])) for k in batch], device=self.device)
-                mask = torch.tensor([[1] * len(rows[k]) + [0] * (width - len(rows[k])) for k in batch])
-                hidden = self.model.base_model(ids, attention_mask=mask.to(self.device), use_cache=False)[0]
-                last = hidden[torch.arange(len(batch)), mask.sum(dim=1) - 1]
-                logits = self.model.get_output_embeddings()(last).double()
+                logits = self._next_logits([rows[k] for k in batch])
                 per_rating = torch.stack([logits[:, row].logsumexp(dim=-1) for row in self.ratings], dim=1)
                 found[batch] = torch.softmax(per_rating, dim=-1).cpu().numpy()
         return found

@@ -11,7 +11,9 @@ import numpy as np
 from align.arrays import kept_array
 from align.config import nearest
 from align.errors import ConfigError, NumericsError
+from align.model_folders import fingerprint_model
 from reward_models.judges import JUDGES, YES_NO, make_judge
+from reward_models.readings import ANSWERS
 
 CHUNK = 512
 Score = Callable[[Sequence[Any], Sequence[Any]], np.ndarray]
@@ -56,6 +58,11 @@ class ScorerChoice:
     def probabilities(self) -> bool:
         """Whether the sigmoid of a reward is the P(yes) of a judge."""
         return self.judge is not None and self.judge.startswith(f"{YES_NO}:") and self.judge != f"{YES_NO}:"
+
+    @property
+    def key(self) -> str:
+        """What its scores depend on beside its settings: the content of its model, and how it reads an answer."""
+        return (f"{ANSWERS}:" if self.probabilities else "") + fingerprint_model(self.model)
 
     def load(self) -> Score:
         """The scorer. Of a yes-no judge the reward is its log-odds, log P(yes) - log P(no): the sigmoid of a margin is
