@@ -16,7 +16,7 @@ from typing import Any
 from align.config import PairsConfig, RunConfig
 from align.console import log
 from align.errors import ConfigError, EnvironmentProblem
-from align.model_folders import fingerprint_model
+from align.model_folders import fingerprint_model, unused_decoding
 from align.processes import process_rank, world_size
 from align.reproduce import write_run_manifest
 from align.run_log import run_log
@@ -209,6 +209,8 @@ class _Runner:
             inputs["model"] = fingerprint_source(config.reward.model)
         if kind in ("sample", "trust", "train", "generate") and config.train:
             inputs["model"] = fingerprint_model(config.train.model)
+        if kind in ("sample", "generate") and config.train:
+            inputs |= unused_decoding(config.train.model)
         if kind == "filter" and config.filter:
             inputs["settings"] = config.filter.model_dump(exclude={"processes"})
             chosen = config.filter

@@ -1,6 +1,9 @@
 """A completion depends on its prompt and seed alone; draws follow softmax and top-p; log-probs are the model's."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from align.generation.choice import TOLERANCE, DrawnToken, draw, nucleus_floors
 from align.generation.encoding import stop_ids, to_completion
 from align.generation.engines import make_engine
 from align.generation.transformers_engine import TransformersEngine
+from align.model_folders import unused_decoding
 from tests.builders import WORDS, tokenizer
 
 PROMPTS = ["the film is", "a very bad plot was not", "good", "the the the the", "not"]
@@ -141,6 +145,51 @@ def test_only_stop_tokens_of_the_generation_config_count(tiny_policy: Path) -> N
     made.model.generation_config.repetition_penalty = 5.0
     made.model.generation_config.temperature = 0.1
     assert made.generate(PROMPTS, Sampling(6, temperature=0)) == plain
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["model", "adapter"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 12},
+        {"num_beams": 3},
+        {"suppress_tokens": [5, 6, 7, 8, 9]},
+        {"bad_words_ids": [[5], [6], [7]]},
+        {"forced_eos_token_id": 4},
+        {"guidance_scale": 3.0},
+        {"repetition_penalty": 5.0},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+def test_no_field_of_the_generation_config_changes_what_is_sampled_from(
+    field: dict[str, Any], wrapped: bool, tiny_policy: Path
+) -> None:
+    """The model's own config is as it was afterwards, for an adapter too."""
+    made, sampling = engine(tiny_policy), Sampling(12, seed=3)
+    plain = made.generate(PROMPTS, sampling)
+    if wrapped:
+        torch.manual_seed(0)
+        adapted = get_peft_model(made.model, LoraConfig(r=2, target_modules=["q_proj"]))  # of no effect yet
+        made = TransformersEngine(adapted, made.tokenizer, batch_size=8)
+    ((name, value),) = field.items()
+    setattr(made.model.generation_config, name, value)
+    before = made.model.generation_config
+    assert made.generate(PROMPTS, sampling) == plain
+    inside = made.model.get_base_model() if wrapped else made.model
+    assert made.model.generation_config is inside.generation_config is before and getattr(before, name) == value
+
+
+def test_completions_from_a_restricted_distribution_are_made_again(tiny_policy: Path, tmp_path: Path) -> None:
+    """Their key names the fields that no longer count; that of a model without any is as it was."""
+    folder = shutil.copytree(tiny_policy, tmp_path / "model")
+    assert unused_decoding(str(folder)) == unused_decoding("some/hub-id") == {}
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"suppress_tokens": [5], "num_beams": 3, "top_k": 5}))
+    assert unused_decoding(str(folder)) == {"unused": ["num_beams", "suppress_tokens"]}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    assert unused_decoding(str(tmp_path / "adapter")) == unused_decoding(str(folder))
 
 
 def test_stop_ids_and_cutting() -> None:

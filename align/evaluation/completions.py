@@ -26,7 +26,7 @@ from align.evaluation.judges import ByScore, PairwiseJudge, from_scores, judge_k
 from align.evaluation.policies import Policy
 from align.generation.base import Sampling, keyed_prompts
 from align.generation.engines import Choice, choose_engine, make_engine
-from align.model_folders import adapter_base, fingerprint_model
+from align.model_folders import adapter_base, fingerprint_model, unused_decoding
 from align.pairs import load_prompts
 from align.shards import Work, in_parts, map_shards, read_table
 from align.stage import digest, run_stage
@@ -114,7 +114,7 @@ def write_completions(policy: Policy, prompts: Sequence[Any], decoding: Decoding
         "sampling": asdict(decoding.sampling()),
         "engine": engine,
         "part": PART,
-    }
+    } | (unused_decoding(policy.model) if engine == "transformers" else {})
 
     job = CompletionJob(policy.model, replace(decoding, engine=engine, cluster=None))
 

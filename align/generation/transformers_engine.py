@@ -1,6 +1,7 @@
 """Generation with transformers: for machines without vLLM."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class TransformersEngine:
         input_ids = torch.tensor([[pad] * start + row for start, row in zip(starts, rows, strict=True)], device=device)
         mask = torch.tensor([[0] * start + [1] * (width - start) for start in starts], device=device)
         choice = DrawnToken(sampling, seeds, starts, self.stops, self._alone, device)
-        with torch.inference_mode():
+        with torch.inference_mode(), _without_own_config(self.model):
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -78,7 +79,6 @@ class TransformersEngine:
                 generation_config=GenerationConfig(
                     max_new_tokens=sampling.max_new_tokens,
                     do_sample=False,
-                    repetition_penalty=1.0,
                     eos_token_id=self.stops or None,
                     pad_token_id=pad,
                 ),
@@ -93,3 +93,17 @@ class TransformersEngine:
         """Logits [V] after one row of token ids, computed without any other row."""
         ids = row[None]
         return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
+
+
+@contextmanager
+def _without_own_config(model: PreTrainedModel) -> Iterator[None]:
+    """Meanwhile the model, and that inside an adapter, has no generation config that fields could be filled in from."""
+    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    own = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        yield
+    finally:
+        for holder, config in zip(holders, own, strict=True):
+            holder.generation_config = config
