@@ -54,6 +54,8 @@ def build_trainer_args(
     for name, value in fields.items():
         if name in OF_THE_LOSS and path.startswith("train."):
             problems.append(f"{path}.{name}: has no meaning here: name the loss and its parameters under train.methods")
+        elif name in OF_THE_READING and path.startswith("reward."):
+            problems.append(f"{path}.{name}: has no meaning here: {OF_THE_READING[name]}")
         elif name not in known:
             problems.append(f"{path}.{name}: not a field of {kind.__name__}{nearest(name, list(known))}")
         elif name in forced and name != "seed":
@@ -83,6 +85,13 @@ def build_trainer_args(
 
 OF_THE_LOSS = ("loss_type", "beta", "label_smoothing", "loss_weights", "discopop_tau")
 """Fields of trl.DPOConfig that would say what the loss is."""
+OF_TOKENIZER = "a reward model trains and scores by the tokenizer in its model's folder; change it there"
+OF_THE_READING = {
+    "chat_template_path": OF_TOKENIZER,
+    "eos_token": OF_TOKENIZER,
+    "model_init_kwargs": "weights are loaded as float32; bf16: true computes in 16 bits",
+}
+"""Fields of trl.RewardConfig that would say how the model is loaded and reads texts, and what says so here."""
 
 
 def _share(args: Any, fields: dict[str, Any], pairs: int, path: str) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,6 +172,21 @@ def test_unknown_trainer_key_is_named(tmp_path: Path) -> None:
         caught.value
     )
     assert "reward.trainer.max_steps: found 'ten', expected a whole number" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"chat_template_path": "t.jinja"}, {"eos_token": "good"}, {"model_init_kwargs": {"dtype": "bfloat16"}}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_field_that_would_not_hold_for_training_and_scoring_alike_is_refused(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    config = RewardConfig(model=str(llama_reward(tmp_path / "m")), trainer=FAST | fields)
+    with pytest.raises(ConfigError, match=f"reward.trainer.{next(iter(fields))}: has no meaning here"):
+        train_reward_model(Dataset.from_list(rows(4)), config, tmp_path / "out", seed=0)
+    assert not (tmp_path / "out").exists()
 
 
 @given(st.lists(st.floats(-20, 20), min_size=1, max_size=50))

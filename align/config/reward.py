@@ -83,7 +83,7 @@ class RewardConfig(Section):
     """Where checkpoints are in parts (FSDP2, ``SHARDED_STATE_DICT``): write them while the training goes on, from a
     copy in the machine's memory. No effect elsewhere."""
     trainer: dict[str, Any] = {}
-    """Fields of trl.RewardConfig, passed through unchanged."""
+    """Fields of trl.RewardConfig, passed through unchanged; those of how the model is loaded and reads are refused."""
 
     @property
     def trusts_remote_code(self) -> bool:
