@@ -31,7 +31,7 @@ from align.stage import (
     run_stage,
     write_json,
 )
-from reward_models.readings import ANSWERS, ASKING
+from reward_models.readings import ANSWERS, ASKING, MESSAGES, reading
 
 REFERENCE = "reference"
 TRUST = "trust"
@@ -227,6 +227,9 @@ class _Runner:
             inputs["max_length"] = config.train.trainer.get("max_length")
         if self._is_trusted(name):
             inputs["trust"] = read_json(self.root / TRUST / TRUST_NUMBERS)
+        rewarding = config.reward is not None and kind in ("reward", "crossfit", "sample", "margins", "evaluate")
+        if (rewarding or (kind == "filter" and config.filter and config.filter.ood)) and self._reads_messages():
+            inputs["reading"] = MESSAGES
         trusting = [part for part in (config.train, config.reward) if part is not None and part.trusts_remote_code]
         if trusting:
             inputs["trust_remote_code"] = [part.model for part in trusting]
@@ -235,6 +238,15 @@ class _Runner:
             inputs["settings"] = settings.model_dump()
             inputs["prompts"] = fingerprint_source(settings.prompts)
         return inputs
+
+    def _reads_messages(self) -> bool:
+        """Whether there are messages among the pairs and prompts of the run, which a reward model may read."""
+        from align.pairs import load_prompts
+
+        files = [self.root / name / "metrics.json" for name in ("pairs", "pairs-reward")]
+        tables = [read_json(file)["train"] for file in files if file.exists()]
+        prompts = [part.prompts for part in (self.config.sample, self.config.evaluate) if part is not None]
+        return any(table.get("conversational") for table in tables) or any(reading(load_prompts(p)) for p in prompts)
 
     def _is_trusted(self, name: str) -> bool:
         """Whether ``name`` trains a method whose trust was measured."""

@@ -17,6 +17,7 @@ from align.processes import from_first, of_all, process_rank
 from align.shards import map_shards
 from align.stage import digest, fingerprint_source
 from reward_models.margin_map import MarginMap
+from reward_models.readings import reading
 from reward_models.score import COLUMNS, RewardScorer, ScoreJob, with_rewards
 from reward_models.train import train_reward_model
 
@@ -139,7 +140,8 @@ def score_with(
 
 def _key(models: Sequence[Path | str], pairs: Dataset, max_length: int) -> str:
     """Of what the rewards depend on."""
-    return digest([*(fingerprint_source(str(model)) for model in models), fingerprint(pairs), max_length])[:KEY_DIGITS]
+    read = [*(fingerprint_source(str(model)) for model in models), fingerprint(pairs), max_length]
+    return digest([*read, *reading(pairs["prompt"])])[:KEY_DIGITS]
 
 
 def _averaged(pairs: Dataset, scored: Sequence[Dataset]) -> Dataset:

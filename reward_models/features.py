@@ -12,8 +12,9 @@ from align.batching import token_batches
 from align.console import progress
 from align.errors import ModelError
 from align.stage import digest
+from reward_models.readings import MESSAGES
 from reward_models.score import RewardScorer
-from reward_models.text import tokenize
+from reward_models.text import Rendered, tokenize
 
 CHUNK = 4096
 
@@ -37,7 +38,8 @@ def head_features(scorer: RewardScorer, texts: Sequence[str], cache: Path | None
 
 
 def _chunk(scorer: RewardScorer, texts: Sequence[str], cache: Path | None) -> np.ndarray:
-    file = cache / f"features-{digest(list(texts))[:32]}.npy" if cache is not None else None
+    read = [*texts, *([MESSAGES] if any(isinstance(text, Rendered) for text in texts) else [])]
+    file = cache / f"features-{digest(read)[:32]}.npy" if cache is not None else None
     return kept_array(file, lambda: _pass(scorer, texts))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -36,6 +37,18 @@ def tokenizer(eos: bool = True, template: bool = True) -> PreTrainedTokenizerFas
     return made
 
 
+def beginning(folder: Path) -> PreTrainedTokenizerFast:
+    """Save ``tokenizer()`` as Llama 3 has it: it begins every text with <bos>, and so does its chat template."""
+    made = tokenizer()
+    made.add_special_tokens({"bos_token": "<bos>"})
+    made._tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", made.convert_tokens_to_ids("<bos>"))]
+    )
+    made.chat_template = "{{ bos_token }}" + TEMPLATE.replace("{% endfor %}", "<eos>{% endfor %}", 1)
+    made.save_pretrained(folder)
+    return made
+
+
 def causal(folder: Path, seed: int = 0) -> Path:
     """A random tiny Llama with its tokenizer, saved as a model folder."""
     torch.manual_seed(seed)
@@ -53,10 +66,11 @@ def trained_adapter(base: Path, folder: Path, seed: int) -> Path:
     return folder
 
 
-def llama_reward(folder: Path, labels: int = 1) -> Path:
-    """A random tiny Llama with a classification head."""
+def llama_reward(folder: Path, labels: int = 1, words: int = 0) -> Path:
+    """A random tiny Llama with a classification head; it embeds ``words`` words more than its tokenizer has."""
     torch.manual_seed(1)
     config = llama_config()
+    config.vocab_size += words
     config.num_labels = labels
     config.pad_token_id = 0
     LlamaForSequenceClassification(config).save_pretrained(folder)

@@ -143,8 +143,9 @@ def test_messages_that_name_what_is_wrong(judge_folder: Path, tmp_path: Path) ->
 
 def test_scores_from_hidden_states_are_not_taken_for_those_from_logits() -> None:
     """Scores that lie on disk under the content of the judge's model alone are made again; a reward model's stay."""
-    assert ScorerChoice(judge="yes-no:some/model").key == judge_key("yes-no:some/model").removeprefix("yes-no:")
-    assert ScorerChoice(judge="yes-no:some/model").key != "some/model" == ScorerChoice(reward_model="some/model").key
+    judge = ScorerChoice(judge="yes-no:some/model")
+    assert judge.key(PROMPTS) == judge_key("yes-no:some/model").removeprefix("yes-no:")
+    assert judge.key(PROMPTS) != "some/model" == ScorerChoice(reward_model="some/model").key(PROMPTS)
 
 
 @pytest.mark.model

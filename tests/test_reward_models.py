@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
@@ -19,18 +20,25 @@ from transformers import (
     RobertaConfig,
 )
 
-from align.config import RewardConfig
+from align.config import PairsConfig, RewardConfig, RunConfig
 from align.errors import ConfigError, ModelError, NumericsError
+from align.evaluation.judges import judge_key
+from align.generation.scoring import ScorerChoice
 from align.model_loading import load_policy
+from align.pipeline import _Runner
+from align.stage import fingerprint_source, write_json
 from reward_models.calibration import evaluate_margins
 from reward_models.crossfit import cross_fit
+from reward_models.features import head_features
 from reward_models.judges import VaderJudge, make_judge
 from reward_models.model import fitting_length
 from reward_models.objectives import bradley_terry
+from reward_models.readings import MESSAGES
 from reward_models.score import RewardScorer
 from reward_models.text import render, tokenize
 from reward_models.train import train_reward_model
-from tests.builders import bert_reward, causal, llama_reward, rows, tokenizer
+from reward_models.trainer import ObjectiveRewardTrainer
+from tests.builders import beginning, bert_reward, causal, llama_reward, rows, tokenizer
 
 TEXTS = ["the film is good", "a bad plot", "good", "the a is was very not great awful fine dull", "not bad"]
 FAST = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "bf16": False, "use_cpu": True}
@@ -93,6 +101,77 @@ def test_text_is_cut_from_the_right_and_ends() -> None:
     assert text.split() == ["user", ":", "good", "assistant", ":", "fine"]
     with pytest.raises(ModelError, match="no chat template"):
         render(chat, chat, tokenizer(template=False))
+
+
+TALK = [{"role": "user", "content": "is the film good"}]
+ANSWERS = [[{"role": "assistant", "content": text}] for text in ("very good", "not very good", "bad")]
+
+
+def test_messages_are_read_with_the_special_tokens_of_the_template_alone(tmp_path: Path) -> None:
+    """One beginning of sequence, in scoring and in features; plain text, in the same call too, gets the tokenizer's."""
+    folder = llama_reward(tmp_path / "rm", words=1)
+    words = beginning(folder)
+    scorer = RewardScorer(folder, batch_tokens=40, max_length=64)
+    own = [words.apply_chat_template([*TALK, *answer], return_dict=False) for answer in ANSWERS]
+    assert [row.count(words.bos_token_id) for row in own] == [1, 1, 1]
+    texts = [render(TALK, answer, scorer.tokenizer) for answer in ANSWERS]
+    plain = [words.bos_token_id, *words("a film", add_special_tokens=False)["input_ids"], words.eos_token_id]
+    assert tokenize([*texts, "a film"], scorer.tokenizer, 64) == [*own, plain]
+    with torch.no_grad():
+        expected = [scorer.rewards([row])[0] for row in own]
+    assert scorer.score_completions([TALK] * 3, ANSWERS) == pytest.approx(expected, abs=1e-5)
+    row = {"prompt": TALK, "chosen": ANSWERS[0], "rejected": ANSWERS[2]}
+    margin = scorer.score_pairs(Dataset.from_list([row]))["margin"][0]
+    assert margin == pytest.approx(expected[0] - expected[2], abs=1e-5)
+    weight = scorer.model.score.weight.detach().double().numpy()[0]
+    assert head_features(scorer, texts) @ weight == pytest.approx(expected, abs=1e-4)
+
+
+def test_messages_are_trained_on_as_they_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ids that training is given of a pair are those that its margin is computed from."""
+    folder = llama_reward(tmp_path / "rm", words=1)
+    words = beginning(folder)
+    given: list[Any] = []
+    begin = ObjectiveRewardTrainer.__init__
+
+    def noted(self: ObjectiveRewardTrainer, **kwargs: Any) -> None:
+        given.append(kwargs["train_dataset"])
+        begin(self, **kwargs)
+
+    monkeypatch.setattr(ObjectiveRewardTrainer, "__init__", noted)
+    table = [{"id": str(k), "prompt": TALK, "chosen": ANSWERS[0], "rejected": ANSWERS[2]} for k in range(8)]
+    config = RewardConfig(model=str(folder), max_length=64, trainer=FAST | {"max_steps": 1})
+    train_reward_model(Dataset.from_list(table), config, tmp_path / "out", seed=0)
+    own = [words.apply_chat_template([*TALK, *answer], return_dict=False) for answer in (ANSWERS[0], ANSWERS[2])]
+    assert given[0]["chosen_ids"][0] == own[0] and given[0]["rejected_ids"][0] == own[1]
+
+
+def test_an_encoder_keeps_its_own_special_tokens_around_messages() -> None:
+    words = tokenizer(eos=False)
+    words.add_special_tokens({"cls_token": "<cls>"})
+    words._tokenizer.post_processor = TemplateProcessing(
+        single="<cls> $A", special_tokens=[("<cls>", words.convert_tokens_to_ids("<cls>"))]
+    )
+    ids = tokenize([render(TALK, ANSWERS[0], words)], words, 64)[0]
+    assert ids == [words.cls_token_id, *words.apply_chat_template([*TALK, *ANSWERS[0]], return_dict=False)]
+
+
+def test_rewards_of_messages_are_not_taken_from_before_and_those_of_text_are(tmp_path: Path) -> None:
+    """Keys of whatever keeps rewards: another one for messages, that of before for plain text."""
+    folder = llama_reward(tmp_path / "rm")
+    content, talks, texts = fingerprint_source(str(folder)), [TALK], ["the film is"]
+    assert judge_key(str(folder), texts) == ScorerChoice(reward_model=str(folder)).key(texts) == content
+    assert judge_key(str(folder), talks) == ScorerChoice(reward_model=str(folder)).key(talks) != content
+    assert judge_key("llm:m", talks) == judge_key("llm:m", texts) and judge_key("vader", talks) == "vader"
+    root = tmp_path / "run"
+    made = {}
+    for name, conversational in (("plain", False), ("talk", True)):
+        (root / "pairs").mkdir(parents=True, exist_ok=True)
+        write_json(root / "pairs" / "metrics.json", {"train": {"conversational": conversational}})
+        config = RunConfig(name="run", pairs=PairsConfig(path="p"), reward=RewardConfig(model=str(folder)))
+        made[name] = {stage: _Runner(config, root)._inputs(stage) for stage in ("reward", "crossfit", "margins")}
+    assert all("reading" not in inputs for inputs in made["plain"].values())
+    assert all(made["talk"][stage] == inputs | {"reading": MESSAGES} for stage, inputs in made["plain"].items())
 
 
 def test_a_text_longer_than_the_table_of_positions_is_cut(tmp_path: Path) -> None:

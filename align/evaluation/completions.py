@@ -146,7 +146,7 @@ def measure_kl(written: Written, reference: Policy, output: Path) -> np.ndarray:
 
 def score(written: Written, judge: Judge, output: Path) -> np.ndarray:
     """What a judge that gives numbers says of each completion, [N]."""
-    inputs = {"completions": written.key, "judge": judge_key(judge.name)}
+    inputs = {"completions": written.key, "judge": judge_key(judge.name, written.prompts)}
 
     def work(parts: Path) -> Dataset:
         answers = written.answers()

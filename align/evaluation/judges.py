@@ -17,7 +17,7 @@ from align.errors import ConfigError
 from align.filtering.texts import plain
 from align.model_folders import fingerprint_model
 from reward_models.judges import JUDGES, YES_NO, Judge, make_judge
-from reward_models.readings import ANSWERS
+from reward_models.readings import ANSWERS, reading
 
 LANGUAGE_MODEL = "llm:"
 BATCH_TOKENS = 4096
@@ -193,13 +193,13 @@ def make_score_judge(name: str) -> Judge:
     return make_judge(name)
 
 
-def judge_key(name: str) -> str:
-    """What the verdicts of a judge depend on: its name, and the content of its model."""
+def judge_key(name: str, prompts: Sequence[Any] = ()) -> str:
+    """What the verdicts of a judge depend on beside the texts: its name, the content of its model, how it reads."""
     if name in JUDGES:
         return name
     kind = next((kind for kind in (LANGUAGE_MODEL, f"{YES_NO}:") if name.startswith(kind)), "")
-    reading = f"{ANSWERS}:" if kind == f"{YES_NO}:" else ""
-    return kind + reading + fingerprint_model(name.removeprefix(kind))
+    read = {f"{YES_NO}:": [ANSWERS], LANGUAGE_MODEL: []}.get(kind, reading(prompts))
+    return kind + "".join(f"{word}:" for word in read) + fingerprint_model(name.removeprefix(kind))
 
 
 def from_scores(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from align.shards import in_parts, read_table
 from align.stage import fingerprint_source, run_stage, write_json
 from reward_models.calibration import evaluate_margins
 from reward_models.length_bias import word_difference
+from reward_models.readings import MESSAGES, reading
 
 PART = 256
 """Pairs per part; a stopped scoring makes at most one of them again."""
@@ -63,6 +64,7 @@ def evaluate(
     log.info("scoring %d pairs of %s with %s%s -> %s", len(pairs), source.path, model,
              " as chat" if chat else "", output)  # fmt: skip
     inputs = {"pairs": fingerprint(pairs), "model": fingerprint_source(model), "max_length": max_length, "part": PART}
+    inputs |= {"reading": MESSAGES} if reading(pairs["prompt"]) else {}
 
     def work(folder: Path) -> None:
         from reward_models.ensemble import EnsembleScorer

@@ -22,7 +22,7 @@ from align.filtering.texts import PARTS, cells, column, texts
 from align.model_folders import fingerprint_model
 from align.shards import Work
 from align.stage import digest, fingerprint_source
-from reward_models.readings import ANSWERS, ASKING
+from reward_models.readings import ANSWERS, ASKING, reading
 
 ROWS = 1024
 """Pairs of a shard where a model reads the texts."""
@@ -88,7 +88,8 @@ def distances(
     from align.pairs import fingerprint, load_pairs
 
     known = load_pairs(ood.pairs)
-    key = digest([fingerprint_source(ood.model), fingerprint(known), ood.quantile])[:16]
+    read = [fingerprint_source(ood.model), fingerprint(known), ood.quantile]
+    key = digest([*read, *reading([known[0]["prompt"], pairs[0]["prompt"]])])[:16]
     file = cache / f"ood-{key}.safetensors"
     fitted = kept_arrays(file, lambda: _fit(known, ood))
     job = Distance(ood.model, Mahalanobis(fitted["means"], fitted["whitening"]))
