@@ -24,6 +24,7 @@ Rows = Annotated[int, typer.Option(min=1, help="Completions per forward pass.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first so many prompts.")]
 Shown = Annotated[int, typer.Option(min=0, help="Prompts whose completions the page shows.")]
 Engine = Annotated[str, typer.Option(help="auto, vllm or transformers.")]
+Length = Annotated[int | None, typer.Option(min=2, help="Tokens that a reward model or llm: judge reads (1024).")]
 Heat = Annotated[float, typer.Option(min=0.0, help="Decoding temperature; 0 is greedy.")]
 
 
@@ -40,6 +41,7 @@ def reward(
     batch_size: Rows = 64,
     limit: Limit = None,
     shown: Shown = 100,
+    max_length: Length = None,
     seed: int = 0,
     cluster: Cluster = None,
 ) -> None:
@@ -48,7 +50,7 @@ def reward(
 
     settings = _settings(
         prompts, output, judge, temperature, max_new_tokens, engine, batch_size, limit, shown, seed,
-        cluster,
+        cluster, max_length,
     )  # fmt: skip
     commands.reward(policies, reference, settings)
 
@@ -66,6 +68,7 @@ def compare(
     batch_size: Rows = 64,
     limit: Limit = None,
     shown: Shown = 100,
+    max_length: Length = None,
     seed: int = 0,
     cluster: Cluster = None,
 ) -> None:
@@ -74,7 +77,7 @@ def compare(
 
     settings = _settings(
         prompts, output, judge, temperature, max_new_tokens, engine, batch_size, limit, shown, seed,
-        cluster,
+        cluster, max_length,
     )  # fmt: skip
     commands.compare(a, b, settings)
 
@@ -94,6 +97,7 @@ def frontier(
     engine: Engine = "auto",
     batch_size: Rows = 64,
     limit: Limit = None,
+    max_length: Length = None,
     seed: int = 0,
     cluster: Cluster = None,
 ) -> None:
@@ -102,6 +106,7 @@ def frontier(
 
     settings = _settings(
         prompts, output, judge, 1.0, max_new_tokens, engine, batch_size, limit, 0, seed, cluster,
+        max_length,
     )  # fmt: skip
     commands.frontier(policies, reference, temperature or [0.5, 0.75, 1.0], checkpoints or [], settings)
 
@@ -155,9 +160,10 @@ def _settings(
     shown: int,
     seed: int,
     cluster: str | None,
+    max_length: int | None,
 ) -> "Settings":
     from align.evaluation.commands import Settings
     from align.evaluation.completions import Decoding
 
     decoding = Decoding(max_new_tokens, temperature, seed, batch_size, cast("Choice", engine), cluster_called(cluster))
-    return Settings(prompts, output, judge, decoding, limit, shown)
+    return Settings(prompts, output, judge, decoding, limit, shown, max_length)

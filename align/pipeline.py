@@ -10,6 +10,7 @@ depends on.
 
 import sys
 from collections.abc import Callable
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ REFERENCE = "reference"
 TRUST = "trust"
 REFERENCE_CACHE = "reference-logps"
 TRUST_NUMBERS = "parameters.json"
+SHORTEST, SPECIAL = 512, 4
+"""Tokens that every reward model reads where ``reward.max_length`` lets it, and those around a text, at most."""
 TOGETHER = frozenset({"reward", "crossfit", "margins", "train"})
 """Kinds of stages that the processes of a launcher do together; the others the first does alone."""
 
@@ -207,6 +210,9 @@ class _Runner:
             skipped = {"pairs", "eval_pairs", "eval_fraction"} | ({"folds"} if kind == "reward" else set())
             inputs["settings"] = config.reward.made_from(without=skipped)
             inputs["model"] = fingerprint_source(config.reward.model)
+            table = self.root / ("pairs" if config.reward.pairs is None else "pairs-reward") / "train"
+            if table.exists() and _may_be_cut_alike(table, config.reward.max_length):
+                inputs["cut_alike"] = "left out"
         if kind in ("sample", "trust", "train", "generate") and config.train:
             inputs["model"] = fingerprint_model(config.train.model)
         if kind in ("sample", "generate") and config.train:
@@ -262,6 +268,16 @@ class _Runner:
             stages.WORK[kind](self.config, self.root, folder, rest)
 
         return work
+
+
+def _may_be_cut_alike(folder: Path, max_length: int) -> bool:
+    """Whether what both texts of a plain pair begin with may fill ``max_length``: a token of it has a byte at least."""
+    from align.pairs import read_pairs
+
+    least = min(max_length, SHORTEST) - SPECIAL
+    rows = (row for row in read_pairs(folder) if isinstance(row["prompt"], str))
+    shared = ((row["prompt"], commonprefix([row["chosen"], row["rejected"]])) for row in rows)  # noqa: RUF071  characters
+    return any(len("".join(texts).encode()) >= least for texts in shared)
 
 
 def _source(pairs: PairsConfig | None) -> dict[str, Any] | None:

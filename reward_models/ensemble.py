@@ -12,13 +12,14 @@ import numpy as np
 from datasets import Dataset
 
 from align.config import ClusterConfig, RewardConfig
+from align.console import log
 from align.pairs import TEXT, fingerprint, with_columns
 from align.processes import from_first, of_all, process_rank
 from align.shards import map_shards
 from align.stage import digest, fingerprint_source
 from reward_models.margin_map import MarginMap
 from reward_models.readings import reading
-from reward_models.score import COLUMNS, RewardScorer, ScoreJob, with_rewards
+from reward_models.score import ALIKE, COLUMNS, RewardScorer, ScoreJob, tell_alike, with_rewards
 from reward_models.train import train_reward_model
 
 MEMBERS = "members"
@@ -62,6 +63,8 @@ def members(model: Path | str) -> list[Path | str]:
 class EnsembleScorer:
     """The mean reward of a model and the other members of its ensemble; of a model without any, its reward.
 
+    How many texts are cut before their response is said, by the first member's tokens.
+
     All members are in memory at once, so that any number of small calls loads each of them once.
 
     Args:
@@ -88,11 +91,15 @@ class EnsembleScorer:
         Raises:
             ModelError: they are messages, and the model's tokenizer has no chat template.
         """
+        unread = self.scorers[0].unread(prompts, completions).sum()
+        if unread:
+            log.warning("%d of %d completions are not read: their prompts fill max_length", unread, len(prompts))
         rewards = [scorer.score_completions(prompts, completions) for scorer in self.scorers]
         return np.asarray(np.mean(rewards, axis=0))
 
     def score_pairs(self, pairs: Dataset) -> Dataset:
         """The table with the mean rewards and their margin; ``margin_std`` where there are at least two members."""
+        tell_alike(self.scorers[0].alike(pairs))
         return _averaged(pairs, [scorer.score_pairs(pairs) for scorer in self.scorers])
 
 
@@ -110,7 +117,7 @@ def score_with(
     """The table with the mean rewards of the models and their margin; ``margin_std`` where there are at least two.
 
     One model after the other is loaded and scores all pairs, so that one of them is in memory at a time. Under a
-    launcher all processes call this together and share the work.
+    launcher all processes call this together and share the work. How many pairs are cut alike is said.
 
     Args:
         models: at least one.
@@ -125,22 +132,24 @@ def score_with(
     """
     kept = from_first(lambda: folder / _key(models, pairs, max_length))
     texts = pairs.select_columns(list(TEXT))
-    made = []
+    made, alike = [], np.zeros(len(pairs), dtype=bool)
     for number, model in enumerate(models):
         job = ScoreJob(str(model), batch_tokens, max_length, trust_remote_code)
         own = kept / str(number)
         found = map_shards(texts, job, own, size=SHARD, what="scoring", cluster=cluster, together=True).whole()
+        alike |= np.asarray(found[ALIKE])
         made.append(with_rewards(pairs, *(np.asarray(found[name]) for name in ("reward_chosen", "reward_rejected"))))
     of_all([process_rank()])  # nobody reads a shard any more
     if process_rank() == 0:
         shutil.rmtree(folder)
+        tell_alike(alike)
     table = _averaged(pairs, made)
     return table if calibration is None else calibration.apply(table)
 
 
 def _key(models: Sequence[Path | str], pairs: Dataset, max_length: int) -> str:
-    """Of what the rewards depend on."""
-    read = [*(fingerprint_source(str(model)) for model in models), fingerprint(pairs), max_length]
+    """Of what the rewards depend on, and what is kept of them."""
+    read = [*(fingerprint_source(str(model)) for model in models), fingerprint(pairs), max_length, ALIKE]
     return digest([*read, *reading(pairs["prompt"])])[:KEY_DIGITS]
 
 

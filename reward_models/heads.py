@@ -21,7 +21,7 @@ from align.errors import ModelError
 from align.pairs import folds_by_prompt
 from reward_models.features import head_features
 from reward_models.score import RewardScorer
-from reward_models.text import render
+from reward_models.text import pairs_told_apart, render
 
 Loss = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(rewards of chosen [N], of rejected [N], columns) -> loss [N]."""
@@ -136,6 +136,7 @@ def train_head(
             code="reward-head",
             hint="use `reward.head: full`",
         )
+    train = pairs_told_apart(train, scorer.tokenizer, scorer.max_length)
     texts = [render(row["prompt"], row[side], scorer.tokenizer) for side in ("chosen", "rejected") for row in train]
     chosen, rejected = np.split(head_features(scorer, texts, cache), 2)
     if config.head == "naive-bayes":

@@ -10,17 +10,19 @@ import torch
 from datasets import Dataset
 
 from align.batching import token_batches
-from align.console import progress
+from align.console import log, progress
 from align.errors import NumericsError
 from align.pairs import with_columns
 from align.processes import local_device
 from align.shards import Work
 from reward_models.model import fitting_length, load_reward_model
-from reward_models.text import render, tokenize
+from reward_models.text import cut_alike, pairs_cut_alike, render, tokenize
 
 SHOWN = 80
 """Characters of a text in an error."""
 COLUMNS = ("reward_chosen", "reward_rejected", "margin")
+ALIKE = "cut_alike"
+"""Column of a shard: see ``RewardScorer.alike``."""
 
 
 class RewardScorer:
@@ -91,6 +93,17 @@ class RewardScorer:
         texts = [render(row["prompt"], row[side], self.tokenizer) for side in ("chosen", "rejected") for row in pairs]
         return with_rewards(pairs, *self.score_texts(texts).reshape(2, len(pairs)))
 
+    def alike(self, pairs: Dataset) -> np.ndarray:
+        """Whether the two responses of each pair are cut to the same tokens, bool [N]; their margin is then 0."""
+        return pairs_cut_alike(pairs, self.tokenizer, self.max_length)
+
+    def unread(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
+        """Whether the prompt beside each completion leaves nothing of it within ``max_length``, bool [N]."""
+        rows = list(zip(prompts, completions, strict=True))
+        whole = [render(prompt, completion, self.tokenizer) for prompt, completion in rows]
+        asked = [render(prompt, "" if isinstance(prompt, str) else [], self.tokenizer) for prompt, _ in rows]
+        return cut_alike(whole, asked, self.tokenizer, self.max_length)
+
     def rewards(self, rows: list[list[int]]) -> np.ndarray:
         """Reward of each row of token ids, float64 [N], in one forward pass."""
         return self.model(**self.inputs(rows)).logits.squeeze(-1).double().cpu().numpy()
@@ -119,7 +132,7 @@ def with_rewards(pairs: Dataset, chosen: np.ndarray, rejected: np.ndarray) -> Da
 
 @dataclass(frozen=True, slots=True)
 class ScoreJob:
-    """Rewards of the pairs of a shard; see ``RewardScorer``."""
+    """Rewards of the pairs of a shard, and which are cut alike; see ``RewardScorer``."""
 
     model: str
     batch_tokens: int
@@ -132,4 +145,15 @@ class ScoreJob:
             self.model, batch_tokens=self.batch_tokens, max_length=self.max_length,
             trust_remote_code=self.trust_remote_code,
         )  # fmt: skip
-        return lambda rows: scorer.score_pairs(rows).select_columns(["reward_chosen", "reward_rejected"])
+
+        def work(rows: Dataset) -> Dataset:
+            scored = scorer.score_pairs(rows).select_columns(["reward_chosen", "reward_rejected"])
+            return scored.add_column(ALIKE, scorer.alike(rows).tolist())
+
+        return work
+
+
+def tell_alike(alike: np.ndarray) -> None:
+    """Say how many of the pairs, bool [N], have no margin because they are cut alike."""
+    if alike.any():
+        log.warning("%d of %d pairs have a margin of 0: their prompts fill max_length", alike.sum(), len(alike))

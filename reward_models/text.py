@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from align.errors import ModelError
+from align.console import log
+from align.errors import DataError, ModelError
 
 
 class Rendered(str):
@@ -50,3 +53,43 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_lengt
     if eos is None:
         return ids
     return [row if row and row[-1] == eos else [*row, eos] for row in ids]
+
+
+def cut_alike(
+    first: Sequence[str], second: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> np.ndarray:
+    """Whether two different texts are the same tokens once they are cut to ``max_length``, bool [N].
+
+    No reward tells them apart: what they begin with, as a rule their prompt, fills ``max_length``.
+    """
+    ids = (tokenize(texts, tokenizer, max_length) for texts in (first, second))
+    full = max_length - (tokenizer.eos_token_id is not None)
+    rows = zip(first, second, *ids, strict=True)
+    return np.array([one != other and a == b and len(a) >= full for one, other, a, b in rows], dtype=bool)
+
+
+def pairs_cut_alike(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> np.ndarray:
+    """Whether the two responses of each pair are cut alike after its prompt, bool [N]; see ``cut_alike``."""
+    chosen, rejected = (
+        [render(row["prompt"], row[side], tokenizer) for row in pairs] for side in ("chosen", "rejected")
+    )
+    return cut_alike(chosen, rejected, tokenizer, max_length)
+
+
+def pairs_told_apart(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """The pairs without those that are cut alike, from which a reward model learns nothing; how many are said.
+
+    Raises:
+        DataError: none is left.
+    """
+    alike = pairs_cut_alike(pairs, tokenizer, max_length)
+    if not alike.any():
+        return pairs
+    if alike.all():
+        raise DataError(
+            f"none of {len(pairs)} pairs has responses that differ within {max_length} tokens",
+            code="empty-completion",
+            hint="raise reward.max_length, or take a model that reads longer texts",
+        )
+    log.warning("%d of %d pairs are left out: their prompts fill max_length", alike.sum(), len(pairs))
+    return pairs.select(np.flatnonzero(~alike))

@@ -20,7 +20,7 @@ from align.trainer_progress import show_progress
 from reward_models.heads import train_head
 from reward_models.model import fitting_length, load_reward_model
 from reward_models.objective_registry import objective_columns, resolve_objective
-from reward_models.text import render, tokenize
+from reward_models.text import pairs_told_apart, render, tokenize
 from reward_models.trainer import ObjectiveRewardTrainer
 
 CONFIG = "config.json"
@@ -35,7 +35,8 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
     beside ``output``; checkpoints are removed when it is done. Under a launcher all processes call this together.
 
     Args:
-        train: pair table, with the columns that the objective reads.
+        train: pair table, with the columns that the objective reads; pairs whose prompts fill ``config.max_length``
+            are left out, and how many is said.
         config: backbone, head, objective, adapter, length and trl.RewardConfig fields.
         output: folder of the finished model; a folder that holds config.json is left as it is.
         seed: seed of the head, the adapter and the order of the pairs.
@@ -69,6 +70,9 @@ def _train_whole(train: Dataset, config: RewardConfig, output: Path, checkpoints
     transformers.set_seed(seed)
     model, tokenizer = load_reward_model(config.model, trust_remote_code=args.trust_remote_code, new_head=True)
     most = fitting_length(model, config.max_length)
+    kept = pairs_told_apart(train, tokenizer, most)
+    if len(kept) < len(train):
+        train, columns = kept, objective_columns(kept, objective)
     ids = {
         f"{side}_ids": tokenize([render(row["prompt"], row[side], tokenizer) for row in train], tokenizer, most)
         for side in ("chosen", "rejected")

@@ -1,8 +1,9 @@
 """Reward models: the same reward whatever the batch and the padding; training that learns; calibration by hand."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -20,22 +21,24 @@ from transformers import (
     RobertaConfig,
 )
 
-from align.config import PairsConfig, RewardConfig, RunConfig
-from align.errors import ConfigError, ModelError, NumericsError
-from align.evaluation.judges import judge_key
+from align.config import ObjectiveConfig, PairsConfig, RewardConfig, RunConfig
+from align.errors import ConfigError, DataError, ModelError, NumericsError
+from align.evaluation.judges import judge_key, make_score_judge
 from align.generation.scoring import ScorerChoice
 from align.model_loading import load_policy
+from align.pairs import write_pairs
 from align.pipeline import _Runner
 from align.stage import fingerprint_source, write_json
 from reward_models.calibration import evaluate_margins
 from reward_models.crossfit import cross_fit
+from reward_models.ensemble import EnsembleScorer, members, score_with
 from reward_models.features import head_features
 from reward_models.judges import VaderJudge, make_judge
 from reward_models.model import fitting_length
 from reward_models.objectives import bradley_terry
 from reward_models.readings import MESSAGES
 from reward_models.score import RewardScorer
-from reward_models.text import render, tokenize
+from reward_models.text import cut_alike, render, tokenize
 from reward_models.train import train_reward_model
 from reward_models.trainer import ObjectiveRewardTrainer
 from tests.builders import beginning, bert_reward, causal, llama_reward, rows, tokenizer
@@ -174,6 +177,98 @@ def test_rewards_of_messages_are_not_taken_from_before_and_those_of_text_are(tmp
     assert all(made["talk"][stage] == inputs | {"reading": MESSAGES} for stage, inputs in made["plain"].items())
 
 
+def long_and_short() -> Dataset:
+    """Eight pairs, of which three (p0, p1, p2) have a prompt of 20 words, the others of fewer than 6."""
+    table = [row | ({"prompt": "the " * 20} if k < 3 else {}) for k, row in enumerate(rows(8))]
+    return Dataset.from_list(table)
+
+
+@pytest.mark.parametrize("build", [llama_reward, bert_reward])
+def test_pairs_whose_prompts_fill_the_length_are_counted_in_scoring(
+    build: Callable[[Path], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, over all shards and members; with room for the responses nothing is said."""
+    folder, pairs = build(tmp_path / "rm"), long_and_short()
+    bert_reward(folder / "members" / "1")
+    margins = np.asarray(score_with(members(folder), pairs, tmp_path / "s", batch_tokens=64, max_length=16)["margin"])
+    assert (margins[:3] == 0).all() and (margins[3:] != 0).all()
+    said = "3 of 8 pairs have a margin of 0: their prompts fill max_length"
+    assert caplog.text.count(said) == 1
+    EnsembleScorer(folder, batch_tokens=64, max_length=16).score_pairs(pairs)
+    assert caplog.text.count(said) == 2
+    wide = score_with(members(folder), pairs, tmp_path / "s", batch_tokens=64, max_length=32)
+    assert (np.asarray(wide["margin"]) != 0).all() and caplog.text.count("fill max_length") == 2
+
+
+def test_responses_that_are_the_same_tokens_without_a_cut_are_no_cut_pairs() -> None:
+    """Words that the tokenizer does not know, an empty table, equal texts."""
+    words = tokenizer()
+    assert cut_alike(["the xyz"], ["the zyx"], words, 16).tolist() == [False]
+    assert cut_alike(["the " * 20], ["the " * 20], words, 16).tolist() == [False]
+    assert cut_alike([], [], words, 16).tolist() == []
+    assert cut_alike(["the " * 15 + "good"], ["the " * 15 + "bad"], words, 16).tolist() == [True]
+    assert cut_alike(["the " * 14 + "good"], ["the " * 14 + "bad"], words, 16).tolist() == [False]
+
+
+@pytest.mark.parametrize("head", ["full", "naive-bayes"])
+def test_pairs_whose_prompts_fill_the_length_are_left_out_of_training(
+    head: Literal["full", "naive-bayes"], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model is that of the other pairs alone, and the number is said; without any other pair nothing is trained."""
+    backbone, pairs = llama_reward(tmp_path / "rm"), long_and_short()
+    config = RewardConfig(model=str(backbone), head=head, max_length=16, trainer=FAST | {"max_steps": 3})
+    train_reward_model(pairs, config, tmp_path / "all", seed=0)
+    assert caplog.text.count("3 of 8 pairs are left out: their prompts fill max_length") == 1
+    train_reward_model(pairs.select(range(3, 8)), config, tmp_path / "others", seed=0)
+    assert caplog.text.count("are left out") == 1
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "others")]
+    assert weights[0] == weights[1]
+    with pytest.raises(DataError, match="none of 3 pairs has responses that differ within 16 tokens"):
+        train_reward_model(pairs.select(range(3)), config, tmp_path / "none", seed=0)
+
+
+def test_models_trained_on_pairs_that_are_left_out_now_are_made_again(tmp_path: Path) -> None:
+    """Only where a pair may be one: the key of another table's models is as it was."""
+    folder, root = llama_reward(tmp_path / "rm"), tmp_path / "run"
+    made = {}
+    for name, length in (("short", 128), ("long", 16)):
+        config = RewardConfig(model=str(folder), max_length=length)
+        runner = _Runner(RunConfig(name="run", pairs=PairsConfig(path="p"), reward=config), root)
+        write_pairs(long_and_short(), root / "pairs" / "train")
+        made[name] = [runner._inputs(stage).get("cut_alike") for stage in ("reward", "crossfit", "margins")]
+    assert made == {"short": [None] * 3, "long": ["left out", "left out", None]}
+
+
+def test_columns_of_the_objective_stay_beside_their_pairs(tmp_path: Path) -> None:
+    """Pairs that are left out take their numbers with them."""
+    pairs = long_and_short().add_column("teacher_margin", [float(k) for k in range(8)])
+    objective = ObjectiveConfig(name="margin_mse")
+    config = RewardConfig(
+        model=str(llama_reward(tmp_path / "rm")), objective=objective, max_length=16, trainer=FAST | {"max_steps": 3}
+    )
+    for name, table in (("all", pairs), ("others", pairs.select(range(3, 8)))):
+        train_reward_model(table, config, tmp_path / name, seed=0)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "others")]
+    assert weights[0] == weights[1]
+
+
+def test_completions_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A judge says of how many completions it sees nothing; a larger limit is another one's verdicts."""
+    folder = llama_reward(tmp_path / "rm")
+    beginning(llama_reward(folder / "members" / "1", words=1))
+    prompts: list[Any] = ["the " * 20, "the film is", "the " * 20]
+    found = make_score_judge(str(folder), 16).score(prompts, [" good", " good", " bad"])
+    assert found[0] == found[2] != found[1]
+    assert caplog.text.count("2 of 3 completions are not read: their prompts fill max_length") == 1
+    wide = make_score_judge(str(folder)).score(prompts, [" good", " good", " bad"])
+    assert wide[0] != wide[2] and caplog.text.count("fill max_length") == 1
+    talk = [{"role": "user", "content": "the " * 20}]
+    make_score_judge(str(folder), 16).score([talk], [ANSWERS[0]])
+    assert caplog.text.count("1 of 1 completions are not read: their prompts fill max_length") == 1
+    with pytest.raises(ConfigError, match="--max-length: found 16 for the judge vader"):
+        make_score_judge("vader", 16)
+
+
 def test_a_text_longer_than_the_table_of_positions_is_cut(tmp_path: Path) -> None:
     """It is scored as its beginning is, and can be trained on; the limit is said."""
     folder = bert_reward(tmp_path / "model")
@@ -182,7 +277,9 @@ def test_a_text_longer_than_the_table_of_positions_is_cut(tmp_path: Path) -> Non
     long = "good film " * 300
     rewards = scorer.score_texts([long, long + "bad " * 9, "good film " * 256])
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-6) == pytest.approx(rewards[2], abs=1e-6)
-    pairs = Dataset.from_list([row | {"prompt": long} for row in rows(8)])
+    pairs = Dataset.from_list(
+        [row | {side: f"{row[side]} {long}" for side in ("chosen", "rejected")} for row in rows(8)]
+    )
     trainer = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "bf16": False}
     config = RewardConfig(model=str(folder), max_length=2048, trainer=trainer)
     train_reward_model(pairs, config, tmp_path / "trained", seed=0)

@@ -50,6 +50,8 @@ class Settings:
     """Prompts to use; None: all of them."""
     shown: int
     """Prompts whose completions are shown on the page."""
+    max_length: int | None = None
+    """Tokens that a reward model or an ``llm:`` judge reads; None: 1024."""
 
 
 def reward(items: Sequence[str], reference: str | None, settings: Settings) -> None:
@@ -67,13 +69,13 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
     origin = find_reference(policies, reference)
     started = _start(settings, [origin, *policies])
     prompts = read_prompts(settings.prompts, settings.limit)
-    judge = make_score_judge(settings.judge)
+    judge = make_score_judge(settings.judge, settings.max_length)
     written = {
         policy.name: write_completions(policy, prompts, settings.decoding, settings.output)
         for policy in (origin, *policies)
     }
     kls = {name: _kl(found, origin, settings.output) for name, found in written.items()}
-    rewards = {name: score(found, judge, settings.output) for name, found in written.items()}
+    rewards = {name: score(found, judge, settings.output, settings.max_length) for name, found in written.items()}
     seed = settings.decoding.seed
     section = compare_rewards(rewards, baseline=REFERENCE, seed=seed)
     texts = text_statistics({n: _texts(w) for n, w in written.items()}, baseline=REFERENCE, seed=seed)
@@ -110,9 +112,9 @@ def compare(first: str, second: str, settings: Settings) -> None:
     a, b = parse_policies([first, second])
     started = _start(settings, [a, b])
     prompts = read_prompts(settings.prompts, settings.limit)
-    judge = make_pairwise(settings.judge)
+    judge = make_pairwise(settings.judge, settings.max_length)
     ours, theirs = (write_completions(policy, prompts, settings.decoding, settings.output) for policy in (a, b))
-    shown_first, shown_second = judge_pairs(ours, theirs, judge, settings.output)
+    shown_first, shown_second = judge_pairs(ours, theirs, judge, settings.output, settings.max_length)
     lengths = ([len(text) for text in written.table["text"]] for written in (ours, theirs))
     seed = settings.decoding.seed
     result = win_rate(shown_first, shown_second, *lengths, seed=seed)
@@ -165,7 +167,7 @@ def frontier(
     origin = find_reference([*policies, *(policy for _, policy in steps)], reference)
     started = _start(settings, [origin, *policies, *parse_policies(trained)])
     prompts = read_prompts(settings.prompts, settings.limit)
-    judge = make_score_judge(settings.judge)
+    judge = make_score_judge(settings.judge, settings.max_length)
     jobs: list[tuple[Policy, float, int | None]] = [(origin, 1.0, None)]
     heats = list(dict.fromkeys(temperatures))
     jobs += [(policy, heat, None) for policy in (origin, *policies) for heat in heats if policy != origin or heat != 1]
@@ -175,7 +177,8 @@ def frontier(
     for policy, heat, step in jobs:
         decoding = replace(settings.decoding, temperature=heat)
         written = write_completions(policy, prompts, decoding, settings.output)
-        kl, rewards = _kl(written, origin, settings.output), score(written, judge, settings.output)
+        kl = _kl(written, origin, settings.output)
+        rewards = score(written, judge, settings.output, settings.max_length)
         base = rewards if base is None else base
         points.append(_point(policy.name, heat, step, rewards, base, kl, settings.decoding.seed))
     section = {"points": points, "run": _run(settings, [origin, *policies], len(prompts), started)}

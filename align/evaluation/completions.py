@@ -144,9 +144,9 @@ def measure_kl(written: Written, reference: Policy, output: Path) -> np.ndarray:
     return np.asarray(table["logp_policy"]) - np.asarray(table["logp_reference"])
 
 
-def score(written: Written, judge: Judge, output: Path) -> np.ndarray:
-    """What a judge that gives numbers says of each completion, [N]."""
-    inputs = {"completions": written.key, "judge": judge_key(judge.name, written.prompts)}
+def score(written: Written, judge: Judge, output: Path, max_length: int | None = None) -> np.ndarray:
+    """What a judge that gives numbers says of each completion, [N]; ``max_length`` is what it was made with."""
+    inputs = {"completions": written.key, "judge": judge_key(judge.name, written.prompts)} | _limit(max_length)
 
     def work(parts: Path) -> Dataset:
         answers = written.answers()
@@ -160,15 +160,17 @@ def score(written: Written, judge: Judge, output: Path) -> np.ndarray:
     return np.asarray(_table_stage(output, "scores", written.policy.name, inputs, work)[0]["score"])
 
 
-def judge_pairs(first: Written, second: Written, judge: PairwiseJudge, output: Path) -> tuple[np.ndarray, np.ndarray]:
+def judge_pairs(
+    first: Written, second: Written, judge: PairwiseJudge, output: Path, max_length: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Preference for ``first``'s completion where it is shown first and where it is shown second, [N] each.
 
     A judge that scores responses one by one never sees the order and is asked once.
     """
     if isinstance(judge, ByScore):
-        verdict = from_scores(score(first, judge.judge, output), score(second, judge.judge, output))
+        verdict = from_scores(*(score(written, judge.judge, output, max_length) for written in (first, second)))
         return verdict, verdict
-    inputs = {"completions": [first.key, second.key], "judge": judge_key(judge.name)}
+    inputs = {"completions": [first.key, second.key], "judge": judge_key(judge.name)} | _limit(max_length)
 
     def work(parts: Path) -> Dataset:
         answers = first.answers(), second.answers()
@@ -263,6 +265,11 @@ def _table_stage(
 
     stage = run_stage(f"{kind} of {name}", folder, inputs, make)
     return read_table(folder / file), stage.key
+
+
+def _limit(max_length: int | None) -> dict[str, int]:
+    """What a limit of a judge's own adds to the key of its verdicts."""
+    return {} if max_length is None else {"max_length": max_length}
 
 
 def _fingerprint(source: str) -> str:

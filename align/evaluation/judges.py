@@ -58,16 +58,17 @@ class RewardModelJudge:
 
     Args:
         model: folder or hub id.
+        max_length: tokens per text; longer ones are cut from the right.
 
     Raises:
         ModelError: it cannot be loaded as one.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, max_length: int = MAX_LENGTH) -> None:
         from reward_models.ensemble import EnsembleScorer
 
         self.name = model
-        self._scorer = EnsembleScorer(model, batch_tokens=BATCH_TOKENS, max_length=MAX_LENGTH)
+        self._scorer = EnsembleScorer(model, batch_tokens=BATCH_TOKENS, max_length=max_length)
 
     def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
         """Reward of each, float64 [N]."""
@@ -162,23 +163,31 @@ class LanguageModelJudge:
         return list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
-def make_pairwise(name: str) -> PairwiseJudge:
+def make_pairwise(name: str, max_length: int | None = None) -> PairwiseJudge:
     """The judge called ``name``: one that gives numbers, or ``llm:`` and a language model.
 
+    Args:
+        name: see above.
+        max_length: tokens that a reward model reads of a text, or an ``llm:`` judge of a question; None: 1024.
+
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or it has no such limit.
         ModelError: the model cannot be loaded.
     """
     if name.startswith(LANGUAGE_MODEL):
-        return LanguageModelJudge(name.removeprefix(LANGUAGE_MODEL))
-    return ByScore(make_score_judge(name))
+        return LanguageModelJudge(name.removeprefix(LANGUAGE_MODEL), max_length=max_length or MAX_LENGTH)
+    return ByScore(make_score_judge(name, max_length))
 
 
-def make_score_judge(name: str) -> Judge:
+def make_score_judge(name: str, max_length: int | None = None) -> Judge:
     """A judge that gives numbers: ``vader``, ``yes-no:`` and a language model, or a reward model.
 
+    Args:
+        name: see above.
+        max_length: tokens that a reward model reads of a text; None: 1024.
+
     Raises:
-        ConfigError: there is none of that name, or it only prefers.
+        ConfigError: there is none of that name, it only prefers, or it has no such limit.
         ModelError: the model cannot be loaded.
     """
     if name.startswith(LANGUAGE_MODEL):
@@ -189,7 +198,13 @@ def make_score_judge(name: str) -> Judge:
         )
     asks = name.startswith(f"{YES_NO}:")
     if name not in JUDGES and not asks and ("/" in name or Path(name).is_dir()):
-        return RewardModelJudge(name)
+        return RewardModelJudge(name, max_length=max_length or MAX_LENGTH)
+    if max_length is not None:
+        raise ConfigError(
+            f"--max-length: found {max_length} for the judge {name}, expected a reward model or llm:MODEL",
+            code="eval-judge",
+            hint="leave it out",
+        )
     return make_judge(name)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,6 +43,31 @@ SHARED = ["--prompts", "prompts.jsonl", "--output", "out", "--max-new-tokens", "
 
 def read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "out" / "report.json").read_text())
+
+
+def test_a_reward_model_judge_reads_as_many_tokens_as_asked(folder: Path) -> None:
+    """Its scores are kept for each number of tokens; another kind of judge takes none.
+
+    Every prompt but the first has five words or more, of which the judge reads four.
+    """
+
+    def preferences() -> list[float]:
+        (found,) = read(folder)["comparisons"].values()
+        return [sample["preference"] for sample in found["samples"]]
+
+    llama_reward(folder / "rm")
+    command = ["eval", "compare", "one", "two", *SHARED, "--judge", "./rm"]
+    short = align(*command, "--max-length", "5", folder=folder)
+    assert short.returncode == 0, short.stderr
+    said = re.findall(r"(\d+) of (?:64|6) completions are not read: their prompts fill max_length", short.stderr)
+    assert len(said) == 4 and sum(int(count) for count in said) > 120 and set(preferences()[1:]) == {0.5}
+    wide = align(*command, folder=folder)
+    assert wide.returncode == 0, wide.stderr
+    assert "are not read" not in wide.stderr and set(preferences()[1:]) > {0.0, 1.0}
+    again = align(*command, "--max-length", "5", folder=folder)
+    assert again.returncode == 0 and again.stderr.count("up to date, skipped") == 4
+    refused = align("eval", "compare", "one", "two", *SHARED, "--max-length", "5", folder=folder)
+    assert refused.returncode == 2 and "--max-length: found 5 for the judge vader" in refused.stderr
 
 
 def test_three_commands_fill_one_page(folder: Path) -> None:
