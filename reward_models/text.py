@@ -35,24 +35,24 @@ def render(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
-    """Token ids of each text, cut from the right to ``max_length`` tokens, ending in the end-of-sequence token if any.
+    """Token ids of each text, cut from the right to ``max_length`` tokens.
 
-    The tokenizer puts its own special tokens around plain text, and around ``Rendered`` text only where it is an
-    encoder's, whose model reads its first token.
+    Plain text has the special tokens that the tokenizer puts around it and ends in the end-of-sequence token, if there
+    is one. ``Rendered`` text has those of its template alone, as trl trains on it, but an encoder's, whose model reads
+    its first token.
     """
     bare = [isinstance(text, Rendered) and tokenizer.cls_token_id is None for text in texts]
     ids: list[list[int]] = [[] for _ in texts]
     eos = tokenizer.eos_token_id
-    room = max_length - (eos is not None)
     for kind in set(bare):
+        room = max_length - (eos is not None and not kind)
         places = [k for k, is_bare in enumerate(bare) if is_bare == kind]
         chosen = [str(texts[k]) for k in places]
         rows = tokenizer(chosen, add_special_tokens=not kind, truncation=True, max_length=room, padding=False)
         for k, row in zip(places, rows["input_ids"], strict=True):
             ids[k] = list(row)
-    if eos is None:
-        return ids
-    return [row if row and row[-1] == eos else [*row, eos] for row in ids]
+    ended = [eos is None or is_bare or (row and row[-1] == eos) for row, is_bare in zip(ids, bare, strict=True)]
+    return [row if is_ended else [*row, eos] for row, is_ended in zip(ids, ended, strict=True)]
 
 
 def cut_alike(

@@ -130,6 +130,17 @@ def test_messages_are_read_with_the_special_tokens_of_the_template_alone(tmp_pat
     assert head_features(scorer, texts) @ weight == pytest.approx(expected, abs=1e-4)
 
 
+def test_nothing_follows_what_a_template_ends_with() -> None:
+    """As where a newline stands after the end-of-sequence token: the reward is read at the last token."""
+    words = tokenizer()
+    words.chat_template += " <eos> review"
+    for answer in ANSWERS:
+        own = words.apply_chat_template([*TALK, *answer], return_dict=False)
+        assert own[-2:] == [words.eos_token_id, *words("review")["input_ids"]]
+        text = render(TALK, answer, words)
+        assert tokenize([text], words, 64) == [own] and tokenize([text], words, len(own) - 1) == [own[:-1]]
+
+
 def test_messages_are_trained_on_as_they_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ids that training is given of a pair are those that its margin is computed from."""
     folder = llama_reward(tmp_path / "rm", words=1)
