@@ -24,15 +24,17 @@ from align.entanglement.trace import checkpoints_of, sentence, trajectory
 from align.errors import ConfigError, DataError
 from align.filtering.result import KEPT
 from align.loss_registry import BoundLoss, resolve
-from align.model_folders import is_adapter
+from align.model_folders import fingerprint_model, is_adapter
 from align.model_loading import load_tokenizer
-from align.pairs import gaps, load_pairs, read_pairs
+from align.pairs import fingerprint, gaps, load_pairs, read_pairs
 from align.processes import process_rank
 from align.reports.entanglement_page import shade, write_page, write_trace_page
 from align.shards import Work, map_shards
-from align.stage import Stage, fingerprint_source, read_manifest, run_stage, write_json
+from align.stage import Stage, read_manifest, run_stage, write_json
 
 TABLE = "entanglement.parquet"
+MEASURED = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
+"""Columns of tokenized pairs that a measurement is made from."""
 MATRIX_TOKENS = 64
 """Of the shorter response, above which a pair is not shown token against token: each costs two passes."""
 
@@ -63,7 +65,7 @@ def report(
     tokenizer = load_tokenizer(model)
     policy = load_measured(model)
     tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
-    settings = _Settings(bound, parameter_names, batch_tokens, max_length, fingerprint_source(source.path), cluster)
+    settings = _Settings(bound, parameter_names, batch_tokens, max_length, cluster)
     stage, table = _measure(output / "measurements", tokens, model, policy, reference, settings)
     if process_rank() > 0:
         return
@@ -112,7 +114,7 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     every = load_pairs(PairsConfig(path=str(table))) if table.is_file() else read_pairs(table)
     pairs = _sample(every, bound, limit, str(run))
     tokens = tokenize_pairs(pairs, load_tokenizer(base), max_length=length)
-    settings = _Settings(bound, None, batch_tokens, length, fingerprint_source(str(table)))
+    settings = _Settings(bound, None, batch_tokens, length)
     output, tables = run / f"trace-{method}", []
     for step, folder in checkpoints:
         reference = None if is_adapter(folder) and not is_adapter(base) else base
@@ -187,7 +189,6 @@ class _Settings:
     parameters: str | None
     batch_tokens: int
     max_length: int
-    content: str
     cluster: ClusterConfig | None = None
     """Whose workers share the pairs; no result depends on it."""
 
@@ -207,11 +208,12 @@ def _measure(
     folder: Path, tokens: Dataset, model: str, policy: nn.Module, reference: str | None, settings: _Settings
 ) -> tuple[Stage, Dataset]:
     """The stage that measures one model on tokenized pairs, and its table."""
+    read = [name for name in MEASURED if name in tokens.column_names]
     inputs = {
         "pairs": [str(row["id"]) for row in tokens],
-        "content": settings.content,
-        "model": fingerprint_source(model),
-        "reference": None if reference is None else fingerprint_source(reference),
+        "content": fingerprint(tokens.select_columns(read)),
+        "model": fingerprint_model(model),
+        "reference": None if reference is None else fingerprint_model(reference),
         "loss": settings.loss.spec.name,
         "loss_parameters": dict(settings.loss.parameters),
         "parameters": settings.parameters,

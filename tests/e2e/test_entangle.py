@@ -57,6 +57,32 @@ def test_report_and_again(tiny_policy: Path, pairs: Path, tmp_path: Path) -> Non
     assert "up to date" not in align(*command, "--loss", "madpo", folder=tmp_path).stderr
 
 
+def test_other_columns_of_the_same_file_are_measured_anew(tiny_policy: Path, tmp_path: Path) -> None:
+    """Margins and texts under the mapping that was asked for, whatever lies in the folder; the same mapping is kept."""
+    table = rows(6)
+    for row in table:
+        row |= {"m_a": row.pop("margin"), "c2": row["rejected"], "r2": row["chosen"]}
+        row["m_b"] = -row["m_a"]  # type: ignore[operator]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+
+    def measured(*columns: str) -> tuple[dict[str, list[float]], bool]:
+        command = ["entangle", "report", "pairs.jsonl", "--model", str(tiny_policy), "--output", "out", "--shown", "0"]
+        mapping = [part for column in columns for part in ("--column", column)]
+        done = align(*command, "--loss", "madpo", *mapping, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found = Dataset.from_parquet(str(tmp_path / "out" / "measurements" / "entanglement.parquet"))
+        columns_read = ("margin", "d_w", "logp_chosen", "logp_rejected")
+        return {name: list(found[name]) for name in columns_read}, "up to date, skipped" in done.stderr
+
+    first, _ = measured("margin=m_a")
+    negated, skipped = measured("margin=m_b")
+    assert not skipped and negated["margin"] == [-value for value in first["margin"]] and negated["d_w"] != first["d_w"]
+    swapped, skipped = measured("margin=m_b", "chosen=c2", "rejected=r2")
+    assert not skipped and swapped["margin"] == negated["margin"]
+    assert swapped["logp_chosen"] == pytest.approx(first["logp_rejected"]) != pytest.approx(first["logp_chosen"])
+    assert measured("margin=m_b", "chosen=c2", "rejected=r2") == (swapped, True)
+
+
 def test_an_adapter_is_measured_against_its_base(tiny_policy: Path, pairs: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(tiny_policy)
