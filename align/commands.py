@@ -17,9 +17,11 @@ def check_data(source: PairsConfig, *, drop_to: Path | None) -> None:
 
     Raises:
         DataError: rows are invalid and ``drop_to`` is None, or nothing can be read.
+        ConfigError: ``drop_to`` holds what is read, or is a finished stage.
     """
     from align.pairs import FILE, check_pairs, load_pairs, summarize, write_pairs
     from align.source_files import keep_source
+    from align.stage import check_files
 
     checked = check_pairs(source)
     table = Table(title=Text(source.path), show_header=False)
@@ -42,6 +44,7 @@ def check_data(source: PairsConfig, *, drop_to: Path | None) -> None:
             )
         return
     keep_source(source.path, [drop_to / FILE])
+    check_files(drop_to, [])
     drop_to.mkdir(parents=True, exist_ok=True)
     side_file = drop_to / "invalid.jsonl"
     side_file.unlink(missing_ok=True)
@@ -75,17 +78,19 @@ def score_pairs(
         cluster: whose workers share the pairs.
 
     Raises:
-        AlignError: the pairs or the model cannot be used.
+        AlignError: the pairs, the model or the folder cannot be used.
     """
     import numpy as np
 
     from align.pairs import FILE, load_pairs, write_pairs
     from align.source_files import keep_source
+    from align.stage import check_files
     from reward_models.calibration import evaluate_margins
     from reward_models.ensemble import members, score_with
     from reward_models.margin_map import MarginMap
 
     keep_source(source.path, [output / FILE])
+    check_files(output, [])
     calibration = MarginMap.load(model) if calibrated else None
     pairs = load_pairs(source)
     log.info("scoring %d pairs of %s with %s -> %s", len(pairs), source.path, model, output)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from glob import has_magic
 from importlib.metadata import PackageNotFoundError, version
@@ -114,6 +114,27 @@ def check_output(folder: Path, stage: str) -> None:
             f"{folder}: found other files there, expected a new folder or an earlier result of the same command",
             code="output-folder",
             hint="give another folder to write to, or move these files",
+        )
+
+
+def check_files(folder: Path, names: Sequence[str], own: Sequence[str] = ()) -> None:
+    """Look whether a command may write files into ``folder`` beside what is there: it replaces none of another's.
+
+    Args:
+        folder: where the command writes.
+        names: files that others write under the same names.
+        own: files or folders that the command alone leaves, before or with its own of ``names``.
+
+    Raises:
+        ConfigError: the folder is a finished stage, or holds one of ``names`` and nothing of ``own``.
+    """
+    found = [name for name in (MANIFEST, *names) if (folder / name).exists()]
+    if found and (found[0] == MANIFEST or not any((folder / name).exists() for name in own)):
+        raise ConfigError(
+            f"{folder / found[0]}: found the result of another command, expected a new folder or an earlier result of "
+            "the same command",
+            code="output-folder",
+            hint="give another folder to write to",
         )
 
 

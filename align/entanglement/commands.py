@@ -30,9 +30,12 @@ from align.pairs import fingerprint, gaps, load_pairs, read_pairs
 from align.processes import process_rank
 from align.reports.entanglement_page import shade, write_page, write_trace_page
 from align.shards import Work, map_shards
-from align.stage import Stage, read_manifest, run_stage, write_json
+from align.stage import Stage, check_files, read_manifest, run_stage, write_json
 
 TABLE = "entanglement.parquet"
+MEASUREMENTS = "measurements"
+"""Folder of a report's measurements."""
+SUMMARY, PAGE = "summary.json", "report.html"
 MEASURED = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
 """Columns of tokenized pairs that a measurement is made from."""
 MATRIX_TOKENS = 64
@@ -60,13 +63,14 @@ def report(
     Raises:
         AlignError: the pairs, the model or the loss cannot be used.
     """
+    check_files(output, [SUMMARY, PAGE], own=[MEASUREMENTS])
     bound = _bound(loss, parameters)
     pairs = _sample(load_pairs(source), bound, limit, source.path)
     tokenizer = load_tokenizer(model)
     policy = load_measured(model)
     tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
     settings = _Settings(bound, parameter_names, batch_tokens, max_length, cluster)
-    stage, table = _measure(output / "measurements", tokens, model, policy, reference, settings)
+    stage, table = _measure(output / MEASUREMENTS, tokens, model, policy, reference, settings)
     if process_rank() > 0:
         return
     summary = summarize(table)
@@ -85,11 +89,11 @@ def report(
             for number, k in enumerate(rows)
         ],
     }  # fmt: skip
-    write_json(output / "summary.json", {key: page[key] for key in ("run", "summary", "advice")})
-    write_page(output / "report.html", table, page)
+    write_json(output / SUMMARY, {key: page[key] for key in ("run", "summary", "advice")})
+    write_page(output / PAGE, table, page)
     log.info("%s", page["advice"]["headline"])  # type: ignore[index]
     log.info("do: %s", page["advice"]["next_step"])  # type: ignore[index]
-    log.info("look at it: open %s", output / "report.html")
+    log.info("look at it: open %s", output / PAGE)
 
 
 def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: int | None) -> None:
@@ -130,9 +134,9 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
         **found,
     }  # fmt: skip
     write_json(output / "trace.json", report)
-    write_trace_page(output / "report.html", report)
+    write_trace_page(output / PAGE, report)
     log.info("%s", report["sentence"])
-    log.info("look at it: open %s", output / "report.html")
+    log.info("look at it: open %s", output / PAGE)
 
 
 def check(
@@ -153,6 +157,7 @@ def check(
     """
     if process_rank() > 0:
         return
+    check_files(output, [])
     bound = _bound(loss, parameters)
     pairs = _sample(load_pairs(source), bound, limit, source.path)
     tokenizer = load_tokenizer(model)

@@ -15,6 +15,7 @@ from align.console import log, out
 from align.errors import ConfigError, DataError
 from align.estimates import bootstrap_mean
 from align.evaluation.completions import (
+    COMPLETIONS,
     Decoding,
     Written,
     judge_pairs,
@@ -30,7 +31,7 @@ from align.evaluation.rewards import gain_per_root_kl
 from align.evaluation.text_statistics import Texts, changed, text_statistics
 from align.evaluation.winrate import win_rate
 from align.reports.verdict import interval
-from align.stage import read_json, write_json
+from align.stage import check_files, read_json, write_json
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -275,13 +276,14 @@ def _start(settings: Settings, policies: Sequence[Policy]) -> float:
     """Say what will be done, look whether it can be written; the time.
 
     Raises:
-        ConfigError: the output is a file, or holds a report of something else.
+        ConfigError: the output is a file, or holds a report or a page of something else.
         DataError: a report.json lies there that is none.
     """
     if settings.output.is_file():
         raise ConfigError(
             f"{settings.output}: found a file, expected a folder", code="output-folder", hint="give another --output"
         )
+    check_files(settings.output, [PAGE], own=[REPORT, COMPLETIONS])
     if (settings.output / REPORT).exists() and not _read_report(settings.output).keys() <= PARTS:
         raise ConfigError(
             f"{settings.output / REPORT}: found another report, expected none or that of an evaluation",

@@ -35,6 +35,7 @@ from reward_models.judges import Judge
 PART = 64
 """Prompts per part; a stopped evaluation makes at most one of them again."""
 KEY_DIGITS = 8
+COMPLETIONS = "completions"
 KL_BATCH_TOKENS = 4096
 
 
@@ -122,7 +123,7 @@ def write_completions(policy: Policy, prompts: Sequence[Any], decoding: Decoding
         rows, what = keyed_prompts(prompts), f"completions of {policy.name}"
         return map_shards(rows, job, parts, size=PART, what=what, cluster=decoding.cluster).whole()
 
-    table, key = _table_stage(output, "completions", policy.name, inputs, work)
+    table, key = _table_stage(output, COMPLETIONS, policy.name, inputs, work)
     return Written(policy, prompts, decoding, table, key)
 
 

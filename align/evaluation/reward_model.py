@@ -21,7 +21,7 @@ from align.pair_sources import read_source
 from align.pairs import fingerprint, load_pairs
 from align.reports.verdict import interval
 from align.shards import in_parts, read_table
-from align.stage import fingerprint_source, run_stage, write_json
+from align.stage import check_files, fingerprint_source, run_stage, write_json
 from reward_models.calibration import evaluate_margins
 from reward_models.length_bias import word_difference
 from reward_models.readings import MESSAGES, reading
@@ -31,6 +31,8 @@ PART = 256
 REPORT = "reward_model.json"
 PAGE = "reward_model.html"
 SCORES = "scores.parquet"
+SCORED = "pair-scores"
+"""Folder below the output; `align eval reward` has its own in ``scores``."""
 CHANCE = 0.5
 
 
@@ -60,6 +62,7 @@ def evaluate(
     Raises:
         AlignError: the pairs or the model cannot be used.
     """
+    check_files(output, [])
     pairs, chat = _load(source, model, chat)
     log.info("scoring %d pairs of %s with %s%s -> %s", len(pairs), source.path, model,
              " as chat" if chat else "", output)  # fmt: skip
@@ -78,7 +81,7 @@ def evaluate(
         in_parts(len(pairs), PART, folder / "parts", part, what="scoring").to_parquet(str(folder / SCORES))
         shutil.rmtree(folder / "parts")
 
-    stage = run_stage("scores", output / "scores", inputs, work)
+    stage = run_stage("scores", output / SCORED, inputs, work)
     scores = read_table(stage.folder / SCORES)
     groups = [str(group) for group in pairs["group"]] if "group" in pairs.column_names else None
     chosen, rejected = (np.asarray(scores[column]) for column in ("reward_chosen", "reward_rejected"))

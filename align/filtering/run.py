@@ -31,9 +31,10 @@ from align.filtering.texts import cells, plain
 from align.pair_stream import stream_pairs
 from align.pairs import load_pairs
 from align.source_files import keep_source
-from align.stage import digest, fingerprint_source, write_json
+from align.stage import check_files, digest, fingerprint_source, write_json
 
 CACHE = "parts"
+PAGE = "report.html"
 
 
 def filter_source(
@@ -59,6 +60,7 @@ def filter_source(
         AlignError: the pairs, the settings or a model cannot be used.
     """
     keep_source(source.path, [output / KEPT, output / DROPPED])
+    check_files(output, [PAGE], own=[KEPT])
     seconds: dict[str, float] = {}
     known = source.model_dump() | {"content": fingerprint_source(source.path)}
     own = cache / digest(known)[:16]
@@ -73,11 +75,11 @@ def filter_source(
 
     with _timed(seconds, "writing"):
         write_tables(found, output)
-        write_page(output / "report.html", found, source.path)
+        write_page(output / PAGE, found, source.path)
     summary = found.summary | {"seconds": seconds | found.summary["seconds"]}
     write_json(output / SUMMARY, summary | {"source": known, "settings": settings.model_dump(), "seed": seed})
     log.info("kept %d of %d pairs: %s", found.summary["kept"], len(pairs), output / KEPT)
-    log.info("dropped, each with a reason: %s; look at it: open %s", output / DROPPED, output / "report.html")
+    log.info("dropped, each with a reason: %s; look at it: open %s", output / DROPPED, output / PAGE)
 
 
 def filter_pairs(
