@@ -38,6 +38,8 @@ MEASUREMENTS = "measurements"
 SUMMARY, PAGE = "summary.json", "report.html"
 MEASURED = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
 """Columns of tokenized pairs that a measurement is made from."""
+NAMED = 5
+"""Pairs that a message names."""
 MATRIX_TOKENS = 64
 """Of the shorter response, above which a pair is not shown token against token: each costs two passes."""
 
@@ -240,9 +242,12 @@ def _measure(
 
 def _sample(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset:
     """The first ``limit`` pairs in an order that does not depend on the file's."""
-    if loss.spec.needs_margin and ("margin" not in pairs.column_names or len(gaps(pairs, "margin"))):
+    lacking = gaps(pairs, "margin") if "margin" in pairs.column_names else range(len(pairs))
+    if loss.spec.needs_margin and len(lacking):
+        first = ", ".join(str(pairs[int(place)]["id"]) for place in lacking[:NAMED])
+        more = f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else ""
         raise DataError(
-            f"{source}: loss {loss.spec.name} needs a `margin` of every pair",
+            f"{source}: loss {loss.spec.name} needs a `margin` of every pair, found none of {first}{more}",
             code="loss-needs-margin",
             hint="run `align reward score` first, or measure with --loss dpo",
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -83,14 +83,14 @@ def _measure_part(
         chosen = rows.select(index)
         batch = collate(chosen, tokenizer.pad_token_id, max_length=max_length)
         batch = {name: value.to(device) for name, value in batch.items()}
-        margin = torch.tensor(chosen["margin"]) if "margin" in rows.column_names else None
+        margin = torch.tensor(chosen["margin"]) if loss.spec.needs_margin else None
         for name, values in _columns(measure, batch, loss, reference, margin).items():
             columns.setdefault(name, np.zeros(len(rows), dtype=values.dtype))[index] = values
     table: dict[str, Any] = {"id": rows["id"], **columns}
     table["token_difference"] = [token_difference(r["chosen_ids"], r["rejected_ids"]) for r in rows]
-    if "margin" in rows.column_names:
-        table["margin"] = rows["margin"]
-    return Dataset.from_dict(table)
+    if "margin" not in rows.column_names:
+        return Dataset.from_dict(table)
+    return Dataset.from_dict(table | {"margin": rows["margin"]}).cast_column("margin", Value("float64"))
 
 
 def _columns(

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from align.entanglement.commands import trace
 from align.errors import ConfigError
 from align.evaluation.policies import Policy, find_reference
+from tests.bad_input_makers import run_command
 from tests.builders import rows, trained_adapter
 
 BAD = "<script>alert(1)</script>"
@@ -81,6 +82,23 @@ def test_other_columns_of_the_same_file_are_measured_anew(tiny_policy: Path, tmp
     assert not skipped and swapped["margin"] == negated["margin"]
     assert swapped["logp_chosen"] == pytest.approx(first["logp_rejected"]) != pytest.approx(first["logp_chosen"])
     assert measured("margin=m_b", "chosen=c2", "rejected=r2") == (swapped, True)
+
+
+def test_a_pair_without_a_margin_is_measured_where_none_is_needed(tiny_policy: Path, tmp_path: Path) -> None:
+    table = rows(34)  # two shards, the second without any margin
+    for row in (table[2], *table[32:]):
+        row["margin"] = None
+    (tmp_path / "gap.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    command = ("entangle", "report", "gap.jsonl", "--model", str(tiny_policy), "--output", "out", "--shown", "0")
+    code, _, errors = run_command(command, tmp_path)
+    assert code == 0, errors
+    found = Dataset.from_parquet(str(tmp_path / "out" / "measurements" / "entanglement.parquet"))
+    assert list(found["margin"]) == [row["margin"] for row in table] and np.isfinite(found["cosine"]).all()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["summary"]
+    assert -1 <= summary["cosine_against"]["margin"] <= 1
+    code, _, errors = run_command((*command[:-1], "1", "--loss", "madpo"), tmp_path)
+    assert code == 2 and "error [loss-needs-margin] " in errors and "Traceback" not in errors
+    assert "a `margin` of every pair, found none of p2, p32, p33" in errors
 
 
 def test_an_adapter_is_measured_against_its_base(tiny_policy: Path, pairs: Path, tmp_path: Path) -> None:
