@@ -1,7 +1,7 @@
 """`align entangle`: gradient entanglement measured, explained, and its predictions checked."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -87,15 +87,24 @@ def check(
     )  # fmt: skip
 
 
-def _numbers(items: list[str] | None) -> dict[str, Any]:
-    import yaml
+def _numbers(items: list[str] | None) -> dict[str, float | bool]:
+    """``name=value`` of each, read as the parameters of a run's loss are."""
+    from pydantic import ValidationError
+    from yaml import YAMLError
 
+    from align.config import LossConfig
     from align.errors import ConfigError
+    from align.safe_yaml import load_yaml
 
-    found = {}
+    found: dict[str, float | bool] = {}
     for item in items or []:
         name, sign, value = item.partition("=")
         if not (name and sign and value):
             raise ConfigError(f"--parameter {item}: expected name=number", code="config-option")
-        found[name] = yaml.safe_load(value)
+        try:
+            read = LossConfig.model_validate({"loss": "", "parameters": {name: load_yaml(value)}})
+        except (ValidationError, YAMLError, ValueError):
+            expected = "expected a finite number, or true or false"
+            raise ConfigError(f"--parameter {item}: found {value!r}, {expected}", code="config-option") from None
+        found |= read.parameters
     return found

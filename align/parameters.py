@@ -27,7 +27,7 @@ def parameter_problems(
     for key, value in given.items():
         if key not in defaults:
             problems.append(f"{key}: not a parameter of {owner}{nearest(key, list(defaults))}")
-        elif isinstance(defaults[key], bool) != isinstance(value, bool):
+        elif isinstance(defaults[key], bool) != isinstance(value, bool) or not isinstance(value, int | float):
             expected = "true or false" if isinstance(defaults[key], bool) else "a number"
             problems.append(f"{key}: found {value!r}, expected {expected}")
         elif not isinstance(value, bool) and key in ranges:

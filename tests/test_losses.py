@@ -270,6 +270,7 @@ def test_beta_dpo_clamps_and_is_reproducible() -> None:
 @pytest.mark.parametrize(
     ("name", "parameters", "said"),
     [
+        ("dpo", {"beta": "0.1"}, "beta: found '0.1', expected a number"),
         ("madpoo", {}, "did you mean `madpo`?"),
         ("dpo", {"betta": 0.1}, "betta: not a parameter of dpo (did you mean `beta`?)"),
         ("dpo", {"beta": 0}, "beta: found 0, expected a number above 0"),

@@ -101,6 +101,18 @@ def test_a_pair_without_a_margin_is_measured_where_none_is_needed(tiny_policy: P
     assert "a `margin` of every pair, found none of p2, p32, p33" in errors
 
 
+def test_a_parameter_is_read_as_in_a_run(tiny_policy: Path, tmp_path: Path) -> None:
+    """YAML 1.1 reads a number without a point as text."""
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(4)))
+    command = ("entangle", "report", "pairs.jsonl", "--model", str(tiny_policy), "--output", "out", "--shown", "0")
+    for parameter in ("beta=1e-2", "beta=0.01"):
+        code, _, errors = run_command((*command, "--parameter", parameter), tmp_path)
+        assert code == 0, errors
+    assert "up to date, skipped" in errors
+    manifest = json.loads((tmp_path / "out" / "measurements" / "manifest.json").read_text())
+    assert manifest["inputs"]["loss_parameters"] == {"beta": 0.01}
+
+
 def test_an_adapter_is_measured_against_its_base(tiny_policy: Path, pairs: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(tiny_policy)
@@ -234,6 +246,9 @@ def test_check(tiny_policy: Path, pairs: Path, tmp_path: Path) -> None:
         (["--loss", "beta_dpo"], "a pair alone has no verdict"),
         (["--parameter", "beta"], "expected name=number"),
         (["--parameter", "betta=0.1"], "betta: not a parameter of dpo"),
+        (["--parameter", "beta=fast"], "--parameter beta=fast: found 'fast', expected a finite number, or true or"),
+        (["--parameter", "beta=[1"], "--parameter beta=[1: found '[1', expected a finite number"),
+        (["--parameter", "beta=.nan"], "--parameter beta=.nan: found '.nan', expected a finite number"),
         (["--parameters", "nothing_like_it"], "no trained parameter whose name matches 'nothing_like_it'"),
         (["--max-length", "4"], "no token of a response is left within 4 tokens"),
     ],
