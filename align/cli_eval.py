@@ -7,6 +7,7 @@ import typer
 
 from align.cluster_option import Cluster, cluster_called
 from align.output_option import output_folder
+from align.seed_option import Seed
 
 if TYPE_CHECKING:
     from align.evaluation.commands import Settings
@@ -42,7 +43,7 @@ def reward(
     limit: Limit = None,
     shown: Shown = 100,
     max_length: Length = None,
-    seed: int = 0,
+    seed: Seed = 0,
     cluster: Cluster = None,
 ) -> None:
     """Reward of policies on held-out prompts, gain over the reference, KL, gain per sqrt(2 KL), what degraded."""
@@ -69,7 +70,7 @@ def compare(
     limit: Limit = None,
     shown: Shown = 100,
     max_length: Length = None,
-    seed: int = 0,
+    seed: Seed = 0,
     cluster: Cluster = None,
 ) -> None:
     """Win rate of A over B: both orders asked, ties half, length-controlled, with intervals over prompts."""
@@ -98,7 +99,7 @@ def frontier(
     batch_size: Rows = 64,
     limit: Limit = None,
     max_length: Length = None,
-    seed: int = 0,
+    seed: Seed = 0,
     cluster: Cluster = None,
 ) -> None:
     """Reward against KL over decoding temperatures and over training checkpoints, as one plot."""
@@ -127,7 +128,7 @@ def reward_model(
     trained_on: Annotated[str | None, typer.Option(help="Its training pairs: say which pairs are unlike them.")] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per batch.")] = 4096,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 1024,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Pair accuracy by category, calibration, global AUC, length bias, unlike pairs, worst disagreements."""
     from align.cli import pair_source

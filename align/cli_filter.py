@@ -7,6 +7,7 @@ import typer
 
 from align.cluster_option import Cluster, cluster_called
 from align.output_option import output_folder
+from align.seed_option import Seed
 
 app = typer.Typer(help="Keep the pairs that are worth training on.", no_args_is_help=True)
 Column = Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. chosen=preferred.")]
@@ -40,7 +41,7 @@ def run(
     ood_pairs: Annotated[str | None, typer.Option(help="Pairs that the reward model was trained on.")] = None,
     processes: Annotated[int, typer.Option(help="Processes that read texts.")] = 1,
     cluster: Cluster = None,
-    seed: int = 0,
+    seed: Seed = 0,
     column: Column = None,
     split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
 ) -> None:

@@ -7,6 +7,7 @@ import typer
 
 from align.cluster_option import Cluster, cluster_called
 from align.output_option import output_folder
+from align.seed_option import Seed
 
 
 def generate(
@@ -17,7 +18,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a completion, at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Mass of the nucleus; 1 is all tokens.")] = 1.0,
-    seed: int = 0,
+    seed: Seed = 0,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Also write token ids and log-probs.")] = False,
     engine: Annotated[str, typer.Option(help="auto, vllm, server or transformers.")] = "auto",
     base_url: Annotated[str | None, typer.Option(help="Address of a server, ending in /v1.")] = None,
@@ -63,7 +64,7 @@ def best_of_n(
     write: Annotated[str, typer.Option("--format", help="parquet or jsonl.")] = "parquet",
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per forward pass.")] = 4096,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per text.")] = 2048,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """The best of each prompt's completions; what every n up to theirs is worth, and its KL at most (JSON)."""
     import json

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from align.output_option import output_folder
+from align.seed_option import Seed
 
 Pairs = Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id, with a `margin` column.")]
 Model = Annotated[str, typer.Option(help="Reference model: folder or hub id.")]
@@ -27,7 +28,7 @@ def trust(
     margins: Margins = None,
     allow_in_sample: Insist = False,
     max_length: MaxLength = 1024,
-    seed: int = 0,
+    seed: Seed = 0,
     column: Column = None,
     split: Split = "train",
 ) -> None:
@@ -42,7 +43,7 @@ def advise(
     margins: Margins = None,
     allow_in_sample: Insist = False,
     max_length: MaxLength = 1024,
-    seed: int = 0,
+    seed: Seed = 0,
     column: Column = None,
     split: Split = "train",
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from align.config import Count, OutputFolder, PairsConfig, Positive, Section, TrainConfig, load_section
+from align.config import Count, OutputFolder, PairsConfig, Positive, Section, Seed, TrainConfig, load_section
 from align.console import log
 from align.errors import ConfigError, DataError
 from align.generation.base import Sampling
@@ -83,7 +83,7 @@ class IterateConfig(Section):
 
     name: str
     output_dir: OutputFolder = "runs"
-    seed: int = 0
+    seed: Seed = 0
     rounds: Count = 3
     prompts: PairsConfig
     """Where prompts come from; they are dealt out to the rounds."""

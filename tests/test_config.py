@@ -11,6 +11,7 @@ import yaml
 from align.config import load_config
 from align.errors import ConfigError
 from align.iterate import load_iterate
+from tests.bad_input_makers import run_command
 
 GOOD = """
 name: tiny
@@ -88,6 +89,30 @@ def test_every_recipe_is_valid(path: Path) -> None:
     tree = yaml.safe_load(path.read_text())
     loaded = load_iterate(path, None) if "rounds" in tree else load_config(path)
     assert loaded.name == tree["name"]
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval reward a --prompts x", "eval compare a b --prompts x", "eval frontier a --prompts x", "filter run a",
+        "eval reward-model a --model x", "generate a --model x", "best-of-n a", "trust a --model x",
+        "advise a --model x",
+    ],
+)  # fmt: skip
+def test_a_seed_that_some_library_refuses_is_refused_before_any_work(command: str, seed: str, tmp_path: Path) -> None:
+    """Nothing that is named is there, and nothing of it is looked at first."""
+    code, _, errors = run_command((*command.split(), "--output", "o", "--seed", seed), tmp_path)
+    assert code == 2 and "Invalid value for '--seed':" in errors and "Traceback" not in errors
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_of_rounds_is_as_that_of_a_run(seed: int) -> None:
+    recipe = Path(__file__).parents[1] / "configs" / "iterative.yaml"
+    with pytest.raises(ConfigError, match="seed: expected"):
+        load_iterate(recipe, [f"seed={seed}"])
+    assert load_iterate(recipe, [f"seed={2**32 - 1}"]).seed == 2**32 - 1
 
 
 def test_help_is_quick_and_light() -> None:

@@ -1,6 +1,6 @@
 """The typed tree of one run, a module per part of it."""
 
-from align.config.base import Count, OutputFolder, Positive, Section
+from align.config.base import Count, OutputFolder, Positive, Section, Seed
 from align.config.cluster import ClusterConfig
 from align.config.data import FilterConfig, OodConfig, PairsConfig, SampleConfig
 from align.config.reading import apply_override, load_section, nearest
@@ -34,6 +34,7 @@ __all__ = [
     "RunConfig",
     "SampleConfig",
     "Section",
+    "Seed",
     "SharpnessConfig",
     "TiltConfig",
     "TokenMaskConfig",
