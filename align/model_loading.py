@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from align.errors import ModelError
 from align.model_folders import (
     check_model_folder,
     check_vocabulary,
@@ -18,7 +19,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     """Tokenizer of a model folder or hub id, with a padding token.
 
     Raises:
-        ModelError: there is none, or it does not fit the model.
+        ModelError: there is none, it does not fit the model, or it has no token to pad with.
     """
     check_model_folder(model)
     with loading(model, "no tokenizer can be loaded"):
@@ -26,6 +27,12 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     rows = vocabulary_rows(model)
     if rows is not None:
         check_vocabulary(model, len(tokenizer), rows)
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ModelError(
+            f"{model}: the tokenizer has neither a padding nor an end-of-sequence token, expected one of them",
+            code="model-tokenizer",
+            hint="name it in tokenizer_config.json (eos_token), or take the tokenizer that belongs to the model",
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

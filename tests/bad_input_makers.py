@@ -206,6 +206,14 @@ def more_tokens(folder: Path) -> None:
     larger.save_pretrained(folder)
 
 
+def no_end(folder: Path) -> None:
+    """A tokenizer with neither a padding nor an end-of-sequence token."""
+    remove("token*", "special*")(folder)
+    endless = tokenizer(eos=False)
+    endless.pad_token = None
+    endless.save_pretrained(folder)
+
+
 def another_shape(folder: Path) -> None:
     """An adapter trained on a base of another width."""
     weights = load_file(folder / "adapter_model.safetensors")

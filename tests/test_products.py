@@ -14,7 +14,8 @@ from align.entanglement.batch import collate, tokenize_pairs
 from align.entanglement.products import GradientProducts
 from align.entanglement.rules import LINEAR, RULES, Call, Input, products_of_vectors
 from align.errors import DataError, ModelError
-from tests.builders import rows
+from tests.bad_input_makers import CHAT
+from tests.builders import rows, tokenizer
 from tests.test_logps import make_batch, one_by_one, tiny
 from tests.test_trainer import ours
 
@@ -171,6 +172,15 @@ def test_both_forms_of_the_linear_rule_agree(tokens: int, d_in: int, d_out: int)
     assert LINEAR.products is not None
     assert torch.allclose(LINEAR.products(call), products_of_vectors(LINEAR.vectors(call)))
     assert RULES.find(Doubled(2, 2), "weight") is None
+
+
+def test_plain_text_needs_a_token_that_ends_it() -> None:
+    """A tokenizer that can pad but not end a response, as an encoder's; messages end as their template says."""
+    endless = tokenizer(eos=False)
+    with pytest.raises(ModelError, match="no end-of-sequence token"):
+        tokenize_pairs(Dataset.from_list(rows(2)), endless)
+    made = tokenize_pairs(Dataset.from_list([CHAT | {"id": "a"}]), endless)
+    assert made[0]["chosen_ids"] and made[0]["rejected_ids"]
 
 
 def test_batch_is_what_the_trainer_sees(tiny_policy: Path, tmp_path: Path) -> None:

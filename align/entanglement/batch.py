@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from align.errors import DataError
+from align.errors import DataError, ModelError
 from align.training.collator import PairCollator
 
 MAX_LENGTH = 1024
@@ -28,7 +28,14 @@ def tokenize_pairs(
 
     Raises:
         DataError: nothing of a response is left after truncation; names the pairs.
+        ModelError: plain text, and the tokenizer has no token that ends it.
     """
+    if tokenizer.eos_token is None and isinstance(pairs[0]["prompt"], str):
+        raise ModelError(
+            f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence token, expected one to end responses",
+            code="model-tokenizer",
+            hint="name it in tokenizer_config.json (eos_token), or take the tokenizer that belongs to the model",
+        )
     settings = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode=truncation)
     trainer: Any = SimpleNamespace(_tokenizer=tokenizer)
     made = DPOTrainer._prepare_dataset(trainer, pairs, tokenizer, settings, "pairs")
