@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from align.config import PairsConfig
+from align.config.base import ROUNDING, is_whole_part
 from align.config.data import COLUMNS
 from align.console import log
 from align.errors import DataError, listed
@@ -140,8 +141,10 @@ def split_by_prompt(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset
     """(train, held out): about ``fraction`` held out, no prompt on both sides (see ``folds_by_prompt``)."""
     if fraction == 0:
         return pairs, pairs.select([])
-    parts = max(2, round(1 / fraction))
-    held_out = folds_by_prompt(pairs, parts, seed) == 0
+    share = max(fraction, 1 / max(len(pairs), 1))
+    parts = int(1 / share + ROUNDING)
+    rest = [] if is_whole_part(share) else [1 - parts * share]
+    held_out = _dealt(pairs, [share] * parts + rest, seed) == 0
     return pairs.select(np.flatnonzero(~held_out)), pairs.select(np.flatnonzero(held_out))
 
 
@@ -151,6 +154,12 @@ def folds_by_prompt(pairs: Dataset, folds: int, seed: int) -> np.ndarray:
     A prompt that more than one pair in 2 ``folds`` shares (an instruction common to a whole dataset) says nothing
     about which pairs belong together: its pairs are dealt out one by one.
     """
+    return _dealt(pairs, [1 / folds] * folds, seed)
+
+
+def _dealt(pairs: Dataset, shares: list[float], seed: int) -> np.ndarray:
+    """``folds_by_prompt`` for folds of these shares of the pairs."""
+    folds, shared = len(shares), np.array(shares)
     keys = [json.dumps(prompt, sort_keys=True) for prompt in pairs["prompt"]]
     groups: dict[str, list[int]] = {}
     for index, key in enumerate(keys):
@@ -163,7 +172,7 @@ def folds_by_prompt(pairs: Dataset, folds: int, seed: int) -> np.ndarray:
     fold = np.empty(len(keys), dtype=np.int64)
     sizes = np.zeros(folds, dtype=np.int64)
     for unit in sorted((units[k] for k in order), key=len, reverse=True):
-        smallest = int(sizes.argmin())
+        smallest = int((sizes / shared).argmin())
         fold[unit] = smallest
         sizes[smallest] += len(unit)
     return fold

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config import PairsConfig, RunConfig
+from align.config.base import is_whole_part
 from align.console import log
 from align.errors import ConfigError, EnvironmentProblem
 from align.model_folders import fingerprint_model, unused_decoding
@@ -204,6 +205,8 @@ class _Runner:
             inputs["source"] = _source(source)
             inputs["heldout"] = _source(reward.eval_pairs if reward else None)
             inputs["eval_fraction"] = reward and reward.eval_fraction
+            if reward is not None and reward.eval_fraction and not is_whole_part(reward.eval_fraction):
+                inputs["exact"] = True  # 0.75 was held out as 0.5 before
             if name == "pairs" and reward is not None and reward.pairs is not None:
                 inputs["whole"] = True  # nothing is held out of the policy's pairs
         if kind in ("reward", "crossfit") and config.reward:

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.config import PairsConfig
+from align.config import PairsConfig, RunConfig
 from align.errors import DataError
 from align.pairs import (
     check_pairs,
@@ -24,7 +24,8 @@ from align.pairs import (
     summarize,
     write_pairs,
 )
-from tests.builders import rows
+from align.pipeline import run_pipeline
+from tests.builders import bert_reward, rows
 
 GOOD = {"prompt": "Say:", "chosen": " yes", "rejected": " no"}
 
@@ -223,6 +224,23 @@ def test_split_keeps_prompts_apart() -> None:
     assert not set(train["prompt"]) & set(held_out["prompt"])
 
 
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.15, 0.3, 1 / 3, 0.4, 0.5, 0.6, 0.75, 0.9])
+@pytest.mark.parametrize("of_a_prompt", [1, 3])
+def test_the_share_that_is_asked_for_is_held_out(fraction: float, of_a_prompt: int) -> None:
+    """A whole part, a tenth, is the first of so many folds, as it has always been."""
+    pairs = Dataset.from_dict({"prompt": [f"p{k // of_a_prompt}" for k in range(900)], "k": list(range(900))})
+    train, held_out = split_by_prompt(pairs, fraction, 3)
+    assert abs(len(held_out) - 900 * fraction) <= of_a_prompt and len(train) + len(held_out) == 900
+    assert not set(train["prompt"]) & set(held_out["prompt"])
+    if abs(round(1 / fraction) * fraction - 1) < 1e-9:
+        assert held_out["k"] == np.flatnonzero(folds_by_prompt(pairs, round(1 / fraction), 3) == 0).tolist()
+
+
+def test_a_share_below_one_pair_is_one_pair() -> None:
+    train, held_out = split_by_prompt(Dataset.from_dict({"prompt": ["a", "b", "c"]}), 1e-9, 0)
+    assert (len(train), len(held_out)) == (2, 1)
+
+
 def test_prompts_and_summary(tmp_path: Path) -> None:
     path = Path(jsonl(tmp_path, {"prompt": "a"}, {"prompt": ""}))
     with pytest.raises(DataError, match="row 2:prompt: found empty text"):
@@ -234,3 +252,15 @@ def test_prompts_and_summary(tmp_path: Path) -> None:
 def test_check_counts_problems_without_raising(tmp_path: Path) -> None:
     checked = check_pairs(PairsConfig(path=jsonl(tmp_path, GOOD, {**GOOD, "chosen": ""}, "{")))
     assert len(checked.pairs) == 1 and [item["row"] for item in checked.invalid] == [2, 3]
+
+
+def test_pairs_that_were_held_out_by_the_nearest_whole_part_are_split_anew(tmp_path: Path) -> None:
+    """0.75 was kept as 0.5 under the key of its inputs alone; whole parts are as they were, and stay finished."""
+    source = jsonl(tmp_path, *({**GOOD, "prompt": f"say {k}:"} for k in range(40)))
+    for fraction, held_out, exact in ((0.75, 30, {"exact": True}), (0.2, 8, {})):
+        tree = {"name": "r", "output_dir": str(tmp_path), "pairs": {"path": source},
+                "reward": {"model": str(bert_reward(tmp_path / "m")), "eval_fraction": fraction}}  # fmt: skip
+        run_pipeline(RunConfig.model_validate(tree), command="", until=("pairs",))
+        manifest = json.loads((tmp_path / "r" / "pairs" / "manifest.json").read_text())
+        assert {name: value for name, value in manifest["inputs"].items() if name == "exact"} == exact
+        assert len(read_pairs(tmp_path / "r" / "pairs" / "heldout")) == held_out
