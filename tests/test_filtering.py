@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 from align.config import FilterConfig, OodConfig, PairsConfig
 from align.console import log
-from align.errors import AlignError, DataError
+from align.errors import AlignError, DataError, ModelError
 from align.filtering.best import Best
 from align.filtering.columns import distances, vectors
 from align.filtering.embed import Encoder, read_embeddings
@@ -38,6 +38,7 @@ from align.filtering.trial import WANTED_RECALL, Sample, Trial
 from align.filtering.view import View
 from align.pair_stream import stream_pairs
 from align.pairs import load_pairs
+from tests.bad_input_makers import pickled
 from tests.builders import bert_reward, causal, llama_reward, rows, tokenizer
 
 VALUES = st.lists(st.floats(-50, 50), min_size=2, max_size=30)
@@ -488,6 +489,17 @@ def test_prompts_are_embedded_as_the_encoder_does(tmp_path: Path) -> None:
     pairs = Dataset.from_list([pair(text, "a", "b", str(k)) for k, text in enumerate(texts)])
     found, _ = vectors(pairs, FilterConfig(embedding_model=model), tmp_path / "cache")
     assert np.allclose(found, Encoder(model)(texts), atol=1e-6) and np.allclose(np.linalg.norm(found, axis=1), 1)
+
+
+@pytest.mark.parametrize("embedding", ["encoder", "static"])
+def test_an_encoder_in_a_pickle_is_refused(embedding: str, tmp_path: Path) -> None:
+    model = bert_reward(tmp_path / "model")
+    pickled("model", "pytorch_model.bin")(model)
+    pairs = Dataset.from_list([pair(text, "a", "b", str(k)) for k, text in enumerate(("good film", "bad plot"))])
+    settings_of = FilterConfig.model_validate({"embedding_model": str(model), "embedding": embedding})
+    with pytest.raises(ModelError, match="found a pickle, which can run code") as refused:
+        vectors(pairs, settings_of, tmp_path / "cache")
+    assert refused.value.code == "model-pickle"
 
 
 def test_static_vectors_are_weighted_means_of_tokens(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ import torch
 from align.batching import token_batches
 from align.console import progress
 from align.errors import DataError, ModelError
+from align.model_folders import check_model_folder
 
 PART = 4096
 PROBE = "a"
 
 
 class Encoder:
-    """An encoder ready to embed.
+    """An encoder ready to embed, from safetensors alone.
 
     Args:
         model: hub id or folder.
@@ -29,9 +30,10 @@ class Encoder:
     def __init__(self, model: str, *, batch_tokens: int = 8192, max_length: int = 256) -> None:
         from transformers import AutoModel, AutoTokenizer
 
+        check_model_folder(model)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model)
-            encoder = AutoModel.from_pretrained(model).eval()
+            encoder = AutoModel.from_pretrained(model, use_safetensors=True).eval()
         except (OSError, ValueError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise ModelError(
