@@ -14,11 +14,12 @@ from align.console import log
 from align.errors import DataError
 from align.pair_rules import NAMES, Problem, RowReader
 from align.pair_sources import stream_source
-from align.pairs import OPTIONAL, TEXT, identify, other_kind, unusable
+from align.pairs import OPTIONAL, TEXT, identify, one_type, other_kind, unusable
 from align.seen_ids import SeenIds
 
 BATCH = 4096
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+Types = dict[str, pa.DataType]
+"""Of the columns of texts; messages have the keys of the rows seen, as in ``load_pairs``."""
 
 
 def stream_pairs(source: PairsConfig, file: Path) -> Dataset:
@@ -34,8 +35,10 @@ def stream_pairs(source: PairsConfig, file: Path) -> Dataset:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".tmp")
-        with closing(SeenIds(file.with_suffix(".ids"))) as seen:
-            _write(source, temporary, seen)
+        types: Types | None = {}
+        while types is not None:
+            with closing(SeenIds(file.with_suffix(".ids"))) as seen:
+                types = _write(source, temporary, seen, types)
         temporary.replace(file)
     pairs = Dataset.from_file(str(file))
     unused = [name for name in OPTIONAL if name in pairs.column_names and _is_empty(pairs, name)]
@@ -68,21 +71,24 @@ class _Reader:
                 yield pair
 
 
-def _write(source: PairsConfig, file: Path, seen: SeenIds) -> None:
+def _write(source: PairsConfig, file: Path, seen: SeenIds, types: Types) -> Types | None:
+    """Write the table; or, where messages have keys that ``types`` lacks, stop and give types that have them."""
     reader = _Reader(source, seen)
     pairs = islice(reader.pairs(), source.limit)
     first = next(pairs, None)
     kept = 0
     if first is not None:
-        text = pa.string() if isinstance(first["prompt"], str) else MESSAGES
+        batch = [first, *islice(pairs, BATCH - 1)]
+        types = types or _widened({}, batch, source.path)
         numbers = [name for name in OPTIONAL if name in reader.columns]
-        fields = [("id", pa.string()), *((name, text) for name in TEXT)]
+        fields = [("id", pa.string()), *types.items()]
         fields += [(name, pa.string() if name in NAMES else pa.float64()) for name in numbers]
         schema = pa.schema(fields)
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            batch = [first, *islice(pairs, BATCH - 1)]
             while batch:
-                columns = {name: [_turns(pair.get(name)) for pair in batch] for name in schema.names}
+                if (wider := _widened(types, batch, source.path)) != types:
+                    return wider
+                columns = {name: [pair.get(name) for pair in batch] for name in schema.names}
                 writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
                 kept += len(batch)
                 batch = list(islice(pairs, BATCH))
@@ -92,13 +98,24 @@ def _write(source: PairsConfig, file: Path, seen: SeenIds) -> None:
         log.warning("%s: left out %d invalid rows of %d", source.path, reader.invalid, reader.invalid + kept)
     if kept == 0:
         raise DataError(f"{source.path}: no valid pair", code="data-empty", hint="look at `align data check`")
+    return None
 
 
-def _turns(value: Any) -> Any:
-    """Messages with role and content only, so that all rows have one type."""
-    if isinstance(value, list):
-        return [{"role": turn["role"], "content": turn["content"]} for turn in value]
-    return value
+def _widened(types: Types, batch: list[dict[str, Any]], source: str) -> Types:
+    """``types`` with the keys that messages of these pairs have besides; of plain text always the same.
+
+    Raises:
+        DataError: values under one key are of two kinds.
+    """
+    if isinstance(batch[0]["prompt"], str):
+        return dict.fromkeys(TEXT, pa.string())
+    found = {}
+    for name in TEXT:
+        with one_type(source, name):
+            own = pa.schema([(name, pa.array([pair[name] for pair in batch]).type)])
+            known = pa.schema([(name, types[name])] if types else [])
+            found[name] = pa.unify_schemas([known, own], promote_options="permissive").field(name).type
+    return found
 
 
 def _is_empty(pairs: Dataset, name: str) -> bool:

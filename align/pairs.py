@@ -6,7 +6,8 @@ preference format, plain or conversational) and those of ``OPTIONAL`` that its s
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,15 @@ def read_pairs(folder: Path) -> Dataset:
         raise DataError(f"{folder / FILE}: cannot be read ({error})", code="data-unreadable") from None
 
 
+def has_other_keys(folder: Path) -> bool:
+    """Whether messages of the table that ``write_pairs`` wrote have keys beside ``role`` and ``content``."""
+    if not (folder / FILE).exists():
+        return False
+    kinds = [pq.read_schema(folder / FILE).field(name).type for name in TEXT]
+    return any(field.name not in ("role", "content") for kind in kinds if pa.types.is_list(kind)
+               for field in kind.value_type)  # fmt: skip
+
+
 def fingerprint(pairs: Dataset) -> str:
     """sha256 over column names and content, whatever file or cache the table came from."""
     state = hashlib.sha256(json.dumps(sorted(pairs.column_names)).encode())
@@ -248,15 +258,26 @@ def _table(valid: list[dict[str, Any]], source: str) -> Dataset:
     columns = ["id", *TEXT, *(name for name in OPTIONAL if any(pair.get(name) is not None for pair in valid))]
     made = {}
     for name in columns:
-        try:
+        with one_type(source, name):
             made[name] = pa.array([pair.get(name) for pair in valid])
-        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            raise DataError(
-                f"{source}:{name}: its rows do not fit one column ({' '.join(str(error).split())[:SHOWN_CHARACTERS]})",
-                code="pair-type",
-                hint="give every row the same kind of value, and every message the same keys",
-            ) from None
     return Dataset(pa.table(made))
+
+
+@contextmanager
+def one_type(source: str, name: str) -> Iterator[None]:
+    """Turn what Arrow raises where the values of the column ``name`` are of two kinds into one message.
+
+    Raises:
+        DataError: see above.
+    """
+    try:
+        yield
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"{source}:{name}: its rows do not fit one column ({' '.join(str(error).split())[:SHOWN_CHARACTERS]})",
+            code="pair-type",
+            hint="give every row the same kind of value, and every message the same keys",
+        ) from None
 
 
 def _words(text: Any) -> int:

@@ -228,6 +228,10 @@ class _Runner:
             inputs["read"] = [fingerprint_source(name) for name in read if name is not None]
             if ASKING & set(chosen.quality_scorers):
                 inputs["answers"] = ANSWERS
+            from align.pairs import has_other_keys
+
+            if has_other_keys(self.root / "margins" / "pairs"):
+                inputs["keys"] = True  # of messages, which were left out before
         if kind == "train" and config.train:
             inputs["loss"] = config.train.methods[name.removeprefix("train-")].model_dump()
             inputs["settings"] = config.train.made_from(without={"methods", "trust", "allow_in_sample"})

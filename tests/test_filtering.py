@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.special import digamma
 from scipy.stats import spearmanr
 
-from align.config import FilterConfig, OodConfig, PairsConfig
+from align.config import FilterConfig, OodConfig, PairsConfig, RunConfig
 from align.console import log
 from align.errors import AlignError, DataError, ModelError
 from align.filtering.best import Best
@@ -38,6 +38,7 @@ from align.filtering.trial import WANTED_RECALL, Sample, Trial
 from align.filtering.view import View
 from align.pair_stream import stream_pairs
 from align.pairs import load_pairs
+from align.pipeline import run_pipeline
 from tests.bad_input_makers import pickled
 from tests.builders import bert_reward, causal, llama_reward, rows, tokenizer
 
@@ -561,6 +562,61 @@ def test_a_streamed_table_is_the_loaded_one(tmp_path: Path) -> None:
     source.write_text("".join(json.dumps(row) + "\n" for row in [good[0] | {"margin": None}, *chat]))
     with pytest.raises(DataError, match="row 2:prompt: found conversational, expected plain text"):
         stream_pairs(config, tmp_path / "bad.arrow")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4096])
+def test_a_streamed_table_keeps_every_key_of_a_message(
+    batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template may read any of them; whichever row has them first."""
+    monkeypatch.setattr("align.pair_stream.BATCH", batch)
+    turns: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "fine"},
+        {"content": "good", "role": "assistant", "reasoning_content": "very fine"},
+        {"role": "assistant", "content": "great", "name": "a", "tool_calls": [{"x": 1}]},
+        {"role": "assistant", "content": "dull", "name": None, "tool_calls": [{"y": 1.5}]},
+    ]
+    bad = [{"role": "assistant", "content": "bad"}]
+    chat = [
+        {"prompt": [{"role": "user", "content": f"q{k}"}], "chosen": [turn], "rejected": bad}
+        for k, turn in enumerate(turns)
+    ]
+    source = tmp_path / "chat.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*chat, chat[1]]))
+    config = PairsConfig(path=str(source))
+    streamed, loaded = stream_pairs(config, tmp_path / "chat.arrow"), load_pairs(config)
+    assert streamed.to_list() == loaded.to_list()
+    assert streamed[1]["chosen"][0]["reasoning_content"] == "very fine"
+    assert set(streamed[0]["rejected"][0]) == set(streamed[0]["prompt"][0]) == {"role", "content"}
+    unfit = chat[0] | {"chosen": [turns[2] | {"name": 7}]}
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*chat, unfit]))
+    for load in (load_pairs, lambda given: stream_pairs(given, tmp_path / "bad.arrow")):
+        with pytest.raises(DataError, match="chosen: its rows do not fit one column"):
+            load(config)
+
+
+def test_a_run_trains_on_the_messages_that_it_was_given(tmp_path: Path) -> None:
+    """Kept pairs have the keys of the source's; a filter finished without them is not up to date."""
+    policy = str(causal(tmp_path / "policy"))
+    np.save(tmp_path / "e.npy", np.eye(4, dtype=np.float32))
+    filtering = {"embeddings": str(tmp_path / "e.npy"), "keep": 1.0, "margin": 0.0}
+    for more, keys in (({"reasoning_content": "very fine"}, {"keys": True}), ({}, {})):
+        table = [
+            {"id": str(k), "prompt": [{"role": "user", "content": f"is the {word} good ?"}],
+             "chosen": [{"role": "assistant", "content": f"the {word} is very good", **more}],
+             "rejected": [{"role": "assistant", "content": f"a {word} was not"}]}
+            for k, word in enumerate(("film", "plot", "review", "user"))
+        ]  # fmt: skip
+        source = tmp_path / "chat.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in table))
+        tree = {"name": "r", "output_dir": str(tmp_path), "pairs": {"path": str(source)}, "filter": filtering,
+                "train": {"model": policy, "methods": {"dpo": {"loss": "dpo"}}}}  # fmt: skip
+        run_pipeline(RunConfig.model_validate(tree), command="", until=("filter",))
+        kept = load_pairs(PairsConfig(path=str(tmp_path / "r" / "filter" / "kept.parquet")))
+        texts = ["id", "prompt", "chosen", "rejected"]
+        assert kept.select_columns(texts).to_list() == table
+        manifest = json.loads((tmp_path / "r" / "filter" / "manifest.json").read_text())
+        assert {name: value for name, value in manifest["inputs"].items() if name == "keys"} == keys
 
 
 def test_filter_pairs_with_own_vectors(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ from align.source_files import keep_source
 from align.stage import check_files, digest, fingerprint_source, write_json
 
 CACHE = "parts"
+TABLE = "table.arrow"
+"""Of the cache; ``pairs.arrow``, which an earlier version left, lacks keys of messages."""
 PAGE = "report.html"
 
 
@@ -65,7 +67,7 @@ def filter_source(
     known = source.model_dump() | {"content": fingerprint_source(source.path)}
     own = cache / digest(known)[:16]
     with _timed(seconds, "reading"):
-        pairs = stream_pairs(source, own / "pairs.arrow")
+        pairs = stream_pairs(source, own / TABLE)
     held_out: list[str] = []
     if settings.held_out is not None:
         held_out = [plain(row["prompt"]) for row in load_pairs(PairsConfig(path=settings.held_out))]
