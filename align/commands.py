@@ -82,7 +82,7 @@ def score_pairs(
     """
     import numpy as np
 
-    from align.pairs import FILE, load_pairs, write_pairs
+    from align.pairs import FILE, clusters_of, load_pairs, write_pairs
     from align.source_files import keep_source
     from align.stage import check_files
     from reward_models.calibration import evaluate_margins
@@ -101,7 +101,7 @@ def score_pairs(
     if process_rank() > 0:
         return
     write_pairs(scored, output)
-    out.print_json(json.dumps(evaluate_margins(np.asarray(scored["margin"])).to_dict()))
+    out.print_json(json.dumps(evaluate_margins(np.asarray(scored["margin"]), clusters=clusters_of(scored)).to_dict()))
     log.info("margins: %s; train on them with `pairs.path: %s`", output / "pairs.parquet", output / "pairs.parquet")
 
 

@@ -26,8 +26,17 @@ class Estimate:
         return asdict(self)
 
 
-def bootstrap_mean(values: ArrayLike, *, seed: int, resamples: int = RESAMPLES) -> Estimate:
+def bootstrap_mean(
+    values: ArrayLike, *, seed: int, resamples: int = RESAMPLES, clusters: ArrayLike | None = None
+) -> Estimate:
     """Mean of ``values`` [N] with a 95% percentile bootstrap interval.
+
+    Args:
+        values: observations.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+        clusters: number of the cluster of each observation, [N]; whole clusters are drawn. Each observation is one
+            where absent, and where there is one cluster alone, which says nothing about others.
 
     Raises:
         ValueError: no values.
@@ -36,13 +45,30 @@ def bootstrap_mean(values: ArrayLike, *, seed: int, resamples: int = RESAMPLES) 
     if array.size == 0:
         raise ValueError("bootstrap_mean needs at least one value")
     rng = np.random.default_rng(seed)
-    rows = max(1, CHUNK_CELLS // array.size)
-    means = [
-        array[rng.integers(0, array.size, size=(min(rows, resamples - done), array.size))].mean(axis=1)
-        for done in range(0, resamples, rows)
-    ]
+    which = drawn_together(clusters)
+    if which is None:
+        rows = max(1, CHUNK_CELLS // array.size)
+        means = [
+            array[rng.integers(0, array.size, size=(min(rows, resamples - done), array.size))].mean(axis=1)
+            for done in range(0, resamples, rows)
+        ]
+    else:
+        sums, sizes = np.bincount(which, weights=array), np.bincount(which)
+        rows = max(1, CHUNK_CELLS // sums.size)
+        means = []
+        for done in range(0, resamples, rows):
+            drawn = rng.integers(0, sums.size, size=(min(rows, resamples - done), sums.size))
+            means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return Estimate(float(array.mean()), float(low), float(high), int(array.size))
+
+
+def drawn_together(clusters: ArrayLike | None) -> np.ndarray | None:
+    """Clusters [N] as numbers from 0 up; None where no two observations are of one, or all are of one."""
+    if clusters is None:
+        return None
+    names, which = np.unique(np.asarray(clusters), return_inverse=True)
+    return which if 1 < names.size < which.size else None
 
 
 def crossed_mean(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
@@ -98,19 +124,23 @@ def _crossed(values: ArrayLike) -> tuple[float, float, float]:
     return float(mean), float(np.sqrt(max(total, 0.0) / table.size)), float(degrees)
 
 
-def bootstrap_share(values: ArrayLike, *, seed: int, resamples: int = RESAMPLES) -> Estimate:
+def bootstrap_share(
+    values: ArrayLike, *, seed: int, resamples: int = RESAMPLES, clusters: ArrayLike | None = None
+) -> Estimate:
     """``bootstrap_mean`` of values in [0, 1]; of all 0 or all 1, the end that resampling cannot see is exact.
 
     Resamples of equal values are all alike, and an interval without width says more than N observations can. With N
-    of N at one end the exact (Clopper and Pearson's) 95% interval of the share reaches from there to 0.025^(1/N).
+    of N at one end the exact (Clopper and Pearson's) 95% interval of the share reaches from there to 0.025^(1/N), N
+    the number of clusters where there are any.
 
     Raises:
         ValueError: no values.
     """
-    found = bootstrap_mean(values, seed=seed, resamples=resamples)
+    found = bootstrap_mean(values, seed=seed, resamples=resamples, clusters=clusters)
     if found.low < found.high or found.value not in (0.0, 1.0):
         return found
-    least = EXACT_TAIL ** (1 / found.n)
+    which = drawn_together(clusters)
+    least = EXACT_TAIL ** (1 / (found.n if which is None else int(which.max()) + 1))
     return replace(found, low=least) if found.value == 1.0 else replace(found, high=1 - least)
 
 

@@ -6,6 +6,7 @@ preference format, plain or conversational) and those of ``OPTIONAL`` that its s
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from align.config import PairsConfig
 from align.config.base import ROUNDING, is_whole_part
 from align.config.data import COLUMNS
 from align.console import log
 from align.errors import DataError, listed
+from align.estimates import drawn_together
 from align.pair_rules import SHOWN_CHARACTERS, Problem, RowReader
 from align.pair_sources import Row, read_files, read_source
 from align.seen_ids import SeenIds
@@ -220,6 +224,33 @@ def summarize(pairs: Dataset) -> dict[str, Any]:
     }
 
 
+def clusters_of(pairs: Dataset) -> np.ndarray:
+    """Number of the cluster of every pair, int64 [N]: pairs of one prompt are no independent draws.
+
+    A prompt that more than one pair in ten shares (an instruction common to a whole dataset) says nothing about which
+    pairs belong together: of its pairs those do that share a response.
+    """
+    count = len(pairs)
+    texts = {name: [_name(text) for text in pairs[name]] for name in TEXT}
+    often = Counter(texts["prompt"])
+    places: dict[bytes, int] = {}
+    links: list[tuple[int, int]] = []
+    for k, (prompt, *responses) in enumerate(zip(*texts.values(), strict=True)):
+        shared = [prompt + response for response in responses]
+        if often[prompt] <= max(2, count // 10):
+            shared.append(prompt)
+        links += [(k, count + places.setdefault(name, len(places))) for name in shared]
+    size = count + len(places)
+    graph = coo_matrix((np.ones(len(links)), tuple(np.array(links, dtype=np.int64).reshape(-1, 2).T)), (size, size))
+    clusters: np.ndarray = connected_components(graph, directed=False)[1][:count].astype(np.int64)
+    return clusters
+
+
+def is_clustered(folder: Path) -> bool:
+    """Whether the table that ``write_pairs`` wrote, where it is there, has pairs that ``clusters_of`` puts together."""
+    return (folder / FILE).exists() and drawn_together(clusters_of(read_pairs(folder))) is not None
+
+
 def gaps(pairs: Dataset, column: str) -> np.ndarray:
     """Places of the pairs that have no value in a column of numbers, int64 [G]."""
     return np.flatnonzero(np.isnan(np.asarray(pairs[column], dtype=np.float64)))
@@ -278,6 +309,11 @@ def one_type(source: str, name: str) -> Iterator[None]:
             code="pair-type",
             hint="give every row the same kind of value, and every message the same keys",
         ) from None
+
+
+def _name(text: Any) -> bytes:
+    """Digest of a text or messages."""
+    return hashlib.blake2b(json.dumps(text, sort_keys=True).encode(), digest_size=16).digest()
 
 
 def _words(text: Any) -> int:

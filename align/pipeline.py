@@ -216,6 +216,8 @@ class _Runner:
             table = self.root / ("pairs" if config.reward.pairs is None else "pairs-reward") / "train"
             if table.exists() and _may_be_cut_alike(table, config.reward.max_length):
                 inputs["cut_alike"] = "left out"
+        if kind in ("reward", "crossfit", "margins") and self._is_clustered(kind):
+            inputs["clusters"] = True  # of pairs, which the intervals took for independent before
         if kind in ("sample", "trust", "train", "generate") and config.train:
             inputs["model"] = fingerprint_model(config.train.model)
         if kind in ("sample", "generate") and config.train:
@@ -260,6 +262,15 @@ class _Runner:
         tables = [read_json(file)["train"] for file in files if file.exists()]
         prompts = [part.prompts for part in (self.config.sample, self.config.evaluate) if part is not None]
         return any(table.get("conversational") for table in tables) or any(reading(load_prompts(p)) for p in prompts)
+
+    def _is_clustered(self, kind: str) -> bool:
+        """Whether pairs whose margins the stage measures are no independent draws."""
+        from align.pairs import is_clustered
+
+        rewarded = self.root / ("pairs-reward" if "pairs-reward" in self.keys else "pairs")
+        scored = self.root / ("sample" if self.config.sample is not None else "pairs") / "train"
+        tables = {"reward": [rewarded / "train", rewarded / "heldout"], "crossfit": [rewarded / "train"]}
+        return any(is_clustered(table) for table in tables.get(kind, [scored]))
 
     def _is_trusted(self, name: str) -> bool:
         """Whether ``name`` trains a method whose trust was measured."""

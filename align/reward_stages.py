@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from align.config import RewardConfig, RunConfig
-from align.pairs import folds_by_prompt, read_pairs, write_pairs
+from align.pairs import clusters_of, folds_by_prompt, read_pairs, write_pairs
 from align.processes import process_rank
 from align.stage import write_json
 from align.training.train import MODEL
@@ -40,18 +40,23 @@ def stage_reward(config: RunConfig, root: Path, folder: Path, which: str) -> Non
     for name, scored in tables.items():
         margins = np.asarray(scored["margin"])
         write_pairs(scored, folder / name)
-        metrics[name] = evaluate_margins(margins).to_dict()
+        clusters = clusters_of(scored)
+        metrics[name] = evaluate_margins(margins, clusters=clusters).to_dict()
         if name == "heldout":
             words = word_difference(heldout)
-            metrics["length"] = length_probe(margins, words, seed=config.seed)
-            metrics |= _fit_calibration(
-                margins, words, folds_by_prompt(heldout, FOLDS, config.seed), config.reward, model
-            )
+            metrics["length"] = length_probe(margins, words, seed=config.seed, clusters=clusters)
+            fold = folds_by_prompt(heldout, FOLDS, config.seed)
+            metrics |= _fit_calibration(margins, words, fold, clusters, config.reward, model)
     write_json(folder / METRICS, metrics)
 
 
 def _fit_calibration(
-    margins: np.ndarray, words: np.ndarray, fold: np.ndarray, reward: RewardConfig, model: Path
+    margins: np.ndarray,
+    words: np.ndarray,
+    fold: np.ndarray,
+    clusters: np.ndarray,
+    reward: RewardConfig,
+    model: Path,
 ) -> dict[str, Any]:
     """Write the map of the margins into the model folder, and say what it does to pairs that it was not fitted on."""
     if reward.calibrate is None and not reward.length_residual:
@@ -60,7 +65,7 @@ def _fit_calibration(
     fitted.save(model)
     mapped = calibrated_out_of_fold(margins, words, fold, reward.calibrate, length=reward.length_residual)
     shown = {"kind": fitted.kind, "temperature": fitted.temperature, "length_slope": fitted.length_slope}
-    return {"calibration": shown, "heldout_calibrated": evaluate_margins(mapped).to_dict()}
+    return {"calibration": shown, "heldout_calibrated": evaluate_margins(mapped, clusters=clusters).to_dict()}
 
 
 def stage_crossfit(config: RunConfig, root: Path, folder: Path, which: str) -> None:
@@ -71,7 +76,7 @@ def stage_crossfit(config: RunConfig, root: Path, folder: Path, which: str) -> N
     if process_rank() > 0:
         return
     write_pairs(scored.remove_columns("fold"), folder / "pairs")
-    write_json(folder / METRICS, evaluate_margins(np.asarray(scored["margin"])).to_dict())
+    write_json(folder / METRICS, evaluate_margins(np.asarray(scored["margin"]), clusters=clusters_of(scored)).to_dict())
 
 
 def scored_by(

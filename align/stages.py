@@ -23,7 +23,16 @@ from align.generation.transformers_engine import TransformersEngine
 from align.model_folders import check_model_folder
 from align.model_loading import load_policy, load_tokenizer
 from align.pairs import FILE as PAIRS_FILE
-from align.pairs import folds_by_prompt, load_pairs, load_prompts, read_pairs, split_by_prompt, summarize, write_pairs
+from align.pairs import (
+    clusters_of,
+    folds_by_prompt,
+    load_pairs,
+    load_prompts,
+    read_pairs,
+    split_by_prompt,
+    summarize,
+    write_pairs,
+)
 from align.pipeline import TRUST, TRUST_NUMBERS, measures_trust
 from align.processes import process_rank
 from align.reward_stages import METRICS, make_scorer, scored_by, stage_crossfit, stage_reward
@@ -255,7 +264,7 @@ def stage_margins(config: RunConfig, root: Path, folder: Path, which: str) -> No
     if process_rank() > 0:
         return
     write_pairs(scored, folder / "pairs")
-    found = evaluate_margins(np.asarray(scored["margin"])).to_dict()
+    found = evaluate_margins(np.asarray(scored["margin"]), clusters=clusters_of(scored)).to_dict()
     write_json(folder / METRICS, {"note": note, "margins": origin, **found})
 
 

@@ -43,8 +43,13 @@ class MarginMetrics:
         return asdict(self)
 
 
-def evaluate_margins(margins: ArrayLike, *, seed: int = 0) -> MarginMetrics:
+def evaluate_margins(margins: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None) -> MarginMetrics:
     """Metrics of margins [N] of pairs whose chosen response is the labelled one.
+
+    Args:
+        margins: reward of chosen less reward of rejected.
+        seed: of the interval.
+        clusters: of the pairs, [N] (``align.pairs.clusters_of``); absent: each pair is an independent draw.
 
     Raises:
         ValueError: no margins, or one that is not finite.
@@ -57,7 +62,7 @@ def evaluate_margins(margins: ArrayLike, *, seed: int = 0) -> MarginMetrics:
     ece = sum(item.count * abs(item.accuracy - item.confidence) for item in bins) / m.size
     return MarginMetrics(
         n=int(m.size),
-        accuracy=bootstrap_share(right, seed=seed),
+        accuracy=bootstrap_share(right, seed=seed, clusters=clusters),
         log_loss=float(np.logaddexp(0.0, -m).mean()),
         brier=float(np.mean(expit(-m) ** 2)),
         ece=float(ece),

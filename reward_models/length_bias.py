@@ -26,13 +26,16 @@ def length_slope(margins: np.ndarray, words: np.ndarray) -> float:
     return float(margins @ words) / squares if squares > 0 else 0.0
 
 
-def length_probe(margins: np.ndarray, words: np.ndarray, *, seed: int) -> dict[str, Any]:
+def length_probe(
+    margins: np.ndarray, words: np.ndarray, *, seed: int, clusters: np.ndarray | None = None
+) -> dict[str, Any]:
     """How margins [N] and differences of lengths [N] go together.
 
     Args:
         margins: reward of chosen less reward of rejected.
         words: words of chosen less words of rejected.
         seed: of the intervals.
+        clusters: of the pairs, [N], that the accuracies' intervals draw together.
 
     Returns:
         ``slope`` (margin per word), ``explained`` (share of the margins' squares that it accounts for), ``correlation``
@@ -45,17 +48,18 @@ def length_probe(margins: np.ndarray, words: np.ndarray, *, seed: int) -> dict[s
     unlike = words != 0
     right = np.where(margins == 0, 0.5, margins > 0)
 
-    def share(values: np.ndarray) -> dict[str, float] | None:
-        return bootstrap_share(values, seed=seed).to_dict() if values.size else None
+    def share(values: np.ndarray, of: np.ndarray) -> dict[str, float] | None:
+        together = None if clusters is None else clusters[of]
+        return bootstrap_share(values[of], seed=seed, clusters=together).to_dict() if of.any() else None
 
     return {
         "pairs": len(margins),
         "slope": slope,
         "explained": slope**2 * float(words @ words) / squares if squares > 0 else 0.0,
         "correlation": _rank_correlation(margins, words),
-        "accuracy_longer": share(right[words > 0]),
-        "accuracy_shorter": share(right[words < 0]),
-        "longer_preferred": share(np.where(words[unlike] > 0, right[unlike], 1 - right[unlike])),
+        "accuracy_longer": share(right, words > 0),
+        "accuracy_shorter": share(right, words < 0),
+        "longer_preferred": share(np.where(words > 0, right, 1 - right), unlike),
     }
 
 

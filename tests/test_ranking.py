@@ -1,11 +1,17 @@
 """Global AUC and OPIS: brute force, invariances, what pair accuracy cannot see."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from align.estimates import bootstrap_share
 from align.evaluation.ranking import auc, auc_interval, opis, utilities
+from align.pairs import clusters_of
+from reward_models.calibration import evaluate_margins
 
 REWARDS = st.lists(st.integers(-4, 4), min_size=1, max_size=9)
 
@@ -36,6 +42,73 @@ def test_auc_interval_covers() -> None:
         found = auc_interval(chosen, rejected, seed=seed, resamples=200)
         inside += found.low <= truth <= found.high
     assert 182 <= inside <= 198
+
+
+COMPLETIONS = list(combinations(range(6), 2))
+
+
+def sampled(prompts: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards [2, 15 P] of the chosen and the rejected of all pairs of six completions of each prompt.
+
+    The reward model's error is one per response, so pairs that share a response share it.
+    """
+    gold = rng.normal(size=(prompts, 6))
+    reward = 0.5 * gold + rng.normal(size=(prompts, 6))
+    first, second = np.array(COMPLETIONS).T
+    swapped = gold[:, first] < gold[:, second]
+    one, other = reward[:, first], reward[:, second]
+    return np.where(swapped, other, one).ravel(), np.where(swapped, one, other).ravel()
+
+
+def of_prompts(prompts: int) -> Dataset:
+    """The table that ``sampled`` gives the rewards of."""
+    texts = [(f"prompt {k}", f"answer {a}", f"answer {b}") for k in range(prompts) for a, b in COMPLETIONS]
+    return Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), zip(*texts, strict=True), strict=True)))
+
+
+def test_intervals_of_pairs_that_share_prompts_cover() -> None:
+    """As often as they say, over sets of prompts; those over pairs, as if each were a draw of its own, do not."""
+    rng = np.random.default_rng(5)
+    chosen, rejected = sampled(40_000, rng)
+    accuracy, area = float((chosen > rejected).mean()), auc(chosen, rejected)
+    clusters = clusters_of(of_prompts(60))
+    assert len(set(clusters)) == 60
+    inside = over_pairs = of_area = 0
+    for seed in range(400):
+        chosen, rejected = sampled(60, rng)
+        found = evaluate_margins(chosen - rejected, seed=seed, clusters=clusters).accuracy
+        narrow = bootstrap_share(chosen > rejected, seed=seed, resamples=200)
+        inside += found.low <= accuracy <= found.high
+        over_pairs += narrow.low <= accuracy <= narrow.high
+        assert found.value == narrow.value and found.n == 900
+        if seed < 100:
+            ranked = auc_interval(chosen, rejected, seed=seed, resamples=100, clusters=clusters)
+            of_area += ranked.low <= area <= ranked.high
+            assert ranked.n == 900
+    assert 360 <= inside <= 396 and 88 <= of_area <= 99
+    assert over_pairs < 350
+
+
+def test_intervals_of_pairs_of_different_prompts_are_those_over_pairs() -> None:
+    chosen, rejected = sampled(60, np.random.default_rng(1))
+    alone = Dataset.from_list([row | {"prompt": f"{k}"} for k, row in enumerate(of_prompts(60))])
+    for clusters in (clusters_of(alone), np.zeros(900)):  # of one cluster alone nothing is known of others
+        assert evaluate_margins(chosen - rejected, clusters=clusters) == evaluate_margins(chosen - rejected)
+        with_clusters = auc_interval(chosen, rejected, seed=0, resamples=50, clusters=clusters)
+        assert with_clusters == auc_interval(chosen, rejected, seed=0, resamples=50)
+    every = bootstrap_share(np.ones(900), seed=0, clusters=clusters_of(of_prompts(60)))
+    assert (every.low, every.high) == (bootstrap_share(np.ones(60), seed=0).low, 1.0)
+
+
+def test_what_belongs_together() -> None:
+    """Pairs of a prompt; of an instruction common to the whole table only those that share a response."""
+    rows = [(f"p{k // 2}", f"good {k}", f"bad {k}") for k in range(20)]
+    rows += [("Review:", f"film {k}", f"plot {k}") for k in range(10)]
+    rows += [("Review:", "film 10", "film 0"), ("Review:", "plot 10", "film 10")]
+    table = Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), zip(*rows, strict=True), strict=True)))
+    found = clusters_of(table).tolist()
+    assert found[:20] == [k // 2 for k in range(20)]
+    assert found[20:] == [10, *range(11, 20), 10, 10]
 
 
 def data(shift: float, seed: int = 0, size: int = 600) -> tuple[np.ndarray, np.ndarray, list[str]]:

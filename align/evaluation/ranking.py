@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
-from align.estimates import Estimate
+from align.estimates import Estimate, drawn_together
 
 FALSE_ACCEPTS = (0.01, 0.10)
 THRESHOLDS = 101
@@ -55,13 +55,27 @@ def auc(chosen: ArrayLike, rejected: ArrayLike) -> float:
     return float((ranks.sum() - high.size * (high.size + 1) / 2) / (high.size * low.size))
 
 
-def auc_interval(chosen: np.ndarray, rejected: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> Estimate:
-    """The global AUC with a 95% percentile bootstrap interval over the N pairs, each drawn with both its rewards."""
+def auc_interval(
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+    clusters: ArrayLike | None = None,
+) -> Estimate:
+    """The global AUC with a 95% percentile bootstrap interval over the N pairs, each drawn with both its rewards.
+
+    Where ``clusters`` [N] are given, whole ones are drawn, as in ``bootstrap_mean``.
+    """
     size = chosen.size
     rng = np.random.default_rng(seed)
+    which = drawn_together(clusters)
+    members = [] if which is None else np.split(np.argsort(which, kind="stable"), np.bincount(which).cumsum()[:-1])
     drawn = []
     for _ in range(resamples):
-        rows = rng.integers(0, size, size)
+        rows = rng.integers(0, len(members) or size, len(members) or size)
+        if members:
+            rows = np.concatenate([members[k] for k in rows])
         drawn.append(auc(chosen[rows], rejected[rows]))
     low, high = np.quantile(drawn, [0.025, 0.975])
     return Estimate(auc(chosen, rejected), float(low), float(high), int(size))

@@ -18,7 +18,7 @@ from align.evaluation.ranking import auc_interval, opis
 from align.evaluation.reward_pairs import findings_said, pair_findings
 from align.evaluation.rewardbench import is_plain, section_scores
 from align.pair_sources import read_source
-from align.pairs import fingerprint, load_pairs
+from align.pairs import clusters_of, fingerprint, load_pairs
 from align.reports.verdict import interval
 from align.shards import in_parts, read_table
 from align.stage import check_files, fingerprint_source, run_stage, write_json
@@ -85,8 +85,9 @@ def evaluate(
     scores = read_table(stage.folder / SCORES)
     groups = [str(group) for group in pairs["group"]] if "group" in pairs.column_names else None
     chosen, rejected = (np.asarray(scores[column]) for column in ("reward_chosen", "reward_rejected"))
-    found = reward_model_metrics(chosen, rejected, groups, seed=seed)
-    found |= pair_findings(pairs, chosen - rejected, distances=_distances(pairs, model, trained_on, output), seed=seed)
+    clusters, far = clusters_of(pairs), _distances(pairs, model, trained_on, output)
+    found = reward_model_metrics(chosen, rejected, groups, seed=seed, clusters=clusters)
+    found |= pair_findings(pairs, chosen - rejected, distances=far, seed=seed, clusters=clusters)
     found["said"] += findings_said(found)
     found["run"] = {
         "command": shlex.join(["align", *sys.argv[1:]]), "pairs": source.path, "model": model, "chat": chat,
@@ -103,7 +104,12 @@ def evaluate(
 
 
 def reward_model_metrics(
-    chosen: np.ndarray, rejected: np.ndarray, groups: list[str] | None, *, seed: int
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    groups: list[str] | None,
+    *,
+    seed: int,
+    clusters: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Accuracy, calibration, global AUC, categories, OPIS, RewardBench's sections; and what they say in words. Pure.
 
@@ -112,16 +118,18 @@ def reward_model_metrics(
         rejected: rewards of the rejected ones, [N].
         groups: category of each pair, [N], or None.
         seed: of the intervals.
+        clusters: of the pairs, [N], that the intervals draw together; None: each pair is an independent draw.
     """
     right = np.where(chosen == rejected, 0.5, chosen > rejected)
-    found: dict[str, Any] = evaluate_margins(chosen - rejected, seed=seed).to_dict()
-    found["auc"] = auc_interval(chosen, rejected, seed=seed).to_dict()
+    found: dict[str, Any] = evaluate_margins(chosen - rejected, seed=seed, clusters=clusters).to_dict()
+    found["auc"] = auc_interval(chosen, rejected, seed=seed, clusters=clusters).to_dict()
     found |= {"categories": {}, "macro_accuracy": None, "opis": None, "rewardbench": None}
     if groups is not None:
         names = np.asarray(groups)
         for name in sorted(set(groups)):
+            together = None if clusters is None else clusters[names == name]
             found["categories"][name] = {
-                "accuracy": bootstrap_share(right[names == name], seed=seed).to_dict(),
+                "accuracy": bootstrap_share(right[names == name], seed=seed, clusters=together).to_dict(),
                 "mean_reward": float(np.concatenate([chosen[names == name], rejected[names == name]]).mean()),
             }
         accuracies = {name: item["accuracy"]["value"] for name, item in found["categories"].items()}

@@ -15,7 +15,12 @@ REFERENCE = "teacher_margin"
 
 
 def pair_findings(
-    pairs: Dataset, margins: np.ndarray, *, distances: tuple[np.ndarray, float] | None, seed: int
+    pairs: Dataset,
+    margins: np.ndarray,
+    *,
+    distances: tuple[np.ndarray, float] | None,
+    seed: int,
+    clusters: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Length bias, correlation with a reference, pairs far from the training pairs, worst disagreements.
 
@@ -24,15 +29,16 @@ def pair_findings(
         margins: reward of chosen less reward of rejected, [N].
         distances: distance [N] of each pair to the reward model's training pairs, and how far those held back lie.
         seed: of the intervals.
+        clusters: of the pairs, [N], that the accuracies' intervals draw together.
 
     Returns:
         JSON values: ``length``, ``reference_correlation`` and ``ood`` (None where not measured), ``disagreements``.
     """
-    found: dict[str, Any] = {"length": length_probe(margins, word_difference(pairs), seed=seed)}
+    found: dict[str, Any] = {"length": length_probe(margins, word_difference(pairs), seed=seed, clusters=clusters)}
     found["reference_correlation"] = None
     if REFERENCE in pairs.column_names and None not in pairs[REFERENCE]:
         found["reference_correlation"] = correlation(margins, np.asarray(pairs[REFERENCE], dtype=np.float64))
-    found["ood"] = None if distances is None else _far(pairs, margins, *distances, seed=seed)
+    found["ood"] = None if distances is None else _far(pairs, margins, *distances, seed=seed, clusters=clusters)
     wrong = [int(k) for k in np.argsort(margins, kind="stable")[:SHOWN] if margins[k] < 0]
     found["disagreements"] = [_shown(pairs[k], margin=float(margins[k])) for k in wrong]
     return found
@@ -58,18 +64,27 @@ def findings_said(found: dict[str, Any]) -> list[str]:
     return said
 
 
-def _far(pairs: Dataset, margins: np.ndarray, distance: np.ndarray, limit: float, *, seed: int) -> dict[str, Any]:
+def _far(
+    pairs: Dataset,
+    margins: np.ndarray,
+    distance: np.ndarray,
+    limit: float,
+    *,
+    seed: int,
+    clusters: np.ndarray | None,
+) -> dict[str, Any]:
     right, far = np.where(margins == 0, 0.5, margins > 0), distance > limit
 
-    def share(values: np.ndarray) -> dict[str, float] | None:
-        return bootstrap_share(values, seed=seed).to_dict() if values.size else None
+    def share(of: np.ndarray) -> dict[str, float] | None:
+        together = None if clusters is None else clusters[of]
+        return bootstrap_share(right[of], seed=seed, clusters=together).to_dict() if of.any() else None
 
     farthest = [int(k) for k in np.argsort(-distance, kind="stable")[:SHOWN] if far[k]]
     return {
         "limit": limit,
         "share": float(far.mean()),
-        "accuracy_far": share(right[far]),
-        "accuracy_near": share(right[~far]),
+        "accuracy_far": share(far),
+        "accuracy_near": share(~far),
         "distances": [round(float(value), 3) for value in distance],
         "farthest": [_shown(pairs[k], margin=float(margins[k]), distance=float(distance[k])) for k in farthest],
     }
