@@ -17,12 +17,6 @@ from align.stage import digest, fingerprint_source
 
 ADAPTER = "adapter_config.json"
 CONFIG = "config.json"
-DECODING = "generation_config.json"
-NO_DECODING = frozenset(
-    {"bos_token_id", "do_sample", "eos_token_id", "max_length", "max_new_tokens", "output_attentions",
-     "output_hidden_states", "pad_token_id", "repetition_penalty", "temperature", "top_k", "top_p", "use_cache"}
-)  # fmt: skip
-"""Fields of it that have never changed a completion."""
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENIZER_FILES = (
@@ -138,20 +132,6 @@ def fingerprint_model(model: str) -> str:
     base = adapter_base(model)
     own = fingerprint_source(model)
     return own if base is None else digest([own, fingerprint_source(base)])
-
-
-def unused_decoding(model: str) -> dict[str, list[str]]:
-    """Part of the key of completions: ``unused`` names the fields of a folder's generation config that completions were
-    once sampled under and are no longer; empty where there are none, and for a hub id.
-
-    Raises:
-        ModelError: a configuration cannot be read.
-    """
-    file = Path(adapter_base(model) or model) / DECODING
-    fields = _read_object(file) if file.exists() else {}
-    telling = [name for name, value in fields.items() if value is not None and not name.startswith("_")]
-    found = sorted(set(telling) - NO_DECODING - {"transformers_version"})
-    return {"unused": found} if found else {}
 
 
 def vocabulary_rows(model: str) -> int | None:

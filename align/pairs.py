@@ -21,11 +21,9 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from align.config import PairsConfig
-from align.config.base import ROUNDING, is_whole_part
 from align.config.data import COLUMNS
 from align.console import log
 from align.errors import DataError, listed
-from align.estimates import drawn_together
 from align.pair_rules import SHOWN_CHARACTERS, Problem, RowReader
 from align.pair_sources import Row, read_files, read_source
 from align.seen_ids import SeenIds
@@ -34,6 +32,8 @@ TEXT = ("prompt", "chosen", "rejected")
 OPTIONAL = tuple(name for name in COLUMNS if name not in ("id", *TEXT))
 FILE = "pairs.parquet"
 ID_DIGITS = 16
+ROUNDING = 1e-9
+"""What floats leave of 1 - 10 * 0.1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +134,6 @@ def read_pairs(folder: Path) -> Dataset:
         raise DataError(f"{folder / FILE}: cannot be read ({error})", code="data-unreadable") from None
 
 
-def has_other_keys(folder: Path) -> bool:
-    """Whether messages of the table that ``write_pairs`` wrote have keys beside ``role`` and ``content``."""
-    if not (folder / FILE).exists():
-        return False
-    kinds = [pq.read_schema(folder / FILE).field(name).type for name in TEXT]
-    return any(field.name not in ("role", "content") for kind in kinds if pa.types.is_list(kind)
-               for field in kind.value_type)  # fmt: skip
-
-
 def fingerprint(pairs: Dataset) -> str:
     """sha256 over column names and content, whatever file or cache the table came from."""
     state = hashlib.sha256(json.dumps(sorted(pairs.column_names)).encode())
@@ -157,8 +148,8 @@ def split_by_prompt(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset
         return pairs, pairs.select([])
     share = max(fraction, 1 / max(len(pairs), 1))
     parts = int(1 / share + ROUNDING)
-    rest = [] if is_whole_part(share) else [1 - parts * share]
-    held_out = _dealt(pairs, [share] * parts + rest, seed) == 0
+    rest = 1 - parts * share
+    held_out = _dealt(pairs, [share] * parts + ([rest] if rest > ROUNDING else []), seed) == 0
     return pairs.select(np.flatnonzero(~held_out)), pairs.select(np.flatnonzero(held_out))
 
 
@@ -244,11 +235,6 @@ def clusters_of(pairs: Dataset) -> np.ndarray:
     graph = coo_matrix((np.ones(len(links)), tuple(np.array(links, dtype=np.int64).reshape(-1, 2).T)), (size, size))
     clusters: np.ndarray = connected_components(graph, directed=False)[1][:count].astype(np.int64)
     return clusters
-
-
-def is_clustered(folder: Path) -> bool:
-    """Whether the table that ``write_pairs`` wrote, where it is there, has pairs that ``clusters_of`` puts together."""
-    return (folder / FILE).exists() and drawn_together(clusters_of(read_pairs(folder))) is not None
 
 
 def gaps(pairs: Dataset, column: str) -> np.ndarray:

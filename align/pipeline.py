@@ -10,17 +10,16 @@ depends on.
 
 import sys
 from collections.abc import Callable
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 from align.config import PairsConfig, RunConfig
-from align.config.base import is_whole_part
 from align.console import log
 from align.errors import ConfigError, EnvironmentProblem
-from align.model_folders import fingerprint_model, unused_decoding
+from align.model_folders import fingerprint_model
 from align.processes import process_rank, world_size
 from align.reproduce import write_run_manifest
+from align.revisions import STAGES
 from align.run_log import run_log
 from align.secrets import redact
 from align.stage import (
@@ -33,14 +32,11 @@ from align.stage import (
     run_stage,
     write_json,
 )
-from reward_models.readings import ANSWERS, ASKING, MESSAGES, reading
 
 REFERENCE = "reference"
 TRUST = "trust"
 REFERENCE_CACHE = "reference-logps"
 TRUST_NUMBERS = "parameters.json"
-SHORTEST, SPECIAL = 512, 4
-"""Tokens that every reward model reads where ``reward.max_length`` lets it, and those around a text, at most."""
 TOGETHER = frozenset({"reward", "crossfit", "margins", "train"})
 """Kinds of stages that the processes of a launcher do together; the others the first does alone."""
 
@@ -199,41 +195,28 @@ class _Runner:
         """Configuration and content of the files that ``name`` reads."""
         config, kind = self.config, name.split("-", maxsplit=1)[0]
         inputs: dict[str, Any] = {"seed": config.seed}
+        if kind in STAGES:
+            inputs["revision"] = STAGES[kind]
         if kind == "pairs":
             reward = config.reward
             source = reward.pairs if name == "pairs-reward" and reward else config.pairs
             inputs["source"] = _source(source)
             inputs["heldout"] = _source(reward.eval_pairs if reward else None)
             inputs["eval_fraction"] = reward and reward.eval_fraction
-            if reward is not None and reward.eval_fraction and not is_whole_part(reward.eval_fraction):
-                inputs["exact"] = True  # 0.75 was held out as 0.5 before
             if name == "pairs" and reward is not None and reward.pairs is not None:
                 inputs["whole"] = True  # nothing is held out of the policy's pairs
         if kind in ("reward", "crossfit") and config.reward:
             skipped = {"pairs", "eval_pairs", "eval_fraction"} | ({"folds"} if kind == "reward" else set())
             inputs["settings"] = config.reward.made_from(without=skipped)
             inputs["model"] = fingerprint_source(config.reward.model)
-            table = self.root / ("pairs" if config.reward.pairs is None else "pairs-reward") / "train"
-            if table.exists() and _may_be_cut_alike(table, config.reward.max_length):
-                inputs["cut_alike"] = "left out"
-        if kind in ("reward", "crossfit", "margins") and self._is_clustered(kind):
-            inputs["clusters"] = True  # of pairs, which the intervals took for independent before
         if kind in ("sample", "trust", "train", "generate") and config.train:
             inputs["model"] = fingerprint_model(config.train.model)
-        if kind in ("sample", "generate") and config.train:
-            inputs |= unused_decoding(config.train.model)
         if kind == "filter" and config.filter:
             inputs["settings"] = config.filter.model_dump(exclude={"processes"})
             chosen = config.filter
             read = [chosen.embedding_model, chosen.embeddings, chosen.quality_model, chosen.held_out]
             read += [chosen.ood.model, chosen.ood.pairs.path] if chosen.ood else []
             inputs["read"] = [fingerprint_source(name) for name in read if name is not None]
-            if ASKING & set(chosen.quality_scorers):
-                inputs["answers"] = ANSWERS
-            from align.pairs import has_other_keys
-
-            if has_other_keys(self.root / "margins" / "pairs"):
-                inputs["keys"] = True  # of messages, which were left out before
         if kind == "train" and config.train:
             inputs["loss"] = config.train.methods[name.removeprefix("train-")].model_dump()
             inputs["settings"] = config.train.made_from(without={"methods", "trust", "allow_in_sample"})
@@ -242,9 +225,6 @@ class _Runner:
             inputs["max_length"] = config.train.trainer.get("max_length")
         if self._is_trusted(name):
             inputs["trust"] = read_json(self.root / TRUST / TRUST_NUMBERS)
-        rewarding = config.reward is not None and kind in ("reward", "crossfit", "sample", "margins", "evaluate")
-        if (rewarding or (kind == "filter" and config.filter and config.filter.ood)) and self._reads_messages():
-            inputs["reading"] = MESSAGES
         trusting = [part for part in (config.train, config.reward) if part is not None and part.trusts_remote_code]
         if trusting:
             inputs["trust_remote_code"] = [part.model for part in trusting]
@@ -253,24 +233,6 @@ class _Runner:
             inputs["settings"] = settings.model_dump()
             inputs["prompts"] = fingerprint_source(settings.prompts)
         return inputs
-
-    def _reads_messages(self) -> bool:
-        """Whether there are messages among the pairs and prompts of the run, which a reward model may read."""
-        from align.pairs import load_prompts
-
-        files = [self.root / name / "metrics.json" for name in ("pairs", "pairs-reward")]
-        tables = [read_json(file)["train"] for file in files if file.exists()]
-        prompts = [part.prompts for part in (self.config.sample, self.config.evaluate) if part is not None]
-        return any(table.get("conversational") for table in tables) or any(reading(load_prompts(p)) for p in prompts)
-
-    def _is_clustered(self, kind: str) -> bool:
-        """Whether pairs whose margins the stage measures are no independent draws."""
-        from align.pairs import is_clustered
-
-        rewarded = self.root / ("pairs-reward" if "pairs-reward" in self.keys else "pairs")
-        scored = self.root / ("sample" if self.config.sample is not None else "pairs") / "train"
-        tables = {"reward": [rewarded / "train", rewarded / "heldout"], "crossfit": [rewarded / "train"]}
-        return any(is_clustered(table) for table in tables.get(kind, [scored]))
 
     def _is_trusted(self, name: str) -> bool:
         """Whether ``name`` trains a method whose trust was measured."""
@@ -286,16 +248,6 @@ class _Runner:
             stages.WORK[kind](self.config, self.root, folder, rest)
 
         return work
-
-
-def _may_be_cut_alike(folder: Path, max_length: int) -> bool:
-    """Whether what both texts of a plain pair begin with may fill ``max_length``: a token of it has a byte at least."""
-    from align.pairs import read_pairs
-
-    least = min(max_length, SHORTEST) - SPECIAL
-    rows = (row for row in read_pairs(folder) if isinstance(row["prompt"], str))
-    shared = ((row["prompt"], commonprefix([row["chosen"], row["rejected"]])) for row in rows)  # noqa: RUF071  characters
-    return any(len("".join(texts).encode()) >= least for texts in shared)
 
 
 def _source(pairs: PairsConfig | None) -> dict[str, Any] | None:

@@ -11,10 +11,10 @@ from align.arrays import kept_array
 from align.batching import token_batches
 from align.console import progress
 from align.errors import ModelError
+from align.revisions import REWARDS
 from align.stage import digest
-from reward_models.readings import MESSAGES
 from reward_models.score import RewardScorer
-from reward_models.text import Rendered, tokenize
+from reward_models.text import tokenize
 
 CHUNK = 4096
 
@@ -38,8 +38,7 @@ def head_features(scorer: RewardScorer, texts: Sequence[str], cache: Path | None
 
 
 def _chunk(scorer: RewardScorer, texts: Sequence[str], cache: Path | None) -> np.ndarray:
-    read = [*texts, *([MESSAGES] if any(isinstance(text, Rendered) for text in texts) else [])]
-    file = cache / f"features-{digest(read)[:32]}.npy" if cache is not None else None
+    file = cache / f"features-{digest([REWARDS, *texts])[:32]}.npy" if cache is not None else None
     return kept_array(file, lambda: _pass(scorer, texts))
 
 

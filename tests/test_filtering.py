@@ -596,11 +596,11 @@ def test_a_streamed_table_keeps_every_key_of_a_message(
 
 
 def test_a_run_trains_on_the_messages_that_it_was_given(tmp_path: Path) -> None:
-    """Kept pairs have the keys of the source's; a filter finished without them is not up to date."""
+    """Kept pairs have the keys of the source's messages."""
     policy = str(causal(tmp_path / "policy"))
     np.save(tmp_path / "e.npy", np.eye(4, dtype=np.float32))
     filtering = {"embeddings": str(tmp_path / "e.npy"), "keep": 1.0, "margin": 0.0}
-    for more, keys in (({"reasoning_content": "very fine"}, {"keys": True}), ({}, {})):
+    for more in ({"reasoning_content": "very fine"}, {}):
         table = [
             {"id": str(k), "prompt": [{"role": "user", "content": f"is the {word} good ?"}],
              "chosen": [{"role": "assistant", "content": f"the {word} is very good", **more}],
@@ -615,8 +615,6 @@ def test_a_run_trains_on_the_messages_that_it_was_given(tmp_path: Path) -> None:
         kept = load_pairs(PairsConfig(path=str(tmp_path / "r" / "filter" / "kept.parquet")))
         texts = ["id", "prompt", "chosen", "rejected"]
         assert kept.select_columns(texts).to_list() == table
-        manifest = json.loads((tmp_path / "r" / "filter" / "manifest.json").read_text())
-        assert {name: value for name, value in manifest["inputs"].items() if name == "keys"} == keys
 
 
 def test_filter_pairs_with_own_vectors(tmp_path: Path) -> None:

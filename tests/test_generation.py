@@ -1,7 +1,5 @@
 """A completion depends on its prompt and seed alone; draws follow softmax and top-p; log-probs are the model's."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from align.generation.choice import TOLERANCE, DrawnToken, draw, nucleus_floors
 from align.generation.encoding import stop_ids, to_completion
 from align.generation.engines import make_engine
 from align.generation.transformers_engine import TransformersEngine
-from align.model_folders import unused_decoding
 from tests.builders import WORDS, tokenizer
 
 PROMPTS = ["the film is", "a very bad plot was not", "good", "the the the the", "not"]
@@ -178,18 +175,6 @@ def test_no_field_of_the_generation_config_changes_what_is_sampled_from(
     assert made.generate(PROMPTS, sampling) == plain
     inside = made.model.get_base_model() if wrapped else made.model
     assert made.model.generation_config is inside.generation_config is before and getattr(before, name) == value
-
-
-def test_completions_from_a_restricted_distribution_are_made_again(tiny_policy: Path, tmp_path: Path) -> None:
-    """Their key names the fields that no longer count; that of a model without any is as it was."""
-    folder = shutil.copytree(tiny_policy, tmp_path / "model")
-    assert unused_decoding(str(folder)) == unused_decoding("some/hub-id") == {}
-    file = folder / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"suppress_tokens": [5], "num_beams": 3, "top_k": 5}))
-    assert unused_decoding(str(folder)) == {"unused": ["num_beams", "suppress_tokens"]}
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
-    assert unused_decoding(str(tmp_path / "adapter")) == unused_decoding(str(folder))
 
 
 def test_stop_ids_and_cutting() -> None:

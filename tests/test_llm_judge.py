@@ -11,9 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from align.errors import ConfigError, ModelError
-from align.evaluation.judges import judge_key
 from align.filtering.quality import Rubric
-from align.generation.scoring import ScorerChoice
 from reward_models.judges import make_judge
 from reward_models.llm_judge import YesNoJudge
 from tests.builders import TEMPLATE, WORDS, causal, llama_config
@@ -139,13 +137,6 @@ def test_messages_that_name_what_is_wrong(judge_folder: Path, tmp_path: Path) ->
         make_judge(f"yes-no:{tmp_path / 'nowhere'}")
     with pytest.raises(ConfigError, match="did you mean `vader`"):
         make_judge("vadr")
-
-
-def test_scores_from_hidden_states_are_not_taken_for_those_from_logits() -> None:
-    """Scores that lie on disk under the content of the judge's model alone are made again; a reward model's stay."""
-    judge = ScorerChoice(judge="yes-no:some/model")
-    assert judge.key(PROMPTS) == judge_key("yes-no:some/model").removeprefix("yes-no:")
-    assert judge.key(PROMPTS) != "some/model" == ScorerChoice(reward_model="some/model").key(PROMPTS)
 
 
 @pytest.mark.model

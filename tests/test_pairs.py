@@ -254,25 +254,10 @@ def test_check_counts_problems_without_raising(tmp_path: Path) -> None:
     assert len(checked.pairs) == 1 and [item["row"] for item in checked.invalid] == [2, 3]
 
 
-def test_pairs_that_were_held_out_by_the_nearest_whole_part_are_split_anew(tmp_path: Path) -> None:
-    """0.75 was kept as 0.5 under the key of its inputs alone; whole parts are as they were, and stay finished."""
+def test_a_run_holds_out_the_share_that_is_asked_for(tmp_path: Path) -> None:
     source = jsonl(tmp_path, *({**GOOD, "prompt": f"say {k}:"} for k in range(40)))
-    for fraction, held_out, exact in ((0.75, 30, {"exact": True}), (0.2, 8, {})):
+    for fraction, held_out in ((0.75, 30), (0.2, 8)):
         tree = {"name": "r", "output_dir": str(tmp_path), "pairs": {"path": source},
                 "reward": {"model": str(bert_reward(tmp_path / "m")), "eval_fraction": fraction}}  # fmt: skip
         run_pipeline(RunConfig.model_validate(tree), command="", until=("pairs",))
-        manifest = json.loads((tmp_path / "r" / "pairs" / "manifest.json").read_text())
-        assert {name: value for name, value in manifest["inputs"].items() if name == "exact"} == exact
         assert len(read_pairs(tmp_path / "r" / "pairs" / "heldout")) == held_out
-
-
-def test_stages_with_intervals_over_dependent_pairs_are_made_anew(tmp_path: Path) -> None:
-    """Metrics kept under the old key had intervals as if each pair were a draw; those of other tables are kept."""
-    reward = {"model": str(bert_reward(tmp_path / "m")), "eval_fraction": 0.5, "head": "logistic"}
-    for name, of_a_prompt, clustered in (("two", 2, {"clusters": True}), ("one", 1, {})):
-        table = [row | {"prompt": f"{k // of_a_prompt} :"} for k, row in enumerate(rows(24))]
-        tree = {"name": name, "output_dir": str(tmp_path), "pairs": {"path": jsonl(tmp_path, *table)}, "reward": reward}
-        run_pipeline(RunConfig.model_validate(tree), command="", until=("reward", "margins"))
-        for stage in ("reward", "margins"):
-            inputs = json.loads((tmp_path / name / stage / "manifest.json").read_text())["inputs"]
-            assert {key: value for key, value in inputs.items() if key == "clusters"} == clustered

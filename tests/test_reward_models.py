@@ -21,14 +21,10 @@ from transformers import (
     RobertaConfig,
 )
 
-from align.config import ObjectiveConfig, PairsConfig, RewardConfig, RunConfig
+from align.config import ObjectiveConfig, RewardConfig
 from align.errors import ConfigError, DataError, ModelError, NumericsError
-from align.evaluation.judges import judge_key, make_score_judge
-from align.generation.scoring import ScorerChoice
+from align.evaluation.judges import make_score_judge
 from align.model_loading import load_policy
-from align.pairs import write_pairs
-from align.pipeline import _Runner
-from align.stage import fingerprint_source, write_json
 from reward_models.calibration import evaluate_margins
 from reward_models.crossfit import cross_fit
 from reward_models.ensemble import EnsembleScorer, members, score_with
@@ -36,7 +32,6 @@ from reward_models.features import head_features
 from reward_models.judges import VaderJudge, make_judge
 from reward_models.model import fitting_length
 from reward_models.objectives import bradley_terry
-from reward_models.readings import MESSAGES
 from reward_models.score import RewardScorer
 from reward_models.text import cut_alike, render, tokenize
 from reward_models.train import train_reward_model
@@ -170,24 +165,6 @@ def test_an_encoder_keeps_its_own_special_tokens_around_messages() -> None:
     assert ids == [words.cls_token_id, *words.apply_chat_template([*TALK, *ANSWERS[0]], return_dict=False)]
 
 
-def test_rewards_of_messages_are_not_taken_from_before_and_those_of_text_are(tmp_path: Path) -> None:
-    """Keys of whatever keeps rewards: another one for messages, that of before for plain text."""
-    folder = llama_reward(tmp_path / "rm")
-    content, talks, texts = fingerprint_source(str(folder)), [TALK], ["the film is"]
-    assert judge_key(str(folder), texts) == ScorerChoice(reward_model=str(folder)).key(texts) == content
-    assert judge_key(str(folder), talks) == ScorerChoice(reward_model=str(folder)).key(talks) != content
-    assert judge_key("llm:m", talks) == judge_key("llm:m", texts) and judge_key("vader", talks) == "vader"
-    root = tmp_path / "run"
-    made = {}
-    for name, conversational in (("plain", False), ("talk", True)):
-        (root / "pairs").mkdir(parents=True, exist_ok=True)
-        write_json(root / "pairs" / "metrics.json", {"train": {"conversational": conversational}})
-        config = RunConfig(name="run", pairs=PairsConfig(path="p"), reward=RewardConfig(model=str(folder)))
-        made[name] = {stage: _Runner(config, root)._inputs(stage) for stage in ("reward", "crossfit", "margins")}
-    assert all("reading" not in inputs for inputs in made["plain"].values())
-    assert all(made["talk"][stage] == inputs | {"reading": MESSAGES} for stage, inputs in made["plain"].items())
-
-
 def long_and_short() -> Dataset:
     """Eight pairs, of which three (p0, p1, p2) have a prompt of 20 words, the others of fewer than 6."""
     table = [row | ({"prompt": "the " * 20} if k < 3 else {}) for k, row in enumerate(rows(8))]
@@ -236,18 +213,6 @@ def test_pairs_whose_prompts_fill_the_length_are_left_out_of_training(
     assert weights[0] == weights[1]
     with pytest.raises(DataError, match="none of 3 pairs has responses that differ within 16 tokens"):
         train_reward_model(pairs.select(range(3)), config, tmp_path / "none", seed=0)
-
-
-def test_models_trained_on_pairs_that_are_left_out_now_are_made_again(tmp_path: Path) -> None:
-    """Only where a pair may be one: the key of another table's models is as it was."""
-    folder, root = llama_reward(tmp_path / "rm"), tmp_path / "run"
-    made = {}
-    for name, length in (("short", 128), ("long", 16)):
-        config = RewardConfig(model=str(folder), max_length=length)
-        runner = _Runner(RunConfig(name="run", pairs=PairsConfig(path="p"), reward=config), root)
-        write_pairs(long_and_short(), root / "pairs" / "train")
-        made[name] = [runner._inputs(stage).get("cut_alike") for stage in ("reward", "crossfit", "margins")]
-    assert made == {"short": [None] * 3, "long": ["left out", "left out", None]}
 
 
 def test_columns_of_the_objective_stay_beside_their_pairs(tmp_path: Path) -> None:

@@ -14,10 +14,6 @@ OF_THE_MACHINE = frozenset({"async_checkpoints"})
 """Fields that no result depends on."""
 
 
-ROUNDING = 1e-9
-"""What floats leave of 1 / 0.1 - 10."""
-
-
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values are frozen once read."""
 
@@ -33,11 +29,6 @@ def _on_disk(folder: str) -> str:
     if is_remote(folder):
         raise ValueError("expected a folder on a disk, which `align push` copies to a store")
     return folder
-
-
-def is_whole_part(fraction: float) -> bool:
-    """Whether parts of ``fraction``, above 0, fill 1: a half, a tenth."""
-    return abs(1 / fraction - round(1 / fraction)) < ROUNDING
 
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -26,8 +26,9 @@ from align.evaluation.judges import ByScore, PairwiseJudge, from_scores, judge_k
 from align.evaluation.policies import Policy
 from align.generation.base import Sampling, keyed_prompts
 from align.generation.engines import Choice, choose_engine, make_engine
-from align.model_folders import adapter_base, fingerprint_model, unused_decoding
+from align.model_folders import adapter_base, fingerprint_model
 from align.pairs import load_prompts
+from align.revisions import SAMPLING
 from align.shards import Work, in_parts, map_shards, read_table
 from align.stage import digest, run_stage
 from reward_models.judges import Judge
@@ -115,7 +116,8 @@ def write_completions(policy: Policy, prompts: Sequence[Any], decoding: Decoding
         "sampling": asdict(decoding.sampling()),
         "engine": engine,
         "part": PART,
-    } | (unused_decoding(policy.model) if engine == "transformers" else {})
+        "revision": SAMPLING,
+    }
 
     job = CompletionJob(policy.model, replace(decoding, engine=engine, cluster=None))
 
@@ -147,7 +149,7 @@ def measure_kl(written: Written, reference: Policy, output: Path) -> np.ndarray:
 
 def score(written: Written, judge: Judge, output: Path, max_length: int | None = None) -> np.ndarray:
     """What a judge that gives numbers says of each completion, [N]; ``max_length`` is what it was made with."""
-    inputs = {"completions": written.key, "judge": judge_key(judge.name, written.prompts)} | _limit(max_length)
+    inputs = {"completions": written.key, "judge": judge_key(judge.name)} | _limit(max_length)
 
     def work(parts: Path) -> Dataset:
         answers = written.answers()

@@ -16,8 +16,8 @@ from align.console import progress
 from align.errors import ConfigError
 from align.filtering.texts import plain
 from align.model_folders import fingerprint_model
+from align.revisions import REWARDS
 from reward_models.judges import JUDGES, YES_NO, Judge, make_judge
-from reward_models.readings import ANSWERS, reading
 
 LANGUAGE_MODEL = "llm:"
 BATCH_TOKENS = 4096
@@ -208,13 +208,12 @@ def make_score_judge(name: str, max_length: int | None = None) -> Judge:
     return make_judge(name)
 
 
-def judge_key(name: str, prompts: Sequence[Any] = ()) -> str:
+def judge_key(name: str) -> str:
     """What the verdicts of a judge depend on beside the texts: its name, the content of its model, how it reads."""
     if name in JUDGES:
         return name
     kind = next((kind for kind in (LANGUAGE_MODEL, f"{YES_NO}:") if name.startswith(kind)), "")
-    read = {f"{YES_NO}:": [ANSWERS], LANGUAGE_MODEL: []}.get(kind, reading(prompts))
-    return kind + "".join(f"{word}:" for word in read) + fingerprint_model(name.removeprefix(kind))
+    return f"{kind}{REWARDS}:{fingerprint_model(name.removeprefix(kind))}"
 
 
 def from_scores(first: np.ndarray, second: np.ndarray) -> np.ndarray:

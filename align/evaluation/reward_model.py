@@ -20,11 +20,11 @@ from align.evaluation.rewardbench import is_plain, section_scores
 from align.pair_sources import read_source
 from align.pairs import clusters_of, fingerprint, load_pairs
 from align.reports.verdict import interval
+from align.revisions import REWARDS
 from align.shards import in_parts, read_table
 from align.stage import check_files, fingerprint_source, run_stage, write_json
 from reward_models.calibration import evaluate_margins
 from reward_models.length_bias import word_difference
-from reward_models.readings import MESSAGES, reading
 
 PART = 256
 """Pairs per part; a stopped scoring makes at most one of them again."""
@@ -67,7 +67,7 @@ def evaluate(
     log.info("scoring %d pairs of %s with %s%s -> %s", len(pairs), source.path, model,
              " as chat" if chat else "", output)  # fmt: skip
     inputs = {"pairs": fingerprint(pairs), "model": fingerprint_source(model), "max_length": max_length, "part": PART}
-    inputs |= {"reading": MESSAGES} if reading(pairs["prompt"]) else {}
+    inputs["revision"] = REWARDS
 
     def work(folder: Path) -> None:
         from reward_models.ensemble import EnsembleScorer

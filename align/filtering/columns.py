@@ -20,9 +20,9 @@ from align.filtering.static import StaticEncoder
 from align.filtering.survey import Survey
 from align.filtering.texts import PARTS, cells, column, texts
 from align.model_folders import fingerprint_model
+from align.revisions import REWARDS
 from align.shards import Work
 from align.stage import digest, fingerprint_source
-from reward_models.readings import ANSWERS, ASKING, reading
 
 ROWS = 1024
 """Pairs of a shard where a model reads the texts."""
@@ -62,8 +62,7 @@ def qualities(
         if name == "screen":
             found[name] = survey.screen
             continue
-        reading = [ANSWERS] if name in ASKING else []
-        key = digest([name, fingerprint_model(str(settings.quality_model)), *reading])[:16]
+        key = digest([name, fingerprint_model(str(settings.quality_model)), REWARDS])[:16]
         job, folder = Quality(name, settings.quality_model), cache / f"quality-{key}"
         table = pairs.select_columns(list(PARTS))
         made = found_of(table, job, folder, what=f"quality: {name}", rows=ROWS, cluster=cluster)
@@ -88,8 +87,7 @@ def distances(
     from align.pairs import fingerprint, load_pairs
 
     known = load_pairs(ood.pairs)
-    read = [fingerprint_source(ood.model), fingerprint(known), ood.quantile]
-    key = digest([*read, *reading([known[0]["prompt"], pairs[0]["prompt"]])])[:16]
+    key = digest([fingerprint_source(ood.model), fingerprint(known), ood.quantile, REWARDS])[:16]
     file = cache / f"ood-{key}.safetensors"
     fitted = kept_arrays(file, lambda: _fit(known, ood))
     job = Distance(ood.model, Mahalanobis(fitted["means"], fitted["whitening"]))

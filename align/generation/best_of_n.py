@@ -70,7 +70,7 @@ def choose_best(completions: str | Path, settings: BestSettings, output: Path) -
     judges = [settings.scorer, *([settings.gold] if settings.gold else [])]
     inputs = {
         "completions": fingerprint_source(file),
-        "scorers": [judge.key([group.prompt for group in groups]) for judge in judges],
+        "scorers": [judge.key for judge in judges],
         "settings": asdict(settings),
     }
     return run_stage(STAGE, output, inputs, lambda folder: _work(groups, count, settings, folder))

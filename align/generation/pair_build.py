@@ -91,7 +91,7 @@ def build_pairs(completions: str | Path, settings: BuildSettings, output: Path) 
              len(groups), file, settings.scorer.name, settings.mode, output)  # fmt: skip
     inputs = {
         "completions": fingerprint_source(file),
-        "scorer": settings.scorer.key([group.of.prompt for group in groups]),
+        "scorer": settings.scorer.key,
         "settings": asdict(settings),
     }
     return run_stage(STAGE, output, inputs, lambda folder: _work(groups, settings, folder))

@@ -17,7 +17,8 @@ from align.errors import DataError
 from align.generation.base import Completion, Sampling, show_tokens
 from align.generation.engines import Choice, choose_engine, make_engine
 from align.generation.prompts import PromptRow, read_prompts
-from align.model_folders import fingerprint_model, unused_decoding
+from align.model_folders import fingerprint_model
+from align.revisions import SAMPLING
 from align.shards import Work, decode
 from align.stage import Stage, check_output, digest, run_stage, write_json
 from align.stores import is_remote
@@ -78,9 +79,8 @@ def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSe
         "options": settings.options,
         "sampling": asdict(settings.sampling),
         "format": settings.format,
+        "revision": SAMPLING,
     }
-    if chosen == "transformers":
-        inputs |= unused_decoding(settings.model)
     if settings.base_url is not None:
         inputs["base_url"] = settings.base_url
     return run_stage(STAGE, output, inputs, lambda folder: _work(prompts, settings, chosen, folder))

@@ -1,7 +1,7 @@
 """Scoring completions with a reward model or a judge, a chunk at a time, so that a stopped scoring goes on."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from align.arrays import kept_array
 from align.config import nearest
 from align.errors import ConfigError, NumericsError
 from align.model_folders import fingerprint_model
+from align.revisions import REWARDS
 from reward_models.judges import JUDGES, YES_NO, make_judge
-from reward_models.readings import ANSWERS, reading
 
 CHUNK = 512
 Score = Callable[[Sequence[Any], Sequence[Any]], np.ndarray]
@@ -59,10 +59,10 @@ class ScorerChoice:
         """Whether the sigmoid of a reward is the P(yes) of a judge."""
         return self.judge is not None and self.judge.startswith(f"{YES_NO}:") and self.judge != f"{YES_NO}:"
 
-    def key(self, prompts: Iterable[Any]) -> str:
+    @property
+    def key(self) -> str:
         """What its scores depend on beside settings and texts: the content of its model, and how it reads."""
-        read = [ANSWERS] if self.probabilities else reading(prompts) if self.judge is None else []
-        return "".join(f"{word}:" for word in read) + fingerprint_model(self.model)
+        return f"{REWARDS}:{fingerprint_model(self.model)}"
 
     def load(self) -> Score:
         """The scorer. Of a yes-no judge the reward is its log-odds, log P(yes) - log P(no): the sigmoid of a margin is
