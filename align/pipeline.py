@@ -208,7 +208,7 @@ class _Runner:
         if kind in ("reward", "crossfit") and config.reward:
             skipped = {"pairs", "eval_pairs", "eval_fraction"} | ({"folds"} if kind == "reward" else set())
             inputs["settings"] = config.reward.made_from(without=skipped)
-            inputs["model"] = fingerprint_source(config.reward.model)
+            inputs["model"] = fingerprint_model(config.reward.model)
         if kind in ("sample", "trust", "train", "generate") and config.train:
             inputs["model"] = fingerprint_model(config.train.model)
         if kind == "filter" and config.filter:
@@ -216,7 +216,7 @@ class _Runner:
             chosen = config.filter
             read = [chosen.embedding_model, chosen.embeddings, chosen.quality_model, chosen.held_out]
             read += [chosen.ood.model, chosen.ood.pairs.path] if chosen.ood else []
-            inputs["read"] = [fingerprint_source(name) for name in read if name is not None]
+            inputs["read"] = [fingerprint_model(name) for name in read if name is not None]
         if kind == "train" and config.train:
             inputs["loss"] = config.train.methods[name.removeprefix("train-")].model_dump()
             inputs["settings"] = config.train.made_from(without={"methods", "trust", "allow_in_sample"})

@@ -13,11 +13,12 @@ from datasets import Dataset
 
 from align.config import ClusterConfig, RewardConfig
 from align.console import log
+from align.model_folders import fingerprint_model
 from align.pairs import TEXT, fingerprint, with_columns
 from align.processes import from_first, of_all, process_rank
 from align.revisions import REWARDS
 from align.shards import map_shards
-from align.stage import digest, fingerprint_source
+from align.stage import digest
 from reward_models.margin_map import MarginMap
 from reward_models.score import ALIKE, COLUMNS, RewardScorer, ScoreJob, tell_alike, with_rewards
 from reward_models.train import train_reward_model
@@ -149,7 +150,7 @@ def score_with(
 
 def _key(models: Sequence[Path | str], pairs: Dataset, max_length: int) -> str:
     """Of what the rewards depend on."""
-    made_from = [*(fingerprint_source(str(model)) for model in models), fingerprint(pairs), max_length, REWARDS]
+    made_from = [*(fingerprint_model(str(model)) for model in models), fingerprint(pairs), max_length, REWARDS]
     return digest(made_from)[:KEY_DIGITS]
 
 

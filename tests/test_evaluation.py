@@ -36,6 +36,7 @@ from align.generation.encoding import encode_prompt
 from align.model_folders import fingerprint_model
 from align.reports.reward_model_page import GROUPS, by_group, write_page
 from align.shards import in_parts
+from reward_models import ensemble
 from reward_models.judges import VaderJudge
 from reward_models.length_bias import word_difference
 from reward_models.score import RewardScorer
@@ -277,8 +278,10 @@ def test_another_base_is_another_adapter(tmp_path: Path) -> None:
     found = []
     for weights in ("one", "two"):
         (tmp_path / "base" / "model.safetensors").write_text(weights)
-        found.append((fingerprint_model(str(tmp_path / "adapter")), fingerprint_model(str(tmp_path / "base"))))
-    assert found[0][0] != found[1][0] and found[0][1] != found[1][1]
+        adapter = tmp_path / "adapter"
+        of_rewards = ensemble._key([adapter], Dataset.from_list([{"id": "a"}]), 64)
+        found.append((fingerprint_model(str(adapter)), fingerprint_model(str(tmp_path / "base")), of_rewards))
+    assert all(one != other for one, other in zip(*found, strict=True))
     assert fingerprint_model("some/hub-id") == "some/hub-id"
 
 

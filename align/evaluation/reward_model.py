@@ -17,12 +17,13 @@ from align.estimates import bootstrap_share
 from align.evaluation.ranking import auc_interval, opis
 from align.evaluation.reward_pairs import findings_said, pair_findings
 from align.evaluation.rewardbench import is_plain, section_scores
+from align.model_folders import fingerprint_model
 from align.pair_sources import read_source
 from align.pairs import clusters_of, fingerprint, load_pairs
 from align.reports.verdict import interval
 from align.revisions import REWARDS
 from align.shards import in_parts, read_table
-from align.stage import check_files, fingerprint_source, run_stage, write_json
+from align.stage import check_files, run_stage, write_json
 from reward_models.calibration import evaluate_margins
 from reward_models.length_bias import word_difference
 
@@ -66,7 +67,7 @@ def evaluate(
     pairs, chat = _load(source, model, chat)
     log.info("scoring %d pairs of %s with %s%s -> %s", len(pairs), source.path, model,
              " as chat" if chat else "", output)  # fmt: skip
-    inputs = {"pairs": fingerprint(pairs), "model": fingerprint_source(model), "max_length": max_length, "part": PART}
+    inputs = {"pairs": fingerprint(pairs), "model": fingerprint_model(model), "max_length": max_length, "part": PART}
     inputs["revision"] = REWARDS
 
     def work(folder: Path) -> None:

@@ -87,7 +87,7 @@ def distances(
     from align.pairs import fingerprint, load_pairs
 
     known = load_pairs(ood.pairs)
-    key = digest([fingerprint_source(ood.model), fingerprint(known), ood.quantile, REWARDS])[:16]
+    key = digest([fingerprint_model(ood.model), fingerprint(known), ood.quantile, REWARDS])[:16]
     file = cache / f"ood-{key}.safetensors"
     fitted = kept_arrays(file, lambda: _fit(known, ood))
     job = Distance(ood.model, Mahalanobis(fitted["means"], fitted["whitening"]))
