@@ -144,6 +144,15 @@ def bootstrap_share(
     return replace(found, low=least) if found.value == 1.0 else replace(found, high=1 - least)
 
 
+def share_among(
+    values: np.ndarray, of: np.ndarray, *, seed: int, clusters: np.ndarray | None = None
+) -> dict[str, float] | None:
+    """``bootstrap_share`` of the ``values`` [N] where ``of`` [N] holds, as JSON; None where it holds nowhere."""
+    if not of.any():
+        return None
+    return bootstrap_share(values[of], seed=seed, clusters=None if clusters is None else clusters[of]).to_dict()
+
+
 def correlation(first: ArrayLike, second: ArrayLike) -> dict[str, float] | None:
     """Pearson's correlation of [N] and [N] with its 95% interval by Fisher's z; None where it is not defined."""
     from scipy.stats import pearsonr

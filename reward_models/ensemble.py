@@ -100,8 +100,9 @@ class EnsembleScorer:
 
     def score_pairs(self, pairs: Dataset) -> Dataset:
         """The table with the mean rewards and their margin; ``margin_std`` where there are at least two members."""
-        tell_alike(self.scorers[0].alike(pairs))
-        return _averaged(pairs, [scorer.score_pairs(pairs) for scorer in self.scorers])
+        scored, alike = zip(*(scorer.score_and_tell(pairs) for scorer in self.scorers), strict=True)
+        tell_alike(alike[0])
+        return _averaged(pairs, scored)
 
 
 def score_with(

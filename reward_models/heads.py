@@ -21,7 +21,7 @@ from align.errors import ModelError
 from align.pairs import folds_by_prompt
 from reward_models.features import head_features
 from reward_models.score import RewardScorer
-from reward_models.text import pairs_told_apart, render
+from reward_models.text import pair_texts, told_apart
 
 Loss = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(rewards of chosen [N], of rejected [N], columns) -> loss [N]."""
@@ -136,9 +136,10 @@ def train_head(
             code="reward-head",
             hint="use `reward.head: full`",
         )
-    train = pairs_told_apart(train, scorer.tokenizer, scorer.max_length)
-    texts = [render(row["prompt"], row[side], scorer.tokenizer) for side in ("chosen", "rejected") for row in train]
-    chosen, rejected = np.split(head_features(scorer, texts, cache), 2)
+    read = pair_texts(train, scorer.tokenizer, scorer.max_length)
+    kept = told_apart(read.alike, scorer.max_length)
+    train = train.select(kept)
+    chosen, rejected = np.split(head_features(scorer, read.of(kept).texts, cache), 2)
     if config.head == "naive-bayes":
         head = Moments.of(chosen - rejected).naive_bayes()
     else:

@@ -1,12 +1,13 @@
 """Does a reward model pay for length? From margins and the lengths of the two responses, in words."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from scipy.stats import spearmanr
 
-from align.estimates import bootstrap_share
+from align.estimates import share_among
 
 LEAST = 4
 """Pairs below which no rank correlation is given."""
@@ -47,11 +48,7 @@ def length_probe(
     squares = float(margins @ margins)
     unlike = words != 0
     right = np.where(margins == 0, 0.5, margins > 0)
-
-    def share(values: np.ndarray, of: np.ndarray) -> dict[str, float] | None:
-        together = None if clusters is None else clusters[of]
-        return bootstrap_share(values[of], seed=seed, clusters=together).to_dict() if of.any() else None
-
+    share = partial(share_among, seed=seed, clusters=clusters)
     return {
         "pairs": len(margins),
         "slope": slope,

@@ -17,6 +17,7 @@ from align.batching import token_batches
 from align.console import log, progress
 from align.errors import ConfigError, ModelError
 from align.model_loading import load_policy, load_tokenizer
+from align.training.layout import base_model
 
 RUBRIC = """Below are a request and a response to it.
 
@@ -66,8 +67,7 @@ class YesNoJudge:
         self.tokenizer = load_tokenizer(str(model))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_policy(str(model), dtype=dtype).to(self.device).eval()
-        inside = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self._keeps_places = "logits_to_keep" in inspect.signature(inside.forward).parameters
+        self._keeps_places = "logits_to_keep" in inspect.signature(base_model(self.model).forward).parameters
         self.batch_tokens = batch_tokens
         self.max_length = max_length
         self.frame = [self._frame_ids(part, first=k == 0) for k, part in enumerate(self._frame(rubric))]

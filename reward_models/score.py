@@ -16,13 +16,13 @@ from align.pairs import with_columns
 from align.processes import local_device
 from align.shards import Work
 from reward_models.model import fitting_length, load_reward_model
-from reward_models.text import cut_alike, pairs_cut_alike, render, tokenize
+from reward_models.text import cut_alike, pair_texts, render, tokenize
 
 SHOWN = 80
 """Characters of a text in an error."""
 COLUMNS = ("reward_chosen", "reward_rejected", "margin")
 ALIKE = "cut_alike"
-"""Column of a shard: see ``RewardScorer.alike``."""
+"""Column of a shard: whether the two responses are cut to the same tokens; their margin is then 0."""
 
 
 class RewardScorer:
@@ -65,7 +65,9 @@ class RewardScorer:
         Raises:
             NumericsError: a reward is not a finite number.
         """
-        ids = tokenize(texts, self.tokenizer, self.max_length)
+        return self._score(texts, tokenize(texts, self.tokenizer, self.max_length))
+
+    def _score(self, texts: Sequence[str], ids: list[list[int]]) -> np.ndarray:
         rewards = np.empty(len(ids), dtype=np.float64)
         batches = token_batches([len(row) for row in ids], self.batch_tokens)
         with torch.inference_mode():
@@ -90,12 +92,12 @@ class RewardScorer:
 
     def score_pairs(self, pairs: Dataset) -> Dataset:
         """The table with reward_chosen, reward_rejected and margin (their difference)."""
-        texts = [render(row["prompt"], row[side], self.tokenizer) for side in ("chosen", "rejected") for row in pairs]
-        return with_rewards(pairs, *self.score_texts(texts).reshape(2, len(pairs)))
+        return self.score_and_tell(pairs)[0]
 
-    def alike(self, pairs: Dataset) -> np.ndarray:
-        """Whether the two responses of each pair are cut to the same tokens, bool [N]; their margin is then 0."""
-        return pairs_cut_alike(pairs, self.tokenizer, self.max_length)
+    def score_and_tell(self, pairs: Dataset) -> tuple[Dataset, np.ndarray]:
+        """``score_pairs``, and whether the two responses of each pair are cut alike, bool [N]; see ``ALIKE``."""
+        read = pair_texts(pairs, self.tokenizer, self.max_length)
+        return with_rewards(pairs, *self._score(read.texts, read.ids).reshape(2, len(pairs))), read.alike
 
     def unread(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
         """Whether the prompt beside each completion leaves nothing of it within ``max_length``, bool [N]."""
@@ -147,8 +149,8 @@ class ScoreJob:
         )  # fmt: skip
 
         def work(rows: Dataset) -> Dataset:
-            scored = scorer.score_pairs(rows).select_columns(["reward_chosen", "reward_rejected"])
-            return scored.add_column(ALIKE, scorer.alike(rows).tolist())
+            scored, alike = scorer.score_and_tell(rows)
+            return scored.select_columns(["reward_chosen", "reward_rejected"]).add_column(ALIKE, alike.tolist())
 
         return work
 

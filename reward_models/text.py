@@ -1,7 +1,7 @@
 """From a prompt and a completion to token ids: one way, for training and for scoring."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -55,6 +55,29 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_lengt
     return [row if is_ended else [*row, eos] for row, is_ended in zip(ids, ended, strict=True)]
 
 
+class PairTexts(NamedTuple):
+    """Both responses of N pairs, each after its prompt: those of the chosen, then those of the rejected, each [2N]."""
+
+    texts: list[str]
+    ids: list[list[int]]
+    alike: np.ndarray
+    """Whether the two are cut alike, bool [N]; see ``cut_alike``."""
+
+    def of(self, rows: np.ndarray) -> "PairTexts":
+        """Those of some pairs."""
+        both = [*rows, *(rows + len(self.alike))]
+        return PairTexts([self.texts[k] for k in both], [self.ids[k] for k in both], self.alike[rows])
+
+
+def pair_texts(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PairTexts:
+    """The pairs as a reward model reads them; see ``render`` and ``tokenize``."""
+    texts = [render(row["prompt"], row[side], tokenizer) for side in ("chosen", "rejected") for row in pairs]
+    ids, count = tokenize(texts, tokenizer, max_length), len(pairs)
+    full = _full(tokenizer, max_length)
+    alike = [_alike(*sides, full) for sides in zip(texts[:count], texts[count:], ids[:count], ids[count:], strict=True)]
+    return PairTexts(texts, ids, np.array(alike, dtype=bool))
+
+
 def cut_alike(
     first: Sequence[str], second: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> np.ndarray:
@@ -62,34 +85,37 @@ def cut_alike(
 
     No reward tells them apart: what they begin with, as a rule their prompt, fills ``max_length``.
     """
-    ids = (tokenize(texts, tokenizer, max_length) for texts in (first, second))
-    full = max_length - (tokenizer.eos_token_id is not None)
-    rows = zip(first, second, *ids, strict=True)
-    return np.array([one != other and a == b and len(a) >= full for one, other, a, b in rows], dtype=bool)
+    full, ids = _full(tokenizer, max_length), tokenize(first, tokenizer, max_length)
+    found = np.array([len(row) >= full for row in ids], dtype=bool)
+    places = np.flatnonzero(found).tolist()
+    others = tokenize([second[k] for k in places], tokenizer, max_length)
+    for k, other in zip(places, others, strict=True):
+        found[k] = _alike(first[k], second[k], ids[k], other, full)
+    return found
 
 
-def pairs_cut_alike(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> np.ndarray:
-    """Whether the two responses of each pair are cut alike after its prompt, bool [N]; see ``cut_alike``."""
-    chosen, rejected = (
-        [render(row["prompt"], row[side], tokenizer) for row in pairs] for side in ("chosen", "rejected")
-    )
-    return cut_alike(chosen, rejected, tokenizer, max_length)
-
-
-def pairs_told_apart(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """The pairs without those that are cut alike, from which a reward model learns nothing; how many are said.
+def told_apart(alike: np.ndarray, max_length: int) -> np.ndarray:
+    """Places of the pairs that are not cut alike, from which a reward model learns; how many others there are is said.
 
     Raises:
-        DataError: none is left.
+        DataError: there are only others.
     """
-    alike = pairs_cut_alike(pairs, tokenizer, max_length)
-    if not alike.any():
-        return pairs
-    if alike.all():
+    kept = np.flatnonzero(~alike)
+    if alike.any() and not len(kept):
         raise DataError(
-            f"none of {len(pairs)} pairs has responses that differ within {max_length} tokens",
+            f"none of {len(alike)} pairs has responses that differ within {max_length} tokens",
             code="empty-completion",
             hint="raise reward.max_length, or take a model that reads longer texts",
         )
-    log.warning("%d of %d pairs are left out: their prompts fill max_length", alike.sum(), len(pairs))
-    return pairs.select(np.flatnonzero(~alike))
+    if alike.any():
+        log.warning("%d of %d pairs are left out: their prompts fill max_length", alike.sum(), len(alike))
+    return kept
+
+
+def _full(tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """Tokens of a text that may have been cut, at least."""
+    return max_length - (tokenizer.eos_token_id is not None)
+
+
+def _alike(first: str, second: str, ids: list[int], others: list[int], full: int) -> bool:
+    return first != second and ids == others and len(ids) >= full

@@ -20,7 +20,7 @@ from align.trainer_progress import show_progress
 from reward_models.heads import train_head
 from reward_models.model import fitting_length, load_reward_model
 from reward_models.objective_registry import objective_columns, resolve_objective
-from reward_models.text import pairs_told_apart, render, tokenize
+from reward_models.text import pair_texts, told_apart
 from reward_models.trainer import ObjectiveRewardTrainer
 
 CONFIG = "config.json"
@@ -70,13 +70,12 @@ def _train_whole(train: Dataset, config: RewardConfig, output: Path, checkpoints
     transformers.set_seed(seed)
     model, tokenizer = load_reward_model(config.model, trust_remote_code=args.trust_remote_code, new_head=True)
     most = fitting_length(model, config.max_length)
-    kept = pairs_told_apart(train, tokenizer, most)
+    read = pair_texts(train, tokenizer, most)
+    kept = told_apart(read.alike, most)
     if len(kept) < len(train):
-        train, columns = kept, objective_columns(kept, objective)
-    ids = {
-        f"{side}_ids": tokenize([render(row["prompt"], row[side], tokenizer) for row in train], tokenizer, most)
-        for side in ("chosen", "rejected")
-    }
+        train, read = train.select(kept), read.of(kept)
+        columns = objective_columns(train, objective)
+    ids = {"chosen_ids": read.ids[: len(train)], "rejected_ids": read.ids[len(train) :]}
     length = [max(len(chosen), len(rejected)) for chosen, rejected in zip(*ids.values(), strict=True)]
     with refusals("reward"):
         trainer = ObjectiveRewardTrainer(

@@ -148,8 +148,10 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
                 cells.append(runner.cell(quality, method, chosen[name], seed, test))
                 rows = summarise(cells, references)
                 first = primary(rows, cells, references)
-                table = {"chosen": chosen, "tried": runner.tried, "rows": rows, "primary": first}
-                table["references"] = [cell["key"] for cell in references]
+                table = {
+                    "chosen": chosen, "tried": runner.tried, "rows": rows, "primary": first,
+                    "references": [cell["key"] for cell in references],
+                }  # fmt: skip
                 write_json(study.margins_root / "table.json", table)
                 write_table([*references, *runner.cells], study.margins_root / "cells.jsonl")
     if rows:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from align.config import OodConfig, PairsConfig
 from align.console import log, out
 from align.errors import ConfigError
-from align.estimates import bootstrap_share
+from align.estimates import share_among
 from align.evaluation.ranking import auc_interval, opis
 from align.evaluation.reward_pairs import findings_said, pair_findings
 from align.evaluation.rewardbench import is_plain, section_scores
@@ -128,9 +128,8 @@ def reward_model_metrics(
     if groups is not None:
         names = np.asarray(groups)
         for name in sorted(set(groups)):
-            together = None if clusters is None else clusters[names == name]
             found["categories"][name] = {
-                "accuracy": bootstrap_share(right[names == name], seed=seed, clusters=together).to_dict(),
+                "accuracy": share_among(right, names == name, seed=seed, clusters=clusters),
                 "mean_reward": float(np.concatenate([chosen[names == name], rejected[names == name]]).mean()),
             }
         accuracies = {name: item["accuracy"]["value"] for name, item in found["categories"].items()}

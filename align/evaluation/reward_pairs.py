@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.estimates import bootstrap_share, correlation
+from align.estimates import correlation, share_among
 from align.reports.verdict import interval
 from reward_models.length_bias import length_probe, word_difference
 
@@ -74,17 +74,12 @@ def _far(
     clusters: np.ndarray | None,
 ) -> dict[str, Any]:
     right, far = np.where(margins == 0, 0.5, margins > 0), distance > limit
-
-    def share(of: np.ndarray) -> dict[str, float] | None:
-        together = None if clusters is None else clusters[of]
-        return bootstrap_share(right[of], seed=seed, clusters=together).to_dict() if of.any() else None
-
     farthest = [int(k) for k in np.argsort(-distance, kind="stable")[:SHOWN] if far[k]]
     return {
         "limit": limit,
         "share": float(far.mean()),
-        "accuracy_far": share(far),
-        "accuracy_near": share(~far),
+        "accuracy_far": share_among(right, far, seed=seed, clusters=clusters),
+        "accuracy_near": share_among(right, ~far, seed=seed, clusters=clusters),
         "distances": [round(float(value), 3) for value in distance],
         "farthest": [_shown(pairs[k], margin=float(margins[k]), distance=float(distance[k])) for k in farthest],
     }

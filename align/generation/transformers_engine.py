@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from align.generation.base import Completion, Sampling, gather, prompt_keys, sample_seed
 from align.generation.choice import DrawnToken
 from align.generation.encoding import encode_prompt, stop_ids, to_completion
+from align.training.layout import base_model
 
 
 class TransformersEngine:
@@ -98,7 +99,7 @@ class TransformersEngine:
 @contextmanager
 def _without_own_config(model: PreTrainedModel) -> Iterator[None]:
     """Meanwhile the model, and that inside an adapter, has no generation config that fields could be filled in from."""
-    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    holders = [model, base_model(model)]
     own = [holder.generation_config for holder in holders]
     try:
         for holder in holders:

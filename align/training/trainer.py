@@ -126,33 +126,35 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
             self.train_dataset = self.train_dataset.add_column(args.length_column_name, _tokens(self.train_dataset))
         self.remedy = None if remedy is None else GradientRemedy(self.model, loss, remedy, self.accelerator)
         refuse_other_start(self.model)
-        self.token_mask = None
-        if token_mask is not None:
-            if self.ref_model is None and not has_adapter(self.model):
-                raise ConfigError(
-                    "train.trainer.precompute_ref_log_probs: found true beside a token_mask, which reads the reference "
-                    "in every step: without an adapter no reference is left",
-                    code="trainer-key",
-                    hint="leave it out, or train an adapter",
-                )
-            vocabulary = self.model.get_input_embeddings().weight.shape[0]
-            self.token_mask = TokenMask(vocabulary, token_mask, self.accelerator)
+        self.token_mask = None if token_mask is None else self._make_token_mask(token_mask)
         self.tilt = None
         if tilt is not None:
             self.tilt = LossTilt(tilt, self.accelerator.gather, self.accelerator.process_index)
 
+    def _make_token_mask(self, config: TokenMaskConfig) -> TokenMask:
+        if self.ref_model is None and not has_adapter(self.model):
+            raise ConfigError(
+                "train.trainer.precompute_ref_log_probs: found true beside a token_mask, which reads the reference "
+                "in every step: without an adapter no reference is left",
+                code="trainer-key",
+                hint="leave it out, or train an adapter",
+            )
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        return TokenMask(vocabulary, config, self.accelerator)
+
     def _leave_experts_unbalanced(self) -> None:
         """Refuse or say that the load-balancing loss of a mixture of experts, which trl adds, is not added here."""
-        coefficient = getattr(self, "router_aux_loss_coef", 0.0) if getattr(self, "aux_loss_enabled", False) else 0.0
-        if coefficient and getattr(self.args, "router_aux_loss_coef", None):
+        if not self.aux_loss_enabled:
+            return
+        coefficient = self.router_aux_loss_coef
+        if self.args.router_aux_loss_coef is not None:
             raise ConfigError(
                 f"train.trainer.router_aux_loss_coef: found {coefficient:g}, expected 0 or none: the losses of this "
                 "program do not balance experts",
                 code="trainer-key",
                 hint="leave it out, and train an adapter that leaves the routers as they are",
             )
-        if coefficient:
-            log.warning("the experts' load-balancing loss of this model (%g in its config) is not added", coefficient)
+        log.warning("the experts' load-balancing loss of this model (%g in its config) is not added", coefficient)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """trl's, which leaves out pairs whose prompt fills ``max_length``; here it is said."""
