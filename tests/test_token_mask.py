@@ -97,6 +97,18 @@ def test_the_reference_of_a_whole_policy_stays_where_it_was(tiny_policy: Path, t
         trainer(tiny_policy, tmp_path / "x", 4, precompute_ref_log_probs=True)
 
 
+@pytest.mark.parametrize("live", [{"token_mask": TokenMaskConfig()}, {}])
+def test_bfloat16_beside_a_reference_that_is_run(live: dict[str, Any], tiny_policy: Path, tmp_path: Path) -> None:
+    """Under autocast the start is its own reference too: no log-ratio at step 1, and no refusal of the model."""
+    fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"} | {"bf16": True, "max_steps": 1}
+    if not live:
+        fields["precompute_ref_log_probs"] = False
+    config = TrainConfig(model=str(tiny_policy), methods={"m": LossConfig(loss="dpo", **live)}, trainer=fields)
+    train_policy(Dataset.from_list(rows(8)), config, "m", tmp_path, seed=3)
+    first = read_json(tmp_path / "history.json")["history"][0]
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
+
+
 def test_what_it_learned_is_written_down(tiny_policy: Path, tmp_path: Path) -> None:
     fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"}
     config = TrainConfig(

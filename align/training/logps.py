@@ -93,7 +93,8 @@ def _check_head(model: PreTrainedModel) -> None:
     ids, training = ids.to(embedded.device), model.training
     model.eval()
     with torch.no_grad():
-        logits = getattr(model, FORWARD_BEFORE)(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+        # the class's own forward: accelerate may have wrapped the model's in autocast, which the head is not under
+        logits = type(model).forward(model, input_ids=ids, use_cache=False).logits.flatten(0, 1)
         targets = ids.flatten().clamp(max=logits.shape[1] - 1)
         places = torch.arange(ids.numel(), device=ids.device)
         found = model(input_ids=ids, use_cache=False, scored=Scored(places, targets, TRIAL_TOKENS)).logps
