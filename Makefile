@@ -17,10 +17,10 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 assets: $(STAMP)
-	$(BIN)/python scripts/fetch_assets.py --output $(ASSETS)
+	$(BIN)/python -m scripts.assets.fetch --output $(ASSETS)
 
 demo: assets
-	$(BIN)/python scripts/build_demo_data.py --assets $(ASSETS) --output $(ASSETS)/demo
+	$(BIN)/python -m scripts.assets.demo_data --assets $(ASSETS) --output $(ASSETS)/demo
 	$(BIN)/align run configs/demo.yaml
 
 lint: $(STAMP)
@@ -51,10 +51,10 @@ test-lowest: .venv-lowest/.ready assets
 	touch $@
 
 vllm:
-	PYTHON=$(PYTHON) scripts/setup_vllm.sh .venv-vllm
+	PYTHON=$(PYTHON) scripts/assets/setup_vllm.sh .venv-vllm
 
 bench: assets
-	@for script in scripts/bench_*.py; do test -e $$script || continue; $(BIN)/python $$script; done
+	@for script in scripts/bench/[a-z]*.py; do $(BIN)/python -m scripts.bench.$$(basename $$script .py); done
 
 clean:
 	rm -rf runs build *.egg-info

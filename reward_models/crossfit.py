@@ -6,11 +6,11 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from align.config import ClusterConfig, RewardConfig
-from align.console import log
-from align.pairs import folds_by_prompt
+from align.data.splits import folds_by_prompt
+from align.io.console import log
+from reward_models.calibration import fit_map
 from reward_models.ensemble import SPREAD, members, score_with, train_members
 from reward_models.length_bias import word_difference
-from reward_models.margin_map import fit_map
 from reward_models.score import COLUMNS
 
 

@@ -12,15 +12,14 @@ import numpy as np
 from datasets import Dataset
 
 from align.config import ClusterConfig, RewardConfig
-from align.console import log
-from align.model_folders import fingerprint_model
-from align.pairs import TEXT, fingerprint, with_columns
-from align.processes import from_first, of_all, process_rank
-from align.revisions import REWARDS
-from align.shards import map_shards
-from align.stage import digest
-from reward_models.margin_map import MarginMap
-from reward_models.score import ALIKE, COLUMNS, RewardScorer, ScoreJob, tell_alike, with_rewards
+from align.data.pairs import TEXT, fingerprint, with_columns
+from align.distributed import from_first, of_all, process_rank
+from align.io.console import log
+from align.io.hashing import digest
+from align.models.folders import fingerprint_model
+from align.sharding.shards import map_shards
+from reward_models.calibration import MarginMap
+from reward_models.score import ALIKE, COLUMNS, REWARDS, RewardScorer, ScoreJob, tell_alike, with_rewards
 from reward_models.train import train_reward_model
 
 MEMBERS = "members"

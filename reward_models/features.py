@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.arrays import kept_array
-from align.batching import token_batches
-from align.console import progress
 from align.errors import ModelError
-from align.revisions import REWARDS
-from align.stage import digest
-from reward_models.score import RewardScorer
-from reward_models.text import tokenize
+from align.io.array_cache import kept_array
+from align.io.console import progress
+from align.io.hashing import digest
+from align.models.batching import token_batches
+from reward_models.score import REWARDS, RewardScorer
+from reward_models.tokenization import tokenize
 
 CHUNK = 4096
 

@@ -7,7 +7,7 @@ that weigh all margins alike are the same objective.
 import numpy as np
 import torch
 
-from reward_models.objective_registry import BoundObjective
+from reward_models.registry import BoundObjective
 
 
 def gradient_weights(objective: BoundObjective, gaps: np.ndarray, *, teacher: float = 1.0) -> np.ndarray:

@@ -46,7 +46,7 @@ def make_judge(name: str) -> Judge:
     """
     kind, _, model = name.partition(":")
     if kind == YES_NO and model:
-        from reward_models.llm_judge import YesNoJudge
+        from reward_models.llm_judges import YesNoJudge
 
         return YesNoJudge(model)
     if name not in JUDGES:

@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset
 from scipy.stats import spearmanr
 
-from align.estimates import share_among
+from align.stats import share_among
 
 LEAST = 4
 """Pairs below which no rank correlation is given."""

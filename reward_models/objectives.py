@@ -1,7 +1,7 @@
 """Losses of a reward model: pure functions of the two rewards, one value per pair. The mean is taken elsewhere.
 
 Shapes: B pairs; rewards are [B], z = r_w - r_l is the margin. Float32 (float64 for float64 input), finite with finite
-gradients for |z| up to 1e4. Which of them a run uses is chosen by name: reward_models/objective_registry.py.
+gradients for |z| up to 1e4. Which of them a run uses is chosen by name: reward_models/registry.py.
 
     objective            believes                                                      source
     bradley_terry        every label alike                                             Bradley and Terry (1952)

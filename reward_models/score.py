@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from align.batching import token_batches
-from align.console import log, progress
+from align.data.pairs import with_columns
+from align.distributed import local_device
 from align.errors import NumericsError
-from align.pairs import with_columns
-from align.processes import local_device
-from align.shards import Work
-from reward_models.model import fitting_length, load_reward_model
-from reward_models.text import cut_alike, pair_texts, render, tokenize
+from align.io.console import log, progress
+from align.models.batching import token_batches
+from align.sharding.jobs import Work
+from reward_models.loading import fitting_length, load_reward_model
+from reward_models.tokenization import cut_alike, pair_texts, render, tokenize
 
 SHOWN = 80
 """Characters of a text in an error."""
@@ -159,3 +159,7 @@ def tell_alike(alike: np.ndarray) -> None:
     """Say how many of the pairs, bool [N], have no margin because they are cut alike."""
     if alike.any():
         log.warning("%d of %d pairs have a margin of 0: their prompts fill max_length", alike.sum(), len(alike))
+
+
+REWARDS = 2
+"""What a reward model or a judge says of a text, and whether it has read the whole of it."""

@@ -10,17 +10,17 @@ from peft import get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TrlRewardConfig
 
-from align.checkpoints import last_whole_checkpoint
 from align.config import RewardConfig
-from align.console import log
-from align.processes import from_first, process_rank, wait_until
-from align.stopping import stoppable
-from align.trainer_args import build_lora, build_trainer_args, refusals
-from align.trainer_progress import show_progress
-from reward_models.heads import train_head
-from reward_models.model import fitting_length, load_reward_model
-from reward_models.objective_registry import objective_columns, resolve_objective
-from reward_models.text import pair_texts, told_apart
+from align.distributed import from_first, process_rank, wait_until
+from align.io.console import log
+from align.training.base.arguments import build_lora, build_trainer_args, refusals
+from align.training.base.checkpoints import last_whole_checkpoint
+from align.training.base.progress import show_progress
+from align.training.base.stopping import stoppable
+from reward_models.linear_heads import train_head
+from reward_models.loading import fitting_length, load_reward_model
+from reward_models.registry import objective_columns, resolve_objective
+from reward_models.tokenization import pair_texts, told_apart
 from reward_models.trainer import ObjectiveRewardTrainer
 
 CONFIG = "config.json"

@@ -26,6 +26,6 @@ def assets() -> Path:
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random tiny Llama folder."""
-    from tests.builders import causal
+    from tests.helpers.builders import causal
 
     return causal(tmp_path_factory.mktemp("policy"))

@@ -11,9 +11,9 @@ import pytest
 import typer
 import yaml
 
-from align.cli import app
+from align.cli.main import app
 from align.config import load_config
-from align.stages import check_config
+from align.run.checks import check_config
 
 ROOT = Path(__file__).parents[1]
 SEPARATORS = ("&&", "||", ";", "|")

@@ -4,12 +4,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from align.stores import is_remote
+from align.io.object_store import is_remote
 
 ADDED = frozenset({"pairs_per_step"})
 """Fields that came later: absent, they make no stage stale that was finished without them."""
 NAME = r"^\w[\w .+=-]{0,99}$"
-
 OF_THE_MACHINE = frozenset({"async_checkpoints"})
 """Fields that no result depends on."""
 

@@ -11,7 +11,7 @@ COLUMNS = (
     "id", "prompt", "chosen", "rejected", "group", "reward_chosen", "reward_rejected", "margin", "margin_std", "weight",
     "ood", "teacher_margin", "bag", "vote_share",
 )  # fmt: skip
-"""Of a pair table: the text, and what its source or a stage may add (align/pairs.py)."""
+"""Of a pair table: the text, and what its source or a stage may add (align/data/pairs.py)."""
 
 
 class PairsConfig(Section):

@@ -10,8 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from align.config.base import Section
+from align.config.safe_yaml import load_yaml
 from align.errors import ConfigError, listed
-from align.safe_yaml import load_yaml
 
 S = TypeVar("S", bound=Section)
 SHOWN_CHARACTERS = 60

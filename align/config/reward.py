@@ -9,7 +9,7 @@ from align.config.data import PairsConfig
 
 
 class TiltConfig(Section):
-    """A weight of each pair from its loss, step by step (align/pair_weights.py)."""
+    """A weight of each pair from its loss, step by step (align/losses/pair_weights.py)."""
 
     kind: Literal["up", "down", "lin_upper", "quadratic", "extremes", "comp_sum"]
     """up, lin_upper: pairs of high loss count more; down, comp_sum: less; quadratic, extremes: the middle, the ends."""
@@ -38,7 +38,7 @@ class SharpnessConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """One loss of reward_models/objective_registry.py and its parameters."""
+    """One loss of reward_models/registry.py and its parameters."""
 
     name: str = "bradley_terry"
     parameters: dict[str, float | bool] = {}

@@ -57,7 +57,7 @@ class WeightsConfig(Section):
 
 
 class LossConfig(Section):
-    """One loss of the registry in align/losses.py and its parameters."""
+    """One loss of the registry in align/losses/pairwise.py and its parameters."""
 
     loss: str
     """Name in the registry: madpo, soft_madpo, dpo, ipo, ..."""

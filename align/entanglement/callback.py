@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.console import log
 from align.entanglement.conditions import changes, loss_weights, shares
 from align.entanglement.products import GradientProducts, PairProducts
-from align.loss_registry import BoundLoss
-from align.losses import PairLogps
-from align.stage import read_json, write_json
-from align.training.layout import trim
-from align.training.logps import Layout, pair_logps
+from align.io.console import log
+from align.io.files import read_json, write_json
+from align.losses.pairwise import PairLogps
+from align.losses.registry import BoundLoss
+from align.models.layout import trim
+from align.models.logps import Layout, pair_logps
 
 PREFIX = "entanglement/"
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.console import log
-from align.entanglement.moving import Direction
+from align.entanglement.directional import Direction
 from align.entanglement.products import GradientProducts
-from align.loss_registry import BoundLoss
-from align.losses import PairLogps
-from align.training.layout import base_model
-from align.training.logps import add_completion_head, pair_logps
+from align.io.console import log
+from align.losses.pairwise import PairLogps
+from align.losses.registry import BoundLoss
+from align.models.layout import base_model
+from align.models.logps import add_completion_head, pair_logps
 
 SHARES = (1.0, 0.5, 0.25, 0.125)
 OPTIMIZERS: dict[str, Any] = {

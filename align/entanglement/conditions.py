@@ -15,8 +15,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from align.loss_registry import BoundLoss
-from align.losses import PairLogps
+from align.losses.pairwise import PairLogps
+from align.losses.registry import BoundLoss
 
 Verdict = Literal["separated", "both fall", "both rise", "reversed", "no signal", "undecided"]
 NOISE = 1e-5

@@ -11,18 +11,18 @@ from datasets import Dataset, Value
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from align.batching import token_batches
-from align.entanglement.batch import collate
+from align.distributed import local_device
 from align.entanglement.conditions import changes, loss_weights, slack
 from align.entanglement.products import GradientProducts
 from align.entanglement.screening import screen
-from align.loss_registry import BoundLoss
-from align.losses import PairLogps
-from align.model_loading import load_policy, load_tokenizer
-from align.processes import local_device
-from align.shards import Work
-from align.training.layout import base_model
-from align.training.logps import add_completion_head, pair_logps
+from align.losses.pairwise import PairLogps
+from align.losses.registry import BoundLoss
+from align.models.batching import token_batches
+from align.models.layout import base_model
+from align.models.loading import load_policy, load_tokenizer
+from align.models.logps import add_completion_head, pair_logps
+from align.models.tokenization import collate
+from align.sharding.jobs import Work
 
 SHARD = 32
 """Pairs that a stopped measurement loses at most, and that a process or a worker is given at a time."""

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.console import log
-from align.entanglement.head import HeadProducts
-from align.entanglement.moving import Direction, moving
-from align.entanglement.rules import RULES, Call, Input, Rule, check_measurable, products_of_vectors
+from align.entanglement.directional import Direction, moving
+from align.entanglement.head_products import HeadProducts
+from align.entanglement.layer_rules import RULES, Call, Input, Rule, check_measurable, products_of_vectors
 from align.errors import ModelError
-from align.training.layout import base_model
-from align.training.logps import NOT_MODEL_INPUTS
+from align.io.console import log
+from align.models.layout import base_model
+from align.models.logps import NOT_MODEL_INPUTS
 
 TRIAL_ROWS, TRIAL_TOKENS = 2, 4
 CODE = "entanglement-parameter"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from align.training.layout import base_model
+from align.models.layout import base_model
 
 
 class Screening(NamedTuple):

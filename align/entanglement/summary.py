@@ -7,7 +7,7 @@ from datasets import Dataset
 from scipy.stats import spearmanr
 
 from align.entanglement.conditions import shares
-from align.estimates import bootstrap_share
+from align.stats import bootstrap_share
 
 SCREENS = ("ches", "ches_normalised", "hidden_cosine", "token_difference")
 AGAINST = (*SCREENS, "tokens_chosen", "tokens_rejected", "margin", "logp_chosen_change")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.errors import ConfigError
-from align.model_folders import adapter_base, is_adapter
-from align.stage import read_manifest
+from align.io.stage import read_manifest
+from align.models.folders import adapter_base, is_adapter
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")

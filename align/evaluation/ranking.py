@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
-from align.estimates import Estimate, drawn_together
+from align.stats import Estimate, drawn_together
 
 FALSE_ACCEPTS = (0.01, 0.10)
 THRESHOLDS = 101

@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.estimates import correlation, share_among
-from align.reports.verdict import interval
+from align.stats import correlation, interval, share_among
 from reward_models.length_bias import length_probe, word_difference
 
 SHOWN = 15

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from align.estimates import RESAMPLES, Estimate, bootstrap_mean
+from align.stats import RESAMPLES, Estimate, bootstrap_mean
 
 
 def compare(rewards: dict[str, np.ndarray], *, baseline: str, seed: int) -> dict[str, Any]:

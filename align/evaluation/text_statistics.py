@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from align.estimates import bootstrap_mean, bootstrap_share
-from align.filtering.texts import words
+from align.data.text import words
+from align.stats import bootstrap_mean, bootstrap_share
 
 RUN = 3
 """Words of a run that counts as repeated."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from align.estimates import RESAMPLES, Estimate, bootstrap_mean, bootstrap_share
+from align.stats import RESAMPLES, Estimate, bootstrap_mean, bootstrap_share
 
 RIDGE = (0.01, 0.1)
 """Penalties on a and b: too weak to move an estimate, enough for a finite one where A always wins."""

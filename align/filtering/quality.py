@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from align.batching import token_batches
-from align.console import progress
 from align.errors import ConfigError, ModelError
 from align.filtering.screen import screen
-from reward_models.llm_judge import YesNoJudge
+from align.io.console import progress
+from align.models.batching import token_batches
+from reward_models.llm_judges import YesNoJudge
 
 RATINGS = ("1", "2", "3", "4", "5")
 RUBRIC = (
@@ -56,7 +56,7 @@ class Fluency:
 
     def score(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         """[N], at most 0; a completion without a token scores 0."""
-        from align.evaluation.kl import completion_logps
+        from align.models.completion_logps import completion_logps
 
         half = self.max_length // 2
         completion_ids = [row[:half] for row in _ids(self.tokenizer, completions)]
@@ -134,7 +134,7 @@ def pair_quality(
 
 
 def _language_model(model: str) -> tuple[Any, Any]:
-    from align.model_loading import load_policy, load_tokenizer
+    from align.models.loading import load_policy, load_tokenizer
 
     return load_policy(model, dtype="float32").eval(), load_tokenizer(model)
 

@@ -13,11 +13,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from align.filtering.keys import among, one_key, repeated
+from align.data.text import PARTS, cells, plain, texts_of
+from align.filtering.equal_keys import among, one_key, repeated
 from align.filtering.minhash import BANDS, near_duplicates
-from align.filtering.survey import OVERLAP, PERSONAL, Survey, language_code, language_number, overlap_hashes, shingles
-from align.filtering.texts import PARTS, cells, plain, texts_of
-from align.filtering.tokens import Hashes, runs, tokenise, word_list
+from align.filtering.text_survey import (
+    OVERLAP,
+    PERSONAL,
+    Survey,
+    language_code,
+    language_number,
+    overlap_hashes,
+    shingles,
+)
+from align.filtering.word_hashes import Hashes, runs, tokenise, word_list
 
 NEAR = 0.9
 SAID, OPPOSITE = (0, 1, 2), (0, 2, 1)

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from align.filtering.tokens import Hashes, distinct, runs, tokenise
+from align.filtering.word_hashes import Hashes, distinct, runs, tokenise
 
 RUN = 3
 READABLE = r"[\pL\pM\s]+"

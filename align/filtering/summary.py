@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from align.data.text import cells
 from align.filtering.rules import RULES, Table, length_bias
 from align.filtering.scores import effective_number
-from align.filtering.texts import cells
 
 
 def summarise(

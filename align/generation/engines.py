@@ -3,10 +3,10 @@
 from typing import Any, Literal, get_args
 
 from align.config import nearest
-from align.console import log
 from align.errors import ConfigError, EnvironmentProblem
-from align.generation.base import Engine
+from align.generation.types import Engine
 from align.generation.vllm_install import import_vllm, vllm_problem
+from align.io.console import log
 
 Choice = Literal["auto", "vllm", "server", "transformers"]
 
@@ -77,7 +77,7 @@ def make_engine(
         except TypeError as error:
             raise ConfigError(f"engine server: {error}", code="engine-option") from None
     from align.generation.transformers_engine import TransformersEngine
-    from align.model_loading import load_policy, load_tokenizer
+    from align.models.loading import load_policy, load_tokenizer
 
     policy = load_policy(model, **({"dtype": "float32"} | extra))
     if hasattr(policy, "merge_and_unload") and not getattr(policy, "is_quantized", False):

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 
 from align.config import nearest
-from align.console import log
 from align.errors import ConfigError, DataError, EnvironmentProblem, ModelError
-from align.generation.base import Completion, Sampling, gather, prompt_keys, sample_seed
+from align.generation.types import Completion, Sampling, gather, prompt_keys, sample_seed
+from align.io.console import log
 
 DEFAULT_URL = "http://localhost:8000/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"

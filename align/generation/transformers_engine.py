@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from align.generation.base import Completion, Sampling, gather, prompt_keys, sample_seed
-from align.generation.choice import DrawnToken
 from align.generation.encoding import encode_prompt, stop_ids, to_completion
-from align.training.layout import base_model
+from align.generation.sampler import DrawnToken
+from align.generation.types import Completion, Sampling, gather, prompt_keys, sample_seed
+from align.models.layout import base_model
 
 
 class TransformersEngine:
@@ -18,7 +18,7 @@ class TransformersEngine:
 
     On one machine the same model, prompt and seed give the same completion, whatever the batch size and the other
     prompts: every sample has its own random numbers, and a choice that rounding could turn is made on logits computed
-    without the batch (align/generation/choice.py; in half precision that is likely and not certain). Of the
+    without the batch (align/generation/sampler.py; in half precision that is likely and not certain). Of the
     model's generation config only the end-of-sequence tokens are used.
 
     Args:

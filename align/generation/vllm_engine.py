@@ -9,12 +9,12 @@ from typing import Any
 from transformers import GenerationConfig
 
 from align.errors import ConfigError, DataError, ModelError
-from align.generation.base import Completion, Sampling, gather, prompt_keys, sample_seed
 from align.generation.encoding import encode_prompt, stop_ids, to_completion
+from align.generation.types import Completion, Sampling, gather, prompt_keys, sample_seed
 from align.generation.vllm_install import import_vllm
-from align.model_folders import ADAPTER
-from align.model_loading import load_tokenizer
-from align.stage import read_json
+from align.io.files import read_json
+from align.models.folders import ADAPTER
+from align.models.loading import load_tokenizer
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Adapter ranks that vLLM reserves room for."""

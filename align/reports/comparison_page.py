@@ -10,8 +10,9 @@ from typing import Any
 from markupsafe import Markup
 
 from align.reports import plots
-from align.reports.page import environment
-from align.reports.verdict import interval, name
+from align.reports.html import environment
+from align.reports.verdict import name
+from align.stats import interval
 
 SCRIPT = "search.js"
 

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from align.reports import plots
-from align.reports.page import environment
+from align.reports.html import environment
 
 CURVE = [k / 60 for k in range(1, 60)]
 

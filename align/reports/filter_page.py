@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from align.filtering.result import Filtered
-from align.filtering.select import top
-from align.filtering.texts import cells, plain
+from align.data.text import cells, plain
+from align.filtering.selection import top
+from align.filtering.tables import Filtered
 from align.reports import plots
-from align.reports.page import environment
+from align.reports.html import environment
 
 BORDER = 6
 MAP_POINTS = 1200

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from align.reports import plots
-from align.reports.page import environment
+from align.reports.html import environment
 
 GROUPS = 7
 """Largest groups whose margins are drawn apart."""

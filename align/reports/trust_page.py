@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from align.reports import plots
-from align.reports.page import environment
+from align.reports.html import environment
 
 TITLES = {
     "labels": "What do the labels carry?",

@@ -1,8 +1,9 @@
 """One sentence of verdict, as honest as its intervals, from the numbers of a report. Pure."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
+
+from align.stats import interval, number
 
 CHANCE = 0.5
 SAME_KL = 0.25
@@ -15,21 +16,6 @@ class Verdict:
     headline: str
     details: list[str]
     next_step: str
-
-
-def number(value: float, spread: float | None = None) -> str:
-    """A number with no more digits than its spread supports (two significant digits of the spread)."""
-    if spread is None or not spread > 0:
-        return f"{value:.3g}"
-    digits = max(0, 1 - math.floor(math.log10(spread)))
-    return f"{value:.{min(digits, 4)}f}"
-
-
-def interval(estimate: dict[str, float]) -> str:
-    """``0.82 (0.70 to 0.95)``: value and 95% interval."""
-    half = (estimate["high"] - estimate["low"]) / 2
-    value, low, high = (number(estimate[key], half) for key in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
 
 
 def name(method: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from align.console import err, log
+from align.io.console import err, log
 
 
 def show_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,8 +1,7 @@
 """Reference log-probs of a table of pairs: computed once by all processes, kept on disk, resumed."""
 
-import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,14 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
-from align.batching import token_batches
-from align.console import progress
 from align.errors import ConfigError
-from align.stage import digest
-from align.training.layout import base_model, has_adapter
+from align.io.console import progress
+from align.models.batching import token_batches
+from align.models.fingerprint import ID_COLUMNS
+from align.models.layout import has_adapter
 
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of ``init_lora_weights`` that take the adapter's start out of the base weights."""
-NOT_OF_THE_MODEL = frozenset({"_name_or_path", "transformers_version", "use_cache"})
-"""Fields of a config that no log-prob depends on: where it lies, who wrote it, how it samples."""
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def reference_logps(
@@ -72,29 +68,6 @@ def reference_logps(
         partial.replace(file)
     accelerator.wait_for_everyone()
     return np.load(file, mmap_mode="r", allow_pickle=False)
-
-
-def reference_key(model: torch.nn.Module, dataset: Dataset, settings: Sequence[object], *, with_adapter: bool) -> str:
-    """Hex digest of the reference's weights and config, the token ids and ``settings``.
-
-    Args:
-        model: the reference, or a policy that is its own before the first step.
-        dataset: table with ``ID_COLUMNS``.
-        settings: whatever else the log-probs come from.
-        with_adapter: the adapter is part of the reference; else its weights are left out.
-    """
-    config = {name: value for name, value in base_model(model).config.to_dict().items() if name not in NOT_OF_THE_MODEL}
-    state = hashlib.sha256(repr([*settings, digest(config)]).encode())
-    tuner = getattr(model, "base_model", None) if has_adapter(model) and not with_adapter else None
-    adapter = () if tuner is None else (str(getattr(tuner, "prefix", "lora_")), "modules_to_save.")
-    for name, parameter in sorted(model.named_parameters()):
-        if not any(part in name for part in adapter):
-            state.update(name.encode())
-            state.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    for column in ID_COLUMNS:
-        for ids in dataset[column]:
-            state.update(f"{column}{ids}".encode())
-    return state.hexdigest()
 
 
 def refuse_other_start(model: torch.nn.Module) -> None:

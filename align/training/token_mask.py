@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from align.config import TokenMaskConfig
-from align.losses import PairLogps
+from align.losses.pairwise import PairLogps
 
 OPEN = 2.0
 """Start of u: every token counts for sigmoid(2) = 0.88."""

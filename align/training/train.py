@@ -4,31 +4,37 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from datasets import Dataset
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import DPOConfig
 
-from align.checkpoints import OPTIMIZER_PARTS, last_whole_checkpoint
 from align.config import LossConfig, RemedyConfig, TiltConfig, TokenMaskConfig, TrainConfig
-from align.console import log
+from align.distributed import from_first, process_rank
 from align.entanglement.callback import EntanglementCallback
-from align.errors import ConfigError, DataError
-from align.loss_registry import BoundLoss, resolve
-from align.margins import MADPO_TAU, madpo_weight
-from align.model_folders import ADAPTER
-from align.model_loading import load_policy, load_tokenizer
-from align.pairs import gaps
-from align.processes import from_first, process_rank
-from align.resuming import STEP
-from align.stage import read_json, write_json
-from align.stopping import stoppable
-from align.trainer_args import build_lora, build_trainer_args, refusals
-from align.trainer_progress import show_progress
+from align.errors import ConfigError
+from align.io.console import log
+from align.io.files import read_json, write_json
+from align.losses.margin_weights import MADPO_TAU
+from align.losses.registry import BoundLoss, resolve
+from align.models.folders import ADAPTER
+from align.models.loading import load_policy, load_tokenizer
+from align.training.base.arguments import build_lora, build_trainer_args, refusals
+from align.training.base.checkpoints import OPTIMIZER_PARTS, last_whole_checkpoint
+from align.training.base.progress import show_progress
+from align.training.base.resume import STEP
+from align.training.base.stopping import stoppable
+from align.training.columns import (
+    add_trust,
+    add_weight,
+    adjust_margins,
+    check_weights,
+    normalise_weights,
+    require_margin,
+    without_gaps,
+)
 from align.training.preview import show_pair
 from align.training.trainer import PreferenceTrainer
-from align.training.weighting import add_trust, adjust_margins, check_weights, normalise_weights, numbers
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
@@ -67,65 +73,6 @@ def bind(method: str, config: LossConfig) -> BoundLoss:
         )
     check_weights(method, config, loss)
     return loss
-
-
-def require_margin(pairs: Dataset, loss: BoundLoss) -> None:
-    """Raise where the loss needs a margin and a pair has none.
-
-    Raises:
-        ConfigError: there is no such column.
-        DataError: some pairs have no value in it.
-    """
-    if not loss.spec.needs_margin:
-        return
-    if "margin" not in pairs.column_names:
-        raise ConfigError(
-            f"loss {loss.spec.name} needs a `margin` column and the pair table has none",
-            code="loss-needs-margin",
-            hint="run `align reward score` first, or map the column in `pairs.columns`",
-        )
-    missing = gaps(pairs, "margin")
-    if len(missing):
-        raise DataError(
-            f"margin: {len(missing)} of {len(pairs)} pairs have none, the first {pairs['id'][int(missing[0])]!r}; "
-            f"expected one for each, for the loss {loss.spec.name}",
-            code="loss-needs-margin",
-            hint="run `align reward score` first, or leave these pairs out",
-        )
-
-
-def without_gaps(pairs: Dataset) -> Dataset:
-    """The table without its margins where some are missing and the loss reads none; weights must be there for all.
-
-    Raises:
-        DataError: some pairs have no weight.
-    """
-    if "weight" in pairs.column_names:
-        numbers(pairs, "weight", "the loss")
-    if "margin" not in pairs.column_names or not (missing := len(gaps(pairs, "margin"))):
-        return pairs
-    log.warning("margin: %d of %d pairs have none, so nothing is logged by margin", missing, len(pairs))
-    return pairs.remove_columns("margin")
-
-
-def add_weight(pairs: Dataset, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
-    """MADPO as a table column: ``weight`` times w(margin), and plain DPO as what is left of the loss.
-
-    A weight that depends on the margin alone is a constant of the run, so it is computed once and can be looked at
-    before training. Any other loss is returned as it is.
-
-    Raises:
-        ConfigError: the loss needs a margin and the table has none.
-    """
-    require_margin(pairs, loss)
-    if loss.spec.name != "madpo":
-        return pairs, loss
-    parameters = {name: loss.parameters[name] for name in ("c_max", "c_min", "lam", "tau")}
-    weight = madpo_weight(torch.tensor(pairs["margin"], dtype=torch.float64), **parameters)
-    if "weight" in pairs.column_names:
-        weight = weight * torch.tensor(pairs["weight"], dtype=torch.float64)
-        pairs = pairs.remove_columns("weight")
-    return pairs.add_column("weight", weight.tolist()), resolve("dpo", {"beta": loss.beta})
 
 
 def train_policy(

@@ -1,4 +1,4 @@
-"""PreferenceTrainer: trl's DPOTrainer with the loss of a pair taken from align/losses.py and weighted per pair."""
+"""PreferenceTrainer: trl's DPOTrainer with a pair's loss taken from align/losses/pairwise.py and weighted per pair."""
 
 from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
@@ -12,28 +12,29 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from align.background_saves import BackgroundSaves
-from align.batching import in_so_many, token_batches
-from align.beta_dpo import BetaDpoState, beta_dpo, beta_dpo_step
 from align.config import RemedyConfig, TiltConfig, TokenMaskConfig
-from align.console import log
+from align.distributed import from_first
 from align.errors import ConfigError, DataError
-from align.loss_registry import BoundLoss
-from align.losses import PairLogps, scale_gradient
-from align.pair_weights import LossTilt
-from align.processes import from_first
-from align.resuming import ExactResume
-from align.stage import read_json, write_json
-from align.training.collator import PAIR_COLUMNS, ROW, PairCollator
-from align.training.guard import FiniteGuard, numbered
-from align.training.layout import LayoutChoice, choose_layout, has_adapter, trim
-from align.training.logps import Layout, SequenceLogps, pair_logps
-from align.training.packing import packed_tokens
-from align.training.pair_metrics import PairMetrics
-from align.training.reference import reference_key, reference_logps, refuse_other_start
-from align.training.remedy import GradientRemedy
+from align.io.console import log
+from align.io.files import read_json, write_json
+from align.losses.beta_dpo import BetaDpoState, beta_dpo, beta_dpo_step
+from align.losses.pair_weights import LossTilt
+from align.losses.pairwise import PairLogps, scale_gradient
+from align.losses.registry import BoundLoss
+from align.models.batching import in_so_many, token_batches
+from align.models.collator import PAIR_COLUMNS, REAL, ROW, PairCollator, only_real
+from align.models.fingerprint import reference_key
+from align.models.layout import LayoutChoice, choose_layout, has_adapter, trim
+from align.models.logps import Layout, SequenceLogps, pair_logps
+from align.models.packing import packed_tokens
+from align.training.base.async_checkpoints import BackgroundSaves
+from align.training.base.epochs import WholeEpochs
+from align.training.base.resume import ExactResume
+from align.training.finite_guard import FiniteGuard, numbered
+from align.training.gradient_remedy import GradientRemedy
+from align.training.metrics import PairMetrics
+from align.training.reference import reference_logps, refuse_other_start
 from align.training.token_mask import TokenMask
-from align.whole_epochs import REAL, WholeEpochs, only_real
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 REFERENCE_TOKENS = 8192

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from align.estimates import Estimate
-from align.trust.choose import Choice, bootstrap, by_labels, choose
+from align.stats import Estimate
 from align.trust.evidence import weigh
-from align.trust.proxy import DPO, MADPO, SOFT, Family, Setting, fit, held_out, scaled, without_leak
+from align.trust.linear_proxy import DPO, MADPO, SOFT, Family, Setting, fit, held_out, scaled, without_leak
+from align.trust.selection import Choice, bootstrap, by_labels, choose
 
 CHANCE = float(np.log(2))
 """Nats that a label costs where nothing is known."""

@@ -1,6 +1,6 @@
 """What the margins are worth by marginal likelihood, without holding labels out (empirical Bayes).
 
-The model, on the features x of the proxy (align/trust/proxy.py):
+The model, on the features x of the proxy (align/trust/linear_proxy.py):
 
     label     P(as given) = (1 - e) sigmoid(x th) + e sigmoid(-x th)             e: share of flipped labels
     margin    m = x mu + noise of variance s^2                                   s: error of each margin by itself

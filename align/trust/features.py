@@ -12,16 +12,16 @@ from datasets import Dataset
 from scipy.linalg import eigh
 from torch import Tensor
 
-from align.batching import token_batches
-from align.console import log, progress
-from align.entanglement.batch import collate, tokenize_pairs
 from align.errors import ModelError
-from align.model_loading import load_policy, load_tokenizer
-from align.training import attention
-from align.training.layout import base_model, choose_layout
-from align.training.logps import Layout
-from align.training.packing import pack
-from align.training.reference import ID_COLUMNS, reference_key
+from align.io.console import log, progress
+from align.models import attention
+from align.models.batching import token_batches
+from align.models.fingerprint import ID_COLUMNS, reference_key
+from align.models.layout import base_model, choose_layout
+from align.models.loading import load_policy, load_tokenizer
+from align.models.logps import Layout
+from align.models.packing import pack
+from align.models.tokenization import collate, tokenize_pairs
 
 DIRECTIONS = 64
 BATCH_TOKENS = 8192

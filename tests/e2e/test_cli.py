@@ -11,8 +11,8 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from align.pairs import read_pairs
-from tests.builders import bert_reward, causal, rows
+from align.data.pairs import read_pairs
+from tests.helpers.builders import bert_reward, causal, rows
 
 
 def align(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -4,10 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-import build_demo_data
 import pytest
 
-from tests.bad_input_makers import run_command
+from scripts.assets import demo_data as build_demo_data
+from tests.helpers.bad_input_makers import run_command
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
 SIZES = ("--pairs", "64", "--heldout-pairs", "32", "--train-prompts", "16", "--eval-prompts", "8")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.pairs import read_pairs
-from tests.builders import causal, rows
+from align.data.pairs import read_pairs
 from tests.e2e.test_cli import align, jsonl
+from tests.helpers.builders import causal, rows
 
 
 @pytest.fixture

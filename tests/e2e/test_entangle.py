@@ -15,11 +15,11 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from align.entanglement.commands import trace
+from align.commands.entangle import trace
 from align.errors import ConfigError
 from align.evaluation.policies import Policy, find_reference
-from tests.bad_input_makers import run_command
-from tests.builders import rows, trained_adapter
+from tests.helpers.bad_input_makers import run_command
+from tests.helpers.builders import rows, trained_adapter
 
 BAD = "<script>alert(1)</script>"
 

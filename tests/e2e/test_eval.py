@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.builders import WORDS, causal, llama_reward, rows
+from tests.helpers.builders import WORDS, causal, llama_reward, rows
 
 BAD = "<script>alert(1)</script>"
 

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from align.pairs import read_pairs
-from tests.builders import bert_reward, causal
+from align.data.pairs import read_pairs
 from tests.e2e.test_cli import align, jsonl
-from tests.test_server_engine import Fake, Reply, echo
+from tests.generation.test_server_engine import Fake, Reply, echo
+from tests.helpers.builders import bert_reward, causal
 
 PROMPTS = [{"prompt": f"the {word} film {'very ' * k}is"} for k in range(4) for word in ("good", "bad", "dull")]
 

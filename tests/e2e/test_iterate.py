@@ -10,10 +10,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from align.iterate import load_iterate
-from align.pairs import read_pairs
-from tests.builders import bert_reward, causal
+from align.data.pairs import read_pairs
+from align.run.iterate import load_iterate
 from tests.e2e.test_cli import align, jsonl
+from tests.helpers.builders import bert_reward, causal
 
 
 @pytest.fixture

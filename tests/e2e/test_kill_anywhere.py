@@ -1,4 +1,4 @@
-"""A run that is killed anywhere ends as one that was left alone: scripts/kill_anywhere.py on a whole tiny run."""
+"""A run that is killed anywhere ends as one that was left alone: scripts/kill/run.py on a whole tiny run."""
 
 import json
 import subprocess
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.builders import bert_reward, causal, rows
 from tests.e2e.test_cli import jsonl
-from tests.launching import ROOT, environment
+from tests.helpers.builders import bert_reward, causal, rows
+from tests.helpers.launching import ROOT, environment
 
 
 def workspace(folder: Path) -> Path:
@@ -43,7 +43,7 @@ def workspace(folder: Path) -> Path:
 
 def harness(run: Path, kills: int, output: Path, *more: str) -> dict[str, object]:
     """What the script finds; it must find nothing wrong."""
-    command = [sys.executable, str(ROOT / "scripts" / "kill_anywhere.py"), str(run), "--kills", str(kills), *more]
+    command = [sys.executable, "-m", "scripts.kill.run", str(run), "--kills", str(kills), *more]
     done = subprocess.run(
         [*command, "--output", str(output)],
         env=environment(),

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.builders import llama_reward, rows
 from tests.e2e.test_cli import jsonl
-from tests.interrupted import (
+from tests.helpers.builders import llama_reward, rows
+from tests.helpers.interrupted import (
     DIES_IN,
     MODULE,
     PAIRS,
@@ -20,7 +20,7 @@ from tests.interrupted import (
     taken,
     to_die,
 )
-from tests.launching import launched
+from tests.helpers.launching import launched
 
 TOLERANCE = 1e-5
 

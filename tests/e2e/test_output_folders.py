@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.bad_input_makers import message, run_command, snapshot
-from tests.builders import causal, llama_reward, rows
+from tests.helpers.bad_input_makers import message, run_command, snapshot
+from tests.helpers.builders import causal, llama_reward, rows
 
 TABLE = "pairs.jsonl"
 POLICY = ("one", "--reference", "base", "--prompts", "prompts.jsonl", "--max-new-tokens", "3")

@@ -12,11 +12,11 @@ import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from align.pairs import read_pairs
-from tests.builders import bert_reward, causal, llama_reward
-from tests.builders import rows as pairs
+from align.data.pairs import read_pairs
 from tests.e2e.test_cli import jsonl
-from tests.launching import ROOT, launched
+from tests.helpers.builders import bert_reward, causal, llama_reward
+from tests.helpers.builders import rows as pairs
+from tests.helpers.launching import ROOT, launched
 
 SEVERAL = [2, pytest.param(4, marks=pytest.mark.slow)]
 GLOBAL_BATCH = 4
@@ -24,7 +24,7 @@ PAIRS = 18
 """Not divisible by the pairs of a step: the last step of an epoch has two, none for one of two processes."""
 STEPS = 20
 DIES_IN = 8
-"""Of tests.dying_cli."""
+"""Of tests.helpers.dying_cli."""
 TOLERANCE = 1e-5
 SMALL: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False}
 
@@ -77,7 +77,7 @@ def policies(folder: Path, name: str, processes: int, methods: dict[str, Any], s
     """Train under each method; the pairs of each step."""
     train = {"model": "policy", "methods": methods, "trainer": {"max_steps": steps, "learning_rate": 1e-3}}
     file = run_file(folder, name, processes, train=train)
-    done = launched(processes, "train", file, cwd=folder, module="tests.recorded_cli")
+    done = launched(processes, "train", file, cwd=folder, module="tests.helpers.recorded_cli")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("first pair as the model sees it") == len(methods)
     return used(folder, processes)
@@ -138,7 +138,7 @@ def whole_run(folder: Path, name: str, processes: int) -> list[list[str]]:
     trainer = {"max_steps": 8, "optim": "sgd", "learning_rate": 1e-2}
     train = {"model": "policy", "layout": "concatenated", "methods": {"dpo": {"loss": "dpo"}}, "trainer": trainer}
     file = run_file(folder, name, processes, reward=reward, filter=filtering, train=train)
-    done = launched(processes, "run", file, cwd=folder, module="tests.recorded_cli")
+    done = launched(processes, "run", file, cwd=folder, module="tests.helpers.recorded_cli")
     assert done.returncode == 0, done.stderr
     return used(folder, processes)
 
@@ -211,19 +211,19 @@ def test_a_process_that_dies_ends_the_run(tmp_path: Path, processes: int) -> Non
     train = {"model": "policy", "methods": {"dpo": {"loss": "dpo"}}, "trainer": trainer}
     whole = launched(
         processes, "train", run_file(tmp_path, "whole", processes, train=train),
-        cwd=tmp_path, module="tests.recorded_cli",
+        cwd=tmp_path, module="tests.helpers.recorded_cli",
     )  # fmt: skip
     assert whole.returncode == 0, whole.stderr
     steps = used(tmp_path, processes)
     assert_whole_epochs(steps[:10], PAIRS)
     file = run_file(tmp_path, "dies", processes, train=train)
-    done = launched(processes, "train", file, cwd=tmp_path, module="tests.dying_cli", timeout=300)
+    done = launched(processes, "train", file, cwd=tmp_path, module="tests.helpers.dying_cli", timeout=300)
     assert done.returncode != 0
     assert "Signal 9 (SIGKILL)" in done.stderr
     lost, stopped = "error [process-lost] process ", "terminated; what is finished is kept"
     assert lost in done.stderr or stopped in done.stderr, done.stderr
     assert not (tmp_path / "runs" / "dies" / "train-dpo").exists()
-    again = launched(processes, "train", file, cwd=tmp_path, module="tests.recorded_cli")
+    again = launched(processes, "train", file, cwd=tmp_path, module="tests.helpers.recorded_cli")
     assert again.returncode == 0, again.stderr
     rest = used(tmp_path, processes)
     assert 12 - DIES_IN < len(rest) < 12 and rest == steps[-len(rest) :]
@@ -259,7 +259,7 @@ def test_sharded_training(tmp_path: Path, peft: dict[str, Any] | None) -> None:
         trainer = {"max_steps": 7, "learning_rate": 1e-3, "use_cpu": processes == 1}
         train = {"model": "policy", "methods": methods, "trainer": trainer, "peft": peft, "max_tokens_per_device": 25}
         file = run_file(tmp_path, name, processes, train=train)
-        module = "align.cli" if processes == 1 else "tests.fsdp_cli"
+        module = "align.cli" if processes == 1 else "tests.helpers.fsdp_cli"
         done = launched(
             processes,
             "train",
@@ -293,7 +293,7 @@ def test_sharded_reward_model(tmp_path: Path, peft: dict[str, Any] | None) -> No
             "train",
             run_file(tmp_path, name, processes, reward=reward),
             cwd=tmp_path,
-            module="align.cli" if processes == 1 else "tests.fsdp_cli",
+            module="align.cli" if processes == 1 else "tests.helpers.fsdp_cli",
             launcher=ROOT / "configs" / "accelerate" / "fsdp2.yaml",
             timeout=300,
         )

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align.training.train import load_policy
-from tests.bad_input_makers import RUN, build_workspace, message, run_command
-from tests.builders import rows
+from align.models.loading import load_policy
+from tests.helpers.bad_input_makers import RUN, build_workspace, message, run_command
+from tests.helpers.builders import rows
 
 
 @pytest.fixture(scope="module")

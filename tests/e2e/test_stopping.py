@@ -11,9 +11,9 @@ import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from align.pairs import write_pairs
-from tests.builders import causal, rows
-from tests.launching import command, environment
+from align.data.pairs import write_pairs
+from tests.helpers.builders import causal, rows
+from tests.helpers.launching import command, environment
 
 
 def start(folder: Path, name: str, processes: int) -> subprocess.Popen[str]:

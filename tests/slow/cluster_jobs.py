@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from align.errors import DataError
-from align.shards import Work
+from align.sharding.jobs import Work
 
 
 def finished(folder: Path) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import environment
+from tests.helpers.launching import environment
 
 SECONDS = {"jsonl": 150, "csv": 120, "parquet": 150, "config": 150, "override": 30}
 LEAST_RUNS = 200
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("target", SECONDS)
 def test_nothing_crashes(tmp_path: Path, target: str) -> None:
     pytest.importorskip("atheris")
-    command = [sys.executable, "-m", "tests.fuzzing", target, str(tmp_path), "--seconds", str(SECONDS[target])]
+    command = [sys.executable, "-m", "tests.helpers.fuzzing", target, str(tmp_path), "--seconds", str(SECONDS[target])]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=1800
     )

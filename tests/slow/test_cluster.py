@@ -16,17 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from kill_anywhere import compare
 
 from align.config import ClusterConfig
+from align.data.pairs import read_pairs
 from align.errors import DataError, EnvironmentProblem
-from align.pairs import read_pairs
-from align.shards import Job, map_shards
-from tests.builders import bert_reward, causal, rows
+from align.sharding.jobs import Job
+from align.sharding.shards import map_shards
+from scripts.kill.run import compare
 from tests.e2e.test_cli import jsonl
 from tests.e2e.test_disk import mounted
 from tests.e2e.test_kill_anywhere import workspace
-from tests.launching import ROOT, environment
+from tests.helpers.builders import bert_reward, causal, rows
+from tests.helpers.launching import ROOT, environment
 from tests.slow.cluster_jobs import Deadly, Heavy, Refusing, Squares, finished
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -322,7 +323,7 @@ def test_ten_kills_of_a_filter(tmp_path: Path) -> None:
     jsonl(tmp_path / "known.jsonl", rows(40))
     causal(tmp_path / "policy")
     bert_reward(tmp_path / "reward")
-    command = [sys.executable, str(ROOT / "scripts" / "kill_cluster.py"), "--kills", "10", "--output", "kills.json"]
+    command = [sys.executable, "-m", "scripts.kill.cluster", "--kills", "10", "--output", "kills.json"]
     command += ["--", "pairs.jsonl", "--index", "ivf", "--embedding-model", "reward", "--ood-model", "reward"]
     command += ["--ood-pairs", "known.jsonl", "--quality-scorer", "fluency", "--quality-model", "policy"]
     command += [part for rule in ("near_duplicate", "duplicate", "contradiction") for part in ("--skip", rule)]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.interrupted import DIES_IN, MODULE, STEPS, difference, prepare, run_file, taken, to_die
-from tests.launching import environment, launched
+from tests.helpers.interrupted import DIES_IN, MODULE, STEPS, difference, prepare, run_file, taken, to_die
+from tests.helpers.launching import environment, launched
 
 pytestmark = pytest.mark.slow
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.builders import causal, rows
 from tests.e2e.test_cli import jsonl
-from tests.launching import ROOT, environment
+from tests.helpers.builders import causal, rows
+from tests.helpers.launching import ROOT, environment
 
 STEPS, WARM = 2000, 200
 MOST_MIB = 4
@@ -33,7 +33,7 @@ def test_memory_is_flat(tmp_path: Path, loss: str) -> None:
     train = {"model": "policy", "methods": {"m": {"loss": loss}}, "trainer": trainer}
     run = {"name": "long", "pairs": {"path": "pairs.jsonl"}, "train": train}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
-    command = [sys.executable, "-m", "tests.measured_cli", "train", "run.yaml"]
+    command = [sys.executable, "-m", "tests.helpers.measured_cli", "train", "run.yaml"]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=3600
     )

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.interrupted import DIES_IN, STEPS, difference, largest_difference, prepare, run_file, taken, to_die
-from tests.launching import ROOT, environment, launched
+from tests.helpers.interrupted import DIES_IN, STEPS, difference, largest_difference, prepare, run_file, taken, to_die
+from tests.helpers.launching import ROOT, environment, launched
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
-MODULE = "tests.dying_fsdp_cli"
+MODULE = "tests.helpers.dying_fsdp_cli"
 
 
 def launcher(folder: Path) -> Path:
@@ -28,7 +28,7 @@ def launcher(folder: Path) -> Path:
 
 def test_a_killed_training(tmp_path: Path) -> None:
     prepare(tmp_path)
-    alone = launched(1, "run", run_file(tmp_path, "alone"), cwd=tmp_path, module="tests.dying_once_cli")
+    alone = launched(1, "run", run_file(tmp_path, "alone"), cwd=tmp_path, module="tests.helpers.dying_once_cli")
     assert alone.returncode == 0, alone.stderr
     config, steps = launcher(tmp_path), taken(tmp_path)
     whole = run_file(tmp_path, "whole", use_cpu=False)
@@ -50,7 +50,7 @@ def test_a_killed_training(tmp_path: Path) -> None:
     checkpoint = tmp_path / "runs" / "killed" / "train-dpo.partial" / "checkpoints" / f"checkpoint-{DIES_IN - 1}"
     for part in ("pytorch_model_fsdp_0", "optimizer_0"):
         assert len(list((checkpoint / part).glob("*.distcp"))) == 2, list(checkpoint.rglob("*"))
-    refused = launched(1, "run", file, cwd=tmp_path, module="tests.dying_once_cli")
+    refused = launched(1, "run", file, cwd=tmp_path, module="tests.helpers.dying_once_cli")
     assert refused.returncode == 2 and "error [sharded-checkpoint]" in refused.stderr, refused.stderr
     again = launched(2, "run", file, cwd=tmp_path, module=MODULE, launcher=config)
     assert again.returncode == 0, again.stderr
@@ -63,7 +63,7 @@ def test_a_killed_training(tmp_path: Path) -> None:
 def test_another_number_of_processes(tmp_path: Path, before: int, after: int) -> None:
     """The parts are dealt out anew."""
     prepare(tmp_path)
-    alone = launched(1, "run", run_file(tmp_path, "alone"), cwd=tmp_path, module="tests.dying_once_cli")
+    alone = launched(1, "run", run_file(tmp_path, "alone"), cwd=tmp_path, module="tests.helpers.dying_once_cli")
     assert alone.returncode == 0, alone.stderr
     config, steps = launcher(tmp_path), taken(tmp_path)
     file = run_file(tmp_path, "moved", use_cpu=False)
@@ -107,7 +107,7 @@ def test_torchrun_starts_it_again(tmp_path: Path) -> None:
     assert difference(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed") == 0
 
 
-SLOW = "tests.slow_writes_cli"
+SLOW = "tests.helpers.slow_writes_cli"
 """Checkpoints after steps 3, 6, 9 and 12; only the newest is kept."""
 
 
@@ -121,7 +121,7 @@ def in_background(folder: Path, name: str) -> str:
 
 
 def disk(folder: Path, **told: float) -> None:
-    """See ``tests.slow_writes_cli``."""
+    """See ``tests.helpers.slow_writes_cli``."""
     (folder / "disk.json").write_text(json.dumps({"slow": 0, "seconds": 1} | told))
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.interrupted import difference, prepare, run_file
-from tests.launching import ROOT, environment
+from tests.helpers.interrupted import difference, prepare, run_file
+from tests.helpers.launching import ROOT, environment
 
 pytestmark = pytest.mark.slow
 SCRIPT = ROOT / "configs" / "slurm" / "train.sbatch"

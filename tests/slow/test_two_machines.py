@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.interrupted import DIES_IN, MODULE, STEPS, difference, prepare, run_file, taken, to_die
-from tests.launching import ROOT, environment, launched
-from tests.namespaces import ADDRESSES, TwoMachines, two_machines
+from tests.helpers.interrupted import DIES_IN, MODULE, STEPS, difference, prepare, run_file, taken, to_die
+from tests.helpers.launching import ROOT, environment, launched
+from tests.helpers.namespaces import ADDRESSES, TwoMachines, two_machines
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5

@@ -1,6 +1,6 @@
 """vLLM for real: it generates, its log-probs are the transformers model's, adapters load unmerged, the server serves.
 
-Runs where vLLM is installed: `.venv-vllm/bin/python -m pytest tests/slow/test_vllm.py` (see scripts/setup_vllm.sh).
+Where vLLM is installed (scripts/assets/setup_vllm.sh): `.venv-vllm/bin/python -m pytest tests/slow/test_vllm.py`.
 """
 
 import json
@@ -21,12 +21,12 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 pytest.importorskip("vllm")
 
 from align.errors import ConfigError, DataError, EnvironmentProblem, ModelError
-from align.generation.base import Completion, Sampling
 from align.generation.engines import choose_engine, make_engine
 from align.generation.server_engine import ServerEngine
+from align.generation.types import Completion, Sampling
 from align.generation.vllm_engine import VllmEngine
-from align.model_loading import load_policy, load_tokenizer
-from tests.launching import environment
+from align.models.loading import load_policy, load_tokenizer
+from tests.helpers.launching import environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 

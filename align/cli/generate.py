@@ -1,0 +1,119 @@
+"""`align generate`: completions of prompts; `align best-of-n` of them; `align iterate`: rounds of it with training."""
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from align.cli.options import Cluster, Seed, cluster_called, output_folder
+
+
+def generate(
+    prompts: Annotated[str, typer.Argument(help="Prompt file (JSONL, CSV, Parquet), saved dataset or hub id.")],
+    model: Annotated[str, typer.Option(help="Policy: folder (an adapter too), hub id, or a server's name for it.")],
+    output: Annotated[Path, output_folder("Folder to write completions.parquet or .jsonl into.")],
+    n: Annotated[int, typer.Option("-n", "--samples", min=1, help="Completions of each prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a completion, at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Mass of the nucleus; 1 is all tokens.")] = 1.0,
+    seed: Seed = 0,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="Also write token ids and log-probs.")] = False,
+    engine: Annotated[str, typer.Option(help="auto, vllm, server or transformers.")] = "auto",
+    base_url: Annotated[str | None, typer.Option(help="Address of a server, ending in /v1.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass of the transformers engine.")] = 32,
+    option: Annotated[list[str] | None, typer.Option(help="For the engine: tensor_parallel_size=2.")] = None,
+    write: Annotated[str, typer.Option("--format", help="parquet or jsonl.")] = "parquet",
+    column: Annotated[list[str] | None, typer.Option(help="Column mapping: prompt=question.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
+    cluster: Cluster = None,
+) -> None:
+    """Complete every prompt; a stopped run goes on where it was, and repeats no finished prompt."""
+    from align.cli.options import pair_source
+    from align.commands.generate import Format, GenerateSettings, find_completions, generate_completions
+    from align.errors import ConfigError
+    from align.generation.engines import Choice
+    from align.generation.types import Sampling
+    from align.io.console import log
+
+    if write not in ("parquet", "jsonl"):
+        raise ConfigError(f"--format {write}: expected parquet or jsonl", code="config-option")
+    if top_p == 0:
+        raise ConfigError("--top-p 0: expected a number above 0", code="config-option", hint="greedy: --temperature 0")
+    source = pair_source(prompts, column, split).model_copy(update={"limit": limit})
+    settings = GenerateSettings(
+        model=model, sampling=Sampling(max_new_tokens, temperature, top_p, n, seed, logprobs),
+        engine=cast(Choice, engine), base_url=base_url, batch_size=batch_size, format=cast(Format, write),
+        options=parse_options(option), cluster=cluster_called(cluster),
+    )  # fmt: skip
+    generate_completions(source, settings, output)
+    file = find_completions(output)
+    log.info("completions: %s; next: align pairs build %s --reward-model MODEL --output pairs", file, file)
+
+
+def best_of_n(
+    completions: Annotated[str, typer.Argument(help="What `align generate -n N` wrote: its folder or file.")],
+    output: Annotated[Path, output_folder("Folder to write completions.parquet or .jsonl into.")],
+    reward_model: Annotated[str | None, typer.Option(help="Chooses: reward model, folder or hub id.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Chooses: vader, or yes-no:MODEL for a language model.")] = None,
+    gold: Annotated[
+        str | None, typer.Option(help="Only measures what was chosen: vader, yes-no:MODEL or a reward model.")
+    ] = None,
+    write: Annotated[str, typer.Option("--format", help="parquet or jsonl.")] = "parquet",
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per forward pass.")] = 4096,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens per text.")] = 2048,
+    seed: Seed = 0,
+) -> None:
+    """The best of each prompt's completions; what every n up to theirs is worth, and its KL at most (JSON)."""
+    import json
+
+    from align.commands.best_of_n import BestSettings, choose_best
+    from align.commands.generate import METRICS, Format, find_completions
+    from align.errors import ConfigError
+    from align.io.console import log, out
+    from align.io.files import read_json
+    from reward_models.scorers import ScorerChoice, scorer_called
+
+    if write not in ("parquet", "jsonl"):
+        raise ConfigError(f"--format {write}: expected parquet or jsonl", code="config-option")
+    settings = BestSettings(
+        scorer=ScorerChoice(reward_model, judge, batch_tokens, max_length),
+        gold=None if gold is None else scorer_called(gold, batch_tokens=batch_tokens, max_length=max_length),
+        format=cast(Format, write),
+        seed=seed,
+    )
+    choose_best(completions, settings, output)
+    out.print_json(json.dumps(read_json(output / METRICS)))
+    log.info("the best ones: %s", find_completions(output))
+
+
+def iterate(
+    config: Annotated[Path, typer.Argument(help="YAML file of the rounds, e.g. configs/iterative.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set rounds=2")] = None,
+) -> None:
+    """Rounds of generate, pairs build and train, each starting from the policy of the one before."""
+    from align.io.console import log
+    from align.run.iterate import iterate as run_rounds
+    from align.run.iterate import load_iterate
+
+    loaded = load_iterate(config, overrides)
+    log.info("iterate %s: %d rounds from %s, seed %d, writes %s",
+             loaded.name, loaded.rounds, loaded.train.model, loaded.seed, loaded.folder)  # fmt: skip
+    log.info("the last policy: %s", run_rounds(loaded))
+
+
+def parse_options(options: list[str] | None) -> dict[str, Any]:
+    """``name=value`` of each, the value read as YAML.
+
+    Raises:
+        ConfigError: one is not of that form.
+    """
+    from align.config import apply_override
+    from align.errors import ConfigError
+
+    found: dict[str, Any] = {}
+    for option in options or []:
+        if not option.partition("=")[1]:
+            raise ConfigError(f"--option {option}: expected name=value", code="config-option")
+        apply_override(found, option)
+    return found

@@ -1,0 +1,238 @@
+"""The ``align`` command: one verb per stage, ``align run`` for all of them. No logic of its own."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from align.cli import (
+    entangle as cli_entangle,
+)
+from align.cli import (
+    evaluate as cli_eval,
+)
+from align.cli import (
+    filter as cli_filter,
+)
+from align.cli import (
+    generate as cli_generate,
+)
+from align.cli import (
+    pairs as cli_pairs,
+)
+from align.cli import (
+    trust as cli_trust,
+)
+from align.cli.options import Cluster, cluster_called, output_folder, pair_source
+
+if TYPE_CHECKING:
+    from align.config import RunConfig
+
+STOPPED = {128 + signal.SIGINT: "stopped", 128 + signal.SIGTERM: "terminated"}
+TOGETHER = frozenset({"run", "train", "reward", "entangle", "iterate"})
+"""Verbs that the processes of a launcher do together; the others the first does alone."""
+app = typer.Typer(
+    name="align",
+    help="Margin-adaptive preference alignment: reward models, MADPO and its neighbours, one report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(help="Look at preference data.", no_args_is_help=True)
+reward = typer.Typer(help="Train and apply reward models.", no_args_is_help=True)
+app.add_typer(data, name="data")
+app.add_typer(reward, name="reward")
+app.add_typer(cli_filter.app, name="filter")
+app.add_typer(cli_entangle.app, name="entangle")
+app.command("generate")(cli_generate.generate)
+app.command("best-of-n")(cli_generate.best_of_n)
+app.command("iterate")(cli_generate.iterate)
+app.add_typer(cli_pairs.app, name="pairs")
+app.add_typer(cli_eval.app, name="eval")
+app.command("trust")(cli_trust.trust)
+app.command("advise")(cli_trust.advise)
+Config = Annotated[Path, typer.Argument(help="YAML file of the run.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.peft.r=8")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the resolved plan as JSON, stop.")]
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")] = False,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Options that every verb shares."""
+    from align.distributed import process_rank
+    from align.errors import ConfigError
+    from align.io.console import LEVELS, configure
+
+    if log_level.lower() not in LEVELS:
+        raise ConfigError(f"--log-level {log_level}: expected one of {', '.join(LEVELS)}", code="config-option")
+    configure(quiet=quiet, level=log_level)
+    if process_rank() > 0 and context.invoked_subcommand not in TOGETHER:
+        raise typer.Exit
+
+
+@app.command("run")
+def run(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """All stages of a run, each skipped when its inputs have not changed; ends in report.html."""
+    _pipeline(config, overrides, dry_run, until=())
+
+
+@app.command("train")
+def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """The stages of a run up to the trained policies."""
+    _pipeline(config, overrides, dry_run, until=("train",))
+
+
+@reward.command("train")
+def reward_train(
+    config: Config,
+    overrides: Overrides = None,
+    head: Annotated[str | None, typer.Option(help="full, logistic or naive-bayes; sets reward.head.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """The stages of a run up to the reward model and its cross-fitted margins."""
+    chosen = [] if head is None else [f"reward.head={head}"]
+    _pipeline(config, [*(overrides or []), *chosen], dry_run, until=("reward", "crossfit"))
+
+
+@reward.command("score")
+def reward_score(
+    pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id.")],
+    model: Annotated[str, typer.Option(help="Reward model: folder or hub id.")],
+    output: Annotated[Path, output_folder("Folder to write pairs.parquet into.")],
+    column: Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. chosen=preferred.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
+    max_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
+    calibrated: Annotated[bool, typer.Option("--calibrated", help="Apply the model's calibration.json.")] = False,
+    cluster: Cluster = None,
+) -> None:
+    """Add reward_chosen, reward_rejected and margin to a pair table; margin_std where the model is an ensemble."""
+    from align.commands.score import score_pairs
+
+    source = pair_source(pairs, column, split)
+    score_pairs(
+        source, model, output, batch_tokens=batch_tokens, max_length=max_length, calibrated=calibrated,
+        cluster=cluster_called(cluster),
+    )  # fmt: skip
+
+
+@data.command("check")
+def data_check(
+    pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id.")],
+    drop_invalid: Annotated[bool, typer.Option("--drop-invalid", help="Write valid and invalid rows apart.")] = False,
+    output: Annotated[Path, output_folder("Folder for --drop-invalid.")] = Path("checked"),
+    column: Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. chosen=preferred.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
+) -> None:
+    """Validate every row; print a summary and the offending rows."""
+    from align.commands.data import check_data
+
+    check_data(pair_source(pairs, column, split), drop_to=output if drop_invalid else None)
+
+
+@app.command("report")
+def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run, e.g. runs/demo.")]) -> None:
+    """Render report.html of a run again from its report.json."""
+    from align.commands.report import render_report
+
+    render_report(run_folder)
+
+
+@app.command("push")
+def push(
+    folder: Annotated[Path, typer.Argument(help="What a command wrote: the folder of a run, a stage, tables.")],
+    address: Annotated[str, typer.Argument(help="Where to copy it: s3://bucket/prefix, new or of an earlier push.")],
+) -> None:
+    """Copy a finished folder to an object store; only what has changed, and never half of it as if it were whole."""
+    from align.commands.push import push_folder
+
+    push_folder(folder, address)
+
+
+@app.command("reproduce")
+def reproduce(
+    manifest: Annotated[Path, typer.Argument(help="run.json of a finished run.")],
+    output: Annotated[Path, output_folder("Where to write the run again; not its own folder.")],
+) -> None:
+    """Make a run again from its manifest and compare every file; exit 2 and a list where something differs."""
+    from align.io.console import out
+    from align.run.reproduce import check_reproduced, same_run
+
+    found = same_run(manifest, output, command=shlex.join(["align", *sys.argv[1:]]))
+    out.print_json(json.dumps(found))
+    check_reproduced(found, manifest)
+
+
+def main() -> NoReturn:
+    """Entry point: exit 0; 2 for the user's mistake, 1 for ours, 130 for Ctrl-C, 143 for SIGTERM."""
+    from align.distributed import leave, lost_process
+    from align.errors import AlignError
+    from align.io.disk import disk_problem
+    from align.io.secrets import redact_text
+
+    signal.signal(signal.SIGTERM, _terminated)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except AlignError as error:
+        sys.stderr.write(redact_text(f"error {error}\n"))
+        sys.exit(2)
+    except SystemExit as stop:
+        if stop.code in STOPPED:
+            sys.stderr.write(f"{STOPPED[stop.code]}; what is finished is kept, the same command goes on from there\n")
+        elif not stop.code:
+            leave()
+        raise
+    except Exception as error:
+        if (problem := disk_problem(error) or lost_process(error)) is not None:
+            sys.stderr.write(redact_text(f"error {problem}\n"))
+            sys.exit(2)
+        sys.stderr.write(redact_text(traceback.format_exc()))
+        sys.stderr.write("this is a defect of the program, not of your input: please report it with the lines above\n")
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def _pipeline(path: Path, overrides: list[str] | None, dry_run: bool, until: tuple[str, ...]) -> None:
+    from align.config import load_config
+
+    config = load_config(path, overrides)
+    from align.distributed import process_rank
+    from align.io.console import log, out
+    from align.io.secrets import redact_text
+    from align.run import pipeline
+
+    pipeline.check(config)
+    if dry_run:
+        if process_rank() == 0:
+            out.print_json(json.dumps(pipeline.describe(config), default=str))
+        return
+    _announce(config)
+    command = redact_text(shlex.join(["align", *sys.argv[1:]]))
+    report_path = pipeline.run_pipeline(config, command=command, until=until)
+    log.info("result: %s", config.folder)
+    if report_path.exists():
+        log.info("look at it: open %s", report_path)
+
+
+def _announce(config: "RunConfig") -> None:
+    from align.io.console import log
+
+    methods = ", ".join(config.train.methods) if config.train else "no policy"
+    model = config.train.model if config.train else (config.reward.model if config.reward else "")
+    log.info("run %s: %s (%s), seed %d, writes %s", config.name, methods, model, config.seed, config.folder)

@@ -1,0 +1,1 @@
+"""What each verb writes into a folder."""

@@ -1,0 +1,174 @@
+"""`align best-of-n`: of the sampled completions of each prompt the best one, and what each n up to theirs is worth."""
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import expit
+
+from align.commands.generate import METRICS, STEM, Format, find_completions, write_table
+from align.data.completions import Group, read_groups
+from align.errors import ConfigError, DataError, listed
+from align.generation.best_of_n import best_index, expected_best, kl_bound
+from align.io.console import log
+from align.io.files import write_json
+from align.io.hashing import fingerprint_source
+from align.io.stage import Stage, check_output, run_stage
+from align.stats import bootstrap_mean, interval
+from reward_models.scorers import ScorerChoice, score_in_chunks
+
+STAGE = "best-of-n"
+SCORES = "scores"
+CACHE = "parts-"
+
+
+@dataclass(frozen=True, slots=True)
+class BestSettings:
+    """What `align best-of-n` is asked for.
+
+    Raises:
+        ConfigError: the scorer is its own gold judge.
+    """
+
+    scorer: ScorerChoice
+    """Chooses."""
+    gold: ScorerChoice | None = None
+    """Only measures what was chosen: the scorer likes its own choice by construction."""
+    format: Format = "parquet"
+    seed: int = 0
+    """Of the intervals."""
+
+    def __post_init__(self) -> None:
+        if self.gold is not None and self.gold.name == self.scorer.name:
+            raise ConfigError(
+                f"--gold {self.gold.name}: found what chooses, expected a judge that does not",
+                code="best-of-n-option",
+                hint="leave --gold out, or name another judge",
+            )
+
+
+def choose_best(completions: str | Path, settings: BestSettings, output: Path) -> Stage:
+    """Write the best completion of each prompt, all scores, and ``metrics.json``; skipped where up to date.
+
+    ``completions.parquet`` (or ``.jsonl``) has the row of the best completion as ``align generate`` wrote it, with
+    ``score`` (and ``gold``); ``scores.parquet`` has ``id``, ``sample``, ``score`` (and ``gold``) of all. A score is a
+    reward; of a yes-no judge it is P(yes). ``metrics.json`` is described at ``measure``. A stopped scoring goes on.
+
+    Raises:
+        AlignError: the completions or a scorer cannot be used.
+    """
+    check_output(output, STAGE)
+    file = find_completions(completions)
+    groups = read_groups(file)
+    count = _same_count(groups, file)
+    measured = f", measured by {settings.gold.name}" if settings.gold else ""
+    log.info("best-of-n: %d prompts of %s, the best of %d by %s%s -> %s",
+             len(groups), file, count, settings.scorer.name, measured, output)  # fmt: skip
+    judges = [settings.scorer, *([settings.gold] if settings.gold else [])]
+    inputs = {
+        "completions": fingerprint_source(file),
+        "scorers": [judge.key for judge in judges],
+        "settings": asdict(settings),
+    }
+    return run_stage(STAGE, output, inputs, lambda folder: _work(groups, count, settings, folder))
+
+
+def measure(scores: np.ndarray, gold: np.ndarray | None, *, seed: int) -> list[dict[str, Any]]:
+    """For each n = 1..N what best-of-n gives, estimated without bias from all N samples.
+
+    Args:
+        scores: of N samples of each of P prompts, [P, N].
+        gold: another judge's scores of the same, [P, N], or None.
+        seed: of the intervals over prompts.
+
+    Returns:
+        ``[{"n", "score", "gain", "gold", "gold_gain", "kl_bound"}]``: mean score of the best of n, its paired gain over
+        one sample, both under ``gold`` where there is one, each with a 95% interval; nats of KL, at most.
+    """
+    curves = {"score": expected_best(scores, scores), "gold": None if gold is None else expected_best(scores, gold)}
+    gains = {"score": "gain", "gold": "gold_gain"}
+    found = []
+    for n in range(1, scores.shape[1] + 1):
+        row: dict[str, Any] = {"n": n}
+        for name, curve in curves.items():
+            at = None if curve is None else (curve[:, n - 1], curve[:, n - 1] - curve[:, 0])
+            row[name] = at and bootstrap_mean(at[0], seed=seed).to_dict()
+            row[gains[name]] = at and bootstrap_mean(at[1], seed=seed).to_dict()
+        found.append(row | {"kl_bound": kl_bound(n)})
+    return found
+
+
+def _same_count(groups: Sequence[Group], file: str) -> int:
+    """N, the number of completions that every prompt has.
+
+    Raises:
+        DataError: prompts have different numbers of them (the first 20 that differ, a count).
+    """
+    counts = Counter(len(group.candidates) for group in groups)
+    usual = counts.most_common(1)[0][0]
+    odd = [f"{group.id}: found {len(group.candidates)}" for group in groups if len(group.candidates) != usual]
+    if odd:
+        raise DataError(
+            f"{file}: {len(odd)} prompts have another number of completions than the {usual} of the others:\n"
+            f"{listed(odd)}",
+            code="completion-count",
+            hint="give what one `align generate -n N` wrote",
+        )
+    return usual
+
+
+def _work(groups: list[Group], count: int, settings: BestSettings, folder: Path) -> None:
+    prompts = [group.prompt for group in groups for _ in group.candidates]
+    texts = [candidate.completion for group in groups for candidate in group.candidates]
+
+    def scored(judge: ScorerChoice, name: str) -> np.ndarray:
+        rewards = score_in_chunks(judge.load, prompts, texts, folder / f"{CACHE}{name}")
+        return np.asarray(expit(rewards) if judge.probabilities else rewards).reshape(len(groups), count)
+
+    scores = {"score": scored(settings.scorer, "score")}
+    if settings.gold is not None:
+        scores["gold"] = scored(settings.gold, "gold")
+    best = [best_index(row) for row in scores["score"].tolist()]
+    write_table(
+        [
+            group.candidates[chosen].row | {name: float(values[k, chosen]) for name, values in scores.items()}
+            for k, (group, chosen) in enumerate(zip(groups, best, strict=True))
+        ],
+        folder / f"{STEM}.{settings.format}",
+    )
+    write_table(
+        [
+            {"id": group.id, "sample": one.sample} | {name: float(v[k, place]) for name, v in scores.items()}
+            for k, group in enumerate(groups)
+            for place, one in enumerate(group.candidates)
+        ],
+        folder / f"{SCORES}.parquet",
+    )
+    curve = measure(scores["score"], scores.get("gold"), seed=settings.seed)
+    write_json(
+        folder / METRICS,
+        {
+            "prompts": len(groups),
+            "n": count,
+            "scorer": settings.scorer.name,
+            "gold": settings.gold and settings.gold.name,
+            "curve": curve,
+        },
+    )
+    for name in scores:
+        shutil.rmtree(folder / f"{CACHE}{name}")
+    _tell(curve)
+
+
+def _tell(curve: list[dict[str, Any]]) -> None:
+    """One line for the scorer, one for the gold judge."""
+    first, last = curve[0], curve[-1]
+    log.info("best of %d: score %s, of one sample %s; KL to what was sampled from at most %.3g nats",
+             last["n"], interval(last["score"]), interval(first["score"]), last["kl_bound"])  # fmt: skip
+    if last["gold"] is not None:
+        log.info("best of %d: gold %s, of one sample %s, gain %s",
+                 last["n"], interval(last["gold"]), interval(first["gold"]), interval(last["gold_gain"]))  # fmt: skip

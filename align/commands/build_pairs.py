@@ -1,0 +1,204 @@
+"""`align pairs build`: completions of each prompt, scored, to a table of preference pairs."""
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from scipy.special import expit
+
+from align.commands.generate import find_completions
+from align.data.completions import Candidate, Group, plain_text, read_groups
+from align.data.pairs import write_pairs
+from align.data.summary import summarize
+from align.errors import ConfigError, DataError
+from align.generation.pair_selection import Guard, Mode, choose_pairs
+from align.io.console import log
+from align.io.files import write_json
+from align.io.hashing import fingerprint_source
+from align.io.stage import Stage, check_output, run_stage
+from align.stats import Estimate, bootstrap_mean
+from reward_models.scorers import ScorerChoice, score_in_chunks
+
+DROPPED = "dropped.jsonl"
+METRICS = "metrics.json"
+CACHE = "scores"
+STAGE = "pairs-build"
+ANY = (0.0, float("inf"))
+
+
+@dataclass(frozen=True, slots=True)
+class BuildSettings:
+    """What `align pairs build` is asked for.
+
+    Raises:
+        ConfigError: a number is out of range, or a ratio is asked of scores that are no probabilities.
+    """
+
+    scorer: ScorerChoice
+    mode: Mode = "best_worst"
+    guard_margin: float = 0.0
+    """Least difference of the scores of a pair: of P(yes) for a yes-no judge, else of the rewards."""
+    guard_ratio: float | None = None
+    """A rejected score is at most this times the chosen one; for a yes-no judge only."""
+    band: tuple[float, float] | None = None
+    """Least and largest difference of the scores, for ``band``; any where absent."""
+    temperature: float = 1.0
+    """Rewards are divided by it: above 1 it softens a scorer that is too sure of itself."""
+
+    def __post_init__(self) -> None:
+        low, high = self.band or ANY
+        problems = []
+        if self.mode not in ("best_worst", "band", "all"):
+            problems.append(f"--mode {self.mode}: expected best_worst, band or all")
+        if self.band is not None and self.mode != "band":
+            problems.append(f"--band: means nothing under --mode {self.mode}")
+        if self.guard_margin < 0 or self.temperature <= 0 or not 0 <= low <= high:
+            problems.append("--guard-margin and --band: expected numbers from 0 up; --temperature: one above 0")
+        if self.guard_ratio is not None and not 0 < self.guard_ratio <= 1:
+            problems.append(f"--guard-ratio {self.guard_ratio}: expected a number in (0, 1]")
+        if self.guard_ratio is not None and not self.scorer.probabilities:
+            problems.append(f"--guard-ratio: {self.scorer.name} gives rewards, which have no zero; use --guard-margin")
+        if problems:
+            raise ConfigError("\n".join(problems), code="pairs-option")
+
+
+@dataclass(frozen=True, slots=True)
+class Different:
+    """The different, non-empty completions of a prompt."""
+
+    of: Group
+    candidates: list[Candidate]
+    left_out: Counter[str]
+    """Completions that are empty or the same as an earlier one."""
+
+
+def build_pairs(completions: str | Path, settings: BuildSettings, output: Path) -> Stage:
+    """Write ``pairs.parquet``, ``dropped.jsonl`` (prompts without a pair, with the reason) and ``metrics.json``.
+
+    Columns: those of a pair table with ``reward_chosen``, ``reward_rejected`` and ``margin``; and the provenance
+    ``prompt_id``, ``sample_chosen``, ``sample_rejected``, ``scorer``, ``mode``; for a yes-no judge also
+    ``probability_chosen``, ``probability_rejected`` and ``soft_label`` (the sigmoid of the margin).
+
+    Raises:
+        AlignError: the completions or the scorer cannot be used, or no pair is left.
+    """
+    check_output(output, STAGE)
+    file = find_completions(completions)
+    groups = [different(group) for group in read_groups(file)]
+    log.info("pairs: %d prompts of %s, scored by %s, mode %s -> %s",
+             len(groups), file, settings.scorer.name, settings.mode, output)  # fmt: skip
+    inputs = {
+        "completions": fingerprint_source(file),
+        "scorer": settings.scorer.key,
+        "settings": asdict(settings),
+    }
+    return run_stage(STAGE, output, inputs, lambda folder: _work(groups, settings, folder))
+
+
+def different(group: Group) -> Different:
+    """Leave empty completions out, and those whose text (blanks around it aside) an earlier one has."""
+    found = Different(group, [], Counter())
+    known: set[str] = set()
+    for candidate in group.candidates:
+        text = plain_text(candidate.completion).strip()
+        if not text or text in known:
+            found.left_out["repeated" if text else "empty"] += 1
+            continue
+        known.add(text)
+        found.candidates.append(candidate)
+    return found
+
+
+def _work(groups: list[Different], settings: BuildSettings, folder: Path) -> None:
+    flat = [(group, candidate) for group in groups if len(group.candidates) > 1 for candidate in group.candidates]
+    rewards = score_in_chunks(
+        settings.scorer.load,
+        [group.of.prompt for group, _ in flat],
+        [candidate.completion for _, candidate in flat],
+        folder / CACHE,
+    ) / settings.temperature  # fmt: skip
+    position = 0
+    pairs: list[dict[str, Any]] = []
+    dropped: list[dict[str, Any]] = []
+    guarded = 0
+    for group in groups:
+        count = len(group.candidates) if len(group.candidates) > 1 else 0
+        made, against = _pairs_of(group, rewards[position : position + count], settings)
+        position += count
+        guarded += against
+        pairs += made
+        if not made:
+            reason = "fewer than two different completions" if not count else "no two scores far enough apart"
+            dropped.append({"id": group.of.id, "prompt": group.of.prompt, "reason": reason})
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in dropped)
+    (folder / DROPPED).write_text("".join(lines), encoding="utf-8")
+    if not pairs:
+        raise DataError(
+            f"no pair is left of {len(groups)} prompts: {dict(Counter(row['reason'] for row in dropped))}",
+            code="pairs-none",
+            hint="sample more completions, or lower the guard",
+        )
+    table = Dataset.from_list(pairs)
+    if all(row["group"] is None for row in pairs):
+        table = table.remove_columns("group")
+    write_pairs(table, folder)
+    shutil.rmtree(folder / CACHE)
+    left_out = sum((group.left_out for group in groups), Counter[str]())
+    metrics = summarize(table) | {
+        "prompts_without_pair": len(dropped),
+        "pairs_dropped_by_guard": guarded,
+        "completions_empty": left_out["empty"],
+        "completions_repeated": left_out["repeated"],
+        "mean_margin": float(np.mean(table["margin"])),
+        "mean_reward": _mean_reward(flat, rewards).to_dict(),
+    }
+    write_json(folder / METRICS, metrics)
+    log.info("pairs: %d of %d prompts; %d pairs dropped by the guard", len(table), len(groups), guarded)
+
+
+def _mean_reward(flat: list[tuple[Different, Candidate]], rewards: np.ndarray) -> Estimate:
+    """Mean reward of the different completions of a prompt, over the prompts that have two or more."""
+    by_prompt: dict[str, list[float]] = {}
+    for (group, _), reward in zip(flat, rewards.tolist(), strict=True):
+        by_prompt.setdefault(group.of.id, []).append(reward)
+    return bootstrap_mean([float(np.mean(values)) for values in by_prompt.values()], seed=0)
+
+
+def _pairs_of(found: Different, rewards: np.ndarray, settings: BuildSettings) -> tuple[list[dict[str, Any]], int]:
+    """(rows of the pair table, pairs that the guard dropped) of one prompt."""
+    scores = expit(rewards * settings.temperature) if settings.scorer.probabilities else rewards
+    guard = Guard(settings.guard_margin, settings.guard_ratio)
+    chosen_pairs, dropped = choose_pairs(scores.tolist(), settings.mode, guard, band=settings.band or ANY)
+    rows = []
+    group = found.of
+    for best, worst in chosen_pairs:
+        first, second = found.candidates[best], found.candidates[worst]
+        margin = float(rewards[best] - rewards[worst])
+        row: dict[str, Any] = {
+            "id": f"{group.id}:{first.sample}-{second.sample}",
+            "group": group.group,
+            "prompt": group.prompt,
+            "chosen": first.completion,
+            "rejected": second.completion,
+            "reward_chosen": float(rewards[best]),
+            "reward_rejected": float(rewards[worst]),
+            "margin": margin,
+            "prompt_id": group.id,
+            "sample_chosen": first.sample,
+            "sample_rejected": second.sample,
+            "scorer": settings.scorer.name,
+            "mode": settings.mode,
+        }
+        if settings.scorer.probabilities:
+            row |= {
+                "probability_chosen": float(scores[best]),
+                "probability_rejected": float(scores[worst]),
+                "soft_label": float(expit(margin)),
+            }
+        rows.append(row)
+    return rows, dropped

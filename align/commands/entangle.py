@@ -1,0 +1,295 @@
+"""What the verbs of `align entangle` do."""
+
+import json
+import math
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from align.config import ClusterConfig, PairsConfig
+from align.data.pairs import fingerprint, load_pairs, read_pairs
+from align.data.summary import gaps
+from align.distributed import process_rank
+from align.entanglement.check import check_predictions
+from align.entanglement.measure import SHARD, MeasureJob, load_measured, measuring
+from align.entanglement.products import GradientProducts
+from align.entanglement.summary import advice, summarize
+from align.entanglement.token_products import token_matrix, token_products
+from align.entanglement.trace import checkpoints_of, sentence, trajectory
+from align.errors import ConfigError, DataError
+from align.filtering.tables import KEPT
+from align.io.console import log, out
+from align.io.files import write_json
+from align.io.stage import Stage, check_files, read_manifest, run_stage
+from align.losses.registry import BoundLoss, resolve
+from align.models.folders import fingerprint_model, is_adapter
+from align.models.loading import load_tokenizer
+from align.models.tokenization import MAX_LENGTH, collate, tokenize_pairs
+from align.reports.entanglement_page import shade, write_page, write_trace_page
+from align.sharding.jobs import Work
+from align.sharding.shards import map_shards
+
+TABLE = "entanglement.parquet"
+MEASUREMENTS = "measurements"
+"""Folder of a report's measurements."""
+SUMMARY, PAGE = "summary.json", "report.html"
+MEASURED = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
+"""Columns of tokenized pairs that a measurement is made from."""
+NAMED = 5
+"""Pairs that a message names."""
+MATRIX_TOKENS = 64
+"""Of the shorter response, above which a pair is not shown token against token: each costs two passes."""
+
+
+def report(
+    source: PairsConfig,
+    model: str,
+    output: Path,
+    *,
+    loss: str,
+    parameters: dict[str, float],
+    reference: str | None,
+    parameter_names: str | None,
+    limit: int,
+    shown: int,
+    matrices: int,
+    batch_tokens: int,
+    max_length: int,
+    cluster: ClusterConfig | None = None,
+) -> None:
+    """Measure pairs, write ``entanglement.parquet``, ``summary.json`` and ``report.html`` under ``output``.
+
+    Raises:
+        AlignError: the pairs, the model or the loss cannot be used.
+    """
+    check_files(output, [SUMMARY, PAGE], own=[MEASUREMENTS])
+    bound = _bound(loss, parameters)
+    pairs = _sample(load_pairs(source), bound, limit, source.path)
+    tokenizer = load_tokenizer(model)
+    policy = load_measured(model)
+    tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
+    settings = _Settings(bound, parameter_names, batch_tokens, max_length, cluster)
+    stage, table = _measure(output / MEASUREMENTS, tokens, model, policy, reference, settings)
+    if process_rank() > 0:
+        return
+    summary = summarize(table)
+    covered = GradientProducts(policy, parameter_names).covered
+    rows = sorted(range(len(table)), key=lambda k: _worst(table[k]))[:shown]
+    page = {
+        "run": {
+            "pairs": source.path, "model": model, "loss": loss, "seconds": stage.seconds,
+            "command": shlex.join(["align", *sys.argv[1:]]), "parameters": sum(covered.values()),
+            "by_rule": covered["rule"], "by_autograd": covered["autograd"],
+        },
+        "summary": summary,
+        "advice": advice(summary, loss),
+        "pairs": [
+            _coloured(policy, tokenizer, tokens[k], table[k], max_length, matrix=number < matrices)
+            for number, k in enumerate(rows)
+        ],
+    }  # fmt: skip
+    write_json(output / SUMMARY, {key: page[key] for key in ("run", "summary", "advice")})
+    write_page(output / PAGE, table, page)
+    log.info("%s", page["advice"]["headline"])  # type: ignore[index]
+    log.info("do: %s", page["advice"]["next_step"])  # type: ignore[index]
+    log.info("look at it: open %s", output / PAGE)
+
+
+def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: int | None) -> None:
+    """Measure the saved checkpoints of one method of a run; write ``trace-<method>/`` with JSON, tables and a page.
+
+    The loss, its parameters, the reference and, where ``max_length`` is None, the length are those of the training.
+
+    Raises:
+        AlignError: no such training, no checkpoint, or a loss that has no verdict for one pair.
+    """
+    training = run / f"train-{method}"
+    manifest = read_manifest(training)
+    if manifest is None:
+        trained = ", ".join(sorted(path.name.removeprefix("train-") for path in run.glob("train-*"))) or "none"
+        raise DataError(f"{training}: no finished training (methods here: {trained})", code="trace-missing")
+    inputs = manifest["inputs"]
+    parameters = inputs.get("trust", {}) | inputs["loss"]["parameters"]  # trust: what the run measured on the pairs
+    checkpoints, bound = checkpoints_of(training), _bound(inputs["loss"]["loss"], parameters)
+    base = inputs["settings"]["model"]
+    length = max_length or inputs["settings"]["trainer"].get("max_length") or MAX_LENGTH
+    table = run / "filter" / KEPT if "filter" in inputs["after"] else run / "margins" / "pairs"
+    every = load_pairs(PairsConfig(path=str(table))) if table.is_file() else read_pairs(table)
+    pairs = _sample(every, bound, limit, str(run))
+    tokens = tokenize_pairs(pairs, load_tokenizer(base), max_length=length)
+    settings = _Settings(bound, None, batch_tokens, length)
+    output, tables = run / f"trace-{method}", []
+    for step, folder in checkpoints:
+        reference = None if is_adapter(folder) and not is_adapter(base) else base
+        name = output / f"step-{step:06d}"
+        tables.append(_measure(name, tokens, str(folder), load_measured(str(folder)), reference, settings)[1])
+    if process_rank() > 0:
+        return
+    found = trajectory([step for step, _ in checkpoints], tables)
+    report = {
+        "run": {"folder": str(run), "method": method, "loss": bound.spec.name, "pairs": len(pairs),
+                "command": shlex.join(["align", *sys.argv[1:]])},
+        "sentence": sentence(found, method),
+        **found,
+    }  # fmt: skip
+    write_json(output / "trace.json", report)
+    write_trace_page(output / PAGE, report)
+    log.info("%s", report["sentence"])
+    log.info("look at it: open %s", output / PAGE)
+
+
+def check(
+    source: PairsConfig,
+    model: str,
+    output: Path,
+    *,
+    loss: str,
+    parameters: dict[str, float],
+    rates: dict[str, float],
+    limit: int,
+    max_length: int,
+) -> None:
+    """Take real steps and compare; write ``check.json``. Half of the pairs are trained on, all are predicted.
+
+    Raises:
+        AlignError: the pairs, the model or the loss cannot be used.
+    """
+    if process_rank() > 0:
+        return
+    check_files(output, [])
+    bound = _bound(loss, parameters)
+    pairs = _sample(load_pairs(source), bound, limit, source.path)
+    tokenizer = load_tokenizer(model)
+    tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
+    half = tokens.select(range(max(1, len(tokens) // 2)))
+    batch, probes = (collate(rows, tokenizer.pad_token_id, max_length=max_length) for rows in (half, tokens))
+    policy = load_measured(model)
+    device = next(policy.parameters()).device
+    batch, probes = ({name: value.to(device) for name, value in rows.items()} for rows in (batch, probes))
+    margin = torch.tensor(half["margin"], device=device) if bound.spec.needs_margin else None
+    found = check_predictions(policy, batch, probes, bound, rates, margin=margin)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "check.json", {"model": model, "loss": loss, "pairs": len(tokens), "optimizers": found})
+    out.print_json(json.dumps(found))
+    log.info("check: %s", output / "check.json")
+
+
+def _bound(loss: str, parameters: dict[str, float]) -> BoundLoss:
+    bound = resolve(loss, parameters)
+    if bound.spec.function is None:
+        raise ConfigError(
+            f"--loss {loss}: its beta is a statistic of each training batch, so a pair alone has no verdict",
+            code="entanglement-loss",
+            hint="measure with --loss dpo",
+        )
+    return bound
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What a measurement depends on besides the model and the pairs' tokens."""
+
+    loss: BoundLoss
+    parameters: str | None
+    batch_tokens: int
+    max_length: int
+    cluster: ClusterConfig | None = None
+    """Whose workers share the pairs; no result depends on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """The job in this process, which has loaded the policy for the page as well."""
+
+    policy: nn.Module
+    job: MeasureJob
+
+    def start(self) -> Work:
+        return measuring(self.policy, self.job)
+
+
+def _measure(
+    folder: Path, tokens: Dataset, model: str, policy: nn.Module, reference: str | None, settings: _Settings
+) -> tuple[Stage, Dataset]:
+    """The stage that measures one model on tokenized pairs, and its table."""
+    read = [name for name in MEASURED if name in tokens.column_names]
+    inputs = {
+        "pairs": [str(row["id"]) for row in tokens],
+        "content": fingerprint(tokens.select_columns(read)),
+        "model": fingerprint_model(model),
+        "reference": None if reference is None else fingerprint_model(reference),
+        "loss": settings.loss.spec.name,
+        "loss_parameters": dict(settings.loss.parameters),
+        "parameters": settings.parameters,
+        "max_length": settings.max_length,
+    }
+
+    job = MeasureJob(model, reference, settings.loss, settings.parameters, settings.batch_tokens, settings.max_length)
+
+    def work(partial: Path) -> None:
+        parts = partial / "parts"
+        here = job if settings.cluster is not None else _Loaded(policy, job)
+        made = map_shards(tokens, here, parts, size=SHARD, what="entanglement", cluster=settings.cluster, together=True)
+        if process_rank() == 0:
+            made.whole().to_parquet(str(partial / TABLE))
+
+    stage = run_stage("entanglement", folder, inputs, work, collective=True)
+    return stage, Dataset.from_parquet(str(folder / TABLE), keep_in_memory=True)
+
+
+def _sample(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset:
+    """The first ``limit`` pairs in an order that does not depend on the file's."""
+    lacking = gaps(pairs, "margin") if "margin" in pairs.column_names else range(len(pairs))
+    if loss.spec.needs_margin and len(lacking):
+        first = ", ".join(str(pairs[int(place)]["id"]) for place in lacking[:NAMED])
+        more = f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else ""
+        raise DataError(
+            f"{source}: loss {loss.spec.name} needs a `margin` of every pair, found none of {first}{more}",
+            code="loss-needs-margin",
+            hint="run `align reward score` first, or measure with --loss dpo",
+        )
+    order = sorted(range(len(pairs)), key=lambda k: str(pairs[k]["id"]))[:limit]
+    return pairs.select(sorted(order))
+
+
+def _worst(row: dict[str, Any]) -> tuple[bool, float]:
+    """Entangled pairs first, then those with the least slack."""
+    slack = row["slack"]
+    return (not row["entangled"], float("inf") if slack is None or math.isnan(slack) else slack)
+
+
+def _coloured(
+    model: nn.Module, tokenizer: Any, tokens: dict[str, Any], row: dict[str, Any], limit: int, *, matrix: bool
+) -> dict[str, Any]:
+    """A pair as text coloured by the products of its tokens; with ``matrix`` also each token against each."""
+    batch = collate([tokens], tokenizer.pad_token_id, max_length=limit)
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) for name, value in batch.items()}
+    found: dict[str, Any] = {name: row[name] for name in ("id", "verdict", "cosine", "norm_ratio")}
+    found["prompt"] = tokenizer.decode(tokens["prompt_ids"])
+    for side, (values, ids, mask) in zip(
+        ("chosen", "rejected"),
+        zip(token_products(model, batch), batch["input_ids"], batch["completion_mask"], strict=True),
+        strict=True,
+    ):
+        largest = float(values.abs().max())
+        places = mask[1:].nonzero()[:, 0].tolist()
+        found[side] = [
+            {
+                "text": tokenizer.decode([int(ids[place + 1])]),
+                "value": float(values[place]),
+                "shade": shade(float(values[place]), largest),
+            }
+            for place in places
+        ]
+    if matrix and min(len(found["chosen"]), len(found["rejected"])) <= MATRIX_TOKENS:
+        values = token_matrix(model, batch)
+        largest = float(values.abs().max())
+        found["matrix"] = [[(value, shade(value, largest)) for value in line] for line in values.tolist()]
+    return found

@@ -1,0 +1,65 @@
+"""`align filter`: filter a pair table and write what was kept, what was dropped, and a page."""
+
+from pathlib import Path
+
+from align.config import ClusterConfig, FilterConfig, PairsConfig
+from align.data.pairs import load_pairs
+from align.data.streaming import stream_pairs
+from align.data.text import plain
+from align.filtering.filter import _timed, filter_pairs
+from align.filtering.tables import DROPPED, KEPT, SUMMARY, write_tables
+from align.io.console import log
+from align.io.files import write_json
+from align.io.hashing import digest, fingerprint_source
+from align.io.source_files import keep_source
+from align.io.stage import check_files
+
+CACHE = "parts"
+TABLE = "table.arrow"
+"""Of the cache; ``pairs.arrow``, which an earlier version left, lacks keys of messages."""
+PAGE = "report.html"
+
+
+def filter_source(
+    source: PairsConfig,
+    settings: FilterConfig,
+    output: Path,
+    *,
+    seed: int,
+    cache: Path,
+    cluster: ClusterConfig | None = None,
+) -> None:
+    """Write ``kept.parquet``, ``dropped.parquet``, ``filter.json`` and ``report.html`` into ``output``.
+
+    Args:
+        source: where the pairs come from.
+        settings: what to keep.
+        output: folder.
+        seed: of the neighbour index.
+        cache: folder for parts of the work.
+        cluster: whose workers read texts, embed, measure and search.
+
+    Raises:
+        AlignError: the pairs, the settings or a model cannot be used.
+    """
+    keep_source(source.path, [output / KEPT, output / DROPPED])
+    check_files(output, [PAGE], own=[KEPT])
+    seconds: dict[str, float] = {}
+    known = source.model_dump() | {"content": fingerprint_source(source.path)}
+    own = cache / digest(known)[:16]
+    with _timed(seconds, "reading"):
+        pairs = stream_pairs(source, own / TABLE)
+    held_out: list[str] = []
+    if settings.held_out is not None:
+        held_out = [plain(row["prompt"]) for row in load_pairs(PairsConfig(path=settings.held_out))]
+    found = filter_pairs(pairs, settings, own, held_out=held_out, seed=seed, cluster=cluster)
+    output.mkdir(parents=True, exist_ok=True)
+    from align.reports.filter_page import write_page
+
+    with _timed(seconds, "writing"):
+        write_tables(found, output)
+        write_page(output / PAGE, found, source.path)
+    summary = found.summary | {"seconds": seconds | found.summary["seconds"]}
+    write_json(output / SUMMARY, summary | {"source": known, "settings": settings.model_dump(), "seed": seed})
+    log.info("kept %d of %d pairs: %s", found.summary["kept"], len(pairs), output / KEPT)
+    log.info("dropped, each with a reason: %s; look at it: open %s", output / DROPPED, output / PAGE)

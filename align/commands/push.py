@@ -1,0 +1,206 @@
+"""`align push`: a finished folder copied to an object store, so that a half-copied one never looks complete.
+
+Objects appear whole or not at all. What belongs to the folder stands in ``pushed.json`` beside them, which says
+``"complete": false`` before the first object is touched and true after the last; ``manifest.json`` files are taken away
+first and put back last, for whoever looks at those alone. Whatever ``pushed.json`` vouches for is not copied again.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.errors import ConfigError, DataError
+from align.io.console import log, progress
+from align.io.hashing import hash_file
+from align.io.object_store import connect, is_remote, store_errors
+from align.io.source_files import PUSHED
+from align.io.stage import MANIFEST, PARTIAL, REPLACED
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+NOTED_SECONDS = 10.0
+"""How often what has arrived is noted while a push is under way."""
+AT_ONCE = 8
+"""Files that are copied at a time."""
+CHUNK_BYTES = 1 << 20
+UNFINISHED = (PARTIAL, REPLACED)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A place in a store."""
+
+    address: str
+    filesystem: "FileSystem"
+    place: str
+
+    def at(self, name: str) -> str:
+        """Where the file ``name`` of the folder goes."""
+        return f"{self.place}/{name}"
+
+
+def push_folder(folder: Path, address: str) -> int:
+    """Copy what ``folder`` holds to ``address``; the number of objects that were not there yet.
+
+    Raises:
+        AlignError: nothing to copy, an address that is taken, or a store that fails.
+    """
+    files = _local(folder)
+    if not is_remote(address):
+        raise ConfigError(
+            f"{address}: found a path, expected an address such as s3://bucket/prefix", code="store-address",
+            hint="to copy to a disk, use cp",
+        )  # fmt: skip
+    filesystem, place = connect(address)
+    target = Target(address, filesystem, place.rstrip("/"))
+    with store_errors(address):
+        known = _known(target)
+    wanted = {name: {"bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)} for name in files}
+    if known == {"complete": True, "files": wanted}:
+        log.info("push: %s is up to date, nothing copied", address)
+        return 0
+    with store_errors(address):
+        return _push(folder, target, known["files"], wanted)
+
+
+def _local(folder: Path) -> list[str]:
+    """Finished files of ``folder``, manifests last."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder", code="data-missing", hint="push what a command has written")
+    names = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder)
+        if path.is_file() and path.suffix != ".tmp" and not any(part.endswith(UNFINISHED) for part in parts.parts):
+            names.append(parts.as_posix())
+    names = [name for name in names if name != PUSHED]
+    if not names:
+        raise DataError(f"{folder}: holds no finished file", code="data-empty", hint="push what a command has written")
+    return sorted(names, key=lambda name: (_is_manifest(name), name))
+
+
+def _is_manifest(name: str) -> bool:
+    return name.rpartition("/")[2] == MANIFEST
+
+
+def _known(target: Target) -> dict[str, Any]:
+    """What an earlier push left at the target.
+
+    Raises:
+        ConfigError: objects that no push has put there.
+    """
+    from pyarrow.fs import FileSelector, FileType
+
+    (info,) = target.filesystem.get_file_info([target.at(PUSHED)])
+    if info.type == FileType.NotFound:
+        there = target.filesystem.get_file_info(FileSelector(target.place, allow_not_found=True))
+        if there:
+            raise ConfigError(
+                f"{target.address}: found other objects there ({there[0].base_name}), "
+                "expected nothing or an earlier push",
+                code="output-folder",
+                hint="give another address",
+            )
+        return {"complete": False, "files": {}}
+    with target.filesystem.open_input_stream(info.path) as stream:
+        content = stream.read()
+    try:
+        known: dict[str, Any] = json.loads(content)
+        return {"complete": known["complete"], "files": dict(known["files"])}
+    except (ValueError, LookupError, TypeError):
+        raise DataError(
+            f"{target.address}/{PUSHED}: not the list of a push", code="data-unreadable", hint="give another address"
+        ) from None
+
+
+def _push(folder: Path, target: Target, known: dict[str, Any], wanted: dict[str, Any]) -> int:
+    """Copy what ``known`` does not vouch for; take away what is no longer in the folder."""
+    vouched = {name: made for name, made in wanted.items() if known.get(name) == made and not _is_manifest(name)}
+    missing = [name for name in wanted if name not in vouched]
+    _note(target, {name: vouched.get(name) for name in known | wanted}, complete=False)
+    for name in known:
+        if _is_manifest(name) or name not in wanted:
+            _delete(target, name)
+    noted = time.monotonic()
+    for name in progress(_copied(folder, target, missing, wanted), what="pushing", total=len(missing), unit="files"):
+        vouched[name] = wanted[name]
+        if time.monotonic() - noted > NOTED_SECONDS:
+            _note(target, {other: vouched.get(other) for other in wanted}, complete=False)
+            noted = time.monotonic()
+    _note(target, wanted, complete=True)
+    log.info("push: %d files copied, %d were there: %s", len(missing), len(wanted) - len(missing), target.address)
+    return len(missing)
+
+
+def _copied(folder: Path, target: Target, names: list[str], wanted: dict[str, Any]) -> Iterator[str]:
+    """Copy files, several at once, manifests when all others are there; the names of those that have arrived.
+
+    Threads do it because a signal is raised in the main thread alone: whatever stops the program, a file that is under
+    way is copied to its end, for pyarrow makes an object of whatever was written to a stream that is dropped.
+    """
+    for manifests in (False, True):
+        chosen = [name for name in names if _is_manifest(name) == manifests]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            running = [pool.submit(_copy, folder / name, target, name, wanted[name]) for name in chosen]
+            try:
+                for name, copy in zip(chosen, running, strict=True):
+                    copy.result()
+                    yield name
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _note(target: Target, files: dict[str, Any], *, complete: bool) -> None:
+    content = json.dumps({"complete": complete, "files": files}, indent=1).encode()
+    stream = target.filesystem.open_output_stream(target.at(PUSHED))
+    stream.write(content)
+    stream.close()
+
+
+def _delete(target: Target, name: str) -> None:
+    from pyarrow.fs import FileType
+
+    (info,) = target.filesystem.get_file_info([target.at(name)])
+    if info.type == FileType.File:
+        target.filesystem.delete_file(info.path)
+
+
+def _copy(file: Path, target: Target, name: str, made: dict[str, Any]) -> None:
+    """Copy one file.
+
+    Raises:
+        DataError: the file changed meanwhile, or can no longer be read.
+        OSError: the store failed; what was there before is still there.
+    """
+    state = hashlib.sha256()
+    stream = target.filesystem.open_output_stream(target.at(name))
+    try:
+        for block in _blocks(file):
+            state.update(block)
+            stream.write(block)
+        if state.hexdigest() != made["sha256"]:
+            raise DataError(f"{file}: changed while it was copied", code="store-changed", hint="push it later")
+        stream.close()
+    except DataError:
+        stream.close()
+        _delete(target, name)
+        raise
+    except OSError:
+        with suppress(OSError):
+            stream.close()
+        raise
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    try:
+        with file.open("rb") as content:
+            while block := content.read(CHUNK_BYTES):
+                yield block
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})", code="data-unreadable") from None

@@ -1,0 +1,60 @@
+"""`align reward score`: add rewards and margins to a pair table."""
+
+import json
+from pathlib import Path
+
+from align.config import ClusterConfig, PairsConfig
+from align.distributed import process_rank
+from align.io.console import log, out
+
+
+def score_pairs(
+    source: PairsConfig,
+    model: str,
+    output: Path,
+    *,
+    batch_tokens: int,
+    max_length: int,
+    calibrated: bool = False,
+    cluster: ClusterConfig | None = None,
+) -> None:
+    """Score a pair source with a reward model and write the table; print the margin metrics as JSON.
+
+    Under a launcher the processes share the pairs.
+
+    Args:
+        source: pairs.
+        model: reward model, folder or hub id; with the members of its ensemble, where it has any.
+        output: folder to write into.
+        batch_tokens: padded tokens per batch.
+        max_length: tokens per text.
+        calibrated: apply the calibration that lies beside the model.
+        cluster: whose workers share the pairs.
+
+    Raises:
+        AlignError: the pairs, the model or the folder cannot be used.
+    """
+    import numpy as np
+
+    from align.data.pairs import FILE, load_pairs, write_pairs
+    from align.data.splits import clusters_of
+    from align.io.source_files import keep_source
+    from align.io.stage import check_files
+    from reward_models.calibration import MarginMap
+    from reward_models.ensemble import members, score_with
+    from reward_models.margin_metrics import evaluate_margins
+
+    keep_source(source.path, [output / FILE])
+    check_files(output, [])
+    calibration = MarginMap.load(model) if calibrated else None
+    pairs = load_pairs(source)
+    log.info("scoring %d pairs of %s with %s -> %s", len(pairs), source.path, model, output)
+    scored = score_with(
+        members(model), pairs, output / ".scoring", batch_tokens=batch_tokens, max_length=max_length,
+        calibration=calibration, cluster=cluster,
+    )  # fmt: skip
+    if process_rank() > 0:
+        return
+    write_pairs(scored, output)
+    out.print_json(json.dumps(evaluate_margins(np.asarray(scored["margin"]), clusters=clusters_of(scored)).to_dict()))
+    log.info("margins: %s; train on them with `pairs.path: %s`", output / "pairs.parquet", output / "pairs.parquet")

@@ -1,0 +1,60 @@
+"""What `align trust` and `align advise` do: pairs in, JSON and a page out."""
+
+from pathlib import Path
+from typing import Any
+
+from align.config import PairsConfig
+from align.data.pairs import load_pairs
+from align.io.console import log, out
+from align.io.files import write_json
+from align.trust.measure import check_margins, margin_source, measure
+from align.trust.sentences import sentences
+
+FILE, PAGE, FEATURES = "trust.json", "trust.html", "features"
+MEASURED = ("verdict", "labels", "margin", "both")
+ADVICE = ("verdict", "against", "source", "more", "shared")
+
+
+def trust(
+    source: PairsConfig,
+    model: str,
+    output: Path,
+    *,
+    margins: str | None,
+    allow_in_sample: bool,
+    max_length: int,
+    seed: int,
+    told: tuple[str, ...] = MEASURED,
+) -> dict[str, Any]:
+    """Write ``trust.json`` and ``trust.html`` under ``output``; what stands in the JSON.
+
+    Args:
+        source: pairs with a ``margin`` column.
+        model: reference, hub id or folder.
+        output: folder; the features are kept in it.
+        margins: where the margins come from, one of ``SOURCES``; None: what the run that wrote the table says of it.
+        allow_in_sample: go on where they are in-sample.
+        max_length: tokens of prompt and response together.
+        seed: of the folds and the bootstrap.
+        told: keys of the sentences that go to stdout.
+
+    Raises:
+        AlignError: the pairs, their margins or the model cannot be used.
+    """
+    pairs = load_pairs(source)
+    origin = margins or margin_source(Path(source.path))
+    check_margins(pairs, origin, source.path, allow_in_sample=allow_in_sample)
+    found = measure(pairs, model, output / FEATURES, origin=origin, max_length=max_length, seed=seed)
+    found |= {"source": source.path, "model": model, "margins": origin, "seed": seed}
+    found["sentences"] = sentences(found, origin)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / FILE, found)
+    from align.reports.trust_page import write_page
+
+    write_page(output / PAGE, found)
+    for key in told:
+        out.print(found["sentences"][key], markup=False)
+    numbers = ", ".join(f"{name}: {found['chosen'][name]:g}" for name in ("trust", "strength"))
+    log.info("to train with it: {loss: trust, parameters: {slope: %.4g, %s}}", found["slope"], numbers)
+    log.info("numbers: %s; look at it: open %s", output / FILE, output / PAGE)
+    return found

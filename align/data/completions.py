@@ -1,0 +1,97 @@
+"""A file of completions, read by prompt."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.config import PairsConfig
+from align.data.readers import Row, read_rows
+from align.data.validation import RowReader
+from align.errors import DataError, listed
+
+NEEDED = ("id", "prompt", "completion")
+LAWFUL = frozenset({"pair-empty", "pair-text"})
+"""What a completion may be and a response of a pair may not: empty, or of odd characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One completion of a prompt."""
+
+    sample: int
+    """Its number among the prompt's completions; its place among them where the file gives none."""
+    completion: Any
+    row: dict[str, Any]
+    """The whole row that it came from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt and all its completions."""
+
+    id: str
+    prompt: Any
+    group: str | None
+    candidates: list[Candidate]
+
+
+def read_groups(file: str | Path) -> list[Group]:
+    """The completions of a file that ``align generate`` wrote, by prompt, in the order of the file.
+
+    Raises:
+        DataError: the file cannot be read or is empty, or rows cannot be used (the first 20, a count).
+    """
+    rows = read_rows(PairsConfig(path=str(file)))
+    if not rows:
+        raise DataError(f"{file}: holds no rows", code="data-empty", hint="expected one completion per row")
+    reader = RowReader(str(file), {"prompt"})
+    problems: list[str] = []
+    groups: dict[str, Group] = {}
+    for row in rows:
+        problem = row.unreadable or _wrong(row, reader)
+        if not problem:
+            key = str(row.values["id"])
+            group = groups.setdefault(key, Group(key, row.values["prompt"], row.values.get("group"), []))
+            own = row.values.get("sample")
+            number = len(group.candidates) if own is None else int(own)
+            if row.values["prompt"] != group.prompt:
+                problem = f"found another prompt than in the rows before with id {key!r}"
+            elif any(number == earlier.sample for earlier in group.candidates):
+                problem = f"found sample {number} of {key!r} again, expected each number once"
+            else:
+                group.candidates.append(Candidate(number, row.values["completion"], row.values))
+        if problem:
+            problems.append(f"{row.file and row.file + ':'}row {row.number}: {problem}")
+    if problems:
+        raise DataError(
+            f"{file}: {len(problems)} rows cannot be used:\n{listed(problems)}",
+            code="completion-row",
+            hint="expected rows as `align generate` writes them: id, prompt, sample, completion",
+        )
+    return list(groups.values())
+
+
+def plain_text(completion: Any) -> str:
+    """The text of a completion, of messages their contents."""
+    return completion if isinstance(completion, str) else "\n".join(str(turn["content"]) for turn in completion)
+
+
+def _wrong(row: Row, reader: RowReader) -> str:
+    """What is wrong with a row of completions; empty where nothing is."""
+    missing = [name for name in NEEDED if row.values.get(name) is None]
+    if missing:
+        return f"found no {', '.join(missing)}"
+    found = [
+        problem
+        for name in ("prompt", "completion")
+        for problem in reader.text(row, name)
+        if name == "prompt" or problem.code not in LAWFUL
+    ]
+    if found:
+        return f"{found[0].column}: found {found[0].found}, expected {found[0].expected}"
+    if isinstance(row.values["prompt"], str) != isinstance(row.values["completion"], str):
+        return "found text beside messages, expected prompt and completion of one kind"
+    sample = row.values.get("sample")
+    if sample is not None and not (isinstance(sample, int | str) and str(sample).isdecimal()):
+        return f"sample: found {sample!r}, expected a number from 0 up"
+    return ""

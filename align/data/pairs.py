@@ -1,0 +1,194 @@
+"""The table of preference pairs: loading and keeping. What makes a row valid stands in align/data/validation.py.
+
+A pair table is a ``datasets.Dataset`` with ``id``, ``prompt``, ``chosen``, ``rejected`` (trl's explicit-prompt
+preference format, plain or conversational) and those of ``OPTIONAL`` that its source or a stage gave it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from align.config import PairsConfig
+from align.config.data import COLUMNS
+from align.data.readers import Row, read_source
+from align.data.seen_ids import SeenIds
+from align.data.validation import SHOWN_CHARACTERS, Problem, RowReader
+from align.errors import DataError, listed
+from align.io.console import log
+
+TEXT = ("prompt", "chosen", "rejected")
+OPTIONAL = tuple(name for name in COLUMNS if name not in ("id", *TEXT))
+FILE = "pairs.parquet"
+ID_DIGITS = 16
+ROUNDING = 1e-9
+"""What floats leave of 1 - 10 * 0.1."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What became of every row of a source."""
+
+    pairs: Dataset
+    """Valid rows."""
+    problems: list[Problem]
+    invalid: list[dict[str, Any]]
+    """Rows that cannot be used: the row as it was, ``row`` (its number) and ``reason``."""
+
+
+def check_pairs(source: PairsConfig) -> CheckResult:
+    """Read and validate every row of a source.
+
+    Raises:
+        DataError: the source is missing, unreadable or empty, or lacks a column.
+    """
+    rows, columns = read_source(source)
+    reader = RowReader(source.path, columns)
+    valid, problems, invalid = [], [], []
+    seen, first = SeenIds(), None
+    for row in rows:
+        pair, found = reader.read(row)
+        if pair is not None:
+            first = first or pair
+            pair["id"] = identify(pair, row, seen, source.path, found)
+            found += other_kind(pair, first, row, source.path)
+            valid.append(pair)
+        if found:
+            problems += found
+            if pair is not None:
+                valid.pop()
+            invalid.append({**row.values, "row": row.number, "reason": "; ".join(str(item) for item in found)})
+    return CheckResult(_table(valid[: source.limit], source.path), problems, invalid)
+
+
+def load_pairs(source: PairsConfig, *, side_file: Path | None = None) -> Dataset:
+    """The valid pairs of a source.
+
+    Args:
+        source: where the pairs come from; with ``drop_invalid`` bad rows are left out and counted.
+        side_file: JSONL file for the rows left out, with their reasons.
+
+    Raises:
+        DataError: bad rows (the first 20 and a count) without ``drop_invalid``, or no row is left.
+    """
+    checked = check_pairs(source)
+    if checked.problems and not (source.drop_invalid and checked.invalid):
+        raise unusable(source.path, checked.problems, len(checked.invalid))
+    if checked.invalid:
+        log.warning("%s: left out %d invalid rows of %d", source.path, len(checked.invalid),
+                    len(checked.invalid) + len(checked.pairs))  # fmt: skip
+        if side_file is not None:
+            lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in checked.invalid)
+            side_file.write_text("".join(lines), encoding="utf-8")
+    if len(checked.pairs) == 0:
+        raise DataError(f"{source.path}: no valid pair", code="data-empty", hint="look at `align data check`")
+    return checked.pairs
+
+
+def unusable(path: str, problems: Sequence[Problem], count: int) -> DataError:
+    """The error that ``count`` rows of a source cannot be used, with the first problems."""
+    return DataError(
+        f"{path}: {count or 'some'} rows cannot be used:\n{listed([str(problem) for problem in problems])}",
+        code=problems[0].code,
+        hint="mend the rows, or set them aside: `align data check FILE --drop-invalid`, in a run drop_invalid: true",
+    )
+
+
+def write_pairs(pairs: Dataset, folder: Path) -> None:
+    """Write ``folder/pairs.parquet``; the same pairs give the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pairs.with_format("arrow")[:].combine_chunks().replace_schema_metadata(None)
+    temporary = folder / f"{FILE}.tmp"
+    pq.write_table(table, temporary, compression="zstd")
+    temporary.replace(folder / FILE)
+
+
+def with_columns(pairs: Dataset, columns: Mapping[str, np.ndarray]) -> Dataset:
+    """The table with ``columns`` (each [N]) at its end, in place of those of the same names."""
+    table = pairs.remove_columns([name for name in columns if name in pairs.column_names])
+    for name, values in columns.items():
+        table = table.add_column(name, values.tolist())
+    return table
+
+
+def read_pairs(folder: Path) -> Dataset:
+    """The table that ``write_pairs`` wrote.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    try:
+        return Dataset(pq.read_table(folder / FILE, partitioning=None))
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{folder / FILE}: cannot be read ({error})", code="data-unreadable") from None
+
+
+def fingerprint(pairs: Dataset) -> str:
+    """sha256 over column names and content, whatever file or cache the table came from."""
+    state = hashlib.sha256(json.dumps(sorted(pairs.column_names)).encode())
+    for row in pairs:
+        state.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
+    return state.hexdigest()
+
+
+def identify(pair: dict[str, Any], row: Row, seen: SeenIds, source: str, found: list[Problem]) -> str:
+    """The row's own id, or a hash of its content made unique for repeated rows; a repeated own id is a problem."""
+    own = pair.get("id")
+    if own is None:
+        content = json.dumps([pair[column] for column in TEXT], sort_keys=True, ensure_ascii=False)
+        key = base = hashlib.sha256(content.encode()).hexdigest()[:ID_DIGITS]
+        repeat = 2
+        while seen.get(key) is not None:
+            key, repeat = f"{base}-{repeat}", repeat + 1
+    else:
+        key = str(own)
+        if (earlier := seen.get(key)) is not None:
+            other = f"row {earlier}" + (" of one of the files" if row.file else "")
+            expected = f"an id used once ({other} has it too)"
+            found.append(Problem(row.file or source, row.number, "id", "pair-duplicate-id", repr(key), expected))
+    seen.add(key, row.number)
+    return key
+
+
+def other_kind(pair: dict[str, Any], first: dict[str, Any], row: Row, source: str) -> list[Problem]:
+    """Plain and conversational rows cannot share a table: a problem where ``pair`` is not of the kind of ``first``."""
+    plain, wanted = (isinstance(one["prompt"], str) for one in (pair, first))
+    if plain == wanted:
+        return []
+    kinds = ("conversational", "plain text")
+    expected = f"{kinds[wanted]}, as in the rows before"
+    return [Problem(row.file or source, row.number, "prompt", "pair-mixed", kinds[plain], expected)]
+
+
+def _table(valid: list[dict[str, Any]], source: str) -> Dataset:
+    columns = ["id", *TEXT, *(name for name in OPTIONAL if any(pair.get(name) is not None for pair in valid))]
+    made = {}
+    for name in columns:
+        with one_type(source, name):
+            made[name] = pa.array([pair.get(name) for pair in valid])
+    return Dataset(pa.table(made))
+
+
+@contextmanager
+def one_type(source: str, name: str) -> Iterator[None]:
+    """Turn what Arrow raises where the values of the column ``name`` are of two kinds into one message.
+
+    Raises:
+        DataError: see above.
+    """
+    try:
+        yield
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"{source}:{name}: its rows do not fit one column ({' '.join(str(error).split())[:SHOWN_CHARACTERS]})",
+            code="pair-type",
+            hint="give every row the same kind of value, and every message the same keys",
+        ) from None

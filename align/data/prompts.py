@@ -1,0 +1,112 @@
+"""Prompts with ids."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from align.config import PairsConfig
+from align.data.pairs import ID_DIGITS
+from align.data.readers import Row, read_files, read_rows
+from align.data.validation import ROLES, RowReader, odd_character
+from align.errors import DataError, listed
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """One prompt to complete."""
+
+    id: str
+    prompt: Any
+    """Text, or messages of which the last is not the assistant's."""
+    group: str | None
+    """A category, carried along."""
+
+
+def read_prompts(source: PairsConfig) -> list[PromptRow]:
+    """The ``prompt`` of every row of a JSONL, CSV or Parquet file, a saved dataset or a hub dataset.
+
+    ``id`` is the row's own, or a hash of the prompt made unique where it is repeated; other columns are not read, so
+    that a pair table can be given too.
+
+    Raises:
+        DataError: nothing can be read, or rows have no usable prompt (the first 20 and a count).
+    """
+    rows = read_rows(source)
+    renamed = source.columns.get("prompt", "prompt")
+    if not rows:
+        raise DataError(f"{source.path}: holds no rows", code="data-empty", hint="expected one prompt per row")
+    problems: list[str] = []
+    prompts: list[PromptRow] = []
+    seen: dict[str, int] = {}
+    for row in rows[: source.limit]:
+        problem = row.unreadable or _wrong(row.values.get(renamed))
+        if not problem and prompts and isinstance(prompts[0].prompt, str) != isinstance(row.values[renamed], str):
+            problem = "found text beside messages, expected one kind in a file"
+        own = row.values.get("id")
+        key = str(own) if own is not None or problem else _hashed(row.values[renamed], seen)
+        if not problem and key in seen:
+            problem = f"found id {key!r}, which row {seen[key]} has too, expected an id used once"
+        if problem:
+            problems.append(f"{row.file and row.file + ':'}row {row.number}: {problem}")
+            continue
+        seen[key] = row.number
+        prompts.append(PromptRow(key, row.values[renamed], _group(row)))
+    if problems:
+        raise DataError(
+            f"{source.path}: {len(problems)} rows have no usable prompt:\n{listed(problems)}",
+            code="prompt-row",
+            hint='expected {"prompt": text or messages} per row; name another column with --column prompt=NAME',
+        )
+    return prompts
+
+
+def _wrong(prompt: Any) -> str:
+    """What is wrong with a prompt; empty where nothing is."""
+    if isinstance(prompt, str):
+        if odd := odd_character(prompt):
+            return f"found {odd}, expected whole Unicode text"
+        return "" if prompt.strip() else "found an empty prompt, expected text"
+    if not isinstance(prompt, list) or not prompt:
+        return f"prompt: found {prompt!r}, expected text or a list of messages"
+    for turn in prompt:
+        if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
+            return f"prompt: found {str(turn)[:80]}, expected {{role: {' or '.join(ROLES)}, content: text}}"
+        if odd := odd_character(turn["content"]):
+            return f"prompt: found {odd}, expected whole Unicode text"
+    if prompt[-1]["role"] == "assistant":
+        return "prompt: found a last message by assistant, expected one by user or tool"
+    return ""
+
+
+def _hashed(prompt: Any, seen: dict[str, int]) -> str:
+    content = json.dumps(prompt, sort_keys=True, ensure_ascii=False, default=str)
+    key = base = hashlib.sha256(content.encode()).hexdigest()[:ID_DIGITS]
+    repeat = 2
+    while key in seen:
+        key, repeat = f"{base}-{repeat}", repeat + 1
+    return key
+
+
+def _group(row: Row) -> str | None:
+    group = row.values.get("group")
+    return None if group is None else str(group)
+
+
+def load_prompts(source: str) -> list[Any]:
+    """The ``prompt`` of every row of a JSONL, CSV or Parquet file, or of several: text, or a list of messages.
+
+    Raises:
+        DataError: file missing, a row without a prompt.
+    """
+    rows = read_files(source)
+    for row in rows:
+        if row.unreadable:
+            raise DataError(f"{row.file or source}:row {row.number}: {row.unreadable}", code="data-row")
+    reader = RowReader(source, {"prompt"})
+    problems = [problem for row in rows for problem in reader.text(row, "prompt")]
+    if problems:
+        raise DataError(f"{source}:\n{listed([str(problem) for problem in problems])}", code="prompt-row")
+    if not rows:
+        raise DataError(f"{source}: holds no rows", code="data-empty", hint="expected one prompt per row")
+    return [row.values["prompt"] for row in rows]

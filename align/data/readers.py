@@ -1,0 +1,309 @@
+"""Rows of a source, one by one with their numbers: JSONL, CSV and Parquet files, a saved dataset, the hub."""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from align.config import PairsConfig, nearest
+from align.errors import AlignError, DataError
+from align.io.object_store import store_problem
+from align.io.source_files import SUFFIXES, SourceFile, find_files
+
+READ_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: its number (1-based; the line in a JSONL file) and its values, or what makes it unreadable."""
+
+    number: int
+    values: dict[str, Any]
+    unreadable: str = ""
+    file: str = ""
+    """Which of several files the number counts in; empty where the source is one."""
+
+
+def read_source(source: PairsConfig) -> tuple[list[Row], set[str]]:
+    """All rows of a source with ``source.columns`` applied, and the names of its columns.
+
+    Raises:
+        DataError: missing, unreadable or empty source; a column that is mapped or needed is not there.
+    """
+    rows = list(_rows(source))
+    names, renamed = _columns(source, rows)
+    if renamed:
+        rows = [replace(row, values=_rename(row.values, renamed)) for row in rows]
+    return rows, names
+
+
+def stream_source(source: PairsConfig) -> tuple[Iterator[Row], set[str]]:
+    """As ``read_source``, never holding more than a few rows; reads JSONL and CSV twice, Parquet and its footer once.
+
+    Raises:
+        DataError: as ``read_source``.
+    """
+    files = find_files(source.path)
+    if files is not None and all(file.suffix == ".parquet" for file in files):
+        names, renamed = _columns(source, _headers(files))
+    else:
+        names, renamed = _columns(source, _rows(source))
+    return (replace(row, values=_rename(row.values, renamed)) for row in _rows(source)), names
+
+
+def _columns(source: PairsConfig, rows: Iterable[Row]) -> tuple[set[str], dict[str, str]]:
+    """(columns once renamed, name in the source -> name in the pair table) after a look at every row."""
+    columns: set[str] = set()
+    empty, readable = True, False
+    for row in rows:
+        columns.update(row.values)
+        readable = readable or not row.unreadable
+        empty = False
+    if empty:
+        raise DataError(f"{source.path}: holds no rows", code="data-empty", hint="expected one pair per row")
+    for wanted, given in source.columns.items():
+        if given not in columns:
+            raise DataError(
+                f"{source.path}: column {given!r}, mapped to {wanted!r}, is not there{nearest(given, sorted(columns))}",
+                code="data-column",
+            )
+    renamed = {given: wanted for wanted, given in source.columns.items()}
+    columns = {renamed.get(name, name) for name in columns}
+    for needed in ("chosen", "rejected"):
+        if needed not in columns and readable:
+            raise DataError(
+                f"{source.path}: no column {needed!r}{nearest(needed, sorted(columns))}",
+                code="data-column",
+                hint=f"map it, e.g. columns: {{{needed}: preferred}}",
+            )
+    return columns, renamed
+
+
+def read_rows(source: PairsConfig) -> list[Row]:
+    """All rows of a source as they are.
+
+    Raises:
+        DataError: the source is missing or unreadable.
+    """
+    return list(_rows(source))
+
+
+def read_files(source: str) -> list[Row]:
+    """All rows of the files that ``source`` names; a file with another ending is read as JSONL.
+
+    Raises:
+        DataError: there are none, or one is unreadable.
+    """
+    return list(_of_files(find_files(source) or [SourceFile(source)]))
+
+
+def _rows(source: PairsConfig) -> Iterator[Row]:
+    files = find_files(source.path)
+    if files is not None:
+        return _of_files(files)
+    path = Path(source.path)
+    if path.is_dir():
+        return _numbered(_saved(source))
+    if path.is_file() or path.is_absolute() or source.path.startswith("."):
+        found = f"a file ending in {path.suffix!r}" if path.is_file() else "nothing"
+        raise DataError(
+            f"{path}: found {found}, expected a folder of a saved dataset or a file ending in {', '.join(SUFFIXES)}",
+            code="data-missing",
+        )
+    try:
+        return _numbered(load_dataset(source.path, name=source.subset, split=source.split))
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{source.path}: not a file or folder here, and the hub did not give it ({reason})",
+            code="data-hub",
+            hint="check the id, pairs.subset, pairs.split and the network",
+        ) from None
+
+
+def _of_files(files: Sequence[SourceFile]) -> Iterator[Row]:
+    """The rows of all files."""
+    _refuse_other_columns(files)
+    readers = {".csv": _csv, ".parquet": _parquet}
+    for file in files:
+        for row in readers.get(file.suffix, _jsonl)(file):
+            yield row if len(files) == 1 else replace(row, file=file.name)
+
+
+def _headers(files: Sequence[SourceFile]) -> Iterator[Row]:
+    """A row without values for each Parquet file that has rows: its columns, from its footer alone."""
+    _refuse_other_columns(files)
+    for file in files:
+        with _opened(file) as table:
+            if table.metadata.num_rows:
+                yield Row(0, dict.fromkeys(table.schema_arrow.names))
+
+
+def _refuse_other_columns(files: Sequence[SourceFile]) -> None:
+    """Parquet files, the parts of one table, must have the same columns."""
+    parts = [file for file in files if file.suffix == ".parquet"]
+    first: list[str] | None = None
+    for file in parts if len(parts) > 1 else []:
+        with _opened(file) as table:
+            names = sorted(table.schema_arrow.names)
+        first = first or names
+        if names != first:
+            odd = sorted(set(names) ^ set(first))
+            raise DataError(
+                f"{file.name}: found columns that differ from {parts[0].name} ({', '.join(odd)}), expected one table",
+                code="data-column",
+                hint="name one file, or a pattern that matches the parts of one table",
+            )
+
+
+def _saved(source: PairsConfig) -> Dataset:
+    try:
+        loaded = load_from_disk(source.path)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{source.path}: not a folder written by save_to_disk ({reason})",
+            code="data-unreadable",
+        ) from None
+    if isinstance(loaded, DatasetDict):
+        if source.split not in loaded:
+            raise DataError(
+                f"{source.path}: no split {source.split!r}{nearest(source.split, sorted(loaded))}", code="data-split"
+            )
+        return loaded[source.split]
+    return loaded
+
+
+def _numbered(dataset: Dataset) -> Iterator[Row]:
+    return (Row(number, dict(values)) for number, values in enumerate(dataset, 1))
+
+
+def _jsonl(file: SourceFile) -> Iterator[Row]:
+    for number, line in enumerate(_lines(file), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line, object_pairs_hook=_object)
+        except json.JSONDecodeError as error:
+            yield Row(
+                number, {}, f"found invalid JSON ({error.msg} at column {error.colno}), expected one object per line"
+            )
+            continue
+        except RecursionError:
+            yield Row(number, {}, "found JSON nested too deeply, expected one object per line")
+            continue
+        except ValueError as error:
+            yield Row(number, {}, f"found {error}, expected one object per line")
+            continue
+        if isinstance(values, dict):
+            yield Row(number, values)
+        else:
+            yield Row(number, {}, f"found a JSON {type(values).__name__}, expected an object")
+
+
+def _csv(file: SourceFile) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(_lines(file, newline=""), strict=True)
+    try:
+        header = next(reader, None)
+        if header is None:
+            return
+        _refuse_twice(header, f"{file.name}:row 1")
+        for number, fields in enumerate(reader, 1):
+            if len(fields) == len(header):
+                values = {name: value if value != "" else None for name, value in zip(header, fields, strict=True)}
+                yield Row(number, values)
+            else:
+                yield Row(number, {}, f"found {len(fields)} fields, expected {len(header)} as in the header")
+    except csv.Error as error:
+        raise DataError(f"{file.name}:line {reader.line_num}: {error}", code="data-unreadable") from None
+
+
+def _parquet(file: SourceFile) -> Iterator[Row]:
+    number = 0
+    for batch in _batches(file):
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file.name}: a text is not UTF-8 ({error.reason})", code="data-encoding") from None
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            raise DataError(f"{file.name}: a value cannot be read ({error})", code="data-unreadable") from None
+        for values in rows:
+            number += 1
+            yield Row(number, values)
+
+
+def _batches(file: SourceFile) -> Iterator[pa.RecordBatch]:
+    """A Parquet file, ``READ_ROWS`` rows at a time."""
+    with _opened(file) as table:
+        try:
+            yield from table.iter_batches(batch_size=READ_ROWS)
+        except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
+            raise _not_parquet(file, error) from None
+
+
+@contextmanager
+def _opened(file: SourceFile) -> Iterator[pq.ParquetFile]:
+    with file.open() as content:
+        try:
+            table = pq.ParquetFile(content, pre_buffer=False)  # which would hold all that has been read
+            names = table.schema_arrow.names
+        except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # a damaged column name: ValueError
+            raise _not_parquet(file, error) from None
+        _refuse_twice(names, file.name)
+        with table:
+            yield table
+
+
+def _not_parquet(file: SourceFile, error: Exception) -> AlignError:
+    if file.filesystem is not None and isinstance(error, OSError) and "AWS Error" in str(error):
+        return store_problem(file.name, error)
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return DataError(f"{file.name}: not a readable Parquet file ({reason})", code="data-unreadable")
+
+
+def _lines(file: SourceFile, newline: str | None = None) -> Iterator[str]:
+    try:
+        with file.text(newline=newline) as stream:
+            yield from stream
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file.name}: not UTF-8 (byte {error.start}: {error.reason})",
+            code="data-encoding",
+            hint="convert it, e.g. iconv -f latin1 -t utf-8",
+        ) from None
+    except OSError as error:
+        raise DataError(f"{file.name}: cannot be read ({error.strerror})", code="data-missing") from None
+    except ValueError as error:
+        if isinstance(error, AlignError):
+            raise
+        raise DataError(f"{file.name!r}: cannot be read ({error})", code="data-missing") from None
+
+
+def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key that is there twice would lose a value."""
+    values = dict(items)
+    if len(values) < len(items):
+        names = [name for name, _ in items]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} twice")
+    return values
+
+
+def _refuse_twice(names: Sequence[str], where: str) -> None:
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise DataError(f"{where}: column {twice!r} is there twice", code="data-column")
+
+
+def _rename(values: dict[str, Any], renamed: dict[str, str]) -> dict[str, Any]:
+    """A row under the names of the pair table; a column whose name another takes goes, unless it has a new one too."""
+    taken = renamed.values()
+    return {renamed.get(name, name): value for name, value in values.items() if name in renamed or name not in taken}

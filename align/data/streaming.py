@@ -1,0 +1,123 @@
+"""A pair table that need not fit into memory: read and validated row by row, kept in one memory-mapped Arrow file."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+
+from align.config import PairsConfig
+from align.data.pairs import OPTIONAL, TEXT, identify, one_type, other_kind, unusable
+from align.data.readers import stream_source
+from align.data.seen_ids import SeenIds
+from align.data.validation import NAMES, Problem, RowReader
+from align.errors import DataError
+from align.io.console import log
+
+BATCH = 4096
+Types = dict[str, pa.DataType]
+"""Of the columns of texts; messages have the keys of the rows seen, as in ``load_pairs``."""
+
+
+def stream_pairs(source: PairsConfig, file: Path) -> Dataset:
+    """The valid pairs of a source as ``load_pairs`` gives them, memory-mapped from ``file``, which is made once.
+
+    Args:
+        source: where the pairs come from.
+        file: Arrow file to keep them in; valid for the same source only.
+
+    Raises:
+        DataError: the source or its rows cannot be used.
+    """
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        types: Types | None = {}
+        while types is not None:
+            with closing(SeenIds(file.with_suffix(".ids"))) as seen:
+                types = _write(source, temporary, seen, types)
+        temporary.replace(file)
+    pairs = Dataset.from_file(str(file))
+    unused = [name for name in OPTIONAL if name in pairs.column_names and _is_empty(pairs, name)]
+    return pairs.remove_columns(unused) if unused else pairs
+
+
+class _Reader:
+    """Valid pairs of a source one by one; what is wrong with the others is counted and the first of it kept."""
+
+    def __init__(self, source: PairsConfig, seen: SeenIds) -> None:
+        self.path = source.path
+        self.rows, self.columns = stream_source(source)
+        self.reader = RowReader(source.path, self.columns)
+        self.seen = seen
+        self.first: dict[str, Any] | None = None
+        self.problems: list[Problem] = []
+        self.invalid = 0
+
+    def pairs(self) -> Iterator[dict[str, Any]]:
+        for row in self.rows:
+            pair, found = self.reader.read(row)
+            if pair is not None:
+                self.first = self.first or pair
+                pair["id"] = identify(pair, row, self.seen, self.path, found)
+                found += other_kind(pair, self.first, row, self.path)
+            if found:
+                self.problems += found
+                self.invalid += 1
+            elif pair is not None:
+                yield pair
+
+
+def _write(source: PairsConfig, file: Path, seen: SeenIds, types: Types) -> Types | None:
+    """Write the table; or, where messages have keys that ``types`` lacks, stop and give types that have them."""
+    reader = _Reader(source, seen)
+    pairs = islice(reader.pairs(), source.limit)
+    first = next(pairs, None)
+    kept = 0
+    if first is not None:
+        batch = [first, *islice(pairs, BATCH - 1)]
+        types = types or _widened({}, batch, source.path)
+        numbers = [name for name in OPTIONAL if name in reader.columns]
+        fields = [("id", pa.string()), *types.items()]
+        fields += [(name, pa.string() if name in NAMES else pa.float64()) for name in numbers]
+        schema = pa.schema(fields)
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            while batch:
+                if (wider := _widened(types, batch, source.path)) != types:
+                    return wider
+                columns = {name: [pair.get(name) for pair in batch] for name in schema.names}
+                writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
+                kept += len(batch)
+                batch = list(islice(pairs, BATCH))
+    if reader.problems and not source.drop_invalid:
+        raise unusable(source.path, reader.problems, reader.invalid)
+    if reader.invalid:
+        log.warning("%s: left out %d invalid rows of %d", source.path, reader.invalid, reader.invalid + kept)
+    if kept == 0:
+        raise DataError(f"{source.path}: no valid pair", code="data-empty", hint="look at `align data check`")
+    return None
+
+
+def _widened(types: Types, batch: list[dict[str, Any]], source: str) -> Types:
+    """``types`` with the keys that messages of these pairs have besides; of plain text always the same.
+
+    Raises:
+        DataError: values under one key are of two kinds.
+    """
+    if isinstance(batch[0]["prompt"], str):
+        return dict.fromkeys(TEXT, pa.string())
+    found = {}
+    for name in TEXT:
+        with one_type(source, name):
+            own = pa.schema([(name, pa.array([pair[name] for pair in batch]).type)])
+            known = pa.schema([(name, types[name])] if types else [])
+            found[name] = pa.unify_schemas([known, own], promote_options="permissive").field(name).type
+    return found
+
+
+def _is_empty(pairs: Dataset, name: str) -> bool:
+    column = pairs.data.column(name)
+    return bool(column.null_count == len(column))

@@ -1,0 +1,31 @@
+"""Statistics of a pair table for the user to see."""
+
+import json
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from align.data.pairs import TEXT
+
+
+def summarize(pairs: Dataset) -> dict[str, Any]:
+    """Counts and mean lengths (words) of a pair table."""
+    words = {column: np.array([_words(text) for text in pairs[column]]) for column in TEXT}
+    return {
+        "pairs": len(pairs),
+        "prompts": len({json.dumps(prompt, sort_keys=True) for prompt in pairs["prompt"]}),
+        "conversational": not isinstance(pairs["prompt"][0], str),
+        **{f"{column}_words": float(count.mean()) for column, count in words.items()},
+        "chosen_longer_share": float((words["chosen"] > words["rejected"]).mean()),
+        "columns": ", ".join(pairs.column_names),
+    }
+
+
+def gaps(pairs: Dataset, column: str) -> np.ndarray:
+    """Places of the pairs that have no value in a column of numbers, int64 [G]."""
+    return np.flatnonzero(np.isnan(np.asarray(pairs[column], dtype=np.float64)))
+
+
+def _words(text: Any) -> int:
+    return len(text.split()) if isinstance(text, str) else sum(len(turn["content"].split()) for turn in text)

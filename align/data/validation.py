@@ -1,0 +1,171 @@
+"""What makes a row a preference pair, and how what is wrong with one is said."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from align.data.readers import Row
+
+ROLES = ("system", "user", "assistant", "tool")
+NUMBERS = (
+    "reward_chosen", "reward_rejected", "margin", "margin_std", "weight", "ood", "teacher_margin", "vote_share",
+)  # fmt: skip
+NOT_NEGATIVE = ("margin_std", "weight", "ood", "vote_share")
+NAMES = ("group", "bag")
+LONGEST_TEXT = 4_000_000
+"""Characters of one text: a million tokens; more is a file read wrongly."""
+SHOWN_CHARACTERS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with one cell."""
+
+    source: str
+    row: int
+    column: str
+    code: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.source}:row {self.row}:{self.column}: found {self.found}, expected {self.expected}"
+
+
+class RowReader:
+    """Turns raw rows of one source into pairs, or into problems.
+
+    Args:
+        source: name of the source, for messages.
+        columns: its columns; without ``prompt`` the prompt is what chosen and rejected share (trl's implicit prompt).
+    """
+
+    def __init__(self, source: str, columns: set[str]) -> None:
+        self.source = source
+        self.implicit = "prompt" not in columns
+        if self.implicit:
+            from trl.data_utils import extract_prompt
+
+            self._extract_prompt = extract_prompt
+
+    def read(self, row: Row) -> tuple[dict[str, Any] | None, list[Problem]]:
+        """(pair or None, problems): a pair comes with problems only if a further column is at fault."""
+        if row.unreadable:
+            found, _, expected = row.unreadable.removeprefix("found ").partition(", expected ")
+            return None, [Problem(row.file or self.source, row.number, "(row)", "data-row", found, expected)]
+        texts = ("chosen", "rejected") if self.implicit else ("prompt", "chosen", "rejected")
+        problems = [problem for name in texts for problem in self.text(row, name)]
+        if problems:
+            return None, problems
+        kinds = {name: isinstance(row.values[name], str) for name in texts}
+        if len(set(kinds.values())) > 1:
+            said = ", ".join(f"{name} {'text' if plain else 'messages'}" for name, plain in kinds.items())
+            return None, [self._problem(row, "(row)", "pair-mixed", said, "all text or all messages")]
+        values = dict(row.values)
+        if values["chosen"] == values["rejected"]:
+            return None, [self._problem(row, "rejected", "pair-equal", "the same as chosen", "another response")]
+        if self.implicit:
+            values |= self._extract_prompt({name: values[name] for name in texts})
+            if not values["prompt"]:
+                expected = "chosen and rejected to begin with the same prompt"
+                return None, [self._problem(row, "chosen", "pair-no-prompt", "no shared beginning", expected)]
+            problems = [
+                problem for name in ("chosen", "rejected") for problem in self.text(replace(row, values=values), name)
+            ]
+        if not kinds["chosen"]:
+            problems += self._turns(row, values)
+        if problems:
+            return None, problems
+        pair = {name: values[name] for name in ("prompt", "chosen", "rejected")}
+        for name in NUMBERS:
+            number, problem = self._number(row, name, values.get(name))
+            pair[name] = number
+            problems += problem
+        for name in NAMES:
+            pair[name] = None if values.get(name) is None else str(values[name])
+        pair["id"] = values.get("id")
+        return pair, problems
+
+    def text(self, row: Row, name: str) -> list[Problem]:
+        """What is wrong with the cell ``name``: text, or a list of messages."""
+        value = row.values.get(name)
+        if value is None:
+            return [self._problem(row, name, "pair-missing", "nothing", "text or a list of messages")]
+        if isinstance(value, str):
+            problem = self._characters(row, name, value)
+            return [] if problem is None else [problem]
+        if not isinstance(value, list):
+            return [self._problem(row, name, "pair-type", repr(value), "text or a list of messages")]
+        if not value:
+            return [self._problem(row, name, "pair-empty", "no messages", "at least one message")]
+        for position, message in enumerate(value, 1):
+            problem = self._message(row, name, position, message)
+            if problem is not None:
+                return [problem]
+        return []
+
+    def _message(self, row: Row, name: str, position: int, message: Any) -> Problem | None:
+        where = f"{name}[{position}]"
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            return self._problem(row, where, "pair-message", repr(message), "{role: ..., content: ...}")
+        if message["role"] not in ROLES:
+            return self._problem(row, where, "pair-role", f"role {message['role']!r}", f"one of {', '.join(ROLES)}")
+        if not isinstance(message["content"], str):
+            return self._problem(row, where, "pair-message", f"content {message['content']!r}", "text as content")
+        return self._characters(row, where, message["content"])
+
+    def _characters(self, row: Row, name: str, text: str) -> Problem | None:
+        """What no honest text has: nothing visible, millions of characters, null or half characters."""
+        if not text.strip():
+            return self._problem(row, name, "pair-empty", "empty text", "non-empty text")
+        if len(text) > LONGEST_TEXT:
+            expected = f"at most {LONGEST_TEXT:,} (an unclosed quote swallows a file)"
+            return self._problem(row, name, "pair-text", f"{len(text):,} characters", expected)
+        odd = odd_character(text)
+        return None if odd is None else self._problem(row, name, "pair-text", odd, "whole Unicode text")
+
+    def _turns(self, row: Row, values: dict[str, Any]) -> list[Problem]:
+        problems = []
+        if values["prompt"][-1]["role"] == "assistant":
+            problems.append(
+                self._problem(row, "prompt", "pair-role", "a last message by assistant", "one by user or tool")
+            )
+        for name in ("chosen", "rejected"):
+            role = values[name][-1]["role"]
+            if role != "assistant":
+                problems.append(self._problem(row, name, "pair-role", f"a last message by {role}", "one by assistant"))
+        return problems
+
+    def _number(self, row: Row, name: str, value: Any) -> tuple[float | None, list[Problem]]:
+        if value is None:
+            return None, []
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            return None, [self._problem(row, name, "pair-number", repr(value), "a finite number")]
+        if number < 0 and name in NOT_NEGATIVE:
+            return None, [self._problem(row, name, "pair-number", repr(value), "a number that is not negative")]
+        return number, []
+
+    def _problem(self, row: Row, column: str, code: str, found: str, expected: str) -> Problem:
+        if len(found) > SHOWN_CHARACTERS:
+            found = found[:SHOWN_CHARACTERS] + "..."
+        return Problem(row.file or self.source, row.number, column, code, found, expected)
+
+
+def odd_character(text: str) -> str | None:
+    """The first null or half character of a text and its place; None where there is none."""
+    for position, character in enumerate(text, 1) if _has_odd(text) else ():
+        if character == "\0" or "\ud800" <= character <= "\udfff":
+            kind = "a null character" if character == "\0" else f"half a character ({character!r})"
+            return f"{kind} at place {position}"
+    return None
+
+
+def _has_odd(text: str) -> bool:
+    try:
+        return b"\0" in text.encode()
+    except UnicodeEncodeError:
+        return True

@@ -1,0 +1,1 @@
+"""Nearest-neighbor search: exact, inverted file, recall of the approximate one."""

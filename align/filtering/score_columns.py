@@ -1,0 +1,197 @@
+"""The score columns of a pair table, each kept in the cache under the key of what determines it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from align.config import ClusterConfig, FilterConfig, OodConfig
+from align.data.text import PARTS, cells, column, texts
+from align.filtering.embeddings import PART, Encoder, TextEncoder, read_embeddings
+from align.filtering.ood import Mahalanobis
+from align.filtering.quality import make_scorer, pair_quality
+from align.filtering.scores import over_spread
+from align.filtering.selection import standardise
+from align.filtering.static_embeddings import StaticEncoder
+from align.filtering.text_survey import Survey
+from align.io.array_cache import kept_arrays
+from align.io.hashing import digest, fingerprint_source
+from align.models.folders import fingerprint_model
+from align.sharding.arrays import as_table, found_of
+from align.sharding.jobs import Work
+from reward_models.score import REWARDS
+
+ROWS = 1024
+"""Pairs of a shard where a model reads the texts."""
+
+
+def margins(pairs: Dataset, *, in_spreads: bool) -> np.ndarray | None:
+    """Margin [N], divided by its ensemble spread where asked for, or None where the pairs have none."""
+    if "margin" not in pairs.column_names:
+        return None
+    margin = _numbers(pairs, "margin")
+    return over_spread(margin, _numbers(pairs, "margin_std")) if in_spreads else margin
+
+
+def vectors(
+    pairs: Dataset, settings: FilterConfig, cache: Path, cluster: ClusterConfig | None = None
+) -> tuple[np.ndarray, str]:
+    """Unit vectors [N, D] of the prompts, memory-mapped, and what they are known by: the user's, or of the model."""
+    if settings.embeddings is not None:
+        return read_embeddings(settings.embeddings, len(pairs)), fingerprint_source(settings.embeddings)
+    model = settings.embedding_model
+    key = digest([fingerprint_source(model), settings.embedding])[:16]
+    static = settings.embedding == "static"
+    job = Embedding(model, cache / f"tokens-{key}.safetensors" if static else None)
+    found = found_of(
+        pairs.select_columns(["prompt"]), job, cache / f"embedding-{key}", what="embedding", rows=PART,
+        cluster=None if static else cluster,
+    )  # fmt: skip
+    return found["vector"], key
+
+
+def qualities(
+    pairs: Dataset, survey: Survey, settings: FilterConfig, cache: Path, cluster: ClusterConfig | None = None
+) -> dict[str, np.ndarray]:
+    """``quality`` [N], and where there is more than one scorer each of theirs as ``quality_<name>``."""
+    found: dict[str, np.ndarray] = {}
+    for name in settings.quality_scorers:
+        if name == "screen":
+            found[name] = survey.screen
+            continue
+        key = digest([name, fingerprint_model(str(settings.quality_model)), REWARDS])[:16]
+        job, folder = Quality(name, settings.quality_model), cache / f"quality-{key}"
+        table = pairs.select_columns(list(PARTS))
+        made = found_of(table, job, folder, what=f"quality: {name}", rows=ROWS, cluster=cluster)
+        found[name] = np.asarray(made["quality"])
+    if len(found) == 1:
+        return {"quality": next(iter(found.values()))}
+    mean = np.mean([standardise(values) for values in found.values()], axis=0)
+    return {"quality": mean} | {f"quality_{name}": values for name, values in found.items()}
+
+
+def distances(
+    pairs: Dataset, ood: OodConfig, cache: Path, cluster: ClusterConfig | None = None
+) -> tuple[np.ndarray, float]:
+    """Distance [N] of each pair to the reward model's training pairs, and that of the ``quantile`` of pairs held back.
+
+    The distance of a pair is the larger of its two responses'. Half of the training pairs fit means and covariance, the
+    other half, which has not been fitted to, gives the quantile.
+
+    Raises:
+        AlignError: the model or its pairs cannot be used.
+    """
+    from align.data.pairs import fingerprint, load_pairs
+
+    known = load_pairs(ood.pairs)
+    key = digest([fingerprint_model(ood.model), fingerprint(known), ood.quantile, REWARDS])[:16]
+    file = cache / f"ood-{key}.safetensors"
+    fitted = kept_arrays(file, lambda: _fit(known, ood))
+    job = Distance(ood.model, Mahalanobis(fitted["means"], fitted["whitening"]))
+    table = pairs.select_columns(list(PARTS))
+    found = found_of(table, job, cache / f"ood-{key}", what="distances", rows=ROWS, cluster=cluster)
+    return np.asarray(found["ood"]), float(fitted["limit"][0])
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Unit vectors of prompts (a job of ``align.shards``)."""
+
+    model: str
+    tokens: Path | None
+    """Table of a ``StaticEncoder``; None: the encoder itself."""
+
+    def start(self) -> Work:
+        """Load the encoder.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        encoder: TextEncoder = Encoder(self.model) if self.tokens is None else StaticEncoder(self.model, self.tokens)
+
+        def work(rows: Dataset) -> Dataset:
+            return as_table({"vector": encoder(column(rows.with_format("arrow")[:]["prompt"]).to_pylist())})
+
+        return work
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """The quality of pairs by one scorer (a job of ``align.shards``)."""
+
+    name: str
+    model: str | None
+
+    def start(self) -> Work:
+        """Load the scorer.
+
+        Raises:
+            AlignError: it cannot be.
+        """
+        scorer = make_scorer(self.name, self.model)
+
+        def work(rows: Dataset) -> Dataset:
+            strings = texts(rows)
+            return as_table({"quality": pair_quality(scorer, *(strings[k::3].to_pylist() for k in range(3)))})
+
+        return work
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """Distances of pairs (a job of ``align.shards``)."""
+
+    model: str
+    fitted: Mahalanobis
+
+    def start(self) -> Work:
+        """Load the reward model.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        features = _features(self.model)
+        return lambda rows: as_table({"ood": _pair_distance(self.fitted, features(rows))})
+
+
+def _fit(known: Dataset, ood: OodConfig) -> dict[str, np.ndarray]:
+    """Means and whitening of one half of the training pairs, and the distance that limits the other."""
+    half = np.random.default_rng(0).permutation(len(known)) < len(known) // 2
+    features = _features(ood.model)
+    first, second = features(known.select(np.flatnonzero(half))), features(known.select(np.flatnonzero(~half)))
+    model = Mahalanobis.fit(first, np.tile([0, 1], len(first) // 2))
+    limit = np.quantile(_pair_distance(model, second), ood.quantile)
+    return {"means": model.means, "whitening": np.ascontiguousarray(model.whitening), "limit": np.array([limit])}
+
+
+def _features(model: str) -> Callable[[Dataset], np.ndarray]:
+    """Features of the reward model's head, chosen and rejected in turn, [2 N, D].
+
+    Of an ensemble, those of its first member: features of two members are of two spaces and have no mean.
+    """
+    from reward_models.features import head_features
+    from reward_models.score import RewardScorer
+    from reward_models.tokenization import render
+
+    scorer = RewardScorer(model, batch_tokens=4096, max_length=1024, new_head=True)
+
+    def features(pairs: Dataset) -> np.ndarray:
+        def rendered(row: Any) -> list[str]:
+            return [render(row["prompt"], row[side], scorer.tokenizer) for side in ("chosen", "rejected")]
+
+        return head_features(scorer, [text for row in pairs for text in rendered(row)])
+
+    return features
+
+
+def _pair_distance(model: Mahalanobis, features: np.ndarray) -> np.ndarray:
+    """[N] from the features of chosen and rejected in turn."""
+    return np.sqrt(model.squared(features).reshape(-1, 2).max(axis=1))
+
+
+def _numbers(pairs: Dataset, name: str) -> np.ndarray:
+    values: np.ndarray = cells(pairs, name).to_numpy().astype(np.float64, copy=False)
+    return values

@@ -1,0 +1,1 @@
+"""Files and folders: stages, hashes, caches, object stores, console."""

@@ -1,0 +1,225 @@
+"""The files that a source names: one, a folder of Parquet files, or a pattern; on a disk or in an object store."""
+
+import glob
+import io
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TextIO
+
+from align.errors import ConfigError, DataError
+from align.io.object_store import connect, is_remote, store_errors
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileInfo, FileSystem
+
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+PUSHED = "pushed.json"
+"""Beside a pushed folder's objects: what it consists of, and whether all of it is there (align/commands/push.py)."""
+HIDDEN = ("_", ".")
+"""How a folder's files begin that are not of its table, as Spark and Hadoop write them."""
+ASKED_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file with rows."""
+
+    name: str
+    """Path or address, for messages too."""
+    filesystem: "FileSystem | None" = None
+    """The store; None: the disk."""
+    place: str = ""
+    """bucket/key in the store."""
+
+    @property
+    def suffix(self) -> str:
+        """Says how the rows are written."""
+        return PurePosixPath(self.name).suffix
+
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        """The bytes, for reading at any place: a path for Arrow where it is one, else an open file."""
+        if self.filesystem is None:
+            yield Path(self.name)
+            return
+        with store_errors(self.name):
+            stream = self.filesystem.open_input_file(self.place)
+        with stream:
+            yield stream
+
+    @contextmanager
+    def text(self, *, newline: str | None) -> Iterator[TextIO]:
+        """The characters (UTF-8, with or without a mark)."""
+        if self.filesystem is None:
+            with Path(self.name).open(encoding="utf-8-sig", newline=newline) as stream:
+                yield stream
+            return
+        with store_errors(self.name):
+            content = self.filesystem.open_input_stream(self.place)
+            with io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline) as stream:
+                yield stream
+
+    def state(self) -> list[str]:
+        """What changes when an object is written again, asked of its store: size and ETag, or time without one."""
+        assert self.filesystem is not None
+        with store_errors(self.name), self.filesystem.open_input_file(self.place) as stream:
+            told = {str(key, "utf-8").lower() if isinstance(key, bytes) else str(key).lower(): value
+                    for key, value in stream.metadata().items()}  # fmt: skip
+            tag = told.get("etag") or told.get("generation") or told.get("last-modified", b"")
+            return [PurePosixPath(self.place).name, str(stream.size()), tag.decode("utf-8", "replace")]
+
+
+def find_files(source: str) -> list[SourceFile] | None:
+    """The files of a source in the order of their names; None where it is a saved dataset or a hub id.
+
+    Raises:
+        DataError: nothing is there, or something that is no table.
+    """
+    if is_remote(source):
+        return _remote(source)
+    path = Path(source)
+    if path.is_file() and path.suffix in SUFFIXES:
+        return [SourceFile(str(path))]
+    if path.is_dir() and path.suffix not in (".jsonl", ".csv"):
+        return [SourceFile(str(file)) for file in sorted(path.iterdir()) if _is_part(file.name)] or None
+    if glob.has_magic(source) and not path.exists():
+        return _readable(source, [SourceFile(str(file)) for file in matching_files(source)])
+    if path.suffix in SUFFIXES:
+        said = "found a folder, expected a file" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {said}", code="data-missing", hint="check the path")
+    return None
+
+
+def keep_source(source: str, targets: Iterable[Path]) -> None:
+    """Raise where a file that is to be written is one that ``source`` is read from.
+
+    Raises:
+        ConfigError: see above.
+        DataError: the source is not there.
+    """
+    given = [] if is_remote(source) else [Path(file.name) for file in find_files(source) or []]
+    for target in targets:
+        if target.exists() and any(file.samefile(target) for file in given):
+            raise ConfigError(
+                f"{target}: is read, and would be replaced",
+                code="output-folder",
+                hint="give another folder to write to",
+            )
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """Files on the disk that a pattern such as ``pairs/*.parquet`` matches, in the order of their names."""
+    return sorted(path for path in map(Path, glob.glob(pattern)) if path.is_file())  # noqa: PTH207
+
+
+def fingerprint_address(source: str) -> str:
+    """What the objects of an address are now, without reading them: names, sizes, ETags."""
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        return json.dumps(list(pool.map(SourceFile.state, _remote(source))))
+
+
+def _remote(source: str) -> list[SourceFile]:
+    filesystem, place = connect(source)
+    before = source[: len(source) - len(place)] if source.endswith(place) else source.partition("://")[0] + "://"
+
+    def named(info: "FileInfo") -> SourceFile:
+        return SourceFile(before + info.path, filesystem, info.path)
+
+    from pyarrow.fs import FileType
+
+    if glob.has_magic(place):
+        pattern = PurePosixPath(place)
+        fixed = [part for part in pattern.parts if not glob.has_magic(part)]
+        base = PurePosixPath(*pattern.parts[: next(k for k, part in enumerate(pattern.parts) if part not in fixed)])
+        deep = len(pattern.parts) - len(base.parts) > 1
+        there = _listed(source, filesystem, str(base), deep=deep)
+        wanted = [info for info in there if _matches(info.path, pattern)]
+        return _readable(source, [named(info) for info in wanted])
+    with store_errors(source):
+        (info,) = filesystem.get_file_info([place.rstrip("/")])
+    if info.type == FileType.File and not place.endswith("/"):
+        _look_above(source, filesystem, place)
+        return _readable(source, [named(info)])
+    if info.type == FileType.NotFound and PurePosixPath(place).suffix in SUFFIXES:
+        raise DataError(f"{source}: no such object", code="data-missing", hint=_where(filesystem, place))
+    there = _listed(source, filesystem, place.rstrip("/"), deep=False)
+    found = [named(info) for info in there if _is_part(PurePosixPath(info.path).name)]
+    if not found:
+        raise DataError(f"{source}: holds no file ending in .parquet", code="data-missing", hint="check the address")
+    return found
+
+
+def _where(filesystem: "FileSystem", place: str) -> str:
+    """What to look at where an object is missing."""
+    from pyarrow.fs import FileType
+
+    bucket = place.partition("/")[0]
+    with store_errors(bucket):
+        (info,) = filesystem.get_file_info([bucket])
+    if info.type == FileType.NotFound:
+        return f"there is no bucket {bucket!r}: check its name, and which server is asked (AWS_ENDPOINT_URL)"
+    return f"the bucket {bucket!r} is there: check the rest of the address"
+
+
+def _listed(source: str, filesystem: "FileSystem", folder: str, *, deep: bool) -> "list[FileInfo]":
+    """Objects below ``folder`` in the order of their names, once a push into it has ended."""
+    from pyarrow.fs import FileSelector, FileType
+
+    with store_errors(source):
+        there = filesystem.get_file_info(FileSelector(folder, recursive=deep))
+    for info in there:
+        if PurePosixPath(info.path).name == PUSHED:
+            _refuse_unfinished(source, filesystem, info.path)
+    _look_above(source, filesystem, folder)
+    return sorted((info for info in there if info.type == FileType.File), key=lambda info: info.path)
+
+
+def _look_above(source: str, filesystem: "FileSystem", place: str) -> None:
+    """Whether what ``place`` lies in is being pushed: a folder above it may be what `align push` was given."""
+    from pyarrow.fs import FileType
+
+    above = [str(folder / PUSHED) for folder in PurePosixPath(place).parents if len(folder.parts)]
+    try:
+        found = filesystem.get_file_info(above)
+    except OSError:  # a key that may read this prefix alone
+        return
+    for info in found:
+        if info.type == FileType.File:
+            _refuse_unfinished(source, filesystem, info.path)
+
+
+def _refuse_unfinished(source: str, filesystem: "FileSystem", note: str) -> None:
+    with store_errors(source), filesystem.open_input_stream(note) as stream:
+        complete = b'"complete": true' in stream.read()
+    if not complete:
+        raise DataError(
+            f"{source}: a push into it has not ended",
+            code="store-unfinished",
+            hint="wait for `align push`, or run it again",
+        )
+
+
+def _matches(place: str, pattern: PurePosixPath) -> bool:
+    path = PurePosixPath(place)
+    return len(path.parts) == len(pattern.parts) and path.match(str(pattern))
+
+
+def _is_part(name: str) -> bool:
+    return name.endswith(".parquet") and not name.startswith(HIDDEN)
+
+
+def _readable(source: str, files: list[SourceFile]) -> list[SourceFile]:
+    """``files``, if there are any and all of them are tables."""
+    if not files:
+        raise DataError(f"{source}: no file matches", code="data-missing", hint="check the path")
+    other = next((file for file in files if file.suffix not in SUFFIXES), None)
+    if other is not None:
+        raise DataError(
+            f"{other.name}: found a file ending in {other.suffix!r}, expected {', '.join(SUFFIXES)}",
+            code="data-missing",
+        )
+    return files

@@ -1,0 +1,1 @@
+"""Losses and margin weights: pure functions of log-probs and margins, and their registry."""

@@ -1,0 +1,129 @@
+"""How much each pair counts beside the loss's own weight. Pure functions; B pairs, every tensor is [B], no gradient.
+
+Two kinds. Weights from the losses of a batch are multiplied into the loss; they have mean 1. Shrinkages pull a reward
+margin towards 0 where it is not to be trusted, so whatever weight is made of the margin becomes that of an unknown one.
+Which of them is meant for which failure stands in docs/concepts.md: the literature does not agree on the sign.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from align.config import TiltConfig
+from align.losses.margin_weights import effective_sample_size
+
+Shape = Literal["lin_upper", "quadratic", "extremes"]
+QUANTILES = (0.05, 0.95)
+LARGEST_LOG = 30.0
+"""A weight is at most e^30."""
+
+
+def tilt(losses: Tensor, *, sign: int, temperature: float) -> Tensor:
+    """B softmax(sign * loss / temperature): the weights of a worst (+1) or best (-1) case over the pairs.
+
+    They are the derivatives of sign * t * log mean exp(sign * loss / t). +1 is KLDPO's sign (arXiv 2502.01930), for
+    preferences that shift; -1 is Dr. DPO's (arXiv 2407.07880), for labels that are wrong; temperature to infinity is 1.
+    """
+    exact = _exact(losses)
+    return exact.numel() * torch.softmax(sign * exact / temperature, dim=0)
+
+
+def shaped(losses: Tensor, *, shape: Shape, temperature: float, quantiles: tuple[float, float] = QUANTILES) -> Tensor:
+    """Weights proportional to exp(f(h) / temperature) with h the losses scaled to [-1, 1] (arXiv 2502.06733).
+
+    f is min(h + 1, 1) for lin_upper (less for easy pairs), 1 - h^2 for quadratic (more for the middle), |h| for
+    extremes. No weight is more than e^(1 / temperature) times another. h is scaled between two quantiles of the batch
+    and clipped; by smallest and largest loss, as in the paper's code, one outlier decides over all the others.
+    """
+    exact = _exact(losses)
+    low, high = torch.quantile(exact, torch.tensor(quantiles, dtype=exact.dtype, device=exact.device))
+    h = (2 * (exact - low) / (high - low).clamp_min(1e-6) - 1).clamp(-1, 1)
+    functions: dict[Shape, Callable[[], Tensor]] = {
+        "lin_upper": lambda: (h + 1).clamp_max(1),
+        "quadratic": lambda: 1 - h.square(),
+        "extremes": h.abs,
+    }
+    return exact.numel() * torch.softmax(functions[shape]() / temperature, dim=0)
+
+
+def comp_sum_weight(gap: Tensor, *, tau: float) -> Tensor:
+    """sigmoid(z)^(tau - 1): what multiplies the gradient of -log sigmoid(z) in the comp-sum loss (arXiv 2304.07288).
+
+    It is the tilt with sign -1 and temperature 1 / (tau - 1) of those losses before normalisation.
+    """
+    return torch.exp(((tau - 1) * F.logsigmoid(_exact(gap))).clamp_max(LARGEST_LOG))
+
+
+def mean_one(weight: Tensor) -> Tensor:
+    """Weights divided by their mean; all 1 where they are all 0."""
+    mean = weight.mean()
+    return torch.where(mean > 0, weight / mean.clamp_min(torch.finfo(weight.dtype).tiny), torch.ones_like(weight))
+
+
+def shrink_by_distance(margin: Tensor, distance: Tensor, *, limit: float, softness: float) -> Tensor:
+    """m exp(-max(d - limit, 0) / softness): less of the margin the farther a pair lies from what was trained on.
+
+    The distance is Mahalanobis' in the reward model's features (arXiv 1807.03888; align/filtering/ood.py).
+    """
+    return margin * torch.exp(-(distance - limit).clamp_min(0) / softness)
+
+
+def moderate(margin: Tensor, margin_std: Tensor) -> Tensor:
+    """m / sqrt(1 + pi s^2 / 8): the margin that says what margins of spread s around m say on average.
+
+    MacKay's approximation (1992) to E sigmoid(m + s e) with e standard normal: of a small spread nothing changes, of a
+    large one the margin is divided by it.
+    """
+    return margin / torch.sqrt(1 + math.pi / 8 * margin_std.square())
+
+
+class LossTilt:
+    """Weights of one step's pairs from their losses, over the pairs of all processes.
+
+    Args:
+        config: which weights.
+        gather: concatenates a tensor over processes along its first dimension.
+        rank: of this process.
+    """
+
+    def __init__(self, config: TiltConfig, gather: Callable[[Tensor], Tensor], rank: int) -> None:
+        self.config = config
+        self._gather = gather
+        self._rank = rank
+
+    def __call__(self, losses: Tensor, gap: Tensor, step: int, real: Tensor | None = None) -> tuple[Tensor, float]:
+        """Weights [B] of this process's pairs, without gradient, and the effective sample size as a share of all pairs.
+
+        Args:
+            losses: [B].
+            gap: z of each pair, [B]; -log sigmoid(z) is what it costs under DPO or Bradley-Terry.
+            step: optimizer steps done; before ``warmup`` of them all weights are 1.
+            real: [B], which pairs count; all where None. The others weigh 0.
+        """
+        columns = [_exact(losses), _exact(gap)] + ([] if real is None else [_exact(real.to(losses))])
+        every = self._gather(torch.stack(columns, dim=1))
+        counting = torch.ones_like(every[:, 0], dtype=torch.bool) if real is None else every[:, 2] > 0
+        found = every[counting, :2]
+        some = torch.ones_like(found[:, 0]) if step < self.config.warmup else self._weights(*found.T)
+        weights = torch.zeros_like(every[:, 0])
+        weights[counting] = some
+        own, first = losses.shape[0], losses.shape[0] * self._rank
+        return weights[first : first + own], float(effective_sample_size(some)) / len(some)
+
+    def _weights(self, losses: Tensor, gap: Tensor) -> Tensor:
+        kind, temperature = self.config.kind, self.config.temperature
+        if kind == "comp_sum":
+            return mean_one(comp_sum_weight(gap, tau=self.config.tau))
+        if kind == "up":
+            return tilt(losses, sign=1, temperature=temperature)
+        if kind == "down":
+            return tilt(losses, sign=-1, temperature=temperature)
+        return shaped(losses, shape=kind, temperature=temperature)
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values.detach() if values.dtype == torch.float64 else values.detach().float()

@@ -1,0 +1,1 @@
+"""Language models: loading, tokenization, batching, log-probs, attention layouts."""

@@ -1,0 +1,95 @@
+"""Attention of packed pairs: the packed tokens are spread into the 2B causal rows that they stand for.
+
+Everything in a decoder layer but attention treats each token by itself and so works on the packed tokens; attention
+alone needs sequences. The queries, keys and values of a packed row are spread into ordinary causal rows (the shared
+start copied), the model's own attention runs on them, and every packed token takes the output of its own place. No
+mask joins pairs, so nothing is computed between them, and the kernel is the one the model would use anyway.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from align.models.packing import PackedPairs
+
+PREFIX = "packed_pairs_"
+SUPPORTED = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+OF_THE_PACKED_ROW = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def enable(model: PreTrainedModel) -> None:
+    """Let ``model`` attend over packed pairs; calls without them run its own attention as before.
+
+    Raises:
+        ValueError: its attention implementation is not one of ``SUPPORTED``.
+    """
+    base = model.config._attn_implementation
+    if base.startswith(PREFIX):
+        return
+    if base not in SUPPORTED:
+        raise ValueError(f"attention implementation {base} is not one of {', '.join(SUPPORTED)}")
+    name = PREFIX + base
+    AttentionInterface.register(name, _attention(base))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    model.set_attn_implementation(name)
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """A 4-dimensional mask: models pass one on as it is, and packed attention makes its own."""
+    return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+
+
+def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attend(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        packed_pairs: PackedPairs | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        # Some models pass their eager function as the default of the lookup; it is a name of the model's module.
+        run = ALL_ATTENTION_FUNCTIONS.get_interface(base, getattr(_home(module), "eager_attention_forward", None))
+        if packed_pairs is None:
+            return run(module, query, key, value, attention_mask, *args, **kwargs)
+        for name in OF_THE_PACKED_ROW:
+            kwargs.pop(name, None)
+        mask = _causal_mask(base, packed_pairs.longest, kwargs.get("sliding_window"), query)
+        rows = (_spread(states, packed_pairs.source) for states in (query, key, value))
+        output, _ = run(module, *rows, mask, *args, **kwargs)
+        return output.flatten(0, 1).index_select(0, packed_pairs.own)[None], None
+
+    return attend
+
+
+def _home(module: torch.nn.Module) -> Any:
+    return sys.modules[type(module).__module__]
+
+
+def _spread(states: Tensor, source: Tensor) -> Tensor:
+    """[1, H, N, D] -> [2B, H, T, D]."""
+    _, heads, _, size = states.shape
+    rows, longest = source.shape
+    tokens = states[0].transpose(0, 1).reshape(-1, heads * size)
+    return tokens.index_select(0, source.flatten()).view(rows, longest, heads, size).transpose(1, 2)
+
+
+def _causal_mask(base: str, longest: int, window: int | None, like: Tensor) -> Tensor | None:
+    """None where the kernel's own causal flag says it all; rows are padded on the right, where nobody looks."""
+    narrow = window is not None and window < longest
+    if base.startswith("flash") or (base == "sdpa" and not narrow):
+        return None
+    place = torch.arange(longest, device=like.device)
+    back = place[:, None] - place[None, :]
+    allowed = (back >= 0) & (back < window if narrow else True)  # type: ignore[operator]
+    if base == "sdpa":
+        return allowed[None, None]
+    return torch.zeros_like(allowed, dtype=like.dtype).masked_fill(~allowed, torch.finfo(like.dtype).min)[None, None]

@@ -1,0 +1,55 @@
+"""Log-probabilities of sampled completions, from which KL(policy || reference) is estimated.
+
+For completions y sampled from the policy, the mean of log policy(y) - log reference(y) is an unbiased estimate of the
+KL divergence per completion, in nats. Where the policy is decoded at another temperature T than 1, what is sampled from
+is softmax(logits / T), and its log-probability is the one that counts; the reference stays at temperature 1.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from align.io.console import progress
+from align.models.batching import token_batches
+from align.models.layout import base_model
+from align.models.logps import Scored, add_completion_head
+
+
+def completion_logps(
+    model: torch.nn.Module,
+    prompt_ids: Sequence[list[int]],
+    completion_ids: Sequence[list[int]],
+    *,
+    batch_tokens: int,
+    pad_token_id: int,
+    temperature: float = 1.0,
+) -> np.ndarray:
+    """Sum of log-probabilities (nats) of each completion's tokens given its prompt, float64 [N].
+
+    Args:
+        model: causal language model, with its adapter if it has one.
+        prompt_ids: N prompts of at least one token.
+        completion_ids: N completions; an empty one has log-probability 0.
+        batch_tokens: padded tokens per forward pass.
+        pad_token_id: token to pad with on the right.
+        temperature: that the completions were sampled at; at 0 (greedy) each has probability 1.
+    """
+    if temperature == 0:
+        return np.zeros(len(prompt_ids))
+    add_completion_head(base_model(model))
+    rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+    device = next(model.parameters()).device
+    sums = np.zeros(len(rows))
+    batches = token_batches([len(row) for row in rows], batch_tokens)
+    with torch.inference_mode():
+        for batch in progress(batches, what="log-probs", total=len(batches), unit="batches"):
+            width = max(len(rows[k]) for k in batch)
+            ids = torch.tensor([rows[k] + [pad_token_id] * (width - len(rows[k])) for k in batch], device=device)
+            mask = torch.tensor([[1] * len(rows[k]) + [0] * (width - len(rows[k])) for k in batch], device=device)
+            spans = [(row * width + len(prompt_ids[k]), len(completion_ids[k])) for row, k in enumerate(batch)]
+            ends = torch.cat([torch.arange(first, first + length) for first, length in spans]).to(device)
+            scored = Scored(ends - 1, ids.flatten()[ends], width, temperature)
+            logps = model(input_ids=ids, attention_mask=mask, use_cache=False, scored=scored).logps.double().cpu()
+            sums[batch] = [part.sum().item() for part in logps.split([length for _, length in spans])]
+    return sums

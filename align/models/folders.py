@@ -1,0 +1,302 @@
+"""What can be found wrong with a local model folder before anything in it is loaded.
+
+Only small files are read: configurations, the headers of the safetensors files, the tokenizer's file names. A hub id
+is left to the loader.
+"""
+
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from align.errors import ModelError
+from align.io.console import log
+from align.io.hashing import digest, fingerprint_source
+
+ADAPTER = "adapter_config.json"
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer_config.json",
+)
+NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.pt", "scheduler.pt"})
+HEADER_BYTES = 8
+OWN_CODE = "if you trust that code, set trust_remote_code: true under train.trainer or reward.trainer"
+WANTED = "give a hub id or a folder with config.json, safetensors weights and a tokenizer"
+
+
+def check_model_folder(model: str, *, tokenizer: bool = True, rewards: bool = False) -> None:
+    """Refuse a folder that cannot be a model of this program, with the file that is at fault.
+
+    Args:
+        model: folder or hub id; a name that is neither a file nor a folder here and could be a hub id passes.
+        tokenizer: a tokenizer must lie there too.
+        rewards: it is to give rewards; a classification head must have one output.
+
+    Raises:
+        ModelError: no such folder, a broken or missing configuration, weights that are missing, cut off or pickled,
+            no tokenizer, an adapter whose base cannot be used, a head with more than one output.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.is_file() or model.startswith((".", "/", "~")) or not model.strip() or "\0" in model:
+            found = "a file" if folder.is_file() else "nothing"
+            raise ModelError(
+                f"{model!r}: found {found}, expected a model folder or a hub id",
+                code="model-load",
+                hint=WANTED,
+            )
+        return
+    if is_adapter(folder):
+        _check_adapter(folder)
+    else:
+        config = _read_object(folder / CONFIG)
+        _check_weights(folder, "model", config)
+        if rewards:
+            _check_head(folder, config)
+    if tokenizer and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"{folder}: no tokenizer, expected one of {', '.join(TOKENIZER_FILES)}",
+            code="model-tokenizer",
+            hint="save the tokenizer there too: tokenizer.save_pretrained(folder)",
+        )
+
+
+@contextmanager
+def loading(model: str, what: str) -> Iterator[None]:
+    """Turn what a library raises while it loads ``model`` into one message; the traceback goes to the debug log.
+
+    Args:
+        model: its name.
+        what: what failed, e.g. ``cannot be loaded as a reward model``.
+
+    Raises:
+        ModelError: anything that a folder or a hub can cause.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        log.debug("%s", model, exc_info=True)
+        reason = _reason(error).replace(str(Path(model).absolute()), model)
+        hint = OWN_CODE if "custom code" in reason else WANTED
+        raise ModelError(f"{model}: {what} ({reason})", code="model-load", hint=hint) from None
+
+
+def check_vocabulary(model: str, tokens: int, rows: int) -> None:
+    """Refuse a tokenizer with more tokens than the model has embeddings.
+
+    Args:
+        model: its name, for the message.
+        tokens: size of the tokenizer's vocabulary, added tokens included.
+        rows: rows of the model's embedding.
+
+    Raises:
+        ModelError: some token ids would have no embedding.
+    """
+    if tokens > rows:
+        raise ModelError(
+            f"{model}: the tokenizer has {tokens} tokens, the model embeds {rows}",
+            code="model-vocabulary",
+            hint="take the tokenizer that belongs to the model, or resize the model's embedding",
+        )
+
+
+def is_adapter(model: str | Path) -> bool:
+    """Whether it is the folder of an adapter."""
+    return (Path(model) / ADAPTER).exists()
+
+
+def adapter_base(model: str) -> str | None:
+    """The base model that an adapter folder names; None where ``model`` is no such folder or names none.
+
+    Raises:
+        ModelError: its configuration cannot be read.
+    """
+    file = Path(model) / ADAPTER
+    base: str | None = _read_object(file).get("base_model_name_or_path") if file.exists() else None
+    return base
+
+
+def fingerprint_model(model: str) -> str:
+    """Content hash of a model folder, an adapter's with that of its base; a hub id stands for itself."""
+    base = adapter_base(model)
+    own = fingerprint_source(model)
+    return own if base is None else digest([own, fingerprint_source(base)])
+
+
+def vocabulary_rows(model: str) -> int | None:
+    """Tokens that a model folder embeds, by its configuration (an adapter's: by its base's); None where unknown."""
+    folder = Path(model)
+    if is_adapter(folder):
+        return vocabulary_rows(str(_read_object(folder / ADAPTER).get("base_model_name_or_path")))
+    if not (folder / CONFIG).exists():
+        return None
+    config = _read_object(folder / CONFIG)
+    nested = config.get("text_config")
+    found = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
+    return found if isinstance(found, int) else None
+
+
+def _check_adapter(folder: Path) -> None:
+    config = _read_object(folder / ADAPTER)
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            f"{folder / ADAPTER}: base_model_name_or_path: found {base!r}, expected the base model",
+            code="model-config",
+            hint="an adapter is used together with the model that it was trained on",
+        )
+    _check_weights(folder, "adapter_model", config)
+    try:
+        check_model_folder(base, tokenizer=False)
+    except ModelError as error:
+        raise ModelError(
+            f"{folder / ADAPTER}: the base model cannot be used: {error.message}", code=error.code, hint=error.hint
+        ) from None
+
+
+def _check_weights(folder: Path, stem: str, config: dict[str, Any]) -> None:
+    """Safetensors files, whole ones; a pickle in their place is refused with how to convert it."""
+    files = sorted(folder.glob(f"{stem}*.safetensors"))
+    if not files:
+        pickles = sorted({file.name for pattern in PICKLES for file in folder.glob(pattern)} - NOT_WEIGHTS)
+        if pickles:
+            raise ModelError(
+                f"{folder / pickles[0]}: found a pickle, which can run code, expected {stem}.safetensors",
+                code="model-pickle",
+                hint=_conversion(folder, stem, config),
+            )
+        raise ModelError(
+            f"{folder}: no weights, expected {stem}.safetensors",
+            code="model-load",
+            hint=WANTED,
+        )
+    if (folder / INDEX).exists() and stem == "model":
+        named = _read_object(folder / INDEX).get("weight_map")
+        wanted = sorted({str(name) for name in named.values()}) if isinstance(named, dict) else []
+        missing = [name for name in wanted if not (folder / name).is_file()]
+        if missing or not wanted:
+            raise ModelError(
+                f"{folder / INDEX}: {missing[0] + ' is not there' if missing else 'names no file'}",
+                code="model-load",
+                hint="copy the whole folder again",
+            )
+    for file in files:
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    """The header of a safetensors file agrees with the file's size.
+
+    Layout: the header's length (8 bytes, little-endian), the header as JSON with the offsets of every tensor, data.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(HEADER_BYTES))
+            if length > size:
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(stream.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = HEADER_BYTES + length + max(ends, default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
+        raise ModelError(
+            f"{file}: not a safetensors file ({' '.join(str(error).split())})",
+            code="model-load",
+            hint="copy the file again",
+        ) from None
+    if size != expected:
+        raise ModelError(
+            f"{file}: found {size} bytes, expected {expected}: the file is not whole",
+            code="model-load",
+            hint="copy the file again",
+        )
+
+
+def _check_head(folder: Path, config: dict[str, Any]) -> None:
+    classifies = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    labels = config.get("id2label")
+    count = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)
+    if classifies and count != 1:
+        raise ModelError(
+            f"{folder}: its classification head has {count} outputs, expected one",
+            code="reward-labels",
+            hint="a reward model gives one number per text: num_labels = 1",
+        )
+
+
+def refuse_new_weights(model: str, loaded: Any, missing: Iterable[str], kind: str) -> None:
+    """Raise where parameters of a loaded model are new and random, because its folder has none for them.
+
+    Args:
+        model: folder or hub id.
+        loaded: the model.
+        missing: names that the folder lacks.
+        kind: what it was loaded as.
+
+    Raises:
+        ModelError: see above.
+    """
+    new = sorted({name for name, _ in loaded.named_parameters()} & set(missing))
+    if new:
+        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        raise ModelError(
+            f"{model}: has no weights {new[0]}{more}, so it is not {kind}",
+            code="model-load",
+            hint="give a model that was trained as one",
+        )
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(
+            f"{file}: cannot be read ({error.strerror})",
+            code="model-config",
+            hint=WANTED,
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{file}: not valid JSON ({' '.join(str(error).split())})",
+            code="model-config",
+            hint="copy the file again",
+        ) from None
+    if not isinstance(found, dict):
+        raise ModelError(
+            f"{file}: found a JSON {type(found).__name__}, expected an object",
+            code="model-config",
+            hint="copy the file again",
+        )
+    return found
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, and the second where the first only announces it."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than config.json says"
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def _conversion(folder: Path, stem: str, config: dict[str, Any]) -> str:
+    """What to type, where the pickle is trusted, to have safetensors instead."""
+    if stem == "adapter_model":
+        line = (
+            f"import torch, safetensors.torch as s; s.save_file(torch.load('{folder}/adapter_model.bin', "
+            f"weights_only=True), '{folder}/adapter_model.safetensors')"
+        )
+    else:
+        kind = next(iter(config.get("architectures") or ()), "AutoModelForCausalLM")
+        line = f"from transformers import {kind} as M; M.from_pretrained('{folder}').save_pretrained('{folder}')"
+    return f'if you trust where it comes from, convert it: python -c "{line}"'

@@ -1,0 +1,189 @@
+"""Log-probabilities of the completions of a batch of pairs, in one of two exact layouts.
+
+Legend: B pairs, T padded tokens of the longest of the 2B sequences, N packed tokens, M scored positions.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from align.errors import ModelError
+from align.models import attention
+from align.models.collator import REAL
+from align.models.lm_head import LogitForm, TokenScores, score_tokens
+from align.models.packing import pack
+
+Layout = Literal["concatenated", "shared_prefix"]
+TRIAL_TOKENS = 8
+HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+HALF_HEAD_TOLERANCE = 0.25
+"""Mean difference of log-probs (nats) that rounding explains: of logits near 30, 16 bits leave 0.1."""
+FORWARD_BEFORE = "_forward_without_completion_head"
+NOT_MODEL_INPUTS = frozenset(
+    {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "margin", "weight", "trust", "row", REAL}
+)
+
+
+class SequenceLogps(NamedTuple):
+    """Log-probabilities of the completions of one batch under one model."""
+
+    chosen: Tensor
+    """[B], nats, summed over completion tokens."""
+    rejected: Tensor
+    """[B], nats, summed over completion tokens."""
+    chosen_length: Tensor
+    """[B], completion tokens."""
+    rejected_length: Tensor
+    """[B], completion tokens."""
+    tokens: TokenScores
+    """Of each completion token, each [2B, T - 1], place t - 1 for the token at t; 0 elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Which hidden states predict which tokens: ``places`` [M] in the flattened hidden states, ``targets`` [M]."""
+
+    places: Tensor
+    targets: Tensor
+    width: int
+    """Tokens per row of the input; what an adapter puts before them is skipped."""
+    temperature: float = 1.0
+    """The scores are those of the logits over this."""
+
+
+@dataclass
+class ScoredOutput(ModelOutput):
+    """What a model with a completion head returns, each [M]; see TokenScores."""
+
+    logps: Tensor | None = None
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+    top1: Tensor | None = None
+
+
+def add_completion_head(model: PreTrainedModel) -> None:
+    """Let ``model(..., scored=Scored(...))`` return the scores of those tokens alone, never the full logits.
+
+    The forward itself is extended, so that wrappers (PEFT, DDP, FSDP) and their hooks stay in place.
+    """
+    if hasattr(model, FORWARD_BEFORE):
+        return
+    setattr(model, FORWARD_BEFORE, model.forward)
+    model.forward = MethodType(functools.wraps(type(model).forward)(_forward), model)
+    _check_head(model)
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    """Whether the head gives the model's own log-probs, on two short random rows.
+
+    Raises:
+        ModelError: it does not: between the last hidden state and the logits is more than this program knows.
+    """
+    embedded = model.get_input_embeddings().weight
+    if hasattr(embedded, "ds_id") or isinstance(embedded, DTensor):  # in parts on several processes
+        return
+    ids = torch.randint(embedded.shape[0], (2, TRIAL_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids, training = ids.to(embedded.device), model.training
+    model.eval()
+    with torch.no_grad():
+        # the class's own forward: accelerate may have wrapped the model's in autocast, which the head is not under
+        logits = type(model).forward(model, input_ids=ids, use_cache=False).logits.flatten(0, 1)
+        targets = ids.flatten().clamp(max=logits.shape[1] - 1)
+        places = torch.arange(ids.numel(), device=ids.device)
+        found = model(input_ids=ids, use_cache=False, scored=Scored(places, targets, TRIAL_TOKENS)).logps
+    model.train(training)
+    own = logits.double().log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
+    difference = float((found - own).abs().mean())
+    if difference > HEAD_TOLERANCE.get(model.dtype, HALF_HEAD_TOLERANCE):
+        name = model.name_or_path or type(model).__name__
+        raise ModelError(
+            f"{name}: the log-probs of its output embeddings differ from its own by {difference:.2g} nats a token: "
+            f"{type(model).__name__} does more to its last hidden state than is known here",
+            code="model-logits",
+            hint="use a model of another architecture",
+        )
+
+
+def _forward(self: PreTrainedModel, *args: Any, scored: Scored | None = None, **kwargs: Any) -> Any:
+    """``model.forward`` with a completion head; a method, so that a copy of the model runs the copy."""
+    if scored is None:
+        return getattr(self, FORWARD_BEFORE)(*args, **kwargs)
+    hidden = self.base_model(*args, **kwargs).last_hidden_state[:, -scored.width :]
+    picked = hidden.flatten(0, 1).index_select(0, scored.places)
+    form = replace(LogitForm.of(self.config), temperature=scored.temperature)
+    scores = score_tokens(picked, self.get_output_embeddings(), scored.targets, form)
+    return ScoredOutput(*scores)
+
+
+def pair_logps(model: torch.nn.Module, batch: dict[str, Any], layout: Layout) -> SequenceLogps:
+    """Log-probabilities of a batch of pairs.
+
+    Args:
+        model: causal language model after ``add_completion_head``, and for ``shared_prefix`` also after
+            ``attention.enable``; it may be wrapped by PEFT and by a launcher.
+        batch: right-padded, as ``PairCollator`` makes it.
+        layout: ``concatenated`` runs the 2B sequences as they are; ``shared_prefix`` packs the pairs into one row
+            where each pair's common start stands once. Both give the same numbers up to rounding.
+    """
+    return (_shared_prefix if layout == "shared_prefix" else _concatenated)(model, batch)
+
+
+def _concatenated(model: torch.nn.Module, batch: dict[str, Any]) -> SequenceLogps:
+    mask = batch["completion_mask"].bool()
+    inputs = {key: value for key, value in batch.items() if key not in NOT_MODEL_INPUTS}
+    width = mask.shape[1]
+    ends = mask[:, 1:].flatten().nonzero().squeeze(1)
+    rows, columns = ends // (width - 1), ends % (width - 1)
+    scored = Scored(rows * width + columns, batch["input_ids"][:, 1:].flatten()[ends], width)
+    output = model(**inputs, use_cache=False, scored=scored)
+    return _collect(output, ends, mask)
+
+
+def _shared_prefix(model: torch.nn.Module, batch: dict[str, Any]) -> SequenceLogps:
+    mask = batch["completion_mask"].bool()
+    packed = pack(batch)
+    owned = torch.zeros_like(mask).flatten()
+    owned[packed.own] = True
+    ends = (mask & owned.view_as(mask))[:, 1:].flatten().nonzero().squeeze(1)
+    targets = batch["input_ids"][:, 1:].flatten()[ends]
+    places = packed.source[:, :-1].flatten()[ends]
+    output = model(
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        attention_mask=attention.no_mask(mask.device),
+        packed_pairs=packed,
+        use_cache=False,
+        scored=Scored(places, targets, packed.input_ids.shape[1]),
+    )
+    return _collect(output, ends, mask, shared=mask & ~owned.view_as(mask))
+
+
+def _collect(output: Any, ends: Tensor, mask: Tensor, shared: Tensor | None = None) -> SequenceLogps:
+    """Scores back at their places.
+
+    Args:
+        output: scores [M].
+        ends: [M], places in the flattened [2B, T - 1] tokens.
+        mask: [2B, T], completion tokens.
+        shared: [2B, T], completion tokens of rejected rows that stand in the chosen row.
+    """
+    scored = mask[:, 1:]
+    half = mask.shape[0] // 2
+    columns = []
+    for values in (output.logps, output.entropy, output.mean_logit, output.top1):
+        placed = values.new_zeros(scored.numel()).index_copy(0, ends, values).view_as(scored)
+        if shared is not None:
+            copied = placed[:half].masked_fill(~shared[half:, 1:], 0)
+            placed = torch.cat([placed[:half], placed[half:] + copied])
+        columns.append(placed)
+    tokens = TokenScores(*columns)
+    chosen, rejected = tokens.logps.sum(dim=1).chunk(2)
+    chosen_length, rejected_length = scored.sum(dim=1).chunk(2)
+    return SequenceLogps(chosen, rejected, chosen_length, rejected_length, tokens)

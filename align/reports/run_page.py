@@ -1,0 +1,123 @@
+"""report.json -> report.html: one file, no script, no request, every text escaped."""
+
+from pathlib import Path
+from typing import Any
+
+from align.io.files import read_json
+from align.reports import plots
+from align.reports.html import environment
+from align.reports.verdict import verdict
+
+SECTIONS = ("summary", "data", "reward_model", "trust", "margins", "filter", "training", "evaluation", "samples")
+RELIABLE = ("heldout", "heldout_calibrated", "in_sample", "out_of_fold")
+CURVES = {
+    "loss": ("loss", False),
+    "rewards/margins": ("implicit reward margin, beta h", True),
+    "rewards/accuracies": ("share of pairs ranked as labelled", False),
+    "weight/ess_share": ("effective sample size / batch", False),
+}
+
+
+def write_report(run: Path) -> Path:
+    """Render ``run/report.json`` to ``run/report.html``; the path of the page."""
+    page = render(read_json(run / "report.json"))
+    target = run / "report.html"
+    temporary = target.with_suffix(".html.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(target)
+    return target
+
+
+def render(report: dict[str, Any]) -> str:
+    """The page as text; a section that the report lacks is said to be missing in one line."""
+    sections = dict.fromkeys(SECTIONS) | report
+    template = environment().get_template("report.html.j2")
+    return template.render(report=sections, verdict=verdict(report), plots=_plots(report), colour=plots.colour)
+
+
+def _plots(report: dict[str, Any]) -> dict[str, Any]:
+    """Every plot that the report has numbers for."""
+    made: dict[str, Any] = {}
+    model = report.get("reward_model")
+    if model:
+        made["margins"] = plots.histogram(
+            {key.replace("_", "-"): values for key, values in model["margins"].items()}, x_title="reward margin m"
+        )
+        bins = {key.replace("_", "-"): model[key]["bins"] for key in RELIABLE if key in model}
+        made["reliability"] = plots.reliability(bins)
+    margins = report.get("margins")
+    if margins:
+        made["policy_margins"] = plots.histogram({"margins": margins["values"]}, x_title="reward margin m")
+        if margins["weights"]:
+            made["weights"] = plots.weight_curve(margins["values"], margins["weights"])
+    if report.get("trust"):
+        made["trust"] = plots.trust_over_settings(report["trust"]["grid"])
+    if "training" in report:
+        made["curves"] = _curves(report["training"]["methods"])
+        made["entanglement"] = _entanglement(report["training"]["methods"])
+    if "evaluation" in report:
+        policies = report["evaluation"]["policies"]
+        made["frontier"] = plots.intervals(
+            {
+                key: (
+                    policy["kl"]["value"] if policy["kl"] else 0.0,
+                    (policy["reward"]["low"], policy["reward"]["value"], policy["reward"]["high"]),
+                )
+                for key, policy in policies.items()
+                if policy["kl"] or key == "reference"
+            },
+            x_title="KL to the reference (nats per completion)",
+            y_title="gold reward",
+        )
+    return made
+
+
+def _curves(methods: dict[str, Any]) -> list[tuple[str, Any]]:
+    def series(key: str) -> dict[str, tuple[list[float], list[float]]]:
+        return {
+            method: (
+                [e["step"] for e in training["history"] if key in e],
+                [float(e[key]) for e in training["history"] if key in e],
+            )
+            for method, training in methods.items()
+            if any(key in entry for entry in training["history"])
+        }
+
+    made = []
+    changes = {
+        f"{method} {side}": points
+        for side in ("chosen", "rejected")
+        for method, points in series(f"logps/{side}_change").items()
+    }
+    if changes:
+        title = "change of log-prob since the start"
+        made.append((title, plots.lines(changes, x_title="optimizer step", y_title="nats", zero=True)))
+    for key, (title, zero) in CURVES.items():
+        found = series(key)
+        if found:
+            made.append((title, plots.lines(found, x_title="optimizer step", y_title=title, zero=zero)))
+    return made
+
+
+def _entanglement(methods: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Curves of the probe pairs, where they were measured."""
+    measured = {name: found["entanglement"] for name, found in methods.items() if found.get("entanglement")}
+
+    def series(keys: dict[str, str]) -> dict[str, tuple[list[float], list[float]]]:
+        return {
+            f"{name}{label}": ([r["step"] for r in records], [r[key] for r in records])
+            for key, label in keys.items()
+            for name, records in measured.items()
+        }
+
+    if not measured:
+        return []
+    both = {"predicted_chosen": " predicted", "realised_chosen": " realised"}
+    titles: list[tuple[str, dict[str, str], str]] = [
+        ("probe pairs whose step would go the wrong way", {"entangled": ""}, "share entangled"),
+        ("cosine of the two gradients (median)", {"cosine": ""}, "cosine"),
+        ("length of the rejected gradient (median)", {"norm_ratio": ""}, "|gl| / |gw|"),
+        ("change of log p(chosen) of the probes by one step", both, "nats"),
+        ("chosen responses of its own batch that a step lowered", {"batch_fell": ""}, "share"),
+    ]
+    return [(title, plots.lines(series(keys), x_title="optimizer step", y_title=y)) for title, keys, y in titles]

@@ -1,0 +1,1 @@
+"""One run: its plan, checks, stages, manifest, and how it resumes."""

@@ -1,0 +1,153 @@
+"""`align iterate`: rounds of on-policy alignment.
+
+    round r:  prompts of this round -> generate (policy r - 1) -> pairs (scorer) -> train -> policy r
+
+Each step is a stage of its own in ``round-r/``, skipped where its inputs have not changed, and resumed where it was
+stopped. Every round samples from the policy of the round before, which is also its reference; every prompt is used in
+one round only. The scorer that makes the pairs is what the policy learns to please: judge the result by another one.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from align.commands.build_pairs import METRICS, BuildSettings, build_pairs
+from align.commands.generate import GenerateSettings, complete_prompts
+from align.config import TrainConfig, load_section
+from align.config.iterate import BuildConfig, IterateConfig
+from align.data.prompts import PromptRow, read_prompts
+from align.distributed import process_rank
+from align.errors import ConfigError, DataError
+from align.generation.types import Sampling
+from align.io.console import log
+from align.io.files import read_json, write_json
+from align.io.hashing import fingerprint_source
+from align.io.stage import run_stage
+from align.models.folders import fingerprint_model
+from reward_models.scorers import ScorerChoice
+
+SUMMARY = "iterate.json"
+MERGED = "policy"
+
+
+def load_iterate(path: Path, overrides: list[str] | None) -> IterateConfig:
+    """The configuration in a YAML file.
+
+    Raises:
+        ConfigError: see ``load_config``; or a value of ``pairs`` is out of range.
+    """
+    config = load_section(path, overrides, IterateConfig)
+    build_settings(config.pairs)
+    _check_training(config.train)
+    return config
+
+
+def _check_training(train: TrainConfig) -> None:
+    """What can be found wrong with the training before anything is sampled for it.
+
+    Raises:
+        ConfigError: a loss, its parameters, a field of the adapter or the trainer; or a trust to be measured.
+    """
+    from align.run.checks import check_train
+
+    if train.trust is not None:
+        raise ConfigError(
+            "train.trust: found auto, which rounds do not measure",
+            code="config-key",
+            hint="leave it out and give slope, trust and strength, as `align trust` finds them",
+        )
+    check_train(train, {"output_dir": "check"})
+
+
+def iterate(config: IterateConfig) -> Path:
+    """Run every round that is not up to date and write ``iterate.json``; the folder of the last policy.
+
+    Raises:
+        AlignError: what the user can mend; finished stages stay as they are.
+    """
+    prompts = read_prompts(config.prompts)
+    if len(prompts) < config.rounds:
+        raise DataError(
+            f"{config.prompts.path}: found {len(prompts)} prompts, expected one for each of {config.rounds} rounds",
+            code="data-too-few",
+            hint="give more prompts, or fewer rounds",
+        )
+    policy = config.train.model
+    summary = []
+    for number in range(1, config.rounds + 1):
+        root = config.folder / f"round-{number}"
+        log.info("round %d of %d: from %s", number, config.rounds, policy)
+        policy = _round(config, prompts[number - 1 :: config.rounds], policy, root)
+        if process_rank() > 0:
+            continue
+        metrics = {name: read_json(root / name / METRICS) for name in ("generate", "pairs")}
+        summary.append({"round": number, "policy": policy, **metrics})
+        write_json(config.folder / SUMMARY, {"rounds": summary})
+        reward = metrics["pairs"]["mean_reward"]
+        log.info("round %d: reward of its samples, before training on them: %.3g (%.3g to %.3g)",
+                 number, reward["value"], reward["low"], reward["high"])  # fmt: skip
+    return Path(policy)
+
+
+def _round(config: IterateConfig, prompts: list[PromptRow], policy: str, root: Path) -> str:
+    """One round; the folder of the policy that it trained."""
+    sampled = config.generate
+    complete_prompts(
+        prompts,
+        config.prompts.path,
+        GenerateSettings(
+            model=policy,
+            sampling=Sampling(
+                sampled.max_new_tokens, sampled.temperature, sampled.top_p, n=sampled.n, seed=config.seed
+            ),
+            engine=sampled.engine,
+            batch_size=sampled.batch_size,
+            options=dict(sampled.options),
+        ),
+        root / "generate",
+    )
+    build_pairs(root / "generate", build_settings(config.pairs), root / "pairs")
+    (method,) = config.train.methods
+    inputs: Mapping[str, Any] = {
+        "pairs": fingerprint_source(str(root / "pairs" / "pairs.parquet")),
+        "model": fingerprint_model(policy),
+        "settings": config.train.made_from(without={"model"}),
+        "seed": config.seed,
+    }
+
+    def work(folder: Path) -> None:
+        _train(config.train.model_copy(update={"model": policy}), method, root / "pairs", folder, config.seed)
+
+    run_stage("train", root / "train", inputs, work, collective=True)
+    from align.training.train import MODEL
+
+    return str(root / "train" / (MODEL if config.train.peft is None else MERGED))
+
+
+def _train(config: TrainConfig, method: str, pairs: Path, folder: Path, seed: int) -> None:
+    """Train on the pairs; an adapter is also merged into its base, which is where the next round starts."""
+    from align.data.pairs import read_pairs
+    from align.models.loading import load_policy, load_tokenizer
+    from align.training.train import HISTORY, MODEL, train_policy
+
+    if not (folder / HISTORY).exists():
+        train_policy(read_pairs(pairs), config, method, folder, seed=seed)
+    if config.peft is None or process_rank() > 0:
+        return
+    temporary = folder / f"{MERGED}.tmp"
+    load_policy(str(folder / MODEL), dtype="float32").merge_and_unload().save_pretrained(temporary)
+    load_tokenizer(config.model).save_pretrained(temporary)
+    if (folder / MERGED).exists():  # of a process that was killed before the stage was whole
+        shutil.rmtree(folder / MERGED)
+    temporary.replace(folder / MERGED)
+
+
+def build_settings(config: BuildConfig) -> BuildSettings:
+    """What ``build_pairs`` takes.
+
+    Raises:
+        ConfigError: a value is out of range, or not exactly one scorer is named.
+    """
+    scorer = ScorerChoice(config.reward_model, config.judge, config.batch_tokens, config.max_length)
+    return BuildSettings(scorer, config.mode, config.guard_margin, config.guard_ratio, config.band, config.temperature)

@@ -1,0 +1,77 @@
+"""``log.txt`` in a run's folder: what was said on the terminal, each line with its time; it rotates."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+from align.distributed import process_rank
+from align.errors import AlignError
+from align.io.console import RedactingFormatter, log
+
+FILE = "log.txt"
+LINE = "%(asctime)s %(levelname)s %(message)s"
+MOST_BYTES = 5_000_000
+KEPT = 3
+"""Older files, ``log.txt.1`` the newest of them."""
+
+
+class _RunLog(RotatingFileHandler):
+    """A log that a full disk ends without a word: the run itself meets the disk and says so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Stop writing where the disk is the reason."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+            return
+        log.removeHandler(self)
+
+
+@contextmanager
+def run_log(folder: Path) -> Iterator[None]:
+    """While inside, what goes to the terminal goes to ``folder/log.txt`` too, an error that ends the run included.
+
+    Lines of earlier attempts stay above. Process r > 0 of a launcher writes ``log-r.txt``, warnings and errors alone.
+    Where the file cannot be opened there is none: a run that has something else to write meets the disk itself.
+
+    Args:
+        folder: it exists.
+    """
+    handler = _opened(folder)
+    if handler is None:
+        yield
+        return
+    log.addHandler(handler)
+    try:
+        yield
+    except AlignError as error:
+        _only_here(handler, f"error {error}", None)
+        raise
+    except Exception as error:
+        _only_here(handler, "stopped by a defect", error)
+        raise
+    except (KeyboardInterrupt, SystemExit) as stop:
+        _only_here(handler, f"stopped ({stop!r})", None)
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def _opened(folder: Path) -> _RunLog | None:
+    rank = process_rank()
+    name = FILE if rank == 0 else f"log-{rank}.txt"
+    try:
+        handler = _RunLog(folder / name, maxBytes=MOST_BYTES, backupCount=KEPT, encoding="utf-8", delay=rank > 0)
+    except OSError:
+        return None
+    handler.setFormatter(RedactingFormatter(LINE))
+    return handler
+
+
+def _only_here(handler: logging.Handler, message: str, error: Exception | None) -> None:
+    """Write what the command line says of the end by itself."""
+    caught = None if error is None else (type(error), error, error.__traceback__)
+    handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, "%s", (message,), caught))

@@ -1,0 +1,218 @@
+"""The whole path as stages: which there are, what each is made from, in which order they run.
+
+    pairs-reward -> reward -> crossfit -.
+                      |                 v
+        sample / pairs -----------> margins -> filter, trust -> train-METHOD -> generate-METHOD -> evaluate -> report
+
+What a stage does stands in align/run/stages/; this file only says what it depends on.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from align.config import PairsConfig, RunConfig
+from align.distributed import process_rank, world_size
+from align.errors import ConfigError, EnvironmentProblem
+from align.io.console import log
+from align.io.files import read_json, write_json
+from align.io.hashing import digest, fingerprint_source
+from align.io.secrets import redact
+from align.io.stage import Stage, finished_stage, read_manifest, run_stage
+from align.models.folders import fingerprint_model
+from align.run.log import run_log
+from align.run.manifest import write_run_manifest
+from align.run.plan import STAGES, TOGETHER, TRUST, TRUST_NUMBERS, plan
+
+
+def check(config: RunConfig) -> None:
+    """Everything that can be found wrong before a model loads: losses, parameters, trainer fields, files.
+
+    Raises:
+        AlignError: naming the key or file.
+    """
+    from align.run.checks import check_config
+
+    check_config(config)
+
+
+def run_pipeline(config: RunConfig, *, command: str, until: tuple[str, ...] = ()) -> Path:
+    """Run every stage whose inputs have changed and write the report; the path of the report.
+
+    Args:
+        config: the run.
+        command: what to type to make the same run again; shown in the report.
+        until: kinds of stages after which to stop (``("reward", "crossfit")``); all stages where empty.
+
+    Raises:
+        AlignError: what the user can mend; finished stages stay as they are.
+    """
+    root = config.folder
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(f"{root}: cannot be written ({error.strerror})", code="output-folder") from None
+    with run_log(root):
+        return _run_stages(config, root, command, until)
+
+
+def _run_stages(config: RunConfig, root: Path, command: str, until: tuple[str, ...]) -> Path:
+    """The stages and the report; see ``run_pipeline``."""
+    runner = _Runner(config, root)
+    every = names = plan(config)
+    if until:
+        last = max((k for k, name in enumerate(names) if name.split("-")[0] in until), default=-1)
+        if last < 0:
+            section = "reward" if "reward" in until else "train"
+            raise ConfigError(f"{config.name}: has no section `{section}`", code="config-key", hint="add it")
+        names = names[: last + 1]
+    done = [runner.run(name) for name in names]
+    done += [stage for name in every[len(names) :] if (stage := runner.current(name)) is not None]
+    report = root / "report.html"
+    if _is_current(report, done):
+        log.info("nothing to do: all %d stages of %s are up to date", len(done), root)
+        return report
+    if process_rank() > 0:
+        return report
+    from align.reports.collect import collect
+    from align.reports.run_page import write_report
+
+    seconds = {stage.name: round(stage.seconds, 1) for stage in done}
+    collected = collect(config, seconds=seconds, command=command)
+    write_json(root / "report.json", collected)
+    write_json(root / "summary.json", collected["summary"])
+    write_run_manifest(config, done, command, until)
+    return write_report(root)
+
+
+def _is_current(report: Path, stages: list[Stage]) -> bool:
+    """Whether every stage was skipped and the page was made from these very stages."""
+    numbers = report.with_name("report.json")
+    if not all(stage.skipped for stage in stages) or not report.exists() or not numbers.exists():
+        return False
+    try:
+        found = read_json(numbers)["run"]["fingerprints"]
+    except (ValueError, LookupError, TypeError):
+        return False
+    page_is_newer = report.stat().st_mtime_ns >= numbers.stat().st_mtime_ns
+    return page_is_newer and found == {stage.name: stage.key[:16] for stage in stages}
+
+
+class _Runner:
+    """Runs one stage after the other, handing each the keys of those that it depends on."""
+
+    def __init__(self, config: RunConfig, root: Path) -> None:
+        self.config = config
+        self.root = root
+        self.keys: dict[str, str] = {}
+
+    def run(self, name: str) -> Stage:
+        """Run (or skip) the stage called ``name``."""
+        together = name.split("-", maxsplit=1)[0] in TOGETHER
+        stage = run_stage(name, self.root / name, self._made_from(name), self._work(name), collective=together)
+        self.keys[name] = stage.key
+        return stage
+
+    def current(self, name: str) -> Stage | None:
+        """The stage called ``name`` where it was finished earlier and its inputs have not changed since."""
+        if read_manifest(self.root / name) is None:  # before models and data are hashed for its key
+            return None
+        found = finished_stage(name, self.root / name, self._made_from(name))
+        if found is not None:
+            self.keys[name] = found.key
+        return found
+
+    def _made_from(self, name: str) -> dict[str, Any]:
+        return {"after": self._after(name)} | self._inputs(name)
+
+    def _after(self, name: str) -> dict[str, str]:
+        """Keys of the stages that ``name`` reads."""
+        kind = name.split("-", maxsplit=1)[0]
+        rewarded = "pairs-reward" if "pairs-reward" in self.keys else "pairs"
+        reads: dict[str, tuple[str, ...]] = {
+            "pairs": (),
+            "reward": (rewarded,),
+            "crossfit": (rewarded,),
+            "sample": ("reward", "crossfit"),
+            "margins": ("pairs", "sample", "reward", "crossfit"),
+            "filter": ("margins",),
+            "trust": ("margins",),
+            "train": ("margins", "filter", TRUST) if self._is_trusted(name) else ("margins", "filter"),
+            "generate": (name.replace("generate-", "train-"),),
+            "evaluate": tuple(key for key in self.keys if key.startswith(("generate-", "margins", "reward"))),
+        }
+        return {key: self.keys[key] for key in reads[kind] if key in self.keys}
+
+    def _inputs(self, name: str) -> dict[str, Any]:
+        """Configuration and content of the files that ``name`` reads."""
+        config, kind = self.config, name.split("-", maxsplit=1)[0]
+        inputs: dict[str, Any] = {"seed": config.seed}
+        if kind in STAGES:
+            inputs["revision"] = STAGES[kind]
+        if kind == "pairs":
+            reward = config.reward
+            source = reward.pairs if name == "pairs-reward" and reward else config.pairs
+            inputs["source"] = _source(source)
+            inputs["heldout"] = _source(reward.eval_pairs if reward else None)
+            inputs["eval_fraction"] = reward and reward.eval_fraction
+            if name == "pairs" and reward is not None and reward.pairs is not None:
+                inputs["whole"] = True  # nothing is held out of the policy's pairs
+        if kind in ("reward", "crossfit") and config.reward:
+            skipped = {"pairs", "eval_pairs", "eval_fraction"} | ({"folds"} if kind == "reward" else set())
+            inputs["settings"] = config.reward.made_from(without=skipped)
+            inputs["model"] = fingerprint_model(config.reward.model)
+        if kind in ("sample", "trust", "train", "generate") and config.train:
+            inputs["model"] = fingerprint_model(config.train.model)
+        if kind == "filter" and config.filter:
+            inputs["settings"] = config.filter.model_dump(exclude={"processes"})
+            chosen = config.filter
+            read = [chosen.embedding_model, chosen.embeddings, chosen.quality_model, chosen.held_out]
+            read += [chosen.ood.model, chosen.ood.pairs.path] if chosen.ood else []
+            inputs["read"] = [fingerprint_model(name) for name in read if name is not None]
+        if kind == "train" and config.train:
+            inputs["loss"] = config.train.methods[name.removeprefix("train-")].model_dump()
+            inputs["settings"] = config.train.made_from(without={"methods", "trust", "allow_in_sample"})
+        if kind == "trust" and config.train:
+            inputs["allow_in_sample"] = config.train.allow_in_sample
+            inputs["max_length"] = config.train.trainer.get("max_length")
+        if self._is_trusted(name):
+            inputs["trust"] = read_json(self.root / TRUST / TRUST_NUMBERS)
+        trusting = [part for part in (config.train, config.reward) if part is not None and part.trusts_remote_code]
+        if trusting:
+            inputs["trust_remote_code"] = [part.model for part in trusting]
+        settings = {"sample": config.sample, "generate": config.evaluate}.get(kind)
+        if settings is not None:
+            inputs["settings"] = settings.model_dump()
+            inputs["prompts"] = fingerprint_source(settings.prompts)
+        return inputs
+
+    def _is_trusted(self, name: str) -> bool:
+        """Whether ``name`` trains a method whose trust was measured."""
+        if TRUST not in self.keys or self.config.train is None or not name.startswith("train-"):
+            return False
+        return self.config.train.methods[name.removeprefix("train-")].loss == TRUST
+
+    def _work(self, name: str) -> Callable[[Path], None]:
+        def work(folder: Path) -> None:
+            from align.run.stages import WORK
+
+            kind, _, rest = name.partition("-")
+            WORK[kind](self.config, self.root, folder, rest)
+
+        return work
+
+
+def _source(pairs: PairsConfig | None) -> dict[str, Any] | None:
+    return None if pairs is None else pairs.model_dump() | {"content": fingerprint_source(pairs.path)}
+
+
+def describe(config: RunConfig) -> dict[str, Any]:
+    """The resolved plan of a run, for ``--dry-run``: configuration, stages, where each writes."""
+    return {
+        "config": redact(config.model_dump()),
+        "config_digest": digest(redact(config.model_dump()))[:16],
+        "stages": {name: str(config.folder / name) for name in plan(config)},
+        "world_size": world_size(),
+        "python": sys.version.split()[0],
+    }

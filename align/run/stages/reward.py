@@ -1,0 +1,119 @@
+"""What the stages of the reward model do: train it (and its ensemble), calibrate its margins, cross-fit."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from align.config import RewardConfig, RunConfig
+from align.data.pairs import read_pairs, write_pairs
+from align.data.splits import clusters_of, folds_by_prompt
+from align.distributed import process_rank
+from align.io.files import write_json
+from align.training.train import MODEL
+from reward_models.calibration import MarginMap, calibrated_out_of_fold, fit_map
+from reward_models.crossfit import cross_fit
+from reward_models.ensemble import EnsembleScorer, members, score_with, train_members
+from reward_models.length_bias import length_probe, word_difference
+from reward_models.margin_metrics import evaluate_margins
+
+METRICS = "metrics.json"
+FOLDS = 5
+"""Of the held-out pairs, to say what a calibration does to pairs that it was not fitted on."""
+
+
+def stage_reward(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+    """Train the reward model; write its held-out and in-sample metrics and margins."""
+    assert config.reward is not None
+    source = reward_pairs_folder(config.reward, root)
+    train, heldout = read_pairs(source / "train"), read_pairs(source / "heldout")
+    model = folder / MODEL
+    train_members(train, config.reward, model, seed=config.seed)
+    metrics: dict[str, Any] = {"backbone": config.reward.model, "ensemble": config.reward.ensemble}
+    tables = {
+        name: scored_by(members(model), pairs, config, folder)
+        for name, pairs in (("heldout", heldout), ("in_sample", train))
+    }
+    if process_rank() > 0:
+        return
+    for name, scored in tables.items():
+        margins = np.asarray(scored["margin"])
+        write_pairs(scored, folder / name)
+        clusters = clusters_of(scored)
+        metrics[name] = evaluate_margins(margins, clusters=clusters).to_dict()
+        if name == "heldout":
+            words = word_difference(heldout)
+            metrics["length"] = length_probe(margins, words, seed=config.seed, clusters=clusters)
+            fold = folds_by_prompt(heldout, FOLDS, config.seed)
+            metrics |= _fit_calibration(margins, words, fold, clusters, config.reward, model)
+    write_json(folder / METRICS, metrics)
+
+
+def _fit_calibration(
+    margins: np.ndarray,
+    words: np.ndarray,
+    fold: np.ndarray,
+    clusters: np.ndarray,
+    reward: RewardConfig,
+    model: Path,
+) -> dict[str, Any]:
+    """Write the map of the margins into the model folder, and say what it does to pairs that it was not fitted on."""
+    if reward.calibrate is None and not reward.length_residual:
+        return {}
+    fitted = fit_map(margins, words, reward.calibrate, length=reward.length_residual)
+    fitted.save(model)
+    mapped = calibrated_out_of_fold(margins, words, fold, reward.calibrate, length=reward.length_residual)
+    shown = {"kind": fitted.kind, "temperature": fitted.temperature, "length_slope": fitted.length_slope}
+    return {"calibration": shown, "heldout_calibrated": evaluate_margins(mapped, clusters=clusters).to_dict()}
+
+
+def stage_crossfit(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+    """Margins of the reward model's own training pairs, each from a model that has not seen it."""
+    assert config.reward is not None
+    train = read_pairs(reward_pairs_folder(config.reward, root) / "train")
+    scored = cross_fit(train, config.reward, folder, seed=config.seed, cluster=config.cluster)
+    if process_rank() > 0:
+        return
+    write_pairs(scored.remove_columns("fold"), folder / "pairs")
+    write_json(folder / METRICS, evaluate_margins(np.asarray(scored["margin"]), clusters=clusters_of(scored)).to_dict())
+
+
+def scored_by(
+    models: Sequence[Path | str],
+    pairs: Dataset,
+    config: RunConfig,
+    folder: Path,
+    calibration: MarginMap | None = None,
+) -> Dataset:
+    """Pairs scored by the mean of the models, with the batch size and length of the run's reward configuration.
+
+    Under a launcher all processes call this together; unfinished, it leaves its shards in ``folder/scored``.
+    """
+    assert config.reward is not None
+    return score_with(
+        models,
+        pairs,
+        folder / "scored",
+        batch_tokens=config.reward.batch_tokens,
+        max_length=config.reward.max_length,
+        trust_remote_code=config.reward.trusts_remote_code,
+        calibration=calibration,
+        cluster=config.cluster,
+    )
+
+
+def reward_pairs_folder(config: RewardConfig, root: Path) -> Path:
+    """Folder of the stage whose pairs the reward model is trained on."""
+    return root / ("pairs" if config.pairs is None else "pairs-reward")
+
+
+def make_scorer(model: Path, config: RewardConfig) -> EnsembleScorer:
+    """A scorer, of all members where the model is an ensemble, with the batch size and length of its configuration."""
+    return EnsembleScorer(
+        model,
+        batch_tokens=config.batch_tokens,
+        max_length=config.max_length,
+        trust_remote_code=config.trusts_remote_code,
+    )

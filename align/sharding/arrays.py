@@ -1,0 +1,86 @@
+"""What a job finds out about every row of a long table, as arrays in files: a stopped run goes on where it was."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from align.config import ClusterConfig
+from align.sharding.jobs import Job, Rows
+from align.sharding.shards import Shards, map_shards
+
+ROWS = 8192
+COLUMNS, SHARDS = "columns", "shards"
+Arrays = dict[str, np.ndarray]
+
+
+def found_of(
+    table: Rows,
+    job: Job,
+    folder: Path,
+    *,
+    what: str,
+    rows: int = ROWS,
+    cluster: ClusterConfig | None = None,
+    processes: int = 1,
+) -> Arrays:
+    """The columns of what ``job`` makes of ``table``, [N, ...] each, memory-mapped from ``folder``.
+
+    Args:
+        table: rows to work on, at least one.
+        job: gives one row for each, of ``as_table``.
+        folder: valid for this table, job and ``rows`` only.
+        what: shown as progress.
+        rows: of a shard.
+        cluster: whose workers share the shards.
+        processes: of this machine that do, without a cluster.
+
+    Raises:
+        AlignError: what the job raises, or a cluster that cannot be used.
+    """
+    columns, shards = folder / COLUMNS, folder / SHARDS
+    if not columns.exists():
+        made = map_shards(table, job, shards, size=rows, what=what, cluster=cluster, processes=processes)
+        temporary = folder / f"{COLUMNS}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _store(made, temporary)
+        temporary.replace(columns)
+    shutil.rmtree(shards, ignore_errors=True)
+    return {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in columns.glob("*.npy")}
+
+
+def as_table(arrays: Arrays) -> Dataset:
+    """Numbers, [n] or [n, D] each, as a table of n rows."""
+    return Dataset(pa.table({name: _column(np.ascontiguousarray(values)) for name, values in arrays.items()}))
+
+
+def as_array(table: Dataset, name: str) -> np.ndarray:
+    """One column of ``as_table``."""
+    column = table.data.column(name).combine_chunks()
+    if not pa.types.is_fixed_size_list(column.type):
+        return column.to_numpy(zero_copy_only=False)
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+
+
+def _column(values: np.ndarray) -> pa.Array:
+    if values.ndim == 1:
+        return pa.array(values)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+
+
+def _store(shards: Shards, folder: Path) -> None:
+    files: dict[str, np.memmap] = {}
+    start = 0
+    for shard in shards:
+        for name in shard.column_names:
+            part = as_array(shard, name)
+            if name not in files:
+                shape = (shards.total, *part.shape[1:])
+                files[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", part.dtype, shape)
+            files[name][start : start + len(part)] = part
+        start += len(shard)
+    for stored in files.values():
+        stored.flush()

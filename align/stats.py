@@ -1,0 +1,181 @@
+"""Numbers with their intervals."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+RESAMPLES = 2000
+CHUNK_CELLS = 4_000_000
+"""Values that are resampled at once."""
+EXACT_TAIL = 0.025
+LEAST_CORRELATED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean with its 95% interval and the number of observations behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def bootstrap_mean(
+    values: ArrayLike, *, seed: int, resamples: int = RESAMPLES, clusters: ArrayLike | None = None
+) -> Estimate:
+    """Mean of ``values`` [N] with a 95% percentile bootstrap interval.
+
+    Args:
+        values: observations.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+        clusters: number of the cluster of each observation, [N]; whole clusters are drawn. Each observation is one
+            where absent, and where there is one cluster alone, which says nothing about others.
+
+    Raises:
+        ValueError: no values.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        raise ValueError("bootstrap_mean needs at least one value")
+    rng = np.random.default_rng(seed)
+    which = drawn_together(clusters)
+    if which is None:
+        rows = max(1, CHUNK_CELLS // array.size)
+        means = [
+            array[rng.integers(0, array.size, size=(min(rows, resamples - done), array.size))].mean(axis=1)
+            for done in range(0, resamples, rows)
+        ]
+    else:
+        sums, sizes = np.bincount(which, weights=array), np.bincount(which)
+        rows = max(1, CHUNK_CELLS // sums.size)
+        means = []
+        for done in range(0, resamples, rows):
+            drawn = rng.integers(0, sums.size, size=(min(rows, resamples - done), sums.size))
+            means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return Estimate(float(array.mean()), float(low), float(high), int(array.size))
+
+
+def drawn_together(clusters: ArrayLike | None) -> np.ndarray | None:
+    """Clusters [N] as numbers from 0 up; None where no two observations are of one, or all are of one."""
+    if clusters is None:
+        return None
+    names, which = np.unique(np.asarray(clusters), return_inverse=True)
+    return which if 1 < names.size < which.size else None
+
+
+def crossed_mean(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
+    """Mean of ``values`` [S, P], S seeds on the same P prompts; the interval is for other seeds and prompts.
+
+    Seeds and prompts are both draws: the variance of the mean is (MS_seeds + MS_prompts - MS_rest) / (S P), of the mean
+    squares of the two-way table, or MS_rest / (S P) where that is more; degrees of freedom: Satterthwaite (1946). With
+    few seeds that differ the interval is wide, and says so: a bootstrap over prompts only speaks of the very policies
+    that were trained. Of three simulated seeds and 80 prompts the 95% interval covers 91 to 97%, by which of them
+    varies.
+
+    Raises:
+        ValueError: fewer than two seeds or prompts.
+    """
+    from scipy.stats import t
+
+    mean, error, degrees = _crossed(values)
+    half = float(t.ppf((1 + confidence) / 2, degrees)) * error if error > 0 else 0.0
+    return Estimate(mean, mean - half, mean + half, np.size(values))
+
+
+def crossed_p(values: ArrayLike) -> float:
+    """Two-sided p of a mean of 0 for ``values`` [S, P]: what the interval of ``crossed_mean`` just excludes 0 at.
+
+    Raises:
+        ValueError: fewer than two seeds or prompts.
+    """
+    from scipy.stats import t
+
+    mean, error, degrees = _crossed(values)
+    if error == 0:
+        return float(mean == 0)
+    return float(2 * t.sf(abs(mean) / error, degrees))
+
+
+def _crossed(values: ArrayLike) -> tuple[float, float, float]:
+    """Mean of [S, P], its standard error over seeds and prompts, degrees of freedom."""
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim != 2 or min(table.shape) < 2:
+        raise ValueError("a mean over seeds and prompts needs at least two seeds and two prompts")
+    seeds, prompts = table.shape
+    mean, of_seeds, of_prompts = table.mean(), table.mean(axis=1), table.mean(axis=0)
+    rest = table - of_seeds[:, None] - of_prompts + mean
+    squares = np.array([prompts * np.square(of_seeds - mean).sum(), seeds * np.square(of_prompts - mean).sum(),
+                        np.square(rest).sum()])  # fmt: skip
+    freedom = np.array([seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1)])
+    parts = squares / freedom * (1, 1, -1)
+    total, degrees = parts.sum(), np.inf
+    if total <= -parts[2]:
+        total, degrees = -parts[2], freedom[2]
+    elif total > 0:
+        degrees = total**2 / (parts**2 / freedom).sum()
+    return float(mean), float(np.sqrt(max(total, 0.0) / table.size)), float(degrees)
+
+
+def bootstrap_share(
+    values: ArrayLike, *, seed: int, resamples: int = RESAMPLES, clusters: ArrayLike | None = None
+) -> Estimate:
+    """``bootstrap_mean`` of values in [0, 1]; of all 0 or all 1, the end that resampling cannot see is exact.
+
+    Resamples of equal values are all alike, and an interval without width says more than N observations can. With N
+    of N at one end the exact (Clopper and Pearson's) 95% interval of the share reaches from there to 0.025^(1/N), N
+    the number of clusters where there are any.
+
+    Raises:
+        ValueError: no values.
+    """
+    found = bootstrap_mean(values, seed=seed, resamples=resamples, clusters=clusters)
+    if found.low < found.high or found.value not in (0.0, 1.0):
+        return found
+    which = drawn_together(clusters)
+    least = EXACT_TAIL ** (1 / (found.n if which is None else int(which.max()) + 1))
+    return replace(found, low=least) if found.value == 1.0 else replace(found, high=1 - least)
+
+
+def share_among(
+    values: np.ndarray, of: np.ndarray, *, seed: int, clusters: np.ndarray | None = None
+) -> dict[str, float] | None:
+    """``bootstrap_share`` of the ``values`` [N] where ``of`` [N] holds, as JSON; None where it holds nowhere."""
+    if not of.any():
+        return None
+    return bootstrap_share(values[of], seed=seed, clusters=None if clusters is None else clusters[of]).to_dict()
+
+
+def correlation(first: ArrayLike, second: ArrayLike) -> dict[str, float] | None:
+    """Pearson's correlation of [N] and [N] with its 95% interval by Fisher's z; None where it is not defined."""
+    from scipy.stats import pearsonr
+
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.size < LEAST_CORRELATED or np.std(a) == 0 or np.std(b) == 0:
+        return None
+    found = pearsonr(a, b)
+    interval = found.confidence_interval(0.95)
+    return {"value": float(found.statistic), "low": float(interval.low), "high": float(interval.high), "n": a.size}
+
+
+def number(value: float, spread: float | None = None) -> str:
+    """A number with no more digits than its spread supports (two significant digits of the spread)."""
+    if spread is None or not spread > 0:
+        return f"{value:.3g}"
+    digits = max(0, 1 - math.floor(math.log10(spread)))
+    return f"{value:.{min(digits, 4)}f}"
+
+
+def interval(estimate: dict[str, float]) -> str:
+    """``0.82 (0.70 to 0.95)``: value and 95% interval."""
+    half = (estimate["high"] - estimate["low"]) / 2
+    value, low, high = (number(estimate[key], half) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"

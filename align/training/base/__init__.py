@@ -1,0 +1,1 @@
+"""What any trl trainer gains here: exact resume, background checkpoints, whole epochs, finite guard."""

@@ -1,0 +1,109 @@
+"""Stops a training at the step whose gradient or weights are not finite; base of the guards that know the pairs."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from align.distributed import process_rank
+from align.errors import SHOWN, NumericsError
+from align.io.files import write_json
+
+FILE = "non_finite"
+
+
+class FiniteSteps(TrainerCallback):
+    """Looks at the gradient's norm before (``look_at_norm``) and at the weights after each optimizer step.
+
+    What is found is written to ``output_dir/non_finite.json`` (step, what, the pairs at fault, all pairs of the step;
+    of process r > 0 to ``non_finite-r.json``) and raised; a gradient that is not finite never reaches the weights.
+
+    Args:
+        scaled: a loss scaler (fp16) is in use: gradients overflow now and then by design, the scaler leaves such a
+            step out, and they are not looked at.
+    """
+
+    def __init__(self, *, scaled: bool) -> None:
+        self.scaled = scaled
+        self.folder = Path()
+        self.step = 0
+        self.pairs: list[str] = []
+        """Ids of the pairs that the step has seen so far."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember where to write."""
+        self.folder = Path(args.output_dir)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the pairs of the step before."""
+        self.step = state.global_step + 1
+        self.pairs = []
+
+    def look_at_norm(self, model: nn.Module, norm: Any) -> None:
+        """Look at the norm of the whole gradient, over all processes and before it is clipped.
+
+        Clipping turns a norm that overflows into a gradient of zeros, so the clipped gradient says nothing.
+
+        Raises:
+            NumericsError: it is not finite.
+        """
+        if not self.scaled and norm is not None and not math.isfinite(float(norm)):
+            self.stop("gradient", self.pairs_at_fault(model), f"has the norm {float(norm)}")
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Look at the weights that the step has changed."""
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        if not all_finite(list(trained.values())):
+            name = next(name for name, value in trained.items() if not all_finite([value]))
+            self.stop("weight", [], f"{name} is not finite")
+
+    def pairs_at_fault(self, model: nn.Module) -> list[str]:
+        """Ids of the pairs whose gradient alone is not finite; none where that is not known."""
+        return []
+
+    def stop(self, what: str, at_fault: list[str], found: str) -> None:
+        """Write what was found and end the training.
+
+        Args:
+            what: ``loss``, ``gradient`` or ``weight``.
+            at_fault: ids.
+            found: the rest of the sentence.
+
+        Raises:
+            NumericsError: always.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rank = process_rank()
+        file = self.folder / (f"{FILE}.json" if rank == 0 else f"{FILE}-{rank}.json")
+        write_json(file, {"step": self.step, "what": what, "at_fault": at_fault, "pairs": self.pairs})
+        more = f" and {len(at_fault) - SHOWN} more" if len(at_fault) > SHOWN else ""
+        kind = "pair" if len(at_fault) == 1 else "pairs"
+        whose = f" of {kind} {', '.join(at_fault[:SHOWN])}{more}" if at_fault else ""
+        raise NumericsError(
+            f"step {self.step}: the {what}{whose} {found}; the {len(self.pairs)} pairs of this step are in {file}",
+            code="non-finite",
+            hint="look at those pairs; then try a smaller learning_rate, or float32 or bf16 in place of fp16",
+        )
+
+
+def gradient_norm(model: nn.Module) -> float:
+    """Norm of the gradients that are there, in their own precision, as clipping computes it."""
+    return float(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether every element of every tensor (of this process's part of it) is finite; one read from the device."""
+    if not tensors:
+        return True
+    local = [value.to_local() if hasattr(value, "to_local") else value for value in tensors]
+    return bool(torch.stack([torch.isfinite(value).all().to(local[0].device) for value in local]).all())

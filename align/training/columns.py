@@ -1,0 +1,161 @@
+"""Columns that decide how much each pair of a table counts, made before training from what the run asks for."""
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from align.config import LossConfig, WeightsConfig
+from align.data.pairs import with_columns
+from align.data.summary import gaps
+from align.errors import ConfigError, DataError
+from align.io.console import log
+from align.losses.margin_weights import madpo_weight, trust_of_each
+from align.losses.pair_weights import mean_one, moderate, shrink_by_distance
+from align.losses.registry import BoundLoss, resolve
+
+
+def check_weights(method: str, config: LossConfig, loss: BoundLoss) -> None:
+    """Raise where the loss cannot have the weights that are asked for.
+
+    Raises:
+        ConfigError: a tilt of a loss without a value per pair, a shrunken margin for a loss that reads none, a trust of
+            each pair for a loss without trust.
+    """
+    weights = config.weights
+    if weights is None:
+        return
+    if weights.tilt is not None and (loss.spec.function is None or config.token_mask is not None):
+        raise ConfigError(
+            f"train.methods.{method}.weights.tilt: {loss.spec.name} has no loss of a pair alone to weight by",
+            code="weights-loss",
+            hint="use it with another loss, and without a token mask",
+        )
+    if (weights.ood is not None or weights.spread) and not loss.spec.needs_margin:
+        raise ConfigError(
+            f"train.methods.{method}.weights: ood and spread shrink the margin, and {loss.spec.name} reads none",
+            code="weights-loss",
+            hint="use them with madpo, trust or another loss that reads margins",
+        )
+    if weights.trust_by_spread and "trust" not in loss.parameters:
+        raise ConfigError(
+            f"train.methods.{method}.weights.trust_by_spread: {loss.spec.name} has no trust",
+            code="weights-loss",
+            hint="use it with the loss trust",
+        )
+
+
+def add_trust(pairs: Dataset, weights: WeightsConfig | None, loss: BoundLoss) -> Dataset:
+    """The table with a column ``trust``, of each pair, where ``weights`` asks for it.
+
+    Raises:
+        DataError: some pairs have no ``margin_std``.
+    """
+    if weights is None or not weights.trust_by_spread:
+        return pairs
+    spread = numbers(pairs, "margin_std", "weights.trust_by_spread")
+    found = trust_of_each(spread, float(loss.parameters["trust"]))
+    return with_columns(pairs, {"trust": found.numpy()})
+
+
+def adjust_margins(pairs: Dataset, weights: WeightsConfig | None) -> Dataset:
+    """The table with its ``margin`` moderated by ``margin_std`` and shrunk by ``ood``, as far as ``weights`` says.
+
+    Raises:
+        DataError: a column that is needed is not there.
+    """
+    if weights is None or (weights.ood is None and not weights.spread):
+        return pairs
+    margin = numbers(pairs, "margin", "weights")
+    if weights.spread:
+        margin = moderate(margin, numbers(pairs, "margin_std", "weights.spread"))
+    if weights.ood is not None:
+        distance = numbers(pairs, "ood", "weights.ood")
+        margin = shrink_by_distance(margin, distance, limit=weights.ood.limit, softness=weights.ood.softness)
+    return pairs.remove_columns("margin").add_column("margin", margin.tolist())
+
+
+def normalise_weights(pairs: Dataset, weights: WeightsConfig | None) -> Dataset:
+    """The table with the mean of its ``weight`` at 1, where ``weights`` asks for it and there is such a column."""
+    if weights is None or not weights.normalise or "weight" not in pairs.column_names:
+        return pairs
+    return pairs.remove_columns("weight").add_column("weight", mean_one(numbers(pairs, "weight", "weights")).tolist())
+
+
+def numbers(pairs: Dataset, column: str, asked: str) -> Tensor:
+    """A column [N] of a number for each pair; ``asked`` says for what.
+
+    Raises:
+        DataError: it is not there, or some pairs have no value in it.
+    """
+    if column not in pairs.column_names or len(gaps(pairs, column)):
+        hints = {
+            "margin_std": "train an ensemble: reward.ensemble: 5",
+            "ood": "let a filter measure it: filter.ood",
+            "margin": "run `align reward score` first",
+        }
+        raise DataError(
+            f"{column}: found no value for some pairs, expected one for each, for `{asked}`",
+            code="weights-column",
+            hint=hints.get(column, "give every pair a weight"),
+        )
+    return torch.from_numpy(np.asarray(pairs[column], dtype=np.float64))
+
+
+def require_margin(pairs: Dataset, loss: BoundLoss) -> None:
+    """Raise where the loss needs a margin and a pair has none.
+
+    Raises:
+        ConfigError: there is no such column.
+        DataError: some pairs have no value in it.
+    """
+    if not loss.spec.needs_margin:
+        return
+    if "margin" not in pairs.column_names:
+        raise ConfigError(
+            f"loss {loss.spec.name} needs a `margin` column and the pair table has none",
+            code="loss-needs-margin",
+            hint="run `align reward score` first, or map the column in `pairs.columns`",
+        )
+    missing = gaps(pairs, "margin")
+    if len(missing):
+        raise DataError(
+            f"margin: {len(missing)} of {len(pairs)} pairs have none, the first {pairs['id'][int(missing[0])]!r}; "
+            f"expected one for each, for the loss {loss.spec.name}",
+            code="loss-needs-margin",
+            hint="run `align reward score` first, or leave these pairs out",
+        )
+
+
+def without_gaps(pairs: Dataset) -> Dataset:
+    """The table without its margins where some are missing and the loss reads none; weights must be there for all.
+
+    Raises:
+        DataError: some pairs have no weight.
+    """
+    if "weight" in pairs.column_names:
+        numbers(pairs, "weight", "the loss")
+    if "margin" not in pairs.column_names or not (missing := len(gaps(pairs, "margin"))):
+        return pairs
+    log.warning("margin: %d of %d pairs have none, so nothing is logged by margin", missing, len(pairs))
+    return pairs.remove_columns("margin")
+
+
+def add_weight(pairs: Dataset, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
+    """MADPO as a table column: ``weight`` times w(margin), and plain DPO as what is left of the loss.
+
+    A weight that depends on the margin alone is a constant of the run, so it is computed once and can be looked at
+    before training. Any other loss is returned as it is.
+
+    Raises:
+        ConfigError: the loss needs a margin and the table has none.
+    """
+    require_margin(pairs, loss)
+    if loss.spec.name != "madpo":
+        return pairs, loss
+    parameters = {name: loss.parameters[name] for name in ("c_max", "c_min", "lam", "tau")}
+    weight = madpo_weight(torch.tensor(pairs["margin"], dtype=torch.float64), **parameters)
+    if "weight" in pairs.column_names:
+        weight = weight * torch.tensor(pairs["weight"], dtype=torch.float64)
+        pairs = pairs.remove_columns("weight")
+    return pairs.add_column("weight", weight.tolist()), resolve("dpo", {"beta": loss.beta})

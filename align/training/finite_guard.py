@@ -1,0 +1,84 @@
+"""The policy's guard: looks at the loss of every pair, and finds the pair whose gradient is not finite."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from align.models.collator import REAL, ROW, only_real
+from align.models.layout import trim
+from align.training.base.finite_guard import FiniteSteps, all_finite, gradient_norm
+
+
+def numbered(table: Dataset) -> tuple[Dataset, list[str]]:
+    """The training table with its rows numbered in the column ``row``, and the id of the pair in each row."""
+    count = len(table)
+    ids = [str(name) for name in table["id"]] if "id" in table.column_names else [f"in row {k}" for k in range(count)]
+    return table.add_column(ROW, list(range(count))), ids
+
+
+class FiniteGuard(FiniteSteps):
+    """Stops at the first loss, gradient or weight that is not finite and names the pair; see ``FiniteSteps``.
+
+    Args:
+        ids: id of the pair in row r of the training table.
+        pair_loss: batch of one pair -> its loss, for the search of the pair whose gradient is not finite.
+        scaled: a loss scaler is in use.
+    """
+
+    def __init__(self, ids: Sequence[str], pair_loss: Callable[[dict[str, Any]], Tensor], *, scaled: bool) -> None:
+        super().__init__(scaled=scaled)
+        self.ids = ids
+        self.pair_loss = pair_loss
+        self._batches: list[dict[str, Any]] = []
+        self._searching = False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the batches of the step before."""
+        super().on_step_begin(args, state, control, **kwargs)
+        self._batches = []
+
+    def look(self, inputs: dict[str, Any], losses: Tensor, numbers: dict[str, Tensor | None]) -> None:
+        """Look at the losses of one batch.
+
+        Args:
+            inputs: the batch; ``row`` [B] says which pairs they are.
+            losses: [B], weight times loss.
+            numbers: what the losses were computed from, each [B], to be shown.
+
+        Raises:
+            NumericsError: a loss is not finite.
+        """
+        if self._searching or ROW not in inputs:
+            return
+        self._batches.append(inputs)
+        names = self._ids(inputs)
+        self.pairs += [names[k] for k in only_real(torch.arange(len(names)), inputs.get(REAL)).tolist()]
+        if all_finite([losses.detach()]):
+            return
+        bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
+        shown = [f"{name} {float(values[bad[0]]):.6g}" for name, values in numbers.items() if values is not None]
+        self.stop("loss", [names[k] for k in bad], f"is {float(losses[bad[0]])} ({', '.join(shown)})")
+
+    def pairs_at_fault(self, model: nn.Module) -> list[str]:
+        """One backward pass a pair; none with several processes, or where only the sum of the gradients overflows."""
+        self._searching = True
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        found = []
+        for batch in () if several else self._batches:
+            for k, name in enumerate(self._ids(batch)):
+                model.zero_grad()
+                self.pair_loss(trim(batch, torch.tensor([k]))).backward()
+                if not math.isfinite(gradient_norm(model)):
+                    found.append(name)
+        self._searching = False
+        return found
+
+    def _ids(self, batch: dict[str, Any]) -> list[str]:
+        return [self.ids[row] for row in batch[ROW].tolist()]

@@ -1,0 +1,108 @@
+"""What a step logs about its pairs: trl's metric names, then the weight's and the margin's."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from align.losses.margin_weights import effective_sample_size, margin_regions
+from align.losses.pairwise import PairLogps
+from align.models.logps import SequenceLogps
+
+Gather = Callable[[Tensor], Tensor]
+
+
+class PairMetrics:
+    """Collects the pairs of the micro-batches of one step; ``flush`` turns them into numbers over all processes.
+
+    Args:
+        beta: scale of the implicit rewards.
+        tau: edge of the margin regions.
+    """
+
+    def __init__(self, *, beta: float, tau: float) -> None:
+        self.beta = beta
+        self.tau = tau
+        self._pairs: list[Tensor] = []
+        self._tokens: list[Tensor] = []
+        self._has_margin = False
+
+    def add(
+        self,
+        policy: SequenceLogps,
+        logps: PairLogps,
+        weight: Tensor,
+        margin: Tensor | None,
+        real: Tensor | None = None,
+    ) -> None:
+        """Keep what ``flush`` needs of one micro-batch; ``real`` [B] says which pairs count, all where None."""
+        counts = torch.ones_like(weight) if real is None else real.to(weight)
+        self._has_margin = margin is not None
+        self._pairs.append(
+            torch.stack(
+                [
+                    logps.chosen.detach().float(),
+                    logps.rejected.detach().float(),
+                    logps.ref_chosen.float(),
+                    logps.ref_rejected.float(),
+                    weight,
+                    margin if margin is not None else torch.zeros_like(weight),
+                    counts,
+                ]
+            ).T
+        )
+        tokens = policy.tokens
+        sides = [
+            (values.detach() * counts.repeat(2)[:, None]).chunk(2)
+            for values in (tokens.entropy, tokens.mean_logit, tokens.top1)
+        ]
+        (entropy_w, entropy_l), (logit_w, logit_l), (hit_w, _) = sides
+        self._tokens.append(
+            torch.stack(
+                [
+                    entropy_w.sum() + entropy_l.sum(),
+                    logit_w.sum(),
+                    logit_l.sum(),
+                    hit_w.sum(),
+                    (policy.chosen_length * counts).sum().float(),
+                    (policy.rejected_length * counts).sum().float(),
+                ]
+            )
+        )
+
+    def flush(self, gather: Gather) -> dict[str, float]:
+        """Means over the pairs and tokens of all processes since the last flush.
+
+        Args:
+            gather: concatenates a tensor over processes along its first dimension; called twice.
+        """
+        pairs = gather(torch.cat(self._pairs).contiguous())
+        tokens = gather(torch.stack(self._tokens).sum(dim=0, keepdim=True)).sum(dim=0)
+        self._pairs, self._tokens = [], []
+        chosen, rejected, ref_chosen, ref_rejected, weight, margin = pairs[pairs[:, -1] > 0, :-1].T
+        chosen_change, rejected_change = chosen - ref_chosen, rejected - ref_rejected
+        gap = chosen_change - rejected_change
+        entropy, logits_w, logits_l, hits, n_w, n_l = tokens.tolist()
+        values: dict[str, Tensor | float] = {
+            "rewards/chosen": self.beta * chosen_change.mean(),
+            "rewards/rejected": self.beta * rejected_change.mean(),
+            "rewards/accuracies": (gap > 0).float().mean(),
+            "rewards/margins": self.beta * gap.mean(),
+            "logps/chosen": chosen.mean(),
+            "logps/rejected": rejected.mean(),
+            "logps/chosen_change": chosen_change.mean(),
+            "logps/rejected_change": rejected_change.mean(),
+            "weight/mean": weight.mean(),
+            "weight/min": weight.min(),
+            "weight/max": weight.max(),
+            "weight/ess_share": effective_sample_size(weight) / weight.numel(),
+            "entropy": entropy / max(n_w + n_l, 1),
+            "logits/chosen": logits_w / max(n_w, 1),
+            "logits/rejected": logits_l / max(n_l, 1),
+            "mean_token_accuracy": hits / max(n_w, 1),
+        }
+        if self._has_margin:
+            values["margin/disagreement"] = (margin < 0).float().mean()
+            for region, share in margin_regions(margin, self.tau).items():
+                values[f"margin/share {region}"] = share
+        return {name: float(value) for name, value in values.items()}

@@ -1,0 +1,149 @@
+"""Linear policies on frozen features, trained under every setting and judged by labels that they have not seen.
+
+A policy near its reference has log-ratio gaps that are linear in the features of its last layer, so a linear model of
+the pair's feature difference x stands in for the policy: beta h = x theta. It is trained with the loss that the policy
+would be trained with (align/losses/margin_weights.py: ``trusted_label``).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.special import expit
+
+from align.losses.margin_weights import MADPO_TAU, trusted_label
+from align.trust.newton import minimise
+from align.trust.slope import calibrated_slope
+
+TRUSTS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+STRENGTHS = (0.0, 0.5, 1.0)
+SPREADS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
+"""Standard deviations of x theta before any label is seen: from a policy that learns next to nothing to one held by
+nothing. They stand for the ridges that a policy's learning rate and number of steps stand for."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Setting:
+    """Trust t in the margin, strength g of MADPO's weight on the label's part."""
+
+    trust: float
+    strength: float
+
+
+DPO, MADPO, SOFT = Setting(0.0, 0.0), Setting(0.0, 1.0), Setting(1.0, 0.0)
+GRID = (*(Setting(t, g) for t in TRUSTS if t < 1 for g in STRENGTHS), SOFT)
+"""Every (t, g); at t = 1 the label has no part, so g has none either."""
+
+
+@dataclass(frozen=True, slots=True)
+class MadpoShape:
+    """Parameters of MADPO's weight."""
+
+    c_max: float = 2.0
+    c_min: float = 0.5
+    lam: float = 1.0
+    tau: float = MADPO_TAU
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The losses and ridges that are tried; column k * len(spreads) + j is grid[k] at spreads[j]."""
+
+    grid: tuple[Setting, ...] = GRID
+    spreads: tuple[float, ...] = SPREADS
+    madpo: MadpoShape = field(default_factory=MadpoShape)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What labels say of policies that have not seen them."""
+
+    loglik: np.ndarray
+    """[N, settings, spreads], nats: log-likelihood of each pair's label, mean over the repeats."""
+    margin_alone: np.ndarray
+    """[N], nats: log sigmoid(b m) with the slope of the other folds."""
+    slope: float
+    """b calibrated on all pairs."""
+
+
+def scaled(features: np.ndarray) -> np.ndarray:
+    """Features [N, D] times one number, so that the mean of |x|^2 is D; no centring, for a difference has a sign."""
+    return features / np.sqrt(np.square(features).mean())
+
+
+def fit(features: np.ndarray, margin: np.ndarray, slope: float, family: Family) -> np.ndarray:
+    """theta [D, settings, spreads] of every policy, trained on all the pairs given.
+
+    Args:
+        features: x [N, D] as ``scaled`` makes them.
+        margin: m [N].
+        slope: b.
+        family: what to train.
+    """
+    target, weight = _labels(margin, slope, family)
+    size, count = features.shape[1], len(family.spreads)
+    ridge = np.tile(size / np.square(family.spreads), len(family.grid))
+
+    def slopes(logits: np.ndarray, settings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        p, w = expit(logits), weight[:, settings // count]
+        return w * (p - target[:, settings // count]), w * p * (1 - p)
+
+    theta = minimise(features, slopes, np.zeros((size, len(ridge))), np.tile(ridge, (size, 1)))
+    return theta.reshape(size, len(family.grid), count)
+
+
+def held_out(
+    features: np.ndarray, margin: np.ndarray, folds: Sequence[np.ndarray], family: Family, *, every: int = 1
+) -> HeldOut:
+    """Cross-validated log-likelihood of every label under policies, and a slope, that have not seen it.
+
+    Args:
+        features: x [N, D] as ``scaled`` makes them.
+        margin: m [N].
+        folds: for each repeat the fold [N] of every pair.
+        family: what to train.
+        every: train on every so manieth pair of the other folds only (learning curves).
+    """
+    loglik = np.zeros((len(margin), len(family.grid), len(family.spreads)))
+    alone = np.zeros(len(margin))
+    overall = calibrated_slope(margin)
+    for fold in folds:
+        for number in np.unique(fold):
+            test = fold == number
+            train = np.flatnonzero(~test)[::every]
+            slope = calibrated_slope(margin[train]) if (margin[train] < 0).any() else overall
+            theta = fit(features[train], margin[train], slope, family)
+            loglik[test] += log_sigmoid(np.tensordot(features[test], theta, axes=1))
+            alone[test] += log_sigmoid(slope * margin[test])
+    return HeldOut(loglik / len(folds), alone / len(folds), overall)
+
+
+def without_leak(found: HeldOut, family: Family) -> np.ndarray:
+    """Held-out log-likelihoods [N, settings, spreads] where margins come from these same labels, their leak taken off.
+
+    A cross-fitted margin has not seen its own pair's label, but those of the other pairs have: what a policy learns
+    from them has seen every label, also those of the fold that judges it. sigmoid(b m) by itself has not. By as much as
+    soft labels seem to do better than that, the margin's part in the loss, t + (1 - t) g, is flattered.
+    """
+    soft = found.loglik[:, family.grid.index(SOFT)].mean(axis=0).max()
+    leak = max(0.0, float(soft - found.margin_alone.mean()))
+    part = np.array([s.trust + (1 - s.trust) * s.strength for s in family.grid])
+    return found.loglik - leak * part[None, :, None]
+
+
+def log_sigmoid(x: np.ndarray) -> np.ndarray:
+    """log sigmoid(x), stable."""
+    return np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x)))
+
+
+def _labels(margin: np.ndarray, slope: float, family: Family) -> tuple[np.ndarray, np.ndarray]:
+    """Target and weight [N, settings] of the loss ``trust``."""
+    m = torch.from_numpy(np.ascontiguousarray(margin, dtype=np.float64))
+    shape = {name: getattr(family.madpo, name) for name in ("c_max", "c_min", "lam", "tau")}
+    columns = [
+        trusted_label(m, slope=slope, trust=setting.trust, strength=setting.strength, **shape)
+        for setting in family.grid
+    ]
+    target, weight = (torch.stack(values, dim=1).numpy() for values in zip(*columns, strict=True))
+    return target, weight

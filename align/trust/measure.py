@@ -1,0 +1,117 @@
+"""Measure how far to trust labels and margins: linear stand-ins judged on labels that they have not seen."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from align.data.splits import folds_by_prompt
+from align.data.text import words
+from align.errors import DataError
+from align.io.console import log
+from align.io.files import read_json
+from align.trust.analysis import analyse
+from align.trust.linear_proxy import Family
+from align.trust.shared_errors import shared_error_signs
+
+FEWEST = 50
+FOLDS, REPEATS = 5, 3
+SOURCES = ("outside", "cross-fitted", "in-sample")
+
+
+def measure(pairs: Dataset, model: str, cache: Path, *, origin: str, max_length: int, seed: int) -> dict[str, Any]:
+    """``analyse`` on a pair table, with signs of shared errors and the seconds of each part.
+
+    Args:
+        pairs: pair table that passed ``check_margins``.
+        model: reference, hub id or folder.
+        cache: folder that keeps the features.
+        origin: where the margins come from.
+        max_length: tokens of prompt and response together.
+        seed: of the folds and the bootstrap.
+    """
+    import time
+
+    from align.trust.features import pair_features, reduce
+
+    start = time.monotonic()
+    differences = pair_features(pairs, model, cache, max_length=max_length)
+    done = time.monotonic()
+    log.info("trust: %d pairs, features in %.0f s, now the proxy", len(pairs), done - start)
+    margin = np.asarray(pairs["margin"], dtype=np.float64)
+    folds = [folds_by_prompt(pairs, FOLDS, seed + repeat) for repeat in range(REPEATS)]
+    same_labels = origin in ("cross-fitted", "in-sample")
+    found = analyse(reduce(differences), margin, folds, Family(), same_labels=same_labels, seed=seed)
+    lengths = np.array([len(words(row["chosen"])) - len(words(row["rejected"])) for row in pairs], dtype=np.float64)
+    groups = [str(group) for group in pairs["group"]] if "group" in pairs.column_names else None
+    found["signs"] = shared_error_signs(margin, lengths, groups)
+    found["seconds"] = {"features": done - start, "proxy": time.monotonic() - done}
+    return found
+
+
+def loss_parameters(found: dict[str, Any]) -> dict[str, float]:
+    """Of what ``measure`` found, the parameters of the loss ``trust``."""
+    return {"slope": found["slope"], "trust": found["chosen"]["trust"], "strength": found["chosen"]["strength"]}
+
+
+def margin_source(table: Path) -> str:
+    """Where the run that wrote ``table`` says its margins come from; ``unknown`` where no run says it."""
+    for folder in (table, table.parent):
+        notes = folder.parent / "metrics.json"
+        if notes.exists():
+            said = read_json(notes)
+            if isinstance(said, dict) and said.get("margins") in SOURCES:
+                return str(said["margins"])
+    return "unknown"
+
+
+def check_margins(pairs: Dataset, origin: str, where: str, *, allow_in_sample: bool) -> None:
+    """Whether anything can be learned from the margins of a table.
+
+    Raises:
+        DataError: too few pairs, no margin or some missing, all equal, all of the label's sign, or in-sample.
+    """
+    if "margin" not in pairs.column_names:
+        raise DataError(
+            f"{where}: the pairs have no `margin` column",
+            code="trust-margins",
+            hint="run `align reward score` first, or name the column with --column margin=...",
+        )
+    values = pairs["margin"]
+    missing = [str(name) for name, value in zip(pairs["id"], values, strict=True) if value is None]
+    if missing:
+        raise DataError(
+            f"{where}: found {len(missing)} of {len(values)} pairs without a margin (first: {missing[0]}), expected "
+            "one for each",
+            code="trust-margins",
+            hint="score them with `align reward score`, or leave them out",
+        )
+    if len(values) < FEWEST:
+        raise DataError(
+            f"{where}: found {len(values)} pairs, expected at least {FEWEST}: fewer labels cannot tell settings apart",
+            code="trust-too-few",
+            hint="train with plain DPO or MADPO, or collect more pairs",
+        )
+    margin = np.asarray(values, dtype=np.float64)
+    if np.ptp(margin) == 0:
+        raise DataError(
+            f"{where}: found the same margin ({margin[0]:g}) for every pair, expected margins that differ",
+            code="trust-margins",
+            hint="look at the reward model: a constant tells nothing",
+        )
+    if (margin >= 0).all() or (margin <= 0).all():
+        agree = "agrees with" if (margin >= 0).all() else "contradicts"
+        raise DataError(
+            f"{where}: found that the margin {agree} the label of every pair, expected some of each: such labels "
+            "were made from the margins, or the margins from the labels, and cannot judge each other",
+            code="trust-margins",
+            hint="use margins of a reward model that has not seen these labels",
+        )
+    if origin == "in-sample" and not allow_in_sample:
+        raise DataError(
+            f"{where}: found in-sample margins (each by a reward model that has seen the pair's label), expected "
+            "cross-fitted or outside ones: such margins repeat the labels and would be believed for it",
+            code="trust-in-sample",
+            hint="set reward.folds: 5, or insist with --allow-in-sample",
+        )

@@ -1,0 +1,161 @@
+"""Linear heads on frozen features: a reward model in seconds, and the baseline that a fine-tuned one has to beat.
+
+Legend: N pairs, D features; a head is a vector w [D] and the reward of a text with features e is e w.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from scipy.optimize import minimize
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from align.config import RewardConfig
+from align.data.splits import folds_by_prompt
+from align.errors import ModelError
+from align.io.console import log
+from reward_models.features import head_features
+from reward_models.score import RewardScorer
+from reward_models.tokenization import pair_texts, told_apart
+
+Loss = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+"""(rewards of chosen [N], of rejected [N], columns) -> loss [N]."""
+PENALTIES = tuple(float(value) for value in 10.0 ** np.arange(4, -3, -1))
+FOLDS = 5
+NOISE = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Count, sums and sums of squares of feature differences; those of two sets of pairs add up."""
+
+    count: int
+    sums: np.ndarray
+    """[D]."""
+    squares: np.ndarray
+    """[D]."""
+
+    @classmethod
+    def of(cls, differences: np.ndarray) -> "Moments":
+        """Of differences [N, D], chosen minus rejected."""
+        return cls(len(differences), differences.sum(axis=0), np.square(differences).sum(axis=0))
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.count + other.count, self.sums + other.sums, self.squares + other.squares)
+
+    def naive_bayes(self) -> np.ndarray:
+        """Head [D] of Gaussian naive Bayes on differences in both orders: w_j = 2 mean_j / variance_j.
+
+        With d as one class and -d as the other the means are +-mean, the variances shared, and the log-odds of "the
+        first is better" are 2 sum_j mean_j d_j / variance_j (arXiv 2302.02334 compares it with logistic regression).
+        """
+        mean = self.sums / self.count
+        variance = self.squares / self.count - mean**2
+        floor = NOISE * max(float(variance.max()), np.finfo(np.float64).tiny)
+        head: np.ndarray = 2 * mean / np.maximum(variance, floor)
+        return head
+
+
+def fit_linear(
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    loss: Loss,
+    columns: Mapping[str, Tensor],
+    *,
+    penalty: float,
+    start: np.ndarray | None = None,
+) -> np.ndarray:
+    """Head [D] that minimises  sum of the loss + penalty |w s|^2 / 2,  s the root mean squares of the differences.
+
+    Args:
+        chosen: features [N, D].
+        rejected: features [N, D].
+        loss: of two rewards.
+        columns: what it reads beside them.
+        penalty: above 0.
+        start: where the search begins, [D]; zeros where None.
+    """
+    scale = _scale(chosen - rejected)
+    high, low = (torch.from_numpy(features / scale) for features in (chosen, rejected))
+
+    def value(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        w = torch.from_numpy(weights).requires_grad_()
+        total = loss(high @ w, low @ w, columns).sum() + penalty * (w @ w) / 2
+        (gradient,) = torch.autograd.grad(total, w)
+        return float(total.detach()), gradient.numpy()
+
+    first = np.zeros(chosen.shape[1]) if start is None else start * scale
+    found: np.ndarray = minimize(value, first, jac=True, method="L-BFGS-B", options={"maxiter": 300}).x
+    return found / scale
+
+
+def fit_logistic(chosen: np.ndarray, rejected: np.ndarray, fold: np.ndarray) -> tuple[np.ndarray, float]:
+    """Head [D] of penalised logistic regression, and the penalty with the best log-loss over the folds [N]."""
+    losses = np.zeros(len(PENALTIES))
+    for number in np.unique(fold):
+        inside = fold == number
+        head: np.ndarray | None = None
+        for k, penalty in enumerate(PENALTIES):
+            head = fit_linear(chosen[~inside], rejected[~inside], _logistic, {}, penalty=penalty, start=head)
+            losses[k] += np.logaddexp(0.0, -(chosen[inside] - rejected[inside]) @ head).sum()
+    best = PENALTIES[int(losses.argmin())]
+    return fit_linear(chosen, rejected, _logistic, {}, penalty=best), best
+
+
+def train_head(
+    train: Dataset, config: RewardConfig, *, seed: int, cache: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The backbone with a fitted head in place of its own, and its tokenizer.
+
+    Args:
+        train: pair table.
+        config: ``model``, ``head`` (logistic or naive-bayes), batch and length.
+        seed: of the folds, and of layers that the backbone lacks.
+        cache: folder that keeps the features for a stopped pass, or None.
+
+    Raises:
+        ModelError: the model's head is not one linear layer.
+    """
+    transformers.set_seed(seed)
+    scorer = RewardScorer(
+        config.model,
+        batch_tokens=config.batch_tokens,
+        max_length=config.max_length,
+        trust_remote_code=config.trusts_remote_code,
+        new_head=True,
+    )
+    layer = getattr(scorer.model, "score", None) or getattr(scorer.model, "classifier", None)
+    if not isinstance(layer, nn.Linear):
+        raise ModelError(
+            f"{config.model}: its head is a {type(layer).__name__}, expected one linear layer, for reward.head",
+            code="reward-head",
+            hint="use `reward.head: full`",
+        )
+    read = pair_texts(train, scorer.tokenizer, scorer.max_length)
+    kept = told_apart(read.alike, scorer.max_length)
+    train = train.select(kept)
+    chosen, rejected = np.split(head_features(scorer, read.of(kept).texts, cache), 2)
+    if config.head == "naive-bayes":
+        head = Moments.of(chosen - rejected).naive_bayes()
+    else:
+        head, penalty = fit_logistic(chosen, rejected, folds_by_prompt(train, min(FOLDS, len(train)), seed))
+        log.info("logistic head on %d features: penalty %g by %d folds", len(head), penalty, FOLDS)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(head).to(layer.weight)[None])
+        if layer.bias is not None:
+            layer.bias.zero_()
+    return scorer.model.cpu(), scorer.tokenizer
+
+
+def _logistic(chosen: Tensor, rejected: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
+    return -nn.functional.logsigmoid(chosen - rejected)
+
+
+def _scale(differences: np.ndarray) -> np.ndarray:
+    spread: np.ndarray = np.sqrt(np.square(differences).mean(axis=0))
+    return np.where(spread > NOISE * max(float(spread.max()), np.finfo(np.float64).tiny), spread, 1.0)

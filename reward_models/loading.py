@@ -1,0 +1,58 @@
+"""Loading a reward model: any backbone with a one-logit classification head, and its tokenizer."""
+
+from pathlib import Path
+
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from align.io.console import log
+from align.models.folders import check_model_folder, check_vocabulary, loading, refuse_new_weights
+
+POSITIONS = ("position_embeddings", "wpe", "embed_positions")
+"""What transformers' models call their tables of positions."""
+
+
+def load_reward_model(
+    model: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False, new_head: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model with one output and its tokenizer; where there is no padding token, end-of-sequence pads.
+
+    Args:
+        model: folder or hub id.
+        dtype: of the weights.
+        trust_remote_code: code that comes with the model may run.
+        new_head: the model may be a backbone, which gets a random head, to be trained or not to be read.
+
+    Raises:
+        ModelError: model or tokenizer cannot be loaded, or the model has a head with more than one output, or none.
+    """
+    check_model_folder(str(model), rewards=True)
+    with loading(str(model), "cannot be loaded as a reward model"):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        loaded, found = AutoModelForSequenceClassification.from_pretrained(
+            model, num_labels=1, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    if not new_head:
+        refuse_new_weights(str(model), loaded, found["missing_keys"], "a reward model")
+    check_vocabulary(str(model), len(tokenizer), loaded.get_input_embeddings().weight.shape[0])
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    loaded.config.pad_token_id = tokenizer.pad_token_id
+    return loaded, tokenizer
+
+
+def fitting_length(model: PreTrainedModel, max_length: int) -> int:
+    """``max_length``, or fewer tokens where the model has a table of positions that ends before it (BERT, GPT-2)."""
+    places = [
+        module.num_embeddings
+        - (0 if module.padding_idx is None else module.padding_idx + 1)
+        - getattr(module, "offset", 0)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in POSITIONS and isinstance(module, nn.Embedding)
+    ]
+    most = min([max_length, *places])
+    if most < max_length:
+        log.warning("%s: takes %d tokens at most, longer texts are cut", model.name_or_path, most)
+    return most

@@ -1,0 +1,90 @@
+"""How far a set of margins can be trusted, from the margins of pairs whose label is known (chosen over rejected)."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import expit
+
+from align.stats import Estimate, bootstrap_share
+
+BINS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Pairs whose confidence max(p, 1 - p), p = sigmoid(margin), lies in [low, high)."""
+
+    low: float
+    high: float
+    confidence: float
+    """Mean confidence of the pairs in the bin."""
+    accuracy: float
+    """Share of them whose margin agrees with the label."""
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class MarginMetrics:
+    """Accuracy (ties count half) with its interval, log-loss (nats), Brier score, calibration, reliability bins."""
+
+    n: int
+    accuracy: Estimate
+    log_loss: float
+    brier: float
+    """Mean squared distance of sigmoid(margin) from 1, the label; 0.25 where the margins are all 0."""
+    ece: float
+    mean_abs_margin: float
+    bins: tuple[Bin, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def evaluate_margins(margins: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None) -> MarginMetrics:
+    """Metrics of margins [N] of pairs whose chosen response is the labelled one.
+
+    Args:
+        margins: reward of chosen less reward of rejected.
+        seed: of the interval.
+        clusters: of the pairs, [N] (``align.pairs.clusters_of``); absent: each pair is an independent draw.
+
+    Raises:
+        ValueError: no margins, or one that is not finite.
+    """
+    m = np.asarray(margins, dtype=np.float64)
+    if m.size == 0 or not np.isfinite(m).all():
+        raise ValueError(f"margins must be finite and at least one, got {m.size} with {np.isfinite(m).sum()} finite")
+    right = np.where(m == 0, 0.5, m > 0)
+    bins = reliability_bins(m)
+    ece = sum(item.count * abs(item.accuracy - item.confidence) for item in bins) / m.size
+    return MarginMetrics(
+        n=int(m.size),
+        accuracy=bootstrap_share(right, seed=seed, clusters=clusters),
+        log_loss=float(np.logaddexp(0.0, -m).mean()),
+        brier=float(np.mean(expit(-m) ** 2)),
+        ece=float(ece),
+        mean_abs_margin=float(np.abs(m).mean()),
+        bins=bins,
+    )
+
+
+def reliability_bins(margins: np.ndarray) -> tuple[Bin, ...]:
+    """Non-empty bins of equal width over the confidence in [0.5, 1]."""
+    confidence = 1.0 / (1.0 + np.exp(-np.minimum(np.abs(margins), 700.0)))
+    right = np.where(margins == 0, 0.5, margins > 0)
+    edges = np.linspace(0.5, 1.0, BINS + 1)
+    which = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, BINS - 1)
+    return tuple(
+        Bin(
+            low=float(edges[k]),
+            high=float(edges[k + 1]),
+            confidence=float(confidence[which == k].mean()),
+            accuracy=float(right[which == k].mean()),
+            count=int((which == k).sum()),
+        )
+        for k in range(BINS)
+        if (which == k).any()
+    )

@@ -1,0 +1,221 @@
+"""Judges that say which of two responses is better, behind one protocol; judges that give a number serve as such too.
+
+``vader`` is the independent gold judge. A folder or hub id is a reward model. ``llm:`` before one is a language model
+that is asked which of two responses is better, ``yes-no:`` one that is asked of each response whether it is good.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from align.data.text import plain
+from align.errors import ConfigError
+from align.io.console import progress
+from align.models.batching import token_batches
+from align.models.folders import fingerprint_model
+from reward_models.judges import JUDGES, YES_NO, Judge, make_judge
+from reward_models.score import REWARDS
+
+LANGUAGE_MODEL = "llm:"
+BATCH_TOKENS = 4096
+MAX_LENGTH = 1024
+LABELS = (" A", " B")
+QUESTION = (
+    "Which of two responses to the same prompt is better?\n\nPrompt: {prompt}\n\nResponse A: {first}\n\n"
+    "Response B: {second}\n\n"
+)
+FIELDS = r"\{prompt\}|\{first\}|\{second\}"
+ANSWER = "The better response is Response"
+"""What the judge has already said; its next token is a label."""
+
+
+class PairwiseJudge(Protocol):
+    """Anything that prefers one of two responses. It may be biased to the first: it is asked in both orders."""
+
+    name: str
+
+    def prefer(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> np.ndarray:
+        """Preference for the first response, [N], in [0, 1]: 1 the first, 0 the second, 0.5 a tie."""
+
+
+class ByScore:
+    """The pairwise judge that prefers the larger score of a judge that gives numbers; equal scores are a tie."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self.name = judge.name
+
+    def prefer(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> np.ndarray:
+        """1 where the first scores higher, 0 where lower, 0.5 where equal, [N]."""
+        return from_scores(self.judge.score(prompts, first), self.judge.score(prompts, second))
+
+
+class RewardModelJudge:
+    """A reward model, an ensemble's mean, as a judge; no gold one of a policy trained on its rewards or margins.
+
+    Args:
+        model: folder or hub id.
+        max_length: tokens per text; longer ones are cut from the right.
+
+    Raises:
+        ModelError: it cannot be loaded as one.
+    """
+
+    def __init__(self, model: str, *, max_length: int = MAX_LENGTH) -> None:
+        from reward_models.ensemble import EnsembleScorer
+
+        self.name = model
+        self._scorer = EnsembleScorer(model, batch_tokens=BATCH_TOKENS, max_length=max_length)
+
+    def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
+        """Reward of each, float64 [N]."""
+        return self._scorer.score_completions(prompts, completions)
+
+
+class LanguageModelJudge:
+    """A causal language model that reads both responses and names one.
+
+    Its preference is P(A) / (P(A) + P(B)), the probabilities of the two labels as the next token; the question goes
+    through its chat template where it has one. Texts are never read as special tokens, so a response cannot end its
+    own turn and answer in the judge's place. Of texts that do not fit, the prompt loses its beginning and both
+    responses their ends, after equally many tokens; the question itself is never cut.
+
+    Args:
+        model: folder or hub id.
+        max_length: tokens of one question.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        ConfigError: its tokenizer does not tell the two labels apart by one token, or its chat template leaves out
+            what it is given.
+    """
+
+    def __init__(self, model: str, *, max_length: int = MAX_LENGTH) -> None:
+        import torch
+
+        from align.models.loading import load_policy, load_tokenizer
+
+        self.name = LANGUAGE_MODEL + model
+        self._tokenizer = load_tokenizer(model)
+        self._labels = [self._tokenizer(label, add_special_tokens=False)["input_ids"][-1] for label in LABELS]
+        if self._labels[0] == self._labels[1]:
+            raise ConfigError(
+                f"judge {self.name}: its tokenizer reads {LABELS[0]!r} and {LABELS[1]!r} as the same token",
+                code="eval-judge",
+                hint="use another language model",
+            )
+        self._frame = self._pieces()
+        self._room = max_length - sum(len(piece) for piece in self._frame)
+        self._model = load_policy(model, dtype="float32").to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def prefer(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> np.ndarray:
+        """Probability of the label of the first response against that of the second, [N]."""
+        import torch
+
+        rows = [self._question(*texts) for texts in zip(prompts, first, second, strict=True)]
+        found = np.empty(len(rows))
+        batches = token_batches([len(row) for row in rows], BATCH_TOKENS)
+        device, pad = self._model.device, self._tokenizer.pad_token_id
+        with torch.inference_mode():
+            for batch in progress(batches, what="judging", total=len(batches), unit="batches"):
+                width = max(len(rows[k]) for k in batch)
+                ids = torch.tensor([rows[k] + [pad] * (width - len(rows[k])) for k in batch], device=device)
+                mask = torch.tensor([[1] * len(rows[k]) + [0] * (width - len(rows[k])) for k in batch], device=device)
+                logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                last = torch.tensor([len(rows[k]) - 1 for k in batch], device=device)
+                labels = logits[torch.arange(len(batch), device=device), last][:, self._labels].double()
+                found[batch] = labels.softmax(dim=-1)[:, 0].cpu().numpy()
+        return found
+
+    def _pieces(self) -> list[list[int]]:
+        """Token ids of the four pieces of the question around the three texts."""
+        plainly = self._tokenizer.chat_template is None
+        text = QUESTION
+        if not plainly:
+            turn = [{"role": "user", "content": QUESTION.strip()}]
+            text = str(self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+        pieces = re.split(FIELDS, text + ANSWER)
+        if len(pieces) != 4:
+            raise ConfigError(
+                f"judge {self.name}: its chat template does not give a message back as it was",
+                code="eval-judge",
+                hint="use another language model",
+            )
+        found = [
+            list(self._tokenizer(piece, add_special_tokens=plainly and k == 0)["input_ids"])
+            for k, piece in enumerate(pieces)
+        ]
+        if plainly and found[0][-1:] == [self._tokenizer.eos_token_id]:
+            found[0].pop()
+        return found
+
+    def _question(self, prompt: Any, first: Any, second: Any) -> list[int]:
+        asked, one, other = (self._text_ids(plain(text)) for text in (prompt, first, second))
+        asked = asked[max(0, len(asked) - max(0, self._room // 3)) :]
+        share = max(0, self._room - len(asked)) // 2
+        before, between, among, after = self._frame
+        return [*before, *asked, *between, *one[:share], *among, *other[:share], *after]
+
+    def _text_ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def make_pairwise(name: str, max_length: int | None = None) -> PairwiseJudge:
+    """The judge called ``name``: one that gives numbers, or ``llm:`` and a language model.
+
+    Args:
+        name: see above.
+        max_length: tokens that a reward model reads of a text, or an ``llm:`` judge of a question; None: 1024.
+
+    Raises:
+        ConfigError: there is none of that name, or it has no such limit.
+        ModelError: the model cannot be loaded.
+    """
+    if name.startswith(LANGUAGE_MODEL):
+        return LanguageModelJudge(name.removeprefix(LANGUAGE_MODEL), max_length=max_length or MAX_LENGTH)
+    return ByScore(make_score_judge(name, max_length))
+
+
+def make_score_judge(name: str, max_length: int | None = None) -> Judge:
+    """A judge that gives numbers: ``vader``, ``yes-no:`` and a language model, or a reward model.
+
+    Args:
+        name: see above.
+        max_length: tokens that a reward model reads of a text; None: 1024.
+
+    Raises:
+        ConfigError: there is none of that name, it only prefers, or it has no such limit.
+        ModelError: the model cannot be loaded.
+    """
+    if name.startswith(LANGUAGE_MODEL):
+        raise ConfigError(
+            f"judge {name}: only says which of two is better, a number is needed here",
+            code="eval-judge",
+            hint="use `align eval compare` with it, or a reward model here",
+        )
+    asks = name.startswith(f"{YES_NO}:")
+    if name not in JUDGES and not asks and ("/" in name or Path(name).is_dir()):
+        return RewardModelJudge(name, max_length=max_length or MAX_LENGTH)
+    if max_length is not None:
+        raise ConfigError(
+            f"--max-length: found {max_length} for the judge {name}, expected a reward model or llm:MODEL",
+            code="eval-judge",
+            hint="leave it out",
+        )
+    return make_judge(name)
+
+
+def judge_key(name: str) -> str:
+    """What the verdicts of a judge depend on beside the texts: its name, the content of its model, how it reads."""
+    if name in JUDGES:
+        return name
+    kind = next((kind for kind in (LANGUAGE_MODEL, f"{YES_NO}:") if name.startswith(kind)), "")
+    return f"{kind}{REWARDS}:{fingerprint_model(name.removeprefix(kind))}"
+
+
+def from_scores(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Preference for the first, [N], from two scores [N]: the sign of their difference; equal scores are a tie."""
+    return 0.5 + 0.5 * np.sign(np.asarray(first) - np.asarray(second))

@@ -1,0 +1,126 @@
+"""Scoring completions with a reward model or a judge, a chunk at a time, so that a stopped scoring goes on."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.config import nearest
+from align.errors import ConfigError, NumericsError
+from align.io.array_cache import kept_array
+from align.models.folders import fingerprint_model
+from reward_models.judges import JUDGES, YES_NO, make_judge
+from reward_models.score import REWARDS
+
+CHUNK = 512
+Score = Callable[[Sequence[Any], Sequence[Any]], np.ndarray]
+"""(prompts [N], completions [N]) -> rewards, float64 [N]."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScorerChoice:
+    """A reward model or a judge, not loaded yet.
+
+    Raises:
+        ConfigError: none or both are named, or there is no such judge.
+    """
+
+    reward_model: str | None = None
+    """Folder or hub id."""
+    judge: str | None = None
+    """See ``make_judge``."""
+    batch_tokens: int = 4096
+    """Padded tokens per forward pass."""
+    max_length: int = 2048
+    """Tokens of one text."""
+
+    def __post_init__(self) -> None:
+        if (self.reward_model is None) == (self.judge is None):
+            raise ConfigError("give either a reward model or a judge", code="config-option")
+        if self.judge is not None and self.judge not in JUDGES and not self.probabilities:
+            known = [*JUDGES, f"{YES_NO}:MODEL"]
+            raise ConfigError(f"judge {self.judge!r} is not known{nearest(self.judge, known)}", code="judge-name")
+
+    @property
+    def name(self) -> str:
+        """As provenance."""
+        return self.reward_model or str(self.judge)
+
+    @property
+    def model(self) -> str:
+        """Folder or hub id whose content decides the scores; the judge's name where it has no model."""
+        return self.reward_model or str(self.judge).removeprefix(f"{YES_NO}:")
+
+    @property
+    def probabilities(self) -> bool:
+        """Whether the sigmoid of a reward is the P(yes) of a judge."""
+        return self.judge is not None and self.judge.startswith(f"{YES_NO}:") and self.judge != f"{YES_NO}:"
+
+    @property
+    def key(self) -> str:
+        """What its scores depend on beside settings and texts: the content of its model, and how it reads."""
+        return f"{REWARDS}:{fingerprint_model(self.model)}"
+
+    def load(self) -> Score:
+        """The scorer. Of a yes-no judge the reward is its log-odds, log P(yes) - log P(no): the sigmoid of a margin is
+        then the probability that the judge says yes to the chosen one, given that it says yes to exactly one of the
+        two.
+
+        Raises:
+            ModelError: the model cannot be used.
+        """
+        if self.probabilities:
+            from reward_models.llm_judges import YesNoJudge
+
+            return YesNoJudge(self.model, batch_tokens=self.batch_tokens, max_length=self.max_length).log_odds
+        if self.judge is not None:
+            return make_judge(self.judge).score
+        from reward_models.ensemble import EnsembleScorer
+
+        return EnsembleScorer(self.model, batch_tokens=self.batch_tokens, max_length=self.max_length).score_completions
+
+
+def scorer_called(name: str, *, batch_tokens: int, max_length: int) -> ScorerChoice:
+    """The scorer that one name stands for: a folder or hub id is a reward model, anything else a judge.
+
+    Raises:
+        ConfigError: there is no such judge.
+    """
+    is_model = not name.startswith(f"{YES_NO}:") and ("/" in name or Path(name).is_dir())
+    named = {"reward_model": name} if is_model else {"judge": name}
+    return ScorerChoice(**named, batch_tokens=batch_tokens, max_length=max_length)
+
+
+def score_in_chunks(
+    load: Callable[[], Score], prompts: Sequence[Any], completions: Sequence[Any], cache: Path
+) -> np.ndarray:
+    """Rewards [N] in the order given.
+
+    Args:
+        load: gives the scorer; called once, when the first chunk needs it.
+        prompts: N prompts.
+        completions: N completions.
+        cache: folder that keeps each finished chunk; valid for the same scorer, prompts and completions only.
+
+    Raises:
+        NumericsError: a score is not a finite number.
+    """
+    loaded = functools.cache(load)
+
+    def scores(start: int) -> np.ndarray:
+        part = slice(start, start + CHUNK)
+        found = loaded()(prompts[part], completions[part])
+        for place in np.flatnonzero(~np.isfinite(found))[:1]:
+            raise NumericsError(
+                f"completion {start + int(place) + 1}: found the score {found[place]}, expected a finite number",
+                code="score-not-finite",
+                hint="look at this completion; a reward model whose weights are whole scores every text",
+            )
+        return found
+
+    starts = range(0, len(prompts), CHUNK)
+    parts = [kept_array(cache / f"{start:010d}.npy", functools.partial(scores, start)) for start in starts]
+    return np.concatenate([np.empty(0), *parts])

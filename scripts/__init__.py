@@ -1,0 +1,1 @@
+"""Programs around the project, run as modules: python -m scripts.study.trust."""

@@ -1,0 +1,131 @@
+"""What measuring gradient entanglement along training costs: seconds of a measurement against seconds of a step.
+
+One training with `entanglement: {every: 4}` on random pairs; the steps between measurements are timed too, so both come
+from the same process and minute. Prints JSON with the share that `every: 50` adds.
+
+    python -m scripts.bench.entanglement_callback --model .assets/smollm2
+"""
+
+import argparse
+import json
+import logging
+import random
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from align.config import EntanglementConfig, LossConfig, TrainConfig
+from align.io.files import read_json
+from align.losses.registry import resolve
+from align.training.columns import add_weight
+from align.training.train import ENTANGLEMENT, attach_probe, make_trainer
+
+EVERY, USUAL = 4, 50
+WORDS = (
+    "the",
+    "film",
+    "plot",
+    "good",
+    "bad",
+    "slow",
+    "great",
+    "dull",
+    "was",
+    "with",
+    "and",
+    "story",
+    "scene",
+    "not",
+    "end",
+)
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+class Clock(TrainerCallback):
+    """Seconds from the beginning of each optimizer step to its end, before anything is measured."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start."""
+        self._start = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop."""
+        self.seconds.append(time.monotonic() - self._start)
+
+
+def random_pairs(count: int, prompt: int, completion: int) -> Dataset:
+    """Pairs of about this many tokens."""
+    rng = random.Random(0)
+
+    def text(words: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(words))
+
+    return Dataset.from_list(
+        [
+            {"id": str(k), "prompt": text(prompt), "chosen": f" {text(completion)}", "rejected": f" {text(completion)}"}
+            for k in range(count)
+        ]
+    )
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Median seconds of a step and of a measurement, and the share that one every ``USUAL`` steps adds."""
+    config = TrainConfig(
+        model=arguments.model,
+        methods={"dpo": LossConfig(loss="dpo")},
+        peft=LORA if arguments.lora else None,
+        entanglement=EntanglementConfig(every=EVERY, probes=arguments.probes),
+        trainer={
+            "max_steps": arguments.steps, "per_device_train_batch_size": arguments.pairs, "bf16": False,
+            "learning_rate": 1e-6, "report_to": "none", "gradient_checkpointing": False, "disable_tqdm": True,
+            "save_strategy": "no", "max_length": None,
+        },
+    )  # fmt: skip
+    pairs = random_pairs(arguments.pairs * 2, arguments.prompt, arguments.completion)
+    with TemporaryDirectory() as folder:
+        table, loss = add_weight(pairs, resolve("dpo", {}))
+        trainer = make_trainer(table, config, loss, Path(folder), seed=0, tau=2.0, reference_cache=None)
+        clock = Clock()
+        trainer.add_callback(clock)
+        attach_probe(trainer, config, Path(folder) / ENTANGLEMENT)
+        trainer.train()
+        measured = [record["seconds"] for record in read_json(Path(folder) / ENTANGLEMENT)]
+    step = statistics.median(clock.seconds[1:])
+    cost = statistics.median(measured)
+    return {
+        "lora": arguments.lora,
+        "step_seconds": step,
+        "measurement_seconds": cost,
+        "measurements": len(measured),
+        f"share_added_at_every_{USUAL}": cost / (USUAL * step),
+    }
+
+
+def main() -> None:
+    """Print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=".assets/smollm2")
+    parser.add_argument("--pairs", type=int, default=16, help="of a step")
+    parser.add_argument("--probes", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=24, help="words")
+    parser.add_argument("--completion", type=int, default=24, help="words")
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--lora", action="store_true")
+    arguments = parser.parse_args()
+    logging.getLogger("align").setLevel(logging.ERROR)
+    print(json.dumps(measure(arguments), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""One training step of a pair trainer: trl's DPOTrainer as it ships against ours, side by side in one process.
+
+Both trainers hold the same weights and see the same batches, in turns (A B A B). A step is what each trainer's
+``training_step`` does (forward, loss, backward, metrics), with reference log-probs precomputed; the optimizer's update,
+which is the same code for both, is not timed. Prints JSON.
+
+    python -m scripts.bench.training --model .assets/smollm2
+"""
+
+import argparse
+import gc
+import json
+import logging
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+from trl import DPOConfig, DPOTrainer
+
+from align.losses.registry import resolve
+from align.training.base.arguments import build_lora
+from align.training.columns import add_weight
+from align.training.trainer import PreferenceTrainer
+
+SHAPES = ((16, 24, 16), (32, 64, 8), (128, 64, 4), (256, 64, 4), (256, 256, 2))
+"""Prompt tokens, tokens of each completion, pairs a step."""
+KINDS = {
+    "trl": ("trl", "dpo"),
+    "concatenated": ("concatenated", "dpo"),
+    "shared_prefix": ("shared_prefix", "dpo"),
+    "shared_prefix madpo": ("shared_prefix", "madpo"),
+}
+"""Column -> layout (or trl's own trainer) and loss; ratios are to the first that is asked for."""
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+
+
+def random_pairs(prompt: int, completion: int, pairs: int, vocabulary: int) -> list[dict[str, Any]]:
+    """Rows of token ids of exactly these lengths, as trl's trainer has them after tokenization."""
+    generator = torch.Generator().manual_seed(prompt + completion)
+    sizes = {"prompt_ids": prompt, "chosen_ids": completion, "rejected_ids": completion}
+    return [
+        {name: torch.randint(10, vocabulary, (size,), generator=generator).tolist() for name, size in sizes.items()}
+        for _ in range(pairs)
+    ]
+
+
+def dialogue_pairs(pairs: int, vocabulary: int) -> list[dict[str, Any]]:
+    """Lengths like those of single- and multi-turn dialogue: log-normal, medians 96 and 64 tokens, at most 512."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(pairs):
+        row = {}
+        for name, median, spread in (("prompt_ids", 96, 0.8), ("chosen_ids", 64, 0.7), ("rejected_ids", 64, 0.7)):
+            size = int(median * torch.exp(spread * torch.randn((), generator=generator)))
+            row[name] = torch.randint(10, vocabulary, (min(max(size, 4), 512),), generator=generator).tolist()
+        rows.append(row)
+    return rows
+
+
+def gemm_peak() -> float:
+    """GFLOP/s of a square float32 product, the best of several."""
+    a = torch.randn(2048, 2048)
+    best = min(_timed(lambda: a @ a) for _ in range(8))
+    return 2 * 2048**3 / best / 1e9
+
+
+def own_products_rate(model: PreTrainedModel, rows: list[dict[str, Any]], lora: bool) -> float:
+    """GFLOP/s of a step's matrix products by themselves: each linear layer at the tokens that pass it.
+
+    Output, gradient at the input and, without an adapter, at the weight; nothing between them. It is what the machine
+    gives at these sizes, so no step made of the same products can be faster.
+    """
+    scored = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    tokens = scored + sum(len(row["prompt_ids"]) for row in rows)
+    head = model.get_output_embeddings()
+    shapes: dict[tuple[int, int, int], int] = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            shape = (scored if module is head else tokens, module.in_features, module.out_features)
+            shapes[shape] = shapes.get(shape, 0) + 1
+    flops = seconds = 0.0
+    for (count, inside, outside), times in shapes.items():
+        x, w, grad = torch.randn(count, inside), torch.randn(outside, inside), torch.randn(count, outside)
+        products = [lambda x=x, w=w: x @ w.T, lambda grad=grad, w=w: grad @ w]
+        if not lora:
+            products.append(lambda x=x, grad=grad: grad.T @ x)
+        for product in products:
+            flops += times * 2 * count * inside * outside
+            seconds += times * statistics.median(_timed(product) for _ in range(5))
+    return flops / seconds / 1e9
+
+
+def _timed(work: Any) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def build(kind: str, model: str, folder: Path, rows: list[dict[str, Any]], lora: bool, loss: str) -> Any:
+    """A trainer on ``model`` whose dataset are ``rows`` with reference log-probs of 0 and margins."""
+    arguments = DPOConfig(
+        output_dir=str(folder), per_device_train_batch_size=len(rows), beta=0.1, bf16=False, use_cpu=True, seed=0,
+        gradient_checkpointing=False, max_length=None, report_to="none", save_strategy="no", disable_tqdm=True,
+        precompute_ref_log_probs=True,
+    )  # fmt: skip
+    text = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c", "margin": 1.0}] * 2)
+    common = {
+        "model": AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        "args": arguments,
+        "processing_class": AutoTokenizer.from_pretrained(model),
+        "peft_config": build_lora(LORA, path="lora", task_type="CAUSAL_LM") if lora else None,
+    }
+    if kind == "trl":
+        return DPOTrainer(train_dataset=text.remove_columns("margin"), **common)
+    table, bound = add_weight(text, resolve(loss, {}))
+    return PreferenceTrainer(loss=bound, tau=2.0, train_dataset=table, layout=kind, **common)  # type: ignore[arg-type]
+
+
+def batch_of(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The collated rows, with zero reference log-probs and a weight."""
+    extra = {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
+    if isinstance(trainer, PreferenceTrainer):
+        extra |= {"margin": 1.0, "weight": 1.0}
+    return dict(trainer.data_collator([row | extra for row in rows]))
+
+
+def step(trainer: Any, batch: dict[str, Any]) -> tuple[float, float, float]:
+    """Seconds, loss and gradient norm of one step from zero gradients."""
+    trainer.model.zero_grad(set_to_none=True)
+    trainer.current_gradient_accumulation_steps = 1
+    found: list[torch.Tensor] = []
+    seconds = _timed(lambda: found.append(trainer.training_step(trainer.model, dict(batch))))
+    grads = [p.grad.double().norm() for p in trainer.model.parameters() if p.grad is not None]
+    return seconds, float(found[0]), float(torch.stack(grads).norm())
+
+
+def side_by_side(
+    kinds: dict[str, tuple[str, str]], model: str, rows: list[dict[str, Any]], lora: bool, rounds: int
+) -> dict[str, Any]:
+    """Median seconds of each kind, interleaved, and how far their losses and gradient norms differ."""
+    with TemporaryDirectory() as folder:
+        trainers = {n: build(kind, model, Path(folder) / n, rows, lora, loss) for n, (kind, loss) in kinds.items()}
+        batches = {name: batch_of(trainer, rows) for name, trainer in trainers.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in trainers}
+        losses, norms = {}, {}
+        for turn in range(rounds + 1):
+            for name, trainer in trainers.items():
+                took, losses[name], norms[name] = step(trainer, batches[name])
+                trainer.model.zero_grad(set_to_none=True)
+                if turn:
+                    seconds[name].append(took)
+    first = next(iter(losses))
+    ratios = {name: [a / b for a, b in zip(seconds[first], values, strict=True)] for name, values in seconds.items()}
+    return {
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "ratios": {name: statistics.median(values) for name, values in ratios.items()},
+        "ratios_ci": {name: bootstrap_median(values) for name, values in ratios.items()},
+        "loss_difference": {name: abs(losses[name] - losses[first]) for name in losses},
+        "gradient_norm_difference": {name: abs(norms[name] / norms[first] - 1) for name in norms},
+    }
+
+
+def bootstrap_median(values: list[float]) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the median over rounds."""
+    draws = np.random.default_rng(0).choice(values, size=(2_000, len(values)))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def profile(model: str, rows: list[dict[str, Any]], lora: bool) -> dict[str, float]:
+    """Share of one shared-prefix step's time that each kind of operation takes by itself, the ten largest."""
+    with TemporaryDirectory() as folder:
+        trainer = build("shared_prefix", model, Path(folder), rows, lora, "madpo")
+        batch = batch_of(trainer, rows)
+        step(trainer, batch)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            step(trainer, batch)
+    spent = {event.key: event.self_cpu_time_total for event in found.key_averages()}
+    total = sum(spent.values())
+    return {name: round(spent[name] / total, 3) for name in sorted(spent, key=lambda name: -spent[name])[:10]}
+
+
+def peak_memory(kind: str, model: str, rows_file: Path, lora: bool) -> dict[str, float]:
+    """MiB of resident memory before and at the peak of one step, in a process of its own."""
+    command = [sys.executable, __file__, "--model", model, "--memory-of", kind, "--rows", str(rows_file)]
+    done = subprocess.run(command + (["--lora"] if lora else []), check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure_memory(kind: str, model: str, rows: list[dict[str, Any]], lora: bool) -> dict[str, float]:
+    """See ``peak_memory``; runs in the child process."""
+    with TemporaryDirectory() as folder:
+        trainer = build(kind, model, Path(folder), rows, lora, "madpo")
+        batch = batch_of(trainer, rows)
+        gc.collect()
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+        step(trainer, batch)
+    high = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return {"before": before, "peak": int(high.split()[1]) / 1024}
+
+
+def body_and_head(model: PreTrainedModel) -> tuple[int, int]:
+    """Parameters that every token passes, and those of the output head; embeddings are looked up, not multiplied."""
+    head = model.get_output_embeddings().weight
+    embedding = model.get_input_embeddings().weight
+    tied = embedding.data_ptr() == head.data_ptr()
+    total = sum(p.numel() for p in model.parameters())
+    return total - embedding.numel() - (0 if tied else head.numel()), head.numel()
+
+
+def useful_flops(model: PreTrainedModel, rows: list[dict[str, Any]], lora: bool) -> float:
+    """FLOPs that the mathematics needs: prompts once, head at completions only, attention over its causal half."""
+    config = model.config
+    body, head = body_and_head(model)
+    factor = 4 if lora else 6
+    total = 0.0
+    for row in rows:
+        prompt, *sides = (len(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        total += factor * body * (prompt + sum(sides)) + factor * head * sum(sides)
+        pairs_of_tokens = prompt**2 / 2 + sum(side * prompt + side**2 / 2 for side in sides)
+        total += 6 * 2 * config.num_hidden_layers * config.hidden_size * pairs_of_tokens
+    return total
+
+
+def padded_flops(model: PreTrainedModel, rows: list[dict[str, Any]], lora: bool) -> float:
+    """FLOPs of the same step as padded rows [2B, T] whose every position passes the head and the whole attention."""
+    config = model.config
+    longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
+    tokens = 2 * len(rows) * longest
+    attention = 6 * 2 * config.num_hidden_layers * config.hidden_size * tokens * longest / 2
+    return (4 if lora else 6) * sum(body_and_head(model)) * tokens + attention
+
+
+def main() -> None:
+    """Run the shapes and print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=".assets/smollm2")
+    parser.add_argument("--shapes", nargs="*", default=[f"{p}/{c}" for p, c, _ in SHAPES] + ["dialogue"])
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=["trl", "concatenated", "shared_prefix"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="say where a step's time goes, and nothing else")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    for logger in ("align", "httpx"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    if arguments.memory_of:
+        rows = json.loads(arguments.rows.read_text())
+        print(json.dumps(measure_memory(arguments.memory_of, arguments.model, rows, arguments.lora)))
+        return
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    kinds = {name: KINDS[name] for name in arguments.kinds}
+    results: dict[str, Any] = {}
+    for shape in arguments.shapes:
+        if shape == "dialogue":
+            rows = dialogue_pairs(4, vocabulary)
+        else:
+            prompt, completion = map(int, shape.split("/"))
+            pairs = next((n for p, c, n in SHAPES if (p, c) == (prompt, completion)), 4)
+            rows = random_pairs(prompt, completion, pairs, vocabulary)
+        if arguments.profile:
+            results[shape] = profile(arguments.model, rows, arguments.lora)
+            continue
+        peak = gemm_peak()
+        found = side_by_side(kinds, arguments.model, rows, arguments.lora, arguments.rounds)
+        found["pairs"] = len(rows)
+        found["gemm_gflops"] = peak
+        found["own_products_gflops"] = own_products_rate(model, rows, arguments.lora)
+        flops = useful_flops(model, rows, arguments.lora)
+        found["flops_of_padded_rows_over_needed"] = padded_flops(model, rows, arguments.lora) / flops
+        found["utilisation"] = {name: flops / took / 1e9 / peak for name, took in found["seconds"].items()}
+        if not arguments.no_memory:
+            with TemporaryDirectory() as folder:
+                file = Path(folder) / "rows.json"
+                file.write_text(json.dumps(rows))
+                found["memory_mib"] = {
+                    kind: peak_memory(kind, arguments.model, file, arguments.lora)
+                    for kind in {KINDS[name][0]: None for name in arguments.kinds}
+                }
+        results[shape] = found
+        print(f"{shape}: {json.dumps(found)}", file=sys.stderr)
+    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    versions = {"torch": torch.__version__}
+    print(json.dumps({"machine": machine, "versions": versions, "lora": arguments.lora, "shapes": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Kill runs at random moments and compare their results with undisturbed ones."""

@@ -1,0 +1,86 @@
+"""Do cells made again, here or on another machine, agree with those kept beside the documents?
+
+Two cells.jsonl: cells with the same key were made by the same command from the same inputs. `agrees` says whether the
+mean gold reward now lies in the 95% interval over the prompts from then, `same` on how many prompts it is the very
+same. Two results_arena.json: whether each method's difference to DPO now lies in its interval from then. A line of JSON
+for each cell that both files have; ends with 1 if one does not agree.
+
+    python -m scripts.reproduce.policy --candidates 1 --margins cross-fitted --qualities high --methods dpo --seeds 0 \\
+        --train-prompts 256 --validation-prompts 96 --test-prompts 128 --temperatures 0.7 1 --output runs/again
+    python -m scripts.reproduce.agree docs/policy_study/cells.jsonl runs/again/cross-fitted/cells.jsonl
+
+    python -m scripts.reproduce.arena --pairs 100 --output runs/arena-again
+    python -m scripts.reproduce.agree docs/results_arena.json runs/arena-again/results_arena.json
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.io.files import read_json
+from align.stats import bootstrap_mean
+from scripts.reproduce.exact_arena.report import MAIN_KL
+from scripts.reproduce.policy_protocol.data import read_known
+
+
+def rewards(cell: dict[str, Any]) -> np.ndarray:
+    """Gold reward of one completion of each prompt at temperature 1 [N]."""
+    return np.array(cell["decoded"]["1"]["reward"] if "decoded" in cell else cell["reward"])
+
+
+def compare_cells(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A trained policy's cell that was made twice."""
+    old, new = rewards(before), rewards(now)
+    interval = bootstrap_mean(old, seed=0)
+    names = ("quality", "method", "flipped", "arm", "loss", "seed", "split", "parameters")
+    return {name: before[name] for name in names if name in before} | {
+        "reward": interval.to_dict(),
+        "again": float(new.mean()),
+        "same": int((old == new).sum()),
+        "prompts": len(old),
+        "agrees": bool(interval.low <= new.mean() <= interval.high),
+    }
+
+
+def compare_rows(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A cell of the arena that was made twice."""
+    old, new = (row["difference"][f"{MAIN_KL:g}"] for row in (before, now))
+    methods = [name for name, value in old.items() if isinstance(value, list)]
+    inside = [name for name in methods if old[name][1] <= new[name][0] <= old[name][2]]
+    return before["cell"] | {
+        "methods": len(methods),
+        "inside": len(inside),
+        "furthest": max(abs(old[name][0] - new[name][0]) for name in methods),
+        "agrees": len(inside) == len(methods),
+    }
+
+
+def compare(known: Path, again: Path) -> list[dict[str, Any]]:
+    """Every cell that both files have."""
+    if known.suffix == ".json":
+        old, new = ({json.dumps(row["cell"]): row for row in read_json(file)["rows"]} for file in (known, again))
+        return [compare_rows(row, new[name]) for name, row in old.items() if name in new]
+    before, now = read_known([known]), read_known([again])
+    return [compare_cells(cell, now[key]) for key, cell in before.items() if key in now]
+
+
+def main() -> None:
+    """Print the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("known", type=Path, help="cells.jsonl, or the arena's results_arena.json")
+    parser.add_argument("again", type=Path, help="the same of now")
+    arguments = parser.parse_args()
+    found = compare(arguments.known, arguments.again)
+    for one in found:
+        print(json.dumps(one))
+    if not found:
+        parser.error("the files have no cell in common")
+    sys.exit(0 if all(one["agrees"] for one in found) else 1)
+
+
+if __name__ == "__main__":
+    main()

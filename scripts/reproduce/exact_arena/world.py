@@ -1,0 +1,172 @@
+"""Draws worlds: prompts with responses, labelled pairs of them, margins of a reward model that errs in a known way.
+
+Shapes: S seeds, N pairs, R responses of a prompt, D features. Every pair is of a prompt of its own; its preferred
+response stands first, the other second. Cells that differ in flips or errors only draw the same prompts and responses.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from scipy.special import expit
+
+from scripts.reproduce.exact_arena.gold import GOLD_SPREAD, RESPONSES, SIZE, draw_gold
+
+ERRORS = ("none", "independent", "shared", "out-of-domain", "in-sample", "cross-fitted")
+NOISE = 2.0
+"""Standard deviation of an independent or shared error of the margin; that of the gold margin is 2, too."""
+FOREIGN = 0.5
+"""Share of pairs outside the domain of the out-of-domain reward model."""
+MEMORY = 3.0
+"""Prior variance of what the in-sample reward model can remember of each single pair, in log-odds squared."""
+FOLDS = 5
+RIDGE = 1.0
+NEWTON_STEPS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One condition of the study."""
+
+    pairs: int
+    flips: float
+    """Share of labels turned round after Bradley-Terry has drawn them."""
+    spread: str
+    """Which pair of a prompt is labelled: ``even``: any; ``few easy``: the closest of three in gold; ``many easy``: the
+    furthest apart of three."""
+    error: str
+
+    @property
+    def name(self) -> str:
+        """For files and tables."""
+        return f"{self.pairs} pairs, {self.flips:.0%} flipped, {self.spread}, {self.error}"
+
+    def to_dict(self) -> dict[str, float | str]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Pairs of several seeds; float64."""
+
+    features: np.ndarray
+    """[S, N, R, D], of the preferred response, of the other, of the rest of the prompt's responses."""
+    margin: np.ndarray
+    """[S, N], the reward model's, of the preferred response minus the other."""
+    gold_margin: np.ndarray
+    """[S, N]."""
+    gold: np.ndarray
+    """[S, D]."""
+
+    @property
+    def difference(self) -> np.ndarray:
+        """[S, N, D], features of the preferred response minus those of the other."""
+        return self.features[:, :, 0] - self.features[:, :, 1]
+
+
+def draw_world(cell: Cell, seeds: Sequence[int]) -> World:
+    """The worlds of the given seeds."""
+    drawn = [_draw_pairs(cell, np.random.default_rng([seed, cell.pairs])) for seed in seeds]
+    features, gold = (np.stack(values) for values in zip(*drawn, strict=True))
+    rngs = [np.random.default_rng([seed, cell.pairs, ERRORS.index(cell.error)]) for seed in seeds]
+    return world_of(features, gold, cell.error, rngs)
+
+
+def world_of(features: np.ndarray, gold: np.ndarray, error: str, rngs: Sequence[np.random.Generator]) -> World:
+    """The world of features [S, N, R, D], preferred responses first, and gold directions [S, D].
+
+    Args:
+        features: of the responses.
+        gold: of the gold rewards.
+        error: of the reward model.
+        rngs: what each seed's error is drawn from; of no source that drew ``gold``.
+    """
+    difference = features[:, :, 0] - features[:, :, 1]
+    return World(features, _margins(error, difference, gold, rngs), np.einsum("snd,sd->sn", difference, gold), gold)
+
+
+def prefer(x: np.ndarray, belief: np.ndarray, flips: float, rng: np.random.Generator) -> None:
+    """Put the preferred one of the first two responses of x [N, R, D] first, in place.
+
+    Args:
+        x: features.
+        belief: [N], probability that the first is preferred.
+        flips: share of the labels turned round afterwards.
+        rng: source of both.
+    """
+    preferred = rng.random(len(x)) < belief
+    preferred ^= rng.random(len(x)) < flips
+    x[~preferred, :2] = x[~preferred, 1::-1]
+
+
+def _draw_pairs(cell: Cell, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Features [N, R, D] with the preferred response first, gold direction [D], of one seed."""
+    gold = draw_gold(rng)
+    x = rng.normal(size=(cell.pairs, RESPONSES, SIZE))
+    rewards = x @ gold
+    gaps = np.abs(rewards[:, 0::2] - rewards[:, 1::2])
+    chosen = {"even": np.zeros(cell.pairs, int), "few easy": gaps.argmin(axis=1), "many easy": gaps.argmax(axis=1)}
+    start = 2 * chosen[cell.spread][:, None]
+    x = np.take_along_axis(x, ((start + np.arange(RESPONSES)) % RESPONSES)[..., None], axis=1)
+    prefer(x, expit((x[:, 0] - x[:, 1]) @ gold), cell.flips, rng)
+    return x, gold
+
+
+def _margins(error: str, x: np.ndarray, gold: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
+    """Margins [S, N] of a reward model with the kind of error called ``error``; x [S, N, D], gold [S, D]."""
+    if error == "in-sample":
+        return memorised_margins(x, MEMORY)
+    if error == "cross-fitted":
+        folds = np.arange(x.shape[1]) % FOLDS
+        margin = np.empty(x.shape[:2])
+        for fold in range(FOLDS):
+            test = folds == fold
+            margin[:, test] = np.einsum("snd,sd->sn", x[:, test], reward_model(x[:, ~test], 0.0))
+        return margin
+    right = np.einsum("snd,sd->sn", x, gold)
+    if error == "none":
+        return right
+    if error == "independent":
+        return right + NOISE * np.stack([rng.normal(size=x.shape[1]) for rng in rngs])
+    wrong = np.stack([rng.normal(size=SIZE) for rng in rngs])
+    wrong /= np.linalg.norm(wrong, axis=1, keepdims=True)
+    if error == "shared":
+        return right + NOISE / np.sqrt(2) * np.einsum("snd,sd->sn", x, wrong)
+    foreign = np.stack([rng.random(x.shape[1]) < FOREIGN for rng in rngs])
+    return np.where(foreign, GOLD_SPREAD / np.sqrt(2) * np.einsum("snd,sd->sn", x, wrong), right)
+
+
+def memorised_margins(x: np.ndarray, memory: float) -> np.ndarray:
+    """Margins [S, N] of a reward model on the very pairs that it was trained on, x [S, N, D].
+
+    The model's margin of pair i is x_i theta + b_i: what it has learned and what it remembers of this pair. Of the
+    penalised likelihood the best b_i is memory * sigmoid(-m_i), so m solves m = x theta + memory * sigmoid(-m).
+    """
+    return _remembered(np.einsum("snd,sd->sn", x, reward_model(x, memory)), memory)
+
+
+def reward_model(x: np.ndarray, memory: float) -> np.ndarray:
+    """theta [S, D] minimising sum_i min_b [softplus(-(x_i theta + b)) + b^2 / (2 memory)] + RIDGE |theta|^2 / 2."""
+    theta = np.zeros((x.shape[0], x.shape[2]))
+    for _ in range(NEWTON_STEPS):
+        margin = _remembered(np.einsum("snd,sd->sn", x, theta), memory)
+        wrong = expit(-margin)
+        slope = wrong * (1 - wrong)
+        curvature = slope / (1 + memory * slope)
+        gradient = RIDGE * theta - np.einsum("snd,sn->sd", x, wrong)
+        hessian = np.swapaxes(x * curvature[..., None], 1, 2) @ x + RIDGE * np.eye(x.shape[2])
+        theta = theta - np.linalg.solve(hessian, gradient[..., None])[..., 0]
+    return theta
+
+
+def _remembered(z: np.ndarray, memory: float) -> np.ndarray:
+    """m with m = z + memory * sigmoid(-m), elementwise: the left side minus the right rises in m, so bisection."""
+    low, high = z, z + memory
+    if memory == 0:
+        return z
+    for _ in range(40):
+        middle = (low + high) / 2
+        above = middle > z + memory * expit(-middle)
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    return (low + high) / 2

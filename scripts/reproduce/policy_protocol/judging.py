@@ -1,0 +1,44 @@
+"""What a trained policy writes on held-out prompts: gold reward and log policy - log reference of each completion."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from align.commands.evaluation_tables import Decoding, measure_kl, score, write_completions
+from align.evaluation.policies import Policy
+from align.models.loading import load_policy, load_tokenizer
+from reward_models.judges import Judge
+
+Decoded = dict[str, dict[str, list[float]]]
+"""Temperature -> reward, kl and tokens of a completion of each prompt."""
+
+
+def merge_adapter(trained: Path, base: str, target: Path) -> Path:
+    """The trained model as a folder without an adapter, which would cost each sampled token more than once."""
+    policy = load_policy(str(trained), dtype="float32")
+    if not hasattr(policy, "merge_and_unload"):
+        return trained
+    shutil.rmtree(target, ignore_errors=True)  # what a killed run has left may be half of a model
+    policy.merge_and_unload().save_pretrained(target)
+    load_tokenizer(base).save_pretrained(target)
+    return target
+
+
+def judge_policy(
+    policy: Policy, reference: Policy, prompts: list[str], decodings: Sequence[Decoding], judge: Judge, folder: Path
+) -> Decoded:
+    """One completion of each prompt by each decoding; the reference at temperature 1 has KL 0 to itself."""
+    made: Decoded = {}
+    for decoding in decodings:
+        written = write_completions(policy, prompts, decoding, folder)
+        kl = np.zeros(len(prompts))
+        if policy.model != reference.model or decoding.temperature != 1:
+            kl = measure_kl(written, reference, folder)
+        made[f"{decoding.temperature:g}"] = {
+            "reward": np.round(score(written, judge, folder), 4).tolist(),
+            "kl": np.round(kl, 4).tolist(),
+            "tokens": [len(ids) for ids in written.table["token_ids"]],
+        }
+    return made

@@ -1,0 +1,74 @@
+"""|d loss / d z| of every objective of a reward model against the margin z, in one picture.
+
+    python -m scripts.study.objective_slopes --output docs/objectives.svg
+
+Prints, for margins drawn from a normal distribution around 1 with standard deviation 2, the share of the whole pull
+that goes to pairs ranked against their label.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from align.config import ObjectiveConfig
+from reward_models.gradient_view import gradient_weights, share_on_misranked
+from reward_models.registry import resolve_objective
+
+GRID = np.linspace(-6, 6, 241)
+MEAN, SPREAD, DRAWS = 1.0, 2.0, 2000
+PANELS: dict[str, dict[str, tuple[str, dict[str, float | bool]]]] = {
+    "comp_sum": {
+        "bradley_terry (tau 1)": ("bradley_terry", {}),
+        "tau 0": ("comp_sum", {"tau": 0.0}),
+        "tau 0.5": ("comp_sum", {"tau": 0.5}),
+        "tau 1.3": ("comp_sum", {"tau": 1.3}),
+        "tau 1.7": ("comp_sum", {"tau": 1.7}),
+        "tau 2": ("comp_sum", {"tau": 2.0}),
+    },
+    "margins and softness": {
+        "bradley_terry": ("bradley_terry", {}),
+        "bradley_terry_margin, margin 1": ("bradley_terry_margin", {}),
+        "ldr_kl, lam 0.3": ("ldr_kl", {"lam": 0.3}),
+        "ldr_kl, lam 3": ("ldr_kl", {"lam": 3.0}),
+        "ldr_kl, adaptive": ("ldr_kl", {"adaptive": True}),
+        "auc, temperature 0.5": ("auc", {"temperature": 0.5}),
+    },
+    "targets": {
+        "bradley_terry": ("bradley_terry", {}),
+        "margin_mse, teacher's margin 1": ("margin_mse", {}),
+        "aggregated, share 1": ("aggregated", {}),
+    },
+}
+HIGHEST = 2.0
+
+
+def main() -> None:
+    """Draw the picture, print the shares."""
+    import matplotlib as mpl
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("docs/objectives.svg"))
+    arguments = parser.parse_args()
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "objectives", "svg.fonttype": "none"})
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3.8), sharey=True)
+    gaps = np.random.default_rng(0).normal(MEAN, SPREAD, DRAWS)
+    for axis, (title, lines) in zip(axes, PANELS.items(), strict=True):
+        for label, (name, parameters) in lines.items():
+            objective = resolve_objective(ObjectiveConfig(name=name, parameters=parameters))
+            axis.plot(GRID, gradient_weights(objective, GRID), label=label)
+            share = share_on_misranked(gradient_weights(objective, gaps), gaps)
+            print(f"{share:6.1%} of the pull on misranked pairs: {label} ({title})")
+        axis.set(title=title, xlabel="margin z", ylim=(0, HIGHEST))
+        axis.axvline(0, color="#6e7781", lw=0.6)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("|d loss / d z|")
+    figure.tight_layout()
+    figure.savefig(arguments.output, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Ids seen so far: in a file they are what they are in a dictionary."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align.config import PairsConfig
+from align.data import seen_ids
+from align.data.pairs import load_pairs
+from align.data.seen_ids import SeenIds
+from align.data.streaming import stream_pairs
+from align.errors import DataError
+from tests.e2e.test_cli import jsonl
+from tests.helpers.builders import rows
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=()), max_size=3), max_size=30), st.integers(0, 8))
+def test_in_a_file_as_in_memory(tmp_path_factory: pytest.TempPathFactory, keys: list[str], few: int) -> None:
+    """Whatever the keys and however few fit into memory; nothing is left behind."""
+    file = tmp_path_factory.mktemp("seen") / "pairs.ids"
+    expected: dict[str, int] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seen_ids, "IN_MEMORY", few)
+        seen = SeenIds(file)
+        for number, key in enumerate(keys):
+            assert seen.get(key) == expected.get(key)
+            seen.add(key, number)
+            expected.setdefault(key, number)
+        assert (seen.many is not None) == (len(expected) > few)
+        seen.close()
+    assert not file.exists()
+
+
+def test_more_pairs_than_ids_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Own ids, ids made of the content, repeated rows, an id that comes twice."""
+    monkeypatch.setattr(seen_ids, "IN_MEMORY", 3)
+    made = [{k: v for k, v in row.items() if k != "id"} for row in rows(6)]
+    source = PairsConfig(path=str(tmp_path / jsonl(tmp_path / "pairs.jsonl", made * 3)))
+    found = stream_pairs(source, tmp_path / "pairs.arrow")
+    assert found["id"][:] == load_pairs(source)["id"][:] and len(set(found["id"][:])) == 18
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.arrow", "pairs.jsonl"]
+    twice = tmp_path / jsonl(tmp_path / "twice.jsonl", [row | {"id": f"p{k % 5}"} for k, row in enumerate(rows(6))])
+    with pytest.raises(DataError, match=r"row 6:id: found 'p0', expected an id used once \(row 1 has it too\)"):
+        stream_pairs(PairsConfig(path=str(twice)), tmp_path / "twice.arrow")

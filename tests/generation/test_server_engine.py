@@ -1,0 +1,248 @@
+"""The server engine against a small HTTP server: what it asks, bounded concurrency, retries, what it says."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from align.errors import ConfigError, DataError, EnvironmentProblem, ModelError
+from align.generation.engines import choose_engine, make_engine
+from align.generation.server_engine import ServerEngine
+from align.generation.types import Sampling, sample_seed
+
+Reply = tuple[int, dict[str, Any] | str]
+
+
+class Fake:
+    """A server that answers each request with ``answer(path, body, number of the request)``."""
+
+    def __init__(self, answer: Callable[[str, dict[str, Any], int], Reply]) -> None:
+        self.answer = answer
+        self.lock = threading.Lock()
+        self.bodies: list[tuple[str, dict[str, Any]]] = []
+        self.active = self.most_active = 0
+        self.headers: dict[str, str] = {}
+        self.key: str | None = None
+
+    @contextmanager
+    def running(self) -> Iterator[str]:
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, format: str, *args: Any) -> None:
+                """Quiet."""
+
+            def do_GET(self) -> None:
+                self._reply(200, {"data": [{"id": "policy"}]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with fake.lock:
+                    fake.key = self.headers.get("Authorization")
+                    fake.bodies.append((self.path, body))
+                    number = len(fake.bodies)
+                    fake.active += 1
+                    fake.most_active = max(fake.most_active, fake.active)
+                status, reply = fake.answer(self.path, body, number)
+                with fake.lock:
+                    fake.active -= 1
+                self._reply(status, reply)
+
+            def _reply(self, status: int, reply: dict[str, Any] | str) -> None:
+                content = (reply if isinstance(reply, str) else json.dumps(reply)).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                for name, value in fake.headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/v1"
+        finally:
+            server.shutdown()
+            server.server_close()
+
+
+def echo(path: str, body: dict[str, Any], number: int) -> Reply:
+    """Tells prompt and seed in the text; log-probs where asked."""
+    asked = "logprobs" in body
+    choice: dict[str, Any] = {"token_ids": [4, 1], "finish_reason": "stop"}
+    if path == "/v1/completions":
+        choice |= {"text": f"{body['prompt']}/{body['seed']}"}
+        choice |= {"logprobs": {"token_logprobs": [-0.5, -1.5]}} if asked else {}
+    else:
+        choice |= {"message": {"content": f"{body['messages'][0]['content']}/{body['seed']}"}}
+        choice |= {"logprobs": {"content": [{"logprob": -0.5}, {"logprob": -1.5}]}} if asked else {}
+    return 200, {"choices": [choice]}
+
+
+def test_log_probs_that_were_asked_for_and_did_not_come_are_told() -> None:
+    def silent(path: str, body: dict[str, Any], number: int) -> Reply:
+        return echo(path, {name: value for name, value in body.items() if name != "logprobs"}, number)
+
+    with Fake(silent).running() as address, pytest.raises(EnvironmentProblem, match="no log-prob for each token"):
+        ServerEngine("policy", base_url=address).generate(["a"], Sampling(4, logprobs=True))
+
+
+def test_each_sample_has_its_own_seed_and_its_place() -> None:
+    fake = Fake(echo)
+    prompts = ["b", "a", [{"role": "user", "content": "hi"}]]
+    sampling = Sampling(7, temperature=0.5, top_p=0.9, n=2, seed=3, logprobs=True)
+    keys = ["k0", "k1", "k2"]
+    with fake.running() as address:
+        found = ServerEngine("policy", base_url=address + "/").generate(prompts, sampling, keys)
+    for k, shown in enumerate(("b", "a", "hi")):
+        assert [one.text for one in found[k]] == [f"{shown}/{sample_seed(3, keys[k], s)}" for s in range(2)]
+        assert found[k][0].logprobs == [-0.5, -1.5] and found[k][0].finish_reason == "stop"
+    path, body = next(item for item in fake.bodies if item[1].get("prompt") == "a")
+    assert path == "/v1/completions"
+    assert (body["model"], body["max_tokens"], body["temperature"], body["top_p"]) == ("policy", 7, 0.5, 0.9)
+    assert body["logprobs"] == 0 and body["return_token_ids"] is True
+    assert {path for path, _ in fake.bodies} == {"/v1/completions", "/v1/chat/completions"}
+
+
+def test_no_more_requests_at_once_than_allowed() -> None:
+    def slow(path: str, body: dict[str, Any], number: int) -> Reply:
+        time.sleep(0.03)
+        return echo(path, body, number)
+
+    fake = Fake(slow)
+    with fake.running() as address:
+        ServerEngine("policy", base_url=address, concurrency=3).generate([str(k) for k in range(12)], Sampling(2))
+    assert fake.most_active == 3
+
+
+def test_trouble_that_passes_is_waited_out() -> None:
+    def troubled(path: str, body: dict[str, Any], number: int) -> Reply:
+        return echo(path, body, number) if number > 3 else ((503, "loading") if number % 2 else (429, "slow down"))
+
+    fake = Fake(troubled)
+    with fake.running() as address:
+        made = ServerEngine("policy", base_url=address, concurrency=1, attempts=4, first_wait=0.05)
+        start = time.monotonic()
+        (found,) = made.generate(["a"], Sampling(2))
+    assert found[0].text.startswith("a/") and len(fake.bodies) == 4
+    assert time.monotonic() - start >= 0.5 * (0.05 + 0.1 + 0.2)
+
+
+def test_the_servers_wish_to_wait_is_kept() -> None:
+    fake = Fake(lambda path, body, number: (429, "busy") if number == 1 else echo(path, body, number))
+    fake.headers = {"Retry-After": "1"}
+    with fake.running() as address:
+        start = time.monotonic()
+        ServerEngine("policy", base_url=address, first_wait=0.01).generate(["a"], Sampling(2))
+    assert time.monotonic() - start >= 1.0
+
+
+def test_trouble_that_stays_ends_with_one_line() -> None:
+    with Fake(lambda path, body, number: (500, "out of memory")).running() as address:
+        made = ServerEngine("policy", base_url=address, attempts=2, first_wait=0.01)
+        with pytest.raises(EnvironmentProblem, match=r"status 500: out of memory, after 2 tries") as caught:
+            made.generate(["a", "b"], Sampling(2))
+    assert caught.value.code == "server-unreachable" and "vllm serve policy" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "code"),
+    [
+        ((400, "prompt too long"), DataError, "prompt-refused"),
+        ((401, "who are you"), EnvironmentProblem, "server-refused"),
+        ((404, "not here"), EnvironmentProblem, "server-refused"),
+        ((200, "<html>"), EnvironmentProblem, "server-response"),
+        ((200, {"choices": [{"text": "no ids", "finish_reason": "stop"}]}), EnvironmentProblem, "server-response"),
+    ],
+)
+def test_what_will_not_pass_is_not_tried_again(reply: Reply, kind: type[Exception], code: str) -> None:
+    fake = Fake(lambda path, body, number: reply)
+    with fake.running() as address, pytest.raises(kind) as caught:
+        ServerEngine("policy", base_url=address, first_wait=0.01).generate(["a"], Sampling(2))
+    assert caught.value.code == code and len(fake.bodies) == 1  # type: ignore[attr-defined]
+
+
+def test_a_finished_prompt_is_given_before_the_rest() -> None:
+    release = threading.Event()
+
+    def one_waits(path: str, body: dict[str, Any], number: int) -> Reply:
+        if body["prompt"] == "slow":
+            release.wait(10)
+        return echo(path, body, number)
+
+    with Fake(one_waits).running() as address:
+        stream = ServerEngine("policy", base_url=address).stream(["slow", "fast"], Sampling(2))
+        assert next(stream)[0] == 1
+        release.set()
+        assert next(stream)[0] == 0
+
+
+def test_nobody_waits_for_a_request_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where one fails nor where the iterator is left; and no further one begins."""
+    release = threading.Event()
+
+    def others_wait(path: str, body: dict[str, Any], number: int) -> Reply:
+        if body["prompt"] != "bad":
+            release.wait(20)
+        return (400, "no") if body["prompt"] == "bad" else echo(path, body, number)
+
+    fake = Fake(others_wait)
+    with fake.running() as address:
+        start = time.monotonic()
+        with pytest.raises(DataError, match="refuses a request"):
+            ServerEngine("policy", base_url=address, concurrency=2).generate(["a", "bad", "b", "c"], Sampling(2))
+        assert time.monotonic() - start < 10
+        assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith("request"))
+        release.set()
+        time.sleep(0.2)
+        assert len(fake.bodies) == 2
+
+
+def test_nobody_there_and_unknown_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EnvironmentProblem, match="no answer") as caught:
+        ServerEngine("policy", base_url="http://127.0.0.1:9/v1", attempts=2, first_wait=0.01)
+    assert caught.value.code == "server-unreachable"
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    fake = Fake(echo)
+    with fake.running() as address:
+        with pytest.raises(ModelError, match="does not serve 'policies'"):
+            make_engine("server", "policies", batch_size=1, base_url=address)
+        with pytest.raises(ConfigError, match="unexpected keyword argument 'tries'"):
+            make_engine("server", "policy", batch_size=1, base_url=address, options={"tries": 3})
+        make_engine("auto", "policy", batch_size=1, base_url=address).generate(["a"], Sampling(1))
+    assert fake.key == "Bearer secret"
+
+
+def test_auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_engine("auto", base_url="http://x/v1") == ("server", "the address of a server is given")
+    monkeypatch.setattr("align.generation.vllm_install.find_spec", lambda name: None)
+    assert choose_engine("auto") == ("transformers", "vLLM is not installed")
+    with pytest.raises(EnvironmentProblem, match="vLLM is not installed") as caught:
+        make_engine("vllm", "model", batch_size=1)
+    assert caught.value.code == "vllm-missing" and "pip install 'margin-align[vllm]'" in caught.value.hint
+    monkeypatch.setattr("align.generation.vllm_install.find_spec", lambda name: object())
+    monkeypatch.setattr("align.generation.vllm_install.version", lambda name: "0.9.1")
+    assert choose_engine("auto") == ("transformers", "vLLM 0.9.1 is installed and 0.20 or newer is needed")
+    with pytest.raises(ConfigError, match="did you mean `vllm`"):
+        choose_engine("vlm")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="takes no --base-url"):
+        choose_engine("transformers", base_url="http://x/v1")
+
+
+def test_a_vllm_that_does_not_import_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from align.generation.vllm_engine import VllmEngine
+
+    def broken(name: str) -> None:
+        raise ImportError("undefined symbol: _ZN3c10")
+
+    monkeypatch.setattr("align.generation.vllm_install.find_spec", lambda name: object())
+    monkeypatch.setattr("align.generation.vllm_install.version", lambda name: "0.32.0")
+    monkeypatch.setattr("align.generation.vllm_install.importlib.import_module", broken)
+    with pytest.raises(EnvironmentProblem, match=r"0.32.0 does not import .*undefined symbol"):
+        VllmEngine("model")

@@ -1,0 +1,295 @@
+"""Losses: golden values, gradients, the identities that tie the family together."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from align.errors import ConfigError
+from align.losses.beta_dpo import BetaDpoState, beta_dpo, beta_dpo_step
+from align.losses.margin_weights import madpo_coefficient, madpo_weight
+from align.losses.pairwise import PairLogps, gradient_weights, mmpo
+from align.losses.registry import LOSSES, resolve
+
+ONE = {"chosen": -20.0, "rejected": -25.0, "ref_chosen": -21.0, "ref_rejected": -24.0}
+GOLDEN = [
+    ("dpo", {}, 0.598139),
+    ("madpo", {}, 0.696238),
+    ("soft_madpo", {}, 0.607806),
+    ("trust", {}, 0.665431),
+    ("trust", {"slope": 2.0, "trust": 0.25, "strength": 0.0}, 0.600510),
+    ("ipo", {"length_normalize": False}, 9.0),
+    ("ipo", {}, 23.200278),
+    ("odpo", {}, 1.541008),
+    ("mmpo", {}, 0.634624),
+    ("rpo_bwd_kl", {}, 0.159572),
+    ("rpo_fwd_kl", {}, 0.188490),
+    ("rpo_sq", {}, 1.69),
+    ("cdpo", {}, 0.618139),
+    ("robust", {}, 0.573139),
+    ("dpop", {}, 0.598139),
+    ("dpo_shift", {}, 0.609470),
+    ("cal_dpo", {}, 16.126928),
+    ("gated_dpo", {}, 0.598139),
+    ("simpo", {}, 0.873639),
+]
+PURE = [name for name, spec in LOSSES.items() if spec.function is not None]
+numbers = st.floats(-30, 30)
+
+
+def make(values: list[tuple[float, float]], dtype: torch.dtype = torch.float64) -> PairLogps:
+    """Pairs with the given (chosen ratio, rejected ratio) and a reference of -50."""
+    chosen, rejected = torch.tensor(values, dtype=dtype).reshape(-1, 2).T
+    reference = torch.full_like(chosen, -50.0)
+    lengths = torch.full_like(chosen, 10.0)
+    return PairLogps(
+        (reference + chosen).requires_grad_(), (reference + rejected).requires_grad_(), reference, reference, lengths,
+        lengths + 2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "parameters", "expected"), GOLDEN)
+def test_golden(name: str, parameters: dict[str, float], expected: float) -> None:
+    """h = 2, m = 1.5, lengths 10 and 12, beta 0.1: worked by hand from the formulas."""
+    values = {key: torch.tensor([value], dtype=torch.float64) for key, value in ONE.items()}
+    logps = PairLogps(**values, chosen_length=torch.tensor([10.0]), rejected_length=torch.tensor([12.0]))
+    found = resolve(name, parameters)(logps, torch.tensor([1.5], dtype=torch.float64))
+    assert float(found) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_shape_dtype_and_permutation(name: str) -> None:
+    loss = resolve(name, {})
+    values = [(0.5, -1.0), (-2.0, 3.0), (4.0, 4.0)]
+    m = torch.tensor([0.3, -2.0, 5.0])
+    found = loss(make(values, torch.float32), m)
+    assert found.shape == (3,) and found.dtype == torch.float32
+    back = loss(make(values[::-1], torch.float32), m.flip(0))
+    assert torch.allclose(found, back.flip(0))
+
+
+@pytest.mark.parametrize("name", PURE)
+@pytest.mark.parametrize("gap", [-1e6, -1e3, 0.0, 1e3, 1e6])
+@pytest.mark.parametrize("margin", [-1e6, 0.0, 1e6])
+def test_finite_with_gradient_at_extremes(name: str, gap: float, margin: float) -> None:
+    logps = make([(gap / 2, -gap / 2)], torch.float32)
+    found = resolve(name, {})(logps, torch.tensor([margin]))
+    d_w, d_l = gradient_weights(found, logps)
+    assert all(torch.isfinite(value).all() for value in (found, d_w, d_l))
+
+
+@pytest.mark.parametrize("name", PURE)
+@settings(max_examples=20)
+@given(chosen=numbers, rejected=numbers, margin=st.floats(-8, 8))
+def test_gradient_against_finite_differences(name: str, chosen: float, rejected: float, margin: float) -> None:
+    if name == "gated_dpo":
+        return  # its gradient is not that of its value, see test_gate
+    loss, m, step = resolve(name, {}), torch.tensor([margin], dtype=torch.float64), 1e-5
+    logps = make([(chosen, rejected)])
+    d_w, d_l = gradient_weights(loss(logps, m), logps)
+
+    def at(shift_w: float, shift_l: float) -> float:
+        return float(loss(make([(chosen + shift_w, rejected + shift_l)]), m))
+
+    if name == "dpop" and abs(chosen) < 1e-3:
+        return
+    assert float(-d_w) == pytest.approx((at(step, 0) - at(-step, 0)) / (2 * step), abs=1e-4, rel=1e-4)
+    assert float(d_l) == pytest.approx((at(0, step) - at(0, -step)) / (2 * step), abs=1e-4, rel=1e-4)
+
+
+@given(st.lists(st.tuples(numbers, numbers, st.floats(-12, 12)), min_size=1, max_size=8))
+def test_p6_p10_madpo_is_dpo_times_a_weight_without_gradient(rows: list[tuple[float, float, float]]) -> None:
+    logps = make([(w, r) for w, r, _ in rows])
+    m = torch.tensor([margin for *_, margin in rows], dtype=torch.float64, requires_grad=True)
+    weighted, plain = resolve("madpo", {})(logps, m), resolve("dpo", {})(logps)
+    assert torch.allclose(weighted, madpo_weight(m.detach()) * plain)
+    d_w, d_l = gradient_weights(weighted, logps)
+    assert torch.allclose(d_w, d_l) and (d_w.abs() <= 2 * 0.1).all()
+    total = resolve("madpo", {})(make([(1.0, 0.0)] * len(rows)), m).sum()
+    assert torch.autograd.grad(total, m, allow_unused=True) == (None,)
+
+
+@given(st.tuples(numbers, numbers), st.floats(-6.8, 6.8))
+def test_soft_madpo_is_madpo_averaged_over_the_label(pair: tuple[float, float], margin: float) -> None:
+    """E over a Bradley-Terry label with margin m; a flipped pair has its responses and its margin swapped."""
+    m = torch.tensor([margin], dtype=torch.float64)
+    madpo = resolve("madpo", {})
+    as_labelled, flipped = madpo(make([pair]), m), madpo(make([pair[::-1]]), -m)
+    expected = torch.sigmoid(m) * as_labelled + torch.sigmoid(-m) * flipped
+    assert torch.allclose(resolve("soft_madpo", {})(make([pair]), m), expected)
+
+
+@pytest.mark.parametrize(
+    ("true", "believed", "target"),
+    [(1.0, 1.0, 1.3641753), (1.0, 1.5, 1.2666912), (3.0, 3.0, 2.9434173), (8.0, 8.0, 7.9824507)],
+)
+def test_p5_unique_minimiser(true: float, believed: float, target: float) -> None:
+    """The population loss at margin ``true`` is convex in beta h with its minimum at the effective target margin."""
+    x = torch.linspace(-2, 12, 140001, dtype=torch.float64)
+    parameters = {"c_max": 2.0, "c_min": 0.5, "lam": 1.0, "tau": 2.0}
+    m = torch.tensor([believed, -believed], dtype=torch.float64)
+    w_right, w_wrong = madpo_weight(m, **parameters)
+    p = 1 / (1 + math.exp(-true))
+    loss = p * w_right * torch.nn.functional.softplus(-x) + (1 - p) * w_wrong * torch.nn.functional.softplus(x)
+    assert float(x[loss.argmin()]) == pytest.approx(target, abs=2e-4)
+    assert (loss.diff().diff() > -1e-12).all()
+    if abs(believed) < 2:
+        c = float(madpo_coefficient(m[:1], **parameters))
+        assert target == pytest.approx(true + (c - 1) * believed, abs=1e-6)
+
+
+@given(st.floats(-3, 3), st.floats(-3, 3))
+def test_p8_error_of_the_weight_is_bounded_by_the_error_of_the_margin(first: float, second: float) -> None:
+    parameters = {"c_max": 2.0, "c_min": 0.5, "lam": 1.0, "tau": 2.0}
+    a, b = madpo_weight(torch.tensor([first, second], dtype=torch.float64), **parameters)
+    assert abs(float(a - b)) <= 0.5873 * abs(first - second) + 1e-12
+
+
+@given(st.tuples(numbers, numbers), st.floats(-5, 5))
+def test_mmpo_is_backward_kl_plus_the_label_entropy(pair: tuple[float, float], margin: float) -> None:
+    m = torch.tensor([margin], dtype=torch.float64)
+    p = torch.sigmoid(m)
+    entropy = -(p * p.log() + (1 - p) * (1 - p).log())
+    assert torch.allclose(resolve("mmpo", {})(make([pair]), m), resolve("rpo_bwd_kl", {})(make([pair]), m) + entropy)
+
+
+def test_label_smoothing_zero_is_dpo_and_more_is_not() -> None:
+    logps = make([(2.0, -1.0)])
+    plain = resolve("dpo", {})(logps)
+    for name in ("cdpo", "robust"):
+        assert torch.allclose(resolve(name, {"label_smoothing": 0.0})(logps), plain)
+        assert not torch.allclose(resolve(name, {"label_smoothing": 0.2})(logps), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("trusted", "other", "parameters", "scale"),
+    [
+        ({"trust": 0.0, "strength": 0.0, "slope": 0.7}, "dpo", {}, 1.0),
+        ({"trust": 0.0, "strength": 1.0, "slope": 0.7, "c_max": 4.0}, "madpo", {"c_max": 4.0}, 0.7),
+        ({"trust": 1.0, "strength": 0.3, "slope": 0.7}, "mmpo", {"gamma": 0.7}, 1.0),
+    ],
+)
+@given(rows=st.lists(st.tuples(numbers, numbers, st.floats(-12, 12)), min_size=1, max_size=8))
+def test_limits_of_trust(
+    dtype: torch.dtype,
+    trusted: dict[str, float],
+    other: str,
+    parameters: dict[str, float],
+    scale: float,
+    rows: list[tuple[float, float, float]],
+) -> None:
+    """Bit for bit DPO, MADPO on the margin b m, and MMPO with gamma = b: loss and both gradients."""
+    m = torch.tensor([margin for *_, margin in rows], dtype=dtype)
+    found, expected = make([(w, r) for w, r, _ in rows], dtype), make([(w, r) for w, r, _ in rows], dtype)
+    mixed, single = resolve("trust", trusted)(found, m), resolve(other, parameters)(expected, scale * m)
+    assert torch.equal(mixed, single)
+    for a, b in zip(gradient_weights(mixed, found), gradient_weights(single, expected), strict=True):
+        assert torch.equal(a, b)
+
+
+@given(st.tuples(numbers, numbers), st.floats(-8, 8), st.floats(0, 1), st.floats(0, 3))
+def test_trust_without_strength_is_the_mix_of_dpo_and_mmpo(
+    pair: tuple[float, float], margin: float, t: float, slope: float
+) -> None:
+    m, logps = torch.tensor([margin], dtype=torch.float64), make([pair])
+    mixed = resolve("trust", {"trust": t, "strength": 0.0, "slope": slope})(logps, m)
+    soft = mmpo(logps, m, beta=0.1, gamma=slope)
+    assert torch.allclose(mixed, (1 - t) * resolve("dpo", {})(logps) + t * soft)
+
+
+@given(st.tuples(numbers, numbers), st.floats(0.01, 30), st.floats(0.01, 0.9))
+def test_gate(pair: tuple[float, float], sharpness: float, threshold: float) -> None:
+    """The value and the chosen gradient are DPO's, the rejected gradient is the gate times DPO's."""
+    gated, plain = make([pair]), make([pair])
+    found = resolve("gated_dpo", {"sharpness": sharpness, "threshold": threshold})(gated)
+    expected = resolve("dpo", {})(plain)
+    assert torch.allclose(found, expected)
+    (d_w, d_l), (plain_w, plain_l) = gradient_weights(found, gated), gradient_weights(expected, plain)
+    probability = math.exp((-50 + pair[1]) / 12)
+    gate = 1 / (1 + math.exp(-sharpness * (probability - threshold)))
+    assert torch.allclose(d_w, plain_w) and torch.allclose(d_l, gate * plain_l)
+
+
+@given(st.tuples(numbers, numbers), st.floats(0.1, 1.0))
+def test_shift_scales_the_rejected_gradient(pair: tuple[float, float], shift: float) -> None:
+    """At shift 1 it is DPO; below, d_l is exactly shift times d_w."""
+    logps = make([pair])
+    d_w, d_l = gradient_weights(resolve("dpo_shift", {"shift": shift})(logps), logps)
+    assert torch.allclose(d_l, shift * d_w)
+    assert torch.allclose(resolve("dpo_shift", {"shift": 1.0})(make([pair])), resolve("dpo", {})(make([pair])))
+
+
+def test_cal_dpo_pulls_both_rewards_to_their_targets() -> None:
+    """At the targets only the margin term is left; beyond them a weight turns negative."""
+    at, beyond = make([(5.0, -5.0)]), make([(9.0, -9.0)])
+    d_w, d_l = gradient_weights(resolve("cal_dpo", {})(at), at)
+    assert float(d_w) == pytest.approx(1 / (1 + math.exp(10))) and torch.allclose(d_w, d_l)
+    assert all(float(d) < 0 for d in gradient_weights(resolve("cal_dpo", {})(beyond), beyond))
+
+
+def test_robust_is_unbiased_under_flips() -> None:
+    eps, pair = 0.3, (2.0, -1.0)
+    loss = resolve("robust", {"label_smoothing": eps})
+    mean = (1 - eps) * loss(make([pair])) + eps * loss(make([pair[::-1]]))
+    assert torch.allclose(mean, resolve("dpo", {})(make([pair])))
+
+
+def test_beta_dpo_against_plain_python() -> None:
+    """Statistics, beta and mean loss recomputed without tensors for the pairs that were kept."""
+    gaps = [1.0, 2.0, -1.0, 0.5, 9.0]
+    settings_ = {"beta": 0.1, "alpha": 0.6, "rho": 0.8, "momentum": 0.9}
+    beta, keep, state = beta_dpo_step(
+        torch.tensor(gaps), BetaDpoState(0.5, 1.0), **settings_, generator=torch.Generator().manual_seed(3)
+    )
+    average = sum(gaps) / 5
+    spread = math.sqrt(sum((gap - average) ** 2 for gap in gaps) / 4)
+    assert state == BetaDpoState(pytest.approx(0.45 + 0.1 * average), pytest.approx(0.9 + 0.1 * spread))
+    kept = [gap for gap, is_kept in zip(gaps, keep.tolist(), strict=True) if is_kept]
+    assert len(kept) == 4
+    assert beta == pytest.approx(0.1 * (1 + 0.6 * (sum(kept) / 4 - state.mean)))
+    logps = make([(gap, 0.0) for gap in gaps])
+    found = beta_dpo(logps, beta=beta, keep=keep, scale=5 / 4).mean()
+    assert float(found) == pytest.approx(sum(math.log1p(math.exp(-beta * gap)) for gap in kept) / 4)
+
+
+def test_beta_dpo_clamps_and_is_reproducible() -> None:
+    def step(gaps: list[float]) -> tuple[float, list[bool]]:
+        generator = torch.Generator().manual_seed(0)
+        beta, keep, _ = beta_dpo_step(
+            torch.tensor(gaps), BetaDpoState(), beta=0.1, alpha=0.6, rho=0.8, momentum=0.9, generator=generator
+        )
+        return beta, keep.tolist()
+
+    assert step([-100.0, -101.0, -99.0])[0] == 1e-3
+    assert step([1.0, 2.0, 3.0, 4.0]) == step([1.0, 2.0, 3.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "said"),
+    [
+        ("dpo", {"beta": "0.1"}, "beta: found '0.1', expected a number"),
+        ("madpoo", {}, "did you mean `madpo`?"),
+        ("dpo", {"betta": 0.1}, "betta: not a parameter of dpo (did you mean `beta`?)"),
+        ("dpo", {"beta": 0}, "beta: found 0, expected a number above 0"),
+        ("ipo", {"length_normalize": 1.0}, "length_normalize: found 1.0, expected true or false"),
+        ("cdpo", {"label_smoothing": 0.5}, "label_smoothing: found 0.5"),
+        ("trust", {"trust": 2.0}, "trust: found 2.0, expected a number in [0, 1]"),
+        ("trust", {"trust": 1.0, "c_max": 0.5}, "c_max: found 0.5, expected a number above 1"),
+        ("madpo", {"c_max": 0.5}, "c_max: found 0.5, expected a number above 1"),
+    ],
+)
+def test_registry_errors(name: str, parameters: dict[str, float], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(name, parameters)
+    assert said in str(caught.value)
+
+
+def test_a_missing_margin_and_a_wrong_shape_are_errors() -> None:
+    with pytest.raises(ConfigError, match="madpo needs a margin"):
+        resolve("madpo", {})(make([(1.0, 0.0)]))
+    one = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"must be \[B\]"):
+        PairLogps(one, one, one, torch.zeros(1, 1), one, one)

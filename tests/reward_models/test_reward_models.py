@@ -1,0 +1,406 @@
+"""Reward models: the same reward whatever the batch and the padding; training that learns; calibration by hand."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    RobertaConfig,
+)
+
+from align.config import ObjectiveConfig, RewardConfig
+from align.errors import ConfigError, DataError, ModelError, NumericsError
+from align.models.loading import load_policy
+from reward_models.crossfit import cross_fit
+from reward_models.ensemble import EnsembleScorer, members, score_with
+from reward_models.features import head_features
+from reward_models.judges import VaderJudge, make_judge
+from reward_models.loading import fitting_length
+from reward_models.margin_metrics import evaluate_margins
+from reward_models.objectives import bradley_terry
+from reward_models.pairwise_judges import make_score_judge
+from reward_models.score import RewardScorer
+from reward_models.tokenization import cut_alike, render, tokenize
+from reward_models.train import train_reward_model
+from reward_models.trainer import ObjectiveRewardTrainer
+from tests.helpers.builders import beginning, bert_reward, causal, llama_reward, rows, tokenizer
+
+TEXTS = ["the film is good", "a bad plot", "good", "the a is was very not great awful fine dull", "not bad"]
+FAST = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "bf16": False, "use_cpu": True}
+
+
+@pytest.mark.parametrize("build", [llama_reward, bert_reward])
+def test_reward_does_not_depend_on_batch_or_padding(build: object, tmp_path: Path) -> None:
+    model = build(tmp_path)  # type: ignore[operator]
+    alone = [RewardScorer(model, batch_tokens=1, max_length=64).score_texts([text])[0] for text in TEXTS]
+    assert np.ptp(alone) > 1e-2
+    for side in ("left", "right"):
+        batched = RewardScorer(model, batch_tokens=4096, max_length=64, padding_side=side).score_texts(TEXTS)  # type: ignore[arg-type]
+        assert np.allclose(batched, alone, atol=1e-5)
+    assert np.allclose(
+        RewardScorer(model, batch_tokens=20, max_length=64).score_texts(TEXTS[::-1]), alone[::-1], atol=1e-5
+    )
+
+
+def test_scored_pairs(tmp_path: Path) -> None:
+    scorer = RewardScorer(llama_reward(tmp_path / "m"), batch_tokens=256, max_length=64)
+    pairs = Dataset.from_list(rows(6))
+    scored = scorer.score_pairs(pairs)
+    row = scored[2]
+    assert row["reward_chosen"] == pytest.approx(scorer.score_texts([row["prompt"] + row["chosen"]])[0], abs=1e-5)
+    assert row["margin"] == row["reward_chosen"] - row["reward_rejected"]
+
+
+def test_a_reward_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    scorer = RewardScorer(llama_reward(tmp_path), batch_tokens=256, max_length=64)
+    with torch.no_grad():
+        scorer.model.score.weight.fill_(float("nan"))
+    with pytest.raises(NumericsError, match="found the reward nan for 'the film is good', expected a finite number"):
+        scorer.score_texts(TEXTS)
+
+
+def test_two_labels_and_a_missing_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"reward-labels.*its classification head has 2 outputs"):
+        RewardScorer(llama_reward(tmp_path, labels=2), batch_tokens=64, max_length=64)
+    with pytest.raises(ModelError, match="found nothing, expected a model folder or a hub id"):
+        RewardScorer(tmp_path / "nothing", batch_tokens=64, max_length=64)
+
+
+def test_weights_that_a_folder_lacks_are_not_made_up(tmp_path: Path) -> None:
+    """A policy is no reward model and a reward model no policy; a backbone is one to train a head on."""
+    policy, reward = causal(tmp_path / "policy"), llama_reward(tmp_path / "reward")
+    with pytest.raises(ModelError, match=r"policy: has no weights score.weight, so it is not a reward model"):
+        RewardScorer(policy, batch_tokens=64, max_length=64)
+    assert RewardScorer(policy, batch_tokens=64, max_length=64, new_head=True).score_texts(["a film"]).shape == (1,)
+    with pytest.raises(
+        ModelError, match=r"reward: has no weights lm_head.weight, so it is not a causal language model"
+    ):
+        load_policy(str(reward))
+
+
+def test_text_is_cut_from_the_right_and_ends() -> None:
+    ids = tokenize(["good bad film plot", "good"], tokenizer(), 3)
+    assert ids == [[3, 4, 1], [3, 1]]
+    chat = [{"role": "user", "content": "good"}]
+    text = render(chat, [{"role": "assistant", "content": "fine"}], tokenizer())
+    assert text.split() == ["user", ":", "good", "assistant", ":", "fine"]
+    with pytest.raises(ModelError, match="no chat template"):
+        render(chat, chat, tokenizer(template=False))
+
+
+TALK = [{"role": "user", "content": "is the film good"}]
+ANSWERS = [[{"role": "assistant", "content": text}] for text in ("very good", "not very good", "bad")]
+
+
+def test_messages_are_read_with_the_special_tokens_of_the_template_alone(tmp_path: Path) -> None:
+    """One beginning of sequence, in scoring and in features; plain text, in the same call too, gets the tokenizer's."""
+    folder = llama_reward(tmp_path / "rm", words=1)
+    words = beginning(folder)
+    scorer = RewardScorer(folder, batch_tokens=40, max_length=64)
+    own = [words.apply_chat_template([*TALK, *answer], return_dict=False) for answer in ANSWERS]
+    assert [row.count(words.bos_token_id) for row in own] == [1, 1, 1]
+    texts = [render(TALK, answer, scorer.tokenizer) for answer in ANSWERS]
+    plain = [words.bos_token_id, *words("a film", add_special_tokens=False)["input_ids"], words.eos_token_id]
+    assert tokenize([*texts, "a film"], scorer.tokenizer, 64) == [*own, plain]
+    with torch.no_grad():
+        expected = [scorer.rewards([row])[0] for row in own]
+    assert scorer.score_completions([TALK] * 3, ANSWERS) == pytest.approx(expected, abs=1e-5)
+    row = {"prompt": TALK, "chosen": ANSWERS[0], "rejected": ANSWERS[2]}
+    margin = scorer.score_pairs(Dataset.from_list([row]))["margin"][0]
+    assert margin == pytest.approx(expected[0] - expected[2], abs=1e-5)
+    weight = scorer.model.score.weight.detach().double().numpy()[0]
+    assert head_features(scorer, texts) @ weight == pytest.approx(expected, abs=1e-4)
+
+
+def test_nothing_follows_what_a_template_ends_with() -> None:
+    """As where a newline stands after the end-of-sequence token: the reward is read at the last token."""
+    words = tokenizer()
+    words.chat_template += " <eos> review"
+    for answer in ANSWERS:
+        own = words.apply_chat_template([*TALK, *answer], return_dict=False)
+        assert own[-2:] == [words.eos_token_id, *words("review")["input_ids"]]
+        text = render(TALK, answer, words)
+        assert tokenize([text], words, 64) == [own] and tokenize([text], words, len(own) - 1) == [own[:-1]]
+
+
+def test_messages_are_trained_on_as_they_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ids that training is given of a pair are those that its margin is computed from."""
+    folder = llama_reward(tmp_path / "rm", words=1)
+    words = beginning(folder)
+    given: list[Any] = []
+    begin = ObjectiveRewardTrainer.__init__
+
+    def noted(self: ObjectiveRewardTrainer, **kwargs: Any) -> None:
+        given.append(kwargs["train_dataset"])
+        begin(self, **kwargs)
+
+    monkeypatch.setattr(ObjectiveRewardTrainer, "__init__", noted)
+    table = [{"id": str(k), "prompt": TALK, "chosen": ANSWERS[0], "rejected": ANSWERS[2]} for k in range(8)]
+    config = RewardConfig(model=str(folder), max_length=64, trainer=FAST | {"max_steps": 1})
+    train_reward_model(Dataset.from_list(table), config, tmp_path / "out", seed=0)
+    own = [words.apply_chat_template([*TALK, *answer], return_dict=False) for answer in (ANSWERS[0], ANSWERS[2])]
+    assert given[0]["chosen_ids"][0] == own[0] and given[0]["rejected_ids"][0] == own[1]
+
+
+def test_an_encoder_keeps_its_own_special_tokens_around_messages() -> None:
+    words = tokenizer(eos=False)
+    words.add_special_tokens({"cls_token": "<cls>"})
+    words._tokenizer.post_processor = TemplateProcessing(
+        single="<cls> $A", special_tokens=[("<cls>", words.convert_tokens_to_ids("<cls>"))]
+    )
+    ids = tokenize([render(TALK, ANSWERS[0], words)], words, 64)[0]
+    assert ids == [words.cls_token_id, *words.apply_chat_template([*TALK, *ANSWERS[0]], return_dict=False)]
+
+
+def long_and_short() -> Dataset:
+    """Eight pairs, of which three (p0, p1, p2) have a prompt of 20 words, the others of fewer than 6."""
+    table = [row | ({"prompt": "the " * 20} if k < 3 else {}) for k, row in enumerate(rows(8))]
+    return Dataset.from_list(table)
+
+
+@pytest.mark.parametrize("build", [llama_reward, bert_reward])
+def test_pairs_whose_prompts_fill_the_length_are_counted_in_scoring(
+    build: Callable[[Path], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, over all shards and members; with room for the responses nothing is said."""
+    folder, pairs = build(tmp_path / "rm"), long_and_short()
+    bert_reward(folder / "members" / "1")
+    margins = np.asarray(score_with(members(folder), pairs, tmp_path / "s", batch_tokens=64, max_length=16)["margin"])
+    assert (margins[:3] == 0).all() and (margins[3:] != 0).all()
+    said = "3 of 8 pairs have a margin of 0: their prompts fill max_length"
+    assert caplog.text.count(said) == 1
+    EnsembleScorer(folder, batch_tokens=64, max_length=16).score_pairs(pairs)
+    assert caplog.text.count(said) == 2
+    wide = score_with(members(folder), pairs, tmp_path / "s", batch_tokens=64, max_length=32)
+    assert (np.asarray(wide["margin"]) != 0).all() and caplog.text.count("fill max_length") == 2
+
+
+def test_responses_that_are_the_same_tokens_without_a_cut_are_no_cut_pairs() -> None:
+    """Words that the tokenizer does not know, an empty table, equal texts."""
+    words = tokenizer()
+    assert cut_alike(["the xyz"], ["the zyx"], words, 16).tolist() == [False]
+    assert cut_alike(["the " * 20], ["the " * 20], words, 16).tolist() == [False]
+    assert cut_alike([], [], words, 16).tolist() == []
+    assert cut_alike(["the " * 15 + "good"], ["the " * 15 + "bad"], words, 16).tolist() == [True]
+    assert cut_alike(["the " * 14 + "good"], ["the " * 14 + "bad"], words, 16).tolist() == [False]
+
+
+@pytest.mark.parametrize("head", ["full", "naive-bayes"])
+def test_pairs_whose_prompts_fill_the_length_are_left_out_of_training(
+    head: Literal["full", "naive-bayes"], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model is that of the other pairs alone, and the number is said; without any other pair nothing is trained."""
+    backbone, pairs = llama_reward(tmp_path / "rm"), long_and_short()
+    config = RewardConfig(model=str(backbone), head=head, max_length=16, trainer=FAST | {"max_steps": 3})
+    train_reward_model(pairs, config, tmp_path / "all", seed=0)
+    assert caplog.text.count("3 of 8 pairs are left out: their prompts fill max_length") == 1
+    train_reward_model(pairs.select(range(3, 8)), config, tmp_path / "others", seed=0)
+    assert caplog.text.count("are left out") == 1
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "others")]
+    assert weights[0] == weights[1]
+    with pytest.raises(DataError, match="none of 3 pairs has responses that differ within 16 tokens"):
+        train_reward_model(pairs.select(range(3)), config, tmp_path / "none", seed=0)
+
+
+def test_columns_of_the_objective_stay_beside_their_pairs(tmp_path: Path) -> None:
+    """Pairs that are left out take their numbers with them."""
+    pairs = long_and_short().add_column("teacher_margin", [float(k) for k in range(8)])
+    objective = ObjectiveConfig(name="margin_mse")
+    config = RewardConfig(
+        model=str(llama_reward(tmp_path / "rm")), objective=objective, max_length=16, trainer=FAST | {"max_steps": 3}
+    )
+    for name, table in (("all", pairs), ("others", pairs.select(range(3, 8)))):
+        train_reward_model(table, config, tmp_path / name, seed=0)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "others")]
+    assert weights[0] == weights[1]
+
+
+def test_completions_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A judge says of how many completions it sees nothing; a larger limit is another one's verdicts."""
+    folder = llama_reward(tmp_path / "rm")
+    beginning(llama_reward(folder / "members" / "1", words=1))
+    prompts: list[Any] = ["the " * 20, "the film is", "the " * 20]
+    found = make_score_judge(str(folder), 16).score(prompts, [" good", " good", " bad"])
+    assert found[0] == found[2] != found[1]
+    assert caplog.text.count("2 of 3 completions are not read: their prompts fill max_length") == 1
+    wide = make_score_judge(str(folder)).score(prompts, [" good", " good", " bad"])
+    assert wide[0] != wide[2] and caplog.text.count("fill max_length") == 1
+    talk = [{"role": "user", "content": "the " * 20}]
+    make_score_judge(str(folder), 16).score([talk], [ANSWERS[0]])
+    assert caplog.text.count("1 of 1 completions are not read: their prompts fill max_length") == 1
+    with pytest.raises(ConfigError, match="--max-length: found 16 for the judge vader"):
+        make_score_judge("vader", 16)
+
+
+def test_a_text_longer_than_the_table_of_positions_is_cut(tmp_path: Path) -> None:
+    """It is scored as its beginning is, and can be trained on; the limit is said."""
+    folder = bert_reward(tmp_path / "model")
+    scorer = RewardScorer(folder, batch_tokens=4096, max_length=2048)
+    assert scorer.max_length == 512
+    long = "good film " * 300
+    rewards = scorer.score_texts([long, long + "bad " * 9, "good film " * 256])
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-6) == pytest.approx(rewards[2], abs=1e-6)
+    pairs = Dataset.from_list(
+        [row | {side: f"{row[side]} {long}" for side in ("chosen", "rejected")} for row in rows(8)]
+    )
+    trainer = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "bf16": False}
+    config = RewardConfig(model=str(folder), max_length=2048, trainer=trainer)
+    train_reward_model(pairs, config, tmp_path / "trained", seed=0)
+    assert (tmp_path / "trained" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (RobertaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+                       max_position_embeddings=34, pad_token_id=1), 32),
+        (GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=32, pad_token_id=0), 32),
+        (OPTConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8,
+                   word_embed_proj_dim=8, max_position_embeddings=32), 32),
+        (LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+                     max_position_embeddings=32, pad_token_id=0), 99),
+    ],
+)  # fmt: skip
+def test_most_tokens_of_a_model(config: PretrainedConfig, most: int) -> None:
+    """As many as it takes without an error; rotary positions have no end."""
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert fitting_length(model, 99) == most
+    ids = torch.full((1, most), 5)
+    assert model(input_ids=ids).logits.isfinite().all()
+    if most < 99:
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, most + 1), 5))
+
+
+@pytest.mark.parametrize("peft", [None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}])
+def test_training_learns_and_loads_as_a_plain_model(tmp_path: Path, peft: dict[str, object] | None) -> None:
+    backbone = llama_reward(tmp_path / "backbone")
+    config = RewardConfig(model=str(backbone), max_length=64, trainer=FAST, peft=peft)
+    pairs = Dataset.from_list(rows(16))
+
+    def accuracy(model: Path) -> float:
+        return float(
+            np.mean(np.asarray(RewardScorer(model, batch_tokens=512, max_length=64).score_pairs(pairs)["margin"]) > 0)
+        )
+
+    train_reward_model(pairs, config, tmp_path / "out", seed=0)
+    assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / "out" / "adapter_config.json").exists()
+    assert accuracy(tmp_path / "out") >= 0.9
+    if peft is None:
+        train_reward_model(pairs, config, tmp_path / "again", seed=0)
+        first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
+        assert first == second
+
+
+def test_each_pair_is_scored_by_the_model_that_has_not_seen_it(tmp_path: Path) -> None:
+    backbone = llama_reward(tmp_path / "backbone")
+    config = RewardConfig(model=str(backbone), max_length=64, folds=2, trainer=FAST | {"max_steps": 2})
+    scored = cross_fit(Dataset.from_list(rows(8)), config, tmp_path / "cv", seed=0)
+    scorers = [RewardScorer(tmp_path / "cv" / f"fold-{k}", batch_tokens=512, max_length=64) for k in range(2)]
+    for row in scored:
+        expected = scorers[row["fold"]].score_texts([row["prompt"] + row["chosen"]])[0]
+        assert row["reward_chosen"] == pytest.approx(expected, abs=1e-5)
+    assert sorted(set(scored["fold"])) == [0, 1]
+
+
+def test_unknown_trainer_key_is_named(tmp_path: Path) -> None:
+    config = RewardConfig(model=str(llama_reward(tmp_path / "m")), trainer={"learning_rat": 1e-3, "max_steps": "ten"})
+    with pytest.raises(ConfigError) as caught:
+        train_reward_model(Dataset.from_list(rows(4)), config, tmp_path / "out", seed=0)
+    assert "reward.trainer.learning_rat: not a field of RewardConfig (did you mean `learning_rate`?)" in str(
+        caught.value
+    )
+    assert "reward.trainer.max_steps: found 'ten', expected a whole number" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"chat_template_path": "t.jinja"}, {"eos_token": "good"}, {"model_init_kwargs": {"dtype": "bfloat16"}}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_field_that_would_not_hold_for_training_and_scoring_alike_is_refused(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    config = RewardConfig(model=str(llama_reward(tmp_path / "m")), trainer=FAST | fields)
+    with pytest.raises(ConfigError, match=f"reward.trainer.{next(iter(fields))}: has no meaning here"):
+        train_reward_model(Dataset.from_list(rows(4)), config, tmp_path / "out", seed=0)
+    assert not (tmp_path / "out").exists()
+
+
+@given(st.lists(st.floats(-20, 20), min_size=1, max_size=50))
+def test_calibration_against_plain_python(margins: list[float]) -> None:
+    found = evaluate_margins(margins)
+    assert found.accuracy.value == pytest.approx(sum(0.5 if m == 0 else float(m > 0) for m in margins) / len(margins))
+    assert found.log_loss == pytest.approx(sum(np.log1p(np.exp(-m)) for m in margins) / len(margins))
+    assert found.brier == pytest.approx(sum((1 - 1 / (1 + np.exp(-m))) ** 2 for m in margins) / len(margins))
+    assert sum(item.count for item in found.bins) == len(margins)
+    assert 0 <= found.ece <= 1 and found.accuracy.low <= found.accuracy.value <= found.accuracy.high
+
+
+def test_calibration_of_honest_margins_is_near_zero() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.normal(0, 2, 20000)
+    right = rng.random(20000) < 1 / (1 + np.exp(-np.abs(true)))
+    assert evaluate_margins(np.where(right, np.abs(true), -np.abs(true))).ece < 0.02
+    with pytest.raises(ValueError, match="finite"):
+        evaluate_margins([float("nan")])
+
+
+@given(st.floats(-10, 10), st.floats(-10, 10), st.floats(-3, 3))
+def test_bradley_terry_gradient(chosen: float, rejected: float, margin: float) -> None:
+    a, b = (
+        torch.tensor([chosen], dtype=torch.float64, requires_grad=True),
+        torch.tensor([rejected], dtype=torch.float64),
+    )
+    bradley_terry(a, b, torch.tensor([margin], dtype=torch.float64), centering=0.1).sum().backward()
+    expected = -1 / (1 + np.exp(chosen - rejected - margin)) + 0.2 * (chosen + rejected)
+    assert a.grad is not None and float(a.grad) == pytest.approx(expected, abs=1e-9)
+
+
+def test_vader_prefers_praise() -> None:
+    good, bad = VaderJudge().score(["The film is", "The film is"], [" wonderful", " terrible"])
+    assert -3 <= bad < 0 < good <= 3
+    with pytest.raises(ConfigError, match=r"judge 'vadr' is not known \(did you mean `vader`"):
+        make_judge("vadr")
+
+
+def test_training_resumed_anywhere_ends_in_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bitwise, from the checkpoint of any step: of six an epoch, eight in all."""
+    trainer = FAST | {"max_steps": 8, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+    config = RewardConfig(
+        model=str(bert_reward(tmp_path / "backbone")), max_length=64,
+        trainer=trainer | {"lr_scheduler_type": "constant"},
+    )  # fmt: skip
+    pairs = Dataset.from_list(rows(24))
+    train_reward_model(pairs, config, tmp_path / "whole", seed=0)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("reward_models.train.save_model", die)
+        with pytest.raises(KeyboardInterrupt):
+            train_reward_model(pairs, config, tmp_path / "stopped" / "model", seed=0)
+    left = tmp_path / "stopped" / "model-checkpoints"
+    for step in range(1, 9):
+        folder = tmp_path / f"stopped-{step}"
+        shutil.copytree(left, folder / left.name, ignore=lambda _, names, step=step: [
+            name for name in names if name.startswith("checkpoint-") and int(name.split("-")[1]) > step
+        ])  # fmt: skip
+        train_reward_model(pairs, config, folder / "model", seed=0)
+        weights = [(path / "model.safetensors").read_bytes() for path in (folder / "model", tmp_path / "whole")]
+        assert weights[0] == weights[1], step

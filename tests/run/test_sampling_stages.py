@@ -1,0 +1,131 @@
+"""A run that is stopped while it samples goes on with the prompts that are left and ends as one that was not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset
+
+from align.config import RunConfig
+from align.data.pairs import read_pairs, write_pairs
+from align.generation.transformers_engine import TransformersEngine
+from align.generation.types import keyed_prompts
+from align.io.files import read_json
+from align.models.loading import load_policy, load_tokenizer
+from align.run.stages import WORK
+from align.run.stages import evaluation as evaluation_stages
+from align.run.stages import policy as stages
+from tests.helpers.builders import bert_reward, causal
+
+PROMPTS = [f"the {a} {b} is" for a in ("good", "bad", "dull") for b in ("film", "plot", "review")]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    causal(tmp_path / "policy")
+    bert_reward(tmp_path / "runs" / "r" / "reward" / "model")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    prompts = str(tmp_path / "prompts.jsonl")
+    policy = str(tmp_path / "policy")
+    tree = {
+        "name": "r", "output_dir": str(tmp_path / "runs"),
+        "reward": {"model": policy, "pairs": {"path": "pairs.jsonl"}},
+        "sample": {"prompts": prompts, "num_generations": 3, "max_new_tokens": 6},
+        "train": {"model": policy, "methods": {"dpo": {"loss": "dpo"}}},
+        "evaluate": {"prompts": prompts, "max_new_tokens": 6},
+    }  # fmt: skip
+    return RunConfig.model_validate(tree)
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
+    """Prompts that are sampled from now on; the call after ``after`` of them is a Ctrl-C."""
+    seen: list[str] = []
+    generate = TransformersEngine.generate
+
+    def counted(self: TransformersEngine, prompts: Any, *more: Any) -> Any:
+        if len(seen) >= after:
+            raise KeyboardInterrupt
+        seen.extend(prompts)
+        return generate(self, prompts, *more)
+
+    monkeypatch.setattr(TransformersEngine, "generate", counted)
+    return seen
+
+
+@pytest.mark.parametrize("heat", [0.5, 1.0])
+def test_the_log_probs_are_those_of_what_was_decoded(heat: float, config: RunConfig, tmp_path: Path) -> None:
+    """Of softmax(logits / T) for the policy that sampled, and at temperature 1 for the reference."""
+    assert config.evaluate is not None and config.train is not None
+    trained = causal(tmp_path / "trained", seed=3)
+    settings = config.evaluate.model_copy(update={"temperature": heat})
+    work = evaluation_stages.PolicyJob(config.train.model, str(trained), False, settings, 0).start()
+    found = work(keyed_prompts(PROMPTS)).to_dict()
+    words = load_tokenizer(config.train.model)
+    for name, folder, divisor in (("policy", str(trained), heat), ("reference", config.train.model, 1.0)):
+        model = load_policy(folder, dtype="float32").eval()
+        for prompt, text, tokens, logp in zip(
+            *(found[k] for k in ("prompt", "text", "tokens", f"logp_{name}")), strict=True
+        ):
+            given = words(prompt, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([given + words(text, add_special_tokens=False)["input_ids"]])
+            if ids.shape[1] - len(given) != tokens:  # it ended before its length, in a token that is not in the text
+                continue
+            with torch.no_grad():
+                logps = torch.log_softmax(model(ids).logits[0, len(given) - 1 : -1].double() / divisor, dim=-1)
+            assert logp == pytest.approx(logps.gather(1, ids[0, len(given) :, None]).sum().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("fields", "measured"), [({}, (True, True)), ({"temperature": 0.5}, (True, False)),
+                                                  ({"top_p": 0.9}, (False, False))])  # fmt: skip
+def test_a_kl_only_of_what_has_one(
+    fields: dict[str, float], measured: tuple[bool, bool], config: RunConfig, tmp_path: Path
+) -> None:
+    """No KL of a nucleus, no gain per root KL at another temperature; pairs without margins have no correlation."""
+    assert config.evaluate is not None
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=fields), "reward": None})
+    root, rng = config.folder, np.random.default_rng(0)
+    write_pairs(
+        Dataset.from_list([{"id": "a", "prompt": "a", "chosen": " b", "rejected": " c"}]), root / "margins" / "pairs"
+    )
+    for name, texts, ratio in (("reference", " dull", 0.0), ("dpo", " good", 2.0)):
+        (root / f"generate-{name}").mkdir(parents=True)
+        table = {"prompt": PROMPTS, "text": [texts] * 9, "tokens": [1] * 9, "logp_reference": [-3.0] * 9}
+        table["logp_policy"] = (ratio - 3 + rng.normal(0, 0.1, 9)).tolist()
+        Dataset.from_dict(table).to_parquet(str(root / f"generate-{name}" / "completions.parquet"))
+    (tmp_path / "out").mkdir()
+    evaluation_stages.stage_evaluate(config, root, tmp_path / "out", "")
+    found = read_json(tmp_path / "out" / "metrics.json")
+    policy = found["policies"]["dpo"]
+    assert (policy["kl"] is not None, policy["gain_per_root_kl"] is not None) == measured
+    assert found["gold_correlation"] is None and policy["gain"]["value"] > 0
+
+
+@pytest.mark.parametrize("stage", ["sample", "generate"])
+def test_a_stopped_stage_repeats_no_finished_part(
+    stage: str, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, which = (stages, "") if stage == "sample" else (evaluation_stages, "reference")
+    work = WORK[stage]
+    whole, halted = tmp_path / "whole", tmp_path / "halted"
+    whole.mkdir()
+    halted.mkdir()
+    work(config, config.folder, whole, which)
+    monkeypatch.setattr(module, "PART", 4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        first = stopped(patch, 8)
+        work(config, config.folder, halted, which)
+    assert first == PROMPTS[:8]
+    rest = stopped(monkeypatch, 99)
+    work(config, config.folder, halted, which)
+    assert rest == PROMPTS[8:] and not (halted / "parts").exists()
+    if stage == "sample":
+        assert read_pairs(halted / "train").to_list() == read_pairs(whole / "train").to_list()
+        return
+    tables = [pq.read_table(folder / "completions.parquet").to_pydict() for folder in (whole, halted)]
+    for name in ("prompt", "text", "tokens"):
+        assert tables[0][name] == tables[1][name]
+    assert tables[0]["logp_policy"] == pytest.approx(tables[1]["logp_policy"], abs=1e-5)

@@ -1,0 +1,97 @@
+"""Shards: made once, in the order of the table, by whoever; what a cluster is asked for wrongly is one message."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align.cli.options import cluster_called
+from align.config import ClusterConfig
+from align.errors import AlignError, ConfigError
+from align.sharding.jobs import Work, decode, encode
+from align.sharding.shards import map_shards
+from tests.slow.cluster_jobs import finished
+
+
+@dataclass
+class Doubling:
+    """Twice each number; counts what it was asked for."""
+
+    starts: int = 0
+    rows: int = 0
+
+    def start(self) -> Work:
+        self.starts += 1
+        return self.work
+
+    def work(self, rows: Dataset) -> Dataset:
+        self.rows += len(rows)
+        return Dataset.from_dict({"twice": [2 * value for value in rows["value"]]})
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.sets(st.integers(0, 40)))
+def test_missing_shards_are_made_and_the_others_read(rows: int, size: int, lost: set[int]) -> None:
+    import tempfile
+
+    table = Dataset.from_dict({"value": list(range(rows))})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        job = Doubling()
+        map_shards(table, job, folder, size=size, what="doubling")
+        assert (job.starts, job.rows) == (1, rows) and finished(folder) == list(range(0, rows, size))
+        removed = [start for start in finished(folder) if start in lost]
+        for start in removed:
+            (folder / f"{start:08d}.parquet").unlink()
+        again = Doubling()
+        found = map_shards(table, again, folder, size=size, what="doubling")
+        assert again.starts == bool(removed)
+        assert again.rows == sum(min(size, rows - start) for start in removed)
+        assert found.whole()["twice"][:] == [2 * k for k in range(rows)]
+
+
+def test_a_table_travels_with_its_types() -> None:
+    table = Dataset.from_dict({"id": ["a", "b"], "ids": [[1, 2], []], "chat": [[{"role": "user", "content": "x"}], []]})
+    found = decode(encode(table.select([1, 0])))
+    assert found.features == table.features and found.to_list() == table.to_list()[::-1]
+
+
+def test_the_option() -> None:
+    assert cluster_called(None) is None
+    assert cluster_called("auto") == ClusterConfig()
+    found = cluster_called("local,workers=2,cpus=0.5,gpus=1")
+    assert found == ClusterConfig(address="local", workers=2, cpus=0.5, gpus=1)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("auto,workers=none", "workers: Input should be a valid integer"),
+        ("auto,worker=2", "worker: Extra inputs are not permitted, found '2'"),
+        ("auto,cpus=0", "cpus: Input should be greater than 0, found '0'"),
+    ],
+)
+def test_a_wrong_option_is_named(option: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        cluster_called(option)
+    assert f"--cluster {option}: {said}" in str(caught.value)
+
+
+def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    table = Dataset.from_dict({"value": [1]})
+    with pytest.raises(AlignError, match=r"cluster-missing.*Ray is not installed") as caught:
+        map_shards(table, Doubling(), tmp_path, size=1, what="doubling", cluster=ClusterConfig())
+    assert "pip install 'margin-align[ray]'" in str(caught.value)
+
+
+def test_nothing_of_a_cluster_is_imported_without_one(tmp_path: Path) -> None:
+    """The command line, scoring, generation and measuring do not touch Ray."""
+    modules = "align.cli.main, align.run.pipeline, align.run.stages, align.commands.generate, align.commands.entangle"
+    modules += ", align.sharding.shards"
+    code = f"import {modules}, sys; sys.exit(any(name.partition('.')[0] == 'ray' for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path).returncode == 0

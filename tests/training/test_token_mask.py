@@ -1,0 +1,121 @@
+"""The learned token mask: its loss by hand, what it learns, and its place in a checkpoint."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+
+from align.config import LossConfig, TokenMaskConfig, TrainConfig
+from align.errors import ConfigError
+from align.io.files import read_json
+from align.losses.registry import resolve
+from align.models.logps import pair_logps
+from align.training.token_mask import OPEN, TokenMask
+from align.training.train import make_trainer, train_policy
+from align.training.trainer import PreferenceTrainer
+from tests.helpers.builders import WORDS, rows
+from tests.training.test_trainer import BASE
+
+IDS = torch.tensor([[5, 6, 7, 0], [5, 8, 0, 0]])
+COMPLETION = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0]])
+POLICY = torch.tensor([[-1.0, -2.0, 0.0], [-4.0, 0.0, 0.0]])
+REFERENCE = torch.tensor([[-1.5, -3.0, 0.0], [-3.0, 0.0, 0.0]])
+
+
+def mask(sparsity: float = 0.2) -> TokenMask:
+    return TokenMask(10, TokenMaskConfig(sparsity=sparsity), Accelerator(cpu=True))
+
+
+def test_masked_sums_and_price_by_hand() -> None:
+    """Chosen tokens 6 and 7, rejected token 8; token 6 is closed."""
+    made = mask()
+    with torch.no_grad():
+        made.logit[6] = -100.0
+    found, price, left = made(POLICY, REFERENCE, IDS, COMPLETION)
+    m = 1 / (1 + math.exp(-OPEN))
+    assert found.chosen.tolist() == pytest.approx([-2.0 * m]) and found.ref_chosen.tolist() == pytest.approx([-3.0 * m])
+    assert found.rejected.tolist() == pytest.approx([-4.0 * m])
+    assert (found.chosen_length.tolist(), found.rejected_length.tolist()) == ([2.0], [1.0])
+    assert left.tolist() == pytest.approx([m / 2, m])
+    assert price.tolist() == pytest.approx([0.2 * (m / 2 + m) / 2])
+
+
+def test_a_shared_token_closes_and_a_telling_one_stays_open() -> None:
+    """Token 6 has the same log-ratio in both responses, token 7 raises and token 8 lowers the margin."""
+    made = mask(sparsity=0.05)
+    ids, completion = torch.tensor([[5, 6, 7], [5, 6, 8]]), torch.tensor([[0, 1, 1], [0, 1, 1]])
+    policy, reference = torch.tensor([[-1.0, -2.0], [-1.0, -6.0]]), torch.tensor([[-3.0, -4.0], [-3.0, -4.0]])
+    loss = resolve("dpo", {"beta": 1.0})
+    for _ in range(100):
+        found, price, _ = made(policy, reference, ids, completion)
+        (loss(found, None) + price).sum().backward()
+        made.step()
+    weight = torch.sigmoid(made.logit)
+    assert float(weight[6]) < 0.2 < 0.6 < float(weight[7])
+    assert float(weight[8]) > 0.6 and float(weight[3]) == pytest.approx(1 / (1 + math.exp(-OPEN)))
+    assert {token for token, _ in made.extremes(5)["closed"]} == {6, 7, 8}
+
+
+def trainer(policy: Path, output: Path, steps: int, **more: Any) -> PreferenceTrainer:
+    fields: dict[str, Any] = {name: value for name, value in BASE.items() if name != "disable_tqdm"}
+    fields |= {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"} | more
+    config = TrainConfig(model=str(policy), methods={"m": LossConfig(loss="dpo")}, trainer=fields)
+    return make_trainer(
+        Dataset.from_list(rows(16)), config, resolve("dpo", {}), output, seed=0, tau=1.0, reference_cache=None,
+        token_mask=TokenMaskConfig(),
+    )  # fmt: skip
+
+
+def test_resumed_equals_uninterrupted(tiny_policy: Path, tmp_path: Path) -> None:
+    """Bitwise, the mask and its optimizer included."""
+    whole = trainer(tiny_policy, tmp_path / "whole", 4)
+    whole.train()
+    trainer(tiny_policy, tmp_path / "stopped", 2).train()
+    second = trainer(tiny_policy, tmp_path / "stopped", 4)
+    second.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoints" / "checkpoint-2"))
+    assert whole.token_mask is not None and second.token_mask is not None
+    assert torch.equal(whole.token_mask.logit, second.token_mask.logit)
+    assert not torch.equal(whole.token_mask.logit, torch.full_like(whole.token_mask.logit, OPEN))
+    assert all(torch.equal(value, second.model.state_dict()[name]) for name, value in whole.model.state_dict().items())
+
+
+def test_the_reference_of_a_whole_policy_stays_where_it_was(tiny_policy: Path, tmp_path: Path) -> None:
+    made = trainer(tiny_policy, tmp_path / "m", 4)
+    made.train()
+    assert made.state.log_history[3]["loss"] < made.state.log_history[0]["loss"] - 0.05
+    batch = made.data_collator([made.train_dataset[k] for k in range(4)])
+    fresh = trainer(tiny_policy, tmp_path / "fresh", 4)
+    fresh.model.eval()
+    with torch.no_grad():
+        start = pair_logps(fresh.model, batch, fresh.layout).tokens.logps
+    assert torch.allclose(made._under_reference(batch).tokens.logps, start, atol=1e-5)
+    with pytest.raises(ConfigError, match="precompute_ref_log_probs: found true beside a token_mask"):
+        trainer(tiny_policy, tmp_path / "x", 4, precompute_ref_log_probs=True)
+
+
+@pytest.mark.parametrize("live", [{"token_mask": TokenMaskConfig()}, {}])
+def test_bfloat16_beside_a_reference_that_is_run(live: dict[str, Any], tiny_policy: Path, tmp_path: Path) -> None:
+    """Under autocast the start is its own reference too: no log-ratio at step 1, and no refusal of the model."""
+    fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"} | {"bf16": True, "max_steps": 1}
+    if not live:
+        fields["precompute_ref_log_probs"] = False
+    config = TrainConfig(model=str(tiny_policy), methods={"m": LossConfig(loss="dpo", **live)}, trainer=fields)
+    train_policy(Dataset.from_list(rows(8)), config, "m", tmp_path, seed=3)
+    first = read_json(tmp_path / "history.json")["history"][0]
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
+
+
+def test_what_it_learned_is_written_down(tiny_policy: Path, tmp_path: Path) -> None:
+    fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"}
+    config = TrainConfig(
+        model=str(tiny_policy), methods={"m": LossConfig(loss="dpo", token_mask=TokenMaskConfig())}, trainer=fields
+    )
+    train_policy(Dataset.from_list(rows(16)), config, "m", tmp_path, seed=0)
+    found = read_json(tmp_path / "history.json")
+    shown = {token for token, _ in found["token_mask"]["closed"]}
+    assert shown and shown <= {*WORDS, "<eos>"}
+    assert all(0 < entry["token_mask/left"] < 1 for entry in found["history"])

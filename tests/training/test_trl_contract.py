@@ -1,0 +1,226 @@
+"""What this program relies on inside trl and transformers, and where; it fails here before it fails there.
+
+trl promises none of this, so pyproject.toml allows one minor version of it. When a new one is to be allowed, run this
+file first: each failure says which file has to be looked at.
+"""
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from trl.trainer import base_trainer, dpo_trainer, reward_trainer
+
+from align.models.tokenization import tokenize_pairs
+from tests.helpers.builders import causal, tokenizer
+
+PLACES = {
+    "align/training/trainer.py": {
+        DPOTrainer: {
+            "__init__": ("model", "ref_model", "args", "train_dataset", "processing_class", "peft_config"),
+            "_set_signature_columns_if_needed": (),
+            "_precompute_ref_logps": ("dataset", "name", "batch_size"),
+            "compute_ref_log_probs": ("model", "inputs"),
+            "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+            "training_step": (),
+            "_save_checkpoint": ("model", "trial"),
+        },
+        Trainer: {
+            "training_step": ("model", "inputs", "num_items_in_batch"),
+            "_get_grad_norm": ("model", "grad_norm"),
+            "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+            "_get_output_dir": ("trial",),
+        },
+    },
+    "align/training/base/resume.py": {
+        Trainer: {
+            "_save_rng_state": ("output_dir",),
+            "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+        },
+    },
+    "align/training/base/epochs.py": {
+        Trainer: {
+            "get_train_dataloader": (),
+            "_get_train_sampler": ("train_dataset",),
+            "_get_num_items_in_batch": ("batch_samples", "device"),
+            "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
+        },
+    },
+    "reward_models/trainer.py": {
+        RewardTrainer: {
+            "__init__": ("model", "args", "train_dataset", "processing_class", "peft_config"),
+            "_set_signature_columns_if_needed": (),
+            "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+        },
+    },
+    "align/models/tokenization.py": {DPOTrainer: {"_prepare_dataset": ("dataset", "processing_class", "args")}},
+}
+"""File of this program -> class -> method that it overrides or calls -> parameters that it names or is given."""
+
+FIELDS = {
+    DPOConfig: ("beta", "loss_type", "loss_weights", "ld_alpha", "use_weighting", "f_divergence_type", "max_length",
+                "truncation_mode", "pad_to_multiple_of", "precompute_ref_log_probs", "model_init_kwargs",
+                "trust_remote_code", "gradient_checkpointing_kwargs"),
+    RewardConfig: ("max_length", "center_rewards_coefficient", "length_column_name", "train_sampling_strategy",
+                   "trust_remote_code", "accelerator_config", "dataloader_drop_last"),
+}  # fmt: skip
+
+TEXTS = {
+    "align/training/trainer.py: the reference's columns, read from the batch": (
+        DPOTrainer._set_signature_columns_if_needed,
+        ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"),
+    ),
+    "align/training/trainer.py: attributes set by DPOTrainer.__init__": (
+        DPOTrainer.__init__,
+        ("self.precompute_ref_logps", "self.ref_model", "self._metrics", "self._total_train_tokens",
+         "self.train_dataset"),
+    ),
+    "align/training/trainer.py: metrics are lists by mode, averaged and cleared by log": (
+        DPOTrainer.log, ('self._metrics[mode]', "clear()"),
+    ),
+    "reward_models/trainer.py: the metrics of RewardTrainer, kept whatever the objective": (
+        RewardTrainer.compute_loss, ("self._metrics[mode]", "accuracy", "margin", "center_rewards_coefficient"),
+    ),
+    "align/training/base/checkpoints.py: the trainer's state is the last file of a checkpoint": (
+        Trainer._save_checkpoint, ("TRAINER_STATE_NAME",),
+    ),
+}  # fmt: skip
+
+
+def explained(place: str, what: str) -> str:
+    """The message of a broken contract."""
+    return (
+        f"trl {trl.__version__}, transformers {transformers.__version__}: {what}. {place} relies on it: adapt it, or "
+        "keep this version out in pyproject.toml"
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "method", "parameters"),
+    [
+        (place, kind, method, parameters)
+        for place, kinds in PLACES.items()
+        for kind, methods in kinds.items()
+        for method, parameters in methods.items()
+    ],
+)
+def test_methods_that_are_overridden_or_called(
+    place: str, kind: type, method: str, parameters: tuple[str, ...]
+) -> None:
+    found = getattr(kind, method, None)
+    assert callable(found), explained(place, f"{kind.__name__} has no method {method}")
+    known = inspect.signature(found).parameters
+    taken = {name for name, parameter in known.items() if parameter.kind is not inspect.Parameter.VAR_KEYWORD}
+    missing = [name for name in parameters if name not in taken]
+    assert not missing, explained(place, f"{kind.__name__}.{method} takes no {', '.join(missing)}")
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_fields_that_are_set_or_read(kind: type) -> None:
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    missing = [name for name in FIELDS[kind] if name not in known]
+    assert not missing, explained("align/training/train.py", f"{kind.__name__} has no {', '.join(missing)}")
+
+
+@pytest.mark.parametrize("place", TEXTS)
+def test_names_inside_methods(place: str) -> None:
+    method, names = TEXTS[place]
+    source = re.sub(r"\s+", " ", inspect.getsource(method))
+    missing = [name for name in names if name not in source]
+    assert not missing, explained(place, f"{method.__qualname__} no longer says {', '.join(missing)}")
+
+
+def test_the_loss_of_the_trainer_is_reached_through_compute_loss() -> None:
+    """Overriding compute_loss replaces trl's loss: nothing else calls _compute_loss."""
+    source = inspect.getsource(DPOTrainer)
+    calls = [line.strip() for line in source.splitlines() if "self._compute_loss(" in line]
+    place = "align/training/trainer.py"
+    assert calls == ["return self._compute_loss(model, inputs, return_outputs)"], explained(place, f"found {calls}")
+    override = set(DPOTrainer.__dict__) & {"_get_num_items_in_batch", "get_train_dataloader", "_get_train_sampler"}
+    assert not override, explained("align/training/base/epochs.py", f"DPOTrainer now has its own {override}")
+
+
+def test_the_loss_is_taken_as_the_step_s_share() -> None:
+    """trl hands ``loss_is_scaled_for_ga`` to every transformers, so a loss is not divided by the micro-batches."""
+    place = "align/training/trainer.py, reward_models/trainer.py"
+    for kind in (DPOTrainer, RewardTrainer):
+        assert hasattr(kind, "loss_is_scaled_for_ga"), explained(place, f"{kind.__name__} has no loss_is_scaled_for_ga")
+    asked = inspect.getsource(Trainer.training_step)
+    older = "loss_is_scaled_for_ga" in inspect.getsource(base_trainer._BaseTrainer.__init__)
+    assert "self.loss_is_scaled_for_ga" in asked or older, explained(place, "nothing asks for loss_is_scaled_for_ga")
+
+
+def test_accelerate_does_not_divide_the_loss(tmp_path: Path) -> None:
+    """transformers before 5.6 tells accelerate to divide it by the micro-batches, whoever has scaled it already."""
+    args = TrainingArguments(output_dir=str(tmp_path), gradient_accumulation_steps=4, use_cpu=True, report_to="none")
+    divisor = Trainer(model=torch.nn.Linear(1, 1), args=args).accelerator.gradient_accumulation_steps
+    place = "align/training/trainer.py, reward_models/trainer.py"
+    assert divisor == 1, explained(place, f"accelerate divides each loss by {divisor}")
+
+
+def collated(collator: Any, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch."""
+    return dict(collator(examples))
+
+
+def test_the_policy_s_batch() -> None:
+    """Row k of the first half is the chosen, row B + k the rejected response of pair k; right-padded; masks."""
+    place = "align/models/collator.py"
+    examples = [
+        {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9]},
+        {"prompt_ids": [5], "chosen_ids": [7, 7, 1], "rejected_ids": [9]},
+    ]
+    batch = collated(dpo_trainer.DataCollatorForPreference(pad_token_id=0), examples)
+    expected = {
+        "input_ids": [[5, 6, 7, 0], [5, 7, 7, 1], [5, 6, 8, 9], [5, 9, 0, 0]],
+        "attention_mask": [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]],
+        "completion_mask": [[0, 0, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1], [0, 1, 0, 0]],
+    }
+    for name, rows in expected.items():
+        assert name in batch, explained(place, f"a batch has no {name}")
+        assert batch[name].tolist() == rows, explained(place, f"{name} of a batch is laid out in another way")
+
+
+def test_the_reward_model_s_batch() -> None:
+    """Chosen rows first, then rejected ones."""
+    examples = [{"chosen_ids": [5, 6], "rejected_ids": [7]}, {"chosen_ids": [8], "rejected_ids": [9, 9]}]
+    batch = collated(reward_trainer.DataCollatorForPreference(pad_token_id=0), examples)
+    assert batch["input_ids"].tolist() == [[5, 6], [8, 0], [7, 0], [9, 9]], explained(
+        "reward_models/trainer.py", "rows of a batch are laid out in another way"
+    )
+
+
+def test_the_tokens_of_a_pair() -> None:
+    """DPOTrainer._prepare_dataset, called without a trainer, gives ids by these names and an end-of-sequence token."""
+    table = Dataset.from_list([{"id": "a", "prompt": "the film is", "chosen": " good", "rejected": " very bad"}])
+    made = tokenizer()
+    row = tokenize_pairs(table, made, max_length=64)[0]
+    eos, place = made.eos_token_id, "align/models/tokenization.py"
+    lengths = [len(row[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")]
+    assert lengths == [3, 2, 3], explained(place, f"tokens are {row}")
+    assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == eos, explained(place, "no end-of-sequence token")
+
+
+def test_helpers_of_trl(tmp_path: Path) -> None:
+    """Functions that are imported by name, with the parameters that they are called with."""
+    from trl.data_utils import extract_prompt
+    from trl.models.utils import disable_gradient_checkpointing
+    from trl.trainer.utils import use_adapter
+
+    found = extract_prompt({"chosen": "a film is good", "rejected": "a film is bad"})
+    assert found["prompt"] == "a film is", explained("align/data/validation.py", f"extract_prompt gives {found}")
+    model = AutoModelForCausalLM.from_pretrained(causal(tmp_path))
+    model.gradient_checkpointing_enable()
+    with disable_gradient_checkpointing(model, None):
+        assert not model.is_gradient_checkpointing, explained("align/training/trainer.py", "checkpointing stays on")
+    assert model.is_gradient_checkpointing
+    taken = list(inspect.signature(use_adapter).parameters)
+    assert taken[:2] == ["model", "adapter_name"], explained("align/training/trainer.py", f"use_adapter takes {taken}")
