@@ -43,7 +43,7 @@ def wait_until(ready: Callable[[], bool]) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def from_first(find: Callable[[], T]) -> T:
+def from_main_process(find: Callable[[], T]) -> T:
     """What ``find`` gives in the first process, in every process; it is called in no other.
 
     All processes call this at the same point of the program.
@@ -52,29 +52,29 @@ def from_first(find: Callable[[], T]) -> T:
         return find()
     from accelerate.utils import broadcast_object_list
 
-    connect()
+    init_process_group()
     found: list[Any] = [find() if process_rank() == 0 else None]
     broadcast_object_list(found, from_process=0)
     first: T = found[0]
     return first
 
 
-def own_share(items: Sequence[T]) -> Sequence[T]:
+def rank_share(items: Sequence[T]) -> Sequence[T]:
     """Every ``world_size``-th item, from this process's rank on: the shares of all are the whole."""
     return items[process_rank() :: world_size()]
 
 
-def of_all(own: list[T]) -> list[T]:
+def all_gather_objects(own: list[T]) -> list[T]:
     """The lists of all processes, one after the other by rank, in every process."""
     if world_size() == 1:
         return own
     from accelerate.utils import gather_object
 
-    connect()
+    init_process_group()
     return list(gather_object(own))
 
 
-def leave() -> None:
+def shutdown() -> None:
     """Close the process group at the end of a run that went well; left open, its threads may abort the process."""
     if world_size() == 1:
         return
@@ -104,7 +104,7 @@ def lost_process(error: BaseException) -> EnvironmentProblem | None:
     return None
 
 
-def connect(seconds: float | None = None) -> None:
+def init_process_group(seconds: float | None = None) -> None:
     """Join the process group, where nothing has done so before.
 
     Args:

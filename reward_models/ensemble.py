@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from align.config import ClusterConfig, RewardConfig
 from align.data.pairs import TEXT, fingerprint, with_columns
-from align.distributed import from_first, of_all, process_rank
+from align.distributed import all_gather_objects, from_main_process, process_rank
 from align.io.console import log
 from align.io.hashing import digest
 from align.models.folders import fingerprint_model
@@ -131,7 +131,7 @@ def score_with(
         calibration: applied to the mean margin.
         cluster: whose workers share the pairs; None: this process, or those of the launcher.
     """
-    kept = from_first(lambda: folder / _key(models, pairs, max_length))
+    kept = from_main_process(lambda: folder / _key(models, pairs, max_length))
     texts = pairs.select_columns(list(TEXT))
     made, alike = [], np.zeros(len(pairs), dtype=bool)
     for number, model in enumerate(models):
@@ -140,7 +140,7 @@ def score_with(
         found = map_shards(texts, job, own, size=SHARD, what="scoring", cluster=cluster, together=True).whole()
         alike |= np.asarray(found[ALIKE])
         made.append(with_rewards(pairs, *(np.asarray(found[name]) for name in ("reward_chosen", "reward_rejected"))))
-    of_all([process_rank()])  # nobody reads a shard any more
+    all_gather_objects([process_rank()])  # nobody reads a shard any more
     if process_rank() == 0:
         shutil.rmtree(folder)
         tell_alike(alike)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TrlRewardConfig
 
 from align.config import RewardConfig
-from align.distributed import from_first, process_rank, wait_until
+from align.distributed import from_main_process, process_rank, wait_until
 from align.io.console import log
 from align.training.base.arguments import build_lora, build_trainer_args, refusals
 from align.training.base.checkpoints import last_whole_checkpoint
@@ -45,7 +45,7 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
         AlignError: the configuration, the model or the pairs cannot be used.
     """
     checkpoints = output.with_name(output.name + "-checkpoints")
-    if from_first((output / CONFIG).exists):
+    if from_main_process((output / CONFIG).exists):
         log.info("reward model: there already (%s)", output)
     elif config.head == "full":
         _train_whole(train, config, output, checkpoints, seed)
@@ -90,7 +90,7 @@ def _train_whole(train: Dataset, config: RewardConfig, output: Path, checkpoints
             peft_config=build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS"),
         )
     trainer.in_background = config.async_checkpoints
-    last = from_first(lambda: last_whole_checkpoint(checkpoints))
+    last = from_main_process(lambda: last_whole_checkpoint(checkpoints))
     if last is not None:
         log.info("reward model %s: resuming from %s", output.name, last)
     show_progress(trainer, f"reward model {output.name}")

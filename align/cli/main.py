@@ -176,7 +176,7 @@ def reproduce(
 
 def main() -> NoReturn:
     """Entry point: exit 0; 2 for the user's mistake, 1 for ours, 130 for Ctrl-C, 143 for SIGTERM."""
-    from align.distributed import leave, lost_process
+    from align.distributed import lost_process, shutdown
     from align.errors import AlignError
     from align.io.disk import disk_problem
     from align.io.secrets import redact_text
@@ -192,7 +192,7 @@ def main() -> NoReturn:
         if stop.code in STOPPED:
             sys.stderr.write(f"{STOPPED[stop.code]}; what is finished is kept, the same command goes on from there\n")
         elif not stop.code:
-            leave()
+            shutdown()
         raise
     except Exception as error:
         if (problem := disk_problem(error) or lost_process(error)) is not None:

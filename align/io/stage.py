@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from align.distributed import from_first, process_rank, wait_until
+from align.distributed import from_main_process, process_rank, wait_until
 from align.errors import ConfigError
 from align.io.console import log
 from align.io.disk import disk_problems
@@ -64,7 +64,7 @@ def run_stage(
     partial = folder.with_name(folder.name + PARTIAL)
     if process_rank() > 0 and not collective:
         return _awaited(name, folder, key)
-    begun = from_first(lambda: _begin(name, folder, key)) if collective else _begin(name, folder, key)
+    begun = from_main_process(lambda: _begin(name, folder, key)) if collective else _begin(name, folder, key)
     if not begun:
         log.info("%s: up to date, skipped (%s)", name, folder)
         return Stage(name, folder, key, True, _seconds(folder))

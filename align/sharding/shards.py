@@ -15,7 +15,7 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 
 from align.config import ClusterConfig
-from align.distributed import own_share, wait_until
+from align.distributed import rank_share, wait_until
 from align.io.console import progress
 from align.sharding.jobs import Job, Rows, encode, read_table
 
@@ -66,7 +66,7 @@ def map_shards(
         AlignError: what the work raises, or a cluster that cannot be used.
     """
     starts = range(0, len(table), size)
-    missing = _missing(folder, own_share(starts) if together else starts)
+    missing = _missing(folder, rank_share(starts) if together else starts)
     if missing and cluster is not None:
         from align.sharding.ray_cluster import map_on_cluster
 

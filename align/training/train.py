@@ -10,7 +10,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from trl import DPOConfig
 
 from align.config import LossConfig, RemedyConfig, TiltConfig, TokenMaskConfig, TrainConfig
-from align.distributed import from_first, process_rank
+from align.distributed import from_main_process, process_rank
 from align.entanglement.callback import EntanglementCallback
 from align.errors import ConfigError
 from align.io.console import log
@@ -123,7 +123,7 @@ def train_policy(
     )  # fmt: skip
     show_pair(trainer.train_dataset[0], trainer.processing_class)
     trainer.in_background = config.async_checkpoints
-    last = from_first(lambda: last_whole_checkpoint(checkpoints))
+    last = from_main_process(lambda: last_whole_checkpoint(checkpoints))
     if last is not None:
         log.info("train %s: resuming from %s", method, last)
     show_progress(trainer, f"train {method}")

@@ -13,7 +13,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from align.config import RemedyConfig, TiltConfig, TokenMaskConfig
-from align.distributed import from_first
+from align.distributed import from_main_process
 from align.errors import ConfigError, DataError
 from align.io.console import log
 from align.io.files import read_json, write_json
@@ -185,7 +185,7 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
             settings = [self.args.max_length, self.args.truncation_mode]
             settings += [name for name in ("bf16", "fp16") if getattr(self.args, name)]
             # The policy is its own reference before the first step, and not sharded yet, as the reference may be.
-            key = from_first(
+            key = from_main_process(
                 lambda: reference_key(self.model, dataset, settings, with_adapter=self._continues_an_adapter)
             )
             file = self.reference_cache / f"{key}.npy"

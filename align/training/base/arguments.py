@@ -9,7 +9,7 @@ from types import NoneType
 from typing import Any, TypeVar
 
 from align.config import nearest
-from align.distributed import connect, world_size
+from align.distributed import init_process_group, world_size
 from align.errors import AlignError, ConfigError, listed
 from align.io.console import log
 
@@ -74,7 +74,7 @@ def build_trainer_args(
     defaults = DEFAULTS if _has_gpu() else DEFAULTS | WITHOUT_GPU | {"use_cpu": world_size() > 1}
     given = {**defaults, **forced, **values}
     if world_size() > 1 and given.get("use_cpu"):
-        connect(given.get("ddp_timeout"))
+        init_process_group(given.get("ddp_timeout"))
     with refusals(path):
         made = kind(**given)
         get_reporting_integration_callbacks(made.report_to)  # type: ignore[attr-defined]
