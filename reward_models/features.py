@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from align.errors import ModelError
-from align.io.array_cache import kept_array
+from align.io.array_cache import cached_array
 from align.io.console import progress
 from align.io.hashing import digest
 from align.models.batching import token_batches
@@ -38,7 +38,7 @@ def head_features(scorer: RewardScorer, texts: Sequence[str], cache: Path | None
 
 def _chunk(scorer: RewardScorer, texts: Sequence[str], cache: Path | None) -> np.ndarray:
     file = cache / f"features-{digest([REWARDS, *texts])[:32]}.npy" if cache is not None else None
-    return kept_array(file, lambda: _pass(scorer, texts))
+    return cached_array(file, lambda: _pass(scorer, texts))
 
 
 def _pass(scorer: RewardScorer, texts: Sequence[str]) -> np.ndarray:

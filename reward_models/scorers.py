@@ -10,7 +10,7 @@ import numpy as np
 
 from align.config import nearest
 from align.errors import ConfigError, NumericsError
-from align.io.array_cache import kept_array
+from align.io.array_cache import cached_array
 from align.models.folders import fingerprint_model
 from reward_models.judges import JUDGES, YES_NO, make_judge
 from reward_models.score import REWARDS
@@ -122,5 +122,5 @@ def score_in_chunks(
         return found
 
     starts = range(0, len(prompts), CHUNK)
-    parts = [kept_array(cache / f"{start:010d}.npy", functools.partial(scores, start)) for start in starts]
+    parts = [cached_array(cache / f"{start:010d}.npy", functools.partial(scores, start)) for start in starts]
     return np.concatenate([np.empty(0), *parts])

@@ -14,7 +14,7 @@ from torch import nn
 
 from align.config import ClusterConfig, PairsConfig
 from align.data.pairs import fingerprint, load_pairs, read_pairs
-from align.data.summary import gaps
+from align.data.summary import missing_values
 from align.distributed import process_rank
 from align.entanglement.check import check_predictions
 from align.entanglement.measure import SHARD, MeasureJob, load_measured, measuring
@@ -245,7 +245,7 @@ def _measure(
 
 def _sample(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset:
     """The first ``limit`` pairs in an order that does not depend on the file's."""
-    lacking = gaps(pairs, "margin") if "margin" in pairs.column_names else range(len(pairs))
+    lacking = missing_values(pairs, "margin") if "margin" in pairs.column_names else range(len(pairs))
     if loss.spec.needs_margin and len(lacking):
         first = ", ".join(str(pairs[int(place)]["id"]) for place in lacking[:NAMED])
         more = f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else ""

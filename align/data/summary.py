@@ -22,7 +22,7 @@ def summarize(pairs: Dataset) -> dict[str, Any]:
     }
 
 
-def gaps(pairs: Dataset, column: str) -> np.ndarray:
+def missing_values(pairs: Dataset, column: str) -> np.ndarray:
     """Places of the pairs that have no value in a column of numbers, int64 [G]."""
     return np.flatnonzero(np.isnan(np.asarray(pairs[column], dtype=np.float64)))
 

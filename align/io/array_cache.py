@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 
-def kept_array(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
+def cached_array(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
     """The array in ``file``, made and written there first where it is not; never half a file, never a pickle.
 
     Args:
@@ -27,7 +27,7 @@ def kept_array(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
 
 
 def kept_arrays(file: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Several arrays in one ``.safetensors`` file, as ``kept_array`` keeps one."""
+    """Several arrays in one ``.safetensors`` file, as ``cached_array`` keeps one."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".tmp")

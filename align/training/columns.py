@@ -7,7 +7,7 @@ from torch import Tensor
 
 from align.config import LossConfig, WeightsConfig
 from align.data.pairs import with_columns
-from align.data.summary import gaps
+from align.data.summary import missing_values
 from align.errors import ConfigError, DataError
 from align.io.console import log
 from align.losses.margin_weights import madpo_weight, trust_of_each
@@ -88,7 +88,7 @@ def numbers(pairs: Dataset, column: str, asked: str) -> Tensor:
     Raises:
         DataError: it is not there, or some pairs have no value in it.
     """
-    if column not in pairs.column_names or len(gaps(pairs, column)):
+    if column not in pairs.column_names or len(missing_values(pairs, column)):
         hints = {
             "margin_std": "train an ensemble: reward.ensemble: 5",
             "ood": "let a filter measure it: filter.ood",
@@ -117,7 +117,7 @@ def require_margin(pairs: Dataset, loss: BoundLoss) -> None:
             code="loss-needs-margin",
             hint="run `align reward score` first, or map the column in `pairs.columns`",
         )
-    missing = gaps(pairs, "margin")
+    missing = missing_values(pairs, "margin")
     if len(missing):
         raise DataError(
             f"margin: {len(missing)} of {len(pairs)} pairs have none, the first {pairs['id'][int(missing[0])]!r}; "
@@ -127,7 +127,7 @@ def require_margin(pairs: Dataset, loss: BoundLoss) -> None:
         )
 
 
-def without_gaps(pairs: Dataset) -> Dataset:
+def without_missing_margins(pairs: Dataset) -> Dataset:
     """The table without its margins where some are missing and the loss reads none; weights must be there for all.
 
     Raises:
@@ -135,7 +135,7 @@ def without_gaps(pairs: Dataset) -> Dataset:
     """
     if "weight" in pairs.column_names:
         numbers(pairs, "weight", "the loss")
-    if "margin" not in pairs.column_names or not (missing := len(gaps(pairs, "margin"))):
+    if "margin" not in pairs.column_names or not (missing := len(missing_values(pairs, "margin"))):
         return pairs
     log.warning("margin: %d of %d pairs have none, so nothing is logged by margin", missing, len(pairs))
     return pairs.remove_columns("margin")

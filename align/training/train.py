@@ -31,7 +31,7 @@ from align.training.columns import (
     check_weights,
     normalise_weights,
     require_margin,
-    without_gaps,
+    without_missing_margins,
 )
 from align.training.preview import show_pair
 from align.training.trainer import PreferenceTrainer
@@ -113,7 +113,7 @@ def train_policy(
         log.warning("%s", warning)
     options = config.methods[method]
     require_margin(pairs, loss)
-    pairs = without_gaps(pairs)
+    pairs = without_missing_margins(pairs)
     pairs = add_trust(pairs, options.weights, loss)
     pairs, loss = add_weight(adjust_margins(pairs, options.weights), loss)
     trainer = make_trainer(

@@ -28,7 +28,7 @@ from align.filtering.knn.ivf_lists import Listed, in_lists
 from align.filtering.knn.recall import WANTED_RECALL, Sample, Trial, enough
 from align.filtering.knn.row_view import View
 from align.filtering.knn.top_k import Best, farthest, nearest
-from align.io.array_cache import kept_array
+from align.io.array_cache import cached_array
 from align.io.console import log
 from align.sharding.arrays import as_array, as_table, found_of
 from align.sharding.jobs import Work
@@ -58,7 +58,7 @@ def search(
     Raises:
         EnvironmentProblem: the cluster is of no use.
     """
-    centres = kept_array(folder / "centres.npy", lambda: train(view, list_count(len(view)), seed))
+    centres = cached_array(folder / "centres.npy", lambda: train(view, list_count(len(view)), seed))
     count = len(centres)
     most = min(count, max(FIRST_PROBES, MOST_COMPARED * count // len(view)))
     job = Assign(centres, most)

@@ -12,7 +12,7 @@ from datasets import Dataset
 from align.config import EvaluateConfig, RunConfig
 from align.data.pairs import read_pairs
 from align.data.prompts import load_prompts
-from align.data.summary import gaps
+from align.data.summary import missing_values
 from align.evaluation.rewards import compare, gain_per_root_kl
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.types import Sampling, as_completion, keyed_prompts
@@ -147,7 +147,7 @@ def _gold_correlation(pairs: Dataset, judge: Any) -> dict[str, float] | None:
     """Pearson correlation of the margins that there are with the judge's, 95% interval by Fisher's z."""
     if "margin" not in pairs.column_names:
         return None
-    pairs = pairs.select(np.setdiff1d(np.arange(len(pairs)), gaps(pairs, "margin")))
+    pairs = pairs.select(np.setdiff1d(np.arange(len(pairs)), missing_values(pairs, "margin")))
     gold = judge.score(pairs["prompt"], pairs["chosen"]) - judge.score(pairs["prompt"], pairs["rejected"])
     return correlation(pairs["margin"], gold)
 
