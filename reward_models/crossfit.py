@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from align.config import ClusterConfig, RewardConfig
+from align.config import ClusterSection, RewardSection
 from align.data.splits import folds_by_prompt
 from align.io.console import log
 from reward_models.calibration import fit_map
@@ -15,7 +15,7 @@ from reward_models.score import COLUMNS
 
 
 def cross_fit(
-    pairs: Dataset, config: RewardConfig, folder: Path, *, seed: int, cluster: ClusterConfig | None = None
+    pairs: Dataset, config: RewardSection, folder: Path, *, seed: int, cluster: ClusterSection | None = None
 ) -> Dataset:
     """Train ``config.folds`` models, each on all folds but its own; score each fold by its model.
 
@@ -56,7 +56,7 @@ def cross_fit(
     return _calibrated(table, fold, config).add_column("fold", fold.tolist())
 
 
-def _calibrated(table: Dataset, fold: np.ndarray, config: RewardConfig) -> Dataset:
+def _calibrated(table: Dataset, fold: np.ndarray, config: RewardSection) -> Dataset:
     """Each fold's margins by a map fitted on the margins of the others, where the configuration asks for it."""
     if config.calibrate is None and not config.length_residual:
         return table

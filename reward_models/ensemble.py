@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.config import ClusterConfig, RewardConfig
+from align.config import ClusterSection, RewardSection
 from align.data.pairs import TEXT, fingerprint, with_columns
 from align.distributed import all_gather_objects, from_main_process, process_rank
 from align.io.console import log
@@ -30,7 +30,7 @@ SHARD = 512
 KEY_DIGITS = 8
 
 
-def train_members(train: Dataset, config: RewardConfig, output: Path, *, seed: int) -> None:
+def train_members(train: Dataset, config: RewardSection, output: Path, *, seed: int) -> None:
     """Train ``config.ensemble`` reward models into ``output`` and ``output/members``; those that are there are kept.
 
     Their seeds differ, so their heads and the order of their pairs do. A head that is fitted to frozen features in
@@ -113,7 +113,7 @@ def score_with(
     max_length: int,
     trust_remote_code: bool = False,
     calibration: MarginMap | None = None,
-    cluster: ClusterConfig | None = None,
+    cluster: ClusterSection | None = None,
 ) -> Dataset:
     """The table with the mean rewards of the models and their margin; ``margin_std`` where there are at least two.
 

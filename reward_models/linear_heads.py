@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align.config import RewardConfig
+from align.config import RewardSection
 from align.data.splits import folds_by_prompt
 from align.errors import ModelError
 from align.io.console import log
@@ -108,7 +108,7 @@ def fit_logistic(chosen: np.ndarray, rejected: np.ndarray, fold: np.ndarray) -> 
 
 
 def train_head(
-    train: Dataset, config: RewardConfig, *, seed: int, cache: Path | None = None
+    train: Dataset, config: RewardSection, *, seed: int, cache: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The backbone with a fitted head in place of its own, and its tokenizer.
 

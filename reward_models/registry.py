@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 from torch import Tensor
 
-from align.config import ObjectiveConfig, nearest
+from align.config import ObjectiveSection, nearest
 from align.config.parameters import ANY, POSITIVE, Range, parameter_problems
 from align.errors import ConfigError, DataError, listed
 from reward_models import objectives
@@ -124,7 +124,7 @@ SPECS = (
 OBJECTIVES: dict[str, ObjectiveSpec] = {spec.name: spec for spec in SPECS}
 
 
-def resolve_objective(config: ObjectiveConfig) -> BoundObjective:
+def resolve_objective(config: ObjectiveSection) -> BoundObjective:
     """The objective that a configuration names, with its defaults.
 
     Raises:

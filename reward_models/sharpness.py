@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from align.config import SharpnessConfig
+from align.config import SharpnessSection
 from align.errors import ConfigError
 
 Reduce = Callable[[Tensor], Tensor]
@@ -36,7 +36,7 @@ class SharpnessPenalty:
         ConfigError: ``parameters`` matches none of the trained parameters, or they are sharded.
     """
 
-    def __init__(self, config: SharpnessConfig, model: nn.Module, reduce: Reduce) -> None:
+    def __init__(self, config: SharpnessSection, model: nn.Module, reduce: Reduce) -> None:
         self.config = config
         self.model = model
         self.reduce = reduce

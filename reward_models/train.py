@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TrlRewardConfig
 
-from align.config import RewardConfig
+from align.config import RewardSection
 from align.distributed import from_main_process, process_rank, wait_until
 from align.io.console import log
 from align.training.base.arguments import build_lora, build_trainer_args, refusals
@@ -27,7 +27,7 @@ CONFIG = "config.json"
 """A model folder that holds it is whole."""
 
 
-def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, seed: int) -> None:
+def train_reward_model(train: Dataset, config: RewardSection, output: Path, *, seed: int) -> None:
     """Train on a pair table and save model and tokenizer (safetensors; an adapter is merged) into ``output``.
 
     The head is drawn under ``seed``. Pairs of like length share a batch, which of them meet is drawn anew each epoch
@@ -56,7 +56,7 @@ def train_reward_model(train: Dataset, config: RewardConfig, output: Path, *, se
     wait_until((output / CONFIG).exists)
 
 
-def _train_whole(train: Dataset, config: RewardConfig, output: Path, checkpoints: Path, seed: int) -> None:
+def _train_whole(train: Dataset, config: RewardSection, output: Path, checkpoints: Path, seed: int) -> None:
     """Train head and backbone (or its adapter) and save them."""
     objective = resolve_objective(config.objective)
     columns = objective_columns(train, objective)
@@ -102,7 +102,7 @@ def _train_whole(train: Dataset, config: RewardConfig, output: Path, checkpoints
             save_model(trained.merge_and_unload() if config.peft is not None else trained, tokenizer, output)
 
 
-def _gathered(trainer: ObjectiveRewardTrainer, config: RewardConfig) -> Any:
+def _gathered(trainer: ObjectiveRewardTrainer, config: RewardSection) -> Any:
     """The trained model on the first process, None on the others; what was sharded is put into the model anew."""
     sharded: bool = trainer.is_fsdp_enabled
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else {}  # every process gives its part

@@ -11,7 +11,7 @@ from torch import Tensor
 from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from align.config import SharpnessConfig, TiltConfig
+from align.config import SharpnessSection, TiltSection
 from align.io.files import read_json, write_json
 from align.losses.pair_weights import LossTilt
 from align.models.collator import REAL, counted, only_real
@@ -126,8 +126,8 @@ class ObjectiveRewardTrainer(GuardedRewardTrainer):
         self,
         *,
         objective: BoundObjective,
-        tilt: TiltConfig | None = None,
-        sharpness: SharpnessConfig | None = None,
+        tilt: TiltSection | None = None,
+        sharpness: SharpnessSection | None = None,
         **kwargs: Any,
     ) -> None:
         self.objective = objective

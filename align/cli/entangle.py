@@ -90,7 +90,7 @@ def _numbers(items: list[str] | None) -> dict[str, float | bool]:
     from pydantic import ValidationError
     from yaml import YAMLError
 
-    from align.config import LossConfig
+    from align.config import LossSection
     from align.config.safe_yaml import load_yaml
     from align.errors import ConfigError
 
@@ -100,7 +100,7 @@ def _numbers(items: list[str] | None) -> dict[str, float | bool]:
         if not (name and sign and value):
             raise ConfigError(f"--parameter {item}: expected name=number", code="config-option")
         try:
-            read = LossConfig.model_validate({"loss": "", "parameters": {name: load_yaml(value)}})
+            read = LossSection.model_validate({"loss": "", "parameters": {name: load_yaml(value)}})
         except (ValidationError, YAMLError, ValueError):
             expected = "expected a finite number, or true or false"
             raise ConfigError(f"--parameter {item}: found {value!r}, {expected}", code="config-option") from None

@@ -91,11 +91,11 @@ def _settings(given: dict[str, Any]) -> Any:
     """The options as a ``filter`` section; what is wrong with them is said by option."""
     from pydantic import ValidationError
 
-    from align.config import FilterConfig
+    from align.config import FilterSection
     from align.errors import ConfigError, listed
 
     try:
-        return FilterConfig.model_validate(given)
+        return FilterSection.model_validate(given)
     except ValidationError as error:
         problems = [
             f"--{str(item['loc'][0]).replace('_', '-')}: found {item['input']!r}; {item['msg']}"

@@ -8,7 +8,7 @@ import typer
 from align.io.object_store import local_path
 
 if TYPE_CHECKING:
-    from align.config import ClusterConfig
+    from align.config import ClusterSection
 
 Cluster = Annotated[
     str | None,
@@ -16,7 +16,7 @@ Cluster = Annotated[
 ]
 
 
-def cluster_called(option: str | None) -> "ClusterConfig | None":
+def cluster_called(option: str | None) -> "ClusterSection | None":
     """``auto,workers=8,gpus=1`` as configuration; None where the option is absent.
 
     Raises:
@@ -26,13 +26,13 @@ def cluster_called(option: str | None) -> "ClusterConfig | None":
         return None
     from pydantic import ValidationError
 
-    from align.config import ClusterConfig
+    from align.config import ClusterSection
     from align.errors import ConfigError
 
     address, *settings = option.split(",")
     fields = dict(setting.partition("=")[::2] for setting in settings)
     try:
-        return ClusterConfig.model_validate({"address": address, **fields})
+        return ClusterSection.model_validate({"address": address, **fields})
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(
@@ -45,7 +45,7 @@ def cluster_called(option: str | None) -> "ClusterConfig | None":
 def pair_source(path: str, columns: list[str] | None, split: str) -> Any:
     from pydantic import ValidationError
 
-    from align.config import PairsConfig
+    from align.config import PairsSection
     from align.errors import ConfigError
 
     mapping = {}
@@ -55,7 +55,7 @@ def pair_source(path: str, columns: list[str] | None, split: str) -> Any:
             raise ConfigError(f"--column {item}: expected name=source", code="config-option")
         mapping[name] = source
     try:
-        return PairsConfig(path=path, columns=mapping, split=split)
+        return PairsSection(path=path, columns=mapping, split=split)
     except ValidationError as error:
         said = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
         raise ConfigError(f"--column: {said}", code="config-option") from None

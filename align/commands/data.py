@@ -5,12 +5,12 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from align.config import PairsConfig
+from align.config import PairsSection
 from align.errors import SHOWN, DataError
 from align.io.console import log, out
 
 
-def check_data(source: PairsConfig, *, drop_to: Path | None) -> None:
+def check_data(source: PairsSection, *, drop_to: Path | None) -> None:
     """Print a summary of a pair source and its offending rows; with ``drop_to`` write both kinds there.
 
     Raises:

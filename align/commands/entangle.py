@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from align.config import ClusterConfig, PairsConfig
+from align.config import ClusterSection, PairsSection
 from align.data.pairs import fingerprint, load_pairs, read_pairs
 from align.data.summary import missing_values
 from align.distributed import process_rank
@@ -48,7 +48,7 @@ MATRIX_TOKENS = 64
 
 
 def report(
-    source: PairsConfig,
+    source: PairsSection,
     model: str,
     output: Path,
     *,
@@ -61,7 +61,7 @@ def report(
     matrices: int,
     batch_tokens: int,
     max_length: int,
-    cluster: ClusterConfig | None = None,
+    cluster: ClusterSection | None = None,
 ) -> None:
     """Measure pairs, write ``entanglement.parquet``, ``summary.json`` and ``report.html`` under ``output``.
 
@@ -120,7 +120,7 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     base = inputs["settings"]["model"]
     length = max_length or inputs["settings"]["trainer"].get("max_length") or MAX_LENGTH
     table = run / "filter" / KEPT if "filter" in inputs["after"] else run / "margins" / "pairs"
-    every = load_pairs(PairsConfig(path=str(table))) if table.is_file() else read_pairs(table)
+    every = load_pairs(PairsSection(path=str(table))) if table.is_file() else read_pairs(table)
     pairs = _sample(every, bound, limit, str(run))
     tokens = tokenize_pairs(pairs, load_tokenizer(base), max_length=length)
     settings = _Settings(bound, None, batch_tokens, length)
@@ -145,7 +145,7 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
 
 
 def check(
-    source: PairsConfig,
+    source: PairsSection,
     model: str,
     output: Path,
     *,
@@ -199,7 +199,7 @@ class _Settings:
     parameters: str | None
     batch_tokens: int
     max_length: int
-    cluster: ClusterConfig | None = None
+    cluster: ClusterSection | None = None
     """Whose workers share the pairs; no result depends on it."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.config import OodConfig, PairsConfig
+from align.config import OodSection, PairsSection
 from align.data.pairs import fingerprint, load_pairs
 from align.data.readers import read_source
 from align.data.splits import clusters_of
@@ -37,7 +37,7 @@ SCORED = "pair-scores"
 
 
 def evaluate(
-    source: PairsConfig,
+    source: PairsSection,
     model: str,
     output: Path,
     *,
@@ -109,18 +109,18 @@ def _distances(pairs: Dataset, model: str, trained_on: str | None, output: Path)
         return None
     from align.filtering.score_columns import distances
 
-    known = load_pairs(PairsConfig(path=trained_on))
+    known = load_pairs(PairsSection(path=trained_on))
     if isinstance(known["prompt"][0], str) != isinstance(pairs["prompt"][0], str):
         raise ConfigError(
             f"--trained-on {trained_on}: found pairs of another kind, expected plain text or messages like the others",
             code="eval-trained-on",
             hint="use --text, or give the training pairs as messages",
         )
-    settings = OodConfig(model=model, pairs=PairsConfig(path=trained_on))
+    settings = OodSection(model=model, pairs=PairsSection(path=trained_on))
     return distances(pairs, settings, output / "distances" / fingerprint(pairs)[:16])
 
 
-def _load(source: PairsConfig, model: str, chat: bool | None) -> tuple[Dataset, bool]:
+def _load(source: PairsSection, model: str, chat: bool | None) -> tuple[Dataset, bool]:
     """The pairs with ``group``, as messages where wanted; and whether they were turned into messages."""
     rows, columns = read_source(source)
     plain = is_plain(sorted(columns), next((row.values for row in rows if not row.unreadable), {}))

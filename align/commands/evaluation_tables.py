@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, List, Value
 
-from align.config import ClusterConfig
+from align.config import ClusterSection
 from align.data.prompts import load_prompts
 from align.errors import ConfigError, DataError, ModelError
 from align.evaluation.policies import Policy
@@ -55,7 +55,7 @@ class Decoding:
     batch_size: int
     """Rows per forward pass of the transformers engine; the completions do not depend on it."""
     engine: Choice = "auto"
-    cluster: ClusterConfig | None = None
+    cluster: ClusterSection | None = None
     """Whose workers share the prompts; no result depends on it."""
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from align.config import ClusterConfig, FilterConfig, PairsConfig
+from align.config import ClusterSection, FilterSection, PairsSection
 from align.data.pairs import load_pairs
 from align.data.streaming import stream_pairs
 from align.data.text import plain
@@ -21,13 +21,13 @@ PAGE = "report.html"
 
 
 def filter_source(
-    source: PairsConfig,
-    settings: FilterConfig,
+    source: PairsSection,
+    settings: FilterSection,
     output: Path,
     *,
     seed: int,
     cache: Path,
-    cluster: ClusterConfig | None = None,
+    cluster: ClusterSection | None = None,
 ) -> None:
     """Write ``kept.parquet``, ``dropped.parquet``, ``filter.json`` and ``report.html`` into ``output``.
 
@@ -51,7 +51,7 @@ def filter_source(
         pairs = stream_pairs(source, own / TABLE)
     held_out: list[str] = []
     if settings.held_out is not None:
-        held_out = [plain(row["prompt"]) for row in load_pairs(PairsConfig(path=settings.held_out))]
+        held_out = [plain(row["prompt"]) for row in load_pairs(PairsSection(path=settings.held_out))]
     found = filter_pairs(pairs, settings, own, held_out=held_out, seed=seed, cluster=cluster)
     output.mkdir(parents=True, exist_ok=True)
     from align.reports.filter_page import write_page

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from align.config import ClusterConfig, PairsConfig
+from align.config import ClusterSection, PairsSection
 from align.data.prompts import PromptRow, read_prompts
 from align.errors import DataError
 from align.generation.engines import Choice, choose_engine, make_engine
@@ -46,11 +46,11 @@ class GenerateSettings:
     format: Format = "parquet"
     options: dict[str, Any] = field(default_factory=dict)
     """Passed to the engine; see ``make_engine``."""
-    cluster: ClusterConfig | None = None
+    cluster: ClusterSection | None = None
     """Whose workers share the prompts; no result depends on it."""
 
 
-def generate_completions(source: PairsConfig, settings: GenerateSettings, output: Path) -> Stage:
+def generate_completions(source: PairsSection, settings: GenerateSettings, output: Path) -> Stage:
     """Write ``completions.parquet`` (or ``.jsonl``) and ``metrics.json`` into ``output``; skipped where up to date.
 
     One row for each completion: ``id`` of the prompt, ``group`` where the prompts have it, ``sample`` (0 to n - 1),

@@ -3,20 +3,20 @@
 import json
 from pathlib import Path
 
-from align.config import ClusterConfig, PairsConfig
+from align.config import ClusterSection, PairsSection
 from align.distributed import process_rank
 from align.io.console import log, out
 
 
 def score_pairs(
-    source: PairsConfig,
+    source: PairsSection,
     model: str,
     output: Path,
     *,
     batch_tokens: int,
     max_length: int,
     calibrated: bool = False,
-    cluster: ClusterConfig | None = None,
+    cluster: ClusterSection | None = None,
 ) -> None:
     """Score a pair source with a reward model and write the table; print the margin metrics as JSON.
 

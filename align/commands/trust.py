@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from align.config import PairsConfig
+from align.config import PairsSection
 from align.data.pairs import load_pairs
 from align.io.console import log, out
 from align.io.files import write_json
@@ -16,7 +16,7 @@ ADVICE = ("verdict", "against", "source", "more", "shared")
 
 
 def trust(
-    source: PairsConfig,
+    source: PairsSection,
     model: str,
     output: Path,
     *,

@@ -1,45 +1,45 @@
 """The typed tree of one run, a module per part of it."""
 
 from align.config.base import Count, OutputFolder, Positive, Section, Seed
-from align.config.cluster import ClusterConfig
-from align.config.data import FilterConfig, OodConfig, PairsConfig, SampleConfig
+from align.config.cluster import ClusterSection
+from align.config.data import FilterSection, OodSection, PairsSection, SampleSection
 from align.config.reading import apply_override, load_section, nearest
-from align.config.reward import ObjectiveConfig, RewardConfig, SharpnessConfig, TiltConfig
-from align.config.run import EvaluateConfig, RunConfig, load_config
+from align.config.reward import ObjectiveSection, RewardSection, SharpnessSection, TiltSection
+from align.config.run import EvaluateSection, RunConfig, load_config
 from align.config.train import (
-    DistanceConfig,
-    EntanglementConfig,
-    LossConfig,
-    RemedyConfig,
-    TokenMaskConfig,
-    TrainConfig,
-    WeightsConfig,
+    DistanceSection,
+    EntanglementSection,
+    LossSection,
+    RemedySection,
+    TokenMaskSection,
+    TrainSection,
+    WeightsSection,
 )
 
 __all__ = [
-    "ClusterConfig",
+    "ClusterSection",
     "Count",
-    "DistanceConfig",
-    "EntanglementConfig",
-    "EvaluateConfig",
-    "FilterConfig",
-    "LossConfig",
-    "ObjectiveConfig",
-    "OodConfig",
+    "DistanceSection",
+    "EntanglementSection",
+    "EvaluateSection",
+    "FilterSection",
+    "LossSection",
+    "ObjectiveSection",
+    "OodSection",
     "OutputFolder",
-    "PairsConfig",
+    "PairsSection",
     "Positive",
-    "RemedyConfig",
-    "RewardConfig",
+    "RemedySection",
+    "RewardSection",
     "RunConfig",
-    "SampleConfig",
+    "SampleSection",
     "Section",
     "Seed",
-    "SharpnessConfig",
-    "TiltConfig",
-    "TokenMaskConfig",
-    "TrainConfig",
-    "WeightsConfig",
+    "SharpnessSection",
+    "TiltSection",
+    "TokenMaskSection",
+    "TrainSection",
+    "WeightsSection",
     "apply_override",
     "load_config",
     "load_section",

@@ -7,7 +7,7 @@ from pydantic import Field
 from align.config.base import Count, Positive, Section
 
 
-class ClusterConfig(Section):
+class ClusterSection(Section):
     """A Ray cluster whose workers share the shards of a table (docs/scale.md)."""
 
     address: str = "auto"

@@ -14,7 +14,7 @@ COLUMNS = (
 """Of a pair table: the text, and what its source or a stage may add (align/data/pairs.py)."""
 
 
-class PairsConfig(Section):
+class PairsSection(Section):
     """Where preference pairs come from."""
 
     path: str
@@ -43,7 +43,7 @@ class PairsConfig(Section):
         return columns
 
 
-class SampleConfig(Section):
+class SampleSection(Section):
     """Building pairs by sampling continuations of each prompt and drawing the label by Bradley-Terry."""
 
     prompts: str
@@ -58,18 +58,18 @@ class SampleConfig(Section):
     """P(the better one is chosen) = sigmoid(label_scale * difference of the labelling reward)."""
 
 
-class OodConfig(Section):
+class OodSection(Section):
     """What the distance of a pair to the reward model's training pairs is measured with."""
 
     model: str
     """Reward model: hub id or folder."""
-    pairs: PairsConfig
+    pairs: PairsSection
     """The pairs that it was trained on."""
     quantile: Fraction = 0.99
     """Pairs farther away than this share of held-back training pairs break the rule ``out_of_distribution``."""
 
 
-class FilterConfig(Section):
+class FilterSection(Section):
     """Which pairs to keep: hard rules, then margin + quality + diversity."""
 
     keep: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
@@ -108,6 +108,6 @@ class FilterConfig(Section):
     """Each is a column; together the mean of the standardised columns."""
     quality_model: str | None = None
     """Language model of fluency, rubric and yes_no: hub id or folder."""
-    ood: OodConfig | None = None
+    ood: OodSection | None = None
     processes: Count = 1
     """Processes that read texts."""

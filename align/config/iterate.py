@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from align.config import Count, OutputFolder, PairsConfig, Positive, Section, Seed, TrainConfig
+from align.config import Count, OutputFolder, PairsSection, Positive, Section, Seed, TrainSection
 
 
-class GenerateConfig(Section):
+class GenerateSection(Section):
     """Sampling of every round."""
 
     n: Annotated[int, Field(ge=2)] = 4
@@ -32,7 +32,7 @@ class GenerateConfig(Section):
         return value
 
 
-class BuildConfig(Section):
+class BuildSection(Section):
     """How completions become pairs; see ``align pairs build``."""
 
     reward_model: str | None = None
@@ -54,11 +54,11 @@ class IterateConfig(Section):
     output_dir: OutputFolder = "runs"
     seed: Seed = 0
     rounds: Count = 3
-    prompts: PairsConfig
+    prompts: PairsSection
     """Where prompts come from; they are dealt out to the rounds."""
-    generate: GenerateConfig = GenerateConfig()
-    pairs: BuildConfig
-    train: TrainConfig
+    generate: GenerateSection = GenerateSection()
+    pairs: BuildSection
+    train: TrainSection
     """With one method; ``model`` is where the first round starts."""
 
     @model_validator(mode="after")

@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from align.config.base import Count, Fraction, Positive, Section
-from align.config.data import PairsConfig
+from align.config.data import PairsSection
 
 
-class TiltConfig(Section):
+class TiltSection(Section):
     """A weight of each pair from its loss, step by step (align/losses/pair_weights.py)."""
 
     kind: Literal["up", "down", "lin_upper", "quadratic", "extremes", "comp_sum"]
@@ -21,7 +21,7 @@ class TiltConfig(Section):
     """Optimizer steps with all weights alike before."""
 
 
-class SharpnessConfig(Section):
+class SharpnessSection(Section):
     """A penalty on how fast the margins change with the reward model's parameters (reward_models/sharpness.py)."""
 
     threshold: Positive = 0.1
@@ -37,30 +37,30 @@ class SharpnessConfig(Section):
     """Regular expression: only trained parameters whose name matches; all where absent."""
 
 
-class ObjectiveConfig(Section):
+class ObjectiveSection(Section):
     """One loss of reward_models/registry.py and its parameters."""
 
     name: str = "bradley_terry"
     parameters: dict[str, float | bool] = {}
 
 
-class RewardConfig(Section):
+class RewardSection(Section):
     """Training of the reward model whose margins weight the pairs."""
 
     model: str
     """Backbone: hub id or folder of any model that loads with a one-logit classification head."""
-    pairs: PairsConfig | None = None
+    pairs: PairsSection | None = None
     """Pairs to train on; the policy's own pairs where absent."""
-    eval_pairs: PairsConfig | None = None
+    eval_pairs: PairsSection | None = None
     """Held-out pairs; a random ``eval_fraction`` of the prompts of ``pairs`` where absent."""
     eval_fraction: Fraction = 0.1
     folds: Annotated[int, Field(ge=0)] = 0
     """k >= 2: also train k models, each scoring only the pairs that it has not seen. 0: no cross-fitting."""
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveSection = ObjectiveSection()
     """What the reward model is trained to minimise (docs/reward-models.md)."""
-    tilt: TiltConfig | None = None
+    tilt: TiltSection | None = None
     """Weights of the pairs from their losses; absent: every pair alike."""
-    sharpness: SharpnessConfig | None = None
+    sharpness: SharpnessSection | None = None
     """Absent: no such penalty. It costs two more forward and backward passes a step."""
     head: Literal["full", "logistic", "naive-bayes"] = "full"
     """full: fine-tuning; the others fit a linear head on the backbone's frozen features, in seconds."""
@@ -91,13 +91,13 @@ class RewardConfig(Section):
         return self.trainer.get("trust_remote_code") is True
 
     @model_validator(mode="after")
-    def _folds_are_none_or_two(self) -> "RewardConfig":
+    def _folds_are_none_or_two(self) -> "RewardSection":
         if self.folds == 1:
             raise ValueError("folds must be 0 (no cross-fitting) or at least 2, got 1")
         return self
 
     @model_validator(mode="after")
-    def _a_fitted_head_has_one_objective(self) -> "RewardConfig":
+    def _a_fitted_head_has_one_objective(self) -> "RewardSection":
         if self.head != "full" and (self.objective.name != "bradley_terry" or self.tilt or self.peft or self.sharpness):
             raise ValueError(
                 f"head: {self.head} fits Bradley-Terry to frozen features: no objective, tilt, sharpness or peft"

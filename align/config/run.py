@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from align.config.base import Count, Name, OutputFolder, Positive, Section, Seed
-from align.config.cluster import ClusterConfig
-from align.config.data import FilterConfig, PairsConfig, SampleConfig
+from align.config.cluster import ClusterSection
+from align.config.data import FilterSection, PairsSection, SampleSection
 from align.config.reading import load_section
-from align.config.reward import RewardConfig
-from align.config.train import TrainConfig
+from align.config.reward import RewardSection
+from align.config.train import TrainSection
 
 
-class EvaluateConfig(Section):
+class EvaluateSection(Section):
     """What is measured on held-out prompts."""
 
     prompts: str
@@ -34,17 +34,17 @@ class RunConfig(Section):
     output_dir: OutputFolder = "runs"
     """The run writes ``output_dir/name``."""
     seed: Seed = 0
-    pairs: PairsConfig | None = None
+    pairs: PairsSection | None = None
     """The policy's preference pairs. Exactly one of ``pairs`` and ``sample`` is given."""
-    sample: SampleConfig | None = None
-    reward: RewardConfig | None = None
+    sample: SampleSection | None = None
+    reward: RewardSection | None = None
     """Absent: the pairs bring their own ``margin`` column, or no method needs one."""
-    filter: FilterConfig | None = None
+    filter: FilterSection | None = None
     """Absent: the policy is trained on all pairs."""
-    train: TrainConfig | None = None
+    train: TrainSection | None = None
     """Absent: the run ends with the reward model and its margins."""
-    evaluate: EvaluateConfig | None = None
-    cluster: ClusterConfig | None = None
+    evaluate: EvaluateSection | None = None
+    cluster: ClusterSection | None = None
     """Absent: this machine, or the processes of a launcher."""
 
     @model_validator(mode="after")

@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from align.config.base import Count, Name, Positive, Section
-from align.config.reward import TiltConfig
+from align.config.reward import TiltSection
 
 
-class RemedyConfig(Section):
+class RemedySection(Section):
     """What is done about gradient entanglement in each step of a method."""
 
     kind: Literal["hold_chosen", "hold_batch", "normalise", "calibrate"]
@@ -23,7 +23,7 @@ class RemedyConfig(Section):
     """Regular expression: measure only parameters whose name matches; all trained ones where absent."""
 
 
-class TokenMaskConfig(Section):
+class TokenMaskSection(Section):
     """A learned sparse mask over the tokens that the loss sees (align/training/token_mask.py)."""
 
     sparsity: Positive = 0.1
@@ -32,7 +32,7 @@ class TokenMaskConfig(Section):
     """Learning rate of the mask."""
 
 
-class DistanceConfig(Section):
+class DistanceSection(Section):
     """How the margin shrinks with the distance to the reward model's training pairs (column ``ood``)."""
 
     limit: Annotated[float, Field(ge=0.0)]
@@ -41,37 +41,37 @@ class DistanceConfig(Section):
     """Distance beyond it over which the margin falls by the factor e."""
 
 
-class WeightsConfig(Section):
+class WeightsSection(Section):
     """How much each pair counts beside the loss's own weight (docs/concepts.md)."""
 
     spread: bool = False
     """Moderate the margin by its ensemble spread ``margin_std``."""
     trust_by_spread: bool = False
     """Loss ``trust``: believe a margin less, the larger its ``margin_std``, and as far as before in the mean."""
-    ood: DistanceConfig | None = None
+    ood: DistanceSection | None = None
     """Shrink the margin towards 0 where the pair is unlike those that the reward model was trained on."""
-    tilt: TiltConfig | None = None
+    tilt: TiltSection | None = None
     """Weights from the losses of each step, over all processes."""
     normalise: bool = False
     """Divide the table's weights (MADPO's and the ``weight`` column's) by their mean."""
 
 
-class LossConfig(Section):
+class LossSection(Section):
     """One loss of the registry in align/losses/pairwise.py and its parameters."""
 
     loss: str
     """Name in the registry: madpo, soft_madpo, dpo, ipo, ..."""
     parameters: dict[str, float | bool] = {}
     """Keyword parameters of the loss and, for madpo, of its weight."""
-    weights: WeightsConfig | None = None
+    weights: WeightsSection | None = None
     """Absent: the loss's own weight, and the pairs' ``weight`` column."""
-    remedy: RemedyConfig | None = None
+    remedy: RemedySection | None = None
     """Absent: the loss as it is."""
-    token_mask: TokenMaskConfig | None = None
+    token_mask: TokenMaskSection | None = None
     """Absent: the loss sees every token of a response."""
 
 
-class EntanglementConfig(Section):
+class EntanglementSection(Section):
     """Gradient entanglement along training."""
 
     every: Count = 50
@@ -80,12 +80,12 @@ class EntanglementConfig(Section):
     """Pairs, the first of the table, that are measured each time."""
 
 
-class TrainConfig(Section):
+class TrainSection(Section):
     """Alignment of the policy: the same model, data and budget under each loss."""
 
     model: str
     """Policy and reference: hub id or folder."""
-    methods: Annotated[dict[Name, LossConfig], Field(min_length=1)]
+    methods: Annotated[dict[Name, LossSection], Field(min_length=1)]
     """Name of a method (a folder name and a label in the report) -> its loss."""
     peft: dict[str, Any] | None = None
     """Fields of peft.LoraConfig; full fine-tuning where absent."""
@@ -98,7 +98,7 @@ class TrainConfig(Section):
     """How log-probs are computed: prompts once for both responses wherever that is exact, or row by row as trl does."""
     max_tokens_per_device: Count | None = None
     """Tokens of one forward pass; a larger batch is split without changing its gradient."""
-    entanglement: EntanglementConfig | None = None
+    entanglement: EntanglementSection | None = None
     """Measure probe pairs along training; absent: not measured."""
     pairs_per_step: Count | None = None
     """Pairs of an optimizer step over all processes, whatever their number; absent: per_device_train_batch_size x
@@ -111,7 +111,7 @@ class TrainConfig(Section):
 
     @field_validator("methods")
     @classmethod
-    def _no_method_is_the_reference(cls, methods: dict[str, LossConfig]) -> dict[str, LossConfig]:
+    def _no_method_is_the_reference(cls, methods: dict[str, LossSection]) -> dict[str, LossSection]:
         if "reference" in methods:
             raise ValueError("`reference` is the model that is trained from: give the method another name")
         return methods

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.config import PairsConfig
+from align.config import PairsSection
 from align.data.readers import Row, read_rows
 from align.data.validation import RowReader
 from align.errors import DataError, listed
@@ -41,7 +41,7 @@ def read_groups(file: str | Path) -> list[Group]:
     Raises:
         DataError: the file cannot be read or is empty, or rows cannot be used (the first 20, a count).
     """
-    rows = read_rows(PairsConfig(path=str(file)))
+    rows = read_rows(PairsSection(path=str(file)))
     if not rows:
         raise DataError(f"{file}: holds no rows", code="data-empty", hint="expected one completion per row")
     reader = RowReader(str(file), {"prompt"})

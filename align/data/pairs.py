@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from align.config import PairsConfig
+from align.config import PairsSection
 from align.config.data import COLUMNS
 from align.data.readers import Row, read_source
 from align.data.seen_ids import SeenIds
@@ -44,7 +44,7 @@ class CheckResult:
     """Rows that cannot be used: the row as it was, ``row`` (its number) and ``reason``."""
 
 
-def check_pairs(source: PairsConfig) -> CheckResult:
+def check_pairs(source: PairsSection) -> CheckResult:
     """Read and validate every row of a source.
 
     Raises:
@@ -69,7 +69,7 @@ def check_pairs(source: PairsConfig) -> CheckResult:
     return CheckResult(_table(valid[: source.limit], source.path), problems, invalid)
 
 
-def load_pairs(source: PairsConfig, *, side_file: Path | None = None) -> Dataset:
+def load_pairs(source: PairsSection, *, side_file: Path | None = None) -> Dataset:
     """The valid pairs of a source.
 
     Args:

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from align.config import PairsConfig
+from align.config import PairsSection
 from align.data.pairs import ID_DIGITS
 from align.data.readers import Row, read_files, read_rows
 from align.data.validation import ROLES, RowReader, odd_character
@@ -23,7 +23,7 @@ class PromptRow:
     """A category, carried along."""
 
 
-def read_prompts(source: PairsConfig) -> list[PromptRow]:
+def read_prompts(source: PairsSection) -> list[PromptRow]:
     """The ``prompt`` of every row of a JSONL, CSV or Parquet file, a saved dataset or a hub dataset.
 
     ``id`` is the row's own, or a hash of the prompt made unique where it is repeated; other columns are not read, so

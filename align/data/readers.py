@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from align.config import PairsConfig, nearest
+from align.config import PairsSection, nearest
 from align.errors import AlignError, DataError
 from align.io.object_store import store_problem
 from align.io.source_files import SUFFIXES, SourceFile, find_files
@@ -31,7 +31,7 @@ class Row:
     """Which of several files the number counts in; empty where the source is one."""
 
 
-def read_source(source: PairsConfig) -> tuple[list[Row], set[str]]:
+def read_source(source: PairsSection) -> tuple[list[Row], set[str]]:
     """All rows of a source with ``source.columns`` applied, and the names of its columns.
 
     Raises:
@@ -44,7 +44,7 @@ def read_source(source: PairsConfig) -> tuple[list[Row], set[str]]:
     return rows, names
 
 
-def stream_source(source: PairsConfig) -> tuple[Iterator[Row], set[str]]:
+def stream_source(source: PairsSection) -> tuple[Iterator[Row], set[str]]:
     """As ``read_source``, never holding more than a few rows; reads JSONL and CSV twice, Parquet and its footer once.
 
     Raises:
@@ -58,7 +58,7 @@ def stream_source(source: PairsConfig) -> tuple[Iterator[Row], set[str]]:
     return (replace(row, values=_rename(row.values, renamed)) for row in _rows(source)), names
 
 
-def _columns(source: PairsConfig, rows: Iterable[Row]) -> tuple[set[str], dict[str, str]]:
+def _columns(source: PairsSection, rows: Iterable[Row]) -> tuple[set[str], dict[str, str]]:
     """(columns once renamed, name in the source -> name in the pair table) after a look at every row."""
     columns: set[str] = set()
     empty, readable = True, False
@@ -86,7 +86,7 @@ def _columns(source: PairsConfig, rows: Iterable[Row]) -> tuple[set[str], dict[s
     return columns, renamed
 
 
-def read_rows(source: PairsConfig) -> list[Row]:
+def read_rows(source: PairsSection) -> list[Row]:
     """All rows of a source as they are.
 
     Raises:
@@ -104,7 +104,7 @@ def read_files(source: str) -> list[Row]:
     return list(_of_files(find_files(source) or [SourceFile(source)]))
 
 
-def _rows(source: PairsConfig) -> Iterator[Row]:
+def _rows(source: PairsSection) -> Iterator[Row]:
     files = find_files(source.path)
     if files is not None:
         return _of_files(files)
@@ -163,7 +163,7 @@ def _refuse_other_columns(files: Sequence[SourceFile]) -> None:
             )
 
 
-def _saved(source: PairsConfig) -> Dataset:
+def _saved(source: PairsSection) -> Dataset:
     try:
         loaded = load_from_disk(source.path)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
-from align.config import PairsConfig
+from align.config import PairsSection
 from align.data.pairs import OPTIONAL, TEXT, identify, one_type, other_kind, unusable
 from align.data.readers import stream_source
 from align.data.seen_ids import SeenIds
@@ -22,7 +22,7 @@ Types = dict[str, pa.DataType]
 """Of the columns of texts; messages have the keys of the rows seen, as in ``load_pairs``."""
 
 
-def stream_pairs(source: PairsConfig, file: Path) -> Dataset:
+def stream_pairs(source: PairsSection, file: Path) -> Dataset:
     """The valid pairs of a source as ``load_pairs`` gives them, memory-mapped from ``file``, which is made once.
 
     Args:
@@ -48,7 +48,7 @@ def stream_pairs(source: PairsConfig, file: Path) -> Dataset:
 class _Reader:
     """Valid pairs of a source one by one; what is wrong with the others is counted and the first of it kept."""
 
-    def __init__(self, source: PairsConfig, seen: SeenIds) -> None:
+    def __init__(self, source: PairsSection, seen: SeenIds) -> None:
         self.path = source.path
         self.rows, self.columns = stream_source(source)
         self.reader = RowReader(source.path, self.columns)
@@ -71,7 +71,7 @@ class _Reader:
                 yield pair
 
 
-def _write(source: PairsConfig, file: Path, seen: SeenIds, types: Types) -> Types | None:
+def _write(source: PairsSection, file: Path, seen: SeenIds, types: Types) -> Types | None:
     """Write the table; or, where messages have keys that ``types`` lacks, stop and give types that have them."""
     reader = _Reader(source, seen)
     pairs = islice(reader.pairs(), source.limit)

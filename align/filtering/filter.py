@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from align.config import ClusterConfig, FilterConfig
+from align.config import ClusterSection, FilterSection
 from align.data.text import cells
 from align.errors import ConfigError, DataError
 from align.filtering.knn.search import Neighbours, kth_distance
@@ -33,12 +33,12 @@ from align.io.hashing import digest
 
 def filter_pairs(
     pairs: Dataset,
-    settings: FilterConfig,
+    settings: FilterSection,
     cache: Path,
     *,
     held_out: list[str],
     seed: int,
-    cluster: ClusterConfig | None = None,
+    cluster: ClusterSection | None = None,
 ) -> Filtered:
     """Rules, scores and selection.
 
@@ -88,10 +88,10 @@ class _Run:
     """The steps of a filter, with what all of them need."""
 
     pairs: Dataset
-    settings: FilterConfig
+    settings: FilterSection
     cache: Path
     seed: int
-    cluster: ClusterConfig | None
+    cluster: ClusterSection | None
     seconds: dict[str, float]
 
     def timed(self, name: str) -> AbstractContextManager[None]:
@@ -194,7 +194,7 @@ class _Run:
         return _spread(values, left, count), kept
 
 
-def _check(pairs: Dataset, settings: FilterConfig) -> None:
+def _check(pairs: Dataset, settings: FilterSection) -> None:
     problems = {
         "per_group: the pairs have no `group` column": settings.per_group and "group" not in pairs.column_names,
         "method threshold: needs `minimum`, the least importance": settings.method == "threshold"

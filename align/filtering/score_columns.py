@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.config import ClusterConfig, FilterConfig, OodConfig
+from align.config import ClusterSection, FilterSection, OodSection
 from align.data.text import PARTS, cells, column, texts
 from align.filtering.embeddings import PART, Encoder, TextEncoder, read_embeddings
 from align.filtering.ood import Mahalanobis
@@ -37,7 +37,7 @@ def margins(pairs: Dataset, *, in_spreads: bool) -> np.ndarray | None:
 
 
 def vectors(
-    pairs: Dataset, settings: FilterConfig, cache: Path, cluster: ClusterConfig | None = None
+    pairs: Dataset, settings: FilterSection, cache: Path, cluster: ClusterSection | None = None
 ) -> tuple[np.ndarray, str]:
     """Unit vectors [N, D] of the prompts, memory-mapped, and what they are known by: the user's, or of the model."""
     if settings.embeddings is not None:
@@ -54,7 +54,7 @@ def vectors(
 
 
 def qualities(
-    pairs: Dataset, survey: Survey, settings: FilterConfig, cache: Path, cluster: ClusterConfig | None = None
+    pairs: Dataset, survey: Survey, settings: FilterSection, cache: Path, cluster: ClusterSection | None = None
 ) -> dict[str, np.ndarray]:
     """``quality`` [N], and where there is more than one scorer each of theirs as ``quality_<name>``."""
     found: dict[str, np.ndarray] = {}
@@ -74,7 +74,7 @@ def qualities(
 
 
 def distances(
-    pairs: Dataset, ood: OodConfig, cache: Path, cluster: ClusterConfig | None = None
+    pairs: Dataset, ood: OodSection, cache: Path, cluster: ClusterSection | None = None
 ) -> tuple[np.ndarray, float]:
     """Distance [N] of each pair to the reward model's training pairs, and that of the ``quantile`` of pairs held back.
 
@@ -157,7 +157,7 @@ class Distance:
         return lambda rows: as_table({"ood": _pair_distance(self.fitted, features(rows))})
 
 
-def _fit(known: Dataset, ood: OodConfig) -> dict[str, np.ndarray]:
+def _fit(known: Dataset, ood: OodSection) -> dict[str, np.ndarray]:
     """Means and whitening of one half of the training pairs, and the distance that limits the other."""
     half = np.random.default_rng(0).permutation(len(known)) < len(known) // 2
     features = _features(ood.model)

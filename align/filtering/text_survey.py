@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from align.config import ClusterConfig
+from align.config import ClusterSection
 from align.data.text import PARTS, texts
 from align.errors import EnvironmentProblem
 from align.filtering.minhash import BANDS, band_keys
@@ -75,7 +75,7 @@ class Asked:
 
 
 def take_survey(
-    pairs: Dataset, asked: Asked, folder: Path, *, processes: int = 1, cluster: ClusterConfig | None = None
+    pairs: Dataset, asked: Asked, folder: Path, *, processes: int = 1, cluster: ClusterSection | None = None
 ) -> Survey:
     """The survey of a pair table, kept in ``folder`` part by part.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align.config import TiltConfig
+from align.config import TiltSection
 from align.losses.margin_weights import effective_sample_size
 
 Shape = Literal["lin_upper", "quadratic", "extremes"]
@@ -90,7 +90,7 @@ class LossTilt:
         rank: of this process.
     """
 
-    def __init__(self, config: TiltConfig, gather: Callable[[Tensor], Tensor], rank: int) -> None:
+    def __init__(self, config: TiltSection, gather: Callable[[Tensor], Tensor], rank: int) -> None:
         self.config = config
         self._gather = gather
         self._rank = rank

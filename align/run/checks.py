@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from align.config import RunConfig, TrainConfig
+from align.config import RunConfig, TrainSection
 from align.data.prompts import load_prompts
 from align.errors import ModelError
 from align.models.folders import check_model_folder
@@ -37,7 +37,7 @@ def check_config(config: RunConfig) -> None:
     check_models(config, conversational=not all(isinstance(prompt, str) for prompt in prompts))
 
 
-def check_train(train: TrainConfig, forced: dict[str, Any]) -> None:
+def check_train(train: TrainSection, forced: dict[str, Any]) -> None:
     """Bind every loss, the adapter and the trainer's fields; ``forced`` are those that the program sets itself.
 
     Raises:

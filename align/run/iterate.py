@@ -14,8 +14,8 @@ from typing import Any
 
 from align.commands.build_pairs import METRICS, BuildSettings, build_pairs
 from align.commands.generate import GenerateSettings, complete_prompts
-from align.config import TrainConfig, load_section
-from align.config.iterate import BuildConfig, IterateConfig
+from align.config import TrainSection, load_section
+from align.config.iterate import BuildSection, IterateConfig
 from align.data.prompts import PromptRow, read_prompts
 from align.distributed import process_rank
 from align.errors import ConfigError, DataError
@@ -43,7 +43,7 @@ def load_iterate(path: Path, overrides: list[str] | None) -> IterateConfig:
     return config
 
 
-def _check_training(train: TrainConfig) -> None:
+def _check_training(train: TrainSection) -> None:
     """What can be found wrong with the training before anything is sampled for it.
 
     Raises:
@@ -125,7 +125,7 @@ def _round(config: IterateConfig, prompts: list[PromptRow], policy: str, root: P
     return str(root / "train" / (MODEL if config.train.peft is None else MERGED))
 
 
-def _train(config: TrainConfig, method: str, pairs: Path, folder: Path, seed: int) -> None:
+def _train(config: TrainSection, method: str, pairs: Path, folder: Path, seed: int) -> None:
     """Train on the pairs; an adapter is also merged into its base, which is where the next round starts."""
     from align.data.pairs import read_pairs
     from align.models.loading import load_policy, load_tokenizer
@@ -143,7 +143,7 @@ def _train(config: TrainConfig, method: str, pairs: Path, folder: Path, seed: in
     temporary.replace(folder / MERGED)
 
 
-def build_settings(config: BuildConfig) -> BuildSettings:
+def build_settings(config: BuildSection) -> BuildSettings:
     """What ``build_pairs`` takes.
 
     Raises:

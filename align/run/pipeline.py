@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align.config import PairsConfig, RunConfig
+from align.config import PairsSection, RunConfig
 from align.distributed import process_rank, world_size
 from align.errors import ConfigError, EnvironmentProblem
 from align.io.console import log
@@ -203,7 +203,7 @@ class _Runner:
         return work
 
 
-def _source(pairs: PairsConfig | None) -> dict[str, Any] | None:
+def _source(pairs: PairsSection | None) -> dict[str, Any] | None:
     return None if pairs is None else pairs.model_dump() | {"content": fingerprint_source(pairs.path)}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from align.config import ClusterConfig
+from align.config import ClusterSection
 from align.sharding.jobs import Job, Rows
 from align.sharding.shards import Shards, map_shards
 
@@ -23,7 +23,7 @@ def found_of(
     *,
     what: str,
     rows: int = ROWS,
-    cluster: ClusterConfig | None = None,
+    cluster: ClusterSection | None = None,
     processes: int = 1,
 ) -> Arrays:
     """The columns of what ``job`` makes of ``table``, [N, ...] each, memory-mapped from ``folder``.

@@ -17,7 +17,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from align.config import ClusterConfig
+from align.config import ClusterSection
 from align.errors import AlignError, EnvironmentProblem
 from align.io.console import log, progress
 from align.sharding.jobs import Job, decode, encode
@@ -57,7 +57,7 @@ def map_on_cluster(
     job: Job,
     shards: Sequence[int],
     rows: Callable[[int], Dataset],
-    cluster: ClusterConfig,
+    cluster: ClusterSection,
     keep: Callable[[int, bytes], object],
     *,
     what: str,
@@ -97,7 +97,7 @@ def map_on_cluster(
 class _Pool:
     """Workers of one job and the shards that they have in hand."""
 
-    def __init__(self, ray: Any, job: Job, cluster: ClusterConfig, shards: int) -> None:
+    def __init__(self, ray: Any, job: Job, cluster: ClusterSection, shards: int) -> None:
         self.ray, self.cluster = ray, cluster
         self.job = ray.put(job)
         self.kind = ray.remote(num_cpus=cluster.cpus, num_gpus=cluster.gpus)(Worker)
@@ -199,7 +199,7 @@ class _Pool:
         log.warning("cluster %s: waiting for room for a worker; others may be using it", self.cluster.address)
 
 
-def _connected(cluster: ClusterConfig) -> Any:
+def _connected(cluster: ClusterSection) -> Any:
     """Ray, connected.
 
     Raises:

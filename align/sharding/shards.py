@@ -14,7 +14,7 @@ from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 
-from align.config import ClusterConfig
+from align.config import ClusterSection
 from align.distributed import rank_share, wait_until
 from align.io.console import progress
 from align.sharding.jobs import Job, Rows, encode, read_table
@@ -46,7 +46,7 @@ def map_shards(
     *,
     size: int,
     what: str,
-    cluster: ClusterConfig | None = None,
+    cluster: ClusterSection | None = None,
     together: bool = False,
     processes: int = 1,
 ) -> Shards:

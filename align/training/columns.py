@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from align.config import LossConfig, WeightsConfig
+from align.config import LossSection, WeightsSection
 from align.data.pairs import with_columns
 from align.data.summary import missing_values
 from align.errors import ConfigError, DataError
@@ -15,7 +15,7 @@ from align.losses.pair_weights import mean_one, moderate, shrink_by_distance
 from align.losses.registry import BoundLoss, resolve
 
 
-def check_weights(method: str, config: LossConfig, loss: BoundLoss) -> None:
+def check_weights(method: str, config: LossSection, loss: BoundLoss) -> None:
     """Raise where the loss cannot have the weights that are asked for.
 
     Raises:
@@ -45,7 +45,7 @@ def check_weights(method: str, config: LossConfig, loss: BoundLoss) -> None:
         )
 
 
-def add_trust(pairs: Dataset, weights: WeightsConfig | None, loss: BoundLoss) -> Dataset:
+def add_trust(pairs: Dataset, weights: WeightsSection | None, loss: BoundLoss) -> Dataset:
     """The table with a column ``trust``, of each pair, where ``weights`` asks for it.
 
     Raises:
@@ -58,7 +58,7 @@ def add_trust(pairs: Dataset, weights: WeightsConfig | None, loss: BoundLoss) ->
     return with_columns(pairs, {"trust": found.numpy()})
 
 
-def adjust_margins(pairs: Dataset, weights: WeightsConfig | None) -> Dataset:
+def adjust_margins(pairs: Dataset, weights: WeightsSection | None) -> Dataset:
     """The table with its ``margin`` moderated by ``margin_std`` and shrunk by ``ood``, as far as ``weights`` says.
 
     Raises:
@@ -75,7 +75,7 @@ def adjust_margins(pairs: Dataset, weights: WeightsConfig | None) -> Dataset:
     return pairs.remove_columns("margin").add_column("margin", margin.tolist())
 
 
-def normalise_weights(pairs: Dataset, weights: WeightsConfig | None) -> Dataset:
+def normalise_weights(pairs: Dataset, weights: WeightsSection | None) -> Dataset:
     """The table with the mean of its ``weight`` at 1, where ``weights`` asks for it and there is such a column."""
     if weights is None or not weights.normalise or "weight" not in pairs.column_names:
         return pairs

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from align.config import RemedyConfig
+from align.config import RemedySection
 from align.entanglement.conditions import loss_weights
 from align.entanglement.products import GradientProducts
 from align.entanglement.remedies import BandState, calibrate, hold_batch, hold_chosen, normalise
@@ -31,7 +31,7 @@ class GradientRemedy:
         accelerator: averages over processes.
     """
 
-    def __init__(self, model: nn.Module, loss: BoundLoss, config: RemedyConfig, accelerator: Accelerator) -> None:
+    def __init__(self, model: nn.Module, loss: BoundLoss, config: RemedySection, accelerator: Accelerator) -> None:
         self.measure = GradientProducts(model, config.parameters)
         self.loss = loss
         self.config = config

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from align.config import TokenMaskConfig
+from align.config import TokenMaskSection
 from align.losses.pairwise import PairLogps
 
 OPEN = 2.0
@@ -30,7 +30,7 @@ class TokenMask(nn.Module):
         accelerator: its processes average the mask's gradient.
     """
 
-    def __init__(self, vocabulary: int, config: TokenMaskConfig, accelerator: Accelerator) -> None:
+    def __init__(self, vocabulary: int, config: TokenMaskSection, accelerator: Accelerator) -> None:
         super().__init__()
         self.logit = nn.Parameter(torch.full((vocabulary,), OPEN, device=accelerator.device))
         self.config = config

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import DPOConfig
 
-from align.config import LossConfig, RemedyConfig, TiltConfig, TokenMaskConfig, TrainConfig
+from align.config import LossSection, RemedySection, TiltSection, TokenMaskSection, TrainSection
 from align.distributed import from_main_process, process_rank
 from align.entanglement.callback import EntanglementCallback
 from align.errors import ConfigError
@@ -49,7 +49,7 @@ MASK_SHOWN = 40
 """Tokens with the largest and with the smallest weights of a learned mask that are written down."""
 
 
-def bind(method: str, config: LossConfig) -> BoundLoss:
+def bind(method: str, config: LossSection) -> BoundLoss:
     """The loss of ``train.methods.<method>`` with its parameters checked.
 
     Raises:
@@ -77,7 +77,7 @@ def bind(method: str, config: LossConfig) -> BoundLoss:
 
 def train_policy(
     pairs: Dataset,
-    config: TrainConfig,
+    config: TrainSection,
     method: str,
     output: Path,
     *,
@@ -150,7 +150,7 @@ def _order_adapter(file: Path) -> None:
 
 
 def _history(
-    trainer: PreferenceTrainer, method: str, options: LossConfig, probe: EntanglementCallback | None
+    trainer: PreferenceTrainer, method: str, options: LossSection, probe: EntanglementCallback | None
 ) -> dict[str, Any]:
     """What is kept of a finished training: its loss, every logged step, and what was measured or learned beside.
 
@@ -168,7 +168,7 @@ def _history(
     return found
 
 
-def _finish_checkpoints(checkpoints: Path, config: TrainConfig) -> None:
+def _finish_checkpoints(checkpoints: Path, config: TrainSection) -> None:
     """Remove checkpoints that only a stop has left; of those that ``save_strategy`` asks for keep the models.
 
     What only a resumed training needs (optimizer, schedule, random state: pickles and logs) goes.
@@ -185,7 +185,7 @@ def _finish_checkpoints(checkpoints: Path, config: TrainConfig) -> None:
         _order_adapter(file)
 
 
-def attach_probe(trainer: PreferenceTrainer, config: TrainConfig, file: Path) -> EntanglementCallback | None:
+def attach_probe(trainer: PreferenceTrainer, config: TrainSection, file: Path) -> EntanglementCallback | None:
     """A callback on ``trainer`` where the run asks for one and it can be had."""
     if config.entanglement is None:
         return None
@@ -208,16 +208,16 @@ def attach_probe(trainer: PreferenceTrainer, config: TrainConfig, file: Path) ->
 
 def make_trainer(
     pairs: Dataset,
-    config: TrainConfig,
+    config: TrainSection,
     loss: BoundLoss,
     output: Path,
     *,
     seed: int,
     tau: float,
     reference_cache: Path | None,
-    remedy: RemedyConfig | None = None,
-    token_mask: TokenMaskConfig | None = None,
-    tilt: TiltConfig | None = None,
+    remedy: RemedySection | None = None,
+    token_mask: TokenMaskSection | None = None,
+    tilt: TiltSection | None = None,
 ) -> PreferenceTrainer:
     """A PreferenceTrainer ready to train; see ``train_policy``."""
     transformers.set_seed(seed)

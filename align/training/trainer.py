@@ -12,7 +12,7 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from align.config import RemedyConfig, TiltConfig, TokenMaskConfig
+from align.config import RemedySection, TiltSection, TokenMaskSection
 from align.distributed import from_main_process
 from align.errors import ConfigError, DataError
 from align.io.console import log
@@ -81,9 +81,9 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
         reference_cache: Path | None = None,
         layout: LayoutChoice = "auto",
         max_tokens: int | None = None,
-        remedy: RemedyConfig | None = None,
-        token_mask: TokenMaskConfig | None = None,
-        tilt: TiltConfig | None = None,
+        remedy: RemedySection | None = None,
+        token_mask: TokenMaskSection | None = None,
+        tilt: TiltSection | None = None,
         **kwargs: Any,
     ) -> None:
         args = kwargs["args"]
@@ -132,7 +132,7 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
         if tilt is not None:
             self.tilt = LossTilt(tilt, self.accelerator.gather, self.accelerator.process_index)
 
-    def _make_token_mask(self, config: TokenMaskConfig) -> TokenMask:
+    def _make_token_mask(self, config: TokenMaskSection) -> TokenMask:
         if self.ref_model is None and not has_adapter(self.model):
             raise ConfigError(
                 "train.trainer.precompute_ref_log_probs: found true beside a token_mask, which reads the reference "

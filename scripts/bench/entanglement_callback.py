@@ -19,7 +19,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.config import EntanglementConfig, LossConfig, TrainConfig
+from align.config import EntanglementSection, LossSection, TrainSection
 from align.io.files import read_json
 from align.losses.registry import resolve
 from align.training.columns import add_weight
@@ -81,11 +81,11 @@ def random_pairs(count: int, prompt: int, completion: int) -> Dataset:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Median seconds of a step and of a measurement, and the share that one every ``USUAL`` steps adds."""
-    config = TrainConfig(
+    config = TrainSection(
         model=arguments.model,
-        methods={"dpo": LossConfig(loss="dpo")},
+        methods={"dpo": LossSection(loss="dpo")},
         peft=LORA if arguments.lora else None,
-        entanglement=EntanglementConfig(every=EVERY, probes=arguments.probes),
+        entanglement=EntanglementSection(every=EVERY, probes=arguments.probes),
         trainer={
             "max_steps": arguments.steps, "per_device_train_batch_size": arguments.pairs, "bf16": False,
             "learning_rate": 1e-6, "report_to": "none", "gradient_checkpointing": False, "disable_tqdm": True,

@@ -32,7 +32,7 @@ from scipy.stats import spearmanr
 
 from align.cli.options import cluster_called
 from align.commands.filter import filter_source
-from align.config import ClusterConfig, FilterConfig, PairsConfig
+from align.config import ClusterSection, FilterSection, PairsSection
 from align.data.streaming import stream_pairs
 from align.data.text import texts
 from align.filtering.knn.exact import exact_distance
@@ -103,11 +103,11 @@ def make_texts(count: int, words_of: tuple[int, int], file: Path) -> None:
     writer.close()
 
 
-def measure(count: int, folder: Path, processes: int, cluster: ClusterConfig | None) -> dict[str, Any]:
+def measure(count: int, folder: Path, processes: int, cluster: ClusterSection | None) -> dict[str, Any]:
     """Filter the files in ``folder`` and compare with the exact score on a sample; in this process."""
-    settings = FilterConfig(keep=0.1, embeddings=str(folder / "vectors.npy"), neighbours=K, processes=processes)
+    settings = FilterSection(keep=0.1, embeddings=str(folder / "vectors.npy"), neighbours=K, processes=processes)
     output = folder / "filtered"
-    source, cache = PairsConfig(path=str(folder / "pairs.parquet")), output / "parts"
+    source, cache = PairsSection(path=str(folder / "pairs.parquet")), output / "parts"
     start = time.perf_counter()
     with Memory() as memory:
         filter_source(source, settings, output, seed=0, cache=cache, cluster=cluster)
@@ -151,7 +151,7 @@ def against(name: str, count: int, folder: Path) -> dict[str, Any]:
         return {"pairs": count, "way": "scikit-learn, brute force", "seconds": time.perf_counter() - start}
     from datasketch import MinHash, MinHashLSH
 
-    pairs = stream_pairs(PairsConfig(path=str(folder / "pairs.parquet")), folder / "pairs.arrow")
+    pairs = stream_pairs(PairsSection(path=str(folder / "pairs.parquet")), folder / "pairs.arrow")
     found_shingles = shingles(texts(pairs))
     start = time.perf_counter()
     band_keys(found_shingles)

@@ -83,13 +83,13 @@ def push(folder: Path, port: int, size: int) -> None:
 
 def read(source: str) -> dict[str, float]:
     """Stream the pairs of ``source`` into an Arrow file."""
-    from align.config import PairsConfig
+    from align.config import PairsSection
     from align.data.streaming import stream_pairs
 
     before = most_memory()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        rows = len(stream_pairs(PairsConfig(path=source), Path(scratch) / "pairs.arrow"))
+        rows = len(stream_pairs(PairsSection(path=source), Path(scratch) / "pairs.arrow"))
     return {"rows": rows, "seconds": time.perf_counter() - start, "before": before, "peak": most_memory()}
 
 

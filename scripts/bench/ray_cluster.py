@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from align.config import ClusterConfig
+from align.config import ClusterSection
 from align.sharding.jobs import encode
 from align.sharding.shards import map_shards
 from reward_models.ensemble import SHARD
@@ -49,7 +49,7 @@ def pairs(count: int, words: int) -> Dataset:
     return Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), (texts[k::3] for k in range(3)), strict=True)))
 
 
-def timed(table: Dataset, job: ScoreJob, cluster: ClusterConfig | None) -> tuple[float, Dataset]:
+def timed(table: Dataset, job: ScoreJob, cluster: ClusterSection | None) -> tuple[float, Dataset]:
     """Seconds, and the rewards."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -69,7 +69,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         job = ScoreJob(str(small_model(Path(folder) / "model", arguments.tokenizer)), 4096, 256, False)
-        cluster = ClusterConfig(address="local", workers=arguments.workers)
+        cluster = ClusterSection(address="local", workers=arguments.workers)
         results = []
         for name, where in (("here", None), ("cluster", cluster)):
             seconds, tables_made = zip(*(timed(table, job, where) for table in tables), strict=True)

@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl import DPOConfig, DPOTrainer
 
 from align.commands.generate import write_table
-from align.config import LossConfig, RemedyConfig, TrainConfig
+from align.config import LossSection, RemedySection, TrainSection
 from align.errors import AlignError
 from align.evaluation.policies import Policy
 from align.io.console import configure, log
@@ -58,9 +58,9 @@ from scripts.study.filtered_policies import (
 
 ROUTES = {
     "trl": None,
-    "dpo": LossConfig(loss="dpo", parameters={"beta": 0.1}),
-    "whole": LossConfig(loss="soft_madpo", remedy=RemedyConfig(kind="hold_batch")),
-    "unguarded": LossConfig(loss="soft_madpo"),
+    "dpo": LossSection(loss="dpo", parameters={"beta": 0.1}),
+    "whole": LossSection(loss="soft_madpo", remedy=RemedySection(kind="hold_batch")),
+    "unguarded": LossSection(loss="soft_madpo"),
 }
 FILTERED = ("whole", "unguarded")
 FLIPPED = 0.3
@@ -129,10 +129,10 @@ def train_trl(study: Study, pairs: Dataset, seed: int, folder: Path) -> Trainer:
     )
 
 
-def train_own(study: Study, pairs: Dataset, loss: LossConfig, seed: int, folder: Path) -> Trainer:
+def train_own(study: Study, pairs: Dataset, loss: LossSection, seed: int, folder: Path) -> Trainer:
     """This program's trainer; it ends with the budget."""
     trainer = fields(study, num_train_epochs=LONGEST)
-    config = TrainConfig(model=study.model, methods={"route": loss}, peft=LORA, trainer=trainer)
+    config = TrainSection(model=study.model, methods={"route": loss}, peft=LORA, trainer=trainer)
     return make_trainer(
         pairs, config, bind("route", loss), folder / "own", seed=seed, tau=1.0, reference_cache=None, remedy=loss.remedy
     )

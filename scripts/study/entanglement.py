@@ -24,7 +24,7 @@ from datasets import Dataset
 from torch import nn
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from align.config import EntanglementConfig, LossConfig, RemedyConfig, TokenMaskConfig, TrainConfig
+from align.config import EntanglementSection, LossSection, RemedySection, TokenMaskSection, TrainSection
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.types import Sampling
 from align.io.console import configure, log
@@ -39,20 +39,20 @@ from reward_models.judges import make_judge
 from scripts.assets.demo_data import Snippet, openings, read_snippets
 from scripts.reproduce.policy_protocol.report import crossed, shown
 
-METHODS: dict[str, LossConfig] = {
-    "dpo": LossConfig(loss="dpo"),
-    "ipo": LossConfig(loss="ipo"),
-    "simpo": LossConfig(loss="simpo"),
-    "madpo": LossConfig(loss="madpo"),
-    "dpop": LossConfig(loss="dpop"),
-    "dpo_shift": LossConfig(loss="dpo_shift"),
-    "gated_dpo": LossConfig(loss="gated_dpo"),
-    "cal_dpo": LossConfig(loss="cal_dpo"),
-    "normalise": LossConfig(loss="dpo", remedy=RemedyConfig(kind="normalise")),
-    "calibrate": LossConfig(loss="dpo", remedy=RemedyConfig(kind="calibrate")),
-    "token_mask": LossConfig(loss="dpo", token_mask=TokenMaskConfig()),
-    "hold_chosen": LossConfig(loss="dpo", remedy=RemedyConfig(kind="hold_chosen")),
-    "hold_batch": LossConfig(loss="dpo", remedy=RemedyConfig(kind="hold_batch")),
+METHODS: dict[str, LossSection] = {
+    "dpo": LossSection(loss="dpo"),
+    "ipo": LossSection(loss="ipo"),
+    "simpo": LossSection(loss="simpo"),
+    "madpo": LossSection(loss="madpo"),
+    "dpop": LossSection(loss="dpop"),
+    "dpo_shift": LossSection(loss="dpo_shift"),
+    "gated_dpo": LossSection(loss="gated_dpo"),
+    "cal_dpo": LossSection(loss="cal_dpo"),
+    "normalise": LossSection(loss="dpo", remedy=RemedySection(kind="normalise")),
+    "calibrate": LossSection(loss="dpo", remedy=RemedySection(kind="calibrate")),
+    "token_mask": LossSection(loss="dpo", token_mask=TokenMaskSection()),
+    "hold_chosen": LossSection(loss="dpo", remedy=RemedySection(kind="hold_chosen")),
+    "hold_batch": LossSection(loss="dpo", remedy=RemedySection(kind="hold_batch")),
 }
 STRONG, SHORTEST_PREFIX, MOST_WORDS, COMMON = 1.5, 3, 16, 5
 SAMPLES = Sampling(max_new_tokens=24, temperature=1.0)
@@ -117,11 +117,11 @@ def pair_levels(model: nn.Module, pairs: Dataset, tokenizer: Any) -> dict[str, n
 def run_cell(method: str, seed: int, data: dict[str, Any], model: str, sizes: Sizes, folder: Path) -> dict[str, Any]:
     """Train and evaluate one policy."""
     steps = sizes.epochs * (sizes.pairs // sizes.batch)
-    config = TrainConfig(
+    config = TrainSection(
         model=model,
         methods={method: METHODS[method]},
         peft={"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
-        entanglement=EntanglementConfig(every=max(1, steps // 4), probes=4),
+        entanglement=EntanglementSection(every=max(1, steps // 4), probes=4),
         trainer={
             "num_train_epochs": sizes.epochs, "per_device_train_batch_size": sizes.batch, "bf16": False,
             "learning_rate": sizes.rate, "lr_scheduler_type": "constant", "warmup_steps": 2, "report_to": "none",

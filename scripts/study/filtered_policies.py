@@ -28,7 +28,7 @@ from datasets import Dataset
 
 from align.commands.evaluation_tables import Decoding
 from align.commands.generate import write_table
-from align.config import FilterConfig, LossConfig, RewardConfig, TrainConfig
+from align.config import FilterSection, LossSection, RewardSection, TrainSection
 from align.data.pairs import read_pairs, write_pairs
 from align.errors import AlignError
 from align.evaluation.policies import REFERENCE, Policy
@@ -50,7 +50,7 @@ from scripts.reproduce.policy_protocol.report import crossed, shown
 
 WHAT = ("gain", "minus random", "minus all pairs", "KL", "CPU seconds")
 ARMS = ("all pairs", "random", "filtered", "largest margins")
-LOSSES = {"dpo": LossConfig(loss="dpo", parameters={"beta": 0.1}), "madpo": LossConfig(loss="madpo")}
+LOSSES = {"dpo": LossSection(loss="dpo", parameters={"beta": 0.1}), "madpo": LossSection(loss="madpo")}
 CELL = "cell.json"
 JUDGE = "vader"
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -84,9 +84,9 @@ class Study:
         return str(self.assets / "smollm2")
 
     @property
-    def reward(self) -> RewardConfig:
+    def reward(self) -> RewardSection:
         """A head on frozen features."""
-        return RewardConfig(model=str(self.assets / "minilm"), head="logistic", folds=5, max_length=128)
+        return RewardSection(model=str(self.assets / "minilm"), head="logistic", folds=5, max_length=128)
 
 
 def gold_pairs(snippets: list[Snippet], count: int, rng: random.Random) -> list[dict[str, Any]]:
@@ -136,7 +136,7 @@ def scored_and_kept(
     start = time.process_time()
     texts = [row["chosen"].strip() + " " + row["rejected"].strip() for row in rows]
     np.save(folder / "vectors.npy", embed(texts, study.reward.model))
-    settings = FilterConfig(keep=study.sizes.keep, embeddings=str(folder / "vectors.npy"))
+    settings = FilterSection(keep=study.sizes.keep, embeddings=str(folder / "vectors.npy"))
     kept = filter_pairs(scored, settings, folder / "parts", held_out=[], seed=seed).kept
     return scored, kept, seconds | {"filter": time.process_time() - start}
 
@@ -198,7 +198,7 @@ def run_cell(study: Study, flipped: float, seed: int, arm: str, loss: str) -> di
         start, begun = time.process_time(), (folder / "train").exists()
         pairs = read_pairs(subsets / arm / "pairs")
         cache = study.output / f"{flipped:g}-{seed}" / "reference-logps"
-        config = TrainConfig(
+        config = TrainSection(
             model=study.model, methods={loss: LOSSES[loss]}, peft=LORA, trainer=trainer_fields(study)
         )  # fmt: skip
         train_policy(pairs, config, loss, folder / "train", seed=seed, reference_cache=cache)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from align.config import ObjectiveConfig
+from align.config import ObjectiveSection
 from reward_models.gradient_view import gradient_weights, share_on_misranked
 from reward_models.registry import resolve_objective
 
@@ -58,7 +58,7 @@ def main() -> None:
     gaps = np.random.default_rng(0).normal(MEAN, SPREAD, DRAWS)
     for axis, (title, lines) in zip(axes, PANELS.items(), strict=True):
         for label, (name, parameters) in lines.items():
-            objective = resolve_objective(ObjectiveConfig(name=name, parameters=parameters))
+            objective = resolve_objective(ObjectiveSection(name=name, parameters=parameters))
             axis.plot(GRID, gradient_weights(objective, GRID), label=label)
             share = share_on_misranked(gradient_weights(objective, gaps), gaps)
             print(f"{share:6.1%} of the pull on misranked pairs: {label} ({title})")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.config import ObjectiveConfig, SharpnessConfig
+from align.config import ObjectiveSection, SharpnessSection
 from align.losses.pair_weights import Shape, shaped
 from reward_models import objectives
 from reward_models.linear_heads import Loss, Moments, fit_linear
@@ -66,7 +66,7 @@ def by_loss(loss: Loss, columns: Callable[[Data, Pairs], Mapping[str, Tensor]] =
 
 def by_name(name: str, columns: Any = None, **parameters: float | bool) -> Fit:
     """A head under an objective of the registry."""
-    objective = resolve_objective(ObjectiveConfig(name=name, parameters=parameters))
+    objective = resolve_objective(ObjectiveSection(name=name, parameters=parameters))
     return by_loss(objective) if columns is None else by_loss(objective, columns)
 
 
@@ -139,7 +139,7 @@ def bagged(rho: float) -> Fit:
         bag = np.arange(len(first_won)) // BAG
         share = (np.bincount(bag, first_won) / np.bincount(bag))[bag]
         columns = {"bag": torch.from_numpy(bag), "vote_share": torch.from_numpy(share)}
-        loss = resolve_objective(ObjectiveConfig(name="aggregated", parameters={"rho": rho}))
+        loss = resolve_objective(ObjectiveSection(name="aggregated", parameters={"rho": rho}))
         high, low = data.features[ordered.chosen], data.features[ordered.rejected]
         return fit_linear(high, low, loss, columns, penalty=penalty)
 
@@ -177,8 +177,8 @@ ROWS: dict[str, Fit] = {
     "comp_sum, tau 2 (absolute error)": by_name("comp_sum", tau=2.0),
     "margin_mse, teacher of 3,000 other pairs": by_name("margin_mse", margins_of_teacher),
     "margin_mse, ensemble on the same pairs": by_name("margin_mse", margins_of_ensemble),
-    "auc": by_loss(in_batches(resolve_objective(ObjectiveConfig(name="auc")))),
-    "auc, share 0.1": by_loss(in_batches(resolve_objective(ObjectiveConfig(name="auc", parameters={"share": 0.1})))),
+    "auc": by_loss(in_batches(resolve_objective(ObjectiveSection(name="auc")))),
+    "auc, share 0.1": by_loss(in_batches(resolve_objective(ObjectiveSection(name="auc", parameters={"share": 0.1})))),
     "ldr_kl, lam 0.3": by_name("ldr_kl", lam=0.3),
     "ldr_kl, lam 3": by_name("ldr_kl", lam=3.0),
     "ldr_kl, adaptive": by_name("ldr_kl", adaptive=True),
@@ -198,12 +198,15 @@ ROWS: dict[str, Fit] = {
 TUNED: dict[str, tuple[dict[str, Any], Callable[[Data, Pairs], Mapping[str, Tensor]] | None]] = {
     "bradley_terry": ({}, None),
     "bradley_terry_margin, rating apart / 4": (
-        {"objective": ObjectiveConfig(name="bradley_terry_margin")},
+        {"objective": ObjectiveSection(name="bradley_terry_margin")},
         rating_difference,
     ),
-    "comp_sum, tau 1.3": ({"objective": ObjectiveConfig(name="comp_sum", parameters={"tau": 1.3})}, None),
-    "margin_mse, teacher of 3,000 other pairs": ({"objective": ObjectiveConfig(name="margin_mse")}, margins_of_teacher),
-    "bradley_terry, sharpness": ({"sharpness": SharpnessConfig()}, None),
+    "comp_sum, tau 1.3": ({"objective": ObjectiveSection(name="comp_sum", parameters={"tau": 1.3})}, None),
+    "margin_mse, teacher of 3,000 other pairs": (
+        {"objective": ObjectiveSection(name="margin_mse")},
+        margins_of_teacher,
+    ),
+    "bradley_terry, sharpness": ({"sharpness": SharpnessSection()}, None),
 }
 """Those that are trained with LoRA too: fields of RewardConfig, and the columns that the objective reads.
 

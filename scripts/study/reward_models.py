@@ -32,7 +32,7 @@ from datasets import Dataset
 from scipy.special import expit
 from scipy.stats import pearsonr
 
-from align.config import RewardConfig
+from align.config import RewardSection
 from align.evaluation.ranking import auc
 from align.filtering.embeddings import Encoder
 from align.io.console import configure, progress
@@ -175,7 +175,7 @@ def run_tuned(snippets: list[Snippet], data: Data, cell: dict[str, Any], model: 
         "num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 1e-3 if lora else 1e-4,
         "warmup_steps": 10, "save_strategy": "steps", "save_steps": 50, "save_total_limit": 1,
     }  # fmt: skip
-    config = RewardConfig(model=str(model), max_length=64, peft=LORA if lora else None, trainer=trainer, **fields)
+    config = RewardSection(model=str(model), max_length=64, peft=LORA if lora else None, trainer=trainer, **fields)
     folder = work / "tuned" / cell_file(work, cell).stem
     made = {} if columns is None else {name: value.tolist() for name, value in columns(data, data.train).items()}
     train_reward_model(texts_of(snippets, data.train, made), config, folder, seed=cell["seed"])

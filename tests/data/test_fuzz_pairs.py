@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from align.config import PairsConfig
+from align.config import PairsSection
 from align.data.pairs import check_pairs, load_pairs
 from align.data.prompts import load_prompts
 from align.errors import AlignError
@@ -47,7 +47,7 @@ def check_source(path: Path) -> None:
     """Both readers of a pair file end well."""
     for read in (check_pairs, load_pairs):
         try:
-            read(PairsConfig(path=str(path)))
+            read(PairsSection(path=str(path)))
         except AlignError as error:
             assert str(path) in error.message and error.code
 
@@ -113,7 +113,7 @@ def test_a_damaged_parquet_file(tmp_path: Path, seed: int) -> None:
 
 def test_the_file_that_is_damaged_was_right(tmp_path: Path) -> None:
     check_bytes(tmp_path, ".parquet", parquet_bytes())
-    assert len(load_pairs(PairsConfig(path=str(tmp_path / "x.parquet")))) == 8
+    assert len(load_pairs(PairsSection(path=str(tmp_path / "x.parquet")))) == 8
 
 
 @pytest.mark.slow

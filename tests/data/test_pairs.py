@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.config import PairsConfig, RunConfig
+from align.config import PairsSection, RunConfig
 from align.data.pairs import check_pairs, fingerprint, load_pairs, read_pairs, write_pairs
 from align.data.prompts import load_prompts
 from align.data.splits import folds_by_prompt, split_by_prompt
@@ -69,7 +69,7 @@ BROKEN = [
 def test_a_bad_row_is_named(tmp_path: Path, row: Any, said: str) -> None:
     path = jsonl(tmp_path, {**GOOD, "id": "a"}, row)
     with pytest.raises(DataError) as caught:
-        load_pairs(PairsConfig(path=path))
+        load_pairs(PairsSection(path=path))
     assert f"{path}:{said}" in str(caught.value)
 
 
@@ -96,21 +96,21 @@ def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes | None, s
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        load_pairs(PairsConfig(path=str(path)))
+        load_pairs(PairsSection(path=str(path)))
     assert str(path) in str(caught.value) and said in str(caught.value)
 
 
 def test_twenty_problems_then_a_count(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *[{**GOOD, "chosen": ""}] * 25)
     with pytest.raises(DataError) as caught:
-        load_pairs(PairsConfig(path=path))
+        load_pairs(PairsSection(path=path))
     assert str(caught.value).count("found empty text") == 20 and "... and 5 more" in str(caught.value)
 
 
 def test_drop_invalid_keeps_the_rest_and_says_why(tmp_path: Path) -> None:
     path = jsonl(tmp_path, GOOD, {**GOOD, "chosen": ""}, {**GOOD, "chosen": " sure"})
     side = tmp_path / "side.jsonl"
-    pairs = load_pairs(PairsConfig(path=path, drop_invalid=True), side_file=side)
+    pairs = load_pairs(PairsSection(path=path, drop_invalid=True), side_file=side)
     assert len(pairs) == 2
     (dropped,) = [json.loads(line) for line in side.read_text().splitlines()]
     assert dropped["row"] == 2 and "found empty text" in dropped["reason"]
@@ -120,7 +120,7 @@ def test_rows_of_the_other_kind_are_set_aside_each(tmp_path: Path) -> None:
     chat = {name: [{"role": "assistant" if name != "prompt" else "user", "content": GOOD[name]}] for name in GOOD}
     path = jsonl(tmp_path, GOOD, chat, {**GOOD, "chosen": ""}, {**GOOD, "chosen": " sure"}, chat)
     side = tmp_path / "side.jsonl"
-    assert len(load_pairs(PairsConfig(path=path, drop_invalid=True), side_file=side)) == 2
+    assert len(load_pairs(PairsSection(path=path, drop_invalid=True), side_file=side)) == 2
     dropped = [json.loads(line) for line in side.read_text().splitlines()]
     assert [row["row"] for row in dropped] == [2, 3, 5]
     assert "row 5:prompt: found conversational, expected plain text, as in the rows before" in dropped[2]["reason"]
@@ -135,24 +135,26 @@ def test_every_format_gives_the_same_table(tmp_path: Path) -> None:
     Dataset.from_list(table).save_to_disk(str(tmp_path / "saved"))
     DatasetDict({"train": Dataset.from_list(table)}).save_to_disk(str(tmp_path / "dict"))
     sources = ("pairs.jsonl", "pairs.csv", "pairs.parquet", "saved", "dict")
-    prints = {fingerprint(load_pairs(PairsConfig(path=str(tmp_path / name)))) for name in sources}
+    prints = {fingerprint(load_pairs(PairsSection(path=str(tmp_path / name)))) for name in sources}
     assert len(prints) == 1
 
 
 def test_implicit_prompt_is_what_both_responses_begin_with(tmp_path: Path) -> None:
     chat = {"chosen": CHAT["prompt"] + CHAT["chosen"], "rejected": CHAT["prompt"] + CHAT["rejected"]}
-    pairs = load_pairs(PairsConfig(path=jsonl(tmp_path, chat)))
+    pairs = load_pairs(PairsSection(path=jsonl(tmp_path, chat)))
     assert pairs[0]["prompt"] == CHAT["prompt"] and pairs[0]["chosen"] == CHAT["chosen"]
-    pairs = load_pairs(PairsConfig(path=jsonl(tmp_path, {"chosen": "The sky is blue", "rejected": "The sky is green"})))
+    pairs = load_pairs(
+        PairsSection(path=jsonl(tmp_path, {"chosen": "The sky is blue", "rejected": "The sky is green"}))
+    )
     assert pairs[0]["prompt"] + pairs[0]["chosen"] == "The sky is blue"
     with pytest.raises(DataError, match="no shared beginning"):
-        load_pairs(PairsConfig(path=jsonl(tmp_path, {"chosen": "yes", "rejected": "no"})))
+        load_pairs(PairsSection(path=jsonl(tmp_path, {"chosen": "yes", "rejected": "no"})))
 
 
 def test_columns_may_be_swapped_and_mapped_to_themselves(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {**GOOD, "margin": 2.0, "id": "mine", "weight": 0.5, "good": " yes!"})
     swapped = {"chosen": "rejected", "rejected": "chosen", "margin": "margin", "id": "id", "weight": "weight"}
-    (row,) = load_pairs(PairsConfig(path=path, columns=swapped))
+    (row,) = load_pairs(PairsSection(path=path, columns=swapped))
     assert (row["chosen"], row["rejected"], row["margin"], row["id"], row["weight"]) == (
         " no",
         " yes",
@@ -160,32 +162,32 @@ def test_columns_may_be_swapped_and_mapped_to_themselves(tmp_path: Path) -> None
         "mine",
         0.5,
     )
-    (row,) = load_pairs(PairsConfig(path=path, columns={"chosen": "good"}))
+    (row,) = load_pairs(PairsSection(path=path, columns={"chosen": "good"}))
     assert row["chosen"] == " yes!"
     with pytest.raises(ValueError, match=r"'weigth' is not a column of the pair table \(did you mean `weight`\?\)"):
-        PairsConfig(path=path, columns={"weigth": "w"})
+        PairsSection(path=path, columns={"weigth": "w"})
     with pytest.raises(ValueError, match="'good' is given for two columns"):
-        PairsConfig(path=path, columns={"chosen": "good", "rejected": "good"})
+        PairsSection(path=path, columns={"chosen": "good", "rejected": "good"})
 
 
 def test_columns_are_mapped_and_a_wrong_map_is_named(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"question": "Say:", "better": " yes", "worse": " no"})
     columns = {"prompt": "question", "chosen": "better", "rejected": "worse"}
-    assert load_pairs(PairsConfig(path=path, columns=columns))[0]["chosen"] == " yes"
+    assert load_pairs(PairsSection(path=path, columns=columns))[0]["chosen"] == " yes"
     with pytest.raises(DataError, match="column 'beter', mapped to 'chosen', is not there"):
-        load_pairs(PairsConfig(path=path, columns={**columns, "chosen": "beter"}))
+        load_pairs(PairsSection(path=path, columns={**columns, "chosen": "beter"}))
 
 
 def test_ids_are_stable_and_unique(tmp_path: Path) -> None:
     path = jsonl(tmp_path, GOOD, GOOD, {**GOOD, "chosen": " sure"})
-    ids = load_pairs(PairsConfig(path=path))["id"]
+    ids = load_pairs(PairsSection(path=path))["id"]
     assert len(set(ids)) == 3 and ids[1] == f"{ids[0]}-2"
-    assert list(load_pairs(PairsConfig(path=path))["id"]) == list(ids)
+    assert list(load_pairs(PairsSection(path=path))["id"]) == list(ids)
 
 
 def test_written_twice_is_the_same_bytes_and_reads_back(tmp_path: Path) -> None:
     """Also below a folder called like the value of a column, which Parquet readers take for a partition."""
-    pairs = load_pairs(PairsConfig(path=jsonl(tmp_path, *rows(5))))
+    pairs = load_pairs(PairsSection(path=jsonl(tmp_path, *rows(5))))
     for name in ("a", "margin=0.1"):
         write_pairs(pairs, tmp_path / name)
     first, second = ((tmp_path / name / "pairs.parquet").read_bytes() for name in ("a", "margin=0.1"))
@@ -238,12 +240,12 @@ def test_prompts_and_summary(tmp_path: Path) -> None:
     path = Path(jsonl(tmp_path, {"prompt": "a"}, {"prompt": ""}))
     with pytest.raises(DataError, match="row 2:prompt: found empty text"):
         load_prompts(str(path))
-    summary = summarize(load_pairs(PairsConfig(path=jsonl(tmp_path, GOOD, {**GOOD, "chosen": " yes of course"}))))
+    summary = summarize(load_pairs(PairsSection(path=jsonl(tmp_path, GOOD, {**GOOD, "chosen": " yes of course"}))))
     assert summary["pairs"] == 2 and summary["prompts"] == 1 and summary["chosen_longer_share"] == 0.5
 
 
 def test_check_counts_problems_without_raising(tmp_path: Path) -> None:
-    checked = check_pairs(PairsConfig(path=jsonl(tmp_path, GOOD, {**GOOD, "chosen": ""}, "{")))
+    checked = check_pairs(PairsSection(path=jsonl(tmp_path, GOOD, {**GOOD, "chosen": ""}, "{")))
     assert len(checked.pairs) == 1 and [item["row"] for item in checked.invalid] == [2, 3]
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.config import PairsConfig
+from align.config import PairsSection
 from align.data import seen_ids
 from align.data.pairs import load_pairs
 from align.data.seen_ids import SeenIds
@@ -37,10 +37,10 @@ def test_more_pairs_than_ids_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path
     """Own ids, ids made of the content, repeated rows, an id that comes twice."""
     monkeypatch.setattr(seen_ids, "IN_MEMORY", 3)
     made = [{k: v for k, v in row.items() if k != "id"} for row in rows(6)]
-    source = PairsConfig(path=str(tmp_path / jsonl(tmp_path / "pairs.jsonl", made * 3)))
+    source = PairsSection(path=str(tmp_path / jsonl(tmp_path / "pairs.jsonl", made * 3)))
     found = stream_pairs(source, tmp_path / "pairs.arrow")
     assert found["id"][:] == load_pairs(source)["id"][:] and len(set(found["id"][:])) == 18
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.arrow", "pairs.jsonl"]
     twice = tmp_path / jsonl(tmp_path / "twice.jsonl", [row | {"id": f"p{k % 5}"} for k, row in enumerate(rows(6))])
     with pytest.raises(DataError, match=r"row 6:id: found 'p0', expected an id used once \(row 1 has it too\)"):
-        stream_pairs(PairsConfig(path=str(twice)), tmp_path / "twice.arrow")
+        stream_pairs(PairsSection(path=str(twice)), tmp_path / "twice.arrow")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align.config import LossConfig, RemedyConfig, TokenMaskConfig, TrainConfig
+from align.config import LossSection, RemedySection, TokenMaskSection, TrainSection
 from align.entanglement.conditions import changes
 from align.entanglement.remedies import BandState, calibrate, hold_batch, hold_chosen, normalise
 from align.errors import ConfigError
@@ -135,13 +135,13 @@ FALLING = [
 ]
 
 
-def one_step(policy: Path, output: Path, pairs: list[dict[str, Any]], remedy: RemedyConfig | None) -> dict[str, float]:
+def one_step(policy: Path, output: Path, pairs: list[dict[str, Any]], remedy: RemedySection | None) -> dict[str, float]:
     """Change of the chosen log-probs by one step of gradient descent, and what was logged."""
     fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"} | {
         "optim": "sgd", "learning_rate": 1e-3, "max_steps": 2, "per_device_train_batch_size": len(pairs),
         "max_grad_norm": 0.0, "lr_scheduler_type": "constant",
     }  # fmt: skip
-    config = TrainConfig(model=str(policy), methods={"m": LossConfig(loss="dpo", remedy=remedy)}, trainer=fields)
+    config = TrainSection(model=str(policy), methods={"m": LossSection(loss="dpo", remedy=remedy)}, trainer=fields)
     trainer = make_trainer(
         Dataset.from_list(pairs), config, resolve("dpo", {}), output, seed=0, tau=1.0, reference_cache=None,
         remedy=remedy,
@@ -156,9 +156,9 @@ def test_a_pair_that_falls_is_held(tiny_policy: Path, tmp_path: Path) -> None:
         name: one_step(tiny_policy, tmp_path / name, FALLING[:1], remedy)
         for name, remedy in (
             ("plain", None),
-            ("hold", RemedyConfig(kind="hold_chosen")),
-            ("half", RemedyConfig(kind="hold_chosen", keep=0.5)),
-            ("normalise", RemedyConfig(kind="normalise")),
+            ("hold", RemedySection(kind="hold_chosen")),
+            ("half", RemedySection(kind="hold_chosen", keep=0.5)),
+            ("normalise", RemedySection(kind="normalise")),
         )
     }
     moved = {name: float(entry["logps/chosen_change"]) for name, entry in change.items()}
@@ -173,7 +173,7 @@ def test_a_pair_that_falls_is_held(tiny_policy: Path, tmp_path: Path) -> None:
 def test_a_pair_that_is_fine_is_left_alone(tiny_policy: Path, tmp_path: Path) -> None:
     """Bitwise the training without a remedy."""
     plain = one_step(tiny_policy, tmp_path / "plain", FALLING[1:], None)
-    held = one_step(tiny_policy, tmp_path / "held", FALLING[1:], RemedyConfig(kind="hold_chosen"))
+    held = one_step(tiny_policy, tmp_path / "held", FALLING[1:], RemedySection(kind="hold_chosen"))
     assert float(held["remedy/touched"]) == 0.0
     assert all(held[name] == plain[name] for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected"))
 
@@ -182,8 +182,8 @@ def test_calibration_resumes_with_its_averages(tiny_policy: Path, tmp_path: Path
     def trainer(output: Path, steps: int) -> PreferenceTrainer:
         fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"}
         fields |= {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
-        remedy = RemedyConfig(kind="calibrate", decay=0.5)
-        config = TrainConfig(model=str(tiny_policy), methods={"m": LossConfig(loss="dpo")}, trainer=fields)
+        remedy = RemedySection(kind="calibrate", decay=0.5)
+        config = TrainSection(model=str(tiny_policy), methods={"m": LossSection(loss="dpo")}, trainer=fields)
         return make_trainer(
             Dataset.from_list(rows(16)), config, resolve("dpo", {}), output, seed=0, tau=1.0, reference_cache=None,
             remedy=remedy,
@@ -201,6 +201,6 @@ def test_calibration_resumes_with_its_averages(tiny_policy: Path, tmp_path: Path
 
 def test_beta_dpo_has_no_remedy() -> None:
     with pytest.raises(ConfigError, match=r"train.methods.m: beta_dpo has no loss of a pair alone"):
-        bind("m", LossConfig(loss="beta_dpo", remedy=RemedyConfig(kind="normalise")))
+        bind("m", LossSection(loss="beta_dpo", remedy=RemedySection(kind="normalise")))
     with pytest.raises(ConfigError, match=r"found `remedy` and `token_mask`, expected at most one"):
-        bind("m", LossConfig(loss="dpo", remedy=RemedyConfig(kind="normalise"), token_mask=TokenMaskConfig()))
+        bind("m", LossSection(loss="dpo", remedy=RemedySection(kind="normalise"), token_mask=TokenMaskSection()))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.special import digamma
 from scipy.stats import spearmanr
 
-from align.config import FilterConfig, OodConfig, PairsConfig, RunConfig
+from align.config import FilterSection, OodSection, PairsSection, RunConfig
 from align.data.pairs import load_pairs
 from align.data.streaming import stream_pairs
 from align.errors import AlignError, DataError, ModelError
@@ -437,7 +437,7 @@ def test_distances_to_the_training_pairs(tmp_path: Path) -> None:
     (tmp_path / "known.jsonl").write_text("".join(json.dumps(row) + "\n" for row in drawn(usual, 400)))
     pairs = Dataset.from_list(drawn(usual, 60) + drawn(strange, 60))
     model = llama_reward(tmp_path / "model")
-    ood = OodConfig(model=str(model), pairs=PairsConfig(path=str(tmp_path / "known.jsonl")))
+    ood = OodSection(model=str(model), pairs=PairsSection(path=str(tmp_path / "known.jsonl")))
     found, limit = distances(pairs, ood, tmp_path / "cache")
     assert np.mean(found[:60] <= limit) > 0.9 and np.mean(found[60:, None] > found[None, :60]) > 0.9
     again, same = distances(pairs, ood, tmp_path / "cache")
@@ -491,7 +491,7 @@ def test_prompts_are_embedded_as_the_encoder_does(tmp_path: Path) -> None:
     model = str(bert_reward(tmp_path / "model"))
     texts = ["the film is good", "bad", "a plot", "great film", "dull"]
     pairs = Dataset.from_list([pair(text, "a", "b", str(k)) for k, text in enumerate(texts)])
-    found, _ = vectors(pairs, FilterConfig(embedding_model=model), tmp_path / "cache")
+    found, _ = vectors(pairs, FilterSection(embedding_model=model), tmp_path / "cache")
     assert np.allclose(found, Encoder(model)(texts), atol=1e-6) and np.allclose(np.linalg.norm(found, axis=1), 1)
 
 
@@ -500,7 +500,7 @@ def test_an_encoder_in_a_pickle_is_refused(embedding: str, tmp_path: Path) -> No
     model = bert_reward(tmp_path / "model")
     pickled("model", "pytorch_model.bin")(model)
     pairs = Dataset.from_list([pair(text, "a", "b", str(k)) for k, text in enumerate(("good film", "bad plot"))])
-    settings_of = FilterConfig.model_validate({"embedding_model": str(model), "embedding": embedding})
+    settings_of = FilterSection.model_validate({"embedding_model": str(model), "embedding": embedding})
     with pytest.raises(ModelError, match="found a pickle, which can run code") as refused:
         vectors(pairs, settings_of, tmp_path / "cache")
     assert refused.value.code == "model-pickle"
@@ -545,7 +545,7 @@ def test_a_streamed_table_is_the_loaded_one(tmp_path: Path) -> None:
     source = tmp_path / "pairs.jsonl"
     good = [{key: row[key] for key in ("prompt", "chosen", "rejected", "margin")} for row in rows(30)]
     source.write_text("".join(json.dumps(row) + "\n" for row in [*good, good[3]]))
-    config = PairsConfig(path=str(source))
+    config = PairsSection(path=str(source))
     streamed, loaded = stream_pairs(config, tmp_path / "pairs.arrow"), load_pairs(config)
     assert streamed.column_names == loaded.column_names and streamed.to_list() == loaded.to_list()
     chat = [
@@ -586,7 +586,7 @@ def test_a_streamed_table_keeps_every_key_of_a_message(
     ]
     source = tmp_path / "chat.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in [*chat, chat[1]]))
-    config = PairsConfig(path=str(source))
+    config = PairsSection(path=str(source))
     streamed, loaded = stream_pairs(config, tmp_path / "chat.arrow"), load_pairs(config)
     assert streamed.to_list() == loaded.to_list()
     assert streamed[1]["chosen"][0]["reasoning_content"] == "very fine"
@@ -615,7 +615,7 @@ def test_a_run_trains_on_the_messages_that_it_was_given(tmp_path: Path) -> None:
         tree = {"name": "r", "output_dir": str(tmp_path), "pairs": {"path": str(source)}, "filter": filtering,
                 "train": {"model": policy, "methods": {"dpo": {"loss": "dpo"}}}}  # fmt: skip
         run_pipeline(RunConfig.model_validate(tree), command="", until=("filter",))
-        kept = load_pairs(PairsConfig(path=str(tmp_path / "r" / "filter" / "kept.parquet")))
+        kept = load_pairs(PairsSection(path=str(tmp_path / "r" / "filter" / "kept.parquet")))
         texts = ["id", "prompt", "chosen", "rejected"]
         assert kept.select_columns(texts).to_list() == table
 
@@ -633,7 +633,7 @@ def test_filter_pairs_with_own_vectors(tmp_path: Path) -> None:
     found = []
     for place, rows_of in enumerate((np.arange(10), order)):
         np.save(tmp_path / f"{place}.npy", vectors[rows_of])
-        settings_of = FilterConfig(
+        settings_of = FilterSection(
             keep=0.5, per_group=True, drop_doubtful=True, in_spreads=True, embeddings=str(tmp_path / f"{place}.npy")
         )
         pairs = Dataset.from_list([table[k] for k in rows_of])
@@ -644,16 +644,20 @@ def test_filter_pairs_with_own_vectors(tmp_path: Path) -> None:
     assert {name: count["kept"] for name, count in made.summary["groups"].items()} == {"a": 2, "b": 2}
     no_margin = Dataset.from_list([row | {"margin": None if row["id"] == "02" else row["margin"]} for row in table])
     with pytest.raises(DataError, match="1 of 10 pairs have none"):
-        filter_pairs(no_margin, FilterConfig(), tmp_path / "cache2", held_out=[], seed=0)
+        filter_pairs(no_margin, FilterSection(), tmp_path / "cache2", held_out=[], seed=0)
     no_spread = Dataset.from_list([row | {"margin_std": None if row["id"] == "02" else 1.0} for row in table])
     with pytest.raises(DataError, match="margin_std: 1 of 10 pairs have none"):
-        filter_pairs(no_spread, FilterConfig(in_spreads=True), tmp_path / "cache2", held_out=[], seed=0)
-    nobody = FilterConfig(method="threshold", minimum=99.0, embeddings=str(tmp_path / "0.npy"))
+        filter_pairs(no_spread, FilterSection(in_spreads=True), tmp_path / "cache2", held_out=[], seed=0)
+    nobody = FilterSection(method="threshold", minimum=99.0, embeddings=str(tmp_path / "0.npy"))
     with pytest.raises(DataError, match=r"filter-empty.*an importance of 99 or more; the highest is \d"):
         filter_pairs(Dataset.from_list(table), nobody, tmp_path / "cache3", held_out=[], seed=0)
     with pytest.raises(AlignError, match=r"per_group.*; skip: no rule 'all'"):
         filter_pairs(
-            no_margin.remove_columns("group"), FilterConfig(per_group=True, skip=["all"]), tmp_path, held_out=[], seed=0
+            no_margin.remove_columns("group"),
+            FilterSection(per_group=True, skip=["all"]),
+            tmp_path,
+            held_out=[],
+            seed=0,
         )
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.commands.build_pairs import BuildSettings, build_pairs
-from align.config import PairsConfig
+from align.config import PairsSection
 from align.data.completions import read_groups
 from align.data.pairs import load_pairs
 from align.errors import AlignError, ConfigError, DataError
@@ -94,7 +94,7 @@ TEXTS = {
 def test_pairs_with_provenance_that_load_as_they_are(tmp_path: Path) -> None:
     file = completions(tmp_path / "c.jsonl", TEXTS, group="g")
     build_pairs(file, BuildSettings(VADER, mode="all"), tmp_path / "out")
-    pairs = load_pairs(PairsConfig(path=str(tmp_path / "out" / "pairs.parquet")))
+    pairs = load_pairs(PairsSection(path=str(tmp_path / "out" / "pairs.parquet")))
     judge = make_judge("vader")
     assert len(pairs) == 6
     for row in pairs:
@@ -122,7 +122,7 @@ def test_completions_without_numbers_are_numbered(tmp_path: Path) -> None:
     rows = [{"id": "a", "prompt": "it is", "completion": text} for text in (" fine", " awful", " great")]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     build_pairs(tmp_path / "c.jsonl", BuildSettings(VADER, mode="all"), tmp_path / "out")
-    pairs = load_pairs(PairsConfig(path=str(tmp_path / "out" / "pairs.parquet")))
+    pairs = load_pairs(PairsSection(path=str(tmp_path / "out" / "pairs.parquet")))
     assert pairs["id"][:] == ["a:2-0", "a:2-1", "a:0-1"]
 
 
@@ -132,7 +132,7 @@ def test_temperature_scales_margins_and_not_the_pairs(tmp_path: Path) -> None:
     for temperature in (1.0, 4.0):
         out = tmp_path / str(temperature)
         build_pairs(file, BuildSettings(VADER, mode="all", temperature=temperature), out)
-        tables.append(load_pairs(PairsConfig(path=str(out / "pairs.parquet"))))
+        tables.append(load_pairs(PairsSection(path=str(out / "pairs.parquet"))))
     assert tables[0]["id"][:] == tables[1]["id"][:]
     assert np.allclose(np.array(tables[0]["margin"]), 4 * np.array(tables[1]["margin"]))
 

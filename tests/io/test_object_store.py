@@ -16,7 +16,7 @@ import pytest
 from pyarrow import fs
 
 from align.commands import push
-from align.config import PairsConfig
+from align.config import PairsSection
 from align.data.pairs import load_pairs
 from align.data.prompts import load_prompts
 from align.data.streaming import stream_pairs
@@ -143,7 +143,7 @@ def test_lines_are_read_from_a_store_too(store: fs.FileSystem, tmp_path: Path, s
     (tmp_path / "p.csv").write_text("\n".join([header, *lines]) + "\n")
     put(store, tmp_path / f"p.{suffix}", f"p.{suffix}")
     local, remote = tmp_path / f"p.{suffix}", f"s3://bucket/p.{suffix}"
-    assert load_pairs(PairsConfig(path=remote)).to_list() == load_pairs(PairsConfig(path=str(local))).to_list()
+    assert load_pairs(PairsSection(path=remote)).to_list() == load_pairs(PairsSection(path=str(local))).to_list()
     assert load_prompts(remote) == load_prompts(str(local)) == [row["prompt"] for row in table]
 
 
@@ -166,8 +166,8 @@ def test_a_table_is_streamed_and_each_object_read_once(store: fs.FileSystem, ser
     for file in (workspace / "parts").iterdir():
         put(store, file, f"parts/{file.name}")
     (server / SEEN).write_text("")
-    streamed = stream_pairs(PairsConfig(path="s3://bucket/parts/"), workspace / "a.arrow").to_list()
-    local = stream_pairs(PairsConfig(path=str(workspace / "pairs.parquet")), workspace / "b.arrow").to_list()
+    streamed = stream_pairs(PairsSection(path="s3://bucket/parts/"), workspace / "a.arrow").to_list()
+    local = stream_pairs(PairsSection(path=str(workspace / "pairs.parquet")), workspace / "b.arrow").to_list()
     asked = [line for line in requests(server) if line.startswith("GET /bucket/parts/part-1")]
     assert streamed == local and len(asked) < 20, asked
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align.config import LossConfig, ObjectiveConfig, RewardConfig, TiltConfig, TrainConfig, WeightsConfig
+from align.config import LossSection, ObjectiveSection, RewardSection, TiltSection, TrainSection, WeightsSection
 from align.errors import ConfigError, DataError
 from align.io.files import read_json
 from align.losses.margin_weights import effective_sample_size, madpo_weight, trust_of_each
@@ -130,7 +130,7 @@ def test_mean_one_and_effective_size() -> None:
 
 @pytest.mark.parametrize("kind", ["up", "down", "lin_upper", "quadratic", "extremes", "comp_sum"])
 def test_two_processes_weigh_as_one_does(kind: Any) -> None:
-    config = TiltConfig(kind=kind, temperature=0.5, warmup=2)
+    config = TiltSection(kind=kind, temperature=0.5, warmup=2)
     losses, gap = torch.tensor([0.1, 2.0, 0.7, 0.4]), torch.tensor([2.0, -2.0, 0.0, 1.0])
     whole, share = LossTilt(config, lambda own: own, 0)(losses, gap, 2)
     parts = []
@@ -151,14 +151,14 @@ def pairs(count: int = 12) -> Dataset:
 
 
 def test_margins_are_adjusted_before_the_weight_is_made() -> None:
-    weights = WeightsConfig(spread=True, ood={"limit": 4, "softness": 2}, normalise=True)  # type: ignore[arg-type]
+    weights = WeightsSection(spread=True, ood={"limit": 4, "softness": 2}, normalise=True)  # type: ignore[arg-type]
     table = pairs()
     margin, std, ood = (torch.tensor(table[name], dtype=torch.float64) for name in ("margin", "margin_std", "ood"))
     expected = shrink_by_distance(moderate(margin, std), ood, limit=4, softness=2)
     found = adjust_margins(table, weights)
     assert torch.allclose(torch.tensor(found["margin"], dtype=torch.float64), expected)
     assert float((expected - margin).abs().max()) > 0.1
-    assert adjust_margins(table, WeightsConfig(normalise=True)) is table
+    assert adjust_margins(table, WeightsSection(normalise=True)) is table
     weighted = table.add_column("weight", [1.0, 3.0] * 6)
     assert normalise_weights(weighted, weights)["weight"] == [0.5, 1.5] * 6
     with pytest.raises(DataError, match=r"weights-column.*margin_std: found no value.*\n.*reward.ensemble"):
@@ -175,7 +175,7 @@ def test_margins_are_adjusted_before_the_weight_is_made() -> None:
 )
 def test_weights_that_a_loss_cannot_have(loss: str, weights: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        bind("m", LossConfig(loss=loss, weights=WeightsConfig.model_validate(weights)))
+        bind("m", LossSection(loss=loss, weights=WeightsSection.model_validate(weights)))
 
 
 SMALL = {
@@ -187,12 +187,12 @@ SMALL = {
 def test_trust_of_each_pair_is_trained_with(tmp_path: Path) -> None:
     """The loss of a step is the mean over its pairs of each pair's loss at its own trust."""
     parameters: dict[str, float | bool] = {"slope": 1.0, "trust": 0.5, "strength": 1.0}
-    config = LossConfig(loss="trust", parameters=parameters, weights=WeightsConfig(trust_by_spread=True))
+    config = LossSection(loss="trust", parameters=parameters, weights=WeightsSection(trust_by_spread=True))
     table, loss = pairs(4), bind("m", config)
     trusted = add_trust(table, config.weights, loss)
     each = trust_of_each(torch.tensor(table["margin_std"], dtype=torch.float64), 0.5)
     assert trusted["trust"] == pytest.approx(each.tolist()) and float(each.std()) > 0.05
-    train = TrainConfig(model=str(causal(tmp_path / "policy")), methods={"m": config}, trainer=SMALL)
+    train = TrainSection(model=str(causal(tmp_path / "policy")), methods={"m": config}, trainer=SMALL)
     found = []
     for data in (table, trusted):
         trainer = make_trainer(data, train, loss, tmp_path / "a", seed=0, tau=2.0, reference_cache=None)
@@ -210,10 +210,10 @@ def test_trust_of_each_pair_is_trained_with(tmp_path: Path) -> None:
 
 def test_the_tilt_multiplies_the_weight_of_a_policy_step(tmp_path: Path) -> None:
     policy = causal(tmp_path / "policy")
-    config = TrainConfig(model=str(policy), methods={"m": LossConfig(loss="dpo")}, trainer=SMALL)
+    config = TrainSection(model=str(policy), methods={"m": LossSection(loss="dpo")}, trainer=SMALL)
     table = pairs(4).add_column("weight", [0.5, 1.0, 2.0, 1.0])
     options = {"seed": 0, "tau": 2.0, "reference_cache": None}
-    chosen = TiltConfig(kind="down", temperature=0.05)
+    chosen = TiltSection(kind="down", temperature=0.05)
     trainer = make_trainer(table, config, resolve("dpo", {}), tmp_path / "a", tilt=chosen, **options)  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -235,7 +235,7 @@ def test_madpo_with_all_weights_trains_and_logs_its_effective_size(tmp_path: Pat
     policy = causal(tmp_path / "policy")
     weights = {"spread": True, "ood": {"limit": 4}, "normalise": True, "tilt": {"kind": "up", "temperature": 0.01}}
     method = {"loss": "madpo", "parameters": {"tau": 1.0, "c_max": 4.0, "c_min": 0.1}, "weights": weights}
-    config = TrainConfig.model_validate({"model": str(policy), "methods": {"m": method}, "trainer": SMALL})
+    config = TrainSection.model_validate({"model": str(policy), "methods": {"m": method}, "trainer": SMALL})
     train_policy(pairs(), config, "m", tmp_path / "out", seed=0)
     history = read_json(tmp_path / "out" / "history.json")
     shares = [entry["weight/ess_share"] for entry in history["history"]]
@@ -256,9 +256,9 @@ def test_the_tilt_of_a_reward_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return loss
 
     monkeypatch.setattr(ObjectiveRewardTrainer, "compute_loss", spy)
-    config = RewardConfig(
-        model=str(llama_reward(tmp_path / "m")), tilt=TiltConfig(kind="down", temperature=0.1), max_length=64,
-        trainer={"max_steps": 2, "per_device_train_batch_size": 8, "use_cpu": True}, objective=ObjectiveConfig(),
+    config = RewardSection(
+        model=str(llama_reward(tmp_path / "m")), tilt=TiltSection(kind="down", temperature=0.1), max_length=64,
+        trainer={"max_steps": 2, "per_device_train_batch_size": 8, "use_cpu": True}, objective=ObjectiveSection(),
     )  # fmt: skip
     train_reward_model(Dataset.from_list(rows(8)), config, tmp_path / "out", seed=0)
     assert len(seen) == 2 and all(loss == pytest.approx(expected, rel=1e-5) for loss, expected in seen)

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from align.commands.evaluate_reward_model import evaluate
-from align.config import PairsConfig, RewardConfig
+from align.config import PairsSection, RewardSection
 from align.run.stages.reward import make_scorer
 from reward_models.ensemble import EnsembleScorer, members, score_with
 from reward_models.pairwise_judges import make_score_judge
@@ -40,7 +40,7 @@ SCORERS: dict[str, Callable[[Path], np.ndarray]] = {
     "ensemble scorer": lambda folder: EnsembleScorer(folder, **BUDGET).score_completions(PROMPTS, TEXTS),
     "generation": lambda folder: ScorerChoice(reward_model=str(folder)).load()(PROMPTS, TEXTS),
     "evaluation": lambda folder: make_score_judge(str(folder)).score(PROMPTS, TEXTS),
-    "stages": lambda folder: make_scorer(folder, RewardConfig(model="m")).score_completions(PROMPTS, TEXTS),
+    "stages": lambda folder: make_scorer(folder, RewardSection(model="m")).score_completions(PROMPTS, TEXTS),
 }
 
 
@@ -60,7 +60,7 @@ def test_pairs_one_member_at_a_time_or_all_at_once(ensemble: Path, tmp_path: Pat
 
 def test_a_reward_model_is_evaluated_with_all_its_members(ensemble: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(8)))
-    source = PairsConfig(path=str(tmp_path / "pairs.jsonl"))
+    source = PairsSection(path=str(tmp_path / "pairs.jsonl"))
     evaluate(source, str(ensemble), tmp_path / "out", chat=None, batch_tokens=256, max_length=64, seed=0)
     margins = json.loads((tmp_path / "out" / "reward_model.json").read_text())["margins"]
     expected = score_with(members(ensemble), Dataset.from_list(rows(8)), tmp_path / "scored", **BUDGET)["margin"]

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import GaussianNB
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from align.config import RewardConfig
+from align.config import RewardSection
 from align.data.pairs import read_pairs
 from align.errors import ModelError
 from align.io.files import read_json
@@ -113,7 +113,7 @@ def test_naive_bayes_wins_with_few_pairs_and_logistic_with_many() -> None:
 @pytest.mark.parametrize("head", ["logistic", "naive-bayes"])
 def test_a_fitted_head_is_a_plain_model_and_its_margins_are_the_heads(build: Any, head: str, tmp_path: Path) -> None:
     backbone = build(tmp_path / "backbone")
-    config = RewardConfig(model=str(backbone), max_length=64, head=head)  # type: ignore[arg-type]
+    config = RewardSection(model=str(backbone), max_length=64, head=head)  # type: ignore[arg-type]
     pairs = Dataset.from_list(rows(24))
     train_reward_model(pairs, config, tmp_path / "out", seed=0)
     scorer = RewardScorer(tmp_path / "out", batch_tokens=512, max_length=64)
@@ -133,17 +133,17 @@ def test_a_fitted_head_needs_one_linear_layer_and_bradley_terry(tmp_path: Path) 
     model = RobertaForSequenceClassification(RobertaConfig(vocab_size=30, num_labels=1, pad_token_id=0, **sizes))
     model.save_pretrained(tmp_path / "m")
     tokenizer(eos=False).save_pretrained(tmp_path / "m")
-    config = RewardConfig(model=str(tmp_path / "m"), head="logistic", max_length=64)
+    config = RewardSection(model=str(tmp_path / "m"), head="logistic", max_length=64)
     with pytest.raises(ModelError, match=r"reward-head.*RobertaClassificationHead, expected one linear layer"):
         train_reward_model(Dataset.from_list(rows(4)), config, tmp_path / "out", seed=0)
     with pytest.raises(ValueError, match="head: naive-bayes fits Bradley-Terry to frozen features"):
-        RewardConfig.model_validate({"model": "m", "head": "naive-bayes", "objective": {"name": "comp_sum"}})
+        RewardSection.model_validate({"model": "m", "head": "naive-bayes", "objective": {"name": "comp_sum"}})
 
 
 @pytest.mark.parametrize("head", ["full", "logistic"])
 def test_an_ensemble_averages_and_disagrees(head: str, tmp_path: Path) -> None:
     backbone = llama_reward(tmp_path / "backbone")
-    config = RewardConfig(model=str(backbone), max_length=64, head=head, ensemble=3, trainer=FAST)  # type: ignore[arg-type]
+    config = RewardSection(model=str(backbone), max_length=64, head=head, ensemble=3, trainer=FAST)  # type: ignore[arg-type]
     pairs = Dataset.from_list(rows(12))
     train_members(pairs, config, tmp_path / "out", seed=0)
     models = members(tmp_path / "out")
@@ -164,8 +164,10 @@ def test_cross_fitted_margins_of_an_ensemble_are_calibrated_by_the_other_folds(t
     backbone = llama_reward(tmp_path / "backbone")
     base = {"model": str(backbone), "max_length": 64, "folds": 2, "head": "logistic", "ensemble": 2}
     pairs = Dataset.from_list(rows(16))
-    raw = cross_fit(pairs, RewardConfig.model_validate(base), tmp_path / "cv", seed=0)
-    mapped = cross_fit(pairs, RewardConfig.model_validate(base | {"calibrate": "temperature"}), tmp_path / "cv", seed=0)
+    raw = cross_fit(pairs, RewardSection.model_validate(base), tmp_path / "cv", seed=0)
+    mapped = cross_fit(
+        pairs, RewardSection.model_validate(base | {"calibrate": "temperature"}), tmp_path / "cv", seed=0
+    )
     assert raw["id"] == mapped["id"] == pairs["id"] and raw["fold"] == mapped["fold"]
     ratio = np.asarray(mapped["margin"]) / np.asarray(raw["margin"])
     fold = np.asarray(raw["fold"])

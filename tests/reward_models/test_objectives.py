@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align.config import ObjectiveConfig, PairsConfig, RewardConfig, TiltConfig
+from align.config import ObjectiveSection, PairsSection, RewardSection, TiltSection
 from align.data.pairs import load_pairs
 from align.data.streaming import stream_pairs
 from align.errors import ConfigError, DataError
@@ -226,7 +226,7 @@ def test_the_spread_term_pulls_nobody_on_average() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_objective_is_finite_and_one_value_a_pair(name: str, dtype: torch.dtype) -> None:
     chosen = torch.tensor([-1e4, -3.0, 0.0, 3.0, 1e4], dtype=dtype, requires_grad=True)
-    loss = resolve_objective(ObjectiveConfig(name=name))(chosen, torch.zeros_like(chosen), columns(5))
+    loss = resolve_objective(ObjectiveSection(name=name))(chosen, torch.zeros_like(chosen), columns(5))
     loss.sum().backward()
     assert loss.shape == (5,) and torch.isfinite(loss).all()
     assert chosen.grad is not None and torch.isfinite(chosen.grad).all() and float(chosen.grad.abs().max()) > 0
@@ -234,7 +234,7 @@ def test_every_objective_is_finite_and_one_value_a_pair(name: str, dtype: torch.
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradients_against_finite_differences(name: str) -> None:
-    objective = resolve_objective(ObjectiveConfig(name=name))
+    objective = resolve_objective(ObjectiveSection(name=name))
     generator = torch.Generator().manual_seed(0)
     chosen, rejected = torch.randn(2, 6, dtype=torch.float64, generator=generator).requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: objective(a, b, columns(6)), (chosen, rejected))
@@ -243,11 +243,11 @@ def test_gradients_against_finite_differences(name: str) -> None:
 @given(st.lists(st.floats(-9, 9), min_size=1, max_size=5), taus)
 def test_gradient_weights_are_the_closed_forms(gaps: list[float], tau: float) -> None:
     z = np.array(gaps)
-    plain, power = resolve_objective(ObjectiveConfig()), {"tau": tau}
+    plain, power = resolve_objective(ObjectiveSection()), {"tau": tau}
     assert gradient_weights(plain, z) == pytest.approx(1 / (1 + np.exp(z)))
-    family = resolve_objective(ObjectiveConfig(name="comp_sum", parameters=power))
+    family = resolve_objective(ObjectiveSection(name="comp_sum", parameters=power))
     assert gradient_weights(family, z) == pytest.approx((1 + np.exp(-z)) ** (1 - tau) / (1 + np.exp(z)), rel=1e-6)
-    mse = resolve_objective(ObjectiveConfig(name="margin_mse"))
+    mse = resolve_objective(ObjectiveSection(name="margin_mse"))
     assert gradient_weights(mse, z, teacher=2.0) == pytest.approx(np.abs(2 * (z - 2)), abs=1e-12)
     share = share_on_misranked(np.ones(len(z)), z)
     assert share == pytest.approx(np.mean(z < 0)) and share_on_misranked(np.zeros(len(z)), z) == 0
@@ -264,7 +264,7 @@ def test_gradient_weights_are_the_closed_forms(gaps: list[float], tau: float) ->
 )
 def test_unknown_names_and_values_are_refused(name: str, parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        resolve_objective(ObjectiveConfig(name=name, parameters=parameters))
+        resolve_objective(ObjectiveSection(name=name, parameters=parameters))
 
 
 def table(count: int = 16) -> Dataset:
@@ -280,9 +280,9 @@ def table(count: int = 16) -> Dataset:
     [*((name, {}) for name in OBJECTIVES), ("auc", {"within_group": True, "share": 0.5})],
 )
 def test_training_under_every_objective_learns(name: str, parameters: dict[str, Any], tmp_path: Path) -> None:
-    objective = ObjectiveConfig(name=name, parameters=parameters)
+    objective = ObjectiveSection(name=name, parameters=parameters)
     backbone = llama_reward(tmp_path / "backbone")
-    config = RewardConfig(model=str(backbone), objective=objective, max_length=64, trainer=FAST | {"max_steps": 20})
+    config = RewardSection(model=str(backbone), objective=objective, max_length=64, trainer=FAST | {"max_steps": 20})
     train_reward_model(table(), config, tmp_path / "out", seed=0)
     scored = RewardScorer(tmp_path / "out", batch_tokens=512, max_length=64).score_pairs(table())
     assert float(np.mean(np.asarray(scored["margin"]) > 0)) >= 0.9
@@ -290,7 +290,7 @@ def test_training_under_every_objective_learns(name: str, parameters: dict[str, 
 
 def test_bradley_terry_is_trl_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = llama_reward(tmp_path / "backbone")
-    config = RewardConfig(model=str(backbone), max_length=64, trainer=FAST | {"max_steps": 4})
+    config = RewardSection(model=str(backbone), max_length=64, trainer=FAST | {"max_steps": 4})
     train_reward_model(table(), config, tmp_path / "ours", seed=0)
     monkeypatch.setattr(ObjectiveRewardTrainer, "compute_loss", ObjectiveRewardTrainer.__mro__[1].compute_loss)
     train_reward_model(table(), config, tmp_path / "trl", seed=0)
@@ -313,8 +313,8 @@ def test_the_loss_of_a_step_is_the_mean_of_the_objective(tmp_path: Path, monkeyp
         return loss
 
     monkeypatch.setattr(ObjectiveRewardTrainer, "compute_loss", spy)
-    config = RewardConfig(
-        model=str(llama_reward(tmp_path / "m")), objective=ObjectiveConfig(name="margin_mse"), max_length=64,
+    config = RewardSection(
+        model=str(llama_reward(tmp_path / "m")), objective=ObjectiveSection(name="margin_mse"), max_length=64,
         trainer=FAST | {"max_steps": 2, "center_rewards_coefficient": 0.5},
     )  # fmt: skip
     train_reward_model(table(), config, tmp_path / "out", seed=0)
@@ -330,7 +330,7 @@ def test_the_loss_of_a_step_is_the_mean_of_the_objective(tmp_path: Path, monkeyp
     ],
 )  # fmt: skip
 def test_a_missing_teacher_is_said_before_training(change: Any, message: str, tmp_path: Path) -> None:
-    config = RewardConfig(model="nowhere", objective=ObjectiveConfig(name="margin_mse"))
+    config = RewardSection(model="nowhere", objective=ObjectiveSection(name="margin_mse"))
     with pytest.raises(DataError, match=message):
         train_reward_model(change(table()), config, tmp_path / "out", seed=0)
 
@@ -341,7 +341,7 @@ def test_a_missing_teacher_is_said_before_training(change: Any, message: str, tm
 )
 def test_shares_that_cannot_be_are_refused(share: float, message: str, tmp_path: Path) -> None:
     wrong = table().map(lambda row, k: {"vote_share": share if k == 2 else 0.9}, with_indices=True)
-    config = RewardConfig(model="nowhere", objective=ObjectiveConfig(name="aggregated"))
+    config = RewardSection(model="nowhere", objective=ObjectiveSection(name="aggregated"))
     with pytest.raises(DataError, match=message):
         train_reward_model(wrong, config, tmp_path / "out", seed=0)
 
@@ -352,7 +352,7 @@ def test_two_processes_have_the_gradient_of_one(name: str, tilted: bool) -> None
     """Each process holds three of six pairs; the mean of their gradients, and of their losses, is that of all six."""
     generator = torch.Generator().manual_seed(3)
     rewards_of_all = torch.randn(2, 6, dtype=torch.float64, generator=generator)
-    bound = resolve_objective(ObjectiveConfig(name=name))
+    bound = resolve_objective(ObjectiveSection(name=name))
     every = {key: columns(6)[key] for key in bound.columns}
 
     def gathered(own: Tensor, rank: int) -> Tensor:
@@ -372,14 +372,14 @@ def test_two_processes_have_the_gradient_of_one(name: str, tilted: bool) -> None
         trainer.objective, trainer.model = bound, SimpleNamespace(training=True)
         trainer.args = SimpleNamespace(center_rewards_coefficient=0.1)
         trainer.state, trainer._metrics = SimpleNamespace(global_step=0), {"train": {"weight/ess_share": []}}
-        trainer.tilt = LossTilt(TiltConfig(kind="down", temperature=0.5), gather, rank) if tilted else None
+        trainer.tilt = LossTilt(TiltSection(kind="down", temperature=0.5), gather, rank) if tilted else None
         own = {key: value[rows] for key, value in every.items()}
         loss = trainer._mean_loss(chosen, rejected, own)
         return loss.detach(), torch.stack(torch.autograd.grad(loss, (chosen, rejected)))
 
     known: list[Tensor] = []
     losses = bound(*rewards_of_all, every)
-    weight = LossTilt(TiltConfig(kind="down", temperature=0.5), lambda own: own, 0)
+    weight = LossTilt(TiltSection(kind="down", temperature=0.5), lambda own: own, 0)
     known += [torch.stack([losses, rewards_of_all[0] - rewards_of_all[1]], dim=1), weight(losses, losses, 0)[0]]
     loss, gradient = step(0, 1)
     parts = [step(rank, 2) for rank in (0, 1)]
@@ -390,7 +390,7 @@ def test_two_processes_have_the_gradient_of_one(name: str, tilted: bool) -> None
 def test_columns_of_objectives_are_read_from_files(tmp_path: Path) -> None:
     lines = [json.dumps(row | {"ood": 1.5, "bag": k % 2}) for k, row in enumerate(table(4))]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    source = PairsConfig(path=str(tmp_path / "pairs.jsonl"))
+    source = PairsSection(path=str(tmp_path / "pairs.jsonl"))
     for pairs in (load_pairs(source), stream_pairs(source, tmp_path / "pairs.arrow")):
         assert pairs["teacher_margin"] == [2.0, 3.0, 4.0, 2.0] and pairs["vote_share"] == [0.9] * 4
         assert pairs["bag"] == ["0", "1", "0", "1"] and pairs["ood"] == [1.5] * 4

@@ -21,7 +21,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from align.config import ObjectiveConfig, RewardConfig
+from align.config import ObjectiveSection, RewardSection
 from align.errors import ConfigError, DataError, ModelError, NumericsError
 from align.models.loading import load_policy
 from reward_models.crossfit import cross_fit
@@ -149,7 +149,7 @@ def test_messages_are_trained_on_as_they_are_scored(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(ObjectiveRewardTrainer, "__init__", noted)
     table = [{"id": str(k), "prompt": TALK, "chosen": ANSWERS[0], "rejected": ANSWERS[2]} for k in range(8)]
-    config = RewardConfig(model=str(folder), max_length=64, trainer=FAST | {"max_steps": 1})
+    config = RewardSection(model=str(folder), max_length=64, trainer=FAST | {"max_steps": 1})
     train_reward_model(Dataset.from_list(table), config, tmp_path / "out", seed=0)
     own = [words.apply_chat_template([*TALK, *answer], return_dict=False) for answer in (ANSWERS[0], ANSWERS[2])]
     assert given[0]["chosen_ids"][0] == own[0] and given[0]["rejected_ids"][0] == own[1]
@@ -204,7 +204,7 @@ def test_pairs_whose_prompts_fill_the_length_are_left_out_of_training(
 ) -> None:
     """The model is that of the other pairs alone, and the number is said; without any other pair nothing is trained."""
     backbone, pairs = llama_reward(tmp_path / "rm"), long_and_short()
-    config = RewardConfig(model=str(backbone), head=head, max_length=16, trainer=FAST | {"max_steps": 3})
+    config = RewardSection(model=str(backbone), head=head, max_length=16, trainer=FAST | {"max_steps": 3})
     train_reward_model(pairs, config, tmp_path / "all", seed=0)
     assert caplog.text.count("3 of 8 pairs are left out: their prompts fill max_length") == 1
     train_reward_model(pairs.select(range(3, 8)), config, tmp_path / "others", seed=0)
@@ -218,8 +218,8 @@ def test_pairs_whose_prompts_fill_the_length_are_left_out_of_training(
 def test_columns_of_the_objective_stay_beside_their_pairs(tmp_path: Path) -> None:
     """Pairs that are left out take their numbers with them."""
     pairs = long_and_short().add_column("teacher_margin", [float(k) for k in range(8)])
-    objective = ObjectiveConfig(name="margin_mse")
-    config = RewardConfig(
+    objective = ObjectiveSection(name="margin_mse")
+    config = RewardSection(
         model=str(llama_reward(tmp_path / "rm")), objective=objective, max_length=16, trainer=FAST | {"max_steps": 3}
     )
     for name, table in (("all", pairs), ("others", pairs.select(range(3, 8)))):
@@ -257,7 +257,7 @@ def test_a_text_longer_than_the_table_of_positions_is_cut(tmp_path: Path) -> Non
         [row | {side: f"{row[side]} {long}" for side in ("chosen", "rejected")} for row in rows(8)]
     )
     trainer = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "bf16": False}
-    config = RewardConfig(model=str(folder), max_length=2048, trainer=trainer)
+    config = RewardSection(model=str(folder), max_length=2048, trainer=trainer)
     train_reward_model(pairs, config, tmp_path / "trained", seed=0)
     assert (tmp_path / "trained" / "model.safetensors").exists()
 
@@ -288,7 +288,7 @@ def test_most_tokens_of_a_model(config: PretrainedConfig, most: int) -> None:
 @pytest.mark.parametrize("peft", [None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}])
 def test_training_learns_and_loads_as_a_plain_model(tmp_path: Path, peft: dict[str, object] | None) -> None:
     backbone = llama_reward(tmp_path / "backbone")
-    config = RewardConfig(model=str(backbone), max_length=64, trainer=FAST, peft=peft)
+    config = RewardSection(model=str(backbone), max_length=64, trainer=FAST, peft=peft)
     pairs = Dataset.from_list(rows(16))
 
     def accuracy(model: Path) -> float:
@@ -307,7 +307,7 @@ def test_training_learns_and_loads_as_a_plain_model(tmp_path: Path, peft: dict[s
 
 def test_each_pair_is_scored_by_the_model_that_has_not_seen_it(tmp_path: Path) -> None:
     backbone = llama_reward(tmp_path / "backbone")
-    config = RewardConfig(model=str(backbone), max_length=64, folds=2, trainer=FAST | {"max_steps": 2})
+    config = RewardSection(model=str(backbone), max_length=64, folds=2, trainer=FAST | {"max_steps": 2})
     scored = cross_fit(Dataset.from_list(rows(8)), config, tmp_path / "cv", seed=0)
     scorers = [RewardScorer(tmp_path / "cv" / f"fold-{k}", batch_tokens=512, max_length=64) for k in range(2)]
     for row in scored:
@@ -317,7 +317,7 @@ def test_each_pair_is_scored_by_the_model_that_has_not_seen_it(tmp_path: Path) -
 
 
 def test_unknown_trainer_key_is_named(tmp_path: Path) -> None:
-    config = RewardConfig(model=str(llama_reward(tmp_path / "m")), trainer={"learning_rat": 1e-3, "max_steps": "ten"})
+    config = RewardSection(model=str(llama_reward(tmp_path / "m")), trainer={"learning_rat": 1e-3, "max_steps": "ten"})
     with pytest.raises(ConfigError) as caught:
         train_reward_model(Dataset.from_list(rows(4)), config, tmp_path / "out", seed=0)
     assert "reward.trainer.learning_rat: not a field of RewardConfig (did you mean `learning_rate`?)" in str(
@@ -335,7 +335,7 @@ def test_a_field_that_would_not_hold_for_training_and_scoring_alike_is_refused(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    config = RewardConfig(model=str(llama_reward(tmp_path / "m")), trainer=FAST | fields)
+    config = RewardSection(model=str(llama_reward(tmp_path / "m")), trainer=FAST | fields)
     with pytest.raises(ConfigError, match=f"reward.trainer.{next(iter(fields))}: has no meaning here"):
         train_reward_model(Dataset.from_list(rows(4)), config, tmp_path / "out", seed=0)
     assert not (tmp_path / "out").exists()
@@ -381,7 +381,7 @@ def test_vader_prefers_praise() -> None:
 def test_training_resumed_anywhere_ends_in_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bitwise, from the checkpoint of any step: of six an epoch, eight in all."""
     trainer = FAST | {"max_steps": 8, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
-    config = RewardConfig(
+    config = RewardSection(
         model=str(bert_reward(tmp_path / "backbone")), max_length=64,
         trainer=trainer | {"lr_scheduler_type": "constant"},
     )  # fmt: skip

@@ -9,7 +9,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from align.config import RewardConfig, SharpnessConfig
+from align.config import RewardSection, SharpnessSection
 from align.errors import ConfigError
 from reward_models.sharpness import SharpnessPenalty
 from reward_models.train import train_reward_model
@@ -32,7 +32,7 @@ def mean_margin(model: nn.Module) -> Any:
 
 
 def penalty(model: nn.Module, **fields: Any) -> SharpnessPenalty:
-    return SharpnessPenalty(SharpnessConfig(**fields), model, lambda tensor: tensor)
+    return SharpnessPenalty(SharpnessSection(**fields), model, lambda tensor: tensor)
 
 
 def exact(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
@@ -110,7 +110,7 @@ def trained(
 ) -> dict[str, Tensor]:
     trainer = {"max_steps": 4, "per_device_train_batch_size": 4, "bf16": False, "gradient_checkpointing": False,
                "learning_rate": 1e-3, "report_to": "none", **fields.pop("trainer", {})}  # fmt: skip
-    config = RewardConfig(model=str(model), max_length=32, trainer=trainer, **fields)
+    config = RewardSection(model=str(model), max_length=32, trainer=trainer, **fields)
     train_reward_model(Dataset.from_list(rows(12) if table is None else table), config, folder, seed=0)
     return load_file(folder / "model.safetensors")
 
@@ -118,8 +118,8 @@ def trained(
 def test_training_with_a_penalty_of_nothing_is_training_without(tmp_path: Path) -> None:
     model = bert_reward(tmp_path / "base")
     plain = trained(tmp_path / "plain", model)
-    nothing = trained(tmp_path / "nothing", model, sharpness=SharpnessConfig(start=0.0, rate=0.0))
-    strong = trained(tmp_path / "strong", model, sharpness=SharpnessConfig(start=10.0))
+    nothing = trained(tmp_path / "nothing", model, sharpness=SharpnessSection(start=0.0, rate=0.0))
+    strong = trained(tmp_path / "strong", model, sharpness=SharpnessSection(start=10.0))
     assert all(torch.equal(plain[name], nothing[name]) for name in plain)
     assert any(not torch.equal(plain[name], strong[name]) for name in plain)
 
@@ -127,7 +127,7 @@ def test_training_with_a_penalty_of_nothing_is_training_without(tmp_path: Path) 
 def test_two_equal_batches_of_a_step_weigh_as_one(tmp_path: Path) -> None:
     model = bert_reward(tmp_path / "base")
     same = [{**rows(1)[0], "id": str(k)} for k in range(4)]
-    penalised = {"sharpness": SharpnessConfig(start=10.0, rate=0.0)}
+    penalised = {"sharpness": SharpnessSection(start=10.0, rate=0.0)}
     once = {"per_device_train_batch_size": 2, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "warmup_steps": 0}
     twice = once | {"gradient_accumulation_steps": 2}
     one, two = (

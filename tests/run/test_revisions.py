@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from align.config import PairsConfig, RewardConfig, RunConfig
+from align.config import PairsSection, RewardSection, RunConfig
 from align.run import pipeline
 from reward_models import ensemble
 from reward_models import pairwise_judges as judges
@@ -16,7 +16,7 @@ from tests.helpers.builders import bert_reward, rows
 
 def test_a_raised_revision_is_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = bert_reward(tmp_path / "m")
-    run = RunConfig(name="r", pairs=PairsConfig(path="p.jsonl"), reward=RewardConfig(model=str(model)))
+    run = RunConfig(name="r", pairs=PairsSection(path="p.jsonl"), reward=RewardSection(model=str(model)))
     pairs = Dataset.from_list(rows(3))
 
     def keys() -> list[object]:

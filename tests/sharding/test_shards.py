@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.cli.options import cluster_called
-from align.config import ClusterConfig
+from align.config import ClusterSection
 from align.errors import AlignError, ConfigError
 from align.sharding.jobs import Work, decode, encode
 from align.sharding.shards import map_shards
@@ -62,9 +62,9 @@ def test_a_table_travels_with_its_types() -> None:
 
 def test_the_option() -> None:
     assert cluster_called(None) is None
-    assert cluster_called("auto") == ClusterConfig()
+    assert cluster_called("auto") == ClusterSection()
     found = cluster_called("local,workers=2,cpus=0.5,gpus=1")
-    assert found == ClusterConfig(address="local", workers=2, cpus=0.5, gpus=1)
+    assert found == ClusterSection(address="local", workers=2, cpus=0.5, gpus=1)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     table = Dataset.from_dict({"value": [1]})
     with pytest.raises(AlignError, match=r"cluster-missing.*Ray is not installed") as caught:
-        map_shards(table, Doubling(), tmp_path, size=1, what="doubling", cluster=ClusterConfig())
+        map_shards(table, Doubling(), tmp_path, size=1, what="doubling", cluster=ClusterSection())
     assert "pip install 'margin-align[ray]'" in str(caught.value)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from align.config import ClusterConfig
+from align.config import ClusterSection
 from align.data.pairs import read_pairs
 from align.errors import DataError, EnvironmentProblem
 from align.sharding.jobs import Job
@@ -50,7 +50,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def squares(cluster: Any, folder: Path, job: Job, count: int = 40, **fields: Any) -> Dataset:
     """Numbers in shards of five, worked on by the cluster."""
     table = Dataset.from_dict({"value": list(range(count))})
-    settings = ClusterConfig(address=cluster.address, **fields)
+    settings = ClusterSection(address=cluster.address, **fields)
     return map_shards(table, job, folder, size=5, what="squares", cluster=settings).whole()
 
 
@@ -180,11 +180,11 @@ def test_the_driver_dies(cluster: Any, tmp_path: Path) -> None:
     """What is finished is not worked on again, on the cluster or without it."""
     cluster.add_node(num_cpus=1)
     code = (
-        "from pathlib import Path\nfrom datasets import Dataset\nfrom align.config import ClusterConfig\n"
+        "from pathlib import Path\nfrom datasets import Dataset\nfrom align.config import ClusterSection\n"
         "from align.shards import map_shards\nfrom tests.slow.cluster_jobs import Squares\n"
         "table = Dataset.from_dict({'value': list(range(40))})\n"
         f"job, folder = Squares(0.5, {str(tmp_path / 'seen')!r}), Path({str(tmp_path / 'shards')!r})\n"
-        f"cluster = ClusterConfig(address={cluster.address!r})\n"
+        f"cluster = ClusterSection(address={cluster.address!r})\n"
         "map_shards(table, job, folder, size=5, what='squares', cluster=cluster)"
     )
     driver = subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd=ROOT)
@@ -291,7 +291,7 @@ def test_nothing_answers(tmp_path: Path) -> None:
     table = Dataset.from_dict({"value": [1]})
     for address in ("auto", "127.0.0.1:1"):
         with pytest.raises(EnvironmentProblem, match="cluster-unreachable"):
-            map_shards(table, Refusing(), tmp_path, size=1, what="x", cluster=ClusterConfig(address=address))
+            map_shards(table, Refusing(), tmp_path, size=1, what="x", cluster=ClusterSection(address=address))
 
 
 def test_a_run_is_the_same_with_a_cluster(tmp_path: Path) -> None:

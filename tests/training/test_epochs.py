@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align.config import ObjectiveConfig, TiltConfig
+from align.config import ObjectiveSection, TiltSection
 from align.losses.pair_weights import LossTilt
 from align.losses.pairwise import PairLogps
 from align.models.collator import REAL, counted, only_real
@@ -57,11 +57,11 @@ def trainer_of(name: str, tilted: bool, rank: int, processes: int, gather: Gathe
     trainer.accelerator = SimpleNamespace(
         gather=gather, process_index=rank, num_processes=processes, device=torch.device("cpu")
     )
-    trainer.objective = resolve_objective(ObjectiveConfig(name=name))
+    trainer.objective = resolve_objective(ObjectiveSection(name=name))
     trainer.model, trainer.state = SimpleNamespace(training=True), SimpleNamespace(global_step=0)
     trainer.args = SimpleNamespace(center_rewards_coefficient=0.1)
     trainer._metrics = {"train": {"weight/ess_share": []}}
-    trainer.tilt = LossTilt(TiltConfig(kind="down", temperature=0.5), gather, rank) if tilted else None
+    trainer.tilt = LossTilt(TiltSection(kind="down", temperature=0.5), gather, rank) if tilted else None
     return trainer
 
 
@@ -93,7 +93,7 @@ def test_a_filled_up_batch_has_the_gradient_of_the_pairs_in_it(name: str, tilted
 
 @pytest.mark.parametrize("kind", ["up", "down", "quadratic", "comp_sum"])
 def test_weights_from_losses_do_not_see_what_fills_up(kind: Any) -> None:
-    config = TiltConfig(kind=kind, temperature=0.5)
+    config = TiltSection(kind=kind, temperature=0.5)
     losses, gap = torch.tensor([0.1, 2.0, 0.7, 0.4, 0.3, 9.0]), torch.tensor([2.0, -2.0, 0.0, 1.0, 1.2, -9.0])
     real = torch.arange(PROCESSES * ROWS) < LEFT
     whole, share = LossTilt(config, lambda own: own, 0)(losses[:LEFT], gap[:LEFT], 0)

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from align.config import LossConfig, RewardConfig, TrainConfig
+from align.config import LossSection, RewardSection, TrainSection
 from align.errors import NumericsError
 from align.losses.pairwise import PairLogps, gradient_weights
 from align.losses.registry import LOSSES, resolve
@@ -25,7 +25,7 @@ SMALL = {"max_steps": 4, "per_device_train_batch_size": 4, "bf16": False, "gradi
 
 def trainer(model: Path, table: list[dict[str, Any]], output: Path, **fields: Any) -> Any:
     """A trainer of plain DPO on the pairs, in their order."""
-    config = TrainConfig(model=str(model), methods={"dpo": LossConfig(loss="dpo")}, trainer=SMALL | fields)
+    config = TrainSection(model=str(model), methods={"dpo": LossSection(loss="dpo")}, trainer=SMALL | fields)
     return make_trainer(
         Dataset.from_list(table), config, resolve("dpo", {}), output, seed=0, tau=1.0, reference_cache=None
     )
@@ -144,7 +144,7 @@ def test_a_reward_that_is_not_a_number_names_its_pair(table: list[dict[str, Any]
         model.get_input_embeddings().weight[16] = float("inf")
     model.save_pretrained(backbone)
     order = {"train_sampling_strategy": "random"}  # in which the pair at fault comes in the first step
-    config = RewardConfig(model=str(backbone), max_length=64, trainer=SMALL | order)
+    config = RewardSection(model=str(backbone), max_length=64, trainer=SMALL | order)
     with pytest.raises(
         NumericsError, match=r"the loss of pair p5 is not finite \(reward of chosen .*, of rejected nan"
     ):

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
-from align.config import LossConfig, TokenMaskConfig, TrainConfig
+from align.config import LossSection, TokenMaskSection, TrainSection
 from align.errors import ConfigError
 from align.io.files import read_json
 from align.losses.registry import resolve
@@ -27,7 +27,7 @@ REFERENCE = torch.tensor([[-1.5, -3.0, 0.0], [-3.0, 0.0, 0.0]])
 
 
 def mask(sparsity: float = 0.2) -> TokenMask:
-    return TokenMask(10, TokenMaskConfig(sparsity=sparsity), Accelerator(cpu=True))
+    return TokenMask(10, TokenMaskSection(sparsity=sparsity), Accelerator(cpu=True))
 
 
 def test_masked_sums_and_price_by_hand() -> None:
@@ -63,10 +63,10 @@ def test_a_shared_token_closes_and_a_telling_one_stays_open() -> None:
 def trainer(policy: Path, output: Path, steps: int, **more: Any) -> PreferenceTrainer:
     fields: dict[str, Any] = {name: value for name, value in BASE.items() if name != "disable_tqdm"}
     fields |= {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"} | more
-    config = TrainConfig(model=str(policy), methods={"m": LossConfig(loss="dpo")}, trainer=fields)
+    config = TrainSection(model=str(policy), methods={"m": LossSection(loss="dpo")}, trainer=fields)
     return make_trainer(
         Dataset.from_list(rows(16)), config, resolve("dpo", {}), output, seed=0, tau=1.0, reference_cache=None,
-        token_mask=TokenMaskConfig(),
+        token_mask=TokenMaskSection(),
     )  # fmt: skip
 
 
@@ -97,13 +97,13 @@ def test_the_reference_of_a_whole_policy_stays_where_it_was(tiny_policy: Path, t
         trainer(tiny_policy, tmp_path / "x", 4, precompute_ref_log_probs=True)
 
 
-@pytest.mark.parametrize("live", [{"token_mask": TokenMaskConfig()}, {}])
+@pytest.mark.parametrize("live", [{"token_mask": TokenMaskSection()}, {}])
 def test_bfloat16_beside_a_reference_that_is_run(live: dict[str, Any], tiny_policy: Path, tmp_path: Path) -> None:
     """Under autocast the start is its own reference too: no log-ratio at step 1, and no refusal of the model."""
     fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"} | {"bf16": True, "max_steps": 1}
     if not live:
         fields["precompute_ref_log_probs"] = False
-    config = TrainConfig(model=str(tiny_policy), methods={"m": LossConfig(loss="dpo", **live)}, trainer=fields)
+    config = TrainSection(model=str(tiny_policy), methods={"m": LossSection(loss="dpo", **live)}, trainer=fields)
     train_policy(Dataset.from_list(rows(8)), config, "m", tmp_path, seed=3)
     first = read_json(tmp_path / "history.json")["history"][0]
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
@@ -111,8 +111,8 @@ def test_bfloat16_beside_a_reference_that_is_run(live: dict[str, Any], tiny_poli
 
 def test_what_it_learned_is_written_down(tiny_policy: Path, tmp_path: Path) -> None:
     fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"}
-    config = TrainConfig(
-        model=str(tiny_policy), methods={"m": LossConfig(loss="dpo", token_mask=TokenMaskConfig())}, trainer=fields
+    config = TrainSection(
+        model=str(tiny_policy), methods={"m": LossSection(loss="dpo", token_mask=TokenMaskSection())}, trainer=fields
     )
     train_policy(Dataset.from_list(rows(16)), config, "m", tmp_path, seed=0)
     found = read_json(tmp_path / "history.json")

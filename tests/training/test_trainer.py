@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from align.config import EntanglementConfig, LossConfig, TrainConfig
+from align.config import EntanglementSection, LossSection, TrainSection
 from align.errors import ConfigError, DataError
 from align.io.files import read_json, write_json
 from align.losses.margin_weights import madpo_weight
@@ -62,9 +62,9 @@ def ours(
     **fields: Any,
 ) -> PreferenceTrainer:
     fields = {name: value for name, value in (BASE | fields).items() if name != "disable_tqdm"}
-    config = TrainConfig(
+    config = TrainSection(
         model=str(policy),
-        methods={"m": LossConfig(loss=loss)},
+        methods={"m": LossSection(loss=loss)},
         trainer=fields,
         layout=layout,
         max_tokens_per_device=budget,
@@ -299,7 +299,7 @@ def test_reference_log_probs_are_kept_and_keyed(tiny_policy: Path, tmp_path: Pat
 def test_saved_policy_and_history(tiny_policy: Path, tmp_path: Path) -> None:
     fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"}
     lora = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
-    config = TrainConfig(model=str(tiny_policy), methods={"x": LossConfig(loss="madpo")}, trainer=fields, peft=lora)
+    config = TrainSection(model=str(tiny_policy), methods={"x": LossSection(loss="madpo")}, trainer=fields, peft=lora)
     train_policy(Dataset.from_list(rows(8)), config, "x", tmp_path, seed=0)
     adapter = load_file(tmp_path / "model" / "adapter_model.safetensors")
     assert any("lora_B" in name and value.abs().sum() > 0 for name, value in adapter.items())
@@ -324,9 +324,9 @@ def test_an_adapter_trained_on_learns_under_every_method(
     """Also where the reference log-probs need not be computed, as for all methods but the first."""
     trained_adapter(tiny_policy, tmp_path / "adapter", 1)
     start = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    config = TrainConfig(
+    config = TrainSection(
         model=str(tmp_path / "adapter"),
-        methods={"dpo": LossConfig(loss="dpo"), "ipo": LossConfig(loss="ipo")},
+        methods={"dpo": LossSection(loss="dpo"), "ipo": LossSection(loss="ipo")},
         trainer={name: value for name, value in BASE.items() if name != "disable_tqdm"} | {"max_steps": 2} | fields,
     )
     for method in config.methods:
@@ -399,7 +399,7 @@ def test_prompts_that_fill_the_length_are_said(
 
 def test_an_adapter_that_changes_its_base_is_refused(tiny_policy: Path, tmp_path: Path) -> None:
     lora = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "pissa"}
-    config = TrainConfig(model=str(tiny_policy), methods={"m": LossConfig(loss="dpo")}, trainer=BASE, peft=lora)
+    config = TrainSection(model=str(tiny_policy), methods={"m": LossSection(loss="dpo")}, trainer=BASE, peft=lora)
     with pytest.raises(
         ConfigError, match="init_lora_weights: 'pissa' takes what the adapter starts with out of the base"
     ):
@@ -414,9 +414,9 @@ def test_pairs_without_a_margin_or_weight(tiny_policy: Path, tmp_path: Path) -> 
     holes = [row | {"margin": None} if row["id"] == "p3" else row for row in table]
     weighted = [row | {"weight": None if row["id"] == "p5" else 1.0} for row in table]
     fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"} | {"max_steps": 2}
-    config = TrainConfig(
+    config = TrainSection(
         model=str(tiny_policy),
-        methods={"dpo": LossConfig(loss="dpo"), "madpo": LossConfig(loss="madpo")},
+        methods={"dpo": LossSection(loss="dpo"), "madpo": LossSection(loss="madpo")},
         trainer=fields,
     )
     said = r"\[loss-needs-margin\] margin: 1 of 8 pairs have none, the first 'p3'; expected one for each"
@@ -434,9 +434,9 @@ def test_entanglement_along_training(tiny_policy: Path, tmp_path: Path) -> None:
     """Measuring changes nothing about the training, and its predictions agree with what the steps did."""
     fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"} | {"learning_rate": 1e-3}
     weights = {}
-    for name, probing in (("plain", None), ("measured", EntanglementConfig(every=2, probes=6))):
-        config = TrainConfig(
-            model=str(tiny_policy), methods={"m": LossConfig(loss="ipo")}, trainer=fields, entanglement=probing
+    for name, probing in (("plain", None), ("measured", EntanglementSection(every=2, probes=6))):
+        config = TrainSection(
+            model=str(tiny_policy), methods={"m": LossSection(loss="ipo")}, trainer=fields, entanglement=probing
         )
         train_policy(Dataset.from_list(rows(8)), config, "m", tmp_path / name, seed=0)
         weights[name] = load_file(tmp_path / name / "model" / "model.safetensors")
@@ -451,5 +451,5 @@ def test_entanglement_along_training(tiny_policy: Path, tmp_path: Path) -> None:
         assert 0 <= record["entangled"] <= 1 and record["norm_ratio"] > 0
     assert records[0]["chosen_change"] == pytest.approx(0.0, abs=1e-4)
     with pytest.raises(ConfigError, match=r"train.entanglement: needs one process"):
-        beta = config.model_copy(update={"methods": {"m": LossConfig(loss="beta_dpo")}})
+        beta = config.model_copy(update={"methods": {"m": LossSection(loss="beta_dpo")}})
         train_policy(Dataset.from_list(rows(8)), beta, "m", tmp_path / "beta", seed=0)

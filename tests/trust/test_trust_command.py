@@ -11,7 +11,7 @@ import torch
 import yaml
 from datasets import Dataset
 
-from align.config import TrainConfig
+from align.config import TrainSection
 from align.errors import DataError, ModelError
 from align.io.files import read_json
 from align.io.stage import read_manifest
@@ -220,6 +220,6 @@ def test_trust_auto_trains_with_the_measured_numbers(tiny_policy: Path, tmp_path
 
 def test_trust_is_auto_or_absent() -> None:
     methods = {"ours": {"loss": "trust"}}
-    assert TrainConfig(model="m", methods=methods).trust is None  # type: ignore[arg-type]
+    assert TrainSection(model="m", methods=methods).trust is None  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="auto"):
-        TrainConfig(model="m", methods=methods, trust="always")  # type: ignore[arg-type]
+        TrainSection(model="m", methods=methods, trust="always")  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.config import ClusterConfig
+from align.config import ClusterSection
 from align.filtering.knn.centroids import faiss, index_of, list_count, train
 from align.filtering.knn.exact import exact_distance
 from align.filtering.knn.ivf_lists import Listed, in_lists
@@ -40,7 +40,7 @@ MOST_COMPARED = 8192
 
 
 def search(
-    view: View, true: Sample, *, seed: int, folder: Path, cluster: ClusterConfig | None
+    view: View, true: Sample, *, seed: int, folder: Path, cluster: ClusterSection | None
 ) -> tuple[np.ndarray, str, float]:
     """Distance of each vector to the farthest of the k nearest that are found.
 

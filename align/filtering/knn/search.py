@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from align.config import ClusterConfig
+from align.config import ClusterSection
 from align.filtering.knn.centroids import faiss
 from align.filtering.knn.exact import ADD_BLOCK, exact_distance
 from align.filtering.knn.ivf import search
@@ -67,7 +67,7 @@ def kth_distance(
     rows: np.ndarray | None = None,
     method: Method = "auto",
     exact_limit: int = EXACT_LIMIT,
-    cluster: ClusterConfig | None = None,
+    cluster: ClusterSection | None = None,
 ) -> Neighbours:
     """Distance of each row to its k-th nearest other row.
 

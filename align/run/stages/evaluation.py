@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.config import EvaluateConfig, RunConfig
+from align.config import EvaluateSection, RunConfig
 from align.data.pairs import read_pairs
 from align.data.prompts import load_prompts
 from align.data.summary import missing_values
@@ -52,7 +52,7 @@ class PolicyJob:
     trained: str | None
     """None: the reference itself completes."""
     trust_remote_code: bool
-    settings: EvaluateConfig
+    settings: EvaluateSection
     seed: int
 
     def start(self) -> Work:

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, List, Value
 
 from align.commands.filter import filter_source
 from align.commands.trust import FEATURES, FILE
-from align.config import PairsConfig, RunConfig, SampleConfig
+from align.config import PairsSection, RunConfig, SampleSection
 from align.data.pairs import FILE as PAIRS_FILE
 from align.data.pairs import load_pairs, read_pairs, write_pairs
 from align.data.prompts import load_prompts
@@ -136,7 +136,7 @@ class SampleJob:
 
     model: str
     trust_remote_code: bool
-    settings: SampleConfig
+    settings: SampleSection
     seed: int
 
     def start(self) -> Work:
@@ -217,7 +217,7 @@ def stage_trust(config: RunConfig, root: Path, folder: Path, which: str) -> None
 def stage_filter(config: RunConfig, root: Path, folder: Path, which: str) -> None:
     """Keep the pairs that are worth training on; the others with the reason of each."""
     assert config.filter is not None
-    source = PairsConfig(path=str(root / "margins" / "pairs" / PAIRS_FILE))
+    source = PairsSection(path=str(root / "margins" / "pairs" / PAIRS_FILE))
     filter_source(source, config.filter, folder, seed=config.seed, cache=root / "filter-parts", cluster=config.cluster)
 
 
@@ -227,7 +227,7 @@ def stage_train(config: RunConfig, root: Path, folder: Path, which: str) -> None
     if config.filter is None:
         pairs = read_pairs(root / "margins" / "pairs")
     else:
-        pairs = load_pairs(PairsConfig(path=str(root / "filter" / KEPT)))
+        pairs = load_pairs(PairsSection(path=str(root / "filter" / KEPT)))
     train = config.train
     if measures_trust(config) and train.methods[which].loss == TRUST:
         loss = train.methods[which]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.config import RewardConfig, RunConfig
+from align.config import RewardSection, RunConfig
 from align.data.pairs import read_pairs, write_pairs
 from align.data.splits import clusters_of, folds_by_prompt
 from align.distributed import process_rank
@@ -56,7 +56,7 @@ def _fit_calibration(
     words: np.ndarray,
     fold: np.ndarray,
     clusters: np.ndarray,
-    reward: RewardConfig,
+    reward: RewardSection,
     model: Path,
 ) -> dict[str, Any]:
     """Write the map of the margins into the model folder, and say what it does to pairs that it was not fitted on."""
@@ -104,12 +104,12 @@ def scored_by(
     )
 
 
-def reward_pairs_folder(config: RewardConfig, root: Path) -> Path:
+def reward_pairs_folder(config: RewardSection, root: Path) -> Path:
     """Folder of the stage whose pairs the reward model is trained on."""
     return root / ("pairs" if config.pairs is None else "pairs-reward")
 
 
-def make_scorer(model: Path, config: RewardConfig) -> EnsembleScorer:
+def make_scorer(model: Path, config: RewardSection) -> EnsembleScorer:
     """A scorer, of all members where the model is an ensemble, with the batch size and length of its configuration."""
     return EnsembleScorer(
         model,

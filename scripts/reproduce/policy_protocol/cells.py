@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from align.commands.evaluation_tables import Decoding
 from align.commands.trust import FEATURES, FILE
-from align.config import LossConfig
+from align.config import LossSection
 from align.data.pairs import read_pairs
 from align.evaluation.policies import REFERENCE, Policy
 from align.io.files import read_json, write_json
@@ -85,7 +85,7 @@ def run_cell(
     ``pairs``: with margins where the method reads them, the labels' otherwise.
     """
     measured = _measured(study, pairs, quality, seed) if method == TRUST else {}
-    loss = LossConfig(loss="dpo" if method == RELABELLED else method, parameters=parameters | measured)
+    loss = LossSection(loss="dpo" if method == RELABELLED else method, parameters=parameters | measured)
     train = study.train.model_copy(update={"methods": {method: loss}})
 
     def work(folder: Path) -> None:

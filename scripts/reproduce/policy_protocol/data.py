@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset
 from scipy.special import expit
 
-from align.config import RewardConfig, TrainConfig
+from align.config import RewardSection, TrainSection
 from align.data.pairs import read_pairs, with_columns, write_pairs
 from align.errors import DataError
 from align.generation.engines import make_engine
@@ -63,8 +63,8 @@ class Study:
     """Of what no margin touches: prompts, samples, labels, outside reward model, policies trained without margins."""
     snippets: Path
     sizes: Sizes
-    train: TrainConfig
-    reward: RewardConfig
+    train: TrainSection
+    reward: RewardSection
     margins: Margins
     """outside: a reward model trained on human-rated snippets, none of them a prompt here. in-sample: as in the paper,
     one trained on the very pairs. cross-fitted: each pair's from a model trained on the others. noise: the outside
