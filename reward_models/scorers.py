@@ -21,7 +21,7 @@ Score = Callable[[Sequence[Any], Sequence[Any]], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
-class ScorerChoice:
+class ScorerSpec:
     """A reward model or a judge, not loaded yet.
 
     Raises:
@@ -83,7 +83,7 @@ class ScorerChoice:
         return EnsembleScorer(self.model, batch_tokens=self.batch_tokens, max_length=self.max_length).score_completions
 
 
-def scorer_called(name: str, *, batch_tokens: int, max_length: int) -> ScorerChoice:
+def scorer_called(name: str, *, batch_tokens: int, max_length: int) -> ScorerSpec:
     """The scorer that one name stands for: a folder or hub id is a reward model, anything else a judge.
 
     Raises:
@@ -91,7 +91,7 @@ def scorer_called(name: str, *, batch_tokens: int, max_length: int) -> ScorerCho
     """
     is_model = not name.startswith(f"{YES_NO}:") and ("/" in name or Path(name).is_dir())
     named = {"reward_model": name} if is_model else {"judge": name}
-    return ScorerChoice(**named, batch_tokens=batch_tokens, max_length=max_length)
+    return ScorerSpec(**named, batch_tokens=batch_tokens, max_length=max_length)
 
 
 def score_in_chunks(

@@ -9,7 +9,7 @@ from align.cli.options import Cluster, Seed, cluster_called, output_folder
 
 if TYPE_CHECKING:
     from align.commands.evaluate import Settings
-    from align.generation.engines import Choice
+    from align.generation.engines import EngineName
 
 app = typer.Typer(help="Rewards, win rates and KL of policies; accuracy of reward models.", no_args_is_help=True)
 Policies = Annotated[list[str], typer.Argument(metavar="POLICY...", help="NAME=FOLDER or FOLDER; an adapter's too.")]
@@ -163,5 +163,7 @@ def _settings(
     from align.commands.evaluate import Settings
     from align.commands.evaluation_tables import Decoding
 
-    decoding = Decoding(max_new_tokens, temperature, seed, batch_size, cast("Choice", engine), cluster_called(cluster))
+    decoding = Decoding(
+        max_new_tokens, temperature, seed, batch_size, cast("EngineName", engine), cluster_called(cluster)
+    )
     return Settings(prompts, output, judge, decoding, limit, shown, max_length)

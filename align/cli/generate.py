@@ -32,7 +32,7 @@ def generate(
     from align.cli.options import pair_source
     from align.commands.generate import Format, GenerateSettings, find_completions, generate_completions
     from align.errors import ConfigError
-    from align.generation.engines import Choice
+    from align.generation.engines import EngineName
     from align.generation.types import Sampling
     from align.io.console import log
 
@@ -43,7 +43,7 @@ def generate(
     source = pair_source(prompts, column, split).model_copy(update={"limit": limit})
     settings = GenerateSettings(
         model=model, sampling=Sampling(max_new_tokens, temperature, top_p, n, seed, logprobs),
-        engine=cast(Choice, engine), base_url=base_url, batch_size=batch_size, format=cast(Format, write),
+        engine=cast(EngineName, engine), base_url=base_url, batch_size=batch_size, format=cast(Format, write),
         options=parse_options(option), cluster=cluster_called(cluster),
     )  # fmt: skip
     generate_completions(source, settings, output)
@@ -72,12 +72,12 @@ def best_of_n(
     from align.errors import ConfigError
     from align.io.console import log, out
     from align.io.files import read_json
-    from reward_models.scorers import ScorerChoice, scorer_called
+    from reward_models.scorers import ScorerSpec, scorer_called
 
     if write not in ("parquet", "jsonl"):
         raise ConfigError(f"--format {write}: expected parquet or jsonl", code="config-option")
     settings = BestSettings(
-        scorer=ScorerChoice(reward_model, judge, batch_tokens, max_length),
+        scorer=ScorerSpec(reward_model, judge, batch_tokens, max_length),
         gold=None if gold is None else scorer_called(gold, batch_tokens=batch_tokens, max_length=max_length),
         format=cast(Format, write),
         seed=seed,

@@ -31,10 +31,10 @@ def build(
     from align.generation.pair_selection import Mode
     from align.io.console import log, out
     from align.io.files import read_json
-    from reward_models.scorers import ScorerChoice
+    from reward_models.scorers import ScorerSpec
 
     settings = BuildSettings(
-        scorer=ScorerChoice(reward_model, judge, batch_tokens, max_length),
+        scorer=ScorerSpec(reward_model, judge, batch_tokens, max_length),
         mode=cast(Mode, mode),
         guard_margin=guard_margin,
         guard_ratio=guard_ratio,

@@ -19,7 +19,7 @@ from align.io.files import write_json
 from align.io.hashing import fingerprint_source
 from align.io.stage import Stage, check_output, run_stage
 from align.stats import bootstrap_mean, interval
-from reward_models.scorers import ScorerChoice, score_in_chunks
+from reward_models.scorers import ScorerSpec, score_in_chunks
 
 STAGE = "best-of-n"
 SCORES = "scores"
@@ -34,9 +34,9 @@ class BestSettings:
         ConfigError: the scorer is its own gold judge.
     """
 
-    scorer: ScorerChoice
+    scorer: ScorerSpec
     """Chooses."""
-    gold: ScorerChoice | None = None
+    gold: ScorerSpec | None = None
     """Only measures what was chosen: the scorer likes its own choice by construction."""
     format: Format = "parquet"
     seed: int = 0
@@ -56,7 +56,7 @@ def choose_best(completions: str | Path, settings: BestSettings, output: Path) -
 
     ``completions.parquet`` (or ``.jsonl``) has the row of the best completion as ``align generate`` wrote it, with
     ``score`` (and ``gold``); ``scores.parquet`` has ``id``, ``sample``, ``score`` (and ``gold``) of all. A score is a
-    reward; of a yes-no judge it is P(yes). ``metrics.json`` is described at ``measure``. A stopped scoring goes on.
+    reward; of a yes-no judge it is P(yes). ``metrics.json`` is described at ``best_of_n_curve``. A stopped scoring goes on.
 
     Raises:
         AlignError: the completions or a scorer cannot be used.
@@ -77,7 +77,7 @@ def choose_best(completions: str | Path, settings: BestSettings, output: Path) -
     return run_stage(STAGE, output, inputs, lambda folder: _work(groups, count, settings, folder))
 
 
-def measure(scores: np.ndarray, gold: np.ndarray | None, *, seed: int) -> list[dict[str, Any]]:
+def best_of_n_curve(scores: np.ndarray, gold: np.ndarray | None, *, seed: int) -> list[dict[str, Any]]:
     """For each n = 1..N what best-of-n gives, estimated without bias from all N samples.
 
     Args:
@@ -125,7 +125,7 @@ def _work(groups: list[Group], count: int, settings: BestSettings, folder: Path)
     prompts = [group.prompt for group in groups for _ in group.candidates]
     texts = [candidate.completion for group in groups for candidate in group.candidates]
 
-    def scored(judge: ScorerChoice, name: str) -> np.ndarray:
+    def scored(judge: ScorerSpec, name: str) -> np.ndarray:
         rewards = score_in_chunks(judge.load, prompts, texts, folder / f"{CACHE}{name}")
         return np.asarray(expit(rewards) if judge.probabilities else rewards).reshape(len(groups), count)
 
@@ -148,7 +148,7 @@ def _work(groups: list[Group], count: int, settings: BestSettings, folder: Path)
         ],
         folder / f"{SCORES}.parquet",
     )
-    curve = measure(scores["score"], scores.get("gold"), seed=settings.seed)
+    curve = best_of_n_curve(scores["score"], scores.get("gold"), seed=settings.seed)
     write_json(
         folder / METRICS,
         {

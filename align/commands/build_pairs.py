@@ -22,7 +22,7 @@ from align.io.files import write_json
 from align.io.hashing import fingerprint_source
 from align.io.stage import Stage, check_output, run_stage
 from align.stats import Estimate, bootstrap_mean
-from reward_models.scorers import ScorerChoice, score_in_chunks
+from reward_models.scorers import ScorerSpec, score_in_chunks
 
 DROPPED = "dropped.jsonl"
 METRICS = "metrics.json"
@@ -39,7 +39,7 @@ class BuildSettings:
         ConfigError: a number is out of range, or a ratio is asked of scores that are no probabilities.
     """
 
-    scorer: ScorerChoice
+    scorer: ScorerSpec
     mode: Mode = "best_worst"
     guard_margin: float = 0.0
     """Least difference of the scores of a pair: of P(yes) for a yes-no judge, else of the rewards."""

@@ -1,4 +1,4 @@
-"""What `align eval reward`, `compare` and `frontier` do. Each adds its part to OUTPUT/report.json and its page."""
+"""What `align eval reward`, `reward_differences` and `frontier` do. Each adds its part to OUTPUT/report.json and its page."""
 
 import json
 import shlex
@@ -23,8 +23,8 @@ from align.commands.evaluation_tables import (
 )
 from align.errors import ConfigError, DataError
 from align.evaluation.policies import REFERENCE, Policy, checkpoints, find_reference, parse_policies
-from align.evaluation.rewards import compare as compare_rewards
 from align.evaluation.rewards import gain_per_root_kl
+from align.evaluation.rewards import reward_differences as compare_rewards
 from align.evaluation.text_statistics import Texts, changed, text_statistics
 from align.evaluation.winrate import win_rate
 from align.io.console import log, out
@@ -99,7 +99,7 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
     _finish(settings.output)
 
 
-def compare(first: str, second: str, settings: Settings) -> None:
+def reward_differences(first: str, second: str, settings: Settings) -> None:
     """Head-to-head win rate of two policies under a judge that is asked in both orders.
 
     Args:
@@ -200,7 +200,9 @@ def page(output: Path) -> None:
 
     if not (output / REPORT).exists():
         raise DataError(
-            f"{output}: holds no {REPORT}", code="report-missing", hint="run `align eval reward` or `compare` first"
+            f"{output}: holds no {REPORT}",
+            code="report-missing",
+            hint="run `align eval reward` or `reward_differences` first",
         )
     report = _read_report(output)
     try:

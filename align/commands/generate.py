@@ -14,7 +14,7 @@ from datasets import Dataset
 from align.config import ClusterSection, PairsSection
 from align.data.prompts import PromptRow, read_prompts
 from align.errors import DataError
-from align.generation.engines import Choice, choose_engine, make_engine
+from align.generation.engines import EngineName, choose_engine, make_engine
 from align.generation.types import SAMPLING, Completion, Sampling, show_tokens
 from align.io.console import log
 from align.io.files import write_json
@@ -109,7 +109,7 @@ def as_completion(prompt: Any, text: str) -> Any:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
-def _work(prompts: list[PromptRow], settings: GenerateSettings, chosen: Choice, folder: Path) -> None:
+def _work(prompts: list[PromptRow], settings: GenerateSettings, chosen: EngineName, folder: Path) -> None:
     start = time.monotonic()
     file = folder / FINISHED
     finished = read_finished(file, settings.sampling.n)
@@ -148,7 +148,7 @@ class GenerateJob:
     """Completions of the prompts of a shard, as the lines of ``finished.jsonl``."""
 
     settings: GenerateSettings
-    engine: Choice
+    engine: EngineName
 
     def start(self) -> Work:
         """Load the engine."""
@@ -170,7 +170,7 @@ class GenerateJob:
         return work
 
 
-def _on_cluster(left: list[PromptRow], settings: GenerateSettings, chosen: Choice, file: Path) -> int:
+def _on_cluster(left: list[PromptRow], settings: GenerateSettings, chosen: EngineName, file: Path) -> int:
     """Let the workers of the cluster complete the prompts into ``file``; tokens that they have made."""
     from align.sharding.ray_cluster import map_on_cluster
 

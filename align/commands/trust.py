@@ -7,7 +7,7 @@ from align.config import PairsSection
 from align.data.pairs import load_pairs
 from align.io.console import log, out
 from align.io.files import write_json
-from align.trust.measure import check_margins, margin_source, measure
+from align.trust.measure import check_margins, margin_source, measure_trust
 from align.trust.sentences import sentences
 
 FILE, PAGE, FEATURES = "trust.json", "trust.html", "features"
@@ -44,7 +44,7 @@ def trust(
     pairs = load_pairs(source)
     origin = margins or margin_source(Path(source.path))
     check_margins(pairs, origin, source.path, allow_in_sample=allow_in_sample)
-    found = measure(pairs, model, output / FEATURES, origin=origin, max_length=max_length, seed=seed)
+    found = measure_trust(pairs, model, output / FEATURES, origin=origin, max_length=max_length, seed=seed)
     found |= {"source": source.path, "model": model, "margins": origin, "seed": seed}
     found["sentences"] = sentences(found, origin)
     output.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import numpy as np
 from align.stats import RESAMPLES, Estimate, bootstrap_mean
 
 
-def compare(rewards: dict[str, np.ndarray], *, baseline: str, seed: int) -> dict[str, Any]:
+def reward_differences(rewards: dict[str, np.ndarray], *, baseline: str, seed: int) -> dict[str, Any]:
     """Mean reward of every policy, its paired gain over ``baseline``, and all differences between the other policies.
 
     Args:

@@ -8,17 +8,17 @@ from align.generation.types import Engine
 from align.generation.vllm_install import import_vllm, vllm_problem
 from align.io.console import log
 
-Choice = Literal["auto", "vllm", "server", "transformers"]
+EngineName = Literal["auto", "vllm", "server", "transformers"]
 
 
-def choose_engine(choice: Choice, *, base_url: str | None = None) -> tuple[Choice, str]:
+def choose_engine(choice: EngineName, *, base_url: str | None = None) -> tuple[EngineName, str]:
     """(engine that ``choice`` stands for, why): ``auto`` takes the server whose address is given, else vLLM where it is
     installed and there is a GPU, else transformers.
 
     Raises:
         ConfigError: no such engine, or an address for one that is no server.
     """
-    known = list(get_args(Choice))
+    known = list(get_args(EngineName))
     if choice not in known:
         raise ConfigError(f"engine {choice!r} is not known{nearest(choice, known)}", code="engine-option")
     if base_url is not None and choice not in ("auto", "server"):
@@ -42,7 +42,7 @@ def choose_engine(choice: Choice, *, base_url: str | None = None) -> tuple[Choic
 
 
 def make_engine(
-    choice: Choice,
+    choice: EngineName,
     model: str,
     *,
     batch_size: int,

@@ -25,7 +25,7 @@ from align.io.files import read_json, write_json
 from align.io.hashing import fingerprint_source
 from align.io.stage import run_stage
 from align.models.folders import fingerprint_model
-from reward_models.scorers import ScorerChoice
+from reward_models.scorers import ScorerSpec
 
 SUMMARY = "iterate.json"
 MERGED = "policy"
@@ -149,5 +149,5 @@ def build_settings(config: BuildSection) -> BuildSettings:
     Raises:
         ConfigError: a value is out of range, or not exactly one scorer is named.
     """
-    scorer = ScorerChoice(config.reward_model, config.judge, config.batch_tokens, config.max_length)
+    scorer = ScorerSpec(config.reward_model, config.judge, config.batch_tokens, config.max_length)
     return BuildSettings(scorer, config.mode, config.guard_margin, config.guard_ratio, config.band, config.temperature)

@@ -60,7 +60,7 @@ def read_run_manifest(file: Path) -> tuple[dict[str, Any], RunConfig]:
         ) from None
 
 
-def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+def manifest_differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """What two manifests differ in: inputs (stages made from something else), results (files), versions."""
     after = after | {part: {name: after[part].get(name) for name in before[part]} for part in ("stages", "files")}
     return {

@@ -6,7 +6,7 @@ from typing import Any
 from align.errors import DataError, listed
 from align.io.console import log
 from align.io.files import read_json
-from align.run.manifest import FILE, compare, read_run_manifest
+from align.run.manifest import FILE, manifest_differences, read_run_manifest
 
 
 def check_reproduced(found: dict[str, Any], manifest: Path) -> None:
@@ -29,7 +29,7 @@ def check_reproduced(found: dict[str, Any], manifest: Path) -> None:
 
 
 def same_run(manifest: Path, output: Path, *, command: str) -> dict[str, Any]:
-    """Run what the manifest describes again, into ``output``, and compare.
+    """Run what the manifest describes again, into ``output``, and manifest_differences.
 
     Args:
         manifest: ``run.json`` of a finished run; relative paths in it are taken from the working directory.
@@ -47,4 +47,4 @@ def same_run(manifest: Path, output: Path, *, command: str) -> dict[str, Any]:
         raise DataError(f"{output}: holds the run itself", code="run-manifest", hint="give another --output")
     pipeline.check(again)
     pipeline.run_pipeline(again, command=command, until=tuple(before.get("until", ())))
-    return compare(before, read_json(again.folder / FILE))
+    return manifest_differences(before, read_json(again.folder / FILE))

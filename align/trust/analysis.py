@@ -8,7 +8,7 @@ import numpy as np
 from align.stats import Estimate
 from align.trust.evidence import weigh
 from align.trust.linear_proxy import DPO, MADPO, SOFT, Family, Setting, fit, held_out, scaled, without_leak
-from align.trust.selection import Choice, bootstrap, by_labels, choose
+from align.trust.selection import Selection, bootstrap, by_labels, choose
 
 CHANCE = float(np.log(2))
 """Nats that a label costs where nothing is known."""
@@ -147,6 +147,6 @@ def _grid(loglik: np.ndarray, family: Family) -> list[dict[str, float]]:
     ]
 
 
-def _describe(choice: Choice, family: Family) -> dict[str, float]:
+def _describe(choice: Selection, family: Family) -> dict[str, float]:
     setting = family.grid[choice.setting]
     return {"trust": setting.trust, "strength": setting.strength, "spread": family.spreads[choice.spread]}

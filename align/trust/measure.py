@@ -20,7 +20,9 @@ FOLDS, REPEATS = 5, 3
 SOURCES = ("outside", "cross-fitted", "in-sample")
 
 
-def measure(pairs: Dataset, model: str, cache: Path, *, origin: str, max_length: int, seed: int) -> dict[str, Any]:
+def measure_trust(
+    pairs: Dataset, model: str, cache: Path, *, origin: str, max_length: int, seed: int
+) -> dict[str, Any]:
     """``analyse`` on a pair table, with signs of shared errors and the seconds of each part.
 
     Args:
@@ -51,7 +53,7 @@ def measure(pairs: Dataset, model: str, cache: Path, *, origin: str, max_length:
 
 
 def loss_parameters(found: dict[str, Any]) -> dict[str, float]:
-    """Of what ``measure`` found, the parameters of the loss ``trust``."""
+    """Of what ``measure_trust`` found, the parameters of the loss ``trust``."""
     return {"slope": found["slope"], "trust": found["chosen"]["trust"], "strength": found["chosen"]["strength"]}
 
 

@@ -12,7 +12,7 @@ ERRORS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Selection:
     """A setting of the family."""
 
     setting: int
@@ -23,7 +23,7 @@ class Choice:
 
 def choose(
     found: HeldOut, theta: np.ndarray, proposal: np.ndarray, features: np.ndarray, family: Family, *, same_labels: bool
-) -> Choice:
+) -> Selection:
     """The policy to train.
 
     Margins that contradict the labels as often as not (slope 0) are left alone. Margins made from these same labels are
@@ -45,7 +45,7 @@ def choose(
     return by_evidence(theta, proposal, features, undecided(found.loglik, by_labels(found.loglik), ERRORS))
 
 
-def by_labels(loglik: np.ndarray, allowed: np.ndarray | None = None) -> Choice:
+def by_labels(loglik: np.ndarray, allowed: np.ndarray | None = None) -> Selection:
     """The policy under which held-out labels are most likely.
 
     Args:
@@ -56,17 +56,17 @@ def by_labels(loglik: np.ndarray, allowed: np.ndarray | None = None) -> Choice:
     if allowed is not None:
         mean = np.where(allowed[:, None], mean, -np.inf)
     setting, spread = np.unravel_index(int(mean.argmax()), mean.shape)
-    return Choice(int(setting), int(spread))
+    return Selection(int(setting), int(spread))
 
 
-def undecided(loglik: np.ndarray, best: Choice, errors: float) -> np.ndarray:
+def undecided(loglik: np.ndarray, best: Selection, errors: float) -> np.ndarray:
     """[settings, spreads], true where held-out labels are less likely than under ``best`` by no more than ``errors``
     standard errors of the difference."""
     difference = loglik - loglik[:, best.setting, best.spread][:, None, None]
     return difference.mean(axis=0) >= -errors * difference.std(axis=0) / np.sqrt(len(loglik))
 
 
-def by_evidence(theta: np.ndarray, proposal: np.ndarray, features: np.ndarray, allowed: np.ndarray) -> Choice:
+def by_evidence(theta: np.ndarray, proposal: np.ndarray, features: np.ndarray, allowed: np.ndarray) -> Selection:
     """Of the allowed policies the one that agrees best with the evidence's.
 
     The agreement is the correlation of the two implicit margins over the pairs: for policies near the reference the
@@ -84,7 +84,7 @@ def by_evidence(theta: np.ndarray, proposal: np.ndarray, features: np.ndarray, a
     agreement = np.where(size > 0, flat.T @ (covariance @ proposal) / np.maximum(size, 1e-300), -np.inf)
     agreement = np.where(allowed, agreement.reshape(allowed.shape), -np.inf)
     setting, spread = np.unravel_index(int(agreement.argmax()), agreement.shape)
-    return Choice(int(setting), int(spread))
+    return Selection(int(setting), int(spread))
 
 
 def bootstrap(loglik: np.ndarray, grid: tuple[Setting, ...], *, seed: int) -> dict[str, tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""Kill a run again and again, at random moments of every stage and while it writes; compare it with one left alone.
+"""Kill a run again and again, at random moments of every stage and while it writes; run_differences it with one left alone.
 
     python -m scripts.kill.run RUN.yaml --kills 25 --output kills.json
 
@@ -137,7 +137,7 @@ def kill_anywhere(run: Path, scratch: Path, kills: int, seed: int, *, every_stag
         last = Attempt(run, scratch / "killed")
         last.finish()
         repeated += [stage for stage in last.started() if stage in whole_before]
-        found += compare(whole, killed)
+        found += run_differences(whole, killed)
         missed = set(stages) - {kill.hit for kill in done}
     return {
         "kills": len(done),
@@ -162,7 +162,7 @@ def finished(folder: Path, stages: list[str]) -> set[str]:
     }  # fmt: skip
 
 
-def compare(whole: Path, other: Path) -> list[str]:
+def run_differences(whole: Path, other: Path) -> list[str]:
     """What differs between two run folders, one line each: files that are there once, content, stage keys."""
     left, right = _files(whole), _files(other)
     lines = [f"{name}: only in one of the two" for name in sorted(left ^ right)]

@@ -59,7 +59,7 @@ def compare_rows(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compare(known: Path, again: Path) -> list[dict[str, Any]]:
+def cell_differences(known: Path, again: Path) -> list[dict[str, Any]]:
     """Every cell that both files have."""
     if known.suffix == ".json":
         old, new = ({json.dumps(row["cell"]): row for row in read_json(file)["rows"]} for file in (known, again))
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("known", type=Path, help="cells.jsonl, or the arena's results_arena.json")
     parser.add_argument("again", type=Path, help="the same of now")
     arguments = parser.parse_args()
-    found = compare(arguments.known, arguments.again)
+    found = cell_differences(arguments.known, arguments.again)
     for one in found:
         print(json.dumps(one))
     if not found:

@@ -12,7 +12,7 @@ from scipy.stats import t as student
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.errors import ModelError
-from align.evaluation.rewards import compare, gain_per_root_kl
+from align.evaluation.rewards import gain_per_root_kl, reward_differences
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.types import Sampling
 from align.models.completion_logps import completion_logps
@@ -75,7 +75,7 @@ def test_log_probs_equal_one_token_at_a_time(tiny_policy: Path, batch_tokens: in
 
 def test_compare_is_paired() -> None:
     base = np.random.default_rng(0).normal(0, 5, 200)
-    found = compare({"reference": base, "a": base + 0.1, "b": base - 0.1}, baseline="reference", seed=0)
+    found = reward_differences({"reference": base, "a": base + 0.1, "b": base - 0.1}, baseline="reference", seed=0)
     gain = found["policies"]["a"]["gain"]
     assert gain["value"] == pytest.approx(0.1) and gain["high"] - gain["low"] < 1e-9
     (comparison,) = found["comparisons"]

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
-from align.commands.best_of_n import BestSettings, choose_best, measure
+from align.commands.best_of_n import BestSettings, best_of_n_curve, choose_best
 from align.errors import AlignError, ConfigError, DataError, NumericsError
 from align.generation.best_of_n import best_index, best_of_weights, expected_best, kl_bound
 from reward_models.judges import make_judge
-from reward_models.scorers import ScorerChoice, score_in_chunks, scorer_called
+from reward_models.scorers import ScorerSpec, score_in_chunks, scorer_called
 from tests.generation.test_pair_build import VADER, completions
 from tests.helpers.builders import bert_reward
 
@@ -77,11 +77,11 @@ def test_another_judge_sees_what_the_score_does_not() -> None:
     """Gold that the score does not know stays where it is, whatever n; gold that it contradicts falls."""
     rng = np.random.default_rng(1)
     scores, other = rng.normal(size=(2, 4000, 8))
-    curve = measure(scores, other, seed=0)
+    curve = best_of_n_curve(scores, other, seed=0)
     assert curve[-1]["gain"]["low"] > 1.3 and curve[-1]["gold_gain"]["low"] < 0 < curve[-1]["gold_gain"]["high"]
-    assert measure(scores, -scores, seed=0)[-1]["gold_gain"]["high"] < -1.3
+    assert best_of_n_curve(scores, -scores, seed=0)[-1]["gold_gain"]["high"] < -1.3
     assert curve[0]["gain"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 4000}
-    assert [row["n"] for row in curve] == list(range(1, 9)) and measure(scores, None, seed=0)[3]["gold"] is None
+    assert [row["n"] for row in curve] == list(range(1, 9)) and best_of_n_curve(scores, None, seed=0)[3]["gold"] is None
 
 
 TEXTS = {
@@ -94,7 +94,7 @@ TEXTS = {
 def test_the_best_of_each_prompt_and_every_score(tmp_path: Path) -> None:
     file = completions(tmp_path / "c.jsonl", TEXTS, tokens=2, group="g")
     reward = str(bert_reward(tmp_path / "reward"))
-    choose_best(file, BestSettings(VADER, gold=ScorerChoice(reward_model=reward)), tmp_path / "out")
+    choose_best(file, BestSettings(VADER, gold=ScorerSpec(reward_model=reward)), tmp_path / "out")
     best = pq.read_table(tmp_path / "out" / "completions.parquet").to_pylist()
     assert [(row["id"], row["sample"], row["completion"]) for row in best] == [
         ("a", 0, " wonderful"), ("b", 0, ""), ("c", 0, " a chair"),
@@ -103,7 +103,7 @@ def test_the_best_of_each_prompt_and_every_score(tmp_path: Path) -> None:
     scores = pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
     prompts, texts = [f"it is {row['id']}" for row in scores], [text for group in TEXTS.values() for text in group]
     assert [row["score"] for row in scores] == pytest.approx(make_judge("vader").score(prompts, texts))
-    gold = ScorerChoice(reward_model=reward).load()(prompts, texts)
+    gold = ScorerSpec(reward_model=reward).load()(prompts, texts)
     assert [row["gold"] for row in scores] == pytest.approx(gold, abs=1e-5)
     assert [row["gold"] for row in best] == pytest.approx(gold[[0, 3, 6]], abs=1e-5)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -111,7 +111,7 @@ def test_the_best_of_each_prompt_and_every_score(tmp_path: Path) -> None:
     assert metrics["curve"][-1]["score"]["value"] == pytest.approx(np.mean([row["score"] for row in best]))
     assert metrics["curve"][0]["gold"]["value"] == pytest.approx(gold.mean(), abs=1e-5)
     assert not list((tmp_path / "out").glob("parts-*"))
-    assert choose_best(file, BestSettings(VADER, gold=ScorerChoice(reward_model=reward)), tmp_path / "out").skipped
+    assert choose_best(file, BestSettings(VADER, gold=ScorerSpec(reward_model=reward)), tmp_path / "out").skipped
     lines = choose_best(file, BestSettings(VADER, format="jsonl"), tmp_path / "out")
     written = [json.loads(line) for line in (lines.folder / "completions.jsonl").read_text().splitlines()]
     assert [row["sample"] for row in written] == [0, 0, 0] and "gold" not in written[0]
@@ -121,7 +121,7 @@ def test_a_stopped_scoring_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("reward_models.scorers.CHUNK", 4)
     seen: list[str] = []
 
-    def load(self: ScorerChoice) -> Any:
+    def load(self: ScorerSpec) -> Any:
         def score(prompts: Any, texts: Any) -> np.ndarray:
             if len(seen) == 8:
                 raise KeyboardInterrupt
@@ -130,7 +130,7 @@ def test_a_stopped_scoring_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
         return score
 
-    monkeypatch.setattr(ScorerChoice, "load", load)
+    monkeypatch.setattr(ScorerSpec, "load", load)
     file = completions(tmp_path / "c.jsonl", TEXTS)
     with pytest.raises(KeyboardInterrupt):
         choose_best(file, BestSettings(VADER), tmp_path / "out")

@@ -18,11 +18,11 @@ from align.errors import AlignError, ConfigError, DataError
 from align.generation.pair_selection import Guard, choose_pairs, draw_pair
 from align.io.stage import check_output
 from reward_models.judges import make_judge
-from reward_models.scorers import ScorerChoice, score_in_chunks
+from reward_models.scorers import ScorerSpec, score_in_chunks
 
 SCORES = st.lists(st.floats(-5, 5), min_size=2, max_size=7)
 PROBABILITIES = st.lists(st.floats(0, 1), min_size=2, max_size=7)
-VADER = ScorerChoice(judge="vader")
+VADER = ScorerSpec(judge="vader")
 
 
 @given(SCORES, st.floats(0, 2))
@@ -177,10 +177,10 @@ def test_options_out_of_range(settings: dict[str, Any], said: str) -> None:
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="either a reward model or a judge"):
-        ScorerChoice()
+        ScorerSpec()
     with pytest.raises(ConfigError, match="did you mean `vader`"):
-        ScorerChoice(judge="vadder")
-    BuildSettings(ScorerChoice(judge="yes-no:model"), guard_ratio=0.95)
+        ScorerSpec(judge="vadder")
+    BuildSettings(ScorerSpec(judge="yes-no:model"), guard_ratio=0.95)
     with pytest.raises(DataError, match="row 1: found no id, completion"):
         (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n')
         read_groups(tmp_path / "bad.jsonl")

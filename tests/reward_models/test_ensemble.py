@@ -14,7 +14,7 @@ from align.run.stages.reward import make_scorer
 from reward_models.ensemble import EnsembleScorer, members, score_with
 from reward_models.pairwise_judges import make_score_judge
 from reward_models.score import RewardScorer
-from reward_models.scorers import ScorerChoice
+from reward_models.scorers import ScorerSpec
 from tests.helpers.builders import bert_reward, llama_reward, rows
 
 PROMPTS = ["the film is", "a very bad plot was not", "good"]
@@ -38,7 +38,7 @@ def means(folder: Path) -> np.ndarray:
 
 SCORERS: dict[str, Callable[[Path], np.ndarray]] = {
     "ensemble scorer": lambda folder: EnsembleScorer(folder, **BUDGET).score_completions(PROMPTS, TEXTS),
-    "generation": lambda folder: ScorerChoice(reward_model=str(folder)).load()(PROMPTS, TEXTS),
+    "generation": lambda folder: ScorerSpec(reward_model=str(folder)).load()(PROMPTS, TEXTS),
     "evaluation": lambda folder: make_score_judge(str(folder)).score(PROMPTS, TEXTS),
     "stages": lambda folder: make_scorer(folder, RewardSection(model="m")).score_completions(PROMPTS, TEXTS),
 }

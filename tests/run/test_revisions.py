@@ -10,7 +10,7 @@ from align.run import pipeline
 from reward_models import ensemble
 from reward_models import pairwise_judges as judges
 from reward_models import scorers as scoring
-from reward_models.scorers import ScorerChoice
+from reward_models.scorers import ScorerSpec
 from tests.helpers.builders import bert_reward, rows
 
 
@@ -22,7 +22,7 @@ def test_a_raised_revision_is_another_key(tmp_path: Path, monkeypatch: pytest.Mo
     def keys() -> list[object]:
         runner = pipeline._Runner(run, tmp_path)
         stages = [runner._inputs(stage) for stage in ("reward", "crossfit", "margins")]
-        kept = [ensemble._key([model], pairs, 64), ScorerChoice(reward_model=str(model)).key]
+        kept = [ensemble._key([model], pairs, 64), ScorerSpec(reward_model=str(model)).key]
         return [*stages, *kept, *(judges.judge_key(f"{kind}{model}") for kind in ("", "yes-no:", "llm:"))]
 
     before = keys()

@@ -22,7 +22,7 @@ from align.data.pairs import read_pairs
 from align.errors import DataError, EnvironmentProblem
 from align.sharding.jobs import Job
 from align.sharding.shards import map_shards
-from scripts.kill.run import compare
+from scripts.kill.run import run_differences
 from tests.e2e.test_cli import jsonl
 from tests.e2e.test_disk import mounted
 from tests.e2e.test_kill_anywhere import workspace
@@ -307,7 +307,7 @@ def test_a_run_is_the_same_with_a_cluster(tmp_path: Path) -> None:
     align("--set", "name=here")
     align("--set", "cluster.address=local", "--set", "name=there")
     here, there = (tmp_path / "runs" / name for name in ("here", "there"))
-    assert compare(here, there) == []
+    assert run_differences(here, there) == []
     stages = [line for line in align("--set", "name=there").splitlines() if line.endswith(": running")]
     assert stages in ([], ["report: running"])
 

@@ -17,7 +17,7 @@ from align.trust.evidence import weigh
 from align.trust.features import reduce
 from align.trust.linear_proxy import DPO, MADPO, SOFT, Family, HeldOut, Setting, fit, held_out, scaled, without_leak
 from align.trust.newton import minimise
-from align.trust.selection import Choice, bootstrap, by_evidence, by_labels, choose, undecided
+from align.trust.selection import Selection, bootstrap, by_evidence, by_labels, choose, undecided
 from align.trust.sentences import sentences
 from align.trust.shared_errors import shared_error_signs
 from align.trust.slope import calibrated_slope
@@ -135,11 +135,11 @@ def test_choice_is_the_likeliest_and_bootstrap_holds_it() -> None:
     rng = np.random.default_rng(0)
     loglik = rng.normal(size=(200, 4, 2)) * 0.1
     loglik[:, 2, 1] += 0.5
-    assert by_labels(loglik) == Choice(2, 1)
+    assert by_labels(loglik) == Selection(2, 1)
     assert by_labels(loglik, np.array([True, False, False, True])).setting in (0, 3)
-    left = undecided(loglik, Choice(2, 1), 1.0)
+    left = undecided(loglik, Selection(2, 1), 1.0)
     assert left[2, 1] and left.sum() == 1
-    assert undecided(loglik, Choice(2, 1), 1e6).all()
+    assert undecided(loglik, Selection(2, 1), 1e6).all()
     assert bootstrap(loglik, SMALL.grid, seed=0) == {"trust": (0.5, 0.5), "strength": (0.5, 0.5)}
 
 
@@ -148,7 +148,7 @@ def test_evidence_picks_the_policy_that_agrees_with_it() -> None:
     x, theta = rng.normal(size=(50, 5)), rng.normal(size=(5, 4, 2))
     proposal = 3 * theta[:, 1, 0] + 0.01 * rng.normal(size=5)
     everything = np.ones((4, 2), dtype=bool)
-    assert by_evidence(theta, proposal, x, everything) == Choice(1, 0)
+    assert by_evidence(theta, proposal, x, everything) == Selection(1, 0)
     without = everything.copy()
     without[1, 0] = False
     correlations = {
@@ -157,7 +157,9 @@ def test_evidence_picks_the_policy_that_agrees_with_it() -> None:
         for j in range(2)
         if (k, j) != (1, 0)
     }
-    assert by_evidence(theta, proposal, x - x.mean(axis=0), without) == Choice(*max(correlations, key=correlations.get))
+    assert by_evidence(theta, proposal, x - x.mean(axis=0), without) == Selection(
+        *max(correlations, key=correlations.get)
+    )
 
 
 def test_who_decides() -> None:

@@ -13,7 +13,7 @@ from align.config import EvaluateSection, RunConfig
 from align.data.pairs import read_pairs
 from align.data.prompts import load_prompts
 from align.data.summary import missing_values
-from align.evaluation.rewards import compare, gain_per_root_kl
+from align.evaluation.rewards import gain_per_root_kl, reward_differences
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.types import Sampling, as_completion, keyed_prompts
 from align.io.files import write_json
@@ -99,7 +99,7 @@ def stage_evaluate(config: RunConfig, root: Path, folder: Path, which: str) -> N
         for name in ("reference", *config.train.methods)
     }
     rewards = {name: judge.score(table["prompt"], table["text"]) for name, table in tables.items()}
-    result = compare(rewards, baseline="reference", seed=config.seed)
+    result = reward_differences(rewards, baseline="reference", seed=config.seed)
     for name, table in tables.items():
         policy = result["policies"][name]
         policy["mean_tokens"] = float(np.mean(table["tokens"]))
@@ -139,7 +139,7 @@ def _reward_model_gains(config: RunConfig, root: Path, tables: dict[str, Dataset
         )
         for name, table in tables.items()
     }
-    found = compare(rewards, baseline="reference", seed=config.seed)["policies"]
+    found = reward_differences(rewards, baseline="reference", seed=config.seed)["policies"]
     return {name: policy["gain"] for name, policy in found.items() if policy["gain"] is not None}
 
 

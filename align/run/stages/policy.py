@@ -35,7 +35,7 @@ from align.sharding.jobs import Work
 from align.sharding.shards import map_shards
 from align.training.columns import require_margin
 from align.training.train import MODEL, bind, train_policy
-from align.trust.measure import check_margins, loss_parameters, margin_source, measure
+from align.trust.measure import check_margins, loss_parameters, margin_source, measure_trust
 from align.trust.sentences import sentences
 from reward_models.calibration import MarginMap
 from reward_models.ensemble import members
@@ -206,7 +206,7 @@ def stage_trust(config: RunConfig, root: Path, folder: Path, which: str) -> None
     check_margins(pairs, origin, str(table), allow_in_sample=config.train.allow_in_sample)
     max_length = int(config.train.trainer.get("max_length") or MAX_LENGTH)
     cache, seed = folder / FEATURES, config.seed
-    found = measure(pairs, config.train.model, cache, origin=origin, max_length=max_length, seed=seed)
+    found = measure_trust(pairs, config.train.model, cache, origin=origin, max_length=max_length, seed=seed)
     found |= {"source": str(table), "model": config.train.model, "margins": origin, "seed": config.seed}
     found["sentences"] = sentences(found, origin)
     write_json(folder / FILE, found)

@@ -20,7 +20,7 @@ from align.io.stage import Stage, run_stage, stage_key
 from align.losses.registry import LOSSES
 from align.models.tokenization import MAX_LENGTH
 from align.training.train import MODEL, train_policy
-from align.trust.measure import loss_parameters, measure
+from align.trust.measure import loss_parameters, measure_trust
 from reward_models.judges import make_judge
 from scripts.reproduce.policy_protocol.data import Quality, Study, read_prompts
 from scripts.reproduce.policy_protocol.judging import Decoded, judge_policy, merge_adapter
@@ -128,7 +128,9 @@ def _measured(study: Study, pairs: Stage, quality: Quality, seed: int) -> Parame
     def work(folder: Path) -> None:
         model, length = study.train.model, int(study.train.trainer.get("max_length") or MAX_LENGTH)
         table = read_pairs(pairs.folder / "pairs")
-        write_json(folder / FILE, measure(table, model, folder / FEATURES, origin=origin, max_length=length, seed=seed))
+        write_json(
+            folder / FILE, measure_trust(table, model, folder / FEATURES, origin=origin, max_length=length, seed=seed)
+        )
 
     inputs = {"pairs": pairs.key, "model": fingerprint_source(study.train.model), "origin": origin, "seed": seed}
     stage = run_stage(
