@@ -31,7 +31,7 @@ from align.losses.registry import BoundLoss, resolve
 from align.models.folders import fingerprint_model, is_adapter
 from align.models.loading import load_tokenizer
 from align.models.tokenization import MAX_LENGTH, collate, tokenize_pairs
-from align.reports.entanglement_page import shade, write_page, write_trace_page
+from align.reports.entanglement_page import shade, write_entanglement_page, write_trace_page
 from align.sharding.jobs import Work
 from align.sharding.shards import map_shards
 
@@ -95,7 +95,7 @@ def report(
         ],
     }  # fmt: skip
     write_json(output / SUMMARY, {key: page[key] for key in ("run", "summary", "advice")})
-    write_page(output / PAGE, table, page)
+    write_entanglement_page(output / PAGE, table, page)
     log.info("%s", page["advice"]["headline"])  # type: ignore[index]
     log.info("do: %s", page["advice"]["next_step"])  # type: ignore[index]
     log.info("look at it: open %s", output / PAGE)

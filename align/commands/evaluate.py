@@ -196,7 +196,7 @@ def page(output: Path) -> None:
     """
     from jinja2 import TemplateError
 
-    from align.reports.comparison_page import write_page
+    from align.reports.comparison_page import write_comparison_page
 
     if not (output / REPORT).exists():
         raise DataError(
@@ -206,7 +206,7 @@ def page(output: Path) -> None:
         )
     report = _read_report(output)
     try:
-        write_page(output / PAGE, report)
+        write_comparison_page(output / PAGE, report)
     except (LookupError, TypeError, AttributeError, TemplateError) as error:
         raise _no_report(output, " ".join(str(error).split())) from None
     log.info("look at it: open %s", output / PAGE)
@@ -299,14 +299,14 @@ def _start(settings: Settings, policies: Sequence[Policy]) -> float:
 
 def _publish(output: Path, part: dict[str, Any]) -> None:
     """Put a part into the report, beside what other commands left there, and render the page."""
-    from align.reports.comparison_page import write_page
+    from align.reports.comparison_page import write_comparison_page
 
     file = output / REPORT
     report = _read_report(output) if file.exists() else {}
     if "comparisons" in part:
         part = {"comparisons": report.get("comparisons", {}) | part["comparisons"]}
     write_json(file, report | part)
-    write_page(output / PAGE, report | part)
+    write_comparison_page(output / PAGE, report | part)
 
 
 def _read_report(output: Path) -> dict[str, Any]:

@@ -94,9 +94,9 @@ def evaluate(
         "seed": seed, "seconds": round(stage.seconds, 1),
     }  # fmt: skip
     write_json(output / REPORT, found | {"margins": (chosen - rejected).tolist()})
-    from align.reports.reward_model_page import write_page
+    from align.reports.reward_model_page import write_reward_model_page
 
-    write_page(output / PAGE, found, chosen - rejected, groups=groups, words=word_difference(pairs))
+    write_reward_model_page(output / PAGE, found, chosen - rejected, groups=groups, words=word_difference(pairs))
     texts = {"disagreements", "ood"}
     out.print_json(json.dumps({name: value for name, value in found.items() if name not in texts}))
     log.info("%s", found["said"][0])

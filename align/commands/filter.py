@@ -54,11 +54,11 @@ def filter_source(
         held_out = [plain(row["prompt"]) for row in load_pairs(PairsSection(path=settings.held_out))]
     found = filter_pairs(pairs, settings, own, held_out=held_out, seed=seed, cluster=cluster)
     output.mkdir(parents=True, exist_ok=True)
-    from align.reports.filter_page import write_page
+    from align.reports.filter_page import write_filter_page
 
     with _timed(seconds, "writing"):
         write_tables(found, output)
-        write_page(output / PAGE, found, source.path)
+        write_filter_page(output / PAGE, found, source.path)
     summary = found.summary | {"seconds": seconds | found.summary["seconds"]}
     write_json(output / SUMMARY, summary | {"source": known, "settings": settings.model_dump(), "seed": seed})
     log.info("kept %d of %d pairs: %s", found.summary["kept"], len(pairs), output / KEPT)

@@ -49,9 +49,9 @@ def trust(
     found["sentences"] = sentences(found, origin)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / FILE, found)
-    from align.reports.trust_page import write_page
+    from align.reports.trust_page import write_trust_page
 
-    write_page(output / PAGE, found)
+    write_trust_page(output / PAGE, found)
     for key in told:
         out.print(found["sentences"][key], markup=False)
     numbers = ", ".join(f"{name}: {found['chosen'][name]:g}" for name in ("trust", "strength"))

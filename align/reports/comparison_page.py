@@ -17,7 +17,7 @@ from align.stats import interval
 SCRIPT = "search.js"
 
 
-def write_page(target: Path, report: dict[str, Any]) -> None:
+def write_comparison_page(target: Path, report: dict[str, Any]) -> None:
     """Render the page by way of a temporary file.
 
     Args:

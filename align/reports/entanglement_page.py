@@ -17,7 +17,7 @@ def write_trace_page(target: Path, report: dict[str, Any]) -> None:
     _write(target, "trace.html.j2", report=report, plots=_trajectory(report["points"]))
 
 
-def write_page(target: Path, table: Dataset, report: dict[str, Any]) -> None:
+def write_entanglement_page(target: Path, table: Dataset, report: dict[str, Any]) -> None:
     """Render the page.
 
     Args:

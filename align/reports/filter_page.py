@@ -20,7 +20,7 @@ SHADES = {"kept": "c1", "dropped": "c2"}
 SHOWN_CHARACTERS = 120
 
 
-def write_page(target: Path, found: Filtered, source: str) -> None:
+def write_filter_page(target: Path, found: Filtered, source: str) -> None:
     """Render the page.
 
     Args:

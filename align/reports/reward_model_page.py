@@ -12,7 +12,7 @@ GROUPS = 7
 """Largest groups whose margins are drawn apart."""
 
 
-def write_page(
+def write_reward_model_page(
     target: Path, found: dict[str, Any], margins: np.ndarray, *, groups: list[str] | None, words: np.ndarray
 ) -> None:
     """Render the page by way of a temporary file.

@@ -17,7 +17,7 @@ TITLES = {
 }
 
 
-def write_page(target: Path, found: dict[str, Any]) -> None:
+def write_trust_page(target: Path, found: dict[str, Any]) -> None:
     """Render the page.
 
     Args:

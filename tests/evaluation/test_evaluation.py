@@ -24,7 +24,7 @@ from align.evaluation.rewardbench import SECTIONS, section_scores
 from align.generation.encoding import encode_prompt
 from align.models.completion_logps import completion_logps
 from align.models.folders import fingerprint_model
-from align.reports.reward_model_page import GROUPS, by_group, write_page
+from align.reports.reward_model_page import GROUPS, by_group, write_reward_model_page
 from align.sharding.shards import in_parts
 from reward_models import ensemble
 from reward_models.judges import VaderJudge
@@ -386,7 +386,7 @@ def test_the_page_of_a_reward_model_escapes_every_text(tmp_path: Path) -> None:
     found = reward_model_metrics(margins, np.zeros(60), groups, seed=0)
     found |= pair_findings(pairs, margins, distances=(np.arange(60.0), 49.5), seed=0)
     found["run"] = {"model": "<script>m", "pairs": "p", "command": "c", "chat": False, "seconds": 1}
-    write_page(tmp_path / "page.html", found, margins, groups=groups, words=word_difference(pairs))
+    write_reward_model_page(tmp_path / "page.html", found, margins, groups=groups, words=word_difference(pairs))
     page = (tmp_path / "page.html").read_text()
     assert not any(f"<{tag}" in page for tag in ("script", "b>film", "i>", "u>one"))
     assert "&lt;b&gt;film" in page and "&lt;u&gt;one" in page and "other groups" in page
