@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from align.losses.numerics import at_least_float32
+
 STEEPEST = 30.0
 """comp_sum with tau < 1 grows exponentially; beyond e^30 it goes on as its tangent, which floats can hold."""
 
@@ -43,7 +45,7 @@ def comp_sum(reward_chosen: Tensor, reward_rejected: Tensor, *, tau: float = 1.0
     absolute error 1 - sigmoid(z). The more tau is above 1, the less a pair pulls that the model ranks against its
     label. At tau = 2 alone, wrongly ranked pairs hardly pull at all and little may be learned.
     """
-    cost = -F.logsigmoid(_exact(reward_chosen) - _exact(reward_rejected))
+    cost = -F.logsigmoid(at_least_float32(reward_chosen) - at_least_float32(reward_rejected))
     if tau == 1:
         return cost
     if tau > 1:
@@ -55,7 +57,11 @@ def comp_sum(reward_chosen: Tensor, reward_rejected: Tensor, *, tau: float = 1.0
 
 def margin_mse(reward_chosen: Tensor, reward_rejected: Tensor, teacher_margin: Tensor, *, scale: float = 1.0) -> Tensor:
     """(z - scale * teacher_margin)^2, [B]: the teacher's margins, whatever offset either model gives a prompt."""
-    return (_exact(reward_chosen) - _exact(reward_rejected) - scale * _exact(teacher_margin).detach()) ** 2
+    return (
+        at_least_float32(reward_chosen)
+        - at_least_float32(reward_rejected)
+        - scale * at_least_float32(teacher_margin).detach()
+    ) ** 2
 
 
 def auc(
@@ -79,7 +85,7 @@ def auc(
         temperature: above 0.
         share: in [0, 1].
     """
-    chosen, rejected = _exact(reward_chosen), _exact(reward_rejected)
+    chosen, rejected = at_least_float32(reward_chosen), at_least_float32(reward_rejected)
     costs = -F.logsigmoid((chosen[:, None] - rejected[None, :]) / temperature)
     if group is None:
         across = costs.mean(dim=1)
@@ -113,7 +119,7 @@ def ldr_kl(
         adaptive: one softness per pair.
         alpha: above 1.
     """
-    gap = _exact(reward_chosen) - _exact(reward_rejected)
+    gap = at_least_float32(reward_chosen) - at_least_float32(reward_rejected)
     softness = torch.full_like(gap, lam)
     if adaptive:
         p = torch.sigmoid(gap.detach() / lam)
@@ -136,7 +142,7 @@ def decoupled_listwise(
         present: bool [P, K], False where a prompt has fewer responses; all where None.
         temperature: rewards are divided by it; above 0.
     """
-    scaled = _exact(rewards) / temperature
+    scaled = at_least_float32(rewards) / temperature
     here = torch.ones_like(acceptable) if present is None else present
     good, bad = acceptable & here, ~acceptable & here
     others = scaled.masked_fill(~bad, -math.inf).logsumexp(dim=1, keepdim=True)
@@ -161,12 +167,8 @@ def aggregated(
         vote_share: [B], in [0, 1], the same for all pairs of a bag.
         rho: in [0, 1].
     """
-    p = torch.sigmoid(_exact(reward_chosen) - _exact(reward_rejected))
+    p = torch.sigmoid(at_least_float32(reward_chosen) - at_least_float32(reward_rejected))
     _, place = torch.unique(bag, return_inverse=True)
     size = torch.zeros(int(place.max()) + 1, dtype=p.dtype, device=p.device).index_add(0, place, torch.ones_like(p))
     mean = (torch.zeros_like(size).index_add(0, place, p) / size)[place]
-    return (_exact(vote_share) - mean) ** 2 + rho * (p - mean) ** 2
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
+    return (at_least_float32(vote_share) - mean) ** 2 + rho * (p - mean) ** 2

@@ -77,7 +77,7 @@ def compare(
         prompts, output, judge, temperature, max_new_tokens, engine, batch_size, limit, shown, seed,
         cluster, max_length,
     )  # fmt: skip
-    commands.compare(a, b, settings)
+    commands.write_comparison(a, b, settings)
 
 
 @app.command("frontier")

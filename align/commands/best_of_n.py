@@ -56,7 +56,8 @@ def choose_best(completions: str | Path, settings: BestSettings, output: Path) -
 
     ``completions.parquet`` (or ``.jsonl``) has the row of the best completion as ``align generate`` wrote it, with
     ``score`` (and ``gold``); ``scores.parquet`` has ``id``, ``sample``, ``score`` (and ``gold``) of all. A score is a
-    reward; of a yes-no judge it is P(yes). ``metrics.json`` is described at ``best_of_n_curve``. A stopped scoring goes on.
+    reward; of a yes-no judge it is P(yes). ``metrics.json`` is described at ``best_of_n_curve``. A stopped
+    scoring resumes.
 
     Raises:
         AlignError: the completions or a scorer cannot be used.

@@ -1,4 +1,4 @@
-"""What `align eval reward`, `reward_differences` and `frontier` do. Each adds its part to OUTPUT/report.json and its page."""
+"""What `align eval reward`, `compare` and `frontier` do. Each adds its part to OUTPUT/report.json and its page."""
 
 import json
 import shlex
@@ -23,8 +23,7 @@ from align.commands.evaluation_tables import (
 )
 from align.errors import ConfigError, DataError
 from align.evaluation.policies import REFERENCE, Policy, checkpoints, find_reference, parse_policies
-from align.evaluation.rewards import gain_per_root_kl
-from align.evaluation.rewards import reward_differences as compare_rewards
+from align.evaluation.rewards import gain_per_root_kl, reward_differences
 from align.evaluation.text_statistics import Texts, changed, text_statistics
 from align.evaluation.winrate import win_rate
 from align.io.console import log, out
@@ -78,7 +77,7 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
     kls = {name: _kl(found, origin, settings.output) for name, found in written.items()}
     rewards = {name: score(found, judge, settings.output, settings.max_length) for name, found in written.items()}
     seed = settings.decoding.seed
-    section = compare_rewards(rewards, baseline=REFERENCE, seed=seed)
+    section = reward_differences(rewards, baseline=REFERENCE, seed=seed)
     texts = text_statistics({n: _texts(w) for n, w in written.items()}, baseline=REFERENCE, seed=seed)
     for name, values in section["policies"].items():
         kl = kls[name]
@@ -99,7 +98,7 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
     _finish(settings.output)
 
 
-def reward_differences(first: str, second: str, settings: Settings) -> None:
+def write_comparison(first: str, second: str, settings: Settings) -> None:
     """Head-to-head win rate of two policies under a judge that is asked in both orders.
 
     Args:
@@ -202,7 +201,7 @@ def page(output: Path) -> None:
         raise DataError(
             f"{output}: holds no {REPORT}",
             code="report-missing",
-            hint="run `align eval reward` or `reward_differences` first",
+            hint="run `align eval reward` or `compare` first",
         )
     report = _read_report(output)
     try:

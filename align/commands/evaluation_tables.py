@@ -24,7 +24,7 @@ from align.config import ClusterSection
 from align.data.prompts import load_prompts
 from align.errors import ConfigError, DataError, ModelError
 from align.evaluation.policies import Policy
-from align.generation.engines import choose_engine, make_engine
+from align.generation.engines import EngineName, choose_engine, make_engine
 from align.generation.types import SAMPLING, Sampling, keyed_prompts
 from align.io.hashing import digest
 from align.io.stage import run_stage
@@ -54,7 +54,7 @@ class Decoding:
     seed: int
     batch_size: int
     """Rows per forward pass of the transformers engine; the completions do not depend on it."""
-    engine: Choice = "auto"
+    engine: EngineName = "auto"
     cluster: ClusterSection | None = None
     """Whose workers share the prompts; no result depends on it."""
 

@@ -40,7 +40,7 @@ class GenerateSettings:
 
     model: str
     sampling: Sampling
-    engine: Choice = "auto"
+    engine: EngineName = "auto"
     base_url: str | None = None
     batch_size: int = 32
     format: Format = "parquet"

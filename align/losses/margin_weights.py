@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from align.errors import ConfigError, listed
+from align.losses.numerics import at_least_float32
 
 MADPO_TAU = math.log(0.999 / 0.001)
 BISECTIONS = 60
@@ -56,7 +57,7 @@ def madpo_coefficient(
     c(|m|) = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) exp(lam (|m| - tau)))
     """
     shift = math.log((c_max - 1) / (1 - c_min))
-    return c_min + (c_max - c_min) * torch.sigmoid(-(lam * (_exact(margin).abs() - tau) + shift))
+    return c_min + (c_max - c_min) * torch.sigmoid(-(lam * (at_least_float32(margin).abs() - tau) + shift))
 
 
 def madpo_weight(
@@ -67,7 +68,7 @@ def madpo_weight(
     Computed as exp(logsigmoid(c m) - logsigmoid(m)) on a margin clamped at -tau, so nothing underflows and no gradient
     meets an infinity. float32 (float64 for float64 input) whatever the input.
     """
-    exact = _exact(margin)
+    exact = at_least_float32(margin)
     inside = exact > -tau
     m = torch.where(inside, exact, torch.zeros_like(exact))
     c = madpo_coefficient(m, c_max=c_max, c_min=c_min, lam=lam, tau=tau)
@@ -124,7 +125,7 @@ def trusted_label(
     Returns:
         target [B] in [0, 1] and weight [B] > 0, without gradient; float32 (float64 for float64 input).
     """
-    m = slope * _exact(margin.detach())
+    m = slope * at_least_float32(margin.detach())
     t = torch.as_tensor(trust, dtype=m.dtype, device=m.device).expand_as(m)
     label = (1 - t) * madpo_weight(strength * m, c_max=c_max, c_min=c_min, lam=lam, tau=tau)
     weight = label + t
@@ -143,11 +144,11 @@ def trust_of_each(margin_std: Tensor, trust: float) -> Tensor:
         margin_std: s [B], standard deviation of each margin over an ensemble, in units of the margin.
         trust: mean of the result.
     """
-    variance = _exact(margin_std).detach().double().square()
+    variance = at_least_float32(margin_std).detach().double().square()
     mean = variance.mean()
     fall = -torch.log1p(variance / mean) if mean > 0 else torch.zeros_like(variance)
     if trust in (0.0, 1.0):
-        return torch.full_like(fall, trust).to(_exact(margin_std).dtype)
+        return torch.full_like(fall, trust).to(at_least_float32(margin_std).dtype)
     centre = math.log(trust / (1 - trust))
     low, high = centre - float(fall.max()), centre - float(fall.min())
     for _ in range(BISECTIONS):
@@ -156,12 +157,12 @@ def trust_of_each(margin_std: Tensor, trust: float) -> Tensor:
             low = middle
         else:
             high = middle
-    return torch.sigmoid(fall + (low + high) / 2).to(_exact(margin_std).dtype)
+    return torch.sigmoid(fall + (low + high) / 2).to(at_least_float32(margin_std).dtype)
 
 
 def effective_sample_size(weight: Tensor) -> Tensor:
     """Kish's effective sample size (sum w)^2 / sum w^2 of weights [B], a scalar in [1, B]; 0 where all are 0."""
-    exact = _exact(weight)
+    exact = at_least_float32(weight)
     squares = exact.square().sum()
     return torch.where(squares > 0, exact.sum().square() / squares.clamp_min(1e-30), torch.zeros_like(squares))
 
@@ -189,7 +190,3 @@ def weight_summary(weight: Tensor, margin: Tensor, tau: float) -> dict[str, floa
         "disagreement": float((margin < 0).float().mean()),
         "regions": margin_regions(margin, tau),
     }
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

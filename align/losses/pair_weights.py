@@ -15,6 +15,7 @@ from torch import Tensor
 
 from align.config import TiltSection
 from align.losses.margin_weights import effective_sample_size
+from align.losses.numerics import at_least_float32
 
 Shape = Literal["lin_upper", "quadratic", "extremes"]
 QUANTILES = (0.05, 0.95)
@@ -28,7 +29,7 @@ def tilt(losses: Tensor, *, sign: int, temperature: float) -> Tensor:
     They are the derivatives of sign * t * log mean exp(sign * loss / t). +1 is KLDPO's sign (arXiv 2502.01930), for
     preferences that shift; -1 is Dr. DPO's (arXiv 2407.07880), for labels that are wrong; temperature to infinity is 1.
     """
-    exact = _exact(losses)
+    exact = at_least_float32(losses.detach())
     return exact.numel() * torch.softmax(sign * exact / temperature, dim=0)
 
 
@@ -39,7 +40,7 @@ def shaped(losses: Tensor, *, shape: Shape, temperature: float, quantiles: tuple
     extremes. No weight is more than e^(1 / temperature) times another. h is scaled between two quantiles of the batch
     and clipped; by smallest and largest loss, as in the paper's code, one outlier decides over all the others.
     """
-    exact = _exact(losses)
+    exact = at_least_float32(losses.detach())
     low, high = torch.quantile(exact, torch.tensor(quantiles, dtype=exact.dtype, device=exact.device))
     h = (2 * (exact - low) / (high - low).clamp_min(1e-6) - 1).clamp(-1, 1)
     functions: dict[Shape, Callable[[], Tensor]] = {
@@ -55,7 +56,7 @@ def comp_sum_weight(gap: Tensor, *, tau: float) -> Tensor:
 
     It is the tilt with sign -1 and temperature 1 / (tau - 1) of those losses before normalisation.
     """
-    return torch.exp(((tau - 1) * F.logsigmoid(_exact(gap))).clamp_max(LARGEST_LOG))
+    return torch.exp(((tau - 1) * F.logsigmoid(at_least_float32(gap.detach()))).clamp_max(LARGEST_LOG))
 
 
 def mean_one(weight: Tensor) -> Tensor:
@@ -104,7 +105,9 @@ class LossTilt:
             step: optimizer steps done; before ``warmup`` of them all weights are 1.
             real: [B], which pairs count; all where None. The others weigh 0.
         """
-        columns = [_exact(losses), _exact(gap)] + ([] if real is None else [_exact(real.to(losses))])
+        columns = [at_least_float32(losses.detach()), at_least_float32(gap.detach())] + (
+            [] if real is None else [at_least_float32(real.to(losses).detach())]
+        )
         every = self._gather(torch.stack(columns, dim=1))
         counting = torch.ones_like(every[:, 0], dtype=torch.bool) if real is None else every[:, 2] > 0
         found = every[counting, :2]
@@ -123,7 +126,3 @@ class LossTilt:
         if kind == "down":
             return tilt(losses, sign=-1, temperature=temperature)
         return shaped(losses, shape=kind, temperature=temperature)
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values.detach() if values.dtype == torch.float64 else values.detach().float()

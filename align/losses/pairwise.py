@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from align.losses.margin_weights import MADPO_TAU, madpo_coefficient, madpo_weight, trusted_label
+from align.losses.numerics import at_least_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,12 @@ class PairLogps:
     @property
     def chosen_ratio(self) -> Tensor:
         """logp_w - ref_logp_w [B], float32 or better."""
-        return _exact(self.chosen) - _exact(self.ref_chosen)
+        return at_least_float32(self.chosen) - at_least_float32(self.ref_chosen)
 
     @property
     def rejected_ratio(self) -> Tensor:
         """logp_l - ref_logp_l [B], float32 or better."""
-        return _exact(self.rejected) - _exact(self.ref_rejected)
+        return at_least_float32(self.rejected) - at_least_float32(self.ref_rejected)
 
     @property
     def log_ratio_gap(self) -> Tensor:
@@ -80,7 +81,7 @@ def odpo(logps: PairLogps, margin: Tensor, *, beta: float, alpha: float, log_off
 
     offset = alpha m, or with ``log_offset`` alpha log m as in the paper's code; there m <= 0 gets the offset 0.
     """
-    m = _exact(margin)
+    m = at_least_float32(margin)
     positive = m > 0
     logarithm = torch.where(positive, torch.log(torch.where(positive, m, torch.ones_like(m))), torch.zeros_like(m))
     return -F.logsigmoid(beta * logps.log_ratio_gap - alpha * (logarithm if log_offset else m))
@@ -88,22 +89,22 @@ def odpo(logps: PairLogps, margin: Tensor, *, beta: float, alpha: float, log_off
 
 def mmpo(logps: PairLogps, margin: Tensor, *, beta: float, gamma: float) -> Tensor:
     """Cross-entropy against the soft label sigmoid(gamma m) (arXiv 2410.03145)."""
-    return _soft_label(beta * logps.log_ratio_gap, torch.sigmoid(gamma * _exact(margin)))
+    return _soft_label(beta * logps.log_ratio_gap, torch.sigmoid(gamma * at_least_float32(margin)))
 
 
 def rpo_sq(logps: PairLogps, margin: Tensor, *, beta: float, eta: float) -> Tensor:
     """Margin distillation (beta h - eta m)^2 (arXiv 2405.19316; RPO "sq", arXiv 2502.00203)."""
-    return (beta * logps.log_ratio_gap - eta * _exact(margin)) ** 2
+    return (beta * logps.log_ratio_gap - eta * at_least_float32(margin)) ** 2
 
 
 def rpo_bwd_kl(logps: PairLogps, margin: Tensor, *, beta: float, eta: float) -> Tensor:
     """KL(Bernoulli(sigmoid(eta m)) || Bernoulli(sigmoid(beta h))) (arXiv 2502.00203)."""
-    return _bernoulli_kl(eta * _exact(margin), beta * logps.log_ratio_gap)
+    return _bernoulli_kl(eta * at_least_float32(margin), beta * logps.log_ratio_gap)
 
 
 def rpo_fwd_kl(logps: PairLogps, margin: Tensor, *, beta: float, eta: float) -> Tensor:
     """KL(Bernoulli(sigmoid(beta h)) || Bernoulli(sigmoid(eta m))) (arXiv 2502.00203)."""
-    return _bernoulli_kl(beta * logps.log_ratio_gap, eta * _exact(margin))
+    return _bernoulli_kl(beta * logps.log_ratio_gap, eta * at_least_float32(margin))
 
 
 def dpop(logps: PairLogps, *, beta: float, penalty: float) -> Tensor:
@@ -132,16 +133,16 @@ def gated_dpo(logps: PairLogps, *, beta: float, sharpness: float, threshold: flo
     p is the rejected response's probability per token (geometric mean), detached: a response that is unlikely already
     is pushed no further. The value is DPO's. The paper gives no numbers for sharpness and threshold.
     """
-    probability = torch.exp(_exact(logps.rejected.detach()) / logps.rejected_length.clamp_min(1))
+    probability = torch.exp(at_least_float32(logps.rejected.detach()) / logps.rejected_length.clamp_min(1))
     gate = torch.sigmoid(sharpness * (probability - threshold))
-    rejected = scale_gradient(_exact(logps.rejected), gate) - _exact(logps.ref_rejected)
+    rejected = scale_gradient(at_least_float32(logps.rejected), gate) - at_least_float32(logps.ref_rejected)
     return -F.logsigmoid(beta * (logps.chosen_ratio - rejected))
 
 
 def simpo(logps: PairLogps, *, beta: float, gamma_beta_ratio: float) -> Tensor:
     """-log sigmoid(beta (logp_w/|y_w| - logp_l/|y_l| - ratio)) (arXiv 2405.14734); no reference."""
-    chosen = _exact(logps.chosen) / logps.chosen_length.clamp_min(1)
-    rejected = _exact(logps.rejected) / logps.rejected_length.clamp_min(1)
+    chosen = at_least_float32(logps.chosen) / logps.chosen_length.clamp_min(1)
+    rejected = at_least_float32(logps.rejected) / logps.rejected_length.clamp_min(1)
     return -F.logsigmoid(beta * (chosen - rejected - gamma_beta_ratio))
 
 
@@ -175,7 +176,7 @@ def soft_madpo(
     of the label that contradicts the reward model is 1 rather than sigmoid(-c m) / sigmoid(-m); this loss keeps the
     soft label there too.
     """
-    m = _exact(margin)
+    m = at_least_float32(margin)
     c = madpo_coefficient(m, c_max=c_max, c_min=c_min, lam=lam, tau=tau)
     return _soft_label(beta * logps.log_ratio_gap, torch.sigmoid(c * m).detach())
 
@@ -226,7 +227,3 @@ def _bernoulli_kl(a: Tensor, b: Tensor) -> Tensor:
     """KL(Bernoulli(sigmoid(a)) || Bernoulli(sigmoid(b))) [B] from logits."""
     positive = torch.sigmoid(a) * (F.logsigmoid(a) - F.logsigmoid(b))
     return positive + torch.sigmoid(-a) * (F.logsigmoid(-a) - F.logsigmoid(-b))
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

@@ -29,7 +29,7 @@ def check_reproduced(found: dict[str, Any], manifest: Path) -> None:
 
 
 def same_run(manifest: Path, output: Path, *, command: str) -> dict[str, Any]:
-    """Run what the manifest describes again, into ``output``, and manifest_differences.
+    """Run what the manifest describes again, into ``output``, and compare the two manifests.
 
     Args:
         manifest: ``run.json`` of a finished run; relative paths in it are taken from the working directory.

@@ -1,4 +1,4 @@
-"""Kill a run again and again, at random moments of every stage and while it writes; run_differences it with one left alone.
+"""Kill a run again and again, at random moments of every stage and while it writes; compare it with one left alone.
 
     python -m scripts.kill.run RUN.yaml --kills 25 --output kills.json
 
