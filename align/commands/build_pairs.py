@@ -14,7 +14,7 @@ from scipy.special import expit
 from align.commands.generate import find_completions
 from align.data.completions import Candidate, Group, plain_text, read_groups
 from align.data.pairs import write_pairs
-from align.data.summary import summarize
+from align.data.statistics import summarize
 from align.errors import ConfigError, DataError
 from align.generation.pair_selection import Guard, Mode, choose_pairs
 from align.io.console import log

@@ -18,7 +18,7 @@ def check_data(source: PairsSection, *, drop_to: Path | None) -> None:
         ConfigError: ``drop_to`` holds what is read, or is a finished stage.
     """
     from align.data.pairs import FILE, check_pairs, load_pairs, write_pairs
-    from align.data.summary import summarize
+    from align.data.statistics import summarize
     from align.io.source_files import keep_source
     from align.io.stage import check_files
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from align.config import ClusterSection, PairsSection
 from align.data.pairs import fingerprint, load_pairs, read_pairs
-from align.data.summary import missing_values
+from align.data.statistics import missing_values
 from align.distributed import process_rank
 from align.entanglement.check import check_predictions
 from align.entanglement.measure import SHARD, MeasureJob, load_measured, measuring

@@ -6,7 +6,7 @@ from align.config import ClusterSection, FilterSection, PairsSection
 from align.data.pairs import load_pairs
 from align.data.streaming import stream_pairs
 from align.data.text import plain
-from align.filtering.filter import _timed, filter_pairs
+from align.filtering.filter_pairs import _timed, filter_pairs
 from align.filtering.tables import DROPPED, KEPT, SUMMARY, write_tables
 from align.io.console import log
 from align.io.files import write_json

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from align.config import LossSection, WeightsSection
 from align.data.pairs import with_columns
-from align.data.summary import missing_values
+from align.data.statistics import missing_values
 from align.errors import ConfigError, DataError
 from align.io.console import log
 from align.losses.margin_weights import madpo_weight, trust_of_each

@@ -33,7 +33,7 @@ from align.data.pairs import read_pairs, write_pairs
 from align.errors import AlignError
 from align.evaluation.policies import REFERENCE, Policy
 from align.filtering.embeddings import embed
-from align.filtering.filter import filter_pairs
+from align.filtering.filter_pairs import filter_pairs
 from align.io.console import configure, log, progress
 from align.io.files import read_json, write_json
 from align.io.hashing import digest

@@ -15,7 +15,7 @@ from align.config import PairsSection, RunConfig
 from align.data.pairs import check_pairs, fingerprint, load_pairs, read_pairs, write_pairs
 from align.data.prompts import load_prompts
 from align.data.splits import folds_by_prompt, split_by_prompt
-from align.data.summary import summarize
+from align.data.statistics import summarize
 from align.errors import DataError
 from align.run.pipeline import run_pipeline
 from tests.helpers.builders import bert_reward, rows

@@ -22,7 +22,7 @@ from align.data.pairs import load_pairs
 from align.data.streaming import stream_pairs
 from align.errors import AlignError, DataError, ModelError
 from align.filtering.embeddings import Encoder, read_embeddings
-from align.filtering.filter import filter_pairs
+from align.filtering.filter_pairs import filter_pairs
 from align.filtering.knn.exact import exact_distance
 from align.filtering.knn.ivf import Share, share_of
 from align.filtering.knn.ivf_lists import Visitors, _append, in_lists

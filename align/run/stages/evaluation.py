@@ -12,7 +12,7 @@ from datasets import Dataset
 from align.config import EvaluateSection, RunConfig
 from align.data.pairs import read_pairs
 from align.data.prompts import load_prompts
-from align.data.summary import missing_values
+from align.data.statistics import missing_values
 from align.evaluation.rewards import gain_per_root_kl, reward_differences
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.types import Sampling, as_completion, keyed_prompts

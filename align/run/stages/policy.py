@@ -16,7 +16,7 @@ from align.data.pairs import FILE as PAIRS_FILE
 from align.data.pairs import load_pairs, read_pairs, write_pairs
 from align.data.prompts import load_prompts
 from align.data.splits import clusters_of, folds_by_prompt, split_by_prompt
-from align.data.summary import summarize
+from align.data.statistics import summarize
 from align.distributed import process_rank
 from align.errors import DataError
 from align.filtering.tables import KEPT
