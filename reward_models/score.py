@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from align.config.columns import SCORES
 from align.data.pairs import with_columns
 from align.distributed import local_device
 from align.errors import NumericsError
@@ -20,7 +21,6 @@ from reward_models.tokenization import cut_alike, pair_texts, render, tokenize
 
 SHOWN = 80
 """Characters of a text in an error."""
-COLUMNS = ("reward_chosen", "reward_rejected", "margin")
 ALIKE = "cut_alike"
 """Column of a shard: whether the two responses are cut to the same tokens; their margin is then 0."""
 
@@ -129,7 +129,7 @@ class RewardScorer:
 
 def with_rewards(pairs: Dataset, chosen: np.ndarray, rejected: np.ndarray) -> Dataset:
     """The table with the rewards [N] of both responses and their margin."""
-    return with_columns(pairs, dict(zip(COLUMNS, (chosen, rejected, chosen - rejected), strict=True)))
+    return with_columns(pairs, dict(zip(SCORES, (chosen, rejected, chosen - rejected), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class ScoreJob:
 
         def work(rows: Dataset) -> Dataset:
             scored, alike = scorer.score_and_tell(rows)
-            return scored.select_columns(["reward_chosen", "reward_rejected"]).add_column(ALIKE, alike.tolist())
+            return scored.select_columns(list(SCORES[:2])).add_column(ALIKE, alike.tolist())
 
         return work
 

@@ -5,13 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from align.config.base import Count, Fraction, Positive, Section
+from align.config.columns import LOADED
 from align.config.reading import nearest
-
-COLUMNS = (
-    "id", "prompt", "chosen", "rejected", "group", "reward_chosen", "reward_rejected", "margin", "margin_std", "weight",
-    "ood", "teacher_margin", "bag", "vote_share",
-)  # fmt: skip
-"""Of a pair table: the text, and what its source or a stage may add (align/data/pairs.py)."""
 
 
 class PairsSection(Section):
@@ -38,8 +33,8 @@ class PairsSection(Section):
         if twice := [name for name in given if given.count(name) > 1]:
             raise ValueError(f"{twice[0]!r} is given for two columns of the pair table")
         for name in columns:
-            if name not in COLUMNS:
-                raise ValueError(f"{name!r} is not a column of the pair table{nearest(name, list(COLUMNS))}")
+            if name not in LOADED:
+                raise ValueError(f"{name!r} is not a column of the pair table{nearest(name, list(LOADED))}")
         return columns
 
 

@@ -18,15 +18,13 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from align.config import PairsSection
-from align.config.data import COLUMNS
+from align.config.columns import OPTIONAL, TEXT
 from align.data.readers import Row, read_source
 from align.data.seen_ids import SeenIds
 from align.data.validation import SHOWN_CHARACTERS, Problem, RowReader
 from align.errors import DataError, listed
 from align.io.console import log
 
-TEXT = ("prompt", "chosen", "rejected")
-OPTIONAL = tuple(name for name in COLUMNS if name not in ("id", *TEXT))
 FILE = "pairs.parquet"
 ID_DIGITS = 16
 ROUNDING = 1e-9

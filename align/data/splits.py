@@ -10,7 +10,8 @@ from datasets import Dataset
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from align.data.pairs import ROUNDING, TEXT
+from align.config.columns import TEXT
+from align.data.pairs import ROUNDING
 
 
 def split_by_prompt(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

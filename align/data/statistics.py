@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.data.pairs import TEXT
+from align.config.columns import TEXT
 
 
 def summarize(pairs: Dataset) -> dict[str, Any]:

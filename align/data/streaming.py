@@ -10,10 +10,11 @@ import pyarrow as pa
 from datasets import Dataset
 
 from align.config import PairsSection
-from align.data.pairs import OPTIONAL, TEXT, identify, one_type, other_kind, unusable
+from align.config.columns import NAMES, OPTIONAL, TEXT
+from align.data.pairs import identify, one_type, other_kind, unusable
 from align.data.readers import stream_source
 from align.data.seen_ids import SeenIds
-from align.data.validation import NAMES, Problem, RowReader
+from align.data.validation import Problem, RowReader
 from align.errors import DataError
 from align.io.console import log
 

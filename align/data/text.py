@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-PARTS = ("prompt", "chosen", "rejected")
+from align.config.columns import TEXT
+
 WORD = re.compile(r"\w+", re.UNICODE)
 
 
@@ -24,13 +25,13 @@ def words(part: Any) -> list[str]:
 def texts(pairs: Dataset, start: int = 0, stop: int | None = None) -> pa.Array:
     """Plain texts [3 n] of the rows from ``start`` to ``stop``: prompt, chosen, rejected, prompt, ..."""
     rows = pairs.with_format("arrow")[start : len(pairs) if stop is None else stop]
-    return interleaved(*(rows[part] for part in PARTS))
+    return interleaved(*(rows[part] for part in TEXT))
 
 
 def texts_of(pairs: Dataset, rows: list[int]) -> pa.Array:
     """Plain texts [3 R] of the rows at these places, as ``texts`` orders them."""
     found = pairs.select(rows).with_format("arrow")[:]
-    return interleaved(*(found[part] for part in PARTS))
+    return interleaved(*(found[part] for part in TEXT))
 
 
 def column(part: pa.ChunkedArray) -> pa.Array:

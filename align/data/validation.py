@@ -4,14 +4,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, TEXT
 from align.data.readers import Row
 
 ROLES = ("system", "user", "assistant", "tool")
-NUMBERS = (
-    "reward_chosen", "reward_rejected", "margin", "margin_std", "weight", "ood", "teacher_margin", "vote_share",
-)  # fmt: skip
-NOT_NEGATIVE = ("margin_std", "weight", "ood", "vote_share")
-NAMES = ("group", "bag")
 LONGEST_TEXT = 4_000_000
 """Characters of one text: a million tokens; more is a file read wrongly."""
 SHOWN_CHARACTERS = 60
@@ -53,7 +49,7 @@ class RowReader:
         if row.unreadable:
             found, _, expected = row.unreadable.removeprefix("found ").partition(", expected ")
             return None, [Problem(row.file or self.source, row.number, "(row)", "data-row", found, expected)]
-        texts = ("chosen", "rejected") if self.implicit else ("prompt", "chosen", "rejected")
+        texts = TEXT[1:] if self.implicit else TEXT
         problems = [problem for name in texts for problem in self.text(row, name)]
         if problems:
             return None, problems
@@ -76,7 +72,7 @@ class RowReader:
             problems += self._turns(row, values)
         if problems:
             return None, problems
-        pair = {name: values[name] for name in ("prompt", "chosen", "rejected")}
+        pair = {name: values[name] for name in TEXT}
         for name in NUMBERS:
             number, problem = self._number(row, name, values.get(name))
             pair[name] = number

@@ -9,7 +9,8 @@ import numpy as np
 from datasets import Dataset
 
 from align.config import ClusterSection, FilterSection, OodSection
-from align.data.text import PARTS, cells, column, texts
+from align.config.columns import TEXT as PARTS
+from align.data.text import cells, column, texts
 from align.filtering.embeddings import PART, Encoder, TextEncoder, read_embeddings
 from align.filtering.ood import Mahalanobis
 from align.filtering.quality import make_scorer, pair_quality
