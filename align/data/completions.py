@@ -71,11 +71,6 @@ def read_groups(file: str | Path) -> list[Group]:
     return list(groups.values())
 
 
-def plain_text(completion: Any) -> str:
-    """The text of a completion, of messages their contents."""
-    return completion if isinstance(completion, str) else "\n".join(str(turn["content"]) for turn in completion)
-
-
 def _wrong(row: Row, reader: RowReader) -> str:
     """What is wrong with a row of completions; empty where nothing is."""
     missing = [name for name in NEEDED if row.values.get(name) is None]
