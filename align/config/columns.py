@@ -55,6 +55,7 @@ COLUMNS = (
 
 TEXT = tuple(column.name for column in COLUMNS if column.kind == "text")
 """The three texts of a pair: prompt, chosen, rejected."""
+RESPONSES = TEXT[1:]
 LOADED = tuple(column.name for column in COLUMNS if column.loaded)
 OPTIONAL = tuple(column.name for column in COLUMNS if column.loaded and column.kind in ("name", "number"))
 """Columns that a pair table may lack, in the order in which they follow ``id`` and ``TEXT``."""

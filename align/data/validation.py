@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, TEXT
+from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, RESPONSES, TEXT
 from align.data.readers import Row
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -49,7 +49,7 @@ class RowReader:
         if row.unreadable:
             found, _, expected = row.unreadable.removeprefix("found ").partition(", expected ")
             return None, [Problem(row.file or self.source, row.number, "(row)", "data-row", found, expected)]
-        texts = TEXT[1:] if self.implicit else TEXT
+        texts = RESPONSES if self.implicit else TEXT
         problems = [problem for name in texts for problem in self.text(row, name)]
         if problems:
             return None, problems
@@ -65,9 +65,7 @@ class RowReader:
             if not values["prompt"]:
                 expected = "chosen and rejected to begin with the same prompt"
                 return None, [self._problem(row, "chosen", "pair-no-prompt", "no shared beginning", expected)]
-            problems = [
-                problem for name in ("chosen", "rejected") for problem in self.text(replace(row, values=values), name)
-            ]
+            problems = [problem for name in RESPONSES for problem in self.text(replace(row, values=values), name)]
         if not kinds["chosen"]:
             problems += self._turns(row, values)
         if problems:
@@ -126,7 +124,7 @@ class RowReader:
             problems.append(
                 self._problem(row, "prompt", "pair-role", "a last message by assistant", "one by user or tool")
             )
-        for name in ("chosen", "rejected"):
+        for name in RESPONSES:
             role = values[name][-1]["role"]
             if role != "assistant":
                 problems.append(self._problem(row, name, "pair-role", f"a last message by {role}", "one by assistant"))

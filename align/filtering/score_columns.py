@@ -173,9 +173,9 @@ def _features(model: str) -> Callable[[Dataset], np.ndarray]:
 
     Of an ensemble, those of its first member: features of two members are of two spaces and have no mean.
     """
+    from align.models.tokenization import render
     from reward_models.features import head_features
     from reward_models.score import RewardScorer
-    from reward_models.tokenization import render
 
     scorer = RewardScorer(model, batch_tokens=4096, max_length=1024, new_head=True)
 
