@@ -1,4 +1,4 @@
-"""Statistics of a pair table for the user to see."""
+"""Summary statistics of a pair table."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ from align.data.text import count_words
 
 
 def summarize(pairs: Dataset) -> dict[str, Any]:
-    """Counts and mean lengths (words) of a pair table."""
+    """Counts, mean lengths (words) and columns of a pair table, for the user to read."""
     words = {column: np.array([count_words(text) for text in pairs[column]]) for column in TEXT}
     return {
         "pairs": len(pairs),
@@ -24,5 +24,5 @@ def summarize(pairs: Dataset) -> dict[str, Any]:
 
 
 def missing_values(pairs: Dataset, column: str) -> np.ndarray:
-    """Places of the pairs that have no value in a column of numbers, int64 [G]."""
+    """Indices, int64 [G], of the pairs without a value in a column of numbers."""
     return np.flatnonzero(np.isnan(np.asarray(pairs[column], dtype=np.float64)))
