@@ -1,4 +1,4 @@
-"""Scoring: (prompt, completion) -> reward, whatever the batch size and the padding."""
+"""Scoring: (prompt, completion) -> reward, independent of batch size and padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from reward_models.tokenization import cut_alike, pair_texts
 SHOWN = 80
 """Characters of a text in an error."""
 ALIKE = "cut_alike"
-"""Column of a shard: whether the two responses are cut to the same tokens; their margin is then 0."""
+"""Column of a shard: whether both responses are the same tokens after truncation, so that their margin is 0."""
 
 
 class RewardScorer:
@@ -32,10 +32,10 @@ class RewardScorer:
     Args:
         model: folder or hub id.
         batch_tokens: padded tokens per batch; a longer text is a batch of its own.
-        max_length: tokens per text; longer ones are cut from the right.
-        padding_side: of a decoder; rewards do not depend on it. An encoder is always padded on the right.
-        trust_remote_code: code that comes with the model may run.
-        new_head: the model may be a backbone without a head of its own, whose features alone are read.
+        max_length: tokens per text; longer ones are truncated on the right.
+        padding_side: padding side of a decoder; rewards do not depend on it. Encoders are padded on the right.
+        trust_remote_code: whether code that comes with the model may run.
+        new_head: the model may be a backbone without a head, used for its features only.
 
     Raises:
         ModelError: the model cannot be used.
@@ -57,7 +57,7 @@ class RewardScorer:
         self.model = loaded.to(self.device).eval()
         self.batch_tokens = batch_tokens
         self.max_length = fitting_length(loaded, max_length)
-        # An encoder pools its first token, which left padding would replace.
+        # an encoder pools its first token, which left padding would replace
         self.padding_side = padding_side if hasattr(loaded, "score") else "right"
 
     def score_texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -83,10 +83,10 @@ class RewardScorer:
         return rewards
 
     def score_completions(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
-        """Reward of each completion of the prompt beside it, float64 [N].
+        """Reward of each completion given its prompt, float64 [N].
 
         Raises:
-            ModelError: they are messages, and the model's tokenizer has no chat template.
+            ModelError, DataError: messages that cannot go through the chat template.
         """
         rows = zip(prompts, completions, strict=True)
         return self.score_texts([render(prompt, completion, self.tokenizer) for prompt, completion in rows])
@@ -96,12 +96,12 @@ class RewardScorer:
         return self.score_and_tell(pairs)[0]
 
     def score_and_tell(self, pairs: Dataset) -> tuple[Dataset, np.ndarray]:
-        """``score_pairs``, and whether the two responses of each pair are cut alike, bool [N]; see ``ALIKE``."""
+        """``score_pairs``, and whether both responses are the same after truncation, bool [N]; see ``ALIKE``."""
         read = pair_texts(pairs, self.tokenizer, self.max_length)
         return with_rewards(pairs, *self._score(read.texts, read.ids).reshape(2, len(pairs))), read.alike
 
     def unread(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
-        """Whether the prompt beside each completion leaves nothing of it within ``max_length``, bool [N]."""
+        """Whether the prompt leaves no room for its completion within ``max_length``, bool [N]."""
         rows = list(zip(prompts, completions, strict=True))
         whole = [render(prompt, completion, self.tokenizer) for prompt, completion in rows]
         asked = [render(prompt, "" if isinstance(prompt, str) else [], self.tokenizer) for prompt, _ in rows]
@@ -112,7 +112,7 @@ class RewardScorer:
         return self.model(**self.inputs(rows)).logits.squeeze(-1).double().cpu().numpy()
 
     def inputs(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
-        """What the model is given of the rows of token ids: padded ids and mask [N, width], on its device."""
+        """Inputs of the model for rows of token ids: padded ids and mask, int64 [N, T], on its device."""
         left = self.padding_side == "left"
         padded = pad(rows, self.tokenizer.pad_token_id or 0, left=left)
         found = padded._asdict()
@@ -128,7 +128,7 @@ def with_rewards(pairs: Dataset, chosen: np.ndarray, rejected: np.ndarray) -> Da
 
 @dataclass(frozen=True, slots=True)
 class ScoreJob:
-    """Rewards of the pairs of a shard, and which are cut alike; see ``RewardScorer``."""
+    """Rewards of the pairs of a shard, and whether their responses are the same after truncation; see ``ALIKE``."""
 
     model: str
     batch_tokens: int
@@ -150,10 +150,10 @@ class ScoreJob:
 
 
 def tell_alike(alike: np.ndarray) -> None:
-    """Say how many of the pairs, bool [N], have no margin because they are cut alike."""
+    """Log how many of the pairs, bool [N], have a margin of 0 because truncation makes their responses the same."""
     if alike.any():
         log.warning("%d of %d pairs have a margin of 0: their prompts fill max_length", alike.sum(), len(alike))
 
 
 REWARDS = 2
-"""What a reward model or a judge says of a text, and whether it has read the whole of it."""
+"""Revision of rewards and verdicts, part of their keys: raised when models or judges read or return something else."""

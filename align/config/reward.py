@@ -49,7 +49,7 @@ class ObjectiveSection(Section):
 
 
 class RewardSection(Section):
-    """Training of the reward model whose margins weight the pairs."""
+    """Training of the reward model that gives the pairs their margins."""
 
     model: str
     """Backbone: hub id or folder of a model that loads with a one-logit classification head."""

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 
 def token_batches(lengths: Sequence[int], budget: int, *, padded: bool = True) -> list[list[int]]:
-    """Indices 0..N-1, each in exactly one batch, longest first, so that a batch costs at most ``budget`` tokens.
+    """Split the indices 0..N-1 into batches of at most ``budget`` tokens, longest sequences first.
 
     Args:
-        lengths: N lengths in tokens.
-        budget: tokens per batch; a sequence that is longer is a batch of its own.
-        padded: a batch costs rows times its longest row; otherwise the sum of its rows.
+        lengths: [N], in tokens.
+        budget: tokens per batch; a longer sequence is a batch of its own.
+        padded: count the tokens of a batch as rows x its longest row, else as the sum of its rows.
     """
     batches: list[list[int]] = []
     used = 0
@@ -24,7 +24,7 @@ def token_batches(lengths: Sequence[int], budget: int, *, padded: bool = True) -
 
 
 def in_so_many(batches: Sequence[list[int]], count: int) -> list[list[int]]:
-    """The same indices in ``count`` batches, the largest halved until there are so many.
+    """The same indices in at least ``count`` batches: the largest one is halved until there are enough.
 
     Raises:
         ValueError: fewer indices than ``count``.

@@ -27,19 +27,19 @@ NAMED_PAIRS = 5
 
 
 class Rendered(str):
-    """Text of a chat template, which has written the special tokens that it wants."""
+    """Text from a chat template, which has written all special tokens."""
 
     __slots__ = ()
 
 
 class PairIds(NamedTuple):
-    """Token ids of a pair; each response goes on where the prompt ends."""
+    """Token ids of a pair; those of a response follow those of the prompt."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     unused: list[int]
-    """End of the prompt's own tokens that does not stand before a response, see ``encode_pair``."""
+    """Last tokens of the prompt alone that do not precede the responses, see ``encode_pair``."""
 
 
 class Padded(NamedTuple):
@@ -61,9 +61,9 @@ def apply_template(
 
     Args:
         messages: a conversation.
-        tokenizer: has a chat template.
-        generation_prompt: end with what begins the assistant's next message.
-        row: name of the row that they come from, for errors: ``pair p1``.
+        tokenizer: a tokenizer with a chat template.
+        generation_prompt: append the tokens that begin an assistant's message.
+        row: name of the row with the messages, for errors: ``pair p1``.
 
     Raises:
         ModelError: there is no chat template, or it is not valid.
@@ -73,7 +73,7 @@ def apply_template(
 
 
 def render(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase, *, row: str = "") -> str:
-    """Text that a reward model reads: prompt + completion, where they are messages ``Rendered`` by the chat template.
+    """Text that a reward model reads: prompt + completion; messages are ``Rendered`` by the chat template.
 
     Raises:
         ModelError, DataError: see ``apply_template``.
@@ -86,9 +86,9 @@ def render(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase, *, 
 def encode_reward_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
     """Token ids of each text that a reward model reads, truncated on the right to ``max_length`` tokens.
 
-    Plain text gets the special tokens that the tokenizer puts around it and the end-of-sequence token, if there is one.
-    ``Rendered`` text gets none but those of its template, as in training, except from an encoder's tokenizer, because
-    the encoder's reward is read at its first token.
+    Plain text gets the special tokens that the tokenizer adds and, if there is one, the end-of-sequence token.
+    ``Rendered`` text gets the special tokens of its template only, as in training; an encoder's tokenizer adds its own
+    all the same, because an encoder reads its reward at the first token.
     """
     bare = [isinstance(text, Rendered) and tokenizer.cls_token_id is None for text in texts]
     ids: list[list[int]] = [[] for _ in texts]
@@ -117,7 +117,7 @@ def encode_pair(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     """Token ids of a pair as trl.DPOTrainer makes them: a plain response ends in the end-of-sequence token.
 
     The prompt ends where the tokens of prompt and response differ from those of the prompt alone. Its last tokens are
-    ``unused`` where the tokenizer merges them with a response, or the template ends a prompt in another way.
+    ``unused`` if the tokenizer merges them with a response, or if the template ends a prompt without one differently.
 
     Args:
         pair: has ``prompt``, ``chosen``, ``rejected``; ``id`` names it in errors.
@@ -215,7 +215,7 @@ def pad(rows: Sequence[Sequence[int]], pad_token_id: int, *, left: bool = False)
 
 
 def _ids(part: Any, tokenizer: PreTrainedTokenizerBase, *, row: str, **settings: Any) -> list[int]:
-    """Token ids of text, or of messages by the chat template, whose ``settings`` text has no use for."""
+    """Token ids of text, or of messages by the chat template; ``settings`` apply to the template only."""
     if isinstance(part, str):
         return list(tokenizer(part)["input_ids"])
     return list(_templated(part, tokenizer, row=row, return_dict=True, **settings)["input_ids"])
@@ -224,7 +224,7 @@ def _ids(part: Any, tokenizer: PreTrainedTokenizerBase, *, row: str, **settings:
 def _templated(
     messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, row: str, **settings: Any
 ) -> Any:
-    """``tokenizer.apply_chat_template``, whose errors name the row and repeat the words of the template."""
+    """Call ``tokenizer.apply_chat_template``; errors name the row and repeat the words of the template."""
     if tokenizer.chat_template is None:
         raise ModelError(
             f"{tokenizer.name_or_path}: no chat template, and the texts are lists of messages",

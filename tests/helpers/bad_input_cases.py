@@ -250,7 +250,7 @@ def model_cases() -> Iterator[BadInput]:
         ("a tokenizer that can neither pad nor end a text", model(no_end), policy, "model-tokenizer", "neither a padding nor"),
         ("no weights", model(remove("*.safetensors")), policy, "model-load", "no weights, expected model.safetensors"),
         ("weights cut off", model(cut("model.safetensors", lambda f: f / "model.safetensors", 0.5)), policy, "model-load",
-         "the file is not whole"),
+         "the file is incomplete"),
         ("weights that are an HTML page", model(raw("model.safetensors", b"<html>404 not found</html>")), policy, "model-load",
          "not a safetensors file"),
         ("a missing shard", model(lambda f: (f / "model.safetensors.index.json").write_text(
