@@ -23,6 +23,7 @@ class Column:
     written_by: str
     """The source of the pairs, or the stage that adds the column."""
     not_negative: bool = False
+    """Whether a number must be at least 0."""
     loaded: bool = True
     """Whether loading keeps it: it may be mapped in ``pairs.columns``, and a source may bring it."""
     in_batch: bool = False

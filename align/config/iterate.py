@@ -65,14 +65,19 @@ class IterateConfig(Section):
     """Rounds of sampling, pairing and training."""
 
     name: str
+    """Name of the run, and of its folder."""
     output_dir: OutputFolder = "runs"
+    """Folder in which the run writes its own, ``output_dir/name``."""
     seed: Seed = 0
+    """Seed of every random number of the run."""
     rounds: Count = 3
     """Number of rounds."""
     prompts: PairsSection
     """Where prompts come from; they are split over the rounds."""
     generate: GenerateSection = GenerateSection()
+    """Sampling of completions from the policy."""
     pairs: BuildSection
+    """Building of pairs from the completions."""
     train: TrainSection
     """Training with one method; ``model`` is the policy that the first round starts from."""
 

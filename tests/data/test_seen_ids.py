@@ -1,4 +1,4 @@
-"""Ids seen so far: in a file they are what they are in a dictionary."""
+"""Ids seen so far, the same in a file as in a dictionary; ids made from content."""
 
 from datetime import date
 from pathlib import Path

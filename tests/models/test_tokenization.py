@@ -1,4 +1,4 @@
-"""Token ids and masks: those of trl's own preparation, of the chat template alone, and what is said where one fails."""
+"""Token ids and masks: equality with trl's preparation, special tokens of chat templates, messages of failures."""
 
 from pathlib import Path
 from types import SimpleNamespace
