@@ -87,8 +87,8 @@ def encode_reward_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
     """Token ids of each text that a reward model reads, truncated on the right to ``max_length`` tokens.
 
     Plain text gets the special tokens that the tokenizer adds and, if there is one, the end-of-sequence token.
-    ``Rendered`` text gets the special tokens of its template only, as in training; an encoder's tokenizer adds its own
-    all the same, because an encoder reads its reward at the first token.
+    ``Rendered`` text gets the special tokens of its template only, as in training; an encoder's tokenizer also
+    adds its own, because an encoder reads its reward at the first token.
     """
     bare = [isinstance(text, Rendered) and tokenizer.cls_token_id is None for text in texts]
     ids: list[list[int]] = [[] for _ in texts]
@@ -166,8 +166,8 @@ def tokenize_pairs(
         *ids, unused = encode_pair(pair, tokenizer)
         if unused and not warned:
             warned = True
-            log.warning("pair %s, and perhaps others: the end of its prompt, %r, is read in another way before a "
-                        "response and left out", pair["id"], tokenizer.decode(unused))  # fmt: skip
+            log.warning("pair %s, and perhaps others: the last tokens of its prompt, %r, differ before a response and "
+                        "are left out", pair["id"], tokenizer.decode(unused))  # fmt: skip
         return dict(zip(TOKEN_IDS, ids, strict=True))
 
     made = pairs.map(encode, desc="tokenizing pairs")

@@ -75,7 +75,7 @@ def test_an_end_of_the_prompt_that_is_left_out_is_said_once(caplog: pytest.LogCa
     film = tokenizer().convert_tokens_to_ids("film")
     assert ids.unused == [film] and film not in ids.prompt
     tokenize_pairs(pairs, tokenizer())
-    assert caplog.text.count("the end of its prompt, 'film', is read in another way") == 1
+    assert caplog.text.count("pair m, and perhaps others: the last tokens of its prompt, 'film', differ") == 1
 
 
 def test_a_prompt_ends_with_what_begins_an_answer() -> None:
