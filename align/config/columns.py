@@ -63,13 +63,14 @@ OPTIONAL = tuple(column.name for column in COLUMNS if column.loaded and column.k
 NUMBERS = tuple(column.name for column in COLUMNS if column.loaded and column.kind == "number")
 NAMES = tuple(column.name for column in COLUMNS if column.loaded and column.kind == "name")
 NOT_NEGATIVE = frozenset(column.name for column in COLUMNS if column.not_negative)
-IN_BATCH = tuple(column.name for column in COLUMNS if column.in_batch)
+PAIR_COLUMNS = tuple(column.name for column in COLUMNS if column.in_batch)
+"""Columns that the collator hands to the trainer, one float32 per pair."""
 
 SCORES = ("reward_chosen", "reward_rejected", "margin")
 """Columns that scoring writes."""
 SPREAD = "margin_std"
 """Column that scoring adds if at least two models score."""
-TOKEN_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 """Columns of a tokenized pair table, trl's names: lists of int; the ids of a response follow those of its prompt."""
-REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """Columns of a pair table with precomputed reference log-probs, trl's names: nats, summed over a response."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from align.config.columns import IN_BATCH
+from align.config.columns import PAIR_COLUMNS
 
 ROW = "row"
 """Batch key: index of the pair in the training table, int64 [B]."""
@@ -15,7 +15,7 @@ ROW = "row"
 
 @dataclass
 class PairCollator(DataCollatorForPreference):
-    """trl's preference collator plus one number per pair for each column of ``IN_BATCH`` that the examples have.
+    """trl's preference collator plus one number per pair for each column of ``PAIR_COLUMNS`` that the examples have.
 
     Row k of the first half of ``input_ids`` [2B, T] is the chosen, row B + k the rejected response of pair k;
     ``margin``, ``weight`` and ``trust`` are float32 [B] in the same order, ``row`` is int64 [B].
@@ -24,7 +24,7 @@ class PairCollator(DataCollatorForPreference):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate ``examples``; see the class."""
         batch: dict[str, Any] = super().torch_call(examples)
-        for column in IN_BATCH:
+        for column in PAIR_COLUMNS:
             if column in examples[0]:
                 batch[column] = torch.tensor([example[column] for example in examples], dtype=torch.float32)
         if ROW in examples[0]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from datasets import Dataset
 
-from align.config.columns import TOKEN_IDS
+from align.config.columns import ID_COLUMNS
 from align.io.hashing import digest
 from align.models.layout import base_model, has_adapter
 
@@ -19,7 +19,7 @@ def reference_key(model: torch.nn.Module, dataset: Dataset, settings: Sequence[o
 
     Args:
         model: the reference, or a policy that serves as its own reference before the first step.
-        dataset: table with ``TOKEN_IDS``.
+        dataset: table with ``ID_COLUMNS``.
         settings: everything else on which the log-probs depend.
         with_adapter: include the adapter's weights, because the adapter is part of the reference.
     """
@@ -31,7 +31,7 @@ def reference_key(model: torch.nn.Module, dataset: Dataset, settings: Sequence[o
         if not any(part in name for part in adapter):
             state.update(name.encode())
             state.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    for column in TOKEN_IDS:
+    for column in ID_COLUMNS:
         for ids in dataset[column]:
             state.update(f"{column}{ids}".encode())
     return state.hexdigest()

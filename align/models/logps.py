@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from align.config.columns import IN_BATCH, REFERENCE_LOGPS
+from align.config.columns import PAIR_COLUMNS, REFERENCE_COLUMNS
 from align.errors import ModelError
 from align.models import attention
 from align.models.collator import REAL, ROW
@@ -27,7 +27,7 @@ HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 HALF_HEAD_TOLERANCE = 0.25
 """Largest mean difference of log-probs (nats) due to rounding; 16 bits round logits near 30 by 0.1."""
 FORWARD_BEFORE = "_forward_without_completion_head"
-NOT_MODEL_INPUTS = frozenset({"completion_mask", *REFERENCE_LOGPS, *IN_BATCH, ROW, REAL})
+NOT_MODEL_INPUTS = frozenset({"completion_mask", *REFERENCE_COLUMNS, *PAIR_COLUMNS, ROW, REAL})
 
 
 class SequenceLogps(NamedTuple):

@@ -15,7 +15,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from align.config.columns import RESPONSES, TOKEN_IDS
+from align.config.columns import ID_COLUMNS, RESPONSES
 from align.errors import DataError, ModelError
 from align.io.console import log
 
@@ -147,7 +147,7 @@ def pair_name(pair: Mapping[str, Any]) -> str:
 def tokenize_pairs(
     pairs: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int = MAX_LENGTH, truncation: str = "keep_start"
 ) -> Dataset:
-    """The table with the columns ``TOKEN_IDS``, see ``encode_pair``; nothing is truncated yet, see ``collate``.
+    """The table with the columns ``ID_COLUMNS``, see ``encode_pair``; nothing is truncated yet, see ``collate``.
 
     Args:
         pairs: pair table with ``id``.
@@ -168,13 +168,13 @@ def tokenize_pairs(
             warned = True
             log.warning("pair %s, and perhaps others: the last tokens of its prompt, %r, differ before a response and "
                         "are left out", pair["id"], tokenizer.decode(unused))  # fmt: skip
-        return dict(zip(TOKEN_IDS, ids, strict=True))
+        return dict(zip(ID_COLUMNS, ids, strict=True))
 
     made = pairs.map(encode, desc="tokenizing pairs")
     room = max_length if truncation == "keep_start" else None
     empty = [
         str(row["id"])
-        for row in made.select_columns(["id", *TOKEN_IDS])
+        for row in made.select_columns(["id", *ID_COLUMNS])
         if not row["chosen_ids"] or not row["rejected_ids"] or (room is not None and len(row["prompt_ids"]) >= room)
     ]
     if empty:
@@ -198,7 +198,7 @@ def collate(
     from align.models.collator import PairCollator  # imports trl, which takes seconds
 
     collator = PairCollator(pad_token_id=pad_token_id, max_length=max_length, truncation_mode=truncation)
-    batch: dict[str, Tensor] = collator([{name: row[name] for name in TOKEN_IDS} for row in rows])
+    batch: dict[str, Tensor] = collator([{name: row[name] for name in ID_COLUMNS} for row in rows])
     return batch
 
 

@@ -9,12 +9,12 @@ import pytest
 from align.config import FilterSection, PairsSection
 from align.config.columns import (
     COLUMNS,
-    IN_BATCH,
     LOADED,
     NAMES,
     NOT_NEGATIVE,
     NUMBERS,
     OPTIONAL,
+    PAIR_COLUMNS,
     SCORES,
     SPREAD,
     TEXT,
@@ -37,7 +37,7 @@ def test_every_column_stands_in_the_schema_once() -> None:
     assert TEXT == ("prompt", "chosen", "rejected")
     assert ("id", *TEXT, *OPTIONAL) == LOADED
     assert set(OPTIONAL) == set(NUMBERS) | set(NAMES) and not set(NUMBERS) & set(NAMES)
-    for name in (*SCORES, SPREAD, *IN_BATCH, *NOT_NEGATIVE):
+    for name in (*SCORES, SPREAD, *PAIR_COLUMNS, *NOT_NEGATIVE):
         assert KIND[name] == "number"
     assert all(column.meaning and column.written_by for column in COLUMNS)
 
@@ -77,4 +77,4 @@ def test_a_filter_writes_columns_of_the_schema(tmp_path: Path) -> None:
 
 
 def test_columns_of_a_batch_are_no_inputs_of_a_model() -> None:
-    assert {*IN_BATCH, ROW} < NOT_MODEL_INPUTS
+    assert {*PAIR_COLUMNS, ROW} < NOT_MODEL_INPUTS

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from align.config.columns import TOKEN_IDS
+from align.config.columns import ID_COLUMNS
 from align.errors import AlignError, DataError, ModelError
 from align.models.tokenization import (
     Rendered,
@@ -63,7 +63,7 @@ def test_ids_of_pairs_are_those_of_trl(table: list[dict[str, Any]], kind: str, t
         made.chat_template = TEMPLATE.replace("assistant :{% endif", "assistant : dull{% endif")
     pairs = Dataset.from_list(table)
     expected, found = by_trl(pairs, made), tokenize_pairs(pairs, made)
-    for name in TOKEN_IDS:
+    for name in ID_COLUMNS:
         assert found[name][:] == expected[name][:], name
     assert found.column_names == expected.column_names
     assert found["chosen"][:] == pairs["chosen"][:], "texts are left as they are"
