@@ -12,11 +12,12 @@ from datasets import Dataset
 from scipy.linalg import eigh
 from torch import Tensor
 
+from align.config.columns import TOKEN_IDS
 from align.errors import ModelError
 from align.io.console import log, progress
 from align.models import attention
 from align.models.batching import token_batches
-from align.models.fingerprint import ID_COLUMNS, reference_key
+from align.models.fingerprint import reference_key
 from align.models.layout import base_model, choose_layout
 from align.models.loading import load_policy, load_tokenizer
 from align.models.logps import Layout
@@ -64,7 +65,7 @@ def pair_features(pairs: Dataset, model: str, cache: Path, *, max_length: int) -
     layout = choose_layout(reference, sample, "auto")
     partial = file.with_suffix(".partial.npy")
     values = _open(partial, (len(tokens), base_model(reference).config.get_text_config().hidden_size))
-    lengths = [sum(map(len, columns)) for columns in zip(*(tokens[name] for name in ID_COLUMNS), strict=True)]
+    lengths = [sum(map(len, columns)) for columns in zip(*(tokens[name] for name in TOKEN_IDS), strict=True)]
     left = [k for k in range(len(tokens)) if np.isnan(values[k]).any()]
     batches = [[left[k] for k in batch] for batch in token_batches([lengths[k] for k in left], BATCH_TOKENS)]
     for count, rows in enumerate(progress(batches, what="features", total=len(batches), unit="batches"), 1):
