@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from align.io.files import write_text
 from align.reports import plots
 from align.reports.html import environment
 from align.reports.verdict import name
@@ -24,9 +25,7 @@ def write_comparison_page(target: Path, report: dict[str, Any]) -> None:
         target: the file.
         report: ``reward``, ``comparisons`` and ``frontier``, each as far as it was measured.
     """
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(render(report), encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, render(report))
 
 
 def render(report: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from align.io.files import write_text
 from align.reports import plots
 from align.reports.html import environment
 
@@ -36,9 +37,7 @@ def shade(value: float, largest: float) -> str:
 
 
 def _write(target: Path, template: str, **values: Any) -> None:
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(environment().get_template(template).render(**values), encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, environment().get_template(template).render(**values))
 
 
 def _trajectory(points: list[dict[str, float]]) -> list[tuple[str, Any]]:

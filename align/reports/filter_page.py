@@ -8,6 +8,7 @@ import numpy as np
 from align.data.text import cells, plain
 from align.filtering.selection import top
 from align.filtering.tables import Filtered
+from align.io.files import write_text
 from align.reports import plots
 from align.reports.html import environment
 
@@ -50,9 +51,7 @@ def write_filter_page(target: Path, found: Filtered, source: str) -> None:
             rules=_examples(found, scored),
         )
     )
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, page)
 
 
 def embedding_map(found: Filtered) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from align.io.files import write_text
 from align.reports import plots
 from align.reports.html import environment
 
@@ -39,9 +40,7 @@ def write_reward_model_page(
         distances = {"pairs": found["ood"]["distances"]}
         drawn["ood"] = plots.histogram(distances, x_title="distance to the training pairs")
     page = environment().get_template("reward_model.html.j2").render(report=found, plots=drawn)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, page)
 
 
 def by_group(margins: np.ndarray, groups: list[str] | None) -> dict[str, list[float]]:

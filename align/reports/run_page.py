@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from align.io.files import read_json
+from align.io.files import read_json, write_text
 from align.reports import plots
 from align.reports.html import environment
 from align.reports.verdict import verdict
@@ -20,11 +20,8 @@ CURVES = {
 
 def write_report(run: Path) -> Path:
     """Render ``run/report.json`` to ``run/report.html``; the path of the page."""
-    page = render(read_json(run / "report.json"))
     target = run / "report.html"
-    temporary = target.with_suffix(".html.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, render(read_json(run / "report.json")))
     return target
 
 

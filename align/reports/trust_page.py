@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from align.io.files import write_text
 from align.reports import plots
 from align.reports.html import environment
 
@@ -25,9 +26,7 @@ def write_trust_page(target: Path, found: dict[str, Any]) -> None:
         found: what `align trust` wrote to trust.json.
     """
     page = environment().get_template("trust.html.j2").render(found=found, titles=TITLES, plots=trust_plots(found))
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, page)
 
 
 def trust_plots(found: dict[str, Any]) -> dict[str, Any]:
