@@ -15,10 +15,10 @@ from scipy.special import expit
 
 from align.data.pairs import read_pairs
 from align.io.files import read_json
-from align.stats import crossed_p
 from reward_models.judges import make_judge
 from scripts.assets.demo_data import RATINGS, TEXTS
 from scripts.reproduce import policy as reproduce_policy
+from scripts.reproduce.crossed_effects import crossed_p
 from scripts.reproduce.exact_arena.report import END, insert
 from scripts.reproduce.policy_protocol.cells import CANDIDATES, choose, relabelled, setting_name
 from scripts.reproduce.policy_protocol.data import dealt_anew, label, read_known
