@@ -24,7 +24,7 @@ from scripts.reproduce.exact_arena.gold import (
     reward_and_kl,
 )
 from scripts.reproduce.exact_arena.methods import BETAS, CANDIDATES, METHODS, UNTUNED
-from scripts.reproduce.exact_arena.report import insert, markdown, summarise
+from scripts.reproduce.exact_arena.report import markdown, summarise
 from scripts.reproduce.exact_arena.training import Recipe, train
 from scripts.reproduce.exact_arena.world import (
     ERRORS,
@@ -35,6 +35,7 @@ from scripts.reproduce.exact_arena.world import (
     memorised_margins,
     reward_model,
 )
+from scripts.tables import insert
 
 DPO = Recipe(resolve("dpo", {}))
 
@@ -278,5 +279,5 @@ def test_tables_of_the_page_are_those_of_the_numbers_beside_it() -> None:
     docs = Path(__file__).parents[2] / "docs"
     page = (docs / "results.md").read_text(encoding="utf-8")
     numbers = read_json(docs / "results_arena.json")
-    assert insert(page, markdown(numbers), "reproduce_arena.py") == page and "| none, 0% flipped |" in page
+    assert insert(page, markdown(numbers), reproduce_arena.MARK) == page and "| none, 0% flipped |" in page
     assert numbers["seeds"] == [200]
