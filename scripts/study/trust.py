@@ -21,7 +21,7 @@ import numpy as np
 
 from align.io.console import configure, progress
 from align.io.files import read_json, write_json
-from align.trust.evidence import weigh
+from align.trust.evidence import fit_evidence
 from align.trust.linear_proxy import DPO, GRID, MADPO, SOFT, Family, fit, held_out, scaled
 from align.trust.selection import by_labels, choose
 from scripts.reproduce.exact_arena.gold import gold_reward
@@ -52,7 +52,7 @@ def run_seed(kind: str, flips: float, count: int, seed: int) -> dict[str, Any]:
     x, margin = scaled(world.difference[0]), world.margin[0]
     found = held_out(x, margin, [rng.permutation(count) % FOLDS], FAMILY)
     theta = fit(x, margin, found.slope, FAMILY)
-    evidence = weigh(x, margin)
+    evidence = fit_evidence(x, margin)
     choices = {name: by_labels(found.loglik, allowed) for name, allowed in ALLOWED.items()}
     same_labels = kind.startswith("out-of-fold")
     choices["combined"] = choose(found, theta, evidence.theta, x, FAMILY, same_labels=same_labels)
