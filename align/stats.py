@@ -72,59 +72,6 @@ def drawn_together(clusters: ArrayLike | None) -> np.ndarray | None:
     return which if 1 < names.size < which.size else None
 
 
-def crossed_mean(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """Mean of ``values`` [S, P], S seeds on the same P prompts; the interval is for other seeds and prompts.
-
-    Seeds and prompts are both draws: the variance of the mean is (MS_seeds + MS_prompts - MS_rest) / (S P), of the mean
-    squares of the two-way table, or MS_rest / (S P) where that is more; degrees of freedom: Satterthwaite (1946). With
-    few seeds that differ the interval is wide, and says so: a bootstrap over prompts only speaks of the very policies
-    that were trained. Of three simulated seeds and 80 prompts the 95% interval covers 91 to 97%, by which of them
-    varies.
-
-    Raises:
-        ValueError: fewer than two seeds or prompts.
-    """
-    from scipy.stats import t
-
-    mean, error, degrees = _crossed(values)
-    half = float(t.ppf((1 + confidence) / 2, degrees)) * error if error > 0 else 0.0
-    return Estimate(mean, mean - half, mean + half, np.size(values))
-
-
-def crossed_p(values: ArrayLike) -> float:
-    """Two-sided p of a mean of 0 for ``values`` [S, P]: what the interval of ``crossed_mean`` just excludes 0 at.
-
-    Raises:
-        ValueError: fewer than two seeds or prompts.
-    """
-    from scipy.stats import t
-
-    mean, error, degrees = _crossed(values)
-    if error == 0:
-        return float(mean == 0)
-    return float(2 * t.sf(abs(mean) / error, degrees))
-
-
-def _crossed(values: ArrayLike) -> tuple[float, float, float]:
-    """Mean of [S, P], its standard error over seeds and prompts, degrees of freedom."""
-    table = np.asarray(values, dtype=np.float64)
-    if table.ndim != 2 or min(table.shape) < 2:
-        raise ValueError("a mean over seeds and prompts needs at least two seeds and two prompts")
-    seeds, prompts = table.shape
-    mean, of_seeds, of_prompts = table.mean(), table.mean(axis=1), table.mean(axis=0)
-    rest = table - of_seeds[:, None] - of_prompts + mean
-    squares = np.array([prompts * np.square(of_seeds - mean).sum(), seeds * np.square(of_prompts - mean).sum(),
-                        np.square(rest).sum()])  # fmt: skip
-    freedom = np.array([seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1)])
-    parts = squares / freedom * (1, 1, -1)
-    total, degrees = parts.sum(), np.inf
-    if total <= -parts[2]:
-        total, degrees = -parts[2], freedom[2]
-    elif total > 0:
-        degrees = total**2 / (parts**2 / freedom).sum()
-    return float(mean), float(np.sqrt(max(total, 0.0) / table.size)), float(degrees)
-
-
 def bootstrap_share(
     values: ArrayLike, *, seed: int, resamples: int = RESAMPLES, clusters: ArrayLike | None = None
 ) -> Estimate:

@@ -13,6 +13,7 @@ from trl import RewardConfig as TrlRewardConfig
 from align.config import RewardSection
 from align.distributed import from_main_process, process_rank, wait_until
 from align.io.console import log
+from align.io.files import atomic_folder
 from align.training.base.arguments import build_lora, build_trainer_args, refusals
 from align.training.base.checkpoints import last_whole_checkpoint
 from align.training.base.progress import show_progress
@@ -119,7 +120,6 @@ def _gathered(trainer: ObjectiveRewardTrainer, config: RewardSection) -> Any:
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
     """Write a model folder, whole or not at all."""
-    partial = output.with_name(output.name + ".tmp")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.replace(output)
+    with atomic_folder(output) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)

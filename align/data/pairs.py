@@ -23,6 +23,7 @@ from align.data.seen_ids import SeenIds, content_id
 from align.data.validation import SHOWN_CHARACTERS, Problem, RowReader
 from align.errors import DataError, listed
 from align.io.console import log
+from align.io.files import atomic_write
 
 FILE = "pairs.parquet"
 
@@ -100,9 +101,8 @@ def write_pairs(pairs: Dataset, folder: Path) -> None:
     """Write ``folder/pairs.parquet``; the same pairs give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     table = pairs.with_format("arrow")[:].combine_chunks().replace_schema_metadata(None)
-    temporary = folder / f"{FILE}.tmp"
-    pq.write_table(table, temporary, compression="zstd")
-    temporary.replace(folder / FILE)
+    with atomic_write(folder / FILE) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def with_columns(pairs: Dataset, columns: Mapping[str, np.ndarray]) -> Dataset:

@@ -17,6 +17,7 @@ from align.data.seen_ids import SeenIds
 from align.data.validation import Problem, RowReader
 from align.errors import DataError
 from align.io.console import log
+from align.io.files import atomic_write
 
 BATCH = 4096
 Types = dict[str, pa.DataType]
@@ -35,12 +36,11 @@ def stream_pairs(source: PairsSection, file: Path) -> Dataset:
     """
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
         types: Types | None = {}
-        while types is not None:
-            with closing(SeenIds(file.with_suffix(".ids"))) as seen:
-                types = _write(source, temporary, seen, types)
-        temporary.replace(file)
+        with atomic_write(file) as temporary:
+            while types is not None:
+                with closing(SeenIds(file.with_suffix(".ids"))) as seen:
+                    types = _write(source, temporary, seen, types)
     pairs = Dataset.from_file(str(file))
     unused = [name for name in OPTIONAL if name in pairs.column_names and _is_empty(pairs, name)]
     return pairs.remove_columns(unused) if unused else pairs

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from align.io.files import atomic_write
+
 
 def cached_array(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
     """The array in ``file``, made and written there first where it is not; never half a file, never a pickle.
@@ -20,9 +22,8 @@ def cached_array(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarra
     made = make()
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp.npy")
-        np.save(temporary, made, allow_pickle=False)
-        temporary.replace(file)
+        with atomic_write(file) as temporary, temporary.open("wb") as stream:
+            np.save(stream, made, allow_pickle=False)
     return made
 
 
@@ -30,7 +31,6 @@ def kept_arrays(file: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[s
     """Several arrays in one ``.safetensors`` file, as ``cached_array`` keeps one."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        save_file(make(), temporary)
-        temporary.replace(file)
+        with atomic_write(file) as temporary:
+            save_file(make(), temporary)
     return load_file(file)

@@ -8,6 +8,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from align.config import ClusterSection
+from align.io.files import atomic_folder
 from align.sharding.jobs import Job, Rows
 from align.sharding.shards import Shards, map_shards
 
@@ -43,11 +44,8 @@ def found_of(
     columns, shards = folder / COLUMNS, folder / SHARDS
     if not columns.exists():
         made = map_shards(table, job, shards, size=rows, what=what, cluster=cluster, processes=processes)
-        temporary = folder / f"{COLUMNS}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        _store(made, temporary)
-        temporary.replace(columns)
+        with atomic_folder(columns) as temporary:
+            _store(made, temporary)
     shutil.rmtree(shards, ignore_errors=True)
     return {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in columns.glob("*.npy")}
 

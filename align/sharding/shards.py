@@ -17,6 +17,7 @@ from datasets import Dataset, concatenate_datasets
 from align.config import ClusterSection
 from align.distributed import rank_share, wait_until
 from align.io.console import progress
+from align.io.files import atomic_write
 from align.sharding.jobs import Job, Rows, encode, read_table
 
 
@@ -135,7 +136,5 @@ def _file(folder: Path, start: int) -> Path:
 
 
 def _keep_in(folder: Path, start: int, content: bytes) -> None:
-    file = _file(folder, start)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(file)
+    with atomic_write(_file(folder, start)) as temporary:
+        temporary.write_bytes(content)

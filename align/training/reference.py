@@ -15,6 +15,7 @@ from torch import Tensor
 from align.config.columns import ID_COLUMNS
 from align.errors import ConfigError
 from align.io.console import progress
+from align.io.files import atomic_write
 from align.models.batching import token_batches
 from align.models.layout import has_adapter
 
@@ -95,7 +96,6 @@ def _open(partial: Path | None, rows: int, *, create: bool) -> np.ndarray:
     if not create:
         return np.full((rows, 2), np.nan)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    unknown = partial.with_suffix(".tmp.npy")
-    np.save(unknown, np.full((rows, 2), np.nan), allow_pickle=False)
-    unknown.replace(partial)
+    with atomic_write(partial) as temporary, temporary.open("wb") as stream:
+        np.save(stream, np.full((rows, 2), np.nan), allow_pickle=False)
     return np.lib.format.open_memmap(partial, mode="r+")

@@ -21,7 +21,6 @@ from align.errors import ConfigError, DataError
 from align.evaluation.ranking import auc as area
 from align.losses.pair_weights import LossTilt
 from reward_models import objectives as o
-from reward_models.gradient_view import gradient_weights, share_on_misranked
 from reward_models.registry import OBJECTIVES, resolve_objective
 from reward_models.score import RewardScorer
 from reward_models.train import train_reward_model
@@ -238,19 +237,6 @@ def test_gradients_against_finite_differences(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     chosen, rejected = torch.randn(2, 6, dtype=torch.float64, generator=generator).requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: objective(a, b, columns(6)), (chosen, rejected))
-
-
-@given(st.lists(st.floats(-9, 9), min_size=1, max_size=5), taus)
-def test_gradient_weights_are_the_closed_forms(gaps: list[float], tau: float) -> None:
-    z = np.array(gaps)
-    plain, power = resolve_objective(ObjectiveSection()), {"tau": tau}
-    assert gradient_weights(plain, z) == pytest.approx(1 / (1 + np.exp(z)))
-    family = resolve_objective(ObjectiveSection(name="comp_sum", parameters=power))
-    assert gradient_weights(family, z) == pytest.approx((1 + np.exp(-z)) ** (1 - tau) / (1 + np.exp(z)), rel=1e-6)
-    mse = resolve_objective(ObjectiveSection(name="margin_mse"))
-    assert gradient_weights(mse, z, teacher=2.0) == pytest.approx(np.abs(2 * (z - 2)), abs=1e-12)
-    share = share_on_misranked(np.ones(len(z)), z)
-    assert share == pytest.approx(np.mean(z < 0)) and share_on_misranked(np.zeros(len(z)), z) == 0
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ looks into few shares, and into no more than it has lists, however many there ar
 the vectors out to the shares, one sorts each share. Nothing of it is held in memory but a block of rows.
 """
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from align.filtering.knn.row_view import View
+from align.io.files import atomic_folder
 from align.sharding.arrays import as_table
 
 SHARE_BYTES = 1 << 28
@@ -94,15 +94,12 @@ def in_lists(view: View, near: np.ndarray, count: int, folder: Path) -> Listed:
         folder: valid for these arguments only.
     """
     if not folder.exists():
-        temporary = folder.with_suffix(".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        share_of, starts = _shares(view, near, count)
-        np.save(temporary / SHARES, share_of, allow_pickle=False)
-        np.save(temporary / STARTS, starts, allow_pickle=False)
-        _deal(view, near, share_of, temporary)
-        _sort(share_of, _record(near.shape[1], view.size), temporary)
-        temporary.replace(folder)
+        with atomic_folder(folder) as temporary:
+            share_of, starts = _shares(view, near, count)
+            np.save(temporary / SHARES, share_of, allow_pickle=False)
+            np.save(temporary / STARTS, starts, allow_pickle=False)
+            _deal(view, near, share_of, temporary)
+            _sort(share_of, _record(near.shape[1], view.size), temporary)
     return Listed.read(folder, near.shape[1], view.size)
 
 

@@ -20,6 +20,7 @@ from align.filtering.knn.recall import Sample, enough
 from align.filtering.knn.row_view import View
 from align.filtering.knn.top_k import farthest
 from align.io.console import progress
+from align.io.files import atomic_write
 
 Method = Literal["auto", "exact", "ivf", "hnsw"]
 EXACT_LIMIT = 20_000
@@ -47,9 +48,8 @@ class Neighbours:
     def write(self, file: Path) -> None:
         """Into an .npz file."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp.npz")
-        np.savez(temporary, allow_pickle=False, distance=self.distance, method=self.method, recall=self.recall)
-        temporary.replace(file)
+        with atomic_write(file) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, allow_pickle=False, distance=self.distance, method=self.method, recall=self.recall)
 
     @classmethod
     def read(cls, file: Path) -> "Neighbours":

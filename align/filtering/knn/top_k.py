@@ -1,10 +1,10 @@
 """The k best neighbours of each vector: their similarities and places, [N, k] each, in no order."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 
+from align.io.files import atomic_folder, atomic_write
 from align.sharding.arrays import Arrays
 
 BLOCK = 65_536
@@ -18,13 +18,10 @@ class Best:
     def __init__(self, folder: Path, count: int, k: int) -> None:
         self.folder = folder
         if not folder.exists():
-            temporary = folder.with_suffix(".tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            for name, kind, none in (("similarity", np.float32, -np.inf), ("place", np.int64, -1)):
-                made = np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", kind, (count, k))
-                made[:] = none
-            temporary.replace(folder)
+            with atomic_folder(folder) as temporary:
+                for name, kind, none in (("similarity", np.float32, -np.inf), ("place", np.int64, -1)):
+                    made = np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", kind, (count, k))
+                    made[:] = none
         self.undo = folder / "undo.npz"
         self.similarity, self.place = (
             np.load(folder / f"{name}.npy", mmap_mode="r+", allow_pickle=False) for name in ("similarity", "place")
@@ -56,10 +53,9 @@ class Best:
     def _put(self, rows: np.ndarray, kept: Arrays) -> None:
         """In place of what there is, which is kept aside meanwhile: a kill between the two files leaves them as they
         were."""
-        temporary = self.undo.with_suffix(".tmp.npz")
         before = {"rows": rows, "similarity": self.similarity[rows], "place": self.place[rows]}
-        np.savez(temporary, allow_pickle=False, **before)
-        temporary.replace(self.undo)
+        with atomic_write(self.undo) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, allow_pickle=False, **before)
         self.similarity[rows], self.place[rows] = kept["similarity"], kept["place"]
         self.undo.unlink()
 
