@@ -10,13 +10,12 @@ from datasets import Dataset
 from torch import Tensor
 
 from align.config import ObjectiveSection, nearest
+from align.config.columns import NAMES
 from align.config.parameters import ANY, POSITIVE, Range, parameter_problems
 from align.errors import ConfigError, DataError, listed
 from reward_models import objectives
 
 SHARE: Range = (-1e-12, 1.0 + 1e-12)
-NAMED = ("bag", "group")
-"""Columns of names; a loss sees a number for each name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +159,7 @@ def objective_columns(pairs: Dataset, objective: BoundObjective) -> dict[str, li
                 code="objective-column",
                 hint="map the column in `reward.pairs.columns`, or choose another `reward.objective`",
             )
-        if name in NAMED:
+        if name in NAMES:
             numbers: dict[str, int] = {}
             made[name] = [numbers.setdefault(str(value), len(numbers)) for value in values]
         else:

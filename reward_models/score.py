@@ -9,18 +9,19 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from align.config.columns import SCORES
 from align.data.pairs import with_columns
 from align.distributed import local_device
 from align.errors import NumericsError
 from align.io.console import log, progress
 from align.models.batching import token_batches
+from align.models.tokenization import encode_reward_texts, pad, render
 from align.sharding.jobs import Work
 from reward_models.loading import fitting_length, load_reward_model
-from reward_models.tokenization import cut_alike, pair_texts, render, tokenize
+from reward_models.tokenization import cut_alike, pair_texts
 
 SHOWN = 80
 """Characters of a text in an error."""
-COLUMNS = ("reward_chosen", "reward_rejected", "margin")
 ALIKE = "cut_alike"
 """Column of a shard: whether the two responses are cut to the same tokens; their margin is then 0."""
 
@@ -65,7 +66,7 @@ class RewardScorer:
         Raises:
             NumericsError: a reward is not a finite number.
         """
-        return self._score(texts, tokenize(texts, self.tokenizer, self.max_length))
+        return self._score(texts, encode_reward_texts(texts, self.tokenizer, self.max_length))
 
     def _score(self, texts: Sequence[str], ids: list[list[int]]) -> np.ndarray:
         rewards = np.empty(len(ids), dtype=np.float64)
@@ -112,24 +113,17 @@ class RewardScorer:
 
     def inputs(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         """What the model is given of the rows of token ids: padded ids and mask [N, width], on its device."""
-        width = max(len(row) for row in rows)
-        pad = self.tokenizer.pad_token_id or 0
         left = self.padding_side == "left"
-        input_ids = torch.full((len(rows), width), pad, dtype=torch.long)
-        mask = torch.zeros_like(input_ids)
-        for k, row in enumerate(rows):
-            where = slice(width - len(row), width) if left else slice(0, len(row))
-            input_ids[k, where] = torch.tensor(row)
-            mask[k, where] = 1
-        found = {"input_ids": input_ids, "attention_mask": mask}
+        padded = pad(rows, self.tokenizer.pad_token_id or 0, left=left)
+        found = padded._asdict()
         if left:
-            found["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
+            found["position_ids"] = (padded.attention_mask.cumsum(dim=1) - 1).clamp_min(0)
         return {name: value.to(self.device) for name, value in found.items()}
 
 
 def with_rewards(pairs: Dataset, chosen: np.ndarray, rejected: np.ndarray) -> Dataset:
     """The table with the rewards [N] of both responses and their margin."""
-    return with_columns(pairs, dict(zip(COLUMNS, (chosen, rejected, chosen - rejected), strict=True)))
+    return with_columns(pairs, dict(zip(SCORES, (chosen, rejected, chosen - rejected), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +144,7 @@ class ScoreJob:
 
         def work(rows: Dataset) -> Dataset:
             scored, alike = scorer.score_and_tell(rows)
-            return scored.select_columns(["reward_chosen", "reward_rejected"]).add_column(ALIKE, alike.tolist())
+            return scored.select_columns(list(SCORES[:2])).add_column(ALIKE, alike.tolist())
 
         return work
 

@@ -12,6 +12,7 @@ from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from align.config import SharpnessSection, TiltSection
+from align.config.columns import NAMES
 from align.io.files import read_json, write_json
 from align.losses.pair_weights import LossTilt
 from align.models.collator import REAL, counted, only_real
@@ -19,7 +20,7 @@ from align.training.base.async_checkpoints import BackgroundSaves
 from align.training.base.epochs import WholeEpochs
 from align.training.base.finite_guard import FiniteSteps
 from align.training.base.resume import ExactResume
-from reward_models.registry import NAMED, BoundObjective
+from reward_models.registry import BoundObjective
 from reward_models.sharpness import SharpnessPenalty
 
 
@@ -98,7 +99,7 @@ class ObjectiveCollator(DataCollatorForPreference):
         """Collate ``examples``; see the class."""
         batch: dict[str, Any] = super().torch_call(examples)
         for name in self.columns:
-            kind = torch.int64 if name in NAMED else torch.float32
+            kind = torch.int64 if name in NAMES else torch.float32
             batch[name] = torch.tensor([example[name] for example in examples], dtype=kind)
         return batch
 

@@ -1,4 +1,4 @@
-"""Entanglement along training: fixed probe pairs, measured every N steps, and the step's prediction held to account."""
+"""Entanglement along training: fixed probe pairs measured every N steps, and each prediction compared with its step."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,6 @@ from align.entanglement.conditions import changes, loss_weights, shares
 from align.entanglement.products import GradientProducts, PairProducts
 from align.io.console import log
 from align.io.files import read_json, write_json
-from align.losses.pairwise import PairLogps
 from align.losses.registry import BoundLoss
 from align.models.layout import trim
 from align.models.logps import Layout, pair_logps
@@ -25,18 +24,18 @@ class EntanglementCallback(TrainerCallback):
     """Measures probe pairs, and pairs of the batch, before and after every ``every``-th optimizer step.
 
     Each measurement is one dictionary in ``records``, for the probes and (``batch_...``) for as many pairs of the
-    step's batch: cosine and |gl|/|gw| (medians), the share of each verdict under the loss in use and the mean change of
-    log p(chosen) and log p(rejected) since the reference; of this very step the predicted and the realised mean change,
-    the share of chosen responses that fell, and how often predicted and realised signs agree.
+    step's batch. It holds the medians of cosine and |gl|/|gw|, the shares of verdicts under the loss in use, and the
+    mean change of log p(chosen) and log p(rejected) since the reference; for this step also the predicted and the
+    realized mean change, the share of chosen responses that fell, and how often predicted and realized signs agree.
 
     Args:
         model: the policy, not wrapped by a launcher.
         probes: pairs in trl's layout with ``ref_chosen_logps`` and ``ref_rejected_logps``, on the model's device.
         loss: the loss in use, not beta_dpo.
         every: optimizer steps from one measurement to the next.
-        file: JSON file that holds ``records``; a resumed training goes on from it.
-        batch: pairs of the last batch that was trained on, in the same layout.
-        layout: how realised changes are computed; the trainer's.
+        file: JSON file of ``records``; a resumed training appends to it.
+        batch: returns pairs of the last batch that was trained on, in the same layout.
+        layout: layout of the realized log-probs; the trainer's.
     """
 
     def __init__(
@@ -64,14 +63,14 @@ class EntanglementCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take up what was measured before a stop."""
+        """Resume: keep the records up to the checkpoint's step."""
         if self.file.exists():
             self.records = [record for record in read_json(self.file) if record["step"] <= state.global_step]
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the parameters where the coming step is to be measured."""
+        """Copy the parameters if the next step is to be measured."""
         if state.global_step % self.every == 0:
             start = time.monotonic()
             self._before = {name: p.detach().clone() for name, p in self.measure.measured.items()}
@@ -87,14 +86,14 @@ class EntanglementCallback(TrainerCallback):
         update = {name: after[name] - self._before[name] for name in after}
         count = len(self.probes["input_ids"]) // 2
         pairs = {"": self.probes, "batch_": _first(self.batch(), count)}
-        found = {key: self.measure(_inputs(batch), update) for key, batch in pairs.items()}
+        products = {key: self.measure(_inputs(batch), update) for key, batch in pairs.items()}
         old = {key: self._logps(batch) for key, batch in pairs.items()}
         self._load(after)
         record: dict[str, float] = {}
         for key, batch in pairs.items():
-            predicted = torch.cat([found[key].chosen_along, found[key].rejected_along])
-            record |= self._geometry(key, batch, found[key])
-            record |= _compared(key, predicted, self._logps(batch) - old[key])
+            predicted = torch.cat([products[key].chosen_jvp, products[key].rejected_jvp])
+            record |= self._geometry(key, batch, products[key])
+            record |= _predicted_and_realized(key, predicted, self._logps(batch) - old[key])
         self._before = None
         record |= {"step": state.global_step, "seconds": self._copying + time.monotonic() - start}
         self.records.append(record)
@@ -104,37 +103,29 @@ class EntanglementCallback(TrainerCallback):
             state.global_step, 100 * record["entangled"], record["cosine"], record["norm_ratio"],
         )  # fmt: skip
 
-    def _geometry(self, key: str, pairs: dict[str, Tensor], found: PairProducts) -> dict[str, float]:
+    def _geometry(self, key: str, pairs: dict[str, Tensor], products: PairProducts) -> dict[str, float]:
         ref_chosen, ref_rejected = (pairs[f"ref_{side}_logps"].double().cpu() for side in ("chosen", "rejected"))
-        logps = PairLogps(
-            found.chosen_logps,
-            found.rejected_logps,
-            ref_chosen,
-            ref_rejected,
-            found.chosen_length,
-            found.rejected_length,
-        )
-        own = {name: pairs[name].cpu() for name in ("margin", "trust") if name in pairs}
-        d_w, d_l = loss_weights(self.loss, logps, **own)
-        moved = changes(found.chosen_sq, found.rejected_sq, found.inner, d_w, d_l)
-        share = shares(moved.verdicts())
+        columns = {name: pairs[name].cpu() for name in ("margin", "trust") if name in pairs}
+        d_w, d_l = loss_weights(self.loss, products.with_reference(ref_chosen, ref_rejected), **columns)
+        step = changes(products.chosen_sq, products.rejected_sq, products.inner, d_w, d_l)
+        share = shares(step.verdicts())
         return {
-            f"{key}cosine": float(found.cosine.median()),
-            f"{key}norm_ratio": float(found.norm_ratio.median()),
+            f"{key}cosine": float(products.cosine.median()),
+            f"{key}norm_ratio": float(products.norm_ratio.median()),
             f"{key}entangled": share["both fall"] + share["both rise"] + share["reversed"],
             f"{key}chosen_falls": share["both fall"] + share["reversed"],
             f"{key}rejected_rises": share["both rise"] + share["reversed"],
-            f"{key}chosen_change": float((found.chosen_logps - ref_chosen).mean()),
-            f"{key}rejected_change": float((found.rejected_logps - ref_rejected).mean()),
+            f"{key}chosen_change": float((products.chosen_logps - ref_chosen).mean()),
+            f"{key}rejected_change": float((products.rejected_logps - ref_rejected).mean()),
         }
 
     def _logps(self, batch: dict[str, Tensor]) -> Tensor:
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            found = pair_logps(self.model, batch, self.layout)
+            logps = pair_logps(self.model, batch, self.layout)
         self.model.train(training)
-        return torch.cat([found.chosen, found.rejected]).double().cpu()
+        return torch.cat([logps.chosen, logps.rejected]).double().cpu()
 
     def _load(self, values: dict[str, Tensor]) -> None:
         with torch.no_grad():
@@ -147,19 +138,19 @@ def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _first(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """The first ``count`` pairs of a batch."""
+    """Select the first ``count`` pairs of a batch."""
     count = min(count, len(batch["input_ids"]) // 2)
     return trim(batch, torch.arange(count, device=batch["input_ids"].device))
 
 
-def _compared(key: str, predicted: Tensor, realised: Tensor) -> dict[str, float]:
-    """Predicted beside realised changes [2B], chosen first."""
-    half = len(realised) // 2
+def _predicted_and_realized(key: str, predicted: Tensor, realized: Tensor) -> dict[str, float]:
+    """Metrics of predicted and realized changes [2B], chosen first."""
+    half = len(realized) // 2
     return {
         f"{key}predicted_chosen": float(predicted[:half].mean()),
         f"{key}predicted_rejected": float(predicted[half:].mean()),
-        f"{key}realised_chosen": float(realised[:half].mean()),
-        f"{key}realised_rejected": float(realised[half:].mean()),
-        f"{key}fell": float((realised[:half] < 0).double().mean()),
-        f"{key}sign_agreement": float((predicted.sign() == realised.sign()).double().mean()),
+        f"{key}realised_chosen": float(realized[:half].mean()),
+        f"{key}realised_rejected": float(realized[half:].mean()),
+        f"{key}fell": float((realized[:half] < 0).double().mean()),
+        f"{key}sign_agreement": float((predicted.sign() == realized.sign()).double().mean()),
     }

@@ -1,7 +1,7 @@
-"""Are the predictions true? Real optimizer steps on a copy of the model, observed against predicted changes.
+"""Compare predicted with observed changes over real optimizer steps on a copy of the model.
 
-The optimizer takes its warm-up steps and one more; that last update is then taken in part: at a share s of it the
-predicted change of every log-prob is s times the derivative along it, and the error must fall as s^2.
+The optimizer takes its warm-up steps and one more. Of that last update only a share s is then applied: the predicted
+change of every log-prob is s times its directional derivative along the update, and the error must fall as s^2.
 """
 
 import copy
@@ -38,12 +38,12 @@ def check_predictions(
     *,
     margin: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Sign agreement and order of the error for each optimizer.
+    """Measure sign agreement and order of the error for each optimizer.
 
     Args:
-        model: policy and, before any step, its own reference.
+        model: the policy; before any step it is the reference too.
         batch: pairs that the steps train on.
-        probes: pairs whose changes are predicted; may be others.
+        probes: pairs whose changes are predicted; they may differ from ``batch``.
         loss: any registered loss but beta_dpo.
         rates: name in ``OPTIMIZERS`` -> learning rate.
         margin: [B] of ``batch``, for losses that need one.
@@ -62,40 +62,18 @@ def _check_one(
 ) -> dict[str, Any]:
     policy = copy.deepcopy(model).eval()
     add_completion_head(base_model(policy))
-    with torch.no_grad():
-        reference = pair_logps(policy, batch, "concatenated")
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     optimizer = OPTIMIZERS[optimizer_name](trained.values(), rate)
-    before: dict[str, Tensor] = {}
-    for _ in range(WARM_UP + 1):
-        before = {name: parameter.detach().clone() for name, parameter in trained.items()}
-        found = pair_logps(policy, batch, "concatenated")
-        logps = PairLogps(found.chosen, found.rejected, reference.chosen, reference.rejected, *found[2:4])
-        optimizer.zero_grad()
-        loss(logps, margin).mean().backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)
-        optimizer.step()
-    update = {name: (parameter.detach() - before[name]) for name, parameter in trained.items()}
+    before, update = _last_update(policy, trained, batch, loss, optimizer, margin)
     _set(trained, before, update, 0.0)
     log.info("check %s: predicting %d log-probs along its update", optimizer_name, len(probes["input_ids"]))
     products = GradientProducts(policy)(probes, update)
-    predicted = torch.cat([products.chosen_along, products.rejected_along]).cpu()
+    predicted = torch.cat([products.chosen_jvp, products.rejected_jvp]).cpu()
     start, noise = _logps(policy, probes), _noise(policy, probes)
     steps = []
     for share in SHARES:
         _set(trained, before, update, share)
-        observed = _logps(policy, probes) - start
-        clear = (share * predicted).abs() > 10 * noise
-        error = (observed - share * predicted).abs()
-        steps.append(
-            {
-                "share_of_update": share,
-                "compared": int(clear.sum()),
-                "sign_agreement": float((observed.sign() == predicted.sign())[clear].double().mean()),
-                "median_relative_error": float((error / (share * predicted).abs())[clear].median()),
-                "rms_error_nats": float(error.square().mean().sqrt()),
-            }
-        )
+        steps.append(_compare(share, share * predicted, _logps(policy, probes) - start, noise))
     return {
         "learning_rate": rate,
         "log_probs": len(predicted),
@@ -103,6 +81,42 @@ def _check_one(
         "noise_nats": noise,
         "steps": steps,
         "order_of_error": _order([step for step in steps if step["rms_error_nats"] > 3 * noise]),
+    }
+
+
+def _last_update(
+    policy: nn.Module,
+    trained: dict[str, nn.Parameter],
+    batch: dict[str, Tensor],
+    loss: BoundLoss,
+    optimizer: torch.optim.Optimizer,
+    margin: Tensor | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Train for ``WARM_UP`` steps and one more; return the parameters before the last step, and its update."""
+    with torch.no_grad():
+        reference = pair_logps(policy, batch, "concatenated")
+    before: dict[str, Tensor] = {}
+    for _ in range(WARM_UP + 1):
+        before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        current = pair_logps(policy, batch, "concatenated")
+        logps = PairLogps(current.chosen, current.rejected, reference.chosen, reference.rejected, *current[2:4])
+        optimizer.zero_grad()
+        loss(logps, margin).mean().backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)
+        optimizer.step()
+    return before, {name: (parameter.detach() - before[name]) for name, parameter in trained.items()}
+
+
+def _compare(share: float, predicted: Tensor, observed: Tensor, noise: float) -> dict[str, Any]:
+    """Compare changes [2B] (nats) at one share of the update; signs and ratios of those clearly above the noise."""
+    clear = predicted.abs() > 10 * noise
+    error = (observed - predicted).abs()
+    return {
+        "share_of_update": share,
+        "compared": int(clear.sum()),
+        "sign_agreement": float((observed.sign() == predicted.sign())[clear].double().mean()),
+        "median_relative_error": float((error / predicted.abs())[clear].median()),
+        "rms_error_nats": float(error.square().mean().sqrt()),
     }
 
 
@@ -114,8 +128,8 @@ def _set(trained: dict[str, nn.Parameter], before: Direction, update: Direction,
 
 def _logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        found = pair_logps(model, batch, "concatenated")
-    return torch.cat([found.chosen, found.rejected]).double().cpu()
+        logps = pair_logps(model, batch, "concatenated")
+    return torch.cat([logps.chosen, logps.rejected]).double().cpu()
 
 
 def _noise(model: nn.Module, batch: dict[str, Tensor]) -> float:
@@ -127,9 +141,9 @@ def _noise(model: nn.Module, batch: dict[str, Tensor]) -> float:
 
 
 def _order(steps: Sequence[dict[str, Any]]) -> float:
-    """Slope of log error against log share: 2 where the prediction is right to first order.
+    """Slope of log error against log share: 2 if the prediction is right to first order.
 
-    NaN where rounding hides the error at all but one share.
+    NaN if rounding hides the error at all shares but one.
     """
     if len(steps) < 2:
         return math.nan

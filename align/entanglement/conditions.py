@@ -1,4 +1,4 @@
-"""From gradient products to what a step of the loss does to a pair (arXiv 2410.13828, with its corrections). Pure.
+"""Pure functions from gradient products to what a step of the loss does to a pair (arXiv 2410.13828, corrected).
 
 With lw, ll the log-probs of chosen and rejected, d_w = -dL/dlw and d_l = dL/dll, one gradient-descent step of size eta
 on that pair alone changes, to first order,
@@ -6,7 +6,7 @@ on that pair alone changes, to first order,
     lw by eta (d_w |gw|^2 - d_l <gw, gl>),    ll by eta (d_w <gw, gl> - d_l |gl|^2).
 
 d_w and d_l may be 0 or negative (IPO past its target, label smoothing), so the signs of the two changes are tested and
-nothing is divided by them. A weight on the pair scales both changes alike: it never turns a verdict.
+nothing is divided by them. A weight on the pair scales both changes by the same factor, so it never changes a verdict.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Changes:
     chosen: Tensor
     rejected: Tensor
     noise_chosen: Tensor
-    """Below this the sign of the change is rounding."""
+    """Numerical noise: a smaller change has no reliable sign."""
     noise_rejected: Tensor
 
     @property
@@ -39,8 +39,8 @@ class Changes:
         return self.chosen - self.rejected
 
     def verdicts(self) -> list[Verdict]:
-        """One per pair: ``separated`` (chosen rises, rejected falls), ``both fall``, ``both rise``, ``reversed``,
-        ``no signal`` (the loss has no gradient), ``undecided`` (a sign is within numerical noise)."""
+        """The verdict of each pair: ``separated`` (chosen rises, rejected falls), ``both fall``, ``both rise``,
+        ``reversed``, ``no signal`` (the loss has no gradient), ``undecided`` (a sign is within numerical noise)."""
         names: list[Verdict] = []
         for up, down, noise_up, noise_down in zip(
             self.chosen.tolist(), self.rejected.tolist(), self.noise_chosen.tolist(), self.noise_rejected.tolist(),
@@ -64,14 +64,14 @@ def loss_weights(
     weight: Tensor | None = None,
     trust: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """d_w = -dL/dlw and d_l = dL/dll, each [B], float64, by autograd through the loss.
+    """Differentiate the loss: d_w = -dL/dlw and d_l = dL/dll, each [B], float64.
 
     Args:
         loss: any registered loss but beta_dpo, whose beta is a statistic of a batch.
-        logps: of the pairs, [B].
+        logps: log-probs of the pairs, [B].
         margin: [B], for losses that use one.
-        weight: [B], of the pairs; 1 where None.
-        trust: [B], of each pair, where the loss is to have it.
+        weight: [B], weight of each pair; None: 1.
+        trust: [B], trust in the margin of each pair; None: the loss's parameter.
     """
     chosen, rejected = (values.double().detach().requires_grad_() for values in (logps.chosen, logps.rejected))
     inner = PairLogps(
@@ -90,7 +90,7 @@ def loss_weights(
 
 
 def changes(chosen_sq: Tensor, rejected_sq: Tensor, inner: Tensor, d_w: Tensor, d_l: Tensor) -> Changes:
-    """What a gradient step on each pair alone does to it; all arguments [B].
+    """First-order changes of each pair by a gradient step on it alone; all arguments [B].
 
     Args:
         chosen_sq: |gw|^2.
@@ -108,29 +108,15 @@ def changes(chosen_sq: Tensor, rejected_sq: Tensor, inner: Tensor, d_w: Tensor, 
     )
 
 
-def batch_changes(gram: Tensor, d_w: Tensor, d_l: Tensor) -> Changes:
-    """What a step on the mean loss of a batch does to each of its pairs; here the weights of pairs do matter.
-
-    Args:
-        gram: inner products [2B, 2B] of the gradients, chosen first.
-        d_w: [B].
-        d_l: [B].
-    """
-    pairs = len(d_w)
-    direction = torch.cat([d_w, -d_l]) / pairs
-    change, noise = gram @ direction, NOISE * gram.abs() @ direction.abs()
-    return Changes(change[:pairs], change[pairs:], noise[:pairs], noise[pairs:])
-
-
 def slack(chosen_sq: Tensor, rejected_sq: Tensor, inner: Tensor, d_w: Tensor, d_l: Tensor) -> Tensor:
-    """How far each pair is from entanglement, in log units [B]; negative: entangled.
+    """Distance of each pair from entanglement, in log units [B]; negative: entangled.
 
-    -log cos - |log((d_w / d_l) / (|gl| / |gw|))|. Inf where the cosine is not positive (never entangled), NaN where
-    d_w and d_l are not both positive.
+    It is -log cos - |log((d_w / d_l) / (|gl| / |gw|))|: inf for a cosine that is not positive (never entangled), NaN
+    unless d_w and d_l are both positive.
     """
     cosine = inner / (chosen_sq * rejected_sq).sqrt()
-    off_centre = (d_w / d_l).log() - 0.5 * (rejected_sq / chosen_sq).log()
-    found = -cosine.clamp_min(0).log() - off_centre.abs()
+    off_center = (d_w / d_l).log() - 0.5 * (rejected_sq / chosen_sq).log()
+    found = -cosine.clamp_min(0).log() - off_center.abs()
     return torch.where((d_w > 0) & (d_l > 0), found, torch.nan)
 
 

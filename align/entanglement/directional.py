@@ -1,8 +1,8 @@
-"""Each sequence of a batch moved along a direction in parameter space by a scalar of its own.
+"""Directional derivatives of every sequence of a batch by one backward pass through the activations.
 
-A module's output y becomes y + s_r * (derivative of y along its part of the direction) in row r, which is y at s = 0.
-The derivative of anything by s_r is then its derivative along the direction through row r, and those of all rows come
-from one backward pass through the activations.
+A module's output y becomes y + s_r * JVP in row r, where the JVP is the derivative of y along the module's part of the
+direction; at s = 0 that is y. The derivative of anything by s_r is then its directional derivative through row r, and
+one backward pass returns those of all rows.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,23 +20,23 @@ Direction = Mapping[str, Tensor]
 
 
 @contextmanager
-def moving(moves: Mapping[nn.Module, Direction], shift: Tensor) -> Iterator[None]:
-    """Forward passes through ``moves``'s modules depend on ``shift`` [rows], which is to be zeros.
+def shifted_along(directions: Mapping[nn.Module, Direction], shift: Tensor) -> Iterator[None]:
+    """Let forward passes through the modules depend on ``shift`` [rows], which must be zeros.
 
     Args:
-        moves: what moves in each module. Its output has the rows of the batch in its first dimension.
+        directions: the direction of each module's parameters. Its output has the rows of the batch first.
         shift: one scalar per row.
     """
 
-    def move(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():  # the derivative is being computed
+    def add_jvp(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # the JVP itself is being computed
             return output
         with torch.no_grad():
-            tangent = _tangent(module, moves[module], args, kwargs)
+            jvp = _module_jvp(module, directions[module], args, kwargs)
         scale = shift.to(output.dtype).view(-1, *[1] * (output.dim() - 1))
-        return output + scale * tangent
+        return output + scale * jvp
 
-    hooks = [module.register_forward_hook(move, with_kwargs=True) for module in moves]
+    hooks = [module.register_forward_hook(add_jvp, with_kwargs=True) for module in directions]
     try:
         yield
     finally:
@@ -44,12 +44,12 @@ def moving(moves: Mapping[nn.Module, Direction], shift: Tensor) -> Iterator[None
             hook.remove()
 
 
-def _tangent(module: nn.Module, move: Direction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Derivative of a module's output along ``move``, its input held fixed."""
-    if type(module) is nn.Linear and "weight" in move:  # the output itself is not needed again
-        return F.linear(args[0], move["weight"], move.get("bias"))
+def _module_jvp(module: nn.Module, direction: Direction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Derivative of a module's output along ``direction`` with its input held fixed."""
+    if type(module) is nn.Linear and "weight" in direction:  # the output itself is not needed again
+        return F.linear(args[0], direction["weight"], direction.get("bias"))
     with forward_ad.dual_level():
-        moved = {name: forward_ad.make_dual(module.get_parameter(name), u) for name, u in move.items()}
-        output = functional_call(module, moved, args, kwargs)
+        dual = {name: forward_ad.make_dual(module.get_parameter(name), u) for name, u in direction.items()}
+        output = functional_call(module, dual, args, kwargs)
         tangent: Tensor = forward_ad.unpack_dual(output).tangent
     return tangent

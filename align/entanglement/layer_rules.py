@@ -1,11 +1,11 @@
-"""Inner products of per-sequence gradients, one rule per layer type, from what goes in and what comes back.
+"""Inner products of per-sequence gradients, one rule per layer type, from its inputs and its output gradients.
 
 For a linear layer y = x W^T the gradient of one sequence is G = e^T x (x: inputs, e: gradients at the outputs), and
 
     <G_a, G_b> = sum_{s,t} (x_a[s] . x_b[t]) (e_a[s] . e_b[t])
 
-so the product can be had from two T x T matrices without G (Goodfellow, arXiv 1510.01799; Li et al., arXiv 2110.05679),
-or from the two G; each layer takes the cheaper by counted operations. Products are summed in float64.
+so two T x T Gram matrices give the product without G (Goodfellow, arXiv 1510.01799; ghost clipping, Li et al.,
+arXiv 2110.05679), and so do the two G; each layer takes the cheaper by counted operations. Sums are in float64.
 
 Legend: B pairs, rows k and B + k of a [2B, ...] tensor are the chosen and the rejected sequence of pair k, T tokens.
 """
@@ -23,7 +23,7 @@ from align.errors import ModelError
 
 @dataclass(slots=True)
 class Input:
-    """What went into a layer. Layers that read the same tensor share one, and with it its matrix of inner products."""
+    """Input of a layer. Layers that read the same tensor share one, and with it its Gram matrices."""
 
     value: Tensor
     grams: tuple[Tensor, Tensor] | None = None
@@ -31,28 +31,29 @@ class Input:
 
 @dataclass(slots=True)
 class Call:
-    """One call of a module during the forward pass: its input, and the gradient at its output."""
+    """One call of a module in the forward pass: its input, and the gradient at its output."""
 
     module: nn.Module
     name: str
-    """Of the parameter within the module."""
+    """Name of the parameter within the module."""
     input: Input
     grad: Tensor
+    """Gradient at the output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How one kind of parameter is handled."""
+    """How one kind of parameter is measured."""
 
-    vectors: Callable[[Call], Tensor]
-    """Per-sequence gradients [2B, P] of the parameter."""
+    sample_grads: Callable[[Call], Tensor]
+    """Per-sequence gradients [2B, P] of the parameter (Opacus's ``grad_sample``)."""
     products: Callable[[Call], Tensor] | None = None
-    """[3, B], |gw|^2, |gl|^2 and <gw, gl>, where that can be had for less."""
+    """|gw|^2, |gl|^2 and <gw, gl>, [3, B], where that is cheaper; None: by ``sample_grads``."""
 
 
-def products_of_vectors(vectors: Tensor) -> Tensor:
-    """[3, B], float64, from per-sequence gradients [2B, P]."""
-    chosen, rejected = vectors.chunk(2)
+def products_of_grads(sample_grads: Tensor) -> Tensor:
+    """|gw|^2, |gl|^2 and <gw, gl>, [3, B], float64, from per-sequence gradients [2B, P]."""
+    chosen, rejected = sample_grads.chunk(2)
     return torch.stack(
         [
             (a * b).sum(dim=1, dtype=torch.float64)
@@ -62,14 +63,21 @@ def products_of_vectors(vectors: Tensor) -> Tensor:
 
 
 def products_of_grams(own_x: Tensor, cross_x: Tensor, own_e: Tensor, cross_e: Tensor) -> Tensor:
-    """[3, B], float64, from T x T inner products of inputs and of gradients: own [2B, T, T], cross [B, T, T]."""
+    """|gw|^2, |gl|^2 and <gw, gl>, [3, B], float64, from Gram matrices of inputs and of output gradients.
+
+    Args:
+        own_x: inner products of the inputs within each sequence, [2B, T, T].
+        cross_x: those between chosen and rejected, [B, T, T].
+        own_e: inner products of the output gradients, as ``own_x``.
+        cross_e: as ``cross_x``.
+    """
     squares = (own_x * own_e).sum(dim=(1, 2), dtype=torch.float64)
     inner = (cross_x * cross_e).sum(dim=(1, 2), dtype=torch.float64)
     return torch.stack([*squares.chunk(2), inner])
 
 
 def grams(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Inner products between the tokens of each sequence [2B, T, T], and of chosen with rejected [B, T, T]."""
+    """Gram matrices of the tokens of each sequence [2B, T, T], and of chosen with rejected tokens [B, T, T]."""
     chosen, rejected = rows.chunk(2)
     return rows @ rows.mT, chosen @ rejected.mT
 
@@ -78,36 +86,36 @@ def _linear_products(call: Call) -> Tensor:
     x, e = call.input.value, call.grad
     tokens, d_in, d_out = x.shape[1], x.shape[-1], e.shape[-1]
     grams_cost = 3 * tokens * tokens * ((0 if call.input.grams else d_in) + d_out)
-    vectors_cost = (2 * tokens + 3) * d_in * d_out
-    if vectors_cost < grams_cost:
+    grads_cost = (2 * tokens + 3) * d_in * d_out
+    if grads_cost < grams_cost:
         half = len(x) // 2
         pairs = ([k, k + half] for k in range(half))
-        return torch.cat([products_of_vectors((e[pair].mT @ x[pair]).flatten(1)) for pair in pairs], dim=1)
+        return torch.cat([products_of_grads((e[pair].mT @ x[pair]).flatten(1)) for pair in pairs], dim=1)
     if call.input.grams is None:
         call.input.grams = grams(x)
     return products_of_grams(*call.input.grams, *grams(e))
 
 
-def _linear_vectors(call: Call) -> Tensor:
+def _linear_grads(call: Call) -> Tensor:
     return (call.grad.mT @ call.input.value).flatten(1)
 
 
-def _bias_vectors(call: Call) -> Tensor:
+def _bias_grads(call: Call) -> Tensor:
     return call.grad.sum(dim=1)
 
 
-def _embedding_vectors(call: Call) -> Tensor:
-    """Rows of the table that a batch uses, one after the other."""
+def _embedding_grads(call: Call) -> Tensor:
+    """Gradients of the rows of the table that the batch uses, concatenated."""
     used, place = call.input.value.unique(return_inverse=True)
-    found = call.grad.new_zeros(len(place), len(used), call.grad.shape[-1])
+    grads = call.grad.new_zeros(len(place), len(used), call.grad.shape[-1])
     rows = torch.arange(len(place), device=place.device)[:, None].expand_as(place)
-    found.index_put_((rows, place), call.grad, accumulate=True)
+    grads.index_put_((rows, place), call.grad, accumulate=True)
     scale = getattr(call.module, "embed_scale", None)
-    return found.flatten(1) if scale is None else found.flatten(1) * scale
+    return grads.flatten(1) if scale is None else grads.flatten(1) * scale
 
 
 def _embedding_products(call: Call) -> Tensor:
-    """Tokens with the same id share a row of the table."""
+    """Products in which tokens with the same id share a row of the table."""
     scale = getattr(call.module, "embed_scale", None)
     grad = call.grad if scale is None else call.grad * scale
     chosen, rejected = call.input.value.chunk(2)
@@ -116,11 +124,11 @@ def _embedding_products(call: Call) -> Tensor:
     return products_of_grams(same_own, same_cross, *grams(grad))
 
 
-def _scale_vectors(call: Call) -> Tensor:
-    """A one-dimensional weight in which the module is affine (RMSNorm, LayerNorm, also Gemma's 1 + w).
+def _scale_grads(call: Call) -> Tensor:
+    """Gradients of a one-dimensional weight in which the module is affine (RMSNorm, LayerNorm, also Gemma's 1 + w).
 
-    The output at weight 1 less the output at weight 0 is what the weight multiplies, whatever the module's formula;
-    where one input shows that the output at weight 0 is 0, it is not computed for the others.
+    The weight multiplies the output at weight 1 minus the output at weight 0, whatever the module's formula; the latter
+    is computed only if a probe input shows that it is not 0.
     """
     weight, x = call.module.get_parameter(call.name), call.input.value
     with torch.no_grad():
@@ -132,14 +140,14 @@ def _scale_vectors(call: Call) -> Tensor:
 
 
 def _output(call: Call, weight: Tensor, x: Tensor) -> Tensor:
-    found: Tensor = functional_call(call.module, {call.name: weight}, (x,))
-    return found
+    output: Tensor = functional_call(call.module, {call.name: weight}, (x,))
+    return output
 
 
-LINEAR = Rule(_linear_vectors, _linear_products)
-BIAS = Rule(_bias_vectors)
-EMBEDDING = Rule(_embedding_vectors, _embedding_products)
-SCALE = Rule(_scale_vectors)
+LINEAR = Rule(_linear_grads, _linear_products)
+BIAS = Rule(_bias_grads)
+EMBEDDING = Rule(_embedding_grads, _embedding_products)
+SCALE = Rule(_scale_grads)
 
 
 @dataclass(frozen=True)
@@ -149,11 +157,11 @@ class Registry:
     types: dict[type[nn.Module], dict[str, Rule]] = field(default_factory=dict)
 
     def register(self, kind: type[nn.Module], **rules: Rule) -> None:
-        """Rules for the parameters of ``kind``, by name. Exactly this type: a subclass may compute something else."""
+        """Set the rules of the parameters of ``kind``, by name; not of its subclasses, which may compute otherwise."""
         self.types[kind] = rules
 
     def find(self, module: nn.Module, name: str) -> Rule | None:
-        """The rule for a parameter of a module, or None."""
+        """The rule for a parameter of a module; None: it is measured by autograd."""
         if type(module) in self.types:
             return self.types[type(module)].get(name)
         if type(module).__name__.endswith("RMSNorm") and name == "weight" and module.get_parameter(name).dim() == 1:
@@ -171,10 +179,10 @@ RULES.register(nn.LayerNorm, weight=SCALE, bias=BIAS)
 
 
 def check_measurable(parameters: dict[str, nn.Parameter]) -> None:
-    """Refuse parameters that are not floating-point tensors of this process (quantised, sharded).
+    """Refuse parameters that are not floating-point tensors of this process (quantized, sharded).
 
     Raises:
-        ModelError: names the first.
+        ModelError: names the first such parameter.
     """
     for name, parameter in parameters.items():
         if not parameter.is_floating_point() or parameter.is_meta or type(parameter) is not nn.Parameter:

@@ -1,11 +1,11 @@
-"""|gw|^2, |gl|^2 and <gw, gl> of every pair of a batch, exact, without one per-sequence gradient of the model.
+"""Exact |gw|^2, |gl|^2 and <gw, gl> of every pair of a batch, without a per-sequence gradient of the model.
 
 gw and gl are the gradients of the summed log-probability of the chosen and of the rejected response over the trained
 parameters (arXiv 2410.13828). One forward pass and one backward pass through the activations serve both responses of
 all pairs: rows of a batch do not interact, so the gradient at a layer's output in one row belongs to that row alone.
 
-Along a direction u in parameter space the same two passes give <gw, u> and <gl, u>: each sequence gets a scalar that
-moves it, and it alone, along u, and the backward pass returns the derivative by that scalar.
+The same two passes give the directional derivatives <gw, u> and <gl, u> along a direction u in parameter space: each
+sequence gets a scalar that moves it alone along u, and the backward pass returns the derivative by that scalar.
 
 Legend: B pairs, T padded tokens, D hidden size, V vocabulary, C scored tokens of one response.
 """
@@ -19,20 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.entanglement.directional import Direction, moving
+from align.entanglement.directional import Direction, shifted_along
 from align.entanglement.head_products import HeadProducts
-from align.entanglement.layer_rules import RULES, Call, Input, Rule, check_measurable, products_of_vectors
+from align.entanglement.layer_rules import RULES, Call, Input, Rule, check_measurable, products_of_grads
 from align.errors import ModelError
 from align.io.console import log
+from align.losses.pairwise import PairLogps
 from align.models.layout import base_model
 from align.models.logps import NOT_MODEL_INPUTS
 
 TRIAL_ROWS, TRIAL_TOKENS = 2, 4
 CODE = "entanglement-parameter"
 MAX_TOKENS = 512
-"""Padded tokens that one forward and backward pass of pair products holds, unless a single pair has more."""
+"""Padded tokens of one forward and backward pass of pair products, unless a single pair has more."""
 BLOCK = 2**16
-"""Entries of per-sequence gradients whose products are summed in their own precision before float64 takes over."""
+"""Entries of per-sequence gradients whose products are summed in the model's precision; the blocks are in float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,9 @@ class PairProducts:
     """Scored tokens."""
     rejected_length: Tensor
     """Scored tokens."""
-    chosen_along: Tensor
-    """<gw, u> of the direction that was given; NaN where none was."""
-    rejected_along: Tensor
+    chosen_jvp: Tensor
+    """Directional derivative <gw, u> along the direction that was given; NaN without a direction."""
+    rejected_jvp: Tensor
     """<gl, u>."""
 
     @property
@@ -69,13 +70,19 @@ class PairProducts:
         """|gl| / |gw|; inf where the chosen gradient vanishes."""
         return (self.rejected_sq / self.chosen_sq).sqrt()
 
+    def with_reference(self, ref_chosen: Tensor, ref_rejected: Tensor) -> PairLogps:
+        """The log-probs as a loss takes them, with those of the reference [B]."""
+        return PairLogps(
+            self.chosen_logps, self.rejected_logps, ref_chosen, ref_rejected, self.chosen_length, self.rejected_length
+        )
+
 
 class GradientProducts:
-    """Measures the pairs of one model.
+    """Measures pairs under one model.
 
     Args:
         model: causal language model, with its adapter if it has one.
-        parameters: regular expression that the names of the parameters to measure match; all trained ones where None.
+        parameters: regular expression for the names of the parameters to measure; None: all that are trained.
 
     Raises:
         ModelError: no parameter is trained or matches, or one cannot be measured.
@@ -94,14 +101,15 @@ class GradientProducts:
             raise ModelError(f"the model has no trained parameter{wanted}", code=CODE)
         check_measurable(self.measured)
         self._head = HeadProducts(self.base, set(map(id, self.measured.values())))
+        self._rest: dict[str, nn.Parameter] = {}
         self._sites, self._rest = self._plan()
         self._by_rule = True
-        self._leaves: list[Tensor] = []  # where the graph of activations starts, the weights being frozen
+        self._leaves: list[Tensor] = []  # the graph of activations starts here, since the weights are frozen
         self.covered = {
             "rule": sum(p.numel() for name, p in self.measured.items() if name not in self._rest),
             "autograd": sum(p.numel() for p in self._rest.values()),
         }
-        """Measured numbers of parameters, by a layer's rule and by one backward pass per sequence."""
+        """How many parameters are measured by a layer's rule and how many by one backward pass per sequence."""
         if self._rest:
             shown = ", ".join(list(self._rest)[:3]) + (" ..." if len(self._rest) > 3 else "")
             log.warning(
@@ -109,96 +117,102 @@ class GradientProducts:
             )
 
     def __call__(self, batch: dict[str, Tensor], direction: Direction | None = None) -> PairProducts:
-        """Products of a right-padded batch in trl's layout.
+        """Measure a right-padded batch in trl's layout.
 
         Pairs go through the model ``MAX_TOKENS`` at a time: more at once would be no faster and need more memory.
 
         Args:
             batch: the pairs.
             direction: measured parameter -> tensor of its shape, such as an optimizer's update: <gw, u> and <gl, u>
-                are to first order what it does to the log-probs. Parameters that are left out do not move.
+                are the first-order changes of the log-probs by it. Parameters that are left out do not move.
         """
         pairs, width = batch["input_ids"].shape[0] // 2, batch["input_ids"].shape[1]
         size = max(1, MAX_TOKENS // (2 * width))
-        parts = (_some(batch, range(k, min(k + size, pairs))) for k in range(0, pairs, size))
-        return _joined([self._of_pairs(part, direction) for part in parts])
+        parts = (_select_pairs(batch, range(k, min(k + size, pairs))) for k in range(0, pairs, size))
+        return _concatenate([self._measure_part(part, direction) for part in parts])
 
-    def _of_pairs(self, batch: dict[str, Tensor], direction: Direction | None) -> PairProducts:
+    def _measure_part(self, batch: dict[str, Tensor], direction: Direction | None) -> PairProducts:
         """Products of all pairs of a batch in one forward and one backward pass."""
         pairs = batch["input_ids"].shape[0] // 2
         totals = torch.zeros(3, pairs, dtype=torch.float64, device=batch["input_ids"].device)
 
         def visit(rule: Rule, call: Call) -> None:
-            totals.add_(products_of_vectors(rule.vectors(call)) if rule.products is None else rule.products(call))
+            totals.add_(products_of_grads(rule.sample_grads(call)) if rule.products is None else rule.products(call))
 
         groups = list(torch.arange(2 * pairs, device=totals.device).view(2, pairs).T)
-        logps, along = self._measure(
-            batch, groups, visit, lambda vectors: totals.add_(products_of_vectors(vectors)), direction
-        )
+        logps, jvp = self._measure(batch, groups, visit, lambda grads: totals.add_(products_of_grads(grads)), direction)
         for k, gram in enumerate(self._head.take()):
             totals[:, k] += torch.stack([gram[0, 0], gram[1, 1], gram[0, 1]])
-        return _pair_products(totals.cpu(), logps, along, batch)
-
-    def gram(self, batch: dict[str, Tensor]) -> Tensor:
-        """Inner products [2B, 2B] between all chosen and rejected gradients of a batch, float64 on the CPU."""
-        return self.gram_and_pairs(batch)[0]
+        return _pair_products(totals.cpu(), logps, jvp, batch)
 
     def gram_and_pairs(self, batch: dict[str, Tensor]) -> tuple[Tensor, PairProducts]:
-        """``gram`` and, from its diagonals, the products of each pair, by one forward and one backward pass.
+        """The Gram matrix of the gradients and the products of each pair, by one forward and one backward pass.
 
-        Forms the per-sequence gradients of one layer at a time: 2B times the largest layer of memory.
+        It forms the per-sequence gradients of one layer at a time: 2B times the memory of the largest layer.
+
+        Returns:
+            Inner products [2B, 2B] between all chosen and rejected gradients, chosen first, float64 on the CPU, and
+            the products that stand on its diagonals.
         """
         rows = batch["input_ids"].shape[0]
         total = torch.zeros(rows, rows, dtype=torch.float64, device=batch["input_ids"].device)
 
-        def add(vectors: Tensor) -> None:
-            for block in vectors.split(BLOCK, dim=1):
+        def add(sample_grads: Tensor) -> None:
+            for block in sample_grads.split(BLOCK, dim=1):
                 total.add_((block @ block.T).double())
 
         groups = [torch.arange(rows, device=total.device)]
-        logps, along = self._measure(batch, groups, lambda rule, call: add(rule.vectors(call)), add)
+        logps, jvp = self._measure(batch, groups, lambda rule, call: add(rule.sample_grads(call)), add)
         gram = (total + self._head.take()[0]).cpu()
         squares = gram.diagonal().view(2, rows // 2)
-        return gram, _pair_products(torch.cat([squares, gram.diagonal(rows // 2)[None]]), logps, along, batch)
+        return gram, _pair_products(torch.cat([squares, gram.diagonal(rows // 2)[None]]), logps, jvp, batch)
 
     def _measure(
         self,
         batch: dict[str, Tensor],
         groups: list[Tensor],
         visit: Callable[[Rule, Call], None],
-        visit_vectors: Callable[[Tensor], object],
+        visit_grads: Callable[[Tensor], object],
         direction: Direction | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Run forward and backward; ``visit`` sees each call of each layer with a rule.
+        """Run one forward and one backward pass.
 
-        Returns log-probs and their derivatives along ``direction``, each [2B], float64.
+        Args:
+            batch: right-padded, in trl's layout.
+            groups: disjoint sets of rows whose products with each other are wanted; together all rows.
+            visit: gets each call of each layer with a rule.
+            visit_grads: gets the per-sequence gradients [2B, P] of each parameter without a rule.
+            direction: see ``__call__``.
+
+        Returns:
+            Log-probs and their derivatives along ``direction``, each [2B], float64.
         """
         inputs = {name: value for name, value in batch.items() if name not in NOT_MODEL_INPUTS}
-        moved = direction or {}
+        along = direction or {}
         device = batch["input_ids"].device
         shift = torch.zeros(len(batch["input_ids"]), dtype=torch.float64, device=device, requires_grad=True)
-        with self._ready(), moving(self._moves(moved), shift), self._hooks(visit) as seen:
+        with self._frozen(), shifted_along(self._by_module(along), shift), self._hooks(visit) as seen:
             hidden = self.base.base_model(**inputs, use_cache=False).last_hidden_state
             seen.clear()
-            logps, grad, along = self._head.forward(hidden, batch, groups, self._by_id(moved))
+            logps, grad, jvp = self._head.forward(hidden, batch, groups, self._by_id(along))
             if self._rest:
-                along += self._by_autograd(hidden, grad, visit_vectors, moved)
+                jvp += self._by_autograd(hidden, grad, visit_grads, along)
             *_, at_shift = torch.autograd.grad(hidden, [*self._leaves, shift], grad, allow_unused=True)
         self._leaves = []
         if at_shift is not None:
-            along += at_shift
-        return logps, along if direction is not None else torch.full_like(along, torch.nan)
+            jvp += at_shift
+        return logps, jvp if direction is not None else torch.full_like(jvp, torch.nan)
 
-    def _moves(self, direction: Direction) -> dict[nn.Module, Direction]:
-        """What moves in each module that a rule reaches, by parameter."""
-        named = self._by_id(direction)
-        own = (
+    def _by_module(self, direction: Direction) -> dict[nn.Module, Direction]:
+        """The direction of each module with a rule, by the parameter's name within it."""
+        by_id = self._by_id(direction)
+        ids = (
             (module, {name: id(module.get_parameter(name)) for name in rules}) for module, rules in self._sites.items()
         )
-        found = {module: {name: named[key] for name, key in keys.items() if key in named} for module, keys in own}
-        if self._head.tied and id(self._head.embedding.weight) in named:
-            found[self._head.embedding] = {"weight": named[id(self._head.embedding.weight)]}
-        return {module: moved for module, moved in found.items() if moved}
+        moved = {module: {name: by_id[key] for name, key in keys.items() if key in by_id} for module, keys in ids}
+        if self._head.tied and id(self._head.embedding.weight) in by_id:
+            moved[self._head.embedding] = {"weight": by_id[id(self._head.embedding.weight)]}
+        return {module: parameters for module, parameters in moved.items() if parameters}
 
     def _by_id(self, direction: Direction) -> dict[int, Tensor]:
         return {id(self.measured[name]): value for name, value in direction.items()}
@@ -207,32 +221,32 @@ class GradientProducts:
         self,
         hidden: Tensor,
         grad: Tensor,
-        visit_vectors: Callable[[Tensor], object],
+        visit_grads: Callable[[Tensor], object],
         direction: Direction,
     ) -> Tensor:
-        """Gradients of the parameters without a rule, one backward pass per sequence; their part along, [2B]."""
+        """Visit the gradients of parameters without a rule, one backward pass per sequence; return their JVP [2B]."""
         rest = list(self._rest.values())
         rows = []
         self._by_rule = False
         for row in range(len(grad)):
             only = torch.zeros_like(grad)
             only[row] = grad[row]
-            found = torch.autograd.grad(hidden, rest, only, retain_graph=True, allow_unused=True)
-            rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(rest, found, strict=True)])
+            grads = torch.autograd.grad(hidden, rest, only, retain_graph=True, allow_unused=True)
+            rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(rest, grads, strict=True)])
         self._by_rule = True
-        along = torch.zeros(len(grad), dtype=torch.float64, device=grad.device)
+        jvp = torch.zeros(len(grad), dtype=torch.float64, device=grad.device)
         for name, columns in zip(self._rest, zip(*rows, strict=True), strict=True):
-            vectors = torch.stack([column.flatten() for column in columns])
-            visit_vectors(vectors)
+            sample_grads = torch.stack([column.flatten() for column in columns])
+            visit_grads(sample_grads)
             if name in direction:
-                along += vectors.double() @ direction[name].flatten().double()
-        return along
+                jvp += sample_grads.double() @ direction[name].flatten().double()
+        return jvp
 
     def _plan(self) -> tuple[dict[nn.Module, dict[str, Rule]], dict[str, nn.Parameter]]:
-        """Modules with their rules, and the parameters that no rule reaches.
+        """Modules with their rules, and the parameters without a rule.
 
-        A parameter counts as reached where the module that holds it is called in a forward pass exactly once, on every
-        row, and no other module holds it too; the tied output head has a rule of its own.
+        A rule applies if the module that holds the parameter is called exactly once in a forward pass, on every row,
+        and no other module holds the parameter too; the tied output head has a rule of its own.
         """
         names = {id(parameter): name for name, parameter in self.measured.items()}
         holders: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -241,36 +255,36 @@ class GradientProducts:
             for name, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) in names and module not in inside_head:
                     holders.setdefault(id(parameter), []).append((module, name))
-        calls = self._trial({module for found in holders.values() for module, _ in found})
+        calls = self._trial_calls({module for holding in holders.values() for module, _ in holding})
         sites: dict[nn.Module, dict[str, Rule]] = {}
         rest: dict[str, nn.Parameter] = {}
         for key, name in names.items():
-            found = holders.get(key, [])
-            rule = RULES.find(*found[0]) if len(found) == 1 and calls.get(found[0][0]) == [TRIAL_ROWS] else None
+            holding = holders.get(key, [])
+            rule = RULES.find(*holding[0]) if len(holding) == 1 and calls.get(holding[0][0]) == [TRIAL_ROWS] else None
             if self._head.holds(self.measured[name]):
-                if found and not (self._head.tied and [module for module, _ in found] == [self._head.embedding]):
+                if holding and not (self._head.tied and [module for module, _ in holding] == [self._head.embedding]):
                     raise ModelError(f"{name}: shared between the head and more than the embedding", code=CODE)
             elif rule is not None:
-                sites.setdefault(found[0][0], {})[found[0][1]] = rule
+                sites.setdefault(holding[0][0], {})[holding[0][1]] = rule
             else:
                 rest[name] = self.measured[name]
         return sites, rest
 
-    def _trial(self, modules: set[nn.Module]) -> dict[nn.Module, list[int]]:
-        """Rows of the output of each call of these modules in a forward pass over ``TRIAL_ROWS`` rows."""
+    def _trial_calls(self, modules: set[nn.Module]) -> dict[nn.Module, list[int]]:
+        """Run a forward pass over ``TRIAL_ROWS`` rows; return the output rows of each call of each module."""
         calls: dict[nn.Module, list[int]] = {module: [] for module in modules}
         hooks = [module.register_forward_hook(lambda m, _, out: calls[m].append(len(out))) for module in modules]
         device = next(self.model.parameters()).device
         ids = torch.zeros((TRIAL_ROWS, TRIAL_TOKENS), dtype=torch.long, device=device)
-        with torch.no_grad(), self._ready():
+        with torch.no_grad(), self._frozen():
             self.base.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         for hook in hooks:
             hook.remove()
         return calls
 
     @contextmanager
-    def _ready(self) -> Iterator[None]:
-        """The model without dropout, caches, activation checkpointing and gradients of its weights."""
+    def _frozen(self) -> Iterator[None]:
+        """Switch off dropout, activation checkpointing and the gradients of all weights with a rule; restore them."""
         training, checkpointing = self.model.training, getattr(self.base, "is_gradient_checkpointing", False)
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         self.model.eval()
@@ -278,7 +292,7 @@ class GradientProducts:
             self.base.gradient_checkpointing_disable()
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        for parameter in getattr(self, "_rest", {}).values():
+        for parameter in self._rest.values():
             parameter.requires_grad_(True)
         try:
             yield
@@ -293,7 +307,8 @@ class GradientProducts:
     def _hooks(self, visit: Callable[[Rule, Call], None]) -> Iterator[dict[int, tuple[Any, Input]]]:
         """Keep the input of each module with a rule, and visit it when the gradient at its output arrives.
 
-        Yields what tells that two modules read the same tensor; to be cleared when the forward pass is over.
+        Yields the inputs by ``id``, so that modules that read the same tensor share one; clear it after the forward
+        pass.
         """
         seen: dict[int, tuple[Any, Input]] = {}
 
@@ -329,20 +344,20 @@ class GradientProducts:
                 hook.remove()
 
 
-def _some(batch: dict[str, Tensor], pairs: range) -> dict[str, Tensor]:
-    """These pairs of a batch in trl's layout, without the columns that are padding in all of them."""
+def _select_pairs(batch: dict[str, Tensor], pairs: range) -> dict[str, Tensor]:
+    """Some pairs of a batch in trl's layout, without the columns that are padding in all of them."""
     half = batch["input_ids"].shape[0] // 2
     rows = torch.tensor([*pairs, *(half + k for k in pairs)], device=batch["input_ids"].device)
     width = int(batch["attention_mask"][rows].sum(dim=1).max())
     return {name: value[rows, :width] for name, value in batch.items()}
 
 
-def _joined(parts: list[PairProducts]) -> PairProducts:
+def _concatenate(parts: list[PairProducts]) -> PairProducts:
     return PairProducts(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(PairProducts)))
 
 
-def _pair_products(totals: Tensor, logps: Tensor, along: Tensor, batch: dict[str, Tensor]) -> PairProducts:
-    """From |gw|^2, |gl|^2, <gw, gl> [3, B], log-probs [2B] and derivatives [2B]."""
+def _pair_products(totals: Tensor, logps: Tensor, jvp: Tensor, batch: dict[str, Tensor]) -> PairProducts:
+    """Split |gw|^2, |gl|^2, <gw, gl> [3, B], log-probs [2B] and directional derivatives [2B] into columns."""
     length = batch["completion_mask"][:, 1:].sum(dim=1)
-    columns = (logps.cpu(), length.cpu(), along.cpu())
+    columns = (logps.cpu(), length.cpu(), jvp.cpu())
     return PairProducts(*totals, *(part for column in columns for part in column.chunk(2)))

@@ -1,8 +1,8 @@
 """Screening without gradients: scores of a pair from one forward pass that hint at entanglement.
 
 CHES (arXiv 2410.08847) compares sums of last hidden states, the inputs of the output head, at the positions that
-predict response tokens. It is what is left of <gw, gl> - |gw|^2 for the head's own gradient when the inner products of
-its residuals are dropped, so it is a proxy; the exact numbers are those of products.py.
+predict response tokens. It is <gw, gl> - |gw|^2 of the head's own gradient with the inner products of the residuals
+dropped, so it is a proxy; products.py has the exact numbers.
 
 Legend: B pairs, T padded tokens, D hidden size.
 """
@@ -16,7 +16,7 @@ from align.models.layout import base_model
 
 
 class Screening(NamedTuple):
-    """Scores of each pair, each [B], float64 on the CPU; higher: more alike."""
+    """Scores of each pair, each [B], float64 on the CPU; higher means more similar responses."""
 
     ches: Tensor
     """<S_w, S_l> - |S_w|^2, S the sum of hidden states at the positions that predict a response."""
@@ -27,8 +27,8 @@ class Screening(NamedTuple):
 
 
 @torch.no_grad()
-def screen(model: nn.Module, batch: dict[str, Tensor]) -> Screening:
-    """Scores of a right-padded batch in trl's layout; padding has no part in them.
+def screening_scores(model: nn.Module, batch: dict[str, Tensor]) -> Screening:
+    """Scores of a right-padded batch in trl's layout; the padding mask leaves padding out of them.
 
     Args:
         model: causal language model, with its adapter if it has one.

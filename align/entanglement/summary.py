@@ -1,4 +1,4 @@
-"""Measurements of a table -> the numbers and the sentences of a report."""
+"""The numbers and the sentences of a report, from a table of measured pairs."""
 
 from typing import Any
 
@@ -12,11 +12,16 @@ from align.stats import bootstrap_share
 SCREENS = ("ches", "ches_normalised", "hidden_cosine", "token_difference")
 AGAINST = (*SCREENS, "tokens_chosen", "tokens_rejected", "margin", "logp_chosen_change")
 RARE = 0.02
-"""A share of entangled pairs up to this needs no remedy."""
+"""Largest share of entangled pairs that needs no remedy."""
 
 
 def summarize(table: Dataset, *, seed: int = 0) -> dict[str, Any]:
-    """Shares of verdicts with intervals, medians, and rank correlations of the cosine."""
+    """Compute shares of verdicts with 95% intervals, quartiles, and rank correlations of the cosine.
+
+    Args:
+        table: rows of ``measure_entanglement``.
+        seed: seed of the bootstrap.
+    """
     verdicts = list(table["verdict"])
     columns = {name: np.asarray(table[name], dtype=np.float64) for name in ("cosine", "norm_ratio", "d_w", "d_l")}
     falling = [verdict in {"both fall", "reversed"} for verdict in verdicts]
@@ -37,29 +42,29 @@ def summarize(table: Dataset, *, seed: int = 0) -> dict[str, Any]:
 
 
 def advice(summary: dict[str, Any], loss: str) -> dict[str, str]:
-    """What the numbers say, and what to do about it: ``headline`` and ``next_step``."""
+    """Sentences on a summary: ``headline`` says what it shows, ``next_step`` what to do about it."""
     falls, entangled = summary["chosen_falls"], summary["entangled"]
     percent = f"{100 * falls['value']:.0f}% ({100 * falls['low']:.0f} to {100 * falls['high']:.0f}%)"
     ratio = summary["norm_ratio"]["median"]
     if entangled["value"] <= RARE:
-        few = f" {entangled['n']} pairs do not say more than that it is at most {100 * entangled['high']:.0f}% of all."
+        few = f" {entangled['n']} pairs show no more than that at most {100 * entangled['high']:.0f}% are entangled."
         return {
-            "headline": f"A step of {loss} separates the responses of practically every pair.",
+            "headline": f"A step of {loss} separates the responses of nearly every pair.",
             "next_step": "No remedy is needed here. Measure again late in training: entanglement grows as rejected "
             "responses become unlikely." + (few if entangled["high"] > RARE else ""),
         }
     if falls["value"] > RARE:
         return {
             "headline": f"A step of {loss} on a pair alone would lower the chosen response in {percent} of the pairs: "
-            f"the rejected gradient is {ratio:.2g} times as long as the chosen one (median).",
-            "next_step": "Judge by reward on held-out prompts first: a falling chosen response can go with a better "
-            "model, and losses that hold it up gained less in our study (docs/entanglement.md). Where its likelihood "
+            f"the norm of the rejected gradient is {ratio:.2g} times that of the chosen one (median).",
+            "next_step": "Compare rewards on held-out prompts first: the model can improve while the chosen responses "
+            "fall, and losses that hold them up gained less in our study (docs/entanglement.md). If their likelihood "
             "itself matters: `remedy: {kind: hold_batch}`, `loss: dpop`, or fewer epochs.",
         }
     return {
         "headline": f"A step of {loss} on a pair alone would raise both responses in "
         f"{100 * summary['shares']['both rise']:.0f}% of the pairs; the chosen response falls in {percent}.",
-        "next_step": "Rising rejected responses are rarely a problem while the margin grows. Watch logps/rejected.",
+        "next_step": "Rising rejected responses are rarely a problem while the margin grows: watch logps/rejected.",
     }
 
 
@@ -72,7 +77,7 @@ def _quartiles(values: np.ndarray) -> dict[str, float]:
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Spearman's, over the places where both are finite; None where fewer than four are left or one is constant."""
+    """Spearman's rank correlation of the finite pairs of values; None for fewer than four, or a constant."""
     keep = np.isfinite(a) & np.isfinite(b)
     if keep.sum() < 4 or np.ptp(a[keep]) == 0 or np.ptp(b[keep]) == 0:
         return None

@@ -1,9 +1,9 @@
-"""Which tokens carry the entanglement: each token's inner product with the other response's gradient."""
+"""The entanglement of single tokens: each token's inner product with the gradient of the other response."""
 
 import torch
 from torch import Tensor, nn
 
-from align.entanglement.forward_mode import directional_logps
+from align.entanglement.forward_mode import logps_and_jvp
 from align.models.layout import base_model
 from align.models.logps import add_completion_head, pair_logps
 
@@ -11,28 +11,28 @@ from align.models.logps import add_completion_head, pair_logps
 def token_products(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Inner products [T - 1] of every chosen token with gl, and of every rejected token with gw, for one pair.
 
-    The first sum to <gw, gl>, and so do the second. One backward and one forward-mode pass per response.
+    Both sum to <gw, gl>. The cost is one backward pass and one forward-mode pass per response.
 
     Args:
         model: causal language model; its trained parameters are measured.
         batch: one pair in trl's layout.
 
     Returns:
-        Values at place t - 1 for the token at place t; 0 where a token carries no loss.
+        Values at place t - 1 for the token at place t; 0 for tokens outside the completion mask.
     """
     logps, trained = _token_logps(model, batch)
-    found = []
+    products = []
     for row, other in ((0, 1), (1, 0)):
         direction = _gradient(logps[other].sum(), trained)
-        found.append(directional_logps(model, batch, direction)[1][row])
-    return found[0], found[1]
+        products.append(logps_and_jvp(model, batch, direction)[1][row])
+    return products[0], products[1]
 
 
 def token_matrix(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Inner products [chosen tokens, rejected tokens] of the gradients of single tokens' log-probs, for one pair.
 
     The rows sum to the chosen tokens' products with gl, the columns to the rejected tokens' with gw (the heat map of
-    arXiv 2410.13828). One backward and one forward-mode pass per token of the response that has fewer.
+    arXiv 2410.13828). The cost is one backward and one forward-mode pass per token of the shorter response.
 
     Args:
         model: causal language model; its trained parameters are measured.
@@ -40,13 +40,13 @@ def token_matrix(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """
     logps, trained = _token_logps(model, batch)
     places = [mask[1:].nonzero()[:, 0] for mask in batch["completion_mask"]]
-    one, other = (0, 1) if len(places[0]) < len(places[1]) else (1, 0)
+    shorter, longer = (0, 1) if len(places[0]) < len(places[1]) else (1, 0)
     lines = []
-    for place in places[one].tolist():
-        direction = _gradient(logps[one, place], trained)
-        lines.append(directional_logps(model, batch, direction)[1][other, places[other]])
+    for place in places[shorter].tolist():
+        direction = _gradient(logps[shorter, place], trained)
+        lines.append(logps_and_jvp(model, batch, direction)[1][longer, places[longer]])
     matrix = torch.stack(lines)
-    return matrix if one == 0 else matrix.T
+    return matrix if shorter == 0 else matrix.T
 
 
 def _token_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, nn.Parameter]]:
@@ -60,5 +60,5 @@ def _token_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, di
 
 
 def _gradient(value: Tensor, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    found = torch.autograd.grad(value, list(trained.values()), retain_graph=True, allow_unused=True)
-    return {name: g for name, g in zip(trained, found, strict=True) if g is not None}
+    gradients = torch.autograd.grad(value, list(trained.values()), retain_graph=True, allow_unused=True)
+    return {name: g for name, g in zip(trained, gradients, strict=True) if g is not None}

@@ -1,4 +1,4 @@
-"""Entanglement over the saved checkpoints of a run: when did pairs begin to move the wrong way, and was it foreseen?"""
+"""Entanglement over the saved checkpoints of a run: when pairs begin to move the wrong way, and what predicts it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,45 +15,45 @@ FALLS = ("both fall", "reversed")
 
 
 def checkpoints_of(training: Path) -> list[tuple[int, Path]]:
-    """(optimizer step, folder) of the checkpoints that a training left, in order.
+    """List (optimizer step, folder) of the saved checkpoints of a training, in order.
 
     Args:
         training: folder of a ``train-<method>`` stage.
 
     Raises:
-        DataError: there are none.
+        DataError: the training saved no checkpoint.
     """
-    found = sorted(
+    checkpoints = sorted(
         (int(folder.name.removeprefix(CHECKPOINT)), folder)
         for folder in (training / "checkpoints").glob(f"{CHECKPOINT}*")
         if folder.is_dir() and folder.name.removeprefix(CHECKPOINT).isdigit()
     )
-    if not found:
+    if not checkpoints:
         raise DataError(
             f"{training / 'checkpoints'}: no checkpoint to measure",
             code="trace-checkpoints",
             hint="train with `train.trainer: {save_strategy: steps, save_steps: 20}`",
         )
-    return found
+    return checkpoints
 
 
 def trajectory(steps: Sequence[int], tables: Sequence[Dataset]) -> dict[str, Any]:
-    """What the measurements of the same pairs at several steps say together.
+    """Combine measurements of the same pairs at several steps.
 
     Args:
-        steps: optimizer steps, rising.
-        tables: rows of ``measure_pairs`` at each step, the same pairs in the same order.
+        steps: optimizer steps, ascending.
+        tables: rows of ``measure_entanglement`` at each step, the same pairs in the same order.
 
     Returns:
-        ``points`` (one dictionary per step), ``intervals`` (between neighbouring steps: how the predicted and the
-        realised change of the chosen log-probs go together), ``first_step_chosen_falls`` (the first measured step at
-        which more than ``RARE`` of the pairs would fall), ``peak_step`` (at which the mean chosen log-prob is highest)
-        and ``screening`` (rank correlation of each cheap score at the first step with the change to the last).
+        ``points`` (one dictionary per step), ``intervals`` (between adjacent steps: how the predicted and the realized
+        change of the chosen log-probs agree), ``first_step_chosen_falls`` (the first measured step at which more than
+        ``RARE`` of the pairs would fall), ``peak_step`` (the step with the highest mean chosen log-prob) and
+        ``screening`` (rank correlation of each cheap score at the first step with the change to the last).
     """
     points = [_point(step, table) for step, table in zip(steps, tables, strict=True)]
     levels = [point["chosen_change"] for point in points]
     falling = [point["step"] for point in points if point["chosen_falls"] > RARE]
-    moved = _column(tables[-1], "logp_chosen") - _column(tables[0], "logp_chosen")
+    change = _column(tables[-1], "logp_chosen") - _column(tables[0], "logp_chosen")
     names = ("cosine", *SCREENS)
     return {
         "points": points,
@@ -62,25 +62,25 @@ def trajectory(steps: Sequence[int], tables: Sequence[Dataset]) -> dict[str, Any
         "peak_step": steps[int(np.argmax(levels))],
         "screening": {
             name: {"cosine": rank_correlation(_column(tables[0], name), _column(tables[0], "cosine")),
-                   "chosen_change": rank_correlation(_column(tables[0], name), moved)}
+                   "chosen_change": rank_correlation(_column(tables[0], name), change)}
             for name in names
         },
     }  # fmt: skip
 
 
 def sentence(found: dict[str, Any], method: str) -> str:
-    """The trajectory in one sentence."""
+    """Summarize a trajectory in one sentence."""
     first, peak, last = found["first_step_chosen_falls"], found["peak_step"], found["points"][-1]
     fell = last["step"] > peak
-    end = f"after {last['step']} steps the chosen responses stand {last['chosen_change']:+.1f} nats from the reference"
+    end = f"after {last['step']} steps the chosen responses are {last['chosen_change']:+.1f} nats from the reference"
     if first is None:
-        return f"{method}: at no measured step would chosen responses fall; {end}."
+        return f"{method}: a step would lower chosen responses at no measured step; {end}."
     if not fell:
         return f"{method}: from step {first} on single steps would lower some chosen responses; {end}."
-    order = "before or when" if first <= peak else "only after"
+    order = "no later than" if first <= peak else "only after"
     return (
-        f"{method}: single steps would lower chosen responses from step {first} on, {order} their mean log-prob "
-        f"turned (highest at step {peak}); {end}."
+        f"{method}: single steps would lower chosen responses from step {first} on, {order} the peak of their mean "
+        f"log-prob (step {peak}); {end}."
     )
 
 
@@ -98,15 +98,15 @@ def _point(step: int, table: Dataset) -> dict[str, float]:
 
 
 def _interval(start: int, before: Dataset, end: int, after: Dataset) -> dict[str, Any]:
-    """Pairs whose step at ``start`` would lower the chosen response against what happened until ``end``."""
-    realised = _column(after, "logp_chosen") - _column(before, "logp_chosen")
+    """Compare the pairs whose step at ``start`` would lower the chosen response with the changes until ``end``."""
+    realized = _column(after, "logp_chosen") - _column(before, "logp_chosen")
     falls = np.isin(np.asarray(before["verdict"], dtype=object), FALLS)
     return {
         "from": start,
         "to": end,
-        "fell_of_predicted_to_fall": float((realised[falls] < 0).mean()) if falls.any() else None,
-        "fell_of_others": float((realised[~falls] < 0).mean()) if (~falls).any() else None,
-        "prediction_against_change": rank_correlation(_column(before, "step_chosen"), realised),
+        "fell_of_predicted_to_fall": float((realized[falls] < 0).mean()) if falls.any() else None,
+        "fell_of_others": float((realized[~falls] < 0).mean()) if (~falls).any() else None,
+        "prediction_against_change": rank_correlation(_column(before, "step_chosen"), realized),
     }
 
 

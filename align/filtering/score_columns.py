@@ -9,7 +9,8 @@ import numpy as np
 from datasets import Dataset
 
 from align.config import ClusterSection, FilterSection, OodSection
-from align.data.text import PARTS, cells, column, texts
+from align.config.columns import TEXT as PARTS
+from align.data.text import cells, column, texts
 from align.filtering.embeddings import PART, Encoder, TextEncoder, read_embeddings
 from align.filtering.ood import Mahalanobis
 from align.filtering.quality import make_scorer, pair_quality
@@ -172,9 +173,9 @@ def _features(model: str) -> Callable[[Dataset], np.ndarray]:
 
     Of an ensemble, those of its first member: features of two members are of two spaces and have no mean.
     """
+    from align.models.tokenization import render
     from reward_models.features import head_features
     from reward_models.score import RewardScorer
-    from reward_models.tokenization import render
 
     scorer = RewardScorer(model, batch_tokens=4096, max_length=1024, new_head=True)
 

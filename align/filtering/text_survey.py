@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from align.config import ClusterSection
-from align.data.text import PARTS, texts
+from align.config.columns import TEXT as PARTS
+from align.data.text import texts
 from align.errors import EnvironmentProblem
 from align.filtering.minhash import BANDS, band_keys
 from align.filtering.screen import screen

@@ -14,6 +14,7 @@ from align.io.console import progress
 from align.models.batching import token_batches
 from align.models.layout import base_model
 from align.models.logps import Scored, add_completion_head
+from align.models.tokenization import pad
 
 
 def completion_logps(
@@ -44,9 +45,8 @@ def completion_logps(
     batches = token_batches([len(row) for row in rows], batch_tokens)
     with torch.inference_mode():
         for batch in progress(batches, what="log-probs", total=len(batches), unit="batches"):
-            width = max(len(rows[k]) for k in batch)
-            ids = torch.tensor([rows[k] + [pad_token_id] * (width - len(rows[k])) for k in batch], device=device)
-            mask = torch.tensor([[1] * len(rows[k]) + [0] * (width - len(rows[k])) for k in batch], device=device)
+            ids, mask = (part.to(device) for part in pad([rows[k] for k in batch], pad_token_id))
+            width = ids.shape[1]
             spans = [(row * width + len(prompt_ids[k]), len(completion_ids[k])) for row, k in enumerate(batch)]
             ends = torch.cat([torch.arange(first, first + length) for first, length in spans]).to(device)
             scored = Scored(ends - 1, ids.flatten()[ends], width, temperature)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import torch
 from datasets import Dataset
 
+from align.config.columns import TOKEN_IDS
 from align.io.hashing import digest
 from align.models.layout import base_model, has_adapter
 
 NOT_OF_THE_MODEL = frozenset({"_name_or_path", "transformers_version", "use_cache"})
 """Fields of a config that no log-prob depends on: where it lies, who wrote it, how it samples."""
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def reference_key(model: torch.nn.Module, dataset: Dataset, settings: Sequence[object], *, with_adapter: bool) -> str:
@@ -19,7 +19,7 @@ def reference_key(model: torch.nn.Module, dataset: Dataset, settings: Sequence[o
 
     Args:
         model: the reference, or a policy that is its own before the first step.
-        dataset: table with ``ID_COLUMNS``.
+        dataset: table with ``TOKEN_IDS``.
         settings: whatever else the log-probs come from.
         with_adapter: the adapter is part of the reference; else its weights are left out.
     """
@@ -31,7 +31,7 @@ def reference_key(model: torch.nn.Module, dataset: Dataset, settings: Sequence[o
         if not any(part in name for part in adapter):
             state.update(name.encode())
             state.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    for column in ID_COLUMNS:
+    for column in TOKEN_IDS:
         for ids in dataset[column]:
             state.update(f"{column}{ids}".encode())
     return state.hexdigest()

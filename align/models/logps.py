@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from align.config.columns import IN_BATCH, REFERENCE_LOGPS
 from align.errors import ModelError
 from align.models import attention
-from align.models.collator import REAL
+from align.models.collator import REAL, ROW
 from align.models.lm_head import LogitForm, TokenScores, score_tokens
 from align.models.packing import pack
 
@@ -26,9 +27,7 @@ HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 HALF_HEAD_TOLERANCE = 0.25
 """Mean difference of log-probs (nats) that rounding explains: of logits near 30, 16 bits leave 0.1."""
 FORWARD_BEFORE = "_forward_without_completion_head"
-NOT_MODEL_INPUTS = frozenset(
-    {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "margin", "weight", "trust", "row", REAL}
-)
+NOT_MODEL_INPUTS = frozenset({"completion_mask", *REFERENCE_LOGPS, *IN_BATCH, ROW, REAL})
 
 
 class SequenceLogps(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from align.data.text import plain
 from align.io.files import write_text
 from align.reports import plots
 from align.reports.html import environment
@@ -138,7 +139,7 @@ def _samples(report: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
             entries = found.setdefault(json.dumps(sample["prompt"], sort_keys=True), [])
             entry = next((one for one in entries if _same_texts(one["completions"], sample["completions"])), None)
             if entry is None:
-                entry = {"prompt": _prompt_text(sample["prompt"]), "completions": {}, "verdicts": []}
+                entry = {"prompt": plain(sample["prompt"]), "completions": {}, "verdicts": []}
                 entries.append(entry)
             merged = sample["completions"] | entry["completions"]
             entry["completions"] = {key: merged[key] for key in names if key in merged}
@@ -157,10 +158,6 @@ def _verdict(part: dict[str, Any], preference: float) -> str:
         return f"{part['judge']}: a tie of {name(part['a'])} and {name(part['b'])}"
     winner, loser = (part["a"], part["b"]) if preference > 0.5 else (part["b"], part["a"])
     return f"{part['judge']}: {name(winner)} before {name(loser)}"
-
-
-def _prompt_text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def _plots(report: dict[str, Any], names: list[str]) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from align.config import RemedySection
+from align.config.columns import IN_BATCH
 from align.entanglement.conditions import loss_weights
 from align.entanglement.products import GradientProducts
 from align.entanglement.remedies import BandState, calibrate, hold_batch, hold_chosen, normalise
 from align.losses.pairwise import PairLogps
 from align.losses.registry import BoundLoss
-from align.models.collator import PAIR_COLUMNS, counted
+from align.models.collator import counted
 
 GRADIENT_INPUTS = ("input_ids", "attention_mask", "completion_mask")
 
@@ -65,7 +66,7 @@ class GradientRemedy:
             found.chosen_length,
             found.rejected_length,
         )
-        own = {name: inputs[name].cpu() for name in PAIR_COLUMNS if name in inputs}
+        own = {name: inputs[name].cpu() for name in IN_BATCH if name in inputs}
         d_w, d_l = loss_weights(self.loss, logps, **own)
         if gram is None and self.config.kind == "hold_chosen":
             factors = hold_chosen(found.chosen_sq, found.inner, d_w, d_l, keep=self.config.keep)

@@ -12,11 +12,11 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
+from align.config.columns import TOKEN_IDS
 from align.errors import ConfigError
 from align.io.console import progress
 from align.io.files import atomic_write
 from align.models.batching import token_batches
-from align.models.fingerprint import ID_COLUMNS
 from align.models.layout import has_adapter
 
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -35,7 +35,7 @@ def reference_logps(
     """Log-probs (nats) of every pair's chosen and rejected response under the reference, float64 [N, 2].
 
     Args:
-        dataset: table with ``ID_COLUMNS``.
+        dataset: table with ``TOKEN_IDS``.
         compute: examples of b pairs -> [b, 2].
         accelerator: its processes share the work; each returns the whole.
         batch_tokens: tokens of a batch, prompts counted once.
@@ -47,7 +47,7 @@ def reference_logps(
         return np.load(file, mmap_mode="r", allow_pickle=False)
     partial = None if file is None else file.with_suffix(".partial.npy")
     values = _open(partial, len(dataset), create=accelerator.is_main_process)
-    lengths = [sum(map(len, columns)) for columns in zip(*(dataset[name] for name in ID_COLUMNS), strict=True)]
+    lengths = [sum(map(len, columns)) for columns in zip(*(dataset[name] for name in TOKEN_IDS), strict=True)]
     batches = [batch for batch in token_batches(lengths, batch_tokens, padded=False) if np.isnan(values[batch]).any()]
     accelerator.wait_for_everyone()
     world, rank = accelerator.num_processes, accelerator.process_index

@@ -13,6 +13,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from align.config import RemedySection, TiltSection, TokenMaskSection
+from align.config.columns import IN_BATCH, REFERENCE_LOGPS
 from align.distributed import from_main_process
 from align.errors import ConfigError, DataError
 from align.io.console import log
@@ -22,7 +23,7 @@ from align.losses.pair_weights import LossTilt
 from align.losses.pairwise import PairLogps, scale_gradient
 from align.losses.registry import BoundLoss
 from align.models.batching import in_so_many, token_batches
-from align.models.collator import PAIR_COLUMNS, REAL, ROW, PairCollator, only_real
+from align.models.collator import REAL, ROW, PairCollator, only_real
 from align.models.fingerprint import reference_key
 from align.models.layout import LayoutChoice, choose_layout, has_adapter, trim
 from align.models.logps import Layout, SequenceLogps, pair_logps
@@ -36,7 +37,6 @@ from align.training.metrics import PairMetrics
 from align.training.reference import reference_logps, refuse_other_start
 from align.training.token_mask import TokenMask
 
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 REFERENCE_TOKENS = 8192
 """Tokens of a batch of reference log-probs where no budget is set."""
 LAYOUT_SAMPLE = 256
@@ -173,7 +173,7 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, *PAIR_COLUMNS, ROW, self.args.length_column_name]
+        self._signature_columns = [*self._signature_columns, *IN_BATCH, ROW, self.args.length_column_name]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Reference log-probs as columns, kept on disk under a key of (reference weights, token ids, truncation)."""
@@ -197,7 +197,7 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
             file=file,
             in_step=self.is_fsdp_enabled,
         )
-        columns = Dataset.from_dict(dict(zip(REFERENCE_COLUMNS, values.T, strict=True)))
+        columns = Dataset.from_dict(dict(zip(REFERENCE_LOGPS, values.T, strict=True)))
         return concatenate_datasets([dataset, columns], axis=1)
 
     def _reference_of_examples(self, examples: list[dict[str, Any]]) -> Tensor:
@@ -226,7 +226,7 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Log-probs [B], [B] of the chosen and rejected responses under the reference, without gradient."""
         if self.is_deepspeed_enabled:
-            inputs = {name: value for name, value in inputs.items() if name not in (*PAIR_COLUMNS, ROW, REAL)}
+            inputs = {name: value for name, value in inputs.items() if name not in (*IN_BATCH, ROW, REAL)}
             return super().compute_ref_log_probs(model, inputs)
         found = self._under_reference(inputs)
         return found.chosen, found.rejected

@@ -1,4 +1,4 @@
-"""All that can be said about a pair table's labels and margins before training, as plain numbers. No text, no files."""
+"""Analysis of a pair table's labels and margins before training, as plain numbers: no text, no files."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,18 +6,18 @@ from typing import Any
 import numpy as np
 
 from align.stats import Estimate
-from align.trust.evidence import weigh
+from align.trust.evidence import fit_evidence
 from align.trust.linear_proxy import DPO, MADPO, SOFT, Family, Setting, fit, held_out, scaled, without_leak
 from align.trust.selection import Selection, bootstrap, by_labels, choose
 
 CHANCE = float(np.log(2))
-"""Nats that a label costs where nothing is known."""
+"""Nats per label under a uniform guess."""
 REFERENCES = {"dpo": DPO, "madpo": MADPO, "soft_labels": SOFT}
 PARTS = {4: 0.25, 2: 0.5, 1: 1.0}
-"""Each so manieth training pair -> share of the pairs, of the learning curves."""
+"""Points of the learning curves: train on every k-th pair -> share of the pairs."""
 
 
-def analyse(
+def analyze(
     features: np.ndarray,
     margin: np.ndarray,
     folds: Sequence[np.ndarray],
@@ -26,43 +26,36 @@ def analyse(
     same_labels: bool,
     seed: int,
 ) -> dict[str, Any]:
-    """What labels and margins carry, and the setting to train with.
+    """Measure the information in labels and in margins, and choose the setting to train with.
 
     Args:
         features: differences of frozen features [N, D], chosen minus rejected.
         margin: m [N], some below 0, not all equal.
         folds: for each repeat the fold [N] of every pair.
-        family: what to try.
+        family: the settings to try.
         same_labels: whether the margins were cross-fitted on these labels.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Returns:
         JSON values: ``pairs``, ``agreement``, ``slope``, ``chosen``, ``interval``, ``by_labels``, ``grid``, ``gains``
         (nats a pair over chance), ``against`` (nats a pair over each single loss), ``curve``, ``evidence``.
     """
     x = scaled(features)
-    found = held_out(x, margin, folds, family)
-    loglik = without_leak(found, family) if same_labels else found.loglik
-    theta = fit(x, margin, found.slope, family)
-    evidence = weigh(x, margin)
-    chosen = choose(found, theta, evidence.theta, x, family, same_labels=same_labels)
-    best = loglik[:, chosen.setting, chosen.spread]
-    alone = {name: _column(loglik, family, setting) for name, setting in REFERENCES.items()}
+    heldout = held_out(x, margin, folds, family)
+    loglik = without_leak(heldout, family) if same_labels else heldout.loglik
+    theta = fit(x, margin, heldout.slope, family)
+    evidence = fit_evidence(x, margin)
+    chosen = choose(heldout, theta, evidence.theta, x, family, same_labels=same_labels)
     return {
         "pairs": len(margin),
         "directions": x.shape[1],
         "agreement": mean(margin > 0).to_dict(),
-        "slope": found.slope,
+        "slope": heldout.slope,
         "chosen": _describe(chosen, family),
         "interval": bootstrap(loglik, family.grid, seed=seed),
         "by_labels": _describe(by_labels(loglik), family),
         "grid": _grid(loglik, family),
-        "gains": {
-            "margin": mean(found.margin_alone + CHANCE).to_dict(),
-            "labels": mean(alone["dpo"] + CHANCE).to_dict(),
-            "both": mean(best + CHANCE).to_dict(),
-        },
-        "against": {name: mean(best - values).to_dict() for name, values in alone.items()},
+        **_gains(loglik, heldout.margin_alone, chosen, family),
         "curve": learning_curve(x, margin, folds[0], family, family.grid[chosen.setting]),
         "evidence": {
             "slope": evidence.slope,
@@ -73,24 +66,40 @@ def analyse(
     }
 
 
+def _gains(
+    loglik: np.ndarray, margin_alone: np.ndarray, chosen: Selection, family: Family
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Nats a pair: ``gains`` over chance, and ``against``, those of the chosen setting over each single loss."""
+    best = loglik[:, chosen.setting, chosen.spread]
+    alone = {name: _column(loglik, family, setting) for name, setting in REFERENCES.items()}
+    return {
+        "gains": {
+            "margin": mean(margin_alone + CHANCE).to_dict(),
+            "labels": mean(alone["dpo"] + CHANCE).to_dict(),
+            "both": mean(best + CHANCE).to_dict(),
+        },
+        "against": {name: mean(best - values).to_dict() for name, values in alone.items()},
+    }
+
+
 def learning_curve(
     features: np.ndarray, margin: np.ndarray, fold: np.ndarray, family: Family, chosen: Setting
 ) -> list[dict[str, float]]:
     """Gain over chance (nats a pair) of DPO and of the chosen setting, trained on a part of the pairs."""
-    made = []
+    points = []
     for every, share in PARTS.items():
         grid = (DPO, chosen) if chosen != DPO else (DPO,)
         part = Family(grid, family.spreads, family.madpo)
         loglik = held_out(features, margin, [fold], part, every=every).loglik
         best = loglik.mean(axis=0).max(axis=1) + CHANCE
-        made.append({"share": share, "labels": float(best[0]), "chosen": float(best[-1])})
-    return made
+        points.append({"share": share, "labels": float(best[0]), "chosen": float(best[-1])})
+    return points
 
 
 def labels_worth(curve: list[dict[str, float]]) -> float | None:
-    """Labels, beside its own, that a pair would need for labels alone to gain what the chosen setting gains.
+    """Further labels per pair that labels alone would need to gain as much as the chosen setting.
 
-    By the fit  gain = limit - cost / share  to the labels' learning curve; None where no number of labels is enough.
+    Extrapolates the fit  gain = limit - cost / share  to the labels' learning curve; None: no number is enough.
     """
     limit, cost = _limit_and_cost(curve, "labels")
     gain = limit - cost + curve[-1]["chosen"] - curve[-1]["labels"]
@@ -100,7 +109,7 @@ def labels_worth(curve: list[dict[str, float]]) -> float | None:
 
 
 def overtaken_at(curve: list[dict[str, float]]) -> float | None:
-    """Multiple of the present pairs at which labels alone do as well as the chosen setting; None where not in sight."""
+    """Multiple of the present pairs at which labels alone do as well as the chosen setting; None: they never do."""
     limit, cost = _limit_and_cost(curve, "labels")
     other_limit, other_cost = _limit_and_cost(curve, "chosen")
     if limit <= other_limit or cost <= other_cost:
@@ -111,8 +120,8 @@ def overtaken_at(curve: list[dict[str, float]]) -> float | None:
 def mean(values: np.ndarray) -> Estimate:
     """Mean of values [N] with its 95% interval by the normal approximation (N is at least 50 here)."""
     array = np.asarray(values, dtype=np.float64)
-    centre, half = float(array.mean()), 1.96 * float(array.std(ddof=1)) / float(np.sqrt(len(array)))
-    return Estimate(centre, centre - half, centre + half, len(array))
+    center, half = float(array.mean()), 1.96 * float(array.std(ddof=1)) / float(np.sqrt(len(array)))
+    return Estimate(center, center - half, center + half, len(array))
 
 
 def _limit_and_cost(curve: list[dict[str, float]], name: str) -> tuple[float, float]:
@@ -122,7 +131,7 @@ def _limit_and_cost(curve: list[dict[str, float]], name: str) -> tuple[float, fl
 
 
 def _column(loglik: np.ndarray, family: Family, setting: Setting) -> np.ndarray:
-    """[N], held-out log-likelihood under a setting at its best spread."""
+    """Held-out log-likelihood [N] under a setting at its best spread."""
     allowed = np.array([one == setting for one in family.grid])
     choice = by_labels(loglik, allowed)
     values: np.ndarray = loglik[:, choice.setting, choice.spread]
@@ -130,7 +139,7 @@ def _column(loglik: np.ndarray, family: Family, setting: Setting) -> np.ndarray:
 
 
 def _grid(loglik: np.ndarray, family: Family) -> list[dict[str, float]]:
-    """Each setting at its best spread: held-out log-likelihood, standard error of its difference from the best."""
+    """Each setting at its best spread: held-out log-likelihood and standard error of its difference from the best."""
     at = loglik.mean(axis=0).argmax(axis=1)
     columns = np.stack([loglik[:, k, j] for k, j in enumerate(at)], axis=1)
     top = columns[:, columns.mean(axis=0).argmax()]

@@ -1,4 +1,4 @@
-"""Frozen features of pairs: the reference's last hidden states, averaged over each response, chosen minus rejected.
+"""Frozen features of pairs: mean last hidden states of the reference over each response, chosen minus rejected.
 
 Legend: N pairs, B pairs of a batch, T padded tokens, H hidden size, D directions.
 """
@@ -12,11 +12,12 @@ from datasets import Dataset
 from scipy.linalg import eigh
 from torch import Tensor
 
+from align.config.columns import TOKEN_IDS
 from align.errors import ModelError
 from align.io.console import log, progress
 from align.models import attention
 from align.models.batching import token_batches
-from align.models.fingerprint import ID_COLUMNS, reference_key
+from align.models.fingerprint import reference_key
 from align.models.layout import base_model, choose_layout
 from align.models.loading import load_policy, load_tokenizer
 from align.models.logps import Layout
@@ -30,7 +31,7 @@ SAMPLE = 64
 
 
 def pair_features(pairs: Dataset, model: str, cache: Path, *, max_length: int) -> np.ndarray:
-    """Differences of mean hidden states [N, H], float32, kept in ``cache`` and resumed where a run was stopped.
+    """Differences of mean hidden states [N, H], float32, cached in ``cache``; a stopped pass resumes.
 
     Args:
         pairs: pair table.
@@ -39,14 +40,14 @@ def pair_features(pairs: Dataset, model: str, cache: Path, *, max_length: int) -
         max_length: tokens of prompt and response together.
 
     Raises:
-        ModelError: it cannot be loaded, its tokenizer makes ids that it has no embedding for, or has no chat template
-            where the pairs are conversations.
-        DataError: nothing of a response is left within ``max_length``.
+        ModelError: the model cannot be loaded, its tokenizer has ids without an embedding, or the pairs are
+            conversations and it has no chat template.
+        DataError: truncation to ``max_length`` leaves nothing of a response.
     """
     tokenizer = load_tokenizer(model)
     if not isinstance(pairs[0]["prompt"], str) and tokenizer.chat_template is None:
         raise ModelError(
-            f"{model}: found no chat template in its tokenizer, expected one, for the pairs are conversations",
+            f"{model}: found no chat template in its tokenizer, expected one, since the pairs are conversations",
             code="no-chat-template",
             hint="give a model that has one, or pairs of plain text",
         )
@@ -56,17 +57,17 @@ def pair_features(pairs: Dataset, model: str, cache: Path, *, max_length: int) -
     file = cache / f"{key[:32]}.npy"
     if file.exists():
         log.info("features: found in %s", file)
-        found: np.ndarray = np.load(file, allow_pickle=False)
-        return found
+        cached: np.ndarray = np.load(file, allow_pickle=False)
+        return cached
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reference.to(device)
     sample = collate([tokens[k] for k in range(min(SAMPLE, len(tokens)))], tokenizer.pad_token_id)
     layout = choose_layout(reference, sample, "auto")
     partial = file.with_suffix(".partial.npy")
     values = _open(partial, (len(tokens), base_model(reference).config.get_text_config().hidden_size))
-    lengths = [sum(map(len, columns)) for columns in zip(*(tokens[name] for name in ID_COLUMNS), strict=True)]
-    left = [k for k in range(len(tokens)) if np.isnan(values[k]).any()]
-    batches = [[left[k] for k in batch] for batch in token_batches([lengths[k] for k in left], BATCH_TOKENS)]
+    lengths = [sum(map(len, columns)) for columns in zip(*(tokens[name] for name in TOKEN_IDS), strict=True)]
+    missing = [k for k in range(len(tokens)) if np.isnan(values[k]).any()]
+    batches = [[missing[k] for k in batch] for batch in token_batches([lengths[k] for k in missing], BATCH_TOKENS)]
     for count, rows in enumerate(progress(batches, what="features", total=len(batches), unit="batches"), 1):
         batch = collate([tokens[k] for k in rows], tokenizer.pad_token_id, max_length=max_length)
         batch = {name: value.to(device) for name, value in batch.items()}
@@ -82,8 +83,8 @@ def pair_features(pairs: Dataset, model: str, cache: Path, *, max_length: int) -
 def mean_difference(model: torch.nn.Module, batch: dict[str, Any], layout: Layout) -> Tensor:
     """Mean last hidden state of the chosen minus that of the rejected response, [B, H], float32.
 
-    Padding stands on the right, where no token of a causal model sees it; so there is no mask for it. (With one, a
-    sliding window that lies wholly in the padding makes NaN.)
+    Padding is on the right, where no token of a causal model attends to it, so there is no padding mask. (With one, a
+    sliding window that lies in the padding alone yields NaN.)
 
     Args:
         model: causal language model, after ``choose_layout``.
@@ -109,17 +110,17 @@ def mean_difference(model: torch.nn.Module, batch: dict[str, Any], layout: Layou
     return chosen - rejected
 
 
-def reduce(differences: np.ndarray, directions: int = DIRECTIONS) -> np.ndarray:
-    """The differences [N, H] in their first ``directions`` principal directions, [N, D].
+def uncentered_pca(differences: np.ndarray, directions: int = DIRECTIONS) -> np.ndarray:
+    """Project the differences [N, H] on their first ``directions`` principal components, [N, D].
 
-    Not centred: a difference has a sign, and the direction in which chosen and rejected differ on average counts.
+    They are not centered: a difference has a sign, and the mean difference of chosen and rejected counts.
     """
     values = np.asarray(differences, dtype=np.float64)
     size = values.shape[1]
     kept = min(directions, size, len(values))
     vectors = eigh(values.T @ values, subset_by_index=(size - kept, size - 1))[1]
-    found: np.ndarray = values @ vectors[:, ::-1]
-    return found
+    projected: np.ndarray = values @ vectors[:, ::-1]
+    return projected
 
 
 def _open(partial: Path, shape: tuple[int, int]) -> np.memmap:

@@ -1,8 +1,8 @@
-"""Linear policies on frozen features, trained under every setting and judged by labels that they have not seen.
+"""Linear policies on frozen features, trained under every setting and evaluated on held-out labels.
 
 A policy near its reference has log-ratio gaps that are linear in the features of its last layer, so a linear model of
-the pair's feature difference x stands in for the policy: beta h = x theta. It is trained with the loss that the policy
-would be trained with (align/losses/margin_weights.py: ``trusted_label``).
+the pair's feature difference x stands in for the policy: beta h = x theta. It is trained with the policy's loss
+(align/losses/margin_weights.py: ``trusted_label``).
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ import torch
 from scipy.special import expit
 
 from align.losses.margin_weights import MADPO_TAU, trusted_label
-from align.trust.newton import minimise
+from align.trust.newton import minimize_by_newton
 from align.trust.slope import calibrated_slope
 
 TRUSTS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 STRENGTHS = (0.0, 0.5, 1.0)
 SPREADS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
-"""Standard deviations of x theta before any label is seen: from a policy that learns next to nothing to one held by
-nothing. They stand for the ridges that a policy's learning rate and number of steps stand for."""
+"""Prior standard deviations of x theta, from a policy that learns next to nothing to an unregularized one. Each is a
+ridge penalty, in place of a policy's learning rate and number of steps."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -33,7 +33,7 @@ class Setting:
 
 DPO, MADPO, SOFT = Setting(0.0, 0.0), Setting(0.0, 1.0), Setting(1.0, 0.0)
 GRID = (*(Setting(t, g) for t in TRUSTS if t < 1 for g in STRENGTHS), SOFT)
-"""Every (t, g); at t = 1 the label has no part, so g has none either."""
+"""Every (t, g); at t = 1 the label has no weight, so g has no effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class MadpoShape:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The losses and ridges that are tried; column k * len(spreads) + j is grid[k] at spreads[j]."""
+    """The losses and ridges to try; column k * len(spreads) + j is grid[k] at spreads[j]."""
 
     grid: tuple[Setting, ...] = GRID
     spreads: tuple[float, ...] = SPREADS
@@ -57,26 +57,26 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """What labels say of policies that have not seen them."""
+    """Cross-validated log-likelihoods of labels."""
 
     loglik: np.ndarray
     """[N, settings, spreads], nats: log-likelihood of each pair's label, mean over the repeats."""
     margin_alone: np.ndarray
-    """[N], nats: log sigmoid(b m) with the slope of the other folds."""
+    """[N], nats: log sigmoid(b m) with the slope fitted on the other folds."""
     slope: float
     """b calibrated on all pairs."""
 
 
 def scaled(features: np.ndarray) -> np.ndarray:
-    """Features [N, D] times one number, so that the mean of |x|^2 is D; no centring, for a difference has a sign."""
+    """Scale features [N, D] so that the mean of |x|^2 is D; they are not centered, since a difference has a sign."""
     return features / np.sqrt(np.square(features).mean())
 
 
 def fit(features: np.ndarray, margin: np.ndarray, slope: float, family: Family) -> np.ndarray:
-    """theta [D, settings, spreads] of every policy, trained on all the pairs given.
+    """Train every policy on all pairs; theta [D, settings, spreads].
 
     Args:
-        features: x [N, D] as ``scaled`` makes them.
+        features: x [N, D] from ``scaled``.
         margin: m [N].
         slope: b.
         family: what to train.
@@ -85,25 +85,25 @@ def fit(features: np.ndarray, margin: np.ndarray, slope: float, family: Family) 
     size, count = features.shape[1], len(family.spreads)
     ridge = np.tile(size / np.square(family.spreads), len(family.grid))
 
-    def slopes(logits: np.ndarray, settings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def derivatives(logits: np.ndarray, settings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         p, w = expit(logits), weight[:, settings // count]
         return w * (p - target[:, settings // count]), w * p * (1 - p)
 
-    theta = minimise(features, slopes, np.zeros((size, len(ridge))), np.tile(ridge, (size, 1)))
+    theta = minimize_by_newton(features, derivatives, np.zeros((size, len(ridge))), np.tile(ridge, (size, 1)))
     return theta.reshape(size, len(family.grid), count)
 
 
 def held_out(
     features: np.ndarray, margin: np.ndarray, folds: Sequence[np.ndarray], family: Family, *, every: int = 1
 ) -> HeldOut:
-    """Cross-validated log-likelihood of every label under policies, and a slope, that have not seen it.
+    """Cross-validate: log-likelihood of every label under policies and a slope fitted on the other folds.
 
     Args:
-        features: x [N, D] as ``scaled`` makes them.
+        features: x [N, D] from ``scaled``.
         margin: m [N].
         folds: for each repeat the fold [N] of every pair.
         family: what to train.
-        every: train on every so manieth pair of the other folds only (learning curves).
+        every: train on every ``every``-th pair of the other folds (learning curves).
     """
     loglik = np.zeros((len(margin), len(family.grid), len(family.spreads)))
     alone = np.zeros(len(margin))
@@ -119,21 +119,21 @@ def held_out(
     return HeldOut(loglik / len(folds), alone / len(folds), overall)
 
 
-def without_leak(found: HeldOut, family: Family) -> np.ndarray:
-    """Held-out log-likelihoods [N, settings, spreads] where margins come from these same labels, their leak taken off.
+def without_leak(heldout: HeldOut, family: Family) -> np.ndarray:
+    """Held-out log-likelihoods [N, settings, spreads] corrected for the leak of margins cross-fitted on these labels.
 
-    A cross-fitted margin has not seen its own pair's label, but those of the other pairs have: what a policy learns
-    from them has seen every label, also those of the fold that judges it. sigmoid(b m) by itself has not. By as much as
-    soft labels seem to do better than that, the margin's part in the loss, t + (1 - t) g, is flattered.
+    A cross-fitted margin has not seen its own pair's label, but the other pairs' margins have: a policy that learns
+    from them has seen every label, those of its test fold included. sigmoid(b m) by itself has not. The excess of soft
+    labels over it estimates the leak, which biases a loss by the weight of its margin, t + (1 - t) g.
     """
-    soft = found.loglik[:, family.grid.index(SOFT)].mean(axis=0).max()
-    leak = max(0.0, float(soft - found.margin_alone.mean()))
-    part = np.array([s.trust + (1 - s.trust) * s.strength for s in family.grid])
-    return found.loglik - leak * part[None, :, None]
+    soft = heldout.loglik[:, family.grid.index(SOFT)].mean(axis=0).max()
+    leak = max(0.0, float(soft - heldout.margin_alone.mean()))
+    weight = np.array([s.trust + (1 - s.trust) * s.strength for s in family.grid])
+    return heldout.loglik - leak * weight[None, :, None]
 
 
 def log_sigmoid(x: np.ndarray) -> np.ndarray:
-    """log sigmoid(x), stable."""
+    """log sigmoid(x), numerically stable."""
     return np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x)))
 
 

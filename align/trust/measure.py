@@ -1,4 +1,4 @@
-"""Measure how far to trust labels and margins: linear stand-ins judged on labels that they have not seen."""
+"""Measure how far to trust labels and margins: linear stand-ins for the policy, evaluated on held-out labels."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,11 @@ import numpy as np
 from datasets import Dataset
 
 from align.data.splits import folds_by_prompt
-from align.data.text import words
+from align.data.text import count_words
 from align.errors import DataError
 from align.io.console import log
 from align.io.files import read_json
-from align.trust.analysis import analyse
+from align.trust.analysis import analyze
 from align.trust.linear_proxy import Family
 from align.trust.shared_errors import shared_error_signs
 
@@ -23,29 +23,32 @@ SOURCES = ("outside", "cross-fitted", "in-sample")
 def measure_trust(
     pairs: Dataset, model: str, cache: Path, *, origin: str, max_length: int, seed: int
 ) -> dict[str, Any]:
-    """``analyse`` on a pair table, with signs of shared errors and the seconds of each part.
+    """Run ``analyze`` on a pair table; add signs of shared errors and the seconds of each part.
 
     Args:
         pairs: pair table that passed ``check_margins``.
         model: reference, hub id or folder.
         cache: folder that keeps the features.
-        origin: where the margins come from.
+        origin: where the margins come from, one of ``SOURCES``.
         max_length: tokens of prompt and response together.
-        seed: of the folds and the bootstrap.
+        seed: seed of the folds and the bootstrap.
+
+    Raises:
+        AlignError: the model cannot be used, or truncation leaves nothing of a response.
     """
     import time
 
-    from align.trust.features import pair_features, reduce
+    from align.trust.features import pair_features, uncentered_pca
 
     start = time.monotonic()
     differences = pair_features(pairs, model, cache, max_length=max_length)
     done = time.monotonic()
-    log.info("trust: %d pairs, features in %.0f s, now the proxy", len(pairs), done - start)
+    log.info("trust: %d pairs, features computed in %.0f s, now fitting the proxy", len(pairs), done - start)
     margin = np.asarray(pairs["margin"], dtype=np.float64)
     folds = [folds_by_prompt(pairs, FOLDS, seed + repeat) for repeat in range(REPEATS)]
     same_labels = origin in ("cross-fitted", "in-sample")
-    found = analyse(reduce(differences), margin, folds, Family(), same_labels=same_labels, seed=seed)
-    lengths = np.array([len(words(row["chosen"])) - len(words(row["rejected"])) for row in pairs], dtype=np.float64)
+    found = analyze(uncentered_pca(differences), margin, folds, Family(), same_labels=same_labels, seed=seed)
+    lengths = np.array([count_words(row["chosen"]) - count_words(row["rejected"]) for row in pairs], dtype=np.float64)
     groups = [str(group) for group in pairs["group"]] if "group" in pairs.column_names else None
     found["signs"] = shared_error_signs(margin, lengths, groups)
     found["seconds"] = {"features": done - start, "proxy": time.monotonic() - done}
@@ -53,26 +56,26 @@ def measure_trust(
 
 
 def loss_parameters(found: dict[str, Any]) -> dict[str, float]:
-    """Of what ``measure_trust`` found, the parameters of the loss ``trust``."""
+    """Parameters of the loss ``trust`` from the result of ``measure_trust``."""
     return {"slope": found["slope"], "trust": found["chosen"]["trust"], "strength": found["chosen"]["strength"]}
 
 
 def margin_source(table: Path) -> str:
-    """Where the run that wrote ``table`` says its margins come from; ``unknown`` where no run says it."""
+    """The origin of the margins according to the run that wrote ``table``; ``unknown`` without such a record."""
     for folder in (table, table.parent):
-        notes = folder.parent / "metrics.json"
-        if notes.exists():
-            said = read_json(notes)
-            if isinstance(said, dict) and said.get("margins") in SOURCES:
-                return str(said["margins"])
+        file = folder.parent / "metrics.json"
+        if file.exists():
+            metrics = read_json(file)
+            if isinstance(metrics, dict) and metrics.get("margins") in SOURCES:
+                return str(metrics["margins"])
     return "unknown"
 
 
 def check_margins(pairs: Dataset, origin: str, where: str, *, allow_in_sample: bool) -> None:
-    """Whether anything can be learned from the margins of a table.
+    """Check that the margins of a table can be compared with its labels.
 
     Raises:
-        DataError: too few pairs, no margin or some missing, all equal, all of the label's sign, or in-sample.
+        DataError: there are too few pairs, or margins are missing, all equal, all of one sign, or in-sample.
     """
     if "margin" not in pairs.column_names:
         raise DataError(
@@ -100,20 +103,20 @@ def check_margins(pairs: Dataset, origin: str, where: str, *, allow_in_sample: b
         raise DataError(
             f"{where}: found the same margin ({margin[0]:g}) for every pair, expected margins that differ",
             code="trust-margins",
-            hint="look at the reward model: a constant tells nothing",
+            hint="check the reward model: a constant carries no information",
         )
     if (margin >= 0).all() or (margin <= 0).all():
         agree = "agrees with" if (margin >= 0).all() else "contradicts"
         raise DataError(
             f"{where}: found that the margin {agree} the label of every pair, expected some of each: such labels "
-            "were made from the margins, or the margins from the labels, and cannot judge each other",
+            "were made from the margins, or the margins from the labels, and cannot be compared",
             code="trust-margins",
             hint="use margins of a reward model that has not seen these labels",
         )
     if origin == "in-sample" and not allow_in_sample:
         raise DataError(
             f"{where}: found in-sample margins (each by a reward model that has seen the pair's label), expected "
-            "cross-fitted or outside ones: such margins repeat the labels and would be believed for it",
+            "cross-fitted or outside ones: such margins repeat the labels and would be trusted too much",
             code="trust-in-sample",
-            hint="set reward.folds: 5, or insist with --allow-in-sample",
+            hint="set reward.folds: 5, or force it with --allow-in-sample",
         )

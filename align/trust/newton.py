@@ -1,50 +1,55 @@
-"""Many small penalised regressions on the same features at once, by Newton's method."""
+"""Many small ridge-penalized regressions on the same features at once, by Newton's method."""
 
 from collections.abc import Callable
 
 import numpy as np
 
-Slopes = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""(logits [N, s], settings [s]) -> derivative of the loss in the logits and its curvature (at least 0), each [N, s]."""
+Derivatives = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""(logits [N, s], settings [s]) -> first and second derivative (>= 0) of the loss in the logits, each [N, s]."""
 LONGEST_STEP = 4.0
-"""A step changes no logit by more: beyond, a quadratic says nothing about a logistic loss."""
+"""Largest change of a logit in one Newton step: a quadratic approximates a logistic loss no further."""
 TOLERANCE = 1e-5
-"""Change of a logit below which a setting is done."""
+"""A setting has converged if its Newton step changes no logit by more."""
 ITERATIONS = 60
 CHUNK = 4096
 
 
-def minimise(features: np.ndarray, slopes: Slopes, centre: np.ndarray, precision: np.ndarray) -> np.ndarray:
-    """theta [D, S], each column minimising  sum_i loss_i(x_i theta) + sum_j precision_j (theta_j - centre_j)^2 / 2.
+def minimize_by_newton(
+    features: np.ndarray, derivatives: Derivatives, prior_mean: np.ndarray, precision: np.ndarray
+) -> np.ndarray:
+    """Minimize  sum_i loss_i(x_i theta) + sum_j precision_j (theta_j - prior_mean_j)^2 / 2  in every column of theta.
 
     Args:
         features: x [N, D].
-        slopes: of the loss, for the settings that are asked for.
-        centre: [D, S], where the penalty is 0 and the search starts.
+        derivatives: derivatives of the loss, for some of the settings.
+        prior_mean: [D, S], minimum of the penalty and start of the search.
         precision: [D, S], above 0.
+
+    Returns:
+        theta [D, S].
     """
-    theta = np.array(centre, dtype=np.float64)
+    theta = np.array(prior_mean, dtype=np.float64)
     logits = features @ theta
-    open_ = np.arange(theta.shape[1])
+    active = np.arange(theta.shape[1])
     for _ in range(ITERATIONS):
-        gradient, curvature = slopes(logits[:, open_], open_)
-        total = features.T @ gradient + precision[:, open_] * (theta[:, open_] - centre[:, open_])
-        step = -np.linalg.solve(hessians(features, curvature, precision[:, open_]), total.T[..., None])[..., 0].T
+        gradient, curvature = derivatives(logits[:, active], active)
+        total = features.T @ gradient + precision[:, active] * (theta[:, active] - prior_mean[:, active])
+        step = -np.linalg.solve(hessians(features, curvature, precision[:, active]), total.T[..., None])[..., 0].T
         change = features @ step
         largest = np.abs(change).max(axis=0)
-        factor = np.minimum(1.0, LONGEST_STEP / np.maximum(largest, 1e-300))
-        theta[:, open_] += factor * step
-        logits[:, open_] += factor * change
-        open_ = open_[largest > TOLERANCE]
-        if not len(open_):
+        damping = np.minimum(1.0, LONGEST_STEP / np.maximum(largest, 1e-300))
+        theta[:, active] += damping * step
+        logits[:, active] += damping * change
+        active = active[largest > TOLERANCE]
+        if not len(active):
             break
     return theta
 
 
 def hessians(features: np.ndarray, curvature: np.ndarray, precision: np.ndarray) -> np.ndarray:
-    """X' diag(curvature_s) X + diag(precision_s) for every setting, [S, D, D].
+    """Hessian X' diag(curvature_s) X + diag(precision_s) of every setting, [S, D, D].
 
-    One product of [S, N] with [N, D (D + 1) / 2]; single precision, for it only shapes the step.
+    It is one product of [S, N] with [N, D (D + 1) / 2], in float32, since it only shapes the Newton step.
     """
     size = features.shape[1]
     upper = np.triu_indices(size)

@@ -1,4 +1,4 @@
-"""What the numbers of align/trust/analysis.py mean, in sentences for a person. Pure."""
+"""Sentences for users from the numbers of align/trust/analysis.py; pure functions."""
 
 from math import exp
 from typing import Any
@@ -9,42 +9,42 @@ NAMES = {"dpo": "plain DPO", "madpo": "MADPO", "soft_labels": "soft labels"}
 SOURCES = {
     "in-sample": (
         "These margins come from a reward model trained on the same pairs, each margin by a model that has seen its "
-        "label: nothing here can be believed. Cross-fit them (reward.folds: 5)."
+        "label: do not rely on anything here. Cross-fit them (reward.folds: 5)."
     ),
     "cross-fitted": (
-        "These margins come from a reward model trained on these same labels (cross-fitted): they hold no information "
-        "that the labels do not; they can help only because the reward model generalises better than the policy."
+        "These margins come from a reward model trained on these same labels (cross-fitted): they carry no information "
+        "beyond the labels; they can help only if the reward model generalizes better than the policy."
     ),
-    "outside": "These margins come from a reward model trained on other labels: they may know what these do not.",
+    "outside": "These margins come from a reward model trained on other labels: they may add information to these.",
     "unknown": (
-        "The table does not say where its margins come from. Everything here holds only if no margin was made by a "
+        "The table does not say where its margins come from. Everything here holds only if no margin comes from a "
         "model that has seen the pair's own label."
     ),
 }
 ENOUGH = 100
-"""Multiple of the pairs beyond which more labels are not a plan."""
+"""If the estimate needs more than this multiple of the present pairs, do not recommend labeling more."""
 
 
 def sentences(found: dict[str, Any], source: str) -> dict[str, str]:
-    """One sentence for each question.
+    """Write one sentence or two for each question.
 
     Args:
-        found: what ``analyse`` returned, with ``signs``.
+        found: result of ``analyze``, with ``signs``.
         source: where the margins come from, a key of ``SOURCES``.
     """
     gains = found["gains"]
     return {
         "verdict": setting(found),
         "labels": (
-            f"Labels alone: a policy trained on them guesses a label it has not seen {_nats(gains['labels'])} better "
-            "than a coin."
+            f"Labels alone: a policy trained on them predicts an unseen label {_nats(gains['labels'])} better than "
+            "chance."
         ),
         "margin": (
-            f"Margins alone: they agree with {_share(found['agreement'])} of the labels and are "
-            f"{_nats(gains['margin'])} better than a coin; a margin of 1 stands for odds of "
+            f"Margins alone: they agree with {_share(found['agreement'])} of the labels and predict them "
+            f"{_nats(gains['margin'])} better than chance; a margin of 1 means odds of "
             f"{_odds(found['slope'])} to 1."
         ),
-        "both": f"Both together: {_nats(gains['both'])} better than a coin. {_worth(found)}",
+        "both": f"Both together: {_nats(gains['both'])} better than chance. {_worth(found)}",
         "against": " ".join(_against(name, one) for name, one in found["against"].items()),
         "source": SOURCES[source],
         "more": _more(found),
@@ -53,24 +53,24 @@ def sentences(found: dict[str, Any], source: str) -> dict[str, str]:
 
 
 def setting(found: dict[str, Any]) -> str:
-    """Which setting, in words, with the interval of the trust."""
+    """Describe the chosen setting, with the 95% interval of the trust."""
     chosen, interval = found["chosen"], found["interval"]["trust"]
     t, g = chosen["trust"], chosen["strength"]
     if found["slope"] == 0:
         return "Train with plain DPO: the margins contradict the labels at least as often as they agree."
     if t == 0 and g == 0:
-        said = "Train with plain DPO: the labels, not the margins"
+        advice = "Train with plain DPO: the labels, not the margins"
     elif t == 0:
-        said = f"Train with MADPO at {'full' if g == 1 else f'{g:.0%}'} strength: the labels, weighted by the margins"
+        advice = f"Train with MADPO at {'full' if g == 1 else f'{g:.0%}'} strength: the labels, weighted by the margins"
     elif t == 1:
-        said = "Train with soft labels: the margins, not the labels"
+        advice = "Train with soft labels: the margins, not the labels"
     else:
         weight = (
             "" if g == 0 else f", the labels' part weighted by MADPO at {'full' if g == 1 else f'{g:.0%}'} strength"
         )
-        said = f"Train on a mix: {t:.0%} margins, {1 - t:.0%} labels{weight}"
+        advice = f"Train on a mix: {t:.0%} margins, {1 - t:.0%} labels{weight}"
     return (
-        f"{said} (trust {t:g}, strength {g:g}; over resampled pairs held-out labels alone choose a trust from "
+        f"{advice} (trust {t:g}, strength {g:g}; over bootstrap samples held-out labels alone choose a trust from "
         f"{interval[0]:g} to {interval[1]:g})."
     )
 
@@ -85,7 +85,7 @@ def _against(name: str, difference: dict[str, float]) -> str:
 def _worth(found: dict[str, Any]) -> str:
     worth = labels_worth(found["curve"])
     if worth is None:
-        return "No number of further labels in sight would do what the margins do."
+        return "No number of further labels in sight would replace the margins."
     if worth < 0.05:
         return "The margins replace no labels."
     return f"One margin is worth about {worth:.1f} label{'' if round(worth, 1) == 1 else 's'}."
@@ -94,35 +94,38 @@ def _worth(found: dict[str, Any]) -> str:
 def _more(found: dict[str, Any]) -> str:
     curve, chosen = found["curve"], found["chosen"]
     points = ", ".join(f"{point['labels']:.3f} with {point['share']:.0%}" for point in curve)
-    said = f"More pairs: labels alone gain {points} of the pairs (nats a pair)"
+    gain = f"More pairs: labels alone gain {points} of the pairs (nats a pair)"
     if chosen["trust"] == 0 and chosen["strength"] == 0:
-        return f"{said}; the labels are already believed alone."
+        return f"{gain}; the chosen setting uses the labels alone already."
     times = overtaken_at(curve)
     if times is None or times > ENOUGH:
-        return f"{said}; no number of pairs in sight would make the labels alone as good."
+        return f"{gain}; no number of pairs in sight would make labels alone as good."
     if times <= 1:
-        return f"{said}; labels alone are about as good already."
-    return f"{said}; with about {times:.1f} times as many pairs the labels alone would do as well."
+        return f"{gain}; labels alone are already about as good."
+    return f"{gain}; with about {times:.1f} times as many pairs labels alone would be as good."
 
 
 def _shared(signs: dict[str, dict[str, Any]]) -> str:
     clear = {name: sign for name, sign in signs.items() if sign["clear"]}
     if not signs:
-        return "Shared errors: nothing to compare the margins with."
+        return "Shared errors: there is nothing to compare the margins with."
     if not clear:
         return f"Shared errors: no sign of one in {', '.join(signs)}."
-    said = []
+    parts = []
     for name, sign in clear.items():
         if name == "length":
             kind = "shorter" if sign["z"] < 0 else "longer"
-            said.append(
-                f"for a given margin the labels favour the {kind} response (z {sign['z']:.1f}; correlation of margin "
+            parts.append(
+                f"at a given margin the labels favor the {kind} response (z {sign['z']:.1f}; correlation of margin "
                 f"and length difference {sign['correlation']:.2f}): the reward model misjudges length"
             )
         else:
             word = "less" if sign["z"] < 0 else "more"
-            said.append(f"in {name} a margin says {word} than elsewhere (z {sign['z']:.1f}, slope {sign['slope']:.2f})")
-    return f"Shared errors: {'; '.join(said)}."
+            parts.append(
+                f"in {name} a margin says {word} about the label than elsewhere "
+                f"(z {sign['z']:.1f}, slope {sign['slope']:.2f})"
+            )
+    return f"Shared errors: {'; '.join(parts)}."
 
 
 def _nats(estimate: dict[str, float]) -> str:

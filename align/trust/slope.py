@@ -1,22 +1,22 @@
-"""Slope b of the margins: the label's log-odds per unit of margin, by logistic regression through the origin."""
+"""Slope b of the margins: log-odds of the label per unit of margin, by logistic regression without intercept."""
 
 import numpy as np
 from scipy.special import expit
 
-ROOM = 60
+BISECTIONS = 60
 """Halvings of the interval that holds the slope."""
 
 
 def calibrated_slope(margin: np.ndarray) -> float:
-    """The b >= 0 under which the labels are most likely, P(label as given) = sigmoid(b m).
+    """The maximum-likelihood slope b >= 0 of P(label as given) = sigmoid(b m) (Platt scaling without intercept).
 
-    0 where the margins contradict the labels more than they agree: a reward model is never used upside down.
+    It is 0 if the margins contradict the labels more than they agree: a reward model is never inverted.
 
     Args:
-        margin: [N], of the response that the label prefers minus the other; at least one of them below 0.
+        margin: [N], reward of the response that the label prefers minus the other's; at least one is below 0.
 
     Raises:
-        ValueError: no margin is below 0, so that the slope has no finite value.
+        ValueError: no margin is below 0, so the slope has no finite value.
     """
     if not (margin < 0).any():
         raise ValueError("calibrated_slope needs a margin below 0")
@@ -25,7 +25,7 @@ def calibrated_slope(margin: np.ndarray) -> float:
     low, high = 0.0, 1.0 / float(np.abs(margin).mean())
     while _derivative(margin, high) > 0:
         low, high = high, 2 * high
-    for _ in range(ROOM):
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if _derivative(margin, middle) > 0:
             low = middle
@@ -35,5 +35,5 @@ def calibrated_slope(margin: np.ndarray) -> float:
 
 
 def _derivative(margin: np.ndarray, slope: float) -> float:
-    """Of the labels' mean log-likelihood in the slope; falls with the slope."""
+    """Derivative of the labels' mean log-likelihood with respect to the slope; it decreases in the slope."""
     return float((margin * expit(-slope * margin)).mean())

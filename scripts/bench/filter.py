@@ -247,7 +247,7 @@ def main() -> None:
             results += [against(name, count, folder) for name in arguments.against]
             continue
         shutil.rmtree(folder / "filtered", ignore_errors=True)
-        command = [sys.executable, __file__, "--one", str(count), "--folder", str(folder)]
+        command = [sys.executable, "-m", "scripts.bench.filter", "--one", str(count), "--folder", str(folder)]
         command += ["--processes", str(arguments.processes)]
         command += ["--cluster", arguments.cluster] if arguments.cluster else []
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

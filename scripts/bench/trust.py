@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from scipy.special import expit
 
-from align.trust.analysis import analyse
-from align.trust.features import DIRECTIONS, reduce
+from align.trust.analysis import analyze
+from align.trust.features import DIRECTIONS, uncentered_pca
 from align.trust.linear_proxy import Family
 from align.trust.measure import FOLDS, REPEATS
 
@@ -42,11 +42,11 @@ def main() -> None:
     for count in arguments.sizes:
         differences, margin = make(count, arguments.hidden, seed=0)
         start, cpu = time.perf_counter(), time.process_time()
-        features = reduce(differences)
+        features = uncentered_pca(differences)
         reduced = time.perf_counter()
         rng = np.random.default_rng(0)
         folds = [rng.permutation(count) % FOLDS for _ in range(REPEATS)]
-        found = analyse(features, margin, folds, Family(), same_labels=False, seed=0)
+        found = analyze(features, margin, folds, Family(), same_labels=False, seed=0)
         done = time.perf_counter()
         peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
         results[count] = {

@@ -36,10 +36,13 @@ from align.io.hashing import digest
 from align.io.stage import versions
 from scripts.reproduce.exact_arena.gold import SIZE, gold_reward, reward_and_kl
 from scripts.reproduce.exact_arena.methods import METHODS, UNTUNED
-from scripts.reproduce.exact_arena.report import compact, draw_plots, insert, markdown, summarise
+from scripts.reproduce.exact_arena.report import compact, draw_plots, markdown, summarise
 from scripts.reproduce.exact_arena.training import Recipe, train
 from scripts.reproduce.exact_arena.world import ERRORS, Cell, World, draw_world
+from scripts.tables import update_page
 
+MARK = "scripts/reproduce/arena.py"
+"""Mark of the tables in a page."""
 VALIDATION = range(100_000, 100_020)
 CHOICE_KL = 0.5
 KLS = (0.1, 0.25, 0.5, 1.0, 1.4)
@@ -199,10 +202,7 @@ def main() -> None:
     small.write_text(json.dumps(compact(summary), separators=(",", ":")) + "\n", encoding="utf-8")
     print(markdown(summary))
     if arguments.document:
-        page = arguments.document
-        page.write_text(
-            insert(page.read_text(encoding="utf-8"), markdown(summary), Path(__file__).name), encoding="utf-8"
-        )
+        update_page(arguments.document, markdown(summary), MARK)
     draw_plots(summary, arguments.output)
 
 

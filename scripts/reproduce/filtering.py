@@ -52,10 +52,12 @@ from scripts.reproduce.exact_arena.pool import (
     draw_pool,
 )
 from scripts.reproduce.exact_arena.pool_report import LONG, draw_plot, markdown, named, summarise
-from scripts.reproduce.exact_arena.report import insert
 from scripts.reproduce.exact_arena.training import Recipe, train
 from scripts.reproduce.exact_arena.world import World
+from scripts.tables import update_page
 
+MARK = "scripts/reproduce/filtering.py"
+"""Mark of the tables in a page."""
 FLIPS = (0.0, 0.2, 0.4)
 ERRORS = ("cross-fitted", "independent", "shared")
 STEPS = (12, 25, 50, 100)
@@ -160,8 +162,7 @@ def main() -> None:
     tables = markdown(rows, STEPS, LONG_STEPS)
     print(tables)
     if arguments.document:
-        page = arguments.document.read_text(encoding="utf-8")
-        arguments.document.write_text(insert(page, tables, Path(__file__).name), encoding="utf-8")
+        update_page(arguments.document, tables, MARK)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ from datasets import Dataset
 from align.filtering.embeddings import embed
 from align.io.console import configure, progress
 from align.io.files import read_json, write_json
-from align.trust.evidence import weigh
-from align.trust.features import pair_features, reduce
+from align.trust.evidence import fit_evidence
+from align.trust.features import pair_features, uncentered_pca
 from align.trust.linear_proxy import GRID, Family, fit, held_out, scaled
 from align.trust.selection import by_labels, choose
 from reward_models.judges import make_judge
 from scripts.assets.demo_data import PAIR_PROMPT, Snippet, read_snippets
-from scripts.study.trust import ALLOWED, FOLDS, out_of_fold
+from scripts.reproduce.exact_arena.heads import FOLDS, out_of_fold_margins
+from scripts.study.trust import ALLOWED
 
 MOST_WORDS, FEWEST_WORDS = 14, 5
 MARGINS = ("outside", "cross-fitted", "noise")
@@ -62,10 +63,10 @@ def run_draw(kind: str, draw: int, data: dict[str, Any]) -> dict[str, Any]:
     elif kind == "noise":
         margin = rng.normal(size=len(train))
     else:
-        margin = out_of_fold(scaled(data["embedded"][train] * sign[:, None]), rng)
+        margin = out_of_fold_margins(scaled(data["embedded"][train] * sign[:, None]), rng)
     found = held_out(x, margin, [rng.permutation(len(x)) % FOLDS], FAMILY)
     theta = fit(x, margin, found.slope, FAMILY)
-    evidence = weigh(x, margin)
+    evidence = fit_evidence(x, margin)
     choices = {name: by_labels(found.loglik, allowed) for name, allowed in ALLOWED.items()}
     same_labels = kind == "cross-fitted"
     choices["combined"] = choose(found, theta, evidence.theta, x, FAMILY, same_labels=same_labels)
@@ -148,8 +149,8 @@ def main() -> None:
     scores = [judge.score([PAIR_PROMPT] * count, side) for side in texts]
     data = {
         "pairs": pairs,
-        "x": scaled(reduce(differences)),
-        "embedded": reduce(embedded[0] - embedded[1]),
+        "x": scaled(uncentered_pca(differences)),
+        "embedded": uncentered_pca(embedded[0] - embedded[1]),
         "outside": scores[0] - scores[1],
         "gold": np.array([a.mean - b.mean for a, b in pairs]),
         "train": np.arange(arguments.pairs),

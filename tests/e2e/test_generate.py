@@ -159,7 +159,7 @@ def test_mistakes_cost_one_line(workspace: Path) -> None:
     bad = align("generate", "bad.jsonl", "--model", "policy", "--output", "out", cwd=workspace)
     assert bad.returncode == 2
     for said in ("row 1: found an empty prompt", "row 2: prompt: found 3", "row 4: found id 'a', which row 3 has too",
-                 "row 5: found text beside messages"):  # fmt: skip
+                 "row 5: found both text and messages"):  # fmt: skip
         assert said in bad.stderr
     cases = [
         (["--engine", "vlm"], "did you mean `vllm`"),

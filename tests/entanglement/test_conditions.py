@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align.entanglement.conditions import batch_changes, changes, loss_weights, shares, slack
+from align.entanglement.conditions import changes, loss_weights, shares, slack
 from align.losses.pairwise import PairLogps
 from align.losses.registry import LOSSES, resolve
 
@@ -89,13 +89,3 @@ def test_loss_weights_are_the_derivatives(name: str) -> None:
     assert torch.allclose(d_l, (up - down) / (2 * step), atol=1e-6)
     if name in {"dpo", "madpo", "odpo", "cdpo"}:
         assert torch.allclose(d_w, d_l)
-
-
-@given(st.integers(0, 10**6), st.lists(st.tuples(REAL, REAL), min_size=2, max_size=5))
-def test_batch_changes_are_those_of_the_mean_loss(seed: int, weights: list[tuple[float, float]]) -> None:
-    gw, gl = vectors(seed, len(weights))
-    d_w, d_l = torch.tensor(weights, dtype=torch.float64).T
-    every = torch.cat([gw, gl])
-    found = batch_changes(every @ every.T, d_w, d_l)
-    step = (d_w[:, None] * gw - d_l[:, None] * gl).mean(dim=0)
-    assert torch.allclose(found.chosen, gw @ step, atol=1e-9) and torch.allclose(found.rejected, gl @ step, atol=1e-9)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from align.entanglement.check import check_predictions
-from align.entanglement.forward_mode import directional_logps
+from align.entanglement.forward_mode import logps_and_jvp
 from align.entanglement.products import GradientProducts
 from align.entanglement.token_products import token_matrix, token_products
 from align.losses.registry import resolve
@@ -54,13 +54,11 @@ def test_derivatives_are_gradient_products(family: str) -> None:
     expected = by_gradients(model, BATCH, direction)
     tolerance = 1e-5 if family.startswith("Gemma") else 1e-9  # their norms are float32
     found = GradientProducts(model)(BATCH, direction)
-    assert torch.allclose(
-        torch.cat([found.chosen_along, found.rejected_along]), expected, rtol=tolerance, atol=tolerance
-    )
-    _, tokens = directional_logps(model, BATCH, direction)
+    assert torch.allclose(torch.cat([found.chosen_jvp, found.rejected_jvp]), expected, rtol=tolerance, atol=tolerance)
+    _, tokens = logps_and_jvp(model, BATCH, direction)
     assert torch.allclose(tokens.sum(dim=1), expected, rtol=1e-5, atol=1e-5)
     alone = GradientProducts(model)(BATCH)
-    assert alone.chosen_along.isnan().all() and torch.equal(alone.inner, found.inner)
+    assert alone.chosen_jvp.isnan().all() and torch.equal(alone.inner, found.inner)
 
 
 @pytest.mark.parametrize("modules", [["q_proj", "down_proj"], ["q_proj", "lm_head"], ["embed_tokens", "v_proj"]])
@@ -70,7 +68,7 @@ def test_derivatives_through_adapters(modules: list[str]) -> None:
     direction = somewhere(model)
     found = GradientProducts(model)(BATCH, direction)
     expected = by_gradients(model, BATCH, direction)
-    assert torch.allclose(torch.cat([found.chosen_along, found.rejected_along]), expected, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(torch.cat([found.chosen_jvp, found.rejected_jvp]), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_only_what_is_named_moves() -> None:
@@ -78,9 +76,9 @@ def test_only_what_is_named_moves() -> None:
     whole = somewhere(model)
     part = {name: u for name, u in whole.items() if "layers.1.mlp" in name or name.endswith("layernorm.weight")}
     found = GradientProducts(model)(BATCH, part)
-    assert torch.allclose(found.chosen_along, by_gradients(model, BATCH, part)[:4], rtol=1e-9)
+    assert torch.allclose(found.chosen_jvp, by_gradients(model, BATCH, part)[:4], rtol=1e-9)
     nowhere = GradientProducts(model)(BATCH, {})
-    assert not nowhere.chosen_along.any() and not nowhere.rejected_along.any()
+    assert not nowhere.chosen_jvp.any() and not nowhere.rejected_jvp.any()
 
 
 def test_tokens_sum_to_the_product() -> None:
@@ -89,7 +87,7 @@ def test_tokens_sum_to_the_product() -> None:
     pair = {name: value[[0, 4]] for name, value in BATCH.items()}
     names = [name for name, _ in model.named_parameters()]
     gradient = torch.autograd.grad(one_by_one(model, pair)[1], list(model.parameters()))
-    _, tokens = directional_logps(model, pair, dict(zip(names, gradient, strict=True)))
+    _, tokens = logps_and_jvp(model, pair, dict(zip(names, gradient, strict=True)))
     products = GradientProducts(model)(pair)
     assert float(tokens[0].sum()) == pytest.approx(float(products.inner[0]), rel=1e-4)
     assert float(tokens[1].sum()) == pytest.approx(float(products.rejected_sq[0]), rel=1e-4)

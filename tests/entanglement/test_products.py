@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.entanglement.layer_rules import LINEAR, RULES, Call, Input, products_of_vectors
+from align.entanglement.layer_rules import LINEAR, RULES, Call, Input, products_of_grads
 from align.entanglement.products import GradientProducts
 from align.errors import DataError, ModelError
 from align.models.tokenization import collate, tokenize_pairs
@@ -170,7 +170,7 @@ def test_both_forms_of_the_linear_rule_agree(tokens: int, d_in: int, d_out: int)
     x, e = (torch.randn(6, tokens, d, generator=generator, dtype=torch.float64) for d in (d_in, d_out))
     call = Call(nn.Linear(1, 1), "weight", Input(x), e)
     assert LINEAR.products is not None
-    assert torch.allclose(LINEAR.products(call), products_of_vectors(LINEAR.vectors(call)))
+    assert torch.allclose(LINEAR.products(call), products_of_grads(LINEAR.sample_grads(call)))
     assert RULES.find(Doubled(2, 2), "weight") is None
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from align.entanglement.screening import screen
+from align.entanglement.screening import screening_scores
 from tests.models.test_logps import make_batch, tiny
 
 LENGTHS = [(6, 5, 8), (1, 3, 2), (12, 4, 4), (3, 1, 9)]
@@ -13,7 +13,7 @@ LENGTHS = [(6, 5, 8), (1, 3, 2), (12, 4, 4), (3, 1, 9)]
 def test_against_loops_over_single_sequences(family: str) -> None:
     """Sums from the last prompt token to the last but one of the response; padding and the batch change nothing."""
     model, batch = tiny(family), make_batch(LENGTHS, same_start=1)
-    found = screen(model, batch)
+    found = screening_scores(model, batch)
     for k, (prompt, *lengths) in enumerate(LENGTHS):
         sums = []
         for side, length in enumerate(lengths):
@@ -29,6 +29,6 @@ def test_against_loops_over_single_sequences(family: str) -> None:
 
 def test_equal_responses_score_zero() -> None:
     batch = make_batch([(5, 4, 4)], same_start=4)
-    found = screen(tiny("Llama"), batch)
+    found = screening_scores(tiny("Llama"), batch)
     assert torch.allclose(found.ches, torch.zeros(1, dtype=torch.float64), atol=1e-9)
     assert float(found.hidden_cosine) == pytest.approx(1.0)

@@ -24,6 +24,8 @@ from transformers import (
 from align.config import ObjectiveSection, RewardSection
 from align.errors import ConfigError, DataError, ModelError, NumericsError
 from align.models.loading import load_policy
+from align.models.tokenization import encode_reward_texts as tokenize
+from align.models.tokenization import render
 from reward_models.crossfit import cross_fit
 from reward_models.ensemble import EnsembleScorer, members, score_with
 from reward_models.features import head_features
@@ -33,7 +35,7 @@ from reward_models.margin_metrics import evaluate_margins
 from reward_models.objectives import bradley_terry
 from reward_models.pairwise_judges import make_score_judge
 from reward_models.score import RewardScorer
-from reward_models.tokenization import cut_alike, render, tokenize
+from reward_models.tokenization import cut_alike
 from reward_models.train import train_reward_model
 from reward_models.trainer import ObjectiveRewardTrainer
 from tests.helpers.builders import beginning, bert_reward, causal, llama_reward, rows, tokenizer

@@ -26,9 +26,9 @@ from scripts.reproduce.exact_arena.pool import (
     draw_pool,
 )
 from scripts.reproduce.exact_arena.pool_report import LONG, MAIN_KEEP, named, soonest, summarise
-from scripts.reproduce.exact_arena.report import END, insert
 from scripts.reproduce.exact_arena.training import BATCH, STEPS, Recipe, train
 from scripts.reproduce.exact_arena.world import SIZE, Cell, draw_world
+from scripts.tables import END, insert
 
 
 def pool(kind: str, *, flips: float = 0.0, pairs: int = 400, seeds: int = 2, error: str = "none") -> Pool:
@@ -151,4 +151,4 @@ def test_the_page_shows_the_committed_numbers() -> None:
     docs = Path(__file__).parents[2] / "docs"
     page, numbers = (docs / "results.md").read_text(encoding="utf-8"), read_json(docs / "results_filtering.json")
     tables = reproduce_filtering.markdown(numbers["rows"], reproduce_filtering.STEPS, reproduce_filtering.LONG_STEPS)
-    assert insert(page, tables, "reproduce_filtering.py") == page and "sound, 0% flipped" in page
+    assert insert(page, tables, reproduce_filtering.MARK) == page and "sound, 0% flipped" in page

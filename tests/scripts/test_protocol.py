@@ -19,10 +19,10 @@ from reward_models.judges import make_judge
 from scripts.assets.demo_data import RATINGS, TEXTS
 from scripts.reproduce import policy as reproduce_policy
 from scripts.reproduce.crossed_effects import crossed_p
-from scripts.reproduce.exact_arena.report import END, insert
 from scripts.reproduce.policy_protocol.cells import CANDIDATES, choose, relabelled, setting_name
 from scripts.reproduce.policy_protocol.data import dealt_anew, label, read_known
 from scripts.reproduce.policy_protocol.report import ERROR_RATE, holm, markdown, primary, primary_markdown, summarise
+from scripts.tables import END, insert
 from tests.helpers.builders import WORDS, bert_reward, causal
 
 
@@ -102,9 +102,7 @@ def test_a_whole_tiny_study(command: list[str], monkeypatch: pytest.MonkeyPatch,
     assert capsys.readouterr().out == table
     assert table.strip() in page.read_text() and "stale" not in page.read_text()
     assert not list(elsewhere.rglob("cell.json"))
-    page.write_text(
-        f"<!-- tables of scripts/reproduce/policy.py -->\nkept\n{END}\n<!-- tables of scripts/other -->\n{END}\n"
-    )
+    page.write_text(f"<!-- tables of scripts/reproduce/policy.py -->\nkept\n{END}\n<!-- tables of other -->\n{END}\n")
     study(monkeypatch, [*options, *known, "--mark", "other"])
     assert page.read_text().index("kept") < page.read_text().index(table.strip())
 
@@ -251,7 +249,7 @@ def test_verdict_of_a_primary_comparison(gains: list[float], kl: float, verdict:
 
 @pytest.mark.parametrize(
     ("table", "mark", "count"),
-    [("table.json", "reproduce_policy.py", 24), ("larger_table.json", "reproduce_policy.py, larger", 8)],
+    [("table.json", reproduce_policy.MARK, 24), ("larger_table.json", f"{reproduce_policy.MARK}, larger", 8)],
 )
 def test_tables_of_the_page_are_those_of_the_numbers_beside_it(table: str, mark: str, count: int) -> None:
     docs = Path(__file__).parents[2] / "docs"

@@ -14,18 +14,17 @@ import pytest
 import torch
 import transformers
 import trl
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.trainer import base_trainer, dpo_trainer, reward_trainer
 
-from align.models.tokenization import tokenize_pairs
-from tests.helpers.builders import causal, tokenizer
+from tests.helpers.builders import causal
 
 PLACES = {
     "align/training/trainer.py": {
         DPOTrainer: {
             "__init__": ("model", "ref_model", "args", "train_dataset", "processing_class", "peft_config"),
+            "_prepare_dataset": ("dataset", "processing_class", "args"),
             "_set_signature_columns_if_needed": (),
             "_precompute_ref_logps": ("dataset", "name", "batch_size"),
             "compute_ref_log_probs": ("model", "inputs"),
@@ -61,7 +60,6 @@ PLACES = {
             "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
         },
     },
-    "align/models/tokenization.py": {DPOTrainer: {"_prepare_dataset": ("dataset", "processing_class", "args")}},
 }
 """File of this program -> class -> method that it overrides or calls -> parameters that it names or is given."""
 
@@ -196,17 +194,6 @@ def test_the_reward_model_s_batch() -> None:
     assert batch["input_ids"].tolist() == [[5, 6], [8, 0], [7, 0], [9, 9]], explained(
         "reward_models/trainer.py", "rows of a batch are laid out in another way"
     )
-
-
-def test_the_tokens_of_a_pair() -> None:
-    """DPOTrainer._prepare_dataset, called without a trainer, gives ids by these names and an end-of-sequence token."""
-    table = Dataset.from_list([{"id": "a", "prompt": "the film is", "chosen": " good", "rejected": " very bad"}])
-    made = tokenizer()
-    row = tokenize_pairs(table, made, max_length=64)[0]
-    eos, place = made.eos_token_id, "align/models/tokenization.py"
-    lengths = [len(row[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")]
-    assert lengths == [3, 2, 3], explained(place, f"tokens are {row}")
-    assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == eos, explained(place, "no end-of-sequence token")
 
 
 def test_helpers_of_trl(tmp_path: Path) -> None:

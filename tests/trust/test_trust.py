@@ -12,11 +12,11 @@ from scipy.special import expit
 
 from align.reports.run_page import render_run_page
 from align.trust import evidence
-from align.trust.analysis import analyse, labels_worth, overtaken_at
-from align.trust.evidence import weigh
-from align.trust.features import reduce
+from align.trust.analysis import analyze, labels_worth, overtaken_at
+from align.trust.evidence import fit_evidence
+from align.trust.features import uncentered_pca
 from align.trust.linear_proxy import DPO, MADPO, SOFT, Family, HeldOut, Setting, fit, held_out, scaled, without_leak
-from align.trust.newton import minimise
+from align.trust.newton import minimize_by_newton
 from align.trust.selection import Selection, bootstrap, by_evidence, by_labels, choose, undecided
 from align.trust.sentences import sentences
 from align.trust.shared_errors import shared_error_signs
@@ -117,17 +117,17 @@ def test_order_and_scale_change_nothing(seed: int) -> None:
     assert fit(scaled(x), 10 * margin, 0.05, SMALL) == pytest.approx(one, abs=1e-6)
 
 
-@pytest.mark.parametrize("centre", [0.0, -30.0])
-def test_newton_keeps_its_head_where_labels_are_separable(centre: float) -> None:
+@pytest.mark.parametrize("prior_mean", [0.0, -30.0])
+def test_newton_converges_where_labels_are_separable(prior_mean: float) -> None:
     """All labels alike along one direction and next to no penalty, also from where the loss has no curvature."""
     x = np.abs(np.random.default_rng(0).normal(size=(80, 1)))
 
-    def slopes(z: np.ndarray, settings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def derivatives(z: np.ndarray, settings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         p = expit(z)
         return p - 1, p * (1 - p)
 
-    theta = minimise(x, slopes, np.full((1, 1), centre), np.full((1, 1), 1e-3))
-    gradient = x.T @ (expit(x @ theta) - 1) + 1e-3 * (theta - centre)
+    theta = minimize_by_newton(x, derivatives, np.full((1, 1), prior_mean), np.full((1, 1), 1e-3))
+    gradient = x.T @ (expit(x @ theta) - 1) + 1e-3 * (theta - prior_mean)
     assert abs(float(gradient[0, 0])) < 1e-5 and float(theta[0, 0]) > 5
 
 
@@ -198,12 +198,12 @@ def test_reduce_keeps_signs_and_the_mean() -> None:
     """All directions: inner products as they were; fewer: the best in squares; a common difference is not removed."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(30, 8)) + 2
-    whole = reduce(x, 8)
+    whole = uncentered_pca(x, 8)
     assert whole @ whole.T == pytest.approx(x @ x.T)
-    few = reduce(x, 3)
+    few = uncentered_pca(x, 3)
     singular = np.linalg.svd(x, compute_uv=False)
     assert np.square(few).sum() == pytest.approx(np.square(singular[:3]).sum())
-    assert abs(few[:, 0].mean()) > 3 and reduce(-x, 3) == pytest.approx(-few)
+    assert abs(few[:, 0].mean()) > 3 and uncentered_pca(-x, 3) == pytest.approx(-few)
 
 
 def test_evidence_policy_is_the_posterior_mode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +224,7 @@ def test_evidence_policy_is_the_posterior_mode(monkeypatch: pytest.MonkeyPatch) 
             away @ np.linalg.solve(covariance, away) / 2 - np.log(flip + (1 - 2 * flip) * expit(x @ theta)).sum()
         )
 
-    found = weigh(x, margin)
+    found = fit_evidence(x, margin)
     slow = minimize(cost, a * mu, method="BFGS", options={"gtol": 1e-7}).x
     assert found.theta == pytest.approx(slow, abs=1e-3)
     assert (found.slope, found.flip_rate) == pytest.approx((a, flip))
@@ -245,7 +245,7 @@ def test_evidence_finds_planted_errors(error: float, shared: float, flips: float
         rng = np.random.default_rng([seed, 9])
         wrong = rng.normal(size=12)
         margin = gold + shared * (x @ wrong) / np.linalg.norm(wrong) + error * rng.normal(size=1500)
-        found.append(weigh(scaled(x), margin))
+        found.append(fit_evidence(scaled(x), margin))
     assert np.mean([e.independent_error for e in found]) == pytest.approx(error, rel=0.05)
     least = flips if flips < 0.3 else 0.3  # many flips are underestimated, see docs/whom-to-trust.md
     assert least - 0.06 <= np.mean([e.flip_rate for e in found]) <= flips + 0.06
@@ -260,7 +260,7 @@ def test_analysis_believes_gold_and_not_noise(kind: str, believed: bool) -> None
     rng = np.random.default_rng(4)
     margin = gold + 0.3 * rng.normal(size=400) if kind == "gold" else 2 * rng.normal(size=400)
     folds = [rng.permutation(400) % 5]
-    found = analyse(x, margin, folds, Family(), same_labels=False, seed=0)
+    found = analyze(x, margin, folds, Family(), same_labels=False, seed=0)
     assert (found["chosen"]["trust"] >= 0.5) == believed
     assert found["gains"]["labels"]["low"] > 0
     assert (found["gains"]["margin"]["low"] > 0) == believed
@@ -298,7 +298,7 @@ def test_the_report_says_what_was_measured() -> None:
     """The box beside the reward model: verdict, every sentence and the plot; a run without it has none."""
     x, gold, _ = arena(120, 4)
     rng = np.random.default_rng(0)
-    found = analyse(x, gold + rng.normal(size=120), [rng.permutation(120) % 5], SMALL, same_labels=True, seed=0)
+    found = analyze(x, gold + rng.normal(size=120), [rng.permutation(120) % 5], SMALL, same_labels=True, seed=0)
     found["signs"] = shared_error_signs(gold, np.round(rng.normal(size=120)))
     found["sentences"] = sentences(found, "cross-fitted")
     page = render_run_page(report() | {"trust": found})
