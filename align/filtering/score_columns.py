@@ -18,10 +18,10 @@ from align.filtering.scores import over_spread
 from align.filtering.selection import standardise
 from align.filtering.static_embeddings import StaticEncoder
 from align.filtering.text_survey import Survey
-from align.io.array_cache import kept_arrays
+from align.io.array_cache import cached_arrays
 from align.io.hashing import digest, fingerprint_source
 from align.models.folders import fingerprint_model
-from align.sharding.arrays import as_table, found_of
+from align.sharding.arrays import as_table, map_arrays
 from align.sharding.jobs import Work
 from reward_models.score import REWARDS
 
@@ -47,7 +47,7 @@ def vectors(
     key = digest([fingerprint_source(model), settings.embedding])[:16]
     static = settings.embedding == "static"
     job = Embedding(model, cache / f"tokens-{key}.safetensors" if static else None)
-    found = found_of(
+    found = map_arrays(
         pairs.select_columns(["prompt"]), job, cache / f"embedding-{key}", what="embedding", rows=PART,
         cluster=None if static else cluster,
     )  # fmt: skip
@@ -66,7 +66,7 @@ def qualities(
         key = digest([name, fingerprint_model(str(settings.quality_model)), REWARDS])[:16]
         job, folder = Quality(name, settings.quality_model), cache / f"quality-{key}"
         table = pairs.select_columns(list(PARTS))
-        made = found_of(table, job, folder, what=f"quality: {name}", rows=ROWS, cluster=cluster)
+        made = map_arrays(table, job, folder, what=f"quality: {name}", rows=ROWS, cluster=cluster)
         found[name] = np.asarray(made["quality"])
     if len(found) == 1:
         return {"quality": next(iter(found.values()))}
@@ -90,10 +90,10 @@ def distances(
     known = load_pairs(ood.pairs)
     key = digest([fingerprint_model(ood.model), fingerprint(known), ood.quantile, REWARDS])[:16]
     file = cache / f"ood-{key}.safetensors"
-    fitted = kept_arrays(file, lambda: _fit(known, ood))
+    fitted = cached_arrays(file, lambda: _fit(known, ood))
     job = Distance(ood.model, Mahalanobis(fitted["means"], fitted["whitening"]))
     table = pairs.select_columns(list(PARTS))
-    found = found_of(table, job, cache / f"ood-{key}", what="distances", rows=ROWS, cluster=cluster)
+    found = map_arrays(table, job, cache / f"ood-{key}", what="distances", rows=ROWS, cluster=cluster)
     return np.asarray(found["ood"]), float(fitted["limit"][0])
 
 

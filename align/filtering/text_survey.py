@@ -19,7 +19,7 @@ from align.errors import EnvironmentProblem
 from align.filtering.minhash import BANDS, band_keys
 from align.filtering.screen import screen
 from align.filtering.word_hashes import Hashes, runs, tokenise
-from align.sharding.arrays import Arrays, as_table, found_of
+from align.sharding.arrays import Arrays, as_table, map_arrays
 from align.sharding.jobs import Work
 
 SHINGLE = 5
@@ -85,7 +85,7 @@ def take_survey(
     """
     if asked.language:
         _detector()
-    found = found_of(
+    found = map_arrays(
         pairs.select_columns(list(PARTS)), asked, folder, what="reading texts", processes=processes, cluster=cluster
     )
     return Survey(**found)

@@ -1,4 +1,4 @@
-"""Arrays that are made once and kept in a file, so that a stopped run need not make them again."""
+"""Cache arrays in files, so that a resumed run does not compute them again."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +10,11 @@ from align.io.files import atomic_write
 
 
 def cached_array(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array in ``file``, made and written there first where it is not; never half a file, never a pickle.
+    """The array in ``file``; if the file does not exist, make and write the array first, never as a pickle.
 
     Args:
-        file: a ``.npy`` file whose folder may have to be made; None: nothing is kept.
-        make: gives the array; called only where there is no file.
+        file: a ``.npy`` file, whose folder is created if it does not exist; None: no cache.
+        make: computes the array; called only if the file does not exist.
     """
     if file is not None and file.exists():
         found: np.ndarray = np.load(file, allow_pickle=False)
@@ -27,8 +27,8 @@ def cached_array(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarra
     return made
 
 
-def kept_arrays(file: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Several arrays in one ``.safetensors`` file, as ``cached_array`` keeps one."""
+def cached_arrays(file: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Like ``cached_array`` for several arrays by name, in one ``.safetensors`` file."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as temporary:

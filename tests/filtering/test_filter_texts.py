@@ -29,7 +29,7 @@ from align.filtering.text_survey import (
     take_survey,
 )
 from align.filtering.word_hashes import Hashes, distinct, runs, tokenise, word_list
-from align.sharding.arrays import as_table, found_of
+from align.sharding.arrays import as_table, map_arrays
 from align.sharding.jobs import Work
 
 WORDS = st.lists(st.sampled_from(["a", "bee", "Cat", "dog,", "élan", "猫", "x_1"]), max_size=12)
@@ -292,14 +292,14 @@ def test_parts_are_not_done_again(tmp_path: Path) -> None:
     """Stopped in the middle, the work goes on with the part that is missing, and the result is the same."""
     rows, job = Dataset.from_dict({"value": list(range(35))}), Squares(20)
     with pytest.raises(KeyboardInterrupt):
-        found_of(rows, job, tmp_path, what="test", rows=10)
+        map_arrays(rows, job, tmp_path, what="test", rows=10)
     assert job.calls == [0, 10]
-    found = found_of(rows, job, tmp_path, what="test", rows=10)
+    found = map_arrays(rows, job, tmp_path, what="test", rows=10)
     assert job.calls == [0, 10, 20, 30]
     assert np.array_equal(found["square"], np.arange(35) ** 2) and found["square"].dtype == np.int64
     assert np.array_equal(found["both"], np.stack([np.arange(35), -np.arange(35)], axis=1))
     assert found["both"].dtype == np.float32 and isinstance(found["both"], np.memmap)
-    assert found_of(rows, job, tmp_path, what="test", rows=10).keys() == found.keys() and len(job.calls) == 4
+    assert map_arrays(rows, job, tmp_path, what="test", rows=10).keys() == found.keys() and len(job.calls) == 4
     assert [place.name for place in tmp_path.iterdir()] == ["columns"]
 
 

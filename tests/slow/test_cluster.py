@@ -273,9 +273,9 @@ def test_a_full_object_store_is_told(small_disk: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"cpus": 8}, "room for 0 workers of 8 CPUs and 0 GPUs, expected for at least 1"),
-        ({"workers": 3}, "room for 1 workers of 1 CPUs and 0 GPUs, expected for at least 3"),
-        ({"gpus": 1}, "room for 0 workers of 1 CPUs and 1 GPUs, expected for at least 1"),
+        ({"cpus": 8}, "room for 0 workers of 8 CPUs and 0 GPUs, expected room for at least 1"),
+        ({"workers": 3}, "room for 1 workers of 1 CPUs and 0 GPUs, expected room for at least 3"),
+        ({"gpus": 1}, "room for 0 workers of 1 CPUs and 1 GPUs, expected room for at least 1"),
     ],
 )
 def test_too_little_room_is_said_before_anything_starts(

@@ -30,7 +30,7 @@ from align.filtering.knn.row_view import View
 from align.filtering.knn.top_k import Best, farthest, nearest
 from align.io.array_cache import cached_array
 from align.io.console import log
-from align.sharding.arrays import as_array, as_table, found_of
+from align.sharding.arrays import as_array, as_table, map_arrays
 from align.sharding.jobs import Work
 
 QUERIES = 8192
@@ -62,7 +62,7 @@ def search(
     count = len(centres)
     most = min(count, max(FIRST_PROBES, MOST_COMPARED * count // len(view)))
     job = Assign(centres, most)
-    near = found_of(Vectors(view), job, folder / f"lists-{most}", what="lists", rows=QUERIES, cluster=cluster)["list"]
+    near = map_arrays(Vectors(view), job, folder / f"lists-{most}", what="lists", rows=QUERIES, cluster=cluster)["list"]
     trial = Trial(view, true, near, count)
     found, probes = enough(FIRST_PROBES, most, trial.recall)
     if found < WANTED_RECALL:
@@ -75,7 +75,7 @@ def search(
     for share in range(len(listed.starts) - 1):
         if not best.holds(share):
             table, part = listed.visitors(share), folder / f"best-{probes}-{share}"
-            answers = found_of(table, share_of(listed, share, true.k), part, what="neighbours", rows=QUERIES,
+            answers = map_arrays(table, share_of(listed, share, true.k), part, what="neighbours", rows=QUERIES,
                                cluster=cluster)  # fmt: skip
             best.add(share, table.positions, answers)
         shutil.rmtree(folder / f"best-{probes}-{share}", ignore_errors=True)
