@@ -251,13 +251,13 @@ def test_verdict_of_a_primary_comparison(gains: list[float], kl: float, verdict:
     ("table", "mark", "count"),
     [("table.json", reproduce_policy.MARK, 24), ("larger_table.json", f"{reproduce_policy.MARK}, larger", 8)],
 )
-def test_tables_of_the_page_are_those_of_the_numbers_beside_it(table: str, mark: str, count: int) -> None:
-    docs = Path(__file__).parents[2] / "docs"
-    page, found = (docs / "results.md").read_text(encoding="utf-8"), read_json(docs / "policy_study" / table)
+def test_tables_of_the_page_are_those_of_the_kept_numbers(table: str, mark: str, count: int) -> None:
+    root = Path(__file__).parents[2]
+    page, found = (root / "docs" / "results.md").read_text(encoding="utf-8"), read_json(root / "studies/policy" / table)
     tables = f"{primary_markdown(found['primary'])}\n\n{markdown(found['rows'])}"
     assert insert(page, tables, mark) == page and page.count("| low | relabelled |") == 2
     assert {row["seeds"] for row in found["rows"]} == {3} and len(found["rows"]) == count
-    known = read_known([docs / "policy_study" / "cells.jsonl"])
+    known = read_known([root / "studies" / "policy" / "cells.jsonl"])
     cells = [known[key] for row in found["rows"] for key in row["cells"]]
     references = [known[key] for key in found["references"]]
     again = summarise(cells, references)
