@@ -1,6 +1,5 @@
 """The policy study on a tiny model: its pairs, its choice, its table, and that it goes on where it was."""
 
-import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,13 @@ from align.data.pairs import read_pairs
 from align.io.files import read_json
 from align.stats import crossed_p
 from reward_models.judges import make_judge
-from scripts.assets.demo_data import RATINGS, TEXTS
 from scripts.reproduce import policy as reproduce_policy
 from scripts.reproduce.policy_protocol.cells import CANDIDATES, choose, relabelled, setting_name
 from scripts.reproduce.policy_protocol.data import dealt_anew, label, read_known
 from scripts.reproduce.policy_protocol.report import ERROR_RATE, holm, markdown, primary, primary_markdown, summarise
 from scripts.tables import END, insert
-from tests.helpers.builders import WORDS, bert_reward, causal
-
-
-def snippets(folder: Path, count: int = 80) -> Path:
-    """Files like those of the rated snippets, in the words that the tiny models know."""
-    rng = random.Random(0)
-    folder.mkdir()
-    texts = [" ".join(rng.choices(WORDS[:14], k=14)) for _ in range(count)]
-    (folder / TEXTS).write_text("".join(f"{k}\t0\t{text}\n" for k, text in enumerate(texts)))
-    ratings = [[rng.randint(-4, 4) for _ in range(5)] for _ in range(count)]
-    (folder / RATINGS).write_text("".join(f"{k}\t0\t0\t{found}\n" for k, found in enumerate(ratings)))
-    return folder
+from tests.helpers.builders import bert_reward, causal
+from tests.helpers.snippets import snippets
 
 
 @pytest.fixture(scope="module")
