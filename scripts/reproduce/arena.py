@@ -14,7 +14,7 @@ with the highest mean gold reward at KL 0.5 on 20 validation seeds is trained on
 gold reward on new prompts at equal KL (0.25, 0.5, 1).
 
 A cell is one JSON file under --output and is not computed again. The same command writes table.json (and without what
-no table needs results_arena.json), the tables of docs/results.md (standard output) and the plots:
+no table needs arena.json), the tables of docs/results.md (standard output) and the plots:
 
     python -m scripts.reproduce.arena
 """
@@ -198,7 +198,7 @@ def main() -> None:
     files = [cell_file(arguments.output, cell) for cell in wanted]
     summary = summarise([read_json(file) for file in files if file.exists()])
     write_json(arguments.output / "table.json", summary)
-    small = arguments.output / "results_arena.json"
+    small = arguments.output / "arena.json"
     small.write_text(json.dumps(compact(summary), separators=(",", ":")) + "\n", encoding="utf-8")
     print(markdown(summary))
     if arguments.document:

@@ -15,7 +15,7 @@ after 100. All pairs and a fifth of them are trained for 200 and 400 steps as we
 speed.
 
 A cell is one JSON file under --output and is not computed again. The same command prints the tables of docs/results.md
-and writes results_filtering.json and the plot:
+and writes arena_filtering.json and the plot:
 
     python -m scripts.reproduce.filtering
 """
@@ -156,7 +156,7 @@ def main() -> None:
     found = [kept_cell(cell, arguments.seeds, arguments.output) for cell in cells(arguments.pairs)]
     rows = summarise(found, STEPS, LONG_STEPS)
     summary = {"seeds": arguments.seeds, "seconds": round(sum(cell["seconds"] for cell in found)), "rows": rows}
-    small = arguments.output / "results_filtering.json"
+    small = arguments.output / "arena_filtering.json"
     small.write_text(json.dumps(summary, separators=(",", ":")) + "\n", encoding="utf-8")
     draw_plot(rows, STEPS, arguments.output / "filtering.svg")
     tables = markdown(rows, STEPS, LONG_STEPS)

@@ -13,8 +13,8 @@ from align.data.pairs import load_pairs
 from align.data.seen_ids import SeenIds, content_id
 from align.data.streaming import stream_pairs
 from align.errors import DataError
-from tests.e2e.test_cli import jsonl
 from tests.helpers.builders import rows
+from tests.helpers.command_line import jsonl
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=()), max_size=3), max_size=30), st.integers(0, 8))

@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from align.data.pairs import read_pairs
-from tests.e2e.test_cli import align, jsonl
 from tests.generation.test_server_engine import Fake, Reply, echo
 from tests.helpers.builders import bert_reward, causal
+from tests.helpers.command_line import align, jsonl
 
 PROMPTS = [{"prompt": f"the {word} film {'very ' * k}is"} for k in range(4) for word in ("good", "bad", "dull")]
 

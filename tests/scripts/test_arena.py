@@ -301,13 +301,13 @@ def test_one_command_makes_cells_once(tmp_path: Path, monkeypatch: pytest.Monkey
     reproduce_arena.main()
     assert read_json(files[0])["seeds"] == 1
     table = read_json(tmp_path / "table.json")
-    assert len(table["rows"]) == 2 and markdown(table) == markdown(read_json(tmp_path / "results_arena.json"))
+    assert len(table["rows"]) == 2 and markdown(table) == markdown(read_json(tmp_path / "arena.json"))
     assert (tmp_path / "flips.svg").read_text().startswith("<?xml")
 
 
-def test_tables_of_the_page_are_those_of_the_numbers_beside_it() -> None:
-    docs = Path(__file__).parents[2] / "docs"
-    page = (docs / "results.md").read_text(encoding="utf-8")
-    numbers = read_json(docs / "results_arena.json")
+def test_tables_of_the_page_are_those_of_the_kept_numbers() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "results.md").read_text(encoding="utf-8")
+    numbers = read_json(root / "studies" / "arena.json")
     assert insert(page, markdown(numbers), reproduce_arena.MARK) == page and "| none, 0% flipped |" in page
     assert numbers["seeds"] == [200]

@@ -15,7 +15,7 @@ from align.config import ClusterSection
 from align.errors import AlignError, ConfigError
 from align.sharding.jobs import Work, decode, encode
 from align.sharding.shards import map_shards
-from tests.slow.cluster_jobs import finished
+from tests.helpers.cluster_jobs import finished
 
 
 @dataclass
