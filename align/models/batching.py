@@ -1,6 +1,10 @@
 """Batches of sequences under a token budget."""
 
 from collections.abc import Sequence
+from typing import Any
+
+from align.models.logps import Layout
+from align.models.packing import packed_tokens
 
 
 def token_batches(lengths: Sequence[int], budget: int, *, padded: bool = True) -> list[list[int]]:
@@ -37,3 +41,17 @@ def in_so_many(batches: Sequence[list[int]], count: int) -> list[list[int]]:
         whole = parts.pop(largest)
         parts += [whole[: len(whole) // 2], whole[len(whole) // 2 :]]
     return parts
+
+
+def pair_batches(inputs: dict[str, Any], layout: Layout, budget: int) -> list[list[int]]:
+    """Indices of the pairs of a batch, each in exactly one micro-batch of at most ``budget`` tokens, longest first.
+
+    Args:
+        inputs: a batch of B pairs as ``PairCollator`` makes it.
+        layout: layout of the forward pass, which determines the tokens of a pair.
+        budget: tokens per micro-batch; a pair that is longer is a micro-batch of its own.
+    """
+    if layout == "shared_prefix":
+        return token_batches(packed_tokens(inputs).tolist(), budget, padded=False)
+    longest = inputs["attention_mask"].sum(dim=1).view(2, -1).amax(dim=0)
+    return token_batches((2 * longest).tolist(), budget)
