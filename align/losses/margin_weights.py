@@ -1,4 +1,4 @@
-"""Reward margin -> weight and soft label of a pair. Pure functions; B pairs, m the margin [B] in reward units.
+"""Weight and soft label of a pair from its reward margin. Pure functions; m is the margin [B] of B pairs.
 
 MADPO: arXiv 2510.05342; its reference code is sirano1004/Margin-Apative-Direct-Preference-Optimization.
 """
@@ -17,12 +17,12 @@ BISECTIONS = 60
 
 
 def validate_madpo(*, c_max: float, c_min: float, lam: float, tau: float) -> list[str]:
-    """Check MADPO's parameters; warn where a larger margin would be given a smaller target.
+    """Check MADPO's parameters; warn if a larger margin would get a smaller target.
 
     The target margin c(m) m rises with m near tau only if tau lam <= (c_max - c_min) / ((c_max - 1) (1 - c_min)).
 
     Returns:
-        Warnings with their numbers; empty where there are none.
+        Warnings with their numbers; empty if there are none.
 
     Raises:
         ConfigError: unless c_max > 1, 0 <= c_min < 1, lam > 0, tau > 0, all finite; every problem at once.
@@ -44,7 +44,7 @@ def validate_madpo(*, c_max: float, c_min: float, lam: float, tau: float) -> lis
     if tau * lam > limit:
         return [
             f"madpo: tau * lam = {tau * lam:.3g} is above {limit:.3g}, so the target margin c(m) m falls near tau: "
-            "a pair with a larger reward margin is given a smaller target there"
+            "a pair with a larger reward margin gets a smaller target there"
         ]
     return []
 
@@ -65,8 +65,8 @@ def madpo_weight(
 ) -> Tensor:
     """MADPO's weight w(m) [B]: sigmoid(c m) / sigmoid(m) for m > -tau, else 1; 0 < w < 2.
 
-    Computed as exp(logsigmoid(c m) - logsigmoid(m)) on a margin clamped at -tau, so nothing underflows and no gradient
-    meets an infinity. float32 (float64 for float64 input) whatever the input.
+    Computed as exp(logsigmoid(c m) - logsigmoid(m)) on margins above -tau, so nothing underflows and every gradient is
+    finite. The result is float32 (float64 for float64 input).
     """
     exact = at_least_float32(margin)
     inside = exact > -tau
@@ -76,7 +76,7 @@ def madpo_weight(
 
 
 def validate_trust(*, slope: float, trust: float, strength: float) -> None:
-    """Check the parameters of ``trusted_label`` that are its own.
+    """Check the parameters of ``trusted_label`` that MADPO does not have.
 
     Raises:
         ConfigError: unless slope >= 0, 0 <= trust <= 1, 0 <= strength <= 1, all finite; every problem at once.
@@ -106,7 +106,7 @@ def trusted_label(
     lam: float = 1.0,
     tau: float = MADPO_TAU,
 ) -> tuple[Tensor, Tensor]:
-    """Soft label and weight of each pair when the margin is believed as far as ``trust`` and the label for the rest.
+    """Soft label and weight of each pair when the margin is trusted with weight ``trust`` and the label with the rest.
 
     The loss (1 - t) w(g b m) CE(1) + t CE(p) with p = sigmoid(b m), CE(q) the cross-entropy of the policy's
     sigmoid(beta h) to the label q, is weight * CE(target) with weight = (1 - t) w + t and
@@ -115,9 +115,9 @@ def trusted_label(
     Args:
         margin: m [B].
         slope: b >= 0, log-odds of the label per unit of margin.
-        trust: t in [0, 1], of all pairs or of each [B] (``trust_of_each``).
-        strength: g in [0, 1], of MADPO's weight w on the label's part.
-        c_max: of MADPO's weight, as c_min, lam and tau.
+        trust: t in [0, 1], one for all pairs or one per pair [B] (``trust_of_each``).
+        strength: g in [0, 1], strength of MADPO's weight w on the label's term.
+        c_max: parameter of MADPO's weight, as c_min, lam and tau.
         c_min: see ``madpo_weight``.
         lam: see ``madpo_weight``.
         tau: see ``madpo_weight``.
@@ -134,11 +134,11 @@ def trusted_label(
 
 
 def trust_of_each(margin_std: Tensor, trust: float) -> Tensor:
-    """Trust t_i [B] that falls as the margin's own error rises, with mean ``trust``.
+    """Trust t_i [B] that falls as the error of the margin rises, with mean ``trust``.
 
-    t_i / (1 - t_i) = k / (v + s_i^2): for a margin with error variance s_i^2 the mix of label and margin that serves
-    best has odds inversely proportional to it. v, the part of the error that an ensemble's members share and its
-    spread does not show, is taken to be the mean of s^2; k makes the mean right.
+    t_i / (1 - t_i) = k / (v + s_i^2): the optimal mix of label and margin has odds inversely proportional to the error
+    variance s_i^2 of the margin. v, the part of the error that the members of an ensemble share and its spread does not
+    show, is assumed to be the mean of s^2; k sets the mean.
 
     Args:
         margin_std: s [B], standard deviation of each margin over an ensemble, in units of the margin.
@@ -149,8 +149,8 @@ def trust_of_each(margin_std: Tensor, trust: float) -> Tensor:
     fall = -torch.log1p(variance / mean) if mean > 0 else torch.zeros_like(variance)
     if trust in (0.0, 1.0):
         return torch.full_like(fall, trust).to(at_least_float32(margin_std).dtype)
-    centre = math.log(trust / (1 - trust))
-    low, high = centre - float(fall.max()), centre - float(fall.min())
+    center = math.log(trust / (1 - trust))
+    low, high = center - float(fall.max()), center - float(fall.min())
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if float(torch.sigmoid(fall + middle).mean()) < trust:
@@ -161,14 +161,14 @@ def trust_of_each(margin_std: Tensor, trust: float) -> Tensor:
 
 
 def effective_sample_size(weight: Tensor) -> Tensor:
-    """Kish's effective sample size (sum w)^2 / sum w^2 of weights [B], a scalar in [1, B]; 0 where all are 0."""
+    """Kish's effective sample size (sum w)^2 / sum w^2 of weights [B], a scalar in [1, B]; 0 if all weights are 0."""
     exact = at_least_float32(weight)
     squares = exact.square().sum()
     return torch.where(squares > 0, exact.sum().square() / squares.clamp_min(1e-30), torch.zeros_like(squares))
 
 
 def margin_regions(margin: Tensor, tau: float) -> dict[str, float]:
-    """Shares of the pairs in the four regions that MADPO's weight treats differently; they sum to 1."""
+    """Share of the pairs in each of the four regions that MADPO's weight treats differently; they sum to 1."""
     masks = {
         "m <= -tau": margin <= -tau,
         "-tau < m < 0": (margin > -tau) & (margin < 0),
@@ -179,7 +179,7 @@ def margin_regions(margin: Tensor, tau: float) -> dict[str, float]:
 
 
 def weight_summary(weight: Tensor, margin: Tensor, tau: float) -> dict[str, float | dict[str, float]]:
-    """What a set of weights [B] does to the data: spread, effective sample size, regions, label disagreement."""
+    """Summarize weights [B]: mean, extremes, effective sample size, margin regions, label disagreement."""
     ess = float(effective_sample_size(weight))
     return {
         "mean": float(weight.mean()),

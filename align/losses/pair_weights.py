@@ -1,8 +1,8 @@
-"""How much each pair counts beside the loss's own weight. Pure functions; B pairs, every tensor is [B], no gradient.
+"""Weights of pairs in addition to the loss's own. Pure functions; B pairs, every tensor is [B], no gradient.
 
-Two kinds. Weights from the losses of a batch are multiplied into the loss; they have mean 1. Shrinkages pull a reward
-margin towards 0 where it is not to be trusted, so whatever weight is made of the margin becomes that of an unknown one.
-Which of them is meant for which failure stands in docs/concepts.md: the literature does not agree on the sign.
+There are two kinds. Weights from the losses of a batch are multiplied into the loss; they have mean 1. Shrinkage pulls
+an unreliable reward margin towards 0, so that a weight computed from it becomes that of an unknown margin.
+docs/concepts.md says which of them addresses which failure: the literature does not agree on the sign.
 """
 
 import math
@@ -24,10 +24,11 @@ LARGEST_LOG = 30.0
 
 
 def tilt(losses: Tensor, *, sign: int, temperature: float) -> Tensor:
-    """B softmax(sign * loss / temperature): the weights of a worst (+1) or best (-1) case over the pairs.
+    """B softmax(sign * loss / temperature): weights of the worst (+1) or the best (-1) case over the pairs.
 
     They are the derivatives of sign * t * log mean exp(sign * loss / t). +1 is KLDPO's sign (arXiv 2502.01930), for
-    preferences that shift; -1 is Dr. DPO's (arXiv 2407.07880), for labels that are wrong; temperature to infinity is 1.
+    preferences that shift; -1 is Dr. DPO's (arXiv 2407.07880), for wrong labels. As the temperature rises to infinity,
+    every weight becomes 1.
     """
     exact = at_least_float32(losses.detach())
     return exact.numel() * torch.softmax(sign * exact / temperature, dim=0)
@@ -38,7 +39,7 @@ def shaped(losses: Tensor, *, shape: Shape, temperature: float, quantiles: tuple
 
     f is min(h + 1, 1) for lin_upper (less for easy pairs), 1 - h^2 for quadratic (more for the middle), |h| for
     extremes. No weight is more than e^(1 / temperature) times another. h is scaled between two quantiles of the batch
-    and clipped; by smallest and largest loss, as in the paper's code, one outlier decides over all the others.
+    and clipped; scaled by the smallest and largest loss, as in the paper's code, one outlier would set all weights.
     """
     exact = at_least_float32(losses.detach())
     low, high = torch.quantile(exact, torch.tensor(quantiles, dtype=exact.dtype, device=exact.device))
@@ -52,43 +53,43 @@ def shaped(losses: Tensor, *, shape: Shape, temperature: float, quantiles: tuple
 
 
 def comp_sum_weight(gap: Tensor, *, tau: float) -> Tensor:
-    """sigmoid(z)^(tau - 1): what multiplies the gradient of -log sigmoid(z) in the comp-sum loss (arXiv 2304.07288).
+    """sigmoid(z)^(tau - 1): the factor on the gradient of -log sigmoid(z) in the comp-sum loss (arXiv 2304.07288).
 
-    It is the tilt with sign -1 and temperature 1 / (tau - 1) of those losses before normalisation.
+    Before normalization it is the tilt of those losses with sign -1 and temperature 1 / (tau - 1).
     """
     return torch.exp(((tau - 1) * F.logsigmoid(at_least_float32(gap.detach()))).clamp_max(LARGEST_LOG))
 
 
 def mean_one(weight: Tensor) -> Tensor:
-    """Weights divided by their mean; all 1 where they are all 0."""
+    """Divide weights by their mean; all 1 if they are all 0."""
     mean = weight.mean()
     return torch.where(mean > 0, weight / mean.clamp_min(torch.finfo(weight.dtype).tiny), torch.ones_like(weight))
 
 
 def shrink_by_distance(margin: Tensor, distance: Tensor, *, limit: float, softness: float) -> Tensor:
-    """m exp(-max(d - limit, 0) / softness): less of the margin the farther a pair lies from what was trained on.
+    """m exp(-max(d - limit, 0) / softness): shrinks the margin of pairs far from the reward model's training data.
 
-    The distance is Mahalanobis' in the reward model's features (arXiv 1807.03888; align/filtering/ood.py).
+    d is the Mahalanobis distance in the reward model's features (arXiv 1807.03888; align/filtering/ood.py).
     """
     return margin * torch.exp(-(distance - limit).clamp_min(0) / softness)
 
 
 def moderate(margin: Tensor, margin_std: Tensor) -> Tensor:
-    """m / sqrt(1 + pi s^2 / 8): the margin that says what margins of spread s around m say on average.
+    """m / sqrt(1 + pi s^2 / 8): the margin whose sigmoid is the mean sigmoid of margins with spread s around m.
 
-    MacKay's approximation (1992) to E sigmoid(m + s e) with e standard normal: of a small spread nothing changes, of a
-    large one the margin is divided by it.
+    MacKay's approximation (1992) to E sigmoid(m + s e) with e standard normal: a small spread changes nothing, a large
+    one divides the margin.
     """
     return margin / torch.sqrt(1 + math.pi / 8 * margin_std.square())
 
 
 class LossTilt:
-    """Weights of one step's pairs from their losses, over the pairs of all processes.
+    """Computes weights of one step's pairs from their losses, over the pairs of all processes.
 
     Args:
-        config: which weights.
-        gather: concatenates a tensor over processes along its first dimension.
-        rank: of this process.
+        config: kind and parameters of the weights.
+        gather: concatenates a tensor over processes along its first dimension (all_gather).
+        rank: index of this process.
     """
 
     def __init__(self, config: TiltSection, gather: Callable[[Tensor], Tensor], rank: int) -> None:
@@ -97,25 +98,25 @@ class LossTilt:
         self._rank = rank
 
     def __call__(self, losses: Tensor, gap: Tensor, step: int, real: Tensor | None = None) -> tuple[Tensor, float]:
-        """Weights [B] of this process's pairs, without gradient, and the effective sample size as a share of all pairs.
+        """Return weights [B] of this process's pairs, without gradient, and the effective sample size / pairs.
 
         Args:
             losses: [B].
-            gap: z of each pair, [B]; -log sigmoid(z) is what it costs under DPO or Bradley-Terry.
-            step: optimizer steps done; before ``warmup`` of them all weights are 1.
-            real: [B], which pairs count; all where None. The others weigh 0.
+            gap: z of each pair, [B]; -log sigmoid(z) is its loss under DPO or Bradley-Terry.
+            step: finished optimizer steps; during the first ``warmup`` steps all weights are 1.
+            real: bool [B], False for duplicates that only fill the batch, which get the weight 0; None: all count.
         """
         columns = [at_least_float32(losses.detach()), at_least_float32(gap.detach())] + (
             [] if real is None else [at_least_float32(real.to(losses).detach())]
         )
-        every = self._gather(torch.stack(columns, dim=1))
-        counting = torch.ones_like(every[:, 0], dtype=torch.bool) if real is None else every[:, 2] > 0
-        found = every[counting, :2]
-        some = torch.ones_like(found[:, 0]) if step < self.config.warmup else self._weights(*found.T)
-        weights = torch.zeros_like(every[:, 0])
-        weights[counting] = some
-        own, first = losses.shape[0], losses.shape[0] * self._rank
-        return weights[first : first + own], float(effective_sample_size(some)) / len(some)
+        gathered = self._gather(torch.stack(columns, dim=1))
+        mask = torch.ones_like(gathered[:, 0], dtype=torch.bool) if real is None else gathered[:, 2] > 0
+        pairs = gathered[mask, :2]
+        real_weights = torch.ones_like(pairs[:, 0]) if step < self.config.warmup else self._weights(*pairs.T)
+        weights = torch.zeros_like(gathered[:, 0])
+        weights[mask] = real_weights
+        local, first = len(losses), len(losses) * self._rank
+        return weights[first : first + local], float(effective_sample_size(real_weights)) / len(real_weights)
 
     def _weights(self, losses: Tensor, gap: Tensor) -> Tensor:
         kind, temperature = self.config.kind, self.config.temperature

@@ -1,8 +1,8 @@
-"""Log-probabilities (and margin) -> one loss per pair. Pure functions; the mean and the weight are applied elsewhere.
+"""Losses of a policy: log-probabilities (and margin) -> one loss per pair. Weight and mean are applied elsewhere.
 
 Shapes: B pairs; every tensor is [B]. Log-probabilities are sums over completion tokens, in nats; margins m are in
-reward units. h = (logp_w - ref_logp_w) - (logp_l - ref_logp_l) is the implicit margin over beta. Computation is in
-float32 or better, finite for h and m in [-1e6, 1e6].
+reward units. h = (logp_w - ref_logp_w) - (logp_l - ref_logp_l) is the implicit margin divided by beta. Computation is
+in float32 or better, finite for h and m in [-1e6, 1e6].
 
 Adding a loss: one function here, one entry in align/losses/registry.py, a golden value in tests/losses/test_losses.py.
 """
@@ -55,7 +55,7 @@ def dpo(logps: PairLogps, *, beta: float) -> Tensor:
 
 
 def cdpo(logps: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
-    """DPO with a label that is wrong with probability ``label_smoothing`` (conservative DPO)."""
+    """DPO under a label that is wrong with probability ``label_smoothing`` (conservative DPO)."""
     return _soft_label(beta * logps.log_ratio_gap, torch.full_like(logps.log_ratio_gap, 1 - label_smoothing))
 
 
@@ -109,8 +109,8 @@ def rpo_fwd_kl(logps: PairLogps, margin: Tensor, *, beta: float, eta: float) -> 
 
 def dpop(logps: PairLogps, *, beta: float, penalty: float) -> Tensor:
     """-log sigmoid(beta (h - penalty max(0, ref_logp_w - logp_w))) (DPO-positive, arXiv 2402.13228)."""
-    fallen = (-logps.chosen_ratio).clamp_min(0)
-    return -F.logsigmoid(beta * (logps.log_ratio_gap - penalty * fallen))
+    decrease = (-logps.chosen_ratio).clamp_min(0)
+    return -F.logsigmoid(beta * (logps.log_ratio_gap - penalty * decrease))
 
 
 def dpo_shift(logps: PairLogps, *, beta: float, shift: float) -> Tensor:
@@ -130,7 +130,7 @@ def cal_dpo(logps: PairLogps, *, beta: float) -> Tensor:
 def gated_dpo(logps: PairLogps, *, beta: float, sharpness: float, threshold: float) -> Tensor:
     """DPO whose rejected gradient is multiplied by sigmoid(sharpness (p - threshold)) (Gate-DPO, arXiv 2605.02626).
 
-    p is the rejected response's probability per token (geometric mean), detached: a response that is unlikely already
+    p is the rejected response's probability per token (geometric mean), detached: a response that is already unlikely
     is pushed no further. The value is DPO's. The paper gives no numbers for sharpness and threshold.
     """
     probability = torch.exp(at_least_float32(logps.rejected.detach()) / logps.rejected_length.clamp_min(1))
@@ -156,7 +156,7 @@ def madpo(
     lam: float = 1.0,
     tau: float = MADPO_TAU,
 ) -> Tensor:
-    """w(m) times DPO's loss, the weight taking no gradient (arXiv 2510.05342)."""
+    """w(m) times DPO's loss, without gradient through the weight (arXiv 2510.05342)."""
     return madpo_weight(margin, c_max=c_max, c_min=c_min, lam=lam, tau=tau).detach() * dpo(logps, beta=beta)
 
 
@@ -170,11 +170,11 @@ def soft_madpo(
     lam: float = 1.0,
     tau: float = MADPO_TAU,
 ) -> Tensor:
-    """MADPO with the expectation over the label taken exactly: cross-entropy against sigmoid(c(|m|) m).
+    """MADPO with the exact expectation over the label: cross-entropy against sigmoid(c(|m|) m).
 
-    For |m| < tau this is the mean of MADPO's loss over a Bradley-Terry label with margin m. Beyond tau MADPO's weight
-    of the label that contradicts the reward model is 1 rather than sigmoid(-c m) / sigmoid(-m); this loss keeps the
-    soft label there too.
+    For |m| < tau this is the mean of MADPO's loss over a Bradley-Terry label with margin m. Beyond tau, MADPO gives a
+    label that contradicts the reward model the weight 1 instead of sigmoid(-c m) / sigmoid(-m); this loss keeps the
+    soft label there as well.
     """
     m = at_least_float32(margin)
     c = madpo_coefficient(m, c_max=c_max, c_min=c_min, lam=lam, tau=tau)
@@ -196,9 +196,9 @@ def trust(
 ) -> Tensor:
     """(1 - t) w(g b m) * -log sigmoid(beta h) + t * cross-entropy against sigmoid(b m); t trust, g strength, b slope.
 
-    (t, g) = (0, 0) is DPO, (0, 1) MADPO on the margin b m, t = 1 MMPO with gamma = b; g = 0 between is knowledge
-    distillation's mix of hard and soft targets (arXiv 1503.02531). t may differ between the pairs, [B]. How t, g and b
-    are read off the data: align/trust.
+    (t, g) = (0, 0) is DPO, (0, 1) MADPO on the margin b m, t = 1 MMPO with gamma = b; g = 0 with t between 0 and 1 is
+    knowledge distillation's mix of hard and soft targets (arXiv 1503.02531). t may be one value per pair, [B].
+    align/trust estimates t, g and b from the data.
     """
     target, weight = trusted_label(
         margin, slope=slope, trust=trust, strength=strength, c_max=c_max, c_min=c_min, lam=lam, tau=tau
@@ -207,15 +207,15 @@ def trust(
 
 
 def scale_gradient(values: Tensor, factor: Tensor) -> Tensor:
-    """``values`` [B] as they are, their gradient multiplied by ``factor`` [B]."""
+    """Return ``values`` [B] unchanged, with their gradient multiplied by ``factor`` [B]."""
     factor = factor.detach()
     return factor * values + (1 - factor) * values.detach()
 
 
 def gradient_weights(per_pair: Tensor, logps: PairLogps) -> tuple[Tensor, Tensor]:
-    """d_w = -dL/dlogp_w and d_l = dL/dlogp_l [B] of a loss computed from ``logps``, by autograd."""
-    of_chosen, of_rejected = torch.autograd.grad(per_pair.sum(), (logps.chosen, logps.rejected))
-    return -of_chosen, of_rejected
+    """Compute d_w = -dL/dlogp_w and d_l = dL/dlogp_l [B] of a loss of ``logps``, by autograd."""
+    chosen_gradient, rejected_gradient = torch.autograd.grad(per_pair.sum(), (logps.chosen, logps.rejected))
+    return -chosen_gradient, rejected_gradient
 
 
 def _soft_label(x: Tensor, p: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class BoundLoss(BoundFunction[LossSpec]):
         Args:
             logps: log-probs of B pairs.
             margin: reward margins [B], for a loss that needs them.
-            trust: trust of each pair [B], in place of the parameter of that name; None: the parameter.
+            trust: trust of each pair [B], which replaces the parameter of that name; None: the parameter.
 
         Raises:
             ConfigError: the loss needs a margin and there is none.

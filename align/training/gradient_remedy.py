@@ -41,8 +41,8 @@ class GradientRemedy:
         self.band: BandState | None = None
 
     @property
-    def of_whole_batches(self) -> bool:
-        """Whether a factor depends on all pairs of a batch, which then must not be split."""
+    def coupled(self) -> bool:
+        """Whether a factor depends on the other pairs of the batch, which then must not be split."""
         return self.config.kind in ("hold_batch", "calibrate")
 
     def factors(self, inputs: dict[str, Any], ref_chosen: Tensor, ref_rejected: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ class GradientRemedy:
     def _measure(self, inputs: dict[str, Any], ref_chosen: Tensor, ref_rejected: Tensor) -> tuple[Tensor, Tensor]:
         batch = {name: inputs[name] for name in GRADIENT_INPUTS}
         gram = None
-        if self.of_whole_batches:
+        if self.coupled:
             gram, products = self.measure.gram_and_pairs(batch)
         else:
             products = self.measure(batch)

@@ -244,7 +244,7 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
         A batch stays in one piece if the loss, the tilt or the remedy compares its pairs with each other.
         """
         coupled = self.loss.spec.coupled or self.tilt is not None
-        if self.max_tokens is None or coupled or (self.remedy is not None and self.remedy.of_whole_batches):
+        if self.max_tokens is None or coupled or (self.remedy is not None and self.remedy.coupled):
             return [inputs]
         batches = pair_batches(inputs, self.layout, self.max_tokens)
         if self.is_fsdp_enabled:  # each forward pass gathers parameters from all processes

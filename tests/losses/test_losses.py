@@ -1,4 +1,4 @@
-"""Losses: golden values, gradients, the identities that tie the family together."""
+"""Losses: golden values, gradients, identities between the losses."""
 
 import math
 
@@ -52,7 +52,7 @@ def make(values: list[tuple[float, float]], dtype: torch.dtype = torch.float64) 
 
 @pytest.mark.parametrize(("name", "parameters", "expected"), GOLDEN)
 def test_golden(name: str, parameters: dict[str, float], expected: float) -> None:
-    """h = 2, m = 1.5, lengths 10 and 12, beta 0.1: worked by hand from the formulas."""
+    """h = 2, m = 1.5, lengths 10 and 12, beta 0.1: computed by hand from the formulas."""
     values = {key: torch.tensor([value], dtype=torch.float64) for key, value in ONE.items()}
     logps = PairLogps(**values, chosen_length=torch.tensor([10.0]), rejected_length=torch.tensor([12.0]))
     found = resolve(name, parameters)(logps, torch.tensor([1.5], dtype=torch.float64))
@@ -116,8 +116,8 @@ def test_soft_madpo_is_madpo_averaged_over_the_label(pair: tuple[float, float], 
     """E over a Bradley-Terry label with margin m; a flipped pair has its responses and its margin swapped."""
     m = torch.tensor([margin], dtype=torch.float64)
     madpo = resolve("madpo", {})
-    as_labelled, flipped = madpo(make([pair]), m), madpo(make([pair[::-1]]), -m)
-    expected = torch.sigmoid(m) * as_labelled + torch.sigmoid(-m) * flipped
+    as_labeled, flipped = madpo(make([pair]), m), madpo(make([pair[::-1]]), -m)
+    expected = torch.sigmoid(m) * as_labeled + torch.sigmoid(-m) * flipped
     assert torch.allclose(resolve("soft_madpo", {})(make([pair]), m), expected)
 
 
@@ -125,7 +125,7 @@ def test_soft_madpo_is_madpo_averaged_over_the_label(pair: tuple[float, float], 
     ("true", "believed", "target"),
     [(1.0, 1.0, 1.3641753), (1.0, 1.5, 1.2666912), (3.0, 3.0, 2.9434173), (8.0, 8.0, 7.9824507)],
 )
-def test_p5_unique_minimiser(true: float, believed: float, target: float) -> None:
+def test_p5_unique_minimizer(true: float, believed: float, target: float) -> None:
     """The population loss at margin ``true`` is convex in beta h with its minimum at the effective target margin."""
     x = torch.linspace(-2, 12, 140001, dtype=torch.float64)
     parameters = {"c_max": 2.0, "c_min": 0.5, "lam": 1.0, "tau": 2.0}
@@ -222,8 +222,8 @@ def test_shift_scales_the_rejected_gradient(pair: tuple[float, float], shift: fl
     assert torch.allclose(resolve("dpo_shift", {"shift": 1.0})(make([pair])), resolve("dpo", {})(make([pair])))
 
 
-def test_cal_dpo_pulls_both_rewards_to_their_targets() -> None:
-    """At the targets only the margin term is left; beyond them a weight turns negative."""
+def test_the_gradient_of_cal_dpo_at_and_beyond_its_targets() -> None:
+    """At the targets only the margin term remains; beyond them both weights are negative."""
     at, beyond = make([(5.0, -5.0)]), make([(9.0, -9.0)])
     d_w, d_l = gradient_weights(resolve("cal_dpo", {})(at), at)
     assert float(d_w) == pytest.approx(1 / (1 + math.exp(10))) and torch.allclose(d_w, d_l)
@@ -268,7 +268,7 @@ def test_beta_dpo_clamps_and_is_reproducible() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "said"),
+    ("name", "parameters", "message"),
     [
         ("dpo", {"beta": "0.1"}, "beta: found '0.1', expected a number"),
         ("madpoo", {}, "did you mean `madpo`?"),
@@ -281,10 +281,10 @@ def test_beta_dpo_clamps_and_is_reproducible() -> None:
         ("madpo", {"c_max": 0.5}, "c_max: found 0.5, expected a number above 1"),
     ],
 )
-def test_registry_errors(name: str, parameters: dict[str, float], said: str) -> None:
+def test_registry_errors(name: str, parameters: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(name, parameters)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_missing_margin_and_a_wrong_shape_are_errors() -> None:

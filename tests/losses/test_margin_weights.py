@@ -111,7 +111,7 @@ def test_steepest_slope_is_the_published_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parameters", "said"),
+    ("parameters", "message"),
     [
         ({**A, "c_max": 1.0}, "c_max: found 1.0, expected a number above 1"),
         ({**A, "c_min": 1.0}, "c_min: found 1.0, expected a number in [0, 1)"),
@@ -119,13 +119,13 @@ def test_steepest_slope_is_the_published_one() -> None:
         ({**A, "tau": float("nan")}, "tau: found nan, expected a number above 0"),
     ],
 )
-def test_bad_parameters_are_named(parameters: dict[str, float], said: str) -> None:
+def test_bad_parameters_are_named(parameters: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match="madpo-parameters") as caught:
         validate_madpo(**parameters)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_warns_with_numbers_where_the_target_is_not_monotone() -> None:
+def test_warns_with_numbers_if_the_target_is_not_monotone() -> None:
     assert validate_madpo(**A) == []
     (warning,) = validate_madpo(**B)
     assert "6.91" in warning and "above 3" in warning
@@ -192,14 +192,14 @@ def test_trust_of_each_against_the_formula() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parameters", "said"),
+    ("parameters", "message"),
     [
         ({"slope": -1.0, "trust": 0.5, "strength": 0.5}, "slope: found -1.0, expected a number of at least 0"),
         ({"slope": 1.0, "trust": 1.5, "strength": 0.5}, "trust: found 1.5, expected a number in [0, 1]"),
         ({"slope": 1.0, "trust": 0.5, "strength": float("nan")}, "strength: found nan, expected a number in [0, 1]"),
     ],
 )
-def test_bad_trust_is_named(parameters: dict[str, float], said: str) -> None:
+def test_bad_trust_is_named(parameters: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match="loss-parameter") as caught:
         validate_trust(**parameters)
-    assert said in str(caught.value)
+    assert message in str(caught.value)

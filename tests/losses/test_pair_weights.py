@@ -121,13 +121,13 @@ def test_mean_one_and_effective_size() -> None:
 def test_two_processes_have_the_weights_of_one(kind: Any) -> None:
     config = TiltSection(kind=kind, temperature=0.5, warmup=2)
     losses, gap = torch.tensor([0.1, 2.0, 0.7, 0.4]), torch.tensor([2.0, -2.0, 0.0, 1.0])
-    whole, share = LossTilt(config, lambda own: own, 0)(losses, gap, 2)
+    expected, share = LossTilt(config, lambda local: local, 0)(losses, gap, 2)
     parts = []
     both = torch.stack([losses, gap], dim=1)
     for rank in (0, 1):
-        own = slice(2 * rank, 2 * rank + 2)
-        found, same = LossTilt(config, lambda _: both, rank)(losses[own], gap[own], 2)
-        parts.append(found)
+        local = slice(2 * rank, 2 * rank + 2)
+        weights, same = LossTilt(config, lambda _: both, rank)(losses[local], gap[local], 2)
+        parts.append(weights)
         assert same == share < 1
-    assert torch.equal(torch.cat(parts), whole)
-    assert LossTilt(config, lambda own: own, 0)(losses, gap, 1)[0].tolist() == [1, 1, 1, 1]
+    assert torch.equal(torch.cat(parts), expected)
+    assert LossTilt(config, lambda local: local, 0)(losses, gap, 1)[0].tolist() == [1, 1, 1, 1]

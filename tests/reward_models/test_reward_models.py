@@ -60,7 +60,7 @@ def test_scored_pairs(tmp_path: Path) -> None:
     assert row["margin"] == row["reward_chosen"] - row["reward_rejected"]
 
 
-def test_a_reward_that_is_not_finite_is_named(tmp_path: Path) -> None:
+def test_a_reward_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     scorer = RewardScorer(llama_reward(tmp_path), batch_tokens=256, max_length=64)
     with torch.no_grad():
         scorer.model.score.weight.fill_(float("nan"))
@@ -75,8 +75,8 @@ def test_two_labels_and_a_missing_folder_are_refused(tmp_path: Path) -> None:
         RewardScorer(tmp_path / "nothing", batch_tokens=64, max_length=64)
 
 
-def test_weights_that_a_folder_lacks_are_not_made_up(tmp_path: Path) -> None:
-    """A policy is no reward model and a reward model no policy; a backbone is one to train a head on."""
+def test_missing_weights_are_not_initialized_silently(tmp_path: Path) -> None:
+    """A policy is not a reward model nor the reverse; a head is only initialized on request, to be trained."""
     policy, reward = causal(tmp_path / "policy"), llama_reward(tmp_path / "reward")
     with pytest.raises(ModelError, match=r"policy: has no weights score.weight, so it is not a reward model"):
         RewardScorer(policy, batch_tokens=64, max_length=64)
@@ -87,7 +87,7 @@ def test_weights_that_a_folder_lacks_are_not_made_up(tmp_path: Path) -> None:
         load_policy(str(reward))
 
 
-def test_text_is_cut_from_the_right_and_ends() -> None:
+def test_text_is_truncated_on_the_right_before_its_end_of_sequence() -> None:
     ids = tokenize(["good bad film plot", "good"], tokenizer(), 3)
     assert ids == [[3, 4, 1], [3, 1]]
     chat = [{"role": "user", "content": "good"}]
@@ -101,8 +101,8 @@ TALK = [{"role": "user", "content": "is the film good"}]
 ANSWERS = [[{"role": "assistant", "content": text}] for text in ("very good", "not very good", "bad")]
 
 
-def test_messages_are_read_with_the_special_tokens_of_the_template_alone(tmp_path: Path) -> None:
-    """One beginning of sequence, in scoring and in features; plain text, in the same call too, gets the tokenizer's."""
+def test_messages_have_the_special_tokens_of_the_template_alone(tmp_path: Path) -> None:
+    """One beginning-of-sequence token, in scores and features; plain text in the same call gets the tokenizer's."""
     folder = llama_reward(tmp_path / "rm", words=1)
     words = beginning(folder)
     scorer = RewardScorer(folder, batch_tokens=40, max_length=64)
@@ -121,8 +121,8 @@ def test_messages_are_read_with_the_special_tokens_of_the_template_alone(tmp_pat
     assert head_features(scorer, texts) @ weight == pytest.approx(expected, abs=1e-4)
 
 
-def test_nothing_follows_what_a_template_ends_with() -> None:
-    """As where a newline stands after the end-of-sequence token: the reward is read at the last token."""
+def test_no_token_is_added_after_the_end_of_a_template() -> None:
+    """Also if text follows its end-of-sequence token, as in some templates: the reward is that of the last token."""
     words = tokenizer()
     words.chat_template += " <eos> review"
     for answer in ANSWERS:
@@ -143,7 +143,7 @@ def test_an_encoder_keeps_its_own_special_tokens_around_messages() -> None:
 
 
 def long_and_short() -> Dataset:
-    """Eight pairs, of which three (p0, p1, p2) have a prompt of 20 words, the others of fewer than 6."""
+    """Eight pairs: three (p0, p1, p2) have a prompt of 20 words, the others have fewer than 6."""
     table = [row | ({"prompt": "the " * 20} if k < 3 else {}) for k, row in enumerate(rows(8))]
     return Dataset.from_list(table)
 
@@ -152,7 +152,7 @@ def long_and_short() -> Dataset:
 def test_pairs_whose_prompts_fill_the_length_are_counted_in_scoring(
     build: Callable[[Path], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Once, over all shards and members; with room for the responses nothing is said."""
+    """Logged once for all shards and members; not logged if the responses fit."""
     folder, pairs = build(tmp_path / "rm"), long_and_short()
     bert_reward(folder / "members" / "1")
     margins = np.asarray(score_with(members(folder), pairs, tmp_path / "s", batch_tokens=64, max_length=16)["margin"])
@@ -165,8 +165,8 @@ def test_pairs_whose_prompts_fill_the_length_are_counted_in_scoring(
     assert (np.asarray(wide["margin"]) != 0).all() and caplog.text.count("fill max_length") == 2
 
 
-def test_responses_that_are_the_same_tokens_without_a_cut_are_no_cut_pairs() -> None:
-    """Words that the tokenizer does not know, an empty table, equal texts."""
+def test_equal_responses_that_are_not_truncated_are_not_counted() -> None:
+    """Unknown words, equal texts, an empty table; then texts that truncation makes equal."""
     words = tokenizer()
     assert cut_alike(["the xyz"], ["the zyx"], words, 16).tolist() == [False]
     assert cut_alike(["the " * 20], ["the " * 20], words, 16).tolist() == [False]
@@ -175,8 +175,8 @@ def test_responses_that_are_the_same_tokens_without_a_cut_are_no_cut_pairs() -> 
     assert cut_alike(["the " * 14 + "good"], ["the " * 14 + "bad"], words, 16).tolist() == [False]
 
 
-def test_completions_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A judge says of how many completions it sees nothing; a larger limit is another one's verdicts."""
+def test_completions_beyond_the_limit_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A judge logs how many completions it cannot see; a larger limit gives other scores."""
     folder = llama_reward(tmp_path / "rm")
     beginning(llama_reward(folder / "members" / "1", words=1))
     prompts: list[Any] = ["the " * 20, "the film is", "the " * 20]
@@ -192,8 +192,8 @@ def test_completions_that_are_not_read_are_counted(tmp_path: Path, caplog: pytes
         make_score_judge("vader", 16)
 
 
-def test_a_text_longer_than_the_table_of_positions_is_cut(tmp_path: Path) -> None:
-    """It is scored as its beginning is, and can be trained on; the limit is said."""
+def test_a_text_longer_than_the_position_embeddings_is_truncated(tmp_path: Path) -> None:
+    """It is scored by its beginning and can be trained on; ``max_length`` is the model's limit."""
     folder = bert_reward(tmp_path / "model")
     scorer = RewardScorer(folder, batch_tokens=4096, max_length=2048)
     assert scorer.max_length == 512
@@ -221,8 +221,8 @@ def test_a_text_longer_than_the_table_of_positions_is_cut(tmp_path: Path) -> Non
                      max_position_embeddings=32, pad_token_id=0), 99),
     ],
 )  # fmt: skip
-def test_most_tokens_of_a_model(config: PretrainedConfig, most: int) -> None:
-    """As many as it takes without an error; rotary positions have no end."""
+def test_the_largest_length_of_a_model(config: PretrainedConfig, most: int) -> None:
+    """The longest input without an error; rotary positions have no limit."""
     model = AutoModelForSequenceClassification.from_config(config)
     assert fitting_length(model, 99) == most
     ids = torch.full((1, most), 5)

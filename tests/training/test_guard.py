@@ -1,4 +1,4 @@
-"""A training leaves the finite numbers: it stops at that step, before the weights change, and names the pair."""
+"""A number that is not finite stops the training in that step, before the weights change; the pair is named."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ SMALL = {"max_steps": 4, "per_device_train_batch_size": 4, "bf16": False, "gradi
 
 
 def trainer(model: Path, table: list[dict[str, Any]], output: Path, **fields: Any) -> Any:
-    """A trainer of plain DPO on the pairs, in their order."""
+    """A trainer of plain DPO on the pairs of ``table``."""
     config = TrainSection(model=str(model), methods={"dpo": LossSection(loss="dpo")}, trainer=SMALL | fields)
     return make_trainer(
         Dataset.from_list(table), config, resolve("dpo", {}), output, seed=0, tau=1.0, reference_cache=None
@@ -34,19 +34,19 @@ def trainer(model: Path, table: list[dict[str, Any]], output: Path, **fields: An
 @pytest.fixture
 def table() -> list[dict[str, Any]]:
     """Twelve pairs; p5 alone has the word `dull`."""
-    made = rows(12)
-    made[5]["rejected"] = " dull plot"
-    return made
+    pairs = rows(12)
+    pairs[5]["rejected"] = " dull plot"
+    return pairs
 
 
-def stopped(made: Any) -> tuple[str, dict[str, Any]]:
-    """What is said when the training stops, and what is written; nothing that was finite has become otherwise."""
-    before = {name: bool(torch.isfinite(p).all()) for name, p in made.model.named_parameters()}
+def stopped(subject: Any) -> tuple[str, dict[str, Any]]:
+    """Message of the training's error, and the file that it writes; weights that were finite still are."""
+    before = {name: bool(torch.isfinite(p).all()) for name, p in subject.model.named_parameters()}
     with pytest.raises(NumericsError) as caught:
-        made.train()
-    written = json.loads((Path(made.args.output_dir) / "non_finite.json").read_text())
+        subject.train()
+    written = json.loads((Path(subject.args.output_dir) / "non_finite.json").read_text())
     if written["what"] != "weight":
-        assert all(torch.isfinite(p).all() or not before[name] for name, p in made.model.named_parameters())
+        assert all(torch.isfinite(p).all() or not before[name] for name, p in subject.model.named_parameters())
     return caught.value.message, written
 
 
@@ -60,34 +60,36 @@ def test_a_loss_that_is_not_a_number_names_its_pair(
     model.save_pretrained(broken)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (broken / name).write_bytes((tiny_policy / name).read_bytes())
-    said, written = stopped(trainer(broken, table, tmp_path))
-    assert "the loss of pair p5 is nan" in said and "rejected nan" in said and "chosen -" in said
+    message, written = stopped(trainer(broken, table, tmp_path))
+    assert "the loss of pair p5 is nan" in message and "rejected nan" in message and "chosen -" in message
     assert written["at_fault"] == ["p5"] and len(written["pairs"]) == 4 and "p5" in written["pairs"]
-    assert written["what"] == "loss" and f"step {written['step']}:" in said
+    assert written["what"] == "loss" and f"step {written['step']}:" in message
 
 
 def test_a_gradient_that_overflows_names_its_pair(
     tiny_policy: Path, table: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     weighted = [{**row, "weight": 3e38 if row["id"] == "p7" else 1.0} for row in table]
-    said, written = stopped(trainer(tiny_policy, weighted, tmp_path))
-    assert "the gradient of pair p7 has the norm inf" in said
+    message, written = stopped(trainer(tiny_policy, weighted, tmp_path))
+    assert "the gradient of pair p7 has the norm inf" in message
     assert written["what"] == "gradient" and written["at_fault"] == ["p7"]
 
 
 def test_weights_that_overflow_stop_the_run(tiny_policy: Path, table: list[dict[str, Any]], tmp_path: Path) -> None:
     table = [{**row, "weight": 1000.0} for row in table]
     rate = {"learning_rate": 3e38, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0}
-    said, written = stopped(trainer(tiny_policy, table, tmp_path, **rate))
-    assert "the weight " in said and "is not finite" in said and written["step"] == 1 and len(written["pairs"]) == 4
+    message, written = stopped(trainer(tiny_policy, table, tmp_path, **rate))
+    assert (
+        "the weight " in message and "is not finite" in message and written["step"] == 1 and len(written["pairs"]) == 4
+    )
 
 
-def test_without_trouble_nothing_is_written(tiny_policy: Path, table: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_a_finite_training_writes_no_report(tiny_policy: Path, table: list[dict[str, Any]], tmp_path: Path) -> None:
     extreme = [{**row, "margin": margin} for row, margin in zip(table, [-1e6, 1e6, 0.0] * 4, strict=True)]
-    made = trainer(tiny_policy, extreme, tmp_path)
-    made.train()
-    assert made.state.global_step == 4 and not list(tmp_path.rglob("non_finite.json"))
-    assert all(torch.isfinite(p).all() for p in made.model.parameters())
+    subject = trainer(tiny_policy, extreme, tmp_path)
+    subject.train()
+    assert subject.state.global_step == 4 and not list(tmp_path.rglob("non_finite.json"))
+    assert all(torch.isfinite(p).all() for p in subject.model.parameters())
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -97,7 +99,7 @@ PURE = [name for name, spec in LOSSES.items() if not spec.coupled]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PURE)
 def test_losses_and_their_gradients_stay_finite(name: str, dtype: torch.dtype) -> None:
-    """Log-ratios and margins at the ends of each type's range (1e6 at most), lengths of 1 and of 100,000 tokens."""
+    """Log-ratios and margins at the limits of each dtype (1e6 at most), lengths of 1 and of 100,000 tokens."""
     top = min(1e6, float(torch.finfo(dtype).max) / 4)
     ends = torch.tensor([-top, -30.0, -1e-3, 0.0, 1e-3, 30.0, top])
     chosen, rejected, margin = (grid.flatten() for grid in torch.meshgrid(ends, ends, ends, indexing="ij"))
@@ -143,7 +145,7 @@ def test_a_reward_that_is_not_a_number_names_its_pair(table: list[dict[str, Any]
     with torch.no_grad():
         model.get_input_embeddings().weight[16] = float("inf")
     model.save_pretrained(backbone)
-    order = {"train_sampling_strategy": "random"}  # in which the pair at fault comes in the first step
+    order = {"train_sampling_strategy": "random"}  # the pair at fault is in the first step
     config = RewardSection(model=str(backbone), max_length=64, trainer=SMALL | order)
     with pytest.raises(
         NumericsError, match=r"the loss of pair p5 is not finite \(reward of chosen .*, of rejected nan"

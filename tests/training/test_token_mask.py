@@ -31,33 +31,35 @@ def mask(sparsity: float = 0.2) -> TokenMask:
 
 
 def test_masked_sums_and_price_by_hand() -> None:
-    """Chosen tokens 6 and 7, rejected token 8; token 6 is closed."""
-    made = mask()
+    """Chosen tokens 6 and 7, rejected token 8; the weight of token 6 is 0."""
+    token_mask = mask()
     with torch.no_grad():
-        made.logit[6] = -100.0
-    found, price, left = made(POLICY, REFERENCE, IDS, COMPLETION)
+        token_mask.logit[6] = -100.0
+    masked, price, weight = token_mask(POLICY, REFERENCE, IDS, COMPLETION)
     m = 1 / (1 + math.exp(-OPEN))
-    assert found.chosen.tolist() == pytest.approx([-2.0 * m]) and found.ref_chosen.tolist() == pytest.approx([-3.0 * m])
-    assert found.rejected.tolist() == pytest.approx([-4.0 * m])
-    assert (found.chosen_length.tolist(), found.rejected_length.tolist()) == ([2.0], [1.0])
-    assert left.tolist() == pytest.approx([m / 2, m])
+    assert masked.chosen.tolist() == pytest.approx([-2.0 * m]) and masked.ref_chosen.tolist() == pytest.approx(
+        [-3.0 * m]
+    )
+    assert masked.rejected.tolist() == pytest.approx([-4.0 * m])
+    assert (masked.chosen_length.tolist(), masked.rejected_length.tolist()) == ([2.0], [1.0])
+    assert weight.tolist() == pytest.approx([m / 2, m])
     assert price.tolist() == pytest.approx([0.2 * (m / 2 + m) / 2])
 
 
 def test_the_weight_of_a_shared_token_falls_and_that_of_a_separating_token_stays() -> None:
     """Token 6 has the same log-ratio in both responses, token 7 raises and token 8 lowers the margin."""
-    made = mask(sparsity=0.05)
+    token_mask = mask(sparsity=0.05)
     ids, completion = torch.tensor([[5, 6, 7], [5, 6, 8]]), torch.tensor([[0, 1, 1], [0, 1, 1]])
     policy, reference = torch.tensor([[-1.0, -2.0], [-1.0, -6.0]]), torch.tensor([[-3.0, -4.0], [-3.0, -4.0]])
     loss = resolve("dpo", {"beta": 1.0})
     for _ in range(100):
-        found, price, _ = made(policy, reference, ids, completion)
-        (loss(found, None) + price).sum().backward()
-        made.step()
-    weight = torch.sigmoid(made.logit)
+        masked, price, _ = token_mask(policy, reference, ids, completion)
+        (loss(masked, None) + price).sum().backward()
+        token_mask.step()
+    weight = torch.sigmoid(token_mask.logit)
     assert float(weight[6]) < 0.2 < 0.6 < float(weight[7])
     assert float(weight[8]) > 0.6 and float(weight[3]) == pytest.approx(1 / (1 + math.exp(-OPEN)))
-    assert {token for token, _ in made.extremes(5)["closed"]} == {6, 7, 8}
+    assert {token for token, _ in token_mask.extremes(5)["closed"]} == {6, 7, 8}
 
 
 def trainer(policy: Path, output: Path, steps: int, **more: Any) -> PreferenceTrainer:
@@ -85,15 +87,15 @@ def test_resumed_equals_uninterrupted(tiny_policy: Path, tmp_path: Path) -> None
 
 
 def test_the_reference_of_a_full_fine_tuning_does_not_move(tiny_policy: Path, tmp_path: Path) -> None:
-    made = trainer(tiny_policy, tmp_path / "m", 4)
-    made.train()
-    assert made.state.log_history[3]["loss"] < made.state.log_history[0]["loss"] - 0.05
-    batch = made.data_collator([made.train_dataset[k] for k in range(4)])
+    subject = trainer(tiny_policy, tmp_path / "m", 4)
+    subject.train()
+    assert subject.state.log_history[3]["loss"] < subject.state.log_history[0]["loss"] - 0.05
+    batch = subject.data_collator([subject.train_dataset[k] for k in range(4)])
     fresh = trainer(tiny_policy, tmp_path / "fresh", 4)
     fresh.model.eval()
     with torch.no_grad():
         start = pair_logps(fresh.model, batch, fresh.layout).tokens.logps
-    assert torch.allclose(made.run_reference(batch).tokens.logps, start, atol=1e-5)
+    assert torch.allclose(subject.run_reference(batch).tokens.logps, start, atol=1e-5)
     with pytest.raises(ConfigError, match="precompute_ref_log_probs: found true together with a token_mask"):
         trainer(tiny_policy, tmp_path / "x", 4, precompute_ref_log_probs=True)
 

@@ -161,7 +161,7 @@ def test_the_loss_of_the_trainer_is_reached_through_compute_loss() -> None:
 
 
 def test_the_loss_is_taken_as_the_step_s_share() -> None:
-    """trl hands ``loss_is_scaled_for_ga`` to every transformers, so a loss is not divided by the micro-batches."""
+    """trl passes ``loss_is_scaled_for_ga`` to transformers, so a loss is not divided by the number of micro-batches."""
     place = "align/training/trainer.py, reward_models/trainer.py"
     for kind in (DPOTrainer, RewardTrainer):
         assert hasattr(kind, "loss_is_scaled_for_ga"), explained(place, f"{kind.__name__} has no loss_is_scaled_for_ga")
@@ -171,7 +171,7 @@ def test_the_loss_is_taken_as_the_step_s_share() -> None:
 
 
 def test_accelerate_does_not_divide_the_loss(tmp_path: Path) -> None:
-    """transformers before 5.6 tells accelerate to divide it by the micro-batches, whoever has scaled it already."""
+    """transformers before 5.6 lets accelerate divide it by the micro-batches, even if it is scaled already."""
     args = TrainingArguments(output_dir=str(tmp_path), gradient_accumulation_steps=4, use_cpu=True, report_to="none")
     divisor = Trainer(model=torch.nn.Linear(1, 1), args=args).accelerator.gradient_accumulation_steps
     place = "align/training/trainer.py, reward_models/trainer.py"
@@ -210,6 +210,20 @@ def test_the_reward_model_s_batch() -> None:
     )
 
 
+<<<<<<< HEAD
+=======
+def test_the_tokens_of_a_pair() -> None:
+    """DPOTrainer._prepare_dataset, called without a trainer, gives ids by these names and an end-of-sequence token."""
+    table = Dataset.from_list([{"id": "a", "prompt": "the film is", "chosen": " good", "rejected": " very bad"}])
+    words = tokenizer()
+    row = tokenize_pairs(table, words, max_length=64)[0]
+    eos, place = words.eos_token_id, "align/models/tokenization.py"
+    lengths = [len(row[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")]
+    assert lengths == [3, 2, 3], explained(place, f"tokens are {row}")
+    assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == eos, explained(place, "no end-of-sequence token")
+
+
+>>>>>>> h1
 def test_helpers_of_trl(tmp_path: Path) -> None:
     """Functions that are imported by name, with the parameters that they are called with."""
     from trl.data_utils import extract_prompt
