@@ -171,7 +171,7 @@ def test_a_saved_map_is_the_same_and_a_table_keeps_its_sense(kind: str, tmp_path
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, r"calibration-file.*not there"),
+        (None, r"calibration-file.*no such file"),
         ("{", "not a calibration"),
         ("[]", "not a calibration"),
         (json.dumps({"kind": "temperature", "length_slope": 0, "temperature": 0}), "not a calibration"),
