@@ -97,7 +97,7 @@ class EnsembleScorer:
         return np.asarray(np.mean(rewards, axis=0))
 
     def score_pairs(self, pairs: Dataset) -> Dataset:
-        """The table with the mean rewards and their margin; ``margin_std`` where there are at least two members."""
+        """The table with the mean rewards and their margin, and ``margin_std`` for at least two members."""
         scored, alike = zip(*(scorer.score_and_tell(pairs) for scorer in self.scorers), strict=True)
         tell_alike(alike[0])
         return _averaged(pairs, scored)

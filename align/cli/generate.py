@@ -1,4 +1,4 @@
-"""`align generate` (completions of prompts), `align best-of-n` of them, `align iterate` (rounds with training)."""
+"""`align generate`, `align best-of-n` and `align iterate`: sample, choose, and train on samples in rounds."""
 
 from pathlib import Path
 from typing import Annotated, Any, cast
