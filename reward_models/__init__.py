@@ -1,1 +1,5 @@
-"""Everything that turns (prompt, completion) into a number. Never imports align.training, filtering or pipeline."""
+"""Reward models: training, scoring, ensembles, calibration, and judges that give a completion a score or a preference.
+
+Imports ``align.training`` and the packages below it; never ``align.filtering``, ``align.evaluation``,
+``align.commands`` or ``align.run``.
+"""

@@ -1,8 +1,8 @@
-"""From a reward model's raw margin to one that means what it says: length taken out, then log-odds of the label.
+"""Calibrate the margins of a reward model: remove length bias, then map the margin to the log-odds of the label.
 
-A margin of 2 should be right in 88% of the pairs, sigmoid(2). The map is fitted on held-out pairs, kept beside the
-model as ``calibration.json`` and applied where it is asked for. It is odd in (margin, difference of lengths):
-exchanging the two responses changes the sign and nothing else.
+A calibrated margin of 2 agrees with the label in 88% of the pairs, sigmoid(2). The map is fitted on held-out pairs,
+saved in the model folder as ``calibration.json`` and applied on request. It is an odd function of (margin, difference
+of lengths): exchanging the two responses only changes the sign.
 """
 
 from dataclasses import asdict, dataclass
@@ -22,34 +22,35 @@ FILE = "calibration.json"
 Kind = Literal["temperature", "isotonic"]
 COLDEST, HOTTEST = 1e-3, 1e3
 SMALLEST = 1e-290
-"""Margins that are nearer to 0 count as 0: between two of them a map would be steeper than a number can say."""
+"""Margins closer to 0 count as 0: the slope of the map between two of them would overflow."""
 
 
 @dataclass(frozen=True, slots=True)
 class MarginMap:
-    """First ``length_slope`` times the difference of the lengths is taken off, then one of two maps applied."""
+    """Subtract ``length_slope`` times the difference of the lengths, then apply temperature or isotonic calibration."""
 
     kind: Kind | None
-    """None: neither map."""
+    """None: only the length is removed."""
     length_slope: float
-    """Margin per word, 0 where lengths are left alone."""
+    """Margin per word; 0: no correction for length."""
     temperature: float
-    """Margins are divided by it (temperature)."""
+    """Divisor of the margins (temperature)."""
     margins: tuple[float, ...] = ()
-    """Rising; between them the log-odds are linear, beyond them constant (isotonic)."""
+    """Knots in ascending order; log-odds are linear between them and constant beyond them (isotonic)."""
     log_odds: tuple[float, ...] = ()
+    """Log-odds at the knots."""
     pairs: int = 0
-    """Held-out pairs that it was fitted on."""
+    """Number of held-out pairs of the fit."""
 
     def __call__(self, margins: np.ndarray, words: np.ndarray) -> np.ndarray:
-        """Log-odds [N] that the label is right, from margins [N] and words of chosen less words of rejected [N]."""
+        """Log-odds [N] of the label, from margins [N] and words of chosen minus words of rejected [N]."""
         left: np.ndarray = margins - self.length_slope * words
         if self.kind == "isotonic":
             return np.interp(left, self.margins, self.log_odds)
         return left / self.temperature
 
     def apply(self, pairs: Dataset) -> Dataset:
-        """The table with its margin mapped, ``margin_std`` in proportion, and both rewards about their old middle."""
+        """The table with calibrated ``margin`` and ``margin_std``; the mean of the two rewards does not change."""
         old = np.asarray(pairs["margin"], dtype=np.float64)
         new = self(old, word_difference(pairs))
         middle = (np.asarray(pairs["reward_chosen"]) + np.asarray(pairs["reward_rejected"])) / 2
@@ -60,20 +61,20 @@ class MarginMap:
         return with_columns(pairs, columns)
 
     def save(self, model: Path) -> None:
-        """Write it into a model folder."""
+        """Write the map into a model folder."""
         write_json(model / FILE, asdict(self))
 
     @classmethod
     def load(cls, model: Path | str) -> "MarginMap":
-        """The map that lies beside a model.
+        """Read the map in a model folder.
 
         Raises:
-            ModelError: there is none, or it is broken.
+            ModelError: the file is missing or broken.
         """
         file = Path(model) / FILE
         if not file.exists():
             raise ModelError(
-                f"{file}: not there, so its margins cannot be calibrated",
+                f"{file}: no such file, so the margins of this model cannot be calibrated",
                 code="calibration-file",
                 hint="train it with `reward.calibrate: temperature`, or score without --calibrated",
             )
@@ -85,19 +86,19 @@ class MarginMap:
                 raise ValueError(f"kind {made.kind!r}, temperature {made.temperature}")
             made(np.array([-1.0, 1.0]), np.zeros(2))
         except (ValueError, TypeError, AttributeError) as error:
-            said = " ".join(str(error).split())
-            raise ModelError(f"{file}: not a calibration ({said})", code="calibration-file") from None
+            reason = " ".join(str(error).split())
+            raise ModelError(f"{file}: not a calibration ({reason})", code="calibration-file") from None
         return made
 
 
 def fit_map(margins: np.ndarray, words: np.ndarray, kind: Kind | None, *, length: bool) -> MarginMap:
-    """The map for margins [N] of held-out pairs whose chosen response is the labelled one.
+    """Fit the map to margins [N] of held-out pairs, chosen minus rejected.
 
     Args:
-        margins: at least one, finite.
-        words: words of chosen less words of rejected, [N].
-        kind: temperature, isotonic or neither.
-        length: take the part of the margin off that rises with the length.
+        margins: at least one; finite.
+        words: words of chosen minus words of rejected, [N].
+        kind: temperature, isotonic or None.
+        length: subtract the part of the margin that is linear in the difference of lengths.
     """
     slope = length_slope(margins, words) if length else 0.0
     left = margins - slope * words
@@ -108,11 +109,11 @@ def fit_map(margins: np.ndarray, words: np.ndarray, kind: Kind | None, *, length
 
 
 def best_temperature(margins: np.ndarray) -> float:
-    """T > 0 that minimises the mean log-loss of margins / T (Guo et al., arXiv 1706.04599), on N pairs.
+    """Temperature scaling: T > 0 that minimizes the mean log-loss of margins / T (Guo et al., arXiv 1706.04599).
 
-    A label counts as right with probability (N + 1) / (N + 2) (Platt, 1999), so a temperature exists where every
-    margin agrees with its label. The log-loss is convex in 1 / T; a T out of bounds is put at them: margins that are
-    worse than chance get the hottest.
+    The target for N pairs is (N + 1) / (N + 2) instead of 1 (Platt, 1999), so the minimum is finite even if every
+    margin agrees with its label. The log-loss is convex in 1 / T, and T is clipped to [``COLDEST``, ``HOTTEST``];
+    margins that are worse than chance get ``HOTTEST``.
     """
     right = (margins.size + 1) / (margins.size + 2)
 
@@ -126,10 +127,10 @@ def best_temperature(margins: np.ndarray) -> float:
 
 
 def isotonic(margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Knots: margins [K], rising, and the log-odds [K] of the label at each, by isotonic regression.
+    """Isotonic regression of the label on the margin: knots [K] in ascending order, and log-odds [K] at them.
 
-    Every pair counts twice, as (m, right) and (-m, wrong), which makes the map odd. No share is nearer to 0 or 1 than
-    1 / (2 N + 2).
+    Each pair enters twice, as (m, 1) and (-m, 0), which makes the map odd. Probabilities are clipped to
+    [1 / (2 N + 2), 1 - 1 / (2 N + 2)].
     """
     margins = np.where(np.abs(margins) < SMALLEST, 0.0, margins)
     values, place, counts = np.unique(np.concatenate([margins, -margins]), return_inverse=True, return_counts=True)
@@ -145,7 +146,7 @@ def isotonic(margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def calibrated_out_of_fold(
     margins: np.ndarray, words: np.ndarray, fold: np.ndarray, kind: Kind | None, *, length: bool
 ) -> np.ndarray:
-    """Mapped margins [N], those of each fold by a map fitted on the pairs of all other folds."""
+    """Cross-fitted calibration: margins [N], those of each fold by a map that was fitted on all other folds."""
     made = np.empty(len(margins))
     for number in np.unique(fold):
         inside = fold == number

@@ -1,4 +1,4 @@
-"""Cross-fitted margins: every pair scored by a model that has not seen it."""
+"""Cross-fitted margins: each pair is scored by a model that was not trained on it."""
 
 from pathlib import Path
 
@@ -17,20 +17,20 @@ from reward_models.length_bias import word_difference
 def cross_fit(
     pairs: Dataset, config: RewardSection, folder: Path, *, seed: int, cluster: ClusterSection | None = None
 ) -> Dataset:
-    """Train ``config.folds`` models, each on all folds but its own; score each fold by its model.
+    """Train ``config.folds`` models, each on all folds but one, and score the left-out fold with it.
 
-    Under a launcher all processes call this together.
-    A model's margins on its own training pairs are overconfident; out-of-fold margins are not.
+    All processes of a launcher call this together. The margins of a model on its own training pairs are overconfident;
+    out-of-fold margins are not.
 
     Args:
         pairs: pair table.
         config: reward model and number of folds k >= 2.
-        folder: gets fold-0 ... fold-(k-1), model folders; one that is there is not trained again.
+        folder: for the model folders fold-0 ... fold-(k-1); a model that exists is not trained again.
         seed: seed of the folds and the models.
-        cluster: whose workers share the scoring.
+        cluster: Ray cluster that scores.
 
     Returns:
-        The table with reward_chosen, reward_rejected, margin, ``margin_std`` of an ensemble, and ``fold``.
+        The table with reward_chosen, reward_rejected, margin, ``margin_std`` for an ensemble, and ``fold``.
     """
     fold = folds_by_prompt(pairs, config.folds, seed)
     columns = SCORES if config.ensemble == 1 else (*SCORES, SPREAD)
@@ -57,7 +57,7 @@ def cross_fit(
 
 
 def _calibrated(table: Dataset, fold: np.ndarray, config: RewardSection) -> Dataset:
-    """Each fold's margins by a map fitted on the margins of the others, where the configuration asks for it."""
+    """Calibrate each fold by a map that was fitted on the other folds, if the configuration asks for it."""
     if config.calibrate is None and not config.length_residual:
         return table
     margins, words = np.asarray(table["margin"]), word_difference(table)

@@ -1,6 +1,7 @@
-"""Several reward models for one: the margin is their mean, ``margin_std`` how far they disagree.
+"""Ensembles of reward models: ``margin`` is the mean of the members, ``margin_std`` their standard deviation.
 
-The first member is the model folder itself, which loads as a plain reward model; the others lie in ``members/`` below.
+The first member is the model folder itself, which also loads as a single reward model; the others are in its subfolder
+``members/``.
 """
 
 import shutil
@@ -26,21 +27,21 @@ from reward_models.train import train_reward_model
 MEMBERS = "members"
 SEED_STEP = 7919
 SHARD = 512
-"""Pairs that are lost at most when a scoring is stopped, and that a process or a worker is given at a time."""
+"""Pairs per shard, the unit of work of a process; a stopped scoring loses unfinished shards only."""
 KEY_DIGITS = 8
 
 
 def train_members(train: Dataset, config: RewardSection, output: Path, *, seed: int) -> None:
-    """Train ``config.ensemble`` reward models into ``output`` and ``output/members``; those that are there are kept.
+    """Train ``config.ensemble`` reward models into ``output`` and ``output/members``; existing ones are kept.
 
-    Their seeds differ, so their heads and the order of their pairs do. A head that is fitted to frozen features in
-    closed form has no seed: members but the first see the pairs drawn with replacement (bagging).
+    Members differ in the seed of their head and of the order of the pairs. A linear head on frozen features has no
+    seed; there each member but the first is trained on a bootstrap sample of the pairs (bagging).
 
     Args:
         train: pair table.
         config: reward model.
         output: folder of the first model.
-        seed: of the first member.
+        seed: seed of the first member.
     """
     train_reward_model(train, config, output, seed=seed)
     for number in range(1, config.ensemble):
@@ -54,24 +55,22 @@ def train_members(train: Dataset, config: RewardSection, output: Path, *, seed: 
 
 
 def members(model: Path | str) -> list[Path | str]:
-    """The model and the other members of its ensemble, in their order; of a hub id itself alone."""
+    """The model and the other members of its ensemble, in order; for a hub id only the id."""
     below = Path(model) / MEMBERS
     found = [folder for folder in below.iterdir() if folder.name.isdigit()] if below.is_dir() else []
     return [model, *sorted(found, key=lambda folder: int(folder.name))]
 
 
 class EnsembleScorer:
-    """The mean reward of a model and the other members of its ensemble; of a model without any, its reward.
+    """Scores completions by the mean reward of the members of an ensemble, or by the reward of a single model.
 
-    How many texts are cut before their response is said, by the first member's tokens.
-
-    All members are in memory at once, so that any number of small calls loads each of them once.
+    All members stay in memory, so that each is loaded once for any number of calls.
 
     Args:
         model: folder or hub id.
         batch_tokens: padded tokens per batch.
         max_length: tokens per text; longer ones are cut from the right.
-        trust_remote_code: code that comes with a model may run.
+        trust_remote_code: code of the model folder may run.
 
     Raises:
         ModelError: a member cannot be used.
@@ -86,10 +85,10 @@ class EnsembleScorer:
         ]
 
     def score_completions(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
-        """Mean reward of each completion of the prompt beside it, float64 [N].
+        """Mean reward of each completion after its prompt, float64 [N]; warns if prompts fill ``max_length``.
 
         Raises:
-            ModelError: they are messages, and the model's tokenizer has no chat template.
+            ModelError: the texts are messages, and the model's tokenizer has no chat template.
         """
         unread = self.scorers[0].unread(prompts, completions).sum()
         if unread:
@@ -98,7 +97,7 @@ class EnsembleScorer:
         return np.asarray(np.mean(rewards, axis=0))
 
     def score_pairs(self, pairs: Dataset) -> Dataset:
-        """The table with the mean rewards and their margin; ``margin_std`` where there are at least two members."""
+        """The table with the mean rewards and their margin, and ``margin_std`` for at least two members."""
         scored, alike = zip(*(scorer.score_and_tell(pairs) for scorer in self.scorers), strict=True)
         tell_alike(alike[0])
         return _averaged(pairs, scored)
@@ -115,21 +114,21 @@ def score_with(
     calibration: MarginMap | None = None,
     cluster: ClusterSection | None = None,
 ) -> Dataset:
-    """The table with the mean rewards of the models and their margin; ``margin_std`` where there are at least two.
+    """The table with the mean rewards of the models and their margin, and ``margin_std`` for at least two models.
 
-    One model after the other is loaded and scores all pairs, so that one of them is in memory at a time. Under a
-    launcher all processes call this together and share the work. How many pairs are cut alike is said.
+    Each model in turn is loaded and scores all pairs, so that only one is in memory. All processes of a launcher call
+    this together and share the work. Logs how many pairs have responses that are equal after truncation.
 
     Args:
         models: at least one.
         pairs: pair table.
-        folder: keeps finished shards until all are, so that a stopped scoring goes on; what another model, another
-            table or other settings have left there is not looked at.
+        folder: keeps finished shards, so that a stopped scoring resumes; shards of another model, table or setting are
+            ignored, and the folder is removed at the end.
         batch_tokens: padded tokens per batch.
         max_length: tokens per text.
-        trust_remote_code: code that comes with the model may run.
-        calibration: applied to the mean margin.
-        cluster: whose workers share the pairs; None: this process, or those of the launcher.
+        trust_remote_code: code of the model folder may run.
+        calibration: map applied to the mean margin.
+        cluster: Ray cluster that scores; None: this process, or all processes of the launcher.
     """
     kept = from_main_process(lambda: folder / _key(models, pairs, max_length))
     texts = pairs.select_columns(list(TEXT))
@@ -140,7 +139,7 @@ def score_with(
         found = map_shards(texts, job, own, size=SHARD, what="scoring", cluster=cluster, together=True).whole()
         alike |= np.asarray(found[ALIKE])
         made.append(with_rewards(pairs, *(np.asarray(found[name]) for name in ("reward_chosen", "reward_rejected"))))
-    all_gather_objects([process_rank()])  # nobody reads a shard any more
+    all_gather_objects([process_rank()])  # barrier: all ranks have read the shards
     if process_rank() == 0:
         shutil.rmtree(folder)
         tell_alike(alike)
@@ -149,13 +148,13 @@ def score_with(
 
 
 def _key(models: Sequence[Path | str], pairs: Dataset, max_length: int) -> str:
-    """Of what the rewards depend on."""
+    """Cache key: content of the models and the pairs, max_length, revision of the scoring."""
     made_from = [*(fingerprint_model(str(model)) for model in models), fingerprint(pairs), max_length, REWARDS]
     return digest(made_from)[:KEY_DIGITS]
 
 
 def _averaged(pairs: Dataset, scored: Sequence[Dataset]) -> Dataset:
-    """``pairs`` with the means of the members' score columns, and the standard deviation of their margins."""
+    """``pairs`` with the means of the score columns over the members, and the standard deviation of the margins."""
     rewards = np.stack([np.stack([np.asarray(one[column]) for column in SCORES], axis=1) for one in scored])
     columns = dict(zip(SCORES, rewards.mean(axis=0).T, strict=True))
     if len(scored) > 1:

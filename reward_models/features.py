@@ -1,4 +1,4 @@
-"""What a reward model's head sees of a text: the pooled hidden state from which the reward is read off."""
+"""Features of a reward model: the pooled hidden state that its head turns into the reward."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,13 +21,13 @@ CHUNK = 4096
 def head_features(scorer: RewardScorer, texts: Sequence[str], cache: Path | None = None) -> np.ndarray:
     """Input of the one-logit head for each text, float64 [N, D].
 
-    A decoder's head is applied to every token and its last one counts; an encoder's sees its pooled or first token.
+    It is the hidden state of the last token of a decoder, and of the first or pooled token of an encoder.
 
     Args:
-        scorer: a reward model; its head does not matter.
+        scorer: a reward model; its head is not used.
         texts: at least one.
-        cache: folder in which the features of every ``CHUNK`` texts are kept, so that a stopped pass goes on; it is
-            only valid for the same backbone.
+        cache: folder for the features of each ``CHUNK`` texts, so that a stopped pass resumes; valid for the same
+            backbone only.
 
     Raises:
         ModelError: the model has neither a ``score`` nor a ``classifier`` head.
@@ -72,10 +72,10 @@ def _pass(scorer: RewardScorer, texts: Sequence[str]) -> np.ndarray:
 
 
 def _place(scorer: RewardScorer, input_ids: torch.Tensor) -> torch.Tensor:
-    """Which token of each padded row [B, width] the head's reward comes from, [B].
+    """Index [B] of the token in each padded row [B, width] that the reward is read from.
 
-    Of a decoder the last that is not the padding token, as transformers' models take it: where end-of-sequence pads,
-    that is the token before it.
+    For a decoder it is the last token that is not the padding token, as in transformers; if end-of-sequence is the
+    padding token, it is the token before it.
     """
     if not hasattr(scorer.model, "score"):
         return torch.zeros(len(input_ids), dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Independent gold judges: evaluate, never train. No stage reads a judge before a policy is finished."""
+"""Gold judges: they evaluate finished policies and are never used in training."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from align.errors import ConfigError
 
 
 class Judge(Protocol):
-    """Anything that gives a number to a (prompt, completion)."""
+    """Gives a score to a (prompt, completion)."""
 
     name: str
 
@@ -29,7 +29,7 @@ class VaderJudge:
         self._analyzer = SentimentIntensityAnalyzer()
 
     def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
-        """3 x compound of prompt + completion, float64 [N]; of messages, their contents."""
+        """3 x compound of prompt and completion, joined as one text, float64 [N]."""
         texts = [_joined(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         return np.array([3.0 * self._analyzer.polarity_scores(text)["compound"] for text in texts])
 
@@ -39,11 +39,11 @@ YES_NO = "yes-no"
 
 
 def make_judge(name: str) -> Judge:
-    """The judge called ``name``: one of ``JUDGES``, or ``yes-no:MODEL`` for the language model MODEL as a judge.
+    """The judge with this name: one of ``JUDGES``, or ``yes-no:MODEL`` for a language model.
 
     Raises:
-        ConfigError: there is none of that name.
-        ModelError: the judge's model cannot be used.
+        ConfigError: there is no such judge.
+        ModelError: the model of the judge cannot be used.
     """
     kind, _, model = name.partition(":")
     if kind == YES_NO and model:
@@ -58,5 +58,5 @@ def make_judge(name: str) -> Judge:
 
 
 def _joined(prompt: Any, completion: Any) -> str:
-    """Text goes on where its prompt ends; an answer to messages begins a line of its own."""
+    """Prompt and completion as one text; a line break follows a prompt of messages."""
     return plain(prompt) + ("" if isinstance(prompt, str) else "\n") + plain(completion)

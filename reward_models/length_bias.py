@@ -1,4 +1,4 @@
-"""Does a reward model pay for length? From margins and the lengths of the two responses, in words."""
+"""Length bias of a reward model, from margins and the lengths of the two responses in words."""
 
 from functools import partial
 from typing import Any
@@ -11,18 +11,18 @@ from align.data.text import count_words
 from align.stats import share_among
 
 LEAST = 4
-"""Pairs below which no rank correlation is given."""
+"""Smallest number of pairs for a rank correlation."""
 
 
 def word_difference(pairs: Dataset) -> np.ndarray:
-    """Words of the chosen less words of the rejected response, float64 [N]."""
+    """Words of the chosen minus words of the rejected response, float64 [N]."""
     return np.array([count_words(row["chosen"]) - count_words(row["rejected"]) for row in pairs], dtype=np.float64)
 
 
 def length_slope(margins: np.ndarray, words: np.ndarray) -> float:
-    """Margin per word: least squares through the origin, so that exchanging the responses changes nothing.
+    """Margin per word: least squares without intercept, so that exchanging the responses changes nothing.
 
-    It takes all of what rises with length for bias, also what longer responses deserve.
+    The slope counts every trend with length as bias, even if longer responses are better.
     """
     squares = float(words @ words)
     return float(margins @ words) / squares if squares > 0 else 0.0
@@ -31,19 +31,19 @@ def length_slope(margins: np.ndarray, words: np.ndarray) -> float:
 def length_probe(
     margins: np.ndarray, words: np.ndarray, *, seed: int, clusters: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """How margins [N] and differences of lengths [N] go together.
+    """Statistics of margins [N] against differences of lengths [N].
 
     Args:
-        margins: reward of chosen less reward of rejected.
-        words: words of chosen less words of rejected.
-        seed: of the intervals.
-        clusters: of the pairs, [N], that the accuracies' intervals draw together.
+        margins: reward of chosen minus reward of rejected.
+        words: words of chosen minus words of rejected.
+        seed: seed of the bootstrap intervals.
+        clusters: cluster label of each pair, [N], for a cluster bootstrap of the accuracies.
 
     Returns:
-        ``slope`` (margin per word), ``explained`` (share of the margins' squares that it accounts for), ``correlation``
-        (Spearman's, 95% interval by Fisher's z; None where it is not defined), ``accuracy_longer`` and
-        ``accuracy_shorter`` (where the chosen response is the longer or the shorter one; None without such pairs),
-        ``longer_preferred`` (share of pairs of unlike length whose longer response has the higher reward).
+        ``slope`` (margin per word), ``explained`` (its share of the sum of squared margins), ``correlation``
+        (Spearman's, with a 95% interval by Fisher's z; None if it is not defined), ``accuracy_longer`` and
+        ``accuracy_shorter`` (among pairs whose chosen response is longer or shorter; None without such pairs),
+        ``longer_preferred`` (share of the pairs with different lengths whose longer response has the higher reward).
     """
     slope = length_slope(margins, words)
     squares = float(margins @ margins)

@@ -1,4 +1,4 @@
-"""Linear heads on frozen features: a reward model in seconds, and the baseline that a fine-tuned one has to beat.
+"""Linear heads on frozen features: reward models that train in seconds, and the baseline for fine-tuning.
 
 Legend: N pairs, D features; a head is a vector w [D] and the reward of a text with features e is e w.
 """
@@ -32,7 +32,7 @@ NOISE = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Count, sums and sums of squares of feature differences; those of two sets of pairs add up."""
+    """Count, sums and sums of squares of feature differences; moments of two sets of pairs can be added."""
 
     count: int
     sums: np.ndarray
@@ -42,7 +42,7 @@ class Moments:
 
     @classmethod
     def of(cls, differences: np.ndarray) -> "Moments":
-        """Of differences [N, D], chosen minus rejected."""
+        """Moments of differences [N, D], chosen minus rejected."""
         return cls(len(differences), differences.sum(axis=0), np.square(differences).sum(axis=0))
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -51,8 +51,8 @@ class Moments:
     def naive_bayes(self) -> np.ndarray:
         """Head [D] of Gaussian naive Bayes on differences in both orders: w_j = 2 mean_j / variance_j.
 
-        With d as one class and -d as the other the means are +-mean, the variances shared, and the log-odds of "the
-        first is better" are 2 sum_j mean_j d_j / variance_j (arXiv 2302.02334 compares it with logistic regression).
+        The classes d and -d have the means +mean and -mean and the same variance, so the log-odds of "the first is
+        better" are 2 sum_j mean_j d_j / variance_j (arXiv 2302.02334 compares it with logistic regression).
         """
         mean = self.sums / self.count
         variance = self.squares / self.count - mean**2
@@ -70,15 +70,15 @@ def fit_linear(
     penalty: float,
     start: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Head [D] that minimises  sum of the loss + penalty |w s|^2 / 2,  s the root mean squares of the differences.
+    """Head [D] that minimizes the sum of the loss + penalty |w s|^2 / 2; s: root mean squares of the differences.
 
     Args:
         chosen: features [N, D].
         rejected: features [N, D].
-        loss: of two rewards.
-        columns: what it reads beside them.
-        penalty: above 0.
-        start: where the search begins, [D]; zeros where None.
+        loss: loss of two rewards.
+        columns: other columns that the loss reads.
+        penalty: L2 penalty, above 0.
+        start: initial head, [D]; None: zeros.
     """
     scale = _scale(chosen - rejected)
     high, low = (torch.from_numpy(features / scale) for features in (chosen, rejected))
@@ -95,7 +95,7 @@ def fit_linear(
 
 
 def fit_logistic(chosen: np.ndarray, rejected: np.ndarray, fold: np.ndarray) -> tuple[np.ndarray, float]:
-    """Head [D] of penalised logistic regression, and the penalty with the best log-loss over the folds [N]."""
+    """Head [D] of L2-penalized logistic regression, and its penalty, chosen by cross-validated log-loss (fold [N])."""
     losses = np.zeros(len(PENALTIES))
     for number in np.unique(fold):
         inside = fold == number
@@ -110,13 +110,13 @@ def fit_logistic(chosen: np.ndarray, rejected: np.ndarray, fold: np.ndarray) -> 
 def train_head(
     train: Dataset, config: RewardSection, *, seed: int, cache: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The backbone with a fitted head in place of its own, and its tokenizer.
+    """The backbone with a fitted head instead of its own, and its tokenizer.
 
     Args:
         train: pair table.
-        config: ``model``, ``head`` (logistic or naive-bayes), batch and length.
-        seed: of the folds, and of layers that the backbone lacks.
-        cache: folder that keeps the features for a stopped pass, or None.
+        config: ``model``, ``head`` (logistic or naive-bayes), batch size and length.
+        seed: seed of the folds, and of layers that the backbone lacks.
+        cache: folder for the features, so that a stopped pass resumes; None: no cache.
 
     Raises:
         ModelError: the model's head is not one linear layer.

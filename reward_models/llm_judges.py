@@ -1,7 +1,7 @@
-"""A language model as a judge: how probable it holds "Yes" to be after a rubric that asks about a response.
+"""A language model as a judge: the probability of "Yes" as its answer to a rubric about one response.
 
-score = P(yes) / (P(yes) + P(no)), read from the logits of the first token of the answer, each probability summed over
-the spellings that are one token (UniME-V2, arXiv 2510.13515, has one spelling each). Nothing is sampled.
+score = P(yes) / (P(yes) + P(no)) from the logits of the first token of the answer, where each probability is the sum
+over the spellings that are a single token (UniME-V2, arXiv 2510.13515, uses one spelling each). Nothing is sampled.
 """
 
 import inspect
@@ -19,6 +19,7 @@ from align.io.console import log, progress
 from align.models.batching import token_batches
 from align.models.layout import base_model
 from align.models.loading import load_policy, load_tokenizer
+from align.models.tokenization import pad
 
 RUBRIC = """Below are a request and a response to it.
 
@@ -37,22 +38,22 @@ RARE = 0.1
 
 
 class YesNoJudge:
-    """P(yes) of a causal language model, whatever the batch.
+    """P(yes) of a causal language model; it does not depend on the batch.
 
-    The text of a prompt or completion is never read as special tokens, so a response cannot end its own turn and answer
-    in the judge's place; a completion that does not fit is cut from the right, the rubric never is.
+    The text of a prompt or completion is never encoded as special tokens, so a response cannot end its turn and answer
+    for the judge. A completion that does not fit is cut from the right; the rubric is never cut.
 
     Args:
         model: folder or hub id.
-        rubric: question with the fields ``{prompt}`` and ``{completion}``, each once and in this order; sent as one
-            user message where the model has a chat template, else followed by ``Answer:``.
+        rubric: question with the fields ``{prompt}`` and ``{completion}``, each once and in this order; one user
+            message if the model has a chat template, else text followed by ``Answer:``.
         batch_tokens: padded tokens per forward pass.
         max_length: tokens of one question.
-        dtype: of the weights.
+        dtype: dtype of the weights.
 
     Raises:
         ConfigError: the rubric lacks a field.
-        ModelError: the model cannot be loaded, or yes and no are not tokens of it.
+        ModelError: the model cannot be loaded, or yes and no are not single tokens.
     """
 
     def __init__(
@@ -75,14 +76,13 @@ class YesNoJudge:
         self.yes, self.no = self._answers(YES), self._answers(NO)
         if not self.yes or not self.no or set(self.yes) & set(self.no):
             raise ModelError(
-                f"{model}: `Yes` and `No` are not tokens of its own, so their probabilities cannot be read",
+                f"{model}: `Yes` and `No` are not tokens of this model, so their probabilities cannot be read",
                 code="judge-tokens",
                 hint="use another judge model",
             )
 
     def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
-        """P(yes) / (P(yes) + P(no)) of each completion, float64 [N] in (0, 1); prompts and completions are text or
-        messages."""
+        """P(yes) / (P(yes) + P(no)) of each completion (text or messages), float64 [N] in (0, 1)."""
         return np.asarray(expit(self.log_odds(prompts, completions)))
 
     def log_odds(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
@@ -95,7 +95,9 @@ class YesNoJudge:
                 found[batch] = self._forward([rows[k] for k in batch])
         mass = float(np.exp(found).sum(axis=1).mean()) if rows else 1.0
         if mass < RARE:
-            log.warning("%s: yes and no together have only %.2g of the probability; mind its scores", self.name, mass)
+            log.warning(
+                "%s: yes and no together have a probability of only %.2g; its scores may be unreliable", self.name, mass
+            )
         return found[:, 0] - found[:, 1]
 
     def _forward(self, rows: list[list[int]]) -> np.ndarray:
@@ -104,19 +106,16 @@ class YesNoJudge:
         return torch.stack([logps[:, side].logsumexp(dim=-1) for side in (self.yes, self.no)], dim=1).cpu().numpy()
 
     def _next_logits(self, rows: list[list[int]]) -> torch.Tensor:
-        """The model's own logits, float64 [n, V], of the token after each row."""
-        width = max(len(row) for row in rows)
-        pad = self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.device)
+        """Logits of the model, float64 [n, V], for the token after each row."""
+        ids, mask = (part.to(self.device) for part in pad(rows, self.tokenizer.pad_token_id or 0))
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        last = mask.sum(dim=1) - 1 - width  # from the end: a prompt-learning adapter puts tokens of its own before
+        last = mask.sum(dim=1) - 1 - ids.shape[1]  # negative: a prompt-learning adapter adds tokens in front
         if self._keeps_places:
             inputs["logits_to_keep"], last = last.unique(return_inverse=True)
         return self.model(**inputs).logits[torch.arange(len(rows), device=self.device), last].double()
 
     def _frame(self, rubric: str) -> list[str]:
-        """The three pieces of the question around prompt and completion."""
+        """The three pieces of the question before, between and after prompt and completion."""
         text = rubric
         if self.tokenizer.chat_template is not None:
             turns = [{"role": "user", "content": rubric}]
@@ -149,6 +148,6 @@ class YesNoJudge:
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def _answers(self, spellings: Sequence[str]) -> list[int]:
-        """Ids of the spellings that are one token and not the unknown one."""
+        """Ids of the spellings that are a single token other than the unknown token."""
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in spellings]
         return sorted({row[0] for row in ids if len(row) == 1 and row[0] != self.tokenizer.unk_token_id})

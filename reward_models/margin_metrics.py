@@ -1,4 +1,4 @@
-"""How far a set of margins can be trusted, from the margins of pairs whose label is known (chosen over rejected)."""
+"""Accuracy and calibration of margins against the labels of their pairs."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,20 +21,21 @@ class Bin:
     confidence: float
     """Mean confidence of the pairs in the bin."""
     accuracy: float
-    """Share of them whose margin agrees with the label."""
+    """Share of the pairs in the bin whose margin agrees with the label."""
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class MarginMetrics:
-    """Accuracy (ties count half) with its interval, log-loss (nats), Brier score, calibration, reliability bins."""
+    """Accuracy (ties count half) with its interval, log-loss (nats), Brier score, expected calibration error, bins."""
 
     n: int
     accuracy: Estimate
     log_loss: float
     brier: float
-    """Mean squared distance of sigmoid(margin) from 1, the label; 0.25 where the margins are all 0."""
+    """Mean squared difference of sigmoid(margin) and the label 1; 0.25 if all margins are 0."""
     ece: float
+    """Expected calibration error over ``bins``."""
     mean_abs_margin: float
     bins: tuple[Bin, ...]
 
@@ -44,15 +45,15 @@ class MarginMetrics:
 
 
 def evaluate_margins(margins: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None) -> MarginMetrics:
-    """Metrics of margins [N] of pairs whose chosen response is the labelled one.
+    """Metrics of margins [N], chosen minus rejected.
 
     Args:
-        margins: reward of chosen less reward of rejected.
-        seed: of the interval.
-        clusters: of the pairs, [N] (``align.pairs.clusters_of``); absent: each pair is an independent draw.
+        margins: reward of chosen minus reward of rejected.
+        seed: seed of the bootstrap interval.
+        clusters: cluster label of each pair, [N] (``clusters_of``), for a cluster bootstrap; None: no clusters.
 
     Raises:
-        ValueError: no margins, or one that is not finite.
+        ValueError: there are no margins, or one is not finite.
     """
     m = np.asarray(margins, dtype=np.float64)
     if m.size == 0 or not np.isfinite(m).all():
@@ -72,7 +73,7 @@ def evaluate_margins(margins: ArrayLike, *, seed: int = 0, clusters: ArrayLike |
 
 
 def reliability_bins(margins: np.ndarray) -> tuple[Bin, ...]:
-    """Non-empty bins of equal width over the confidence in [0.5, 1]."""
+    """Non-empty bins of equal width over confidences in [0.5, 1], as in a reliability diagram."""
     confidence = 1.0 / (1.0 + np.exp(-np.minimum(np.abs(margins), 700.0)))
     right = np.where(margins == 0, 0.5, margins > 0)
     edges = np.linspace(0.5, 1.0, BINS + 1)

@@ -1,7 +1,7 @@
-"""Judges that say which of two responses is better, behind one protocol; judges that give a number serve as such too.
+"""Pairwise judges, which prefer one of two responses; a judge that gives scores is one as well.
 
-``vader`` is the independent gold judge. A folder or hub id is a reward model. ``llm:`` before one is a language model
-that is asked which of two responses is better, ``yes-no:`` one that is asked of each response whether it is good.
+Names of judges: ``vader`` is the gold judge; a folder or hub id is a reward model; ``llm:MODEL`` is a language model
+that is asked which of two responses is better; ``yes-no:MODEL`` is asked for each response whether it is good.
 """
 
 import re
@@ -29,39 +29,39 @@ QUESTION = (
 )
 FIELDS = r"\{prompt\}|\{first\}|\{second\}"
 ANSWER = "The better response is Response"
-"""What the judge has already said; its next token is a label."""
+"""Start of the judge's answer; the next token is a label."""
 
 
 class PairwiseJudge(Protocol):
-    """Anything that prefers one of two responses. It may be biased to the first: it is asked in both orders."""
+    """Prefers one of two responses; it is asked in both orders, to cancel position bias."""
 
     name: str
 
     def prefer(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> np.ndarray:
-        """Preference for the first response, [N], in [0, 1]: 1 the first, 0 the second, 0.5 a tie."""
+        """Preference for the first response, [N] in [0, 1]: 1 the first, 0 the second, 0.5 a tie."""
 
 
 class ByScore:
-    """The pairwise judge that prefers the larger score of a judge that gives numbers; equal scores are a tie."""
+    """Prefers the response with the larger score of a judge; equal scores are a tie."""
 
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
         self.name = judge.name
 
     def prefer(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> np.ndarray:
-        """1 where the first scores higher, 0 where lower, 0.5 where equal, [N]."""
+        """1 if the first scores higher, 0 if lower, 0.5 if equal, [N]."""
         return from_scores(self.judge.score(prompts, first), self.judge.score(prompts, second))
 
 
 class RewardModelJudge:
-    """A reward model, an ensemble's mean, as a judge; no gold one of a policy trained on its rewards or margins.
+    """A reward model as a judge; not a gold judge for policies that were trained on its rewards or margins.
 
     Args:
         model: folder or hub id.
         max_length: tokens per text; longer ones are cut from the right.
 
     Raises:
-        ModelError: it cannot be loaded as one.
+        ModelError: it cannot be loaded as a reward model.
     """
 
     def __init__(self, model: str, *, max_length: int = MAX_LENGTH) -> None:
@@ -78,10 +78,10 @@ class RewardModelJudge:
 class LanguageModelJudge:
     """A causal language model that reads both responses and names one.
 
-    Its preference is P(A) / (P(A) + P(B)), the probabilities of the two labels as the next token; the question goes
-    through its chat template where it has one. Texts are never read as special tokens, so a response cannot end its
-    own turn and answer in the judge's place. Of texts that do not fit, the prompt loses its beginning and both
-    responses their ends, after equally many tokens; the question itself is never cut.
+    Its preference is P(A) / (P(A) + P(B)), the probabilities of the two labels as the next token; the question is
+    formatted by the chat template if there is one. Texts are never encoded as special tokens, so a response cannot end
+    its turn and answer for the judge. If the texts do not fit, the prompt is cut from the left and both responses from
+    the right, to the same length; the question itself is never cut.
 
     Args:
         model: folder or hub id.
@@ -89,8 +89,7 @@ class LanguageModelJudge:
 
     Raises:
         ModelError: it cannot be loaded.
-        ConfigError: its tokenizer does not tell the two labels apart by one token, or its chat template leaves out
-            what it is given.
+        ConfigError: the two labels end in the same token, or the chat template changes the question.
     """
 
     def __init__(self, model: str, *, max_length: int = MAX_LENGTH) -> None:
@@ -112,18 +111,19 @@ class LanguageModelJudge:
         self._model = load_policy(model, dtype="float32").to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def prefer(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> np.ndarray:
-        """Probability of the label of the first response against that of the second, [N]."""
+        """Probability of the label of the first response relative to both labels, [N]."""
         import torch
+
+        from align.models.tokenization import pad
 
         rows = [self._question(*texts) for texts in zip(prompts, first, second, strict=True)]
         found = np.empty(len(rows))
         batches = token_batches([len(row) for row in rows], BATCH_TOKENS)
-        device, pad = self._model.device, self._tokenizer.pad_token_id
+        device = self._model.device
         with torch.inference_mode():
             for batch in progress(batches, what="judging", total=len(batches), unit="batches"):
-                width = max(len(rows[k]) for k in batch)
-                ids = torch.tensor([rows[k] + [pad] * (width - len(rows[k])) for k in batch], device=device)
-                mask = torch.tensor([[1] * len(rows[k]) + [0] * (width - len(rows[k])) for k in batch], device=device)
+                padded = pad([rows[k] for k in batch], self._tokenizer.pad_token_id)
+                ids, mask = (part.to(device) for part in padded)
                 logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
                 last = torch.tensor([len(rows[k]) - 1 for k in batch], device=device)
                 labels = logits[torch.arange(len(batch), device=device), last][:, self._labels].double()
@@ -132,23 +132,23 @@ class LanguageModelJudge:
 
     def _pieces(self) -> list[list[int]]:
         """Token ids of the four pieces of the question around the three texts."""
-        plainly = self._tokenizer.chat_template is None
+        as_text = self._tokenizer.chat_template is None
         text = QUESTION
-        if not plainly:
+        if not as_text:
             turn = [{"role": "user", "content": QUESTION.strip()}]
             text = str(self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
         pieces = re.split(FIELDS, text + ANSWER)
         if len(pieces) != 4:
             raise ConfigError(
-                f"judge {self.name}: its chat template does not give a message back as it was",
+                f"judge {self.name}: its chat template changes the text of a message",
                 code="eval-judge",
                 hint="use another language model",
             )
         found = [
-            list(self._tokenizer(piece, add_special_tokens=plainly and k == 0)["input_ids"])
+            list(self._tokenizer(piece, add_special_tokens=as_text and k == 0)["input_ids"])
             for k, piece in enumerate(pieces)
         ]
-        if plainly and found[0][-1:] == [self._tokenizer.eos_token_id]:
+        if as_text and found[0][-1:] == [self._tokenizer.eos_token_id]:
             found[0].pop()
         return found
 
@@ -164,14 +164,14 @@ class LanguageModelJudge:
 
 
 def make_pairwise(name: str, max_length: int | None = None) -> PairwiseJudge:
-    """The judge called ``name``: one that gives numbers, or ``llm:`` and a language model.
+    """The pairwise judge with this name: ``llm:MODEL``, or a judge that gives scores.
 
     Args:
-        name: see above.
-        max_length: tokens that a reward model reads of a text, or an ``llm:`` judge of a question; None: 1024.
+        name: name of the judge, see the module.
+        max_length: tokens per text of a reward model, or per question of an ``llm:`` judge; None: 1024.
 
     Raises:
-        ConfigError: there is none of that name, or it has no such limit.
+        ConfigError: there is no such judge, or it takes no ``max_length``.
         ModelError: the model cannot be loaded.
     """
     if name.startswith(LANGUAGE_MODEL):
@@ -180,19 +180,19 @@ def make_pairwise(name: str, max_length: int | None = None) -> PairwiseJudge:
 
 
 def make_score_judge(name: str, max_length: int | None = None) -> Judge:
-    """A judge that gives numbers: ``vader``, ``yes-no:`` and a language model, or a reward model.
+    """The judge with this name that gives scores: ``vader``, ``yes-no:MODEL`` or a reward model.
 
     Args:
-        name: see above.
-        max_length: tokens that a reward model reads of a text; None: 1024.
+        name: name of the judge, see the module.
+        max_length: tokens per text of a reward model; None: 1024.
 
     Raises:
-        ConfigError: there is none of that name, it only prefers, or it has no such limit.
+        ConfigError: there is no such judge, it gives no scores, or it takes no ``max_length``.
         ModelError: the model cannot be loaded.
     """
     if name.startswith(LANGUAGE_MODEL):
         raise ConfigError(
-            f"judge {name}: only says which of two is better, a number is needed here",
+            f"judge {name}: only says which of two is better, expected a judge that gives scores",
             code="eval-judge",
             hint="use `align eval compare` with it, or a reward model here",
         )
@@ -209,7 +209,7 @@ def make_score_judge(name: str, max_length: int | None = None) -> Judge:
 
 
 def judge_key(name: str) -> str:
-    """What the verdicts of a judge depend on beside the texts: its name, the content of its model, how it reads."""
+    """Cache key of the verdicts of a judge: its name, content of its model, revision of the scoring."""
     if name in JUDGES:
         return name
     kind = next((kind for kind in (LANGUAGE_MODEL, f"{YES_NO}:") if name.startswith(kind)), "")
@@ -217,5 +217,5 @@ def judge_key(name: str) -> str:
 
 
 def from_scores(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Preference for the first, [N], from two scores [N]: the sign of their difference; equal scores are a tie."""
+    """Preference for the first, [N], from the scores [N] of both: 1, 0, or 0.5 if they are equal."""
     return 0.5 + 0.5 * np.sign(np.asarray(first) - np.asarray(second))

@@ -1,4 +1,4 @@
-"""Scoring completions with a reward model or a judge, a chunk at a time, so that a stopped scoring goes on."""
+"""Score completions with a reward model or a judge, in chunks, so that a stopped scoring resumes."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -22,16 +22,16 @@ Score = Callable[[Sequence[Any], Sequence[Any]], np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class ScorerSpec:
-    """A reward model or a judge, not loaded yet.
+    """Name and settings of a reward model or a judge that is not loaded yet.
 
     Raises:
-        ConfigError: none or both are named, or there is no such judge.
+        ConfigError: none or both are given, or there is no such judge.
     """
 
     reward_model: str | None = None
     """Folder or hub id."""
     judge: str | None = None
-    """See ``make_judge``."""
+    """Name as in ``make_judge``."""
     batch_tokens: int = 4096
     """Padded tokens per forward pass."""
     max_length: int = 2048
@@ -46,28 +46,29 @@ class ScorerSpec:
 
     @property
     def name(self) -> str:
-        """As provenance."""
+        """Name of the scorer, for provenance."""
         return self.reward_model or str(self.judge)
 
     @property
     def model(self) -> str:
-        """Folder or hub id whose content decides the scores; the judge's name where it has no model."""
+        """Folder or hub id of the model; the name of a judge without one."""
         return self.reward_model or str(self.judge).removeprefix(f"{YES_NO}:")
 
     @property
     def probabilities(self) -> bool:
-        """Whether the sigmoid of a reward is the P(yes) of a judge."""
+        """Whether the sigmoid of a reward is P(yes) of a judge."""
         return self.judge is not None and self.judge.startswith(f"{YES_NO}:") and self.judge != f"{YES_NO}:"
 
     @property
     def key(self) -> str:
-        """What its scores depend on beside settings and texts: the content of its model, and how it reads."""
+        """Part of a cache key: content of the model and revision of the scoring."""
         return f"{REWARDS}:{fingerprint_model(self.model)}"
 
     def load(self) -> Score:
-        """The scorer. Of a yes-no judge the reward is its log-odds, log P(yes) - log P(no): the sigmoid of a margin is
-        then the probability that the judge says yes to the chosen one, given that it says yes to exactly one of the
-        two.
+        """Load the scorer.
+
+        The reward of a yes-no judge is its log-odds, log P(yes) - log P(no). The sigmoid of a margin is then the
+        probability of yes for the chosen response, given that the judge says yes to exactly one of the two.
 
         Raises:
             ModelError: the model cannot be used.
@@ -83,8 +84,8 @@ class ScorerSpec:
         return EnsembleScorer(self.model, batch_tokens=self.batch_tokens, max_length=self.max_length).score_completions
 
 
-def scorer_called(name: str, *, batch_tokens: int, max_length: int) -> ScorerSpec:
-    """The scorer that one name stands for: a folder or hub id is a reward model, anything else a judge.
+def parse_scorer(name: str, *, batch_tokens: int, max_length: int) -> ScorerSpec:
+    """The scorer of a name: a folder or hub id is a reward model, any other name a judge.
 
     Raises:
         ConfigError: there is no such judge.
@@ -97,13 +98,13 @@ def scorer_called(name: str, *, batch_tokens: int, max_length: int) -> ScorerSpe
 def score_in_chunks(
     load: Callable[[], Score], prompts: Sequence[Any], completions: Sequence[Any], cache: Path
 ) -> np.ndarray:
-    """Rewards [N] in the order given.
+    """Rewards [N] of completions, computed ``CHUNK`` at a time.
 
     Args:
-        load: gives the scorer; called once, when the first chunk needs it.
+        load: loads the scorer; called once, and only if a chunk is missing in the cache.
         prompts: N prompts.
         completions: N completions.
-        cache: folder that keeps each finished chunk; valid for the same scorer, prompts and completions only.
+        cache: folder for finished chunks; valid for the same scorer, prompts and completions only.
 
     Raises:
         NumericsError: a score is not a finite number.
@@ -117,7 +118,7 @@ def score_in_chunks(
             raise NumericsError(
                 f"completion {start + int(place) + 1}: found the score {found[place]}, expected a finite number",
                 code="score-not-finite",
-                hint="look at this completion; a reward model whose weights are whole scores every text",
+                hint="look at this completion; a reward model with intact weights scores every text",
             )
         return found
 

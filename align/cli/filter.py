@@ -52,7 +52,7 @@ class FilterOptions:
         """The options as a section of the configuration.
 
         Raises:
-            ConfigError: some of them cannot be used; the message names each.
+            ConfigError: an option cannot be used; the message names each of them.
         """
         from pydantic import ValidationError
 

@@ -1,4 +1,4 @@
-"""`align generate` (completions of prompts), `align best-of-n` of them, `align iterate` (rounds with training)."""
+"""`align generate`, `align best-of-n` and `align iterate`: sample, choose, and train on samples in rounds."""
 
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -71,13 +71,13 @@ def best_of_n(
     from align.errors import ConfigError
     from align.io.console import log, out
     from align.io.files import read_json
-    from reward_models.scorers import ScorerSpec, scorer_called
+    from reward_models.scorers import ScorerSpec, parse_scorer
 
     if write not in ("parquet", "jsonl"):
         raise ConfigError(f"--format {write}: expected parquet or jsonl", code="config-option")
     settings = BestSettings(
         scorer=ScorerSpec(reward_model, judge, batch_tokens, max_length),
-        gold=None if gold is None else scorer_called(gold, batch_tokens=batch_tokens, max_length=max_length),
+        gold=None if gold is None else parse_scorer(gold, batch_tokens=batch_tokens, max_length=max_length),
         format=cast(Format, write),
         seed=seed,
     )

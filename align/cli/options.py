@@ -27,8 +27,8 @@ Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of every 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command take dataclasses of options; each field becomes an option of the command line.
 
-    typer reads the options of a command from its signature. The function returned here has a signature in which the
-    fields of a dataclass stand in place of the parameter that has it as its type.
+    typer reads the options of a command from its signature. The signature of the function returned here
+    has the fields of each dataclass instead of the parameter that has this dataclass as its type.
     """
     parameters = inspect.signature(command).parameters
     groups: dict[str, Any] = {name: one.annotation for name, one in parameters.items() if is_dataclass(one.annotation)}

@@ -47,7 +47,7 @@ def advise(options: TrustOptions) -> None:
     _run(options, ADVICE)
 
 
-def _run(options: TrustOptions, told: tuple[str, ...]) -> None:
+def _run(options: TrustOptions, sentences: tuple[str, ...]) -> None:
     from align.cli.options import pair_source
     from align.commands import trust as commands
     from align.errors import ConfigError
@@ -59,5 +59,5 @@ def _run(options: TrustOptions, told: tuple[str, ...]) -> None:
     commands.trust(
         pair_source(options.pairs, options.column, options.split), options.model, options.output,
         margins=options.margins, allow_in_sample=options.allow_in_sample, max_length=options.max_length,
-        seed=options.seed, told=told,
+        seed=options.seed, told=sentences,
     )  # fmt: skip

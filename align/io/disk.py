@@ -15,7 +15,7 @@ LEAST_FREE = 1 << 20
 
 
 def disk_problem(error: BaseException, folder: Path | None = None) -> EnvironmentProblem | None:
-    """What the user can do about ``error`` if a disk caused it, else None.
+    """The error with a hint if a full or read-only disk caused ``error``, else None.
 
     Args:
         error: any exception; the exceptions that caused it are checked as well.

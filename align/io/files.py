@@ -1,4 +1,4 @@
-"""Write files and folders as a whole, by a temporary name and a rename; read and write JSON."""
+"""Atomic writes of files and folders, by a temporary name and a rename; read and write JSON."""
 
 import json
 import shutil

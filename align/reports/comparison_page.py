@@ -31,23 +31,23 @@ def write_comparison_page(target: Path, report: dict[str, Any]) -> None:
 
 def render_comparison_page(report: dict[str, Any]) -> str:
     """The page as text; a part that was not measured is one line with the command that measures it."""
-    whole = {"reward": None, "comparisons": {}, "frontier": None} | report
-    runs = [part["run"] for part in _parts(whole)]
+    complete = {"reward": None, "comparisons": {}, "frontier": None} | report
+    runs = [part["run"] for part in _parts(complete)]
     names = list(dict.fromkeys(key for run in runs for key in run["policies"]))
     script = (files("align.reports") / "templates" / SCRIPT).read_text(encoding="utf-8")
-    sentence, details = headline(whole)
+    sentence, details = headline(complete)
     made = environment()
     made.filters["percent"] = percent
     return made.get_template("comparison.html.j2").render(
-        report=whole,
+        report=complete,
         names=names,
         headline=sentence,
         details=details,
-        plots=_plots(whole, names),
+        plots=_plots(complete, names),
         color=plots.color,
-        changes=_changes(whole),
-        text_tables=_text_tables(whole),
-        samples=_samples(whole, names),
+        changes=_changes(complete),
+        text_tables=_text_tables(complete),
+        samples=_samples(complete, names),
         prompts=max((run["n_prompts"] for run in runs), default=0),
         runs=runs,
         script=Markup(script),

@@ -1,4 +1,4 @@
-"""Malformed inputs: exit 2, one message that names what and where, no traceback, earlier results as they were."""
+"""Malformed inputs: exit 2, one message with cause and place, no traceback, earlier results unchanged."""
 
 import shutil
 import subprocess
@@ -18,7 +18,7 @@ WORDED_BY = ("transformers", "trl", "peft", "datasets", "pyarrow", "pandas", "py
 
 
 def documented_versions() -> bool:
-    """Whether the libraries are those that the document was made with; each words its part of a message as it likes."""
+    """Whether the libraries have the versions of the document, because they word parts of the messages."""
     pinned = dict(line.split("==") for line in CONSTRAINTS.read_text(encoding="utf-8").split())
     return all(version(name) == pinned[name] for name in WORDED_BY)
 
@@ -30,7 +30,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.what for case in CASES])
-def test_each_is_told_in_one_message(workspace: Path, tmp_path: Path, case: BadInput) -> None:
+def test_each_is_one_message(workspace: Path, tmp_path: Path, case: BadInput) -> None:
     folder = tmp_path / "w"
     shutil.copytree(workspace, folder)
     case.change(folder)
@@ -57,7 +57,7 @@ def test_the_document_shows_these_cases_and_no_others() -> None:
 
 
 @pytest.mark.parametrize("what", ["a Parquet file cut off", "an anchor bomb (a billion laughs)", "pickled weights"])
-def test_a_process_of_its_own_says_the_same(workspace: Path, tmp_path: Path, what: str) -> None:
+def test_a_new_process_prints_the_same(workspace: Path, tmp_path: Path, what: str) -> None:
     (case,) = [case for case in CASES if case.what == what]
     folder = tmp_path / "w"
     shutil.copytree(workspace, folder)

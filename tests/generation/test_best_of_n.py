@@ -17,7 +17,7 @@ from align.commands.best_of_n import BestSettings, best_of_n_curve, choose_best
 from align.errors import AlignError, ConfigError, DataError, NumericsError
 from align.generation.best_of_n import best_index, best_of_weights, expected_best, kl_bound
 from reward_models.judges import make_judge
-from reward_models.scorers import ScorerSpec, score_in_chunks, scorer_called
+from reward_models.scorers import ScorerSpec, parse_scorer, score_in_chunks
 from tests.generation.test_pair_build import VADER, completions
 from tests.helpers.builders import bert_reward
 
@@ -147,9 +147,9 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--gold vader: found what chooses"):
         BestSettings(VADER, gold=VADER)
     with pytest.raises(ConfigError, match="did you mean `vader`"):
-        scorer_called("vadr", batch_tokens=1, max_length=1)
-    assert scorer_called(str(tmp_path), batch_tokens=1, max_length=1).reward_model == str(tmp_path)
-    assert scorer_called("yes-no:some/model", batch_tokens=1, max_length=1).probabilities
+        parse_scorer("vadr", batch_tokens=1, max_length=1)
+    assert parse_scorer(str(tmp_path), batch_tokens=1, max_length=1).reward_model == str(tmp_path)
+    assert parse_scorer("yes-no:some/model", batch_tokens=1, max_length=1).probabilities
     with pytest.raises(NumericsError, match="completion 2: found the score nan, expected a finite number"):
         score_in_chunks(lambda: lambda p, c: np.array([1.0, np.nan]), ["", ""], ["a", "b"], tmp_path / "parts")
     (tmp_path / "taken").mkdir()

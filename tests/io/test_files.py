@@ -1,4 +1,4 @@
-"""Files and folders appear under their names as a whole or not at all."""
+"""Files and folders appear under their names when they are complete, or not at all."""
 
 from pathlib import Path
 

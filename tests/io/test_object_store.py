@@ -1,4 +1,4 @@
-"""Tables in an object store: results as from a disk, one message where the store fails, no half-written copy."""
+"""Tables in an object store: same results as from a disk, one message if the store fails, no incomplete copy."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def store(server: Path) -> Iterator[fs.S3FileSystem]:
-    """The store with one empty bucket, and no fault left over."""
+    """The store with one empty bucket and no injected faults."""
     address = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
     filesystem = fs.S3FileSystem(
         access_key=KEY, secret_key=SECRET, endpoint_override=address, scheme="http", allow_bucket_creation=True
@@ -248,7 +248,7 @@ def environment(**variables: str) -> Prepare:
 
 
 def nothing(store: fs.FileSystem, workspace: Path, patch: pytest.MonkeyPatch, server: Path) -> None:
-    """The address itself is at fault."""
+    """The address itself is wrong."""
 
 
 CASES: dict[str, tuple[Prepare, str, str, str]] = {
@@ -313,7 +313,7 @@ def test_results_are_not_written_to_an_address(workspace: Path, command: tuple[s
 
 @pytest.fixture
 def folder(workspace: Path) -> Path:
-    """What a stage left, with remains of another that was stopped."""
+    """Results of a stage, and leftovers of another one that was stopped."""
     made = workspace / "made"
     (made / "inner").mkdir(parents=True)
     (made / "old.partial").mkdir()
@@ -334,7 +334,7 @@ def complete(store: fs.FileSystem) -> bool:
     return bool(json.loads(stored(store, "there/pushed.json"))["complete"])
 
 
-def test_a_pushed_folder_is_whole_and_what_is_there_is_not_copied_again(
+def test_a_pushed_folder_is_complete_and_unchanged_files_are_not_copied_again(
     store: fs.FileSystem, workspace: Path, folder: Path
 ) -> None:
     assert "5 files copied" in run_command(PUSH, workspace)[2]
@@ -384,7 +384,7 @@ def test_a_push_that_cannot_be(
 @pytest.mark.parametrize(
     ("status", "code"), [("507 Insufficient Storage", "InsufficientStorage"), ("503 Slow Down", "SlowDown")]
 )
-def test_a_store_that_fails_half_way_is_one_message_and_the_next_push_goes_on(
+def test_a_store_that_fails_half_way_is_one_message_and_the_next_push_resumes(
     store: fs.FileSystem, server: Path, workspace: Path, folder: Path, status: str, code: str
 ) -> None:
     Fault("PUT", "table.jsonl", status, code).write(server)
@@ -426,7 +426,7 @@ def test_an_upload_killed_in_the_middle_leaves_nothing_that_looks_complete(
     assert stored(store, "there/inner/table.jsonl") == changed
 
 
-def test_a_file_that_changes_meanwhile_is_withdrawn(
+def test_a_file_that_changes_during_a_push_is_removed(
     store: fs.FileSystem, workspace: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = push.hash_file

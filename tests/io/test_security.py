@@ -1,4 +1,4 @@
-"""Hostile models and archives do no harm: no pickle is read, no code of a model's own runs, no secret is written."""
+"""Hostile models and archives do no harm: no pickle is read, no code of a model runs, no secret is written."""
 
 import json
 import os
@@ -30,7 +30,7 @@ KEY = "sk-" + "0123456789abcdef" * 2
 
 
 class Bomb:
-    """Unpickled, it leaves a file behind."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -58,7 +58,7 @@ def test_a_pickle_is_never_read(tmp_path: Path) -> None:
     assert trace.exists(), "the bomb of this test does not go off"
 
 
-def test_the_conversion_that_is_told_works(tmp_path: Path) -> None:
+def test_the_suggested_conversion_works(tmp_path: Path) -> None:
     folder = causal(tmp_path / "m")
     weights = load_file(folder / "model.safetensors")
     torch.save(weights, folder / "pytorch_model.bin")
@@ -86,7 +86,7 @@ MODELING = (
 )
 
 
-def test_code_of_a_model_runs_only_where_the_run_says_so(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_a_model_runs_only_if_the_run_allows_it(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory() as modules:
         monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
         monkeypatch.syspath_prepend(modules)

@@ -1,4 +1,4 @@
-"""A stage: skipped when nothing changed, redone when something did, never half there."""
+"""A stage is skipped if nothing changed, run again if something did, and never incomplete."""
 
 from pathlib import Path
 
@@ -57,8 +57,8 @@ def test_fingerprint_follows_content(tmp_path: Path) -> None:
     assert fingerprint_source(str(file)) != before and fingerprint_source("hub/id") == "hub/id"
 
 
-def test_a_kill_between_any_two_lines_of_the_replacement_is_mended(tmp_path: Path) -> None:
-    """Every state that ``_replace`` can leave: the new folder waits under its temporary name, the old one under its."""
+def test_a_kill_between_any_two_lines_of_the_replacement_is_repaired(tmp_path: Path) -> None:
+    """Every state that ``_replace`` can leave, with the new folder and the old one under their temporary names."""
 
     def new(target: Path) -> None:
         (target / "result").write_text("new")
@@ -85,7 +85,7 @@ def test_a_kill_between_any_two_lines_of_the_replacement_is_mended(tmp_path: Pat
         assert not partial.exists() and not old.exists() and not (folder / "key").exists(), state
 
 
-def test_an_old_result_comes_back_where_the_new_one_is_not_whole(tmp_path: Path) -> None:
+def test_an_old_result_comes_back_if_the_new_one_is_incomplete(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     run_stage("s", folder, {"a": 1}, lambda target: (target / "result").write_text("old") and None)
     folder.replace(tmp_path / "s.replaced")
@@ -119,7 +119,7 @@ def test_a_broken_manifest_is_an_unfinished_stage(tmp_path: Path, content: str) 
     assert not again.skipped and (folder / "result").read_text() == "new"
 
 
-def test_a_checkpoint_that_was_not_written_to_its_end_is_left_out(tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_ignored(tmp_path: Path) -> None:
     from transformers.trainer_callback import TrainerState
 
     from align.training.base.checkpoints import last_complete_checkpoint
@@ -134,7 +134,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_left_out(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2", "checkpoint-4"]
 
 
-def test_a_disk_problem_is_seen_through_other_errors(tmp_path: Path) -> None:
+def test_a_disk_problem_is_found_behind_other_errors(tmp_path: Path) -> None:
     from align.io.disk import disk_problem
 
     try:

@@ -22,7 +22,7 @@ BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), No
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, list[str]]]:
-    """(address, paths asked for so far) of a local web server."""
+    """(address, paths requested so far) of a local web server."""
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -42,7 +42,7 @@ def server() -> Iterator[tuple[str, list[str]]]:
 
 
 def attack(address: str) -> str:
-    """Text that runs a script and asks for files wherever it is taken for HTML."""
+    """Text that runs a script and requests files if it is parsed as HTML."""
     mark = "document.documentElement.id='pwned'"
     return (
         f"</p></pre></title><script>{mark};fetch('{address}/fetch')</script><script src='{address}/script'></script>"
@@ -65,7 +65,7 @@ def opened(page: str, folder: Path) -> str:
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")
 def test_a_page_of_hostile_texts_in_a_browser(tmp_path: Path, server: tuple[str, list[str]]) -> None:
-    """Escaping alone holds, the policy alone holds, and without both the attack of this test works."""
+    """Escaping alone is enough, the policy alone is enough, and without both the attack of this test works."""
     address, asked = server
     evil, hostile = attack(address), report()
     hostile["samples"][0]["prompt"] = evil
@@ -87,8 +87,8 @@ def test_a_page_of_hostile_texts_in_a_browser(tmp_path: Path, server: tuple[str,
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")
-def test_the_search_leaves_the_prompts_that_hold_every_word(tmp_path: Path) -> None:
-    """The page's own script, driven by one that types; the policy, which forbids the latter, is taken out."""
+def test_the_search_keeps_the_prompts_with_every_word(tmp_path: Path) -> None:
+    """The script of the page, driven by another one that types; the policy, which forbids that one, is removed."""
     found = comparison()
     for k, sample in enumerate(found["reward"]["samples"]):
         sample["prompt"] = f"Prompt {k}"

@@ -1,4 +1,4 @@
-"""The comparison page: escaped, one script under its own hash, honest words, one color per policy."""
+"""The comparison page: escaped, one script with its hash, sentences that agree with the intervals, one color per policy."""
 
 import base64
 import hashlib
@@ -109,7 +109,7 @@ def test_points_of_the_frontier_say_their_temperature() -> None:
     assert re.findall(r'<text class="mark"[^>]*>([^<]*)<', page) == ["1", "0.5", "1", "step 20"]
 
 
-def test_a_verdict_stands_beside_the_texts_that_it_was_given_on() -> None:
+def test_a_verdict_is_shown_with_the_texts_that_were_judged() -> None:
     """The policies wrote other texts for the comparison than for the rewards: two entries, the verdict in one."""
     other = report()
     for sample in other["comparisons"]["x"]["samples"]:
@@ -123,7 +123,7 @@ def test_a_verdict_stands_beside_the_texts_that_it_was_given_on() -> None:
 
 
 @pytest.mark.parametrize("missing", ["reward", "comparisons", "frontier"])
-def test_what_was_not_measured_is_said(missing: str) -> None:
+def test_a_part_that_was_not_measured_is_named(missing: str) -> None:
     partial = report()
     del partial[missing]
     page = render_comparison_page(partial)

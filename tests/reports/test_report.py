@@ -1,4 +1,4 @@
-"""The report: honest words, escaped texts, one file that asks nothing of the network."""
+"""The report: sentences that agree with the intervals, escaped texts, one file without requests."""
 
 import copy
 import json
@@ -99,7 +99,7 @@ def test_texts_are_escaped_and_nothing_is_loaded() -> None:
 
 
 @pytest.mark.parametrize("missing", ["data", "reward_model", "margins", "training", "evaluation", "samples", "summary"])
-def test_a_missing_section_is_said_not_fatal(missing: str) -> None:
+def test_a_missing_section_is_not_fatal(missing: str) -> None:
     partial = report()
     del partial[missing]
     assert "</html>" in render_run_page(partial)
@@ -136,7 +136,7 @@ def test_a_lead_at_another_kl_is_not_called_better() -> None:
     assert "no difference seen" in " ".join(verdict(report(gain=0.21, half=0.1)).details)
 
 
-def test_what_only_the_reward_model_sees_is_called_so() -> None:
+def test_a_gain_by_the_reward_model_only_is_named() -> None:
     seen = report(gain=0.05, half=0.1)
     policies = seen["evaluation"]["policies"]
     assert "gain by the reward model" not in render_run_page(seen)

@@ -1,4 +1,4 @@
-"""Calibrated margins and the length probe: recovered truths, oddness, agreement with scikit-learn, bad files."""
+"""Calibrated margins and length bias: known maps are recovered, maps are odd and agree with scikit-learn, bad files."""
 
 import json
 import math
@@ -31,7 +31,7 @@ margins_of = st.lists(st.floats(-8, 8), min_size=1, max_size=40).map(np.array)
 
 
 def labelled(true: np.ndarray, shown: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Shown margins with the sign of a label drawn with the true log-odds."""
+    """Margins with the sign of a label that is drawn with the true log-odds."""
     return np.where(rng.random(len(true)) < expit(true), shown, -shown)
 
 
@@ -48,7 +48,7 @@ def test_temperature_is_recovered_and_a_margin_of_2_means_88_percent(scale: floa
 
 
 @given(margins_of)
-def test_temperature_minimises_the_log_loss(margins: np.ndarray) -> None:
+def test_temperature_minimizes_the_log_loss(margins: np.ndarray) -> None:
     right = (len(margins) + 1) / (len(margins) + 2)
 
     def loss(t: float) -> float:
@@ -98,8 +98,8 @@ def test_every_map_is_odd_and_never_falls(
     assert (np.diff(line) >= -1e-12).all()
 
 
-def test_isotonic_mends_what_no_temperature_can() -> None:
-    """Margins right in 90% of the cases whatever their size."""
+def test_isotonic_fixes_what_no_temperature_can() -> None:
+    """Margins of any size that agree with 90% of the labels."""
     rng = np.random.default_rng(1)
     size = rng.uniform(0.05, 8, 6000)
     margins = np.where(rng.random(6000) < 0.9, size, -size)
@@ -123,7 +123,7 @@ def test_maps_out_of_fold_do_not_see_their_fold() -> None:
     assert first[1] == second[1] and first[2] != second[2]
 
 
-def test_the_length_part_is_found_and_taken_off() -> None:
+def test_the_length_part_is_found_and_removed() -> None:
     rng = np.random.default_rng(2)
     words = rng.integers(-30, 31, 4000).astype(float)
     honest = rng.normal(1, 1, 4000)
@@ -171,7 +171,7 @@ def test_a_saved_map_is_the_same_and_a_table_keeps_its_sense(kind: str, tmp_path
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, r"calibration-file.*not there"),
+        (None, r"calibration-file.*no such file"),
         ("{", "not a calibration"),
         ("[]", "not a calibration"),
         (json.dumps({"kind": "temperature", "length_slope": 0, "temperature": 0}), "not a calibration"),

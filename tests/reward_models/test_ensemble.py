@@ -1,4 +1,4 @@
-"""Whatever scores with a reward-model folder takes the mean over all members of its ensemble."""
+"""All scoring with a reward-model folder takes the mean over the members of its ensemble."""
 
 import json
 from collections.abc import Callable

@@ -43,7 +43,7 @@ def gaussian(count: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarr
 
 
 @given(st.integers(0, 1000), st.integers(2, 30), st.integers(1, 29))
-def test_streamed_moments_are_those_of_the_whole(seed: int, count: int, cut: int) -> None:
+def test_streamed_moments_are_those_of_all_pairs(seed: int, count: int, cut: int) -> None:
     differences = np.random.default_rng(seed).normal(1, 2, (count, 3))
     cut = min(cut, count - 1)
     parts = Moments.of(differences[:cut]) + Moments.of(differences[cut:])

@@ -1,4 +1,4 @@
-"""The yes-no judge: its score is what the logits say, whatever the batch; a response cannot answer in its place."""
+"""The yes-no judge: its score follows the logits in any batch, and a response cannot answer for it."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ FAMILIES = {
     "Gemma2": {"head_dim": 8, "final_logit_softcapping": 1.0, "attn_implementation": "eager"},
     "Llama": {},
 }
-"""What each does between the last hidden state and the logits; Llama nothing."""
+"""Operations of each family between the last hidden state and the logits; none for Llama."""
 
 
 def family_judge(folder: Path, family: str) -> Path:
@@ -64,7 +64,7 @@ def family_judge(folder: Path, family: str) -> Path:
 
 
 def own_logits(judge: YesNoJudge, prompt: str, text: str) -> torch.Tensor:
-    """The logits [V], float64, that the judge's model itself gives of the answer to one question."""
+    """Logits [V] of the judge's model, float64, for the answer to one question."""
     with torch.no_grad():
         return judge.model(torch.tensor([judge._question(prompt, text)])).logits[0, -1].double()
 
@@ -72,7 +72,7 @@ def own_logits(judge: YesNoJudge, prompt: str, text: str) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("adapter", ["", "lora", "prompt"])
 def test_log_odds_and_ratings_are_those_of_the_models_own_logits(family: str, adapter: str, tmp_path: Path) -> None:
-    """A scale or a cap of the logits counts, and an adapter's folder judges as the model that it makes."""
+    """Scales and caps of the logits are applied, and an adapter's folder judges like the merged model."""
     folder = family_judge(tmp_path / "model", family)
     if adapter:
         settings: PeftConfig = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
@@ -141,7 +141,7 @@ def test_messages_that_name_what_is_wrong(judge_folder: Path, tmp_path: Path) ->
 
 @pytest.mark.model
 def test_text_is_not_read_as_special_tokens(assets: Path) -> None:
-    """What a response says about the end of a turn is text, not the end of a turn."""
+    """An end-of-turn token in the text of a response is text, not the end of the turn."""
     judge = YesNoJudge(assets / "smollm2")
     ending = "<|im_end|>"
     special = judge.tokenizer.convert_tokens_to_ids(ending)

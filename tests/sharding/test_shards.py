@@ -1,4 +1,4 @@
-"""Shards: made once, in the order of the table, by whoever; what a cluster is asked for wrongly is one message."""
+"""Shards are computed once, in the order of the table, by any process; a wrong cluster option is one message."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ from tests.helpers.cluster_jobs import finished
 
 @dataclass
 class Doubling:
-    """Twice each number; counts what it was asked for."""
+    """Doubles each number, and counts its calls."""
 
     starts: int = 0
     rows: int = 0
@@ -54,7 +54,7 @@ def test_missing_shards_are_made_and_the_others_read(rows: int, size: int, lost:
         assert found.whole()["twice"][:] == [2 * k for k in range(rows)]
 
 
-def test_a_table_travels_with_its_types() -> None:
+def test_a_table_keeps_its_types() -> None:
     table = Dataset.from_dict({"id": ["a", "b"], "ids": [[1, 2], []], "chat": [[{"role": "user", "content": "x"}], []]})
     found = decode(encode(table.select([1, 0])))
     assert found.features == table.features and found.to_list() == table.to_list()[::-1]
