@@ -29,12 +29,12 @@ def test_a_streamed_table_is_the_loaded_one(tmp_path: Path) -> None:
     assert stream_pairs(config, tmp_path / "chat.arrow").to_list() == load_pairs(config).to_list()
     for bad in ({"prompt": "p", "chosen": "a", "rejected": " "}, good[0] | {"margin": "NaN"}, {"prompt": "p"}):
         source.write_text("".join(json.dumps(row) + "\n" for row in [*good, bad, bad]))
-        said = []
+        messages = []
         for load in (load_pairs, lambda given: stream_pairs(given, tmp_path / "bad.arrow")):
             with pytest.raises(DataError) as error:
                 load(config)
-            said.append(str(error.value))
-        assert said[0] == said[1] and "row 31" in said[0] and not (tmp_path / "bad.arrow").exists()
+            messages.append(str(error.value))
+        assert messages[0] == messages[1] and "row 31" in messages[0] and not (tmp_path / "bad.arrow").exists()
     source.write_text("".join(json.dumps(row) + "\n" for row in [good[0] | {"margin": None}, *chat]))
     with pytest.raises(DataError, match="row 2:prompt: found conversational, expected plain text"):
         stream_pairs(config, tmp_path / "bad.arrow")

@@ -15,7 +15,7 @@ def unit(count: int, size: int, seed: int = 0) -> np.ndarray:
 
 
 def clustered(count: int) -> np.ndarray:
-    centres = unit(60, 32)
+    centers = unit(60, 32)
     noise = np.random.default_rng(1).normal(scale=0.08, size=(count, 32))
-    vectors = centres[np.arange(count) % 60] + noise
+    vectors = centers[np.arange(count) % 60] + noise
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)

@@ -56,13 +56,13 @@ def test_static_vectors_are_weighted_means_of_tokens(tmp_path: Path) -> None:
 
 def test_embeddings_that_are_not_unit_rows_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "e.npy"
-    for values, said in (
+    for values, message in (
         (np.ones((3, 2), dtype=np.float64), "found float64 of shape"),
         (np.ones((2, 2), dtype=np.float32), "expected float32 of"),
         (np.array([[1, 0], [0, 1], [1, 1]], dtype=np.float32), "row 3: found a vector of length 1.414"),
     ):
         np.save(file, values)
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             read_embeddings(str(file), 3)
     file.write_bytes(b"no array")
     with pytest.raises(DataError, match=r"not a .npy file"):

@@ -51,8 +51,8 @@ def test_the_rubric_reads_probabilities_of_the_digits(assets: Path) -> None:
 
 
 def test_quality_scorers_are_refused_by_name() -> None:
-    for name, model, said in (("best", None, "expected one of screen, fluency"), ("fluency", None, "needs a model")):
-        with pytest.raises(AlignError, match=said):
+    for name, model, message in (("best", None, "expected one of screen, fluency"), ("fluency", None, "needs a model")):
+        with pytest.raises(AlignError, match=message):
             make_scorer(name, model)
 
 

@@ -28,28 +28,28 @@ def table(rows: list[dict[str, Any]], folder: Path, *, held_out: tuple[str, ...]
     return RuleInput(pairs, by_id(pairs), take_survey(pairs, asked, folder), held_out=held_out, **more)
 
 
-SAYS = st.tuples(st.sampled_from("pq"), st.sampled_from("abc"), st.sampled_from("abc"))
+TRIPLES = st.tuples(st.sampled_from("pq"), st.sampled_from("abc"), st.sampled_from("abc"))
 
 
 @settings(max_examples=40)
-@given(st.lists(SAYS, min_size=1, max_size=12), st.randoms(use_true_random=False))
+@given(st.lists(TRIPLES, min_size=1, max_size=12), st.randoms(use_true_random=False))
 def test_repeated_and_opposite_pairs_against_comparing_all(
-    tmp_path_factory: pytest.TempPathFactory, said: list[tuple[str, str, str]], rng: random.Random
+    tmp_path_factory: pytest.TempPathFactory, triples: list[tuple[str, str, str]], rng: random.Random
 ) -> None:
     """Every pair with every other, in the order of their ids; the block size changes nothing."""
-    names = rng.sample([f"{k:02d}" for k in range(len(said))], len(said))
-    rows = [pair(*one, name) for one, name in zip(said, names, strict=True)]
+    names = rng.sample([f"{k:02d}" for k in range(len(triples))], len(triples))
+    rows = [pair(*one, name) for one, name in zip(triples, names, strict=True)]
     skip = [name for name in RULES if name not in ("same_text", "contradiction", "duplicate", "near_duplicate")]
     made = table(rows, tmp_path_factory.mktemp("rules"))
     found = apply_rules(made, skip)
     expected: dict[int, tuple[str, str]] = {}
-    by_name = sorted(range(len(said)), key=names.__getitem__)
-    left = [k for k in by_name if said[k][1] != said[k][2]]
-    opposite = {k: [n for n in left if said[n] == (said[k][0], said[k][2], said[k][1])] for k in left}
+    by_name = sorted(range(len(triples)), key=names.__getitem__)
+    left = [k for k in by_name if triples[k][1] != triples[k][2]]
+    opposite = {k: [n for n in left if triples[n] == (triples[k][0], triples[k][2], triples[k][1])] for k in left}
     expected |= {k: ("contradiction", f"the opposite of {names[other[0]]}") for k, other in opposite.items() if other}
     left = [k for k in left if not opposite[k]]
     for k in left:
-        first = next(n for n in left if said[n] == said[k])
+        first = next(n for n in left if triples[n] == triples[k])
         if first != k:
             expected[k] = ("duplicate", f"same as {names[first]}")
     assert {k: what for k, what in found.items() if what[0] not in ("same_text", "near_duplicate")} == expected
@@ -95,8 +95,8 @@ def test_near_duplicates_and_contamination(tmp_path: Path) -> None:
     assert apply_rules(table(rows, tmp_path / "2"), ["near_duplicate"]) == {}
     leak = "before word3 word4 word5 word6 word7 word8 word9 word10 z"
     overlap = apply_rules(table(rows, tmp_path / "3", held_out=(leak,)), ["near_duplicate"])
-    said = "prompt shares with the evaluation set: word3 word4 word5 word6 word7 word8 word9 word10"
-    assert overlap == {0: ("contamination", said), 1: ("contamination", said)}
+    finding = "prompt shares with the evaluation set: word3 word4 word5 word6 word7 word8 word9 word10"
+    assert overlap == {0: ("contamination", finding), 1: ("contamination", finding)}
 
 
 def test_a_duplicate_of_a_dropped_pair_stays(tmp_path: Path) -> None:
@@ -118,9 +118,9 @@ def test_rules_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
     base = " ".join(f"word{k}" for k in range(60))
     rows = [pair(f"{base} {k // 3}", f"answer {k // 2}", "no", f"{k:02d}") for k in range(20)]
     rows += [pair(row["prompt"], row["rejected"], row["chosen"], "y" + row["id"]) for row in rows[:3]]
-    first = {rows[k]["id"]: said for k, said in apply_rules(table(rows, tmp_path / "1")).items()}
+    first = {rows[k]["id"]: finding for k, finding in apply_rules(table(rows, tmp_path / "1")).items()}
     turned = rows[::-1]
-    second = {turned[k]["id"]: said for k, said in apply_rules(table(turned, tmp_path / "2")).items()}
+    second = {turned[k]["id"]: finding for k, finding in apply_rules(table(turned, tmp_path / "2")).items()}
     assert first == second and len({rule for rule, _ in first.values()}) == 3
 
 
