@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 ASSETS := .assets
 WORKERS ?= 2
+BENCHMARKS ?= cost_model entanglement entanglement_callback filter generation object_store training trust
 
 .PHONY: setup assets vllm demo test test-slow test-lowest lint audit bench clean
 
@@ -54,7 +55,7 @@ vllm:
 	PYTHON=$(PYTHON) scripts/assets/setup_vllm.sh .venv-vllm
 
 bench: assets
-	@for script in scripts/bench/[a-z]*.py; do $(BIN)/python -m scripts.bench.$$(basename $$script .py); done
+	@set -e; for name in $(BENCHMARKS); do $(BIN)/python -m scripts.bench.$$name; done
 
 clean:
 	rm -rf runs build *.egg-info

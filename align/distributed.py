@@ -1,6 +1,6 @@
-"""The processes of one launcher (``accelerate launch``, ``torchrun``): who this one is, and what they tell each other.
+"""Rank, world size and collectives of the processes of a launcher (``accelerate launch``, ``torchrun``).
 
-Without a launcher there is one process, and everything here does nothing.
+Without a launcher there is one process of rank 0, and the collectives return what they are given.
 """
 
 import os
@@ -17,7 +17,7 @@ LOST = (
     "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed",
     "Application timeout caused pair closure",
 )  # fmt: skip
-"""What torch says, in a RuntimeError, when a process at the other end is gone."""
+"""Parts of the messages of torch's RuntimeErrors after another process has ended."""
 
 
 def process_rank() -> int:
@@ -26,28 +26,25 @@ def process_rank() -> int:
 
 
 def world_size() -> int:
-    """Processes under a launcher; 1 without one."""
+    """Number of processes under a launcher; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_device() -> str:
-    """One GPU per process where there are any."""
+    """Device of this process: its own GPU, or ``cpu`` if there is none."""
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def wait_until(ready: Callable[[], bool]) -> None:
-    """Poll until ``ready``; a first process that fails makes the launcher end this one."""
+    """Poll until ``ready``. If rank 0 fails, the launcher ends this process."""
     while not ready():
         time.sleep(POLL_SECONDS)
 
 
 def from_main_process(find: Callable[[], T]) -> T:
-    """What ``find`` gives in the first process, in every process; it is called in no other.
-
-    All processes call this at the same point of the program.
-    """
+    """Call ``find`` on rank 0 only and broadcast its result to all ranks; all of them have to call this."""
     if world_size() == 1:
         return find()
     from accelerate.utils import broadcast_object_list
@@ -60,12 +57,12 @@ def from_main_process(find: Callable[[], T]) -> T:
 
 
 def rank_share(items: Sequence[T]) -> Sequence[T]:
-    """Every ``world_size``-th item, from this process's rank on: the shares of all are the whole."""
+    """Items of this rank: rank r gets items r, r + world_size, r + 2 world_size, ..."""
     return items[process_rank() :: world_size()]
 
 
 def all_gather_objects(own: list[T]) -> list[T]:
-    """The lists of all processes, one after the other by rank, in every process."""
+    """Concatenation of the lists of all ranks, in the order of the ranks, on every rank."""
     if world_size() == 1:
         return own
     from accelerate.utils import gather_object
@@ -75,7 +72,7 @@ def all_gather_objects(own: list[T]) -> list[T]:
 
 
 def shutdown() -> None:
-    """Close the process group at the end of a run that went well; left open, its threads may abort the process."""
+    """Destroy the process group after a successful run; its threads may otherwise abort the process."""
     if world_size() == 1:
         return
     import torch
@@ -85,7 +82,7 @@ def shutdown() -> None:
 
 
 def lost_process(error: BaseException) -> EnvironmentProblem | None:
-    """What to tell the user about ``error`` if it means that another process is gone, else None."""
+    """The error for the user if ``error`` means that another process has ended, else None."""
     if world_size() == 1:
         return None
     import torch
@@ -97,22 +94,22 @@ def lost_process(error: BaseException) -> EnvironmentProblem | None:
             return EnvironmentProblem(
                 f"process {process_rank()} of {world_size()}: another process of this run has ended",
                 code="process-lost",
-                hint="look for its own message above or below; then start the same command again, it goes on from the "
-                "last checkpoint",
+                hint="look for its message above or below; then start the same command again, it resumes from the last "
+                "checkpoint",
             )
         chain = chain.__cause__ or chain.__context__
     return None
 
 
 def init_process_group(seconds: float | None = None) -> None:
-    """Join the process group, where nothing has done so before.
+    """Join the process group, unless this process has joined it already.
 
     Args:
-        seconds: how long the processes wait for each other on CPUs before they take one for lost; None: as long as
-            torch does, half an hour.
+        seconds: timeout of collectives on CPUs, after which a process counts as lost; None: torch's default, half an
+            hour.
 
     Raises:
-        EnvironmentProblem: torchrun has started the processes again in a way in which gloo cannot find them.
+        EnvironmentProblem: after an elastic restart by torchrun gloo would use the addresses of the old processes.
     """
     import torch
     from accelerate import PartialState
@@ -120,14 +117,13 @@ def init_process_group(seconds: float | None = None) -> None:
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if restarted and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not torch.cuda.is_available():
         raise EnvironmentProblem(
-            "torchrun has started the processes again with the addresses of those before, where gloo looks for them "
-            "in vain",
+            "torchrun has restarted the processes with the addresses of the old ones, where gloo cannot reach them",
             code="restart-store",
             hint="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and use --rdzv-backend=c10d; or start the same command "
-            "again, it goes on from the last checkpoint",
+            "again, it resumes from the last checkpoint",
         )
     waits = {} if seconds is None else {"timeout": timedelta(seconds=seconds)}
-    if PartialState(**waits).num_processes != world_size():  # made by a library that does not ask for processes on CPUs
+    if PartialState(**waits).num_processes != world_size():  # another library created it
         PartialState._reset_state()
         joined = PartialState(cpu=not torch.cuda.is_available(), **waits).num_processes
         if joined != world_size():

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend. Each has a stable code, listed with cause and cure in docs/errors.md."""
+"""Errors that the user can fix. Each has a stable code; docs/errors.md lists its cause and its fix."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ SHOWN = 20
 
 
 class AlignError(Exception):
-    """A mistake the user can mend: exit code 2, one message, no traceback.
+    """An error that the user can fix: exit code 2, one message, no traceback.
 
     Args:
-        message: what is wrong and where, what was found, what was expected.
+        message: the place of the error, what was found, what was expected.
         code: stable short code such as ``config-key``; listed in docs/errors.md.
-        hint: one thing to do next, or empty.
+        hint: one thing to do next, or an empty string.
     """
 
     def __init__(self, message: str, *, code: str, hint: str = "") -> None:
@@ -33,15 +33,15 @@ class ConfigError(AlignError, ValueError):
 
 
 class DataError(AlignError, ValueError):
-    """A dataset is missing, unreadable, or holds rows that cannot be used."""
+    """A dataset is missing or unreadable, or has rows that cannot be used."""
 
 
 class ModelError(AlignError, ValueError):
-    """A model folder or id cannot be used as asked."""
+    """A model folder or id cannot be used as requested."""
 
 
 class NumericsError(AlignError, ArithmeticError):
-    """A training has left the finite numbers."""
+    """A loss, gradient or weight is not finite."""
 
 
 class EnvironmentProblem(AlignError, RuntimeError):
@@ -53,7 +53,7 @@ def _rebuild(kind: type[AlignError], message: str, code: str, hint: str) -> Alig
 
 
 def listed(problems: Sequence[str], *, shown: int = SHOWN) -> str:
-    """The first ``shown`` problems, one a line, then a count of the rest."""
+    """The first ``shown`` problems, one per line, then the number of the others."""
     lines = [f"  {problem}" for problem in problems[:shown]]
     if len(problems) > shown:
         lines.append(f"  ... and {len(problems) - shown} more")

@@ -1,4 +1,4 @@
-"""Numbers with their intervals."""
+"""Estimates with 95% intervals: percentile bootstrap, cluster bootstrap, Fisher's z; and their text form."""
 
 import math
 from dataclasses import asdict, dataclass, replace
@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 RESAMPLES = 2000
 CHUNK_CELLS = 4_000_000
-"""Values that are resampled at once."""
+"""Largest number of resampled values in memory at once."""
 EXACT_TAIL = 0.025
 LEAST_CORRELATED = 4
 
@@ -30,14 +30,14 @@ class Estimate:
 def bootstrap_mean(
     values: ArrayLike, *, seed: int, resamples: int = RESAMPLES, clusters: ArrayLike | None = None
 ) -> Estimate:
-    """Mean of ``values`` [N] with a 95% percentile bootstrap interval.
+    """Mean of ``values`` [N] with a 95% percentile bootstrap interval; with ``clusters`` a cluster bootstrap.
 
     Args:
         values: observations.
-        seed: of the bootstrap.
-        resamples: of the bootstrap.
-        clusters: number of the cluster of each observation, [N]; whole clusters are drawn. Each observation is one
-            where absent, and where there is one cluster alone, which says nothing about others.
+        seed: seed of the resampling.
+        resamples: number of resamples.
+        clusters: cluster label of each observation, [N]; all observations of a cluster are resampled together. Without
+            labels, and with a single cluster, each observation is resampled on its own.
 
     Raises:
         ValueError: no values.
@@ -46,7 +46,7 @@ def bootstrap_mean(
     if array.size == 0:
         raise ValueError("bootstrap_mean needs at least one value")
     rng = np.random.default_rng(seed)
-    which = drawn_together(clusters)
+    which = cluster_codes(clusters)
     if which is None:
         rows = max(1, CHUNK_CELLS // array.size)
         means = [
@@ -64,75 +64,22 @@ def bootstrap_mean(
     return Estimate(float(array.mean()), float(low), float(high), int(array.size))
 
 
-def drawn_together(clusters: ArrayLike | None) -> np.ndarray | None:
-    """Clusters [N] as numbers from 0 up; None where no two observations are of one, or all are of one."""
+def cluster_codes(clusters: ArrayLike | None) -> np.ndarray | None:
+    """Codes 0, 1, ... [N] of the cluster labels; None if every cluster has one observation, or there is one cluster."""
     if clusters is None:
         return None
     names, which = np.unique(np.asarray(clusters), return_inverse=True)
     return which if 1 < names.size < which.size else None
 
 
-def crossed_mean(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """Mean of ``values`` [S, P], S seeds on the same P prompts; the interval is for other seeds and prompts.
-
-    Seeds and prompts are both draws: the variance of the mean is (MS_seeds + MS_prompts - MS_rest) / (S P), of the mean
-    squares of the two-way table, or MS_rest / (S P) where that is more; degrees of freedom: Satterthwaite (1946). With
-    few seeds that differ the interval is wide, and says so: a bootstrap over prompts only speaks of the very policies
-    that were trained. Of three simulated seeds and 80 prompts the 95% interval covers 91 to 97%, by which of them
-    varies.
-
-    Raises:
-        ValueError: fewer than two seeds or prompts.
-    """
-    from scipy.stats import t
-
-    mean, error, degrees = _crossed(values)
-    half = float(t.ppf((1 + confidence) / 2, degrees)) * error if error > 0 else 0.0
-    return Estimate(mean, mean - half, mean + half, np.size(values))
-
-
-def crossed_p(values: ArrayLike) -> float:
-    """Two-sided p of a mean of 0 for ``values`` [S, P]: what the interval of ``crossed_mean`` just excludes 0 at.
-
-    Raises:
-        ValueError: fewer than two seeds or prompts.
-    """
-    from scipy.stats import t
-
-    mean, error, degrees = _crossed(values)
-    if error == 0:
-        return float(mean == 0)
-    return float(2 * t.sf(abs(mean) / error, degrees))
-
-
-def _crossed(values: ArrayLike) -> tuple[float, float, float]:
-    """Mean of [S, P], its standard error over seeds and prompts, degrees of freedom."""
-    table = np.asarray(values, dtype=np.float64)
-    if table.ndim != 2 or min(table.shape) < 2:
-        raise ValueError("a mean over seeds and prompts needs at least two seeds and two prompts")
-    seeds, prompts = table.shape
-    mean, of_seeds, of_prompts = table.mean(), table.mean(axis=1), table.mean(axis=0)
-    rest = table - of_seeds[:, None] - of_prompts + mean
-    squares = np.array([prompts * np.square(of_seeds - mean).sum(), seeds * np.square(of_prompts - mean).sum(),
-                        np.square(rest).sum()])  # fmt: skip
-    freedom = np.array([seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1)])
-    parts = squares / freedom * (1, 1, -1)
-    total, degrees = parts.sum(), np.inf
-    if total <= -parts[2]:
-        total, degrees = -parts[2], freedom[2]
-    elif total > 0:
-        degrees = total**2 / (parts**2 / freedom).sum()
-    return float(mean), float(np.sqrt(max(total, 0.0) / table.size)), float(degrees)
-
-
 def bootstrap_share(
     values: ArrayLike, *, seed: int, resamples: int = RESAMPLES, clusters: ArrayLike | None = None
 ) -> Estimate:
-    """``bootstrap_mean`` of values in [0, 1]; of all 0 or all 1, the end that resampling cannot see is exact.
+    """Proportion: ``bootstrap_mean`` of values in [0, 1], with an exact bound if all values are 0 or all are 1.
 
-    Resamples of equal values are all alike, and an interval without width says more than N observations can. With N
-    of N at one end the exact (Clopper and Pearson's) 95% interval of the share reaches from there to 0.025^(1/N), N
-    the number of clusters where there are any.
+    All resamples of equal values are equal, so their bootstrap interval has no width. In that case the far end of the
+    interval is Clopper and Pearson's exact bound, 0.025^(1/N) for values of 1, where N is the number of clusters if
+    there are any.
 
     Raises:
         ValueError: no values.
@@ -140,7 +87,7 @@ def bootstrap_share(
     found = bootstrap_mean(values, seed=seed, resamples=resamples, clusters=clusters)
     if found.low < found.high or found.value not in (0.0, 1.0):
         return found
-    which = drawn_together(clusters)
+    which = cluster_codes(clusters)
     least = EXACT_TAIL ** (1 / (found.n if which is None else int(which.max()) + 1))
     return replace(found, low=least) if found.value == 1.0 else replace(found, high=1 - least)
 
@@ -148,14 +95,14 @@ def bootstrap_share(
 def share_among(
     values: np.ndarray, of: np.ndarray, *, seed: int, clusters: np.ndarray | None = None
 ) -> dict[str, float] | None:
-    """``bootstrap_share`` of the ``values`` [N] where ``of`` [N] holds, as JSON; None where it holds nowhere."""
+    """``bootstrap_share`` as JSON of the ``values`` [N] selected by the mask ``of`` [N]; None if it selects none."""
     if not of.any():
         return None
     return bootstrap_share(values[of], seed=seed, clusters=None if clusters is None else clusters[of]).to_dict()
 
 
 def correlation(first: ArrayLike, second: ArrayLike) -> dict[str, float] | None:
-    """Pearson's correlation of [N] and [N] with its 95% interval by Fisher's z; None where it is not defined."""
+    """Pearson's correlation of [N] and [N] with its 95% interval by Fisher's z; None if it is not defined."""
     from scipy.stats import pearsonr
 
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
@@ -167,7 +114,7 @@ def correlation(first: ArrayLike, second: ArrayLike) -> dict[str, float] | None:
 
 
 def number(value: float, spread: float | None = None) -> str:
-    """A number with no more digits than its spread supports (two significant digits of the spread)."""
+    """A number with as many digits as two significant digits of its spread."""
     if spread is None or not spread > 0:
         return f"{value:.3g}"
     digits = max(0, 1 - math.floor(math.log10(spread)))

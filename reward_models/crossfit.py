@@ -6,12 +6,12 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from align.config import ClusterSection, RewardSection
+from align.config.columns import SCORES, SPREAD
 from align.data.splits import folds_by_prompt
 from align.io.console import log
 from reward_models.calibration import fit_map
-from reward_models.ensemble import SPREAD, members, score_with, train_members
+from reward_models.ensemble import members, score_with, train_members
 from reward_models.length_bias import word_difference
-from reward_models.score import COLUMNS
 
 
 def cross_fit(
@@ -33,7 +33,7 @@ def cross_fit(
         The table with reward_chosen, reward_rejected, margin, ``margin_std`` of an ensemble, and ``fold``.
     """
     fold = folds_by_prompt(pairs, config.folds, seed)
-    columns = COLUMNS if config.ensemble == 1 else (*COLUMNS, SPREAD)
+    columns = SCORES if config.ensemble == 1 else (*SCORES, SPREAD)
     scores = np.zeros((len(pairs), len(columns)))
     for k in range(config.folds):
         inside = np.flatnonzero(fold == k)

@@ -12,19 +12,19 @@ import numpy as np
 from datasets import Dataset
 
 from align.config import ClusterSection, RewardSection
-from align.data.pairs import TEXT, fingerprint, with_columns
+from align.config.columns import SCORES, SPREAD, TEXT
+from align.data.pairs import fingerprint, with_columns
 from align.distributed import all_gather_objects, from_main_process, process_rank
 from align.io.console import log
 from align.io.hashing import digest
 from align.models.folders import fingerprint_model
 from align.sharding.shards import map_shards
 from reward_models.calibration import MarginMap
-from reward_models.score import ALIKE, COLUMNS, REWARDS, RewardScorer, ScoreJob, tell_alike, with_rewards
+from reward_models.score import ALIKE, REWARDS, RewardScorer, ScoreJob, tell_alike, with_rewards
 from reward_models.train import train_reward_model
 
 MEMBERS = "members"
 SEED_STEP = 7919
-SPREAD = "margin_std"
 SHARD = 512
 """Pairs that are lost at most when a scoring is stopped, and that a process or a worker is given at a time."""
 KEY_DIGITS = 8
@@ -156,8 +156,8 @@ def _key(models: Sequence[Path | str], pairs: Dataset, max_length: int) -> str:
 
 def _averaged(pairs: Dataset, scored: Sequence[Dataset]) -> Dataset:
     """``pairs`` with the means of the members' score columns, and the standard deviation of their margins."""
-    rewards = np.stack([np.stack([np.asarray(one[column]) for column in COLUMNS], axis=1) for one in scored])
-    columns = dict(zip(COLUMNS, rewards.mean(axis=0).T, strict=True))
+    rewards = np.stack([np.stack([np.asarray(one[column]) for column in SCORES], axis=1) for one in scored])
+    columns = dict(zip(SCORES, rewards.mean(axis=0).T, strict=True))
     if len(scored) > 1:
         columns[SPREAD] = rewards[:, :, -1].std(axis=0, ddof=1)
     stale = [SPREAD] if SPREAD in pairs.column_names else []

@@ -12,8 +12,8 @@ from align.io.array_cache import cached_array
 from align.io.console import progress
 from align.io.hashing import digest
 from align.models.batching import token_batches
+from align.models.tokenization import encode_reward_texts
 from reward_models.score import REWARDS, RewardScorer
-from reward_models.tokenization import tokenize
 
 CHUNK = 4096
 
@@ -52,7 +52,7 @@ def _pass(scorer: RewardScorer, texts: Sequence[str]) -> np.ndarray:
     def keep(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         seen.append(inputs[0].detach())
 
-    ids = tokenize(texts, scorer.tokenizer, scorer.max_length)
+    ids = encode_reward_texts(texts, scorer.tokenizer, scorer.max_length)
     batches = token_batches([len(row) for row in ids], scorer.batch_tokens)
     made: dict[int, np.ndarray] = {}
     hook = head.register_forward_pre_hook(keep)

@@ -7,6 +7,7 @@ import numpy as np
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from align.config import nearest
+from align.data.text import plain
 from align.errors import ConfigError
 
 
@@ -58,8 +59,4 @@ def make_judge(name: str) -> Judge:
 
 def _joined(prompt: Any, completion: Any) -> str:
     """Text goes on where its prompt ends; an answer to messages begins a line of its own."""
-    return _plain(prompt) + ("" if isinstance(prompt, str) else "\n") + _plain(completion)
-
-
-def _plain(text: Any) -> str:
-    return text if isinstance(text, str) else " ".join(turn["content"] for turn in text)
+    return plain(prompt) + ("" if isinstance(prompt, str) else "\n") + plain(completion)

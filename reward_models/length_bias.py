@@ -7,6 +7,7 @@ import numpy as np
 from datasets import Dataset
 from scipy.stats import spearmanr
 
+from align.data.text import count_words
 from align.stats import share_among
 
 LEAST = 4
@@ -15,7 +16,7 @@ LEAST = 4
 
 def word_difference(pairs: Dataset) -> np.ndarray:
     """Words of the chosen less words of the rejected response, float64 [N]."""
-    return np.array([_words(row["chosen"]) - _words(row["rejected"]) for row in pairs], dtype=np.float64)
+    return np.array([count_words(row["chosen"]) - count_words(row["rejected"]) for row in pairs], dtype=np.float64)
 
 
 def length_slope(margins: np.ndarray, words: np.ndarray) -> float:
@@ -67,7 +68,3 @@ def _rank_correlation(first: np.ndarray, second: np.ndarray) -> dict[str, float]
     middle, half = np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12)), 1.96 * np.sqrt(1.06 / (len(first) - 3))
     low, high = np.tanh([middle - half, middle + half])
     return {"value": value, "low": float(low), "high": float(high), "n": len(first)}
-
-
-def _words(text: Any) -> int:
-    return len(text.split()) if isinstance(text, str) else sum(len(turn["content"].split()) for turn in text)

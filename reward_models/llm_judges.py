@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from scipy.special import expit
 
+from align.data.text import plain
 from align.errors import ConfigError, ModelError
 from align.io.console import log, progress
 from align.models.batching import token_batches
@@ -138,10 +139,10 @@ class YesNoJudge:
 
     def _question(self, prompt: Any, completion: Any) -> list[int]:
         before, between, after = self.frame
-        asked = self._text_ids(_plain(prompt))
+        asked = self._text_ids(plain(prompt))
         room = self.max_length - len(before) - len(between) - len(after)
         asked = asked[-max(0, room // 2) :] if len(asked) > room // 2 else asked
-        answer = self._text_ids(_plain(completion))[: max(0, room - len(asked))]
+        answer = self._text_ids(plain(completion))[: max(0, room - len(asked))]
         return [*before, *asked, *between, *answer, *after]
 
     def _text_ids(self, text: str) -> list[int]:
@@ -151,7 +152,3 @@ class YesNoJudge:
         """Ids of the spellings that are one token and not the unknown one."""
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in spellings]
         return sorted({row[0] for row in ids if len(row) == 1 and row[0] != self.tokenizer.unk_token_id})
-
-
-def _plain(text: Any) -> str:
-    return text if isinstance(text, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in text)

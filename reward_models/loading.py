@@ -9,22 +9,22 @@ from align.io.console import log
 from align.models.folders import check_model_folder, check_vocabulary, loading, refuse_new_weights
 
 POSITIONS = ("position_embeddings", "wpe", "embed_positions")
-"""What transformers' models call their tables of positions."""
+"""Names of position embeddings in transformers' models."""
 
 
 def load_reward_model(
     model: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False, new_head: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model with one output and its tokenizer; where there is no padding token, end-of-sequence pads.
+    """The model with one output and its tokenizer, which pads with end-of-sequence if it has no padding token.
 
     Args:
         model: folder or hub id.
-        dtype: of the weights.
-        trust_remote_code: code that comes with the model may run.
-        new_head: the model may be a backbone, which gets a random head, to be trained or not to be read.
+        dtype: dtype of the weights.
+        trust_remote_code: whether code that comes with the model may run.
+        new_head: the model may be a backbone without a head; it gets a random one, to train or to ignore.
 
     Raises:
-        ModelError: model or tokenizer cannot be loaded, or the model has a head with more than one output, or none.
+        ModelError: model or tokenizer cannot be loaded, or the model has no head, or one with several outputs.
     """
     check_model_folder(str(model), rewards=True)
     with loading(str(model), "cannot be loaded as a reward model"):
@@ -44,15 +44,15 @@ def load_reward_model(
 
 
 def fitting_length(model: PreTrainedModel, max_length: int) -> int:
-    """``max_length``, or fewer tokens where the model has a table of positions that ends before it (BERT, GPT-2)."""
-    places = [
+    """``max_length``, or the number of position embeddings if the model has fewer (BERT, GPT-2)."""
+    sizes = [
         module.num_embeddings
         - (0 if module.padding_idx is None else module.padding_idx + 1)
         - getattr(module, "offset", 0)
         for name, module in model.named_modules()
         if name.rpartition(".")[2] in POSITIONS and isinstance(module, nn.Embedding)
     ]
-    most = min([max_length, *places])
+    most = min([max_length, *sizes])
     if most < max_length:
-        log.warning("%s: takes %d tokens at most, longer texts are cut", model.name_or_path, most)
+        log.warning("%s: takes %d tokens at most, longer texts are truncated", model.name_or_path, most)
     return most

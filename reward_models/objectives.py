@@ -1,16 +1,15 @@
-"""Losses of a reward model: pure functions of the two rewards, one value per pair. The mean is taken elsewhere.
+"""Objectives of a reward model: pure functions of the two rewards, one value per pair. The mean is taken elsewhere.
 
 Shapes: B pairs; rewards are [B], z = r_w - r_l is the margin. Float32 (float64 for float64 input), finite with finite
-gradients for |z| up to 1e4. Which of them a run uses is chosen by name: reward_models/registry.py.
+gradients for |z| up to 1e4. A configuration selects one by name: reward_models/registry.py.
 
-    objective            believes                                                      source
-    bradley_terry        every label alike                                             Bradley and Terry (1952)
-    comp_sum             tau > 1: labels that the model can explain; tau < 1: the rest arXiv 2304.07288, the s-forms
-    margin_mse           a teacher's margins, no label                                 arXiv 2010.02666
-    auc                  labels, and that any chosen beats any rejected response       arXiv 2510.00137, eq. 3
-    ldr_kl               labels, up to a margin, with bounded pull                     arXiv 2112.14869
-    decoupled_listwise   which of K responses are acceptable                           arXiv 2310.10636
-    aggregated           only the share of votes in each group of pairs                arXiv 2401.11081
+    objective       trusts                                                                  source
+    bradley_terry   every label equally                                                     Bradley and Terry (1952)
+    comp_sum        tau > 1: labels that the model agrees with more; tau < 1: the others    arXiv 2304.07288, s-forms
+    margin_mse      a teacher's margins, no label                                           arXiv 2010.02666
+    auc             labels, and that any chosen beats any rejected response                 arXiv 2510.00137, eq. 3
+    ldr_kl          labels, up to a margin, with a bounded gradient                         arXiv 2112.14869
+    aggregated      only the share of votes in each group of pairs                          arXiv 2401.11081
 """
 
 import math
@@ -22,7 +21,7 @@ from torch import Tensor
 from align.losses.numerics import at_least_float32
 
 STEEPEST = 30.0
-"""comp_sum with tau < 1 grows exponentially; beyond e^30 it goes on as its tangent, which floats can hold."""
+"""comp_sum with tau < 1 grows exponentially; beyond e^30 its tangent replaces it, which floats can represent."""
 
 
 def bradley_terry(
@@ -30,8 +29,8 @@ def bradley_terry(
 ) -> Tensor:
     """-log sigmoid(r_w - r_l - margin) + centering (r_w + r_l)^2, [B].
 
-    The logistic loss of Bradley and Terry (1952); the margin is that of Llama 2 (arXiv 2307.09288, eq. 2), the
-    centring that of arXiv 2312.09244. trl's RewardTrainer computes the mean of the same.
+    The logistic loss of Bradley and Terry (1952), with the margin of Llama 2 (arXiv 2307.09288, eq. 2) and the
+    centering of arXiv 2312.09244. trl's RewardTrainer computes its mean.
     """
     gap = reward_chosen - reward_rejected
     loss = -F.logsigmoid(gap if margin is None else gap - margin)
@@ -41,9 +40,9 @@ def bradley_terry(
 def comp_sum(reward_chosen: Tensor, reward_rejected: Tensor, *, tau: float = 1.0) -> Tensor:
     """((1 + e^-z)^(1 - tau) - 1) / (1 - tau), [B]; its slope is -sigmoid(z)^(tau - 1) (1 - sigmoid(z)).
 
-    tau 0 is the exponential loss, 1 Bradley-Terry, tau in (1, 2) generalised cross-entropy with q = tau - 1, 2 the mean
-    absolute error 1 - sigmoid(z). The more tau is above 1, the less a pair pulls that the model ranks against its
-    label. At tau = 2 alone, wrongly ranked pairs hardly pull at all and little may be learned.
+    tau 0 is the exponential loss, 1 Bradley-Terry, tau in (1, 2) generalized cross-entropy with q = tau - 1, 2 the mean
+    absolute error 1 - sigmoid(z). The larger tau is above 1, the smaller is the gradient of a pair that the model ranks
+    against its label. At tau = 2, the gradient of misranked pairs nearly vanishes, so little may be learned.
     """
     cost = -F.logsigmoid(at_least_float32(reward_chosen) - at_least_float32(reward_rejected))
     if tau == 1:
@@ -56,7 +55,7 @@ def comp_sum(reward_chosen: Tensor, reward_rejected: Tensor, *, tau: float = 1.0
 
 
 def margin_mse(reward_chosen: Tensor, reward_rejected: Tensor, teacher_margin: Tensor, *, scale: float = 1.0) -> Tensor:
-    """(z - scale * teacher_margin)^2, [B]: the teacher's margins, whatever offset either model gives a prompt."""
+    """(z - scale * teacher_margin)^2, [B]: regression on margins, independent of either model's offset per prompt."""
     return (
         at_least_float32(reward_chosen)
         - at_least_float32(reward_rejected)
@@ -75,13 +74,13 @@ def auc(
     """(1 - share) Bradley-Terry + share * mean_j -log sigmoid((r_w,i - r_l,j) / temperature), [B].
 
     The second term, over all rejected responses j of the batch, bounds 1 - AUC from above: its mean over i is at least
-    (1 - AUC) log 2. It holds that a chosen response is better than another prompt's rejected one, which pairs do not
-    say; ``group`` keeps the comparisons within a category, a small ``share`` keeps most of the weight on the pairs.
+    (1 - AUC) log 2. It assumes that a chosen response is better than another prompt's rejected one, which pairs do not
+    state; ``group`` keeps the comparisons within a category, a small ``share`` keeps most of the weight on the pairs.
 
     Args:
         reward_chosen: [B].
         reward_rejected: [B].
-        group: [B], pairs with the same number are compared with each other; all with all where None.
+        group: [B], only pairs with the same number are compared; None: all with all.
         temperature: above 0.
         share: in [0, 1].
     """
@@ -108,14 +107,14 @@ def ldr_kl(
 
     lam = 1, margin = 0 is Bradley-Terry less log 2; lam to 0 is the hinge of margin - z, lam to infinity the line
     (margin - z) / 2. With ``adaptive`` each pair has lam_i = lam (1 - KL(p_i, even) / (alpha log 2)), p_i the two
-    probabilities at lam: the surer the model, the smaller; in [lam (1 - 1/alpha), lam], without gradient. (The paper's
-    further term in lam_i has no gradient in the rewards and is left out, and the rewards are not normalised.)
+    probabilities at lam: the more certain the model, the smaller; in [lam (1 - 1/alpha), lam], without gradient. (The
+    paper's further term in lam_i has no gradient in the rewards and is omitted; the rewards are not normalized.)
 
     Args:
         reward_chosen: [B].
         reward_rejected: [B].
         lam: softness, above 0.
-        margin: c, what a chosen response should lead by.
+        margin: c, the margin that a pair should have.
         adaptive: one softness per pair.
         alpha: above 1.
     """
@@ -128,47 +127,25 @@ def ldr_kl(
     return softness * (-F.logsigmoid((gap - margin) / softness) - math.log(2))
 
 
-def decoupled_listwise(
-    rewards: Tensor, acceptable: Tensor, present: Tensor | None = None, *, temperature: float = 1.0
-) -> Tensor:
-    """Mean over a prompt's acceptable responses p of -log(e^r_p / (e^r_p + sum over unacceptable n of e^r_n)), [P].
-
-    Other acceptable responses are not in the denominator, so two good answers do not compete. One acceptable and one
-    unacceptable response are Bradley-Terry.
-
-    Args:
-        rewards: [P, K], K responses for each of P prompts.
-        acceptable: bool [P, K]; of the present ones at least one is and one is not, in every row.
-        present: bool [P, K], False where a prompt has fewer responses; all where None.
-        temperature: rewards are divided by it; above 0.
-    """
-    scaled = at_least_float32(rewards) / temperature
-    here = torch.ones_like(acceptable) if present is None else present
-    good, bad = acceptable & here, ~acceptable & here
-    others = scaled.masked_fill(~bad, -math.inf).logsumexp(dim=1, keepdim=True)
-    costs = F.softplus(others - scaled.masked_fill(~good, 0.0)).masked_fill(~good, 0.0)
-    return costs.sum(dim=1) / good.sum(dim=1)
-
-
 def aggregated(
     reward_chosen: Tensor, reward_rejected: Tensor, bag: Tensor, vote_share: Tensor, *, rho: float = 0.5
 ) -> Tensor:
     """(share - mean of p in the bag)^2 + rho (p - mean of p in the bag)^2, [B], with p = sigmoid(z).
 
-    For labels that are known only as the share of a group of pairs in which the first response won. rho = 0 asks the
-    mean of each bag to be right, rho = 1 every pair of it: the mean over a bag of the latter is mean (share - p)^2,
-    exactly. In between, rho trades the bias of the second for the variance of the first. The means are over those
-    pairs of a bag that are in the batch, so a bag split over batches acts as with a larger rho.
+    For labels that are known only as the share of a bag of pairs in which the first response won. rho = 0 fits the mean
+    of each bag, rho = 1 every pair of it: the mean over a bag of the latter is exactly mean (share - p)^2. In between,
+    rho trades the bias of the second for the variance of the first. The means are over those pairs of a bag that are in
+    the batch, so a bag that is split over batches acts like a larger rho.
 
     Args:
-        reward_chosen: [B], reward of the response that the share counts as won.
+        reward_chosen: [B], reward of the response whose wins the share counts.
         reward_rejected: [B].
         bag: [B], number of the bag of each pair.
         vote_share: [B], in [0, 1], the same for all pairs of a bag.
         rho: in [0, 1].
     """
     p = torch.sigmoid(at_least_float32(reward_chosen) - at_least_float32(reward_rejected))
-    _, place = torch.unique(bag, return_inverse=True)
-    size = torch.zeros(int(place.max()) + 1, dtype=p.dtype, device=p.device).index_add(0, place, torch.ones_like(p))
-    mean = (torch.zeros_like(size).index_add(0, place, p) / size)[place]
+    _, index = torch.unique(bag, return_inverse=True)
+    size = torch.zeros(int(index.max()) + 1, dtype=p.dtype, device=p.device).index_add(0, index, torch.ones_like(p))
+    mean = (torch.zeros_like(size).index_add(0, index, p) / size)[index]
     return (at_least_float32(vote_share) - mean) ** 2 + rho * (p - mean) ** 2

@@ -1,57 +1,44 @@
-"""Names in YAML (``reward.objective``) -> losses of a reward model with their parameters, defaults and ranges."""
+"""The objectives of a reward model by the names that YAML uses (``reward.objective``), with parameters and ranges."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from datasets import Dataset
 from torch import Tensor
 
-from align.config import ObjectiveSection, nearest
-from align.config.parameters import ANY, POSITIVE, Range, parameter_problems
-from align.errors import ConfigError, DataError, listed
+from align.config import ObjectiveSection
+from align.config.columns import NAMES
+from align.config.parameters import ANY, POSITIVE, Range
+from align.errors import DataError
+from align.losses.registry_base import BoundFunction, FunctionSpec, Registry
 from reward_models import objectives
 
 SHARE: Range = (-1e-12, 1.0 + 1e-12)
-NAMED = ("bag", "group")
-"""Columns of names; a loss sees a number for each name."""
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectiveSpec:
-    """One entry of the registry."""
+class ObjectiveSpec(FunctionSpec):
+    """One objective; ``function`` is (reward_chosen, reward_rejected, columns by name, **parameters) -> [B]."""
 
-    name: str
-    function: Callable[..., Tensor]
-    """(reward_chosen, reward_rejected, columns by their names, **parameters) -> [B]."""
-    defaults: Mapping[str, float | bool]
-    summary: str
-    ranges: Mapping[str, Range] = field(default_factory=dict)
-    """Open intervals."""
-    columns: tuple[str, ...] = ()
-    """Columns of the pair table that the loss reads."""
     coupled: bool = False
     """The loss of a pair depends on the other pairs of the batch."""
 
 
 @dataclass(frozen=True, slots=True)
-class BoundObjective:
+class BoundObjective(BoundFunction[ObjectiveSpec]):
     """An objective with all its parameters."""
-
-    spec: ObjectiveSpec
-    parameters: Mapping[str, Any]
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns that it reads."""
+        """Columns of the pair table that it reads with these parameters."""
         return (*self.spec.columns, *(("group",) if self.parameters.get("within_group") else ()))
 
     def __call__(self, reward_chosen: Tensor, reward_rejected: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
-        """Loss [B] of rewards [B], [B]; ``columns`` [B] each."""
-        own = {name: columns[name] for name in self.columns}
-        return self.spec.function(reward_chosen, reward_rejected, **own, **self.parameters)
+        """Compute the loss [B] of rewards [B], [B]; ``columns`` [B] each, others than its own are ignored."""
+        inputs = {name: columns[name] for name in self.columns}
+        return self.spec.function(reward_chosen, reward_rejected, **inputs, **self.parameters)
 
 
 def _with_margin(reward_chosen: Tensor, reward_rejected: Tensor, teacher_margin: Tensor, *, scale: float) -> Tensor:
@@ -72,35 +59,35 @@ def _auc(
 
 
 SPECS = (
-    ObjectiveSpec("bradley_terry", objectives.bradley_terry, {}, "every label alike"),
+    ObjectiveSpec("bradley_terry", objectives.bradley_terry, {}, "the same trust in every label"),
     ObjectiveSpec(
         "bradley_terry_margin",
         _with_margin,
         {"scale": 1.0},
         "Bradley-Terry that asks for a lead of scale * teacher_margin",
         {"scale": ANY},
-        ("teacher_margin",),
+        columns=("teacher_margin",),
     ),
     ObjectiveSpec(
         "comp_sum",
         objectives.comp_sum,
         {"tau": 1.5},
-        "tau above 1 doubts labels it cannot explain",
+        "tau above 1 gives less weight to labels that the model contradicts",
         {"tau": (-1e-12, 4)},
     ),
     ObjectiveSpec(
         "margin_mse",
         objectives.margin_mse,
         {"scale": 1.0},
-        "a teacher's margins, no label",
+        "regression on a teacher's margins, without labels",
         {"scale": ANY},
-        ("teacher_margin",),
+        columns=("teacher_margin",),
     ),
     ObjectiveSpec(
         "auc",
         _auc,
         {"temperature": 1.0, "share": 1.0, "within_group": False},
-        "every chosen response over every rejected one of the batch",
+        "every chosen response against every rejected one of the batch",
         {"temperature": POSITIVE, "share": SHARE},
         coupled=True,
     ),
@@ -115,59 +102,50 @@ SPECS = (
         "aggregated",
         objectives.aggregated,
         {"rho": 0.5},
-        "only the vote share of each bag of pairs is known; rho 0 bags, 1 pairs",
+        "labels known only as the vote share of each bag; rho 0: mean of the bag, 1: every pair",
         {"rho": SHARE},
-        ("bag", "vote_share"),
+        columns=("bag", "vote_share"),
         coupled=True,
     ),
 )
-OBJECTIVES: dict[str, ObjectiveSpec] = {spec.name: spec for spec in SPECS}
+OBJECTIVES = Registry("objective", SPECS, section="reward.objective")
 
 
 def resolve_objective(config: ObjectiveSection) -> BoundObjective:
-    """The objective that a configuration names, with its defaults.
+    """Return the objective that a configuration names, with its defaults.
 
     Raises:
         ConfigError: unknown name or parameter (with the nearest known), wrong type, value out of range; all at once.
     """
-    if config.name not in OBJECTIVES:
-        raise ConfigError(
-            f"reward.objective.name: {config.name!r} is not known{nearest(config.name, list(OBJECTIVES))}",
-            code="objective-name",
-        )
-    spec = OBJECTIVES[config.name]
-    problems = parameter_problems(spec.name, config.parameters, spec.defaults, spec.ranges)
-    if problems:
-        raise ConfigError(f"reward.objective.parameters:\n{listed(problems)}", code="objective-parameter")
-    return BoundObjective(spec, {**spec.defaults, **config.parameters})
+    return BoundObjective(*OBJECTIVES.bind(config.name, config.parameters))
 
 
 def objective_columns(pairs: Dataset, objective: BoundObjective) -> dict[str, list[float] | list[int]]:
-    """What the objective reads of every pair: numbers as they are, names numbered in the order of their appearance.
+    """Return the columns that the objective reads: numbers as they are, names numbered in order of appearance.
 
     Raises:
         DataError: a column is missing or has gaps, a share is not in [0, 1] or differs within a bag.
     """
-    made: dict[str, list[float] | list[int]] = {}
+    columns: dict[str, list[float] | list[int]] = {}
     for name in objective.columns:
         values = pairs[name] if name in pairs.column_names else []
         ids = pairs["id"] if "id" in pairs.column_names else range(len(pairs))
-        gaps = [str(key) for key, value in zip(ids, values, strict=False) if value is None]
-        if name not in pairs.column_names or gaps:
-            found = f"none in pairs {', '.join(gaps[:3])}" if gaps else "no such column"
+        missing = [str(key) for key, value in zip(ids, values, strict=False) if value is None]
+        if name not in pairs.column_names or missing:
+            found = f"none in pairs {', '.join(missing[:3])}" if missing else "no such column"
             raise DataError(
                 f"{name}: found {found}, expected a value for every pair, for the objective {objective.spec.name}",
                 code="objective-column",
                 hint="map the column in `reward.pairs.columns`, or choose another `reward.objective`",
             )
-        if name in NAMED:
+        if name in NAMES:
             numbers: dict[str, int] = {}
-            made[name] = [numbers.setdefault(str(value), len(numbers)) for value in values]
+            columns[name] = [numbers.setdefault(str(value), len(numbers)) for value in values]
         else:
-            made[name] = [float(value) for value in values]
-    if "vote_share" in made:
-        _check_shares(np.asarray(made["bag"]), np.asarray(made["vote_share"]), list(pairs["bag"]))
-    return made
+            columns[name] = [float(value) for value in values]
+    if "vote_share" in columns:
+        _check_shares(np.asarray(columns["bag"]), np.asarray(columns["vote_share"]), list(pairs["bag"]))
+    return columns
 
 
 def _check_shares(bag: np.ndarray, share: np.ndarray, names: list[str]) -> None:
@@ -177,7 +155,7 @@ def _check_shares(bag: np.ndarray, share: np.ndarray, names: list[str]) -> None:
     differing = np.flatnonzero(share != first[bag])
     for rows, found, expected in (
         (outside, "{:g}", "a share in [0, 1]"),
-        (differing, "{:g} beside another share", "the same share in all pairs of a bag"),
+        (differing, "{:g} and another share", "the same share in all pairs of a bag"),
     ):
         if rows.size:
             where = f"vote_share of bag {names[rows[0]]!r}"

@@ -1,4 +1,4 @@
-"""Scoring: (prompt, completion) -> reward, whatever the batch size and the padding."""
+"""Scoring: (prompt, completion) -> reward, independent of batch size and padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,20 +9,21 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from align.config.columns import SCORES
 from align.data.pairs import with_columns
 from align.distributed import local_device
 from align.errors import NumericsError
 from align.io.console import log, progress
 from align.models.batching import token_batches
+from align.models.tokenization import encode_reward_texts, pad, render
 from align.sharding.jobs import Work
 from reward_models.loading import fitting_length, load_reward_model
-from reward_models.tokenization import cut_alike, pair_texts, render, tokenize
+from reward_models.tokenization import cut_alike, pair_texts
 
 SHOWN = 80
 """Characters of a text in an error."""
-COLUMNS = ("reward_chosen", "reward_rejected", "margin")
 ALIKE = "cut_alike"
-"""Column of a shard: whether the two responses are cut to the same tokens; their margin is then 0."""
+"""Column of a shard: whether both responses are the same tokens after truncation, so that their margin is 0."""
 
 
 class RewardScorer:
@@ -31,10 +32,10 @@ class RewardScorer:
     Args:
         model: folder or hub id.
         batch_tokens: padded tokens per batch; a longer text is a batch of its own.
-        max_length: tokens per text; longer ones are cut from the right.
-        padding_side: of a decoder; rewards do not depend on it. An encoder is always padded on the right.
-        trust_remote_code: code that comes with the model may run.
-        new_head: the model may be a backbone without a head of its own, whose features alone are read.
+        max_length: tokens per text; longer ones are truncated on the right.
+        padding_side: padding side of a decoder; rewards do not depend on it. Encoders are padded on the right.
+        trust_remote_code: whether code that comes with the model may run.
+        new_head: the model may be a backbone without a head, used for its features only.
 
     Raises:
         ModelError: the model cannot be used.
@@ -56,7 +57,7 @@ class RewardScorer:
         self.model = loaded.to(self.device).eval()
         self.batch_tokens = batch_tokens
         self.max_length = fitting_length(loaded, max_length)
-        # An encoder pools its first token, which left padding would replace.
+        # an encoder pools its first token, which left padding would replace
         self.padding_side = padding_side if hasattr(loaded, "score") else "right"
 
     def score_texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -65,7 +66,7 @@ class RewardScorer:
         Raises:
             NumericsError: a reward is not a finite number.
         """
-        return self._score(texts, tokenize(texts, self.tokenizer, self.max_length))
+        return self._score(texts, encode_reward_texts(texts, self.tokenizer, self.max_length))
 
     def _score(self, texts: Sequence[str], ids: list[list[int]]) -> np.ndarray:
         rewards = np.empty(len(ids), dtype=np.float64)
@@ -82,10 +83,10 @@ class RewardScorer:
         return rewards
 
     def score_completions(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
-        """Reward of each completion of the prompt beside it, float64 [N].
+        """Reward of each completion given its prompt, float64 [N].
 
         Raises:
-            ModelError: they are messages, and the model's tokenizer has no chat template.
+            ModelError, DataError: messages that cannot go through the chat template.
         """
         rows = zip(prompts, completions, strict=True)
         return self.score_texts([render(prompt, completion, self.tokenizer) for prompt, completion in rows])
@@ -95,12 +96,12 @@ class RewardScorer:
         return self.score_and_tell(pairs)[0]
 
     def score_and_tell(self, pairs: Dataset) -> tuple[Dataset, np.ndarray]:
-        """``score_pairs``, and whether the two responses of each pair are cut alike, bool [N]; see ``ALIKE``."""
+        """``score_pairs``, and whether both responses are the same after truncation, bool [N]; see ``ALIKE``."""
         read = pair_texts(pairs, self.tokenizer, self.max_length)
         return with_rewards(pairs, *self._score(read.texts, read.ids).reshape(2, len(pairs))), read.alike
 
     def unread(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
-        """Whether the prompt beside each completion leaves nothing of it within ``max_length``, bool [N]."""
+        """Whether the prompt leaves no room for its completion within ``max_length``, bool [N]."""
         rows = list(zip(prompts, completions, strict=True))
         whole = [render(prompt, completion, self.tokenizer) for prompt, completion in rows]
         asked = [render(prompt, "" if isinstance(prompt, str) else [], self.tokenizer) for prompt, _ in rows]
@@ -111,30 +112,23 @@ class RewardScorer:
         return self.model(**self.inputs(rows)).logits.squeeze(-1).double().cpu().numpy()
 
     def inputs(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
-        """What the model is given of the rows of token ids: padded ids and mask [N, width], on its device."""
-        width = max(len(row) for row in rows)
-        pad = self.tokenizer.pad_token_id or 0
+        """Inputs of the model for rows of token ids: padded ids and mask, int64 [N, T], on its device."""
         left = self.padding_side == "left"
-        input_ids = torch.full((len(rows), width), pad, dtype=torch.long)
-        mask = torch.zeros_like(input_ids)
-        for k, row in enumerate(rows):
-            where = slice(width - len(row), width) if left else slice(0, len(row))
-            input_ids[k, where] = torch.tensor(row)
-            mask[k, where] = 1
-        found = {"input_ids": input_ids, "attention_mask": mask}
+        padded = pad(rows, self.tokenizer.pad_token_id or 0, left=left)
+        found = padded._asdict()
         if left:
-            found["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
+            found["position_ids"] = (padded.attention_mask.cumsum(dim=1) - 1).clamp_min(0)
         return {name: value.to(self.device) for name, value in found.items()}
 
 
 def with_rewards(pairs: Dataset, chosen: np.ndarray, rejected: np.ndarray) -> Dataset:
     """The table with the rewards [N] of both responses and their margin."""
-    return with_columns(pairs, dict(zip(COLUMNS, (chosen, rejected, chosen - rejected), strict=True)))
+    return with_columns(pairs, dict(zip(SCORES, (chosen, rejected, chosen - rejected), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreJob:
-    """Rewards of the pairs of a shard, and which are cut alike; see ``RewardScorer``."""
+    """Rewards of the pairs of a shard, and whether their responses are the same after truncation; see ``ALIKE``."""
 
     model: str
     batch_tokens: int
@@ -150,16 +144,16 @@ class ScoreJob:
 
         def work(rows: Dataset) -> Dataset:
             scored, alike = scorer.score_and_tell(rows)
-            return scored.select_columns(["reward_chosen", "reward_rejected"]).add_column(ALIKE, alike.tolist())
+            return scored.select_columns(list(SCORES[:2])).add_column(ALIKE, alike.tolist())
 
         return work
 
 
 def tell_alike(alike: np.ndarray) -> None:
-    """Say how many of the pairs, bool [N], have no margin because they are cut alike."""
+    """Log how many of the pairs, bool [N], have a margin of 0 because truncation makes their responses the same."""
     if alike.any():
         log.warning("%d of %d pairs have a margin of 0: their prompts fill max_length", alike.sum(), len(alike))
 
 
 REWARDS = 2
-"""What a reward model or a judge says of a text, and whether it has read the whole of it."""
+"""Revision of rewards and verdicts, part of their keys: raised when models or judges read or return something else."""

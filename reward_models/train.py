@@ -1,4 +1,4 @@
-"""Training of a reward model on trl's RewardTrainer, under the objective that the run names."""
+"""Train a reward model under the configured objective and save it."""
 
 import shutil
 from pathlib import Path
@@ -13,32 +13,30 @@ from trl import RewardConfig as TrlRewardConfig
 from align.config import RewardSection
 from align.distributed import from_main_process, process_rank, wait_until
 from align.io.console import log
+from align.io.files import atomic_folder
 from align.training.base.arguments import build_lora, build_trainer_args, refusals
-from align.training.base.checkpoints import last_whole_checkpoint
-from align.training.base.progress import show_progress
-from align.training.base.stopping import stoppable
 from reward_models.linear_heads import train_head
 from reward_models.loading import fitting_length, load_reward_model
 from reward_models.registry import objective_columns, resolve_objective
 from reward_models.tokenization import pair_texts, told_apart
-from reward_models.trainer import ObjectiveRewardTrainer
+from reward_models.trainer import RewardTrainer
 
 CONFIG = "config.json"
-"""A model folder that holds it is whole."""
+"""File whose presence marks a model folder as complete."""
 
 
 def train_reward_model(train: Dataset, config: RewardSection, output: Path, *, seed: int) -> None:
     """Train on a pair table and save model and tokenizer (safetensors; an adapter is merged) into ``output``.
 
-    The head is drawn under ``seed``. Pairs of like length share a batch, which of them meet is drawn anew each epoch
-    (``train_sampling_strategy: random`` for any order). A stopped training resumes from the last whole checkpoint
-    beside ``output``; checkpoints are removed when it is done. Under a launcher all processes call this together.
+    The head is initialized under ``seed``. Pairs of similar length share a batch, in groups that are drawn anew each
+    epoch (``train_sampling_strategy: random`` for any order). A stopped training resumes from the last complete
+    checkpoint next to ``output``; checkpoints are removed at the end. Under a launcher every process calls this.
 
     Args:
         train: pair table, with the columns that the objective reads; pairs whose prompts fill ``config.max_length``
-            are left out, and how many is said.
+            are left out, and their number is logged.
         config: backbone, head, objective, adapter, length and trl.RewardConfig fields.
-        output: folder of the finished model; a folder that holds config.json is left as it is.
+        output: folder of the finished model; a folder with config.json is left as it is.
         seed: seed of the head, the adapter and the order of the pairs.
 
     Raises:
@@ -46,9 +44,9 @@ def train_reward_model(train: Dataset, config: RewardSection, output: Path, *, s
     """
     checkpoints = output.with_name(output.name + "-checkpoints")
     if from_main_process((output / CONFIG).exists):
-        log.info("reward model: there already (%s)", output)
+        log.info("reward model: already trained (%s)", output)
     elif config.head == "full":
-        _train_whole(train, config, output, checkpoints, seed)
+        _train_full(train, config, output, checkpoints, seed)
     elif process_rank() == 0:
         save_model(*train_head(train, config, seed=seed, cache=checkpoints), output)
     if process_rank() == 0:
@@ -56,7 +54,7 @@ def train_reward_model(train: Dataset, config: RewardSection, output: Path, *, s
     wait_until((output / CONFIG).exists)
 
 
-def _train_whole(train: Dataset, config: RewardSection, output: Path, checkpoints: Path, seed: int) -> None:
+def _train_full(train: Dataset, config: RewardSection, output: Path, checkpoints: Path, seed: int) -> None:
     """Train head and backbone (or its adapter) and save them."""
     objective = resolve_objective(config.objective)
     columns = objective_columns(train, objective)
@@ -69,57 +67,50 @@ def _train_whole(train: Dataset, config: RewardSection, output: Path, checkpoint
     )
     transformers.set_seed(seed)
     model, tokenizer = load_reward_model(config.model, trust_remote_code=args.trust_remote_code, new_head=True)
-    most = fitting_length(model, config.max_length)
-    read = pair_texts(train, tokenizer, most)
-    kept = told_apart(read.alike, most)
+    max_length = fitting_length(model, config.max_length)
+    texts = pair_texts(train, tokenizer, max_length)
+    kept = told_apart(texts.alike, max_length)
     if len(kept) < len(train):
-        train, read = train.select(kept), read.of(kept)
+        train, texts = train.select(kept), texts.of(kept)
         columns = objective_columns(train, objective)
-    ids = {"chosen_ids": read.ids[: len(train)], "rejected_ids": read.ids[len(train) :]}
-    length = [max(len(chosen), len(rejected)) for chosen, rejected in zip(*ids.values(), strict=True)]
+    ids = {"chosen_ids": texts.ids[: len(train)], "rejected_ids": texts.ids[len(train) :]}
+    lengths = [max(len(chosen), len(rejected)) for chosen, rejected in zip(*ids.values(), strict=True)]
     with refusals("reward"):
-        trainer = ObjectiveRewardTrainer(
+        trainer = RewardTrainer(
             objective=objective,
             tilt=config.tilt,
             sharpness=config.sharpness,
             ids=[str(name) for name in (train["id"] if "id" in train.column_names else range(len(train)))],
             model=model,
             args=args,
-            train_dataset=Dataset.from_dict({**ids, **columns, args.length_column_name: length}),
+            train_dataset=Dataset.from_dict({**ids, **columns, args.length_column_name: lengths}),
             processing_class=tokenizer,
             peft_config=build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS"),
         )
-    trainer.in_background = config.async_checkpoints
-    last = from_main_process(lambda: last_whole_checkpoint(checkpoints))
-    if last is not None:
-        log.info("reward model %s: resuming from %s", output.name, last)
-    show_progress(trainer, f"reward model {output.name}")
-    with stoppable(trainer) as notice:
-        trainer.train(resume_from_checkpoint=last)
-        notice.check()
+    trainer.async_checkpoints = config.async_checkpoints
+    with trainer.trained(f"reward model {output.name}"):
         trained = _gathered(trainer, config)
         if trained is not None:
             save_model(trained.merge_and_unload() if config.peft is not None else trained, tokenizer, output)
 
 
-def _gathered(trainer: ObjectiveRewardTrainer, config: RewardSection) -> Any:
-    """The trained model on the first process, None on the others; what was sharded is put into the model anew."""
+def _gathered(trainer: RewardTrainer, config: RewardSection) -> Any:
+    """Return the trained model on rank 0, None elsewhere; gathered shards are loaded into a new model."""
     sharded: bool = trainer.is_fsdp_enabled
-    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else {}  # every process gives its part
+    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else {}  # collective: every process calls it
     if process_rank() > 0:
         return None
     if not sharded:
         return trainer.accelerator.unwrap_model(trainer.model)
     model, _ = load_reward_model(config.model, trust_remote_code=config.trusts_remote_code, new_head=True)
     adapter = build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS")
-    whole = model if adapter is None else get_peft_model(model, adapter)
-    whole.load_state_dict(weights)
-    return whole
+    trained = model if adapter is None else get_peft_model(model, adapter)
+    trained.load_state_dict(weights)
+    return trained
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
     """Write a model folder, whole or not at all."""
-    partial = output.with_name(output.name + ".tmp")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.replace(output)
+    with atomic_folder(output) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)

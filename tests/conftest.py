@@ -29,3 +29,11 @@ def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.helpers.builders import causal
 
     return causal(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """A folder with tiny models, pairs, prompts and a run file."""
+    from tests.helpers.small_runs import write_run
+
+    return write_run(tmp_path, ("dpo", "madpo"), {"max_steps": 3}, num_generations=3).parent

@@ -1,7 +1,8 @@
-"""The documents cannot rot: every YAML block is a valid configuration, every `align` command parses."""
+"""The documents stay true: YAML blocks are valid, `align` commands parse, links lead somewhere, files named exist."""
 
 import re
 import shlex
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from string import Template
@@ -16,7 +17,10 @@ from align.config import load_config
 from align.run.checks import check_config
 
 ROOT = Path(__file__).parents[1]
+NAMED = re.compile(r"(?<![\w/.-])(?:align|reward_models|scripts|studies|tests|configs|docs)/[\w./*-]*\w")
+"""Paths of this project, as pages name them."""
 SEPARATORS = ("&&", "||", ";", "|")
+DOCUMENTS = sorted(page for folder in ("", "docs/", "studies/") for page in ROOT.glob(f"{folder}*.md"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -77,3 +81,39 @@ def parse(line: str) -> dict[str, Any]:
         assert verb in command.commands, f"no verb {verb}"
         command = command.commands[verb]
     return dict(command.make_context(verb, arguments, parent=context).params)
+
+
+def links(page: Path) -> Iterator[tuple[str, Path]]:
+    """Every link of a page that leads to a file of this project, and that file."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not re.match(r"https?://|#", target):
+            yield target, (page.parent / target.partition("#")[0]).resolve()
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_named_files_exist(page: Path) -> None:
+    assert [target for target, file in links(page) if not file.exists()] == []
+    text = page.read_text(encoding="utf-8")
+    named = {name.rstrip(".") for name in NAMED.findall(text)}
+    assert [name for name in sorted(named) if not list(ROOT.glob(name))] == []
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_anchors_exist(page: Path) -> None:
+    """`#title` in a link is a title of the page that it leads to."""
+    missing = []
+    for target, file in links(page):
+        anchor = target.partition("#")[2]
+        titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE) if anchor else []
+        slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        missing += [target] if anchor and anchor not in slugs else []
+    assert missing == []
+
+
+def test_every_kept_result_has_a_line() -> None:
+    """studies/README.md lists what lies beside it, and nothing else."""
+    folder = ROOT / "studies"
+    listed = {file for target, file in links(folder / "README.md") if folder in file.parents}
+    assert listed == {file for file in folder.rglob("*") if file.is_file()} - {folder / "README.md"}
+    used = {file for page in DOCUMENTS if page.parent != folder for _, file in links(page)}
+    assert {file for file in listed if not {file, file.parent} & used} == set()

@@ -1,48 +1,84 @@
-"""`align entangle`: gradient entanglement measured, explained, and its predictions checked."""
+"""`align entangle`: measure gradient entanglement, follow it over checkpoints, check its predictions."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from align.cli.options import Cluster, cluster_called, output_folder
+from align.cli.options import Cluster, Columns, Split, cluster_section, expand_options, output_folder, pair_source
+
+if TYPE_CHECKING:
+    from align.config import PairsSection
 
 app = typer.Typer(help="Measure how the gradients of chosen and rejected responses interact.", no_args_is_help=True)
-Pairs = Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id.")]
-Model = Annotated[str, typer.Option(help="Policy: folder (an adapter's too) or hub id.")]
-Output = Annotated[Path, output_folder("Folder to write into.")]
-Loss = Annotated[str, typer.Option(help="Loss in use: dpo, madpo, ipo, simpo, dpop, ...")]
-Parameter = Annotated[list[str] | None, typer.Option(help="Parameter of the loss: --parameter beta=0.1")]
-Column = Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. chosen=preferred.")]
-MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of prompt and response together.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureOptions:
+    """Pairs, policy and loss."""
+
+    pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id.")]
+    model: Annotated[str, typer.Option(help="Policy: folder (may be an adapter) or hub id.")]
+    output: Annotated[Path, output_folder("Folder to write into.")]
+    loss: Annotated[str, typer.Option(help="Loss in use: dpo, madpo, ipo, simpo, dpop, ...")] = "dpo"
+    parameter: Annotated[list[str] | None, typer.Option(help="Parameter of the loss: --parameter beta=0.1")] = None
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of prompt and response together.")] = 1024
+    column: Columns = None
+    split: Split = "train"
+
+    def source(self) -> "PairsSection":
+        """The pairs as a section of the configuration."""
+        return pair_source(self.pairs, self.column, self.split)
+
+    def parameters(self) -> dict[str, float | bool]:
+        """Parameters of the loss by name, each value read as in the YAML of a run.
+
+        Raises:
+            ConfigError: one is not ``name=value``, or its value is no number and no boolean.
+        """
+        from pydantic import ValidationError
+        from yaml import YAMLError
+
+        from align.config import LossSection
+        from align.config.safe_yaml import load_yaml
+        from align.errors import ConfigError
+
+        found: dict[str, float | bool] = {}
+        for item in self.parameter or []:
+            name, sign, value = item.partition("=")
+            if not (name and sign and value):
+                raise ConfigError(f"--parameter {item}: expected name=number", code="config-option")
+            try:
+                read = LossSection.model_validate({"loss": "", "parameters": {name: load_yaml(value)}})
+            except (ValidationError, YAMLError, ValueError):
+                expected = "expected a finite number, or true or false"
+                raise ConfigError(f"--parameter {item}: found {value!r}, {expected}", code="config-option") from None
+            found |= read.parameters
+        return found
 
 
 @app.command("report")
+@expand_options
 def report(
-    pairs: Pairs,
-    model: Model,
-    output: Output,
-    loss: Loss = "dpo",
-    parameter: Parameter = None,
-    reference: Annotated[str | None, typer.Option(help="Reference model; default: the adapter off.")] = None,
-    parameters: Annotated[str | None, typer.Option(help="Measure only parameters whose name matches.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Pairs to measure.")] = 256,
-    shown: Annotated[int, typer.Option(min=0, help="Pairs to show token by token.")] = 8,
-    matrices: Annotated[int, typer.Option(min=0, help="Of these, pairs to show token against token.")] = 1,
+    options: MeasureOptions,
+    reference: Annotated[
+        str | None, typer.Option(help="Reference model; default: the model without its adapter.")
+    ] = None,
+    parameters: Annotated[str | None, typer.Option(help="Regular expression: measure only these parameters.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Number of pairs to measure.")] = 256,
+    shown: Annotated[int, typer.Option(min=0, help="Number of pairs to show token by token.")] = 8,
+    matrices: Annotated[int, typer.Option(min=0, help="Number of these to show token against token.")] = 1,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per batch.")] = 2048,
-    max_length: MaxLength = 1024,
-    column: Column = None,
-    split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
     cluster: Cluster = None,
 ) -> None:
     """Exact gradient products of each pair, verdicts, a table (Parquet) and a page (HTML)."""
-    from align.cli.options import pair_source
     from align.commands import entangle as commands
 
     commands.report(
-        pair_source(pairs, column, split), model, output, loss=loss, parameters=_numbers(parameter),
+        options.source(), options.model, options.output, loss=options.loss, parameters=options.parameters(),
         reference=reference, parameter_names=parameters, limit=limit, shown=shown, matrices=matrices,
-        batch_tokens=batch_tokens, max_length=max_length, cluster=cluster_called(cluster),
+        batch_tokens=batch_tokens, max_length=options.max_length, cluster=cluster_section(cluster),
     )  # fmt: skip
 
 
@@ -50,59 +86,28 @@ def report(
 def trace(
     run: Annotated[Path, typer.Argument(help="Folder of a run, e.g. runs/my-madpo.")],
     method: Annotated[str, typer.Option(help="Method whose checkpoints to measure.")],
-    limit: Annotated[int, typer.Option(min=4, help="Pairs to measure at each checkpoint.")] = 64,
+    limit: Annotated[int, typer.Option(min=4, help="Number of pairs to measure at each checkpoint.")] = 64,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per batch.")] = 2048,
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a pair [as trained].")] = None,
 ) -> None:
-    """The same pairs over the saved checkpoints of a training: from which step on would steps go wrong?"""
+    """Measure the same pairs at each saved checkpoint of a training: when do steps start to go wrong?"""
     from align.commands import entangle as commands
 
     commands.trace(run, method, limit=limit, batch_tokens=batch_tokens, max_length=max_length)
 
 
 @app.command("check")
+@expand_options
 def check(
-    pairs: Pairs,
-    model: Model,
-    output: Output,
-    loss: Loss = "dpo",
-    parameter: Parameter = None,
+    options: MeasureOptions,
     sgd: Annotated[float, typer.Option(help="Learning rate of the SGD steps.")] = 1e-2,
     adamw: Annotated[float, typer.Option(help="Learning rate of the AdamW steps.")] = 1e-5,
-    limit: Annotated[int, typer.Option(min=1, help="Pairs to predict; half of them are trained on.")] = 16,
-    max_length: MaxLength = 1024,
-    column: Column = None,
-    split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
+    limit: Annotated[int, typer.Option(min=1, help="Number of pairs to predict; half of them are trained on.")] = 16,
 ) -> None:
-    """Are the predictions true? Real steps on a copy, predicted against observed changes (JSON)."""
-    from align.cli.options import pair_source
+    """Compare predicted with observed changes of log-probs over real optimizer steps on a copy (JSON)."""
     from align.commands import entangle as commands
 
-    rates = {"sgd": sgd, "adamw": adamw}
     commands.check(
-        pair_source(pairs, column, split), model, output, loss=loss, parameters=_numbers(parameter), rates=rates,
-        limit=limit, max_length=max_length,
+        options.source(), options.model, options.output, loss=options.loss, parameters=options.parameters(),
+        rates={"sgd": sgd, "adamw": adamw}, limit=limit, max_length=options.max_length,
     )  # fmt: skip
-
-
-def _numbers(items: list[str] | None) -> dict[str, float | bool]:
-    """``name=value`` of each, read as the parameters of a run's loss are."""
-    from pydantic import ValidationError
-    from yaml import YAMLError
-
-    from align.config import LossSection
-    from align.config.safe_yaml import load_yaml
-    from align.errors import ConfigError
-
-    found: dict[str, float | bool] = {}
-    for item in items or []:
-        name, sign, value = item.partition("=")
-        if not (name and sign and value):
-            raise ConfigError(f"--parameter {item}: expected name=number", code="config-option")
-        try:
-            read = LossSection.model_validate({"loss": "", "parameters": {name: load_yaml(value)}})
-        except (ValidationError, YAMLError, ValueError):
-            expected = "expected a finite number, or true or false"
-            raise ConfigError(f"--parameter {item}: found {value!r}, {expected}", code="config-option") from None
-        found |= read.parameters
-    return found

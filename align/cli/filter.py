@@ -1,75 +1,102 @@
-"""`align filter`: keep the pairs that are worth training on, and say why of every other."""
+"""`align filter`: keep the pairs that are worth training on, and record for each other pair why it was dropped."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from align.cli.options import Cluster, Seed, cluster_called, output_folder
+from align.cli.options import Cluster, Columns, Seed, Split, cluster_section, expand_options, output_folder, pair_source
+
+if TYPE_CHECKING:
+    from align.config import FilterSection
 
 app = typer.Typer(help="Keep the pairs that are worth training on.", no_args_is_help=True)
-Column = Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. chosen=preferred.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilterOptions:
+    """The ``filter`` section of a configuration; None leaves the section's default."""
+
+    keep: Annotated[float, typer.Option(help="Share to keep of the pairs that pass the rules.")] = 0.5
+    method: Annotated[str, typer.Option(help="top, greedy or threshold.")] = "top"
+    margin: Annotated[float, typer.Option(help="Weight of the margin.")] = 1.0
+    quality: Annotated[float, typer.Option(help="Weight of the quality.")] = 0.5
+    diversity: Annotated[float, typer.Option(help="Weight of the diversity.")] = 0.5
+    minimum: Annotated[float | None, typer.Option(help="Smallest importance to keep, for --method threshold.")] = None
+    in_spreads: Annotated[bool, typer.Option("--in-spreads", help="Divide the margin by `margin_std`.")] = False
+    per_group: Annotated[bool, typer.Option("--per-group", help="Keep the same share of each group.")] = False
+    skip: Annotated[list[str] | None, typer.Option(help="Rule to skip, repeatable.")] = None
+    longest: Annotated[int, typer.Option(help="Largest number of words of a response.")] = 2048
+    language: Annotated[str | None, typer.Option(help="Language code, e.g. en, required of both responses.")] = None
+    held_out: Annotated[str | None, typer.Option(help="Evaluation pairs that no kept pair may overlap with.")] = None
+    drop_doubtful: Annotated[
+        bool, typer.Option("--drop-doubtful", help="Drop pairs whose margin contradicts the label strongly.")
+    ] = False
+    neighbours: Annotated[int, typer.Option(help="k of the k-nearest-neighbor entropy.")] = 5
+    index: Annotated[str, typer.Option(help="auto, exact, ivf or hnsw.")] = "auto"
+    embedding_model: Annotated[str | None, typer.Option(help="Encoder of the prompts: hub id or folder.")] = None
+    embedding: Annotated[
+        str, typer.Option(help="encoder, or static: token vectors, much faster, blind to word order.")
+    ] = "encoder"
+    embeddings: Annotated[Path | None, typer.Option(help=".npy file of unit vectors, one row per pair.")] = None
+    quality_scorers: Annotated[
+        list[str] | None, typer.Option("--quality-scorer", help="screen, fluency, rubric or yes_no; repeatable.")
+    ] = None
+    quality_model: Annotated[str | None, typer.Option(help="Language model of the quality scorers.")] = None
+    ood_model: Annotated[str | None, typer.Option(help="Reward model whose features measure distances.")] = None
+    ood_pairs: Annotated[str | None, typer.Option(help="Pairs that this reward model was trained on.")] = None
+    processes: Annotated[int, typer.Option(help="Number of processes that read texts.")] = 1
+
+    def section(self) -> "FilterSection":
+        """The options as a section of the configuration.
+
+        Raises:
+            ConfigError: some of them cannot be used; the message names each.
+        """
+        from pydantic import ValidationError
+
+        from align.config import FilterSection
+        from align.errors import ConfigError, listed
+
+        if (self.ood_model is None) != (self.ood_pairs is None):
+            raise ConfigError("--ood-model and --ood-pairs: give both or neither", code="filter-option")
+        given: dict[str, Any] = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.embeddings is not None:
+            given["embeddings"] = str(self.embeddings)
+        if self.ood_model is not None:
+            given["ood"] = {"model": given.pop("ood_model"), "pairs": {"path": given.pop("ood_pairs")}}
+        try:
+            return FilterSection.model_validate(given)
+        except ValidationError as error:
+            problems = [
+                f"--{str(item['loc'][0]).replace('_', '-')}: found {item['input']!r}; {item['msg']}"
+                for item in error.errors()
+            ]
+            raise ConfigError(f"align filter:\n{listed(problems)}", code="filter-option") from None
 
 
 @app.command("run")
+@expand_options
 def run(
-    pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id; with a `margin` column if any.")],
+    pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id; a `margin` column is used.")],
     output: Annotated[Path, output_folder("Folder to write kept.parquet and dropped.parquet into.")],
-    keep: Annotated[float, typer.Option(help="Share of the pairs that pass the rules.")] = 0.5,
-    method: Annotated[str, typer.Option(help="top, greedy or threshold.")] = "top",
-    margin: Annotated[float, typer.Option(help="Weight of the margin.")] = 1.0,
-    quality: Annotated[float, typer.Option(help="Weight of the quality.")] = 0.5,
-    diversity: Annotated[float, typer.Option(help="Weight of the diversity.")] = 0.5,
-    minimum: Annotated[float | None, typer.Option(help="Least importance, for --method threshold.")] = None,
-    in_spreads: Annotated[bool, typer.Option("--in-spreads", help="Divide the margin by `margin_std`.")] = False,
-    per_group: Annotated[bool, typer.Option("--per-group", help="The same share of each group.")] = False,
-    skip: Annotated[list[str] | None, typer.Option(help="Rule to leave out.")] = None,
-    longest: Annotated[int, typer.Option(help="Words of a response, at most.")] = 2048,
-    language: Annotated[str | None, typer.Option(help="Code, e.g. en, that both responses must be in.")] = None,
-    held_out: Annotated[str | None, typer.Option(help="Evaluation pairs that nothing may overlap with.")] = None,
-    drop_doubtful: Annotated[bool, typer.Option("--drop-doubtful", help="Drop labels that margins deny.")] = False,
-    neighbours: Annotated[int, typer.Option(help="k of the k-nearest-neighbour entropy.")] = 5,
-    index: Annotated[str, typer.Option(help="auto, exact, ivf or hnsw.")] = "auto",
-    embedding_model: Annotated[str | None, typer.Option(help="Encoder of the prompts: hub id or folder.")] = None,
-    embedding: Annotated[str, typer.Option(help="encoder, or static: far faster, no stand-in for it.")] = "encoder",
-    embeddings: Annotated[Path | None, typer.Option(help=".npy file of unit vectors, a row per pair.")] = None,
-    quality_scorer: Annotated[list[str] | None, typer.Option(help="screen, fluency, rubric or yes_no.")] = None,
-    quality_model: Annotated[str | None, typer.Option(help="Language model of the quality scorers.")] = None,
-    ood_model: Annotated[str | None, typer.Option(help="Reward model to measure distances with.")] = None,
-    ood_pairs: Annotated[str | None, typer.Option(help="Pairs that the reward model was trained on.")] = None,
-    processes: Annotated[int, typer.Option(help="Processes that read texts.")] = 1,
+    options: FilterOptions,
     cluster: Cluster = None,
     seed: Seed = 0,
-    column: Column = None,
-    split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
+    column: Columns = None,
+    split: Split = "train",
 ) -> None:
-    """Hard rules, then margin + quality + diversity; kept and dropped tables and a page."""
-    from align.cli.options import pair_source
-    from align.errors import ConfigError
-
-    if (ood_model is None) != (ood_pairs is None):
-        raise ConfigError("--ood-model and --ood-pairs: give both or neither", code="filter-option")
-    given: dict[str, Any] = {
-        "keep": keep, "method": method, "margin": margin, "quality": quality, "diversity": diversity,
-        "minimum": minimum, "in_spreads": in_spreads, "per_group": per_group, "skip": skip, "longest": longest,
-        "language": language, "held_out": held_out, "drop_doubtful": drop_doubtful,
-        "neighbours": neighbours, "index": index, "embedding_model": embedding_model, "embedding": embedding,
-        "embeddings": embeddings and str(embeddings), "quality_scorers": quality_scorer, "quality_model": quality_model,
-        "ood": ood_model and {"model": ood_model, "pairs": {"path": ood_pairs}}, "processes": processes,
-    }  # fmt: skip
-    settings = _settings({name: value for name, value in given.items() if value is not None})
+    """Apply hard rules, then rank by margin + quality + diversity; write kept and dropped pairs and a page."""
+    settings = options.section()
     from align.commands.filter import CACHE, filter_source
     from align.io.console import log
 
     log.info("filter %s: keep %g of what passes the rules, seed %d, writes %s", pairs, settings.keep, seed, output)
     filter_source(
-        pair_source(pairs, column, split),
-        settings,
-        output,
-        seed=seed,
-        cache=output / CACHE,
-        cluster=cluster_called(cluster),
-    )
+        pair_source(pairs, column, split), settings, output, seed=seed, cache=output / CACHE,
+        cluster=cluster_section(cluster),
+    )  # fmt: skip
     log.info("train on it: pairs.path: %s", output / "kept.parquet")
 
 
@@ -81,24 +108,7 @@ def explain(
     """All scores of one pair and why it was kept or dropped (JSON)."""
     import json
 
-    from align.filtering import tables as result
+    from align.filtering.tables import explain
     from align.io.console import out
 
-    out.print_json(json.dumps(result.explain(output, pair_id), default=str))
-
-
-def _settings(given: dict[str, Any]) -> Any:
-    """The options as a ``filter`` section; what is wrong with them is said by option."""
-    from pydantic import ValidationError
-
-    from align.config import FilterSection
-    from align.errors import ConfigError, listed
-
-    try:
-        return FilterSection.model_validate(given)
-    except ValidationError as error:
-        problems = [
-            f"--{str(item['loc'][0]).replace('_', '-')}: found {item['input']!r}; {item['msg']}"
-            for item in error.errors()
-        ]
-        raise ConfigError(f"align filter:\n{listed(problems)}", code="filter-option") from None
+    out.print_json(json.dumps(explain(output, pair_id), default=str))

@@ -1,35 +1,34 @@
-"""`align generate`: completions of prompts; `align best-of-n` of them; `align iterate`: rounds of it with training."""
+"""`align generate` (completions of prompts), `align best-of-n` of them, `align iterate` (rounds with training)."""
 
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
-from align.cli.options import Cluster, Seed, cluster_called, output_folder
+from align.cli.options import Cluster, Seed, Split, cluster_section, output_folder, pair_source
 
 
 def generate(
     prompts: Annotated[str, typer.Argument(help="Prompt file (JSONL, CSV, Parquet), saved dataset or hub id.")],
-    model: Annotated[str, typer.Option(help="Policy: folder (an adapter too), hub id, or a server's name for it.")],
+    model: Annotated[str, typer.Option(help="Policy: folder (may be an adapter), hub id, or its name on a server.")],
     output: Annotated[Path, output_folder("Folder to write completions.parquet or .jsonl into.")],
     n: Annotated[int, typer.Option("-n", "--samples", min=1, help="Completions of each prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a completion, at most.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of a completion.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Mass of the nucleus; 1 is all tokens.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Mass of the nucleus; 1: all tokens.")] = 1.0,
     seed: Seed = 0,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Also write token ids and log-probs.")] = False,
     engine: Annotated[str, typer.Option(help="auto, vllm, server or transformers.")] = "auto",
     base_url: Annotated[str | None, typer.Option(help="Address of a server, ending in /v1.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass of the transformers engine.")] = 32,
-    option: Annotated[list[str] | None, typer.Option(help="For the engine: tensor_parallel_size=2.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Engine setting: tensor_parallel_size=2.")] = None,
     write: Annotated[str, typer.Option("--format", help="parquet or jsonl.")] = "parquet",
-    column: Annotated[list[str] | None, typer.Option(help="Column mapping: prompt=question.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. prompt=question.")] = None,
+    split: Split = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first LIMIT prompts.")] = None,
     cluster: Cluster = None,
 ) -> None:
-    """Complete every prompt; a stopped run goes on where it was, and repeats no finished prompt."""
-    from align.cli.options import pair_source
+    """Complete every prompt; a stopped run resumes after the prompts that are finished."""
     from align.commands.generate import Format, GenerateSettings, find_completions, generate_completions
     from align.errors import ConfigError
     from align.generation.engines import EngineName
@@ -44,7 +43,7 @@ def generate(
     settings = GenerateSettings(
         model=model, sampling=Sampling(max_new_tokens, temperature, top_p, n, seed, logprobs),
         engine=cast(EngineName, engine), base_url=base_url, batch_size=batch_size, format=cast(Format, write),
-        options=parse_options(option), cluster=cluster_called(cluster),
+        options=parse_options(option), cluster=cluster_section(cluster),
     )  # fmt: skip
     generate_completions(source, settings, output)
     file = find_completions(output)
@@ -54,17 +53,17 @@ def generate(
 def best_of_n(
     completions: Annotated[str, typer.Argument(help="What `align generate -n N` wrote: its folder or file.")],
     output: Annotated[Path, output_folder("Folder to write completions.parquet or .jsonl into.")],
-    reward_model: Annotated[str | None, typer.Option(help="Chooses: reward model, folder or hub id.")] = None,
-    judge: Annotated[str | None, typer.Option(help="Chooses: vader, or yes-no:MODEL for a language model.")] = None,
+    reward_model: Annotated[str | None, typer.Option(help="Reward model that chooses: folder or hub id.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Judge that chooses: vader, or yes-no:MODEL.")] = None,
     gold: Annotated[
-        str | None, typer.Option(help="Only measures what was chosen: vader, yes-no:MODEL or a reward model.")
+        str | None, typer.Option(help="Measures what was chosen, nothing else: vader, yes-no:MODEL or a reward model.")
     ] = None,
     write: Annotated[str, typer.Option("--format", help="parquet or jsonl.")] = "parquet",
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per forward pass.")] = 4096,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per text.")] = 2048,
     seed: Seed = 0,
 ) -> None:
-    """The best of each prompt's completions; what every n up to theirs is worth, and its KL at most (JSON)."""
+    """Choose the best completion of each prompt; print the gain and a KL bound of each smaller n (JSON)."""
     import json
 
     from align.commands.best_of_n import BestSettings, choose_best
@@ -91,7 +90,7 @@ def iterate(
     config: Annotated[Path, typer.Argument(help="YAML file of the rounds, e.g. configs/iterative.yaml.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set rounds=2")] = None,
 ) -> None:
-    """Rounds of generate, pairs build and train, each starting from the policy of the one before."""
+    """Rounds of generate, pairs build and train; each starts from the policy of the previous round."""
     from align.io.console import log
     from align.run.iterate import iterate as run_rounds
     from align.run.iterate import load_iterate
@@ -103,10 +102,10 @@ def iterate(
 
 
 def parse_options(options: list[str] | None) -> dict[str, Any]:
-    """``name=value`` of each, the value read as YAML.
+    """Settings by name from ``name=value``, each value read as YAML.
 
     Raises:
-        ConfigError: one is not of that form.
+        ConfigError: one is not ``name=value``.
     """
     from align.config import apply_override
     from align.errors import ConfigError

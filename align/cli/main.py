@@ -1,4 +1,4 @@
-"""The ``align`` command: one verb per stage, ``align run`` for all of them. No logic of its own."""
+"""The ``align`` command: one verb per stage, ``align run`` for all of them; arguments only, no logic."""
 
 import json
 import os
@@ -12,35 +12,23 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from align.cli import (
-    entangle as cli_entangle,
-)
-from align.cli import (
-    evaluate as cli_eval,
-)
-from align.cli import (
-    filter as cli_filter,
-)
-from align.cli import (
-    generate as cli_generate,
-)
-from align.cli import (
-    pairs as cli_pairs,
-)
-from align.cli import (
-    trust as cli_trust,
-)
-from align.cli.options import Cluster, cluster_called, output_folder, pair_source
+from align.cli import entangle as cli_entangle
+from align.cli import evaluate as cli_eval
+from align.cli import filter as cli_filter
+from align.cli import generate as cli_generate
+from align.cli import pairs as cli_pairs
+from align.cli import trust as cli_trust
+from align.cli.options import Cluster, Columns, Split, cluster_section, output_folder, pair_source
 
 if TYPE_CHECKING:
     from align.config import RunConfig
 
 STOPPED = {128 + signal.SIGINT: "stopped", 128 + signal.SIGTERM: "terminated"}
 TOGETHER = frozenset({"run", "train", "reward", "entangle", "iterate"})
-"""Verbs that the processes of a launcher do together; the others the first does alone."""
+"""Verbs that all processes of a launcher run together; rank 0 runs the others alone."""
 app = typer.Typer(
     name="align",
-    help="Margin-adaptive preference alignment: reward models, MADPO and its neighbours, one report.",
+    help="Margin-adaptive preference alignment: reward models, MADPO and related losses, one report.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -110,30 +98,30 @@ def reward_score(
     pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id.")],
     model: Annotated[str, typer.Option(help="Reward model: folder or hub id.")],
     output: Annotated[Path, output_folder("Folder to write pairs.parquet into.")],
-    column: Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. chosen=preferred.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
+    column: Columns = None,
+    split: Split = "train",
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
     max_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
     calibrated: Annotated[bool, typer.Option("--calibrated", help="Apply the model's calibration.json.")] = False,
     cluster: Cluster = None,
 ) -> None:
-    """Add reward_chosen, reward_rejected and margin to a pair table; margin_std where the model is an ensemble."""
+    """Add reward_chosen, reward_rejected and margin to a pair table, and margin_std if the model is an ensemble."""
     from align.commands.score import score_pairs
 
     source = pair_source(pairs, column, split)
     score_pairs(
         source, model, output, batch_tokens=batch_tokens, max_length=max_length, calibrated=calibrated,
-        cluster=cluster_called(cluster),
+        cluster=cluster_section(cluster),
     )  # fmt: skip
 
 
 @data.command("check")
 def data_check(
     pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id.")],
-    drop_invalid: Annotated[bool, typer.Option("--drop-invalid", help="Write valid and invalid rows apart.")] = False,
+    drop_invalid: Annotated[bool, typer.Option("--drop-invalid", help="Split valid and invalid rows.")] = False,
     output: Annotated[Path, output_folder("Folder for --drop-invalid.")] = Path("checked"),
-    column: Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. chosen=preferred.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")] = "train",
+    column: Columns = None,
+    split: Split = "train",
 ) -> None:
     """Validate every row; print a summary and the offending rows."""
     from align.commands.data import check_data
@@ -151,10 +139,10 @@ def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run, e.g
 
 @app.command("push")
 def push(
-    folder: Annotated[Path, typer.Argument(help="What a command wrote: the folder of a run, a stage, tables.")],
-    address: Annotated[str, typer.Argument(help="Where to copy it: s3://bucket/prefix, new or of an earlier push.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that a command wrote: a run, a stage, tables.")],
+    address: Annotated[str, typer.Argument(help="Target: s3://bucket/prefix, new or of an earlier push.")],
 ) -> None:
-    """Copy a finished folder to an object store; only what has changed, and never half of it as if it were whole."""
+    """Copy a finished folder to an object store: only changed files, and marked complete only at the end."""
     from align.commands.push import push_folder
 
     push_folder(folder, address)
@@ -163,9 +151,9 @@ def push(
 @app.command("reproduce")
 def reproduce(
     manifest: Annotated[Path, typer.Argument(help="run.json of a finished run.")],
-    output: Annotated[Path, output_folder("Where to write the run again; not its own folder.")],
+    output: Annotated[Path, output_folder("Folder to write the run into again; not its own folder.")],
 ) -> None:
-    """Make a run again from its manifest and compare every file; exit 2 and a list where something differs."""
+    """Make a run again from its manifest and compare every file; exit 2 with a list if something differs."""
     from align.io.console import out
     from align.run.reproduce import check_reproduced, same_run
 
@@ -175,7 +163,7 @@ def reproduce(
 
 
 def main() -> NoReturn:
-    """Entry point: exit 0; 2 for the user's mistake, 1 for ours, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Entry point. Exit codes: 0; 2 after a mistake of the user, 1 after a defect, 130 Ctrl-C, 143 SIGTERM."""
     from align.distributed import lost_process, shutdown
     from align.errors import AlignError
     from align.io.disk import disk_problem
@@ -190,7 +178,7 @@ def main() -> NoReturn:
         sys.exit(2)
     except SystemExit as stop:
         if stop.code in STOPPED:
-            sys.stderr.write(f"{STOPPED[stop.code]}; what is finished is kept, the same command goes on from there\n")
+            sys.stderr.write(f"{STOPPED[stop.code]}; what is finished is kept, the same command resumes from there\n")
         elif not stop.code:
             shutdown()
         raise

@@ -1,5 +1,9 @@
 """Options that several commands share."""
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,19 +12,45 @@ import typer
 from align.io.object_store import local_path
 
 if TYPE_CHECKING:
-    from align.config import ClusterSection
+    from align.config import ClusterSection, PairsSection
 
+LARGEST_SEED = 2**32 - 1
 Cluster = Annotated[
     str | None,
-    typer.Option(help="Ray cluster to work on: auto, local or ADDRESS; with ,workers=8,cpus=2,gpus=1 behind it."),
+    typer.Option(help="Ray cluster to work on: auto, local or ADDRESS, then settings: auto,workers=8,cpus=2,gpus=1."),
 ]
+Columns = Annotated[list[str] | None, typer.Option("--column", help="Column mapping, e.g. chosen=preferred.")]
+Split = Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of every random draw.")]
 
 
-def cluster_called(option: str | None) -> "ClusterSection | None":
-    """``auto,workers=8,gpus=1`` as configuration; None where the option is absent.
+def expand_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take dataclasses of options; each field becomes an option of the command line.
+
+    typer reads the options of a command from its signature. The function returned here has a signature in which the
+    fields of a dataclass stand in place of the parameter that has it as its type.
+    """
+    parameters = inspect.signature(command).parameters
+    groups: dict[str, Any] = {name: one.annotation for name, one in parameters.items() if is_dataclass(one.annotation)}
+
+    @functools.wraps(command)
+    def called(**values: Any) -> None:
+        made = {name: kind(**{f.name: values.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
+        command(**values, **made)
+
+    expanded: list[inspect.Parameter] = []
+    for name, parameter in parameters.items():
+        own = inspect.signature(groups[name]).parameters.values() if name in groups else [parameter]
+        expanded += [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own]
+    called.__signature__ = inspect.Signature(expanded)  # type: ignore[attr-defined]
+    return called
+
+
+def cluster_section(option: str | None) -> "ClusterSection | None":
+    """``auto,workers=8,gpus=1`` as a section of the configuration; None without the option.
 
     Raises:
-        ConfigError: something behind the address is not a setting of a cluster.
+        ConfigError: what follows the address is not a setting of a cluster.
     """
     if option is None:
         return None
@@ -30,9 +60,9 @@ def cluster_called(option: str | None) -> "ClusterSection | None":
     from align.errors import ConfigError
 
     address, *settings = option.split(",")
-    fields = dict(setting.partition("=")[::2] for setting in settings)
+    given = dict(setting.partition("=")[::2] for setting in settings)
     try:
-        return ClusterSection.model_validate({"address": address, **fields})
+        return ClusterSection.model_validate({"address": address, **given})
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(
@@ -42,7 +72,12 @@ def cluster_called(option: str | None) -> "ClusterSection | None":
         ) from None
 
 
-def pair_source(path: str, columns: list[str] | None, split: str) -> Any:
+def pair_source(path: str, columns: list[str] | None, split: str) -> "PairsSection":
+    """The options that name a table as a section of the configuration.
+
+    Raises:
+        ConfigError: a column mapping is not ``name=source``, or names no column of a pair.
+    """
     from pydantic import ValidationError
 
     from align.config import PairsSection
@@ -57,21 +92,17 @@ def pair_source(path: str, columns: list[str] | None, split: str) -> Any:
     try:
         return PairsSection(path=path, columns=mapping, split=split)
     except ValidationError as error:
-        said = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-        raise ConfigError(f"--column: {said}", code="config-option") from None
+        reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+        raise ConfigError(f"--column: {reason}", code="config-option") from None
 
 
-def output_folder(what: str) -> Any:
-    """The option that names a folder to write; ``what`` is its help."""
-    return typer.Option(help=what, parser=_on_disk, metavar="FOLDER")
+def output_folder(purpose: str) -> Any:
+    """The option for a folder to write into, with ``purpose`` as its help."""
+    return typer.Option(help=purpose, parser=_folder_on_disk, metavar="FOLDER")
 
 
-def _on_disk(given: str | Path) -> Path:
+def _folder_on_disk(given: str | Path) -> Path:
     folder = Path(local_path(str(given), what="--output"))
     if folder.is_file():
         raise typer.BadParameter(f"{folder}: found a file, expected a folder")
     return folder
-
-
-LARGEST = 2**32 - 1
-Seed = Annotated[int, typer.Option(min=0, max=LARGEST, help="What is drawn at random depends on it.")]

@@ -17,14 +17,14 @@ def build(
     reward_model: Annotated[str | None, typer.Option(help="Reward model: folder or hub id.")] = None,
     judge: Annotated[str | None, typer.Option(help="vader, or yes-no:MODEL for a language model.")] = None,
     mode: Annotated[str, typer.Option(help="best_worst, band or all.")] = "best_worst",
-    band: Annotated[tuple[float, float] | None, typer.Option(help="Least and largest margin, for band.")] = None,
+    band: Annotated[tuple[float, float] | None, typer.Option(help="Smallest and largest margin, for band.")] = None,
     guard_margin: Annotated[float, typer.Option(help="Drop a pair whose scores differ by less.")] = 0.0,
     guard_ratio: Annotated[float | None, typer.Option(help="Largest P(yes) of rejected / P(yes) of chosen.")] = None,
-    temperature: Annotated[float, typer.Option(help="Rewards are divided by it.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Divides the rewards.")] = 1.0,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per batch.")] = 4096,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per text.")] = 2048,
 ) -> None:
-    """Score the completions of each prompt and pair them; prints what came of it (JSON)."""
+    """Score the completions of each prompt and pair them; print the counts (JSON)."""
     import json
 
     from align.commands.build_pairs import METRICS, BuildSettings, build_pairs

@@ -1,77 +1,63 @@
-"""`align trust` and `align advise`: how far to believe label and margin, before any training."""
+"""`align trust` and `align advise`: measure before any training how far labels and margins can be trusted."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from align.cli.options import Seed, output_folder
-
-Pairs = Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id, with a `margin` column.")]
-Model = Annotated[str, typer.Option(help="Reference model: folder or hub id.")]
-Output = Annotated[Path, output_folder("Folder to write trust.json and trust.html into; keeps the features.")]
-Margins = Annotated[
-    str | None,
-    typer.Option(help="Where the margins come from: outside, cross-fitted or in-sample; default: what their run says."),
-]
-Insist = Annotated[bool, typer.Option("--allow-in-sample", help="Go on with margins that have seen the labels.")]
-MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of prompt and response together.")]
-Column = Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. margin=score_gap.")]
-Split = Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")]
+from align.cli.options import Seed, Split, expand_options, output_folder
 
 
-def trust(
-    pairs: Pairs,
-    model: Model,
-    output: Output,
-    margins: Margins = None,
-    allow_in_sample: Insist = False,
-    max_length: MaxLength = 1024,
-    seed: Seed = 0,
-    column: Column = None,
-    split: Split = "train",
-) -> None:
-    """How far to believe the label, how far the margin: measured on held-out labels, before any training."""
-    _run(pairs, model, output, margins, allow_in_sample, max_length, seed, column, split, advise_only=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrustOptions:
+    """Pairs with margins and the reference model."""
+
+    pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id, with a `margin` column.")]
+    model: Annotated[str, typer.Option(help="Reference model: folder or hub id.")]
+    output: Annotated[Path, output_folder("Folder to write trust.json and trust.html into; keeps the features.")]
+    margins: Annotated[
+        str | None,
+        typer.Option(
+            help="Origin of the margins: outside, cross-fitted or in-sample; default: what their run recorded."
+        ),
+    ] = None
+    allow_in_sample: Annotated[
+        bool, typer.Option("--allow-in-sample", help="Accept margins of a model that was trained on these labels.")
+    ] = False
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of prompt and response together.")] = 1024
+    seed: Seed = 0
+    column: Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. margin=score_gap.")] = None
+    split: Split = "train"
 
 
-def advise(
-    pairs: Pairs,
-    model: Model,
-    output: Output,
-    margins: Margins = None,
-    allow_in_sample: Insist = False,
-    max_length: MaxLength = 1024,
-    seed: Seed = 0,
-    column: Column = None,
-    split: Split = "train",
-) -> None:
-    """Advice before the GPU hours: which setting, what to expect of it, would more pairs help, shared errors."""
-    _run(pairs, model, output, margins, allow_in_sample, max_length, seed, column, split, advise_only=True)
+@expand_options
+def trust(options: TrustOptions) -> None:
+    """Measure on held-out labels, before any training, how far to trust the labels and how far the margins."""
+    from align.commands.trust import MEASURED
+
+    _run(options, MEASURED)
 
 
-def _run(
-    pairs: str,
-    model: str,
-    output: Path,
-    margins: str | None,
-    allow_in_sample: bool,
-    max_length: int,
-    seed: int,
-    column: list[str] | None,
-    split: str,
-    *,
-    advise_only: bool,
-) -> None:
+@expand_options
+def advise(options: TrustOptions) -> None:
+    """Advise before the GPU hours: the best setting, its expected gain, the use of more pairs, shared errors."""
+    from align.commands.trust import ADVICE
+
+    _run(options, ADVICE)
+
+
+def _run(options: TrustOptions, told: tuple[str, ...]) -> None:
     from align.cli.options import pair_source
     from align.commands import trust as commands
     from align.errors import ConfigError
     from align.trust.measure import SOURCES
 
-    if margins is not None and margins not in SOURCES:
+    if options.margins is not None and options.margins not in SOURCES:
         known = ", ".join(SOURCES)
-        raise ConfigError(f"--margins {margins}: expected one of {known}", code="config-option")
+        raise ConfigError(f"--margins {options.margins}: expected one of {known}", code="config-option")
     commands.trust(
-        pair_source(pairs, column, split), model, output, margins=margins, allow_in_sample=allow_in_sample,
-        max_length=max_length, seed=seed, told=commands.ADVICE if advise_only else commands.MEASURED,
+        pair_source(options.pairs, options.column, options.split), options.model, options.output,
+        margins=options.margins, allow_in_sample=options.allow_in_sample, max_length=options.max_length,
+        seed=options.seed, told=told,
     )  # fmt: skip

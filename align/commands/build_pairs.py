@@ -12,9 +12,10 @@ from datasets import Dataset
 from scipy.special import expit
 
 from align.commands.generate import find_completions
-from align.data.completions import Candidate, Group, plain_text, read_groups
+from align.data.completions import Candidate, Group, read_groups
 from align.data.pairs import write_pairs
 from align.data.statistics import summarize
+from align.data.text import plain
 from align.errors import ConfigError, DataError
 from align.generation.pair_selection import Guard, Mode, choose_pairs
 from align.io.console import log
@@ -105,7 +106,7 @@ def different(group: Group) -> Different:
     found = Different(group, [], Counter())
     known: set[str] = set()
     for candidate in group.candidates:
-        text = plain_text(candidate.completion).strip()
+        text = plain(candidate.completion).strip()
         if not text or text in known:
             found.left_out["repeated" if text else "empty"] += 1
             continue

@@ -182,7 +182,7 @@ def check(
 
 def _bound(loss: str, parameters: dict[str, float]) -> BoundLoss:
     bound = resolve(loss, parameters)
-    if bound.spec.function is None:
+    if bound.spec.coupled:
         raise ConfigError(
             f"--loss {loss}: its beta is a statistic of each training batch, so a pair alone has no verdict",
             code="entanglement-loss",

@@ -230,9 +230,9 @@ class LogpJob:
         """Load both models."""
         import torch
 
-        from align.generation.encoding import encode_prompt
         from align.models.completion_logps import completion_logps
         from align.models.loading import load_policy
+        from align.models.tokenization import encode_prompt
 
         tokenizer = _tokenizer(self.policy)
         if tokenizer.get_vocab() != _tokenizer(self.reference).get_vocab():
@@ -249,7 +249,7 @@ class LogpJob:
             scorers.append(partial(completion_logps, loaded, **settings))
 
         def work(rows: Dataset) -> Dataset:
-            ids = [encode_prompt(tokenizer, json.loads(prompt)) for prompt in rows["prompt"]]
+            ids = [encode_prompt(json.loads(prompt), tokenizer) for prompt in rows["prompt"]]
             scores = [score(ids, rows["token_ids"][:]) for score in scorers]
             return Dataset.from_dict({"logp_policy": scores[0], "logp_reference": scores[1]})
 

@@ -17,7 +17,7 @@ from align.errors import DataError
 from align.generation.engines import EngineName, choose_engine, make_engine
 from align.generation.types import SAMPLING, Completion, Sampling, show_tokens
 from align.io.console import log
-from align.io.files import write_json
+from align.io.files import atomic_write, write_json
 from align.io.hashing import digest
 from align.io.object_store import is_remote
 from align.io.stage import Stage, check_output, run_stage
@@ -235,12 +235,11 @@ def _rows(
 
 def write_table(rows: list[dict[str, Any]], file: Path) -> None:
     """Write rows as JSONL where the file is called so, else as Parquet; by way of a temporary file."""
-    temporary = file.with_name(file.name + ".tmp")
-    if file.suffix == ".jsonl":
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
-    temporary.replace(file)
+    with atomic_write(file) as temporary:
+        if file.suffix == ".jsonl":
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
 
 
 def _write_metrics(

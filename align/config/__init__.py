@@ -1,4 +1,4 @@
-"""The typed tree of one run, a module per part of it."""
+"""The YAML of a run as typed sections, one module per part of a run."""
 
 from align.config.base import Count, OutputFolder, Positive, Section, Seed
 from align.config.cluster import ClusterSection

@@ -1,4 +1,4 @@
-"""What every section of a configuration is made of."""
+"""Base class of the sections, and field types that several sections share."""
 
 from typing import Annotated, Any
 
@@ -7,19 +7,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from align.io.object_store import is_remote
 
 ADDED = frozenset({"pairs_per_step"})
-"""Fields that came later: absent, they make no stage stale that was finished without them."""
+"""Fields added after the first release. Left out of the stage key at None, so earlier stages stay up to date."""
 NAME = r"^\w[\w .+=-]{0,99}$"
 OF_THE_MACHINE = frozenset({"async_checkpoints"})
-"""Fields that no result depends on."""
+"""Fields on which no result depends; never part of a stage key."""
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values are frozen once read."""
+    """Base of every section: rejects unknown keys and cannot be changed once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
 
     def made_from(self, *, without: set[str]) -> dict[str, Any]:
-        """The values that a stage is made from, without ``OF_THE_MACHINE``; those of ``ADDED`` where they are given."""
+        """Values for a stage's key: all but ``without``, ``OF_THE_MACHINE`` and those of ``ADDED`` that are None."""
         values = self.model_dump(exclude=without | OF_THE_MACHINE)
         return {name: value for name, value in values.items() if name not in ADDED or value is not None}
 
@@ -35,5 +35,5 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=NAME)]
-"""Becomes the name of a folder."""
+"""A string that becomes the name of a folder."""
 OutputFolder = Annotated[str, AfterValidator(_on_disk)]

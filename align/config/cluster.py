@@ -1,4 +1,4 @@
-"""Where the shards of a large table are worked on."""
+"""A Ray cluster for large tables."""
 
 from typing import Annotated
 
@@ -11,11 +11,11 @@ class ClusterSection(Section):
     """A Ray cluster whose workers share the shards of a table (docs/scale.md)."""
 
     address: str = "auto"
-    """``auto``: the cluster that this machine belongs to; ``local``: one of this machine alone, for the time of the
-    stage; ``host:6379`` or ``ray://host:10001``: that one."""
+    """``auto``: the cluster that this machine belongs to; ``local``: a cluster of this machine alone, for the duration
+    of the stage; ``host:6379`` or ``ray://host:10001``: the cluster at that address."""
     workers: Count | None = None
-    """Workers, each with a copy of the model; absent: as many as fit."""
+    """Number of workers, each with a copy of the model; default: as many as fit."""
     cpus: Positive = 1.0
-    """CPUs of a worker."""
+    """CPU cores per worker."""
     gpus: Annotated[float, Field(ge=0.0)] = 0.0
-    """GPUs of a worker."""
+    """GPUs per worker; a fraction lets workers share one."""

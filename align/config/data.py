@@ -1,17 +1,12 @@
-"""Where pairs come from, and which of them are kept."""
+"""Where pairs come from, how they are sampled, and which of them are kept."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from align.config.base import Count, Fraction, Positive, Section
+from align.config.columns import LOADED
 from align.config.reading import nearest
-
-COLUMNS = (
-    "id", "prompt", "chosen", "rejected", "group", "reward_chosen", "reward_rejected", "margin", "margin_std", "weight",
-    "ood", "teacher_margin", "bag", "vote_share",
-)  # fmt: skip
-"""Of a pair table: the text, and what its source or a stage may add (align/data/pairs.py)."""
 
 
 class PairsSection(Section):
@@ -27,9 +22,9 @@ class PairsSection(Section):
     columns: dict[str, str] = {}
     """Name in the pair table -> name in the source, e.g. ``chosen: preferred``."""
     drop_invalid: bool = False
-    """Leave invalid rows out (they are counted and written to a side file) instead of stopping."""
+    """Drop invalid rows (they are counted and written to a side file) instead of stopping."""
     limit: Count | None = None
-    """Keep the first so many pairs."""
+    """Number of pairs to keep, from the start of the source; default: all."""
 
     @field_validator("columns")
     @classmethod
@@ -38,8 +33,8 @@ class PairsSection(Section):
         if twice := [name for name in given if given.count(name) > 1]:
             raise ValueError(f"{twice[0]!r} is given for two columns of the pair table")
         for name in columns:
-            if name not in COLUMNS:
-                raise ValueError(f"{name!r} is not a column of the pair table{nearest(name, list(COLUMNS))}")
+            if name not in LOADED:
+                raise ValueError(f"{name!r} is not a column of the pair table{nearest(name, list(LOADED))}")
         return columns
 
 
@@ -49,65 +44,75 @@ class SampleSection(Section):
     prompts: str
     """A file with one ``prompt`` per row, as in ``pairs.path``."""
     num_generations: Annotated[int, Field(ge=2)] = 2
-    """Continuations of each prompt; the pair is the best and the worst of them by the labelling reward."""
+    """Continuations per prompt; the pair is the best and the worst of them by the labeling reward."""
     max_new_tokens: Count = 24
+    """Tokens per continuation, at most."""
     temperature: Positive = 1.0
+    """Divisor of the logits."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus sampling: probability that the tokens sampled from hold together; 1 keeps all."""
     batch_size: Count = 64
+    """Continuations per forward pass."""
     label_scale: Positive = 1.0
-    """P(the better one is chosen) = sigmoid(label_scale * difference of the labelling reward)."""
+    """P(the better one is chosen) = sigmoid(label_scale * difference of the labeling reward)."""
 
 
 class OodSection(Section):
-    """What the distance of a pair to the reward model's training pairs is measured with."""
+    """How the distance of a pair to the reward model's training pairs is measured."""
 
     model: str
     """Reward model: hub id or folder."""
     pairs: PairsSection
-    """The pairs that it was trained on."""
+    """The pairs that the reward model was trained on."""
     quantile: Fraction = 0.99
-    """Pairs farther away than this share of held-back training pairs break the rule ``out_of_distribution``."""
+    """Share of held-out training pairs that lie within the limit of the rule ``out_of_distribution``."""
 
 
 class FilterSection(Section):
     """Which pairs to keep: hard rules, then margin + quality + diversity."""
 
     keep: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """Share of the pairs that pass the rules."""
+    """Share to keep of the pairs that pass the rules."""
     method: Literal["top", "greedy", "threshold"] = "top"
-    """``top``: largest importance; ``greedy``: diversity against what is kept; ``threshold``: at least ``minimum``."""
+    """``top``: largest importance; ``greedy``: diversity against the pairs kept so far; ``threshold``: at least
+    ``minimum``."""
     minimum: float | None = None
-    """``threshold``: least importance."""
+    """``threshold``: least importance to keep."""
     margin: float = 1.0
-    """Weight of the standardised margin; without effect where the pairs have none."""
+    """Weight of the standardized margin; no effect on pairs without margins."""
     quality: float = 0.5
+    """Weight of the standardized quality."""
     diversity: float = 0.5
+    """Weight of the standardized diversity."""
     per_group: bool = False
-    """The same share of each ``group``."""
+    """Keep the same share of each ``group``."""
     in_spreads: bool = False
-    """Divide the margin by its ensemble spread ``margin_std``."""
+    """Divide the margin by its ensemble spread, ``margin_std`` plus the median of that column."""
     skip: list[str] = []
-    """Rules to leave out."""
+    """Names of rules to skip."""
     longest: Count = 2048
-    """Words of a response."""
+    """Words per response, at most."""
     language: str | None = None
-    """ISO 639 code, e.g. en, that both responses must be in."""
+    """ISO 639 code, e.g. en, of the language that both responses must be in; default: any."""
     held_out: str | None = None
-    """Evaluation pairs that nothing may share a run of eight words with."""
+    """Evaluation pairs; a pair that shares eight consecutive words with one of their prompts is dropped."""
     drop_doubtful: bool = False
     """Drop pairs whose label the out-of-fold margin contradicts strongly; they are marked in any case."""
     neighbours: Count = 5
-    """k of the k-nearest-neighbour entropy."""
+    """k of the k-nearest-neighbor entropy."""
     index: Literal["auto", "exact", "ivf", "hnsw"] = "auto"
+    """Nearest-neighbor search; ``auto`` chooses by the number of pairs."""
     embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Encoder of the prompts: hub id or folder."""
     embedding: Literal["encoder", "static"] = "encoder"
-    """``static``: token vectors distilled from the model instead of the model; far faster, blind to word order."""
+    """``static``: token vectors distilled from the model in place of the model; far faster, ignores word order."""
     embeddings: str | None = None
-    """A .npy file of unit vectors, one per pair, instead of ``embedding_model``."""
+    """A .npy file of float32 unit vectors, one per pair, in place of ``embedding_model``."""
     quality_scorers: Annotated[list[Literal["screen", "fluency", "rubric", "yes_no"]], Field(min_length=1)] = ["screen"]
-    """Each is a column; together the mean of the standardised columns."""
+    """Scorers of quality; quality is the mean of their standardized scores."""
     quality_model: str | None = None
-    """Language model of fluency, rubric and yes_no: hub id or folder."""
+    """Language model for fluency, rubric and yes_no: hub id or folder."""
     ood: OodSection | None = None
+    """Measure the distance to the reward model's training pairs; default: not measured."""
     processes: Count = 1
-    """Processes that read texts."""
+    """Processes of this machine that read texts."""

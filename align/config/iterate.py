@@ -9,17 +9,22 @@ from align.config import Count, OutputFolder, PairsSection, Positive, Section, S
 
 
 class GenerateSection(Section):
-    """Sampling of every round."""
+    """Sampling in each round."""
 
     n: Annotated[int, Field(ge=2)] = 4
-    """Completions of each prompt."""
+    """Completions per prompt."""
     max_new_tokens: Count = 256
+    """Tokens per completion, at most."""
     temperature: Positive = 1.0
+    """Divisor of the logits."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus sampling: probability that the tokens sampled from hold together; 1 keeps all."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """``auto``: vLLM if it is installed and there is a GPU, else transformers."""
     batch_size: Count = 32
+    """Completions per forward pass of the transformers engine."""
     options: dict[str, Any] = Field(default={})
-    """Passed to the engine."""
+    """Options that are passed to the engine."""
 
     @field_validator("engine", mode="before")
     @classmethod
@@ -36,30 +41,45 @@ class BuildSection(Section):
     """How completions become pairs; see ``align pairs build``."""
 
     reward_model: str | None = None
+    """Hub id or folder of the reward model that scores completions."""
     judge: str | None = None
     """Exactly one of ``reward_model`` and ``judge`` is given."""
     mode: Literal["best_worst", "band", "all"] = "best_worst"
+    """best_worst: the best completion against the worst; band: against the best of those within ``band`` below it; all:
+    every two completions."""
     guard_margin: Annotated[float, Field(ge=0.0)] = 0.0
+    """Drop a pair whose scores differ by less than this."""
     guard_ratio: float | None = None
+    """Judge only: drop a pair whose rejected P(yes) exceeds this share, in (0, 1], of the chosen one."""
     band: tuple[float, float] | None = None
+    """Least and largest difference of the scores, for ``mode: band``."""
     temperature: Positive = 1.0
+    """Divisor of the scores in the margins that are written."""
     batch_tokens: Count = 4096
+    """Padded tokens per scoring batch."""
     max_length: Count = 2048
+    """Tokens per text that is scored; longer ones are truncated on the right."""
 
 
 class IterateConfig(Section):
     """Rounds of sampling, pairing and training."""
 
     name: str
+    """Name of the run, and of its folder."""
     output_dir: OutputFolder = "runs"
+    """Folder in which the run writes its own, ``output_dir/name``."""
     seed: Seed = 0
+    """Seed of every random number of the run."""
     rounds: Count = 3
+    """Number of rounds."""
     prompts: PairsSection
-    """Where prompts come from; they are dealt out to the rounds."""
+    """Where prompts come from; they are split over the rounds."""
     generate: GenerateSection = GenerateSection()
+    """Sampling of completions from the policy."""
     pairs: BuildSection
+    """Building of pairs from the completions."""
     train: TrainSection
-    """With one method; ``model`` is where the first round starts."""
+    """Training with one method; ``model`` is the policy that the first round starts from."""
 
     @model_validator(mode="after")
     def _one_method(self) -> "IterateConfig":

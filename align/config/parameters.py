@@ -1,4 +1,4 @@
-"""What is wrong with the parameters that YAML gives to a named function: unknown, of the wrong type, out of range."""
+"""Checks of the parameters that YAML gives to a named function: unknown, of the wrong type, out of range."""
 
 import math
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ POSITIVE: Range = (0.0, math.inf)
 def parameter_problems(
     owner: str, given: Mapping[str, Any], defaults: Mapping[str, float | bool], ranges: Mapping[str, Range]
 ) -> list[str]:
-    """Every problem of the ``given`` parameters, one line each; empty where there is none.
+    """Every problem of the ``given`` parameters, one line each; empty if there are none.
 
     Args:
-        owner: whose parameters they are.
+        owner: name of the function, for the messages.
         given: name -> value.
-        defaults: every known name -> its default, whose type a value must have.
-        ranges: name -> open interval of a number; a name that is not there may have any value.
+        defaults: every known name -> its default; a value must have the type of the default.
+        ranges: name -> open interval of a number; a name without an entry may have any value.
     """
     problems = []
     for key, value in given.items():

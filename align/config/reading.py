@@ -1,4 +1,4 @@
-"""YAML in; a wrong key is an error that names its path and the nearest key."""
+"""Reading YAML into sections; a wrong key is an error that names its path and the nearest valid key."""
 
 import difflib
 import types
@@ -18,7 +18,11 @@ SHOWN_CHARACTERS = 60
 
 
 def load_section(path: Path, overrides: list[str] | None, kind: type[S]) -> S:
-    """``load_config`` for a file whose root is the section ``kind``."""
+    """``load_config`` for a file whose root is the section ``kind``.
+
+    Raises:
+        ConfigError: see ``load_config``.
+    """
     tree = read_yaml(path)
     for override in overrides or []:
         apply_override(tree, override)
@@ -75,7 +79,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """`` (did you mean `x`?)`` for the nearest known name, or the list of known names."""
+    """`` (did you mean `x`?)`` with the nearest known name, or the list of known names."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean `{close[0]}`?)" if close else f" (known: {', '.join(sorted(known))})"
 
@@ -92,7 +96,7 @@ def _problem(item: Any, root: type[Section]) -> str:
         return f"{'.'.join(path)}: expected at least {item['ctx']['min_length']} entry, found {_short(item['input'])}"
     expected = item["msg"].removeprefix("Input should be ")
     if item["type"] == "string_pattern_mismatch":
-        expected = "a name of at most 100 letters, digits and . _ - + =, for it becomes a folder's"
+        expected = "a name of at most 100 letters, digits and . _ - + =, because it becomes the name of a folder"
     return f"{'.'.join(path)}: expected {expected}, found {_short(item['input'])}"
 
 
@@ -102,7 +106,7 @@ def _short(value: Any) -> str:
 
 
 def _keys_at(path: list[str], root: type[Section]) -> list[str]:
-    """Keys that the section at ``path`` below ``root`` knows."""
+    """Valid keys of the section at ``path`` below ``root``."""
     section: type[Section] | None = root
     for part in path:
         if section is None:

@@ -1,4 +1,4 @@
-"""The reward model."""
+"""Training of the reward model, and what its margins become."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,85 +9,90 @@ from align.config.data import PairsSection
 
 
 class TiltSection(Section):
-    """A weight of each pair from its loss, step by step (align/losses/pair_weights.py)."""
+    """Weights of the pairs from their losses in each step (align/losses/pair_weights.py)."""
 
     kind: Literal["up", "down", "lin_upper", "quadratic", "extremes", "comp_sum"]
-    """up, lin_upper: pairs of high loss count more; down, comp_sum: less; quadratic, extremes: the middle, the ends."""
+    """Which pairs count more. up, lin_upper: those with a high loss; down, comp_sum: with a low loss; quadratic: in the
+    middle; extremes: at both ends."""
     temperature: Positive = 1.0
-    """The larger, the more alike the weights; of all kinds but comp_sum."""
+    """Temperature in units of the loss; the larger, the more equal the weights. Not used by comp_sum."""
     tau: Annotated[float, Field(ge=0.0)] = 1.5
-    """comp_sum: weight sigmoid(z)^(tau - 1)."""
+    """comp_sum: the weight is sigmoid(z)^(tau - 1)."""
     warmup: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps with all weights alike before."""
+    """Optimizer steps at the start in which all weights are equal."""
 
 
 class SharpnessSection(Section):
     """A penalty on how fast the margins change with the reward model's parameters (reward_models/sharpness.py)."""
 
     threshold: Positive = 0.1
-    """radius * |gradient of the mean margin| above which the penalty grows."""
+    """Value of radius * |gradient of the mean margin| above which the penalty grows."""
     radius: Positive = 0.05
+    """Radius in parameter space within which margins should hardly change."""
     step: Positive = 0.05
-    """Length of the step in parameter space between the two gradients that are compared."""
+    """Length of the finite-difference step in parameter space."""
     start: Annotated[float, Field(ge=0.0)] = 1e-3
     """Multiplier of the penalty at the beginning."""
     rate: Annotated[float, Field(ge=0.0)] = 1e-3
-    """Of the multiplier's change; 0 keeps it."""
+    """Learning rate of the multiplier; 0 keeps it constant."""
     parameters: str | None = None
-    """Regular expression: only trained parameters whose name matches; all where absent."""
+    """Regular expression for the names of trained parameters to include; default: all."""
 
 
 class ObjectiveSection(Section):
     """One loss of reward_models/registry.py and its parameters."""
 
     name: str = "bradley_terry"
+    """Name in the registry."""
     parameters: dict[str, float | bool] = {}
+    """Keyword parameters of the objective; the others keep their defaults."""
 
 
 class RewardSection(Section):
-    """Training of the reward model whose margins weight the pairs."""
+    """Training of the reward model that gives the pairs their margins."""
 
     model: str
-    """Backbone: hub id or folder of any model that loads with a one-logit classification head."""
+    """Backbone: hub id or folder of a model that loads with a one-logit classification head."""
     pairs: PairsSection | None = None
-    """Pairs to train on; the policy's own pairs where absent."""
+    """Pairs to train on; default: the policy's own pairs."""
     eval_pairs: PairsSection | None = None
-    """Held-out pairs; a random ``eval_fraction`` of the prompts of ``pairs`` where absent."""
+    """Held-out pairs; default: a random ``eval_fraction`` of the prompts of ``pairs``."""
     eval_fraction: Fraction = 0.1
+    """Share of the pairs to hold out, split by prompt; no effect if ``eval_pairs`` is given."""
     folds: Annotated[int, Field(ge=0)] = 0
-    """k >= 2: also train k models, each scoring only the pairs that it has not seen. 0: no cross-fitting."""
+    """k >= 2: also train k models, each of which scores only the pairs that it has not seen. 0: no cross-fitting."""
     objective: ObjectiveSection = ObjectiveSection()
-    """What the reward model is trained to minimise (docs/reward-models.md)."""
+    """Loss of the reward model (docs/reward-models.md)."""
     tilt: TiltSection | None = None
-    """Weights of the pairs from their losses; absent: every pair alike."""
+    """Weights of the pairs from their losses; default: all pairs weigh the same."""
     sharpness: SharpnessSection | None = None
-    """Absent: no such penalty. It costs two more forward and backward passes a step."""
+    """Penalty on sharp margins, which costs two more forward and backward passes per step; default: none."""
     head: Literal["full", "logistic", "naive-bayes"] = "full"
-    """full: fine-tuning; the others fit a linear head on the backbone's frozen features, in seconds."""
+    """full: fine-tuning; logistic, naive-bayes: a linear head fitted to the backbone's frozen features, in seconds."""
     ensemble: Count = 1
-    """Models trained under different seeds: the margin is their mean, ``margin_std`` their spread."""
+    """Number of models, each with its own seed: ``margin`` is their mean, ``margin_std`` their standard deviation."""
     calibrate: Literal["temperature", "isotonic"] | None = None
-    """Fit a map on the held-out pairs that makes the margin the log-odds of the label, and apply it."""
+    """Fit on the held-out pairs a map from margins to log-odds of the label, and apply it; default: no map."""
     length_residual: bool = False
-    """Take the part of the margin off that rises with the difference of lengths."""
+    """Subtract the part of the margin that is linear in the difference of lengths (words)."""
     batch_tokens: Count = 4096
     """Padded tokens per scoring batch."""
     max_length: Count = 1024
-    """Tokens per sequence; longer ones are cut from the right when training and scoring."""
+    """Tokens per sequence; longer ones are truncated on the right in training and scoring."""
     peft: dict[str, Any] | None = None
-    """Fields of peft.LoraConfig; full fine-tuning where absent."""
+    """Fields of peft.LoraConfig; default: full fine-tuning."""
     pairs_per_step: Count | None = None
-    """Pairs of an optimizer step over all processes, whatever their number; absent: per_device_train_batch_size x
+    """Pairs per optimizer step over all processes, whatever their number; default: per_device_train_batch_size x
     gradient_accumulation_steps x processes."""
     async_checkpoints: bool = False
-    """Where checkpoints are in parts (FSDP2, ``SHARDED_STATE_DICT``): write them while the training goes on, from a
-    copy in the machine's memory. No effect elsewhere."""
+    """Write sharded checkpoints (FSDP2, ``SHARDED_STATE_DICT``) from a copy in CPU memory while training continues. No
+    effect on other checkpoints."""
     trainer: dict[str, Any] = {}
-    """Fields of trl.RewardConfig, passed through unchanged; those of how the model is loaded and reads are refused."""
+    """Fields of trl.RewardConfig, passed through unchanged; those that load the model or its tokenizer are refused."""
 
     @property
     def trusts_remote_code(self) -> bool:
-        """``trainer.trust_remote_code``: code that comes with the model may run."""
+        """``trainer.trust_remote_code``: whether code that comes with the model may run."""
         return self.trainer.get("trust_remote_code") is True
 
     @model_validator(mode="after")

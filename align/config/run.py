@@ -14,38 +14,47 @@ from align.config.train import TrainSection
 
 
 class EvaluateSection(Section):
-    """What is measured on held-out prompts."""
+    """Evaluation of the policies on held-out prompts."""
 
     prompts: str
-    """A .jsonl file with one ``prompt`` per line, none of which was trained on."""
+    """A file with one ``prompt`` per row, as in ``pairs.path``; none of them may have been trained on."""
     judge: Literal["vader"] = "vader"
-    """Independent gold judge; never trained, never used as a label."""
+    """Independent gold judge, never trained and never used for labels."""
     max_new_tokens: Count = 24
+    """Tokens per completion, at most."""
     temperature: Positive = 1.0
+    """Divisor of the logits."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus sampling: probability that the tokens sampled from hold together; below 1 no KL is measured."""
     batch_size: Count = 64
+    """Completions per forward pass."""
     samples_shown: Annotated[int, Field(ge=0)] = 20
+    """Prompts whose completions the report shows."""
 
 
 class RunConfig(Section):
     """One run from pairs to report."""
 
     name: Name
+    """Name of the run, and of its folder."""
     output_dir: OutputFolder = "runs"
-    """The run writes ``output_dir/name``."""
+    """Folder in which the run writes its own, ``output_dir/name``."""
     seed: Seed = 0
+    """Seed of every random number of the run."""
     pairs: PairsSection | None = None
     """The policy's preference pairs. Exactly one of ``pairs`` and ``sample`` is given."""
     sample: SampleSection | None = None
+    """Prompts from which the policy's pairs are sampled."""
     reward: RewardSection | None = None
-    """Absent: the pairs bring their own ``margin`` column, or no method needs one."""
+    """Reward model; default: the pairs bring their own ``margin`` column, or no method needs one."""
     filter: FilterSection | None = None
-    """Absent: the policy is trained on all pairs."""
+    """Filter of the pairs; default: the policy is trained on all of them."""
     train: TrainSection | None = None
-    """Absent: the run ends with the reward model and its margins."""
+    """Training of the policies; default: the run ends with the reward model and its margins."""
     evaluate: EvaluateSection | None = None
+    """Evaluation of the policies; default: none."""
     cluster: ClusterSection | None = None
-    """Absent: this machine, or the processes of a launcher."""
+    """Ray cluster for scoring, filtering and sampling; default: this machine, or the processes of a launcher."""
 
     @model_validator(mode="after")
     def _one_source_of_pairs(self) -> "RunConfig":

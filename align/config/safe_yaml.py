@@ -1,4 +1,4 @@
-"""YAML from anybody: no tags that build objects, no key twice, no file that unfolds into millions of nodes."""
+"""YAML from untrusted files: no tags that build objects, no duplicate keys, no anchors that expand without bound."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ MAX_CHARACTERS = 1_000_000
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML document, by ``yaml.safe_load`` and after a look at its graph of nodes.
+    """The value of a YAML document, by ``yaml.safe_load`` after a check of its graph of nodes.
 
     Raises:
         yaml.YAMLError: not YAML, or a tag that is not plain data.
-        ValueError: a key that is there twice, an anchor that contains itself, too deep, too large once its anchors
-            are unfolded, or a value that its type cannot hold.
+        ValueError: a duplicate key, an anchor that contains itself, nesting that is too deep, too many values once
+            anchors are expanded, or a value that its type cannot hold.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{len(text):,} characters, expected at most {MAX_CHARACTERS:,}")
@@ -31,7 +31,7 @@ def load_yaml(text: str) -> Any:
 
 
 def _count(node: yaml.Node, known: dict[int, int | None], depth: int) -> int:
-    """Nodes below and including ``node`` with its anchors unfolded; ``known`` holds None for a node being counted."""
+    """Number of nodes in the tree of ``node``, anchors expanded; ``known`` holds None for a node being counted."""
     if depth > MAX_DEPTH:
         raise ValueError(f"nested deeper than {MAX_DEPTH} (line {node.start_mark.line + 1})")
     if id(node) in known:

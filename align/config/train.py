@@ -1,4 +1,4 @@
-"""The policy's training: losses, what weights their pairs, what is measured on the way."""
+"""Training of the policies: losses, weights of the pairs, measurements along the way."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,49 +9,49 @@ from align.config.reward import TiltSection
 
 
 class RemedySection(Section):
-    """What is done about gradient entanglement in each step of a method."""
+    """Remedy against gradient entanglement, applied in each step of a method."""
 
     kind: Literal["hold_chosen", "hold_batch", "normalise", "calibrate"]
-    """hold_chosen: less of the rejected gradient where a step on that pair would lower its chosen response; hold_batch:
-    the same for a step on the whole batch; normalise: both gradients of a pair of one length; calibrate: one factor per
+    """hold_chosen: scale the rejected gradient down if a step on that pair would lower its chosen response; hold_batch:
+    the same for a step on the batch; normalise: scale both gradients of a pair to one norm; calibrate: one factor per
     batch from running averages (align/entanglement/remedies.py)."""
     keep: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """hold_chosen, hold_batch: share of its rise that a chosen response keeps."""
+    """hold_chosen, hold_batch: share, in [0, 1), of the chosen response's own rise in log-prob that it keeps."""
     decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
-    """calibrate: of the running averages."""
+    """calibrate: decay per step of the running averages."""
     parameters: str | None = None
-    """Regular expression: measure only parameters whose name matches; all trained ones where absent."""
+    """Regular expression for the names of trained parameters to measure; default: all."""
 
 
 class TokenMaskSection(Section):
     """A learned sparse mask over the tokens that the loss sees (align/training/token_mask.py)."""
 
     sparsity: Positive = 0.1
-    """Price, in units of the loss, of letting every token of a pair through."""
+    """Penalty, in units of the loss, for letting every token of a pair through."""
     rate: Positive = 0.05
     """Learning rate of the mask."""
 
 
 class DistanceSection(Section):
-    """How the margin shrinks with the distance to the reward model's training pairs (column ``ood``)."""
+    """Shrinking of the margin with the distance to the reward model's training pairs (column ``ood``)."""
 
     limit: Annotated[float, Field(ge=0.0)]
-    """Distance up to which nothing shrinks; ``filter.json`` has that of held-back training pairs."""
+    """Distance up to which the margin does not shrink; ``filter.json`` has that of held-out training pairs."""
     softness: Positive = 1.0
-    """Distance beyond it over which the margin falls by the factor e."""
+    """Distance beyond ``limit`` over which the margin falls by a factor of e."""
 
 
 class WeightsSection(Section):
-    """How much each pair counts beside the loss's own weight (docs/concepts.md)."""
+    """Weights of the pairs, in addition to the loss's own (docs/concepts.md)."""
 
     spread: bool = False
-    """Moderate the margin by its ensemble spread ``margin_std``."""
+    """Moderate the margin by its ensemble spread ``margin_std`` (align/losses/pair_weights.py)."""
     trust_by_spread: bool = False
-    """Loss ``trust``: believe a margin less, the larger its ``margin_std``, and as far as before in the mean."""
+    """Loss ``trust``: trust a margin less, the larger its ``margin_std``; the mean trust does not change."""
     ood: DistanceSection | None = None
-    """Shrink the margin towards 0 where the pair is unlike those that the reward model was trained on."""
+    """Shrink the margin toward 0 for pairs far from the reward model's training pairs; default: no shrinking."""
     tilt: TiltSection | None = None
-    """Weights from the losses of each step, over all processes."""
+    """Weights from the losses of each step, over all processes; default: none."""
     normalise: bool = False
     """Divide the table's weights (MADPO's and the ``weight`` column's) by their mean."""
 
@@ -62,22 +62,22 @@ class LossSection(Section):
     loss: str
     """Name in the registry: madpo, soft_madpo, dpo, ipo, ..."""
     parameters: dict[str, float | bool] = {}
-    """Keyword parameters of the loss and, for madpo, of its weight."""
+    """Keyword parameters of the loss and, for madpo, of its weight; the others keep their defaults."""
     weights: WeightsSection | None = None
-    """Absent: the loss's own weight, and the pairs' ``weight`` column."""
+    """Weights of the pairs; default: the loss's own weight and the ``weight`` column."""
     remedy: RemedySection | None = None
-    """Absent: the loss as it is."""
+    """Remedy against gradient entanglement; default: none."""
     token_mask: TokenMaskSection | None = None
-    """Absent: the loss sees every token of a response."""
+    """Learned mask over tokens; default: the loss sees every token of a response."""
 
 
 class EntanglementSection(Section):
-    """Gradient entanglement along training."""
+    """Measurements of gradient entanglement during training."""
 
     every: Count = 50
-    """Optimizer steps from one measurement to the next."""
+    """Optimizer steps between two measurements."""
     probes: Count = 8
-    """Pairs, the first of the table, that are measured each time."""
+    """Number of pairs that are measured each time, from the start of the table."""
 
 
 class TrainSection(Section):
@@ -86,26 +86,27 @@ class TrainSection(Section):
     model: str
     """Policy and reference: hub id or folder."""
     methods: Annotated[dict[Name, LossSection], Field(min_length=1)]
-    """Name of a method (a folder name and a label in the report) -> its loss."""
+    """Name of a method (its folder and its label in the report) -> its loss."""
     peft: dict[str, Any] | None = None
-    """Fields of peft.LoraConfig; full fine-tuning where absent."""
+    """Fields of peft.LoraConfig; default: full fine-tuning."""
     trust: Literal["auto"] | None = None
-    """auto: methods with the loss ``trust`` get their slope, trust and strength from the pairs (docs/whom-to-trust.md),
-    except those that their ``parameters`` give."""
+    """auto: methods with the loss ``trust`` get slope, trust and strength from the pairs (docs/whom-to-trust.md),
+    unless their ``parameters`` give them."""
     allow_in_sample: bool = False
-    """Let ``trust: auto`` read margins of a reward model that has seen the pairs' labels."""
+    """Allow ``trust: auto`` to read margins of a reward model that has seen the pairs' labels."""
     layout: Literal["auto", "concatenated", "shared_prefix"] = "auto"
-    """How log-probs are computed: prompts once for both responses wherever that is exact, or row by row as trl does."""
+    """How log-probs are computed. shared_prefix: each prompt once for both responses; concatenated: row by row, as trl
+    does; auto: shared_prefix if it is exact for the model."""
     max_tokens_per_device: Count | None = None
-    """Tokens of one forward pass; a larger batch is split without changing its gradient."""
+    """Tokens per forward pass; a larger batch is split without changing its gradient. Default: never split."""
     entanglement: EntanglementSection | None = None
-    """Measure probe pairs along training; absent: not measured."""
+    """Measure pairs during training; default: not measured."""
     pairs_per_step: Count | None = None
-    """Pairs of an optimizer step over all processes, whatever their number; absent: per_device_train_batch_size x
+    """Pairs per optimizer step over all processes, whatever their number; default: per_device_train_batch_size x
     gradient_accumulation_steps x processes."""
     async_checkpoints: bool = False
-    """Where checkpoints are in parts (FSDP2, ``SHARDED_STATE_DICT``): write them while the training goes on, from a
-    copy in the machine's memory. No effect elsewhere."""
+    """Write sharded checkpoints (FSDP2, ``SHARDED_STATE_DICT``) from a copy in CPU memory while training continues. No
+    effect on other checkpoints."""
     trainer: dict[str, Any] = {}
     """Fields of trl.DPOConfig, passed through unchanged."""
 
@@ -118,5 +119,5 @@ class TrainSection(Section):
 
     @property
     def trusts_remote_code(self) -> bool:
-        """``trainer.trust_remote_code``: code that comes with the model may run."""
+        """``trainer.trust_remote_code``: whether code that comes with the model may run."""
         return self.trainer.get("trust_remote_code") is True

@@ -1,1 +1,1 @@
-"""Pair tables from files or memory: reading, validation, splits, text, summaries."""
+"""Pair tables: reading, validation, splits, text, statistics."""

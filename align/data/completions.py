@@ -1,4 +1,4 @@
-"""A file of completions, read by prompt."""
+"""Reading a file of completions, grouped by prompt."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +9,9 @@ from align.data.readers import Row, read_rows
 from align.data.validation import RowReader
 from align.errors import DataError, listed
 
-NEEDED = ("id", "prompt", "completion")
-LAWFUL = frozenset({"pair-empty", "pair-text"})
-"""What a completion may be and a response of a pair may not: empty, or of odd characters."""
+REQUIRED = ("id", "prompt", "completion")
+ALLOWED = frozenset({"pair-empty", "pair-text"})
+"""Codes of problems that are allowed in completions, though not in the responses of a pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +19,10 @@ class Candidate:
     """One completion of a prompt."""
 
     sample: int
-    """Its number among the prompt's completions; its place among them where the file gives none."""
+    """Number among the prompt's completions; the position in the file if the row gives none."""
     completion: Any
     row: dict[str, Any]
-    """The whole row that it came from."""
+    """All columns of its row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +36,10 @@ class Group:
 
 
 def read_groups(file: str | Path) -> list[Group]:
-    """The completions of a file that ``align generate`` wrote, by prompt, in the order of the file.
+    """The completions in a file that ``align generate`` wrote, by prompt, in the order of the file.
 
     Raises:
-        DataError: the file cannot be read or is empty, or rows cannot be used (the first 20, a count).
+        DataError: the file cannot be read or is empty, or rows are invalid (the first 20 and a count).
     """
     rows = read_rows(PairsSection(path=str(file)))
     if not rows:
@@ -71,26 +71,21 @@ def read_groups(file: str | Path) -> list[Group]:
     return list(groups.values())
 
 
-def plain_text(completion: Any) -> str:
-    """The text of a completion, of messages their contents."""
-    return completion if isinstance(completion, str) else "\n".join(str(turn["content"]) for turn in completion)
-
-
 def _wrong(row: Row, reader: RowReader) -> str:
-    """What is wrong with a row of completions; empty where nothing is."""
-    missing = [name for name in NEEDED if row.values.get(name) is None]
+    """What is wrong with a row of completions; empty if it is valid."""
+    missing = [name for name in REQUIRED if row.values.get(name) is None]
     if missing:
         return f"found no {', '.join(missing)}"
     found = [
         problem
         for name in ("prompt", "completion")
         for problem in reader.text(row, name)
-        if name == "prompt" or problem.code not in LAWFUL
+        if name == "prompt" or problem.code not in ALLOWED
     ]
     if found:
         return f"{found[0].column}: found {found[0].found}, expected {found[0].expected}"
     if isinstance(row.values["prompt"], str) != isinstance(row.values["completion"], str):
-        return "found text beside messages, expected prompt and completion of one kind"
+        return "found both text and messages, expected prompt and completion of one kind"
     sample = row.values.get("sample")
     if sample is not None and not (isinstance(sample, int | str) and str(sample).isdecimal()):
         return f"sample: found {sample!r}, expected a number from 0 up"

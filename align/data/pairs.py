@@ -1,7 +1,6 @@
-"""The table of preference pairs: loading and keeping. What makes a row valid stands in align/data/validation.py.
+"""Loading and writing tables of preference pairs.
 
-A pair table is a ``datasets.Dataset`` with ``id``, ``prompt``, ``chosen``, ``rejected`` (trl's explicit-prompt
-preference format, plain or conversational) and those of ``OPTIONAL`` that its source or a stage gave it.
+align/config/columns.py describes the columns of a pair table; align/data/validation.py decides which rows are valid.
 """
 
 import hashlib
@@ -18,30 +17,26 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from align.config import PairsSection
-from align.config.data import COLUMNS
+from align.config.columns import OPTIONAL, TEXT
 from align.data.readers import Row, read_source
-from align.data.seen_ids import SeenIds
+from align.data.seen_ids import SeenIds, content_id
 from align.data.validation import SHOWN_CHARACTERS, Problem, RowReader
 from align.errors import DataError, listed
 from align.io.console import log
+from align.io.files import atomic_write
 
-TEXT = ("prompt", "chosen", "rejected")
-OPTIONAL = tuple(name for name in COLUMNS if name not in ("id", *TEXT))
 FILE = "pairs.parquet"
-ID_DIGITS = 16
-ROUNDING = 1e-9
-"""What floats leave of 1 - 10 * 0.1."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What became of every row of a source."""
+    """The rows of a source, valid and invalid."""
 
     pairs: Dataset
-    """Valid rows."""
+    """The valid rows."""
     problems: list[Problem]
     invalid: list[dict[str, Any]]
-    """Rows that cannot be used: the row as it was, ``row`` (its number) and ``reason``."""
+    """The invalid rows: their values, ``row`` (the number of the row) and ``reason``."""
 
 
 def check_pairs(source: PairsSection) -> CheckResult:
@@ -73,11 +68,11 @@ def load_pairs(source: PairsSection, *, side_file: Path | None = None) -> Datase
     """The valid pairs of a source.
 
     Args:
-        source: where the pairs come from; with ``drop_invalid`` bad rows are left out and counted.
-        side_file: JSONL file for the rows left out, with their reasons.
+        source: where the pairs come from; with ``drop_invalid``, invalid rows are dropped and counted.
+        side_file: JSONL file for the dropped rows, with the reasons.
 
     Raises:
-        DataError: bad rows (the first 20 and a count) without ``drop_invalid``, or no row is left.
+        DataError: invalid rows (the first 20 and a count) without ``drop_invalid``, or no row is valid.
     """
     checked = check_pairs(source)
     if checked.problems and not (source.drop_invalid and checked.invalid):
@@ -94,11 +89,11 @@ def load_pairs(source: PairsSection, *, side_file: Path | None = None) -> Datase
 
 
 def unusable(path: str, problems: Sequence[Problem], count: int) -> DataError:
-    """The error that ``count`` rows of a source cannot be used, with the first problems."""
+    """The error for ``count`` invalid rows of a source; shows the first problems."""
     return DataError(
         f"{path}: {count or 'some'} rows cannot be used:\n{listed([str(problem) for problem in problems])}",
         code=problems[0].code,
-        hint="mend the rows, or set them aside: `align data check FILE --drop-invalid`, in a run drop_invalid: true",
+        hint="fix the rows, or set them aside: `align data check FILE --drop-invalid`, in a run drop_invalid: true",
     )
 
 
@@ -106,13 +101,12 @@ def write_pairs(pairs: Dataset, folder: Path) -> None:
     """Write ``folder/pairs.parquet``; the same pairs give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     table = pairs.with_format("arrow")[:].combine_chunks().replace_schema_metadata(None)
-    temporary = folder / f"{FILE}.tmp"
-    pq.write_table(table, temporary, compression="zstd")
-    temporary.replace(folder / FILE)
+    with atomic_write(folder / FILE) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def with_columns(pairs: Dataset, columns: Mapping[str, np.ndarray]) -> Dataset:
-    """The table with ``columns`` (each [N]) at its end, in place of those of the same names."""
+    """The table with ``columns`` (each [N]) appended; columns of the same names are replaced."""
     table = pairs.remove_columns([name for name in columns if name in pairs.column_names])
     for name, values in columns.items():
         table = table.add_column(name, values.tolist())
@@ -123,7 +117,7 @@ def read_pairs(folder: Path) -> Dataset:
     """The table that ``write_pairs`` wrote.
 
     Raises:
-        DataError: there is none, or it cannot be read.
+        DataError: the file is missing or cannot be read.
     """
     try:
         return Dataset(pq.read_table(folder / FILE, partitioning=None))
@@ -132,7 +126,7 @@ def read_pairs(folder: Path) -> Dataset:
 
 
 def fingerprint(pairs: Dataset) -> str:
-    """sha256 over column names and content, whatever file or cache the table came from."""
+    """sha256 over column names and content; independent of the file or cache that holds the table."""
     state = hashlib.sha256(json.dumps(sorted(pairs.column_names)).encode())
     for row in pairs:
         state.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
@@ -140,14 +134,10 @@ def fingerprint(pairs: Dataset) -> str:
 
 
 def identify(pair: dict[str, Any], row: Row, seen: SeenIds, source: str, found: list[Problem]) -> str:
-    """The row's own id, or a hash of its content made unique for repeated rows; a repeated own id is a problem."""
+    """The row's own id, or a hash of its texts (see ``content_id``); appends a problem if an own id was used before."""
     own = pair.get("id")
     if own is None:
-        content = json.dumps([pair[column] for column in TEXT], sort_keys=True, ensure_ascii=False)
-        key = base = hashlib.sha256(content.encode()).hexdigest()[:ID_DIGITS]
-        repeat = 2
-        while seen.get(key) is not None:
-            key, repeat = f"{base}-{repeat}", repeat + 1
+        key = content_id([pair[column] for column in TEXT], seen)
     else:
         key = str(own)
         if (earlier := seen.get(key)) is not None:
@@ -159,7 +149,7 @@ def identify(pair: dict[str, Any], row: Row, seen: SeenIds, source: str, found: 
 
 
 def other_kind(pair: dict[str, Any], first: dict[str, Any], row: Row, source: str) -> list[Problem]:
-    """Plain and conversational rows cannot share a table: a problem where ``pair`` is not of the kind of ``first``."""
+    """A problem if only one of ``pair`` and ``first`` is conversational: the two kinds cannot share a table."""
     plain, wanted = (isinstance(one["prompt"], str) for one in (pair, first))
     if plain == wanted:
         return []
@@ -170,16 +160,16 @@ def other_kind(pair: dict[str, Any], first: dict[str, Any], row: Row, source: st
 
 def _table(valid: list[dict[str, Any]], source: str) -> Dataset:
     columns = ["id", *TEXT, *(name for name in OPTIONAL if any(pair.get(name) is not None for pair in valid))]
-    made = {}
+    arrays = {}
     for name in columns:
         with one_type(source, name):
-            made[name] = pa.array([pair.get(name) for pair in valid])
-    return Dataset(pa.table(made))
+            arrays[name] = pa.array([pair.get(name) for pair in valid])
+    return Dataset(pa.table(arrays))
 
 
 @contextmanager
 def one_type(source: str, name: str) -> Iterator[None]:
-    """Turn what Arrow raises where the values of the column ``name`` are of two kinds into one message.
+    """Convert Arrow's errors about values of two kinds in the column ``name`` into one message.
 
     Raises:
         DataError: see above.

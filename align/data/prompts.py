@@ -1,13 +1,11 @@
-"""Prompts with ids."""
+"""Prompts to complete, from a file or dataset."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from align.config import PairsSection
-from align.data.pairs import ID_DIGITS
 from align.data.readers import Row, read_files, read_rows
+from align.data.seen_ids import SeenIds, content_id
 from align.data.validation import ROLES, RowReader, odd_character
 from align.errors import DataError, listed
 
@@ -18,19 +16,19 @@ class PromptRow:
 
     id: str
     prompt: Any
-    """Text, or messages of which the last is not the assistant's."""
+    """Text, or messages of which the last is not by the assistant."""
     group: str | None
-    """A category, carried along."""
+    """A category; the completions keep it."""
 
 
 def read_prompts(source: PairsSection) -> list[PromptRow]:
     """The ``prompt`` of every row of a JSONL, CSV or Parquet file, a saved dataset or a hub dataset.
 
-    ``id`` is the row's own, or a hash of the prompt made unique where it is repeated; other columns are not read, so
-    that a pair table can be given too.
+    ``id`` is the row's own, or a hash of the prompt (see ``content_id``). Columns other than ``id``, ``prompt`` and
+    ``group`` are not read, so a pair table is a valid source.
 
     Raises:
-        DataError: nothing can be read, or rows have no usable prompt (the first 20 and a count).
+        DataError: the source cannot be read, or rows have no valid prompt (the first 20 and a count).
     """
     rows = read_rows(source)
     renamed = source.columns.get("prompt", "prompt")
@@ -38,19 +36,19 @@ def read_prompts(source: PairsSection) -> list[PromptRow]:
         raise DataError(f"{source.path}: holds no rows", code="data-empty", hint="expected one prompt per row")
     problems: list[str] = []
     prompts: list[PromptRow] = []
-    seen: dict[str, int] = {}
+    seen = SeenIds()
     for row in rows[: source.limit]:
         problem = row.unreadable or _wrong(row.values.get(renamed))
         if not problem and prompts and isinstance(prompts[0].prompt, str) != isinstance(row.values[renamed], str):
-            problem = "found text beside messages, expected one kind in a file"
+            problem = "found both text and messages, expected one kind per file"
         own = row.values.get("id")
-        key = str(own) if own is not None or problem else _hashed(row.values[renamed], seen)
-        if not problem and key in seen:
-            problem = f"found id {key!r}, which row {seen[key]} has too, expected an id used once"
+        key = str(own) if own is not None or problem else content_id(row.values[renamed], seen)
+        if not problem and (earlier := seen.get(key)) is not None:
+            problem = f"found id {key!r}, which row {earlier} has too, expected an id used once"
         if problem:
             problems.append(f"{row.file and row.file + ':'}row {row.number}: {problem}")
             continue
-        seen[key] = row.number
+        seen.add(key, row.number)
         prompts.append(PromptRow(key, row.values[renamed], _group(row)))
     if problems:
         raise DataError(
@@ -62,10 +60,10 @@ def read_prompts(source: PairsSection) -> list[PromptRow]:
 
 
 def _wrong(prompt: Any) -> str:
-    """What is wrong with a prompt; empty where nothing is."""
+    """What is wrong with a prompt; empty if it is valid."""
     if isinstance(prompt, str):
         if odd := odd_character(prompt):
-            return f"found {odd}, expected whole Unicode text"
+            return f"found {odd}, expected valid Unicode text"
         return "" if prompt.strip() else "found an empty prompt, expected text"
     if not isinstance(prompt, list) or not prompt:
         return f"prompt: found {prompt!r}, expected text or a list of messages"
@@ -73,19 +71,10 @@ def _wrong(prompt: Any) -> str:
         if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
             return f"prompt: found {str(turn)[:80]}, expected {{role: {' or '.join(ROLES)}, content: text}}"
         if odd := odd_character(turn["content"]):
-            return f"prompt: found {odd}, expected whole Unicode text"
+            return f"prompt: found {odd}, expected valid Unicode text"
     if prompt[-1]["role"] == "assistant":
         return "prompt: found a last message by assistant, expected one by user or tool"
     return ""
-
-
-def _hashed(prompt: Any, seen: dict[str, int]) -> str:
-    content = json.dumps(prompt, sort_keys=True, ensure_ascii=False, default=str)
-    key = base = hashlib.sha256(content.encode()).hexdigest()[:ID_DIGITS]
-    repeat = 2
-    while key in seen:
-        key, repeat = f"{base}-{repeat}", repeat + 1
-    return key
 
 
 def _group(row: Row) -> str | None:
@@ -94,10 +83,10 @@ def _group(row: Row) -> str | None:
 
 
 def load_prompts(source: str) -> list[Any]:
-    """The ``prompt`` of every row of a JSONL, CSV or Parquet file, or of several: text, or a list of messages.
+    """The ``prompt`` of every row of one or several JSONL, CSV or Parquet files: text, or a list of messages.
 
     Raises:
-        DataError: file missing, a row without a prompt.
+        DataError: a file is missing or empty, or a row has no valid prompt.
     """
     rows = read_files(source)
     for row in rows:

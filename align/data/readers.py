@@ -1,4 +1,4 @@
-"""Rows of a source, one by one with their numbers: JSONL, CSV and Parquet files, a saved dataset, the hub."""
+"""Readers of JSONL, CSV and Parquet files, saved datasets and the hub: numbered rows, one by one."""
 
 import csv
 import json
@@ -22,20 +22,20 @@ READ_ROWS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: its number (1-based; the line in a JSONL file) and its values, or what makes it unreadable."""
+    """One row: its number (from 1; in a JSONL file the line) and its values, or why it is unreadable."""
 
     number: int
     values: dict[str, Any]
     unreadable: str = ""
     file: str = ""
-    """Which of several files the number counts in; empty where the source is one."""
+    """Name of the file that the row is in; empty if the source is a single file."""
 
 
 def read_source(source: PairsSection) -> tuple[list[Row], set[str]]:
     """All rows of a source with ``source.columns`` applied, and the names of its columns.
 
     Raises:
-        DataError: missing, unreadable or empty source; a column that is mapped or needed is not there.
+        DataError: the source is missing, unreadable or empty; a mapped or required column is missing.
     """
     rows = list(_rows(source))
     names, renamed = _columns(source, rows)
@@ -45,10 +45,10 @@ def read_source(source: PairsSection) -> tuple[list[Row], set[str]]:
 
 
 def stream_source(source: PairsSection) -> tuple[Iterator[Row], set[str]]:
-    """As ``read_source``, never holding more than a few rows; reads JSONL and CSV twice, Parquet and its footer once.
+    """``read_source`` without holding more than a few rows; reads JSONL and CSV twice, Parquet and its footer once.
 
     Raises:
-        DataError: as ``read_source``.
+        DataError: see ``read_source``.
     """
     files = find_files(source.path)
     if files is not None and all(file.suffix == ".parquet" for file in files):
@@ -59,7 +59,7 @@ def stream_source(source: PairsSection) -> tuple[Iterator[Row], set[str]]:
 
 
 def _columns(source: PairsSection, rows: Iterable[Row]) -> tuple[set[str], dict[str, str]]:
-    """(columns once renamed, name in the source -> name in the pair table) after a look at every row."""
+    """(columns after renaming, name in the source -> name in the pair table); reads every row."""
     columns: set[str] = set()
     empty, readable = True, False
     for row in rows:
@@ -87,7 +87,7 @@ def _columns(source: PairsSection, rows: Iterable[Row]) -> tuple[set[str], dict[
 
 
 def read_rows(source: PairsSection) -> list[Row]:
-    """All rows of a source as they are.
+    """All rows of a source, without renaming.
 
     Raises:
         DataError: the source is missing or unreadable.
@@ -96,10 +96,10 @@ def read_rows(source: PairsSection) -> list[Row]:
 
 
 def read_files(source: str) -> list[Row]:
-    """All rows of the files that ``source`` names; a file with another ending is read as JSONL.
+    """All rows of the files that ``source`` names; a file with an unknown ending is read as JSONL.
 
     Raises:
-        DataError: there are none, or one is unreadable.
+        DataError: a file is missing or unreadable.
     """
     return list(_of_files(find_files(source) or [SourceFile(source)]))
 
@@ -129,7 +129,7 @@ def _rows(source: PairsSection) -> Iterator[Row]:
 
 
 def _of_files(files: Sequence[SourceFile]) -> Iterator[Row]:
-    """The rows of all files."""
+    """Rows of all files."""
     _refuse_other_columns(files)
     readers = {".csv": _csv, ".parquet": _parquet}
     for file in files:
@@ -138,7 +138,7 @@ def _of_files(files: Sequence[SourceFile]) -> Iterator[Row]:
 
 
 def _headers(files: Sequence[SourceFile]) -> Iterator[Row]:
-    """A row without values for each Parquet file that has rows: its columns, from its footer alone."""
+    """One row of column names without values per Parquet file that is not empty, read from its footer."""
     _refuse_other_columns(files)
     for file in files:
         with _opened(file) as table:
@@ -147,7 +147,7 @@ def _headers(files: Sequence[SourceFile]) -> Iterator[Row]:
 
 
 def _refuse_other_columns(files: Sequence[SourceFile]) -> None:
-    """Parquet files, the parts of one table, must have the same columns."""
+    """Raise if Parquet files, which are parts of one table, differ in their columns."""
     parts = [file for file in files if file.suffix == ".parquet"]
     first: list[str] | None = None
     for file in parts if len(parts) > 1 else []:
@@ -241,7 +241,7 @@ def _parquet(file: SourceFile) -> Iterator[Row]:
 
 
 def _batches(file: SourceFile) -> Iterator[pa.RecordBatch]:
-    """A Parquet file, ``READ_ROWS`` rows at a time."""
+    """Batches of ``READ_ROWS`` rows of a Parquet file."""
     with _opened(file) as table:
         try:
             yield from table.iter_batches(batch_size=READ_ROWS)
@@ -288,7 +288,7 @@ def _lines(file: SourceFile, newline: str | None = None) -> Iterator[str]:
 
 
 def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that is there twice would lose a value."""
+    """A JSON object; refuses a duplicate key, which would lose a value."""
     values = dict(items)
     if len(values) < len(items):
         names = [name for name, _ in items]
@@ -304,6 +304,6 @@ def _refuse_twice(names: Sequence[str], where: str) -> None:
 
 
 def _rename(values: dict[str, Any], renamed: dict[str, str]) -> dict[str, Any]:
-    """A row under the names of the pair table; a column whose name another takes goes, unless it has a new one too."""
+    """Rename columns; a column whose name is the target of another rename is dropped unless it is renamed as well."""
     taken = renamed.values()
     return {renamed.get(name, name): value for name, value in values.items() if name in renamed or name not in taken}

@@ -1,18 +1,23 @@
-"""The ids of a table that is read row by row: which row had which, without an end to how many there may be."""
+"""The ids of a table that is read row by row; in SQLite beyond a million, so memory does not bound their number."""
 
+import hashlib
+import json
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 IN_MEMORY = 1_000_000
-"""Ids kept in a dictionary, 0.2 to 0.3 GB; with more all of them lie in a file."""
+"""Number of ids kept in a dictionary (0.2 to 0.3 GB); if there are more, all of them move to a file."""
 CACHE_KIB = 65_536
+ID_DIGITS = 16
+"""Hexadecimal digits of an id that is a hash."""
 
 
 class SeenIds:
     """Id -> number of the row that had it first.
 
     Args:
-        file: for a database once there are more than ``IN_MEMORY``, overwritten; without one all stay in memory.
+        file: database for more than ``IN_MEMORY`` ids, overwritten; None keeps all ids in memory.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -21,14 +26,14 @@ class SeenIds:
         self.many: sqlite3.Connection | None = None
 
     def get(self, key: str) -> int | None:
-        """Number of the row that had this id, None where there was none."""
+        """Number of the row that had this id first; None if no row had it."""
         if self.many is None:
             return self.few.get(key)
         found = self.many.execute("SELECT row FROM seen WHERE id = ?", (_bytes(key),)).fetchone()
         return None if found is None else int(found[0])
 
     def add(self, key: str, number: int) -> None:
-        """Remember the row of an id, unless an earlier one had it."""
+        """Remember the row of an id, unless an earlier row had it."""
         if self.many is None:
             self.few.setdefault(key, number)
             if self.file is not None and len(self.few) > IN_MEMORY:
@@ -37,14 +42,14 @@ class SeenIds:
             self.many.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (_bytes(key), number))
 
     def close(self) -> None:
-        """Remove the file."""
+        """Remove the database."""
         if self.many is not None:
             self.many.close()
         if self.file is not None:
             self.file.unlink(missing_ok=True)
 
     def _move(self, file: Path) -> sqlite3.Connection:
-        """From memory to the file, which nobody needs after a crash: no journal, no waiting for the disk."""
+        """Move the ids from memory to the file, which is of no use after a crash: no journal, no fsync."""
         file.unlink(missing_ok=True)
         made = sqlite3.connect(file, isolation_level=None)
         for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{CACHE_KIB}"):
@@ -56,6 +61,16 @@ class SeenIds:
         return made
 
 
+def content_id(content: Any, seen: SeenIds) -> str:
+    """Hash of a JSON value; a repeated one gets a suffix, ``-2`` for the first repetition."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+    key = base = hashlib.sha256(text.encode()).hexdigest()[:ID_DIGITS]
+    repeat = 2
+    while seen.get(key) is not None:
+        key, repeat = f"{base}-{repeat}", repeat + 1
+    return key
+
+
 def _bytes(key: str) -> bytes:
-    """Any string that JSON can hold, half a character included."""
+    """UTF-8 that also encodes lone surrogates, which JSON strings can hold."""
     return key.encode("utf-8", "surrogatepass")

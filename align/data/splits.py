@@ -1,4 +1,4 @@
-"""Held-out splits and folds that keep pairs of one prompt together."""
+"""Held-out splits, folds and clusters that keep pairs of one prompt together."""
 
 import hashlib
 import json
@@ -10,11 +10,14 @@ from datasets import Dataset
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from align.data.pairs import ROUNDING, TEXT
+from align.config.columns import TEXT
+
+ROUNDING = 1e-9
+"""Rounding error that remains of 1 - 10 * 0.1."""
 
 
 def split_by_prompt(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """(train, held out): about ``fraction`` held out, no prompt on both sides (see ``folds_by_prompt``)."""
+    """(train, held out): about ``fraction`` of the pairs held out, no prompt on both sides; see ``folds_by_prompt``."""
     if fraction == 0:
         return pairs, pairs.select([])
     share = max(fraction, 1 / max(len(pairs), 1))
@@ -25,16 +28,16 @@ def split_by_prompt(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset
 
 
 def folds_by_prompt(pairs: Dataset, folds: int, seed: int) -> np.ndarray:
-    """Fold [N] in 0..folds-1 of every pair; the pairs of one prompt stay together, folds are of nearly equal size.
+    """Fold of every pair, int64 [N] in 0..folds-1; pairs of one prompt share a fold, folds have nearly equal size.
 
-    A prompt that more than one pair in 2 ``folds`` shares (an instruction common to a whole dataset) says nothing
-    about which pairs belong together: its pairs are dealt out one by one.
+    A prompt of more than 1 in 2 ``folds`` pairs (an instruction common to the dataset) does not say which pairs belong
+    together, so its pairs are assigned one by one.
     """
     return _dealt(pairs, [1 / folds] * folds, seed)
 
 
 def _dealt(pairs: Dataset, shares: list[float], seed: int) -> np.ndarray:
-    """``folds_by_prompt`` for folds of these shares of the pairs."""
+    """``folds_by_prompt`` for folds that hold these shares of the pairs."""
     folds, shared = len(shares), np.array(shares)
     keys = [json.dumps(prompt, sort_keys=True) for prompt in pairs["prompt"]]
     groups: dict[str, list[int]] = {}
@@ -55,27 +58,27 @@ def _dealt(pairs: Dataset, shares: list[float], seed: int) -> np.ndarray:
 
 
 def clusters_of(pairs: Dataset) -> np.ndarray:
-    """Number of the cluster of every pair, int64 [N]: pairs of one prompt are no independent draws.
+    """Cluster of every pair, int64 [N]: pairs that share a prompt are correlated, so statistics resample clusters.
 
-    A prompt that more than one pair in ten shares (an instruction common to a whole dataset) says nothing about which
-    pairs belong together: of its pairs those do that share a response.
+    A prompt of more than 1 in 10 pairs (an instruction common to the dataset) does not say which pairs belong together;
+    its pairs form a cluster if they share a response.
     """
     count = len(pairs)
     texts = {name: [_name(text) for text in pairs[name]] for name in TEXT}
-    often = Counter(texts["prompt"])
-    places: dict[bytes, int] = {}
+    pairs_of = Counter(texts["prompt"])
+    nodes: dict[bytes, int] = {}
     links: list[tuple[int, int]] = []
     for k, (prompt, *responses) in enumerate(zip(*texts.values(), strict=True)):
         shared = [prompt + response for response in responses]
-        if often[prompt] <= max(2, count // 10):
+        if pairs_of[prompt] <= max(2, count // 10):
             shared.append(prompt)
-        links += [(k, count + places.setdefault(name, len(places))) for name in shared]
-    size = count + len(places)
+        links += [(k, count + nodes.setdefault(name, len(nodes))) for name in shared]
+    size = count + len(nodes)
     graph = coo_matrix((np.ones(len(links)), tuple(np.array(links, dtype=np.int64).reshape(-1, 2).T)), (size, size))
     clusters: np.ndarray = connected_components(graph, directed=False)[1][:count].astype(np.int64)
     return clusters
 
 
 def _name(text: Any) -> bytes:
-    """Digest of a text or messages."""
+    """Digest of a text or of messages."""
     return hashlib.blake2b(json.dumps(text, sort_keys=True).encode(), digest_size=16).digest()

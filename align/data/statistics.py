@@ -1,4 +1,4 @@
-"""Statistics of a pair table for the user to see."""
+"""Summary statistics of a pair table."""
 
 import json
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.data.pairs import TEXT
+from align.config.columns import TEXT
+from align.data.text import count_words
 
 
 def summarize(pairs: Dataset) -> dict[str, Any]:
-    """Counts and mean lengths (words) of a pair table."""
-    words = {column: np.array([_words(text) for text in pairs[column]]) for column in TEXT}
+    """Counts, mean lengths (words) and columns of a pair table, for the user to read."""
+    words = {column: np.array([count_words(text) for text in pairs[column]]) for column in TEXT}
     return {
         "pairs": len(pairs),
         "prompts": len({json.dumps(prompt, sort_keys=True) for prompt in pairs["prompt"]}),
@@ -23,9 +24,5 @@ def summarize(pairs: Dataset) -> dict[str, Any]:
 
 
 def missing_values(pairs: Dataset, column: str) -> np.ndarray:
-    """Places of the pairs that have no value in a column of numbers, int64 [G]."""
+    """Indices, int64 [G], of the pairs without a value in a column of numbers."""
     return np.flatnonzero(np.isnan(np.asarray(pairs[column], dtype=np.float64)))
-
-
-def _words(text: Any) -> int:
-    return len(text.split()) if isinstance(text, str) else sum(len(turn["content"].split()) for turn in text)

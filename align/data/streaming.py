@@ -1,4 +1,4 @@
-"""A pair table that need not fit into memory: read and validated row by row, kept in one memory-mapped Arrow file."""
+"""Pair tables larger than memory: read and validated row by row, kept in one memory-mapped Arrow file."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -10,43 +10,44 @@ import pyarrow as pa
 from datasets import Dataset
 
 from align.config import PairsSection
-from align.data.pairs import OPTIONAL, TEXT, identify, one_type, other_kind, unusable
+from align.config.columns import NAMES, OPTIONAL, TEXT
+from align.data.pairs import identify, one_type, other_kind, unusable
 from align.data.readers import stream_source
 from align.data.seen_ids import SeenIds
-from align.data.validation import NAMES, Problem, RowReader
+from align.data.validation import Problem, RowReader
 from align.errors import DataError
 from align.io.console import log
+from align.io.files import atomic_write
 
 BATCH = 4096
 Types = dict[str, pa.DataType]
-"""Of the columns of texts; messages have the keys of the rows seen, as in ``load_pairs``."""
+"""Arrow types of the text columns; those of messages have every key of the rows read so far, as in ``load_pairs``."""
 
 
 def stream_pairs(source: PairsSection, file: Path) -> Dataset:
-    """The valid pairs of a source as ``load_pairs`` gives them, memory-mapped from ``file``, which is made once.
+    """The valid pairs of a source as ``load_pairs`` gives them, memory-mapped from ``file``, which is written once.
 
     Args:
         source: where the pairs come from.
-        file: Arrow file to keep them in; valid for the same source only.
+        file: Arrow file to keep them in; read again on later calls, so it must belong to this source alone.
 
     Raises:
-        DataError: the source or its rows cannot be used.
+        DataError: the source or its rows are invalid, see ``load_pairs``.
     """
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
         types: Types | None = {}
-        while types is not None:
-            with closing(SeenIds(file.with_suffix(".ids"))) as seen:
-                types = _write(source, temporary, seen, types)
-        temporary.replace(file)
+        with atomic_write(file) as temporary:
+            while types is not None:
+                with closing(SeenIds(file.with_suffix(".ids"))) as seen:
+                    types = _write(source, temporary, seen, types)
     pairs = Dataset.from_file(str(file))
     unused = [name for name in OPTIONAL if name in pairs.column_names and _is_empty(pairs, name)]
     return pairs.remove_columns(unused) if unused else pairs
 
 
 class _Reader:
-    """Valid pairs of a source one by one; what is wrong with the others is counted and the first of it kept."""
+    """Yields the valid pairs of a source one by one; collects the problems and counts the invalid rows."""
 
     def __init__(self, source: PairsSection, seen: SeenIds) -> None:
         self.path = source.path
@@ -72,7 +73,7 @@ class _Reader:
 
 
 def _write(source: PairsSection, file: Path, seen: SeenIds, types: Types) -> Types | None:
-    """Write the table; or, where messages have keys that ``types`` lacks, stop and give types that have them."""
+    """Write the table. If messages have keys that ``types`` lacks, stop and return types with these keys, else None."""
     reader = _Reader(source, seen)
     pairs = islice(reader.pairs(), source.limit)
     first = next(pairs, None)
@@ -102,10 +103,10 @@ def _write(source: PairsSection, file: Path, seen: SeenIds, types: Types) -> Typ
 
 
 def _widened(types: Types, batch: list[dict[str, Any]], source: str) -> Types:
-    """``types`` with the keys that messages of these pairs have besides; of plain text always the same.
+    """``types`` with the further keys of these pairs' messages; plain text is always a string.
 
     Raises:
-        DataError: values under one key are of two kinds.
+        DataError: a key has values of two kinds.
     """
     if isinstance(batch[0]["prompt"], str):
         return dict.fromkeys(TEXT, pa.string())

@@ -1,36 +1,71 @@
-"""The texts of a pair table as Arrow columns, whatever their format."""
+"""From messages to text, in one way for filter, judges and pages; the texts of a pair table as Arrow columns."""
 
+import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-PARTS = ("prompt", "chosen", "rejected")
+from align.config.columns import TEXT
+
 WORD = re.compile(r"\w+", re.UNICODE)
+SPEAKERS = frozenset({"user", "assistant"})
+"""Roles that need no label in a list of one message: the column says who speaks."""
 
 
 def plain(part: Any) -> str:
-    """Text of a prompt or response: a string, or a list of messages."""
-    return part if isinstance(part, str) else "\n".join(str(turn["content"]) for turn in part)
+    """A prompt or a response as text: a string as it is, messages one after the other.
+
+    Several messages begin with their roles, ``user: ...`` and ``assistant: ...``; one message by the user or the
+    assistant is its content, so a response reads the same as text and as a message. Every other key that has a value
+    follows on a line of its own, as JSON unless it is a string: ``tool_calls: [...]``.
+    """
+    if isinstance(part, str):
+        return part
+    labeled = len(part) != 1 or part[0]["role"] not in SPEAKERS
+    return "\n".join(_message_text(message, labeled=labeled) for message in part)
+
+
+def _message_text(message: Mapping[str, Any], *, labeled: bool) -> str:
+    content = str(message["content"])
+    lines = [f"{message['role']}: {content}"] if labeled else [content] if content else []
+    for key in sorted(message.keys() - {"role", "content"}):
+        value = _without_gaps(message[key])
+        if value is not None:
+            lines.append(f"{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    return "\n".join(lines)
+
+
+def _without_gaps(value: Any) -> Any:
+    """``value`` without the keys that are None: Arrow gives a struct every key that any row of its column has."""
+    if isinstance(value, Mapping):
+        return {key: _without_gaps(value[key]) for key in sorted(value) if value[key] is not None}
+    return [_without_gaps(item) for item in value] if isinstance(value, list) else value
 
 
 def words(part: Any) -> list[str]:
-    """Words of a prompt or response in lower case, punctuation left out."""
+    """Words of a prompt or response in lower case, without punctuation."""
     return WORD.findall(plain(part).lower())
+
+
+def count_words(part: Any) -> int:
+    """Number of words of a prompt or response, split at white space; only the contents of messages count."""
+    return sum(len(text.split()) for text in ([part] if isinstance(part, str) else [turn["content"] for turn in part]))
 
 
 def texts(pairs: Dataset, start: int = 0, stop: int | None = None) -> pa.Array:
     """Plain texts [3 n] of the rows from ``start`` to ``stop``: prompt, chosen, rejected, prompt, ..."""
     rows = pairs.with_format("arrow")[start : len(pairs) if stop is None else stop]
-    return interleaved(*(rows[part] for part in PARTS))
+    return interleaved(*(rows[part] for part in TEXT))
 
 
 def texts_of(pairs: Dataset, rows: list[int]) -> pa.Array:
-    """Plain texts [3 R] of the rows at these places, as ``texts`` orders them."""
+    """Plain texts [3 R] of the rows at these indices, in the order of ``texts``."""
     found = pairs.select(rows).with_format("arrow")[:]
-    return interleaved(*(found[part] for part in PARTS))
+    return interleaved(*(found[part] for part in TEXT))
 
 
 def column(part: pa.ChunkedArray) -> pa.Array:
@@ -42,12 +77,12 @@ def column(part: pa.ChunkedArray) -> pa.Array:
 
 
 def interleaved(prompt: pa.ChunkedArray, chosen: pa.ChunkedArray, rejected: pa.ChunkedArray) -> pa.Array:
-    """The texts of three columns of n rows row by row, [3 n]."""
+    """The texts of three columns of n rows, row by row, [3 n]."""
     parts = pa.concat_arrays([column(part) for part in (prompt, chosen, rejected)])
     count = len(parts) // 3
     return parts.take(pa.array(np.arange(3 * count).reshape(3, count).T.ravel()))
 
 
 def cells(pairs: Dataset, name: str) -> pa.ChunkedArray:
-    """One column of a pair table, whether or not its rows were selected from another."""
+    """One column of a pair table; works also if its rows were selected from another table."""
     return pairs.select_columns([name]).with_format("arrow")[:][name]

@@ -1,19 +1,15 @@
-"""What makes a row a preference pair, and how what is wrong with one is said."""
+"""Validation of rows: which are preference pairs, and how the problems of the others are reported."""
 
 import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, RESPONSES, TEXT
 from align.data.readers import Row
 
 ROLES = ("system", "user", "assistant", "tool")
-NUMBERS = (
-    "reward_chosen", "reward_rejected", "margin", "margin_std", "weight", "ood", "teacher_margin", "vote_share",
-)  # fmt: skip
-NOT_NEGATIVE = ("margin_std", "weight", "ood", "vote_share")
-NAMES = ("group", "bag")
 LONGEST_TEXT = 4_000_000
-"""Characters of one text: a million tokens; more is a file read wrongly."""
+"""Characters per text, at most: about a million tokens. A longer text is a file that is read wrongly."""
 SHOWN_CHARACTERS = 60
 
 
@@ -37,7 +33,8 @@ class RowReader:
 
     Args:
         source: name of the source, for messages.
-        columns: its columns; without ``prompt`` the prompt is what chosen and rejected share (trl's implicit prompt).
+        columns: its columns; without ``prompt``, the prompt is the common start of chosen and rejected (trl's implicit
+            prompt format).
     """
 
     def __init__(self, source: str, columns: set[str]) -> None:
@@ -49,18 +46,18 @@ class RowReader:
             self._extract_prompt = extract_prompt
 
     def read(self, row: Row) -> tuple[dict[str, Any] | None, list[Problem]]:
-        """(pair or None, problems): a pair comes with problems only if a further column is at fault."""
+        """(pair or None, problems): a pair comes with problems only if a column other than its texts is invalid."""
         if row.unreadable:
             found, _, expected = row.unreadable.removeprefix("found ").partition(", expected ")
             return None, [Problem(row.file or self.source, row.number, "(row)", "data-row", found, expected)]
-        texts = ("chosen", "rejected") if self.implicit else ("prompt", "chosen", "rejected")
+        texts = RESPONSES if self.implicit else TEXT
         problems = [problem for name in texts for problem in self.text(row, name)]
         if problems:
             return None, problems
         kinds = {name: isinstance(row.values[name], str) for name in texts}
         if len(set(kinds.values())) > 1:
-            said = ", ".join(f"{name} {'text' if plain else 'messages'}" for name, plain in kinds.items())
-            return None, [self._problem(row, "(row)", "pair-mixed", said, "all text or all messages")]
+            kind_of_each = ", ".join(f"{name} {'text' if plain else 'messages'}" for name, plain in kinds.items())
+            return None, [self._problem(row, "(row)", "pair-mixed", kind_of_each, "all text or all messages")]
         values = dict(row.values)
         if values["chosen"] == values["rejected"]:
             return None, [self._problem(row, "rejected", "pair-equal", "the same as chosen", "another response")]
@@ -69,14 +66,12 @@ class RowReader:
             if not values["prompt"]:
                 expected = "chosen and rejected to begin with the same prompt"
                 return None, [self._problem(row, "chosen", "pair-no-prompt", "no shared beginning", expected)]
-            problems = [
-                problem for name in ("chosen", "rejected") for problem in self.text(replace(row, values=values), name)
-            ]
+            problems = [problem for name in RESPONSES for problem in self.text(replace(row, values=values), name)]
         if not kinds["chosen"]:
             problems += self._turns(row, values)
         if problems:
             return None, problems
-        pair = {name: values[name] for name in ("prompt", "chosen", "rejected")}
+        pair = {name: values[name] for name in TEXT}
         for name in NUMBERS:
             number, problem = self._number(row, name, values.get(name))
             pair[name] = number
@@ -87,7 +82,7 @@ class RowReader:
         return pair, problems
 
     def text(self, row: Row, name: str) -> list[Problem]:
-        """What is wrong with the cell ``name``: text, or a list of messages."""
+        """Problems of the cell ``name``, which must be text or a list of messages."""
         value = row.values.get(name)
         if value is None:
             return [self._problem(row, name, "pair-missing", "nothing", "text or a list of messages")]
@@ -115,14 +110,14 @@ class RowReader:
         return self._characters(row, where, message["content"])
 
     def _characters(self, row: Row, name: str, text: str) -> Problem | None:
-        """What no honest text has: nothing visible, millions of characters, null or half characters."""
+        """A problem of a text: only white space, millions of characters, a null character, a lone surrogate."""
         if not text.strip():
             return self._problem(row, name, "pair-empty", "empty text", "non-empty text")
         if len(text) > LONGEST_TEXT:
             expected = f"at most {LONGEST_TEXT:,} (an unclosed quote swallows a file)"
             return self._problem(row, name, "pair-text", f"{len(text):,} characters", expected)
         odd = odd_character(text)
-        return None if odd is None else self._problem(row, name, "pair-text", odd, "whole Unicode text")
+        return None if odd is None else self._problem(row, name, "pair-text", odd, "valid Unicode text")
 
     def _turns(self, row: Row, values: dict[str, Any]) -> list[Problem]:
         problems = []
@@ -130,7 +125,7 @@ class RowReader:
             problems.append(
                 self._problem(row, "prompt", "pair-role", "a last message by assistant", "one by user or tool")
             )
-        for name in ("chosen", "rejected"):
+        for name in RESPONSES:
             role = values[name][-1]["role"]
             if role != "assistant":
                 problems.append(self._problem(row, name, "pair-role", f"a last message by {role}", "one by assistant"))
@@ -156,11 +151,11 @@ class RowReader:
 
 
 def odd_character(text: str) -> str | None:
-    """The first null or half character of a text and its place; None where there is none."""
+    """The first null character or lone surrogate of a text with its position; None if there is none."""
     for position, character in enumerate(text, 1) if _has_odd(text) else ():
         if character == "\0" or "\ud800" <= character <= "\udfff":
-            kind = "a null character" if character == "\0" else f"half a character ({character!r})"
-            return f"{kind} at place {position}"
+            kind = "a null character" if character == "\0" else f"a lone surrogate ({character!r})"
+            return f"{kind} at position {position}"
     return None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
-from align.stats import Estimate, drawn_together
+from align.stats import Estimate, cluster_codes
 
 FALSE_ACCEPTS = (0.01, 0.10)
 THRESHOLDS = 101
@@ -69,7 +69,7 @@ def auc_interval(
     """
     size = chosen.size
     rng = np.random.default_rng(seed)
-    which = drawn_together(clusters)
+    which = cluster_codes(clusters)
     members = [] if which is None else np.split(np.argsort(which, kind="stable"), np.bincount(which).cumsum()[:-1])
     drawn = []
     for _ in range(resamples):

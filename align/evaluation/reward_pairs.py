@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from align.data.text import plain
 from align.stats import correlation, interval, share_among
 from reward_models.length_bias import length_probe, word_difference
 
@@ -85,9 +86,5 @@ def _far(
 
 
 def _shown(row: dict[str, Any], **numbers: float) -> dict[str, Any]:
-    texts = {name: _text(row[name])[:SHOWN_CHARACTERS] for name in ("prompt", "chosen", "rejected")}
+    texts = {name: plain(row[name])[:SHOWN_CHARACTERS] for name in ("prompt", "chosen", "rejected")}
     return {"id": str(row["id"]), "group": row.get("group"), **texts, **numbers}
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in value)

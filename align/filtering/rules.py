@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from align.data.text import PARTS, cells, plain, texts_of
+from align.config.columns import TEXT as PARTS
+from align.data.text import cells, plain, texts_of
 from align.filtering.equal_keys import combined_key, duplicated, isin_sorted
 from align.filtering.minhash import BANDS, near_duplicates
 from align.filtering.text_survey import (

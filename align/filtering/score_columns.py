@@ -9,7 +9,8 @@ import numpy as np
 from datasets import Dataset
 
 from align.config import ClusterSection, FilterSection, OodSection
-from align.data.text import PARTS, cells, column, texts
+from align.config.columns import TEXT as PARTS
+from align.data.text import cells, column, texts
 from align.filtering.embeddings import PART, Encoder, TextEncoder, read_embeddings
 from align.filtering.ood import Mahalanobis
 from align.filtering.quality import make_scorer, pair_quality
@@ -17,10 +18,10 @@ from align.filtering.scores import over_spread
 from align.filtering.selection import robust_scale
 from align.filtering.static_embeddings import StaticEncoder
 from align.filtering.text_survey import Survey
-from align.io.array_cache import kept_arrays
+from align.io.array_cache import cached_arrays
 from align.io.hashing import digest, fingerprint_source
 from align.models.folders import fingerprint_model
-from align.sharding.arrays import as_table, found_of
+from align.sharding.arrays import as_table, map_arrays
 from align.sharding.jobs import Work
 from reward_models.score import REWARDS
 
@@ -46,7 +47,7 @@ def prompt_embeddings(
     key = digest([fingerprint_source(model), settings.embedding])[:16]
     static = settings.embedding == "static"
     job = Embedding(model, cache / f"tokens-{key}.safetensors" if static else None)
-    columns = found_of(
+    columns = map_arrays(
         pairs.select_columns(["prompt"]), job, cache / f"embedding-{key}", what="embedding", rows=PART,
         cluster=None if static else cluster,
     )  # fmt: skip
@@ -65,7 +66,7 @@ def qualities(
         key = digest([name, fingerprint_model(str(settings.quality_model)), REWARDS])[:16]
         job, folder = Quality(name, settings.quality_model), cache / f"quality-{key}"
         table = pairs.select_columns(list(PARTS))
-        columns = found_of(table, job, folder, what=f"quality: {name}", rows=ROWS, cluster=cluster)
+        columns = map_arrays(table, job, folder, what=f"quality: {name}", rows=ROWS, cluster=cluster)
         scores[name] = np.asarray(columns["quality"])
     if len(scores) == 1:
         return {"quality": next(iter(scores.values()))}
@@ -89,10 +90,10 @@ def distances(
     known = load_pairs(ood.pairs)
     key = digest([fingerprint_model(ood.model), fingerprint(known), ood.quantile, REWARDS])[:16]
     file = cache / f"ood-{key}.safetensors"
-    fitted = kept_arrays(file, lambda: _fit(known, ood))
+    fitted = cached_arrays(file, lambda: _fit(known, ood))
     job = Distance(ood.model, Mahalanobis(fitted["means"], fitted["whitening"]))
     table = pairs.select_columns(list(PARTS))
-    columns = found_of(table, job, cache / f"ood-{key}", what="distances", rows=ROWS, cluster=cluster)
+    columns = map_arrays(table, job, cache / f"ood-{key}", what="distances", rows=ROWS, cluster=cluster)
     return np.asarray(columns["ood"]), float(fitted["limit"][0])
 
 
@@ -172,9 +173,9 @@ def _features(model: str) -> Callable[[Dataset], np.ndarray]:
 
     An ensemble is represented by its first member, since the feature spaces of two members are unrelated.
     """
+    from align.models.tokenization import render
     from reward_models.features import head_features
     from reward_models.score import RewardScorer
-    from reward_models.tokenization import render
 
     scorer = RewardScorer(model, batch_tokens=4096, max_length=1024, new_head=True)
 

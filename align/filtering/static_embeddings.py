@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from align.filtering.embeddings import Encoder
-from align.io.array_cache import kept_arrays
+from align.io.array_cache import cached_arrays
 
 TOKENS_PER_PART = 2048
 MAX_CHARACTERS = 4096
@@ -31,7 +31,7 @@ class StaticEncoder:
     """
 
     def __init__(self, model: str, file: Path) -> None:
-        self.table = kept_arrays(file, lambda: {"table": distill(Encoder(model))})["table"]
+        self.table = cached_arrays(file, lambda: {"table": distill(Encoder(model))})["table"]
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(model)

@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from align.errors import DataError
 from align.filtering.selection import RobustScale
+from align.io.files import atomic_write
 
 KEPT, DROPPED, SUMMARY = "kept.parquet", "dropped.parquet", "filter.json"
 WRITTEN_ROWS = 65_536
@@ -67,9 +68,13 @@ class Filtered:
 
 def write_tables(found: Filtered, output: Path) -> None:
     """Write the pairs with their new columns to ``kept.parquet`` and ``dropped.parquet``, a block of rows at a time."""
+    with atomic_write(output / KEPT) as kept, atomic_write(output / DROPPED) as dropped:
+        _write_rows(found, {True: kept, False: dropped})
+
+
+def _write_rows(found: Filtered, targets: dict[bool, Path]) -> None:
     names = [name for name in (*found.columns, "reason") if name in found.pairs.column_names]
     pairs = found.pairs.remove_columns(names).with_format("arrow")
-    targets = {True: output / KEPT, False: output / DROPPED}
     writers: dict[bool, pq.ParquetWriter] = {}
     for start in range(0, len(pairs), WRITTEN_ROWS):
         block = slice(start, min(start + WRITTEN_ROWS, len(pairs)))
@@ -82,11 +87,10 @@ def write_tables(found: Filtered, output: Path) -> None:
             if not wanted:
                 part = part.append_column("reason", pa.array(found.reasons.of(start + places), type=pa.string()))
             if wanted not in writers:
-                writers[wanted] = pq.ParquetWriter(target.with_suffix(".tmp"), part.schema, compression="zstd")
+                writers[wanted] = pq.ParquetWriter(target, part.schema, compression="zstd")
             writers[wanted].write_table(part)
-    for wanted, target in targets.items():
-        writers[wanted].close()
-        target.with_suffix(".tmp").replace(target)
+    for writer in writers.values():
+        writer.close()
 
 
 def explain(output: Path, pair_id: str) -> dict[str, Any]:

@@ -13,12 +13,13 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from align.config import ClusterSection
-from align.data.text import PARTS, texts
+from align.config.columns import TEXT as PARTS
+from align.data.text import texts
 from align.errors import EnvironmentProblem
 from align.filtering.minhash import BANDS, band_keys
 from align.filtering.screen import readability
 from align.filtering.word_hashes import Hashes, hash_words, ngrams
-from align.sharding.arrays import Arrays, as_table, found_of
+from align.sharding.arrays import Arrays, as_table, map_arrays
 from align.sharding.jobs import Work
 
 SHINGLE = 5
@@ -89,7 +90,7 @@ def take_survey(
     if job.language:
         _detector()
     table = pairs.select_columns(list(PARTS))
-    return Survey(**found_of(table, job, folder, what="reading texts", processes=processes, cluster=cluster))
+    return Survey(**map_arrays(table, job, folder, what="reading texts", processes=processes, cluster=cluster))
 
 
 def language_number(code: str) -> int:

@@ -1,30 +1,11 @@
-"""Between prompts, token ids and text: one way for every engine that has a tokenizer."""
+"""From sampled token ids to a completion, for every engine that has a tokenizer."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from align.errors import ModelError
 from align.generation.types import Completion
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
-    """Token ids of a prompt: text as it is, messages through the chat template with the generation prompt.
-
-    Raises:
-        ModelError: messages, and the tokenizer has no chat template.
-    """
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    if tokenizer.chat_template is None:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: no chat template, and a prompt is a list of messages",
-            code="no-chat-template",
-            hint="use a model with a chat template, or plain-text prompts",
-        )
-    encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int]:

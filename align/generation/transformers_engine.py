@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from align.generation.encoding import encode_prompt, stop_ids, to_completion
+from align.generation.encoding import stop_ids, to_completion
 from align.generation.sampler import DrawnToken
 from align.generation.types import Completion, Sampling, gather, prompt_keys, sample_seed
 from align.models.layout import base_model
+from align.models.tokenization import encode_prompt
 
 
 class TransformersEngine:
@@ -38,7 +39,7 @@ class TransformersEngine:
 
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt; see ``encode_prompt``."""
-        return encode_prompt(self.tokenizer, prompt)
+        return encode_prompt(prompt, self.tokenizer)
 
     def generate(
         self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
@@ -51,7 +52,7 @@ class TransformersEngine:
     ) -> Iterator[tuple[int, list[Completion]]]:
         """(index of a prompt, its completions) as batches finish; see ``Engine``."""
         keys = prompt_keys(prompts) if keys is None else keys
-        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        ids = [encode_prompt(prompt, self.tokenizer) for prompt in prompts]
         longest_first = sorted(range(len(ids)), key=lambda k: -len(ids[k]))
         jobs = [(k, sample) for k in longest_first for sample in range(sampling.n)]
         found: dict[int, list[Completion]] = {}

@@ -9,12 +9,13 @@ from typing import Any
 from transformers import GenerationConfig
 
 from align.errors import ConfigError, DataError, ModelError
-from align.generation.encoding import encode_prompt, stop_ids, to_completion
+from align.generation.encoding import stop_ids, to_completion
 from align.generation.types import Completion, Sampling, gather, prompt_keys, sample_seed
 from align.generation.vllm_install import import_vllm
 from align.io.files import read_json
 from align.models.folders import ADAPTER
 from align.models.loading import load_tokenizer
+from align.models.tokenization import encode_prompt
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Adapter ranks that vLLM reserves room for."""
@@ -69,7 +70,7 @@ class VllmEngine:
 
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt; see ``encode_prompt``."""
-        return encode_prompt(self.tokenizer, prompt)
+        return encode_prompt(prompt, self.tokenizer)
 
     def generate(
         self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
@@ -86,7 +87,7 @@ class VllmEngine:
             DataError: a prompt does not fit into the model's context.
         """
         keys = prompt_keys(prompts) if keys is None else keys
-        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        ids = [encode_prompt(prompt, self.tokenizer) for prompt in prompts]
         self._calls += 1
         jobs = iter([(k, sample) for k in range(len(ids)) for sample in range(sampling.n)])
         running: dict[str, tuple[int, int]] = {}

@@ -1,1 +1,1 @@
-"""Files and folders: stages, hashes, caches, object stores, console."""
+"""Files and folders: atomic writes, stages, hashes, caches, object stores; also the console."""

@@ -23,8 +23,7 @@ log = logging.getLogger("align")
 
 
 def configure(*, quiet: bool = False, level: str = "info") -> None:
-    """Send the program's log lines to stderr at ``level`` (``warning`` where ``quiet``, and on every
-    process but the first)."""
+    """Send the program's log lines to stderr at ``level``; at ``warning`` if ``quiet``, and on every rank above 0."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(RedactingFormatter("%(message)s"))
     log.handlers[:] = [handler]
@@ -36,7 +35,7 @@ def configure(*, quiet: bool = False, level: str = "info") -> None:
 
 
 class RedactingFormatter(logging.Formatter):
-    """The whole line, a traceback's too, without secrets."""
+    """Removes secrets from every line, also from tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line to write."""
@@ -44,7 +43,7 @@ class RedactingFormatter(logging.Formatter):
 
 
 def _quieten_libraries() -> None:
-    """Keep the bars and notices of the libraries underneath out of this program's log."""
+    """Turn off progress bars and notices of transformers, datasets and the Hugging Face hub."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -61,15 +60,15 @@ def progress(
     work: Callable[[T], float] | None = None,
     work_unit: str = "",
 ) -> Iterator[T]:
-    """Yield ``items`` with a progress bar, or one plain line every 30 s where stderr is not a terminal.
+    """Yield ``items`` with a progress bar, or with a log line every 30 s if stderr is not a terminal.
 
     Args:
         items: what to iterate over.
-        what: what is being done, e.g. ``scoring``.
+        what: name of the work, e.g. ``scoring``.
         total: number of items.
         unit: name of one item in the plural, e.g. ``batches``.
-        work: amount of work in an item, where the rate is to be shown in ``work_unit`` per second.
-        work_unit: name of its unit in the plural, e.g. ``tokens``.
+        work: amount of work in an item; if given, the rate is shown in ``work_unit`` per second.
+        work_unit: name of the unit of work in the plural, e.g. ``tokens``.
     """
     if not log.isEnabledFor(logging.INFO):
         yield from items

@@ -1,4 +1,4 @@
-"""A disk that is full or may not be written: told as what it is, wherever a library notices it."""
+"""Recognize a full or read-only disk in the errors of any library, and report it as such."""
 
 import errno
 import shutil
@@ -11,16 +11,16 @@ from align.errors import AlignError, EnvironmentProblem
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 NOT_WRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 LEAST_FREE = 1 << 20
-"""Bytes: with less than this a failed write is taken to be the disk's fault."""
+"""Bytes; with less free space than this, the cause of a failed write is taken to be a full disk."""
 
 
 def disk_problem(error: BaseException, folder: Path | None = None) -> EnvironmentProblem | None:
     """What the user can do about ``error`` if a disk caused it, else None.
 
     Args:
-        error: anything that was raised; the errors that it came from are looked at too.
-        folder: where was being written. Libraries that lose the error number (safetensors, torch) are believed to have
-            met a full disk if it is full.
+        error: any exception; the exceptions that caused it are checked as well.
+        folder: folder that was written to. Some libraries (safetensors, torch) lose the error number; for their errors
+            a full disk of this folder is taken as the cause.
     """
     chain: BaseException | None = error
     while chain is not None:
@@ -36,7 +36,7 @@ def disk_problem(error: BaseException, folder: Path | None = None) -> Environmen
 
 @contextmanager
 def disk_problems(folder: Path) -> Iterator[None]:
-    """Turn what a full or read-only disk makes the body raise into an error that says so.
+    """Replace an exception of the body that a full or read-only disk caused by one that says so.
 
     Raises:
         EnvironmentProblem: the disk of ``folder`` is full or cannot be written.
@@ -57,10 +57,10 @@ def _problem(where: str, full: bool) -> EnvironmentProblem:
         return EnvironmentProblem(
             f"{where}: no space is left on this disk",
             code="disk-full",
-            hint="free some; finished stages are whole, and the same command goes on from the last checkpoint",
+            hint="free some space; finished stages are complete, and the same command resumes from the last checkpoint",
         )
     return EnvironmentProblem(
-        f"{where}: may not be written",
+        f"{where}: no permission to write",
         code="output-folder",
-        hint="give another output_dir, or the right to write there",
+        hint="give another output_dir, or permission to write there",
     )

@@ -18,8 +18,9 @@ def digest(value: Any) -> str:
 
 
 def fingerprint_source(source: str) -> str:
-    """Content hash of a file, a folder or what a pattern matches, or the state of objects in a store; a name that is
-    none of them (a hub id) stands for itself.
+    """Content hash of a file, a folder or the files that match a pattern; state of the objects of a store.
+
+    Any other name, a hub id, is returned as it is.
     """
     if is_remote(source):
         return fingerprint_address(source)

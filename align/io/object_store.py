@@ -1,4 +1,4 @@
-"""Object stores by address (s3://, gs://, abfs://), and what is said where one fails."""
+"""Object stores by address (s3://, gs://, abfs://), and messages for their failures."""
 
 import os
 import re
@@ -24,7 +24,7 @@ DENIED = re.compile(
     r"|HTTP status 40[13]|PERMISSION_DENIED|UNAUTHENTICATED|AuthenticationFailed|Authorization|credential",
     re.IGNORECASE,
 )
-AWAY = re.compile(
+UNREACHABLE = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|THROTTLING|REQUEST_TIMEOUT|curlCode|HTTP status 5"
     r"|INTERNAL_FAILURE|INTERNAL_ERROR|UNAVAILABLE|DEADLINE|InsufficientStorage|Could not resolve"
 )
@@ -32,15 +32,15 @@ NOISE = re.compile(r"\s*\((?:Request ID|Detail)[^)]*\)|Detail: \[.*|\s*error_inf
 
 
 def is_remote(address: str) -> bool:
-    """Whether this is an address such as s3://bucket/pairs.parquet, and no path or hub id."""
+    """Whether this is an address such as s3://bucket/pairs.parquet, not a path or hub id."""
     return ADDRESS.match(address) is not None
 
 
 def connect(address: str) -> "tuple[FileSystem, str]":
-    """The store that an address names, and the place in it: ``bucket/key``. Nothing is sent yet.
+    """The store of an address and the path in it, ``bucket/key``; no request is sent.
 
     Raises:
-        ConfigError: not an address of an object store, or one that holds keys.
+        ConfigError: not an address of an object store, or one that contains keys.
     """
     scheme, place = _parts(address)
     from pyarrow import fs
@@ -56,10 +56,10 @@ def connect(address: str) -> "tuple[FileSystem, str]":
 
 
 def local_path(given: str, *, what: str) -> str:
-    """``given``, a folder to write into.
+    """``given``, after a check that it is a path on a disk: results are written to disks only.
 
     Raises:
-        AlignError: it is an address; results are made on a disk.
+        AlignError: it is an address of an object store.
     """
     if is_remote(given):
         raise AlignError(
@@ -72,10 +72,10 @@ def local_path(given: str, *, what: str) -> str:
 
 @contextmanager
 def store_errors(address: str) -> Iterator[None]:
-    """Turn what a store makes the body raise into an error that says so.
+    """Replace an ``OSError`` of a store in the body by an error with a hint.
 
     Raises:
-        AlignError: the store is away, refuses, or lacks what was asked for.
+        AlignError: the store is unreachable or refuses, or the object does not exist.
     """
     try:
         yield
@@ -86,31 +86,31 @@ def store_errors(address: str) -> Iterator[None]:
 
 
 def store_problem(address: str, error: Exception) -> AlignError:
-    """What the user can do about an ``error`` that a store raised."""
+    """The error with a hint for an ``error`` that a store raised."""
     text = str(error) or type(error).__name__
-    said = " ".join(NOISE.sub("", text).split())
+    reason = " ".join(NOISE.sub("", text).split())
     if MISSING.search(text) or isinstance(error, FileNotFoundError):
         return DataError(
-            f"{address}: no such object, or no such bucket ({said})",
+            f"{address}: no such object, or no such bucket ({reason})",
             code="data-missing",
             hint="check the address, and which server is asked (AWS_ENDPOINT_URL)",
         )
-    if AWAY.search(text):
+    if UNREACHABLE.search(text):
         return EnvironmentProblem(
-            f"{address}: the object store is away, full or overloaded ({said})",
+            f"{address}: the object store is unreachable, full or overloaded ({reason})",
             code="store-away",
-            hint="check the network and the store's address (AWS_ENDPOINT_URL); the same command goes on from there",
+            hint="check the network and the store's address (AWS_ENDPOINT_URL); the same command resumes from there",
         )
     if DENIED.search(text):
         return EnvironmentProblem(
-            f"{address}: the object store refuses the keys it was given, or was given none ({said})",
+            f"{address}: the object store refuses the keys, or no keys were given ({reason})",
             code="store-denied",
-            hint="give them as the store's own tools take them, e.g. AWS_PROFILE, or AWS_ACCESS_KEY_ID with its secret",
+            hint="set them as for the store's own tools, e.g. AWS_PROFILE, or AWS_ACCESS_KEY_ID with its secret",
         )
     return EnvironmentProblem(
-        f"{address}: the object store failed ({said})",
+        f"{address}: the object store failed ({reason})",
         code="store-failed",
-        hint="status 301: set AWS_REGION to the bucket's region; else ask whoever runs the store",
+        hint="status 301: set AWS_REGION to the bucket's region; else ask the operator of the store",
     )
 
 
@@ -123,7 +123,7 @@ def _parts(address: str) -> tuple[str, str]:
         raise ConfigError(
             f"{_shown(address)}: found keys in the address, expected scheme://bucket/key",
             code="store-address",
-            hint="give keys by the environment or the store's own configuration file, which no log or manifest keeps",
+            hint="set keys in the environment or the store's configuration file, which no log or manifest contains",
         )
     if scheme not in SCHEMES or not place or place.startswith("/"):
         expected = ", ".join(f"{known}://" for known in ("s3", "gs", "abfs"))
@@ -136,12 +136,12 @@ def _parts(address: str) -> tuple[str, str]:
 
 
 def _shown(address: str) -> str:
-    """An address without what may be a key."""
+    """An address with everything before ``@`` hidden, which may be a key."""
     return re.sub(r"(?<=://)[^/]*@", "***@", address)
 
 
 def _s3_endpoint() -> dict[str, str]:
-    """Where the server is, for every S3 but Amazon's; pyarrow itself does not read these variables."""
+    """Settings of pyarrow for a server other than Amazon's, from ``ENDPOINTS``, which pyarrow itself does not read."""
     found = next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), None)
     if found is None:
         return {}

@@ -1,4 +1,4 @@
-"""Tokens and keys stay out of everything that is written or shown."""
+"""Remove tokens and keys from everything that is written or shown."""
 
 import os
 import re
@@ -11,22 +11,22 @@ NAMES = frozenset(
         *("api_key", "apikey", "wandb_api_key", "secret", "password", "authorization"),
     }
 )
-"""Keys whose value is secret whatever it looks like."""
+"""Keys whose value is always a secret."""
 SHAPES = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
     r"|AKIA[A-Z0-9]{16})|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?i:(?<=bearer ))[A-Za-z0-9._-]{16,}"
 )
-"""Values that are secret wherever they stand: keys of well-known services, user and password in an address."""
+"""Values that are always secrets: keys of well-known services, user and password in an address."""
 ASSIGNED = re.compile(rf"(?i)\b((?:{'|'.join(sorted(NAMES))})['\"]?(?:=|:\s*(?:found )?))('?)[^\s,'\"]+")
 ENVIRONMENT = re.compile(
     r"(?i)(TOKEN|API_KEY|SECRET|PASSWORD|ACCESS_KEY(_ID)?|ACCOUNT_KEY|STORAGE_KEY|CONNECTION_STRING)$"
 )
 SHORTEST = 8
-"""Characters; a shorter value of an environment variable hides too much else."""
+"""Characters; hiding shorter values of environment variables would hide ordinary words."""
 
 
 def redact(value: Any) -> Any:
-    """``value`` (JSON) with every secret replaced by ``***``; the same for the same value, whatever the environment."""
+    """``value`` (JSON) with every secret replaced by ``***``; the result does not depend on the environment."""
     if isinstance(value, dict):
         return {
             key: HIDDEN if str(key).lower() in NAMES and isinstance(item, str) and item else redact(item)
@@ -38,7 +38,7 @@ def redact(value: Any) -> Any:
 
 
 def redact_text(text: str) -> str:
-    """A line for the terminal or a log without secrets, those of this process's environment included."""
+    """A line for the terminal or a log without secrets, including those in the environment of this process."""
     text = ASSIGNED.sub(rf"\1\2{HIDDEN}", SHAPES.sub(HIDDEN, text))
     for name, value in os.environ.items():
         if ENVIRONMENT.search(name) and len(value) >= SHORTEST:

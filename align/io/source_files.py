@@ -1,4 +1,4 @@
-"""The files that a source names: one, a folder of Parquet files, or a pattern; on a disk or in an object store."""
+"""Files of a source: one file, a folder of Parquet files, or a pattern; on a disk or in an object store."""
 
 import glob
 import io
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 PUSHED = "pushed.json"
-"""Beside a pushed folder's objects: what it consists of, and whether all of it is there (align/commands/push.py)."""
+"""Object next to those of a pushed folder: their list, and whether the push is complete (align/commands/push.py)."""
 HIDDEN = ("_", ".")
-"""How a folder's files begin that are not of its table, as Spark and Hadoop write them."""
-ASKED_AT_ONCE = 16
+"""Prefixes of files in a folder that are not part of its table, as Spark and Hadoop write them."""
+REQUESTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class SourceFile:
     """A file with rows."""
 
     name: str
-    """Path or address, for messages too."""
+    """Path or address, as in messages."""
     filesystem: "FileSystem | None" = None
     """The store; None: the disk."""
     place: str = ""
@@ -37,12 +37,12 @@ class SourceFile:
 
     @property
     def suffix(self) -> str:
-        """Says how the rows are written."""
+        """Suffix of the name, which decides how the file is read."""
         return PurePosixPath(self.name).suffix
 
     @contextmanager
     def open(self) -> Iterator[Any]:
-        """The bytes, for reading at any place: a path for Arrow where it is one, else an open file."""
+        """A path, or an open seekable file of the store, for Arrow."""
         if self.filesystem is None:
             yield Path(self.name)
             return
@@ -53,7 +53,7 @@ class SourceFile:
 
     @contextmanager
     def text(self, *, newline: str | None) -> Iterator[TextIO]:
-        """The characters (UTF-8, with or without a mark)."""
+        """The file as text (UTF-8, with or without a byte order mark)."""
         if self.filesystem is None:
             with Path(self.name).open(encoding="utf-8-sig", newline=newline) as stream:
                 yield stream
@@ -64,20 +64,20 @@ class SourceFile:
                 yield stream
 
     def state(self) -> list[str]:
-        """What changes when an object is written again, asked of its store: size and ETag, or time without one."""
+        """Name, size and ETag of an object (else its generation or time), which change when it is written again."""
         assert self.filesystem is not None
         with store_errors(self.name), self.filesystem.open_input_file(self.place) as stream:
-            told = {str(key, "utf-8").lower() if isinstance(key, bytes) else str(key).lower(): value
-                    for key, value in stream.metadata().items()}  # fmt: skip
-            tag = told.get("etag") or told.get("generation") or told.get("last-modified", b"")
+            headers = {str(key, "utf-8").lower() if isinstance(key, bytes) else str(key).lower(): value
+                       for key, value in stream.metadata().items()}  # fmt: skip
+            tag = headers.get("etag") or headers.get("generation") or headers.get("last-modified", b"")
             return [PurePosixPath(self.place).name, str(stream.size()), tag.decode("utf-8", "replace")]
 
 
 def find_files(source: str) -> list[SourceFile] | None:
-    """The files of a source in the order of their names; None where it is a saved dataset or a hub id.
+    """The files of a source, sorted by name; None if it is a saved dataset or a hub id.
 
     Raises:
-        DataError: nothing is there, or something that is no table.
+        DataError: there is no such file, or it is not a table.
     """
     if is_remote(source):
         return _remote(source)
@@ -89,17 +89,17 @@ def find_files(source: str) -> list[SourceFile] | None:
     if glob.has_magic(source) and not path.exists():
         return _readable(source, [SourceFile(str(file)) for file in matching_files(source)])
     if path.suffix in SUFFIXES:
-        said = "found a folder, expected a file" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: {said}", code="data-missing", hint="check the path")
+        reason = "found a folder, expected a file" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {reason}", code="data-missing", hint="check the path")
     return None
 
 
 def keep_source(source: str, targets: Iterable[Path]) -> None:
-    """Raise where a file that is to be written is one that ``source`` is read from.
+    """Check that no file to be written is one that ``source`` is read from.
 
     Raises:
-        ConfigError: see above.
-        DataError: the source is not there.
+        ConfigError: a target is a file of the source.
+        DataError: the source does not exist.
     """
     given = [] if is_remote(source) else [Path(file.name) for file in find_files(source) or []]
     for target in targets:
@@ -112,13 +112,13 @@ def keep_source(source: str, targets: Iterable[Path]) -> None:
 
 
 def matching_files(pattern: str) -> list[Path]:
-    """Files on the disk that a pattern such as ``pairs/*.parquet`` matches, in the order of their names."""
+    """Files on the disk that match a pattern such as ``pairs/*.parquet``, sorted by name."""
     return sorted(path for path in map(Path, glob.glob(pattern)) if path.is_file())  # noqa: PTH207
 
 
 def fingerprint_address(source: str) -> str:
-    """What the objects of an address are now, without reading them: names, sizes, ETags."""
-    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+    """Names, sizes and ETags of the objects of an address as JSON; their content is not read."""
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         return json.dumps(list(pool.map(SourceFile.state, _remote(source))))
 
 
@@ -142,7 +142,7 @@ def _remote(source: str) -> list[SourceFile]:
     with store_errors(source):
         (info,) = filesystem.get_file_info([place.rstrip("/")])
     if info.type == FileType.File and not place.endswith("/"):
-        _look_above(source, filesystem, place)
+        _check_parents(source, filesystem, place)
         return _readable(source, [named(info)])
     if info.type == FileType.NotFound and PurePosixPath(place).suffix in SUFFIXES:
         raise DataError(f"{source}: no such object", code="data-missing", hint=_where(filesystem, place))
@@ -154,7 +154,7 @@ def _remote(source: str) -> list[SourceFile]:
 
 
 def _where(filesystem: "FileSystem", place: str) -> str:
-    """What to look at where an object is missing."""
+    """The hint for a missing object: check the bucket, or the rest of the address."""
     from pyarrow.fs import FileType
 
     bucket = place.partition("/")[0]
@@ -166,7 +166,7 @@ def _where(filesystem: "FileSystem", place: str) -> str:
 
 
 def _listed(source: str, filesystem: "FileSystem", folder: str, *, deep: bool) -> "list[FileInfo]":
-    """Objects below ``folder`` in the order of their names, once a push into it has ended."""
+    """Objects below ``folder``, sorted by name; raises if a push into it is incomplete."""
     from pyarrow.fs import FileSelector, FileType
 
     with store_errors(source):
@@ -174,18 +174,18 @@ def _listed(source: str, filesystem: "FileSystem", folder: str, *, deep: bool) -
     for info in there:
         if PurePosixPath(info.path).name == PUSHED:
             _refuse_unfinished(source, filesystem, info.path)
-    _look_above(source, filesystem, folder)
+    _check_parents(source, filesystem, folder)
     return sorted((info for info in there if info.type == FileType.File), key=lambda info: info.path)
 
 
-def _look_above(source: str, filesystem: "FileSystem", place: str) -> None:
-    """Whether what ``place`` lies in is being pushed: a folder above it may be what `align push` was given."""
+def _check_parents(source: str, filesystem: "FileSystem", place: str) -> None:
+    """Raise if a push into a folder above ``place`` is incomplete; `align push` may have been given that folder."""
     from pyarrow.fs import FileType
 
     above = [str(folder / PUSHED) for folder in PurePosixPath(place).parents if len(folder.parts)]
     try:
         found = filesystem.get_file_info(above)
-    except OSError:  # a key that may read this prefix alone
+    except OSError:  # the key may have access to this prefix only
         return
     for info in found:
         if info.type == FileType.File:
@@ -213,7 +213,7 @@ def _is_part(name: str) -> bool:
 
 
 def _readable(source: str, files: list[SourceFile]) -> list[SourceFile]:
-    """``files``, if there are any and all of them are tables."""
+    """``files``; raises if there are none, or one is not a table."""
     if not files:
         raise DataError(f"{source}: no file matches", code="data-missing", hint="check the path")
     other = next((file for file in files if file.suffix not in SUFFIXES), None)

@@ -1,4 +1,4 @@
-"""One stage writes one folder: its artefacts and ``manifest.json``. A folder that exists is a finished stage."""
+"""A stage writes one folder with its results and ``manifest.json``; the folder exists only once it is complete."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ class Stage:
     name: str
     folder: Path
     key: str
-    """sha256 of everything the stage was made from; the input of the stages after it."""
+    """sha256 of all inputs of the stage; an input of the stages after it."""
     skipped: bool
     seconds: float
     """Wall-clock seconds of the run that made the folder."""
@@ -43,27 +43,26 @@ def run_stage(
     *,
     collective: bool = False,
 ) -> Stage:
-    """Run ``work`` in a temporary folder and rename it when whole; skip it where a finished folder has the same inputs.
+    """Run ``work`` in a temporary folder and rename it at the end; skip it if ``folder`` has the same inputs.
 
-    A stage that was stopped finds its own unfinished folder again, with whatever checkpoints ``work`` left in it,
-    as long as its inputs are the same.
+    A stopped stage resumes in its unfinished folder, with all checkpoints that ``work`` left there, if its inputs are
+    unchanged.
 
     Args:
-        name: shown to the user and kept in the manifest.
-        folder: where the finished stage lies.
+        name: name for messages and the manifest.
+        folder: folder of the finished stage.
         inputs: JSON values that determine the result: configuration, seed, keys of earlier stages.
-        work: writes the artefacts into the folder that it is given.
-        collective: under a launcher with several processes, all of them run ``work`` together (training, scoring);
-            only the first may then write what ``work`` leaves, or each its own part. Otherwise the first process does
-            it all and the others wait for the folder.
+        work: writes the results into the folder that it is given.
+        collective: all processes of a launcher run ``work`` together (training, scoring); then only rank 0 writes
+            results, or each rank its own part. Otherwise rank 0 runs ``work`` and the others wait for the folder.
 
     Raises:
-        ConfigError: ``folder`` holds what no stage of this name has written; it stays as it is.
+        ConfigError: ``folder`` contains files that no stage of this name wrote; they are left unchanged.
     """
     inputs, key = redact(dict(inputs)), stage_key(name, inputs)
     partial = folder.with_name(folder.name + PARTIAL)
     if process_rank() > 0 and not collective:
-        return _awaited(name, folder, key)
+        return _wait_for_stage(name, folder, key)
     begun = from_main_process(lambda: _begin(name, folder, key)) if collective else _begin(name, folder, key)
     if not begun:
         log.info("%s: up to date, skipped (%s)", name, folder)
@@ -73,7 +72,7 @@ def run_stage(
     with disk_problems(partial):
         work(partial)
     if process_rank() > 0:
-        return _awaited(name, folder, key)
+        return _wait_for_stage(name, folder, key)
     seconds = time.monotonic() - start
     write_json(
         partial / MANIFEST,
@@ -85,7 +84,7 @@ def run_stage(
 
 
 def finished_stage(name: str, folder: Path, inputs: Mapping[str, Any]) -> Stage | None:
-    """The stage in ``folder`` where it was made from these inputs; nothing is run."""
+    """The finished stage in ``folder`` if it was made from these inputs, else None; nothing is run."""
     manifest, key = read_manifest(folder), stage_key(name, inputs)
     if manifest is None or manifest["key"] != key:
         return None
@@ -93,15 +92,15 @@ def finished_stage(name: str, folder: Path, inputs: Mapping[str, Any]) -> Stage 
 
 
 def stage_key(name: str, inputs: Mapping[str, Any]) -> str:
-    """What ``run_stage`` knows a stage by, whether or not it has run."""
+    """Key of a stage: sha256 of its name and its inputs without secrets."""
     return digest({"stage": name, **redact(dict(inputs))})
 
 
 def check_output(folder: Path, stage: str) -> None:
-    """Look whether ``folder`` is new or holds an earlier result of ``stage``: a stage replaces what is there.
+    """Check that ``folder`` is new or an earlier result of ``stage``, because a stage replaces its folder.
 
     Raises:
-        ConfigError: it holds something else.
+        ConfigError: it contains anything else.
     """
     taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
     manifest = read_manifest(folder)
@@ -115,15 +114,15 @@ def check_output(folder: Path, stage: str) -> None:
 
 
 def check_files(folder: Path, names: Sequence[str], own: Sequence[str] = ()) -> None:
-    """Look whether a command may write files into ``folder`` beside what is there: it replaces none of another's.
+    """Check that a command that writes ``names`` into ``folder`` overwrites no file of another command.
 
     Args:
-        folder: where the command writes.
-        names: files that others write under the same names.
-        own: files or folders that the command alone leaves, before or with its own of ``names``.
+        folder: folder that the command writes into.
+        names: files of the command whose names other commands use as well.
+        own: files or folders that no other command writes, written before or together with ``names``.
 
     Raises:
-        ConfigError: the folder is a finished stage, or holds one of ``names`` and nothing of ``own``.
+        ConfigError: the folder is a finished stage, or contains one of ``names`` and nothing of ``own``.
     """
     found = [name for name in (MANIFEST, *names) if (folder / name).exists()]
     if found and (found[0] == MANIFEST or not any((folder / name).exists() for name in own)):
@@ -136,7 +135,7 @@ def check_files(folder: Path, names: Sequence[str], own: Sequence[str] = ()) -> 
 
 
 def _begin(name: str, folder: Path, key: str) -> bool:
-    """Whether there is something to do; if so, the temporary folder is there and belongs to ``key``."""
+    """Whether the stage has to run; if so, create its temporary folder for ``key``, or keep an unfinished one."""
     partial = folder.with_name(folder.name + PARTIAL)
     _finish_replacement(folder, key)
     check_output(folder, name)
@@ -151,8 +150,8 @@ def _begin(name: str, folder: Path, key: str) -> bool:
     return True
 
 
-def _awaited(name: str, folder: Path, key: str) -> Stage:
-    """The stage that the first process finishes, once it has."""
+def _wait_for_stage(name: str, folder: Path, key: str) -> Stage:
+    """Wait for rank 0 to finish the stage, and return it."""
     wait_until(lambda: (read_manifest(folder) or {}).get("key") == key)
     return Stage(name, folder, key, False, _seconds(folder))
 
@@ -164,7 +163,7 @@ def _seconds(folder: Path) -> float:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished stage, or None where there is none."""
+    """The manifest of a finished stage; None if it is missing or cannot be read."""
     path = folder / MANIFEST
     if not path.exists():
         return None
@@ -173,13 +172,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except ValueError:
         manifest = None
     if not isinstance(manifest, dict) or not {"key", "seconds"} <= manifest.keys():
-        log.warning("%s: cannot be read, so the stage is not taken as finished", path)
+        log.warning("%s: cannot be read, so the stage counts as unfinished", path)
         return None
     return manifest
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that decide a result."""
+    """Installed versions of the packages that a result depends on."""
     found = {}
     for package in PACKAGES:
         try:
@@ -190,7 +189,7 @@ def versions() -> dict[str, str]:
 
 
 def _replace(new: Path, folder: Path) -> None:
-    """Put ``new``, which is whole, in place of ``folder``; killed between any two lines, the next run goes on here."""
+    """Replace ``folder`` by the complete folder ``new``; after a kill at any line, the next run finishes this."""
     old = folder.with_name(folder.name + REPLACED)
     if folder.exists():
         if old.exists():
@@ -203,7 +202,7 @@ def _replace(new: Path, folder: Path) -> None:
 
 
 def _finish_replacement(folder: Path, key: str) -> None:
-    """Do what a run that was killed in ``_replace`` left undone."""
+    """Finish a replacement that a kill interrupted in ``_replace``."""
     partial, old = folder.with_name(folder.name + PARTIAL), folder.with_name(folder.name + REPLACED)
     waiting = read_manifest(partial)
     if waiting is not None and waiting["key"] == key:

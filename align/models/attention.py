@@ -1,9 +1,11 @@
-"""Attention of packed pairs: the packed tokens are spread into the 2B causal rows that they stand for.
+"""Attention over packed pairs: inside attention, the packed tokens are unpacked into 2B causal rows.
 
-Everything in a decoder layer but attention treats each token by itself and so works on the packed tokens; attention
-alone needs sequences. The queries, keys and values of a packed row are spread into ordinary causal rows (the shared
-start copied), the model's own attention runs on them, and every packed token takes the output of its own place. No
-mask joins pairs, so nothing is computed between them, and the kernel is the one the model would use anyway.
+In a decoder layer only attention mixes tokens; everything else works on the packed tokens as they are. Queries, keys
+and values of the packed row are copied into ordinary causal rows (the shared prefix twice), the model's own attention
+runs on these rows, and each packed token takes the output of its own position. Pairs stay separate rows, so no
+attention between pairs is computed or masked, and the kernel is the one that the model uses anyway.
+
+Legend: B pairs, T tokens of the longest sequence, N packed tokens, H heads, D head size.
 """
 
 import sys
@@ -24,7 +26,7 @@ OF_THE_PACKED_ROW = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_leng
 
 
 def enable(model: PreTrainedModel) -> None:
-    """Let ``model`` attend over packed pairs; calls without them run its own attention as before.
+    """Prepare ``model`` for packed pairs; calls without ``packed_pairs`` run its own attention as before.
 
     Raises:
         ValueError: its attention implementation is not one of ``SUPPORTED``.
@@ -41,7 +43,7 @@ def enable(model: PreTrainedModel) -> None:
 
 
 def no_mask(device: torch.device) -> Tensor:
-    """A 4-dimensional mask: models pass one on as it is, and packed attention makes its own."""
+    """A placeholder mask, bool [1, 1, 1, 1]: models pass 4-dimensional masks on, and packed attention makes its own."""
     return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
 
 
@@ -83,12 +85,15 @@ def _spread(states: Tensor, source: Tensor) -> Tensor:
 
 
 def _causal_mask(base: str, longest: int, window: int | None, like: Tensor) -> Tensor | None:
-    """None where the kernel's own causal flag says it all; rows are padded on the right, where nobody looks."""
+    """Causal mask [1, 1, T, T], or None if the kernel's is_causal flag is enough.
+
+    Right padding needs no mask: a causal model never attends to it.
+    """
     narrow = window is not None and window < longest
     if base.startswith("flash") or (base == "sdpa" and not narrow):
         return None
-    place = torch.arange(longest, device=like.device)
-    back = place[:, None] - place[None, :]
+    position = torch.arange(longest, device=like.device)
+    back = position[:, None] - position[None, :]
     allowed = (back >= 0) & (back < window if narrow else True)  # type: ignore[operator]
     if base == "sdpa":
         return allowed[None, None]

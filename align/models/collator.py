@@ -1,4 +1,4 @@
-"""Batches of preference pairs: trl's layout, with the margin and the weight of each pair beside it."""
+"""Batches of preference pairs: trl's layout plus numbers per pair."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-PAIR_COLUMNS = ("margin", "weight", "trust")
+from align.config.columns import PAIR_COLUMNS
+
 ROW = "row"
-"""Which row of the training table a pair is."""
+"""Batch key: index of the pair in the training table, int64 [B]."""
 
 
 @dataclass
 class PairCollator(DataCollatorForPreference):
-    """trl's preference collator plus one number per pair from each of ``PAIR_COLUMNS`` that the examples carry.
+    """trl's preference collator plus one number per pair for each column of ``PAIR_COLUMNS`` that the examples have.
 
     Row k of the first half of ``input_ids`` [2B, T] is the chosen, row B + k the rejected response of pair k;
     ``margin``, ``weight`` and ``trust`` are float32 [B] in the same order, ``row`` is int64 [B].
@@ -32,16 +33,16 @@ class PairCollator(DataCollatorForPreference):
 
 
 REAL = "real"
-"""Of a batch in which there are pairs to be left out: bool [B], whether a pair counts."""
+"""Batch key: bool [B], False for duplicates that only fill the last batch; absent if there are none."""
 
 
 def counted(batch: dict[str, Any]) -> int:
-    """Pairs of a batch that count."""
+    """Number of real pairs in a batch, see ``REAL``."""
     return int(batch[REAL].sum()) if REAL in batch else _pairs(batch)
 
 
 def only_real(values: Tensor, real: Tensor | None) -> Tensor:
-    """The rows of ``values`` that count; all of them where ``real`` is None."""
+    """The rows of ``values`` that belong to real pairs; all rows if ``real`` is None."""
     return values if real is None else values[real]
 
 

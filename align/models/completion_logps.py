@@ -1,8 +1,8 @@
-"""Log-probabilities of sampled completions, from which KL(policy || reference) is estimated.
+"""Log-probs of sampled completions, used to estimate KL(policy || reference).
 
 For completions y sampled from the policy, the mean of log policy(y) - log reference(y) is an unbiased estimate of the
-KL divergence per completion, in nats. Where the policy is decoded at another temperature T than 1, what is sampled from
-is softmax(logits / T), and its log-probability is the one that counts; the reference stays at temperature 1.
+KL divergence per completion, in nats. At a sampling temperature T other than 1, the policy's log-probs are those of
+softmax(logits / T), the distribution that was sampled from; the reference stays at temperature 1.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from align.io.console import progress
 from align.models.batching import token_batches
 from align.models.layout import base_model
 from align.models.logps import Scored, add_completion_head
+from align.models.tokenization import pad
 
 
 def completion_logps(
@@ -25,15 +26,15 @@ def completion_logps(
     pad_token_id: int,
     temperature: float = 1.0,
 ) -> np.ndarray:
-    """Sum of log-probabilities (nats) of each completion's tokens given its prompt, float64 [N].
+    """Log-prob (nats) of each completion given its prompt, summed over its tokens, float64 [N].
 
     Args:
         model: causal language model, with its adapter if it has one.
         prompt_ids: N prompts of at least one token.
-        completion_ids: N completions; an empty one has log-probability 0.
+        completion_ids: N completions; an empty one has log-prob 0.
         batch_tokens: padded tokens per forward pass.
-        pad_token_id: token to pad with on the right.
-        temperature: that the completions were sampled at; at 0 (greedy) each has probability 1.
+        pad_token_id: token for right padding.
+        temperature: sampling temperature; at 0 (greedy) every completion has probability 1.
     """
     if temperature == 0:
         return np.zeros(len(prompt_ids))
@@ -44,9 +45,8 @@ def completion_logps(
     batches = token_batches([len(row) for row in rows], batch_tokens)
     with torch.inference_mode():
         for batch in progress(batches, what="log-probs", total=len(batches), unit="batches"):
-            width = max(len(rows[k]) for k in batch)
-            ids = torch.tensor([rows[k] + [pad_token_id] * (width - len(rows[k])) for k in batch], device=device)
-            mask = torch.tensor([[1] * len(rows[k]) + [0] * (width - len(rows[k])) for k in batch], device=device)
+            ids, mask = (part.to(device) for part in pad([rows[k] for k in batch], pad_token_id))
+            width = ids.shape[1]
             spans = [(row * width + len(prompt_ids[k]), len(completion_ids[k])) for row, k in enumerate(batch)]
             ends = torch.cat([torch.arange(first, first + length) for first, length in spans]).to(device)
             scored = Scored(ends - 1, ids.flatten()[ends], width, temperature)

@@ -1,4 +1,4 @@
-"""Cache keys of a model: what reference log-probs depend on."""
+"""Cache keys of reference log-probs."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,22 +6,22 @@ from collections.abc import Sequence
 import torch
 from datasets import Dataset
 
+from align.config.columns import ID_COLUMNS
 from align.io.hashing import digest
 from align.models.layout import base_model, has_adapter
 
 NOT_OF_THE_MODEL = frozenset({"_name_or_path", "transformers_version", "use_cache"})
-"""Fields of a config that no log-prob depends on: where it lies, who wrote it, how it samples."""
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+"""Fields of a model's config on which no log-prob depends: its path, the version that wrote it, sampling."""
 
 
 def reference_key(model: torch.nn.Module, dataset: Dataset, settings: Sequence[object], *, with_adapter: bool) -> str:
-    """Hex digest of the reference's weights and config, the token ids and ``settings``.
+    """Hex digest (sha256) of the reference's weights and config, the token ids and ``settings``.
 
     Args:
-        model: the reference, or a policy that is its own before the first step.
+        model: the reference, or a policy that serves as its own reference before the first step.
         dataset: table with ``ID_COLUMNS``.
-        settings: whatever else the log-probs come from.
-        with_adapter: the adapter is part of the reference; else its weights are left out.
+        settings: everything else on which the log-probs depend.
+        with_adapter: include the adapter's weights, because the adapter is part of the reference.
     """
     config = {name: value for name, value in base_model(model).config.to_dict().items() if name not in NOT_OF_THE_MODEL}
     state = hashlib.sha256(repr([*settings, digest(config)]).encode())

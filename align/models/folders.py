@@ -1,4 +1,4 @@
-"""What can be found wrong with a local model folder before anything in it is loaded.
+"""Checks of a local model folder before anything in it is loaded.
 
 Only small files are read: configurations, the headers of the safetensors files, the tokenizer's file names. A hub id
 is left to the loader.
@@ -34,12 +34,12 @@ WANTED = "give a hub id or a folder with config.json, safetensors weights and a 
 
 
 def check_model_folder(model: str, *, tokenizer: bool = True, rewards: bool = False) -> None:
-    """Refuse a folder that cannot be a model of this program, with the file that is at fault.
+    """Raise if a folder cannot be used as a model; the message names the file at fault.
 
     Args:
-        model: folder or hub id; a name that is neither a file nor a folder here and could be a hub id passes.
-        tokenizer: a tokenizer must lie there too.
-        rewards: it is to give rewards; a classification head must have one output.
+        model: folder or hub id; a name that is not a local path and could be a hub id passes.
+        tokenizer: the folder must also hold a tokenizer.
+        rewards: the model is to give rewards, so a classification head must have one output.
 
     Raises:
         ModelError: no such folder, a broken or missing configuration, weights that are missing, cut off or pickled,
@@ -72,14 +72,14 @@ def check_model_folder(model: str, *, tokenizer: bool = True, rewards: bool = Fa
 
 @contextmanager
 def loading(model: str, what: str) -> Iterator[None]:
-    """Turn what a library raises while it loads ``model`` into one message; the traceback goes to the debug log.
+    """Convert what a library raises while it loads ``model`` into one message; the debug log gets the traceback.
 
     Args:
-        model: its name.
+        model: folder or hub id.
         what: what failed, e.g. ``cannot be loaded as a reward model``.
 
     Raises:
-        ModelError: anything that a folder or a hub can cause.
+        ModelError: in place of any exception.
     """
     try:
         yield
@@ -93,10 +93,10 @@ def loading(model: str, what: str) -> Iterator[None]:
 
 
 def check_vocabulary(model: str, tokens: int, rows: int) -> None:
-    """Refuse a tokenizer with more tokens than the model has embeddings.
+    """Raise if a tokenizer has more tokens than the model has embeddings.
 
     Args:
-        model: its name, for the message.
+        model: folder or hub id, for the message.
         tokens: size of the tokenizer's vocabulary, added tokens included.
         rows: rows of the model's embedding.
 
@@ -112,15 +112,15 @@ def check_vocabulary(model: str, tokens: int, rows: int) -> None:
 
 
 def is_adapter(model: str | Path) -> bool:
-    """Whether it is the folder of an adapter."""
+    """Whether ``model`` is the folder of an adapter."""
     return (Path(model) / ADAPTER).exists()
 
 
 def adapter_base(model: str) -> str | None:
-    """The base model that an adapter folder names; None where ``model`` is no such folder or names none.
+    """The base model that an adapter folder names; None if ``model`` is not an adapter folder or names no base.
 
     Raises:
-        ModelError: its configuration cannot be read.
+        ModelError: the adapter's configuration cannot be read.
     """
     file = Path(model) / ADAPTER
     base: str | None = _read_object(file).get("base_model_name_or_path") if file.exists() else None
@@ -128,14 +128,14 @@ def adapter_base(model: str) -> str | None:
 
 
 def fingerprint_model(model: str) -> str:
-    """Content hash of a model folder, an adapter's with that of its base; a hub id stands for itself."""
+    """Content hash of a model folder, combined with that of its base for an adapter; a hub id is its own."""
     base = adapter_base(model)
     own = fingerprint_source(model)
     return own if base is None else digest([own, fingerprint_source(base)])
 
 
 def vocabulary_rows(model: str) -> int | None:
-    """Tokens that a model folder embeds, by its configuration (an adapter's: by its base's); None where unknown."""
+    """Number of tokens that a model embeds, from the configuration (an adapter's base's); None if unknown."""
     folder = Path(model)
     if is_adapter(folder):
         return vocabulary_rows(str(_read_object(folder / ADAPTER).get("base_model_name_or_path")))
@@ -166,7 +166,7 @@ def _check_adapter(folder: Path) -> None:
 
 
 def _check_weights(folder: Path, stem: str, config: dict[str, Any]) -> None:
-    """Safetensors files, whole ones; a pickle in their place is refused with how to convert it."""
+    """Raise if safetensors files are missing or incomplete; for a pickle, say how to convert it."""
     files = sorted(folder.glob(f"{stem}*.safetensors"))
     if not files:
         pickles = sorted({file.name for pattern in PICKLES for file in folder.glob(pattern)} - NOT_WEIGHTS)
@@ -196,7 +196,7 @@ def _check_weights(folder: Path, stem: str, config: dict[str, Any]) -> None:
 
 
 def _check_safetensors(file: Path) -> None:
-    """The header of a safetensors file agrees with the file's size.
+    """Raise if the header of a safetensors file does not agree with the size of the file.
 
     Layout: the header's length (8 bytes, little-endian), the header as JSON with the offsets of every tensor, data.
     """
@@ -217,7 +217,7 @@ def _check_safetensors(file: Path) -> None:
         ) from None
     if size != expected:
         raise ModelError(
-            f"{file}: found {size} bytes, expected {expected}: the file is not whole",
+            f"{file}: found {size} bytes, expected {expected}: the file is incomplete",
             code="model-load",
             hint="copy the file again",
         )
@@ -236,16 +236,16 @@ def _check_head(folder: Path, config: dict[str, Any]) -> None:
 
 
 def refuse_new_weights(model: str, loaded: Any, missing: Iterable[str], kind: str) -> None:
-    """Raise where parameters of a loaded model are new and random, because its folder has none for them.
+    """Raise if a loaded model has new, random parameters, because its folder has no weights for them.
 
     Args:
         model: folder or hub id.
         loaded: the model.
-        missing: names that the folder lacks.
-        kind: what it was loaded as.
+        missing: names of parameters without weights in the folder.
+        kind: what the model was loaded as.
 
     Raises:
-        ModelError: see above.
+        ModelError: some parameters are new.
     """
     new = sorted({name for name, _ in loaded.named_parameters()} & set(missing))
     if new:
@@ -282,7 +282,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, and the second where the first only announces it."""
+    """The first line of an error, and the second if the first ends in a colon."""
     if "ignore_mismatched_sizes" in str(error):
         return "its weights have other shapes than config.json says"
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -290,7 +290,7 @@ def _reason(error: Exception) -> str:
 
 
 def _conversion(folder: Path, stem: str, config: dict[str, Any]) -> str:
-    """What to type, where the pickle is trusted, to have safetensors instead."""
+    """Command that converts a trusted pickle to safetensors."""
     if stem == "adapter_model":
         line = (
             f"import torch, safetensors.torch as s; s.save_file(torch.load('{folder}/adapter_model.bin', "

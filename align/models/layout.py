@@ -1,4 +1,4 @@
-"""Which layout a run uses, and why."""
+"""Choice of the layout in which log-probs are computed."""
 
 from typing import Any, Literal, get_args
 
@@ -15,20 +15,20 @@ LayoutChoice = Literal["auto", "concatenated", "shared_prefix"]
 EXACT_LAYERS = {"full_attention", "sliding_attention"}
 TRIAL_TOKENS = 24
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-"""Difference of log-probs per completion token (nats) that rounding explains; ``HALF_TOLERANCE`` for 16-bit models."""
+"""Largest difference per token (nats) between layouts due to rounding; ``HALF_TOLERANCE`` for 16-bit models."""
 HALF_TOLERANCE = 0.05
 
 
 def choose_layout(model: torch.nn.Module, batch: dict[str, Any], choice: LayoutChoice) -> Layout:
-    """The layout to train with; prepares ``model`` for it and says at INFO what was chosen and why.
+    """Choose the layout to train with, prepare ``model`` for it, and log the choice with its reason.
 
     Args:
         model: causal language model, with its adapter if it has one, not yet wrapped by a launcher.
-        batch: a sample of the data as ``PairCollator`` makes it.
-        choice: ``auto`` takes ``shared_prefix`` wherever it is exact.
+        batch: a sample of the data, from ``PairCollator``.
+        choice: ``auto`` takes ``shared_prefix`` if it is exact for the model.
 
     Raises:
-        ConfigError: ``shared_prefix`` is asked for and is not exact for this model.
+        ConfigError: ``choice`` is ``shared_prefix``, which is not exact for this model.
     """
     base = base_model(model)
     add_completion_head(base)
@@ -36,9 +36,9 @@ def choose_layout(model: torch.nn.Module, batch: dict[str, Any], choice: LayoutC
         return "concatenated"
     reason = _refusal(model, base)
     if reason is None:
-        whole = int(batch["attention_mask"].numel())
+        padded = int(batch["attention_mask"].numel())
         packed = int(packed_tokens(batch).sum())
-        log.info("layout: shared_prefix (%d tokens in place of %d in a sample of the data)", packed, whole)
+        log.info("layout: shared_prefix (%d tokens in place of %d in a sample of the data)", packed, padded)
         return "shared_prefix"
     if choice == "shared_prefix":
         raise ConfigError(
@@ -51,17 +51,17 @@ def choose_layout(model: torch.nn.Module, batch: dict[str, Any], choice: LayoutC
 
 
 def base_model(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model, or the model itself."""
+    """The transformers model inside a PEFT model; any other model itself."""
     return model.get_base_model() if has_adapter(model) else model  # type: ignore[operator]
 
 
 def has_adapter(model: torch.nn.Module) -> bool:
-    """Whether PEFT has wrapped the model; one that an adapter was merged into may keep its ``peft_config``."""
+    """Whether the model is a PEFT model. ``peft_config`` does not tell: a model keeps it after merging an adapter."""
     return hasattr(model, "get_base_model")
 
 
 def _refusal(model: torch.nn.Module, base: PreTrainedModel) -> str | None:
-    """Why packed pairs are not exact for this model, or None after a trial."""
+    """Why packed pairs are not exact for this model; None if a trial finds them exact."""
     adapters = model.peft_config.values() if has_adapter(model) else ()  # type: ignore[operator]
     if any(adapter.is_prompt_learning for adapter in adapters):
         return "a prompt-learning adapter puts tokens of its own before each sequence"
@@ -85,8 +85,7 @@ def _refusal(model: torch.nn.Module, base: PreTrainedModel) -> str | None:
 def _trial(model: torch.nn.Module) -> float:
     """Largest difference of a token's log-prob (nats) between the layouts, on two random pairs.
 
-    The rules above cannot know every architecture; one that ignores position_ids, or keeps a state along the row,
-    shows here.
+    Finds architectures that the rules of ``_refusal`` miss: those that ignore position_ids or carry a state along.
     """
     device = next(model.parameters()).device
     vocabulary = base_model(model).get_input_embeddings().weight.shape[0]
@@ -104,11 +103,11 @@ def _trial(model: torch.nn.Module) -> float:
 
 
 def trim(batch: dict[str, Any], pairs: torch.Tensor) -> dict[str, Any]:
-    """Some pairs of a batch, without the columns that only padding is left in.
+    """Some pairs of a batch, without the columns that then hold only padding.
 
     Args:
-        batch: as ``PairCollator`` makes it; tensors [2B, T] and [B].
-        pairs: [b], indices of pairs.
+        batch: from ``PairCollator``; tensors [2B, T] and [B].
+        pairs: int64 [b], indices of pairs.
     """
     half = batch["input_ids"].shape[0] // 2
     rows = torch.cat([pairs, pairs + half])

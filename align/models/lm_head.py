@@ -1,4 +1,4 @@
-"""The language-model head at chosen positions only, in chunks that never hold more than a few rows of the vocabulary.
+"""The language-model head at selected positions only, in chunks, so that full logits are never in memory.
 
 Legend: M scored positions, D hidden size, V vocabulary.
 """
@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
-"""Logits held at once: 16 MiB on a CPU, where they should stay near its caches, and 512 MiB on a GPU."""
+"""Logits per chunk: 16 MiB on a CPU, to stay near its caches, and 512 MiB on a GPU."""
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class TokenScores(NamedTuple):
-    """What the head says about one target token per position, each [M], float32 or better."""
+    """Scores of one target token per position, each [M], float32 or wider."""
 
     logps: Tensor
     """log p(target), nats."""
@@ -28,12 +28,12 @@ class TokenScores(NamedTuple):
     mean_logit: Tensor
     """Mean of the logits over the vocabulary; carries no gradient."""
     top1: Tensor
-    """1 where the target is the most likely token, else 0."""
+    """1 if the target is the most likely token, else 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogitForm:
-    """logits = softcap * tanh(scale * (W h + b) / softcap) / temperature; no tanh where ``softcap`` is None."""
+    """logits = softcap * tanh(scale * (W h + b) / softcap) / temperature; without tanh if ``softcap`` is None."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -53,7 +53,7 @@ class LogitForm:
         return cls(float(divisor) if text.model_type == "hyperclovax" else 1 / divisor, softcap)
 
     def apply(self, raw: Tensor) -> Tensor:
-        """Logits from W h + b, in float32 or better."""
+        """Logits from W h + b, in float32 or wider."""
         logits = raw.to(_wide(raw.dtype))
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -62,7 +62,7 @@ class LogitForm:
         return logits if self.temperature == 1.0 else logits / self.temperature
 
     def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """Gradient with respect to W h + b from the one with respect to the logits, in place."""
+        """Gradient with respect to W h + b from that with respect to the logits, in place."""
         if self.softcap is not None:
             grad.mul_(1 - (logits * self.temperature / self.softcap) ** 2)
         factor = self.scale / self.temperature
@@ -72,15 +72,15 @@ class LogitForm:
 def score_tokens(hidden: Tensor, head: nn.Module, targets: Tensor, form: LogitForm) -> TokenScores:
     """Scores of ``targets`` under ``head``; differentiable in ``hidden`` and in the head's parameters.
 
-    A plain linear head has its own backward: a frozen one needs no second pass over the vocabulary, a trained one
-    forms each chunk of logits again. Any other head (an adapter on it, sharded parameters) is called as it is, chunk
-    by chunk under activation checkpointing.
+    A plain linear head has its own backward: a frozen head needs no second pass over the vocabulary, a trained head
+    recomputes each chunk of logits. Any other head (with an adapter, or with sharded parameters) is called chunk by
+    chunk under activation checkpointing.
 
     Args:
         hidden: [M, D], last hidden states at the positions that predict.
         head: the output embeddings of the model.
         targets: [M], token ids.
-        form: what the model does to the logits.
+        form: how the model makes logits from the head's output.
     """
     plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head.weight, "ds_id")
     if plain and not isinstance(head.weight.data, DTensor):
@@ -115,8 +115,8 @@ def _scores_of_module(hidden: Tensor, head: nn.Module, targets: Tensor, form: Lo
 class _LinearScores(torch.autograd.Function):
     """``score_tokens`` for a linear head.
 
-    d logp_t / d logits_t = onehot(target_t) - softmax_t. With a frozen head that row times W is all that backward
-    ever needs, so it is formed in forward while the softmax is there: [M, D] numbers instead of a second [M, V].
+    d logp_t / d logits_t = onehot(target_t) - softmax_t. With a frozen head, backward needs only this row times W, so
+    forward computes the product while it has the softmax: [M, D] numbers in place of a second [M, V].
     """
 
     @staticmethod

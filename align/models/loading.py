@@ -19,7 +19,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     """Tokenizer of a model folder or hub id, with a padding token.
 
     Raises:
-        ModelError: there is none, it does not fit the model, or it has no token to pad with.
+        ModelError: there is no tokenizer, it does not fit the model, or it has no token for padding.
     """
     check_model_folder(model)
     with loading(model, "no tokenizer can be loaded"):
@@ -41,16 +41,16 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
 def load_policy(
     model: str, *, trust_remote_code: bool = False, trainable: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
-    """Causal language model of a folder (an adapter folder included) or hub id, from safetensors alone.
+    """Causal language model of a folder (also an adapter's) or hub id; reads safetensors only.
 
     Args:
         model: folder or hub id.
-        trust_remote_code: run code that comes with the model.
-        trainable: whether an adapter's weights take gradients; those of a whole model do in any case.
-        kwargs: of ``from_pretrained``.
+        trust_remote_code: whether code that comes with the model may run.
+        trainable: whether an adapter's weights require gradients; those of a model without adapter always do.
+        kwargs: passed to ``from_pretrained``.
 
     Raises:
-        ModelError: it cannot be loaded as one.
+        ModelError: it cannot be loaded as a causal language model.
     """
     check_model_folder(model, tokenizer=False)
     with loading(model, "cannot be loaded as a causal language model"):

@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from align.config.columns import PAIR_COLUMNS, REFERENCE_COLUMNS
 from align.errors import ModelError
 from align.models import attention
-from align.models.collator import REAL
+from align.models.collator import REAL, ROW
 from align.models.lm_head import LogitForm, TokenScores, score_tokens
 from align.models.packing import pack
 
@@ -24,11 +25,9 @@ Layout = Literal["concatenated", "shared_prefix"]
 TRIAL_TOKENS = 8
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 HALF_HEAD_TOLERANCE = 0.25
-"""Mean difference of log-probs (nats) that rounding explains: of logits near 30, 16 bits leave 0.1."""
+"""Largest mean difference of log-probs (nats) due to rounding; 16 bits round logits near 30 by 0.1."""
 FORWARD_BEFORE = "_forward_without_completion_head"
-NOT_MODEL_INPUTS = frozenset(
-    {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "margin", "weight", "trust", "row", REAL}
-)
+NOT_MODEL_INPUTS = frozenset({"completion_mask", *REFERENCE_COLUMNS, *PAIR_COLUMNS, ROW, REAL})
 
 
 class SequenceLogps(NamedTuple):
@@ -43,24 +42,24 @@ class SequenceLogps(NamedTuple):
     rejected_length: Tensor
     """[B], completion tokens."""
     tokens: TokenScores
-    """Of each completion token, each [2B, T - 1], place t - 1 for the token at t; 0 elsewhere."""
+    """Scores of the completion tokens, each [2B, T - 1], at index t - 1 for the token at t; 0 elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Which hidden states predict which tokens: ``places`` [M] in the flattened hidden states, ``targets`` [M]."""
+    """Which hidden states predict which tokens: indices ``places`` [M] of flattened hidden states, ``targets`` [M]."""
 
     places: Tensor
     targets: Tensor
     width: int
-    """Tokens per row of the input; what an adapter puts before them is skipped."""
+    """Tokens per row of the input; virtual tokens that an adapter puts before them are skipped."""
     temperature: float = 1.0
-    """The scores are those of the logits over this."""
+    """Divisor of the logits."""
 
 
 @dataclass
 class ScoredOutput(ModelOutput):
-    """What a model with a completion head returns, each [M]; see TokenScores."""
+    """Output of a model with a completion head, each [M]; see ``TokenScores``."""
 
     logps: Tensor | None = None
     entropy: Tensor | None = None
@@ -69,9 +68,12 @@ class ScoredOutput(ModelOutput):
 
 
 def add_completion_head(model: PreTrainedModel) -> None:
-    """Let ``model(..., scored=Scored(...))`` return the scores of those tokens alone, never the full logits.
+    """Make ``model(..., scored=Scored(...))`` return the scores of these tokens only, without full logits.
 
-    The forward itself is extended, so that wrappers (PEFT, DDP, FSDP) and their hooks stay in place.
+    This replaces ``model.forward``, so wrappers (PEFT, DDP, FSDP) and their hooks stay in place.
+
+    Raises:
+        ModelError: the head does not give the model's own log-probs.
     """
     if hasattr(model, FORWARD_BEFORE):
         return
@@ -81,19 +83,19 @@ def add_completion_head(model: PreTrainedModel) -> None:
 
 
 def _check_head(model: PreTrainedModel) -> None:
-    """Whether the head gives the model's own log-probs, on two short random rows.
+    """Compare the head's log-probs with the model's own on two short random rows.
 
     Raises:
-        ModelError: it does not: between the last hidden state and the logits is more than this program knows.
+        ModelError: they differ, because the model does more to its last hidden state than ``LogitForm`` describes.
     """
     embedded = model.get_input_embeddings().weight
-    if hasattr(embedded, "ds_id") or isinstance(embedded, DTensor):  # in parts on several processes
+    if hasattr(embedded, "ds_id") or isinstance(embedded, DTensor):  # sharded over processes
         return
     ids = torch.randint(embedded.shape[0], (2, TRIAL_TOKENS), generator=torch.Generator().manual_seed(0))
     ids, training = ids.to(embedded.device), model.training
     model.eval()
     with torch.no_grad():
-        # the class's own forward: accelerate may have wrapped the model's in autocast, which the head is not under
+        # forward of the class: accelerate may have wrapped the instance's in autocast, which does not cover the head
         logits = type(model).forward(model, input_ids=ids, use_cache=False).logits.flatten(0, 1)
         targets = ids.flatten().clamp(max=logits.shape[1] - 1)
         places = torch.arange(ids.numel(), device=ids.device)
@@ -112,7 +114,7 @@ def _check_head(model: PreTrainedModel) -> None:
 
 
 def _forward(self: PreTrainedModel, *args: Any, scored: Scored | None = None, **kwargs: Any) -> Any:
-    """``model.forward`` with a completion head; a method, so that a copy of the model runs the copy."""
+    """``model.forward`` with a completion head; a bound method, so that a copy of the model runs its own weights."""
     if scored is None:
         return getattr(self, FORWARD_BEFORE)(*args, **kwargs)
     hidden = self.base_model(*args, **kwargs).last_hidden_state[:, -scored.width :]
@@ -128,9 +130,9 @@ def pair_logps(model: torch.nn.Module, batch: dict[str, Any], layout: Layout) ->
     Args:
         model: causal language model after ``add_completion_head``, and for ``shared_prefix`` also after
             ``attention.enable``; it may be wrapped by PEFT and by a launcher.
-        batch: right-padded, as ``PairCollator`` makes it.
-        layout: ``concatenated`` runs the 2B sequences as they are; ``shared_prefix`` packs the pairs into one row
-            where each pair's common start stands once. Both give the same numbers up to rounding.
+        batch: right-padded, from ``PairCollator``.
+        layout: ``concatenated`` runs the 2B sequences as they are; ``shared_prefix`` packs the pairs into one row that
+            holds the common prefix of each pair once. Both give the same numbers up to rounding.
     """
     return (_shared_prefix if layout == "shared_prefix" else _concatenated)(model, batch)
 
@@ -166,13 +168,13 @@ def _shared_prefix(model: torch.nn.Module, batch: dict[str, Any]) -> SequenceLog
 
 
 def _collect(output: Any, ends: Tensor, mask: Tensor, shared: Tensor | None = None) -> SequenceLogps:
-    """Scores back at their places.
+    """Scatter scores to the positions of their tokens.
 
     Args:
         output: scores [M].
-        ends: [M], places in the flattened [2B, T - 1] tokens.
-        mask: [2B, T], completion tokens.
-        shared: [2B, T], completion tokens of rejected rows that stand in the chosen row.
+        ends: int64 [M], indices into the flattened [2B, T - 1] tokens.
+        mask: bool [2B, T], completion tokens.
+        shared: bool [2B, T], completion tokens of rejected rows that are packed with the chosen row.
     """
     scored = mask[:, 1:]
     half = mask.shape[0] // 2

@@ -1,4 +1,4 @@
-"""A batch of pairs as one row of tokens in which everything that both responses start with stands once.
+"""A batch of pairs packed into one row of tokens that holds the common prefix of each pair once.
 
 Legend: B pairs, T padded tokens of the longest of the 2B sequences, N packed tokens.
 """
@@ -12,22 +12,22 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PackedPairs:
-    """N tokens that stand for 2B sequences, and where each sequence finds its tokens.
+    """N tokens that stand for 2B sequences, and the indices of each sequence's tokens.
 
-    The common start of the chosen and the rejected sequence of a pair (the prompt, and the responses' own common
-    start) is there once: a causal model gives it the same hidden states in both.
+    The common prefix of the chosen and the rejected sequence of a pair (the prompt, and what the responses have in
+    common at their start) is packed once: a causal model gives it the same hidden states in both sequences.
     """
 
     input_ids: Tensor
     """[1, N]."""
     position_ids: Tensor
-    """[1, N], position of each token in its own sequence."""
+    """[1, N], position of each token in its sequence."""
     source: Tensor
-    """[2B, T], packed index of the token at each place of each sequence; 0 where there is none."""
+    """[2B, T], packed index of the token at each position of each sequence; 0 for padding."""
     own: Tensor
-    """[N], place in the flattened [2B * T] sequences that a packed token comes from."""
+    """[N], index of each packed token in the flattened [2B * T] sequences."""
     longest: int
-    """T."""
+    """T, tokens of the longest sequence."""
 
 
 def pack(batch: dict[str, Any]) -> PackedPairs:
@@ -35,15 +35,15 @@ def pack(batch: dict[str, Any]) -> PackedPairs:
     ids, valid = batch["input_ids"], batch["attention_mask"].bool()
     shared = shared_start(batch)
     rows, longest = ids.shape
-    place = torch.arange(longest, device=ids.device)
+    position = torch.arange(longest, device=ids.device)
     duplicate = torch.zeros_like(valid)
-    duplicate[rows // 2 :] = place < shared[:, None]
+    duplicate[rows // 2 :] = position < shared[:, None]
     own = valid & ~duplicate
     source = own.flatten().cumsum(0).sub(1).view(rows, longest)
     source[rows // 2 :] = torch.where(duplicate[rows // 2 :], source[: rows // 2], source[rows // 2 :])
     return PackedPairs(
         input_ids=ids[own][None],
-        position_ids=place.expand(rows, longest)[own][None],
+        position_ids=position.expand(rows, longest)[own][None],
         source=source.masked_fill(~valid, 0),
         own=own.flatten().nonzero().squeeze(1),
         longest=longest,
@@ -51,7 +51,7 @@ def pack(batch: dict[str, Any]) -> PackedPairs:
 
 
 def shared_start(batch: dict[str, Any]) -> Tensor:
-    """Tokens [B] that the chosen and the rejected sequence of each pair have in common from the first on."""
+    """Length, int64 [B], of the common prefix of each pair's two sequences, in tokens."""
     ids, valid, completion = batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"].bool()
     half = ids.shape[0] // 2
     same = (ids[:half] == ids[half:]) & valid[:half] & valid[half:] & (completion[:half] == completion[half:])
@@ -59,7 +59,7 @@ def shared_start(batch: dict[str, Any]) -> Tensor:
 
 
 def packed_tokens(batch: dict[str, Any]) -> Tensor:
-    """Tokens [B] that each pair takes when packed."""
+    """Number of tokens, int64 [B], of each pair when packed."""
     lengths = batch["attention_mask"].sum(dim=1)
     half = lengths.shape[0] // 2
     return lengths[:half] + lengths[half:] - shared_start(batch)

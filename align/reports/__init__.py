@@ -1,1 +1,1 @@
-"""One run -> report.json -> one self-contained HTML page."""
+"""Plots, verdicts and self-contained HTML pages, each rendered from the numbers of one JSON report."""

@@ -1,4 +1,4 @@
-"""Gathers what the stages of a run wrote into one dictionary: report.json. Nothing is shown that is not in it."""
+"""Gather the results of a run's stages into one dictionary, report.json; the page shows nothing else."""
 
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
@@ -25,8 +25,8 @@ def collect(config: RunConfig, *, seconds: dict[str, float], command: str) -> di
 
     Args:
         config: the run.
-        seconds: stage name -> wall-clock seconds of the run that made it; no other stage's folder is looked at.
-        command: what makes the same run again.
+        seconds: stage name -> wall-clock seconds of the run that made it; no other stage's folder is read.
+        command: command line that makes the same run again.
     """
     root = config.folder
     report: dict[str, Any] = {
@@ -104,7 +104,7 @@ def _margins(config: RunConfig, root: Path) -> dict[str, Any] | None:
         section["tau"] = parameters["tau"]
         assert config.train is not None
         if config.train.methods[method].weights is not None:
-            section["warnings"].append(f"{method}: shown before what its `weights` do to margins and weights.")
+            section["warnings"].append(f"{method}: margins and weights are those before its `weights` section.")
         share = section["summary"][method]["ess_share"]
         if share > 0.99:
             section["warnings"].append(
@@ -132,7 +132,7 @@ def _training(root: Path, seconds: Mapping[str, float]) -> dict[str, Any] | None
 
 
 def _summary(report: dict[str, Any]) -> dict[str, Any]:
-    """The handful of numbers that a script wants: summary.json."""
+    """The main numbers, for scripts: summary.json."""
     summary: dict[str, Any] = {"seconds_per_stage": report["run"]["seconds_per_stage"]}
     if "reward_model" in report:
         _put(summary, "reward_model_accuracy", report["reward_model"]["heldout"]["accuracy"])
@@ -160,6 +160,6 @@ def _put(summary: dict[str, Any], key: str, estimate: dict[str, float]) -> None:
 
 
 def _column(folder: Path) -> list[float]:
-    """The margins that there are."""
+    """The margins of a pair table that are not missing, rounded."""
     margin = np.asarray(read_pairs(folder)["margin"], dtype=np.float64)
     return [round(float(value), DIGITS) for value in margin[~np.isnan(margin)]]

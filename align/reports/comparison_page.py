@@ -9,6 +9,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from align.data.text import plain
+from align.io.files import write_text
 from align.reports import plots
 from align.reports.html import environment
 from align.reports.verdict import name
@@ -18,33 +20,31 @@ SCRIPT = "search.js"
 
 
 def write_comparison_page(target: Path, report: dict[str, Any]) -> None:
-    """Render the page by way of a temporary file.
+    """Render the page.
 
     Args:
         target: the file.
-        report: ``reward``, ``comparisons`` and ``frontier``, each as far as it was measured.
+        report: ``reward``, ``comparisons`` and ``frontier``; each may be missing.
     """
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(render(report), encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, render_comparison_page(report))
 
 
-def render(report: dict[str, Any]) -> str:
-    """The page as text; what was not measured is said to be missing in one line."""
+def render_comparison_page(report: dict[str, Any]) -> str:
+    """The page as text; a part that was not measured is one line with the command that measures it."""
     whole = {"reward": None, "comparisons": {}, "frontier": None} | report
     runs = [part["run"] for part in _parts(whole)]
     names = list(dict.fromkeys(key for run in runs for key in run["policies"]))
     script = (files("align.reports") / "templates" / SCRIPT).read_text(encoding="utf-8")
-    said, details = headline(whole)
+    sentence, details = headline(whole)
     made = environment()
     made.filters["percent"] = percent
     return made.get_template("comparison.html.j2").render(
         report=whole,
         names=names,
-        headline=said,
+        headline=sentence,
         details=details,
         plots=_plots(whole, names),
-        colour=plots.colour,
+        color=plots.color,
         changes=_changes(whole),
         text_tables=_text_tables(whole),
         samples=_samples(whole, names),
@@ -56,7 +56,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def script_hash(script: str) -> str:
-    """What a content security policy calls exactly this script."""
+    """Source expression of a content security policy that allows this script and no other."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
@@ -68,14 +68,14 @@ def percent(estimate: dict[str, float]) -> str:
 
 
 def headline(report: dict[str, Any]) -> tuple[str, list[str]]:
-    """One sentence as honest as its intervals, and what else there is to say."""
-    said = [_preferred(found) for found in report["comparisons"].values()]
+    """The main result in one sentence with its interval, then the other results."""
+    sentences = [_preferred(found) for found in report["comparisons"].values()]
     if report["reward"]:
         policies = report["reward"]["policies"]
-        said = [_gained(key, policy) for key, policy in policies.items() if policy["gain"]] + said
-    if not said:
+        sentences = [_gained(key, policy) for key, policy in policies.items() if policy["gain"]] + sentences
+    if not sentences:
         return ("Reward against KL was measured." if report["frontier"] else "Nothing has been evaluated yet."), []
-    return said[0], said[1:] + _changes(report)
+    return sentences[0], sentences[1:] + _changes(report)
 
 
 def _gained(key: str, policy: dict[str, Any]) -> str:
@@ -96,7 +96,7 @@ def _preferred(found: dict[str, Any]) -> str:
     verb = "beats" if rate["value"] > 0.5 else "loses to"
     doubt = ""
     if controlled and controlled["rate"]["low"] <= 0.5 <= controlled["rate"]["high"]:
-        doubt = ": the length may be all there is to it"
+        doubt = ": the difference in length may explain all of it"
     return f"{a} {verb} {b}: {a} wins {percent(rate)}{equal}{doubt}; judge {found['judge']}."
 
 
@@ -105,19 +105,19 @@ def _parts(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _changes(report: dict[str, Any]) -> list[str]:
-    """What degraded (or improved) in the texts, once for each policy and baseline."""
-    said = []
+    """Changes of the text statistics beyond their intervals, once for each policy and baseline."""
+    sentences = []
     for part in (report["reward"], *report["comparisons"].values()):
         base = "reference" if part is report["reward"] else part["b"]
         for item in part["changed"] if part else []:
             share = percent(item["change"]).replace("%", " points")
             shown = interval(item["change"]) if item["what"] == "tokens" else share
-            said.append(f"{name(item['policy'])} {item['said']} than {name(base)}: {shown}.")
-    return list(dict.fromkeys(said))
+            sentences.append(f"{name(item['policy'])} {item['said']} than {name(base)}: {shown}.")
+    return list(dict.fromkeys(sentences))
 
 
 def _text_tables(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """One table of text statistics for each set of policies."""
+    """Text statistics, one table for each set of policies."""
     tables = []
     if report["reward"]:
         tables.append({key: policy["texts"] for key, policy in report["reward"]["policies"].items()})
@@ -128,18 +128,18 @@ def _text_tables(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _samples(report: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
-    """The completions of all policies for the same prompt, and what the judges said of them.
+    """Completions of all policies for each prompt, with the verdicts of the judges.
 
-    Parts of the report share an entry where what they have of the same policy is the same text: under another decoding
-    or another model of the same name it is not, and a verdict stands beside the texts that it was given on.
+    Two parts of the report share an entry if their texts of the same policy are equal. They differ under
+    another decoding, or if two models have the same name; a verdict is shown with the texts that were judged.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for part in _parts(report):
         for sample in part.get("samples", []):
             entries = found.setdefault(json.dumps(sample["prompt"], sort_keys=True), [])
-            entry = next((one for one in entries if _agree(one["completions"], sample["completions"])), None)
+            entry = next((one for one in entries if _same_texts(one["completions"], sample["completions"])), None)
             if entry is None:
-                entry = {"prompt": _shown(sample["prompt"]), "completions": {}, "verdicts": []}
+                entry = {"prompt": plain(sample["prompt"]), "completions": {}, "verdicts": []}
                 entries.append(entry)
             merged = sample["completions"] | entry["completions"]
             entry["completions"] = {key: merged[key] for key in names if key in merged}
@@ -148,8 +148,8 @@ def _samples(report: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
     return [entry for entries in found.values() for entry in entries]
 
 
-def _agree(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether the policies that both have wrote the same."""
+def _same_texts(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether the policies in both have equal texts."""
     return all(first[key]["text"] == second[key]["text"] for key in first.keys() & second.keys())
 
 
@@ -160,12 +160,8 @@ def _verdict(part: dict[str, Any], preference: float) -> str:
     return f"{part['judge']}: {name(winner)} before {name(loser)}"
 
 
-def _shown(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-
-
 def _plots(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Every plot that the report has numbers for; a policy has one colour on the page."""
+    """Every plot that the report has numbers for; a policy has the same color in all of them."""
     made: dict[str, Any] = {"wins": {}}
     titles: dict[str, Any] = {"x_title": "KL to the reference (nats per completion)", "y_title": "reward"}
     if report["reward"]:
@@ -175,9 +171,9 @@ def _plots(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
         wins = found["win_rate"]
         made["wins"][key] = plots.shares(
             {
-                f"{name(found['a'])} wins": (wins["wins"], plots.colour(found["a"], names)),
+                f"{name(found['a'])} wins": (wins["wins"], plots.color(found["a"], names)),
                 "ties": (wins["ties"], "tie"),
-                f"{name(found['b'])} wins": (wins["losses"], plots.colour(found["b"], names)),
+                f"{name(found['b'])} wins": (wins["losses"], plots.color(found["b"], names)),
             }
         )
     if report["frontier"]:
@@ -186,7 +182,7 @@ def _plots(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def _curves(points: list[dict[str, Any]]) -> dict[str, list[plots.Mark]]:
-    """Temperatures in order, and the checkpoints in order from the reference on."""
+    """Marks of each policy by temperature, and of its checkpoints by step, from the reference on."""
     curves: dict[str, list[plots.Mark]] = {}
     start = points[0]
     for policy in dict.fromkeys(point["policy"] for point in points):
@@ -203,9 +199,9 @@ def _curves(points: list[dict[str, Any]]) -> dict[str, list[plots.Mark]]:
     return curves
 
 
-def _mark(point: dict[str, Any], said: str, label: str = "") -> plots.Mark:
+def _mark(point: dict[str, Any], title: str, label: str = "") -> plots.Mark:
     kl = f"KL {interval(point['kl'])}" if point["kl"] else "KL 0"
-    hover = f"{said}: {kl}, reward {interval(point['reward'])}"
+    hover = f"{title}: {kl}, reward {interval(point['reward'])}"
     return plots.Mark(_kl(point), _ends(point["reward"]), hover, label)
 
 

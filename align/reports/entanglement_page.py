@@ -1,4 +1,4 @@
-"""Measurements of gradient entanglement -> one HTML file; no script, no request, every text escaped."""
+"""Pages of gradient entanglement: one HTML file each, without script or request, with every text escaped."""
 
 import math
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from align.io.files import write_text
 from align.reports import plots
 from align.reports.html import environment
 
@@ -13,7 +14,7 @@ CURVE = [k / 60 for k in range(1, 60)]
 
 
 def write_trace_page(target: Path, report: dict[str, Any]) -> None:
-    """Render the trajectory of one method (align/entanglement/trace.py)."""
+    """Render the measurements at the checkpoints of one method (align/entanglement/trace.py)."""
     _write(target, "trace.html.j2", report=report, plots=_trajectory(report["points"]))
 
 
@@ -23,7 +24,7 @@ def write_entanglement_page(target: Path, table: Dataset, report: dict[str, Any]
     Args:
         target: the file.
         table: rows of ``measure_pairs``.
-        report: ``run`` (what was measured, how long it took), ``summary``, ``advice``, ``pairs`` (coloured text).
+        report: ``run`` (what was measured, how long it took), ``summary``, ``advice``, ``pairs`` (colored text).
     """
     _write(target, "entanglement.html.j2", report=report, plots=_plots(table))
 
@@ -36,9 +37,7 @@ def shade(value: float, largest: float) -> str:
 
 
 def _write(target: Path, template: str, **values: Any) -> None:
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(environment().get_template(template).render(**values), encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, environment().get_template(template).render(**values))
 
 
 def _trajectory(points: list[dict[str, float]]) -> list[tuple[str, Any]]:
@@ -58,14 +57,14 @@ def _trajectory(points: list[dict[str, float]]) -> list[tuple[str, Any]]:
 
 def _plots(table: Dataset) -> dict[str, Any]:
     rows = list(table)
-    centred: dict[str, list[tuple[float, float, str]]] = {}
+    centered: dict[str, list[tuple[float, float, str]]] = {}
     steps: dict[str, list[tuple[float, float, str]]] = {}
     distance: dict[str, list[tuple[float, float, str]]] = {}
     for row in rows:
         text = f"{row['id']}: {row['verdict']}, cosine {row['cosine']:.2f}, |gl|/|gw| {row['norm_ratio']:.2f}"
         if row["d_w"] > 0 and row["d_l"] > 0 and row["chosen_sq"] > 0 and row["rejected_sq"] > 0:
             height = math.log2(row["norm_ratio"]) - math.log2(row["d_w"] / row["d_l"])
-            centred.setdefault(row["verdict"], []).append((row["cosine"], height, text))
+            centered.setdefault(row["verdict"], []).append((row["cosine"], height, text))
         size = math.sqrt(row["chosen_sq"] * row["rejected_sq"]) * max(abs(row["d_w"]), abs(row["d_l"])) or 1.0
         steps.setdefault(row["verdict"], []).append((row["step_chosen"] / size, row["step_rejected"] / size, text))
         distance.setdefault(row["verdict"], []).append((row["token_difference"], row["cosine"], text))
@@ -74,12 +73,12 @@ def _plots(table: Dataset) -> dict[str, Any]:
         "steps": plots.scatter(steps, x_title="change of log p(chosen), scaled", y_title="change of log p(rejected)"),
         "distance": plots.scatter(distance, x_title="difference of the responses (tokens)", y_title="cosine"),
     }
-    if centred:
+    if centered:
         made["regions"] = plots.scatter(
-            centred,
+            centered,
             x_title="cosine of gw and gl",
             y_title="log2 of |gl| d_l / (|gw| d_w)",
             bounds=[[(c, -math.log2(c)) for c in CURVE], [(c, math.log2(c)) for c in CURVE]],
-            x=(min(-0.05, *(x for values in centred.values() for x, _, _ in values)), 1.02),
+            x=(min(-0.05, *(x for values in centered.values() for x, _, _ in values)), 1.02),
         )
     return made

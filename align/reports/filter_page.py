@@ -1,4 +1,4 @@
-"""What a filter kept and dropped -> one HTML file; no script, no request, every text escaped."""
+"""Page of a filter: one HTML file, without script or request, with every text escaped."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import numpy as np
 from align.data.text import cells, plain
 from align.filtering.selection import top_k
 from align.filtering.tables import Filtered
+from align.io.files import write_text
 from align.reports import plots
 from align.reports.html import environment
 
@@ -16,7 +17,7 @@ MAP_POINTS = 1200
 PCA_ROWS = 20_000
 BY_RULE = "broke a rule"
 SHADES = {"kept": "c1", "dropped": "c2"}
-"""As ``plots.scatter`` colours the first two kinds."""
+"""CSS classes that ``plots.scatter`` gives the first two series."""
 SHOWN_CHARACTERS = 120
 
 
@@ -25,8 +26,8 @@ def write_filter_page(target: Path, found: Filtered, source: str) -> None:
 
     Args:
         target: the file.
-        found: all pairs with scores and ``kept``.
-        source: where the pairs came from.
+        found: all pairs with their scores and ``kept``.
+        source: path or id that the pairs were read from.
     """
     scored = np.isfinite(found.columns["importance"])
     columns = {name: np.asarray(values) for name, values in found.columns.items() if values.dtype.kind == "f"}
@@ -50,18 +51,16 @@ def write_filter_page(target: Path, found: Filtered, source: str) -> None:
             rules=_examples(found, scored),
         )
     )
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, page)
 
 
 def embedding_map(found: Filtered) -> Any:
-    """The prompts in the plane of the two largest principal components, coloured by what became of them."""
+    """The prompts on their first two principal components, colored by kept, dropped or broken rule."""
     rng = np.random.default_rng(0)
     count = len(found.kept)
-    axes, centre, share = _principal_plane(found.vectors, rng)
+    axes, center, share = _principal_plane(found.vectors, rng)
     rows = np.sort(rng.choice(count, min(count, MAP_POINTS), replace=False))
-    plane = (np.asarray(found.vectors[rows]) - centre) @ axes
+    plane = (np.asarray(found.vectors[rows]) - center) @ axes
     scored = np.isfinite(found.columns["importance"][rows])
     fate = np.where(found.kept[rows], "kept", np.where(scored, "dropped", BY_RULE))
     prompts = found.pairs.select(rows)["prompt"]
@@ -78,18 +77,18 @@ def embedding_map(found: Filtered) -> Any:
 
 
 def _principal_plane(vectors: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Axes [D, 2], centre [D] and share of the variance [2], from at most ``PCA_ROWS`` rows; signs are fixed."""
+    """Axes [D, 2], center [D] and explained variance ratio [2], from at most ``PCA_ROWS`` rows; signs are fixed."""
     rows = np.sort(rng.choice(len(vectors), min(len(vectors), PCA_ROWS), replace=False))
     sample = np.asarray(vectors[rows], dtype=np.float64)
-    centre = sample.mean(axis=0)
-    values, directions = np.linalg.eigh((sample - centre).T @ (sample - centre))
+    center = sample.mean(axis=0)
+    values, directions = np.linalg.eigh((sample - center).T @ (sample - center))
     axes = directions[:, :-3:-1]
     axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), [0, 1]])
-    return axes, centre, values[:-3:-1] / max(values.sum(), 1e-12)
+    return axes, center, values[:-3:-1] / max(values.sum(), 1e-12)
 
 
 def _border(found: Filtered, scored: np.ndarray) -> dict[str, list[dict[str, Any]]]:
-    """The kept pairs with the least and the dropped pairs with the most importance."""
+    """The kept pairs with the smallest and the dropped pairs with the largest importance."""
     importance = found.columns["importance"]
     kept, dropped = np.flatnonzero(found.kept), np.flatnonzero(scored & ~found.kept)
     least = kept[top_k(-importance[kept], kept, BORDER)]
@@ -100,7 +99,7 @@ def _border(found: Filtered, scored: np.ndarray) -> dict[str, list[dict[str, Any
 
 
 def _examples(found: Filtered, scored: np.ndarray) -> list[dict[str, Any]]:
-    """One pair of each rule that dropped any, then more of them up to ``BORDER``."""
+    """One pair for each rule that dropped any, then more dropped pairs up to ``BORDER``."""
     broken = np.flatnonzero(~scored)
     rules = [found.reasons.broken[k][0] for k in broken.tolist()]
     _, first = np.unique(rules, return_index=True) if rules else ([], np.empty(0, dtype=np.int64))

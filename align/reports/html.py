@@ -1,4 +1,4 @@
-"""The jinja2 environment of every page; texts are escaped."""
+"""The jinja2 environment of all pages."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ from align.stats import interval, number
 
 
 def environment() -> Environment:
-    """Templates of the pages; everything that they print is escaped."""
+    """Environment with the templates and filters of the pages; it escapes every value."""
     made = Environment(
         loader=PackageLoader("align.reports", "templates"),
         autoescape=select_autoescape(default=True, default_for_string=True),

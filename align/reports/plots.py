@@ -1,4 +1,4 @@
-"""Plots as inline SVG: no library, no script; colours come from the page's style, so light and dark both work."""
+"""Plots as inline SVG without library or script; colors are CSS classes of the page, for light and dark."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from align.reports.verdict import name as written
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 46
 TICKS = 5
-FIXED_COLOURS = {"reference": 0, "dpo": 1, "madpo": 2, "soft_madpo": 3}
-COLOURS = 8
+FIXED_COLORS = {"reference": 0, "dpo": 1, "madpo": 2, "soft_madpo": 3}
+COLORS = 8
 MOST_POINTS = 400
 
 
@@ -45,26 +45,26 @@ class Mark:
     """Lower end of its interval, value, upper end."""
     hover: str
     label: str = ""
-    """Drawn beside the point."""
+    """Drawn next to the point."""
 
 
-def colour(name: str, names: Sequence[str]) -> str:
-    """CSS class of a series: the same method has the same colour everywhere."""
-    if name in FIXED_COLOURS:
-        return f"c{FIXED_COLOURS[name]}"
-    others = [other for other in names if other not in FIXED_COLOURS]
-    return f"c{len(FIXED_COLOURS) + others.index(name) % (COLOURS - len(FIXED_COLOURS))}"
+def color(name: str, names: Sequence[str]) -> str:
+    """CSS class of a series: a method has the same color on all pages."""
+    if name in FIXED_COLORS:
+        return f"c{FIXED_COLORS[name]}"
+    others = [other for other in names if other not in FIXED_COLORS]
+    return f"c{len(FIXED_COLORS) + others.index(name) % (COLORS - len(FIXED_COLORS))}"
 
 
 def histogram(
     series: Mapping[str, Sequence[float]], *, x_title: str, shades: Mapping[str, str] | None = None
 ) -> Markup:
-    """Shares of the values of each series in common bins, drawn over one another.
+    """Histograms of the series over common bins, overlaid, as shares of each series.
 
     Args:
         series: name -> values.
-        x_title: what the values are.
-        shades: name -> CSS class of its colour; by ``colour`` where absent.
+        x_title: title of the horizontal axis.
+        shades: name -> CSS class of its color; default: ``color``.
     """
     names = [name for name, values in series.items() if len(values)]
     pooled = np.concatenate([np.asarray(series[name]) for name in names])
@@ -84,7 +84,7 @@ def histogram(
             f"{x:.1f},{y:.1f}" for x, y in [(points[0][0], axes.py(0)), *points, (points[-1][0], axes.py(0))]
         )
         body.append(
-            f'<polygon class="{(shades or {}).get(name, colour(name, names))} area" points="{path}"><title>{escape(name)}</title></polygon>'
+            f'<polygon class="{(shades or {}).get(name, color(name, names))} area" points="{path}"><title>{escape(name)}</title></polygon>'
         )
     if low < 0 < high:
         body.append(_vertical(axes, 0.0))
@@ -104,10 +104,10 @@ def lines(
     for name, (x, y) in series.items():
         path = " ".join(f"{axes.px(a):.1f},{axes.py(b):.1f}" for a, b in zip(x, y, strict=True))
         body.append(
-            f'<polyline class="{colour(_method(name), [_method(n) for n in names])} line{_dash(name)}" points="{path}"/>'
+            f'<polyline class="{color(_method(name), [_method(n) for n in names])} line{_dash(name)}" points="{path}"/>'
         )
         body += [
-            f'<circle class="{colour(_method(name), [_method(n) for n in names])} hit" cx="{axes.px(a):.1f}" '
+            f'<circle class="{color(_method(name), [_method(n) for n in names])} hit" cx="{axes.px(a):.1f}" '
             f'cy="{axes.py(b):.1f}" r="3"><title>{escape(name)}: {a:g}, {b:.4g}</title></circle>'
             for a, b in _thin(list(zip(x, y, strict=True)))
         ]
@@ -122,7 +122,7 @@ def intervals(points: Mapping[str, tuple[float, tuple[float, float, float]]], *,
     axes = Axes(_range(np.append(xs, 0.0), 0.12), _range(ys.ravel()), x_title, y_title)
     body = []
     for name, (x, (low, value, high)) in points.items():
-        shade, at = colour(name, names), axes.px(x)
+        shade, at = color(name, names), axes.px(x)
         body.append(
             f'<line class="{shade} line" x1="{at:.1f}" x2="{at:.1f}" y1="{axes.py(low):.1f}" y2="{axes.py(high):.1f}"/>'
         )
@@ -142,11 +142,11 @@ def frontier(
 ) -> Markup:
     """One path of marks per series.
 
-    A series called ``<method> checkpoints`` has the colour that the method has among all ``methods`` of the page, and
-    a dashed line.
+    A series called ``<method> checkpoints`` is a dashed line in the color of the method among all ``methods`` of the
+    page.
     """
     names = [name for name, points in curves.items() if points]
-    shades = {name: colour(_method(name), methods) for name in names}
+    shades = {name: color(_method(name), methods) for name in names}
     xs = np.array([mark.x for name in names for mark in curves[name]])
     ys = np.array([mark.y for name in names for mark in curves[name]])
     axes = Axes(_range(np.append(xs, 0.0), 0.08), _range(ys.ravel()), x_title, y_title)
@@ -167,7 +167,7 @@ def frontier(
 
 
 def shares(parts: Mapping[str, tuple[int, str]]) -> Markup:
-    """One horizontal bar in parts: label -> (count, CSS class of its colour)."""
+    """One stacked horizontal bar: label -> (count, CSS class of its color)."""
     total = sum(count for count, _ in parts.values())
     body, legend, at = [], [], 0.0
     for label, (count, shade) in parts.items():
@@ -187,14 +187,14 @@ def shares(parts: Mapping[str, tuple[int, str]]) -> Markup:
 def error_lines(
     series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]], *, x_title: str, y_title: str
 ) -> Markup:
-    """One curve per series of (x, y, standard error of y), the error drawn as a bar to either side."""
+    """One curve per series of (x, y, standard error of y), with error bars."""
     names = list(series)
     xs = np.concatenate([np.asarray(x, dtype=float) for x, *_ in series.values()])
     bounds = np.concatenate([np.asarray(y) + sign * np.asarray(e) for _, y, e in series.values() for sign in (-1, 1)])
     axes = Axes(_range(xs, 0.02), _range(bounds), x_title, y_title)
     body = []
     for name, points in series.items():
-        shade = colour(name, names)
+        shade = color(name, names)
         path = " ".join(f"{axes.px(a):.1f},{axes.py(b):.1f}" for a, b, _ in zip(*points, strict=True))
         body.append(f'<polyline class="{shade} line" points="{path}"/>')
         for a, b, error in zip(*points, strict=True):
@@ -208,18 +208,20 @@ def error_lines(
 
 
 def trust_over_settings(grid: Sequence[Mapping[str, float]]) -> Markup:
-    """Held-out log-likelihood over the trust, a curve for each strength of MADPO's weight; all meet at trust 1."""
+    """Held-out log-likelihood against the trust, a curve per strength of MADPO's weight; all meet at trust 1."""
     end = next(one for one in grid if one["trust"] == 1)
     series = {}
     for strength in sorted({one["strength"] for one in grid}):
         points = [one for one in grid if one["strength"] == strength and one["trust"] < 1] + [end]
         trust, loglik, error = ([point[name] for point in points] for name in ("trust", "loglik", "error"))
         series[f"g={strength:g}"] = (trust, loglik, error)
-    return error_lines(series, x_title="trust t in the margin", y_title="log-likelihood of unseen labels (nats a pair)")
+    return error_lines(
+        series, x_title="trust t in the margin", y_title="log-likelihood of held-out labels (nats per pair)"
+    )
 
 
 def weight_curve(margins: Sequence[float], weights: Mapping[str, Sequence[float]]) -> Markup:
-    """Weight of each pair against its margin, the histogram of the margins under it."""
+    """Weight of each pair against its margin, above the histogram of the margins."""
     names = list(weights)
     margin = np.asarray(margins)
     top = max(1.2, max(float(np.max(values)) for values in weights.values()) * 1.05)
@@ -236,14 +238,14 @@ def weight_curve(margins: Sequence[float], weights: Mapping[str, Sequence[float]
     for name in names:
         for k in _thin(list(order)):
             body.append(
-                f'<circle class="{colour(name, names)} dot" cx="{axes.px(margin[k]):.1f}" cy="{axes.py(weights[name][k]):.1f}" '
+                f'<circle class="{color(name, names)} dot" cx="{axes.px(margin[k]):.1f}" cy="{axes.py(weights[name][k]):.1f}" '
                 f'r="2"><title>m {margin[k]:.3g}, w {weights[name][k]:.3g}</title></circle>'
             )
     return _figure(axes, body, names)
 
 
 def reliability(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> Markup:
-    """Accuracy against confidence; on the diagonal a margin means what it says."""
+    """Reliability diagram: accuracy against confidence; calibrated margins lie on the diagonal."""
     names = list(bins)
     axes = Axes((0.5, 1.0), (0.0, 1.02), "confidence sigmoid(|m|)", "accuracy")
     body = [
@@ -252,9 +254,9 @@ def reliability(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> Markup:
     for name in names:
         points = [(item["confidence"], item["accuracy"], item["count"]) for item in bins[name]]
         path = " ".join(f"{axes.px(x):.1f},{axes.py(y):.1f}" for x, y, _ in points)
-        body.append(f'<polyline class="{colour(name, names)} line" points="{path}"/>')
+        body.append(f'<polyline class="{color(name, names)} line" points="{path}"/>')
         body += [
-            f'<circle class="{colour(name, names)} dot" cx="{axes.px(x):.1f}" cy="{axes.py(y):.1f}" r="4">'
+            f'<circle class="{color(name, names)} dot" cx="{axes.px(x):.1f}" cy="{axes.py(y):.1f}" r="4">'
             f"<title>{escape(name)}: confidence {x:.2f}, accuracy {y:.2f}, {count} pairs</title></circle>"
             for x, y, count in points
         ]
@@ -292,7 +294,7 @@ def scatter(
 
 
 def _figure(axes: Axes, body: Sequence[str], names: Sequence[str], shades: Mapping[str, str] | None = None) -> Markup:
-    """The SVG with its axes, and a legend beside it; everything that is not a number is escaped."""
+    """The SVG with its axes and a legend; everything that is not a number is escaped."""
     parts = []
     for value in _ticks(*axes.x):
         parts.append(
@@ -310,7 +312,7 @@ def _figure(axes: Axes, body: Sequence[str], names: Sequence[str], shades: Mappi
         f'<text class="title" transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(axes.y_title)}</text>'
     )
     methods = [_method(name) for name in names]
-    shades = shades or {name: colour(_method(name), methods) for name in names}
+    shades = shades or {name: color(_method(name), methods) for name in names}
     legend = "".join(
         f'<li><svg viewBox="0 0 22 10" width="22" height="10"><line class="{shades[name]} line{_dash(name)}" '
         f'x1="0" x2="22" y1="5" y2="5"/></svg>{escape(_legend(name))}</li>'
@@ -327,7 +329,7 @@ def _method(name: str) -> str:
 
 
 def _legend(name: str) -> str:
-    """A series name with its method as people write it."""
+    """A series name with the display name of its method."""
     method, blank, rest = name.partition(" ")
     return written(method) + blank + rest
 
@@ -337,7 +339,7 @@ def _dash(name: str) -> str:
 
 
 def _thin(points: list) -> list:
-    """At most ``MOST_POINTS`` of the points, evenly."""
+    """At most ``MOST_POINTS`` of the points, evenly spaced."""
     return (
         points
         if len(points) <= MOST_POINTS

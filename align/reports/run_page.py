@@ -1,9 +1,9 @@
-"""report.json -> report.html: one file, no script, no request, every text escaped."""
+"""Page of a run, report.html from report.json: one file, without script or request, with every text escaped."""
 
 from pathlib import Path
 from typing import Any
 
-from align.io.files import read_json
+from align.io.files import read_json, write_text
 from align.reports import plots
 from align.reports.html import environment
 from align.reports.verdict import verdict
@@ -13,30 +13,27 @@ RELIABLE = ("heldout", "heldout_calibrated", "in_sample", "out_of_fold")
 CURVES = {
     "loss": ("loss", False),
     "rewards/margins": ("implicit reward margin, beta h", True),
-    "rewards/accuracies": ("share of pairs ranked as labelled", False),
+    "rewards/accuracies": ("share of pairs ranked as labeled", False),
     "weight/ess_share": ("effective sample size / batch", False),
 }
 
 
 def write_report(run: Path) -> Path:
-    """Render ``run/report.json`` to ``run/report.html``; the path of the page."""
-    page = render(read_json(run / "report.json"))
+    """Render ``run/report.json`` to ``run/report.html`` and return the path of the page."""
     target = run / "report.html"
-    temporary = target.with_suffix(".html.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, render_run_page(read_json(run / "report.json")))
     return target
 
 
-def render(report: dict[str, Any]) -> str:
-    """The page as text; a section that the report lacks is said to be missing in one line."""
+def render_run_page(report: dict[str, Any]) -> str:
+    """The page as text; a section that the report lacks is one line that says so."""
     sections = dict.fromkeys(SECTIONS) | report
     template = environment().get_template("report.html.j2")
-    return template.render(report=sections, verdict=verdict(report), plots=_plots(report), colour=plots.colour)
+    return template.render(report=sections, verdict=verdict(report), plots=_plots(report), color=plots.color)
 
 
 def _plots(report: dict[str, Any]) -> dict[str, Any]:
-    """Every plot that the report has numbers for."""
+    """Every plot that the report has numbers for, by name."""
     made: dict[str, Any] = {}
     model = report.get("reward_model")
     if model:
@@ -100,7 +97,7 @@ def _curves(methods: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _entanglement(methods: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Curves of the probe pairs, where they were measured."""
+    """Curves of the probe pairs; none if they were not measured."""
     measured = {name: found["entanglement"] for name, found in methods.items() if found.get("entanglement")}
 
     def series(keys: dict[str, str]) -> dict[str, tuple[list[float], list[float]]]:
@@ -112,12 +109,12 @@ def _entanglement(methods: dict[str, Any]) -> list[tuple[str, Any]]:
 
     if not measured:
         return []
-    both = {"predicted_chosen": " predicted", "realised_chosen": " realised"}
+    both = {"predicted_chosen": " predicted", "realised_chosen": " observed"}
     titles: list[tuple[str, dict[str, str], str]] = [
         ("probe pairs whose step would go the wrong way", {"entangled": ""}, "share entangled"),
         ("cosine of the two gradients (median)", {"cosine": ""}, "cosine"),
         ("length of the rejected gradient (median)", {"norm_ratio": ""}, "|gl| / |gw|"),
         ("change of log p(chosen) of the probes by one step", both, "nats"),
-        ("chosen responses of its own batch that a step lowered", {"batch_fell": ""}, "share"),
+        ("chosen responses of the batch of a step that the step lowered", {"batch_fell": ""}, "share"),
     ]
     return [(title, plots.lines(series(keys), x_title="optimizer step", y_title=y)) for title, keys, y in titles]

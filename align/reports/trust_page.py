@@ -1,19 +1,20 @@
-"""What `align trust` found -> one HTML file; no script, no request, every text escaped."""
+"""Page of `align trust`: one HTML file, without script or request, with every text escaped."""
 
 from pathlib import Path
 from typing import Any
 
+from align.io.files import write_text
 from align.reports import plots
 from align.reports.html import environment
 
 TITLES = {
-    "labels": "What do the labels carry?",
-    "margin": "What do the margins carry?",
+    "labels": "How much do the labels tell?",
+    "margin": "How much do the margins tell?",
     "both": "And both together?",
-    "against": "What to expect of the mix",
+    "against": "What to expect of the mix of both",
     "source": "Where do the margins come from?",
     "more": "Would more pairs change the verdict?",
-    "shared": "Do the margins share an error?",
+    "shared": "Do the margins have errors in common?",
 }
 
 
@@ -22,22 +23,23 @@ def write_trust_page(target: Path, found: dict[str, Any]) -> None:
 
     Args:
         target: the file.
-        found: what `align trust` wrote to trust.json.
+        found: content of trust.json.
     """
     page = environment().get_template("trust.html.j2").render(found=found, titles=TITLES, plots=trust_plots(found))
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, page)
 
 
 def trust_plots(found: dict[str, Any]) -> dict[str, Any]:
-    """Held-out log-likelihood over the trust, and the learning curves."""
+    """Held-out log-likelihood against the trust, and the learning curves."""
     curve = found["curve"]
     share = [100 * point["share"] for point in curve]
     lines = {name: (share, [point[name] for point in curve]) for name in ("labels", "chosen")}
     return {
         "grid": plots.trust_over_settings(found["grid"]),
         "curve": plots.lines(
-            lines, x_title="share of the pairs trained on (%)", y_title="nats a pair over a coin", zero=True
+            lines,
+            x_title="share of the pairs trained on (%)",
+            y_title="gain over a coin (nats per pair)",
+            zero=True,
         ),
     }

@@ -1,4 +1,4 @@
-"""One sentence of verdict, as honest as its intervals, from the numbers of a report. Pure."""
+"""The verdict on a run in words, from the numbers of its report and their intervals."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ SAME_KL = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the first screen says."""
+    """The head of the page."""
 
     headline: str
     details: list[str]
@@ -19,17 +19,17 @@ class Verdict:
 
 
 def name(method: str) -> str:
-    """Method name as people write it."""
+    """Display name of a method."""
     return {"dpo": "DPO", "madpo": "MADPO", "soft_madpo": "soft MADPO", "ipo": "IPO"}.get(method, method)
 
 
 def verdict(report: dict[str, Any]) -> Verdict:
-    """The verdict on a run; says so where nothing was seen, and stops at a reward model no better than chance."""
+    """The verdict on a run; it says when no difference is seen, and stops at a reward model at chance."""
     model = report.get("reward_model")
     if model and model["heldout"]["accuracy"]["low"] <= CHANCE:
         return Verdict(
             f"Stop: the reward model is at chance on held-out pairs: {interval(model['heldout']['accuracy'])}.",
-            ["Its margins say nothing about these pairs, so no method that weights by them can be judged."],
+            ["Its margins carry no information about these pairs, so no method that weights by them can be judged."],
             "Give the reward model more or cleaner pairs, or another backbone.",
         )
     details = _about_margins(report)
@@ -49,12 +49,12 @@ def verdict(report: dict[str, Any]) -> Verdict:
         if other != best:
             headline += f" {name(other)} with the same budget ended at {interval(policies[other]['reward'])}."
     details = [_compared(item, policies) for item in evaluation["comparisons"]] + details
-    details = [said for method in trained if (said := _proxy_only(method, policies))] + details
+    details = [line for method in trained if (line := _proxy_only(method, policies))] + details
     gained = policies[best]["gain"]["low"] > 0
     next_step = (
         "Read the samples, then compare reward against KL before calling one method better."
         if gained
-        else "Look at the training curves: if the reward margin grew, the labels do not say what gold says."
+        else "Look at the training curves: if the reward margin grew, the labels disagree with the gold judge."
     )
     return Verdict(headline, details, next_step)
 
@@ -62,23 +62,23 @@ def verdict(report: dict[str, Any]) -> Verdict:
 def _gain(method: str, policies: dict[str, Any]) -> str:
     before, policy = policies["reference"]["reward"], policies[method]
     gain = policy["gain"]
-    said = f"from {interval(before)} to {interval(policy['reward'])}; gain {interval(gain)}"
-    said += f", KL {interval(policy['kl'])} nats." if policy["kl"] else "."
+    change = f"from {interval(before)} to {interval(policy['reward'])}; gain {interval(gain)}"
+    change += f", KL {interval(policy['kl'])} nats." if policy["kl"] else "."
     if gain["low"] > 0:
-        return f"{name(method)} raised the gold reward {said}"
+        return f"{name(method)} raised the gold reward {change}"
     if gain["high"] < 0:
-        return f"{name(method)} lowered the gold reward {said}"
-    return f"No difference in gold reward seen after {name(method)}: {said}"
+        return f"{name(method)} lowered the gold reward {change}"
+    return f"No difference in gold reward seen after {name(method)}: {change}"
 
 
 def _proxy_only(method: str, policies: dict[str, Any]) -> str:
-    """What to say where the reward model sees a gain that the gold judge does not; empty elsewhere."""
+    """A sentence if the reward model sees a gain and the gold judge does not, else an empty string."""
     gain, followed = policies[method]["gain"], policies[method].get("reward_model_gain")
     if followed is None or followed["low"] <= 0 or gain["low"] > 0:
         return ""
     return (
-        f"{name(method)} did learn what its labels say: the run's own reward model sees a gain of {interval(followed)}."
-        " What it rewards is only in part what the gold judge rewards."
+        f"{name(method)} learned what its labels say: the run's own reward model sees a gain of {interval(followed)}."
+        " The gold judge rewards only part of what the reward model does."
     )
 
 
@@ -88,29 +88,29 @@ def _compared(item: dict[str, Any], policies: dict[str, Any]) -> str:
     if difference["low"] <= 0 <= difference["high"]:
         return f"{pair}: no difference seen, {interval(difference)}."
     ahead = a if difference["low"] > 0 else b
-    said = f"{pair}: {name(ahead)} is ahead by {interval(difference)}"
+    lead = f"{pair}: {name(ahead)} is ahead by {interval(difference)}"
     if policies[a]["kl"] is None:
-        return f"{said}, at a KL that was not measured."
+        return f"{lead}, at a KL that was not measured."
     kls = {method: policies[method]["kl"]["value"] for method in (a, b)}
     if abs(kls[a] - kls[b]) > SAME_KL * max(kls.values()):
         ratios = {method: policies[method]["gain_per_root_kl"] for method in (a, b)}
         per = ", ".join(f"{name(method)} {interval(ratio)}" for method, ratio in ratios.items() if ratio)
         further = (
-            f"{said}, at another KL ({number(kls[a])} and {number(kls[b])} nats), so it may only have gone further"
+            f"{lead}, at another KL ({number(kls[a])} and {number(kls[b])} nats), so it may only have moved further"
         )
         return f"{further}; reward gained per sqrt(2 KL): {per}." if per else f"{further}."
-    return f"{said}, at about the same KL."
+    return f"{lead}, at about the same KL."
 
 
 def _about_margins(report: dict[str, Any]) -> list[str]:
-    said = []
+    lines = []
     out_of_fold = report.get("reward_model", {}).get("out_of_fold")
     if out_of_fold:
         inside = report["reward_model"]["in_sample"]["accuracy"]["value"]
-        said.append(
+        lines.append(
             f"Margins on the reward model's own pairs agree with {inside:.0%} of the labels in-sample and with "
-            f"{out_of_fold['accuracy']['value']:.0%} out-of-fold: believe the second."
+            f"{out_of_fold['accuracy']['value']:.0%} out-of-fold: trust the second."
         )
     margins = report.get("margins", {})
-    said += [margins["note"]] if margins.get("note") else []
-    return said + list(margins.get("warnings", []))
+    lines += [margins["note"]] if margins.get("note") else []
+    return lines + list(margins.get("warnings", []))

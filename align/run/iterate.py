@@ -21,7 +21,7 @@ from align.distributed import process_rank
 from align.errors import ConfigError, DataError
 from align.generation.types import Sampling
 from align.io.console import log
-from align.io.files import read_json, write_json
+from align.io.files import atomic_folder, read_json, write_json
 from align.io.hashing import fingerprint_source
 from align.io.stage import run_stage
 from align.models.folders import fingerprint_model
@@ -135,12 +135,11 @@ def _train(config: TrainSection, method: str, pairs: Path, folder: Path, seed: i
         train_policy(read_pairs(pairs), config, method, folder, seed=seed)
     if config.peft is None or process_rank() > 0:
         return
-    temporary = folder / f"{MERGED}.tmp"
-    load_policy(str(folder / MODEL), dtype="float32").merge_and_unload().save_pretrained(temporary)
-    load_tokenizer(config.model).save_pretrained(temporary)
-    if (folder / MERGED).exists():  # of a process that was killed before the stage was whole
-        shutil.rmtree(folder / MERGED)
-    temporary.replace(folder / MERGED)
+    with atomic_folder(folder / MERGED) as temporary:
+        load_policy(str(folder / MODEL), dtype="float32").merge_and_unload().save_pretrained(temporary)
+        load_tokenizer(config.model).save_pretrained(temporary)
+        if (folder / MERGED).exists():  # of a process that was killed before the stage was whole
+            shutil.rmtree(folder / MERGED)
 
 
 def build_settings(config: BuildSection) -> BuildSettings:

@@ -1,1 +1,1 @@
-"""Jobs in shards: over the processes of a launcher, or the workers of a Ray cluster."""
+"""Map a job over a table in shards: in processes of this machine or of a launcher, or on a Ray cluster."""

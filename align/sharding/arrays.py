@@ -1,4 +1,4 @@
-"""What a job finds out about every row of a long table, as arrays in files: a stopped run goes on where it was."""
+"""Map a job over a long table to memory-mapped arrays with a value per row; a stopped run resumes."""
 
 import shutil
 from pathlib import Path
@@ -8,6 +8,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from align.config import ClusterSection
+from align.io.files import atomic_folder
 from align.sharding.jobs import Job, Rows
 from align.sharding.shards import Shards, map_shards
 
@@ -16,7 +17,7 @@ COLUMNS, SHARDS = "columns", "shards"
 Arrays = dict[str, np.ndarray]
 
 
-def found_of(
+def map_arrays(
     table: Rows,
     job: Job,
     folder: Path,
@@ -26,39 +27,36 @@ def found_of(
     cluster: ClusterSection | None = None,
     processes: int = 1,
 ) -> Arrays:
-    """The columns of what ``job`` makes of ``table``, [N, ...] each, memory-mapped from ``folder``.
+    """The columns of the result of ``job`` on ``table``, [N, ...] each, memory-mapped from ``folder``.
 
     Args:
-        table: rows to work on, at least one.
-        job: gives one row for each, of ``as_table``.
-        folder: valid for this table, job and ``rows`` only.
-        what: shown as progress.
-        rows: of a shard.
-        cluster: whose workers share the shards.
-        processes: of this machine that do, without a cluster.
+        table: input, at least one row.
+        job: gives a table of ``as_table`` with one row per input row.
+        folder: cache; valid for this table, job and ``rows`` only.
+        what: name of the work in the progress bar.
+        rows: rows per shard.
+        cluster: Ray cluster that processes the shards.
+        processes: number of processes of this machine that do so without a cluster.
 
     Raises:
-        AlignError: what the job raises, or a cluster that cannot be used.
+        AlignError: an error of the job, or the cluster cannot be used.
     """
     columns, shards = folder / COLUMNS, folder / SHARDS
     if not columns.exists():
         made = map_shards(table, job, shards, size=rows, what=what, cluster=cluster, processes=processes)
-        temporary = folder / f"{COLUMNS}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        _store(made, temporary)
-        temporary.replace(columns)
+        with atomic_folder(columns) as temporary:
+            _store(made, temporary)
     shutil.rmtree(shards, ignore_errors=True)
     return {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in columns.glob("*.npy")}
 
 
 def as_table(arrays: Arrays) -> Dataset:
-    """Numbers, [n] or [n, D] each, as a table of n rows."""
+    """Arrays, [n] or [n, D] each, as the columns of a table with n rows."""
     return Dataset(pa.table({name: _column(np.ascontiguousarray(values)) for name, values in arrays.items()}))
 
 
 def as_array(table: Dataset, name: str) -> np.ndarray:
-    """One column of ``as_table``."""
+    """One column of a table of ``as_table`` as an array, [n] or [n, D]."""
     column = table.data.column(name).combine_chunks()
     if not pa.types.is_fixed_size_list(column.type):
         return column.to_numpy(zero_copy_only=False)

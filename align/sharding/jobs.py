@@ -1,4 +1,4 @@
-"""A job over a table in shards: the protocol, and how its results are written and read."""
+"""Protocol of a job over a table in shards, and its tables as Parquet bytes."""
 
 import io
 from collections.abc import Callable
@@ -9,38 +9,38 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 Work = Callable[[Dataset], Dataset]
-"""Rows of the table -> rows of the result, as many or fewer."""
+"""Rows of a shard -> rows of the result, at most as many."""
 
 
 class Job(Protocol):
-    """What is done to every shard. Elsewhere it arrives pickled: settings and names, no model and no open file."""
+    """Work on a shard. A job is pickled for other processes, so it holds settings and names, no model or open file."""
 
     def start(self) -> Work:
-        """Load what the work needs; called once in each process that works."""
+        """Load what the work needs; called once in each worker process."""
 
 
 class Rows(Protocol):
-    """What is worked on: a table, or what makes one of any of its rows."""
+    """Input of a job: a Dataset, or an object that builds one for a range of rows."""
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
 
     def select(self, indices: range) -> Dataset:
-        """Some of them."""
+        """The rows of a range."""
 
 
 def read_table(file: Path) -> Dataset:
-    """The table of a Parquet file, read into memory and into no cache."""
+    """The table of a Parquet file, in memory, without a cache of datasets."""
     return Dataset(pq.read_table(file, partitioning=None))
 
 
 def encode(table: Dataset) -> bytes:
-    """A table as a Parquet file, its features with it."""
+    """A table with its features as Parquet bytes."""
     stream = io.BytesIO()
     table.to_parquet(stream)
     return stream.getvalue()
 
 
 def decode(file: bytes) -> Dataset:
-    """The table that ``encode`` wrote."""
+    """The table of the bytes of ``encode``."""
     return Dataset(pq.read_table(io.BytesIO(file)))

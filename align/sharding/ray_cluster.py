@@ -1,9 +1,8 @@
-"""The shards of a table on the workers of a Ray cluster, each sent there, worked on and brought back.
+"""Map a job over the shards of a table on the workers of a Ray cluster.
 
-Ray starts and places the workers; what Ray's own retries do not give is here: a worker that is lost is replaced where
-there is room, and its shard goes to whoever is free, so that no shard waits for a machine that is gone. Shards travel
-as Parquet files through the process that asked for them, so the workers need no shared disk for them; the models need
-names or paths that every machine knows.
+Ray starts and places the workers. Ray's retries would wait for a machine that has left; here a lost worker is replaced
+on any machine with room, and its shard goes to the next idle worker. Shards and results are sent as Parquet bytes by
+the calling process, so workers need no shared disk for them; models need a name or path that is valid on all machines.
 """
 
 import logging
@@ -23,32 +22,32 @@ from align.io.console import log, progress
 from align.sharding.jobs import Job, decode, encode
 
 PATIENCE_SECONDS = 60.0
-"""So long nothing may happen, no worker having started, before the user is told."""
+"""The user gets a warning after this time without a working worker."""
 LOSSES = 3
-"""So many workers a shard may lose before it is taken for the cause."""
-KNOCK_SECONDS = 10.0
-SAID = 200
-"""Characters of Ray's own words in a message."""
+"""A shard that has lost this many workers is taken as the cause."""
+CONNECT_SECONDS = 10.0
+MESSAGE_CHARACTERS = 200
+"""Largest number of characters of Ray's message in a message of ours."""
 
 
 class Worker:
-    """What runs in a process of the cluster."""
+    """The Ray actor that runs a job."""
 
     def __init__(self, job: Job, folder: str, threads: int) -> None:
         self.job, self.threads = job, threads
-        if Path(folder).is_dir():  # so that the paths that the user gave mean the same here
+        if Path(folder).is_dir():  # so that relative paths of the user are valid here
             os.chdir(folder)
         self.work: Callable[[Dataset], Dataset] | None = None
 
     def start(self) -> None:
-        """Load the model, with as many threads as there are CPUs for a worker, whatever the environment says."""
+        """Load the model; use one thread per CPU of the worker, regardless of the environment."""
         import torch
 
         torch.set_num_threads(self.threads)
         self.work = self.job.start()
 
     def __call__(self, shard: bytes) -> bytes:
-        """A shard's result."""
+        """The result of a shard, as Parquet bytes."""
         assert self.work is not None
         return encode(self.work(decode(shard)))
 
@@ -62,20 +61,20 @@ def map_on_cluster(
     *,
     what: str,
 ) -> None:
-    """Work on all shards; ``keep`` gets each result once, in any order.
+    """Process all shards; ``keep`` gets each result once, in any order.
 
     Args:
         job: pickled and started once in each worker.
-        shards: their numbers.
-        rows: of a shard; called for when it is sent.
-        cluster: where, and how many workers.
-        keep: number and Parquet file of a finished shard.
-        what: shown to the user meanwhile.
+        shards: number of each shard.
+        rows: gives the rows of a shard; called when the shard is sent.
+        cluster: address and workers.
+        keep: takes the number and the Parquet bytes of a finished shard.
+        what: name of the work in the progress bar.
 
     Raises:
         AlignError: raised by the job in a worker.
-        EnvironmentProblem: Ray is not installed, the cluster cannot be reached, has no room or fails, or workers are
-            lost on the same shard again and again.
+        EnvironmentProblem: Ray is not installed, the cluster cannot be reached, has no room or fails, or ``LOSSES``
+            workers are lost on the same shard.
     """
     ray = _connected(cluster)
     try:
@@ -86,16 +85,16 @@ def map_on_cluster(
         raise
     except ray.exceptions.RayError as error:
         raise EnvironmentProblem(
-            f"cluster {cluster.address}: {type(error).__name__}: {' '.join(str(error).split())[:SAID]}",
+            f"cluster {cluster.address}: {type(error).__name__}: {' '.join(str(error).split())[:MESSAGE_CHARACTERS]}",
             code="cluster-failed",
-            hint="finished shards are kept: mend the cluster and give the same command again",
+            hint="finished shards are kept: repair the cluster and run the same command again",
         ) from None
     finally:
         ray.shutdown()
 
 
 class _Pool:
-    """Workers of one job and the shards that they have in hand."""
+    """Workers of one job and the shards that they are processing."""
 
     def __init__(self, ray: Any, job: Job, cluster: ClusterSection, shards: int) -> None:
         self.ray, self.cluster = ray, cluster
@@ -109,7 +108,7 @@ class _Pool:
         if room < max(1, wanted):
             raise EnvironmentProblem(
                 f"cluster {cluster.address}: room for {room} workers of {cluster.cpus:g} CPUs and {cluster.gpus:g} "
-                f"GPUs, expected for at least {max(1, wanted)}",
+                f"GPUs, expected room for at least {max(1, wanted)}",
                 code="cluster-room",
                 hint="ask for fewer or smaller workers: cluster.workers, cluster.cpus, cluster.gpus",
             )
@@ -117,7 +116,7 @@ class _Pool:
             self._add()
 
     def _room(self) -> int:
-        """Workers that fit on the machines that are alive."""
+        """Number of workers that fit on the nodes that are alive."""
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         fits = [node.get("CPU", 0) // self.cluster.cpus for node in nodes]
         if self.cluster.gpus > 0:
@@ -129,14 +128,14 @@ class _Pool:
         self.starting[worker.start.remote()] = worker
 
     def results(self, shards: Sequence[int], rows: Callable[[int], Dataset]) -> Any:
-        """(number, file) of each shard as it is finished."""
+        """(number, Parquet bytes) of each shard as it finishes."""
         waiting = list(reversed(shards))
         losses: dict[int | None, int] = dict.fromkeys([None, *shards], 0)
         left = len(waiting)
         while left:
             done, _ = self.ray.wait([*self.starting, *self.working], num_returns=1, timeout=PATIENCE_SECONDS)
             if not done:
-                self._complain()
+                self._warn_of_no_progress()
                 continue
             worker, number = self.working.pop(done[0], (self.starting.pop(done[0], None), None))
             try:
@@ -146,7 +145,7 @@ class _Pool:
                     raise error.cause from None
                 raise
             except self.ray.exceptions.RayError as error:
-                self._lost(error, number, losses)
+                self._handle_loss(error, number, losses)
                 if number is not None:
                     waiting.append(number)
             else:
@@ -162,51 +161,51 @@ class _Pool:
             if waiting and not self.starting and not self.working:
                 self._add()
 
-    def _lost(self, error: Exception, number: int | None, losses: dict[int | None, int]) -> None:
-        """Replace a worker that is gone, where no other is free.
+    def _handle_loss(self, error: Exception, number: int | None, losses: dict[int | None, int]) -> None:
+        """Start another worker for a lost one unless a worker is idle.
 
         Raises:
-            EnvironmentProblem: too many were lost on this shard, or one after the other while they started.
+            EnvironmentProblem: ``LOSSES`` workers were lost on this shard, or in a row while they started.
         """
-        said = " ".join(str(error).split())[:SAID]
+        reason = " ".join(str(error).split())[:MESSAGE_CHARACTERS]
         where = "while it started" if number is None else f"on the rows from {number} on"
-        log.warning("a worker of the cluster was lost %s: %s", where, said)
+        log.warning("a worker of the cluster was lost %s: %s", where, reason)
         losses[number] += 1
         if losses[number] >= LOSSES:
             raise EnvironmentProblem(
-                f"cluster {self.cluster.address}: {LOSSES} workers were lost {where}: {said}",
+                f"cluster {self.cluster.address}: {LOSSES} workers were lost {where}: {reason}",
                 code="cluster-lost",
-                hint="a worker that runs out of memory is the usual cause: make batches smaller",
+                hint="the usual cause is a worker that runs out of memory: make batches smaller",
             )
         if not self.idle:
             self._add()
 
-    def _complain(self) -> None:
-        """Nothing has happened for a while.
+    def _warn_of_no_progress(self) -> None:
+        """Warn that nothing has happened for ``PATIENCE_SECONDS``, unless a worker is at work.
 
         Raises:
-            EnvironmentProblem: and nothing can.
+            EnvironmentProblem: no node has room for a worker.
         """
         if self.working:
             return
         if self._room() == 0:
             raise EnvironmentProblem(
-                f"cluster {self.cluster.address}: no machine is left that has room for a worker of "
+                f"cluster {self.cluster.address}: no machine is left with room for a worker of "
                 f"{self.cluster.cpus:g} CPUs and {self.cluster.gpus:g} GPUs",
                 code="cluster-room",
-                hint="start the same command again when machines are back; finished shards are kept",
+                hint="run the same command again when machines are back; finished shards are kept",
             )
-        log.warning("cluster %s: waiting for room for a worker; others may be using it", self.cluster.address)
+        log.warning("cluster %s: waiting for room for a worker; other jobs may be using it", self.cluster.address)
 
 
 def _connected(cluster: ClusterSection) -> Any:
-    """Ray, connected.
+    """The module ``ray``, connected to the cluster.
 
     Raises:
-        EnvironmentProblem: not installed, or nothing answers at the address.
+        EnvironmentProblem: Ray is not installed, or nothing answers at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports its use over the network by default
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its coming default; unset, it warns
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its next default; Ray warns if it is not set
     try:
         import ray
     except ImportError:
@@ -216,25 +215,25 @@ def _connected(cluster: ClusterSection) -> Any:
     local, before = cluster.address == "local", signal.getsignal(signal.SIGTERM)
     where: dict[str, Any] = {"include_dashboard": False} if local else {}
     try:
-        _knock(os.environ.get("RAY_ADDRESS", "") if cluster.address == "auto" else cluster.address)
+        _check_port(os.environ.get("RAY_ADDRESS", "") if cluster.address == "auto" else cluster.address)
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, **where)
     except (OSError, ValueError, RuntimeError) as error:
         raise EnvironmentProblem(
-            f"cluster {cluster.address}: cannot be reached ({' '.join(str(error).split())[:SAID]})",
+            f"cluster {cluster.address}: cannot be reached ({' '.join(str(error).split())[:MESSAGE_CHARACTERS]})",
             code="cluster-unreachable",
             hint="start one with `ray start --head`, or use the address `local`",
         ) from None
     if local and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)  # Ray puts its own in place where it starts a machine
+        signal.signal(signal.SIGTERM, before)  # Ray replaces the handler when it starts a local node
     return ray
 
 
-def _knock(address: str) -> None:
-    """See whether something answers at ``host:port``; Ray itself would try for minutes.
+def _check_port(address: str) -> None:
+    """Check that something answers at ``host:port``; Ray itself would try for minutes.
 
     Raises:
-        OSError: nothing does.
+        OSError: nothing answers.
     """
     host, _, port = address.rpartition(":")
     if host and port.isdecimal() and "/" not in host:
-        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()

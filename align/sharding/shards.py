@@ -1,8 +1,8 @@
-"""Work on a table shard by shard; a finished shard is a file, and is never done again whoever finishes the rest.
+"""Map a job over a table shard by shard; each finished shard is a file, which a resumed run does not compute again.
 
-The shards of a table lie in one folder, named after their first row. They are made one after the other in this process,
-shared out over the processes of a launcher, or sent to the workers of a Ray cluster (align/sharding/ray_cluster.py);
-no caller needs to know which.
+The shards of a table are in one folder, named after their first row. They are computed in this process, in several
+processes of this machine, by the processes of a launcher, or on a Ray cluster (align/sharding/ray_cluster.py); the
+result is the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,25 +17,26 @@ from datasets import Dataset, concatenate_datasets
 from align.config import ClusterSection
 from align.distributed import rank_share, wait_until
 from align.io.console import progress
+from align.io.files import atomic_write
 from align.sharding.jobs import Job, Rows, encode, read_table
 
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """The results, shard by shard in the order of the table, each once every process has finished its own."""
+    """The results, shard by shard in the order of the table; iteration waits until all files exist."""
 
     folder: Path
     total: int
     size: int
 
     def __iter__(self) -> Iterator[Dataset]:
-        """Each into memory and into no cache."""
+        """Each shard, read into memory."""
         files = [_file(self.folder, start) for start in range(0, self.total, self.size)]
         wait_until(lambda: all(file.exists() for file in files))
         return map(read_table, files)
 
     def whole(self) -> Dataset:
-        """All of them as one table."""
+        """All shards, concatenated."""
         return concatenate_datasets(list(self))
 
 
@@ -50,27 +51,27 @@ def map_shards(
     together: bool = False,
     processes: int = 1,
 ) -> Shards:
-    """Make the shards that ``folder`` lacks.
+    """Compute the shards that are missing in ``folder``.
 
     Args:
-        table: rows to work on, at least one.
-        job: what is done; started only where a shard is missing.
-        folder: of the shards; valid for this table, this job and this size only.
-        size: rows of a shard.
-        what: shown to the user meanwhile.
-        cluster: send the shards to its workers; None: they are worked on here.
-        together: all processes of a launcher call this, and each works on its share and gets the whole.
-        processes: that work at the same time here, where there are at least two shards for each of them.
+        table: input, at least one row.
+        job: the work; started only if a shard is missing.
+        folder: folder of the shards; valid for this table, job and size only.
+        size: rows per shard.
+        what: name of the work in the progress bar.
+        cluster: Ray cluster that processes the shards; None: this machine.
+        together: all processes of a launcher call this; each computes its share, and all get all shards.
+        processes: number of processes of this machine, used if each has at least two shards.
 
     Raises:
-        AlignError: what the work raises, or a cluster that cannot be used.
+        AlignError: an error of the job, or the cluster cannot be used.
     """
     starts = range(0, len(table), size)
     missing = _missing(folder, rank_share(starts) if together else starts)
     if missing and cluster is not None:
         from align.sharding.ray_cluster import map_on_cluster
 
-        keep = partial(_keep_in, folder)
+        keep = partial(_write, folder)
         map_on_cluster(job, missing, partial(_rows, table, size), cluster, keep, what=what)
     elif len(missing) >= 2 * processes > 2:
         begin = (job, table, size, folder)
@@ -86,14 +87,14 @@ def map_shards(
 
 
 def in_parts(total: int, size: int, folder: Path, work: Callable[[range], Dataset], *, what: str) -> Dataset:
-    """The rows that ``work`` makes of the numbers 0..total-1, ``size`` at a time, in this process.
+    """Concatenated results of ``work`` on ranges of 0..total-1, ``size`` numbers at a time, in this process.
 
     Args:
         total: number of rows, at least 1.
-        size: rows per shard; must be the same when the work goes on.
-        folder: where the finished shards lie.
-        work: makes the rows of a range.
-        what: shown to the user while it runs.
+        size: rows per shard; must be the same when the work resumes.
+        folder: folder of the finished shards.
+        work: computes the rows of a range.
+        what: name of the work in the progress bar.
     """
     missing = _missing(folder, range(0, total, size))
     _make(missing, size, folder, lambda start: work(range(start, min(start + size, total))), what=what)
@@ -101,7 +102,7 @@ def in_parts(total: int, size: int, folder: Path, work: Callable[[range], Datase
 
 
 class _Process:
-    """What a process of this machine works with, loaded as it starts."""
+    """State of a worker process of this machine, loaded when it starts."""
 
     made: "_Process"
 
@@ -111,9 +112,9 @@ class _Process:
 
     @staticmethod
     def make(start: int) -> None:
-        """One shard."""
+        """Compute one shard."""
         own = _Process.made
-        _keep_in(own.folder, start, encode(own.work(_rows(own.table, own.size, start))))
+        _write(own.folder, start, encode(own.work(_rows(own.table, own.size, start))))
 
 
 def _rows(table: Rows, size: int, start: int) -> Dataset:
@@ -127,15 +128,13 @@ def _missing(folder: Path, starts: Sequence[int]) -> list[int]:
 
 def _make(missing: list[int], size: int, folder: Path, make: Callable[[int], Dataset], *, what: str) -> None:
     for start in progress(missing, what=what, total=len(missing), unit=f"shards of {size}"):
-        _keep_in(folder, start, encode(make(start)))
+        _write(folder, start, encode(make(start)))
 
 
 def _file(folder: Path, start: int) -> Path:
     return folder / f"{start:08d}.parquet"
 
 
-def _keep_in(folder: Path, start: int, content: bytes) -> None:
-    file = _file(folder, start)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(file)
+def _write(folder: Path, start: int, content: bytes) -> None:
+    with atomic_write(_file(folder, start)) as temporary:
+        temporary.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Columns that decide how much each pair of a table counts, made before training from what the run asks for."""
+"""Columns of a pair table that weight its pairs, computed before training as the configuration asks."""
 
 import numpy as np
 import torch
@@ -15,19 +15,33 @@ from align.losses.pair_weights import mean_one, moderate, shrink_by_distance
 from align.losses.registry import BoundLoss, resolve
 
 
-def check_weights(method: str, config: LossSection, loss: BoundLoss) -> None:
-    """Raise where the loss cannot have the weights that are asked for.
+def prepare_pairs(pairs: Dataset, weights: WeightsSection | None, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
+    """Return the table with every column that the loss and ``weights`` need, and the loss that remains to be trained.
 
     Raises:
-        ConfigError: a tilt of a loss without a value per pair, a shrunken margin for a loss that reads none, a trust of
-            each pair for a loss without trust.
+        ConfigError: the loss needs a margin and the table has none.
+        DataError: some pairs have no value in a column that is needed.
+    """
+    require_margin(pairs, loss)
+    pairs = without_missing_margins(pairs)
+    pairs = add_trust(pairs, weights, loss)
+    pairs, loss = add_weight(adjust_margins(pairs, weights), loss)
+    return normalize_weights(pairs, weights), loss
+
+
+def check_weights(method: str, config: LossSection, loss: BoundLoss) -> None:
+    """Raise if the configured weights do not fit the loss.
+
+    Raises:
+        ConfigError: a tilt of a loss that has no value for a single pair, a shrunken margin for a loss that reads no
+            margin, a trust of each pair for a loss without trust.
     """
     weights = config.weights
     if weights is None:
         return
-    if weights.tilt is not None and (loss.spec.function is None or config.token_mask is not None):
+    if weights.tilt is not None and (loss.spec.coupled or config.token_mask is not None):
         raise ConfigError(
-            f"train.methods.{method}.weights.tilt: {loss.spec.name} has no loss of a pair alone to weight by",
+            f"train.methods.{method}.weights.tilt: {loss.spec.name} has no loss for a single pair",
             code="weights-loss",
             hint="use it with another loss, and without a token mask",
         )
@@ -46,7 +60,7 @@ def check_weights(method: str, config: LossSection, loss: BoundLoss) -> None:
 
 
 def add_trust(pairs: Dataset, weights: WeightsSection | None, loss: BoundLoss) -> Dataset:
-    """The table with a column ``trust``, of each pair, where ``weights`` asks for it.
+    """Add the column ``trust`` of each pair if ``weights`` asks for it.
 
     Raises:
         DataError: some pairs have no ``margin_std``.
@@ -54,15 +68,15 @@ def add_trust(pairs: Dataset, weights: WeightsSection | None, loss: BoundLoss) -
     if weights is None or not weights.trust_by_spread:
         return pairs
     spread = numbers(pairs, "margin_std", "weights.trust_by_spread")
-    found = trust_of_each(spread, float(loss.parameters["trust"]))
-    return with_columns(pairs, {"trust": found.numpy()})
+    trust = trust_of_each(spread, float(loss.parameters["trust"]))
+    return with_columns(pairs, {"trust": trust.numpy()})
 
 
 def adjust_margins(pairs: Dataset, weights: WeightsSection | None) -> Dataset:
-    """The table with its ``margin`` moderated by ``margin_std`` and shrunk by ``ood``, as far as ``weights`` says.
+    """Moderate ``margin`` by ``margin_std`` and shrink it by ``ood``, as ``weights`` asks.
 
     Raises:
-        DataError: a column that is needed is not there.
+        DataError: a column that is needed is missing.
     """
     if weights is None or (weights.ood is None and not weights.spread):
         return pairs
@@ -75,18 +89,23 @@ def adjust_margins(pairs: Dataset, weights: WeightsSection | None) -> Dataset:
     return pairs.remove_columns("margin").add_column("margin", margin.tolist())
 
 
-def normalise_weights(pairs: Dataset, weights: WeightsSection | None) -> Dataset:
-    """The table with the mean of its ``weight`` at 1, where ``weights`` asks for it and there is such a column."""
+def normalize_weights(pairs: Dataset, weights: WeightsSection | None) -> Dataset:
+    """Divide ``weight`` by its mean if there is such a column and ``weights`` asks for it."""
     if weights is None or not weights.normalise or "weight" not in pairs.column_names:
         return pairs
     return pairs.remove_columns("weight").add_column("weight", mean_one(numbers(pairs, "weight", "weights")).tolist())
 
 
 def numbers(pairs: Dataset, column: str, asked: str) -> Tensor:
-    """A column [N] of a number for each pair; ``asked`` says for what.
+    """Return a numeric column [N], float64.
+
+    Args:
+        pairs: pair table of N rows.
+        column: its name.
+        asked: setting that needs the column, for the message.
 
     Raises:
-        DataError: it is not there, or some pairs have no value in it.
+        DataError: the column is missing, or some pairs have no value in it.
     """
     if column not in pairs.column_names or len(missing_values(pairs, column)):
         hints = {
@@ -103,7 +122,7 @@ def numbers(pairs: Dataset, column: str, asked: str) -> Tensor:
 
 
 def require_margin(pairs: Dataset, loss: BoundLoss) -> None:
-    """Raise where the loss needs a margin and a pair has none.
+    """Raise if the loss needs a margin and a pair has none.
 
     Raises:
         ConfigError: there is no such column.
@@ -128,10 +147,10 @@ def require_margin(pairs: Dataset, loss: BoundLoss) -> None:
 
 
 def without_missing_margins(pairs: Dataset) -> Dataset:
-    """The table without its margins where some are missing and the loss reads none; weights must be there for all.
+    """Drop the column ``margin`` if it has gaps, once ``require_margin`` has passed.
 
     Raises:
-        DataError: some pairs have no weight.
+        DataError: the table has weights, but not for every pair.
     """
     if "weight" in pairs.column_names:
         numbers(pairs, "weight", "the loss")
@@ -142,10 +161,10 @@ def without_missing_margins(pairs: Dataset) -> Dataset:
 
 
 def add_weight(pairs: Dataset, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
-    """MADPO as a table column: ``weight`` times w(margin), and plain DPO as what is left of the loss.
+    """Turn MADPO into a table column, ``weight`` times w(margin), and plain DPO.
 
-    A weight that depends on the margin alone is a constant of the run, so it is computed once and can be looked at
-    before training. Any other loss is returned as it is.
+    A weight that depends on the margin alone is constant during a run, so it is computed once and can be inspected
+    before training. Any other loss is returned unchanged.
 
     Raises:
         ConfigError: the loss needs a margin and the table has none.

@@ -1,4 +1,4 @@
-"""What a step logs about its pairs: trl's metric names, then the weight's and the margin's."""
+"""Metrics of a step's pairs: trl's, by trl's names, and those of weight and margin."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ Gather = Callable[[Tensor], Tensor]
 
 
 class PairMetrics:
-    """Collects the pairs of the micro-batches of one step; ``flush`` turns them into numbers over all processes.
+    """Collects the pairs of the micro-batches of one step; ``flush`` averages them over all processes.
 
     Args:
         beta: scale of the implicit rewards.
@@ -35,7 +35,15 @@ class PairMetrics:
         margin: Tensor | None,
         real: Tensor | None = None,
     ) -> None:
-        """Keep what ``flush`` needs of one micro-batch; ``real`` [B] says which pairs count, all where None."""
+        """Collect one micro-batch.
+
+        Args:
+            policy: log-probs and token scores of B pairs under the policy.
+            logps: log-probs of the pairs as the loss saw them.
+            weight: [B].
+            margin: [B], or None.
+            real: [B], False for duplicates that are left out; None: all pairs count.
+        """
         counts = torch.ones_like(weight) if real is None else real.to(weight)
         self._has_margin = margin is not None
         self._pairs.append(
@@ -71,10 +79,10 @@ class PairMetrics:
         )
 
     def flush(self, gather: Gather) -> dict[str, float]:
-        """Means over the pairs and tokens of all processes since the last flush.
+        """Return means over the pairs and tokens of all processes since the last flush.
 
         Args:
-            gather: concatenates a tensor over processes along its first dimension; called twice.
+            gather: concatenates a tensor over processes along its first dimension (all_gather); called twice.
         """
         pairs = gather(torch.cat(self._pairs).contiguous())
         tokens = gather(torch.stack(self._tokens).sum(dim=0, keepdim=True)).sum(dim=0)

@@ -1,4 +1,4 @@
-"""The first pair as the trainer sees it: prompt, responses, which tokens carry loss, margin and weight."""
+"""Print the first pair as the trainer sees it: prompt, responses, tokens that carry loss, margin and weight."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from align.io.console import err, log
 
 
 def show_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Print one tokenized pair to stderr; tokens that carry loss are coloured.
+    """Print one tokenized pair to stderr; tokens that carry loss are colored.
 
     Args:
         row: a row of the trainer's dataset with ``prompt_ids``, ``chosen_ids``, ``rejected_ids``.
@@ -18,7 +18,7 @@ def show_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Non
     """
     if not log.isEnabledFor(20):
         return
-    err.print(Text("first pair as the model sees it (coloured tokens carry loss):", style="bold"))
+    err.print(Text("first pair as the model sees it (colored tokens carry loss):", style="bold"))
     for side, style in (("chosen", "green"), ("rejected", "red")):
         text = Text(f"  {side:<9}")
         text.append(tokenizer.decode(row["prompt_ids"]), style="dim")

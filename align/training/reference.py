@@ -1,7 +1,8 @@
-"""Reference log-probs of a table of pairs: computed once by all processes, kept on disk, resumed."""
+"""The reference of a training: which model it is, and its log-probs of a table of pairs, cached on disk."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,87 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from datasets import Dataset
-from torch import Tensor
+from datasets import Dataset, concatenate_datasets
+from torch import Tensor, nn
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
 
+from align.config.columns import ID_COLUMNS, REFERENCE_COLUMNS
+from align.distributed import from_main_process
 from align.errors import ConfigError
 from align.io.console import progress
+from align.io.files import atomic_write
 from align.models.batching import token_batches
-from align.models.fingerprint import ID_COLUMNS
+from align.models.fingerprint import reference_key
 from align.models.layout import has_adapter
 
+REFERENCE_TOKENS = 8192
+"""Tokens of a batch of reference log-probs if no budget is set."""
+TRL_REFERENCE = "ref"
+"""Name of the frozen copy that trl makes of an adapter from which a training starts."""
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of ``init_lora_weights`` that take the adapter's start out of the base weights."""
+"""Prefixes of ``init_lora_weights`` values that subtract the adapter's start from the base weights."""
+
+
+def starts_from_adapter(policy: nn.Module) -> bool:
+    """Return whether the policy started as a trained adapter; the reference is then trl's frozen copy of it."""
+    return has_adapter(policy) and TRL_REFERENCE in policy.peft_config  # type: ignore[operator]
+
+
+@contextmanager
+def reference_model(
+    policy: nn.Module, ref_model: nn.Module | None, accelerator: Accelerator, checkpointing: dict[str, Any] | None
+) -> Iterator[nn.Module]:
+    """Yield the reference for forward passes without gradient.
+
+    It is ``ref_model`` or, without one, the policy: with its adapter off or replaced by the adapter that it started
+    from, or before the first step of a full fine-tuning as it is.
+
+    Args:
+        policy: the model in training.
+        ref_model: a model of its own, or None.
+        accelerator: the trainer's.
+        checkpointing: ``gradient_checkpointing_kwargs`` of the trainer, to switch it on again.
+    """
+    adapter: AbstractContextManager[None] = nullcontext()
+    if ref_model is None and has_adapter(policy):
+        plain = accelerator.unwrap_model(policy)
+        adapter = use_adapter(plain, TRL_REFERENCE if starts_from_adapter(plain) else None)
+    with torch.no_grad(), disable_gradient_checkpointing(policy, checkpointing), adapter, accelerator.autocast():
+        yield policy if ref_model is None else ref_model
+
+
+def cache_file(folder: Path | None, policy: nn.Module, dataset: Dataset, args: Any) -> Path | None:
+    """Return the file for the reference log-probs of a table, named by a hash of everything they depend on.
+
+    Args:
+        folder: folder of the cache; None: no cache.
+        policy: the policy before its first step, which is its own reference and, unlike that, not sharded yet.
+        dataset: table with ``ID_COLUMNS``.
+        args: training arguments, for truncation and precision.
+    """
+    if folder is None:
+        return None
+    settings = [args.max_length, args.truncation_mode, *(name for name in ("bf16", "fp16") if getattr(args, name))]
+    key = from_main_process(lambda: reference_key(policy, dataset, settings, with_adapter=starts_from_adapter(policy)))
+    return folder / f"{key}.npy"
+
+
+def add_reference_logps(
+    dataset: Dataset,
+    compute: Callable[[list[dict[str, Any]]], Tensor],
+    accelerator: Accelerator,
+    *,
+    batch_tokens: int | None,
+    file: Path | None,
+    in_step: bool = False,
+) -> Dataset:
+    """Add the columns ``REFERENCE_COLUMNS`` to a table; see ``reference_logps``."""
+    values = reference_logps(
+        dataset, compute, accelerator, batch_tokens=batch_tokens or REFERENCE_TOKENS, file=file, in_step=in_step
+    )
+    columns = Dataset.from_dict(dict(zip(REFERENCE_COLUMNS, values.T, strict=True)))
+    return concatenate_datasets([dataset, columns], axis=1)
 
 
 def reference_logps(
@@ -36,11 +107,11 @@ def reference_logps(
     Args:
         dataset: table with ``ID_COLUMNS``.
         compute: examples of b pairs -> [b, 2].
-        accelerator: its processes share the work; each returns the whole.
+        accelerator: its processes share the work; each returns all rows.
         batch_tokens: tokens of a batch, prompts counted once.
-        file: a .npy file to keep the result in, or None; found whole it is only read. While computing, a memory-mapped
-            file beside it holds NaN where nothing is known yet, and a stopped run goes on from there.
-        in_step: the model is sharded over the processes, so that each has to compute whenever one does.
+        file: a .npy file that caches the result, or None; a complete one is only read. During the computation, a
+            memory-mapped file next to it holds NaN for pairs that are still missing, and a stopped run resumes from it.
+        in_step: the model is sharded over the processes, so that all of them must compute at the same time.
     """
     if file is not None and file.exists():
         return np.load(file, mmap_mode="r", allow_pickle=False)
@@ -52,11 +123,11 @@ def reference_logps(
     world, rank = accelerator.num_processes, accelerator.process_index
     rounds = range(0, math.ceil(len(batches) / world) * world, world)
     for start in progress(rounds, what="reference log-probs", total=len(rounds), unit="batches"):
-        own = batches[start + rank : start + rank + 1]
-        found = [(batch, compute([dataset[k] for k in batch]).double().cpu().numpy()) for batch in own]
-        if in_step and not own:
+        local = batches[start + rank : start + rank + 1]
+        computed = [(batch, compute([dataset[k] for k in batch]).double().cpu().numpy()) for batch in local]
+        if in_step and not local:
             compute([dataset[k] for k in batches[start]])
-        for batch, rows in gather_object(found) if world > 1 else found:
+        for batch, rows in gather_object(computed) if world > 1 else computed:
             if accelerator.is_main_process or file is None:
                 values[batch] = rows
         if isinstance(values, np.memmap):
@@ -70,24 +141,25 @@ def reference_logps(
     return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
-def refuse_other_start(model: torch.nn.Module) -> None:
-    """Raise where the model without its adapter is not the one that training starts from.
+def refuse_changed_base(model: nn.Module) -> None:
+    """Raise if the model without its adapter is not the model from which the training starts.
 
     Raises:
-        ConfigError: see above.
+        ConfigError: ``init_lora_weights`` subtracts the adapter's start from the base weights.
     """
     for adapter in model.peft_config.values() if has_adapter(model) else ():  # type: ignore[operator]
         start = getattr(adapter, "init_lora_weights", True)
         if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
             raise ConfigError(
-                f"train.peft.init_lora_weights: {start!r} takes what the adapter starts with out of the base weights, "
-                "so that the model without its adapter is not the reference",
+                f"train.peft.init_lora_weights: {start!r} subtracts the adapter's start from the base weights, so the "
+                "model without its adapter is not the reference",
                 code="trainer-key",
                 hint="leave it out, or use gaussian, orthogonal or eva",
             )
 
 
 def _open(partial: Path | None, rows: int, *, create: bool) -> np.ndarray:
+    """Open the partial result; NaN in memory if there is no file and this process may not create it."""
     if partial is None:
         return np.full((rows, 2), np.nan)
     if partial.exists():
@@ -95,7 +167,6 @@ def _open(partial: Path | None, rows: int, *, create: bool) -> np.ndarray:
     if not create:
         return np.full((rows, 2), np.nan)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    unknown = partial.with_suffix(".tmp.npy")
-    np.save(unknown, np.full((rows, 2), np.nan), allow_pickle=False)
-    unknown.replace(partial)
+    with atomic_write(partial) as temporary, temporary.open("wb") as stream:
+        np.save(stream, np.full((rows, 2), np.nan), allow_pickle=False)
     return np.lib.format.open_memmap(partial, mode="r+")

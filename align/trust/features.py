@@ -12,11 +12,12 @@ from datasets import Dataset
 from scipy.linalg import eigh
 from torch import Tensor
 
+from align.config.columns import ID_COLUMNS
 from align.errors import ModelError
 from align.io.console import log, progress
 from align.models import attention
 from align.models.batching import token_batches
-from align.models.fingerprint import ID_COLUMNS, reference_key
+from align.models.fingerprint import reference_key
 from align.models.layout import base_model, choose_layout
 from align.models.loading import load_policy, load_tokenizer
 from align.models.logps import Layout

@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset
 
 from align.data.splits import folds_by_prompt
-from align.data.text import words
+from align.data.text import count_words
 from align.errors import DataError
 from align.io.console import log
 from align.io.files import read_json
@@ -48,7 +48,7 @@ def measure_trust(
     folds = [folds_by_prompt(pairs, FOLDS, seed + repeat) for repeat in range(REPEATS)]
     same_labels = origin in ("cross-fitted", "in-sample")
     found = analyze(uncentered_pca(differences), margin, folds, Family(), same_labels=same_labels, seed=seed)
-    lengths = np.array([len(words(row["chosen"])) - len(words(row["rejected"])) for row in pairs], dtype=np.float64)
+    lengths = np.array([count_words(row["chosen"]) - count_words(row["rejected"]) for row in pairs], dtype=np.float64)
     groups = [str(group) for group in pairs["group"]] if "group" in pairs.column_names else None
     found["signs"] = shared_error_signs(margin, lengths, groups)
     found["seconds"] = {"features": done - start, "proxy": time.monotonic() - done}

@@ -116,7 +116,8 @@ def _ratio(above: list[float], below: list[float]) -> float:
 
 def memory(arguments: argparse.Namespace, method: str, shape: str) -> float:
     """MiB that one method adds to the resident memory of a process that holds the model."""
-    command = [sys.executable, __file__, "--model", arguments.model, "--shapes", shape, "--memory-of", method]
+    command = [sys.executable, "-m", "scripts.bench.entanglement", "--model", arguments.model]
+    command += ["--shapes", shape, "--memory-of", method]
     done = subprocess.run(command + (["--lora"] if arguments.lora else []), check=True, capture_output=True, text=True)
     return float(done.stdout.splitlines()[-1])
 

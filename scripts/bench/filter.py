@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.stats import spearmanr
 
-from align.cli.options import cluster_called
+from align.cli.options import cluster_section
 from align.commands.filter import filter_source
 from align.config import ClusterSection, FilterSection, PairsSection
 from align.data.streaming import stream_pairs
@@ -232,7 +232,7 @@ def main() -> None:
     arguments = parser.parse_args()
     configure()
     if arguments.one is not None:
-        cluster = cluster_called(arguments.cluster)
+        cluster = cluster_section(arguments.cluster)
         print(json.dumps(measure(arguments.one, arguments.folder, arguments.processes, cluster)))
         return
     results = []
@@ -247,7 +247,7 @@ def main() -> None:
             results += [against(name, count, folder) for name in arguments.against]
             continue
         shutil.rmtree(folder / "filtered", ignore_errors=True)
-        command = [sys.executable, __file__, "--one", str(count), "--folder", str(folder)]
+        command = [sys.executable, "-m", "scripts.bench.filter", "--one", str(count), "--folder", str(folder)]
         command += ["--processes", str(arguments.processes)]
         command += ["--cluster", arguments.cluster] if arguments.cluster else []
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

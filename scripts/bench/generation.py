@@ -70,7 +70,7 @@ def main() -> None:
     missing = vllm_problem()
     results: dict[str, Any] = {}
     for engine in ENGINES[:1] if missing else ENGINES:
-        command = [sys.executable, __file__, *sys.argv[1:], "--only", engine]
+        command = [sys.executable, "-m", "scripts.bench.generation", *sys.argv[1:], "--only", engine]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results[engine] = json.loads(done.stdout.splitlines()[-1])
         print(f"{engine}: {json.dumps(results[engine])}", file=sys.stderr)

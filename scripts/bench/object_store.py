@@ -1,6 +1,8 @@
-"""Reading a pair table from an object store against reading it from a disk: seconds, and memory at its highest.
+"""Compare reading a pair table from an object store with reading it from a disk: seconds and peak memory.
 
-python -m scripts.bench.object_store --pairs 200000      starts moto's S3 server on this machine; no other network
+The store is moto's S3 server on this machine; nothing else reaches the network.
+
+    python -m scripts.bench.object_store --pairs 200000
 """
 
 import argparse
@@ -22,7 +24,7 @@ PARTS, WORDS, ROW_GROUP = 4, 40, 10_000
 
 def main() -> None:
     """Make a table, put it where it is to be read from, read it in fresh processes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=200_000)
     parser.add_argument("--read", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -40,7 +42,7 @@ def main() -> None:
         try:
             push(folder, port, size)
             for source in (str(folder), "s3://bucket/pairs/"):
-                own = [sys.executable, __file__, "--read", source]
+                own = [sys.executable, "-m", "scripts.bench.object_store", "--read", source]
                 found = json.loads(subprocess.run(own, capture_output=True, text=True, check=True).stdout)
                 print(
                     f"{'store' if '://' in source else 'disk'}: {found['rows']} pairs, {size / 1e6:.0f} MB of Parquet, "

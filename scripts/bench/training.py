@@ -193,7 +193,8 @@ def profile(model: str, rows: list[dict[str, Any]], lora: bool) -> dict[str, flo
 
 def peak_memory(kind: str, model: str, rows_file: Path, lora: bool) -> dict[str, float]:
     """MiB of resident memory before and at the peak of one step, in a process of its own."""
-    command = [sys.executable, __file__, "--model", model, "--memory-of", kind, "--rows", str(rows_file)]
+    command = [sys.executable, "-m", "scripts.bench.training", "--model", model, "--memory-of", kind]
+    command += ["--rows", str(rows_file)]
     done = subprocess.run(command + (["--lora"] if lora else []), check=True, capture_output=True, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found

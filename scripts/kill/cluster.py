@@ -1,6 +1,6 @@
 """Kill workers, machines and commands of a Ray cluster at random moments of a filter; compare it with one left alone.
 
-    python -m scripts.kill.cluster --kills 10 --output kills.json
+    python -m scripts.kill.cluster --kills 10 --output kills.json -- pairs.jsonl --index ivf
 
 Machines are nodes of one cluster on this machine. Every kill has a run of its own: as soon as the shards of one of the
 filter's passes appear, and a random while later, a worker or a machine (another comes in its place) or the command

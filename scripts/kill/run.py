@@ -31,7 +31,7 @@ from align.run.plan import plan
 REPORT = "report"
 TIMED = frozenset({MANIFEST, "report.json", "report.html", "summary.json", "run.json", LOG})
 """Files that hold a date, seconds, or where they lie."""
-TEMPORARY = (".partial", ".replaced", ".tmp", ".tmp.npy", ".partial.npy")
+TEMPORARY = (".partial", ".replaced", ".tmp", ".partial.npy")
 POLL_SECONDS = 0.002
 LIMIT_SECONDS = 600.0
 ROUNDS = 10

@@ -2,15 +2,15 @@
 
 Two cells.jsonl: cells with the same key were made by the same command from the same inputs. `agrees` says whether the
 mean gold reward now lies in the 95% interval over the prompts from then, `same` on how many prompts it is the very
-same. Two results_arena.json: whether each method's difference to DPO now lies in its interval from then. A line of JSON
+same. Two arena.json: whether each method's difference to DPO now lies in its interval from then. A line of JSON
 for each cell that both files have; ends with 1 if one does not agree.
 
     python -m scripts.reproduce.policy --candidates 1 --margins cross-fitted --qualities high --methods dpo --seeds 0 \\
         --train-prompts 256 --validation-prompts 96 --test-prompts 128 --temperatures 0.7 1 --output runs/again
-    python -m scripts.reproduce.agree docs/policy_study/cells.jsonl runs/again/cross-fitted/cells.jsonl
+    python -m scripts.reproduce.agree studies/policy/cells.jsonl runs/again/cross-fitted/cells.jsonl
 
     python -m scripts.reproduce.arena --pairs 100 --output runs/arena-again
-    python -m scripts.reproduce.agree docs/results_arena.json runs/arena-again/results_arena.json
+    python -m scripts.reproduce.agree studies/arena.json runs/arena-again/arena.json
 """
 
 import argparse
@@ -71,7 +71,7 @@ def cell_differences(known: Path, again: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("known", type=Path, help="cells.jsonl, or the arena's results_arena.json")
+    parser.add_argument("known", type=Path, help="cells.jsonl, or the arena's arena.json")
     parser.add_argument("again", type=Path, help="the same of now")
     arguments = parser.parse_args()
     found = cell_differences(arguments.known, arguments.again)

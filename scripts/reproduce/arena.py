@@ -14,7 +14,7 @@ with the highest mean gold reward at KL 0.5 on 20 validation seeds is trained on
 gold reward on new prompts at equal KL (0.25, 0.5, 1).
 
 A cell is one JSON file under --output and is not computed again. The same command writes table.json (and without what
-no table needs results_arena.json), the tables of docs/results.md (standard output) and the plots:
+no table needs arena.json), the tables of docs/results.md (standard output) and the plots:
 
     python -m scripts.reproduce.arena
 """
@@ -36,10 +36,13 @@ from align.io.hashing import digest
 from align.io.stage import versions
 from scripts.reproduce.exact_arena.gold import SIZE, gold_reward, reward_and_kl
 from scripts.reproduce.exact_arena.methods import METHODS, UNTUNED
-from scripts.reproduce.exact_arena.report import compact, draw_plots, insert, markdown, summarise
+from scripts.reproduce.exact_arena.report import compact, draw_plots, markdown, summarise
 from scripts.reproduce.exact_arena.training import Recipe, train
 from scripts.reproduce.exact_arena.world import ERRORS, Cell, World, draw_world
+from scripts.tables import update_page
 
+MARK = "scripts/reproduce/arena.py"
+"""Mark of the tables in a page."""
 VALIDATION = range(100_000, 100_020)
 CHOICE_KL = 0.5
 KLS = (0.1, 0.25, 0.5, 1.0, 1.4)
@@ -195,14 +198,11 @@ def main() -> None:
     files = [cell_file(arguments.output, cell) for cell in wanted]
     summary = summarise([read_json(file) for file in files if file.exists()])
     write_json(arguments.output / "table.json", summary)
-    small = arguments.output / "results_arena.json"
+    small = arguments.output / "arena.json"
     small.write_text(json.dumps(compact(summary), separators=(",", ":")) + "\n", encoding="utf-8")
     print(markdown(summary))
     if arguments.document:
-        page = arguments.document
-        page.write_text(
-            insert(page.read_text(encoding="utf-8"), markdown(summary), Path(__file__).name), encoding="utf-8"
-        )
+        update_page(arguments.document, markdown(summary), MARK)
     draw_plots(summary, arguments.output)
 
 

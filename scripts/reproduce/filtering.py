@@ -15,7 +15,7 @@ after 100. All pairs and a fifth of them are trained for 200 and 400 steps as we
 speed.
 
 A cell is one JSON file under --output and is not computed again. The same command prints the tables of docs/results.md
-and writes results_filtering.json and the plot:
+and writes arena_filtering.json and the plot:
 
     python -m scripts.reproduce.filtering
 """
@@ -52,10 +52,12 @@ from scripts.reproduce.exact_arena.pool import (
     draw_pool,
 )
 from scripts.reproduce.exact_arena.pool_report import LONG, draw_plot, markdown, named, summarise
-from scripts.reproduce.exact_arena.report import insert
 from scripts.reproduce.exact_arena.training import Recipe, train
 from scripts.reproduce.exact_arena.world import World
+from scripts.tables import update_page
 
+MARK = "scripts/reproduce/filtering.py"
+"""Mark of the tables in a page."""
 FLIPS = (0.0, 0.2, 0.4)
 ERRORS = ("cross-fitted", "independent", "shared")
 STEPS = (12, 25, 50, 100)
@@ -154,14 +156,13 @@ def main() -> None:
     found = [kept_cell(cell, arguments.seeds, arguments.output) for cell in cells(arguments.pairs)]
     rows = summarise(found, STEPS, LONG_STEPS)
     summary = {"seeds": arguments.seeds, "seconds": round(sum(cell["seconds"] for cell in found)), "rows": rows}
-    small = arguments.output / "results_filtering.json"
+    small = arguments.output / "arena_filtering.json"
     small.write_text(json.dumps(summary, separators=(",", ":")) + "\n", encoding="utf-8")
     draw_plot(rows, STEPS, arguments.output / "filtering.svg")
     tables = markdown(rows, STEPS, LONG_STEPS)
     print(tables)
     if arguments.document:
-        page = arguments.document.read_text(encoding="utf-8")
-        arguments.document.write_text(insert(page, tables, Path(__file__).name), encoding="utf-8")
+        update_page(arguments.document, tables, MARK)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from align.io.console import configure, log
 from align.io.files import write_json
 from align.io.stage import Stage
 from align.stats import bootstrap_mean
-from scripts.reproduce.exact_arena.report import insert
 from scripts.reproduce.policy_protocol.cells import (
     CANDIDATES,
     TRUST,
@@ -53,7 +52,10 @@ from scripts.reproduce.policy_protocol.data import (
     read_known,
 )
 from scripts.reproduce.policy_protocol.report import draw_frontier, markdown, primary, primary_markdown, summarise
+from scripts.tables import update_page
 
+MARK = "scripts/reproduce/policy.py"
+"""Mark of the tables in a page."""
 TUNING_SEED = 1000
 VALIDATION = Split("validation", (1.0,))
 
@@ -168,8 +170,7 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
     tables = "\n\n".join(filter(None, (primary_markdown(first), markdown(rows))))
     print(tables)
     if arguments.document:
-        page = arguments.document.read_text(encoding="utf-8")
-        arguments.document.write_text(insert(page, tables, arguments.mark), encoding="utf-8")
+        update_page(arguments.document, tables, arguments.mark)
     log.info("%d test cells; %s", len(cells), study.margins_root / "table.json")
 
 
@@ -198,7 +199,7 @@ def main() -> None:
     parser.add_argument("--label-scale", type=float, default=1.0, help="1 as published")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further test cell after so long")
     parser.add_argument("--document", type=Path, help="page whose tables to replace, e.g. docs/results.md")
-    parser.add_argument("--mark", default=Path(__file__).name, help="which of the page's tables: what its mark says")
+    parser.add_argument("--mark", default=MARK, help="which of the page's tables to replace: what its mark says")
     arguments = parser.parse_args()
     configure()
     if 1.0 not in arguments.temperatures:

@@ -1,7 +1,7 @@
 """What do errors in the margins do to MADPO, and does calibrating, cross-fitting or averaging them help?
 
-In the exact arena of scripts/study/trust.py (gold reward linear in 20 features, policies compared by the exact gold
-reward at KL 0.5 to the reference), with 20% of the labels flipped. Margins are either the gold ones with noise of
+The world is that of scripts/study/trust.py: a gold reward linear in 20 features, policies compared by their exact gold
+reward at KL 0.5 to the reference, here with 20% of the labels flipped. Margins are either the gold ones with noise of
 growing size, times a scale that a reward model might have, or those of logistic reward models:
 
     in-sample     trained on the very pairs                      out-of-fold   each pair by a model without its fold
@@ -27,40 +27,32 @@ import torch
 from align.io.console import configure, progress
 from align.io.files import read_json, write_json
 from align.losses.pair_weights import moderate
-from align.trust.linear_proxy import DPO, MADPO, SOFT, Family, fit, held_out, log_sigmoid, scaled
-from align.trust.selection import by_labels
+from align.trust.linear_proxy import DPO, MADPO, SOFT, Family, fit, log_sigmoid, scaled
 from align.trust.slope import calibrated_slope
 from scripts.reproduce.exact_arena.gold import gold_reward
-from scripts.study.trust import FOLDS, KLS, draw_pairs, out_of_fold
+from scripts.reproduce.exact_arena.heads import FOLDS, fit_head, out_of_fold_margins
+from scripts.reproduce.exact_arena.report import MAIN_KL
+from scripts.reproduce.exact_arena.world import World, draw_labeled, draw_pairs
 
 FAMILY = Family(grid=(DPO, MADPO, SOFT))
-KL = KLS.index(0.5)
 FLIPS, PAIRS, MEMBERS, BLOCK = 0.2, 400, 5, 10
 SCALES, NOISES = (0.25, 1.0, 4.0), (0.0, 1.0, 2.0, 4.0, 8.0)
 MODELS = ("in-sample", "out-of-fold", "ensemble", "moderated", "outside")
 KINDS = (*(f"noise {noise:g}, scale {scale:g}" for noise in NOISES for scale in SCALES), *MODELS)
 
 
-def reward_model(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Direction [D] of a logistic reward model of pairs x [N, D], its ridge by cross-validation."""
-    family, nothing = Family(grid=(DPO,)), np.where(np.arange(len(x)) % 2, 1.0, -1.0)
-    loglik = held_out(x, nothing, [rng.permutation(len(x)) % FOLDS], family).loglik
-    direction: np.ndarray = fit(x, nothing, 0.0, family)[:, 0, by_labels(loglik).spread]
-    return direction
-
-
-def draw_margins(kind: str, drawn: dict[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """Margins [N] of the kind called ``kind`` for pairs with raw features ``x`` and gold direction ``gold``."""
-    x = drawn["x"]
+def draw_margins(kind: str, world: World, others: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Margins [N] of the kind called ``kind`` for the pairs of a world of one seed; ``others``: other pairs [M, D]."""
+    x = world.difference[0]
     if kind.startswith("noise"):
         noise, scale = (float(part.split()[1]) for part in kind.split(", "))
-        return scale * (x @ drawn["gold"] + noise * rng.normal(size=len(x)))
+        return scale * (world.gold_margin[0] + noise * rng.normal(size=len(x)))
     if kind == "in-sample":
-        return scaled(x) @ reward_model(scaled(x), rng)
+        return scaled(x) @ fit_head(scaled(x), rng)
     if kind == "out-of-fold":
-        return out_of_fold(scaled(x), rng)
+        return out_of_fold_margins(scaled(x), rng)
     if kind == "outside":
-        return x @ reward_model(drawn["others"], rng)
+        return x @ fit_head(others, rng)
     members = np.stack([_resampled_out_of_fold(x, rng) for _ in range(MEMBERS)])
     mean, spread = torch.from_numpy(members.mean(axis=0)), torch.from_numpy(members.std(axis=0, ddof=1))
     return (moderate(mean, spread) if kind == "moderated" else mean).numpy()
@@ -71,7 +63,7 @@ def _resampled_out_of_fold(x: np.ndarray, rng: np.random.Generator) -> np.ndarra
     fold, made = rng.permutation(len(x)) % FOLDS, np.empty(len(x))
     for number in range(FOLDS):
         others = np.flatnonzero(fold != number)
-        made[fold == number] = x[fold == number] @ reward_model(x[rng.choice(others, len(others))], rng)
+        made[fold == number] = x[fold == number] @ fit_head(x[rng.choice(others, len(others))], rng)
     return made
 
 
@@ -90,22 +82,18 @@ def trained(x: np.ndarray, margin: np.ndarray, slope: float, fold: np.ndarray) -
 def run_seed(kind: str, seed: int) -> dict[str, float]:
     """Gold reward of every rule, and how the margins stand to labels and gold."""
     rng = np.random.default_rng([seed, KINDS.index(kind)])
-    drawn = draw_pairs("independent 0", FLIPS, PAIRS, np.random.default_rng(seed))
-    others = np.random.default_rng([seed, 1])
-    more = others.normal(size=(4 * PAIRS, len(drawn["gold"]))) - others.normal(size=(4 * PAIRS, len(drawn["gold"])))
-    first = (others.random(len(more)) < 1 / (1 + np.exp(-more @ drawn["gold"]))) ^ (others.random(len(more)) < FLIPS)
-    drawn["others"] = more * np.where(first, 1.0, -1.0)[:, None]
-    margin = draw_margins(kind, drawn, rng)
-    x, fold = scaled(drawn["x"]), rng.permutation(PAIRS) % FOLDS
+    world = draw_pairs(PAIRS, FLIPS, "none", np.random.default_rng(seed))
+    others = draw_labeled(world.gold[0], 4 * PAIRS, FLIPS, np.random.default_rng([seed, 1]))
+    margin = draw_margins(kind, world, others[:, 0] - others[:, 1], rng)
+    x, fold = scaled(world.difference[0]), rng.permutation(PAIRS) % FOLDS
     slope = calibrated_slope(margin) if (margin < 0).any() else 1.0
     columns = np.concatenate([trained(x, margin, b, fold) for b in (1.0, slope)], axis=1)
-    reward = gold_reward(columns, drawn["gold"], np.random.default_rng([seed, 2]), KLS)[KL]
+    reward = gold_reward(columns, world.gold[0], np.random.default_rng([seed, 2]), (MAIN_KL,))[0]
     rules = {"DPO": 0, "MADPO raw": 1, "soft labels raw": 2, "MADPO calibrated": 4, "soft labels calibrated": 5}
-    gold = drawn["x"] @ drawn["gold"]
     return {name: float(reward[k]) for name, k in rules.items()} | {
         "slope": slope,
         "agreement": float(np.mean(margin > 0)),
-        "correlation": float(np.corrcoef(margin, gold)[0, 1]),
+        "correlation": float(np.corrcoef(margin, world.gold_margin[0])[0, 1]),
     }
 
 

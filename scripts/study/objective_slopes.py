@@ -10,10 +10,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from align.config import ObjectiveSection
-from reward_models.gradient_view import gradient_weights, share_on_misranked
-from reward_models.registry import resolve_objective
+from reward_models.registry import BoundObjective, resolve_objective
 
 GRID = np.linspace(-6, 6, 241)
 MEAN, SPREAD, DRAWS = 1.0, 2.0, 2000
@@ -59,8 +59,8 @@ def main() -> None:
     for axis, (title, lines) in zip(axes, PANELS.items(), strict=True):
         for label, (name, parameters) in lines.items():
             objective = resolve_objective(ObjectiveSection(name=name, parameters=parameters))
-            axis.plot(GRID, gradient_weights(objective, GRID), label=label)
-            share = share_on_misranked(gradient_weights(objective, gaps), gaps)
+            axis.plot(GRID, margin_slopes(objective, GRID), label=label)
+            share = share_on_misranked(margin_slopes(objective, gaps), gaps)
             print(f"{share:6.1%} of the pull on misranked pairs: {label} ({title})")
         axis.set(title=title, xlabel="margin z", ylim=(0, HIGHEST))
         axis.axvline(0, color="#6e7781", lw=0.6)
@@ -68,6 +68,38 @@ def main() -> None:
     axes[0].set_ylabel("|d loss / d z|")
     figure.tight_layout()
     figure.savefig(arguments.output, metadata={"Date": None})
+
+
+def margin_slopes(objective: BoundObjective, gaps: np.ndarray, *, teacher: float = 1.0) -> np.ndarray:
+    """|d loss / d z| [N] of pairs with margins z [N], each alone in its batch.
+
+    A loss of two rewards acts on them by this number alone (Wang et al., arXiv 1904.06627). A pair that is alone is its
+    own bag with the vote share 1, and is compared with its own rejected response only.
+
+    Args:
+        objective: any objective of the registry.
+        gaps: margins z.
+        teacher: the teacher's margin of every pair, where the objective reads one.
+    """
+    found = []
+    for gap in gaps.tolist():
+        chosen = torch.tensor([gap], dtype=torch.float64, requires_grad=True)
+        columns = {
+            "teacher_margin": torch.tensor([teacher], dtype=torch.float64),
+            "vote_share": torch.ones(1, dtype=torch.float64),
+            "bag": torch.zeros(1, dtype=torch.int64),
+            "group": torch.zeros(1, dtype=torch.int64),
+        }
+        loss = objective(chosen, torch.zeros(1, dtype=torch.float64), columns)
+        (slope,) = torch.autograd.grad(loss.sum(), chosen)
+        found.append(abs(float(slope)))
+    return np.array(found)
+
+
+def share_on_misranked(slopes: np.ndarray, gaps: np.ndarray) -> float:
+    """Share of the slopes [N] that belongs to pairs ranked against their label, z < 0."""
+    total = float(slopes.sum())
+    return float(slopes[gaps < 0].sum()) / total if total > 0 else 0.0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from align.config import ObjectiveSection, SharpnessSection
@@ -146,16 +147,27 @@ def bagged(rho: float) -> Fit:
     return fit
 
 
+def decoupled_listwise(acceptable: Tensor, unacceptable: Tensor) -> Tensor:
+    """Mean over p of -log(e^r_p / (e^r_p + sum over n of e^r_n)), [P] (arXiv 2310.10636).
+
+    Other acceptable responses are not in the denominator, so two good answers do not compete. With one response each
+    it is Bradley-Terry.
+
+    Args:
+        acceptable: rewards r_p [P, G] of the acceptable responses to each of P prompts.
+        unacceptable: rewards r_n [P, H] of the others.
+    """
+    return F.softplus(unacceptable.logsumexp(dim=1, keepdim=True) - acceptable).mean(dim=1)
+
+
 def listwise(data: Data, pairs: Pairs, penalty: float) -> np.ndarray:
     """The same snippets and labels as lists of ``LIST``: winners of ``LIST`` / 2 pairs acceptable, losers not."""
     half = LIST // 2
     whole = len(pairs.gold) // half * half
     good, bad = (rows[:whole].reshape(-1, half) for rows in (pairs.chosen, pairs.rejected))
-    mask = torch.arange(LIST)[None, :].expand(len(good), LIST) < half
 
     def loss(chosen: Tensor, rejected: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
-        rewards = torch.cat([chosen.view(-1, half), rejected.view(-1, half)], dim=1)
-        return half * objectives.decoupled_listwise(rewards, mask)
+        return half * decoupled_listwise(chosen.view(-1, half), rejected.view(-1, half))
 
     return fit_linear(data.features[good.ravel()], data.features[bad.ravel()], loss, {}, penalty=penalty)
 

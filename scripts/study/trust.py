@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import expit
 
 from align.io.console import configure, progress
 from align.io.files import read_json, write_json
 from align.trust.evidence import fit_evidence
 from align.trust.linear_proxy import DPO, GRID, MADPO, SOFT, Family, fit, held_out, scaled
 from align.trust.selection import by_labels, choose
-from scripts.reproduce.exact_arena.gold import SIZE, draw_gold, gold_reward
+from scripts.reproduce.exact_arena.gold import gold_reward
+from scripts.reproduce.exact_arena.heads import FOLDS
+from scripts.reproduce.exact_arena.report import OUTCOMES
+from scripts.reproduce.exact_arena.world import draw_pairs
 
-KLS = (0.25, 0.5, 1.0)
-FOLDS = 5
 FAMILY = Family()
 MARGINS = (
     *(f"independent {s}" for s in (0.3, 1, 2, 4, 8)),
@@ -45,47 +45,11 @@ ALLOWED = {
 }
 
 
-def draw_pairs(kind: str, flips: float, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Gold direction [D], differences of features x [N, D] (preferred minus other), margins [N]."""
-    gold = draw_gold(rng)
-    x = rng.normal(size=(count, SIZE)) - rng.normal(size=(count, SIZE))
-    first = rng.random(count) < expit(x @ gold)
-    first ^= rng.random(count) < flips
-    x *= np.where(first, 1.0, -1.0)[:, None]
-    return {"gold": gold, "x": x, "margin": draw_margins(kind, x, gold, rng)}
-
-
-def draw_margins(kind: str, x: np.ndarray, gold: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Margins [N] of the kind called ``kind``."""
-    name, number = kind.split(" ")
-    if name == "independent":
-        return x @ gold + float(number) * rng.normal(size=len(x))
-    if name == "shared":
-        wrong = rng.normal(size=SIZE)
-        return x @ (gold + float(number) / np.sqrt(2) * wrong / np.linalg.norm(wrong))
-    seen = x @ np.linalg.qr(rng.normal(size=(SIZE, int(number))))[0]
-    return out_of_fold(scaled(seen), rng)
-
-
-def out_of_fold(seen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Margins [N] of a logistic reward model on the features that it sees, each from a model without that fold."""
-    family = Family(grid=(DPO,))
-    nothing = np.where(np.arange(len(seen)) % 2, 1.0, -1.0)
-    fold = rng.permutation(len(seen)) % FOLDS
-    margin = np.empty(len(seen))
-    for number in range(FOLDS):
-        test = fold == number
-        inner = [rng.permutation(int((~test).sum())) % FOLDS]
-        loglik = held_out(seen[~test], nothing[~test], inner, family).loglik
-        margin[test] = seen[test] @ fit(seen[~test], nothing[~test], 0.0, family)[:, 0, by_labels(loglik).spread]
-    return margin
-
-
 def run_seed(kind: str, flips: float, count: int, seed: int) -> dict[str, Any]:
     """Every rule's gold reward, and what trust and evidence chose."""
     rng = np.random.default_rng([seed, MARGINS.index(kind), round(100 * flips), count])
-    drawn = draw_pairs(kind, flips, count, rng)
-    x, margin = scaled(drawn["x"]), drawn["margin"]
+    world = draw_pairs(count, flips, kind, rng)
+    x, margin = scaled(world.difference[0]), world.margin[0]
     found = held_out(x, margin, [rng.permutation(count) % FOLDS], FAMILY)
     theta = fit(x, margin, found.slope, FAMILY)
     evidence = fit_evidence(x, margin)
@@ -93,7 +57,7 @@ def run_seed(kind: str, flips: float, count: int, seed: int) -> dict[str, Any]:
     same_labels = kind.startswith("out-of-fold")
     choices["combined"] = choose(found, theta, evidence.theta, x, FAMILY, same_labels=same_labels)
     columns = np.stack([theta[:, c.setting, c.spread] for c in choices.values()] + [evidence.theta], axis=1)
-    reward = gold_reward(columns, drawn["gold"], rng, KLS)
+    reward = gold_reward(columns, world.gold[0], rng, OUTCOMES)
     return {
         "reward": dict(zip([*choices, "evidence"], reward.T.tolist(), strict=True)),
         "chosen": {name: [GRID[c.setting].trust, GRID[c.setting].strength] for name, c in choices.items()},
@@ -151,7 +115,7 @@ def row(results: list[dict[str, Any]], kl: int) -> dict[str, Any]:
 def summarise(found: dict[tuple[str, float, int], list[dict[str, Any]]]) -> dict[str, Any]:
     """A row per cell and KL; the regret of each rule averaged over the cells and at its worst."""
     made: dict[str, Any] = {"rows": {}, "mean_regret": {}, "worst_regret": {}, "by_flips": {}}
-    for k, kl in enumerate(KLS):
+    for k, kl in enumerate(OUTCOMES):
         rows = {f"{kind}, {flips:.0%} flipped, {count} pairs": row(results, k) for (kind, flips, count), results in
                 found.items() if len(results) > 1}  # fmt: skip
         if not rows:

@@ -27,7 +27,8 @@ from align.trust.linear_proxy import GRID, Family, fit, held_out, scaled
 from align.trust.selection import by_labels, choose
 from reward_models.judges import make_judge
 from scripts.assets.demo_data import PAIR_PROMPT, Snippet, read_snippets
-from scripts.study.trust import ALLOWED, FOLDS, out_of_fold
+from scripts.reproduce.exact_arena.heads import FOLDS, out_of_fold_margins
+from scripts.study.trust import ALLOWED
 
 MOST_WORDS, FEWEST_WORDS = 14, 5
 MARGINS = ("outside", "cross-fitted", "noise")
@@ -62,7 +63,7 @@ def run_draw(kind: str, draw: int, data: dict[str, Any]) -> dict[str, Any]:
     elif kind == "noise":
         margin = rng.normal(size=len(train))
     else:
-        margin = out_of_fold(scaled(data["embedded"][train] * sign[:, None]), rng)
+        margin = out_of_fold_margins(scaled(data["embedded"][train] * sign[:, None]), rng)
     found = held_out(x, margin, [rng.permutation(len(x)) % FOLDS], FAMILY)
     theta = fit(x, margin, found.slope, FAMILY)
     evidence = fit_evidence(x, margin)

@@ -1,8 +1,10 @@
 """Configuration: every mistake is named with its path and the nearest valid key, before anything heavy loads."""
 
+import ast
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,21 @@ def test_a_seed_of_rounds_is_as_that_of_a_run(seed: int) -> None:
     assert load_iterate(recipe, [f"seed={2**32 - 1}"]).seed == 2**32 - 1
 
 
+def test_every_field_says_what_it_is() -> None:
+    """Every field of a section has a docstring under it, which gives its unit."""
+    silent = []
+    for file in (Path(__file__).parents[2] / "align" / "config").glob("*.py"):
+        for section in ast.walk(ast.parse(file.read_text())):
+            if isinstance(section, ast.ClassDef) and any(ast.unparse(base) == "Section" for base in section.bases):
+                silent += [
+                    f"{file.name}: {section.name}.{ast.unparse(field.target)}"
+                    for field, below in pairwise([*section.body, None])
+                    if isinstance(field, ast.AnnAssign)
+                    and not (isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant))
+                ]
+    assert silent == []
+
+
 def test_help_is_quick_and_light() -> None:
     """Importing the command line loads neither torch nor transformers; help answers within half a second here."""
     code = "import sys, align.cli.main, align.config; "
@@ -124,6 +141,6 @@ def test_help_is_quick_and_light() -> None:
     for _ in range(5):
         before = os.times()
         subprocess.run([sys.executable, "-m", "align.cli", "--help"], check=True, capture_output=True)
-        after = os.times()  # processor time: other tests run beside this one
+        after = os.times()  # processor time: other tests run at the same time
         times.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert 0 < min(times) < 0.5

@@ -1,4 +1,4 @@
-"""Whatever stands in a run file or an override: a configuration, or an error that the user can mend, never a crash."""
+"""Any run file and any override gives a configuration or an error that the user can fix, never a crash."""
 
 import json
 import warnings
@@ -65,7 +65,7 @@ def dumped(tree: Any) -> str:
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
-    """The whole run file with another value at ``path``."""
+    """The run file ``WHOLE`` with another value at ``path``."""
     tree = json.loads(json.dumps(WHOLE))
     *parents, last = path.split(".")
     node = tree

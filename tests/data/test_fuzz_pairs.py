@@ -1,4 +1,4 @@
-"""Whatever stands in a pair file: a table, or an error that the user can mend, never a crash."""
+"""Any pair file gives a table or an error that the user can fix, never a crash."""
 
 import json
 import random
@@ -44,7 +44,7 @@ pair_rows = st.fixed_dictionaries(
 
 
 def check_source(path: Path) -> None:
-    """Both readers of a pair file end well."""
+    """Both readers of a pair file return, or raise an error with a code."""
     for read in (check_pairs, load_pairs):
         try:
             read(PairsSection(path=str(path)))

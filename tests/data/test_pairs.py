@@ -1,4 +1,4 @@
-"""The pair table: what is read, what is refused and in which words, how it is split and kept."""
+"""The pair table: reading, messages for invalid rows, splits, writing."""
 
 import json
 from pathlib import Path
@@ -186,7 +186,7 @@ def test_ids_are_stable_and_unique(tmp_path: Path) -> None:
 
 
 def test_written_twice_is_the_same_bytes_and_reads_back(tmp_path: Path) -> None:
-    """Also below a folder called like the value of a column, which Parquet readers take for a partition."""
+    """Also in a folder named like a column and its value, which Parquet readers take for a partition."""
     pairs = load_pairs(PairsSection(path=jsonl(tmp_path, *rows(5))))
     for name in ("a", "margin=0.1"):
         write_pairs(pairs, tmp_path / name)
@@ -222,7 +222,7 @@ def test_split_keeps_prompts_apart() -> None:
 @pytest.mark.parametrize("fraction", [0.02, 0.1, 0.15, 0.3, 1 / 3, 0.4, 0.5, 0.6, 0.75, 0.9])
 @pytest.mark.parametrize("of_a_prompt", [1, 3])
 def test_the_share_that_is_asked_for_is_held_out(fraction: float, of_a_prompt: int) -> None:
-    """A whole part, a tenth, is the first of so many folds, as it has always been."""
+    """If the share is one over a whole number k, the held-out pairs are the first of k folds."""
     pairs = Dataset.from_dict({"prompt": [f"p{k // of_a_prompt}" for k in range(900)], "k": list(range(900))})
     train, held_out = split_by_prompt(pairs, fraction, 3)
     assert abs(len(held_out) - 900 * fraction) <= of_a_prompt and len(train) + len(held_out) == 900

@@ -1,5 +1,6 @@
-"""Ids seen so far: in a file they are what they are in a dictionary."""
+"""Ids seen so far, the same in a file as in a dictionary; ids made from content."""
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ from hypothesis import strategies as st
 from align.config import PairsSection
 from align.data import seen_ids
 from align.data.pairs import load_pairs
-from align.data.seen_ids import SeenIds
+from align.data.seen_ids import SeenIds, content_id
 from align.data.streaming import stream_pairs
 from align.errors import DataError
-from tests.e2e.test_cli import jsonl
 from tests.helpers.builders import rows
+from tests.helpers.command_line import jsonl
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=()), max_size=3), max_size=30), st.integers(0, 8))
@@ -44,3 +45,14 @@ def test_more_pairs_than_ids_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path
     twice = tmp_path / jsonl(tmp_path / "twice.jsonl", [row | {"id": f"p{k % 5}"} for k, row in enumerate(rows(6))])
     with pytest.raises(DataError, match=r"row 6:id: found 'p0', expected an id used once \(row 1 has it too\)"):
         stream_pairs(PairsSection(path=str(twice)), tmp_path / "twice.arrow")
+
+
+def test_an_id_of_content_is_its_hash_and_unique() -> None:
+    """Key order does not matter; a repetition gets a number; a value that JSON lacks is read as its text."""
+    seen = SeenIds()
+    first = content_id({"a": 1, "b": "é"}, seen)
+    assert first == "72098b2a2208bcd8" and content_id({"b": "é", "a": 1}, seen) == first
+    for expected in (first, f"{first}-2", f"{first}-3"):
+        assert content_id({"b": "é", "a": 1}, seen) == expected
+        seen.add(expected, 1)
+    assert content_id([date(2024, 5, 1)], seen) == content_id(["2024-05-01"], seen)

@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.e2e.test_cli import align, jsonl
 from tests.e2e.test_generate import start_and_kill
 from tests.generation.test_server_engine import Fake, Reply
 from tests.helpers.builders import bert_reward, causal
+from tests.helpers.command_line import align, jsonl
 
 WORDS = (" awful", " wonderful", " bad", " good", " a table")
 

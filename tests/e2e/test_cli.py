@@ -1,57 +1,15 @@
 """The command line as a user types it: whole runs with tiny models, then with the real small ones."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from datasets import Dataset
 
 from align.data.pairs import read_pairs
-from tests.helpers.builders import bert_reward, causal, rows
-
-
-def align(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command; its environment allows one thread and no network."""
-    full = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
-    command = [sys.executable, "-m", "align.cli", *arguments]
-    return subprocess.run(command, cwd=cwd, env=full, capture_output=True, text=True, check=False, timeout=900)
-
-
-def jsonl(path: Path, items: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    return path.name
-
-
-@pytest.fixture
-def workspace(tmp_path: Path) -> Path:
-    """A folder with models, pairs, prompts and a run file."""
-    causal(tmp_path / "policy")
-    bert_reward(tmp_path / "backbone")
-    table = [{name: value for name, value in row.items() if name != "margin"} for row in rows(24)]
-    jsonl(tmp_path / "pairs.jsonl", table)
-    jsonl(tmp_path / "heldout.jsonl", [{**row, "prompt": f"not {row['prompt']}"} for row in table[:8]])
-    jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"the {row['prompt']}"} for row in table[:10]])
-    small = {"max_steps": 3, "per_device_train_batch_size": 4, "bf16": False, "gradient_checkpointing": False}
-    run = {
-        "name": "tiny",
-        "reward": {
-            "model": "backbone", "folds": 2, "max_length": 64, "trainer": small | {"learning_rate": 1e-3},
-            "pairs": {"path": "pairs.jsonl"}, "eval_pairs": {"path": "heldout.jsonl"},
-        },
-        "sample": {"prompts": "prompts.jsonl", "max_new_tokens": 6, "num_generations": 3},
-        "train": {
-            "model": "policy", "methods": {"dpo": {"loss": "dpo"}, "madpo": {"loss": "madpo"}},
-            "trainer": small | {"learning_rate": 1e-2}, "peft": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
-        },
-        "evaluate": {"prompts": "prompts.jsonl", "max_new_tokens": 6},
-    }  # fmt: skip
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
-    return tmp_path
+from tests.helpers.builders import rows
+from tests.helpers.command_line import align, jsonl
 
 
 def test_whole_run_then_nothing_to_do_then_only_what_changed(workspace: Path) -> None:

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from align.data.pairs import read_pairs
-from tests.e2e.test_cli import align, jsonl
 from tests.helpers.builders import causal, rows
+from tests.helpers.command_line import align, jsonl
+from tests.helpers.disks import mounted
 
 
 @pytest.fixture
@@ -23,12 +24,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("no right to mount a file system here")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
-
-
-def mounted(folder: Path, options: str, *what: str) -> bool:
-    """Mount, or mount again with other options."""
-    done = subprocess.run(["mount", *what, "-o", options, str(folder)], capture_output=True, check=False)
-    return done.returncode == 0
 
 
 @pytest.fixture

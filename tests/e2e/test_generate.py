@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from align.data.pairs import read_pairs
-from tests.e2e.test_cli import align, jsonl
 from tests.generation.test_server_engine import Fake, Reply, echo
 from tests.helpers.builders import bert_reward, causal
+from tests.helpers.command_line import align, jsonl
 
 PROMPTS = [{"prompt": f"the {word} film {'very ' * k}is"} for k in range(4) for word in ("good", "bad", "dull")]
 
@@ -159,7 +159,7 @@ def test_mistakes_cost_one_line(workspace: Path) -> None:
     bad = align("generate", "bad.jsonl", "--model", "policy", "--output", "out", cwd=workspace)
     assert bad.returncode == 2
     for said in ("row 1: found an empty prompt", "row 2: prompt: found 3", "row 4: found id 'a', which row 3 has too",
-                 "row 5: found text beside messages"):  # fmt: skip
+                 "row 5: found both text and messages"):  # fmt: skip
         assert said in bad.stderr
     cases = [
         (["--engine", "vlm"], "did you mean `vllm`"),

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from align.data.pairs import read_pairs
 from align.run.iterate import load_iterate
-from tests.e2e.test_cli import align, jsonl
 from tests.helpers.builders import bert_reward, causal
+from tests.helpers.command_line import align, jsonl
 
 
 @pytest.fixture

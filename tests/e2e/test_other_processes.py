@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.e2e.test_cli import jsonl
 from tests.helpers.builders import llama_reward, rows
+from tests.helpers.command_line import jsonl
 from tests.helpers.interrupted import (
     DIES_IN,
     MODULE,

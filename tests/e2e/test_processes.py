@@ -13,9 +13,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from align.data.pairs import read_pairs
-from tests.e2e.test_cli import jsonl
 from tests.helpers.builders import bert_reward, causal, llama_reward
 from tests.helpers.builders import rows as pairs
+from tests.helpers.command_line import jsonl
 from tests.helpers.launching import ROOT, launched
 
 SEVERAL = [2, pytest.param(4, marks=pytest.mark.slow)]

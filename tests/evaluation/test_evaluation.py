@@ -21,9 +21,9 @@ from align.evaluation.policies import Policy, checkpoints, find_reference, parse
 from align.evaluation.reward_model import reward_model_metrics
 from align.evaluation.reward_pairs import findings_said, pair_findings
 from align.evaluation.rewardbench import SECTIONS, section_scores
-from align.generation.encoding import encode_prompt
 from align.models.completion_logps import completion_logps
 from align.models.folders import fingerprint_model
+from align.models.tokenization import encode_prompt
 from align.reports.reward_model_page import GROUPS, by_group, write_reward_model_page
 from align.sharding.shards import in_parts
 from reward_models import ensemble
@@ -147,7 +147,7 @@ def test_kl_at_a_temperature_is_that_of_what_is_sampled_from(tiny_policy: Path, 
     decoding = Decoding(1, 0.7, 0, 512)
     written = write_completions(Policy("tiny", str(tiny_policy)), [PROMPTS[0]] * 4096, decoding, tmp_path / "out")
     ratios = measure_kl(written, reference, tmp_path / "out")
-    ids = torch.tensor([encode_prompt(AutoTokenizer.from_pretrained(tiny_policy), PROMPTS[0])])
+    ids = torch.tensor([encode_prompt(PROMPTS[0], AutoTokenizer.from_pretrained(tiny_policy))])
     with torch.no_grad():
         hot, base = (
             torch.log_softmax(AutoModelForCausalLM.from_pretrained(path)(ids).logits[0, -1].double() / heat, -1)

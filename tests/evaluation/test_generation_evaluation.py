@@ -5,10 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.stats import binomtest, ttest_1samp
-from scipy.stats import t as student
+from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.errors import ModelError
@@ -16,7 +13,7 @@ from align.evaluation.rewards import gain_per_root_kl, reward_differences
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.types import Sampling
 from align.models.completion_logps import completion_logps
-from align.stats import Estimate, bootstrap_mean, bootstrap_share, crossed_mean, crossed_p
+from align.stats import bootstrap_mean, bootstrap_share
 from tests.helpers.builders import tokenizer
 
 PROMPTS = ["the film is", "a very bad plot was not", "good"]
@@ -82,51 +79,6 @@ def test_compare_is_paired() -> None:
     assert (comparison["a"], comparison["b"]) == ("b", "a")
     assert comparison["difference"] == pytest.approx({"value": -0.2, "low": -0.2, "high": -0.2, "n": 200})
     assert found["policies"]["reference"]["gain"] is None
-
-
-@pytest.mark.parametrize("spreads", [(0.0, 1.0, 1.0), (0.5, 1.0, 1.0), (1.0, 0.2, 0.2), (0.0, 0.0, 1.0)])
-def test_an_interval_over_seeds_and_prompts_covers_new_ones(spreads: tuple[float, float, float]) -> None:
-    """Of the mean over all seeds and prompts there could be; one over prompts alone does not where seeds differ."""
-    rng = np.random.default_rng(0)
-    of_seed, of_prompt, of_rest = spreads
-    inside = prompts_only = 0
-    for number in range(400):
-        table = 0.3 + of_seed * rng.normal(size=(3, 1)) + of_prompt * rng.normal(size=(1, 80))
-        table = table + of_rest * rng.normal(size=(3, 80))
-        found, narrow = crossed_mean(table), bootstrap_mean(table.mean(axis=0), seed=number, resamples=200)
-        inside += found.low <= 0.3 <= found.high
-        prompts_only += narrow.low <= 0.3 <= narrow.high
-        assert found.value == pytest.approx(table.mean()) and found.n == 240
-    assert inside >= 360
-    assert prompts_only < 250 or of_seed == 0
-
-
-def test_an_interval_over_seeds_and_prompts_of_known_cases() -> None:
-    """No variance, no width; one that only seeds have is Student's over their means."""
-    assert crossed_mean(np.full((3, 5), 0.5)) == Estimate(0.5, 0.5, 0.5, 15)
-    means = np.array([1.0, 2.0, 4.0])
-    found = crossed_mean(np.repeat(means[:, None], 50, axis=1))
-    low, high = student.interval(0.95, 2, loc=means.mean(), scale=means.std(ddof=1) / np.sqrt(3))
-    assert (found.low, found.high) == pytest.approx((low, high))
-    assert crossed_p(np.repeat(means[:, None], 50, axis=1)) == pytest.approx(ttest_1samp(means, 0).pvalue)
-    assert crossed_p(np.full((3, 5), 0.5)) == 0 and crossed_p(np.zeros((3, 5))) == 1
-    for wrong in (np.zeros((1, 5)), np.zeros((5, 1)), np.zeros(5)):
-        with pytest.raises(ValueError, match="two seeds and two prompts"):
-            crossed_mean(wrong)
-
-
-@given(st.integers(0, 2**32 - 1), st.floats(-1, 1))
-@settings(deadline=None)
-def test_p_over_seeds_and_prompts_is_where_the_interval_ends_at_nothing(seed: int, mean: float) -> None:
-    rng = np.random.default_rng(seed)
-    table = mean + rng.normal(size=(3, 1)) + rng.normal(size=(3, 20))
-    p = crossed_p(table)
-    if p < 1e-6:  # below this, 1 - p has too few digits left to say where its interval ends
-        certain = crossed_mean(table, confidence=1 - 1e-6)
-        assert certain.low > 0 or certain.high < 0
-        return
-    found = crossed_mean(table, confidence=1 - p)
-    assert min(abs(found.low), abs(found.high)) == pytest.approx(0, abs=1e-6)
 
 
 def test_bootstrap_interval_covers_about_95_percent() -> None:

@@ -200,7 +200,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         "row 2: completion[1]: found {'role': 'assistant'}, expected {role: ..., content: ...}",
         "row 3: sample: found 'x', expected a number from 0 up",
         "row 5: found sample 4 of 'a' again, expected each number once",
-        "row 6: found text beside messages",
+        "row 6: found both text and messages",
     ):
         assert said in str(told.value)
     (tmp_path / "empty.jsonl").write_text("")

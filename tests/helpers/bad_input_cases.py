@@ -110,8 +110,8 @@ def pair_cases() -> Iterator[BadInput]:
         ("nothing shared, no prompt", lambda f: write_lines(f / "bad.jsonl", {"chosen": "yes", "rejected": "no"}), jsonl,
          "pair-no-prompt", "no shared beginning"),
         ("an id twice", lines({**GOOD, "id": 1}, {**GOOD, "id": 1}), jsonl, "pair-duplicate-id", "row 2 has it too"),
-        ("a null character", lines({**GOOD, "chosen": "a\0b"}), jsonl, "pair-text", "found a null character at place 2"),
-        ("half a character", lines('{"prompt": "a", "chosen": "x\\ud800", "rejected": "b"}'), jsonl, "pair-text", "half a character"),
+        ("a null character", lines({**GOOD, "chosen": "a\0b"}), jsonl, "pair-text", "found a null character at position 2"),
+        ("a lone surrogate", lines('{"prompt": "a", "chosen": "x\\ud800", "rejected": "b"}'), jsonl, "pair-text", "a lone surrogate"),
         ("a text of 10 MB", lines({**GOOD, "chosen": "ab " * 3_500_000}), jsonl, "pair-text", "found 10,500,000 characters"),
         ("a CSV with a header alone", raw("bad.csv", b"prompt,chosen,rejected\n"), csv, "data-empty", "holds no rows"),
         ("a CSV with a column twice", raw("bad.csv", b"prompt,chosen,chosen\na,b,c\n"), csv, "data-column", "'chosen' is there twice"),
@@ -138,8 +138,8 @@ def pair_cases() -> Iterator[BadInput]:
         ("a margin that a loss needs and no pair has", lines(), jsonl, "loss-needs-margin", "needs a `margin` column"),
         ("a margin that a loss needs and one pair lacks", lines({**GOOD, "margin": 1.0}), jsonl, "loss-needs-margin",
          "margin: 1 of 2 pairs have none"),
-        ("prompts with half a character", raw("p.jsonl", b'{"prompt": "a \\ud83d b"}\n'), setting("evaluate.prompts=p.jsonl"),
-         "prompt-row", "half a character"),
+        ("prompts with a lone surrogate", raw("p.jsonl", b'{"prompt": "a \\ud83d b"}\n'), setting("evaluate.prompts=p.jsonl"),
+         "prompt-row", "a lone surrogate"),
     ]  # fmt: skip
     yield from (BadInput(*case) for case in made)
 
@@ -250,7 +250,7 @@ def model_cases() -> Iterator[BadInput]:
         ("a tokenizer that can neither pad nor end a text", model(no_end), policy, "model-tokenizer", "neither a padding nor"),
         ("no weights", model(remove("*.safetensors")), policy, "model-load", "no weights, expected model.safetensors"),
         ("weights cut off", model(cut("model.safetensors", lambda f: f / "model.safetensors", 0.5)), policy, "model-load",
-         "the file is not whole"),
+         "the file is incomplete"),
         ("weights that are an HTML page", model(raw("model.safetensors", b"<html>404 not found</html>")), policy, "model-load",
          "not a safetensors file"),
         ("a missing shard", model(lambda f: (f / "model.safetensors.index.json").write_text(

@@ -10,9 +10,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.e2e.test_cli import jsonl
 from tests.helpers.builders import causal
 from tests.helpers.builders import rows as pairs
+from tests.helpers.command_line import jsonl
 
 MODULE = "tests.helpers.dying_once_cli"
 PAIRS, PAIRS_PER_STEP = 18, 4

@@ -260,7 +260,7 @@ CASES: dict[str, tuple[Prepare, str, str, str]] = {
     "cut off": (truncated, "s3://bucket/p.parquet", "data-unreadable", "p.parquet: not a readable Parquet file"),
     "columns differ": (other_columns, "s3://bucket/mixed/", "data-column", "b.parquet: found columns that differ"),
     "wrong key": (environment(AWS_ACCESS_KEY_ID="WRONGKEY-0123"), "s3://bucket/p.parquet", "store-denied", "keys"),
-    "away": (environment(AWS_ENDPOINT_URL="http://127.0.0.1:9"), "s3://bucket/p.parquet", "store-away", "is away"),
+    "away": (environment(AWS_ENDPOINT_URL="http://127.0.0.1:9"), "s3://bucket/p.parquet", "store-away", "unreachable"),
     "bad endpoint": (environment(AWS_ENDPOINT_URL="127.0.0.1:9"), "s3://bucket/p.parquet", "store-address", "http://"),
     "overloaded": (failing("GET", "503 Slow Down", "SlowDown"), "s3://bucket/p.parquet", "store-away", "overloaded"),
     "refused": (failing("GET", "403 Forbidden", "AccessDenied"), "s3://bucket/p.parquet", "store-denied", "refuses"),

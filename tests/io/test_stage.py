@@ -122,15 +122,15 @@ def test_a_broken_manifest_is_an_unfinished_stage(tmp_path: Path, content: str) 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_left_out(tmp_path: Path) -> None:
     from transformers.trainer_callback import TrainerState
 
-    from align.training.base.checkpoints import last_whole_checkpoint
+    from align.training.base.checkpoints import last_complete_checkpoint
 
-    assert last_whole_checkpoint(tmp_path / "nothing") is None
+    assert last_complete_checkpoint(tmp_path / "nothing") is None
     for step in (2, 4, 10, 12, 14):
         (tmp_path / f"checkpoint-{step}").mkdir()
     for step in (2, 4, 10):
         TrainerState(global_step=step).save_to_json(str(tmp_path / f"checkpoint-{step}" / "trainer_state.json"))
     (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_step": 12, "log_hist')
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2", "checkpoint-4"]
 
 

@@ -130,7 +130,7 @@ def test_packing_holds_every_sequence_once(lengths: list[tuple[int, int, int]], 
 
 
 def test_pairs_do_not_see_each_other() -> None:
-    """A pair's log-probs are the same whichever pairs are packed beside it."""
+    """A pair's log-probs do not depend on the pairs that are packed with it."""
     model = tiny("Llama")
     choose_layout(model, BATCH, "shared_prefix")
     whole = pair_logps(model, BATCH, "shared_prefix")

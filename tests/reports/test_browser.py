@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from align.reports.comparison_page import render as compared
-from align.reports.run_page import render
+from align.reports.comparison_page import render_comparison_page
+from align.reports.run_page import render_run_page
 from tests.reports.test_comparison_page import report as comparison
 from tests.reports.test_report import report
 
@@ -74,7 +74,7 @@ def test_a_page_of_hostile_texts_in_a_browser(tmp_path: Path, server: tuple[str,
     hostile["run"]["config"] = {"output_dir": evil}
     hostile["reward_model"]["backbone"] = evil
     hostile["margins"]["note"] = evil
-    page = render(hostile)
+    page = render_run_page(hostile)
     found = opened(page, tmp_path)
     assert "pwned'" in found and 'id="pwned"' not in found and asked == []
 
@@ -94,7 +94,7 @@ def test_the_search_leaves_the_prompts_that_hold_every_word(tmp_path: Path) -> N
         sample["prompt"] = f"Prompt {k}"
         sample["completions"]["dpo"]["text"] = "A KIND word" if k == 1 else "a word"
     found["comparisons"] = {}
-    page = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", compared(found))
+    page = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", render_comparison_page(found))
     typed = "field.value = 'kind prompt'; field.dispatchEvent(new Event('input'));"
     dumped = opened(page.replace("</body>", f"<script>{typed}</script></body>"), tmp_path)
     articles = re.findall(r"<article( hidden=\"\")?>", dumped)
@@ -105,7 +105,7 @@ def test_the_search_leaves_the_prompts_that_hold_every_word(tmp_path: Path) -> N
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")
 @pytest.mark.parametrize("width", [360, 1600])
 def test_the_comparison_page_is_never_wider_than_its_window(tmp_path: Path, width: int) -> None:
-    page = html.escape(compared(comparison()))
+    page = html.escape(render_comparison_page(comparison()))
     measured = "r = f.contentDocument.documentElement; document.title = r.scrollWidth - r.clientWidth"
     frame = f'<iframe id="f" style="border:0;width:{width}px" onload="{measured}" srcdoc="{page}"></iframe>'
     frame = f"<html><head><title></title></head><body>{frame}</body></html>"

@@ -1,4 +1,4 @@
-"""The comparison page: escaped, one script under its own hash, honest words, one colour per policy."""
+"""The comparison page: escaped, one script under its own hash, honest words, one color per policy."""
 
 import base64
 import hashlib
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from align.reports.comparison_page import headline, percent, render
+from align.reports.comparison_page import headline, percent, render_comparison_page
 from tests.reports.test_report import EVIL, Balanced, est
 
 
@@ -64,7 +64,7 @@ def report(rate: float = 0.6, half: float = 0.05, controlled: float = 0.58, gain
 
 
 def test_the_only_script_is_the_one_that_the_policy_names() -> None:
-    page = render(report())
+    page = render_comparison_page(report())
     scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.S)
     assert len(scripts) == 1 and page.count("<script") == 1
     digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
@@ -76,7 +76,7 @@ def test_the_only_script_is_the_one_that_the_policy_names() -> None:
 
 
 def test_texts_are_escaped_and_elements_closed() -> None:
-    page = render(report())
+    page = render_comparison_page(report())
     assert "alert('x')" not in page and page.count("alert(&#39;x&#39;)") > 10
     parser = Balanced()
     parser.VOID = parser.VOID | {"input"}
@@ -85,7 +85,7 @@ def test_texts_are_escaped_and_elements_closed() -> None:
 
 
 def test_completions_of_all_policies_stand_side_by_side_once() -> None:
-    page = render(report())
+    page = render_comparison_page(report())
     articles = re.findall(r"<article>.*?</article>", page, flags=re.S)
     assert len(articles) == 3
     assert all([f'class="{shade}"><h4>' in article for shade in ("c0", "c1", "c4")] for article in articles)
@@ -94,8 +94,8 @@ def test_completions_of_all_policies_stand_side_by_side_once() -> None:
     ]  # fmt: skip
 
 
-def test_the_frontier_goes_in_order_and_checkpoints_are_dashed_in_the_colour_of_their_method() -> None:
-    page = render(report())
+def test_the_frontier_goes_in_order_and_checkpoints_are_dashed_in_the_color_of_their_method() -> None:
+    page = render_comparison_page(report())
     (solid,) = re.findall(r'<polyline class="c1 line" points="([^"]*? [^"]*)"', page)
     (dashed,) = re.findall(r'<polyline class="c1 line dash" points="([^"]*)"', page)
     steps = [float(point.split(",")[0]) for point in dashed.split()]
@@ -105,7 +105,7 @@ def test_the_frontier_goes_in_order_and_checkpoints_are_dashed_in_the_colour_of_
 
 
 def test_points_of_the_frontier_say_their_temperature() -> None:
-    page = render(report())
+    page = render_comparison_page(report())
     assert re.findall(r'<text class="mark"[^>]*>([^<]*)<', page) == ["1", "0.5", "1", "step 20"]
 
 
@@ -114,7 +114,7 @@ def test_a_verdict_stands_beside_the_texts_that_it_was_given_on() -> None:
     other = report()
     for sample in other["comparisons"]["x"]["samples"]:
         sample["completions"]["dpo"]["text"] = "decoded otherwise"
-    articles = re.findall(r"<article>.*?</article>", render(other), flags=re.S)
+    articles = re.findall(r"<article>.*?</article>", render_comparison_page(other), flags=re.S)
     assert len(articles) == 6
     assert [("decoded otherwise" in a, ": mine before DPO" in a) for a in articles[:2]] == [
         (False, False),
@@ -126,12 +126,12 @@ def test_a_verdict_stands_beside_the_texts_that_it_was_given_on() -> None:
 def test_what_was_not_measured_is_said(missing: str) -> None:
     partial = report()
     del partial[missing]
-    page = render(partial)
+    page = render_comparison_page(partial)
     assert "</html>" in page and "Not measured: run `align eval" in page
 
 
 def test_only_a_frontier_is_a_page() -> None:
-    page = render({"frontier": report()["frontier"]})
+    page = render_comparison_page({"frontier": report()["frontier"]})
     assert "<script" not in page and "Reward against KL was measured." in page
 
 
@@ -141,7 +141,7 @@ def test_only_a_frontier_is_a_page() -> None:
         ({}, "mine beats DPO: mine wins 60.0% (55.0 to 65.0), 58.0% (53.0 to 63.0) at equal lengths; judge"),
         ({"rate": 0.52}, "mine against DPO: no difference seen, mine wins 52.0% (47.0 to 57.0)"),
         ({"rate": 0.4, "controlled": 0.4}, "mine loses to DPO"),
-        ({"controlled": 0.51}, "the length may be all there is to it"),
+        ({"controlled": 0.51}, "the difference in length may explain all of it"),
     ],
 )
 def test_win_rates_in_words(changes: dict[str, float], said: str) -> None:

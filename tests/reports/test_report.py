@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.reports.run_page import render, write_report
+from align.reports.run_page import render_run_page, write_report
 from align.reports.verdict import verdict
 from align.stats import interval, number
 
@@ -89,7 +89,7 @@ class Balanced(HTMLParser):
 
 
 def test_texts_are_escaped_and_nothing_is_loaded() -> None:
-    page = render(report())
+    page = render_run_page(report())
     assert "<script" not in page and "alert(&#39;x&#39;)" in page
     assert "default-src 'none'" in page
     assert not re.search(r"(src|href)\s*=\s*[\"'](?!#)", page) and "url(" not in page
@@ -102,11 +102,11 @@ def test_texts_are_escaped_and_nothing_is_loaded() -> None:
 def test_a_missing_section_is_said_not_fatal(missing: str) -> None:
     partial = report()
     del partial[missing]
-    assert "</html>" in render(partial)
+    assert "</html>" in render_run_page(partial)
 
 
 def test_only_the_run_is_enough() -> None:
-    page = render({"run": report()["run"]})
+    page = render_run_page({"run": report()["run"]})
     assert page.count('class="none"') >= 6 and "Nothing has been evaluated yet." in page
 
 
@@ -125,11 +125,11 @@ def test_the_verdict_says_what_the_intervals_say(changes: dict[str, float], said
 
 def test_a_lead_at_another_kl_is_not_called_better() -> None:
     details = " ".join(verdict(report(gain=0.5, half=0.05)).details)
-    assert "at another KL (2 and 1 nats), so it may only have gone further; reward gained per" in details
+    assert "at another KL (2 and 1 nats), so it may only have moved further; reward gained per" in details
     unclear = report(gain=0.5, half=0.05)
     for policy in unclear["evaluation"]["policies"].values():
         policy["gain_per_root_kl"] = None
-    assert "it may only have gone further." in " ".join(verdict(unclear).details)
+    assert "it may only have moved further." in " ".join(verdict(unclear).details)
     same = report(gain=0.5, half=0.05)
     same["evaluation"]["policies"]["madpo"]["kl"] = est(1.0, 0.1)
     assert "at about the same KL" in " ".join(verdict(same).details)
@@ -139,16 +139,16 @@ def test_a_lead_at_another_kl_is_not_called_better() -> None:
 def test_what_only_the_reward_model_sees_is_called_so() -> None:
     seen = report(gain=0.05, half=0.1)
     policies = seen["evaluation"]["policies"]
-    assert "gain by the reward model" not in render(seen)
+    assert "gain by the reward model" not in render_run_page(seen)
     policies["madpo"]["reward_model_gain"] = est(0.7, 0.1)
-    assert "MADPO did learn what its labels say: the run's own reward model sees a gain of 0.70" in " ".join(
+    assert "MADPO learned what its labels say: the run's own reward model sees a gain of 0.70" in " ".join(
         verdict(seen).details
     )
-    assert "gain by the reward model" in render(seen) and "0.70 (0.60 to 0.80)" in render(seen)
+    assert "gain by the reward model" in render_run_page(seen) and "0.70 (0.60 to 0.80)" in render_run_page(seen)
     policies["madpo"]["reward_model_gain"] = est(0.05, 0.1)
-    assert "did learn" not in " ".join(verdict(seen).details)
+    assert "MADPO learned" not in " ".join(verdict(seen).details)
     policies["madpo"] |= {"reward_model_gain": est(0.7, 0.1), "gain": est(0.4, 0.1)}
-    assert "did learn" not in " ".join(verdict(seen).details)
+    assert "MADPO learned" not in " ".join(verdict(seen).details)
 
 
 def test_digits_follow_the_interval() -> None:
@@ -164,9 +164,9 @@ def test_a_large_run_is_a_small_page_quickly(tmp_path: Path) -> None:
     assert page.stat().st_size < 1_000_000 and time.monotonic() - start < 5
 
 
-def test_unknown_methods_get_a_colour() -> None:
+def test_unknown_methods_get_a_color() -> None:
     other = copy.deepcopy(report())
     policies = other["evaluation"]["policies"]
     policies["my method"] = policies["dpo"]
     other["samples"][0]["completions"]["my method"] = {"text": "t", "reward": 0.0}
-    assert "my method" in render(other)
+    assert "my method" in render_run_page(other)

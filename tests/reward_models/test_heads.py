@@ -25,8 +25,8 @@ from reward_models.features import head_features
 from reward_models.linear_heads import PENALTIES, Moments, fit_linear, fit_logistic
 from reward_models.score import RewardScorer
 from reward_models.train import train_reward_model
-from tests.e2e.test_cli import align, workspace  # noqa: F401
 from tests.helpers.builders import bert_reward, llama_reward, rows, tokenizer
+from tests.helpers.command_line import align
 
 FAST = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "bf16": False, "use_cpu": True}
 
@@ -175,7 +175,7 @@ def test_cross_fitted_margins_of_an_ensemble_are_calibrated_by_the_other_folds(t
     assert abs(ratio[fold == 0][0] - ratio[fold == 1][0]) > 1e-9 and "margin_std" in mapped.column_names
 
 
-def test_the_command_trains_an_ensemble_of_heads_and_scores_calibrated(workspace: Path) -> None:  # noqa: F811
+def test_the_command_trains_an_ensemble_of_heads_and_scores_calibrated(workspace: Path) -> None:
     options = [f"--set=reward.{key}" for key in ("ensemble=2", "calibrate=temperature", "length_residual=true")]
     trained = align("reward", "train", "run.yaml", "--head", "logistic", *options, cwd=workspace)
     assert trained.returncode == 0, trained.stderr

@@ -1,16 +1,13 @@
-"""Reward models: the same reward whatever the batch and the padding; training that learns; calibration by hand."""
+"""Reward models: the same reward for any batch and padding; how texts are tokenized, truncated and scored."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForSequenceClassification,
@@ -21,21 +18,20 @@ from transformers import (
     RobertaConfig,
 )
 
-from align.config import ObjectiveSection, RewardSection
-from align.errors import ConfigError, DataError, ModelError, NumericsError
+from align.config import RewardSection
+from align.errors import ConfigError, ModelError, NumericsError
 from align.models.loading import load_policy
+from align.models.tokenization import encode_reward_texts as tokenize
+from align.models.tokenization import render
 from reward_models.crossfit import cross_fit
 from reward_models.ensemble import EnsembleScorer, members, score_with
 from reward_models.features import head_features
 from reward_models.judges import VaderJudge, make_judge
 from reward_models.loading import fitting_length
-from reward_models.margin_metrics import evaluate_margins
-from reward_models.objectives import bradley_terry
 from reward_models.pairwise_judges import make_score_judge
 from reward_models.score import RewardScorer
-from reward_models.tokenization import cut_alike, render, tokenize
+from reward_models.tokenization import cut_alike
 from reward_models.train import train_reward_model
-from reward_models.trainer import ObjectiveRewardTrainer
 from tests.helpers.builders import beginning, bert_reward, causal, llama_reward, rows, tokenizer
 
 TEXTS = ["the film is good", "a bad plot", "good", "the a is was very not great awful fine dull", "not bad"]
@@ -136,25 +132,6 @@ def test_nothing_follows_what_a_template_ends_with() -> None:
         assert tokenize([text], words, 64) == [own] and tokenize([text], words, len(own) - 1) == [own[:-1]]
 
 
-def test_messages_are_trained_on_as_they_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ids that training is given of a pair are those that its margin is computed from."""
-    folder = llama_reward(tmp_path / "rm", words=1)
-    words = beginning(folder)
-    given: list[Any] = []
-    begin = ObjectiveRewardTrainer.__init__
-
-    def noted(self: ObjectiveRewardTrainer, **kwargs: Any) -> None:
-        given.append(kwargs["train_dataset"])
-        begin(self, **kwargs)
-
-    monkeypatch.setattr(ObjectiveRewardTrainer, "__init__", noted)
-    table = [{"id": str(k), "prompt": TALK, "chosen": ANSWERS[0], "rejected": ANSWERS[2]} for k in range(8)]
-    config = RewardSection(model=str(folder), max_length=64, trainer=FAST | {"max_steps": 1})
-    train_reward_model(Dataset.from_list(table), config, tmp_path / "out", seed=0)
-    own = [words.apply_chat_template([*TALK, *answer], return_dict=False) for answer in (ANSWERS[0], ANSWERS[2])]
-    assert given[0]["chosen_ids"][0] == own[0] and given[0]["rejected_ids"][0] == own[1]
-
-
 def test_an_encoder_keeps_its_own_special_tokens_around_messages() -> None:
     words = tokenizer(eos=False)
     words.add_special_tokens({"cls_token": "<cls>"})
@@ -196,36 +173,6 @@ def test_responses_that_are_the_same_tokens_without_a_cut_are_no_cut_pairs() -> 
     assert cut_alike([], [], words, 16).tolist() == []
     assert cut_alike(["the " * 15 + "good"], ["the " * 15 + "bad"], words, 16).tolist() == [True]
     assert cut_alike(["the " * 14 + "good"], ["the " * 14 + "bad"], words, 16).tolist() == [False]
-
-
-@pytest.mark.parametrize("head", ["full", "naive-bayes"])
-def test_pairs_whose_prompts_fill_the_length_are_left_out_of_training(
-    head: Literal["full", "naive-bayes"], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The model is that of the other pairs alone, and the number is said; without any other pair nothing is trained."""
-    backbone, pairs = llama_reward(tmp_path / "rm"), long_and_short()
-    config = RewardSection(model=str(backbone), head=head, max_length=16, trainer=FAST | {"max_steps": 3})
-    train_reward_model(pairs, config, tmp_path / "all", seed=0)
-    assert caplog.text.count("3 of 8 pairs are left out: their prompts fill max_length") == 1
-    train_reward_model(pairs.select(range(3, 8)), config, tmp_path / "others", seed=0)
-    assert caplog.text.count("are left out") == 1
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "others")]
-    assert weights[0] == weights[1]
-    with pytest.raises(DataError, match="none of 3 pairs has responses that differ within 16 tokens"):
-        train_reward_model(pairs.select(range(3)), config, tmp_path / "none", seed=0)
-
-
-def test_columns_of_the_objective_stay_beside_their_pairs(tmp_path: Path) -> None:
-    """Pairs that are left out take their numbers with them."""
-    pairs = long_and_short().add_column("teacher_margin", [float(k) for k in range(8)])
-    objective = ObjectiveSection(name="margin_mse")
-    config = RewardSection(
-        model=str(llama_reward(tmp_path / "rm")), objective=objective, max_length=16, trainer=FAST | {"max_steps": 3}
-    )
-    for name, table in (("all", pairs), ("others", pairs.select(range(3, 8)))):
-        train_reward_model(table, config, tmp_path / name, seed=0)
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "others")]
-    assert weights[0] == weights[1]
 
 
 def test_completions_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -285,26 +232,6 @@ def test_most_tokens_of_a_model(config: PretrainedConfig, most: int) -> None:
             model(input_ids=torch.full((1, most + 1), 5))
 
 
-@pytest.mark.parametrize("peft", [None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}])
-def test_training_learns_and_loads_as_a_plain_model(tmp_path: Path, peft: dict[str, object] | None) -> None:
-    backbone = llama_reward(tmp_path / "backbone")
-    config = RewardSection(model=str(backbone), max_length=64, trainer=FAST, peft=peft)
-    pairs = Dataset.from_list(rows(16))
-
-    def accuracy(model: Path) -> float:
-        return float(
-            np.mean(np.asarray(RewardScorer(model, batch_tokens=512, max_length=64).score_pairs(pairs)["margin"]) > 0)
-        )
-
-    train_reward_model(pairs, config, tmp_path / "out", seed=0)
-    assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / "out" / "adapter_config.json").exists()
-    assert accuracy(tmp_path / "out") >= 0.9
-    if peft is None:
-        train_reward_model(pairs, config, tmp_path / "again", seed=0)
-        first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
-        assert first == second
-
-
 def test_each_pair_is_scored_by_the_model_that_has_not_seen_it(tmp_path: Path) -> None:
     backbone = llama_reward(tmp_path / "backbone")
     config = RewardSection(model=str(backbone), max_length=64, folds=2, trainer=FAST | {"max_steps": 2})
@@ -316,91 +243,8 @@ def test_each_pair_is_scored_by_the_model_that_has_not_seen_it(tmp_path: Path) -
     assert sorted(set(scored["fold"])) == [0, 1]
 
 
-def test_unknown_trainer_key_is_named(tmp_path: Path) -> None:
-    config = RewardSection(model=str(llama_reward(tmp_path / "m")), trainer={"learning_rat": 1e-3, "max_steps": "ten"})
-    with pytest.raises(ConfigError) as caught:
-        train_reward_model(Dataset.from_list(rows(4)), config, tmp_path / "out", seed=0)
-    assert "reward.trainer.learning_rat: not a field of RewardConfig (did you mean `learning_rate`?)" in str(
-        caught.value
-    )
-    assert "reward.trainer.max_steps: found 'ten', expected a whole number" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"chat_template_path": "t.jinja"}, {"eos_token": "good"}, {"model_init_kwargs": {"dtype": "bfloat16"}}],
-    ids=lambda fields: next(iter(fields)),
-)
-def test_a_field_that_would_not_hold_for_training_and_scoring_alike_is_refused(
-    fields: dict[str, Any], tmp_path: Path
-) -> None:
-    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    config = RewardSection(model=str(llama_reward(tmp_path / "m")), trainer=FAST | fields)
-    with pytest.raises(ConfigError, match=f"reward.trainer.{next(iter(fields))}: has no meaning here"):
-        train_reward_model(Dataset.from_list(rows(4)), config, tmp_path / "out", seed=0)
-    assert not (tmp_path / "out").exists()
-
-
-@given(st.lists(st.floats(-20, 20), min_size=1, max_size=50))
-def test_calibration_against_plain_python(margins: list[float]) -> None:
-    found = evaluate_margins(margins)
-    assert found.accuracy.value == pytest.approx(sum(0.5 if m == 0 else float(m > 0) for m in margins) / len(margins))
-    assert found.log_loss == pytest.approx(sum(np.log1p(np.exp(-m)) for m in margins) / len(margins))
-    assert found.brier == pytest.approx(sum((1 - 1 / (1 + np.exp(-m))) ** 2 for m in margins) / len(margins))
-    assert sum(item.count for item in found.bins) == len(margins)
-    assert 0 <= found.ece <= 1 and found.accuracy.low <= found.accuracy.value <= found.accuracy.high
-
-
-def test_calibration_of_honest_margins_is_near_zero() -> None:
-    rng = np.random.default_rng(0)
-    true = rng.normal(0, 2, 20000)
-    right = rng.random(20000) < 1 / (1 + np.exp(-np.abs(true)))
-    assert evaluate_margins(np.where(right, np.abs(true), -np.abs(true))).ece < 0.02
-    with pytest.raises(ValueError, match="finite"):
-        evaluate_margins([float("nan")])
-
-
-@given(st.floats(-10, 10), st.floats(-10, 10), st.floats(-3, 3))
-def test_bradley_terry_gradient(chosen: float, rejected: float, margin: float) -> None:
-    a, b = (
-        torch.tensor([chosen], dtype=torch.float64, requires_grad=True),
-        torch.tensor([rejected], dtype=torch.float64),
-    )
-    bradley_terry(a, b, torch.tensor([margin], dtype=torch.float64), centering=0.1).sum().backward()
-    expected = -1 / (1 + np.exp(chosen - rejected - margin)) + 0.2 * (chosen + rejected)
-    assert a.grad is not None and float(a.grad) == pytest.approx(expected, abs=1e-9)
-
-
 def test_vader_prefers_praise() -> None:
     good, bad = VaderJudge().score(["The film is", "The film is"], [" wonderful", " terrible"])
     assert -3 <= bad < 0 < good <= 3
     with pytest.raises(ConfigError, match=r"judge 'vadr' is not known \(did you mean `vader`"):
         make_judge("vadr")
-
-
-def test_training_resumed_anywhere_ends_in_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bitwise, from the checkpoint of any step: of six an epoch, eight in all."""
-    trainer = FAST | {"max_steps": 8, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
-    config = RewardSection(
-        model=str(bert_reward(tmp_path / "backbone")), max_length=64,
-        trainer=trainer | {"lr_scheduler_type": "constant"},
-    )  # fmt: skip
-    pairs = Dataset.from_list(rows(24))
-    train_reward_model(pairs, config, tmp_path / "whole", seed=0)
-
-    def die(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("reward_models.train.save_model", die)
-        with pytest.raises(KeyboardInterrupt):
-            train_reward_model(pairs, config, tmp_path / "stopped" / "model", seed=0)
-    left = tmp_path / "stopped" / "model-checkpoints"
-    for step in range(1, 9):
-        folder = tmp_path / f"stopped-{step}"
-        shutil.copytree(left, folder / left.name, ignore=lambda _, names, step=step: [
-            name for name in names if name.startswith("checkpoint-") and int(name.split("-")[1]) > step
-        ])  # fmt: skip
-        train_reward_model(pairs, config, folder / "model", seed=0)
-        weights = [(path / "model.safetensors").read_bytes() for path in (folder / "model", tmp_path / "whole")]
-        assert weights[0] == weights[1], step

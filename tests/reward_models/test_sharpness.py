@@ -1,4 +1,4 @@
-"""The penalty on sharpness: a Hessian-vector product, a multiplier that never turns negative, parameters left alone."""
+"""The penalty on sharpness: a Hessian-vector product, a multiplier that is never negative, unchanged parameters."""
 
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def test_the_difference_tends_to_the_derivative_of_the_norm() -> None:
     )
 
 
-def test_parameters_are_left_to_the_bit_and_gradients_are_added_to() -> None:
+def test_parameters_keep_every_bit_and_gradients_are_added() -> None:
     model = network()
     before = [p.detach().clone() for p in model.parameters()]
     alone = penalty(model, start=1.0)
@@ -75,7 +75,7 @@ def test_parameters_are_left_to_the_bit_and_gradients_are_added_to() -> None:
         assert torch.equal(parameter, value) and torch.equal(parameter.grad, more + 1)
 
 
-def test_a_linear_model_has_nothing_to_flatten() -> None:
+def test_the_penalty_of_a_linear_model_has_no_gradient() -> None:
     model = nn.Linear(4, 1).double()
     found = penalty(model, start=5.0)
     found.add(mean_margin(model))
@@ -92,7 +92,7 @@ def test_the_multiplier_rises_above_the_threshold_alone_and_is_never_negative(th
         seen.append(found.multiplier)
     assert seen == sorted(seen, reverse=not rises) and (seen[-1] > 0.5) is rises and min(seen) >= 0
     again = penalty(model, start=0.0)
-    again.load(found.to_dict())
+    again.load_state_dict(found.state_dict())
     assert again.multiplier == found.multiplier
 
 
@@ -115,7 +115,7 @@ def trained(
     return load_file(folder / "model.safetensors")
 
 
-def test_training_with_a_penalty_of_nothing_is_training_without(tmp_path: Path) -> None:
+def test_training_with_a_zero_penalty_is_training_without(tmp_path: Path) -> None:
     model = bert_reward(tmp_path / "base")
     plain = trained(tmp_path / "plain", model)
     nothing = trained(tmp_path / "nothing", model, sharpness=SharpnessSection(start=0.0, rate=0.0))
@@ -124,14 +124,14 @@ def test_training_with_a_penalty_of_nothing_is_training_without(tmp_path: Path) 
     assert any(not torch.equal(plain[name], strong[name]) for name in plain)
 
 
-def test_two_equal_batches_of_a_step_weigh_as_one(tmp_path: Path) -> None:
+def test_two_equal_micro_batches_act_as_one(tmp_path: Path) -> None:
     model = bert_reward(tmp_path / "base")
     same = [{**rows(1)[0], "id": str(k)} for k in range(4)]
-    penalised = {"sharpness": SharpnessSection(start=10.0, rate=0.0)}
+    penalized = {"sharpness": SharpnessSection(start=10.0, rate=0.0)}
     once = {"per_device_train_batch_size": 2, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "warmup_steps": 0}
     twice = once | {"gradient_accumulation_steps": 2}
     one, two = (
-        trained(tmp_path / name, model, table=same, trainer=trainer, **penalised)
+        trained(tmp_path / name, model, table=same, trainer=trainer, **penalized)
         for name, trainer in (("once", once), ("twice", twice))
     )
     plain = trained(tmp_path / "plain", model, table=same, trainer=once)

@@ -23,18 +23,21 @@ from scripts.reproduce.exact_arena.gold import (
     gold_reward,
     reward_and_kl,
 )
+from scripts.reproduce.exact_arena.heads import fit_head, out_of_fold_margins
 from scripts.reproduce.exact_arena.methods import BETAS, CANDIDATES, METHODS, UNTUNED
-from scripts.reproduce.exact_arena.report import insert, markdown, summarise
+from scripts.reproduce.exact_arena.report import markdown, summarise
 from scripts.reproduce.exact_arena.training import Recipe, train
 from scripts.reproduce.exact_arena.world import (
     ERRORS,
     RIDGE,
     Cell,
     World,
+    draw_pairs,
     draw_world,
     memorised_margins,
     reward_model,
 )
+from scripts.tables import insert
 
 DPO = Recipe(resolve("dpo", {}))
 
@@ -85,6 +88,34 @@ def test_margin_is_of_the_preferred_response_minus_the_other(error: str) -> None
         assert agrees > 0.9
     if error == "cross-fitted":
         assert agrees < 0.85
+
+
+@pytest.mark.parametrize("flips", [0.0, 0.4])
+def test_pairs_of_two_responses(flips: float) -> None:
+    """The same Bradley-Terry labels as in the arena's cells; a number after the error is its standard deviation."""
+    for error, size in (("independent 0.5", 0.5), ("independent 4", 4.0), ("shared 4", 4.0), ("none", 0.0)):
+        drawn = [draw_pairs(4000, flips, error, np.random.default_rng(seed)) for seed in range(5)]
+        gold = np.concatenate([one.gold_margin[0] for one in drawn])
+        expected = ((1 - flips) * expit(np.abs(gold)) + flips * expit(-np.abs(gold))).mean()
+        assert (gold > 0).mean() == pytest.approx(expected, abs=0.012)
+        mistake = np.concatenate([one.margin[0] - one.gold_margin[0] for one in drawn])
+        assert mistake.std() == pytest.approx(size, rel=0.05)
+
+
+def test_out_of_fold_margins_do_not_know_their_own_label() -> None:
+    """Turning one pair turns its margin and nothing else of it; most margins have the sign of the gold margin."""
+    drawn = draw_pairs(400, 0.0, "none", np.random.default_rng(0))
+    x = drawn.difference[0]
+    margin = out_of_fold_margins(x, np.random.default_rng(1))
+    for row in (0, 7):
+        turned = x.copy()
+        turned[row] *= -1
+        assert out_of_fold_margins(turned, np.random.default_rng(1))[row] == -margin[row]
+    assert np.mean(margin * drawn.gold_margin[0] > 0) > 0.75
+    head = fit_head(x, np.random.default_rng(2))
+    assert head @ drawn.gold[0] / np.linalg.norm(head) / np.linalg.norm(drawn.gold[0]) > 0.9
+    few, many = (draw_pairs(1600, 0.0, f"out-of-fold {k}", np.random.default_rng(3)) for k in (5, 20))
+    assert np.corrcoef(few.margin, few.gold_margin)[0, 1] < 0.8 < np.corrcoef(many.margin, many.gold_margin)[0, 1]
 
 
 def _residual(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -207,7 +238,7 @@ def test_policies_without_a_reward_model_are_those_of_every_error(tmp_path: Path
     where, recipes = Cell(100, 0.2, "even", "independent"), [*UNTUNED.values()]
     found = reproduce_arena.policies(where, draw_world(where, range(4)), recipes, range(4), tmp_path)
     for k, recipe in enumerate(recipes):
-        if recipe.loss.spec.function is not None:
+        if not recipe.loss.spec.coupled:
             assert np.allclose(found[..., k], train(draw_world(where, range(4)), [recipe], seed=0)[..., 0])
 
 
@@ -270,13 +301,13 @@ def test_one_command_makes_cells_once(tmp_path: Path, monkeypatch: pytest.Monkey
     reproduce_arena.main()
     assert read_json(files[0])["seeds"] == 1
     table = read_json(tmp_path / "table.json")
-    assert len(table["rows"]) == 2 and markdown(table) == markdown(read_json(tmp_path / "results_arena.json"))
+    assert len(table["rows"]) == 2 and markdown(table) == markdown(read_json(tmp_path / "arena.json"))
     assert (tmp_path / "flips.svg").read_text().startswith("<?xml")
 
 
-def test_tables_of_the_page_are_those_of_the_numbers_beside_it() -> None:
-    docs = Path(__file__).parents[2] / "docs"
-    page = (docs / "results.md").read_text(encoding="utf-8")
-    numbers = read_json(docs / "results_arena.json")
-    assert insert(page, markdown(numbers), "reproduce_arena.py") == page and "| none, 0% flipped |" in page
+def test_tables_of_the_page_are_those_of_the_kept_numbers() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "results.md").read_text(encoding="utf-8")
+    numbers = read_json(root / "studies" / "arena.json")
+    assert insert(page, markdown(numbers), reproduce_arena.MARK) == page and "| none, 0% flipped |" in page
     assert numbers["seeds"] == [200]

@@ -17,7 +17,7 @@ from scripts.reproduce import whole as reproduce_whole
 from scripts.study import filtered_policies as study_filtered_policies
 from scripts.study.filtered_policies import ARMS, LOSSES, flip, gold_pairs
 from tests.helpers.builders import bert_reward, causal
-from tests.scripts.test_protocol import snippets
+from tests.helpers.snippets import snippets
 
 
 @pytest.fixture(scope="module")

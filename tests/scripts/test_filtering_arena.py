@@ -26,9 +26,9 @@ from scripts.reproduce.exact_arena.pool import (
     draw_pool,
 )
 from scripts.reproduce.exact_arena.pool_report import LONG, MAIN_KEEP, named, soonest, summarise
-from scripts.reproduce.exact_arena.report import END, insert
 from scripts.reproduce.exact_arena.training import BATCH, STEPS, Recipe, train
 from scripts.reproduce.exact_arena.world import SIZE, Cell, draw_world
+from scripts.tables import END, insert
 
 
 def pool(kind: str, *, flips: float = 0.0, pairs: int = 400, seeds: int = 2, error: str = "none") -> Pool:
@@ -125,7 +125,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert printed.strip() in page.read_text() and "stale" not in page.read_text()
     longer, cell = [read_json(file) for file in sorted((tmp_path / "made").glob("1*.json"))]
     assert set(longer["found"]) == set(LONG) and all("6" in one for one in longer["found"].values())
-    shown = read_json(tmp_path / "made" / "results_filtering.json")["rows"][0]["longer"]["6"]
+    shown = read_json(tmp_path / "made" / "arena_filtering.json")["rows"][0]["longer"]["6"]
     for name, one in shown.items():
         less = np.subtract(longer["found"][name]["6"]["reward"], longer["found"][ALL]["6"]["reward"])
         assert one["less_all"][0] == pytest.approx(less.mean(), abs=1e-4)
@@ -141,14 +141,15 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert list(trained[ALL]["4"]["less_all"]) == [0, 0, 0]
     assert soonest(trained[ALL], (2, 4)) in ("2", "4")
     assert soonest({"2": {"less_all": [-1]}, "4": {"less_all": [-0.1]}}, (2, 4)) == "-"
-    before = (tmp_path / "made" / "results_filtering.json").read_text()
+    before = (tmp_path / "made" / "arena_filtering.json").read_text()
     monkeypatch.setattr(reproduce_filtering, "run_cell", lambda *_: pytest.fail("a cell that is there was made again"))
     reproduce_filtering.main()
-    assert json.loads(before) == read_json(tmp_path / "made" / "results_filtering.json")
+    assert json.loads(before) == read_json(tmp_path / "made" / "arena_filtering.json")
 
 
 def test_the_page_shows_the_committed_numbers() -> None:
-    docs = Path(__file__).parents[2] / "docs"
-    page, numbers = (docs / "results.md").read_text(encoding="utf-8"), read_json(docs / "results_filtering.json")
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "results.md").read_text(encoding="utf-8")
+    numbers = read_json(root / "studies" / "arena_filtering.json")
     tables = reproduce_filtering.markdown(numbers["rows"], reproduce_filtering.STEPS, reproduce_filtering.LONG_STEPS)
-    assert insert(page, tables, "reproduce_filtering.py") == page and "sound, 0% flipped" in page
+    assert insert(page, tables, reproduce_filtering.MARK) == page and "sound, 0% flipped" in page

@@ -1,6 +1,5 @@
 """The policy study on a tiny model: its pairs, its choice, its table, and that it goes on where it was."""
 
-import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,15 @@ from scipy.special import expit
 
 from align.data.pairs import read_pairs
 from align.io.files import read_json
-from align.stats import crossed_p
 from reward_models.judges import make_judge
-from scripts.assets.demo_data import RATINGS, TEXTS
 from scripts.reproduce import policy as reproduce_policy
-from scripts.reproduce.exact_arena.report import END, insert
+from scripts.reproduce.crossed_effects import crossed_p
 from scripts.reproduce.policy_protocol.cells import CANDIDATES, choose, relabelled, setting_name
 from scripts.reproduce.policy_protocol.data import dealt_anew, label, read_known
 from scripts.reproduce.policy_protocol.report import ERROR_RATE, holm, markdown, primary, primary_markdown, summarise
-from tests.helpers.builders import WORDS, bert_reward, causal
-
-
-def snippets(folder: Path, count: int = 80) -> Path:
-    """Files like those of the rated snippets, in the words that the tiny models know."""
-    rng = random.Random(0)
-    folder.mkdir()
-    texts = [" ".join(rng.choices(WORDS[:14], k=14)) for _ in range(count)]
-    (folder / TEXTS).write_text("".join(f"{k}\t0\t{text}\n" for k, text in enumerate(texts)))
-    ratings = [[rng.randint(-4, 4) for _ in range(5)] for _ in range(count)]
-    (folder / RATINGS).write_text("".join(f"{k}\t0\t0\t{found}\n" for k, found in enumerate(ratings)))
-    return folder
+from scripts.tables import END, insert
+from tests.helpers.builders import bert_reward, causal
+from tests.helpers.snippets import snippets
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +90,7 @@ def test_a_whole_tiny_study(command: list[str], monkeypatch: pytest.MonkeyPatch,
     assert capsys.readouterr().out == table
     assert table.strip() in page.read_text() and "stale" not in page.read_text()
     assert not list(elsewhere.rglob("cell.json"))
-    page.write_text(
-        f"<!-- tables of scripts/reproduce/policy.py -->\nkept\n{END}\n<!-- tables of scripts/other -->\n{END}\n"
-    )
+    page.write_text(f"<!-- tables of scripts/reproduce/policy.py -->\nkept\n{END}\n<!-- tables of other -->\n{END}\n")
     study(monkeypatch, [*options, *known, "--mark", "other"])
     assert page.read_text().index("kept") < page.read_text().index(table.strip())
 
@@ -251,15 +237,15 @@ def test_verdict_of_a_primary_comparison(gains: list[float], kl: float, verdict:
 
 @pytest.mark.parametrize(
     ("table", "mark", "count"),
-    [("table.json", "reproduce_policy.py", 24), ("larger_table.json", "reproduce_policy.py, larger", 8)],
+    [("table.json", reproduce_policy.MARK, 24), ("larger_table.json", f"{reproduce_policy.MARK}, larger", 8)],
 )
-def test_tables_of_the_page_are_those_of_the_numbers_beside_it(table: str, mark: str, count: int) -> None:
-    docs = Path(__file__).parents[2] / "docs"
-    page, found = (docs / "results.md").read_text(encoding="utf-8"), read_json(docs / "policy_study" / table)
+def test_tables_of_the_page_are_those_of_the_kept_numbers(table: str, mark: str, count: int) -> None:
+    root = Path(__file__).parents[2]
+    page, found = (root / "docs" / "results.md").read_text(encoding="utf-8"), read_json(root / "studies/policy" / table)
     tables = f"{primary_markdown(found['primary'])}\n\n{markdown(found['rows'])}"
     assert insert(page, tables, mark) == page and page.count("| low | relabelled |") == 2
     assert {row["seeds"] for row in found["rows"]} == {3} and len(found["rows"]) == count
-    known = read_known([docs / "policy_study" / "cells.jsonl"])
+    known = read_known([root / "studies" / "policy" / "cells.jsonl"])
     cells = [known[key] for row in found["rows"] for key in row["cells"]]
     references = [known[key] for key in found["references"]]
     again = summarise(cells, references)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from align.sharding.arrays import as_table, found_of
+from align.sharding.arrays import as_table, map_arrays
 from align.sharding.jobs import Work
 
 
@@ -33,12 +33,12 @@ def test_finished_shards_are_not_made_again(tmp_path: Path) -> None:
     """An interrupted run resumes with the missing shard, and the result is the same."""
     rows, job = Dataset.from_dict({"value": list(range(35))}), Squares(20)
     with pytest.raises(KeyboardInterrupt):
-        found_of(rows, job, tmp_path, what="test", rows=10)
+        map_arrays(rows, job, tmp_path, what="test", rows=10)
     assert job.calls == [0, 10]
-    found = found_of(rows, job, tmp_path, what="test", rows=10)
+    found = map_arrays(rows, job, tmp_path, what="test", rows=10)
     assert job.calls == [0, 10, 20, 30]
     assert np.array_equal(found["square"], np.arange(35) ** 2) and found["square"].dtype == np.int64
     assert np.array_equal(found["both"], np.stack([np.arange(35), -np.arange(35)], axis=1))
     assert found["both"].dtype == np.float32 and isinstance(found["both"], np.memmap)
-    assert found_of(rows, job, tmp_path, what="test", rows=10).keys() == found.keys() and len(job.calls) == 4
+    assert map_arrays(rows, job, tmp_path, what="test", rows=10).keys() == found.keys() and len(job.calls) == 4
     assert [place.name for place in tmp_path.iterdir()] == ["columns"]

@@ -10,12 +10,12 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.cli.options import cluster_called
+from align.cli.options import cluster_section
 from align.config import ClusterSection
 from align.errors import AlignError, ConfigError
 from align.sharding.jobs import Work, decode, encode
 from align.sharding.shards import map_shards
-from tests.slow.cluster_jobs import finished
+from tests.helpers.cluster_jobs import finished
 
 
 @dataclass
@@ -61,9 +61,9 @@ def test_a_table_travels_with_its_types() -> None:
 
 
 def test_the_option() -> None:
-    assert cluster_called(None) is None
-    assert cluster_called("auto") == ClusterSection()
-    found = cluster_called("local,workers=2,cpus=0.5,gpus=1")
+    assert cluster_section(None) is None
+    assert cluster_section("auto") == ClusterSection()
+    found = cluster_section("local,workers=2,cpus=0.5,gpus=1")
     assert found == ClusterSection(address="local", workers=2, cpus=0.5, gpus=1)
 
 
@@ -77,7 +77,7 @@ def test_the_option() -> None:
 )
 def test_a_wrong_option_is_named(option: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        cluster_called(option)
+        cluster_section(option)
     assert f"--cluster {option}: {said}" in str(caught.value)
 
 

@@ -23,12 +23,12 @@ from align.errors import DataError, EnvironmentProblem
 from align.sharding.jobs import Job
 from align.sharding.shards import map_shards
 from scripts.kill.run import run_differences
-from tests.e2e.test_cli import jsonl
-from tests.e2e.test_disk import mounted
-from tests.e2e.test_kill_anywhere import workspace
 from tests.helpers.builders import bert_reward, causal, rows
+from tests.helpers.cluster_jobs import Deadly, Heavy, Refusing, Squares, finished
+from tests.helpers.command_line import jsonl
+from tests.helpers.disks import mounted
 from tests.helpers.launching import ROOT, environment
-from tests.slow.cluster_jobs import Deadly, Heavy, Refusing, Squares, finished
+from tests.helpers.small_runs import every_stage
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 pytest.importorskip("ray")
@@ -181,7 +181,7 @@ def test_the_driver_dies(cluster: Any, tmp_path: Path) -> None:
     cluster.add_node(num_cpus=1)
     code = (
         "from pathlib import Path\nfrom datasets import Dataset\nfrom align.config import ClusterSection\n"
-        "from align.shards import map_shards\nfrom tests.slow.cluster_jobs import Squares\n"
+        "from align.sharding.shards import map_shards\nfrom tests.helpers.cluster_jobs import Squares\n"
         "table = Dataset.from_dict({'value': list(range(40))})\n"
         f"job, folder = Squares(0.5, {str(tmp_path / 'seen')!r}), Path({str(tmp_path / 'shards')!r})\n"
         f"cluster = ClusterSection(address={cluster.address!r})\n"
@@ -273,9 +273,9 @@ def test_a_full_object_store_is_told(small_disk: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"cpus": 8}, "room for 0 workers of 8 CPUs and 0 GPUs, expected for at least 1"),
-        ({"workers": 3}, "room for 1 workers of 1 CPUs and 0 GPUs, expected for at least 3"),
-        ({"gpus": 1}, "room for 0 workers of 1 CPUs and 1 GPUs, expected for at least 1"),
+        ({"cpus": 8}, "room for 0 workers of 8 CPUs and 0 GPUs, expected room for at least 1"),
+        ({"workers": 3}, "room for 1 workers of 1 CPUs and 0 GPUs, expected room for at least 3"),
+        ({"gpus": 1}, "room for 0 workers of 1 CPUs and 1 GPUs, expected room for at least 1"),
     ],
 )
 def test_too_little_room_is_said_before_anything_starts(
@@ -296,7 +296,7 @@ def test_nothing_answers(tmp_path: Path) -> None:
 
 def test_a_run_is_the_same_with_a_cluster(tmp_path: Path) -> None:
     """Every kind of stage, under `cluster: {address: local}`; taking the section out makes no stage stale."""
-    run = workspace(tmp_path)
+    run = every_stage(tmp_path)
 
     def align(*more: str) -> str:
         command = [sys.executable, "-m", "align.cli", "run", run.name, *more]

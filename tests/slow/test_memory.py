@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.e2e.test_cli import jsonl
 from tests.helpers.builders import causal, rows
+from tests.helpers.command_line import jsonl
 from tests.helpers.launching import ROOT, environment
 
 STEPS, WARM = 2000, 200

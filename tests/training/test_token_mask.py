@@ -1,4 +1,4 @@
-"""The learned token mask: its loss by hand, what it learns, and its place in a checkpoint."""
+"""The learned token mask: its loss by hand, what it learns, its state in checkpoints."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ from align.training.token_mask import OPEN, TokenMask
 from align.training.train import make_trainer, train_policy
 from align.training.trainer import PreferenceTrainer
 from tests.helpers.builders import WORDS, rows
-from tests.training.test_trainer import BASE
+from tests.training.test_trainer import FIELDS
 
 IDS = torch.tensor([[5, 6, 7, 0], [5, 8, 0, 0]])
 COMPLETION = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0]])
@@ -44,7 +44,7 @@ def test_masked_sums_and_price_by_hand() -> None:
     assert price.tolist() == pytest.approx([0.2 * (m / 2 + m) / 2])
 
 
-def test_a_shared_token_closes_and_a_telling_one_stays_open() -> None:
+def test_the_weight_of_a_shared_token_falls_and_that_of_a_separating_token_stays() -> None:
     """Token 6 has the same log-ratio in both responses, token 7 raises and token 8 lowers the margin."""
     made = mask(sparsity=0.05)
     ids, completion = torch.tensor([[5, 6, 7], [5, 6, 8]]), torch.tensor([[0, 1, 1], [0, 1, 1]])
@@ -61,8 +61,9 @@ def test_a_shared_token_closes_and_a_telling_one_stays_open() -> None:
 
 
 def trainer(policy: Path, output: Path, steps: int, **more: Any) -> PreferenceTrainer:
-    fields: dict[str, Any] = {name: value for name, value in BASE.items() if name != "disable_tqdm"}
-    fields |= {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"} | more
+    fields = (
+        FIELDS | {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"} | more
+    )
     config = TrainSection(model=str(policy), methods={"m": LossSection(loss="dpo")}, trainer=fields)
     return make_trainer(
         Dataset.from_list(rows(16)), config, resolve("dpo", {}), output, seed=0, tau=1.0, reference_cache=None,
@@ -72,18 +73,18 @@ def trainer(policy: Path, output: Path, steps: int, **more: Any) -> PreferenceTr
 
 def test_resumed_equals_uninterrupted(tiny_policy: Path, tmp_path: Path) -> None:
     """Bitwise, the mask and its optimizer included."""
-    whole = trainer(tiny_policy, tmp_path / "whole", 4)
-    whole.train()
+    full = trainer(tiny_policy, tmp_path / "full", 4)
+    full.train()
     trainer(tiny_policy, tmp_path / "stopped", 2).train()
     second = trainer(tiny_policy, tmp_path / "stopped", 4)
     second.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoints" / "checkpoint-2"))
-    assert whole.token_mask is not None and second.token_mask is not None
-    assert torch.equal(whole.token_mask.logit, second.token_mask.logit)
-    assert not torch.equal(whole.token_mask.logit, torch.full_like(whole.token_mask.logit, OPEN))
-    assert all(torch.equal(value, second.model.state_dict()[name]) for name, value in whole.model.state_dict().items())
+    assert full.token_mask is not None and second.token_mask is not None
+    assert torch.equal(full.token_mask.logit, second.token_mask.logit)
+    assert not torch.equal(full.token_mask.logit, torch.full_like(full.token_mask.logit, OPEN))
+    assert all(torch.equal(value, second.model.state_dict()[name]) for name, value in full.model.state_dict().items())
 
 
-def test_the_reference_of_a_whole_policy_stays_where_it_was(tiny_policy: Path, tmp_path: Path) -> None:
+def test_the_reference_of_a_full_fine_tuning_does_not_move(tiny_policy: Path, tmp_path: Path) -> None:
     made = trainer(tiny_policy, tmp_path / "m", 4)
     made.train()
     assert made.state.log_history[3]["loss"] < made.state.log_history[0]["loss"] - 0.05
@@ -92,15 +93,15 @@ def test_the_reference_of_a_whole_policy_stays_where_it_was(tiny_policy: Path, t
     fresh.model.eval()
     with torch.no_grad():
         start = pair_logps(fresh.model, batch, fresh.layout).tokens.logps
-    assert torch.allclose(made._under_reference(batch).tokens.logps, start, atol=1e-5)
-    with pytest.raises(ConfigError, match="precompute_ref_log_probs: found true beside a token_mask"):
+    assert torch.allclose(made.run_reference(batch).tokens.logps, start, atol=1e-5)
+    with pytest.raises(ConfigError, match="precompute_ref_log_probs: found true together with a token_mask"):
         trainer(tiny_policy, tmp_path / "x", 4, precompute_ref_log_probs=True)
 
 
 @pytest.mark.parametrize("live", [{"token_mask": TokenMaskSection()}, {}])
-def test_bfloat16_beside_a_reference_that_is_run(live: dict[str, Any], tiny_policy: Path, tmp_path: Path) -> None:
-    """Under autocast the start is its own reference too: no log-ratio at step 1, and no refusal of the model."""
-    fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"} | {"bf16": True, "max_steps": 1}
+def test_bfloat16_with_a_reference_model(live: dict[str, Any], tiny_policy: Path, tmp_path: Path) -> None:
+    """Under autocast, too, the start is its own reference: log-ratio 0 at step 1, and the model is not refused."""
+    fields = FIELDS | {"bf16": True, "max_steps": 1}
     if not live:
         fields["precompute_ref_log_probs"] = False
     config = TrainSection(model=str(tiny_policy), methods={"m": LossSection(loss="dpo", **live)}, trainer=fields)
@@ -109,10 +110,9 @@ def test_bfloat16_beside_a_reference_that_is_run(live: dict[str, Any], tiny_poli
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
 
 
-def test_what_it_learned_is_written_down(tiny_policy: Path, tmp_path: Path) -> None:
-    fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"}
+def test_extreme_weights_are_written_to_the_history(tiny_policy: Path, tmp_path: Path) -> None:
     config = TrainSection(
-        model=str(tiny_policy), methods={"m": LossSection(loss="dpo", token_mask=TokenMaskSection())}, trainer=fields
+        model=str(tiny_policy), methods={"m": LossSection(loss="dpo", token_mask=TokenMaskSection())}, trainer=FIELDS
     )
     train_policy(Dataset.from_list(rows(16)), config, "m", tmp_path, seed=0)
     found = read_json(tmp_path / "history.json")

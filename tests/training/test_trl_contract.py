@@ -1,7 +1,7 @@
-"""What this program relies on inside trl and transformers, and where; it fails here before it fails there.
+"""What this program relies on inside trl and transformers, and where.
 
-trl promises none of this, so pyproject.toml allows one minor version of it. When a new one is to be allowed, run this
-file first: each failure says which file has to be looked at.
+trl promises none of this, so pyproject.toml allows one minor version of it. Before allowing a new one, run this file
+first: each failure names the file that has to be adapted.
 """
 
 import dataclasses
@@ -14,36 +14,43 @@ import pytest
 import torch
 import transformers
 import trl
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.trainer import base_trainer, dpo_trainer, reward_trainer
 
-from align.models.tokenization import tokenize_pairs
-from tests.helpers.builders import causal, tokenizer
+from align.training.base.trainer import ReliableTrainer
+from tests.helpers.builders import causal
 
 PLACES = {
     "align/training/trainer.py": {
         DPOTrainer: {
             "__init__": ("model", "ref_model", "args", "train_dataset", "processing_class", "peft_config"),
-            "_set_signature_columns_if_needed": (),
+            "_prepare_dataset": ("dataset", "processing_class", "args"),
             "_precompute_ref_logps": ("dataset", "name", "batch_size"),
             "compute_ref_log_probs": ("model", "inputs"),
             "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
             "training_step": (),
-            "_save_checkpoint": ("model", "trial"),
         },
+        Trainer: {"training_step": ("model", "inputs", "num_items_in_batch")},
+    },
+    "align/training/base/trainer.py": {
+        DPOTrainer: {"_set_signature_columns_if_needed": (), "_save_checkpoint": ("model", "trial")},
+        RewardTrainer: {"_set_signature_columns_if_needed": (), "_save_checkpoint": ("model", "trial")},
         Trainer: {
-            "training_step": ("model", "inputs", "num_items_in_batch"),
             "_get_grad_norm": ("model", "grad_norm"),
             "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
             "_get_output_dir": ("trial",),
         },
     },
+    "align/training/base/async_checkpoints.py": {
+        Trainer: {"_save_optimizer_and_scheduler": ("output_dir",), "_load_best_model": ()},
+    },
     "align/training/base/resume.py": {
         Trainer: {
             "_save_rng_state": ("output_dir",),
             "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+            "_get_train_sampler": ("train_dataset",),
+            "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
         },
     },
     "align/training/base/epochs.py": {
@@ -51,17 +58,14 @@ PLACES = {
             "get_train_dataloader": (),
             "_get_train_sampler": ("train_dataset",),
             "_get_num_items_in_batch": ("batch_samples", "device"),
-            "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
         },
     },
     "reward_models/trainer.py": {
         RewardTrainer: {
             "__init__": ("model", "args", "train_dataset", "processing_class", "peft_config"),
-            "_set_signature_columns_if_needed": (),
             "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
         },
     },
-    "align/models/tokenization.py": {DPOTrainer: {"_prepare_dataset": ("dataset", "processing_class", "args")}},
 }
 """File of this program -> class -> method that it overrides or calls -> parameters that it names or is given."""
 
@@ -74,7 +78,7 @@ FIELDS = {
 }  # fmt: skip
 
 TEXTS = {
-    "align/training/trainer.py: the reference's columns, read from the batch": (
+    "align/training/reference.py: the columns of the reference, read from the batch": (
         DPOTrainer._set_signature_columns_if_needed,
         ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"),
     ),
@@ -86,7 +90,7 @@ TEXTS = {
     "align/training/trainer.py: metrics are lists by mode, averaged and cleared by log": (
         DPOTrainer.log, ('self._metrics[mode]', "clear()"),
     ),
-    "reward_models/trainer.py: the metrics of RewardTrainer, kept whatever the objective": (
+    "reward_models/trainer.py: the metrics of RewardTrainer, logged for any objective": (
         RewardTrainer.compute_loss, ("self._metrics[mode]", "accuracy", "margin", "center_rewards_coefficient"),
     ),
     "align/training/base/checkpoints.py: the trainer's state is the last file of a checkpoint": (
@@ -96,7 +100,7 @@ TEXTS = {
 
 
 def explained(place: str, what: str) -> str:
-    """The message of a broken contract."""
+    """Message of a broken contract."""
     return (
         f"trl {trl.__version__}, transformers {transformers.__version__}: {what}. {place} relies on it: adapt it, or "
         "keep this version out in pyproject.toml"
@@ -138,6 +142,14 @@ def test_names_inside_methods(place: str) -> None:
     assert not missing, explained(place, f"{method.__qualname__} no longer says {', '.join(missing)}")
 
 
+def test_the_table_of_overridden_methods_is_complete() -> None:
+    """ReliableTrainer's docstring lists every method of Trainer that it or a mixin overrides, in calling order."""
+    rows = re.findall(r"\| `(\w+)` \| ([\w, ]+) \|", str(ReliableTrainer.__doc__))
+    classes = [kind for kind in ReliableTrainer.__mro__ if kind.__module__.startswith("align.")]
+    methods = {name for kind in classes for name in vars(kind) if name in vars(Trainer) and not name.startswith("__")}
+    assert dict(rows) == {name: ", ".join(kind.__name__ for kind in classes if name in vars(kind)) for name in methods}
+
+
 def test_the_loss_of_the_trainer_is_reached_through_compute_loss() -> None:
     """Overriding compute_loss replaces trl's loss: nothing else calls _compute_loss."""
     source = inspect.getsource(DPOTrainer)
@@ -167,7 +179,7 @@ def test_accelerate_does_not_divide_the_loss(tmp_path: Path) -> None:
 
 
 def collated(collator: Any, examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch."""
+    """Return the batch of a collator as a dict."""
     return dict(collator(examples))
 
 
@@ -198,17 +210,6 @@ def test_the_reward_model_s_batch() -> None:
     )
 
 
-def test_the_tokens_of_a_pair() -> None:
-    """DPOTrainer._prepare_dataset, called without a trainer, gives ids by these names and an end-of-sequence token."""
-    table = Dataset.from_list([{"id": "a", "prompt": "the film is", "chosen": " good", "rejected": " very bad"}])
-    made = tokenizer()
-    row = tokenize_pairs(table, made, max_length=64)[0]
-    eos, place = made.eos_token_id, "align/models/tokenization.py"
-    lengths = [len(row[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")]
-    assert lengths == [3, 2, 3], explained(place, f"tokens are {row}")
-    assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == eos, explained(place, "no end-of-sequence token")
-
-
 def test_helpers_of_trl(tmp_path: Path) -> None:
     """Functions that are imported by name, with the parameters that they are called with."""
     from trl.data_utils import extract_prompt
@@ -220,7 +221,9 @@ def test_helpers_of_trl(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(causal(tmp_path))
     model.gradient_checkpointing_enable()
     with disable_gradient_checkpointing(model, None):
-        assert not model.is_gradient_checkpointing, explained("align/training/trainer.py", "checkpointing stays on")
+        assert not model.is_gradient_checkpointing, explained("align/training/reference.py", "checkpointing stays on")
     assert model.is_gradient_checkpointing
     taken = list(inspect.signature(use_adapter).parameters)
-    assert taken[:2] == ["model", "adapter_name"], explained("align/training/trainer.py", f"use_adapter takes {taken}")
+    assert taken[:2] == ["model", "adapter_name"], explained(
+        "align/training/reference.py", f"use_adapter takes {taken}"
+    )

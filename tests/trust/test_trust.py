@@ -10,7 +10,7 @@ from markupsafe import escape
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from align.reports.run_page import render
+from align.reports.run_page import render_run_page
 from align.trust import evidence
 from align.trust.analysis import analyze, labels_worth, overtaken_at
 from align.trust.evidence import fit_evidence
@@ -301,7 +301,7 @@ def test_the_report_says_what_was_measured() -> None:
     found = analyze(x, gold + rng.normal(size=120), [rng.permutation(120) % 5], SMALL, same_labels=True, seed=0)
     found["signs"] = shared_error_signs(gold, np.round(rng.normal(size=120)))
     found["sentences"] = sentences(found, "cross-fitted")
-    page = render(report() | {"trust": found})
+    page = render_run_page(report() | {"trust": found})
     assert all(str(escape(sentence)) in page for sentence in found["sentences"].values())
-    assert page.count("<svg") > render(report()).count("<svg")
-    assert "Whom to believe" in page and "Whom to believe" not in render(report())
+    assert page.count("<svg") > render_run_page(report()).count("<svg")
+    assert "Whom to believe" in page and "Whom to believe" not in render_run_page(report())

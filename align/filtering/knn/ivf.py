@@ -29,7 +29,7 @@ from align.filtering.knn.row_view import View
 from align.filtering.knn.top_k import TopK, kth_neighbor, top_k_of_rows
 from align.io.array_cache import cached_array
 from align.io.console import log
-from align.sharding.arrays import as_array, as_table, found_of
+from align.sharding.arrays import as_array, as_table, map_arrays
 from align.sharding.jobs import Work
 
 QUERIES = 8192
@@ -61,7 +61,7 @@ def ivf_distance(
     count = len(centroids)
     most = min(count, max(FIRST_PROBES, MOST_COMPARED * count // len(view)))
     job, part = AssignLists(centroids, most), folder / f"lists-{most}"
-    near = found_of(VectorRows(view), job, part, what="lists", rows=QUERIES, cluster=cluster)["list"]
+    near = map_arrays(VectorRows(view), job, part, what="lists", rows=QUERIES, cluster=cluster)["list"]
     recall, probes = tune_effort(FIRST_PROBES, most, ProbeRecall(view, truth, near, count).recall)
     if recall < WANTED_RECALL:
         log.warning(
@@ -74,7 +74,7 @@ def ivf_distance(
         part = folder / f"best-{probes}-{share}"
         if not top_k.holds(share):
             queries, search = lists.queries(share), share_search(lists, share, truth.k)
-            answers = found_of(queries, search, part, what="nearest neighbors", rows=QUERIES, cluster=cluster)
+            answers = map_arrays(queries, search, part, what="nearest neighbors", rows=QUERIES, cluster=cluster)
             top_k.merge(share, queries.positions, answers)
         shutil.rmtree(part, ignore_errors=True)
     return _distances(view, lists, top_k), f"inverted file of {count} lists, {probes} probed", recall

@@ -5,7 +5,6 @@ vector probes few shares, however many there are, and never more than it probes 
 distributes the vectors to the shares, one sorts each share. Only a block of rows is in memory.
 """
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from align.filtering.knn.row_view import View
+from align.io.files import atomic_folder
 from align.sharding.arrays import as_table
 
 SHARE_BYTES = 1 << 28
@@ -96,15 +96,12 @@ def write_inverted_lists(view: View, near: np.ndarray, count: int, folder: Path)
         folder: valid for these arguments only.
     """
     if not folder.exists():
-        temporary = folder.with_suffix(".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        share_of, starts = _split_into_shares(view, near, count)
-        np.save(temporary / SHARES, share_of, allow_pickle=False)
-        np.save(temporary / STARTS, starts, allow_pickle=False)
-        _distribute(view, near, share_of, temporary)
-        _sort_shares(share_of, _record(near.shape[1], view.size), temporary)
-        temporary.replace(folder)
+        with atomic_folder(folder) as temporary:
+            share_of, starts = _split_into_shares(view, near, count)
+            np.save(temporary / SHARES, share_of, allow_pickle=False)
+            np.save(temporary / STARTS, starts, allow_pickle=False)
+            _distribute(view, near, share_of, temporary)
+            _sort_shares(share_of, _record(near.shape[1], view.size), temporary)
     return InvertedLists.read(folder, near.shape[1], view.size)
 
 

@@ -20,6 +20,7 @@ from align.filtering.knn.recall import GroundTruth, tune_effort
 from align.filtering.knn.row_view import View
 from align.filtering.knn.top_k import kth_neighbor
 from align.io.console import progress
+from align.io.files import atomic_write
 
 Method = Literal["auto", "exact", "ivf", "hnsw"]
 EXACT_LIMIT = 20_000
@@ -48,9 +49,8 @@ class Neighbors:
     def write(self, file: Path) -> None:
         """Write an .npz file."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp.npz")
-        np.savez(temporary, allow_pickle=False, distance=self.distance, method=self.method, recall=self.recall)
-        temporary.replace(file)
+        with atomic_write(file) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, allow_pickle=False, distance=self.distance, method=self.method, recall=self.recall)
 
     @classmethod
     def read(cls, file: Path) -> "Neighbors":

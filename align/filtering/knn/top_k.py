@@ -1,10 +1,10 @@
 """The top-k neighbors of each vector: their similarities and places, [N, k] each, unordered."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 
+from align.io.files import atomic_folder, atomic_write
 from align.sharding.arrays import Arrays
 
 BLOCK = 65_536
@@ -24,13 +24,10 @@ class TopK:
     def __init__(self, folder: Path, count: int, k: int) -> None:
         self.folder = folder
         if not folder.exists():
-            temporary = folder.with_suffix(".tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            for name, dtype, fill in (("similarity", np.float32, -np.inf), ("place", np.int64, -1)):
-                array = np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", dtype, (count, k))
-                array[:] = fill
-            temporary.replace(folder)
+            with atomic_folder(folder) as temporary:
+                for name, dtype, fill in (("similarity", np.float32, -np.inf), ("place", np.int64, -1)):
+                    array = np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", dtype, (count, k))
+                    array[:] = fill
         self.undo = folder / "undo.npz"
         self.similarity, self.place = (
             np.load(folder / f"{name}.npy", mmap_mode="r+", allow_pickle=False) for name in ("similarity", "place")
@@ -61,10 +58,9 @@ class TopK:
 
     def _put(self, rows: np.ndarray, kept: Arrays) -> None:
         """Overwrite rows of the two files. The old rows are saved first, so an interrupted write is rolled back."""
-        temporary = self.undo.with_suffix(".tmp.npz")
         before = {"rows": rows, "similarity": self.similarity[rows], "place": self.place[rows]}
-        np.savez(temporary, allow_pickle=False, **before)
-        temporary.replace(self.undo)
+        with atomic_write(self.undo) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, allow_pickle=False, **before)
         self.similarity[rows], self.place[rows] = kept["similarity"], kept["place"]
         self.undo.unlink()
 

@@ -13,6 +13,7 @@ from align.config import EvaluateSection, RunConfig
 from align.data.pairs import read_pairs
 from align.data.prompts import load_prompts
 from align.data.statistics import missing_values
+from align.data.text import plain
 from align.evaluation.rewards import gain_per_root_kl, reward_differences
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.types import Sampling, as_completion, keyed_prompts
@@ -118,7 +119,7 @@ def stage_evaluate(config: RunConfig, root: Path, folder: Path, which: str) -> N
     result["gold_correlation"] = _gold_correlation(read_pairs(root / "margins" / "pairs"), judge)
     result["samples"] = [
         {
-            "prompt": _plain(tables["reference"]["prompt"][k]),
+            "prompt": plain(tables["reference"]["prompt"][k]),
             "completions": {
                 name: {"text": table["text"][k], "reward": float(rewards[name][k])} for name, table in tables.items()
             },
@@ -150,7 +151,3 @@ def _gold_correlation(pairs: Dataset, judge: Any) -> dict[str, float] | None:
     pairs = pairs.select(np.setdiff1d(np.arange(len(pairs)), missing_values(pairs, "margin")))
     gold = judge.score(pairs["prompt"], pairs["chosen"]) - judge.score(pairs["prompt"], pairs["rejected"])
     return correlation(pairs["margin"], gold)
-
-
-def _plain(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

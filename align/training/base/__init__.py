@@ -1,1 +1,1 @@
-"""What any trl trainer gains here: exact resume, background checkpoints, whole epochs, finite guard."""
+"""What any trl trainer gains here: exact resume, checkpoints in the background, complete epochs, finite guard."""

@@ -1,4 +1,4 @@
-"""Fields of trl's and transformers' argument classes from YAML, with errors that name the key."""
+"""Training arguments of trl and transformers from YAML fields, with errors that name the key."""
 
 import dataclasses
 import math
@@ -21,81 +21,101 @@ LEAST = {
     "learning_rate": 0, "num_train_epochs": 0, "max_grad_norm": 0, "weight_decay": 0, "warmup_steps": 0,
     "dataloader_num_workers": 0, "logging_steps": 0, "save_steps": 0, "max_length": 2,
 }  # fmt: skip
-"""Smallest values of fields that the libraries check late or not at all."""
+"""Smallest allowed values of fields that the libraries check late or not at all."""
+
+
+OF_THE_LOSS = ("loss_type", "beta", "label_smoothing", "loss_weights", "discopop_tau")
+"""Fields of trl.DPOConfig that define the loss; here the entry under train.methods does."""
+OF_TOKENIZER = "a reward model trains and scores by the tokenizer in its model's folder; change it there"
+SET_ELSEWHERE = {
+    "chat_template_path": OF_TOKENIZER,
+    "eos_token": OF_TOKENIZER,
+    "model_init_kwargs": "weights are loaded as float32; bf16: true computes in 16 bits",
+}
+"""Fields of trl.RewardConfig that this program sets elsewhere -> the setting to use instead."""
 
 
 def build_trainer_args(
     kind: type[Args], fields: dict[str, Any], *, path: str, forced: dict[str, Any], pairs_per_step: int | None = None
 ) -> Args:
-    """An instance of ``kind`` (trl.DPOConfig, trl.RewardConfig) from user fields.
+    """Build an instance of ``kind`` (trl.DPOConfig, trl.RewardConfig) from user fields.
 
-    A number that YAML reads as text (``1e-5``) is taken as a number where the field is one. ``report_to`` is ``none``,
-    and without a GPU ``bf16`` and pinned memory are off, unless the user says otherwise. Processes of a launcher find
-    each other on CPUs only where ``use_cpu`` is set, so without a GPU it is; how long they wait there, ``ddp_timeout``,
-    would get lost in transformers and is set here.
+    Text that YAML does not read as a number (``1e-5``) is converted if the field is one. Unless the user sets them,
+    ``report_to`` is ``none``, and without a GPU ``bf16`` and pinned memory are off. On CPUs the processes of a launcher
+    only find each other with ``use_cpu``, so it is set without a GPU; transformers loses ``ddp_timeout`` there, so the
+    process group is started here.
 
     Args:
         kind: dataclass of training arguments.
         fields: what the user wrote.
-        path: where the user wrote it, for messages.
+        path: YAML path of ``fields``, for messages.
         forced: fields that the program sets itself; the user may not.
-        pairs_per_step: pairs of an optimizer step over all processes, from which ``gradient_accumulation_steps``
-            follows; None leaves that to ``fields``.
+        pairs_per_step: pairs of an optimizer step over all processes, which determines
+            ``gradient_accumulation_steps``; None leaves that to ``fields``.
 
     Raises:
-        ConfigError: unknown field (with the nearest known), wrong type, a field that is not the user's to set,
-            anything that the class itself refuses, or pairs of a step that the processes cannot share.
+        ConfigError: unknown field (with the nearest known), wrong type, a field that the user may not set, anything
+            that the class itself refuses, or a number of pairs per step that the processes cannot share evenly.
     """
     from transformers.integrations import get_reporting_integration_callbacks
 
-    known = {field.name: field.type for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
+    values = _checked(kind, fields, path, forced)
+    defaults = DEFAULTS if _has_gpu() else DEFAULTS | WITHOUT_GPU | {"use_cpu": world_size() > 1}
+    arguments = {**defaults, **forced, **values}
+    if world_size() > 1 and arguments.get("use_cpu"):
+        init_process_group(arguments.get("ddp_timeout"))
+    with refusals(path):
+        args = kind(**arguments)
+        get_reporting_integration_callbacks(args.report_to)  # type: ignore[attr-defined]
+    if pairs_per_step is not None:
+        _set_accumulation(args, fields, pairs_per_step, path)
+    return args
+
+
+def _checked(kind: type, fields: dict[str, Any], path: str, forced: dict[str, Any]) -> dict[str, Any]:
+    """Return ``fields`` with values of the right types.
+
+    Raises:
+        ConfigError: every problem of the fields at once.
+    """
+    known = [field.name for field in dataclasses.fields(kind) if field.init]
     hints = typing.get_type_hints(kind)
-    problems, values = [], {}
+    values, problems = {}, []
     for name, value in fields.items():
-        if name in OF_THE_LOSS and path.startswith("train."):
-            problems.append(f"{path}.{name}: has no meaning here: name the loss and its parameters under train.methods")
-        elif name in OF_THE_READING and path.startswith("reward."):
-            problems.append(f"{path}.{name}: has no meaning here: {OF_THE_READING[name]}")
-        elif name not in known:
-            problems.append(f"{path}.{name}: not a field of {kind.__name__}{nearest(name, list(known))}")
-        elif name in forced and name != "seed":
-            problems.append(f"{path}.{name}: set by the program, leave it out")
-        else:
-            if name.endswith("_strategy") and value is False:
-                value = "no"  # noqa: PLW2901  YAML reads a bare no as false
-            if name == "eval_strategy" and value != "no":
-                problems.append(f"{path}.{name}: found {value!r}, expected no: a training here holds no pairs back")
-            values[name], problem = _typed(value, hints[name])
-            problem = problem or _in_range(name, values[name])
-            if problem:
-                problems.append(f"{path}.{name}: found {value!r}, expected {problem}")
+        problem = _refusal(name, path, kind.__name__, known, forced)
+        if not problem:
+            values[name], expected = _convert(name, value, hints[name])
+            problem = f": found {value!r}, expected {expected}" if expected else ""
+        if problem:
+            problems.append(f"{path}.{name}{problem}")
     if problems:
         raise ConfigError(listed(problems), code="trainer-key")
-    defaults = DEFAULTS if _has_gpu() else DEFAULTS | WITHOUT_GPU | {"use_cpu": world_size() > 1}
-    given = {**defaults, **forced, **values}
-    if world_size() > 1 and given.get("use_cpu"):
-        init_process_group(given.get("ddp_timeout"))
-    with refusals(path):
-        made = kind(**given)
-        get_reporting_integration_callbacks(made.report_to)  # type: ignore[attr-defined]
-    if pairs_per_step is not None:
-        _share(made, fields, pairs_per_step, path)
-    return made
+    return values
 
 
-OF_THE_LOSS = ("loss_type", "beta", "label_smoothing", "loss_weights", "discopop_tau")
-"""Fields of trl.DPOConfig that would say what the loss is."""
-OF_TOKENIZER = "a reward model trains and scores by the tokenizer in its model's folder; change it there"
-OF_THE_READING = {
-    "chat_template_path": OF_TOKENIZER,
-    "eos_token": OF_TOKENIZER,
-    "model_init_kwargs": "weights are loaded as float32; bf16: true computes in 16 bits",
-}
-"""Fields of trl.RewardConfig that would say how the model is loaded and reads texts, and what says so here."""
+def _refusal(name: str, path: str, kind: str, known: list[str], forced: dict[str, Any]) -> str:
+    """Return why the user may not set the field ``name``, empty if they may."""
+    if name in OF_THE_LOSS and path.startswith("train."):
+        return ": has no meaning here: name the loss and its parameters under train.methods"
+    if name in SET_ELSEWHERE and path.startswith("reward."):
+        return f": has no meaning here: {SET_ELSEWHERE[name]}"
+    if name not in known:
+        return f": not a field of {kind}{nearest(name, known)}"
+    return ": set by the program, leave it out" if name in forced and name != "seed" else ""
 
 
-def _share(args: Any, fields: dict[str, Any], pairs: int, path: str) -> None:
-    """Set the micro-batches of a step such that all processes together see ``pairs`` in it."""
+def _convert(name: str, value: Any, hint: Any) -> tuple[Any, str]:
+    """Return the value in the type of its field, and what was expected; the latter is empty if the value is allowed."""
+    if name.endswith("_strategy") and value is False:
+        value = "no"  # YAML reads a bare no as false
+    if name == "eval_strategy" and value != "no":
+        return value, "no: a training here holds no pairs back"
+    converted, expected = _typed(value, hint)
+    return converted, expected or _in_range(name, converted)
+
+
+def _set_accumulation(args: Any, fields: dict[str, Any], pairs: int, path: str) -> None:
+    """Set ``gradient_accumulation_steps`` such that all processes together use ``pairs`` per optimizer step."""
     section = path.partition(".")[0]
     if "gradient_accumulation_steps" in fields:
         raise ConfigError(
@@ -115,10 +135,10 @@ def _share(args: Any, fields: dict[str, Any], pairs: int, path: str) -> None:
 
 @contextmanager
 def refusals(path: str) -> Iterator[None]:
-    """Turn what trl, transformers or peft refuse in their settings into an error that names where these stand.
+    """Turn an error of trl, transformers or peft about a setting into one that names its YAML path.
 
     Raises:
-        ConfigError: a value is refused, or a package that it needs is missing.
+        ConfigError: a value is refused, or a package that it needs is not installed.
     """
     try:
         yield
@@ -130,7 +150,7 @@ def refusals(path: str) -> Iterator[None]:
 
 
 def build_lora(fields: dict[str, Any] | None, *, path: str, task_type: str) -> Any:
-    """``peft.LoraConfig`` from user fields, or None where no adapter is wanted.
+    """Build a ``peft.LoraConfig`` from user fields; None if there are none.
 
     Raises:
         ConfigError: a field that LoraConfig does not know, or a value that it refuses.
@@ -152,7 +172,7 @@ def build_lora(fields: dict[str, Any] | None, *, path: str, task_type: str) -> A
 
 
 def _in_range(name: str, value: Any) -> str:
-    """Empty where the value may be, else what was expected."""
+    """Return an empty string if the value is allowed, else what was expected."""
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
     if name in LEAST and isinstance(value, int | float) and value < LEAST[name]:
@@ -161,7 +181,7 @@ def _in_range(name: str, value: Any) -> str:
 
 
 def _typed(value: Any, hint: Any) -> tuple[Any, str]:
-    """The value as the hint wants it and an empty string, or the value and what was expected."""
+    """Return the value in the hint's type and an empty string, or the value and what was expected."""
     allowed = set(_members(hint))
     if str in allowed or not allowed & {int, float, bool} or (value is None and NoneType in allowed):
         return value, ""

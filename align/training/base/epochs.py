@@ -1,9 +1,9 @@
-"""Every pair once an epoch, whatever the number of processes.
+"""Every pair once per epoch, for any number of processes.
 
-Where the pairs do not divide by (pairs of a batch x processes), accelerate fills the last batches of an epoch up with
-pairs from its beginning, so that every process takes part in every step. Those pairs are marked here as not real, and
-the losses, statistics and metrics of the trainers leave them out: the last step is the mean over the pairs that are
-left, as with one process.
+If the number of pairs is not divisible by (batch size x processes), accelerate fills the last batches of an epoch with
+duplicates from its beginning (``even_batches``), so that every process takes part in every step. Here the duplicates
+are marked as not real, and the losses, statistics and metrics of the trainers exclude them: the last step is the mean
+over the remaining pairs, as with one process.
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ from align.models.collator import REAL, _pairs, counted
 
 
 class WholeEpochs:
-    """Mixed into a transformers Trainer of preference pairs, before its class.
+    """Mixin for a transformers Trainer of preference pairs, to be named before its class.
 
     Raises:
-        ConfigError: with several processes, a way of dealing out the pairs that loses some or repeats them.
+        ConfigError: with several processes, a setting under which pairs are lost or repeated.
     """
 
     args: Any
@@ -29,13 +29,13 @@ class WholeEpochs:
     train_dataset: Any
 
     def get_train_dataloader(self) -> Any:
-        """The trainer's own loader."""
+        """Return the trainer's own loader, after a check of its settings."""
         if self.accelerator.num_processes > 1:
-            _check_dealing(self.args)
+            _check_distribution(self.args)
         return super().get_train_dataloader()  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """The trainer's own; groups of like length are formed over all processes."""
+        """Return the trainer's own sampler; with several processes, length groups span all of them."""
         sampler: Sampler | None = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         processes = self.accelerator.num_processes
         if processes > 1 and isinstance(sampler, LengthGroupedSampler):
@@ -43,23 +43,23 @@ class WholeEpochs:
         return sampler
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Pairs of one optimizer step, over its micro-batches and all processes; marks those that do not count."""
+        """Count the real pairs of one optimizer step over its micro-batches and all processes; mark the duplicates."""
         if batch_samples:
-            self._mark(batch_samples[-1])
-        own = sum(counted(batch) for batch in batch_samples)
-        return self.accelerator.gather(torch.tensor([own], device=device)).sum()
+            self._mark_duplicates(batch_samples[-1])
+        local = sum(counted(batch) for batch in batch_samples)
+        return self.accelerator.gather(torch.tensor([local], device=device)).sum()
 
-    def _mark(self, batch: dict[str, Any]) -> None:
-        """Give the last batch of an epoch the column ``REAL`` where some process has pairs that do not count."""
+    def _mark_duplicates(self, batch: dict[str, Any]) -> None:
+        """Add ``REAL`` to the last batch of an epoch if the batch of some process has duplicates."""
         processes, rows = self.accelerator.num_processes, _pairs(batch)
-        left = len(self.train_dataset) % (processes * rows)
+        remainder = len(self.train_dataset) % (processes * rows)
         last = self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last
-        if processes > 1 and last and left:
-            place = rows * self.accelerator.process_index + torch.arange(rows)
-            batch[REAL] = (place < left).to(batch["input_ids"].device)
+        if processes > 1 and last and remainder:
+            position = rows * self.accelerator.process_index + torch.arange(rows)
+            batch[REAL] = (position < remainder).to(batch["input_ids"].device)
 
 
-def _check_dealing(args: Any) -> None:
+def _check_distribution(args: Any) -> None:
     settings = args.accelerator_config
     for name, refused in (("even_batches", False), ("dispatch_batches", True)):
         if getattr(settings, name) is refused:
@@ -71,8 +71,8 @@ def _check_dealing(args: Any) -> None:
             )
     if args.train_sampling_strategy == "batch_rebalance":
         raise ConfigError(
-            "train_sampling_strategy: found batch_rebalance, which with several processes gives each another number "
-            "of pairs; expected random, sequential or group_by_length",
+            "train_sampling_strategy: found batch_rebalance, which with several processes gives each a different "
+            "number of pairs; expected random, sequential or group_by_length",
             code="trainer-key",
-            hint="use group_by_length for batches of like length",
+            hint="use group_by_length for batches of similar length",
         )

@@ -1,4 +1,4 @@
-"""Stops a training at the step whose gradient or weights are not finite; base of the guards that know the pairs."""
+"""A callback that stops a training at the first gradient or weight that is NaN or infinite."""
 
 import math
 from pathlib import Path
@@ -17,14 +17,14 @@ FILE = "non_finite"
 
 
 class FiniteSteps(TrainerCallback):
-    """Looks at the gradient's norm before (``look_at_norm``) and at the weights after each optimizer step.
+    """Checks the gradient norm before (``check_norm``) and the weights after each optimizer step.
 
-    What is found is written to ``output_dir/non_finite.json`` (step, what, the pairs at fault, all pairs of the step;
-    of process r > 0 to ``non_finite-r.json``) and raised; a gradient that is not finite never reaches the weights.
+    A failure is written to ``output_dir/non_finite.json`` (step, what, the pairs at fault, all pairs of the step; by
+    process r > 0 to ``non_finite-r.json``) and raised; a gradient that is not finite never reaches the weights.
 
     Args:
-        scaled: a loss scaler (fp16) is in use: gradients overflow now and then by design, the scaler leaves such a
-            step out, and they are not looked at.
+        scaled: a loss scaler (fp16) is in use: gradients overflow now and then by design, the scaler skips such a
+            step, and the norm is not checked.
     """
 
     def __init__(self, *, scaled: bool) -> None:
@@ -32,25 +32,25 @@ class FiniteSteps(TrainerCallback):
         self.folder = Path()
         self.step = 0
         self.pairs: list[str] = []
-        """Ids of the pairs that the step has seen so far."""
+        """Ids of the pairs of the current step so far."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remember where to write."""
+        """Take the folder to write into from the arguments."""
         self.folder = Path(args.output_dir)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget the pairs of the step before."""
+        """Clear the pairs of the previous step."""
         self.step = state.global_step + 1
         self.pairs = []
 
-    def look_at_norm(self, model: nn.Module, norm: Any) -> None:
-        """Look at the norm of the whole gradient, over all processes and before it is clipped.
+    def check_norm(self, model: nn.Module, norm: Any) -> None:
+        """Check the norm of the full gradient, over all processes, before clipping.
 
-        Clipping turns a norm that overflows into a gradient of zeros, so the clipped gradient says nothing.
+        Clipping turns a norm that overflows into a gradient of zeros, so the clipped gradient would look finite.
 
         Raises:
             NumericsError: it is not finite.
@@ -61,23 +61,23 @@ class FiniteSteps(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Look at the weights that the step has changed."""
+        """Check the weights that the step has changed."""
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         if not all_finite(list(trained.values())):
             name = next(name for name, value in trained.items() if not all_finite([value]))
             self.stop("weight", [], f"{name} is not finite")
 
     def pairs_at_fault(self, model: nn.Module) -> list[str]:
-        """Ids of the pairs whose gradient alone is not finite; none where that is not known."""
+        """Return the ids of the pairs whose own gradient is not finite; empty if that is not known."""
         return []
 
     def stop(self, what: str, at_fault: list[str], found: str) -> None:
-        """Write what was found and end the training.
+        """Write the failure to disk and end the training.
 
         Args:
             what: ``loss``, ``gradient`` or ``weight``.
-            at_fault: ids.
-            found: the rest of the sentence.
+            at_fault: ids of the pairs at fault.
+            found: rest of the sentence "the <what> of pairs <at_fault> <found>".
 
         Raises:
             NumericsError: always.
@@ -88,21 +88,21 @@ class FiniteSteps(TrainerCallback):
         write_json(file, {"step": self.step, "what": what, "at_fault": at_fault, "pairs": self.pairs})
         more = f" and {len(at_fault) - SHOWN} more" if len(at_fault) > SHOWN else ""
         kind = "pair" if len(at_fault) == 1 else "pairs"
-        whose = f" of {kind} {', '.join(at_fault[:SHOWN])}{more}" if at_fault else ""
+        of_pairs = f" of {kind} {', '.join(at_fault[:SHOWN])}{more}" if at_fault else ""
         raise NumericsError(
-            f"step {self.step}: the {what}{whose} {found}; the {len(self.pairs)} pairs of this step are in {file}",
+            f"step {self.step}: the {what}{of_pairs} {found}; the {len(self.pairs)} pairs of this step are in {file}",
             code="non-finite",
-            hint="look at those pairs; then try a smaller learning_rate, or float32 or bf16 in place of fp16",
+            hint="look at those pairs; then try a smaller learning_rate, or float32 or bf16 instead of fp16",
         )
 
 
 def gradient_norm(model: nn.Module) -> float:
-    """Norm of the gradients that are there, in their own precision, as clipping computes it."""
+    """Compute the norm of all gradients that exist, in their own precision, as clipping does."""
     return float(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether every element of every tensor (of this process's part of it) is finite; one read from the device."""
+    """Return whether every element of every tensor (of a DTensor: of its local shard) is finite; one device sync."""
     if not tensors:
         return True
     local = [value.to_local() if hasattr(value, "to_local") else value for value in tensors]

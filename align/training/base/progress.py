@@ -1,4 +1,4 @@
-"""Progress of a trl trainer: its own bar on a terminal, one plain line every 30 s elsewhere."""
+"""Progress of a trl trainer: its own bar on a terminal, otherwise one plain line every 30 s."""
 
 import time
 from typing import Any
@@ -12,7 +12,7 @@ SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "accuracy")
 
 
 class PlainProgress(TrainerCallback):
-    """Steps done, steps a second and time left, with the last logged loss."""
+    """Logs finished steps, steps per second, remaining time and the last logged metrics."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -31,11 +31,11 @@ class PlainProgress(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Keep the numbers worth showing."""
+        """Keep the metrics in ``SHOWN``."""
         self.latest = {name: logs[name] for name in SHOWN if name in logs} or self.latest
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Say something if it is time to."""
+        """Log a line if ``PLAIN_EVERY_SECONDS`` have passed since the last one."""
         now = time.monotonic()
         if now - self.last < PLAIN_EVERY_SECONDS:
             return
@@ -48,7 +48,7 @@ class PlainProgress(TrainerCallback):
 
 
 def show_progress(trainer: Trainer, what: str) -> None:
-    """Replace the trainer's printing by this program's."""
+    """Replace the trainer's printed metrics by this program's progress; ``what`` names the training."""
     trainer.remove_callback(PrinterCallback)
     if not err.is_terminal:
         trainer.remove_callback(ProgressCallback)

@@ -1,6 +1,6 @@
-"""A training that was stopped goes on as if it had not been: the same pairs in the same order, and no step too many.
+"""Exact resume: a stopped training continues with the same pairs in the same order, and makes no step too many.
 
-So does one that goes on in another number of processes, as long as a step has as many pairs as before.
+The number of processes may change, as long as the number of pairs per step does not.
 """
 
 from collections.abc import Iterator
@@ -17,17 +17,17 @@ from align.errors import ConfigError
 from align.io.files import read_json, write_json
 
 STEP = "step.json"
-"""File of a checkpoint: how many pairs a step has over all processes."""
+"""File of a checkpoint: number of pairs per optimizer step over all processes."""
 SHARDED = f"{FSDP_MODEL_NAME}*"
-"""What accelerate leaves in a checkpoint under FSDP."""
+"""Files and folders that accelerate writes into a checkpoint under FSDP."""
 
 
 class ExactResume:
-    """Mixed into a transformers Trainer, before its class.
+    """Mixin for a transformers Trainer, to be named before its class.
 
-    The trainer itself draws the order of length-grouped pairs from torch's generator, which a resumed process finds in
-    another state: in the middle of any epoch but the first it would go on with pairs that the epoch has seen. And it
-    looks whether it is done only after a step, so that a training resumed from its last checkpoint makes one more.
+    The trainer itself draws the order of length-grouped pairs from torch's global generator, whose state differs after
+    a resume: in the middle of any epoch but the first it would continue with pairs that the epoch has already used. And
+    it checks for the end only after a step, so a training resumed from its last checkpoint would make one more.
     """
 
     args: Any
@@ -38,36 +38,36 @@ class ExactResume:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(_OneSaveAStep())  # type: ignore[attr-defined]
+        self.add_callback(_OneSavePerStep())  # type: ignore[attr-defined]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """The trainer's own; where it shuffles, in an order that depends on the seed and the epoch alone."""
+        """Return the trainer's own sampler; a shuffling one gets an order that depends on seed and epoch alone."""
         sampler: Sampler | None = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         if not isinstance(sampler, RandomSampler | LengthGroupedSampler):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return _OrderOfEpoch(sampler, seed, self)
+        return _EpochSeededSampler(sampler, seed, self)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of the next step; none, and the end, where every step has been made."""
+        """Return the micro-batches of the next step; after the last step, none, and stop the training."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The random state of every process; then the trainer's state makes the checkpoint one that counts."""
+        """Save the random state of every process; the trainer's state, which completes the checkpoint, follows."""
         super()._save_rng_state(output_dir)  # type: ignore[misc]
         if self.args.should_save:
             write_json(Path(output_dir) / STEP, {"pairs": self._pairs_per_step()})
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The trainer's own, where a step has as many pairs as it had.
+        """Load as the trainer does, if the number of pairs per step is that of the checkpoint.
 
         Raises:
-            ConfigError: it has not: what the checkpoint counts as steps would be other pairs. Or the checkpoint is one
-                of FSDP and this training is not sharded.
+            ConfigError: the number of pairs per step differs, so a step of the checkpoint is not one of this training;
+                or the checkpoint is sharded (FSDP) and this training is not.
         """
         if any(Path(resume_from_checkpoint).glob(SHARDED)) and not self.is_fsdp_enabled:
             raise ConfigError(
@@ -90,8 +90,8 @@ class ExactResume:
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
 
 
-class _OrderOfEpoch(Sampler):
-    """``inner``'s order under a generator seeded with ``seed`` + the epoch that the trainer's state is in."""
+class _EpochSeededSampler(Sampler):
+    """Yields ``inner``'s order under a generator seeded with ``seed`` + the current epoch of the trainer."""
 
     def __init__(self, inner: RandomSampler | LengthGroupedSampler, seed: int, trainer: Any) -> None:
         self.inner = inner
@@ -106,8 +106,8 @@ class _OrderOfEpoch(Sampler):
         return iter(self.inner)
 
 
-class _OneSaveAStep(TrainerCallback):
-    """Writes no checkpoint of a step a second time: killed meanwhile, it would look whole and not be."""
+class _OneSavePerStep(TrainerCallback):
+    """Prevents a second save of the same step: killed during it, the checkpoint would only look complete."""
 
     def __init__(self) -> None:
         self.saved = -1
@@ -115,15 +115,15 @@ class _OneSaveAStep(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The step resumed from has a checkpoint."""
+        """Note that the step from which the training resumes has a checkpoint."""
         self.saved = state.global_step
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remember it."""
+        """Note the saved step."""
         self.saved = state.global_step
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the trainer's request back."""
+        """Withdraw the trainer's request for a second save."""
         control.should_save = control.should_save and state.global_step != self.saved

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: finish the step, write a checkpoint, leave; all processes at the same step."""
+"""Ctrl-C and SIGTERM during training: finish the step, save a checkpoint, exit; all processes at the same step."""
 
 import signal
 import time
@@ -14,37 +14,37 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from align.io.console import log
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ONE_NOTICE_SECONDS = 2.0
-"""A process under a launcher may get one notice twice: from the scheduler, and from the launcher that had it too."""
+SAME_SIGNAL_SECONDS = 2.0
+"""A process under a launcher may receive one signal twice: from the scheduler and, passed on, from the launcher."""
 
 
 class StopAfterStep(TrainerCallback):
-    """Ends the training with a checkpoint at the next step once a process has had a signal.
+    """Ends the training with a checkpoint after the current step once a process has received a signal.
 
     Args:
-        accelerator: of the trainer. Several processes ask each other after each step, since a signal reaches them
-            within different steps, or one of them only.
+        accelerator: the trainer's. Several processes gather their signals after each step, since a signal may reach
+            them in different steps, or only one of them.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.heard: int | None = None
-        """Number of the signal that this process had."""
+        self.received: int | None = None
+        """Number of the signal that this process received."""
         self.agreed: int | None = None
-        """That for which all processes stop after this step."""
+        """Number of the signal for which all processes stop after this step."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask the trainer to save and to stop."""
-        self.agreed = self.heard
+        """Request a save and the end of the training."""
+        self.agreed = self.received
         if self.accelerator.num_processes > 1:
-            own = torch.tensor([self.heard or 0], device=self.accelerator.device)
-            self.agreed = int(self.accelerator.gather(own).max()) or None
+            local = torch.tensor([self.received or 0], device=self.accelerator.device)
+            self.agreed = int(self.accelerator.gather(local).max()) or None
         if self.agreed is not None:
             control.should_save = True
             control.should_training_stop = True
 
     def check(self) -> None:
-        """Leave, after a training that was stopped.
+        """Exit if the training was stopped.
 
         Raises:
             SystemExit: 128 + the number of the signal.
@@ -55,11 +55,11 @@ class StopAfterStep(TrainerCallback):
 
 @contextmanager
 def stoppable(trainer: Trainer) -> Iterator[StopAfterStep]:
-    """While inside, the first Ctrl-C or SIGTERM lets ``trainer`` finish its step and save; the second acts at once.
+    """Within the block, the first Ctrl-C or SIGTERM lets ``trainer`` finish its step and save; the second acts at once.
 
-    What comes within ``ONE_NOTICE_SECONDS`` of the first counts as the same. Call ``check`` once the training is over;
-    a signal after its last step lets what follows inside end, such as saving the model. A launcher passes its own
-    signal on to its processes and gives them half a minute, torch's default, before it kills them.
+    A signal within ``SAME_SIGNAL_SECONDS`` of the first counts as the same. Call ``check`` after the training; a signal
+    after its last step lets the rest of the block finish, such as saving the model. A launcher passes its own signal on
+    to its processes and gives them half a minute, torch's default, before it kills them.
 
     Raises:
         SystemExit: 128 + the number of the signal.
@@ -71,12 +71,12 @@ def stoppable(trainer: Trainer) -> Iterator[StopAfterStep]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal first
-        if callback.heard is None:
-            callback.heard, first = number, time.monotonic()
+        if callback.received is None:
+            callback.received, first = number, time.monotonic()
             log.warning("stopping after this step, with a checkpoint; a second signal stops at once")
-        elif time.monotonic() - first >= ONE_NOTICE_SECONDS:
-            for each, handler in before.items():
-                signal.signal(each, handler)
+        elif time.monotonic() - first >= SAME_SIGNAL_SECONDS:
+            for other, handler in before.items():
+                signal.signal(other, handler)
             signal.raise_signal(number)
 
     for number in SIGNALS:
@@ -86,5 +86,5 @@ def stoppable(trainer: Trainer) -> Iterator[StopAfterStep]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if callback.heard is not None:
-        raise SystemExit(128 + callback.heard)
+    if callback.received is not None:
+        raise SystemExit(128 + callback.received)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from scripts.reproduce.exact_arena.pool import ALL, ALL_SOFT, ARMS, GREEDY, KEEPS, KINDS, RANDOM, SOFT
-from scripts.reproduce.exact_arena.report import interval, shown, table
+from scripts.reproduce.exact_arena.report import interval, shown
+from scripts.tables import table
 
 MAIN_KEEP, MAIN_ERROR = 0.2, "cross-fitted"
 CURVES = ("filtered", "margin", GREEDY)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from align.stats import bootstrap_mean
+from scripts.tables import table
 
 OUTCOMES = (0.25, 0.5, 1.0)
 MAIN_KL = 0.5
@@ -18,7 +19,6 @@ MAIN = ("madpo, published", MADPO, "soft_madpo", "mmpo", "dpo, relabelled", "tru
 OTHERS = ("ipo", "beta_dpo", "odpo", "rpo_sq", "dpo, redrawn", "madpo, amplify only", "madpo, dampen only")
 PLOTTED = (MADPO, "soft_madpo", "mmpo", "dpo, relabelled", "trust", "beta_dpo")
 UNTUNED = "untuned "
-END = "<!-- end of tables -->"
 SEEN_EVERYWHERE = 0.2
 """Largest share of flips that there is at every size and spread."""
 Interval = tuple[float, float, float]
@@ -89,14 +89,6 @@ def markdown(summary: dict[str, Any]) -> str:
     tables += [(f"Which pairs and how many, KL 0.5: {name}", by_factor(rows, name)) for name in ("spread", "pairs")]
     tables += [("Mean over all cells at each KL", by_kl(rows))]
     return "\n\n".join(f"#### {title}\n\n{table}" for title, table in tables)
-
-
-def insert(page: str, tables: str, script: str) -> str:
-    """``page`` with what stands between the marks of a script replaced by its ``tables``."""
-    begin = f"<!-- tables of scripts/{script} -->"
-    before, _, rest = page.partition(begin)
-    _, _, after = rest.partition(END)
-    return f"{before}{begin}\n\n{tables}\n\n{END}{after}"
 
 
 def _main(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -181,12 +173,6 @@ def shown(interval: Sequence[float]) -> str:
     value, low, high = interval
     text = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
     return f"**{text}**" if low > 0 else text
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def draw_plots(summary: dict[str, Any], folder: Path) -> None:

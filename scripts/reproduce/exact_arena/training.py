@@ -97,9 +97,7 @@ class _Trainer:
         slopes = [calibrated_slope(m) if (m < 0).any() else 1.0 for m in world.margin]
         self.calibrated = self.margin * torch.tensor(slopes, dtype=torch.float64)[:, None]
         self.generator = torch.Generator().manual_seed(seed)
-        self.states = {
-            k: [BetaDpoState()] * len(world.margin) for k, r in enumerate(recipes) if not r.loss.spec.function
-        }
+        self.states = {k: [BetaDpoState()] * len(world.margin) for k, r in enumerate(recipes) if r.loss.spec.coupled}
 
     def loss(self, x: Tensor, theta: Tensor, rows: Tensor) -> Tensor:
         """Sum over seeds and policies of the mean loss of a batch x [S, B, R, D]."""
@@ -114,7 +112,7 @@ class _Trainer:
             turned = self.turned[recipe.labels][:, rows].reshape(-1)
             chosen, rejected = torch.where(turned, second, first), torch.where(turned, first, second)
             pairs = PairLogps(chosen, rejected, even, even, length, length)
-            if recipe.loss.spec.function is None:
+            if recipe.loss.spec.coupled:
                 total = total + self._beta_dpo(k, recipe.loss, pairs, seeds)
                 continue
             total = total + recipe.loss(pairs, self._margin(recipe)[:, rows].reshape(-1)).sum()

@@ -1,7 +1,13 @@
-"""Draws worlds: prompts with responses, labelled pairs of them, margins of a reward model that errs in a known way.
+"""Worlds: prompts with responses, labeled pairs of them, margins of a reward model that errs in a known way.
 
-Shapes: S seeds, N pairs, R responses of a prompt, D features. Every pair is of a prompt of its own; its preferred
-response stands first, the other second. Cells that differ in flips or errors only draw the same prompts and responses.
+Shapes: S seeds, N pairs, R responses per prompt, D features. Every pair comes from its own prompt; its preferred
+response stands first, the other second. ``draw_world`` draws the worlds of the arena's cells, with 6 responses per
+prompt; cells that differ only in flips or errors share prompts and responses. ``draw_pairs`` draws the world of one
+seed with 2 responses per prompt.
+
+Errors of the margins are named in ``ERRORS``; a number may follow: ``independent 4`` and ``shared 4`` have standard
+deviation 4 in place of ``NOISE``. ``out-of-fold 10`` are the margins of a logistic reward model that sees 10 random
+directions of the features, cross-fitted on the same labels.
 """
 
 from collections.abc import Sequence
@@ -10,7 +16,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy.special import expit
 
+from align.trust.linear_proxy import scaled
 from scripts.reproduce.exact_arena.gold import GOLD_SPREAD, RESPONSES, SIZE, draw_gold
+from scripts.reproduce.exact_arena.heads import FOLDS, out_of_fold_margins
 
 ERRORS = ("none", "independent", "shared", "out-of-domain", "in-sample", "cross-fitted")
 NOISE = 2.0
@@ -19,7 +27,6 @@ FOREIGN = 0.5
 """Share of pairs outside the domain of the out-of-domain reward model."""
 MEMORY = 3.0
 """Prior variance of what the in-sample reward model can remember of each single pair, in log-odds squared."""
-FOLDS = 5
 RIDGE = 1.0
 NEWTON_STEPS = 12
 
@@ -73,14 +80,28 @@ def draw_world(cell: Cell, seeds: Sequence[int]) -> World:
     return world_of(features, gold, cell.error, rngs)
 
 
+def draw_pairs(pairs: int, flips: float, error: str, rng: np.random.Generator) -> World:
+    """The world of one seed [S = 1] with 2 responses per prompt, all of it drawn from ``rng``."""
+    gold = draw_gold(rng)
+    features = draw_labeled(gold, pairs, flips, rng)
+    return world_of(features[None], gold[None], error, [rng])
+
+
+def draw_labeled(gold: np.ndarray, pairs: int, flips: float, rng: np.random.Generator) -> np.ndarray:
+    """Features [N, 2, D] of the responses of new prompts, the preferred one first, for the gold direction [D]."""
+    x = np.stack([rng.normal(size=(pairs, SIZE)) for _ in range(2)], axis=1)
+    prefer(x, expit((x[:, 0] - x[:, 1]) @ gold), flips, rng)
+    return x
+
+
 def world_of(features: np.ndarray, gold: np.ndarray, error: str, rngs: Sequence[np.random.Generator]) -> World:
     """The world of features [S, N, R, D], preferred responses first, and gold directions [S, D].
 
     Args:
         features: of the responses.
-        gold: of the gold rewards.
-        error: of the reward model.
-        rngs: what each seed's error is drawn from; of no source that drew ``gold``.
+        gold: directions of the gold rewards.
+        error: kind of the reward model's error, see the module.
+        rngs: each seed's source of that error; it must not repeat the draws of ``gold``.
     """
     difference = features[:, :, 0] - features[:, :, 1]
     return World(features, _margins(error, difference, gold, rngs), np.einsum("snd,sd->sn", difference, gold), gold)
@@ -115,6 +136,11 @@ def _draw_pairs(cell: Cell, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
 
 def _margins(error: str, x: np.ndarray, gold: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
     """Margins [S, N] of a reward model with the kind of error called ``error``; x [S, N, D], gold [S, D]."""
+    kind, _, number = error.partition(" ")
+    if kind == "out-of-fold":
+        directions = [np.linalg.qr(rng.normal(size=(SIZE, int(number))))[0] for rng in rngs]
+        seen = zip(x, directions, rngs, strict=True)
+        return np.stack([out_of_fold_margins(scaled(one @ known), rng) for one, known, rng in seen])
     if error == "in-sample":
         return memorised_margins(x, MEMORY)
     if error == "cross-fitted":
@@ -127,12 +153,13 @@ def _margins(error: str, x: np.ndarray, gold: np.ndarray, rngs: Sequence[np.rand
     right = np.einsum("snd,sd->sn", x, gold)
     if error == "none":
         return right
-    if error == "independent":
-        return right + NOISE * np.stack([rng.normal(size=x.shape[1]) for rng in rngs])
+    noise = float(number) if number else NOISE
+    if kind == "independent":
+        return right + noise * np.stack([rng.normal(size=x.shape[1]) for rng in rngs])
     wrong = np.stack([rng.normal(size=SIZE) for rng in rngs])
     wrong /= np.linalg.norm(wrong, axis=1, keepdims=True)
-    if error == "shared":
-        return right + NOISE / np.sqrt(2) * np.einsum("snd,sd->sn", x, wrong)
+    if kind == "shared":
+        return right + noise / np.sqrt(2) * np.einsum("snd,sd->sn", x, wrong)
     foreign = np.stack([rng.random(x.shape[1]) < FOREIGN for rng in rngs])
     return np.where(foreign, GOLD_SPREAD / np.sqrt(2) * np.einsum("snd,sd->sn", x, wrong), right)
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from align.evaluation.rewards import gain_per_root_kl
-from align.stats import Estimate, bootstrap_mean, crossed_mean, crossed_p
+from align.stats import Estimate, bootstrap_mean
+from scripts.reproduce.crossed_effects import crossed_mean, crossed_p
 
 BASELINE, MADPO = "dpo", "madpo"
 ERROR_RATE = 0.05
