@@ -6,7 +6,7 @@ from align.config import ClusterSection, FilterSection, PairsSection
 from align.data.pairs import load_pairs
 from align.data.streaming import stream_pairs
 from align.data.text import plain
-from align.filtering.filter_pairs import _timed, filter_pairs
+from align.filtering.filter_pairs import filter_pairs, timed
 from align.filtering.tables import DROPPED, KEPT, SUMMARY, write_tables
 from align.io.console import log
 from align.io.files import write_json
@@ -47,7 +47,7 @@ def filter_source(
     seconds: dict[str, float] = {}
     known = source.model_dump() | {"content": fingerprint_source(source.path)}
     own = cache / digest(known)[:16]
-    with _timed(seconds, "reading"):
+    with timed(seconds, "reading"):
         pairs = stream_pairs(source, own / TABLE)
     held_out: list[str] = []
     if settings.held_out is not None:
@@ -56,7 +56,7 @@ def filter_source(
     output.mkdir(parents=True, exist_ok=True)
     from align.reports.filter_page import write_filter_page
 
-    with _timed(seconds, "writing"):
+    with timed(seconds, "writing"):
         write_tables(found, output)
         write_filter_page(output / PAGE, found, source.path)
     summary = found.summary | {"seconds": seconds | found.summary["seconds"]}

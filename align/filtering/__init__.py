@@ -1,1 +1,1 @@
-"""Which pairs are worth training on: hard rules, scores, one importance, a selection with a reason for every pair."""
+"""Selection of the pairs to train on: hard rules, scores, one importance, and a reason for every dropped pair."""

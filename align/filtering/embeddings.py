@@ -1,4 +1,4 @@
-"""Embeddings of the prompts: unit vectors from an encoder, or from a file."""
+"""Embeddings of the prompts: unit vectors from an encoder or from a file."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -16,12 +16,12 @@ PROBE = "a"
 
 
 class Encoder:
-    """An encoder ready to embed, from safetensors alone.
+    """A loaded text encoder (mean pooling), from safetensors only.
 
     Args:
         model: hub id or folder.
         batch_tokens: padded tokens of one forward pass.
-        max_length: tokens per text; longer ones are cut.
+        max_length: tokens per text; longer texts are truncated.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -48,43 +48,47 @@ class Encoder:
 
     @property
     def size(self) -> int:
-        """Numbers per vector."""
+        """Dimension of the vectors."""
         return int(self.model.config.hidden_size)
 
     def __call__(self, strings: Sequence[str]) -> np.ndarray:
         """Unit-length mean-pooled last hidden states [N, D], float32."""
-        return self._pooled(self.tokenizer(list(strings), truncation=True, max_length=self.max_length)["input_ids"])
+        ids = self.tokenizer(list(strings), truncation=True, max_length=self.max_length)["input_ids"]
+        return self._mean_pooled(ids)
 
-    def tokens(self, ids: Sequence[list[int]], per_part: int = PART) -> np.ndarray:
-        """The same of token ids [N, D], each row between the special tokens that the encoder puts around a text."""
+    def embed_ids(self, ids: Sequence[list[int]], per_part: int = PART) -> np.ndarray:
+        """Embed rows of token ids, each between the special tokens that the encoder puts around a text; [N, D]."""
         starts = range(0, len(ids), per_part)
         whole, bare = self.tokenizer(PROBE)["input_ids"], self.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
         place = next(k for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
         before, after = whole[:place], whole[place + len(bare) :]
-        made = [
-            self._pooled([[*before, *row, *after] for row in ids[start : start + per_part]])
+        parts = [
+            self._mean_pooled([[*before, *row, *after] for row in ids[start : start + per_part]])
             for start in progress(starts, what="token vectors", total=len(starts), unit="parts")
         ]
-        return np.concatenate(made)
+        return np.concatenate(parts)
 
-    def _pooled(self, ids: Sequence[list[int]]) -> np.ndarray:
-        found = np.empty((len(ids), self.size), dtype=np.float32)
+    def _mean_pooled(self, ids: Sequence[list[int]]) -> np.ndarray:
+        vectors = np.empty((len(ids), self.size), dtype=np.float32)
         with torch.inference_mode():
             for batch in token_batches([len(row) for row in ids], self.batch_tokens):
                 padded = self.tokenizer.pad({"input_ids": [ids[k] for k in batch]}, return_tensors="pt").to(self.device)
                 states = self.model(**padded).last_hidden_state
                 mask = padded["attention_mask"][..., None].to(states.dtype)
                 mean = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1)
-                found[batch] = torch.nn.functional.normalize(mean.float(), dim=-1).cpu().numpy()
-        return found
+                vectors[batch] = torch.nn.functional.normalize(mean.float(), dim=-1).cpu().numpy()
+        return vectors
 
 
 def embed(strings: Sequence[str], model: str) -> np.ndarray:
-    """Unit vectors [N, D] of N texts, in memory."""
+    """Embed N texts in memory: unit vectors [N, D], float32."""
     encoder = Encoder(model)
     starts = range(0, len(strings), PART)
-    made = [encoder(strings[k : k + PART]) for k in progress(starts, what="embedding", total=len(starts), unit="parts")]
-    return np.concatenate(made) if made else np.empty((0, encoder.size), dtype=np.float32)
+    parts = [
+        encoder(strings[start : start + PART])
+        for start in progress(starts, what="embedding", total=len(starts), unit="parts")
+    ]
+    return np.concatenate(parts) if parts else np.empty((0, encoder.size), dtype=np.float32)
 
 
 class TextEncoder(Protocol):
@@ -92,34 +96,34 @@ class TextEncoder(Protocol):
 
     @property
     def size(self) -> int:
-        """Numbers per vector."""
+        """Dimension of the vectors."""
 
     def __call__(self, strings: Sequence[str]) -> np.ndarray:
-        """[N, size], float32."""
+        """Unit vectors [N, size], float32."""
 
 
 def read_embeddings(file: str, count: int) -> np.ndarray:
-    """Vectors [count, D] that the user brings, memory-mapped and of unit length.
+    """Read the user's vectors [count, D], memory-mapped, and check that they have unit length.
 
     Raises:
-        DataError: not a .npy file of that many unit vectors.
+        DataError: not a .npy file of ``count`` unit vectors.
     """
     try:
-        found: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
+        vectors: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: not a .npy file of vectors ({error})", code="filter-embeddings") from None
-    if found.ndim != 2 or len(found) != count or found.dtype != np.float32:
+    if vectors.ndim != 2 or len(vectors) != count or vectors.dtype != np.float32:
         raise DataError(
-            f"{file}: found {found.dtype} of shape {found.shape}, expected float32 of ({count}, D), a row per pair",
+            f"{file}: found {vectors.dtype} of shape {vectors.shape}, expected float32 of ({count}, D), a row per pair",
             code="filter-embeddings",
         )
     for start in range(0, count, PART):
-        off = np.flatnonzero(np.abs(np.linalg.norm(found[start : start + PART], axis=1) - 1) > 1e-3)
+        off = np.flatnonzero(np.abs(np.linalg.norm(vectors[start : start + PART], axis=1) - 1) > 1e-3)
         if len(off):
             row = start + int(off[0])
-            length = float(np.linalg.norm(found[row]))
+            length = float(np.linalg.norm(vectors[row]))
             raise DataError(
                 f"{file}:row {row + 1}: found a vector of length {length:.4g}, expected length 1",
                 code="filter-embeddings",
             )
-    return found
+    return vectors

@@ -1,13 +1,12 @@
-"""`align filter`: a pair table in, kept and dropped tables out, with all scores and a reason for every dropped pair.
+"""Filter a pair table: scores for all pairs, kept or dropped, and a reason for every dropped pair.
 
-Order: texts (one pass, what the rules need) -> rules -> scores -> importance -> selection -> tables and page. Whatever
-takes long is kept in a cache part by part, under the key of what determines it: a stopped filter goes on where it was,
-and another choice of weights costs seconds.
+Order: survey of the texts -> rules -> scores -> importance -> selection. Each long step is cached part by part under a
+key of its inputs: a stopped filter resumes, and another choice of weights takes seconds.
 """
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,14 +18,14 @@ from datasets import Dataset
 from align.config import ClusterSection, FilterSection
 from align.data.text import cells
 from align.errors import ConfigError, DataError
-from align.filtering.knn.search import Neighbours, kth_distance
-from align.filtering.rules import RULES, Table, apply_rules, by_id, place_type
-from align.filtering.score_columns import distances, margins, qualities, vectors
+from align.filtering.knn.search import Neighbors, kth_distance
+from align.filtering.rules import RULES, RuleInput, apply_rules, by_id, place_type
+from align.filtering.score_columns import distances, margins, prompt_embeddings, qualities
 from align.filtering.scores import diversity, doubtful
-from align.filtering.selection import Scale, greedy, importance, top
-from align.filtering.summary import summarise
+from align.filtering.selection import RobustScale, greedy, importance, top_k
+from align.filtering.summary import summarize_filter
 from align.filtering.tables import Filtered, Reasons
-from align.filtering.text_survey import Asked, Survey, overlap_hashes, take_survey
+from align.filtering.text_survey import Survey, SurveyJob, overlap_hashes, take_survey
 from align.io.console import log
 from align.io.hashing import digest
 
@@ -40,52 +39,48 @@ def filter_pairs(
     seed: int,
     cluster: ClusterSection | None = None,
 ) -> Filtered:
-    """Rules, scores and selection.
+    """Apply rules, compute scores and select pairs.
 
     Args:
-        pairs: pair table, with ``margin`` where it is to count.
+        pairs: pair table, with ``margin`` if it is to count.
         settings: what to keep.
         cache: folder for parts of the work; valid for these pairs only.
-        held_out: texts of an evaluation set that nothing may share a run of eight words with.
-        seed: of the neighbour index.
-        cluster: whose workers read texts, embed, measure and search.
+        held_out: texts of an evaluation set; pairs that share eight words in a row with one are dropped.
+        seed: seed of the nearest-neighbor index and of the random sample in the summary.
+        cluster: its workers read texts, embed, score and search.
 
     Raises:
-        AlignError: the settings do not fit the pairs, a model cannot be used, or the cluster cannot.
+        AlignError: the settings do not fit the pairs, or a model or the cluster cannot be used.
     """
     _check(pairs, settings)
-    run = _Run(pairs, settings, cache, seed, cluster, {})
+    run = _FilterRun(pairs, settings, cache, seed, cluster, {})
     table, broken = run.rules(held_out)
-    passed = np.ones(len(pairs), dtype=bool)
-    passed[list(broken)] = False
-    left = np.flatnonzero(passed).astype(place_type(len(pairs)))
-    del passed
-    if len(left) < 2:
-        raise DataError(f"{len(left)} pairs pass the rules, at least 2 are needed", code="filter-empty")
-    embedded, near = run.neighbours(left)
-    scores = {"diversity": _spread(diversity(near.distance).astype(np.float32), left, len(pairs))}
-    how = near.how()
-    del near
+    passing = _passing(broken, len(pairs))
+    embedded, neighbors = run.neighbors(passing)
+    scores = {"diversity": _scatter(diversity(neighbors.distance).astype(np.float32), passing, len(pairs))}
+    search = neighbors.method_and_recall()
+    del neighbors
     quality = run.qualities(table.survey)
     scores["quality"] = quality["quality"]
     if (margin := margins(pairs, in_spreads=settings.in_spreads)) is not None:
         scores["margin"] = margin
     weights = {name: float(getattr(settings, name)) for name in scores}
     with run.timed("selection"):
-        usable = _OfRows(scores, left)
-        values, kept = run.selected(usable, weights, embedded, left, table.order)
+        usable = _SelectedRows(scores, passing)
+        values, kept = run.select(usable, weights, embedded, passing, table.order)
     columns = quality | {"diversity": scores["diversity"], "importance": values, "kept": kept}
-    columns |= {n: found for n, found in (("doubtful", table.doubtful), ("ood", table.ood)) if found is not None}
+    optional = {"doubtful": table.doubtful, "ood": table.ood}
+    columns |= {name: column for name, column in optional.items() if column is not None}
     with run.timed("summary"):
-        summary = summarise(pairs, table, broken, how, kept, embedded, seed)
-    parts = {name: (weights[name], Scale.of(usable[name]), scores[name]) for name in scores}
+        summary = summarize_filter(pairs, table, broken, search, kept, embedded, seed)
+    parts = {name: (weights[name], RobustScale.fit(usable[name]), scores[name]) for name in scores}
     reasons = Reasons(broken, parts, values, kept, settings.method)
     return Filtered(pairs, columns, reasons, embedded, summary | {"seconds": run.seconds})
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """The steps of a filter, with what all of them need."""
+class _FilterRun:
+    """The steps of one filter, with their common inputs."""
 
     pairs: Dataset
     settings: FilterSection
@@ -95,11 +90,11 @@ class _Run:
     seconds: dict[str, float]
 
     def timed(self, name: str) -> AbstractContextManager[None]:
-        """Note the seconds of a step."""
-        return _timed(self.seconds, name)
+        """Record the seconds of a step."""
+        return timed(self.seconds, name)
 
-    def rules(self, held_out: list[str]) -> tuple[Table, dict[int, tuple[str, str]]]:
-        """What the rules look at, and what they found."""
+    def rules(self, held_out: list[str]) -> tuple[RuleInput, dict[int, tuple[str, str]]]:
+        """Apply the rules: their input, and (rule, finding) of the pairs that broke one."""
         settings = self.settings
         with self.timed("texts"):
             survey = self._survey(held_out)
@@ -108,7 +103,7 @@ class _Run:
         with self.timed("distances"):
             if settings.ood is not None:
                 ood, limit = distances(self.pairs, settings.ood, self.cache, self.cluster)
-        table = Table(
+        table = RuleInput(
             pairs=self.pairs,
             order=by_id(self.pairs),
             survey=survey,
@@ -124,54 +119,54 @@ class _Run:
             return table, apply_rules(table, skip)
 
     def _survey(self, held_out: list[str]) -> Survey:
-        """What the rules need of the texts, from the cache as far as it is there."""
+        """The survey of the texts that the rules need, as far as possible from the cache."""
         overlap, skip = overlap_hashes(held_out), self.settings.skip
-        asked = Asked(overlap, near="near_duplicate" not in skip, language=self.settings.language is not None)
-        folder = self.cache / f"survey-{digest([overlap.tobytes().hex(), asked.near, asked.language])[:16]}"
-        return take_survey(self.pairs, asked, folder, processes=self.settings.processes, cluster=self.cluster)
+        job = SurveyJob(overlap, near="near_duplicate" not in skip, language=self.settings.language is not None)
+        folder = self.cache / f"survey-{digest([overlap.tobytes().hex(), job.near, job.language])[:16]}"
+        return take_survey(self.pairs, job, folder, processes=self.settings.processes, cluster=self.cluster)
 
-    def neighbours(self, left: np.ndarray) -> tuple[np.ndarray, Neighbours]:
-        """Vectors [N, D] of all prompts, and how near those of the pairs ``left`` lie to one another."""
+    def neighbors(self, passing: np.ndarray) -> tuple[np.ndarray, Neighbors]:
+        """Embeddings [N, D] of all prompts, and k-th nearest neighbor distances among the passing pairs."""
         with self.timed("embedding"):
-            embedded, name = vectors(self.pairs, self.settings, self.cache, self.cluster)
+            embedded, name = prompt_embeddings(self.pairs, self.settings, self.cache, self.cluster)
         k, method = self.settings.neighbours, self.settings.index
-        key = digest([name, sha256(left.tobytes()).hexdigest(), k, method, self.seed])[:16]
+        key = digest([name, sha256(passing.tobytes()).hexdigest(), k, method, self.seed])[:16]
         file, folder = self.cache / f"neighbours-{key}.npz", self.cache / f"neighbours-{key}"
         with self.timed("neighbours"):
             if not file.exists():
                 kth_distance(
-                    embedded, k, seed=self.seed, folder=folder, rows=left, method=method, cluster=self.cluster
+                    embedded, k, seed=self.seed, folder=folder, rows=passing, method=method, cluster=self.cluster
                 ).write(file)
             shutil.rmtree(folder, ignore_errors=True)
-            return embedded, Neighbours.read(file)
+            return embedded, Neighbors.read(file)
 
     def qualities(self, survey: Survey) -> dict[str, np.ndarray]:
-        """The quality columns [N]; not-a-number nowhere."""
+        """The quality columns [N], of all pairs."""
         with self.timed("quality"):
             return qualities(self.pairs, survey, self.settings, self.cache, self.cluster)
 
-    def selected(
+    def select(
         self,
         scores: Mapping[str, np.ndarray],
         weights: dict[str, float],
         embedded: np.ndarray,
-        left: np.ndarray,
+        passing: np.ndarray,
         order: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Importance [N], not-a-number where a rule came first, and bool [N]: kept.
+        """Importance [N], NaN for pairs that broke a rule, and bool [N]: kept.
 
         Args:
-            scores: [L] each, of the pairs that pass the rules.
-            weights: of the scores.
-            embedded: [N, D].
-            left: places of the pairs that pass the rules.
-            order: places of all pairs, smallest id first.
+            scores: [L] each, scores of the pairs that pass the rules.
+            weights: weights of the scores.
+            embedded: embeddings of all prompts, [N, D].
+            passing: places of the pairs that pass the rules, [L].
+            order: places of all pairs, smallest id first, [N].
         """
         settings, count = self.settings, len(self.pairs)
         rank = np.empty_like(order)
         rank[order] = np.arange(count, dtype=rank.dtype)
         values = importance(scores, weights)
-        wanted = max(1, round(settings.keep * len(left)))
+        wanted = max(1, round(settings.keep * len(passing)))
         if settings.method == "threshold":
             places = np.flatnonzero(values >= settings.minimum)
             if not len(places):
@@ -184,20 +179,20 @@ class _Run:
         elif settings.method == "greedy":
             base = importance(scores, weights | {"diversity": 0.0})
             spread = 1.0 / (np.std(scores["diversity"]) or 1.0)
-            near = np.asarray(embedded)[left]
-            places = greedy(base, near, rank[left], wanted, weight=weights["diversity"] * spread)
+            vectors = np.asarray(embedded)[passing]
+            places = greedy(base, vectors, rank[passing], wanted, weight=weights["diversity"] * spread)
         else:
-            groups = cells(self.pairs, "group").to_numpy().astype(str)[left] if settings.per_group else None
-            places = top(values, rank[left], wanted, groups)
+            groups = cells(self.pairs, "group").to_numpy().astype(str)[passing] if settings.per_group else None
+            places = top_k(values, rank[passing], wanted, groups)
         kept = np.zeros(count, dtype=bool)
-        kept[left[places]] = True
-        return _spread(values, left, count), kept
+        kept[passing[places]] = True
+        return _scatter(values, passing, count), kept
 
 
 def _check(pairs: Dataset, settings: FilterSection) -> None:
     problems = {
         "per_group: the pairs have no `group` column": settings.per_group and "group" not in pairs.column_names,
-        "method threshold: needs `minimum`, the least importance": settings.method == "threshold"
+        "method threshold: needs `minimum`, the lowest importance to keep": settings.method == "threshold"
         and settings.minimum is None,
         "in_spreads: the pairs have no `margin_std` column": settings.in_spreads
         and not {"margin", "margin_std"} <= set(pairs.column_names),
@@ -208,25 +203,39 @@ def _check(pairs: Dataset, settings: FilterSection) -> None:
     if wrong:
         raise ConfigError("; ".join(wrong), code="filter-option", hint="see docs/filtering.md")
     if "margin" not in pairs.column_names and settings.margin != 0:
-        log.warning("the pairs have no `margin` column: quality and diversity decide alone")
+        log.warning("the pairs have no `margin` column: only quality and diversity decide")
     for column in ("margin", "margin_std") if settings.in_spreads else ("margin",):
         missing = cells(pairs, column).null_count if column in pairs.column_names else 0
         if missing:
             raise DataError(
                 f"{column}: {missing} of {len(pairs)} pairs have none", code="filter-margin",
-                hint="score all pairs with `align reward score`, or take the column out",
+                hint="score all pairs with `align reward score`, or remove the column",
             )  # fmt: skip
 
 
-def _spread(values: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
-    """``values`` at ``places`` of an array of ``count``, not-a-number elsewhere."""
-    made = np.full(count, np.nan, dtype=values.dtype)
-    made[places] = values
-    return made
+def _passing(broken: Collection[int], count: int) -> np.ndarray:
+    """Places of the pairs that pass the rules, [L].
+
+    Raises:
+        DataError: there are fewer than two.
+    """
+    passed = np.ones(count, dtype=bool)
+    passed[list(broken)] = False
+    passing = np.flatnonzero(passed).astype(place_type(count))
+    if len(passing) < 2:
+        raise DataError(f"found {len(passing)} pairs that pass the rules, expected at least 2", code="filter-empty")
+    return passing
 
 
-class _OfRows(Mapping[str, np.ndarray]):
-    """Some rows of columns, copied one column at a time."""
+def _scatter(values: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
+    """Put ``values`` at ``places`` of an array of ``count``; NaN elsewhere."""
+    array = np.full(count, np.nan, dtype=values.dtype)
+    array[places] = values
+    return array
+
+
+class _SelectedRows(Mapping[str, np.ndarray]):
+    """Selected rows of columns, copied one column at a time."""
 
     def __init__(self, columns: dict[str, np.ndarray], rows: np.ndarray) -> None:
         self.columns = columns
@@ -243,7 +252,8 @@ class _OfRows(Mapping[str, np.ndarray]):
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Record in ``seconds[name]`` how long the block takes."""
     start = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - start, 3)

@@ -1,4 +1,4 @@
-"""Near-duplicate rows by MinHash: candidates from shared bands of minima, each checked by its exact Jaccard similarity.
+"""Near-duplicates by MinHash and LSH: candidates share a band of minima, and their exact Jaccard similarity is checked.
 
 The probability that two rows of similarity s share at least one of ``BANDS`` bands of ``ROWS`` minima is
 1 - (1 - s^ROWS)^BANDS: 0.9995 at 0.9, 0.95 at 0.8 (Broder 1997; Leskovec, Rajaraman and Ullman, chapter 3).
@@ -12,16 +12,16 @@ from align.filtering.word_hashes import Hashes, mixed
 
 BANDS, ROWS = 10, 6
 CHECKED = 16_384
-"""Pairs of candidates whose texts are in memory at a time."""
+"""Candidate pairs with their texts in memory at a time."""
 MOST_PER_BUCKET = 8
-"""Members of a bucket that all others of it are compared with; bounds the work on a bucket of near-equal rows."""
+"""Members of a bucket that all others in it are compared with; bounds the work on a bucket of near-equal rows."""
 
 
 def band_keys(shingles: Hashes) -> np.ndarray:
-    """Key of each band of each row, uint64 [N, BANDS]; rows with no shingle get keys that no other row has.
+    """MinHash key of each band of each row, uint64 [N, BANDS]; rows without a shingle get unique keys.
 
     Args:
-        shingles: hashes of the runs of words of each row.
+        shingles: hashes of the word n-grams of each row.
     """
     count = len(shingles.offsets) - 1
     keys = np.zeros((count, BANDS), dtype=np.uint64)
@@ -41,19 +41,19 @@ def candidates(bands: Iterable[np.ndarray]) -> np.ndarray:
     """Pairs [P, 2] of rows, earlier first, that share a band, each pair once, ordered by the later row.
 
     Args:
-        bands: keys [N] of each band, one held at a time; the order of the rows is the order of preference.
+        bands: keys [N] of each band, one in memory at a time; rows are in the order of preference.
     """
-    found = [pair for keys in bands for pair in _in_one_band(keys)]
-    if not found:
+    pairs = [pair for keys in bands for pair in _in_one_band(keys)]
+    if not pairs:
         return np.empty((0, 2), dtype=np.int64)
-    earlier, later = (np.concatenate([pair[k] for pair in found]) for k in range(2))
+    earlier, later = (np.concatenate([pair[k] for pair in pairs]) for k in range(2))
     count = later.max() + 1
     packed = np.unique(later * count + earlier)
     return np.stack([packed % count, packed // count], axis=1)
 
 
 def _in_one_band(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(earlier, later) rows with equal keys: each row with the first ``MOST_PER_BUCKET`` of its bucket."""
+    """Yield (earlier, later) rows with equal keys: each row with the first ``MOST_PER_BUCKET`` of its bucket."""
     order = np.argsort(keys, kind="stable")
     fresh = np.concatenate([[True], keys[order][1:] != keys[order][:-1]])
     first = np.maximum.accumulate(np.where(fresh, np.arange(len(order)), 0))
@@ -68,12 +68,12 @@ def _in_one_band(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def near_duplicates(
     bands: Iterable[np.ndarray], shingles_of: Callable[[np.ndarray], Hashes], threshold: float
 ) -> dict[int, int]:
-    """{row: the earlier row it nearly equals}, rows in order of preference; what a row is compared with is kept itself.
+    """Map each near-duplicate to the earlier row that it nearly equals; that row is not a near-duplicate itself.
 
     Args:
-        bands: the columns of ``band_keys``.
-        shingles_of: hashes of the shingles of some rows, called for those of ``CHECKED`` candidates at a time.
-        threshold: least Jaccard similarity.
+        bands: the columns of ``band_keys``, rows in the order of preference.
+        shingles_of: hashes of the shingles of some rows, called for ``CHECKED`` candidate pairs at a time.
+        threshold: minimum Jaccard similarity.
     """
     found: dict[int, int] = {}
     every = candidates(bands)
@@ -89,7 +89,7 @@ def near_duplicates(
 
 
 def jaccard(first: np.ndarray, second: np.ndarray) -> float:
-    """Shared part of two sorted arrays of different values; 0 where both are empty."""
+    """Jaccard similarity of two sorted arrays of distinct values; 0 if one is empty."""
     if not len(first) or not len(second):
         return 0.0
     places = np.searchsorted(first, second)

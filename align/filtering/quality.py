@@ -1,4 +1,4 @@
-"""Quality of a response behind one protocol: a screen without a model, fluency under a language model, an LLM judge."""
+"""Quality scorers with one protocol: a screen without a model, fluency under a language model, LLM judges."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 
 from align.errors import ConfigError, ModelError
-from align.filtering.screen import screen
+from align.filtering.screen import readability
 from align.io.console import progress
 from align.models.batching import token_batches
 from reward_models.llm_judges import YesNoJudge
@@ -23,27 +23,27 @@ RUBRIC = (
 
 
 class QualityScorer(Protocol):
-    """Anything that turns a prompt and a response into a number."""
+    """Protocol: scores a response to a prompt."""
 
     def score(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         """Quality [N] of each completion; higher is better."""
 
 
 class Screen:
-    """Text or not: see ``screen``."""
+    """Readability of the response, see ``readability``."""
 
     def score(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        """[N] in [0, 1]; the prompts do not count."""
-        return screen(pa.array(list(completions), type=pa.string()))
+        """Quality [N] in [0, 1]; the prompts are ignored."""
+        return readability(pa.array(list(completions), type=pa.string()))
 
 
 class Fluency:
-    """Mean log-probability per token (nats) under a language model: minus the logarithm of the perplexity.
+    """Mean log-probability per token (nats) under a language model: the negative log perplexity.
 
     Args:
         model: hub id or folder of a causal language model.
         batch_tokens: padded tokens of one forward pass.
-        max_length: tokens of prompt and completion; the prompt's beginning and the completion's end are cut.
+        max_length: tokens of prompt and completion; a prompt is truncated at its start, a completion at its end.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -55,7 +55,7 @@ class Fluency:
         self.max_length = max_length
 
     def score(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        """[N], at most 0; a completion without a token scores 0."""
+        """Quality [N], at most 0; 0 for a completion without a token."""
         from align.models.completion_logps import completion_logps
 
         half = self.max_length // 2
@@ -69,10 +69,10 @@ class Fluency:
 
 
 class Rubric(YesNoJudge):
-    """Expected rating, 1 to 5, that a language model's next-token probabilities give to the answer of a rubric prompt.
+    """Expected rating, 1 to 5, under a language model's next-token probabilities after a rubric prompt.
 
-    No text is generated: the probabilities of the five digits are read from the logits and made to add up to 1. The
-    question is put as ``YesNoJudge`` puts its own.
+    No text is generated: the probabilities of the five digits are read from the logits and normalized. The prompt is
+    built like that of ``YesNoJudge``.
 
     Raises:
         ModelError: the model cannot be loaded, or a digit is not a token of it.
@@ -84,26 +84,26 @@ class Rubric(YesNoJudge):
         self.ratings = [self._answers((digit, f" {digit}")) for digit in RATINGS]
         if not all(self.ratings):
             raise ModelError(
-                f"{model}: the digits 1 to 5 are not tokens of its own, so their probabilities cannot be read",
+                f"{model}: the digits 1 to 5 are not single tokens, so their probabilities cannot be read",
                 code="judge-tokens",
                 hint="use another judge model",
             )
 
     def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
-        """[N] in [1, 5]."""
+        """Expected rating [N] in [1, 5]."""
         return self.probabilities(prompts, completions) @ np.arange(1, len(RATINGS) + 1)
 
     def probabilities(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
-        """P(1) ... P(5) given that the answer is one of them, float64 [N, 5]."""
+        """P(1) ... P(5), given that the answer is one of them, float64 [N, 5]."""
         rows = [self._question(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
-        found = np.empty((len(rows), len(RATINGS)))
+        probabilities = np.empty((len(rows), len(RATINGS)))
         batches = token_batches([len(row) for row in rows], self.batch_tokens)
         with torch.inference_mode():
             for batch in progress(batches, what="rubric", total=len(batches), unit="batches"):
                 logits = self._next_logits([rows[k] for k in batch])
                 per_rating = torch.stack([logits[:, row].logsumexp(dim=-1) for row in self.ratings], dim=1)
-                found[batch] = torch.softmax(per_rating, dim=-1).cpu().numpy()
-        return found
+                probabilities[batch] = torch.softmax(per_rating, dim=-1).cpu().numpy()
+        return probabilities
 
 
 SCORERS = ("screen", "fluency", "rubric", "yes_no")
@@ -113,7 +113,7 @@ def make_scorer(name: str, model: str | None) -> QualityScorer:
     """The scorer called ``name``.
 
     Raises:
-        ConfigError: no such scorer, or it needs a model and there is none.
+        ConfigError: there is no such scorer, or it needs a model and none is given.
         ModelError: the model cannot be loaded.
     """
     if name not in SCORERS:
@@ -129,7 +129,7 @@ def make_scorer(name: str, model: str | None) -> QualityScorer:
 def pair_quality(
     scorer: QualityScorer, prompts: Sequence[str], chosen: Sequence[str], rejected: Sequence[str]
 ) -> np.ndarray:
-    """Quality of the worse of each pair's two responses, [N]: a pair is worth no more than its weaker half."""
+    """Quality of the worse of each pair's two responses, [N]."""
     return np.minimum(scorer.score(prompts, chosen), scorer.score(prompts, rejected))
 
 

@@ -1,7 +1,7 @@
 """Hard rules: a pair that breaks one is dropped with the rule's name, whatever its scores. Each can be switched off.
 
-A rule looks at the pairs that no rule before it has dropped and returns {place: what was found}. Of pairs that are the
-same the one with the smallest id is kept, so the result does not depend on the order of the file.
+A rule looks at the pairs that no rule before it has dropped and returns {place: finding}. Of duplicates the pair with
+the smallest id is kept, so the result does not depend on the order of the file.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from align.config.columns import TEXT as PARTS
 from align.data.text import cells, plain, texts_of
-from align.filtering.equal_keys import among, one_key, repeated
+from align.filtering.equal_keys import combined_key, duplicated, isin_sorted
 from align.filtering.minhash import BANDS, near_duplicates
 from align.filtering.text_survey import (
     OVERLAP,
@@ -26,47 +26,48 @@ from align.filtering.text_survey import (
     overlap_hashes,
     shingles,
 )
-from align.filtering.word_hashes import Hashes, runs, tokenise, word_list
+from align.filtering.word_hashes import Hashes, hash_words, ngrams, word_list
 
 NEAR = 0.9
-SAID, OPPOSITE = (0, 1, 2), (0, 2, 1)
-"""Prompt, chosen and rejected as they are, and turned round."""
-Found = dict[int, str]
-"""Place of a pair that broke a rule -> what was found."""
+"""Jaccard similarity of near-duplicates."""
+AS_GIVEN, SWAPPED = (0, 1, 2), (0, 2, 1)
+"""Columns of the survey: prompt, chosen and rejected; the same with the responses swapped."""
+Findings = dict[int, str]
+"""Place of a pair that broke a rule -> what the rule found."""
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """What the rules look at."""
+class RuleInput:
+    """The pairs and their features that the rules read."""
 
     pairs: Dataset
     order: np.ndarray
     """[N] of ``place_type``: places of the pairs, smallest id first."""
     survey: Survey
     longest: int = 2048
-    """Most words of a response."""
+    """Maximum words of a response."""
     language: str | None = None
-    """ISO 639 code that both responses must be in; None: any."""
+    """ISO 639 code of the language that both responses must be in; None: any."""
     held_out: Sequence[str] = ()
     """Texts of an evaluation set."""
     ood: np.ndarray | None = None
-    """[N], see ``columns.distances``."""
+    """[N], see ``score_columns.distances``."""
     ood_limit: float = np.inf
     doubtful: np.ndarray | None = None
     """bool [N], see ``scores.doubtful``."""
 
-    def by_id(self, alive: np.ndarray) -> np.ndarray:
-        """Places still alive, smallest id first."""
-        return self.order[alive[self.order]]
+    def by_id(self, remaining: np.ndarray) -> np.ndarray:
+        """Places of the remaining pairs (bool [N]), smallest id first."""
+        return self.order[remaining[self.order]]
 
-    def like(self, places: np.ndarray, others: np.ndarray, said: str) -> Found:
-        """Of each place, what is said of it and the id of the pair that it is like."""
+    def relate(self, places: np.ndarray, others: np.ndarray, relation: str) -> Findings:
+        """For each place a finding: ``relation`` and the id of the other pair."""
         ids = self.pairs.select_columns(["id"])[others]["id"] if len(others) else []
-        return {int(place): f"{said} {name}" for place, name in zip(places, ids, strict=True)}
+        return {int(place): f"{relation} {name}" for place, name in zip(places, ids, strict=True)}
 
 
 def place_type(count: int) -> type[np.signedinteger[Any]]:
-    """The smaller type that holds the places of ``count`` pairs."""
+    """The smallest integer type that holds the places of ``count`` pairs."""
     return np.int32 if count < 2**31 else np.int64
 
 
@@ -75,108 +76,109 @@ def by_id(pairs: Dataset) -> np.ndarray:
     return pc.sort_indices(cells(pairs, "id")).to_numpy().astype(place_type(len(pairs)))
 
 
-Rule = Callable[[Table, np.ndarray], Found]
+Rule = Callable[[RuleInput, np.ndarray], Findings]
+"""(input, bool [N]: remaining pairs) -> findings."""
 
 
-def same_text(table: Table, alive: np.ndarray) -> Found:
-    """Chosen and rejected are the same but for case and white space."""
-    same = alive & (table.survey.content[:, 1] == table.survey.content[:, 2])
+def same_text(table: RuleInput, remaining: np.ndarray) -> Findings:
+    """Drop pairs whose responses differ in case or white space only."""
+    same = remaining & (table.survey.content[:, 1] == table.survey.content[:, 2])
     return dict.fromkeys(_places(same), "chosen and rejected differ in case or white space only")
 
 
-def contradiction(table: Table, alive: np.ndarray) -> Found:
-    """Another pair says the opposite of the same two responses; both go."""
-    said, opposite = (one_key(table.survey.content, columns) for columns in (SAID, OPPOSITE))
-    order = table.by_id(alive & among(opposite, np.sort(said[alive])))
-    said, opposite = said[order], opposite[order]
-    sort = np.argsort(said, kind="stable")
-    other = sort[np.minimum(np.searchsorted(said[sort], opposite), max(len(order) - 1, 0))]
-    hit = np.flatnonzero((said[other] == opposite) & (other != np.arange(len(order))))
-    return table.like(order[hit], order[other[hit]], "the opposite of")
+def contradiction(table: RuleInput, remaining: np.ndarray) -> Findings:
+    """Drop both of two pairs whose labels on the same two responses contradict each other."""
+    given, swapped = (combined_key(table.survey.content, columns) for columns in (AS_GIVEN, SWAPPED))
+    order = table.by_id(remaining & isin_sorted(swapped, np.sort(given[remaining])))
+    given, swapped = given[order], swapped[order]
+    sort = np.argsort(given, kind="stable")
+    other = sort[np.minimum(np.searchsorted(given[sort], swapped), max(len(order) - 1, 0))]
+    hit = np.flatnonzero((given[other] == swapped) & (other != np.arange(len(order))))
+    return table.relate(order[hit], order[other[hit]], "the opposite of")
 
 
-def length(table: Table, alive: np.ndarray) -> Found:
-    """A response has no word, or more than ``longest``."""
-    found: Found = {}
+def length(table: RuleInput, remaining: np.ndarray) -> Findings:
+    """Drop pairs with a response without a word, or with more than ``longest``."""
+    findings: Findings = {}
     for side in (2, 1):
         count = table.survey.words[:, side]
-        for k in _places(alive & ((count < 1) | (count > table.longest))):
-            found[k] = f"{PARTS[side]} has {count[k]} words, allowed are 1 to {table.longest}"
-    return found
+        for k in _places(remaining & ((count < 1) | (count > table.longest))):
+            findings[k] = f"{PARTS[side]} has {count[k]} words, expected 1 to {table.longest}"
+    return findings
 
 
-def language(table: Table, alive: np.ndarray) -> Found:
-    """A response is clearly in another language than the one asked for."""
-    found: Found = {}
+def language(table: RuleInput, remaining: np.ndarray) -> Findings:
+    """Drop pairs with a response that is clearly in another language than the requested one."""
+    findings: Findings = {}
     if table.language is None:
-        return found
+        return findings
     for side in (1, 0):
         code = table.survey.language[:, side]
-        for k in _places(alive & (code != 0) & (code != language_number(table.language))):
-            found[k] = f"{PARTS[side + 1]} reads as '{language_code(code[k])}', wanted is '{table.language}'"
-    return found
+        for k in _places(remaining & (code != 0) & (code != language_number(table.language))):
+            findings[k] = f"{PARTS[side + 1]} reads as '{language_code(code[k])}', expected '{table.language}'"
+    return findings
 
 
-def pii(table: Table, alive: np.ndarray) -> Found:
-    """A string that looks like personal data."""
-    found: Found = {}
-    for k in _places(alive & (table.survey.personal > 0)):
-        seen = [name for bit, name in enumerate(PERSONAL) if table.survey.personal[k] >> bit & 1]
-        found[k] = f"looks like it holds: {', '.join(seen)}"
-    return found
+def pii(table: RuleInput, remaining: np.ndarray) -> Findings:
+    """Drop pairs with a string that looks like personal data."""
+    findings: Findings = {}
+    for k in _places(remaining & (table.survey.personal > 0)):
+        kinds = [name for bit, name in enumerate(PERSONAL) if table.survey.personal[k] >> bit & 1]
+        findings[k] = f"seems to contain: {', '.join(kinds)}"
+    return findings
 
 
-def contamination(table: Table, alive: np.ndarray) -> Found:
-    """Shares a run of eight words with a text of an evaluation set."""
-    places = _places(alive & (table.survey.overlap > 0))
+def contamination(table: RuleInput, remaining: np.ndarray) -> Findings:
+    """Drop pairs that share an n-gram of eight words with a text of an evaluation set."""
+    places = _places(remaining & (table.survey.overlap > 0))
     held_out = overlap_hashes(table.held_out)
-    found: Found = {}
+    findings: Findings = {}
     for k in places:
         part = PARTS[int(table.survey.overlap[k]) - 1]
-        found[k] = f"{part} shares with the evaluation set: {_shared(plain(table.pairs[k][part]), held_out)}"
-    return found
+        findings[k] = f"{part} shares with the evaluation set: {_shared(plain(table.pairs[k][part]), held_out)}"
+    return findings
 
 
-def duplicate(table: Table, alive: np.ndarray) -> Found:
-    """Prompt and responses are those of another pair."""
-    said = one_key(table.survey.content, SAID)
-    order = table.by_id(_repeated(said, alive))
-    _, first, which = np.unique(said[order], return_index=True, return_inverse=True)
+def duplicate(table: RuleInput, remaining: np.ndarray) -> Findings:
+    """Drop pairs with the prompt and responses of another pair."""
+    keys = combined_key(table.survey.content, AS_GIVEN)
+    order = table.by_id(_duplicated(keys, remaining))
+    _, first, which = np.unique(keys[order], return_index=True, return_inverse=True)
     later = np.flatnonzero(first[which] != np.arange(len(order)))
-    return table.like(order[later], order[first[which[later]]], "same as")
+    return table.relate(order[later], order[first[which[later]]], "same as")
 
 
-def near_duplicate(table: Table, alive: np.ndarray) -> Found:
-    """Jaccard similarity of its five-word runs with those of another pair of at least ``NEAR``."""
-    shared = np.zeros(len(alive), dtype=bool)
+def near_duplicate(table: RuleInput, remaining: np.ndarray) -> Findings:
+    """Drop pairs whose shingles of five words have a Jaccard similarity of at least ``NEAR`` with a kept pair's."""
+    shared = np.zeros(len(remaining), dtype=bool)
     for band in range(BANDS):
-        shared |= _repeated(table.survey.bands[:, band], alive)
+        shared |= _duplicated(table.survey.bands[:, band], remaining)
     order = table.by_id(shared)
 
     def shingles_of(rows: np.ndarray) -> Hashes:
         return shingles(texts_of(table.pairs, order[rows].tolist()))
 
     bands = (table.survey.bands[order, band] for band in range(BANDS))
-    found = near_duplicates(bands, shingles_of, NEAR)
-    later, earlier = (np.array(list(side), dtype=np.int64) for side in (found.keys(), found.values()))
-    return table.like(order[later], order[earlier], "nearly the same as")
+    near = near_duplicates(bands, shingles_of, NEAR)
+    later, earlier = (np.array(list(side), dtype=np.int64) for side in (near.keys(), near.values()))
+    return table.relate(order[later], order[earlier], "nearly the same as")
 
 
-def out_of_distribution(table: Table, alive: np.ndarray) -> Found:
-    """Farther from the reward model's training pairs than nearly all of those are from one another."""
+def out_of_distribution(table: RuleInput, remaining: np.ndarray) -> Findings:
+    """Drop pairs that are farther from the reward model's training pairs than nearly all held-back ones."""
     if table.ood is None:
         return {}
     return {
         k: f"distance {table.ood[k]:.1f} to the reward model's training pairs, limit {table.ood_limit:.1f}"
-        for k in _places(alive & (table.ood > table.ood_limit))
+        for k in _places(remaining & (table.ood > table.ood_limit))
     }
 
 
-def label_noise(table: Table, alive: np.ndarray) -> Found:
-    """The out-of-fold margin contradicts the label strongly."""
+def label_noise(table: RuleInput, remaining: np.ndarray) -> Findings:
+    """Drop pairs whose out-of-fold margin strongly contradicts the label."""
     if table.doubtful is None:
         return {}
-    return dict.fromkeys(_places(alive & table.doubtful), "the margin contradicts the label strongly")
+    return dict.fromkeys(_places(remaining & table.doubtful), "the margin strongly contradicts the label")
 
 
 RULES: dict[str, Rule] = {
@@ -193,30 +195,30 @@ RULES: dict[str, Rule] = {
 }
 
 
-def apply_rules(table: Table, skip: Sequence[str] = ()) -> dict[int, tuple[str, str]]:
-    """{place: (rule, what was found)} of the pairs to drop, by the first rule that each breaks.
+def apply_rules(table: RuleInput, skip: Sequence[str] = ()) -> dict[int, tuple[str, str]]:
+    """Find the pairs to drop: {place: (rule, finding)} by the first rule that each pair breaks.
 
     Args:
-        table: the pairs and what is known of them.
+        table: the pairs and their features.
         skip: names of rules to leave out.
     """
-    alive = np.ones(len(table.order), dtype=bool)
+    remaining = np.ones(len(table.order), dtype=bool)
     dropped: dict[int, tuple[str, str]] = {}
     for name, rule in RULES.items():
         if name in skip:
             continue
-        found = rule(table, alive)
-        dropped.update({k: (name, said) for k, said in found.items()})
-        alive[list(found)] = False
+        findings = rule(table, remaining)
+        dropped.update({k: (name, finding) for k, finding in findings.items()})
+        remaining[list(findings)] = False
     return dropped
 
 
 def length_bias(words: np.ndarray, rows: np.ndarray | None = None) -> float:
-    """Share of pairs whose chosen response has more words, among those that differ; 0.5 where length says nothing.
+    """Share of pairs with more words in the chosen response, among those that differ; 0.5 if none differ.
 
     Args:
         words: [N, 3] of the survey.
-        rows: the pairs to look at; all where absent.
+        rows: pairs to use; None: all.
     """
     longer = (words[:, 1] - words[:, 2])[slice(None) if rows is None else rows]
     decided = longer[longer != 0] > 0
@@ -227,15 +229,15 @@ def _places(mask: np.ndarray) -> list[int]:
     return np.flatnonzero(mask).tolist()
 
 
-def _repeated(keys: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    """bool [N]: alive, and another that is alive has the same key."""
-    found = np.zeros(len(alive), dtype=bool)
-    found[alive] = repeated(keys[alive])
-    return found
+def _duplicated(keys: np.ndarray, remaining: np.ndarray) -> np.ndarray:
+    """bool [N]: the pair remains, and another remaining pair has the same key."""
+    result = np.zeros(len(remaining), dtype=bool)
+    result[remaining] = duplicated(keys[remaining])
+    return result
 
 
 def _shared(text: str, held_out: np.ndarray) -> str:
-    """The first run of a text that the evaluation set has too, in words."""
+    """The first n-gram of a text that the evaluation set has too, as words."""
     strings = pa.array([text], type=pa.string())
-    hit = np.isin(runs(tokenise(strings), OVERLAP, whole=False).values, held_out)
+    hit = np.isin(ngrams(hash_words(strings), OVERLAP, whole=False).values, held_out)
     return " ".join(word_list(text)[int(hit.argmax()) :][:OVERLAP])

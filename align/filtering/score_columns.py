@@ -1,4 +1,4 @@
-"""The score columns of a pair table, each kept in the cache under the key of what determines it."""
+"""The score columns of a pair table, each cached under a key of its inputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from align.filtering.embeddings import PART, Encoder, TextEncoder, read_embeddin
 from align.filtering.ood import Mahalanobis
 from align.filtering.quality import make_scorer, pair_quality
 from align.filtering.scores import over_spread
-from align.filtering.selection import standardise
+from align.filtering.selection import robust_scale
 from align.filtering.static_embeddings import StaticEncoder
 from align.filtering.text_survey import Survey
 from align.io.array_cache import cached_arrays
@@ -26,61 +26,61 @@ from align.sharding.jobs import Work
 from reward_models.score import REWARDS
 
 ROWS = 1024
-"""Pairs of a shard where a model reads the texts."""
+"""Pairs of a shard that a model reads."""
 
 
 def margins(pairs: Dataset, *, in_spreads: bool) -> np.ndarray | None:
-    """Margin [N], divided by its ensemble spread where asked for, or None where the pairs have none."""
+    """Margin [N], with ``in_spreads`` divided by its ensemble spread; None if the pairs have no margins."""
     if "margin" not in pairs.column_names:
         return None
     margin = _numbers(pairs, "margin")
     return over_spread(margin, _numbers(pairs, "margin_std")) if in_spreads else margin
 
 
-def vectors(
+def prompt_embeddings(
     pairs: Dataset, settings: FilterSection, cache: Path, cluster: ClusterSection | None = None
 ) -> tuple[np.ndarray, str]:
-    """Unit vectors [N, D] of the prompts, memory-mapped, and what they are known by: the user's, or of the model."""
+    """Unit vectors [N, D] of the prompts, memory-mapped, and their cache key: the user's vectors, or a model's."""
     if settings.embeddings is not None:
         return read_embeddings(settings.embeddings, len(pairs)), fingerprint_source(settings.embeddings)
     model = settings.embedding_model
     key = digest([fingerprint_source(model), settings.embedding])[:16]
     static = settings.embedding == "static"
     job = Embedding(model, cache / f"tokens-{key}.safetensors" if static else None)
-    found = map_arrays(
+    columns = map_arrays(
         pairs.select_columns(["prompt"]), job, cache / f"embedding-{key}", what="embedding", rows=PART,
         cluster=None if static else cluster,
     )  # fmt: skip
-    return found["vector"], key
+    return columns["vector"], key
 
 
 def qualities(
     pairs: Dataset, survey: Survey, settings: FilterSection, cache: Path, cluster: ClusterSection | None = None
 ) -> dict[str, np.ndarray]:
-    """``quality`` [N], and where there is more than one scorer each of theirs as ``quality_<name>``."""
-    found: dict[str, np.ndarray] = {}
+    """``quality`` [N]; with several scorers their mean after robust scaling, and each score as ``quality_<name>``."""
+    scores: dict[str, np.ndarray] = {}
     for name in settings.quality_scorers:
         if name == "screen":
-            found[name] = survey.screen
+            scores[name] = survey.screen
             continue
         key = digest([name, fingerprint_model(str(settings.quality_model)), REWARDS])[:16]
         job, folder = Quality(name, settings.quality_model), cache / f"quality-{key}"
         table = pairs.select_columns(list(PARTS))
-        made = map_arrays(table, job, folder, what=f"quality: {name}", rows=ROWS, cluster=cluster)
-        found[name] = np.asarray(made["quality"])
-    if len(found) == 1:
-        return {"quality": next(iter(found.values()))}
-    mean = np.mean([standardise(values) for values in found.values()], axis=0)
-    return {"quality": mean} | {f"quality_{name}": values for name, values in found.items()}
+        columns = map_arrays(table, job, folder, what=f"quality: {name}", rows=ROWS, cluster=cluster)
+        scores[name] = np.asarray(columns["quality"])
+    if len(scores) == 1:
+        return {"quality": next(iter(scores.values()))}
+    mean = np.mean([robust_scale(values) for values in scores.values()], axis=0)
+    return {"quality": mean} | {f"quality_{name}": values for name, values in scores.items()}
 
 
 def distances(
     pairs: Dataset, ood: OodSection, cache: Path, cluster: ClusterSection | None = None
 ) -> tuple[np.ndarray, float]:
-    """Distance [N] of each pair to the reward model's training pairs, and that of the ``quantile`` of pairs held back.
+    """Mahalanobis distance [N] of each pair to the reward model's training pairs, and its quantile on held-back pairs.
 
-    The distance of a pair is the larger of its two responses'. Half of the training pairs fit means and covariance, the
-    other half, which has not been fitted to, gives the quantile.
+    The distance of a pair is the larger of its two responses'. Half of the training pairs fit means and covariance; the
+    other half is held back for the quantile.
 
     Raises:
         AlignError: the model or its pairs cannot be used.
@@ -93,13 +93,13 @@ def distances(
     fitted = cached_arrays(file, lambda: _fit(known, ood))
     job = Distance(ood.model, Mahalanobis(fitted["means"], fitted["whitening"]))
     table = pairs.select_columns(list(PARTS))
-    found = map_arrays(table, job, cache / f"ood-{key}", what="distances", rows=ROWS, cluster=cluster)
-    return np.asarray(found["ood"]), float(fitted["limit"][0])
+    columns = map_arrays(table, job, cache / f"ood-{key}", what="distances", rows=ROWS, cluster=cluster)
+    return np.asarray(columns["ood"]), float(fitted["limit"][0])
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """Unit vectors of prompts (a job of ``align.shards``)."""
+    """Job that embeds prompts as unit vectors."""
 
     model: str
     tokens: Path | None
@@ -121,7 +121,7 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """The quality of pairs by one scorer (a job of ``align.shards``)."""
+    """Job that scores the quality of pairs with one scorer."""
 
     name: str
     model: str | None
@@ -130,7 +130,7 @@ class Quality:
         """Load the scorer.
 
         Raises:
-            AlignError: it cannot be.
+            AlignError: it cannot be loaded.
         """
         scorer = make_scorer(self.name, self.model)
 
@@ -143,7 +143,7 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """Distances of pairs (a job of ``align.shards``)."""
+    """Job that computes the Mahalanobis distances of pairs."""
 
     model: str
     fitted: Mahalanobis
@@ -159,7 +159,7 @@ class Distance:
 
 
 def _fit(known: Dataset, ood: OodSection) -> dict[str, np.ndarray]:
-    """Means and whitening of one half of the training pairs, and the distance that limits the other."""
+    """Means and whitening matrix of one half of the training pairs, and the quantile of the other's distances."""
     half = np.random.default_rng(0).permutation(len(known)) < len(known) // 2
     features = _features(ood.model)
     first, second = features(known.select(np.flatnonzero(half))), features(known.select(np.flatnonzero(~half)))
@@ -169,9 +169,9 @@ def _fit(known: Dataset, ood: OodSection) -> dict[str, np.ndarray]:
 
 
 def _features(model: str) -> Callable[[Dataset], np.ndarray]:
-    """Features of the reward model's head, chosen and rejected in turn, [2 N, D].
+    """Inputs of the reward model's head, chosen and rejected alternating, [2 N, D].
 
-    Of an ensemble, those of its first member: features of two members are of two spaces and have no mean.
+    An ensemble is represented by its first member, since the feature spaces of two members are unrelated.
     """
     from align.models.tokenization import render
     from reward_models.features import head_features
@@ -189,7 +189,7 @@ def _features(model: str) -> Callable[[Dataset], np.ndarray]:
 
 
 def _pair_distance(model: Mahalanobis, features: np.ndarray) -> np.ndarray:
-    """[N] from the features of chosen and rejected in turn."""
+    """The larger distance of each pair's two responses, [N], from alternating features [2 N, D]."""
     return np.sqrt(model.squared(features).reshape(-1, 2).max(axis=1))
 
 

@@ -1,4 +1,4 @@
-"""From scores to the kept pairs. Deterministic: ties go to the smaller id, the order of the file does not matter."""
+"""Selection of pairs by their scores. Deterministic: ties go to the smaller id, whatever the order of the file."""
 
 import heapq
 from collections.abc import Mapping, Sequence
@@ -12,51 +12,51 @@ BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
-    """Where the middle of some values is and how wide they lie, whatever the outliers."""
+class RobustScale:
+    """Median and interquartile range (IQR), as in scikit-learn's ``RobustScaler`` with ``unit_variance``."""
 
     median: float
     width: float
-    """IQR / 1.349, the standard deviation of a normal distribution; that of the values where the IQR is 0."""
+    """IQR / 1.349, the standard deviation of a normal distribution; if the IQR is 0, that of the values."""
 
     @classmethod
-    def of(cls, values: np.ndarray) -> "Scale":
-        """From values [N]."""
+    def fit(cls, values: np.ndarray) -> "RobustScale":
+        """Fit to values [N]."""
         low, median, high = map(float, np.quantile(values, [0.25, 0.5, 0.75]))
         return cls(median, (high - low) / IQR_OF_NORMAL or float(np.std(values, dtype=np.float64)))
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """(x - median) / width, 0 where all values are the same."""
+        """(x - median) / width; 0 if all values are the same."""
         if not self.width > 0:
             return np.zeros_like(values, dtype=np.float64)
-        found: np.ndarray = np.subtract(values, self.median, dtype=np.float64)
-        found /= self.width
-        return found
+        scaled: np.ndarray = np.subtract(values, self.median, dtype=np.float64)
+        scaled /= self.width
+        return scaled
 
 
-def standardise(values: np.ndarray) -> np.ndarray:
-    """Values on their own ``Scale``."""
-    return Scale.of(values)(values)
+def robust_scale(values: np.ndarray) -> np.ndarray:
+    """Scale values [N] by their own median and interquartile range."""
+    return RobustScale.fit(values)(values)
 
 
 def importance(columns: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """Weighted sum [N] of the standardised columns (FiFA's margin + alpha quality + gamma diversity)."""
+    """Weighted sum [N] of the robustly scaled columns (FiFA's margin + alpha quality + gamma diversity)."""
     total = np.zeros(len(next(iter(columns.values()))))
     for name, weight in weights.items():
         if weight != 0:
             values = columns[name]
-            scale = Scale.of(values)
+            scale = RobustScale.fit(values)
             for start in range(0, len(values), BLOCK):
                 total[start : start + BLOCK] += weight * scale(values[start : start + BLOCK])
     return total
 
 
-def top(
+def top_k(
     values: np.ndarray, ids: Sequence[Any] | np.ndarray, count: int, groups: Sequence[str] | np.ndarray | None = None
 ) -> np.ndarray:
-    """Indices of the ``count`` largest values; with ``groups`` the same share of each group.
+    """Indices of the ``count`` largest values, ascending; with ``groups`` stratified: the same share of each group.
 
-    Shares are rounded by largest remainder, so that together they are ``count``.
+    The quotas of the groups are rounded by largest remainder, so that they add up to ``count``.
     """
     if groups is None:
         return _largest(values, np.asarray(ids), count)
@@ -71,7 +71,7 @@ def top(
 
 
 def _largest(values: np.ndarray, ids: np.ndarray, count: int) -> np.ndarray:
-    """Without an order of all: what lies above the smallest value that is kept, and of its equals those of least id."""
+    """Top-k by partition instead of a full sort; ties at the smallest kept value go to the smaller ids."""
     if count >= len(values) or count < 1:
         return np.arange(len(values) if count > 0 else 0)
     least = np.partition(values, len(values) - count)[len(values) - count]
@@ -83,23 +83,23 @@ def _largest(values: np.ndarray, ids: np.ndarray, count: int) -> np.ndarray:
 def greedy(
     base: np.ndarray, vectors: np.ndarray, ids: Sequence[Any] | np.ndarray, count: int, *, weight: float
 ) -> np.ndarray:
-    """Indices of ``count`` pairs picked one by one, each by base + weight * log distance to the nearest one kept.
+    """Indices of ``count`` pairs picked one by one, each by base + weight * log distance to the nearest kept pair.
 
-    The distance to what is kept only falls, so a gain that was computed earlier bounds the present one from above and
-    most need not be computed again (lazy greedy). The first pick takes the largest base.
+    The distance to the kept pairs only decreases, so an earlier gain is an upper bound of the present one and most
+    gains are not recomputed (lazy greedy). The first pick has the largest base.
 
     Args:
-        base: [N], what a pair is worth by itself.
+        base: [N], importance of a pair without diversity.
         vectors: [N, D], unit length.
         ids: N ids, or their ranks.
         count: pairs to keep.
-        weight: of diversity.
+        weight: weight of diversity.
     """
     from align.filtering.scores import DUPLICATE_DISTANCE
 
     kept: list[int] = []
     store = np.empty((min(count, len(base)), vectors.shape[1]), dtype=np.float32)
-    nearest = np.full(len(base), 2.0)  # the diameter of the unit sphere bounds the distance to nothing
+    nearest = np.full(len(base), 2.0)  # the diameter of the unit sphere, before any pair is kept
     seen = np.zeros(len(base), dtype=np.int64)
 
     def gain(k: int) -> float:

@@ -1,4 +1,4 @@
-"""What a filter did, in numbers."""
+"""Summary of a filter in numbers."""
 
 from typing import Any
 
@@ -6,20 +6,30 @@ import numpy as np
 from datasets import Dataset
 
 from align.data.text import cells
-from align.filtering.rules import RULES, Table, length_bias
+from align.filtering.rules import RULES, RuleInput, length_bias
 from align.filtering.scores import effective_number
 
 
-def summarise(
+def summarize_filter(
     pairs: Dataset,
-    table: Table,
+    table: RuleInput,
     broken: dict[int, tuple[str, str]],
-    neighbours: dict[str, Any],
+    neighbors: dict[str, Any],
     kept: np.ndarray,
     embedded: np.ndarray,
     seed: int,
 ) -> dict[str, Any]:
-    """Counts, and what was kept against all pairs and against as many drawn at random under ``seed``."""
+    """Counts, and a comparison of the kept pairs with all pairs and with a random sample of the same size.
+
+    Args:
+        pairs: N pairs.
+        table: input of the rules.
+        broken: (rule, finding) of the pairs that broke a rule.
+        neighbors: method and recall of the nearest-neighbor search.
+        kept: bool [N].
+        embedded: embeddings of the prompts, [N, D].
+        seed: seed of the random sample.
+    """
     words = table.survey.words.sum(axis=1, dtype=np.int32)
     rules = [rule for rule, _ in broken.values()]
     random = np.sort(np.random.default_rng(seed).choice(len(kept), int(kept.sum()), replace=False))
@@ -33,7 +43,7 @@ def summarise(
             "all": length_bias(table.survey.words),
             "kept": length_bias(table.survey.words, np.flatnonzero(kept)),
         },
-        "neighbours": neighbours,
+        "neighbours": neighbors,
         "effective_number": {
             "all": effective_number(embedded),
             "kept": effective_number(embedded, np.flatnonzero(kept)),

@@ -1,4 +1,4 @@
-"""What a filter found, and the tables that it is written into."""
+"""The result of a filter and the tables that it is written to."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from align.errors import DataError
-from align.filtering.selection import Scale
+from align.filtering.selection import RobustScale
 from align.io.files import atomic_write
 
 KEPT, DROPPED, SUMMARY = "kept.parquet", "dropped.parquet", "filter.json"
@@ -20,12 +20,12 @@ WRITTEN_ROWS = 65_536
 
 @dataclass(frozen=True, slots=True)
 class Reasons:
-    """Why pairs were dropped, in words that are made when they are asked for."""
+    """Reasons why pairs were dropped, formatted on request."""
 
     broken: dict[int, tuple[str, str]]
-    """(rule, what was found) of the pairs that broke one."""
-    parts: dict[str, tuple[float, Scale, np.ndarray]]
-    """Of each score its weight, its scale and its values [N]: what importance is made of."""
+    """(rule, finding) of the pairs that broke a rule."""
+    parts: dict[str, tuple[float, RobustScale, np.ndarray]]
+    """Weight, scale and values [N] of each score: the terms of the importance."""
     importance: np.ndarray
     """[N]."""
     kept: np.ndarray
@@ -33,7 +33,7 @@ class Reasons:
     method: str
 
     def of(self, places: Sequence[int] | np.ndarray) -> list[str]:
-        """The reason of each of these pairs, with the least of the parts of its importance; empty where it was kept."""
+        """The reason of each of these pairs, with the lowest term of its importance; empty for a kept pair."""
         places = np.asarray(places)
         names = list(self.parts)
         weakest = np.argmin([weight * scale(values[places]) for weight, scale, values in self.parts.values()], axis=0)
@@ -41,23 +41,23 @@ class Reasons:
 
     def _one(self, place: int, least: str) -> str:
         if place in self.broken:
-            rule, said = self.broken[place]
-            return f"{rule}: {said}"
+            rule, finding = self.broken[place]
+            return f"{rule}: {finding}"
         if self.kept[place]:
             return ""
-        return f"{self.method}: importance {self.importance[place]:.2f}, least from {least}"
+        return f"{self.method}: importance {self.importance[place]:.2f}, lowest term {least}"
 
 
 @dataclass(frozen=True, slots=True)
 class Filtered:
-    """All pairs with what the filter found, [N] each; scores are not-a-number where a rule came first."""
+    """All pairs with the columns of the filter, [N] each; scores are NaN for pairs that broke a rule."""
 
     pairs: Dataset
     columns: dict[str, np.ndarray]
-    """quality, diversity, importance, kept and, where there is what they need, doubtful and ood."""
+    """quality, diversity, importance, kept; doubtful with margins, ood with a reward model."""
     reasons: Reasons
     vectors: np.ndarray
-    """[N, D]."""
+    """Embeddings of the prompts, [N, D]."""
     summary: dict[str, Any]
 
     @property
@@ -67,7 +67,7 @@ class Filtered:
 
 
 def write_tables(found: Filtered, output: Path) -> None:
-    """The pairs with their new columns as ``kept.parquet`` and ``dropped.parquet``, a block of rows at a time."""
+    """Write the pairs with their new columns to ``kept.parquet`` and ``dropped.parquet``, a block of rows at a time."""
     with atomic_write(output / KEPT) as kept, atomic_write(output / DROPPED) as dropped:
         _write_rows(found, {True: kept, False: dropped})
 
@@ -94,16 +94,16 @@ def _write_rows(found: Filtered, targets: dict[bool, Path]) -> None:
 
 
 def explain(output: Path, pair_id: str) -> dict[str, Any]:
-    """Everything the filter found about one pair.
+    """All columns of one pair, with the reason if it was dropped.
 
     Raises:
-        DataError: nothing was filtered into ``output``, or it has no such pair.
+        DataError: ``output`` is not a filter's folder, or it has no such pair.
     """
     if not (output / SUMMARY).exists():
         raise DataError(f"{output}: holds no {SUMMARY}", code="filter-missing", hint="run `align filter` first")
     for name in (KEPT, DROPPED):
         rows = pq.read_table(output / name, partitioning=None, filters=[("id", "=", pair_id)]).to_pylist()
         if rows:
-            found: dict[str, Any] = rows[0]
-            return found
-    raise DataError(f"{output}: no pair has id {pair_id!r}", code="filter-missing", hint="ids stand in the `id` column")
+            row: dict[str, Any] = rows[0]
+            return row
+    raise DataError(f"{output}: no pair has id {pair_id!r}", code="filter-missing", hint="see the `id` column")

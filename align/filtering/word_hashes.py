@@ -1,8 +1,8 @@
-"""Words and runs of words of many texts as 64-bit hashes, without a Python object per word.
+"""Words and word n-grams of many texts as 64-bit hashes, without a Python object per word.
 
-A word is a run of letters, marks, digits and underscores in lower case; a character of a script that is written without
-spaces (Han, Kana, Thai) is a word of its own. Equal words have equal hashes on every machine; two different
-words share one with a probability of 5e-20.
+A word is a run of letters, marks, digits and underscores in lower case; each character of a script that is written
+without spaces (Han, Kana, Thai) is a word. Equal words have equal hashes on every machine; two different words collide
+with a probability of 5e-20.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ import pyarrow.compute as pc
 NOT_A_WORD = r"[^\pL\pM\pN_]+"
 UNSPACED = r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}])"
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-"""Odd, so that multiplying by it loses nothing modulo 2^64."""
+"""Odd, so that multiplying by it is a bijection modulo 2^64."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hashes:
-    """Hashes of N rows, one row after the other."""
+    """Hashes of N rows, concatenated."""
 
     values: np.ndarray
     """uint64 [T]."""
@@ -29,16 +29,16 @@ class Hashes:
 
     @property
     def counts(self) -> np.ndarray:
-        """Hashes of each row, [N]."""
+        """Number of hashes of each row, [N]."""
         return np.diff(self.offsets)
 
     @property
     def rows(self) -> np.ndarray:
-        """Row of each hash, [T]."""
+        """The row of each hash, [T]."""
         return np.repeat(np.arange(len(self.offsets) - 1), self.counts)
 
     def joined(self, size: int) -> "Hashes":
-        """Every ``size`` rows as one row."""
+        """Join every ``size`` consecutive rows into one row."""
         return Hashes(self.values, self.offsets[::size])
 
     def row(self, number: int) -> np.ndarray:
@@ -46,8 +46,8 @@ class Hashes:
         return self.values[self.offsets[number] : self.offsets[number + 1]]
 
 
-def tokenise(strings: pa.Array) -> Hashes:
-    """Words of N texts."""
+def hash_words(strings: pa.Array) -> Hashes:
+    """Hashes of the words of N texts."""
     lower = pc.utf8_lower(strings)
     unspaced = pc.match_substring_regex(lower, UNSPACED)
     if pc.any(unspaced).as_py():
@@ -66,8 +66,8 @@ def tokenise(strings: pa.Array) -> Hashes:
     return Hashes(hashed, _offsets(counts))
 
 
-def runs(words: Hashes, size: int, *, whole: bool = True) -> Hashes:
-    """Hash of every run of ``size`` words in order; with ``whole`` a shorter row is one run (of all its words)."""
+def ngrams(words: Hashes, size: int, *, whole: bool = True) -> Hashes:
+    """Hash of every n-gram of ``size`` words in order; with ``whole`` a shorter row is one n-gram of all its words."""
     counts = words.counts
     number = np.maximum(counts - size + 1, 0)
     rows = np.repeat(np.arange(len(counts)), number)
@@ -93,7 +93,7 @@ def runs(words: Hashes, size: int, *, whole: bool = True) -> Hashes:
 
 
 def distinct(hashes: Hashes) -> np.ndarray:
-    """Different hashes of each row, [N]; hashes of one row are told apart by 40 bits."""
+    """Number of distinct hashes of each row, [N]; hashes of a row are compared by 40 bits."""
     rows = hashes.rows.astype(np.uint64)
     keys = np.sort((rows << np.uint64(40)) | (hashes.values >> np.uint64(24)))
     fresh = keys[np.concatenate([[True], keys[1:] != keys[:-1]])] if len(keys) else keys
@@ -101,7 +101,7 @@ def distinct(hashes: Hashes) -> np.ndarray:
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit values after which every bit depends on every other (splitmix64's finaliser)."""
+    """Mix the bits of 64-bit values by a bijection (splitmix64's finalizer)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -112,6 +112,6 @@ def _offsets(counts: np.ndarray) -> np.ndarray:
 
 
 def word_list(text: str) -> list[str]:
-    """The words of one text, as ``tokenise`` finds them."""
+    """The words of one text, as ``hash_words`` splits it."""
     lower = pc.replace_substring_regex(pc.utf8_lower(pa.array([text], type=pa.string())), UNSPACED, r" \1 ")
     return pc.replace_substring_regex(lower, NOT_A_WORD, " ")[0].as_py().split()

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from align.data.text import cells, plain
-from align.filtering.selection import top
+from align.filtering.selection import top_k
 from align.filtering.tables import Filtered
 from align.io.files import write_text
 from align.reports import plots
@@ -91,8 +91,8 @@ def _border(found: Filtered, scored: np.ndarray) -> dict[str, list[dict[str, Any
     """The kept pairs with the smallest and the dropped pairs with the largest importance."""
     importance = found.columns["importance"]
     kept, dropped = np.flatnonzero(found.kept), np.flatnonzero(scored & ~found.kept)
-    least = kept[top(-importance[kept], kept, BORDER)]
-    most = dropped[top(importance[dropped], dropped, BORDER)]
+    least = kept[top_k(-importance[kept], kept, BORDER)]
+    most = dropped[top_k(importance[dropped], dropped, BORDER)]
     least = least[np.argsort(importance[least], kind="stable")]
     most = most[np.argsort(-importance[most], kind="stable")]
     return {"just kept": [_text(found, k) for k in least], "just dropped": [_text(found, k) for k in most]}

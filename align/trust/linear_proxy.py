@@ -20,7 +20,7 @@ TRUSTS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 STRENGTHS = (0.0, 0.5, 1.0)
 SPREADS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
 """Prior standard deviations of x theta, from a policy that learns next to nothing to an unregularized one. Each is a
-ridge penalty, in place of a policy's learning rate and number of steps."""
+ridge penalty that stands for a policy's learning rate and number of steps."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

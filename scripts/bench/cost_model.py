@@ -37,12 +37,12 @@ from transformers import (
 
 from align.commands.evaluation_tables import CompletionJob, Decoding
 from align.entanglement.measure import MeasureJob
-from align.filtering.knn.ivf_lists import in_lists
+from align.filtering.knn.ivf_lists import write_inverted_lists
 from align.filtering.knn.row_view import View
 from align.filtering.knn.search import kth_distance
-from align.filtering.knn.top_k import Best
+from align.filtering.knn.top_k import TopK
 from align.filtering.score_columns import Embedding
-from align.filtering.text_survey import Asked
+from align.filtering.text_survey import SurveyJob
 from align.generation.types import keyed_prompts
 from align.io.console import configure, log
 from align.losses.registry import resolve
@@ -128,7 +128,7 @@ class Models:
 def texts(models: Models) -> Iterator[Measured]:
     """What the rules of a filter need; terms: 1, words."""
     for words in WORDS:
-        asked = Asked(np.empty(0, dtype=np.uint64), near=True, language=False)
+        asked = SurveyJob(np.empty(0, dtype=np.uint64), near=True, language=False)
         yield of_job(asked, pairs(4096, words), (1.0, 3.0 * words))
 
 
@@ -247,13 +247,13 @@ def visit_through_one_process(count: int = 40_000, size: int = 384, probes: int 
     })  # fmt: skip
     answer = encode(found)
     with tempfile.TemporaryDirectory() as folder:
-        visitors = in_lists(View(vectors), near, 160, Path(folder) / "by-list").visitors(0)
-        best_of = Best(Path(folder) / "best", count, 5)
+        visitors = write_inverted_lists(View(vectors), near, 160, Path(folder) / "by-list").queries(0)
+        best_of = TopK(Path(folder) / "best", count, 5)
 
         def visit() -> None:
             encode(visitors.select(range(ROWS)))
             table = decode(answer)
-            best_of.add(0, visitors.positions[:ROWS], {name: as_array(table, name) for name in table.column_names})
+            best_of.merge(0, visitors.positions[:ROWS], {name: as_array(table, name) for name in table.column_names})
 
         return best(visit) / ROWS
 

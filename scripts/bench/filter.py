@@ -40,7 +40,7 @@ from align.filtering.knn.row_view import View
 from align.filtering.knn.search import kth_distance
 from align.filtering.minhash import band_keys
 from align.filtering.scores import diversity, effective_number
-from align.filtering.selection import greedy, standardise, top
+from align.filtering.selection import greedy, robust_scale, top_k
 from align.filtering.tables import SUMMARY
 from align.filtering.text_survey import shingles
 from align.io.console import configure
@@ -172,7 +172,7 @@ def _greedy(vectors: np.ndarray) -> dict[str, Any]:
     count = len(vectors)
     base, ids = np.random.default_rng(2).normal(size=count), [f"{k:09d}" for k in range(count)]
     spread = diversity(kth_distance(vectors, K, seed=0).distance)
-    once = top(base + 0.5 * standardise(spread), ids, count // 10)
+    once = top_k(base + 0.5 * robust_scale(spread), ids, count // 10)
     start = time.perf_counter()
     kept = greedy(base, vectors, ids, count // 10, weight=0.5 / float(np.std(spread)))
     return {

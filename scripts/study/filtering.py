@@ -28,7 +28,7 @@ from align.filtering.embeddings import Encoder, embed
 from align.filtering.knn.search import kth_distance
 from align.filtering.quality import Screen
 from align.filtering.scores import diversity, doubtful
-from align.filtering.selection import importance, top
+from align.filtering.selection import importance, top_k
 from align.filtering.static_embeddings import StaticEncoder
 from align.io.console import configure, log
 from align.io.files import read_json, write_json
@@ -162,14 +162,14 @@ def run_cell(
     for keep in KEEPS:
         size = round(keep * count)
         random = rng.choice(count, size, replace=False)
-        spread = top(importance(columns, {"diversity": 1.0}), ids, size)
+        spread = top_k(importance(columns, {"diversity": 1.0}), ids, size)
         found = {
             "random": judge(random, hard),
             "random, soft labels": judge(random, soft),
             "diverse, soft labels": judge(spread, soft),
         }
         for name, weights in WEIGHTS.items():
-            found[name] = judge(top(importance(columns, weights), ids, size), hard)
+            found[name] = judge(top_k(importance(columns, weights), ids, size), hard)
         arms[f"{keep:g}"] = found
     return {
         "flipped": flipped,
@@ -248,7 +248,7 @@ def encoders(arguments: argparse.Namespace) -> None:
     facts |= {
         f"rank_correlation_of_{name}_diversity_with_words": rank(values, words) for name, values in scores.items()
     }
-    kept = [set(top(values, [str(k) for k in range(len(strings))], len(strings) // 10)) for values in scores.values()]
+    kept = [set(top_k(values, [str(k) for k in range(len(strings))], len(strings) // 10)) for values in scores.values()]
     facts["most_diverse_tenth_in_common"] = len(kept[0] & kept[1]) / len(kept[0])
     print(json.dumps(facts, indent=2))
 

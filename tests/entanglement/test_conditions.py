@@ -27,7 +27,7 @@ def tensors(*values: float) -> list[Tensor]:
 
 @given(st.integers(0, 10**6), REAL, REAL)
 def test_changes_are_those_of_a_step(seed: int, d_w: float, d_l: float) -> None:
-    """Log-probs that are linear in the parameters move by exactly the predicted amount."""
+    """Log-probs that are linear in the parameters change by exactly the predicted amount."""
     gw, gl = vectors(seed, 1)
     found = changes((gw * gw).sum(1), (gl * gl).sum(1), (gw * gl).sum(1), *tensors(d_w, d_l))
     step = d_w * gw - d_l * gl
@@ -37,7 +37,7 @@ def test_changes_are_those_of_a_step(seed: int, d_w: float, d_l: float) -> None:
 
 @given(st.integers(0, 10**6), POSITIVE, POSITIVE, POSITIVE)
 def test_verdict_band_and_weights(seed: int, d_w: float, d_l: float, weight: float) -> None:
-    """The band form says the same as the signs; a pair's weight changes neither; d > 0 is never reversed."""
+    """The slack has the sign of the verdict; a pair's weight changes neither; with d > 0 no pair is reversed."""
     gw, gl = vectors(seed, 1)
     products = ((gw * gw).sum(1), (gl * gl).sum(1), (gw * gl).sum(1))
     (verdict,) = changes(*products, *tensors(d_w, d_l)).verdicts()

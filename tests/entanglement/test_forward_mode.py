@@ -1,4 +1,4 @@
-"""Forward-mode predictions against gradients and against real steps."""
+"""Directional derivatives, by forward mode and by the products, against gradients and against real steps."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def by_gradients(model: nn.Module, batch: dict[str, Tensor], direction: dict[str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_derivatives_are_gradient_products(family: str) -> None:
+def test_directional_derivatives_are_gradient_products(family: str) -> None:
     """Reverse mode with the products, forward mode token by token, and gradients themselves."""
     model = tiny(family, **FAMILIES[family]).double()
     direction = somewhere(model)
@@ -71,7 +71,7 @@ def test_derivatives_through_adapters(modules: list[str]) -> None:
     assert torch.allclose(torch.cat([found.chosen_jvp, found.rejected_jvp]), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_only_what_is_named_moves() -> None:
+def test_parameters_that_are_not_named_do_not_move() -> None:
     model = tiny("Llama", tie_word_embeddings=True).double()
     whole = somewhere(model)
     part = {name: u for name, u in whole.items() if "layers.1.mlp" in name or name.endswith("layernorm.weight")}
@@ -95,8 +95,8 @@ def test_tokens_sum_to_the_product() -> None:
 
 
 @pytest.mark.parametrize("pair", [0, 2])
-def test_tokens_against_tokens(pair: int) -> None:
-    """Every entry against two gradients, for pairs in which either response is the longer one."""
+def test_token_matrix_against_two_gradients_per_entry(pair: int) -> None:
+    """For pairs in which either response is the longer one."""
     model = tiny("Llama", tie_word_embeddings=True).double()
     batch = {name: value[[pair, pair + 4]] for name, value in BATCH.items()}
     found = token_matrix(model, batch)

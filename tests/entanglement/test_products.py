@@ -1,4 +1,4 @@
-"""Gradient products against two full backward passes per pair whose products are summed in float64."""
+"""Gradient products against two full backward passes per pair, summed in float64."""
 
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def test_named_parameters_only() -> None:
         GradientProducts(model, "nothing")
 
 
-def test_training_state_is_left_as_it_was() -> None:
+def test_training_state_is_unchanged() -> None:
     """Dropout, activation checkpointing and accumulated gradients."""
     model = tiny("Llama", attention_dropout=0.5)
     model.gradient_checkpointing_enable()
@@ -121,9 +121,7 @@ def test_training_state_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "scored"), [(1, 1), (60, 12)])
-def test_pairs_go_through_the_model_and_the_head_in_any_number(
-    tokens: int, scored: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_size_of_parts_changes_nothing(tokens: int, scored: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("Llama", tie_word_embeddings=True).double()
     together = GradientProducts(model)(BATCH)
     monkeypatch.setattr("align.entanglement.products.MAX_TOKENS", tokens)
@@ -136,7 +134,7 @@ def test_pairs_go_through_the_model_and_the_head_in_any_number(
 
 
 class Doubled(nn.Linear):
-    """A layer that computes something of its own: no rule may be taken for it."""
+    """A subclass that computes something else: the rule of its base class must not apply."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Twice the usual."""
@@ -165,7 +163,7 @@ def test_shared_layers_fall_back() -> None:
 
 @pytest.mark.parametrize(("tokens", "d_in", "d_out"), [(3, 40, 30), (60, 4, 3), (16, 16, 16)])
 def test_both_forms_of_the_linear_rule_agree(tokens: int, d_in: int, d_out: int) -> None:
-    """Whichever form counts as cheaper."""
+    """Also where the other form is cheaper."""
     generator = torch.Generator().manual_seed(tokens)
     x, e = (torch.randn(6, tokens, d, generator=generator, dtype=torch.float64) for d in (d_in, d_out))
     call = Call(nn.Linear(1, 1), "weight", Input(x), e)

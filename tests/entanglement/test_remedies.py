@@ -47,7 +47,7 @@ def test_hold_chosen_takes_the_largest_factor_that_holds(seed: int, d_w: float, 
 
 @given(SEED, st.lists(st.floats(0.05, 3), min_size=3, max_size=3), st.floats(0, 0.9))
 def test_hold_batch_holds_every_chosen_response(seed: int, weights: list[float], keep: float) -> None:
-    """The step on the mean loss, by the gradients themselves; no factor can be raised alone without breaking that."""
+    """In the step on the mean loss, by explicit gradients; raising any factor alone would break the bound."""
     gw, gl = vectors(seed, 3)
     d = torch.tensor(weights, dtype=torch.float64)
     stacked = torch.cat([gw, gl])
@@ -64,13 +64,13 @@ def test_hold_batch_holds_every_chosen_response(seed: int, weights: list[float],
         assert a_l[k] > 1 - 1e-6 or (more < wanted + 1e-6).any()
 
 
-def test_hold_batch_leaves_a_batch_alone_in_which_nothing_falls() -> None:
+def test_hold_batch_does_not_change_a_batch_in_which_nothing_falls() -> None:
     gram = torch.eye(4, dtype=torch.float64)
     d = torch.tensor([0.05, 0.5], dtype=torch.float64)
     assert all(torch.equal(factor, torch.ones(2, dtype=torch.float64)) for factor in hold_batch(gram, d, d, keep=0.0))
 
 
-def test_hold_batch_sees_what_a_pair_alone_does_not() -> None:
+def test_hold_batch_includes_the_pull_of_other_pairs() -> None:
     """The second pair's rejected gradient lies along the first pair's chosen one."""
     gw, gl = torch.eye(2, 4, dtype=torch.float64), torch.tensor([[0.0, 0, 1, 0], [3.0, 0, 0, 1]], dtype=torch.float64)
     d = torch.ones(2, dtype=torch.float64)
@@ -96,8 +96,8 @@ def test_normalise_separates_and_keeps_the_product(seed: int, d_w: float, d_l: f
     assert torch.allclose(step, size[:, None] * unit)
 
 
-def test_normalise_leaves_what_has_no_ratio_alone() -> None:
-    """A weight of 0 or below, a gradient that vanishes."""
+def test_normalise_skips_pairs_without_a_ratio() -> None:
+    """A weight that is not positive, or a zero gradient."""
     values = torch.tensor([[1.0, 4.0, -0.5, 1.0], [1.0, 4.0, 0.5, 0.0], [0.0, 4.0, 0.5, 0.5]], dtype=torch.float64)
     a_w, a_l = normalise(*values.T)
     assert torch.equal(a_w, torch.ones_like(a_w)) and torch.equal(a_l, torch.ones_like(a_l))
@@ -136,7 +136,7 @@ FALLING = [
 
 
 def one_step(policy: Path, output: Path, pairs: list[dict[str, Any]], remedy: RemedySection | None) -> dict[str, float]:
-    """Change of the chosen log-probs by one step of gradient descent, and what was logged."""
+    """Metrics that are logged after one step of gradient descent, with the change of the log-probs."""
     fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"} | {
         "optim": "sgd", "learning_rate": 1e-3, "max_steps": 2, "per_device_train_batch_size": len(pairs),
         "max_grad_norm": 0.0, "lr_scheduler_type": "constant",
@@ -151,7 +151,7 @@ def one_step(policy: Path, output: Path, pairs: list[dict[str, Any]], remedy: Re
 
 
 def test_a_pair_that_falls_is_held(tiny_policy: Path, tmp_path: Path) -> None:
-    """A chosen response that a plain step lowers stands still under hold_chosen and rises under normalise."""
+    """A chosen response that a plain step lowers does not move under hold_chosen and rises under normalise."""
     change = {
         name: one_step(tiny_policy, tmp_path / name, FALLING[:1], remedy)
         for name, remedy in (
@@ -170,8 +170,8 @@ def test_a_pair_that_falls_is_held(tiny_policy: Path, tmp_path: Path) -> None:
     assert all(float(entry["logps/rejected_change"]) < 0 for entry in change.values())
 
 
-def test_a_pair_that_is_fine_is_left_alone(tiny_policy: Path, tmp_path: Path) -> None:
-    """Bitwise the training without a remedy."""
+def test_a_pair_that_needs_no_remedy_is_unchanged(tiny_policy: Path, tmp_path: Path) -> None:
+    """The training is bitwise that without a remedy."""
     plain = one_step(tiny_policy, tmp_path / "plain", FALLING[1:], None)
     held = one_step(tiny_policy, tmp_path / "held", FALLING[1:], RemedySection(kind="hold_chosen"))
     assert float(held["remedy/touched"]) == 0.0

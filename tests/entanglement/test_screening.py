@@ -1,4 +1,4 @@
-"""Screening scores: one sequence at a time by plain loops, and the head gradient that CHES stands for."""
+"""Screening scores against plain loops over single sequences."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ LENGTHS = [(6, 5, 8), (1, 3, 2), (12, 4, 4), (3, 1, 9)]
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Qwen3"])
 def test_against_loops_over_single_sequences(family: str) -> None:
-    """Sums from the last prompt token to the last but one of the response; padding and the batch change nothing."""
+    """Sums from the last prompt token to the last but one of the response; padding and batching change nothing."""
     model, batch = tiny(family), make_batch(LENGTHS, same_start=1)
     found = screening_scores(model, batch)
     for k, (prompt, *lengths) in enumerate(LENGTHS):
@@ -22,8 +22,8 @@ def test_against_loops_over_single_sequences(family: str) -> None:
             sums.append(sum(states[place] for place in range(prompt - 1, prompt + length - 1)))
         inner, square = float(sums[0] @ sums[1]), float(sums[0] @ sums[0])
         assert float(found.ches[k]) == pytest.approx(inner - square, rel=1e-5, abs=1e-5)
-        normalised = inner / (lengths[0] * lengths[1]) - square / lengths[0] ** 2
-        assert float(found.ches_normalised[k]) == pytest.approx(normalised, rel=1e-5, abs=1e-5)
+        normalized = inner / (lengths[0] * lengths[1]) - square / lengths[0] ** 2
+        assert float(found.ches_normalised[k]) == pytest.approx(normalized, rel=1e-5, abs=1e-5)
         assert float(found.hidden_cosine[k]) == pytest.approx(inner / (square**0.5 * float(sums[1].norm())), rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Trust: slope, proxy, evidence and choice against slow truths and planted errors."""
+"""Trust: slope, proxy, evidence and choice against general optimizers and planted errors."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ SMALL = Family(grid=(DPO, MADPO, Setting(0.5, 0.5), SOFT), spreads=(0.5, 4.0))
 
 
 def arena(count: int, size: int = 6, *, flips: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features [N, D] of pairs whose labels follow Bradley-Terry, gold margins [N] (sd 2), gold direction [D]."""
+    """Features [N, D] of pairs with Bradley-Terry labels, gold margins [N] (sd 2), gold direction [D]."""
     rng = np.random.default_rng(seed)
     gold = rng.normal(size=size)
     gold *= 2 / np.linalg.norm(gold)
@@ -42,8 +42,8 @@ def loss_of(target: float, weight: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=40))
-def test_slope_is_the_most_likely_one(values: list[float]) -> None:
-    """No other slope on a fine grid makes the labels likelier; a margin that contradicts most labels gets 0."""
+def test_slope_has_the_maximum_likelihood(values: list[float]) -> None:
+    """No slope on a fine grid has a higher likelihood; margins that contradict most labels get 0."""
     margin = np.array([*values, -1.0])
     slope = calibrated_slope(margin)
     assert slope >= 0
@@ -63,7 +63,7 @@ def test_slope_of_scaled_margins_and_of_planted_ones() -> None:
 
 
 def test_fit_is_the_minimum_of_the_loss_that_training_uses() -> None:
-    """Against a general optimiser on the sum of trusted_label's cross-entropies, every setting by itself."""
+    """Against a general optimizer on the sum of trusted_label's cross-entropies, for every setting."""
     x, gold, _ = arena(60)
     x = scaled(x)
     margin = gold + np.random.default_rng(1).normal(size=60)
@@ -88,7 +88,7 @@ def test_fit_is_the_minimum_of_the_loss_that_training_uses() -> None:
 
 
 def test_held_out_labels_are_held_out() -> None:
-    """Fold by fold in plain loops; changing one pair's margin and features leaves its own fold's policies alone."""
+    """Fold by fold in plain loops; changing the margins of one fold does not change the policies that it tests."""
     x, gold, _ = arena(50)
     x, margin = scaled(x), gold + np.random.default_rng(2).normal(size=50)
     fold = np.arange(50) % 5
@@ -119,7 +119,7 @@ def test_order_and_scale_change_nothing(seed: int) -> None:
 
 @pytest.mark.parametrize("prior_mean", [0.0, -30.0])
 def test_newton_converges_where_labels_are_separable(prior_mean: float) -> None:
-    """All labels alike along one direction and next to no penalty, also from where the loss has no curvature."""
+    """All labels agree along one direction and the penalty is tiny; also from a start without curvature."""
     x = np.abs(np.random.default_rng(0).normal(size=(80, 1)))
 
     def derivatives(z: np.ndarray, settings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +131,7 @@ def test_newton_converges_where_labels_are_separable(prior_mean: float) -> None:
     assert abs(float(gradient[0, 0])) < 1e-5 and float(theta[0, 0]) > 5
 
 
-def test_choice_is_the_likeliest_and_bootstrap_holds_it() -> None:
+def test_choice_has_the_highest_likelihood_and_bootstrap_contains_it() -> None:
     rng = np.random.default_rng(0)
     loglik = rng.normal(size=(200, 4, 2)) * 0.1
     loglik[:, 2, 1] += 0.5
@@ -143,7 +143,7 @@ def test_choice_is_the_likeliest_and_bootstrap_holds_it() -> None:
     assert bootstrap(loglik, SMALL.grid, seed=0) == {"trust": (0.5, 0.5), "strength": (0.5, 0.5)}
 
 
-def test_evidence_picks_the_policy_that_agrees_with_it() -> None:
+def test_evidence_selects_the_policy_with_the_highest_correlation() -> None:
     rng = np.random.default_rng(0)
     x, theta = rng.normal(size=(50, 5)), rng.normal(size=(5, 4, 2))
     proposal = 3 * theta[:, 1, 0] + 0.01 * rng.normal(size=5)
@@ -162,8 +162,8 @@ def test_evidence_picks_the_policy_that_agrees_with_it() -> None:
     )
 
 
-def test_who_decides() -> None:
-    """Slope 0: DPO, whatever seems likely. The same labels: labels without the leak. Otherwise evidence in a tie."""
+def test_labels_or_evidence_decide() -> None:
+    """Slope 0: always DPO. Cross-fitted margins: labels, corrected for the leak. Otherwise evidence breaks ties."""
     rng = np.random.default_rng(0)
     loglik = -0.6 + 0.01 * rng.normal(size=(100, 4, 2))
     loglik[:, 3] += 0.05
@@ -182,8 +182,8 @@ def test_who_decides() -> None:
     assert chosen(0.5, -0.6, theta[:, 1, 0], same_labels=False) == MADPO
 
 
-def test_the_leak_is_taken_off_the_margins_part() -> None:
-    """Soft labels end at what the margins alone are worth, DPO stays, MADPO loses as much as soft labels do."""
+def test_the_leak_is_subtracted_by_the_weight_of_the_margin() -> None:
+    """Soft labels end at the likelihood of the margins alone, DPO is unchanged, MADPO loses as much as soft labels."""
     loglik = np.log(np.full((10, 4, 2), 0.5))
     loglik[:, 3, 1] += 0.04
     fair = without_leak(HeldOut(loglik, np.full(10, np.log(0.5) + 0.01), 1.0), SMALL)
@@ -194,8 +194,8 @@ def test_the_leak_is_taken_off_the_margins_part() -> None:
     assert without_leak(honest, SMALL) == pytest.approx(loglik)
 
 
-def test_reduce_keeps_signs_and_the_mean() -> None:
-    """All directions: inner products as they were; fewer: the best in squares; a common difference is not removed."""
+def test_uncentered_pca_keeps_signs_and_the_mean() -> None:
+    """All directions keep inner products; fewer are the least-squares best; the mean difference is not removed."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(30, 8)) + 2
     whole = uncentered_pca(x, 8)
@@ -207,7 +207,7 @@ def test_reduce_keeps_signs_and_the_mean() -> None:
 
 
 def test_evidence_policy_is_the_posterior_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One point of the grid, in the features' own coordinates, against a general optimiser."""
+    """One point of the grid, in the original coordinates, against a general optimizer."""
     spread, flip, rms = 0.8, 0.2, 1.2
     for name, value in (("SLOPES", rms), ("SHARED", spread), ("FLIPS", flip)):
         monkeypatch.setattr(evidence, name, (value,))
@@ -236,8 +236,8 @@ def test_evidence_policy_is_the_posterior_mode(monkeypatch: pytest.MonkeyPatch) 
 def test_evidence_finds_planted_errors(error: float, shared: float, flips: float) -> None:
     """The independent error, the flip rate, the slope and the shared error, each within its sampling error.
 
-    With gold margins of sd 2 and a shared error of sd S the best slope is 4 / (4 + S^2), and what it gets wrong has
-    standard deviation 2 S / sqrt(4 + S^2).
+    With gold margins of sd 2 and a shared error of sd S the best slope is 4 / (4 + S^2), and its error has standard
+    deviation 2 S / sqrt(4 + S^2).
     """
     found = []
     for seed in range(4):
@@ -278,7 +278,7 @@ def test_learning_curve_arithmetic() -> None:
 
 
 def test_signs_of_a_shared_error() -> None:
-    """A reward model that likes length although the labels do not is seen, and in which group margins mean nothing."""
+    """It finds a reward model that prefers length, unlike the labels, and a group with margins of pure noise."""
     rng = np.random.default_rng(0)
     _, gold, _ = arena(2000, 4)
     lengths = np.round(5 * rng.normal(size=2000))
@@ -295,7 +295,7 @@ def test_signs_of_a_shared_error() -> None:
 
 
 def test_the_report_says_what_was_measured() -> None:
-    """The box beside the reward model: verdict, every sentence and the plot; a run without it has none."""
+    """The section next to the reward model has every sentence and the plot; a run without trust has no section."""
     x, gold, _ = arena(120, 4)
     rng = np.random.default_rng(0)
     found = analyze(x, gold + rng.normal(size=120), [rng.permutation(120) % 5], SMALL, same_labels=True, seed=0)

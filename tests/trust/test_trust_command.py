@@ -45,8 +45,8 @@ def test_features_against_single_sequences(family: str, layout: str) -> None:
     assert torch.allclose(found.double(), torch.stack(expected).double(), atol=1e-5)
 
 
-def test_features_of_another_adapter_are_others(tiny_policy: Path, tmp_path: Path) -> None:
-    """Two adapters of one shape on one base, one cache."""
+def test_another_adapter_has_other_features(tiny_policy: Path, tmp_path: Path) -> None:
+    """Two adapters of the same shape on one base, in one cache."""
     pairs = Dataset.from_list(rows(6))
     adapters = [trained_adapter(tiny_policy, tmp_path / f"adapter-{seed}", seed) for seed in (1, 2)]
     one, other = (pair_features(pairs, str(adapter), tmp_path / "cache", max_length=64) for adapter in adapters)
@@ -54,8 +54,8 @@ def test_features_of_another_adapter_are_others(tiny_policy: Path, tmp_path: Pat
     assert np.array_equal(other, alone) and not np.allclose(one, other, atol=0.1)
 
 
-def test_features_are_kept_and_a_stopped_pass_goes_on(tiny_policy: Path, tmp_path: Path) -> None:
-    """What a stopped pass had computed is taken as it is: a planted row survives, the rest is computed."""
+def test_features_are_cached_and_a_stopped_pass_resumes(tiny_policy: Path, tmp_path: Path) -> None:
+    """A stopped pass resumes: a planted row survives, the missing rows are computed."""
     pairs = Dataset.from_list(rows(12))
     whole = pair_features(pairs, str(tiny_policy), tmp_path, max_length=64)
     assert np.isfinite(whole).all()
@@ -103,7 +103,7 @@ GOOD = [float(k % 7) - 2 for k in range(60)]
 
 
 @pytest.mark.parametrize(
-    ("margins", "origin", "code", "said"),
+    ("margins", "origin", "code", "message"),
     [
         (GOOD[:49], "outside", "trust-too-few", "found 49 pairs, expected at least 50"),
         ([1.5] * 60, "outside", "trust-margins", "the same margin"),
@@ -114,22 +114,22 @@ GOOD = [float(k % 7) - 2 for k in range(60)]
         (GOOD, "in-sample", "trust-in-sample", "expected cross-fitted or outside ones"),
     ],
 )
-def test_bad_margins_are_refused(margins: list[float | None] | None, origin: str, code: str, said: str) -> None:
+def test_bad_margins_are_refused(margins: list[float | None] | None, origin: str, code: str, message: str) -> None:
     columns: dict[str, list[object]] = {"id": [f"p{k}" for k in range(len(margins or GOOD))]}
     if margins is not None:
         columns["margin"] = list(margins)
     with pytest.raises(DataError) as caught:
         check_margins(Dataset.from_dict(columns), origin, "pairs.jsonl", allow_in_sample=False)
-    assert caught.value.code == code and said in str(caught.value) and "do: " in str(caught.value)
+    assert caught.value.code == code and message in str(caught.value) and "do: " in str(caught.value)
 
 
-def test_in_sample_margins_pass_where_insisted() -> None:
+def test_in_sample_margins_pass_if_allowed() -> None:
     pairs = Dataset.from_dict({"id": [str(k) for k in range(60)], "margin": GOOD})
     check_margins(pairs, "in-sample", "here", allow_in_sample=True)
     check_margins(pairs, "cross-fitted", "here", allow_in_sample=False)
 
 
-def test_the_run_says_where_its_margins_come_from(tmp_path: Path) -> None:
+def test_the_origin_of_the_margins_is_read_from_the_run(tmp_path: Path) -> None:
     (tmp_path / "pairs").mkdir()
     (tmp_path / "metrics.json").write_text('{"margins": "in-sample"}')
     assert margin_source(tmp_path / "pairs" / "pairs.parquet") == "in-sample"
@@ -138,7 +138,7 @@ def test_the_run_says_where_its_margins_come_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trust", "strength", "said"),
+    ("trust", "strength", "message"),
     [
         (0.0, 0.0, "Train with plain DPO"),
         (0.0, 1.0, "Train with MADPO at full strength"),
@@ -146,11 +146,11 @@ def test_the_run_says_where_its_margins_come_from(tmp_path: Path) -> None:
         (0.25, 0.5, "Train on a mix: 25% margins, 75% labels, the labels' part weighted by MADPO at 50% strength"),
     ],
 )
-def test_the_verdict_names_the_method(trust: float, strength: float, said: str) -> None:
+def test_the_verdict_names_the_method(trust: float, strength: float, message: str) -> None:
     found = {
         "slope": 0.5, "chosen": {"trust": trust, "strength": strength}, "interval": {"trust": [0.0, 0.5]}
     }  # fmt: skip
-    assert setting(found).startswith(said) and "a trust from 0 to 0.5" in setting(found)
+    assert setting(found).startswith(message) and "a trust from 0 to 0.5" in setting(found)
     assert "contradict" in setting(found | {"slope": 0.0})
 
 
@@ -165,7 +165,7 @@ def write_rows(file: Path, count: int = 60, **fields: object) -> None:
 
 @pytest.mark.slow
 def test_command_line(tiny_policy: Path, tmp_path: Path) -> None:
-    """JSON, page and sentences; the second time the features are found; the numbers are the same."""
+    """JSON, page and sentences; the second call reads the features from the cache and gives the same numbers."""
     write_rows(tmp_path / "pairs.jsonl", group="<b>films</b>")
     command = ("trust", "pairs.jsonl", "--model", str(tiny_policy), "--output", "out", "--margins", "outside")
     done = align(*command, folder=tmp_path)
@@ -186,7 +186,7 @@ def test_command_line(tiny_policy: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_trust_auto_trains_with_the_measured_numbers(tiny_policy: Path, tmp_path: Path) -> None:
-    """The stage stands between margins and training, and the manifest of the training records what it found."""
+    """The stage comes between margins and training, and the manifest of the training records its parameters."""
     write_rows(tmp_path / "pairs.jsonl")
     tree = {
         "name": "auto",

@@ -1,1 +1,1 @@
-"""Nearest-neighbor search: exact, inverted file, recall of the approximate one."""
+"""Nearest-neighbor search: exact or by an index, and the recall of the index."""

@@ -1,13 +1,13 @@
-"""Nearest neighbours by comparing with every vector: of small sets, of a sample, and of what an index does not find.
+"""Exact nearest neighbors by brute force: for small sets, for a sample, and for vectors that an index fails on.
 
-Memory beside the vectors: a few blocks of ``BLOCK`` x ``ADD_BLOCK`` similarities.
+Memory besides the vectors: a few blocks of ``BLOCK`` x ``ADD_BLOCK`` similarities.
 """
 
 import numpy as np
 import torch
 
 from align.filtering.knn.row_view import View
-from align.filtering.knn.top_k import farthest
+from align.filtering.knn.top_k import kth_neighbor
 from align.io.console import progress
 
 BLOCK = 512
@@ -15,25 +15,25 @@ ADD_BLOCK = 65_536
 
 
 def exact_distance(view: View, rows: np.ndarray, k: int) -> np.ndarray:
-    """Distance [R] of ``rows`` to their k-th neighbours."""
+    """Distance [R] of ``rows`` to their k-th nearest neighbors."""
     distance = np.empty(len(rows))
     starts = range(0, len(rows), BLOCK)
-    for start in progress(starts, what="exact neighbours", total=len(starts), unit="blocks"):
+    for start in progress(starts, what="exact neighbors", total=len(starts), unit="blocks"):
         part = rows[start : start + BLOCK]
-        values, nearest = _nearest_in_blocks(view, part, k)
-        distance[start : start + len(part)] = view.distances(part, farthest(values, nearest))
+        similarity, place = _top_k_in_blocks(view, part, k)
+        distance[start : start + len(part)] = view.distances(part, kth_neighbor(similarity, place))
     return distance
 
 
-def _nearest_in_blocks(view: View, part: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Similarities and places [P, k] of the nearest others of the rows ``part``, by a pass over all rows."""
+def _top_k_in_blocks(view: View, part: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Similarities and places [P, k] of the top-k other rows of the rows ``part``, by a pass over all rows."""
     queries = view[part]
     best = np.full((len(part), k), -np.inf, dtype=np.float32)
     places = np.zeros((len(part), k), dtype=np.int64)
     for block in view.blocks(ADD_BLOCK):
         similarity = queries @ view[block].T
-        own = (part >= block[0]) & (part <= block[-1])
-        similarity[np.flatnonzero(own), part[own] - block[0]] = -np.inf
+        inside = (part >= block[0]) & (part <= block[-1])
+        similarity[np.flatnonzero(inside), part[inside] - block[0]] = -np.inf
         top = torch.from_numpy(similarity).topk(min(k, len(block)), dim=1, sorted=False)
         values = np.concatenate([best, top.values.numpy()], axis=1)
         where = np.concatenate([places, block[top.indices.numpy()]], axis=1)

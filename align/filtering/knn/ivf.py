@@ -1,16 +1,15 @@
-"""The nearest neighbours of many vectors by an inverted file of which only a share is in memory at a time.
+"""Nearest neighbors of many vectors by an inverted file (IVF) of which only a share is in memory at a time.
 
-Cluster centres are trained on a sample, and every vector is told the lists nearest to it: in the first of them it lies,
-in as many of them as it takes its neighbours are looked for. The vectors are written in the order of their lists
-(lists.py); one share of the lists after the other is loaded, and those that look into it are answered from it. The
-best k so far are kept, which are the best k of all shares exactly. What a share answers is cut into shards
-(align/sharding/shards.py): a stopped search goes on, and a cluster can share it.
+Centroids are trained on a sample, and every vector is assigned to the lists of its nearest centroids: it is stored in
+the first and probes as many of them as the recall takes. The vectors are written in the order of their lists
+(ivf_lists.py); one share of the lists after the other is loaded and answers the vectors that probe it. The top-k of all
+shares are merged exactly. The answers of a share are cut into shards (align/sharding/shards.py), so a stopped search
+resumes and a cluster can share it.
 
-Memory: 20 bytes a vector, the vectors that centres are trained on (64 for each of at most 8,192, of more one cell at a
-time), and ``SHARE_BYTES`` of vectors up to three times over; in a worker of a cluster the latter only. A list is never
-cut: where most vectors are equal theirs may be larger than a share, and takes the square of its length to search. On
-disk, until it is done: a copy of the vectors, and for each up to 8 bytes a list, 8 a share that it looks into and 36 a
-neighbour.
+Memory: 20 bytes a vector, the training vectors (64 for each of at most 8,192 centroids; beyond, those of one cell at a
+time), and ``SHARE_BYTES`` of vectors up to three times over; a worker of a cluster needs the latter only. A list is
+never cut: if most vectors are equal, their list may exceed a share, and its search takes the square of its length. Disk
+until it is done: a copy of the vectors, and for each up to 8 bytes a list, 8 a share that it probes and 36 a neighbor.
 """
 
 import shutil
@@ -22,12 +21,12 @@ import numpy as np
 from datasets import Dataset
 
 from align.config import ClusterSection
-from align.filtering.knn.centroids import faiss, index_of, list_count, train
+from align.filtering.knn.centroids import centroid_index, import_faiss, list_count, train_centroids
 from align.filtering.knn.exact import exact_distance
-from align.filtering.knn.ivf_lists import Listed, in_lists
-from align.filtering.knn.recall import WANTED_RECALL, Sample, Trial, enough
+from align.filtering.knn.ivf_lists import InvertedLists, write_inverted_lists
+from align.filtering.knn.recall import WANTED_RECALL, GroundTruth, ProbeRecall, tune_effort
 from align.filtering.knn.row_view import View
-from align.filtering.knn.top_k import Best, farthest, nearest
+from align.filtering.knn.top_k import TopK, kth_neighbor, top_k_of_rows
 from align.io.array_cache import cached_array
 from align.io.console import log
 from align.sharding.arrays import as_array, as_table, map_arrays
@@ -36,55 +35,54 @@ from align.sharding.jobs import Work
 QUERIES = 8192
 FIRST_PROBES = 8
 MOST_COMPARED = 8192
-"""Vectors that each is compared with, on average and at most: what more recall may cost."""
+"""Largest mean number of vectors that a vector is compared with: the cost at which the search for recall stops."""
 
 
-def search(
-    view: View, true: Sample, *, seed: int, folder: Path, cluster: ClusterSection | None
+def ivf_distance(
+    view: View, truth: GroundTruth, *, seed: int, folder: Path, cluster: ClusterSection | None
 ) -> tuple[np.ndarray, str, float]:
-    """Distance of each vector to the farthest of the k nearest that are found.
+    """Distance of each vector to the k-th nearest neighbor that an inverted file finds.
 
     Args:
         view: N vectors of unit length.
-        true: as many lists are looked into as it takes to find ``WANTED_RECALL`` of its neighbours, unless that were
-            more than ``MOST_COMPARED`` vectors allow.
-        seed: of the training.
+        truth: sample for the recall. As many lists are probed as reach ``WANTED_RECALL`` on it, unless a vector were
+            compared with more than ``MOST_COMPARED`` others on average.
+        seed: seed of the training.
         folder: valid for these vectors, k and seed only.
-        cluster: whose workers share the passes over the queries.
+        cluster: its workers share the passes over the queries.
 
     Returns:
-        Distances [N], how they were found, and the recall on the sample.
+        Distances [N], the method in words, and the recall on the sample.
 
     Raises:
-        EnvironmentProblem: the cluster is of no use.
+        EnvironmentProblem: the cluster cannot be used.
     """
-    centres = cached_array(folder / "centres.npy", lambda: train(view, list_count(len(view)), seed))
-    count = len(centres)
+    centroids = cached_array(folder / "centres.npy", lambda: train_centroids(view, list_count(len(view)), seed))
+    count = len(centroids)
     most = min(count, max(FIRST_PROBES, MOST_COMPARED * count // len(view)))
-    job = Assign(centres, most)
-    near = map_arrays(Vectors(view), job, folder / f"lists-{most}", what="lists", rows=QUERIES, cluster=cluster)["list"]
-    trial = Trial(view, true, near, count)
-    found, probes = enough(FIRST_PROBES, most, trial.recall)
-    if found < WANTED_RECALL:
+    job, part = AssignLists(centroids, most), folder / f"lists-{most}"
+    near = map_arrays(VectorRows(view), job, part, what="lists", rows=QUERIES, cluster=cluster)["list"]
+    recall, probes = tune_effort(FIRST_PROBES, most, ProbeRecall(view, truth, near, count).recall)
+    if recall < WANTED_RECALL:
         log.warning(
-            "neighbours: %.1f%% of the nearest are found where %.0f%% were wanted; to compare more of the %d vectors "
-            "would take too long", 100 * found, 100 * WANTED_RECALL, len(view),
+            "nearest neighbors: recall %.1f%%, expected %.0f%%; comparing more of the %d vectors would take too long",
+            100 * recall, 100 * WANTED_RECALL, len(view),
         )  # fmt: skip
-    listed = in_lists(view, near[:, :probes], count, folder / f"by-list-{probes}")
-    best = Best(folder / f"best-{probes}", len(view), true.k)
-    for share in range(len(listed.starts) - 1):
-        if not best.holds(share):
-            table, part = listed.visitors(share), folder / f"best-{probes}-{share}"
-            answers = map_arrays(table, share_of(listed, share, true.k), part, what="neighbours", rows=QUERIES,
-                               cluster=cluster)  # fmt: skip
-            best.add(share, table.positions, answers)
-        shutil.rmtree(folder / f"best-{probes}-{share}", ignore_errors=True)
-    return _distances(view, listed, best), f"inverted file of {count} lists, {probes} probed", found
+    lists = write_inverted_lists(view, near[:, :probes], count, folder / f"by-list-{probes}")
+    top_k = TopK(folder / f"best-{probes}", len(view), truth.k)
+    for share in range(len(lists.starts) - 1):
+        part = folder / f"best-{probes}-{share}"
+        if not top_k.holds(share):
+            queries, search = lists.queries(share), share_search(lists, share, truth.k)
+            answers = map_arrays(queries, search, part, what="nearest neighbors", rows=QUERIES, cluster=cluster)
+            top_k.merge(share, queries.positions, answers)
+        shutil.rmtree(part, ignore_errors=True)
+    return _distances(view, lists, top_k), f"inverted file of {count} lists, {probes} probed", recall
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Vectors:
-    """All vectors of a view, as rows for ``align.shards``."""
+class VectorRows:
+    """All vectors of a view, as rows of a sharded job (align/sharding/jobs.py)."""
 
     view: View
 
@@ -92,20 +90,21 @@ class Vectors:
         return len(self.view)
 
     def select(self, indices: range) -> Dataset:
-        """Some of them as a table."""
+        """Some vectors as a table."""
         return as_table({"vector": self.view[slice(indices.start, indices.stop)]})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Assign:
-    """The lists nearest to vectors (a job of ``align.shards``)."""
+class AssignLists:
+    """Job that assigns vectors to the lists of their nearest centroids."""
 
-    centres: np.ndarray
+    centroids: np.ndarray
+    """[C, D]."""
     probes: int
 
     def start(self) -> Work:
-        """Index the centres."""
-        index = index_of(self.centres, self.probes)
+        """Index the centroids."""
+        index = centroid_index(self.centroids, self.probes)
 
         def work(rows: Dataset) -> Dataset:
             _, nearest = index.search(as_array(rows, "vector"), self.probes)
@@ -115,22 +114,22 @@ class Assign:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Share:
-    """The k nearest neighbours among a share of the vectors (a job of ``align.shards``)."""
+class ShareSearch:
+    """Job that finds the top-k neighbors among a share of the vectors."""
 
     vectors: np.ndarray
     """[S, D]."""
     lists: np.ndarray
-    """int64 [S], of each, counted within the share."""
+    """int64 [S], the list of each vector, numbered within the share."""
     first: int
-    """Position of the first."""
+    """Position of the first vector."""
     count: int
-    """Lists."""
+    """Number of lists."""
     k: int
 
     def start(self) -> Work:
-        """Put the vectors into their lists."""
-        library, (number, size) = faiss(), self.vectors.shape
+        """Put the vectors into an IVF index."""
+        library, (number, size) = import_faiss(), self.vectors.shape
         flat = library.IndexFlatIP(size)
         index = library.IndexIVFFlat(flat, size, self.count, library.METRIC_INNER_PRODUCT)
         index.is_trained = True
@@ -143,29 +142,29 @@ class Share:
         index.nprobe = lists.shape[1]
         unused = np.zeros(lists.shape, dtype=np.float32)
         similarity, place = index.search_preassigned(as_array(rows, "vector"), self.k + 1, lists, unused)
-        none = (place < 0) | (place == as_array(rows, "own")[:, None])
-        return as_table(nearest(np.where(none, -np.inf, similarity), np.where(none, -1, place), self.k))
+        invalid = (place < 0) | (place == as_array(rows, "own")[:, None])
+        return as_table(top_k_of_rows(np.where(invalid, -np.inf, similarity), np.where(invalid, -1, place), self.k))
 
 
-def share_of(listed: Listed, share: int, k: int) -> Share:
-    """The job of a share."""
-    own, lists = slice(*listed.starts[share : share + 2].tolist()), listed.lists_of(share)
-    inside = listed.records["list"][own, 0].astype(np.int64) - lists.start
-    return Share(listed.vectors(own), inside, own.start, len(lists), k)
+def share_search(inverted: InvertedLists, share: int, k: int) -> ShareSearch:
+    """The job that searches a share."""
+    positions, lists = slice(*inverted.starts[share : share + 2].tolist()), inverted.lists_of(share)
+    inside = inverted.records["list"][positions, 0].astype(np.int64) - lists.start
+    return ShareSearch(inverted.vectors(positions), inside, positions.start, len(lists), k)
 
 
-def _distances(view: View, listed: Listed, best: Best) -> np.ndarray:
-    """Distance [N] of each vector of the view to the last of its best neighbours.
+def _distances(view: View, lists: InvertedLists, top_k: TopK) -> np.ndarray:
+    """Distance [N] of each vector of the view to its k-th nearest neighbor.
 
-    Those that found fewer than k, in lists with hardly a vector, are compared with all.
+    A vector that found fewer than k, because its lists are nearly empty, is searched exactly.
     """
-    found, few = np.empty(len(view)), []
-    for block in listed.blocks():
-        place, own = best.place[block], listed.records["place"][block]
-        apart = listed.vectors(block) - listed.vectors(farthest(best.similarity[block], place))
-        found[own] = np.linalg.norm(apart, axis=1)
-        few.append(own[(place < 0).any(axis=1)])
-    alone = np.concatenate(few)
-    if len(alone):
-        found[alone] = exact_distance(view, alone, best.place.shape[1])
-    return found
+    distance, few = np.empty(len(view)), []
+    for block in lists.blocks():
+        neighbors, place = top_k.place[block], lists.records["place"][block]
+        difference = lists.vectors(block) - lists.vectors(kth_neighbor(top_k.similarity[block], neighbors))
+        distance[place] = np.linalg.norm(difference, axis=1)
+        few.append(place[(neighbors < 0).any(axis=1)])
+    incomplete = np.concatenate(few)
+    if len(incomplete):
+        distance[incomplete] = exact_distance(view, incomplete, top_k.place.shape[1])
+    return distance

@@ -1,4 +1,4 @@
-"""How many lists a search must look into: tried on a sample whose neighbours are known."""
+"""Recall of an approximate search on a sample whose exact neighbors are known, and the effort that it takes."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,20 +7,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from align.filtering.knn.row_view import View
-from align.filtering.knn.top_k import nearest
+from align.filtering.knn.top_k import top_k_of_rows
 from align.io.console import log
 from align.sharding.arrays import Arrays
 
 WANTED_RECALL = 0.97
 TIE = 5e-4
-"""Distances that differ by less are equal: float32 similarities do not tell them apart where they are small."""
+"""Distances that differ by less count as equal: float32 similarities do not resolve small distances."""
 PAIR_BYTES = 1 << 26
+"""Bytes of vectors that are compared with queries at a time."""
 ROWS = 65_536
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sample:
-    """Rows whose k-th neighbours are known, to measure a search by."""
+class GroundTruth:
+    """Rows of a sample and the exact distances to their k-th nearest neighbors."""
 
     rows: np.ndarray
     """[S]."""
@@ -29,54 +30,60 @@ class Sample:
     """[S], to the k-th."""
 
     def recall(self, view: View, place: np.ndarray) -> float:
-        """Share of the neighbours found, [S, k], that are no farther than the true k-th; of equals any will do."""
+        """Share of the neighbors found, [S, k], that are no farther than the true k-th; ties count as found."""
         pairs = np.repeat(self.rows, self.k), np.maximum(place, 0).ravel()
         near = view.distances(*pairs).reshape(place.shape) <= self.distance[:, None] + TIE
         return float((near & (place >= 0)).mean())
 
 
-class Trial:
-    """How well a search does on a sample, looking into more and more lists.
+class ProbeRecall:
+    """Recall of an inverted file on a sample, for an increasing number of probed lists.
 
     Args:
         view: N vectors.
-        true: the sample.
-        near: [N, most], the lists of each, nearest first.
-        count: of the lists.
+        truth: the sample.
+        near: [N, max_probes], the lists that each vector probes, nearest first; it is stored in the first.
+        count: number of lists.
     """
 
-    def __init__(self, view: View, true: Sample, near: np.ndarray, count: int) -> None:
-        self.view, self.true, self.near, self.count = view, true, near, count
-        self.queries, self.probed, shape = view[true.rows], 0, (len(true.rows), true.k)
+    def __init__(self, view: View, truth: GroundTruth, near: np.ndarray, count: int) -> None:
+        self.view, self.truth, self.near, self.count = view, truth, near, count
+        self.queries, self.probed, shape = view[truth.rows], 0, (len(truth.rows), truth.k)
         self.best: Arrays = {"similarity": np.full(shape, -np.inf), "place": np.full(shape, -1)}
 
     def recall(self, probes: int) -> float:
-        """With the nearest ``probes`` lists of each; never fewer than before."""
-        asked = self.near[self.true.rows, self.probed : probes].ravel()
-        who = np.repeat(np.arange(len(self.true.rows)), probes - self.probed)
-        order = np.argsort(asked, kind="stable")
-        for block in self._blocks(len(asked)):
-            self._look(block, asked[order], who[order])
+        """Recall with the nearest ``probes`` lists of each query; never fewer than in the call before."""
+        lists = self.near[self.truth.rows, self.probed : probes].ravel()
+        queries = np.repeat(np.arange(len(self.truth.rows)), probes - self.probed)
+        order = np.argsort(lists, kind="stable")
+        for block in self._blocks(len(lists)):
+            self._compare(block, lists[order], queries[order])
         self.probed = probes
-        return self.true.recall(self.view, self.best["place"])
+        return self.truth.recall(self.view, self.best["place"])
 
-    def _blocks(self, asked: int) -> Iterator[np.ndarray]:
-        """Rows of which about ``PAIR_BYTES`` of pairs of a vector and a query are compared."""
-        pairs = max(1, PAIR_BYTES // (4 * self.view.size)) * self.count // max(1, asked)
+    def _blocks(self, probed: int) -> Iterator[np.ndarray]:
+        """Blocks of rows with about ``PAIR_BYTES`` of pairs of a vector and a query."""
+        pairs = max(1, PAIR_BYTES // (4 * self.view.size)) * self.count // max(1, probed)
         return self.view.blocks(max(1, min(ROWS, pairs)))
 
-    def _look(self, block: np.ndarray, asked: np.ndarray, who: np.ndarray) -> None:
-        """Compare the vectors of a block with those of the sample that look into their lists (``asked`` ascending)."""
-        own = self.near[block, 0]
-        low, high = np.searchsorted(asked, own, "left"), np.searchsorted(asked, own, "right")
+    def _compare(self, block: np.ndarray, lists: np.ndarray, queries: np.ndarray) -> None:
+        """Compare the vectors of a block with the queries that probe their lists.
+
+        Args:
+            block: rows of the view.
+            lists: lists that are probed, ascending.
+            queries: the query of each of ``lists``.
+        """
+        stored = self.near[block, 0]
+        low, high = np.searchsorted(lists, stored, "left"), np.searchsorted(lists, stored, "right")
         times = high - low
         if len(block) > 1 and times.sum() > PAIR_BYTES // (4 * self.view.size):
             for half in np.array_split(block, 2):
-                self._look(half, asked, who)
+                self._compare(half, lists, queries)
             return
         rows = np.repeat(np.arange(len(block)), times)
-        query = who[np.arange(len(rows)) + np.repeat(low - np.cumsum(times) + times, times)]
-        other = block[rows] != self.true.rows[query]
+        query = queries[np.arange(len(rows)) + np.repeat(low - np.cumsum(times) + times, times)]
+        other = block[rows] != self.truth.rows[query]
         rows, query = rows[other], query[other]
         if not len(rows):
             return
@@ -85,18 +92,27 @@ class Trial:
         order = np.lexsort((-similarity, query))
         query, similarity, place = query[order], similarity[order], block[used][rows[order]]
         rank = np.arange(len(query)) - np.searchsorted(query, query)
-        top, shape = rank < self.true.k, self.best["place"].shape
-        found: Arrays = {"similarity": np.full(shape, -np.inf), "place": np.full(shape, -1)}
-        found["similarity"][query[top], rank[top]] = similarity[top]
-        found["place"][query[top], rank[top]] = place[top]
-        both = {name: np.concatenate([self.best[name], found[name]], axis=1) for name in found}
-        self.best = nearest(both["similarity"], both["place"], self.true.k)
+        top, shape = rank < self.truth.k, self.best["place"].shape
+        new: Arrays = {"similarity": np.full(shape, -np.inf), "place": np.full(shape, -1)}
+        new["similarity"][query[top], rank[top]] = similarity[top]
+        new["place"][query[top], rank[top]] = place[top]
+        both = {name: np.concatenate([self.best[name], new[name]], axis=1) for name in new}
+        self.best = top_k_of_rows(both["similarity"], both["place"], self.truth.k)
 
 
-def enough(first: int, most: int, recall_of: Callable[[int], float]) -> tuple[float, int]:
-    """Raise the effort of a search from ``first`` on until its recall is ``WANTED_RECALL``; (recall, effort)."""
+def tune_effort(first: int, most: int, recall_of: Callable[[int], float]) -> tuple[float, int]:
+    """Raise the effort of a search from ``first`` to at most ``most`` until its recall is ``WANTED_RECALL``.
+
+    Args:
+        first: effort to start with: probed lists, or candidates of a graph (faiss's ``nprobe``, ``efSearch``).
+        most: largest effort.
+        recall_of: recall of the search at an effort.
+
+    Returns:
+        Recall and effort.
+    """
     effort = min(first, most)
-    while (found := recall_of(effort)) < WANTED_RECALL and effort < most:
-        log.debug("effort %d: recall %.3f", effort, found)
+    while (recall := recall_of(effort)) < WANTED_RECALL and effort < most:
+        log.debug("effort %d: recall %.3f", effort, recall)
         effort = min(most, math.ceil(1.5 * effort))
-    return found, effort
+    return recall, effort

@@ -1,4 +1,4 @@
-"""Some rows of a matrix that may lie in a file, copied block by block and never as a whole."""
+"""A view of some rows of a matrix that may be memory-mapped, copied block by block and never as a whole."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,11 +7,11 @@ import numpy as np
 
 
 class View:
-    """Some rows of a matrix as a matrix of their own.
+    """Some rows of a matrix as a matrix.
 
     Args:
         vectors: [N, D].
-        rows: those that count; all where absent.
+        rows: the selected rows; None: all.
     """
 
     def __init__(self, vectors: np.ndarray, rows: np.ndarray | None = None) -> None:
@@ -26,13 +26,13 @@ class View:
 
     @property
     def size(self) -> int:
-        """D."""
+        """The dimension D."""
         return int(self.vectors.shape[1])
 
     def distances(self, places: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Distances [R] of rows to others, from the difference: 2 - 2 cos loses small distances."""
-        found: np.ndarray = np.linalg.norm(self[places] - self[others], axis=1).astype(np.float64)
-        return found
+        """Euclidean distances [R] of rows to others, from the difference, since 2 - 2 cos loses small distances."""
+        distances: np.ndarray = np.linalg.norm(self[places] - self[others], axis=1).astype(np.float64)
+        return distances
 
     def blocks(self, size: int) -> Iterator[np.ndarray]:
         """Places of the rows, ``size`` at a time."""

@@ -13,7 +13,7 @@ from scipy.special import expit
 
 from align.filtering.knn.search import kth_distance
 from align.filtering.scores import diversity
-from align.filtering.selection import greedy, importance, top
+from align.filtering.selection import greedy, importance, top_k
 from scripts.reproduce.exact_arena.gold import RESPONSES, SIZE, draw_gold
 from scripts.reproduce.exact_arena.world import ERRORS, World, prefer, world_of
 
@@ -77,7 +77,7 @@ class Pool:
             alone = {name: weight for name, weight in weights.items() if name != "diversity"}
             base = importance(columns, alone)
             return greedy(base, self.vectors[seed], names, count, weight=weights["diversity"])
-        return top(importance(columns, WEIGHTS[arm]), names, count)
+        return top_k(importance(columns, WEIGHTS[arm]), names, count)
 
     def subset(self, arm: str, count: int) -> World:
         """The pairs that an arm keeps of every seed."""

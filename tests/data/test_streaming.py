@@ -1,0 +1,71 @@
+"""A pair table streamed to disk is the loaded one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.config import PairsSection
+from align.data.pairs import load_pairs
+from align.data.streaming import stream_pairs
+from align.errors import DataError
+from tests.helpers.builders import rows
+
+
+def test_a_streamed_table_is_the_loaded_one(tmp_path: Path) -> None:
+    """Same rows, columns and ids; the same message for the same mistakes."""
+    source = tmp_path / "pairs.jsonl"
+    good = [{key: row[key] for key in ("prompt", "chosen", "rejected", "margin")} for row in rows(30)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*good, good[3]]))
+    config = PairsSection(path=str(source))
+    streamed, loaded = stream_pairs(config, tmp_path / "pairs.arrow"), load_pairs(config)
+    assert streamed.column_names == loaded.column_names and streamed.to_list() == loaded.to_list()
+    chat = [
+        {"prompt": [{"role": "user", "content": "p"}], "chosen": [{"role": "assistant", "content": "a"}],
+         "rejected": [{"role": "assistant", "content": "b"}]}
+    ]  # fmt: skip
+    source.write_text("".join(json.dumps(row) + "\n" for row in chat))
+    assert stream_pairs(config, tmp_path / "chat.arrow").to_list() == load_pairs(config).to_list()
+    for bad in ({"prompt": "p", "chosen": "a", "rejected": " "}, good[0] | {"margin": "NaN"}, {"prompt": "p"}):
+        source.write_text("".join(json.dumps(row) + "\n" for row in [*good, bad, bad]))
+        messages = []
+        for load in (load_pairs, lambda given: stream_pairs(given, tmp_path / "bad.arrow")):
+            with pytest.raises(DataError) as error:
+                load(config)
+            messages.append(str(error.value))
+        assert messages[0] == messages[1] and "row 31" in messages[0] and not (tmp_path / "bad.arrow").exists()
+    source.write_text("".join(json.dumps(row) + "\n" for row in [good[0] | {"margin": None}, *chat]))
+    with pytest.raises(DataError, match="row 2:prompt: found conversational, expected plain text"):
+        stream_pairs(config, tmp_path / "bad.arrow")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4096])
+def test_a_streamed_table_keeps_every_key_of_a_message(
+    batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chat template may read any key, whichever row has it first."""
+    monkeypatch.setattr("align.data.streaming.BATCH", batch)
+    turns: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "fine"},
+        {"content": "good", "role": "assistant", "reasoning_content": "very fine"},
+        {"role": "assistant", "content": "great", "name": "a", "tool_calls": [{"x": 1}]},
+        {"role": "assistant", "content": "dull", "name": None, "tool_calls": [{"y": 1.5}]},
+    ]
+    bad = [{"role": "assistant", "content": "bad"}]
+    chat = [
+        {"prompt": [{"role": "user", "content": f"q{k}"}], "chosen": [turn], "rejected": bad}
+        for k, turn in enumerate(turns)
+    ]
+    source = tmp_path / "chat.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*chat, chat[1]]))
+    config = PairsSection(path=str(source))
+    streamed, loaded = stream_pairs(config, tmp_path / "chat.arrow"), load_pairs(config)
+    assert streamed.to_list() == loaded.to_list()
+    assert streamed[1]["chosen"][0]["reasoning_content"] == "very fine"
+    assert set(streamed[0]["rejected"][0]) == set(streamed[0]["prompt"][0]) == {"role", "content"}
+    unfit = chat[0] | {"chosen": [turns[2] | {"name": 7}]}
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*chat, unfit]))
+    for load in (load_pairs, lambda given: stream_pairs(given, tmp_path / "bad.arrow")):
+        with pytest.raises(DataError, match="chosen: its rows do not fit one column"):
+            load(config)

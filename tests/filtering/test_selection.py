@@ -1,0 +1,76 @@
+"""Robust scaling, importance, top-k and greedy selection."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from align.filtering.scores import DUPLICATE_DISTANCE
+from align.filtering.selection import greedy, importance, robust_scale, top_k
+from tests.filtering.samples import unit
+
+VALUES = st.lists(st.floats(-50, 50), min_size=2, max_size=30)
+
+
+@given(VALUES, st.floats(0.1, 10), st.floats(-100, 100))
+def test_robust_scaling_removes_location_and_scale(values: list[float], scale: float, shift: float) -> None:
+    column = np.round(np.array(values), 3)
+    assert np.allclose(robust_scale(column), robust_scale(scale * column + shift), atol=1e-6)
+    assert np.median(robust_scale(column)) == pytest.approx(0, abs=1e-9)
+
+
+@given(VALUES, st.integers(0, 999), st.data())
+def test_selection_ignores_the_order_of_rows(values: list[float], seed: int, data: st.DataObject) -> None:
+    column = np.round(np.array(values), 1)
+    ids = [f"{k:03d}" for k in range(len(column))]
+    count = data.draw(st.integers(1, len(column)))
+    groups = data.draw(st.lists(st.sampled_from("ab"), min_size=len(column), max_size=len(column)))
+    order = np.random.default_rng(seed).permutation(len(column))
+    for chosen_groups in (None, groups):
+        first = {ids[k] for k in top_k(column, ids, count, chosen_groups)}
+        moved = None if chosen_groups is None else [chosen_groups[k] for k in order]
+        second = {ids[order[k]] for k in top_k(column[order], [ids[k] for k in order], count, moved)}
+        assert first == second and len(first) == count
+    ranked = sorted(range(len(column)), key=lambda k: (-column[k], ids[k]))
+    assert top_k(column, ids, count).tolist() == sorted(ranked[:count])
+    assert min(column[top_k(column, ids, count)]) >= max(
+        [v for k, v in enumerate(column) if k not in top_k(column, ids, count)], default=-99
+    )
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 999), st.integers(1, 6), st.floats(0, 3))
+def test_lazy_greedy_is_plain_greedy(seed: int, count: int, weight: float) -> None:
+    """Against recomputing every gain before each pick."""
+    rng = np.random.default_rng(seed)
+    base, vectors, ids = rng.normal(size=9), unit(9, 3, seed), [f"{k}" for k in range(9)]
+    kept: list[int] = []
+    for _ in range(count):
+
+        def gain(k: int, kept: tuple[int, ...] = tuple(kept)) -> float:
+            nearest = min((np.sqrt(max(2 - 2 * float(vectors[j] @ vectors[k]), 0)) for j in kept), default=2.0)
+            return float(base[k] + weight * np.log(max(nearest, DUPLICATE_DISTANCE)))
+
+        kept.append(max((k for k in range(9) if k not in kept), key=gain))
+    assert set(greedy(base, vectors, ids, count, weight=weight)) == set(kept)
+
+
+def test_greedy_spreads_more_than_the_one_shot_score() -> None:
+    """Two tight clusters far apart: the one-shot score takes both pairs from one, greedy covers both."""
+    vectors = np.concatenate([np.tile(unit(1, 8, 1), (6, 1)), np.tile(unit(1, 8, 2), (6, 1))])
+    base, ids = np.array([1.0] * 6 + [0.9] * 6), [f"{k:02d}" for k in range(12)]
+    assert set(top_k(base, ids, 2)) == {0, 1} and set(greedy(base, vectors, ids, 2, weight=0.5)) == {0, 6}
+
+    def value(chosen: tuple[int, int]) -> float:
+        distance = np.linalg.norm(vectors[chosen[0]] - vectors[chosen[1]])
+        return float(base[list(chosen)].sum() + 0.5 * np.log(max(distance, DUPLICATE_DISTANCE)))
+
+    assert set(max(combinations(range(12), 2), key=value)) == {0, 6}
+
+
+def test_importance_is_the_weighted_sum() -> None:
+    columns = {"margin": np.array([0.0, 1, 2, 3]), "quality": np.array([3.0, 2, 1, 0])}
+    assert np.allclose(importance(columns, {"margin": 1.0, "quality": 1.0}), 0)
+    assert np.array_equal(np.argsort(importance(columns, {"margin": 1.0, "quality": 0.2})), np.arange(4))
