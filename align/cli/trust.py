@@ -73,5 +73,5 @@ def _run(
         raise ConfigError(f"--margins {margins}: expected one of {known}", code="config-option")
     commands.trust(
         pair_source(pairs, column, split), model, output, margins=margins, allow_in_sample=allow_in_sample,
-        max_length=max_length, seed=seed, told=commands.ADVICE if advise_only else commands.MEASURED,
+        max_length=max_length, seed=seed, printed=commands.ADVICE if advise_only else commands.MEASURED,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Between prompts, token ids and text: one way for every engine that has a tokenizer."""
+"""Encode prompts and decode completions, for every engine that has a tokenizer."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from align.generation.types import Completion
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
-    """Token ids of a prompt: text as it is, messages through the chat template with the generation prompt.
+    """Token ids of a prompt: text is tokenized as it is, messages through the chat template with the generation prompt.
 
     Raises:
-        ModelError: messages, and the tokenizer has no chat template.
+        ModelError: the prompt is a list of messages and the tokenizer has no chat template.
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
@@ -28,9 +28,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
-    """Tokens that end a completion: the tokenizer's end of sequence and those of the model's generation config."""
-    own = getattr(generation_config, "eos_token_id", None)
-    ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    """Ids of the tokens that end a completion: the tokenizer's end of sequence and the generation config's."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
     return sorted(token for token in ids if token is not None)
 
 
@@ -41,7 +41,7 @@ def to_completion(
     stops: Collection[int],
     logprobs: Sequence[float] | None,
 ) -> Completion:
-    """The completion of ``prompt`` (token ids) up to the first of ``stops`` in ``sampled``."""
+    """The completion of ``prompt`` (token ids): ``sampled`` up to and including the first of ``stops``."""
     end = next((k + 1 for k, token in enumerate(sampled) if token in stops), None)
     tokens = list(sampled[:end])
     before = tokenizer.decode(prompt, skip_special_tokens=True)
