@@ -39,11 +39,11 @@ def report(
     from align.cli.options import pair_source
     from align.commands import entangle as commands
 
-    commands.report(
-        pair_source(pairs, column, split), model, output, loss=loss, parameters=_numbers(parameter),
-        reference=reference, parameter_names=parameters, limit=limit, shown=shown, matrices=matrices,
-        batch_tokens=batch_tokens, max_length=max_length, cluster=cluster_called(cluster),
+    settings = commands.ReportSettings(
+        model, loss, _numbers(parameter), reference, parameters, limit, shown, matrices, batch_tokens, max_length,
+        cluster_called(cluster),
     )  # fmt: skip
+    commands.report(pair_source(pairs, column, split), settings, output)
 
 
 @app.command("trace")

@@ -19,7 +19,7 @@ from align.commands.evaluation_tables import Decoding, judge_pairs, measure_kl, 
 from align.errors import AlignError, ConfigError, ModelError
 from align.evaluation.policies import Policy, checkpoints, find_reference, parse_policies
 from align.evaluation.reward_model import reward_model_metrics
-from align.evaluation.reward_pairs import findings_said, pair_findings
+from align.evaluation.reward_pairs import finding_sentences, pair_findings
 from align.evaluation.rewardbench import SECTIONS, section_scores
 from align.generation.encoding import encode_prompt
 from align.models.completion_logps import completion_logps
@@ -372,11 +372,11 @@ def test_pair_findings_name_length_distance_and_disagreements() -> None:
     assert shown == sorted(shown) and shown[0] == margins.min() and max(shown) < 0
     gold = np.asarray(pairs["teacher_margin"])
     assert found["reference_correlation"]["value"] == pytest.approx(np.corrcoef(margins, gold)[0, 1])
-    said = findings_said(found)
+    said = finding_sentences(found)
     assert said[0].startswith("It pays for longer responses") and "16.7% of the pairs are farther" in said[1]
     fair = pair_findings(pairs.remove_columns("teacher_margin"), np.ones(60), distances=None, seed=0)
     assert fair["ood"] is None and fair["reference_correlation"] is None and fair["disagreements"] == []
-    assert findings_said(fair) == []
+    assert finding_sentences(fair) == []
 
 
 def test_the_page_of_a_reward_model_escapes_every_text(tmp_path: Path) -> None:
