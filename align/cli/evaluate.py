@@ -9,7 +9,7 @@ from align.cli.options import Cluster, Seed, cluster_called, output_folder
 
 if TYPE_CHECKING:
     from align.commands.evaluate import Settings
-    from align.generation.engines import EngineName
+    from align.generation.types import EngineName
 
 app = typer.Typer(help="Rewards, win rates and KL of policies; accuracy of reward models.", no_args_is_help=True)
 Policies = Annotated[list[str], typer.Argument(metavar="POLICY...", help="NAME=FOLDER or FOLDER; an adapter's too.")]
@@ -161,9 +161,9 @@ def _settings(
     max_length: int | None,
 ) -> "Settings":
     from align.commands.evaluate import Settings
-    from align.commands.evaluation_tables import Decoding
+    from align.generation.types import Sampling
 
-    decoding = Decoding(
-        max_new_tokens, temperature, seed, batch_size, cast("EngineName", engine), cluster_called(cluster)
+    sampling = Sampling(
+        max_new_tokens, temperature, seed=seed, engine=cast("EngineName", engine), batch_size=batch_size
     )
-    return Settings(prompts, output, judge, decoding, limit, shown, max_length)
+    return Settings(prompts, output, judge, sampling, limit, shown, max_length, cluster_called(cluster))

@@ -32,8 +32,7 @@ def generate(
     from align.cli.options import pair_source
     from align.commands.generate import Format, GenerateSettings, find_completions, generate_completions
     from align.errors import ConfigError
-    from align.generation.engines import EngineName
-    from align.generation.types import Sampling
+    from align.generation.types import EngineName, Sampling
     from align.io.console import log
 
     if write not in ("parquet", "jsonl"):
@@ -42,9 +41,12 @@ def generate(
         raise ConfigError("--top-p 0: expected a number above 0", code="config-option", hint="greedy: --temperature 0")
     source = pair_source(prompts, column, split).model_copy(update={"limit": limit})
     settings = GenerateSettings(
-        model=model, sampling=Sampling(max_new_tokens, temperature, top_p, n, seed, logprobs),
-        engine=cast(EngineName, engine), base_url=base_url, batch_size=batch_size, format=cast(Format, write),
-        options=parse_options(option), cluster=cluster_called(cluster),
+        model=model,
+        sampling=Sampling(
+            max_new_tokens, temperature, top_p, n, seed, logprobs,
+            cast(EngineName, engine), batch_size, base_url, parse_options(option),
+        ),
+        format=cast(Format, write), cluster=cluster_called(cluster),
     )  # fmt: skip
     generate_completions(source, settings, output)
     file = find_completions(output)
