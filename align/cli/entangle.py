@@ -75,11 +75,11 @@ def report(
     """Exact gradient products of each pair, verdicts, a table (Parquet) and a page (HTML)."""
     from align.commands import entangle as commands
 
-    commands.report(
-        options.source(), options.model, options.output, loss=options.loss, parameters=options.parameters(),
-        reference=reference, parameter_names=parameters, limit=limit, shown=shown, matrices=matrices,
-        batch_tokens=batch_tokens, max_length=options.max_length, cluster=cluster_section(cluster),
+    settings = commands.ReportSettings(
+        options.model, options.loss, options.parameters(), reference, parameters, limit, shown, matrices, batch_tokens,
+        options.max_length, cluster_section(cluster),
     )  # fmt: skip
+    commands.report(options.source(), settings, options.output)
 
 
 @app.command("trace")

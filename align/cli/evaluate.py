@@ -10,7 +10,7 @@ from align.cli.options import Cluster, Seed, Split, cluster_section, expand_opti
 
 if TYPE_CHECKING:
     from align.commands.evaluate import Settings
-    from align.generation.engines import EngineName
+    from align.generation.types import EngineName
 
 app = typer.Typer(help="Rewards, win rates and KL of policies; accuracy of reward models.", no_args_is_help=True)
 Policies = Annotated[list[str], typer.Argument(metavar="POLICY...", help="NAME=FOLDER or FOLDER; may be an adapter.")]
@@ -40,13 +40,14 @@ class EvaluateOptions:
     def settings(self, *, temperature: float = 1.0, shown: int = 0) -> "Settings":
         """The options as ``align.commands.evaluate`` takes them."""
         from align.commands.evaluate import Settings
-        from align.commands.evaluation_tables import Decoding
+        from align.generation.types import Sampling
 
-        decoding = Decoding(
-            self.max_new_tokens, temperature, self.seed, self.batch_size, cast("EngineName", self.engine),
-            cluster_section(self.cluster),
+        sampling = Sampling(
+            self.max_new_tokens, temperature, seed=self.seed, engine=cast("EngineName", self.engine),
+            batch_size=self.batch_size,
         )  # fmt: skip
-        return Settings(self.prompts, self.output, self.judge, decoding, self.limit, shown, self.max_length)
+        cluster = cluster_section(self.cluster)
+        return Settings(self.prompts, self.output, self.judge, sampling, self.limit, shown, self.max_length, cluster)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

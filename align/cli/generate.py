@@ -31,8 +31,7 @@ def generate(
     """Complete every prompt; a stopped run resumes after the prompts that are finished."""
     from align.commands.generate import Format, GenerateSettings, find_completions, generate_completions
     from align.errors import ConfigError
-    from align.generation.engines import EngineName
-    from align.generation.types import Sampling
+    from align.generation.types import EngineName, Sampling
     from align.io.console import log
 
     if write not in ("parquet", "jsonl"):
@@ -41,9 +40,12 @@ def generate(
         raise ConfigError("--top-p 0: expected a number above 0", code="config-option", hint="greedy: --temperature 0")
     source = pair_source(prompts, column, split).model_copy(update={"limit": limit})
     settings = GenerateSettings(
-        model=model, sampling=Sampling(max_new_tokens, temperature, top_p, n, seed, logprobs),
-        engine=cast(EngineName, engine), base_url=base_url, batch_size=batch_size, format=cast(Format, write),
-        options=parse_options(option), cluster=cluster_section(cluster),
+        model=model,
+        sampling=Sampling(
+            max_new_tokens, temperature, top_p, n, seed, logprobs,
+            cast(EngineName, engine), batch_size, base_url, parse_options(option),
+        ),
+        format=cast(Format, write), cluster=cluster_section(cluster),
     )  # fmt: skip
     generate_completions(source, settings, output)
     file = find_completions(output)

@@ -59,5 +59,5 @@ def _run(options: TrustOptions, sentences: tuple[str, ...]) -> None:
     commands.trust(
         pair_source(options.pairs, options.column, options.split), options.model, options.output,
         margins=options.margins, allow_in_sample=options.allow_in_sample, max_length=options.max_length,
-        seed=options.seed, told=sentences,
+        seed=options.seed, printed=sentences,
     )  # fmt: skip

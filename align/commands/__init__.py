@@ -1,1 +1,1 @@
-"""What each verb writes into a folder."""
+"""The work of each verb: read its inputs, write one folder."""

@@ -1,4 +1,4 @@
-"""`align best-of-n`: of the sampled completions of each prompt the best one, and what each n up to theirs is worth."""
+"""`align best-of-n`: the best of each prompt's sampled completions, and the value of every n up to their number."""
 
 import shutil
 from collections import Counter
@@ -28,36 +28,36 @@ CACHE = "parts-"
 
 @dataclass(frozen=True, slots=True)
 class BestSettings:
-    """What `align best-of-n` is asked for.
+    """Settings of `align best-of-n`.
 
     Raises:
-        ConfigError: the scorer is its own gold judge.
+        ConfigError: the scorer is also the gold judge.
     """
 
     scorer: ScorerSpec
-    """Chooses."""
+    """Chooses the best completion."""
     gold: ScorerSpec | None = None
-    """Only measures what was chosen: the scorer likes its own choice by construction."""
+    """Only measures the chosen completions: their scores by ``scorer`` are high by construction."""
     format: Format = "parquet"
     seed: int = 0
-    """Of the intervals."""
+    """Seed of the intervals."""
 
     def __post_init__(self) -> None:
         if self.gold is not None and self.gold.name == self.scorer.name:
             raise ConfigError(
-                f"--gold {self.gold.name}: found what chooses, expected a judge that does not",
+                f"--gold {self.gold.name}: found the judge that chooses, expected another judge",
                 code="best-of-n-option",
                 hint="leave --gold out, or name another judge",
             )
 
 
 def choose_best(completions: str | Path, settings: BestSettings, output: Path) -> Stage:
-    """Write the best completion of each prompt, all scores, and ``metrics.json``; skipped where up to date.
+    """Write the best completion of each prompt, all scores, and ``metrics.json``; skip this if up to date.
 
     ``completions.parquet`` (or ``.jsonl``) has the row of the best completion as ``align generate`` wrote it, with
-    ``score`` (and ``gold``); ``scores.parquet`` has ``id``, ``sample``, ``score`` (and ``gold``) of all. A score is a
-    reward; of a yes-no judge it is P(yes). ``metrics.json`` is described at ``best_of_n_curve``. A stopped
-    scoring resumes.
+    ``score`` (and ``gold``); ``scores.parquet`` has ``id``, ``sample``, ``score`` (and ``gold``) of all completions. A
+    score is a reward, or P(yes) of a yes-no judge. ``best_of_n_curve`` describes ``metrics.json``. A stopped scoring
+    resumes.
 
     Raises:
         AlignError: the completions or a scorer cannot be used.
@@ -79,16 +79,17 @@ def choose_best(completions: str | Path, settings: BestSettings, output: Path) -
 
 
 def best_of_n_curve(scores: np.ndarray, gold: np.ndarray | None, *, seed: int) -> list[dict[str, Any]]:
-    """For each n = 1..N what best-of-n gives, estimated without bias from all N samples.
+    """Unbiased estimates of the value of best-of-n for each n = 1..N, from all N samples.
 
     Args:
-        scores: of N samples of each of P prompts, [P, N].
-        gold: another judge's scores of the same, [P, N], or None.
-        seed: of the intervals over prompts.
+        scores: scores of N samples of each of P prompts, [P, N].
+        gold: another judge's scores of the same samples, [P, N], or None.
+        seed: seed of the intervals over prompts.
 
     Returns:
-        ``[{"n", "score", "gain", "gold", "gold_gain", "kl_bound"}]``: mean score of the best of n, its paired gain over
-        one sample, both under ``gold`` where there is one, each with a 95% interval; nats of KL, at most.
+        ``[{"n", "score", "gain", "gold", "gold_gain", "kl_bound"}]``: mean score of the best of n and its paired gain
+        over one sample, by the scorer and by ``gold`` (None without it), each with a 95% interval; ``kl_bound`` in
+        nats.
     """
     curves = {"score": expected_best(scores, scores), "gold": None if gold is None else expected_best(scores, gold)}
     gains = {"score": "gain", "gold": "gold_gain"}
@@ -104,10 +105,10 @@ def best_of_n_curve(scores: np.ndarray, gold: np.ndarray | None, *, seed: int) -
 
 
 def _same_count(groups: Sequence[Group], file: str) -> int:
-    """N, the number of completions that every prompt has.
+    """The number of completions that every prompt has.
 
     Raises:
-        DataError: prompts have different numbers of them (the first 20 that differ, a count).
+        DataError: prompts have different numbers of completions (the first 20 and a count).
     """
     counts = Counter(len(group.candidates) for group in groups)
     usual = counts.most_common(1)[0][0]
@@ -162,11 +163,11 @@ def _work(groups: list[Group], count: int, settings: BestSettings, folder: Path)
     )
     for name in scores:
         shutil.rmtree(folder / f"{CACHE}{name}")
-    _tell(curve)
+    _log_curve(curve)
 
 
-def _tell(curve: list[dict[str, Any]]) -> None:
-    """One line for the scorer, one for the gold judge."""
+def _log_curve(curve: list[dict[str, Any]]) -> None:
+    """Log one line for the scorer and one for the gold judge."""
     first, last = curve[0], curve[-1]
     log.info("best of %d: score %s, of one sample %s; KL to what was sampled from at most %.3g nats",
              last["n"], interval(last["score"]), interval(first["score"]), last["kl_bound"])  # fmt: skip

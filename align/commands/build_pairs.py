@@ -1,4 +1,4 @@
-"""`align pairs build`: completions of each prompt, scored, to a table of preference pairs."""
+"""`align pairs build`: score the completions of each prompt and build a table of preference pairs."""
 
 import json
 import shutil
@@ -34,22 +34,22 @@ ANY = (0.0, float("inf"))
 
 @dataclass(frozen=True, slots=True)
 class BuildSettings:
-    """What `align pairs build` is asked for.
+    """Settings of `align pairs build`.
 
     Raises:
-        ConfigError: a number is out of range, or a ratio is asked of scores that are no probabilities.
+        ConfigError: a number is out of range, or a ratio is given for scores that are not probabilities.
     """
 
     scorer: ScorerSpec
     mode: Mode = "best_worst"
     guard_margin: float = 0.0
-    """Least difference of the scores of a pair: of P(yes) for a yes-no judge, else of the rewards."""
+    """Least difference of the scores of a pair; scores are P(yes) of a yes-no judge, rewards otherwise."""
     guard_ratio: float | None = None
-    """A rejected score is at most this times the chosen one; for a yes-no judge only."""
+    """Largest ratio of the rejected score to the chosen one; for a yes-no judge only."""
     band: tuple[float, float] | None = None
-    """Least and largest difference of the scores, for ``band``; any where absent."""
+    """Least and largest difference of the scores, for the mode ``band``; None: any."""
     temperature: float = 1.0
-    """Rewards are divided by it: above 1 it softens a scorer that is too sure of itself."""
+    """Rewards are divided by it; above 1 it softens an overconfident scorer."""
 
     def __post_init__(self) -> None:
         low, high = self.band or ANY
@@ -70,18 +70,18 @@ class BuildSettings:
 
 @dataclass(frozen=True, slots=True)
 class Different:
-    """The different, non-empty completions of a prompt."""
+    """The distinct, non-empty completions of a prompt."""
 
     of: Group
     candidates: list[Candidate]
     left_out: Counter[str]
-    """Completions that are empty or the same as an earlier one."""
+    """Number of completions that are empty or equal to an earlier one."""
 
 
 def build_pairs(completions: str | Path, settings: BuildSettings, output: Path) -> Stage:
     """Write ``pairs.parquet``, ``dropped.jsonl`` (prompts without a pair, with the reason) and ``metrics.json``.
 
-    Columns: those of a pair table with ``reward_chosen``, ``reward_rejected`` and ``margin``; and the provenance
+    The columns are those of a pair table with ``reward_chosen``, ``reward_rejected`` and ``margin``; the provenance
     ``prompt_id``, ``sample_chosen``, ``sample_rejected``, ``scorer``, ``mode``; for a yes-no judge also
     ``probability_chosen``, ``probability_rejected`` and ``soft_label`` (the sigmoid of the margin).
 
@@ -102,7 +102,7 @@ def build_pairs(completions: str | Path, settings: BuildSettings, output: Path) 
 
 
 def different(group: Group) -> Different:
-    """Leave empty completions out, and those whose text (blanks around it aside) an earlier one has."""
+    """Leave out empty completions, and completions whose stripped text is equal to that of an earlier one."""
     found = Different(group, [], Counter())
     known: set[str] = set()
     for candidate in group.candidates:
@@ -163,7 +163,7 @@ def _work(groups: list[Different], settings: BuildSettings, folder: Path) -> Non
 
 
 def _mean_reward(flat: list[tuple[Different, Candidate]], rewards: np.ndarray) -> Estimate:
-    """Mean reward of the different completions of a prompt, over the prompts that have two or more."""
+    """Mean reward of the distinct completions of a prompt, averaged over the prompts that have two or more."""
     by_prompt: dict[str, list[float]] = {}
     for (group, _), reward in zip(flat, rewards.tolist(), strict=True):
         by_prompt.setdefault(group.of.id, []).append(reward)
@@ -171,7 +171,7 @@ def _mean_reward(flat: list[tuple[Different, Candidate]], rewards: np.ndarray) -
 
 
 def _pairs_of(found: Different, rewards: np.ndarray, settings: BuildSettings) -> tuple[list[dict[str, Any]], int]:
-    """(rows of the pair table, pairs that the guard dropped) of one prompt."""
+    """Return (rows of the pair table, number of pairs that the guard dropped) for one prompt."""
     scores = expit(rewards * settings.temperature) if settings.scorer.probabilities else rewards
     guard = Guard(settings.guard_margin, settings.guard_ratio)
     chosen_pairs, dropped = choose_pairs(scores.tolist(), settings.mode, guard, band=settings.band or ANY)

@@ -1,4 +1,4 @@
-"""What the small verbs do: check data, score pairs, render a report."""
+"""`align data check`: summarize a pair source and list its invalid rows."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from align.io.console import log, out
 
 
 def check_data(source: PairsSection, *, drop_to: Path | None) -> None:
-    """Print a summary of a pair source and its offending rows; with ``drop_to`` write both kinds there.
+    """Print a summary of a pair source and its invalid rows; write valid and invalid rows to ``drop_to`` if given.
 
     Raises:
         DataError: rows are invalid and ``drop_to`` is None, or nothing can be read.
-        ConfigError: ``drop_to`` holds what is read, or is a finished stage.
+        ConfigError: ``drop_to`` contains the source, or is a finished stage.
     """
     from align.data.pairs import FILE, check_pairs, load_pairs, write_pairs
     from align.data.statistics import summarize
@@ -39,7 +39,7 @@ def check_data(source: PairsSection, *, drop_to: Path | None) -> None:
             raise DataError(
                 f"{source.path}: {len(checked.invalid)} rows are invalid, {len(checked.pairs)} are valid",
                 code="data-invalid",
-                hint="mend the rows, or set them aside with --drop-invalid",
+                hint="fix the rows, or set them aside with --drop-invalid",
             )
         return
     keep_source(source.path, [drop_to / FILE])

@@ -1,10 +1,11 @@
-"""What the verbs of `align entangle` do."""
+"""The work of `align entangle report`, `trace` and `check`."""
 
 import json
 import math
 import shlex
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,71 +41,90 @@ MEASUREMENTS = "measurements"
 """Folder of a report's measurements."""
 SUMMARY, PAGE = "summary.json", "report.html"
 MEASURED = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
-"""Columns of tokenized pairs that a measurement is made from."""
+"""Columns of tokenized pairs that a measurement depends on."""
 NAMED = 5
-"""Pairs that a message names."""
+"""Number of pairs that a message names."""
 MATRIX_TOKENS = 64
-"""Of the shorter response, above which a pair is not shown token against token: each costs two passes."""
+"""Longest shorter response of a pair that is shown token against token; each token costs two passes."""
 
 
-def report(
-    source: PairsSection,
-    model: str,
-    output: Path,
-    *,
-    loss: str,
-    parameters: dict[str, float],
-    reference: str | None,
-    parameter_names: str | None,
-    limit: int,
-    shown: int,
-    matrices: int,
-    batch_tokens: int,
-    max_length: int,
-    cluster: ClusterSection | None = None,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class ReportSettings:
+    """Settings of `align entangle report`."""
+
+    model: str
+    """Policy: folder (an adapter's too) or hub id."""
+    loss: str = "dpo"
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    """Parameters of the loss."""
+    reference: str | None = None
+    """Reference model; None: the policy without its adapter."""
+    parameter_names: str | None = None
+    """Regular expression; only trained parameters with a matching name are measured. None: all of them."""
+    limit: int = 256
+    """Pairs to measure."""
+    shown: int = 8
+    """Pairs to show token by token."""
+    matrices: int = 1
+    """Number of the shown pairs that are also shown as a matrix of token against token."""
+    batch_tokens: int = 2048
+    """Padded tokens per batch."""
+    max_length: int = 1024
+    """Tokens of prompt and response together."""
+    cluster: ClusterSection | None = None
+    """The cluster whose workers share the pairs; no result depends on it."""
+
+
+def report(source: PairsSection, settings: ReportSettings, output: Path) -> None:
     """Measure pairs, write ``entanglement.parquet``, ``summary.json`` and ``report.html`` under ``output``.
 
     Raises:
         AlignError: the pairs, the model or the loss cannot be used.
     """
     check_files(output, [SUMMARY, PAGE], own=[MEASUREMENTS])
-    bound = _bound(loss, parameters)
-    pairs = _sample(load_pairs(source), bound, limit, source.path)
-    tokenizer = load_tokenizer(model)
-    policy = load_measured(model)
-    tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
-    settings = _Settings(bound, parameter_names, batch_tokens, max_length, cluster)
-    stage, table = _measure(output / MEASUREMENTS, tokens, model, policy, reference, settings)
+    bound = _bound(settings.loss, settings.parameters)
+    pairs = _sample(load_pairs(source), bound, settings.limit, source.path)
+    policy = load_measured(settings.model)
+    tokens = tokenize_pairs(pairs, load_tokenizer(settings.model), max_length=settings.max_length)
+    job = MeasureJob(settings.model, settings.reference, bound, settings.parameter_names, settings.batch_tokens,
+                     settings.max_length)  # fmt: skip
+    stage, table = _measure(output / MEASUREMENTS, tokens, policy, job, settings.cluster)
     if process_rank() > 0:
         return
     summary = summarize(table)
-    covered = GradientProducts(policy, parameter_names).covered
-    rows = sorted(range(len(table)), key=lambda k: _worst(table[k]))[:shown]
-    page = {
+    covered = GradientProducts(policy, settings.parameter_names).covered
+    page: dict[str, Any] = {
         "run": {
-            "pairs": source.path, "model": model, "loss": loss, "seconds": stage.seconds,
+            "pairs": source.path, "model": settings.model, "loss": settings.loss, "seconds": stage.seconds,
             "command": shlex.join(["align", *sys.argv[1:]]), "parameters": sum(covered.values()),
             "by_rule": covered["rule"], "by_autograd": covered["autograd"],
         },
         "summary": summary,
-        "advice": advice(summary, loss),
-        "pairs": [
-            _coloured(policy, tokenizer, tokens[k], table[k], max_length, matrix=number < matrices)
-            for number, k in enumerate(rows)
-        ],
+        "advice": advice(summary, settings.loss),
+        "pairs": _shown_pairs(policy, tokens, table, settings),
     }  # fmt: skip
     write_json(output / SUMMARY, {key: page[key] for key in ("run", "summary", "advice")})
     write_entanglement_page(output / PAGE, table, page)
-    log.info("%s", page["advice"]["headline"])  # type: ignore[index]
-    log.info("do: %s", page["advice"]["next_step"])  # type: ignore[index]
+    log.info("%s", page["advice"]["headline"])
+    log.info("do: %s", page["advice"]["next_step"])
     log.info("look at it: open %s", output / PAGE)
+
+
+def _shown_pairs(policy: nn.Module, tokens: Dataset, table: Dataset, settings: ReportSettings) -> list[dict[str, Any]]:
+    """The most entangled pairs, token by token."""
+    tokenizer = load_tokenizer(settings.model)
+    rows = sorted(range(len(table)), key=lambda k: _worst(table[k]))[: settings.shown]
+    return [
+        _colored(policy, tokenizer, tokens[k], table[k], settings.max_length, matrix=number < settings.matrices)
+        for number, k in enumerate(rows)
+    ]
 
 
 def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: int | None) -> None:
     """Measure the saved checkpoints of one method of a run; write ``trace-<method>/`` with JSON, tables and a page.
 
-    The loss, its parameters, the reference and, where ``max_length`` is None, the length are those of the training.
+    The loss, its parameters and the reference are those of the training, and so is the length if ``max_length`` is
+    None.
 
     Raises:
         AlignError: no such training, no checkpoint, or a loss that has no verdict for one pair.
@@ -115,7 +135,7 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
         trained = ", ".join(sorted(path.name.removeprefix("train-") for path in run.glob("train-*"))) or "none"
         raise DataError(f"{training}: no finished training (methods here: {trained})", code="trace-missing")
     inputs = manifest["inputs"]
-    parameters = inputs.get("trust", {}) | inputs["loss"]["parameters"]  # trust: what the run measured on the pairs
+    parameters = inputs.get("trust", {}) | inputs["loss"]["parameters"]  # trust: parameters that the run measured
     checkpoints, bound = checkpoints_of(training), _bound(inputs["loss"]["loss"], parameters)
     base = inputs["settings"]["model"]
     length = max_length or inputs["settings"]["trainer"].get("max_length") or MAX_LENGTH
@@ -123,12 +143,11 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     every = load_pairs(PairsSection(path=str(table))) if table.is_file() else read_pairs(table)
     pairs = _sample(every, bound, limit, str(run))
     tokens = tokenize_pairs(pairs, load_tokenizer(base), max_length=length)
-    settings = _Settings(bound, None, batch_tokens, length)
     output, tables = run / f"trace-{method}", []
     for step, folder in checkpoints:
         reference = None if is_adapter(folder) and not is_adapter(base) else base
-        name = output / f"step-{step:06d}"
-        tables.append(_measure(name, tokens, str(folder), load_measured(str(folder)), reference, settings)[1])
+        job = MeasureJob(str(folder), reference, bound, None, batch_tokens, length)
+        tables.append(_measure(output / f"step-{step:06d}", tokens, load_measured(str(folder)), job)[1])
     if process_rank() > 0:
         return
     found = trajectory([step for step, _ in checkpoints], tables)
@@ -155,7 +174,9 @@ def check(
     limit: int,
     max_length: int,
 ) -> None:
-    """Take real steps and compare; write ``check.json``. Half of the pairs are trained on, all are predicted.
+    """Compare predicted changes with those of real optimizer steps; write ``check.json``.
+
+    The steps train on half of the pairs; the changes of all pairs are predicted.
 
     Raises:
         AlignError: the pairs, the model or the loss cannot be used.
@@ -180,8 +201,8 @@ def check(
     log.info("check: %s", output / "check.json")
 
 
-def _bound(loss: str, parameters: dict[str, float]) -> BoundLoss:
-    bound = resolve(loss, parameters)
+def _bound(loss: str, parameters: Mapping[str, float]) -> BoundLoss:
+    bound = resolve(loss, dict(parameters))
     if bound.spec.coupled:
         raise ConfigError(
             f"--loss {loss}: its beta is a statistic of each training batch, so a pair alone has no verdict",
@@ -192,20 +213,8 @@ def _bound(loss: str, parameters: dict[str, float]) -> BoundLoss:
 
 
 @dataclass(frozen=True, slots=True)
-class _Settings:
-    """What a measurement depends on besides the model and the pairs' tokens."""
-
-    loss: BoundLoss
-    parameters: str | None
-    batch_tokens: int
-    max_length: int
-    cluster: ClusterSection | None = None
-    """Whose workers share the pairs; no result depends on it."""
-
-
-@dataclass(frozen=True, slots=True)
 class _Loaded:
-    """The job in this process, which has loaded the policy for the page as well."""
+    """The job in this process, with the policy that is already loaded for the page."""
 
     policy: nn.Module
     job: MeasureJob
@@ -215,27 +224,25 @@ class _Loaded:
 
 
 def _measure(
-    folder: Path, tokens: Dataset, model: str, policy: nn.Module, reference: str | None, settings: _Settings
+    folder: Path, tokens: Dataset, policy: nn.Module, job: MeasureJob, cluster: ClusterSection | None = None
 ) -> tuple[Stage, Dataset]:
-    """The stage that measures one model on tokenized pairs, and its table."""
+    """Run the stage that measures one model on tokenized pairs; return it and its table."""
     read = [name for name in MEASURED if name in tokens.column_names]
     inputs = {
         "pairs": [str(row["id"]) for row in tokens],
         "content": fingerprint(tokens.select_columns(read)),
-        "model": fingerprint_model(model),
-        "reference": None if reference is None else fingerprint_model(reference),
-        "loss": settings.loss.spec.name,
-        "loss_parameters": dict(settings.loss.parameters),
-        "parameters": settings.parameters,
-        "max_length": settings.max_length,
+        "model": fingerprint_model(job.model),
+        "reference": None if job.reference is None else fingerprint_model(job.reference),
+        "loss": job.loss.spec.name,
+        "loss_parameters": dict(job.loss.parameters),
+        "parameters": job.parameters,
+        "max_length": job.max_length,
     }
-
-    job = MeasureJob(model, reference, settings.loss, settings.parameters, settings.batch_tokens, settings.max_length)
 
     def work(partial: Path) -> None:
         parts = partial / "parts"
-        here = job if settings.cluster is not None else _Loaded(policy, job)
-        made = map_shards(tokens, here, parts, size=SHARD, what="entanglement", cluster=settings.cluster, together=True)
+        here = job if cluster is not None else _Loaded(policy, job)
+        made = map_shards(tokens, here, parts, size=SHARD, what="entanglement", cluster=cluster, together=True)
         if process_rank() == 0:
             made.whole().to_parquet(str(partial / TABLE))
 
@@ -244,7 +251,7 @@ def _measure(
 
 
 def _sample(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset:
-    """The first ``limit`` pairs in an order that does not depend on the file's."""
+    """The first ``limit`` pairs by id, so that the sample does not depend on the order of the file."""
     lacking = missing_values(pairs, "margin") if "margin" in pairs.column_names else range(len(pairs))
     if loss.spec.needs_margin and len(lacking):
         first = ", ".join(str(pairs[int(place)]["id"]) for place in lacking[:NAMED])
@@ -259,15 +266,15 @@ def _sample(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset
 
 
 def _worst(row: dict[str, Any]) -> tuple[bool, float]:
-    """Entangled pairs first, then those with the least slack."""
+    """Sort key: entangled pairs first, then pairs with the least slack."""
     slack = row["slack"]
     return (not row["entangled"], float("inf") if slack is None or math.isnan(slack) else slack)
 
 
-def _coloured(
+def _colored(
     model: nn.Module, tokenizer: Any, tokens: dict[str, Any], row: dict[str, Any], limit: int, *, matrix: bool
 ) -> dict[str, Any]:
-    """A pair as text coloured by the products of its tokens; with ``matrix`` also each token against each."""
+    """A pair as text colored by the products of its tokens; with ``matrix`` also the products of every two tokens."""
     batch = collate([tokens], tokenizer.pad_token_id, max_length=limit)
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}

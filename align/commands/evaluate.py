@@ -1,11 +1,11 @@
-"""What `align eval reward`, `compare` and `frontier` do. Each adds its part to OUTPUT/report.json and its page."""
+"""The work of `align eval reward`, `compare` and `frontier`: each adds its part to OUTPUT/report.json and its page."""
 
 import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import numpy as np
 
 from align.commands.evaluation_tables import (
     COMPLETIONS,
-    Decoding,
     Written,
     judge_pairs,
     measure_kl,
@@ -21,11 +20,12 @@ from align.commands.evaluation_tables import (
     score,
     write_completions,
 )
+from align.config import ClusterSection
 from align.errors import ConfigError, DataError
+from align.evaluation.compare_policies import PolicySamples, compare_policies, first_samples, kl_statistics
 from align.evaluation.policies import REFERENCE, Policy, checkpoints, find_reference, parse_policies
-from align.evaluation.rewards import gain_per_root_kl, reward_differences
-from align.evaluation.text_statistics import Texts, changed, text_statistics
-from align.evaluation.winrate import win_rate
+from align.evaluation.text_statistics import Texts
+from align.generation.types import Sampling
 from align.io.console import log, out
 from align.io.files import read_json, write_json
 from align.io.stage import check_files
@@ -35,76 +35,87 @@ from reward_models.pairwise_judges import ByScore, make_pairwise, make_score_jud
 REPORT = "report.json"
 PAGE = "report.html"
 PARTS = frozenset({"reward", "comparisons", "frontier"})
-"""Of an evaluation's report."""
+"""Keys of an evaluation's report."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What every evaluation of policies shares."""
+    """Settings that every evaluation of policies shares.
+
+    Raises:
+        ConfigError: the engine is a server.
+    """
 
     prompts: str
     output: Path
     judge: str
-    decoding: Decoding
+    sampling: Sampling
+    """With n = 1 and top-p 1, so that every completion has a KL."""
     limit: int | None
-    """Prompts to use; None: all of them."""
+    """Number of prompts to use; None: all of them."""
     shown: int
-    """Prompts whose completions are shown on the page."""
+    """Number of prompts whose completions are shown on the page."""
     max_length: int | None = None
     """Tokens that a reward model or an ``llm:`` judge reads; None: 1024."""
+    cluster: ClusterSection | None = None
+    """The cluster whose workers share the prompts; no result depends on it."""
+
+    def __post_init__(self) -> None:
+        if self.sampling.engine == "server":
+            raise ConfigError(
+                "--engine server: found a server, expected auto, vllm or transformers",
+                code="engine-option",
+                hint="policies are read from their folders here, because KL and checkpoints need their weights",
+            )
 
 
 def reward(items: Sequence[str], reference: str | None, settings: Settings) -> None:
-    """Gold reward of policies on held-out prompts, gains over the reference, KL, gain per sqrt(2 KL), texts.
+    """Measure rewards of policies on held-out prompts, gains over the reference, KL, gain per sqrt(2 KL), texts.
 
     Args:
         items: policies, ``NAME=FOLDER`` or ``FOLDER``.
-        reference: what gains and KL are counted from; None: what the policies' adapters were trained on.
-        settings: prompts, judge, decoding.
+        reference: what gains and KL are counted from; None: the model that the policies' adapters were trained on.
+        settings: prompts, judge, sampling.
 
     Raises:
         AlignError: a policy, the prompts or the judge cannot be used.
     """
     policies = parse_policies(items)
     origin = find_reference(policies, reference)
-    started = _start(settings, [origin, *policies])
+    everyone = [origin, *policies]
+    started = _start(settings, everyone)
     prompts = read_prompts(settings.prompts, settings.limit)
     judge = make_score_judge(settings.judge, settings.max_length)
-    written = {
-        policy.name: write_completions(policy, prompts, settings.decoding, settings.output)
-        for policy in (origin, *policies)
-    }
-    kls = {name: _kl(found, origin, settings.output) for name, found in written.items()}
+    written = {policy.name: _write(policy, prompts, settings) for policy in everyone}
+    log_ratios = {name: _log_ratios(found, origin, settings) for name, found in written.items()}
     rewards = {name: score(found, judge, settings.output, settings.max_length) for name, found in written.items()}
-    seed = settings.decoding.seed
-    section = reward_differences(rewards, baseline=REFERENCE, seed=seed)
-    texts = text_statistics({n: _texts(w) for n, w in written.items()}, baseline=REFERENCE, seed=seed)
-    for name, values in section["policies"].items():
-        kl = kls[name]
-        ratio = None
-        if kl is not None and settings.decoding.temperature == 1:  # else gain and KL are counted from two origins
-            ratio = gain_per_root_kl(rewards[name] - rewards[REFERENCE], kl, seed=seed)
-        values["kl"] = None if kl is None else bootstrap_mean(kl, seed=seed).to_dict()
-        values["gain_per_root_kl"] = ratio and ratio.to_dict()
-        values["texts"] = texts[name]
-    section |= {"changed": changed(texts), "run": _run(settings, [origin, *policies], len(prompts), started)}
-    section["samples"] = _samples(written, rewards, settings.shown)
-    _publish(settings.output, {"reward": section})
-    out.print_json(json.dumps({key: value for key, value in section.items() if key != "samples"}))
-    for name, values in section["policies"].items():
-        gain = f", gain {interval(values['gain'])}" if values["gain"] else ""
-        kl_said = f", KL {interval(values['kl'])} nats" if values["kl"] else ""
-        log.info("%s: reward %s%s%s", name, interval(values["reward"]), gain, kl_said)
+    samples = {
+        name: PolicySamples(rewards[name], log_ratios[name], _texts(found), settings.sampling.temperature)
+        for name, found in written.items()
+    }
+    found = compare_policies(samples, baseline=REFERENCE, seed=settings.sampling.seed)
+    section = {
+        "policies": {name: numbers | {"texts": found.texts[name]} for name, numbers in found.policies.items()},
+        "comparisons": found.differences,
+        "changed": found.changes,
+        "run": _run(settings, everyone, len(prompts), started),
+        "samples": _samples(written, rewards, settings.shown),
+    }
+    _publish(settings.output, {"reward": section}, section)
+    for name, numbers in found.policies.items():
+        gain = f", gain {interval(numbers['gain'])}" if numbers["gain"] else ""
+        kl = f", KL {interval(numbers['kl'])} nats" if numbers["kl"] else ""
+        log.info("%s: reward %s%s%s", name, interval(numbers["reward"]), gain, kl)
     _finish(settings.output)
 
 
 def write_comparison(first: str, second: str, settings: Settings) -> None:
-    """Head-to-head win rate of two policies under a judge that is asked in both orders.
+    """Measure the win rate of policy A over policy B under a judge that is asked in both orders.
 
     Args:
         first: policy A, ``NAME=FOLDER`` or ``FOLDER``.
         second: policy B.
-        settings: prompts, judge, decoding.
+        settings: prompts, judge, sampling.
 
     Raises:
         AlignError: a policy, the prompts or the judge cannot be used.
@@ -113,33 +124,31 @@ def write_comparison(first: str, second: str, settings: Settings) -> None:
     started = _start(settings, [a, b])
     prompts = read_prompts(settings.prompts, settings.limit)
     judge = make_pairwise(settings.judge, settings.max_length)
-    ours, theirs = (write_completions(policy, prompts, settings.decoding, settings.output) for policy in (a, b))
-    shown_first, shown_second = judge_pairs(ours, theirs, judge, settings.output, settings.max_length)
-    lengths = ([len(text) for text in written.table["text"]] for written in (ours, theirs))
-    seed = settings.decoding.seed
-    result = win_rate(shown_first, shown_second, *lengths, seed=seed)
-    written = {a.name: ours, b.name: theirs}
-    texts = text_statistics({n: _texts(w) for n, w in written.items()}, baseline=b.name, seed=seed)
-    outcome = (shown_first + shown_second) / 2
+    written = {policy.name: _write(policy, prompts, settings) for policy in (a, b)}
+    preferences = judge_pairs(written[a.name], written[b.name], judge, settings.output, settings.max_length)
+    texts = {name: PolicySamples(texts=_texts(found)) for name, found in written.items()}
+    found = compare_policies(texts, baseline=b.name, seed=settings.sampling.seed, preferences=preferences)
+    assert found.win_rate is not None
     samples = _samples(written, {}, settings.shown)
-    for sample, value in zip(samples, outcome, strict=False):
+    for sample, value in zip(samples, (preferences[0] + preferences[1]) / 2, strict=False):
         sample["preference"] = float(value)
     section = {
         "a": a.name,
         "b": b.name,
         "judge": judge.name,
         "both_orders": not isinstance(judge, ByScore),
-        "win_rate": result.to_dict(),
-        "texts": texts,
-        "changed": changed(texts),
+        "win_rate": found.win_rate.to_dict(),
+        "texts": found.texts,
+        "changed": found.changes,
         "run": _run(settings, [a, b], len(prompts), started),
         "samples": samples,
     }
-    _publish(settings.output, {"comparisons": {f"{a.name} against {b.name}, {judge.name}": section}})
-    out.print_json(json.dumps({key: value for key, value in section.items() if key != "samples"}))
-    controlled = section["win_rate"]["length_controlled"]  # type: ignore[index]
-    said = f"; at equal lengths {interval(controlled['rate'])}" if controlled else "; lengths cannot be told apart"
-    log.info("%s wins %s against %s%s", a.name, interval(result.rate.to_dict()), b.name, said)
+    _publish(settings.output, {"comparisons": {f"{a.name} against {b.name}, {judge.name}": section}}, section)
+    controlled = found.win_rate.length_controlled
+    equal = "lengths cannot be controlled for"
+    if controlled is not None:
+        equal = f"at equal lengths {interval(controlled.rate.to_dict())}"
+    log.info("%s wins %s against %s; %s", a.name, interval(found.win_rate.rate.to_dict()), b.name, equal)
     _finish(settings.output)
 
 
@@ -150,14 +159,14 @@ def frontier(
     trained: Sequence[str],
     settings: Settings,
 ) -> None:
-    """Gold reward against KL to the reference, over decoding temperatures and over training checkpoints.
+    """Measure reward against KL to the reference, over sampling temperatures and over training checkpoints.
 
     Args:
-        items: policies, decoded at every temperature.
-        reference: as in ``reward``; decoded at every temperature too.
-        temperatures: of the decoding; the reference of rewards and KL is always at temperature 1.
-        trained: ``NAME=FOLDER`` of folders with ``checkpoint-<step>``; each is decoded at temperature 1.
-        settings: prompts, judge, decoding.
+        items: policies, sampled at every temperature.
+        reference: as in ``reward``; sampled at every temperature too.
+        temperatures: sampling temperatures; gains and KL are counted from the reference at temperature 1.
+        trained: ``NAME=FOLDER`` of folders with ``checkpoint-<step>``; each is sampled at temperature 1.
+        settings: prompts, judge, sampling.
 
     Raises:
         AlignError: a policy, the prompts or the judge cannot be used.
@@ -172,18 +181,18 @@ def frontier(
     heats = list(dict.fromkeys(temperatures))
     jobs += [(policy, heat, None) for policy in (origin, *policies) for heat in heats if policy != origin or heat != 1]
     jobs += [(policy, 1.0, step) for step, policy in steps]
-    base = None
+    base: PolicySamples | None = None
     points = []
     for policy, heat, step in jobs:
-        decoding = replace(settings.decoding, temperature=heat)
-        written = write_completions(policy, prompts, decoding, settings.output)
-        kl = _kl(written, origin, settings.output)
+        written = _write(policy, prompts, settings, heat)
+        log_ratios = _log_ratios(written, origin, settings)
         rewards = score(written, judge, settings.output, settings.max_length)
-        base = rewards if base is None else base
-        points.append(_point(policy.name, heat, step, rewards, base, kl, settings.decoding.seed))
+        samples = PolicySamples(rewards, log_ratios, temperature=heat)
+        base = samples if base is None else base
+        named = {"policy": policy.name, "temperature": heat, "step": step}
+        points.append(named | _point(samples, base, settings.sampling.seed))
     section = {"points": points, "run": _run(settings, [origin, *policies], len(prompts), started)}
-    _publish(settings.output, {"frontier": section})
-    out.print_json(json.dumps(section))
+    _publish(settings.output, {"frontier": section}, section)
     _finish(settings.output)
 
 
@@ -211,32 +220,26 @@ def page(output: Path) -> None:
     log.info("look at it: open %s", output / PAGE)
 
 
-def _point(
-    name: str,
-    temperature: float,
-    step: int | None,
-    rewards: np.ndarray,
-    base: np.ndarray,
-    kl: np.ndarray | None,
-    seed: int,
-) -> dict[str, Any]:
-    ratio = None if kl is None else gain_per_root_kl(rewards - base, kl, seed=seed)
+def _point(samples: PolicySamples, base: PolicySamples, seed: int) -> dict[str, Any]:
+    """Reward, gain over the first point, KL and gain per sqrt(2 KL) of one point of the frontier."""
+    assert samples.rewards is not None and base.rewards is not None
     return {
-        "policy": name,
-        "temperature": temperature,
-        "step": step,
-        "reward": bootstrap_mean(rewards, seed=seed).to_dict(),
-        "gain": bootstrap_mean(rewards - base, seed=seed).to_dict(),
-        "kl": None if kl is None else bootstrap_mean(kl, seed=seed).to_dict(),
-        "gain_per_root_kl": ratio and ratio.to_dict(),
-    }
+        "reward": bootstrap_mean(samples.rewards, seed=seed).to_dict(),
+        "gain": bootstrap_mean(samples.rewards - base.rewards, seed=seed).to_dict(),
+    } | kl_statistics(samples, base, seed=seed)
 
 
-def _kl(written: Written, origin: Policy, output: Path) -> np.ndarray | None:
-    """None for the reference at temperature 1, which is at no distance from itself."""
-    if written.policy.model == origin.model and written.decoding.temperature == 1:
+def _write(policy: Policy, prompts: Sequence[Any], settings: Settings, temperature: float | None = None) -> Written:
+    """The completions of a policy, at the temperature of the settings by default."""
+    sampling = settings.sampling if temperature is None else replace(settings.sampling, temperature=temperature)
+    return write_completions(policy, prompts, sampling, settings.output, settings.cluster)
+
+
+def _log_ratios(written: Written, origin: Policy, settings: Settings) -> np.ndarray | None:
+    """log policy - log reference of each completion, [N]; None for the reference at temperature 1, whose KL is 0."""
+    if written.policy.model == origin.model and written.sampling.temperature == 1:
         return None
-    return measure_kl(written, origin, output)
+    return measure_kl(written, origin, settings.output, settings.cluster)
 
 
 def _texts(written: Written) -> Texts:
@@ -244,41 +247,37 @@ def _texts(written: Written) -> Texts:
     return Texts(written.table["text"], tokens, written.table["finished"])
 
 
-def _samples(written: dict[str, Written], rewards: dict[str, np.ndarray], shown: int) -> list[dict[str, Any]]:
-    """The first prompts with what every policy wrote."""
+def _samples(written: Mapping[str, Written], rewards: Mapping[str, np.ndarray], shown: int) -> list[dict[str, Any]]:
     prompts = next(iter(written.values())).prompts
-    texts = {name: found.table["text"] for name, found in written.items()}
-    return [
-        {
-            "prompt": prompts[k],
-            "completions": {
-                name: {"text": text[k], "reward": float(rewards[name][k]) if name in rewards else None}
-                for name, text in texts.items()
-            },
-        }
-        for k in range(min(shown, len(prompts)))
-    ]
+    return first_samples(prompts, {name: found.table["text"] for name, found in written.items()}, rewards, shown)
 
 
 def _run(settings: Settings, policies: Sequence[Policy], prompts: int, started: float) -> dict[str, Any]:
-    """How a part of the report was made."""
+    """Command, settings and duration of a part of the report."""
+    sampling = settings.sampling
     return {
         "command": shlex.join(["align", *sys.argv[1:]]),
         "prompts": str(settings.prompts),
         "n_prompts": prompts,
         "judge": settings.judge,
         "policies": {policy.name: policy.model for policy in policies},
-        "decoding": {name: value for name, value in asdict(settings.decoding).items() if name != "cluster"},
+        "decoding": {
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "seed": sampling.seed,
+            "batch_size": sampling.batch_size,
+            "engine": sampling.engine,
+        },
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
 def _start(settings: Settings, policies: Sequence[Policy]) -> float:
-    """Say what will be done, look whether it can be written; the time.
+    """Log what is evaluated and check that the output can be written; return the start time.
 
     Raises:
         ConfigError: the output is a file, or holds a report or a page of something else.
-        DataError: a report.json lies there that is none.
+        DataError: its report.json is not a report.
     """
     if settings.output.is_file():
         raise ConfigError(
@@ -296,8 +295,8 @@ def _start(settings: Settings, policies: Sequence[Policy]) -> float:
     return time.monotonic()
 
 
-def _publish(output: Path, part: dict[str, Any]) -> None:
-    """Put a part into the report, beside what other commands left there, and render the page."""
+def _publish(output: Path, part: dict[str, Any], section: dict[str, Any]) -> None:
+    """Add a part to the report of all commands, render the page, and print the part's section without its samples."""
     from align.reports.comparison_page import write_comparison_page
 
     file = output / REPORT
@@ -306,13 +305,14 @@ def _publish(output: Path, part: dict[str, Any]) -> None:
         part = {"comparisons": report.get("comparisons", {}) | part["comparisons"]}
     write_json(file, report | part)
     write_comparison_page(output / PAGE, report | part)
+    out.print_json(json.dumps({key: value for key, value in section.items() if key != "samples"}))
 
 
 def _read_report(output: Path) -> dict[str, Any]:
-    """OUTPUT/report.json.
+    """The report in OUTPUT/report.json.
 
     Raises:
-        DataError: it is not JSON, or no object.
+        DataError: the file is not JSON, or not an object.
     """
     try:
         report = read_json(output / REPORT)

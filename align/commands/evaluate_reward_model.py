@@ -16,11 +16,11 @@ from align.data.readers import read_source
 from align.data.splits import clusters_of
 from align.errors import ConfigError
 from align.evaluation.reward_model import reward_model_metrics
-from align.evaluation.reward_pairs import findings_said, pair_findings
+from align.evaluation.reward_pairs import finding_sentences, pair_findings
 from align.evaluation.rewardbench import is_plain
 from align.io.console import log, out
 from align.io.files import write_json
-from align.io.stage import check_files, run_stage
+from align.io.stage import Stage, check_files, run_stage
 from align.models.folders import fingerprint_model
 from align.sharding.jobs import read_table
 from align.sharding.shards import in_parts
@@ -28,12 +28,12 @@ from reward_models.length_bias import word_difference
 from reward_models.score import REWARDS
 
 PART = 256
-"""Pairs per part; a stopped scoring makes at most one of them again."""
+"""Pairs per shard; a stopped scoring repeats at most one shard."""
 REPORT = "reward_model.json"
 PAGE = "reward_model.html"
 SCORES = "scores.parquet"
 SCORED = "pair-scores"
-"""Folder below the output; `align eval reward` has its own in ``scores``."""
+"""Folder below the output; `align eval reward` uses ``scores``."""
 
 
 def evaluate(
@@ -50,14 +50,14 @@ def evaluate(
     """Score pairs, write ``reward_model.json`` and ``reward_model.html`` into ``output``, print the numbers as JSON.
 
     Args:
-        source: pairs; a ``subset`` column counts as ``group`` where there is none.
+        source: pairs; a ``subset`` column is used as ``group`` if there is no ``group``.
         model: reward model, folder or hub id.
         output: folder to write into.
-        chat: plain pairs as messages; None: where they are in RewardBench's format and the model has a chat template.
+        chat: read plain pairs as messages; None: if they are in RewardBench's format and the model has a chat template.
         batch_tokens: padded tokens per batch.
-        max_length: tokens per text; longer ones are cut from the right.
-        seed: of the intervals.
-        trained_on: the pairs that the model was trained on; distances to them are measured where given.
+        max_length: tokens per text; longer texts are truncated on the right.
+        seed: seed of the intervals.
+        trained_on: the model's training pairs; if given, the distances of the pairs to them are measured.
 
     Raises:
         AlignError: the pairs or the model cannot be used.
@@ -66,10 +66,26 @@ def evaluate(
     pairs, chat = _load(source, model, chat)
     log.info("scoring %d pairs of %s with %s%s -> %s", len(pairs), source.path, model,
              " as chat" if chat else "", output)  # fmt: skip
+    stage = _score(pairs, model, output / SCORED, batch_tokens=batch_tokens, max_length=max_length)
+    scores = read_table(stage.folder / SCORES)
+    chosen, rejected = (np.asarray(scores[column]) for column in ("reward_chosen", "reward_rejected"))
+    clusters, far = clusters_of(pairs), _distances(pairs, model, trained_on, output)
+    found = reward_model_metrics(chosen, rejected, _groups(pairs), seed=seed, clusters=clusters)
+    found |= pair_findings(pairs, chosen - rejected, distances=far, seed=seed, clusters=clusters)
+    found["said"] += finding_sentences(found)
+    found["run"] = {
+        "command": shlex.join(["align", *sys.argv[1:]]), "pairs": source.path, "model": model, "chat": chat,
+        "seed": seed, "seconds": round(stage.seconds, 1),
+    }  # fmt: skip
+    _publish(found, pairs, chosen - rejected, output)
+
+
+def _score(pairs: Dataset, model: str, folder: Path, *, batch_tokens: int, max_length: int) -> Stage:
+    """The stage that scores the pairs into ``SCORES``."""
     inputs = {"pairs": fingerprint(pairs), "model": fingerprint_model(model), "max_length": max_length, "part": PART}
     inputs["revision"] = REWARDS
 
-    def work(folder: Path) -> None:
+    def work(partial: Path) -> None:
         from reward_models.ensemble import EnsembleScorer
 
         scorer = EnsembleScorer(model, batch_tokens=batch_tokens, max_length=max_length)
@@ -78,33 +94,31 @@ def evaluate(
             scored = scorer.score_pairs(pairs.select(rows))
             return scored.select_columns(["id", "reward_chosen", "reward_rejected"])
 
-        in_parts(len(pairs), PART, folder / "parts", part, what="scoring").to_parquet(str(folder / SCORES))
-        shutil.rmtree(folder / "parts")
+        in_parts(len(pairs), PART, partial / "parts", part, what="scoring").to_parquet(str(partial / SCORES))
+        shutil.rmtree(partial / "parts")
 
-    stage = run_stage("scores", output / SCORED, inputs, work)
-    scores = read_table(stage.folder / SCORES)
-    groups = [str(group) for group in pairs["group"]] if "group" in pairs.column_names else None
-    chosen, rejected = (np.asarray(scores[column]) for column in ("reward_chosen", "reward_rejected"))
-    clusters, far = clusters_of(pairs), _distances(pairs, model, trained_on, output)
-    found = reward_model_metrics(chosen, rejected, groups, seed=seed, clusters=clusters)
-    found |= pair_findings(pairs, chosen - rejected, distances=far, seed=seed, clusters=clusters)
-    found["said"] += findings_said(found)
-    found["run"] = {
-        "command": shlex.join(["align", *sys.argv[1:]]), "pairs": source.path, "model": model, "chat": chat,
-        "seed": seed, "seconds": round(stage.seconds, 1),
-    }  # fmt: skip
-    write_json(output / REPORT, found | {"margins": (chosen - rejected).tolist()})
+    return run_stage("scores", folder, inputs, work)
+
+
+def _publish(found: dict[str, Any], pairs: Dataset, margins: np.ndarray, output: Path) -> None:
+    """Write the report and its page, print the numbers, log the first sentence."""
     from align.reports.reward_model_page import write_reward_model_page
 
-    write_reward_model_page(output / PAGE, found, chosen - rejected, groups=groups, words=word_difference(pairs))
+    write_json(output / REPORT, found | {"margins": margins.tolist()})
+    write_reward_model_page(output / PAGE, found, margins, groups=_groups(pairs), words=word_difference(pairs))
     texts = {"disagreements", "ood"}
     out.print_json(json.dumps({name: value for name, value in found.items() if name not in texts}))
     log.info("%s", found["said"][0])
     log.info("numbers: %s; look at it: open %s", output / REPORT, output / PAGE)
 
 
+def _groups(pairs: Dataset) -> list[str] | None:
+    return [str(group) for group in pairs["group"]] if "group" in pairs.column_names else None
+
+
 def _distances(pairs: Dataset, model: str, trained_on: str | None, output: Path) -> tuple[np.ndarray, float] | None:
-    """Distance [N] of each pair to the training pairs, and that of 99% of those held back; kept below ``output``."""
+    """Distance [N] of each pair to the training pairs, and the 99% quantile of held-out training pairs; None without
+    training pairs. Features are cached below ``output``."""
     if trained_on is None:
         return None
     from align.filtering.score_columns import distances
@@ -121,7 +135,7 @@ def _distances(pairs: Dataset, model: str, trained_on: str | None, output: Path)
 
 
 def _load(source: PairsSection, model: str, chat: bool | None) -> tuple[Dataset, bool]:
-    """The pairs with ``group``, as messages where wanted; and whether they were turned into messages."""
+    """Load the pairs with their ``group``, as messages if asked; return whether they were turned into messages."""
     rows, columns = read_source(source)
     plain = is_plain(sorted(columns), next((row.values for row in rows if not row.unreadable), {}))
     if "group" not in columns and "subset" in columns:

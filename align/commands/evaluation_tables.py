@@ -1,7 +1,7 @@
-"""What each policy writes for each prompt, how probable it is, what a judge gives it: tables that are made once.
+"""Tables of an evaluation: completions of each policy, their log-probs, a judge's scores and preferences.
 
-Each is a stage in a folder of its own under the output, named after the policy and what it was made from, so that
-another verb, another judge or the same command again finds it:
+Each table is a stage with its own folder under the output. The folder is named after the policy and the stage key, so
+that another verb, another judge or a repeated command reuses it:
 
     OUTPUT/completions/<policy>-<digits>/completions.parquet   prompt, text, token_ids, finished
     OUTPUT/log-probs/<policy>-<digits>/log-probs.parquet       logp_policy, logp_reference
@@ -12,7 +12,7 @@ another verb, another judge or the same command again finds it:
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from datasets import Dataset, List, Value
 
 from align.config import ClusterSection
 from align.data.prompts import load_prompts
-from align.errors import ConfigError, DataError, ModelError
+from align.errors import DataError, ModelError
 from align.evaluation.policies import Policy
-from align.generation.engines import EngineName, choose_engine, make_engine
-from align.generation.types import SAMPLING, Sampling, keyed_prompts
+from align.generation.engines import choose_engine
+from align.generation.sampling_job import KL_BATCH_TOKENS, SamplingJob, completions_of, sample_prompts
+from align.generation.types import SAMPLING, Sampling, as_completion
 from align.io.hashing import digest
 from align.io.stage import run_stage
 from align.models.folders import adapter_base, fingerprint_model
@@ -35,40 +36,10 @@ from reward_models.judges import Judge
 from reward_models.pairwise_judges import ByScore, PairwiseJudge, from_scores, judge_key
 
 PART = 64
-"""Prompts per part; a stopped evaluation makes at most one of them again."""
+"""Prompts per shard; a stopped evaluation repeats at most one shard."""
 KEY_DIGITS = 8
 COMPLETIONS = "completions"
-KL_BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Decoding:
-    """How completions are sampled. The whole distribution is sampled from (top_p 1): anything else has no KL.
-
-    Raises:
-        ConfigError: the engine is a server.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    seed: int
-    batch_size: int
-    """Rows per forward pass of the transformers engine; the completions do not depend on it."""
-    engine: EngineName = "auto"
-    cluster: ClusterSection | None = None
-    """Whose workers share the prompts; no result depends on it."""
-
-    def __post_init__(self) -> None:
-        if self.engine == "server":
-            raise ConfigError(
-                "--engine server: found a server, expected auto, vllm or transformers",
-                code="engine-option",
-                hint="policies are read from their folders here, because KL and checkpoints need their weights",
-            )
-
-    def sampling(self) -> Sampling:
-        """One completion per prompt."""
-        return Sampling(self.max_new_tokens, self.temperature, 1.0, n=1, seed=self.seed)
+PARTS = "parts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,26 +48,22 @@ class Written:
 
     policy: Policy
     prompts: Sequence[Any]
-    decoding: Decoding
+    sampling: Sampling
     table: Dataset
     """``prompt`` (messages as JSON), ``text``, ``token_ids``, ``finished``."""
     key: str
-    """sha256 of everything that the table was made from."""
+    """Stage key of the table: sha256 of everything that it was made from."""
 
     def answers(self) -> list[Any]:
-        """The completions in the format of their prompts: text, or one assistant message."""
-        texts = self.table["text"]
-        return [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(self.prompts, texts, strict=True)
-        ]
+        """The completions in the form of their prompts: text, or one assistant message."""
+        return [as_completion(prompt, text) for prompt, text in zip(self.prompts, self.table["text"], strict=True)]
 
 
 def read_prompts(path: str, limit: int | None) -> list[Any]:
-    """The first ``limit`` prompts of a file, a folder of Parquet files or a pattern, on a disk or in an object store.
+    """The first ``limit`` prompts of a file, a folder of Parquet files or a pattern, local or in an object store.
 
     Raises:
-        DataError: the file is missing, wrong or empty.
+        DataError: the file is missing, malformed or empty.
     """
     prompts = load_prompts(path)[:limit]
     if not prompts:
@@ -104,60 +71,83 @@ def read_prompts(path: str, limit: int | None) -> list[Any]:
     return prompts
 
 
-def write_completions(policy: Policy, prompts: Sequence[Any], decoding: Decoding, output: Path) -> Written:
-    """One completion of each prompt by a policy.
+def write_completions(
+    policy: Policy, prompts: Sequence[Any], sampling: Sampling, output: Path, cluster: ClusterSection | None = None
+) -> Written:
+    """Sample one completion of each prompt by a policy.
+
+    Args:
+        policy: the model.
+        prompts: N prompts, text or messages.
+        sampling: with n = 1 and top-p 1; tokens outside a nucleus have no log-probability, so there would be no KL.
+        output: folder of the evaluation.
+        cluster: the cluster whose workers share the prompts; no result depends on it.
 
     Raises:
         ModelError: the policy cannot be loaded, or has no chat template for messages.
+        ValueError: another n or top-p.
     """
-    engine = choose_engine(decoding.engine)[0]
+    if sampling.n != 1 or sampling.top_p != 1:
+        raise ValueError(f"expected n = 1 and top_p = 1, got n = {sampling.n} and top_p = {sampling.top_p}")
+    engine = choose_engine(sampling.engine)[0]
     inputs = {
         "prompts": digest(list(prompts)),
         "model": _fingerprint(policy.model),
-        "sampling": asdict(decoding.sampling()),
+        "sampling": sampling.made_from(),
         "engine": engine,
         "part": PART,
         "revision": SAMPLING,
     }
 
-    job = CompletionJob(policy.model, replace(decoding, engine=engine, cluster=None))
+    job = SamplingJob(policy.model, replace(sampling, engine=engine))
 
     def work(parts: Path) -> Dataset:
-        rows, what = keyed_prompts(prompts), f"completions of {policy.name}"
-        return map_shards(rows, job, parts, size=PART, what=what, cluster=decoding.cluster).whole()
+        what = f"completions of {policy.name}"
+        sampled = sample_prompts(list(prompts), job, parts, size=PART, what=what, cluster=cluster)
+        completions = [group[0] for group in completions_of(sampled)]
+        texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
+        table = {
+            "prompt": texts,
+            "text": [completion.text for completion in completions],
+            "token_ids": [completion.token_ids for completion in completions],
+            "finished": [completion.finish_reason == "stop" for completion in completions],
+        }
+        return Dataset.from_dict(table).cast_column("token_ids", List(Value("int64")))
 
     table, key = _table_stage(output, COMPLETIONS, policy.name, inputs, work)
-    return Written(policy, prompts, decoding, table, key)
+    return Written(policy, prompts, sampling, table, key)
 
 
-def measure_kl(written: Written, reference: Policy, output: Path) -> np.ndarray:
-    """log policy(y) - log reference(y) of each completion, [N], nats; the reference at temperature 1.
+def measure_kl(written: Written, reference: Policy, output: Path, cluster: ClusterSection | None = None) -> np.ndarray:
+    """log policy(y) - log reference(y) of each completion, [N], nats.
+
+    The policy is taken at the temperature of the sampling, the reference at temperature 1.
 
     Raises:
         ModelError: a model cannot be loaded, or the two do not share a vocabulary.
     """
     inputs = {"completions": written.key, "reference": _fingerprint(reference.model)}
-    job = LogpJob(written.policy.model, reference.model, written.decoding.temperature)
+    job = LogpJob(written.policy.model, reference.model, written.sampling.temperature)
 
     def work(parts: Path) -> Dataset:
         prompts, ids = [json.dumps(prompt) for prompt in written.prompts], written.table["token_ids"][:]
         rows, what = Dataset.from_dict({"prompt": prompts, "token_ids": ids}), f"log-probs of {written.policy.name}"
-        return map_shards(rows, job, parts, size=PART, what=what, cluster=written.decoding.cluster).whole()
+        return map_shards(rows, job, parts, size=PART, what=what, cluster=cluster).whole()
 
     table, _ = _table_stage(output, "log-probs", written.policy.name, inputs, work)
     return np.asarray(table["logp_policy"]) - np.asarray(table["logp_reference"])
 
 
 def score(written: Written, judge: Judge, output: Path, max_length: int | None = None) -> np.ndarray:
-    """What a judge that gives numbers says of each completion, [N]; ``max_length`` is what it was made with."""
+    """Score of each completion by a judge, [N]; ``max_length`` is the limit that the judge was made with."""
     inputs = {"completions": written.key, "judge": judge_key(judge.name)} | _limit(max_length)
 
     def work(parts: Path) -> Dataset:
         answers = written.answers()
 
         def part(rows: range) -> Dataset:
-            chosen = [written.prompts[k] for k in rows], [answers[k] for k in rows]
-            return Dataset.from_dict({"score": judge.score(*chosen)})
+            prompts, completions = [written.prompts[k] for k in rows], [answers[k] for k in rows]
+            return Dataset.from_dict({"score": judge.score(prompts, completions)})
 
         return in_parts(len(written.table), PART, parts, part, what=f"scores of {written.policy.name}")
 
@@ -167,9 +157,9 @@ def score(written: Written, judge: Judge, output: Path, max_length: int | None =
 def judge_pairs(
     first: Written, second: Written, judge: PairwiseJudge, output: Path, max_length: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Preference for ``first``'s completion where it is shown first and where it is shown second, [N] each.
+    """Preference for ``first``'s completion when it is shown first and when it is shown second, [N] each, in [0, 1].
 
-    A judge that scores responses one by one never sees the order and is asked once.
+    A judge that scores single responses does not see the order and is asked once.
     """
     if isinstance(judge, ByScore):
         verdict = from_scores(*(score(written, judge.judge, output, max_length) for written in (first, second)))
@@ -192,35 +182,8 @@ def judge_pairs(
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionJob:
-    """One completion of each prompt (JSON) of a shard, drawn under its key."""
-
-    model: str
-    decoding: Decoding
-
-    def start(self) -> Work:
-        """Load the engine."""
-        engine = make_engine(self.decoding.engine, self.model, batch_size=self.decoding.batch_size)
-        sampling = self.decoding.sampling()
-
-        def work(rows: Dataset) -> Dataset:
-            wanted = [json.loads(prompt) for prompt in rows["prompt"]]
-            found = [group[0] for group in engine.generate(wanted, sampling, list(rows["key"]))]
-            texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in wanted]
-            table = {
-                "prompt": texts,
-                "text": [one.text for one in found],
-                "token_ids": [one.token_ids for one in found],
-                "finished": [one.finish_reason == "stop" for one in found],
-            }
-            return Dataset.from_dict(table).cast_column("token_ids", List(Value("int64")))
-
-        return work
-
-
-@dataclass(frozen=True, slots=True)
 class LogpJob:
-    """Log-probs of the completions (``token_ids``) of a shard under the policy as it was decoded and the reference."""
+    """Log-probs of the completions (``token_ids``) of a shard under the policy as it was sampled and the reference."""
 
     policy: str
     reference: str
@@ -259,25 +222,25 @@ class LogpJob:
 def _table_stage(
     output: Path, kind: str, name: str, inputs: dict[str, Any], work: Callable[[Path], Dataset]
 ) -> tuple[Dataset, str]:
-    """A stage whose artefact is one table, and its key; the parts go once the table is whole."""
+    """Run a stage that writes one table; return the table and the stage key. The shards are deleted at the end."""
     folder = output / kind / f"{name}-{digest(inputs)[:KEY_DIGITS]}"
     file = f"{kind}.parquet"
 
     def make(target: Path) -> None:
-        work(target / "parts").to_parquet(str(target / file))
-        shutil.rmtree(target / "parts")
+        work(target / PARTS).to_parquet(str(target / file))
+        shutil.rmtree(target / PARTS)
 
     stage = run_stage(f"{kind} of {name}", folder, inputs, make)
     return read_table(folder / file), stage.key
 
 
 def _limit(max_length: int | None) -> dict[str, int]:
-    """What a limit of a judge's own adds to the key of its verdicts."""
+    """The part of a stage key that a judge's ``max_length`` adds; nothing at its default."""
     return {} if max_length is None else {"max_length": max_length}
 
 
 def _fingerprint(source: str) -> str:
-    """Hashed once for as long as no file changes: a caller may write another policy to the same folder."""
+    """Fingerprint of a model, cached until one of its files changes: a caller may write another policy there."""
     folders = [Path(name) for name in (source, adapter_base(source)) if name]
     files = sorted(file for folder in folders if folder.is_dir() for file in folder.rglob("*") if file.is_file())
     states = ((file, file.stat()) for file in files)

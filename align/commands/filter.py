@@ -1,4 +1,4 @@
-"""`align filter`: filter a pair table and write what was kept, what was dropped, and a page."""
+"""`align filter`: filter a pair table; write the kept pairs, the dropped pairs and a page."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from align.io.stage import check_files
 
 CACHE = "parts"
 TABLE = "table.arrow"
-"""Of the cache; ``pairs.arrow``, which an earlier version left, lacks keys of messages."""
+"""File of the cache. The ``pairs.arrow`` of an earlier version lacks keys of messages and is not read."""
 PAGE = "report.html"
 
 
@@ -33,11 +33,11 @@ def filter_source(
 
     Args:
         source: where the pairs come from.
-        settings: what to keep.
+        settings: which pairs to keep.
         output: folder.
-        seed: of the neighbour index.
-        cache: folder for parts of the work.
-        cluster: whose workers read texts, embed, measure and search.
+        seed: seed of the nearest-neighbor index.
+        cache: folder for intermediate results.
+        cluster: the cluster whose workers read texts, embed, measure and search.
 
     Raises:
         AlignError: the pairs, the settings or a model cannot be used.
@@ -46,13 +46,13 @@ def filter_source(
     check_files(output, [PAGE], own=[KEPT])
     seconds: dict[str, float] = {}
     known = source.model_dump() | {"content": fingerprint_source(source.path)}
-    own = cache / digest(known)[:16]
+    folder = cache / digest(known)[:16]
     with timed(seconds, "reading"):
-        pairs = stream_pairs(source, own / TABLE)
+        pairs = stream_pairs(source, folder / TABLE)
     held_out: list[str] = []
     if settings.held_out is not None:
         held_out = [plain(row["prompt"]) for row in load_pairs(PairsSection(path=settings.held_out))]
-    found = filter_pairs(pairs, settings, own, held_out=held_out, seed=seed, cluster=cluster)
+    found = filter_pairs(pairs, settings, folder, held_out=held_out, seed=seed, cluster=cluster)
     output.mkdir(parents=True, exist_ok=True)
     from align.reports.filter_page import write_filter_page
 

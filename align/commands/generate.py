@@ -1,9 +1,9 @@
-"""`align generate`: prompts in, one table of completions out; a stopped run goes on with the prompts that are left."""
+"""`align generate`: sample completions of prompts into one table; a stopped run resumes with the remaining prompts."""
 
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,49 +14,55 @@ from datasets import Dataset
 from align.config import ClusterSection, PairsSection
 from align.data.prompts import PromptRow, read_prompts
 from align.errors import DataError
-from align.generation.engines import EngineName, choose_engine, make_engine
-from align.generation.types import SAMPLING, Completion, Sampling, show_tokens
+from align.generation.engines import choose_engine
+from align.generation.sampling_job import SamplingJob, completions_of
+from align.generation.types import (
+    SAMPLING,
+    Completion,
+    Engine,
+    Sampling,
+    as_completion,
+    keyed_prompts,
+    show_tokens,
+)
 from align.io.console import log
 from align.io.files import atomic_write, write_json
 from align.io.hashing import digest
 from align.io.object_store import is_remote
 from align.io.stage import Stage, check_output, run_stage
 from align.models.folders import fingerprint_model
-from align.sharding.jobs import Work, decode
+from align.sharding.jobs import decode
 
 FINISHED = "finished.jsonl"
-"""One line for each finished prompt, while a run is under way."""
+"""One line for each finished prompt; exists while a run is unfinished."""
 STAGE = "generate"
 STEM = "completions"
 SHARD = 64
-"""Prompts that a worker of a cluster is given at a time."""
+"""Prompts per shard of a cluster."""
 METRICS = "metrics.json"
 Format = Literal["jsonl", "parquet"]
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateSettings:
-    """What `align generate` is asked for."""
+    """Settings of `align generate`."""
 
     model: str
+    """Folder (an adapter's too), hub id, or the name that a server uses."""
     sampling: Sampling
-    engine: EngineName = "auto"
-    base_url: str | None = None
-    batch_size: int = 32
     format: Format = "parquet"
-    options: dict[str, Any] = field(default_factory=dict)
-    """Passed to the engine; see ``make_engine``."""
     cluster: ClusterSection | None = None
-    """Whose workers share the prompts; no result depends on it."""
+    """The cluster whose workers share the prompts; no result depends on it."""
 
 
 def generate_completions(source: PairsSection, settings: GenerateSettings, output: Path) -> Stage:
-    """Write ``completions.parquet`` (or ``.jsonl``) and ``metrics.json`` into ``output``; skipped where up to date.
+    """Write ``completions.parquet`` (or ``.jsonl``) and ``metrics.json`` into ``output``; skip this if up to date.
 
-    One row for each completion: ``id`` of the prompt, ``group`` where the prompts have it, ``sample`` (0 to n - 1),
+    One row for each completion: ``id`` of the prompt, ``group`` if the prompts have it, ``sample`` (0 to n - 1),
     ``prompt``, ``completion`` (text, or one assistant message), ``tokens``, ``finish_reason``, and ``token_ids`` and
-    ``logprobs`` where log-probs are asked for. Each prompt is kept as soon as it is finished, and a rerun under the
-    same settings does not repeat it; its random numbers depend on its id, so the result is that of one run.
+    ``logprobs`` if log-probs are asked for. Each prompt is kept as soon as it is finished, and a rerun with the same
+    settings does not repeat it. The random numbers of a prompt depend on its id, so a resumed run gives the same result
+    as an uninterrupted one.
 
     Raises:
         AlignError: the prompts, the model, the engine or an option cannot be used.
@@ -65,33 +71,35 @@ def generate_completions(source: PairsSection, settings: GenerateSettings, outpu
 
 
 def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSettings, output: Path) -> Stage:
-    """``generate_completions`` of prompts that are read already; ``source`` is said in the log."""
+    """``generate_completions`` for prompts that are already read; the log names ``source``."""
     check_output(output, STAGE)
-    chosen, why = choose_engine(settings.engine, base_url=settings.base_url)
+    sampling = settings.sampling
+    chosen, why = choose_engine(sampling.engine, base_url=sampling.base_url)
     log.info(
         "generate: %d prompts of %s, %d each, by %s on %s (%s), seed %d -> %s",
-        len(prompts), source, settings.sampling.n, settings.model, chosen, why, settings.sampling.seed, output,
+        len(prompts), source, sampling.n, settings.model, chosen, why, sampling.seed, output,
     )  # fmt: skip
     inputs = {
         "prompts": digest([asdict(prompt) for prompt in prompts]),
         "model": settings.model,
         "content": fingerprint_model(settings.model),
         "engine": chosen,
-        "options": settings.options,
-        "sampling": asdict(settings.sampling),
+        "options": dict(sampling.options),
+        "sampling": sampling.made_from(),
         "format": settings.format,
         "revision": SAMPLING,
     }
-    if settings.base_url is not None:
-        inputs["base_url"] = settings.base_url
-    return run_stage(STAGE, output, inputs, lambda folder: _work(prompts, settings, chosen, folder))
+    if sampling.base_url is not None:
+        inputs["base_url"] = sampling.base_url
+    job = SamplingJob(settings.model, replace(sampling, engine=chosen))
+    return run_stage(STAGE, output, inputs, lambda folder: _work(prompts, job, settings, folder))
 
 
 def find_completions(given: str | Path) -> str:
-    """The table in a folder that ``generate_completions`` wrote; a file or an address stands for itself.
+    """The table in a folder that ``generate_completions`` wrote; a file or an address is returned as it is.
 
     Raises:
-        DataError: the folder holds none.
+        DataError: the folder holds no such table.
     """
     path = Path(given)
     if is_remote(str(given)) or not path.is_dir():
@@ -104,12 +112,7 @@ def find_completions(given: str | Path) -> str:
     )
 
 
-def as_completion(prompt: Any, text: str) -> Any:
-    """A completion in the form of its prompt: text, or one assistant message."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-
-
-def _work(prompts: list[PromptRow], settings: GenerateSettings, chosen: EngineName, folder: Path) -> None:
+def _work(prompts: list[PromptRow], job: SamplingJob, settings: GenerateSettings, folder: Path) -> None:
     start = time.monotonic()
     file = folder / FINISHED
     finished = read_finished(file, settings.sampling.n)
@@ -118,89 +121,66 @@ def _work(prompts: list[PromptRow], settings: GenerateSettings, chosen: EngineNa
         log.info("generate: %d of %d prompts are finished already", len(prompts) - len(left), len(prompts))
     loaded, new_tokens = start, 0
     if left and settings.cluster is not None:
-        new_tokens = _on_cluster(left, settings, chosen, file)
-        finished = read_finished(file, settings.sampling.n)
+        new_tokens = _on_cluster(left, job, settings.cluster, file)
     elif left:
-        engine = make_engine(
-            chosen, settings.model, batch_size=settings.batch_size, base_url=settings.base_url,
-            options=settings.options,
-        )  # fmt: skip
+        engine = job.load()
         loaded = time.monotonic()
-        stream = engine.stream([row.prompt for row in left], settings.sampling, [row.id for row in left])
-        with file.open("a", encoding="utf-8") as out:
-            for index, completions in show_tokens(stream, len(left)):
-                finished[left[index].id] = [asdict(completion) for completion in completions]
-                new_tokens += sum(len(completion.token_ids) for completion in completions)
-                out.write(_line(left[index].id, finished[left[index].id]))
-                out.flush()
+        new_tokens = _here(left, engine, settings.sampling, file)
     done = time.monotonic()
+    finished = read_finished(file, settings.sampling.n)
     write_table(list(_rows(prompts, finished, settings)), folder / f"{STEM}.{settings.format}")
-    _write_metrics(finished, chosen, new_tokens, loaded - start, done - loaded, folder)
+    _write_metrics(finished, job.sampling.engine, new_tokens, loaded - start, done - loaded, folder)
     file.unlink(missing_ok=True)
 
 
-def _line(prompt: str, completions: list[dict[str, Any]]) -> str:
-    return json.dumps({"id": prompt, "completions": completions}, ensure_ascii=False) + "\n"
+def _here(left: list[PromptRow], engine: Engine, sampling: Sampling, file: Path) -> int:
+    """Append the completions of the prompts to ``file``, each prompt as soon as it is finished; return their tokens."""
+    tokens = 0
+    stream = engine.stream([row.prompt for row in left], sampling, [row.id for row in left])
+    with file.open("a", encoding="utf-8") as out:
+        for index, completions in show_tokens(stream, len(left)):
+            out.write(_line(left[index].id, completions))
+            out.flush()
+            tokens += sum(len(completion.token_ids) for completion in completions)
+    return tokens
 
 
-@dataclass(frozen=True, slots=True)
-class GenerateJob:
-    """Completions of the prompts of a shard, as the lines of ``finished.jsonl``."""
-
-    settings: GenerateSettings
-    engine: EngineName
-
-    def start(self) -> Work:
-        """Load the engine."""
-        settings = self.settings
-        engine = make_engine(
-            self.engine, settings.model, batch_size=settings.batch_size, base_url=settings.base_url,
-            options=settings.options,
-        )  # fmt: skip
-
-        def work(rows: Dataset) -> Dataset:
-            prompts = [json.loads(prompt) for prompt in rows["prompt"]]
-            groups = engine.generate(prompts, settings.sampling, list(rows["id"]))
-            lines = [
-                _line(name, [asdict(one) for one in group]) for name, group in zip(rows["id"], groups, strict=True)
-            ]
-            tokens = [sum(len(one.token_ids) for one in group) for group in groups]
-            return Dataset.from_dict({"line": lines, "tokens": tokens})
-
-        return work
+def _line(prompt: str, completions: list[Completion]) -> str:
+    found = [asdict(completion) for completion in completions]
+    return json.dumps({"id": prompt, "completions": found}, ensure_ascii=False) + "\n"
 
 
-def _on_cluster(left: list[PromptRow], settings: GenerateSettings, chosen: EngineName, file: Path) -> int:
-    """Let the workers of the cluster complete the prompts into ``file``; tokens that they have made."""
+def _on_cluster(left: list[PromptRow], job: SamplingJob, cluster: ClusterSection, file: Path) -> int:
+    """Append the completions of the prompts, sampled by the cluster's workers, to ``file``; return their tokens."""
     from align.sharding.ray_cluster import map_on_cluster
 
-    assert settings.cluster is not None
-    starts = range(0, len(left), SHARD)
     tokens = 0
 
+    def part(start: int) -> list[PromptRow]:
+        return left[start : start + SHARD]
+
     def rows(start: int) -> Dataset:
-        part = left[start : start + SHARD]
-        return Dataset.from_dict({"id": [row.id for row in part], "prompt": [json.dumps(row.prompt) for row in part]})
+        return keyed_prompts([row.prompt for row in part(start)], [row.id for row in part(start)])
 
     with file.open("a", encoding="utf-8") as out:
 
-        def keep(_: int, shard: bytes) -> None:
+        def keep(start: int, shard: bytes) -> None:
             nonlocal tokens
-            made = decode(shard)
-            out.write("".join(made["line"]))
+            for row, completions in zip(part(start), completions_of(decode(shard)), strict=True):
+                out.write(_line(row.id, completions))
+                tokens += sum(len(completion.token_ids) for completion in completions)
             out.flush()
-            tokens += sum(made["tokens"])
 
-        map_on_cluster(GenerateJob(settings, chosen), starts, rows, settings.cluster, keep, what="generating")
+        map_on_cluster(job, range(0, len(left), SHARD), rows, cluster, keep, what="generating")
     return tokens
 
 
 def read_finished(file: Path, n: int) -> dict[str, list[dict[str, Any]]]:
-    """Completions by prompt id of a run that was stopped; a torn last line is cut off the file.
+    """The finished completions of an unfinished run by prompt id; an incomplete last line is removed from the file.
 
     Args:
-        file: JSONL, one finished prompt a line; missing where the run is new.
-        n: completions of a finished prompt.
+        file: JSONL with one finished prompt per line; it does not exist in a new run.
+        n: completions per prompt.
     """
     if not file.exists():
         return {}
@@ -234,7 +214,7 @@ def _rows(
 
 
 def write_table(rows: list[dict[str, Any]], file: Path) -> None:
-    """Write rows as JSONL where the file is called so, else as Parquet; by way of a temporary file."""
+    """Write rows as JSONL if the file is called so, else as Parquet, atomically."""
     with atomic_write(file) as temporary:
         if file.suffix == ".jsonl":
             temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,8 +1,9 @@
-"""`align push`: a finished folder copied to an object store, so that a half-copied one never looks complete.
+"""`align push`: copy a finished folder to an object store so that a partial copy never looks complete.
 
-Objects appear whole or not at all. What belongs to the folder stands in ``pushed.json`` beside them, which says
-``"complete": false`` before the first object is touched and true after the last; ``manifest.json`` files are taken away
-first and put back last, for whoever looks at those alone. Whatever ``pushed.json`` vouches for is not copied again.
+Objects appear whole or not at all. ``pushed.json`` next to them lists the files of the folder; it holds
+``"complete": false`` before the first object is changed and true after the last. ``manifest.json`` files are deleted
+first and written last, for readers that look at those alone. Files that ``pushed.json`` lists with their hash are not
+copied again.
 """
 
 import hashlib
@@ -25,32 +26,32 @@ from align.io.stage import MANIFEST, PARTIAL, REPLACED
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
-NOTED_SECONDS = 10.0
-"""How often what has arrived is noted while a push is under way."""
+UPDATE_SECONDS = 10.0
+"""How often an unfinished push updates ``pushed.json``."""
 AT_ONCE = 8
-"""Files that are copied at a time."""
+"""Files that are copied concurrently."""
 CHUNK_BYTES = 1 << 20
 UNFINISHED = (PARTIAL, REPLACED)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A place in a store."""
+    """A folder in an object store."""
 
     address: str
     filesystem: "FileSystem"
     place: str
 
     def at(self, name: str) -> str:
-        """Where the file ``name`` of the folder goes."""
+        """Path of the file ``name`` of the folder in the store."""
         return f"{self.place}/{name}"
 
 
 def push_folder(folder: Path, address: str) -> int:
-    """Copy what ``folder`` holds to ``address``; the number of objects that were not there yet.
+    """Copy ``folder`` to ``address``; return the number of objects that were copied.
 
     Raises:
-        AlignError: nothing to copy, an address that is taken, or a store that fails.
+        AlignError: there is nothing to copy, the address holds other objects, or the store fails.
     """
     files = _local(folder)
     if not is_remote(address):
@@ -90,10 +91,10 @@ def _is_manifest(name: str) -> bool:
 
 
 def _known(target: Target) -> dict[str, Any]:
-    """What an earlier push left at the target.
+    """The ``pushed.json`` of an earlier push; an empty one if the target is new.
 
     Raises:
-        ConfigError: objects that no push has put there.
+        ConfigError: the target holds objects that no push has written.
     """
     from pyarrow.fs import FileSelector, FileType
 
@@ -120,29 +121,30 @@ def _known(target: Target) -> dict[str, Any]:
 
 
 def _push(folder: Path, target: Target, known: dict[str, Any], wanted: dict[str, Any]) -> int:
-    """Copy what ``known`` does not vouch for; take away what is no longer in the folder."""
-    vouched = {name: made for name, made in wanted.items() if known.get(name) == made and not _is_manifest(name)}
-    missing = [name for name in wanted if name not in vouched]
-    _note(target, {name: vouched.get(name) for name in known | wanted}, complete=False)
+    """Copy files that ``known`` lacks or has with another hash; delete objects that are no longer in the folder."""
+    copied = {name: made for name, made in wanted.items() if known.get(name) == made and not _is_manifest(name)}
+    missing = [name for name in wanted if name not in copied]
+    _write_list(target, {name: copied.get(name) for name in known | wanted}, complete=False)
     for name in known:
         if _is_manifest(name) or name not in wanted:
             _delete(target, name)
     noted = time.monotonic()
-    for name in progress(_copied(folder, target, missing, wanted), what="pushing", total=len(missing), unit="files"):
-        vouched[name] = wanted[name]
-        if time.monotonic() - noted > NOTED_SECONDS:
-            _note(target, {other: vouched.get(other) for other in wanted}, complete=False)
+    for name in progress(_copies(folder, target, missing, wanted), what="pushing", total=len(missing), unit="files"):
+        copied[name] = wanted[name]
+        if time.monotonic() - noted > UPDATE_SECONDS:
+            _write_list(target, {other: copied.get(other) for other in wanted}, complete=False)
             noted = time.monotonic()
-    _note(target, wanted, complete=True)
+    _write_list(target, wanted, complete=True)
     log.info("push: %d files copied, %d were there: %s", len(missing), len(wanted) - len(missing), target.address)
     return len(missing)
 
 
-def _copied(folder: Path, target: Target, names: list[str], wanted: dict[str, Any]) -> Iterator[str]:
-    """Copy files, several at once, manifests when all others are there; the names of those that have arrived.
+def _copies(folder: Path, target: Target, names: list[str], wanted: dict[str, Any]) -> Iterator[str]:
+    """Copy files concurrently, the manifests after all others; yield the name of each copied file.
 
-    Threads do it because a signal is raised in the main thread alone: whatever stops the program, a file that is under
-    way is copied to its end, for pyarrow makes an object of whatever was written to a stream that is dropped.
+    The copies run in threads because signals are raised in the main thread only: if the program is stopped, files in
+    flight are still copied to their end. pyarrow would turn the part already written to a dropped stream into an
+    object.
     """
     for manifests in (False, True):
         chosen = [name for name in names if _is_manifest(name) == manifests]
@@ -156,7 +158,7 @@ def _copied(folder: Path, target: Target, names: list[str], wanted: dict[str, An
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _note(target: Target, files: dict[str, Any], *, complete: bool) -> None:
+def _write_list(target: Target, files: dict[str, Any], *, complete: bool) -> None:
     content = json.dumps({"complete": complete, "files": files}, indent=1).encode()
     stream = target.filesystem.open_output_stream(target.at(PUSHED))
     stream.write(content)
@@ -175,8 +177,8 @@ def _copy(file: Path, target: Target, name: str, made: dict[str, Any]) -> None:
     """Copy one file.
 
     Raises:
-        DataError: the file changed meanwhile, or can no longer be read.
-        OSError: the store failed; what was there before is still there.
+        DataError: the file changed during the copy, or can no longer be read.
+        OSError: the store failed; an earlier object is unchanged.
     """
     state = hashlib.sha256()
     stream = target.filesystem.open_output_stream(target.at(name))

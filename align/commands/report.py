@@ -10,7 +10,7 @@ def render_report(run: Path) -> None:
     """Render RUN/report.html from RUN/report.json.
 
     Raises:
-        DataError: there is no report.json.
+        DataError: report.json does not exist or is not a report.
     """
     from jinja2 import TemplateError
 

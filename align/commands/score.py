@@ -18,18 +18,18 @@ def score_pairs(
     calibrated: bool = False,
     cluster: ClusterSection | None = None,
 ) -> None:
-    """Score a pair source with a reward model and write the table; print the margin metrics as JSON.
+    """Score pairs with a reward model, write the table, and print the margin metrics as JSON.
 
     Under a launcher the processes share the pairs.
 
     Args:
         source: pairs.
-        model: reward model, folder or hub id; with the members of its ensemble, where it has any.
+        model: reward model, folder or hub id; for an ensemble all members score.
         output: folder to write into.
         batch_tokens: padded tokens per batch.
         max_length: tokens per text.
-        calibrated: apply the calibration that lies beside the model.
-        cluster: whose workers share the pairs.
+        calibrated: apply the calibration in the model folder.
+        cluster: the cluster whose workers share the pairs.
 
     Raises:
         AlignError: the pairs, the model or the folder cannot be used.

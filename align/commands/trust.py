@@ -1,4 +1,4 @@
-"""What `align trust` and `align advise` do: pairs in, JSON and a page out."""
+"""The work of `align trust` and `align advise`: measure the trust of pairs, write JSON and a page."""
 
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,19 @@ def trust(
     allow_in_sample: bool,
     max_length: int,
     seed: int,
-    told: tuple[str, ...] = MEASURED,
+    printed: tuple[str, ...] = MEASURED,
 ) -> dict[str, Any]:
-    """Write ``trust.json`` and ``trust.html`` under ``output``; what stands in the JSON.
+    """Write ``trust.json`` and ``trust.html`` under ``output``; return the content of the JSON.
 
     Args:
         source: pairs with a ``margin`` column.
         model: reference, hub id or folder.
-        output: folder; the features are kept in it.
-        margins: where the margins come from, one of ``SOURCES``; None: what the run that wrote the table says of it.
-        allow_in_sample: go on where they are in-sample.
+        output: folder; the features are cached in it.
+        margins: where the margins come from, one of ``SOURCES``; None: as the run that wrote the table recorded it.
+        allow_in_sample: accept in-sample margins.
         max_length: tokens of prompt and response together.
-        seed: of the folds and the bootstrap.
-        told: keys of the sentences that go to stdout.
+        seed: seed of the folds and the bootstrap.
+        printed: keys of the sentences that are printed.
 
     Raises:
         AlignError: the pairs, their margins or the model cannot be used.
@@ -52,7 +52,7 @@ def trust(
     from align.reports.trust_page import write_trust_page
 
     write_trust_page(output / PAGE, found)
-    for key in told:
+    for key in printed:
         out.print(found["sentences"][key], markup=False)
     numbers = ", ".join(f"{name}: {found['chosen'][name]:g}" for name in ("trust", "strength"))
     log.info("to train with it: {loss: trust, parameters: {slope: %.4g, %s}}", found["slope"], numbers)

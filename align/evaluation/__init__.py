@@ -1,1 +1,1 @@
-"""What the aligned model is worth: gold rewards, KL to the reference, all with intervals."""
+"""Measures of an aligned policy and of a reward model: rewards, KL, win rates, accuracy; all with intervals."""

@@ -1,4 +1,4 @@
-"""The policies of an evaluation: what they are called, where they lie, what they are measured against."""
+"""The policies of an evaluation: their names, their folders, their reference and their checkpoints."""
 
 import re
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 REFERENCE = "reference"
 FIRST_ADAPTER = "ref"
-"""Where a training that went on from an adapter keeps that adapter, in its own."""
+"""Folder, inside a trained adapter, of the adapter that its training started from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A model under a name."""
+    """A named model."""
 
     name: str
     model: str
@@ -26,12 +26,12 @@ class Policy:
 
 
 def parse_policies(items: Sequence[str]) -> list[Policy]:
-    """Policies of ``NAME=FOLDER`` or ``FOLDER`` items; a bare folder is called by its own name.
+    """Parse items ``NAME=FOLDER`` or ``FOLDER``; without a name, the policy gets the name of its folder.
 
-    ``model`` says nothing, so ``runs/demo/train-dpo/model`` is called ``dpo``.
+    A folder called ``model`` has the name of its parent without ``train-``: ``runs/demo/train-dpo/model`` is ``dpo``.
 
     Raises:
-        ConfigError: a name that cannot be one, or that is given twice.
+        ConfigError: a name has other characters than allowed, or is given twice.
     """
     found: list[Policy] = []
     for item in items:
@@ -51,11 +51,12 @@ def parse_policies(items: Sequence[str]) -> list[Policy]:
 
 
 def find_reference(policies: Sequence[Policy], given: str | None) -> Policy:
-    """The reference policy: the one given, or what the policies' adapters were trained from: their base, or the adapter
-    that a training went on from.
+    """The reference policy: the one given, or else the model that all policies were trained from.
+
+    That model is the base of an adapter, or the adapter that a training started from.
 
     Raises:
-        ConfigError: none is given and the policies do not name one and the same.
+        ConfigError: no reference is given, and the policies are not adapters trained from the same model.
         ModelError: an adapter's configuration cannot be read.
     """
     if given is not None:
@@ -71,7 +72,7 @@ def find_reference(policies: Sequence[Policy], given: str | None) -> Policy:
 
 
 def _trained_from(model: str) -> str | None:
-    """What an adapter was trained from; None where ``model`` is no adapter, or one whose start cannot be found."""
+    """The model that an adapter was trained from; None if ``model`` is not an adapter, or its start cannot be found."""
     folder = Path(model)
     if not is_adapter(folder / FIRST_ADAPTER):
         return adapter_base(model)
@@ -87,7 +88,7 @@ def checkpoints(policy: Policy) -> list[tuple[int, Policy]]:
     """(optimizer step, policy) of each ``checkpoint-<step>`` in the policy's folder, in order.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the folder has no checkpoint.
     """
     folder = Path(policy.model)
     entries = sorted(folder.iterdir()) if folder.is_dir() else []

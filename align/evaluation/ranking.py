@@ -1,7 +1,7 @@
 """How well absolute rewards order responses across prompts and categories. Pure.
 
-Pair accuracy only compares the two responses of one prompt. A filter threshold, a best-of-n floor or a ranking of
-prompts compares responses of different prompts; for those the global AUC and the OPIS count.
+Pair accuracy compares the two responses of one prompt. A filter threshold, a best-of-n floor or a ranking of prompts
+compares responses of different prompts; the global AUC and the OPIS measure that.
 """
 
 from collections.abc import Sequence
@@ -22,20 +22,20 @@ PERMUTATIONS = 200
 
 @dataclass(frozen=True, slots=True)
 class ThresholdConsistency:
-    """Does one reward threshold mean the same in every category?"""
+    """Whether one reward threshold means the same in every category."""
 
     value: float
-    """OPIS, in [0, 0.25]; 0: every category is served alike at every threshold."""
+    """OPIS, in [0, 0.25]; 0: at every threshold all categories have the same utility."""
     chance: float
-    """Mean OPIS with the categories shuffled over the pairs: what so few pairs give without any difference."""
+    """Mean OPIS with the categories shuffled over the pairs: its expected value if the categories do not differ."""
     chance_high: float
-    """95% quantile of the same."""
+    """95% quantile of the OPIS with shuffled categories."""
     categories: dict[str, float]
     """Category -> its mean squared distance from the mean utility; ``value`` is their mean."""
 
     @property
     def differs(self) -> bool:
-        """More than chance gives."""
+        """Whether the OPIS is larger than chance explains."""
         return self.value > self.chance_high
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def auc_interval(
 ) -> Estimate:
     """The global AUC with a 95% percentile bootstrap interval over the N pairs, each drawn with both its rewards.
 
-    Where ``clusters`` [N] are given, whole ones are drawn, as in ``bootstrap_mean``.
+    With ``clusters`` [N], clusters are resampled instead of pairs, as in ``bootstrap_mean``.
     """
     size = chosen.size
     rng = np.random.default_rng(seed)
@@ -90,14 +90,14 @@ def utilities(
 ) -> np.ndarray:
     """Utility [C, D] of each category at each of ``THRESHOLDS`` common thresholds.
 
-    The utility of category i at threshold d is 2 s t / (s + t): s the share of its chosen responses above d, t the
-    share of its rejected ones not above d. The thresholds are observed rewards, those at which 1% to 10% of all
-    rejected responses are accepted, so the result does not change under a monotone transform of the rewards.
+    The utility of category i at threshold d is 2 s t / (s + t), where s is the share of its chosen responses above d
+    and t the share of its rejected responses not above d. The thresholds are observed rewards at which 1% to 10% of
+    all rejected responses are accepted, so a monotone transform of the rewards does not change the result.
 
     Args:
         chosen: rewards [N].
         rejected: rewards [N].
-        category: index of the category of each pair, [N], in 0..C-1, each at least once.
+        category: index of the category of each pair, [N]; all of 0..C-1 occur.
         false_accepts: smallest and largest share of accepted rejected responses.
     """
     levels = 1 - np.linspace(false_accepts[0], false_accepts[1], THRESHOLDS)
@@ -121,8 +121,8 @@ def opis(
         chosen: rewards [N].
         rejected: rewards [N].
         category: category of each pair, [N].
-        seed: of the shuffles.
-        permutations: shuffles behind ``chance``.
+        seed: seed of the shuffles.
+        permutations: number of shuffles that ``chance`` is estimated from.
 
     Raises:
         ValueError: fewer than two categories.
@@ -143,5 +143,5 @@ def opis(
 
 
 def _spread(found: np.ndarray) -> np.ndarray:
-    """Mean squared distance [C] of each category from the mean over categories, utilities [C, D]."""
+    """Mean squared distance [C] of each category's utilities [C, D] from the mean over categories."""
     return ((found - found.mean(axis=0)) ** 2).mean(axis=1)

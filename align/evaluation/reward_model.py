@@ -1,4 +1,4 @@
-"""What `align eval reward-model` does: how often, how surely and how comparably a reward model is right."""
+"""Metrics of `align eval reward-model`: accuracy, calibration, and comparability across prompts and categories."""
 
 from typing import Any
 
@@ -20,14 +20,14 @@ def reward_model_metrics(
     seed: int,
     clusters: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Accuracy, calibration, global AUC, categories, OPIS, RewardBench's sections; and what they say in words. Pure.
+    """Accuracy, calibration, global AUC, categories, OPIS, RewardBench's sections, and sentences about them. Pure.
 
     Args:
         chosen: rewards of the chosen responses, [N].
-        rejected: rewards of the rejected ones, [N].
+        rejected: rewards of the rejected responses, [N].
         groups: category of each pair, [N], or None.
-        seed: of the intervals.
-        clusters: of the pairs, [N], that the intervals draw together; None: each pair is an independent draw.
+        seed: seed of the intervals.
+        clusters: cluster of each pair, [N], for a bootstrap over clusters; None: pairs are independent.
     """
     right = np.where(chosen == rejected, 0.5, chosen > rejected)
     found: dict[str, Any] = evaluate_margins(chosen - rejected, seed=seed, clusters=clusters).to_dict()
@@ -45,18 +45,18 @@ def reward_model_metrics(
         found["rewardbench"] = section_scores(accuracies)
         if len(accuracies) > 1:
             found["opis"] = opis(chosen, rejected, groups, seed=seed).to_dict()
-    return found | {"said": _said(found)}
+    return found | {"said": _sentences(found)}
 
 
-def _said(found: dict[str, Any]) -> list[str]:
-    """The metrics in words, the most important first."""
+def _sentences(found: dict[str, Any]) -> list[str]:
+    """Sentences about the metrics, the most important first."""
     accuracy, area = found["accuracy"], found["auc"]
     if accuracy["low"] <= CHANCE <= accuracy["high"]:
-        said = [f"At chance: the reward model agrees with {interval(accuracy)} of the labels."]
+        sentences = [f"At chance: the reward model agrees with {interval(accuracy)} of the labels."]
     else:
-        said = [f"The reward model agrees with {interval(accuracy)} of the labels."]
+        sentences = [f"The reward model agrees with {interval(accuracy)} of the labels."]
     if area["high"] < accuracy["low"]:
-        said.append(
+        sentences.append(
             f"Across prompts it orders worse than within them: global AUC {interval(area)}. Its rewards carry an "
             "offset of the prompt, so compare responses to the same prompt only, not rewards of different prompts."
         )
@@ -64,9 +64,9 @@ def _said(found: dict[str, Any]) -> list[str]:
         level = f"OPIS {found['opis']['value']:.4f}, by chance up to {found['opis']['chance_high']:.4f}"
         if found["opis"]["differs"]:
             worst = max(found["opis"]["categories"], key=lambda name: found["opis"]["categories"][name])
-            said.append(
+            sentences.append(
                 f"One reward threshold does not mean the same in every category ({level}); furthest off: {worst}."
             )
         else:
-            said.append(f"No difference between the categories at a common reward threshold was seen ({level}).")
-    return said
+            sentences.append(f"No difference between the categories at a common reward threshold was seen ({level}).")
+    return sentences

@@ -1,4 +1,4 @@
-"""What margins say pair by pair: length, distance to the training pairs, where they contradict the labels."""
+"""Findings about single pairs: length bias, distance to the training pairs, disagreements with the labels."""
 
 from typing import Any
 
@@ -22,17 +22,18 @@ def pair_findings(
     seed: int,
     clusters: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Length bias, correlation with a reference, pairs far from the training pairs, worst disagreements.
+    """Length bias, correlation with a reference, pairs far from the training pairs, largest disagreements.
 
     Args:
-        pairs: the pairs that were scored, [N]; a ``teacher_margin`` column is taken for the gold margins.
-        margins: reward of chosen less reward of rejected, [N].
-        distances: distance [N] of each pair to the reward model's training pairs, and how far those held back lie.
-        seed: of the intervals.
-        clusters: of the pairs, [N], that the accuracies' intervals draw together.
+        pairs: the scored pairs, [N]; a ``teacher_margin`` column holds gold margins.
+        margins: reward of chosen minus reward of rejected, [N].
+        distances: distance [N] of each pair to the reward model's training pairs, and the limit that most held-out
+            training pairs are within.
+        seed: seed of the intervals.
+        clusters: cluster of each pair, [N], for a bootstrap over clusters.
 
     Returns:
-        JSON values: ``length``, ``reference_correlation`` and ``ood`` (None where not measured), ``disagreements``.
+        JSON values: ``length``, ``reference_correlation`` and ``ood`` (None if not measured), ``disagreements``.
     """
     found: dict[str, Any] = {"length": length_probe(margins, word_difference(pairs), seed=seed, clusters=clusters)}
     found["reference_correlation"] = None
@@ -44,24 +45,24 @@ def pair_findings(
     return found
 
 
-def findings_said(found: dict[str, Any]) -> list[str]:
-    """The findings in words; nothing about what is not seen."""
-    said = []
+def finding_sentences(found: dict[str, Any]) -> list[str]:
+    """Sentences about the findings that differ from chance."""
+    sentences = []
     longer, shorter = found["length"]["accuracy_longer"], found["length"]["accuracy_shorter"]
     if longer and shorter and (longer["low"] > shorter["high"] or shorter["low"] > longer["high"]):
         kind = "longer" if longer["low"] > shorter["high"] else "shorter"
-        said.append(
+        sentences.append(
             f"It pays for {kind} responses: it agrees with {interval(longer)} of the labels that prefer the longer "
             f"response and with {interval(shorter)} of those that prefer the shorter one (`reward.length_residual`)."
         )
     ood = found["ood"]
     if ood is not None and ood["accuracy_far"] is not None and ood["accuracy_near"] is not None:
-        said.append(
+        sentences.append(
             f"{ood['share']:.1%} of the pairs are farther from its training pairs than 99% of those held back; there "
             f"it agrees with {interval(ood['accuracy_far'])} of the labels, elsewhere with "
             f"{interval(ood['accuracy_near'])}."
         )
-    return said
+    return sentences
 
 
 def _far(

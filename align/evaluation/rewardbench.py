@@ -2,8 +2,8 @@
 
 A row has ``prompt``, ``chosen`` and ``rejected`` as plain text, ``subset`` and ``id``; the prompt is a user's message
 and the responses are an assistant's. The score of a section is the mean accuracy of its subsets weighted by their
-number of pairs, except that math-prm counts as much as the code subsets together; the overall score is the mean of the
-sections. The weights are the benchmark's, whatever part of its pairs is evaluated.
+number of pairs, except that math-prm has the weight of all code subsets together. The overall score is the mean of the
+sections. The weights are those of the benchmark, even if only a part of its pairs is evaluated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,14 +23,14 @@ SECTIONS: dict[str, dict[str, int]] = {
 
 
 def section_scores(accuracies: Mapping[str, float]) -> dict[str, Any] | None:
-    """Accuracy of each section and overall; a section without any of its subsets is left out.
+    """Accuracy of each section and overall; a section without any subset is left out.
 
     Args:
         accuracies: subset -> pair accuracy.
 
     Returns:
-        ``{"sections": {name: accuracy}, "overall": mean or None, "missing": subsets}``; None where no subset is
-        RewardBench's. ``overall`` is None unless all four sections are there.
+        ``{"sections": {name: accuracy}, "overall": mean or None, "missing": subsets}``; None if no subset is
+        RewardBench's. ``overall`` is None unless all four sections have a subset.
     """
     sections: dict[str, float] = {}
     missing: list[str] = []
@@ -47,5 +47,5 @@ def section_scores(accuracies: Mapping[str, float]) -> dict[str, Any] | None:
 
 
 def is_plain(columns: Sequence[str], first: Mapping[str, Any]) -> bool:
-    """Whether rows are in RewardBench's format: a ``subset`` column, and three plain texts."""
+    """Whether rows are in RewardBench's format: a ``subset`` column and three plain texts."""
     return "subset" in columns and all(isinstance(first.get(name), str) for name in ("prompt", "chosen", "rejected"))

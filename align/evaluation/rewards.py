@@ -1,4 +1,4 @@
-"""Comparing policies by their rewards on the same prompts: paired, with intervals."""
+"""Compare policies by their rewards on the same prompts: paired, with intervals. Pure."""
 
 from itertools import combinations
 from typing import Any
@@ -9,12 +9,12 @@ from align.stats import RESAMPLES, Estimate, bootstrap_mean
 
 
 def reward_differences(rewards: dict[str, np.ndarray], *, baseline: str, seed: int) -> dict[str, Any]:
-    """Mean reward of every policy, its paired gain over ``baseline``, and all differences between the other policies.
+    """Mean reward of every policy, its paired gain over ``baseline``, and the differences of every two other policies.
 
     Args:
         rewards: policy -> reward of its completion of each of the same N prompts, [N].
         baseline: policy that gains are counted from.
-        seed: of the bootstrap over prompts.
+        seed: seed of the bootstrap over prompts.
 
     Returns:
         ``{"policies": {name: {"reward", "gain"}}, "comparisons": [{"a", "b", "difference"}]}``, plain JSON values.
@@ -32,17 +32,19 @@ def reward_differences(rewards: dict[str, np.ndarray], *, baseline: str, seed: i
 
 
 def gain_per_root_kl(gain: np.ndarray, kl: np.ndarray, *, seed: int) -> Estimate | None:
-    """mean gain / sqrt(2 mean KL) with a joint bootstrap interval over prompts; None unless the KL is clearly above 0.
+    """mean gain / sqrt(2 mean KL) with a joint bootstrap interval over prompts.
 
-    Clearly: in at least 97.5% of the resamples. Near 0 the ratio has no mean, and an interval of it says nothing.
+    The result is None unless the mean KL is above 0 in at least 97.5% of the resamples: near 0 the ratio has no mean,
+    and its interval has no meaning.
 
-    For a policy near the reference it is the correlation of the policy's implicit reward with gold times the standard
-    deviation of gold, whatever beta, learning rate or number of steps: better, not merely further.
+    For a policy near the reference the ratio is the correlation of the policy's implicit reward with gold times the
+    standard deviation of gold. It does not depend on beta, learning rate or number of steps, so it tells a better
+    policy from one that is only further from the reference.
 
     Args:
         gain: reward minus the baseline's, [N].
         kl: log policy(y) - log reference(y) of the policy's samples, [N], nats.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
     """
     if kl.mean() <= 0:
         return None

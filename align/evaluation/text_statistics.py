@@ -1,6 +1,6 @@
-"""What changed in the texts themselves: length, repetition, variety. Pure.
+"""Statistics of the texts themselves: length, repetition, diversity. Pure.
 
-A policy can gain reward and lose these; none of them needs a judge.
+A policy can gain reward and get worse here; none of these needs a judge.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from align.data.text import words
 from align.stats import bootstrap_mean, bootstrap_share
 
 RUN = 3
-"""Words of a run that counts as repeated."""
+"""Words of an n-gram whose repeats are counted."""
 SIZES = (1, 2, 3)
 WORSE = {
     "repetition": ("repeats itself more", "repeats itself less"),
@@ -35,7 +35,7 @@ class Texts:
 
 
 def repetition(text: str) -> float:
-    """Share of the three-word runs of a text that occurred in it before; 0 for fewer than three words."""
+    """Share of a text's trigrams that repeat an earlier one; 0 for fewer than three words."""
     found = words(text)
     runs = Counter(tuple(found[k : k + RUN]) for k in range(len(found) - RUN + 1))
     total = sum(runs.values())
@@ -43,13 +43,13 @@ def repetition(text: str) -> float:
 
 
 def distinct(texts: Sequence[str], size: int, budget: int) -> float | None:
-    """Distinct-n (Li et al., arXiv 1510.03055): different runs of ``size`` words over all runs, texts pooled.
+    """Distinct-n (Li et al., arXiv 1510.03055): number of distinct n-grams over all n-grams of the pooled texts.
 
     Args:
         texts: completions of one policy.
         size: n.
         budget: words to pool, in the order of the texts. The ratio falls with the number of words, so policies are
-            only comparable at the same one.
+            comparable only at the same budget.
     """
     seen: set[tuple[str, ...]] = set()
     total = 0
@@ -63,16 +63,16 @@ def distinct(texts: Sequence[str], size: int, budget: int) -> float | None:
 
 
 def text_statistics(policies: Mapping[str, Texts], *, baseline: str, seed: int) -> dict[str, dict[str, Any]]:
-    """Per policy: means with intervals, paired changes from ``baseline``, distinct-n over equally many words.
+    """For each policy: means with intervals, paired changes from ``baseline``, distinct-n over equally many words.
 
     Args:
         policies: name -> completions of the same N prompts.
         baseline: policy that changes are counted from.
-        seed: of the bootstrap over prompts.
+        seed: seed of the bootstrap over prompts.
 
     Returns:
         ``{name: {"tokens", "repetition", "unfinished", "empty", "change", "distinct", "distinct_words"}}``, plain JSON
-        values; ``change`` is None for the baseline. Distinct-n has no interval: resampling texts repeats runs.
+        values; ``change`` is None for the baseline. Distinct-n has no interval: resampled texts repeat n-grams.
     """
     columns = {name: _columns(found) for name, found in policies.items()}
     budget = min(sum(len(words(text)) for text in found.texts) for found in policies.values())
@@ -97,7 +97,7 @@ def text_statistics(policies: Mapping[str, Texts], *, baseline: str, seed: int) 
 
 
 def changed(statistics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Changes from the baseline whose interval leaves 0 out.
+    """Changes from the baseline whose interval excludes 0.
 
     Returns:
         ``[{"policy", "what", "said", "change"}]``, ``change`` an estimate as plain values.

@@ -1,11 +1,11 @@
 """Win rate of policy A over policy B from judgements in both orders, plain and length-controlled. Pure.
 
-Length control follows AlpacaEval 2 (Dubois et al., arXiv 2404.04475; tatsu-lab/alpaca_eval, ``glm_winrate.py``): a
-logistic regression of the preference on tanh(d / std(d)), d the difference of the lengths in characters, and then the
-mean preference that it predicts at d = 0. Theirs has two more terms, a difficulty of each instruction and a verbose and
-a concise variant of the baseline; both come from runs of many models on one fixed set of instructions, which an
-evaluation on the user's own prompts does not have. What is left is P(A preferred) = sigmoid(a + b tanh(d / std(d))),
-and the length-controlled win rate is sigmoid(a).
+Length control follows AlpacaEval 2 (Dubois et al., arXiv 2404.04475; tatsu-lab/alpaca_eval, ``glm_winrate.py``): fit a
+logistic regression of the preference on tanh(d / std(d)), d the difference of the lengths in characters, and predict
+the mean preference at d = 0. AlpacaEval's regression has two more terms, a difficulty of each instruction and a verbose
+and a concise variant of the baseline. Both are estimated from many models on one fixed set of instructions, which an
+evaluation on the user's own prompts lacks. The model here is P(A preferred) = sigmoid(a + b tanh(d / std(d))), and the
+length-controlled win rate is sigmoid(a).
 """
 
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from align.stats import RESAMPLES, Estimate, bootstrap_mean, bootstrap_share
 
 RIDGE = (0.01, 0.1)
-"""Penalties on a and b: too weak to move an estimate, enough for a finite one where A always wins."""
+"""Penalties on a and b: too weak to change an estimate, strong enough to keep it finite if A always wins."""
 NEWTON_STEPS = 60
 LARGEST_STEP = 4.0
 CHUNK_CELLS = 2_000_000
@@ -25,13 +25,13 @@ CHUNK_CELLS = 2_000_000
 
 @dataclass(frozen=True, slots=True)
 class LengthControl:
-    """The win rate that is left at equal lengths."""
+    """The win rate at equal lengths."""
 
     rate: Estimate
     slope: float
-    """b: change of the log-odds of A per unit of tanh(d / std(d)); above 0 the judge goes with the longer response."""
+    """b: change of the log-odds of A per unit of tanh(d / std(d)); above 0 the judge prefers longer responses."""
     extrapolated: bool
-    """A was longer (or shorter) on every prompt, so equal lengths lie outside of what was seen."""
+    """A was longer (or shorter) on every prompt, so equal lengths are outside the data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,11 @@ class WinRate:
     ties: int
     losses: int
     position_bias: Estimate
-    """What being shown first adds to the preference; it cancels in ``rate``."""
+    """Amount that being shown first adds to the preference; it cancels in ``rate``."""
     consistent: float
     """Share of prompts on which both orders give the same verdict."""
     length_controlled: LengthControl | None
-    """None where every difference of the lengths is the same and not 0: nothing can be told apart."""
+    """None if all length differences are equal and not 0: length and policy cannot be separated."""
     length_difference: Estimate
     """Characters of A minus characters of B."""
 
@@ -69,15 +69,15 @@ def win_rate(
     """Win rate of A over B with 95% bootstrap intervals over the N prompts.
 
     Args:
-        shown_first: preference for A where A is shown first, [N], 1 A, 0 B, 0.5 a tie; probabilities are allowed.
-        shown_second: preference for A (not for the first) where A is shown second, [N].
+        shown_first: preference for A when A is shown first, [N]: 1 A, 0 B, 0.5 a tie; probabilities are allowed.
+        shown_second: preference for A (not for the first) when A is shown second, [N].
         length_a: characters of A's responses, [N].
         length_b: characters of B's responses, [N].
-        seed: of the bootstrap.
-        resamples: of the bootstrap.
+        seed: seed of the bootstrap.
+        resamples: number of resamples.
 
     Raises:
-        ValueError: no prompts, other shapes, or a preference outside of [0, 1].
+        ValueError: there are no prompts, the shapes differ, or a preference is outside [0, 1].
     """
     first, second = np.asarray(shown_first, dtype=np.float64), np.asarray(shown_second, dtype=np.float64)
     difference = np.asarray(length_a, dtype=np.float64) - np.asarray(length_b, dtype=np.float64)
@@ -102,13 +102,13 @@ def win_rate(
 def length_control(
     outcome: np.ndarray, difference: np.ndarray, *, seed: int, resamples: int = RESAMPLES
 ) -> LengthControl | None:
-    """The win rate at equal lengths with its 95% percentile bootstrap interval; see the head of this file.
+    """The win rate at equal lengths with its 95% percentile bootstrap interval; see the top of this file.
 
     Args:
         outcome: preference for A, [N], in [0, 1].
         difference: length of A minus length of B, [N].
-        seed: of the bootstrap over prompts.
-        resamples: of the bootstrap.
+        seed: seed of the bootstrap over prompts.
+        resamples: number of resamples.
     """
     spread = float(difference.std())
     if spread == 0 and difference[0] != 0:
@@ -120,7 +120,7 @@ def length_control(
     rows = max(1, CHUNK_CELLS // size)
     drawn = [fit_logistic(outcome, feature, counts[k : k + rows])[:, 0] for k in range(0, resamples, rows)]
     low, high = np.quantile(_sigmoid(np.concatenate(drawn)), [0.025, 0.975])
-    plain = bootstrap_share(outcome, seed=seed, resamples=1)  # all wins or all losses: no sharper than the plain rate
+    plain = bootstrap_share(outcome, seed=seed, resamples=1)  # all wins or losses: not narrower than the plain rate
     if outcome.min() == outcome.max() and outcome[0] in (0.0, 1.0):
         low, high = min(low, plain.low), max(high, plain.high)
     return LengthControl(
@@ -131,12 +131,12 @@ def length_control(
 
 
 def fit_logistic(target: np.ndarray, feature: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(a, b) [R, 2] of sigmoid(a + b feature) by Newton's method, one fit for each row of weights.
+    """Fit sigmoid(a + b feature) by Newton's method for each row of weights; return (a, b), [R, 2].
 
     Args:
         target: [N], in [0, 1].
         feature: [N].
-        weights: [R, N], how often each observation counts in each fit.
+        weights: [R, N], weight of each observation in each fit.
     """
     found = np.zeros((weights.shape[0], 2))
     for _ in range(NEWTON_STEPS):

@@ -1,1 +1,1 @@
-"""Engines that turn prompts into completions, behind one protocol (base.py)."""
+"""Sampling engines behind one interface (types.py), the sampling job, and what completions are used for."""

@@ -1,8 +1,8 @@
-"""What best-of-n is worth at every n up to N, from N samples of each prompt. Pure.
+"""The value of best-of-n at every n up to N, estimated from N samples of each prompt. Pure.
 
-Best-of-n answers with the best of n samples under a score. N samples hold C(N, n) sets of n, and the mean over all of
-them is the unbiased estimate of smallest variance of what best-of-n gives (Nakano et al., arXiv 2112.09332, appendix
-I): sum over the ranks i = 0..N-1, 0 the worst, of C(i, n - 1) / C(N, n) times the value of the sample of rank i.
+Best-of-n answers with the best of n samples under a score. N samples have C(N, n) subsets of size n, and the mean over
+all subsets is the unbiased estimate of smallest variance (Nakano et al., arXiv 2112.09332, appendix I): the sum over
+the ranks i = 0..N-1, 0 the worst, of C(i, n - 1) / C(N, n) times the value of the sample of rank i.
 """
 
 import math
@@ -28,7 +28,7 @@ def best_of_weights(count: int) -> np.ndarray:
 
 
 def best_index(scores: Sequence[float]) -> int:
-    """The best of the scores; of equal ones the first."""
+    """Index of the largest score; the first one if several are equal."""
     return max(range(len(scores)), key=lambda k: (scores[k], -k))
 
 
@@ -36,8 +36,8 @@ def expected_best(scores: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Mean value of the best of n samples by score, [P, N], column n - 1 for n = 1..N.
 
     Args:
-        scores: of N samples of each of P prompts, [P, N]; of equal scores the first sample wins.
-        values: what is counted, [P, N]: the same scores, or those of another judge.
+        scores: scores of N samples of each of P prompts, [P, N]; the first of equal scores wins.
+        values: values to average, [P, N]: the same scores, or those of another judge.
     """
     prompts, count = scores.shape
     order = np.lexsort((np.broadcast_to(-np.arange(count), scores.shape), scores), axis=1)
@@ -46,8 +46,8 @@ def expected_best(scores: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def kl_bound(n: int) -> float:
-    """log n - (n - 1) / n: nats of KL(best-of-n || what was sampled from) per completion, at most (arXiv 2401.01879).
+    """Upper bound log n - (n - 1) / n of KL(best-of-n || sampling policy), nats per completion (arXiv 2401.01879).
 
-    It is reached where no two samples can have the same score.
+    The bound is reached if no two samples can have the same score.
     """
     return math.log(n) - (n - 1) / n

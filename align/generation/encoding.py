@@ -9,9 +9,9 @@ from align.generation.types import Completion
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
-    """Tokens that end a completion: the tokenizer's end of sequence and those of the model's generation config."""
-    own = getattr(generation_config, "eos_token_id", None)
-    ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    """Ids of the tokens that end a completion: the tokenizer's end of sequence and the generation config's."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
     return sorted(token for token in ids if token is not None)
 
 
@@ -22,7 +22,7 @@ def to_completion(
     stops: Collection[int],
     logprobs: Sequence[float] | None,
 ) -> Completion:
-    """The completion of ``prompt`` (token ids) up to the first of ``stops`` in ``sampled``."""
+    """The completion of ``prompt`` (token ids): ``sampled`` up to and including the first of ``stops``."""
     end = next((k + 1 for k, token in enumerate(sampled) if token in stops), None)
     tokens = list(sampled[:end])
     before = tokenizer.decode(prompt, skip_special_tokens=True)

@@ -1,22 +1,21 @@
-"""Choosing and making an engine."""
+"""Choose and load a sampling engine."""
 
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Any, get_args
 
 from align.config import nearest
 from align.errors import ConfigError, EnvironmentProblem
-from align.generation.types import Engine
+from align.generation.types import Engine, EngineName
 from align.generation.vllm_install import import_vllm, vllm_problem
 from align.io.console import log
 
-EngineName = Literal["auto", "vllm", "server", "transformers"]
-
 
 def choose_engine(choice: EngineName, *, base_url: str | None = None) -> tuple[EngineName, str]:
-    """(engine that ``choice`` stands for, why): ``auto`` takes the server whose address is given, else vLLM where it is
-    installed and there is a GPU, else transformers.
+    """(engine, reason). ``auto`` takes the server if an address is given, else vLLM if it is installed and there is a
+    GPU, else transformers.
 
     Raises:
-        ConfigError: no such engine, or an address for one that is no server.
+        ConfigError: no such engine, or an address for an engine that is not a server.
     """
     known = list(get_args(EngineName))
     if choice not in known:
@@ -47,9 +46,10 @@ def make_engine(
     *,
     batch_size: int,
     base_url: str | None = None,
-    options: dict[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
 ) -> Engine:
-    """The engine that ``choice`` stands for, loaded.
+    """Load the engine that ``choice`` stands for.
 
     Args:
         choice: see ``choose_engine``; what ``auto`` became and why is logged.
@@ -57,13 +57,14 @@ def make_engine(
         batch_size: rows per forward pass of the transformers engine; the others batch by themselves.
         base_url: address of a server, ending in ``/v1``.
         options: keyword arguments of ``vllm.LLM``, of ``ServerEngine`` or of ``from_pretrained``.
+        tokenizer: folder or hub id of the transformers engine's tokenizer; None: the model's own.
 
     Raises:
-        AlignError: the engine or the model cannot be had, or an option is refused.
+        AlignError: the engine or the model cannot be used, or an option is refused.
     """
     chosen, why = choose_engine(choice, base_url=base_url)
     log.info("engine: %s (%s)", chosen, why)
-    extra = options or {}
+    extra = dict(options or {})
     if chosen == "vllm":
         from align.generation.vllm_engine import VllmEngine
 
@@ -76,10 +77,15 @@ def make_engine(
             return ServerEngine(model, **(address | extra))
         except TypeError as error:
             raise ConfigError(f"engine server: {error}", code="engine-option") from None
+    return _load_transformers(model, tokenizer or model, batch_size, extra)
+
+
+def _load_transformers(model: str, tokenizer: str, batch_size: int, options: dict[str, Any]) -> Engine:
     from align.generation.transformers_engine import TransformersEngine
     from align.models.loading import load_policy, load_tokenizer
 
-    policy = load_policy(model, **({"dtype": "float32"} | extra))
+    policy = load_policy(model, **({"dtype": "float32"} | options))
     if hasattr(policy, "merge_and_unload") and not getattr(policy, "is_quantized", False):
-        policy = policy.merge_and_unload()  # an adapter costs each sampled token more than once what it holds
-    return TransformersEngine(policy, load_tokenizer(model), batch_size=batch_size)
+        policy = policy.merge_and_unload()  # an unmerged adapter costs a second product in every layer and token
+    trusted = bool(options.get("trust_remote_code", False))
+    return TransformersEngine(policy, load_tokenizer(tokenizer, trust_remote_code=trusted), batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""From the scores of one prompt's completions to preference pairs. Pure; scores are higher for better completions."""
+"""Select preference pairs by the scores of one prompt's completions. Pure; a better completion has a higher score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ Chosen = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """Against false negatives: a rejected completion that is as good as the chosen one.
+    """Guard against false negatives: rejected completions that are as good as the chosen one.
 
-    A pair is dropped where its scores differ by less than ``margin``, or where the rejected score is above ``ratio``
-    times the chosen one. The ratio means something only for probabilities: rewards have no zero, so a shift of all of
-    them must not change which pairs are kept (LG-ANNA-Embedding, arXiv 2506.07438, uses 0.95 on similarities;
-    UniME-V2, arXiv 2510.13515, a margin of 0.01 on P(yes)).
+    A pair is dropped if its scores differ by less than ``margin``, or if the rejected score is above ``ratio`` times
+    the chosen one. The ratio needs probabilities: rewards have no zero, and adding a constant to all of them must not
+    change which pairs are kept (LG-ANNA-Embedding, arXiv 2506.07438, uses 0.95 on similarities; UniME-V2, arXiv
+    2510.13515, a margin of 0.01 on P(yes)).
     """
 
     margin: float = 0.0
-    """Least difference of the scores, >= 0. Scores that are equal never make a pair."""
+    """Least difference of the scores, >= 0. Equal scores never make a pair."""
     ratio: float | None = None
     """In (0, 1], for scores in [0, 1]."""
 
     def passes(self, chosen: float, rejected: float) -> bool:
-        """Whether a pair with these scores may be kept."""
+        """Whether to keep a pair with these scores."""
         apart = chosen > rejected and chosen - rejected >= self.margin
         return apart and (self.ratio is None or rejected <= self.ratio * chosen)
 
@@ -36,15 +36,15 @@ class Guard:
 def choose_pairs(
     scores: Sequence[float], mode: Mode, guard: Guard, *, band: tuple[float, float] = (0.0, float("inf"))
 ) -> tuple[list[Chosen], int]:
-    """(pairs, the number of pairs that ``mode`` chose and ``guard`` dropped); ties go to the smaller index.
+    """Return (pairs, number of pairs that ``mode`` chose and ``guard`` dropped). Ties go to the smaller index.
 
-    ``best_worst``: the best completion against the worst. ``band``: the best against the hardest one, that is the best
-    of those whose score lies between the two ends of ``band`` below it. ``all``: every two of the K completions, the
+    ``best_worst`` pairs the best completion with the worst. ``band`` pairs the best with its hardest negative: the best
+    completion among those whose margin to it lies within ``band``. ``all`` pairs every two of the K completions, the
     better one chosen: K (K - 1) / 2 pairs.
 
     Args:
-        scores: of the K completions of one prompt.
-        mode: which pairs.
+        scores: scores of the K completions of one prompt.
+        mode: which pairs to choose.
         guard: which of them to drop.
         band: least and largest margin, for ``band``.
     """
@@ -65,12 +65,12 @@ def choose_pairs(
 
 
 def draw_pair(rewards: Sequence[float], scale: float, rng: np.random.Generator) -> Chosen:
-    """The best and the worst completion, the chosen one drawn by Bradley-Terry: P(best) = sigmoid(scale * difference).
+    """Pair the best completion with the worst; Bradley-Terry draws the chosen: P(best) = sigmoid(scale * difference).
 
     Args:
-        rewards: of the K >= 2 completions of one prompt; where all are the same, its first and last make the pair.
-        scale: of the rewards; the larger, the fewer labels contradict them.
-        rng: draws once.
+        rewards: rewards of the K >= 2 completions of one prompt; if all are equal, the first and last are the pair.
+        scale: factor of the rewards; the larger it is, the fewer labels contradict them.
+        rng: drawn from once.
     """
     order = sorted(range(len(rewards)), key=lambda k: (-rewards[k], k))
     best, worst = order[0], order[-1]

@@ -1,10 +1,10 @@
-"""Drawing the next token of every row so that neither the batch nor the padding can change what is drawn.
+"""Draw the next token of every row so that neither the batch nor the padding changes the draw.
 
-A draw from softmax(scores) is the argmax of scores + Gumbel noise. The noise comes from one generator per row. What is
-left to differ between batches is rounding in the logits, which matters only where it decides which token wins: two
-candidates closer than ``TOLERANCE``, or a winner on the border of the nucleus. Such a row is computed again alone and
-without padding, which is the same computation in every batch. Two candidates are that close with probability at most
-``TOLERANCE`` / temperature: sum over tokens of p (1 - p), times it, to first order.
+The argmax of scores + Gumbel noise is a draw from softmax(scores); each row has its own generator for the noise. Logits
+still differ between batches by rounding, which matters only if it decides which token wins: if the two best candidates
+are closer than ``TOLERANCE``, or the winner is on the border of the nucleus. The logits of such a row are computed
+again without the batch and without padding. To first order two candidates are that close with probability
+``TOLERANCE`` / temperature times the sum over tokens of p (1 - p).
 
 Shapes: B rows, V vocabulary.
 """
@@ -17,20 +17,20 @@ from transformers import LogitsProcessor
 from align.generation.types import Sampling
 
 TOLERANCE = 1e-3
-"""Of logits; twice the rounding between batches that cannot turn a choice. Meant to be ample in float32; in half
-precision rounding may be more, so that there equal completions are likely and not certain."""
+"""Logit tolerance: twice the largest rounding error between batches that cannot change a draw. It is ample in float32;
+in half precision rounding errors may be larger, so that equal completions are likely but not certain."""
 
 
 class DrawnToken(LogitsProcessor):
-    """Leaves, of each row's scores, only the drawn token finite.
+    """Draw a token for each row and set the scores of all others to -inf.
 
     Args:
         sampling: temperature and top-p.
         seeds: seed of each row [B].
-        starts: where each row begins [B]: the number of its padding tokens on the left.
+        starts: number of padding tokens on the left of each row [B].
         stops: tokens after which a row is finished.
-        alone: logits [V] after one unpadded row of token ids.
-        device: of the scores; the same seeds draw other tokens on another kind of device.
+        alone: returns the logits [V] after one row of token ids without padding.
+        device: device of the scores; on another kind of device the same seeds draw other tokens.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class DrawnToken(LogitsProcessor):
         self.alone = alone
         self.finished = torch.zeros(len(seeds), dtype=torch.bool, device=device)
         self.logprobs: list[torch.Tensor] = []
-        """Of the drawn tokens [B], a tensor for each step, where ``sampling.logprobs``."""
+        """Log-probs of the drawn tokens, [B] for each step; empty without ``sampling.logprobs``."""
         self.recomputed = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [B, V] that are 0 at the drawn token and -inf elsewhere."""
+        """Return scores [B, V]: 0 at the drawn token, -inf elsewhere."""
         logits = scores.float()
         noise = self._noise(logits)
         drawn, sure = draw(logits, noise, self.sampling, tolerance=TOLERANCE)
@@ -67,29 +67,29 @@ class DrawnToken(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)
 
     def _noise(self, logits: torch.Tensor) -> torch.Tensor:
-        """Standard Gumbel noise [B, V], 0 where the choice is greedy; finished rows are left at 0."""
+        """Standard Gumbel noise [B, V]; 0 for greedy decoding and for finished rows."""
         noise = torch.zeros_like(logits)
         if self.sampling.temperature > 0:
-            own = torch.empty(logits.shape[1], dtype=torch.float64, device=logits.device)
-            smallest = torch.finfo(own.dtype).tiny
+            uniform = torch.empty(logits.shape[1], dtype=torch.float64, device=logits.device)
+            smallest = torch.finfo(uniform.dtype).tiny
             for row in (~self.finished).nonzero().flatten().tolist():
-                own.uniform_(generator=self.generators[row])
-                noise[row] = own.neg_().log1p_().neg_().clamp_min_(smallest).log_().neg_()
+                uniform.uniform_(generator=self.generators[row])
+                noise[row] = uniform.neg_().log1p_().neg_().clamp_min_(smallest).log_().neg_()
         return noise
 
 
 def draw(
     logits: torch.Tensor, noise: torch.Tensor, sampling: Sampling, *, tolerance: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(drawn token [B], whether it would be drawn from any logits within ``tolerance`` / 2 of these [B]).
+    """Return (drawn token [B], whether any logits within ``tolerance`` / 2 of these give the same draw [B]).
 
-    Top-p keeps the most probable tokens up to and including the one with which their mass reaches ``top_p``.
+    Top-p keeps the most probable tokens up to and including the one at which their mass reaches ``top_p``.
 
     Args:
         logits: [B, V].
         noise: Gumbel noise [B, V], or zeros.
         sampling: temperature (0 is greedy) and top-p.
-        tolerance: largest difference of two logits that rounding may turn round.
+        tolerance: largest difference of two logits whose order rounding may reverse.
     """
     scale = sampling.temperature or 1.0
     scores, slack = logits / scale, tolerance / scale
@@ -106,7 +106,7 @@ def draw(
 
 
 def nucleus_floors(scores: torch.Tensor, masses: Sequence[float]) -> list[torch.Tensor]:
-    """For each mass p, the lowest score [B, 1] in the smallest set of top tokens whose probability is at least p."""
+    """For each mass p, the lowest score [B, 1] in the smallest set of top tokens with probability at least p."""
     ordered = scores.sort(dim=-1, descending=True).values
     before = torch.softmax(ordered, dim=-1).cumsum(dim=-1).roll(1, dims=-1)
     before[:, 0] = 0.0

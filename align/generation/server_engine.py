@@ -1,4 +1,4 @@
-"""Generation by a running OpenAI-compatible server, such as ``vllm serve MODEL``."""
+"""Sampling by a running OpenAI-compatible server, such as ``vllm serve MODEL``."""
 
 import os
 import queue
@@ -12,7 +12,7 @@ import httpx
 
 from align.config import nearest
 from align.errors import ConfigError, DataError, EnvironmentProblem, ModelError
-from align.generation.types import Completion, Sampling, gather, prompt_keys, sample_seed
+from align.generation.types import Completion, Engine, Sampling, prompt_keys, sample_seed
 from align.io.console import log
 
 DEFAULT_URL = "http://localhost:8000/v1"
@@ -21,19 +21,19 @@ RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 LONGEST_WAIT_SECONDS = 60.0
 
 
-class ServerEngine:
-    """Bounded concurrency, retries with exponential backoff, a seed for every sample of every prompt.
+class ServerEngine(Engine):
+    """Send one request per sample, with bounded concurrency, retries with exponential backoff and a seed for each.
 
-    Text goes to ``/completions``, messages to ``/chat/completions`` where the server applies its chat template. The
-    server must return token ids (vLLM 0.10.2 or newer does). What VllmEngine says of batches holds here too. An API
+    Text goes to ``/completions``, messages to ``/chat/completions``, where the server applies its chat template. The
+    server must return token ids (vLLM 0.10.2 or newer does). Its batches round as described at ``VllmEngine``. The API
     key is read from the environment variable ``OPENAI_API_KEY``.
 
     Args:
-        model: name under which the server serves it; of an adapter, the name given to ``--lora-modules``.
+        model: the name that the server uses; for an adapter, the name given to ``--lora-modules``.
         base_url: the server's address, ending in ``/v1``.
-        concurrency: requests under way at once.
+        concurrency: requests in flight at once.
         attempts: tries for each request.
-        first_wait: seconds before the second try; doubled for each further one, with jitter.
+        first_wait: seconds before the second try; doubled for each further try, with jitter.
         timeout: seconds that one request may take.
 
     Raises:
@@ -78,16 +78,10 @@ class ServerEngine:
                 hint="give --model the name that the server uses",
             )
 
-    def generate(
-        self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
-    ) -> list[list[Completion]]:
-        """``sampling.n`` completions of each prompt, in the order of the prompts."""
-        return gather(self.stream(prompts, sampling, keys), len(prompts))
-
     def stream(
         self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """(index of a prompt, its completions) as answers arrive; see ``Engine``.
+        """Yield (index of a prompt, its completions) as answers arrive; see ``Engine``.
 
         Raises:
             EnvironmentProblem: a request failed ``attempts`` times, or the answer is not as expected.
@@ -143,7 +137,7 @@ class ServerEngine:
         return Completion(text, token_ids, "stop" if reason == "stop" else "length", logprobs)
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The JSON object that the server answers, after up to ``attempts`` tries."""
+        """The JSON object in the server's answer, after up to ``attempts`` tries."""
         for attempt in range(1, self.attempts + 1):
             wait = min(LONGEST_WAIT_SECONDS, self.first_wait * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
             try:
@@ -155,7 +149,7 @@ class ServerEngine:
             else:
                 if response.is_success:
                     return self._object(response)
-                problem = f"status {response.status_code}: {_said(response)}"
+                problem = f"status {response.status_code}: {_text(response)}"
                 if response.status_code not in RETRIED:
                     raise self._refused(response.status_code, problem)
                 wait = max(wait, _retry_after(response))
@@ -172,7 +166,7 @@ class ServerEngine:
             answer = None
         if not isinstance(answer, dict):
             raise EnvironmentProblem(
-                f"{self.base_url}: found {_said(response)!r}, expected a JSON object",
+                f"{self.base_url}: found {_text(response)!r}, expected a JSON object",
                 code="server-response",
                 hint="is this the address of an OpenAI-compatible server, ending in /v1?",
             )
@@ -199,15 +193,15 @@ class ServerEngine:
 def in_threads(
     jobs: Sequence[Callable[[], Completion]], threads: int, stopping: threading.Event
 ) -> Iterator[tuple[int, Completion]]:
-    """(place of a job, its result) as they end; the first failure is raised.
+    """Yield (index of a job, its result) as jobs end; raise the first failure.
 
-    Nobody waits for a job under way once the iterator is left, not even the end of the program: a request may take
+    Once the iterator is closed, nothing waits for running jobs, not even the end of the program: a request may take
     minutes.
 
     Args:
-        jobs: what to call, in this order.
-        threads: at a time.
-        stopping: set when a job fails or the iterator is left, and no further job begins.
+        jobs: functions to call, started in this order.
+        threads: jobs that run at a time.
+        stopping: set when a job fails or the iterator is closed; no further job is started then.
     """
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     ended: queue.SimpleQueue[tuple[int, Completion | BaseException]] = queue.SimpleQueue()
@@ -222,7 +216,7 @@ def in_threads(
                 return
             try:
                 ended.put((number, jobs[number]()))
-            except BaseException as error:  # raised where the results are read
+            except BaseException as error:  # raised again by the loop that reads the results
                 stopping.set()
                 ended.put((number, error))
 
@@ -249,7 +243,7 @@ def _from_chat(choice: dict[str, Any]) -> tuple[str, list[float] | None]:
     return choice["message"]["content"] or "", values
 
 
-def _said(response: httpx.Response) -> str:
+def _text(response: httpx.Response) -> str:
     return " ".join(response.text.split())[:300]
 
 

@@ -1,4 +1,4 @@
-"""Generation with transformers: for machines without vLLM."""
+"""Sampling with transformers, for machines without vLLM."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,18 +9,18 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 
 from align.generation.encoding import stop_ids, to_completion
 from align.generation.sampler import DrawnToken
-from align.generation.types import Completion, Sampling, gather, prompt_keys, sample_seed
+from align.generation.types import Completion, Engine, Sampling, prompt_keys, sample_seed
 from align.models.layout import base_model
 from align.models.tokenization import encode_prompt
 
 
-class TransformersEngine:
-    """Batched sampling, prompts sorted by length and padded left.
+class TransformersEngine(Engine):
+    """Sample in batches of prompts sorted by length and padded on the left.
 
     On one machine the same model, prompt and seed give the same completion, whatever the batch size and the other
-    prompts: every sample has its own random numbers, and a choice that rounding could turn is made on logits computed
-    without the batch (align/generation/sampler.py; in half precision that is likely and not certain). Of the
-    model's generation config only the end-of-sequence tokens are used.
+    prompts: every sample has its own random numbers, and a draw that rounding could change is made on logits computed
+    without the batch (align/generation/sampler.py; in half precision this is likely but not certain). Only the
+    end-of-sequence tokens of the model's generation config are used.
 
     Args:
         model: causal language model, or one with an adapter.
@@ -41,16 +41,10 @@ class TransformersEngine:
         """Token ids of a prompt; see ``encode_prompt``."""
         return encode_prompt(prompt, self.tokenizer)
 
-    def generate(
-        self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
-    ) -> list[list[Completion]]:
-        """``sampling.n`` completions of each prompt, in the order of the prompts."""
-        return gather(self.stream(prompts, sampling, keys), len(prompts))
-
     def stream(
         self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """(index of a prompt, its completions) as batches finish; see ``Engine``."""
+        """Yield (index of a prompt, its completions) as batches finish; see ``Engine``."""
         keys = prompt_keys(prompts) if keys is None else keys
         ids = [encode_prompt(prompt, self.tokenizer) for prompt in prompts]
         longest_first = sorted(range(len(ids)), key=lambda k: -len(ids[k]))
@@ -73,7 +67,7 @@ class TransformersEngine:
         input_ids = torch.tensor([[pad] * start + row for start, row in zip(starts, rows, strict=True)], device=device)
         mask = torch.tensor([[0] * start + [1] * (width - start) for start in starts], device=device)
         choice = DrawnToken(sampling, seeds, starts, self.stops, self._alone, device)
-        with torch.inference_mode(), _without_own_config(self.model):
+        with torch.inference_mode(), _empty_generation_config(self.model):
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -92,20 +86,23 @@ class TransformersEngine:
         ]
 
     def _alone(self, row: torch.Tensor) -> torch.Tensor:
-        """Logits [V] after one row of token ids, computed without any other row."""
+        """Logits [V] after one row of token ids, computed without the other rows."""
         ids = row[None]
         return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
 
 
 @contextmanager
-def _without_own_config(model: PreTrainedModel) -> Iterator[None]:
-    """Meanwhile the model, and that inside an adapter, has no generation config that fields could be filled in from."""
+def _empty_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Give the model, and the base model of an adapter, an empty generation config; restore theirs at the end.
+
+    ``generate`` fills missing fields of the config that it is given from the model's own.
+    """
     holders = [model, base_model(model)]
-    own = [holder.generation_config for holder in holders]
+    configs = [holder.generation_config for holder in holders]
     try:
         for holder in holders:
             holder.generation_config = GenerationConfig()
         yield
     finally:
-        for holder, config in zip(holders, own, strict=True):
+        for holder, config in zip(holders, configs, strict=True):
             holder.generation_config = config

@@ -1,23 +1,27 @@
-"""What every generation engine takes and gives, and the seeds that make a completion independent of its neighbours."""
+"""Sampling settings, completions, the engine interface, and the seed of each sample."""
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from datasets import Dataset
 
 from align.io.console import progress
 
+SAMPLING = 2
+"""Revision in the stage keys; raise it when the transformers engine draws other completions from the same seed."""
 SEED_BYTES = 4
-"""A 32-bit seed: what torch's generator on a CPU reads of any seed."""
+"""A 32-bit seed: torch's CPU generator reads no more of any seed."""
+EngineName = Literal["auto", "vllm", "server", "transformers"]
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample."""
+    """Settings of sampling: what is drawn, and which engine draws it."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -27,7 +31,26 @@ class Sampling:
     """Completions per prompt."""
     seed: int = 0
     logprobs: bool = False
-    """Also give the log-probability of every sampled token."""
+    """Also return the log-probability of every sampled token."""
+    engine: EngineName = "auto"
+    batch_size: int = 32
+    """Rows per forward pass of the transformers engine; the other engines batch by themselves. No completion depends
+    on it."""
+    base_url: str | None = None
+    """Address of a server, ending in ``/v1``."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of ``vllm.LLM``, of ``ServerEngine`` or of ``from_pretrained``."""
+
+    def made_from(self) -> dict[str, Any]:
+        """The fields that decide what one engine draws; they are part of stage keys."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "n": self.n,
+            "seed": self.seed,
+            "logprobs": self.logprobs,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,52 +58,53 @@ class Completion:
     """One sampled completion."""
 
     text: str
-    """So that prompt text + text reads as the model wrote it; special tokens left out."""
+    """Without special tokens; prompt text + ``text`` reads as the model wrote it."""
     token_ids: list[int]
-    """Sampled tokens, the end-of-sequence token included where there is one."""
+    """Sampled tokens, including the end-of-sequence token if there is one."""
     finish_reason: Literal["stop", "length"]
     logprobs: list[float] | None = None
-    """Log-probability (nats) of each of ``token_ids`` under the model itself: at temperature 1, nothing cut by top-p.
-    None unless asked for."""
+    """Log-probability (nats) of each of ``token_ids`` under the model itself: at temperature 1, without top-p. None
+    unless asked for."""
 
 
-class Engine(Protocol):
-    """Anything that completes prompts."""
+class Engine(ABC):
+    """Completes prompts."""
 
     name: str
 
+    @abstractmethod
     def stream(
         self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """(index of a prompt, its ``sampling.n`` completions), each prompt once, in the order in which they finish.
+        """Yield (index of a prompt, its ``sampling.n`` completions), each prompt once, in the order they finish.
 
         Args:
             prompts: text or messages.
             sampling: how to sample.
-            keys: what the random numbers of each prompt depend on beside ``sampling.seed`` and the number of the
-                sample; ``prompt_keys`` where absent.
+            keys: one for each prompt; with ``sampling.seed`` and the sample's number it decides the random numbers.
+                None: ``prompt_keys(prompts)``.
         """
 
     def generate(
         self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
     ) -> list[list[Completion]]:
         """``sampling.n`` completions of each prompt, in the order of the prompts; see ``stream``."""
+        by_index = dict(show_tokens(self.stream(prompts, sampling, keys), len(prompts)))
+        return [by_index[k] for k in range(len(prompts))]
 
 
-def gather(found: Iterator[tuple[int, list[Completion]]], count: int) -> list[list[Completion]]:
-    """The completions of ``count`` streamed prompts in the order of the prompts, with progress."""
-    by_index = dict(show_tokens(found, count))
-    return [by_index[k] for k in range(count)]
-
-
-def show_tokens(found: Iterator[tuple[int, list[Completion]]], count: int) -> Iterator[tuple[int, list[Completion]]]:
-    """``found`` with progress in prompts and tokens per second."""
-    return progress(found, what="generating", total=count, unit="prompts", work=_tokens, work_unit="tokens")
+def show_tokens(
+    completed: Iterator[tuple[int, list[Completion]]], count: int
+) -> Iterator[tuple[int, list[Completion]]]:
+    """Yield ``completed`` with progress in prompts and tokens per second."""
+    return progress(completed, what="generating", total=count, unit="prompts", work=_tokens, work_unit="tokens")
 
 
 def prompt_keys(prompts: Sequence[Any]) -> list[str]:
-    """A key for each prompt from its content and, where it is repeated, the number of its repeat; the order and the
-    other prompts do not matter."""
+    """A key for each prompt: its content, and the number of its repeat if it is repeated.
+
+    A key depends neither on the order nor on the other prompts.
+    """
     seen: Counter[str] = Counter()
     keys = []
     for prompt in prompts:
@@ -90,25 +114,26 @@ def prompt_keys(prompts: Sequence[Any]) -> list[str]:
     return keys
 
 
-def keyed_prompts(prompts: Sequence[Any]) -> Dataset:
-    """A table to complete in shards: ``prompt`` (JSON) and ``key``."""
-    return Dataset.from_dict({"prompt": [json.dumps(prompt) for prompt in prompts], "key": prompt_keys(prompts)})
+def keyed_prompts(prompts: Sequence[Any], keys: Sequence[str] | None = None) -> Dataset:
+    """The table that ``SamplingJob`` reads: ``prompt`` (JSON) and ``key``, which is ``prompt_keys`` by default."""
+    return Dataset.from_dict(
+        {
+            "prompt": [json.dumps(prompt) for prompt in prompts],
+            "key": prompt_keys(prompts) if keys is None else list(keys),
+        }
+    )
 
 
 def sample_seed(seed: int, key: str, sample: int) -> int:
-    """Seed, in [0, 2**32), of sample number ``sample`` of the prompt called ``key``."""
+    """Seed, in [0, 2**32), of sample number ``sample`` of the prompt with this key."""
     state = hashlib.sha256(f"{seed}\n{sample}\n{key}".encode()).digest()
     return int.from_bytes(state[:SEED_BYTES], "big")
 
 
-def _tokens(found: tuple[int, list[Completion]]) -> int:
-    return sum(len(completion.token_ids) for completion in found[1])
-
-
 def as_completion(prompt: Any, text: str) -> Any:
-    """``text`` as a dataset would hold it beside ``prompt``: a message where the prompt is a conversation."""
+    """``text`` in the form of its prompt: text, or one assistant message if the prompt is a list of messages."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
-SAMPLING = 2
-"""What the transformers engine samples under a seed."""
+def _tokens(completed: tuple[int, list[Completion]]) -> int:
+    return sum(len(completion.token_ids) for completion in completed[1])

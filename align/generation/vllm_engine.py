@@ -1,4 +1,4 @@
-"""Generation with vLLM in this process: continuous batching, prefix caching, adapters without merging."""
+"""Sampling with vLLM in this process: continuous batching, prefix caching, adapters without merging."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from align.errors import ConfigError, DataError, ModelError
 from align.generation.encoding import stop_ids, to_completion
-from align.generation.types import Completion, Sampling, gather, prompt_keys, sample_seed
+from align.generation.types import Completion, Engine, Sampling, prompt_keys, sample_seed
 from align.generation.vllm_install import import_vllm
 from align.io.files import read_json
 from align.models.folders import ADAPTER
@@ -18,28 +18,28 @@ from align.models.loading import load_tokenizer
 from align.models.tokenization import encode_prompt
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Adapter ranks that vLLM reserves room for."""
+"""Values that vLLM accepts as ``max_lora_rank``."""
 IN_FLIGHT = 4096
 """Requests handed to vLLM at once; it batches them itself."""
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-"""Set where the user has not: the scheduler in this process, which makes its order the same each time."""
+"""Defaults of environment variables. The scheduler runs in this process, which makes its order reproducible."""
 
 
-class VllmEngine:
-    """vLLM's own batching, with a seed for every sample of every prompt.
+class VllmEngine(Engine):
+    """Sample with vLLM's own batching and a seed for every sample of every prompt.
 
-    How far a completion is independent of the other prompts: its random numbers wholly, because each request has a
-    generator of its own. Its logits up to rounding, because vLLM batches as load allows and its kernels may round
-    differently at another batch size; where rounding turns a choice, the rest of that completion differs. vLLM's own
-    switch for bitwise equal batches is ``VLLM_BATCH_INVARIANT=1`` (on GPUs that it supports, slower). Equal prompts
-    under equal seeds in an equal call give equal completions. The draws are not those of the transformers engine.
+    The random numbers of a completion do not depend on the other prompts, because each request has its own generator.
+    Its logits depend on them by rounding: vLLM batches as load allows, and its kernels may round differently at another
+    batch size. If rounding changes a draw, the rest of that completion differs. ``VLLM_BATCH_INVARIANT=1`` makes
+    batches bitwise equal (slower, on the GPUs that vLLM supports it for). The same call with the same prompts and seed
+    gives the same completions. The draws differ from those of the transformers engine.
 
     Args:
-        model: folder or hub id; a folder with an adapter is loaded beside its base model, not merged into it.
+        model: folder or hub id. An adapter folder is loaded as a LoRA request on its base model, not merged.
         options: arguments of ``vllm.LLM``, passed through: ``tensor_parallel_size``, ``pipeline_parallel_size``,
             ``data_parallel_size`` (which vLLM takes only under its own launcher), ``dtype``,
-            ``gpu_memory_utilization``, ``max_model_len``, ... Prefix caching is on unless they say otherwise; on a
-            CPU the weights are float32 and run eagerly.
+            ``gpu_memory_utilization``, ``max_model_len``, ... By default prefix caching is on, and on a CPU the
+            weights are float32 and run eagerly.
 
     Raises:
         EnvironmentProblem: vLLM is missing or cannot be imported.
@@ -72,16 +72,10 @@ class VllmEngine:
         """Token ids of a prompt; see ``encode_prompt``."""
         return encode_prompt(prompt, self.tokenizer)
 
-    def generate(
-        self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
-    ) -> list[list[Completion]]:
-        """``sampling.n`` completions of each prompt, in the order of the prompts."""
-        return gather(self.stream(prompts, sampling, keys), len(prompts))
-
     def stream(
         self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """(index of a prompt, its completions) as vLLM finishes them; see ``Engine``.
+        """Yield (index of a prompt, its completions) as vLLM finishes them; see ``Engine``.
 
         Raises:
             DataError: a prompt does not fit into the model's context.
@@ -158,10 +152,10 @@ class VllmEngine:
 
 
 def _split_adapter(model: str) -> tuple[str, dict[str, Any]]:
-    """(base model, LoRA options of vLLM): the options are empty where ``model`` is no adapter folder.
+    """Return (base model, LoRA options of vLLM); the options are empty if ``model`` is not an adapter folder.
 
     Raises:
-        ModelError: the adapter is not LoRA, or its rank is more than vLLM takes.
+        ModelError: the adapter is not LoRA, or its rank exceeds the largest that vLLM accepts.
     """
     file = Path(model) / ADAPTER
     if not file.exists():

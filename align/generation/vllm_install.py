@@ -1,4 +1,4 @@
-"""Whether vLLM can be used here, and what to install where it cannot."""
+"""Check whether vLLM can be used here, and say what to install otherwise."""
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +16,7 @@ INSTALL = (
 
 
 def vllm_problem() -> str:
-    """Why vLLM cannot be used, as far as that can be told without importing it; empty where nothing speaks against."""
+    """Reason why vLLM cannot be used, without importing it; an empty string if there is none."""
     if find_spec("vllm") is None:
         return "vLLM is not installed"
     found = installed_version()
@@ -27,7 +27,7 @@ def vllm_problem() -> str:
 
 
 def installed_version() -> str | None:
-    """Version of vLLM, whichever distribution it came in; None where there is none."""
+    """Version of vLLM, of whichever distribution is installed; None if none is."""
     for name in DISTRIBUTIONS:
         try:
             return version(name)
@@ -37,10 +37,10 @@ def installed_version() -> str | None:
 
 
 def import_vllm() -> Any:
-    """The ``vllm`` module with ``exceptions``, ``platforms`` and ``sampling_params``.
+    """Import ``vllm`` with ``exceptions``, ``platforms`` and ``sampling_params``.
 
     Raises:
-        EnvironmentProblem: it is missing, too old, or does not import beside the installed torch and transformers.
+        EnvironmentProblem: it is missing, too old, or fails to import with the installed torch and transformers.
     """
     problem = vllm_problem()
     if not problem:
@@ -48,10 +48,10 @@ def import_vllm() -> Any:
             for part in ("vllm.exceptions", "vllm.platforms", "vllm.sampling_params"):
                 importlib.import_module(part)
             module = importlib.import_module("vllm")
-            module.LLM  # noqa: B018  (vLLM imports its parts when they are first asked for)
+            module.LLM  # noqa: B018  (vLLM imports its parts on first access)
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            problem = f"vLLM {installed_version()} does not import beside the packages installed here ({reason})"
+            problem = f"vLLM {installed_version()} does not import with the packages installed here ({reason})"
         else:
             return module
     raise EnvironmentProblem(problem, code="vllm-missing", hint=INSTALL)

@@ -1,1 +1,1 @@
-"""One run: its plan, checks, stages, manifest, and how it resumes."""
+"""One run: its plan, checks, stages and manifest; resuming and reproducing it; rounds of `align iterate`."""

@@ -14,10 +14,10 @@ from reward_models.registry import resolve_objective
 
 
 def check_config(config: RunConfig) -> None:
-    """Bind every loss and trainer field, look at every prompt file and model folder, before a model loads.
+    """Check every loss, trainer field, prompt file and model folder before a model loads.
 
     Raises:
-        AlignError: the first thing found wrong.
+        AlignError: the first problem.
     """
     from trl import RewardConfig as TrlRewardConfig
 
@@ -38,10 +38,10 @@ def check_config(config: RunConfig) -> None:
 
 
 def check_train(train: TrainSection, forced: dict[str, Any]) -> None:
-    """Bind every loss, the adapter and the trainer's fields; ``forced`` are those that the program sets itself.
+    """Check every loss, the adapter and the trainer's fields; ``forced`` are fields that the program sets itself.
 
     Raises:
-        ConfigError: the first thing found wrong.
+        ConfigError: the first problem.
     """
     from trl import DPOConfig
 
@@ -54,14 +54,14 @@ def check_train(train: TrainSection, forced: dict[str, Any]) -> None:
 
 
 def check_models(config: RunConfig, *, conversational: bool) -> None:
-    """Look at the model folders of a run before any of them is loaded; hub ids are left to the loader.
+    """Check the model folders of a run before any of them is loaded; the loader checks hub ids.
 
     Args:
         config: the run.
-        conversational: there are messages among the texts, which need a chat template.
+        conversational: some texts are lists of messages, which need a chat template.
 
     Raises:
-        ModelError: a folder is not a model, its tokenizer does not belong to it, or lacks the template.
+        ModelError: a folder is not a model, its tokenizer does not fit the model, or the chat template is missing.
     """
     for part in (config.train, config.reward):
         if part is None:

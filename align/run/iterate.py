@@ -2,9 +2,9 @@
 
     round r:  prompts of this round -> generate (policy r - 1) -> pairs (scorer) -> train -> policy r
 
-Each step is a stage of its own in ``round-r/``, skipped where its inputs have not changed, and resumed where it was
-stopped. Every round samples from the policy of the round before, which is also its reference; every prompt is used in
-one round only. The scorer that makes the pairs is what the policy learns to please: judge the result by another one.
+Each step is a stage in ``round-r/``: it is skipped if its inputs have not changed, and resumes where it was stopped.
+Every round samples from the policy of the round before, which is also its reference; every prompt is used in one round
+only. The policy is optimized for the scorer that makes the pairs, so judge the result by another one.
 """
 
 import shutil
@@ -32,10 +32,10 @@ MERGED = "policy"
 
 
 def load_iterate(path: Path, overrides: list[str] | None) -> IterateConfig:
-    """The configuration in a YAML file.
+    """Read the configuration of a YAML file.
 
     Raises:
-        ConfigError: see ``load_config``; or a value of ``pairs`` is out of range.
+        ConfigError: see ``load_config``; or a value of ``pairs`` is out of range; or the training cannot work.
     """
     config = load_section(path, overrides, IterateConfig)
     build_settings(config.pairs)
@@ -44,10 +44,10 @@ def load_iterate(path: Path, overrides: list[str] | None) -> IterateConfig:
 
 
 def _check_training(train: TrainSection) -> None:
-    """What can be found wrong with the training before anything is sampled for it.
+    """Check the training before anything is sampled for it.
 
     Raises:
-        ConfigError: a loss, its parameters, a field of the adapter or the trainer; or a trust to be measured.
+        ConfigError: a loss, its parameters, a field of the adapter or the trainer; or `train.trust: auto`.
     """
     from align.run.checks import check_train
 
@@ -61,10 +61,10 @@ def _check_training(train: TrainSection) -> None:
 
 
 def iterate(config: IterateConfig) -> Path:
-    """Run every round that is not up to date and write ``iterate.json``; the folder of the last policy.
+    """Run every round that is not up to date, write ``iterate.json``, and return the folder of the last policy.
 
     Raises:
-        AlignError: what the user can mend; finished stages stay as they are.
+        AlignError: an error that the user can fix; finished stages stay as they are.
     """
     prompts = read_prompts(config.prompts)
     if len(prompts) < config.rounds:
@@ -91,22 +91,13 @@ def iterate(config: IterateConfig) -> Path:
 
 
 def _round(config: IterateConfig, prompts: list[PromptRow], policy: str, root: Path) -> str:
-    """One round; the folder of the policy that it trained."""
-    sampled = config.generate
-    complete_prompts(
-        prompts,
-        config.prompts.path,
-        GenerateSettings(
-            model=policy,
-            sampling=Sampling(
-                sampled.max_new_tokens, sampled.temperature, sampled.top_p, n=sampled.n, seed=config.seed
-            ),
-            engine=sampled.engine,
-            batch_size=sampled.batch_size,
-            options=dict(sampled.options),
-        ),
-        root / "generate",
-    )
+    """Run one round and return the folder of the policy that it trained."""
+    section = config.generate
+    sampling = Sampling(
+        section.max_new_tokens, section.temperature, section.top_p, section.n, config.seed,
+        engine=section.engine, batch_size=section.batch_size, options=section.options,
+    )  # fmt: skip
+    complete_prompts(prompts, config.prompts.path, GenerateSettings(policy, sampling), root / "generate")
     build_pairs(root / "generate", build_settings(config.pairs), root / "pairs")
     (method,) = config.train.methods
     inputs: Mapping[str, Any] = {
@@ -126,7 +117,7 @@ def _round(config: IterateConfig, prompts: list[PromptRow], policy: str, root: P
 
 
 def _train(config: TrainSection, method: str, pairs: Path, folder: Path, seed: int) -> None:
-    """Train on the pairs; an adapter is also merged into its base, which is where the next round starts."""
+    """Train on the pairs; merge an adapter into its base model, from which the next round starts."""
     from align.data.pairs import read_pairs
     from align.models.loading import load_policy, load_tokenizer
     from align.training.train import HISTORY, MODEL, train_policy
@@ -138,12 +129,12 @@ def _train(config: TrainSection, method: str, pairs: Path, folder: Path, seed: i
     with atomic_folder(folder / MERGED) as temporary:
         load_policy(str(folder / MODEL), dtype="float32").merge_and_unload().save_pretrained(temporary)
         load_tokenizer(config.model).save_pretrained(temporary)
-        if (folder / MERGED).exists():  # of a process that was killed before the stage was whole
+        if (folder / MERGED).exists():  # left by a process that was killed before the end of the stage
             shutil.rmtree(folder / MERGED)
 
 
 def build_settings(config: BuildSection) -> BuildSettings:
-    """What ``build_pairs`` takes.
+    """The settings of ``build_pairs`` in the section ``pairs``.
 
     Raises:
         ConfigError: a value is out of range, or not exactly one scorer is named.

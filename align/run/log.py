@@ -1,4 +1,4 @@
-"""``log.txt`` in a run's folder: what was said on the terminal, each line with its time; it rotates."""
+"""``log.txt`` in a run's folder: the messages of the terminal with their times; the file rotates."""
 
 import logging
 import sys
@@ -15,14 +15,14 @@ FILE = "log.txt"
 LINE = "%(asctime)s %(levelname)s %(message)s"
 MOST_BYTES = 5_000_000
 KEPT = 3
-"""Older files, ``log.txt.1`` the newest of them."""
+"""Number of older files; ``log.txt.1`` is the newest of them."""
 
 
 class _RunLog(RotatingFileHandler):
-    """A log that a full disk ends without a word: the run itself meets the disk and says so."""
+    """A log that ends silently when the disk is full: the run itself then fails with a message about the disk."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Stop writing where the disk is the reason."""
+        """Stop logging to the file after an OSError."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
             return
@@ -31,13 +31,13 @@ class _RunLog(RotatingFileHandler):
 
 @contextmanager
 def run_log(folder: Path) -> Iterator[None]:
-    """While inside, what goes to the terminal goes to ``folder/log.txt`` too, an error that ends the run included.
+    """Also write the terminal's messages to ``folder/log.txt``, including an error that ends the run.
 
-    Lines of earlier attempts stay above. Process r > 0 of a launcher writes ``log-r.txt``, warnings and errors alone.
-    Where the file cannot be opened there is none: a run that has something else to write meets the disk itself.
+    The file keeps the lines of earlier attempts. Process r > 0 of a launcher writes ``log-r.txt`` with its warnings and
+    errors. If the file cannot be opened, nothing is logged: a run that has something to write will report the disk.
 
     Args:
-        folder: it exists.
+        folder: an existing folder.
     """
     handler = _opened(folder)
     if handler is None:
@@ -72,6 +72,6 @@ def _opened(folder: Path) -> _RunLog | None:
 
 
 def _only_here(handler: logging.Handler, message: str, error: Exception | None) -> None:
-    """Write what the command line says of the end by itself."""
+    """Log to the file only: the command line prints the same error itself."""
     caught = None if error is None else (type(error), error, error.__traceback__)
     handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, "%s", (message,), caught))

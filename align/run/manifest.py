@@ -1,4 +1,4 @@
-"""The manifest of a run: what it was made from, and how two manifests differ."""
+"""The manifest of a run, ``run.json``: inputs and results; and the differences of two manifests."""
 
 import platform
 from pathlib import Path
@@ -14,14 +14,14 @@ from align.io.secrets import redact
 from align.io.stage import MANIFEST, Stage, versions
 
 FILE = "run.json"
-TOLD = (MANIFEST, "filter.json", "report.html", "trust.json")
-"""Files of a stage that say when or where it was made; what they conclude stands in the tables beside them."""
+NOT_COMPARED = (MANIFEST, "filter.json", "report.html", "trust.json")
+"""Files of a stage that contain times or paths, which differ between equal runs."""
 
 
 def write_run_manifest(config: RunConfig, stages: list[Stage], command: str, until: tuple[str, ...] = ()) -> None:
-    """Write ``run.json``: configuration, command, versions, the key of every stage, the sha256 of every file it left.
+    """Write ``run.json``: configuration, command, versions, key of every stage, sha256 of every file that it wrote.
 
-    The keys cover the content of data and models, so the manifest tells a changed input from a changed result.
+    The keys cover the content of data and models, so the manifest distinguishes a changed input from a changed result.
     """
     write_json(
         config.folder / FILE,
@@ -38,10 +38,10 @@ def write_run_manifest(config: RunConfig, stages: list[Stage], command: str, unt
 
 
 def read_run_manifest(file: Path) -> tuple[dict[str, Any], RunConfig]:
-    """The manifest and the configuration in it.
+    """Read a manifest; return it and the configuration in it.
 
     Raises:
-        DataError: no such file, or not a run's manifest.
+        DataError: the file does not exist, or is not the manifest of a run.
     """
     try:
         found = read_json(file)
@@ -61,7 +61,9 @@ def read_run_manifest(file: Path) -> tuple[dict[str, Any], RunConfig]:
 
 
 def manifest_differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """What two manifests differ in: inputs (stages made from something else), results (files), versions."""
+    """Differences of two manifests: ``same_files`` (a count), ``other_inputs`` (stages with another key),
+    ``other_files`` and ``other_versions``.
+    """
     after = after | {part: {name: after[part].get(name) for name in before[part]} for part in ("stages", "files")}
     return {
         "same_files": sum(after["files"].get(name) == found for name, found in before["files"].items()),
@@ -79,6 +81,6 @@ def _different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """sha256 of every file of a stage but those that hold seconds or where the run lies."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in TOLD)
+    """sha256 of every file of a stage except ``NOT_COMPARED``."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in NOT_COMPARED)
     return {str(path.relative_to(folder.parent)): hash_file(path) for path in found}

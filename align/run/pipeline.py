@@ -1,10 +1,10 @@
-"""The whole path as stages: which there are, what each is made from, in which order they run.
+"""Run the stages of a run: what each depends on decides whether it is up to date.
 
     pairs-reward -> reward -> crossfit -.
                       |                 v
         sample / pairs -----------> margins -> filter, trust -> train-METHOD -> generate-METHOD -> evaluate -> report
 
-What a stage does stands in align/run/stages/; this file only says what it depends on.
+The work of a stage is in align/run/stages/; this file only defines what it depends on.
 """
 
 import sys
@@ -23,14 +23,14 @@ from align.io.stage import Stage, finished_stage, read_manifest, run_stage
 from align.models.folders import fingerprint_model
 from align.run.log import run_log
 from align.run.manifest import write_run_manifest
-from align.run.plan import STAGES, TOGETHER, TRUST, TRUST_NUMBERS, plan
+from align.run.plan import REVISIONS, TOGETHER, TRUST, TRUST_NUMBERS, plan
 
 
 def check(config: RunConfig) -> None:
-    """Everything that can be found wrong before a model loads: losses, parameters, trainer fields, files.
+    """Check what can be checked before a model loads: losses, parameters, trainer fields, files.
 
     Raises:
-        AlignError: naming the key or file.
+        AlignError: the first problem; it names the key or file.
     """
     from align.run.checks import check_config
 
@@ -38,15 +38,15 @@ def check(config: RunConfig) -> None:
 
 
 def run_pipeline(config: RunConfig, *, command: str, until: tuple[str, ...] = ()) -> Path:
-    """Run every stage whose inputs have changed and write the report; the path of the report.
+    """Run every stage whose inputs have changed, write the report, and return its path.
 
     Args:
         config: the run.
-        command: what to type to make the same run again; shown in the report.
-        until: kinds of stages after which to stop (``("reward", "crossfit")``); all stages where empty.
+        command: command line that repeats the run; shown in the report.
+        until: kinds of stages after which to stop (``("reward", "crossfit")``); empty: run all stages.
 
     Raises:
-        AlignError: what the user can mend; finished stages stay as they are.
+        AlignError: an error that the user can fix; finished stages stay as they are.
     """
     root = config.folder
     try:
@@ -58,7 +58,7 @@ def run_pipeline(config: RunConfig, *, command: str, until: tuple[str, ...] = ()
 
 
 def _run_stages(config: RunConfig, root: Path, command: str, until: tuple[str, ...]) -> Path:
-    """The stages and the report; see ``run_pipeline``."""
+    """Run the stages and write the report; see ``run_pipeline``."""
     runner = _Runner(config, root)
     every = names = plan(config)
     if until:
@@ -87,7 +87,7 @@ def _run_stages(config: RunConfig, root: Path, command: str, until: tuple[str, .
 
 
 def _is_current(report: Path, stages: list[Stage]) -> bool:
-    """Whether every stage was skipped and the page was made from these very stages."""
+    """Whether all stages were skipped and the report was made from these stages."""
     numbers = report.with_name("report.json")
     if not all(stage.skipped for stage in stages) or not report.exists() or not numbers.exists():
         return False
@@ -100,7 +100,7 @@ def _is_current(report: Path, stages: list[Stage]) -> bool:
 
 
 class _Runner:
-    """Runs one stage after the other, handing each the keys of those that it depends on."""
+    """Run stages in order; the key of a stage includes the keys of the stages that it reads."""
 
     def __init__(self, config: RunConfig, root: Path) -> None:
         self.config = config
@@ -115,8 +115,8 @@ class _Runner:
         return stage
 
     def current(self, name: str) -> Stage | None:
-        """The stage called ``name`` where it was finished earlier and its inputs have not changed since."""
-        if read_manifest(self.root / name) is None:  # before models and data are hashed for its key
+        """The stage called ``name`` if it is finished and its inputs have not changed since; None otherwise."""
+        if read_manifest(self.root / name) is None:  # saves hashing models and data for the key
             return None
         found = finished_stage(name, self.root / name, self._made_from(name))
         if found is not None:
@@ -148,8 +148,8 @@ class _Runner:
         """Configuration and content of the files that ``name`` reads."""
         config, kind = self.config, name.split("-", maxsplit=1)[0]
         inputs: dict[str, Any] = {"seed": config.seed}
-        if kind in STAGES:
-            inputs["revision"] = STAGES[kind]
+        if kind in REVISIONS:
+            inputs["revision"] = REVISIONS[kind]
         if kind == "pairs":
             reward = config.reward
             source = reward.pairs if name == "pairs-reward" and reward else config.pairs
@@ -157,7 +157,7 @@ class _Runner:
             inputs["heldout"] = _source(reward.eval_pairs if reward else None)
             inputs["eval_fraction"] = reward and reward.eval_fraction
             if name == "pairs" and reward is not None and reward.pairs is not None:
-                inputs["whole"] = True  # nothing is held out of the policy's pairs
+                inputs["whole"] = True  # none of the policy's pairs are held out
         if kind in ("reward", "crossfit") and config.reward:
             skipped = {"pairs", "eval_pairs", "eval_fraction"} | ({"folds"} if kind == "reward" else set())
             inputs["settings"] = config.reward.made_from(without=skipped)
@@ -188,17 +188,16 @@ class _Runner:
         return inputs
 
     def _is_trusted(self, name: str) -> bool:
-        """Whether ``name`` trains a method whose trust was measured."""
+        """Whether ``name`` trains a method with the loss ``trust``, and the run measures the trust."""
         if TRUST not in self.keys or self.config.train is None or not name.startswith("train-"):
             return False
         return self.config.train.methods[name.removeprefix("train-")].loss == TRUST
 
     def _work(self, name: str) -> Callable[[Path], None]:
         def work(folder: Path) -> None:
-            from align.run.stages import WORK
+            from align.run.stages import work_of
 
-            kind, _, rest = name.partition("-")
-            WORK[kind](self.config, self.root, folder, rest)
+            work_of(name)(self.config, folder)
 
         return work
 
@@ -208,7 +207,7 @@ def _source(pairs: PairsSection | None) -> dict[str, Any] | None:
 
 
 def describe(config: RunConfig) -> dict[str, Any]:
-    """The resolved plan of a run, for ``--dry-run``: configuration, stages, where each writes."""
+    """The resolved plan of a run for ``--dry-run``: configuration, stages and their folders."""
     return {
         "config": redact(config.model_dump()),
         "config_digest": digest(redact(config.model_dump()))[:16],

@@ -1,19 +1,24 @@
-"""Which stages a run has, in which order, and what each depends on."""
+"""The stages of a run, in order, and the names that stages share."""
 
 from align.config import RunConfig
 
-STAGES = dict.fromkeys(("pairs", "reward", "crossfit", "sample", "margins", "filter", "generate", "evaluate"), 2)
-"""Stages of a run; others are in their first."""
+REVISIONS = dict.fromkeys(("pairs", "reward", "crossfit", "sample", "margins", "filter", "generate", "evaluate"), 2)
+"""Revision of each kind of stage, part of its key: raise it when the same inputs give another result. The key of a kind
+that is not listed has none."""
 REFERENCE = "reference"
+"""Name of the policy that training starts from."""
 TRUST = "trust"
+"""Name of a stage, and of the loss whose parameters it measures."""
 REFERENCE_CACHE = "reference-logps"
+"""Folder of the reference's log-probs, which the methods of a run share."""
 TRUST_NUMBERS = "parameters.json"
+"""File of the stage ``trust`` with the parameters of the loss."""
 TOGETHER = frozenset({"reward", "crossfit", "margins", "train"})
-"""Kinds of stages that the processes of a launcher do together; the others the first does alone."""
+"""Kinds of stages that all processes of a launcher work on together; the first process does the others alone."""
 
 
 def plan(config: RunConfig) -> list[str]:
-    """Names of the stages of a run, in order; each is a folder of the run."""
+    """Names of the stages of a run, in order; each stage has a folder of its name."""
     stages = []
     if config.pairs is not None:
         stages.append("pairs")
@@ -39,6 +44,6 @@ def plan(config: RunConfig) -> list[str]:
 
 
 def measures_trust(config: RunConfig) -> bool:
-    """Whether a method takes its trust from the pairs."""
+    """Whether a method's trust is measured on the pairs."""
     train = config.train
     return train is not None and train.trust == "auto" and any(m.loss == TRUST for m in train.methods.values())

@@ -1,4 +1,4 @@
-"""A run's manifest, ``run.json``: what it was made from and what came out; and the same run again, compared with it."""
+"""`align reproduce`: repeat a run from its ``run.json`` and compare inputs and results with it."""
 
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,14 @@ from align.run.manifest import FILE, manifest_differences, read_run_manifest
 
 
 def check_reproduced(found: dict[str, Any], manifest: Path) -> None:
-    """Nothing where every stage had the same inputs and left the same files.
+    """Check that every stage had the same inputs and wrote the same files.
+
+    Args:
+        found: the result of ``same_run``.
+        manifest: ``run.json`` of the first run, for the message.
 
     Raises:
-        DataError: otherwise, with the likely reason first.
+        DataError: something differs; the message lists the likely reasons first.
     """
     if not found["other_inputs"] and not found["other_files"]:
         log.info("reproduced: %d files are the same, byte for byte", found["same_files"])
@@ -29,12 +33,12 @@ def check_reproduced(found: dict[str, Any], manifest: Path) -> None:
 
 
 def same_run(manifest: Path, output: Path, *, command: str) -> dict[str, Any]:
-    """Run what the manifest describes again, into ``output``, and compare the two manifests.
+    """Repeat the run of a manifest in ``output`` and compare the two manifests; see ``manifest_differences``.
 
     Args:
-        manifest: ``run.json`` of a finished run; relative paths in it are taken from the working directory.
-        output: where to write; not the folder of the run itself.
-        command: what was typed.
+        manifest: ``run.json`` of a finished run; relative paths in it start from the working directory.
+        output: folder to write into; not the folder of the run itself.
+        command: the command line, for the new manifest.
 
     Raises:
         DataError: the manifest cannot be used.

@@ -35,7 +35,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from align.commands.evaluation_tables import CompletionJob, Decoding
 from align.entanglement.measure import MeasureJob
 from align.filtering.knn.ivf_lists import write_inverted_lists
 from align.filtering.knn.row_view import View
@@ -43,7 +42,8 @@ from align.filtering.knn.search import kth_distance
 from align.filtering.knn.top_k import TopK
 from align.filtering.score_columns import Embedding
 from align.filtering.text_survey import SurveyJob
-from align.generation.types import keyed_prompts
+from align.generation.sampling_job import SamplingJob
+from align.generation.types import Sampling, keyed_prompts
 from align.io.console import configure, log
 from align.losses.registry import resolve
 from align.models.tokenization import tokenize_pairs
@@ -155,7 +155,7 @@ def completions(models: Models) -> Iterator[Measured]:
     table, new = keyed_prompts(pairs(32, TEXT_WORDS)["prompt"][:]), 24
     for width, layers in WIDTHS:
         model, weights = models.make(LlamaForCausalLM, width, layers)
-        job = CompletionJob(model, Decoding(new, temperature=1.0, seed=0, batch_size=32, engine="transformers"))
+        job = SamplingJob(model, Sampling(new, engine="transformers"))
         yield of_job(job, table, (new, new * weights))
 
 

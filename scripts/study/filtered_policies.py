@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from align.commands.evaluation_tables import Decoding
 from align.commands.generate import write_table
 from align.config import FilterSection, LossSection, RewardSection, TrainSection
 from align.data.pairs import read_pairs, write_pairs
@@ -34,6 +33,7 @@ from align.errors import AlignError
 from align.evaluation.policies import REFERENCE, Policy
 from align.filtering.embeddings import embed
 from align.filtering.filter_pairs import filter_pairs
+from align.generation.types import Sampling
 from align.io.console import configure, log, progress
 from align.io.files import read_json, write_json
 from align.io.hashing import digest
@@ -234,7 +234,7 @@ def run_reference(study: Study, seed: int) -> dict[str, Any]:
 def judged(study: Study, policy: Policy, seed: int, folder: Path) -> dict[str, Any]:
     """Reward and KL of one completion of each prompt, which begins as the prompts of the pairs do."""
     prompts = [f"{PAIR_PROMPT} {row['prompt']}" for row in split(study)[1]]
-    decoding = Decoding(study.sizes.max_new_tokens, 1.0, seed, 64)
+    decoding = Sampling(study.sizes.max_new_tokens, seed=seed, batch_size=64)
     return judge_policy(policy, Policy(REFERENCE, study.model), prompts, [decoding], make_judge(JUDGE), folder)["1"]
 
 

@@ -51,7 +51,7 @@ def test_mistakes_cost_one_line(tmp_path: Path) -> None:
     cases = [
         (["c.jsonl"], "give either a reward model or a judge"),
         (["c.jsonl", "--judge", "vadder"], "did you mean `vader`"),
-        (["c.jsonl", "--judge", "vader", "--gold", "vader"], "found what chooses"),
+        (["c.jsonl", "--judge", "vader", "--gold", "vader"], "found the judge that chooses"),
         (["c.jsonl", "--judge", "vader", "--format", "csv"], "expected parquet or jsonl"),
         (["policy", "--judge", "vader"], "holds no completions.parquet"),
         (["gone.jsonl", "--judge", "vader"], "gone.jsonl"),

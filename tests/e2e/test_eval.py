@@ -123,7 +123,7 @@ def test_killed_evaluations_go_on_and_repeat_no_finished_prompt(tmp_path: Path) 
     finished: dict[Path, int] = {}
     for policy in ("one", "two"):
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
-        pattern = f"out/completions/{policy}-*.partial/parts/*.parquet"
+        pattern = f"out/completions/{policy}-*.partial/parts/sampled/*.parquet"
         end = time.monotonic() + 240
         while len(list(tmp_path.glob(pattern))) < 2:
             assert process.poll() is None and time.monotonic() < end
@@ -138,7 +138,7 @@ def test_killed_evaluations_go_on_and_repeat_no_finished_prompt(tmp_path: Path) 
     watched = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
     seen: dict[Path, int] = {}
     while watched.poll() is None:
-        for file in tmp_path.glob("out/completions/two-*.partial/parts/*.parquet"):
+        for file in tmp_path.glob("out/completions/two-*.partial/parts/sampled/*.parquet"):
             try:
                 seen[file.relative_to(tmp_path)] = file.stat().st_mtime_ns
             except FileNotFoundError:

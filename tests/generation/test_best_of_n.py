@@ -144,7 +144,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     uneven = completions(tmp_path / "c.jsonl", TEXTS | {"d": [" one"]})
     with pytest.raises(DataError, match=r"(?s)1 prompts have another number of completions than the 3.*d: found 1"):
         choose_best(uneven, BestSettings(VADER), tmp_path / "out")
-    with pytest.raises(ConfigError, match="--gold vader: found what chooses"):
+    with pytest.raises(ConfigError, match="--gold vader: found the judge that chooses"):
         BestSettings(VADER, gold=VADER)
     with pytest.raises(ConfigError, match="did you mean `vader`"):
         parse_scorer("vadr", batch_tokens=1, max_length=1)

@@ -1,4 +1,4 @@
-"""A run that is stopped while it samples goes on with the prompts that are left and ends as one that was not."""
+"""A run that is stopped while it samples resumes with the remaining prompts and gives the same result."""
 
 import json
 from pathlib import Path
@@ -12,13 +12,12 @@ from datasets import Dataset
 
 from align.config import RunConfig
 from align.data.pairs import read_pairs, write_pairs
+from align.generation.sampling_job import SamplingJob, completions_of
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.types import keyed_prompts
 from align.io.files import read_json
 from align.models.loading import load_policy, load_tokenizer
-from align.run.stages import WORK
-from align.run.stages import evaluation as evaluation_stages
-from align.run.stages import policy as stages
+from align.run.stages import sampling, work_of
 from tests.helpers.builders import bert_reward, causal
 
 PROMPTS = [f"the {a} {b} is" for a in ("good", "bad", "dull") for b in ("film", "plot", "review")]
@@ -42,7 +41,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
-    """Prompts that are sampled from now on; the call after ``after`` of them is a Ctrl-C."""
+    """Record the prompts that are sampled from now on; raise Ctrl-C in the call after ``after`` of them."""
     seen: list[str] = []
     generate = TransformersEngine.generate
 
@@ -58,21 +57,21 @@ def stopped(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
 
 @pytest.mark.parametrize("heat", [0.5, 1.0])
 def test_the_log_probs_are_those_of_what_was_decoded(heat: float, config: RunConfig, tmp_path: Path) -> None:
-    """Of softmax(logits / T) for the policy that sampled, and at temperature 1 for the reference."""
+    """They are those of softmax(logits / T) for the policy that sampled, and at temperature 1 for the reference."""
     assert config.evaluate is not None and config.train is not None
     trained = causal(tmp_path / "trained", seed=3)
     settings = config.evaluate.model_copy(update={"temperature": heat})
-    work = evaluation_stages.PolicyJob(config.train.model, str(trained), False, settings, 0).start()
-    found = work(keyed_prompts(PROMPTS)).to_dict()
+    job = SamplingJob(str(trained), sampling.run_sampling(config, settings), config.train.model)
+    sampled = job.start()(keyed_prompts(PROMPTS))
     words = load_tokenizer(config.train.model)
     for name, folder, divisor in (("policy", str(trained), heat), ("reference", config.train.model, 1.0)):
         model = load_policy(folder, dtype="float32").eval()
-        for prompt, text, tokens, logp in zip(
-            *(found[k] for k in ("prompt", "text", "tokens", f"logp_{name}")), strict=True
-        ):
+        for prompt, (found,), (logp,) in zip(PROMPTS, completions_of(sampled), sampled[f"logp_{name}"], strict=True):
             given = words(prompt, add_special_tokens=False)["input_ids"]
-            ids = torch.tensor([given + words(text, add_special_tokens=False)["input_ids"]])
-            if ids.shape[1] - len(given) != tokens:  # it ended before its length, in a token that is not in the text
+            ids = torch.tensor([given + words(found.text, add_special_tokens=False)["input_ids"]])
+            if ids.shape[1] - len(given) != len(
+                found.token_ids
+            ):  # it ended before its length, in a token that is not in the text
                 continue
             with torch.no_grad():
                 logps = torch.log_softmax(model(ids).logits[0, len(given) - 1 : -1].double() / divisor, dim=-1)
@@ -84,7 +83,7 @@ def test_the_log_probs_are_those_of_what_was_decoded(heat: float, config: RunCon
 def test_a_kl_only_of_what_has_one(
     fields: dict[str, float], measured: tuple[bool, bool], config: RunConfig, tmp_path: Path
 ) -> None:
-    """No KL of a nucleus, no gain per root KL at another temperature; pairs without margins have no correlation."""
+    """There is no KL under top-p, no gain per root KL at another temperature, no correlation without margins."""
     assert config.evaluate is not None
     config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=fields), "reward": None})
     root, rng = config.folder, np.random.default_rng(0)
@@ -97,30 +96,29 @@ def test_a_kl_only_of_what_has_one(
         table["logp_policy"] = (ratio - 3 + rng.normal(0, 0.1, 9)).tolist()
         Dataset.from_dict(table).to_parquet(str(root / f"generate-{name}" / "completions.parquet"))
     (tmp_path / "out").mkdir()
-    evaluation_stages.stage_evaluate(config, root, tmp_path / "out", "")
+    work_of("evaluate")(config, tmp_path / "out")
     found = read_json(tmp_path / "out" / "metrics.json")
     policy = found["policies"]["dpo"]
     assert (policy["kl"] is not None, policy["gain_per_root_kl"] is not None) == measured
     assert found["gold_correlation"] is None and policy["gain"]["value"] > 0
 
 
-@pytest.mark.parametrize("stage", ["sample", "generate"])
+@pytest.mark.parametrize("stage", ["sample", "generate-reference"])
 def test_a_stopped_stage_repeats_no_finished_part(
     stage: str, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, which = (stages, "") if stage == "sample" else (evaluation_stages, "reference")
-    work = WORK[stage]
+    work = work_of(stage)
     whole, halted = tmp_path / "whole", tmp_path / "halted"
     whole.mkdir()
     halted.mkdir()
-    work(config, config.folder, whole, which)
-    monkeypatch.setattr(module, "PART", 4)
+    work(config, whole)
+    monkeypatch.setattr(sampling, "PART", 4)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         first = stopped(patch, 8)
-        work(config, config.folder, halted, which)
+        work(config, halted)
     assert first == PROMPTS[:8]
     rest = stopped(monkeypatch, 99)
-    work(config, config.folder, halted, which)
+    work(config, halted)
     assert rest == PROMPTS[8:] and not (halted / "parts").exists()
     if stage == "sample":
         assert read_pairs(halted / "train").to_list() == read_pairs(whole / "train").to_list()

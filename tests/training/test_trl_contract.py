@@ -210,20 +210,6 @@ def test_the_reward_model_s_batch() -> None:
     )
 
 
-<<<<<<< HEAD
-=======
-def test_the_tokens_of_a_pair() -> None:
-    """DPOTrainer._prepare_dataset, called without a trainer, gives ids by these names and an end-of-sequence token."""
-    table = Dataset.from_list([{"id": "a", "prompt": "the film is", "chosen": " good", "rejected": " very bad"}])
-    words = tokenizer()
-    row = tokenize_pairs(table, words, max_length=64)[0]
-    eos, place = words.eos_token_id, "align/models/tokenization.py"
-    lengths = [len(row[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")]
-    assert lengths == [3, 2, 3], explained(place, f"tokens are {row}")
-    assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == eos, explained(place, "no end-of-sequence token")
-
-
->>>>>>> h1
 def test_helpers_of_trl(tmp_path: Path) -> None:
     """Functions that are imported by name, with the parameters that they are called with."""
     from trl.data_utils import extract_prompt

@@ -1,17 +1,15 @@
-"""What each stage of a run does. A stage reads the folders of earlier stages and writes one folder."""
+"""Stages of the policy: load pairs or sample them, add margins, measure trust, filter, train."""
 
-import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 
 from align.commands.filter import filter_source
 from align.commands.trust import FEATURES, FILE
-from align.config import PairsSection, RunConfig, SampleSection
+from align.config import PairsSection, RewardSection, RunConfig
 from align.data.pairs import FILE as PAIRS_FILE
 from align.data.pairs import load_pairs, read_pairs, write_pairs
 from align.data.prompts import load_prompts
@@ -21,18 +19,15 @@ from align.distributed import process_rank
 from align.errors import DataError
 from align.filtering.tables import KEPT
 from align.generation.pair_selection import draw_pair
-from align.generation.transformers_engine import TransformersEngine
-from align.generation.types import Sampling, as_completion, keyed_prompts
+from align.generation.sampling_job import SamplingJob, completions_of
+from align.generation.types import as_completion
 from align.io.console import log
 from align.io.files import read_json, write_json
-from align.models.loading import load_policy, load_tokenizer
 from align.models.tokenization import MAX_LENGTH
 from align.run.checks import check_models
-from align.run.plan import TRUST, TRUST_NUMBERS, measures_trust
-from align.run.stages.evaluation import PART, PARTS
+from align.run.plan import REFERENCE_CACHE, TRUST, TRUST_NUMBERS, measures_trust
 from align.run.stages.reward import METRICS, make_scorer, scored_by
-from align.sharding.jobs import Work
-from align.sharding.shards import map_shards
+from align.run.stages.sampling import PARTS, run_sampling, sample_in_stage
 from align.training.columns import require_margin
 from align.training.train import MODEL, bind, train_policy
 from align.trust.measure import check_margins, loss_parameters, margin_source, measure_trust
@@ -43,20 +38,40 @@ from reward_models.margin_metrics import evaluate_margins
 from reward_models.registry import objective_columns, resolve_objective
 
 
-def stage_pairs(config: RunConfig, root: Path, folder: Path, which: str) -> None:
-    """Load, validate and split a pair source into ``train/`` and ``heldout/``, with a summary of each."""
-    reward = config.reward
-    source = reward.pairs if which == "reward" and reward else config.pairs
-    assert source is not None
-    pairs = load_pairs(source, side_file=folder / "dropped.jsonl")
-    check_models(config, conversational=not isinstance(pairs["prompt"][0], str))
-    if reward is None and config.train is not None:
+def stage_pairs(config: RunConfig, folder: Path) -> None:
+    """Load and check the policy's pairs; hold some out if the reward model is trained on them as well."""
+    assert config.pairs is not None
+    pairs = _load(config, config.pairs, folder)
+    if config.reward is not None and config.reward.pairs is None:
+        _write_split(config, config.pairs, pairs, folder)
+        return
+    if config.reward is None and config.train is not None:
         for method, loss in config.train.methods.items():
             require_margin(pairs, bind(method, loss))
-    if reward is None or (which != "reward" and reward.pairs is not None):
-        write_pairs(pairs, folder / "train")
-        write_json(folder / METRICS, {"train": summarize(pairs)})
-        return
+    write_pairs(pairs, folder / "train")
+    write_json(folder / METRICS, {"train": summarize(pairs)})
+
+
+def stage_reward_pairs(config: RunConfig, folder: Path) -> None:
+    """Load, check and split the pairs that the reward model alone is trained on."""
+    assert config.reward is not None and config.reward.pairs is not None
+    _write_split(config, config.reward.pairs, _load(config, config.reward.pairs, folder), folder)
+
+
+def _load(config: RunConfig, source: PairsSection, folder: Path) -> Dataset:
+    pairs = load_pairs(source, side_file=folder / "dropped.jsonl")
+    check_models(config, conversational=not isinstance(pairs["prompt"][0], str))
+    return pairs
+
+
+def _write_split(config: RunConfig, source: PairsSection, pairs: Dataset, folder: Path) -> None:
+    """Split the reward model's pairs into ``train/`` and ``heldout/``, and write both with a summary of each.
+
+    Raises:
+        DataError: too few pairs are left to train on, to hold out, or for the folds.
+    """
+    reward = config.reward
+    assert reward is not None
     if reward.eval_pairs is not None:
         train, heldout = pairs, load_pairs(reward.eval_pairs, side_file=folder / "dropped_heldout.jsonl")
     else:
@@ -79,118 +94,72 @@ def stage_pairs(config: RunConfig, root: Path, folder: Path, which: str) -> None
     write_json(folder / METRICS, {"train": summarize(train), "heldout": summarize(heldout)})
 
 
-def stage_sample(config: RunConfig, root: Path, folder: Path, which: str) -> None:
-    """Sampled continuations of each prompt; of the best and the worst by a labelling reward, Bradley-Terry prefers one.
+def stage_sample(config: RunConfig, folder: Path) -> None:
+    """Sample continuations of each prompt and pair the best with the worst; Bradley-Terry draws the chosen one.
 
-    With cross-fitted folds the label comes from fold 0's model and the margins (stage ``margins``) from the others. Of
-    two folds the labeller and the model that judges its labels share no training pair; of more they share some.
+    With cross-fitted folds the label comes from fold 0's model and the margins (stage ``margins``) from the others.
+    With two folds, the model of the labels and that of the margins share no training pair; with more they share some.
     """
-    assert config.sample is not None and config.train is not None and config.reward is not None
-    settings = config.sample
-    prompts = load_prompts(settings.prompts)
-    groups = _continuations(config, prompts, folder)
+    assert config.sample is not None and config.train is not None
+    prompts = load_prompts(config.sample.prompts)
+    job = SamplingJob(config.train.model, run_sampling(config, config.sample, config.sample.num_generations))
+    sampled = sample_in_stage(config, prompts, job, folder, what="sampling")
+    groups = [[one.text for one in group if one.text.strip()] for group in completions_of(sampled)]
     different = {k: list(dict.fromkeys(texts)) for k, texts in enumerate(groups) if len(set(texts)) > 1}
     log.info("sample: %d of %d prompts gave two different completions", len(different), len(prompts))
     if not different:
         raise DataError(
-            f"sample.prompts: {settings.prompts}: none of {len(prompts)} prompts gave two different completions",
+            f"sample.prompts: {config.sample.prompts}: none of {len(prompts)} prompts gave two different completions",
             code="pairs-none",
             hint="raise sample.temperature or sample.max_new_tokens",
         )
-    labeller = root / "crossfit" / "fold-0" if config.reward.folds else root / "reward" / MODEL
-    flat = [(prompts[k], as_completion(prompts[k], text)) for k, texts in different.items() for text in texts]
-    scorer = make_scorer(labeller, config.reward)
-    rewards = scorer.score_completions([prompt for prompt, _ in flat], [completion for _, completion in flat])
-    rng = np.random.default_rng(config.seed)
-    rows, against, start = [], 0, 0
-    for k, texts in different.items():
-        own = rewards[start : start + len(texts)]
-        start += len(texts)
-        chosen, rejected = draw_pair(own.tolist(), settings.label_scale, rng)
-        sides = {"chosen": texts[chosen], "rejected": texts[rejected]}
-        completions = {side: as_completion(prompts[k], text) for side, text in sides.items()}
-        rows.append({"id": str(k), "prompt": prompts[k], **completions})
-        against += int(own[chosen] < own[rejected])
-    pairs = Dataset.from_list(rows)
+    pairs, against = _draw_pairs(config, prompts, different)
     write_pairs(pairs, folder / "train")
     write_json(
         folder / METRICS,
-        {"train": summarize(pairs), "prompts": len(prompts), "labels_against_labeller": against / len(rows)},
+        {"train": summarize(pairs), "prompts": len(prompts), "labels_against_labeller": against / len(pairs)},
     )
     shutil.rmtree(folder / PARTS)
 
 
-def _continuations(config: RunConfig, prompts: list[Any], folder: Path) -> list[list[str]]:
-    """The non-empty sampled texts of each prompt; finished parts are kept in ``folder``."""
-    assert config.sample is not None and config.train is not None
-    rows, parts = keyed_prompts(prompts), folder / PARTS
-    job = SampleJob(config.train.model, config.train.trusts_remote_code, config.sample, config.seed)
-    made = map_shards(rows, job, parts, size=PART, what="sampling", cluster=config.cluster)
-    found: list[list[str]] = made.whole()["texts"][:]
-    return found
+def _draw_pairs(config: RunConfig, prompts: list[Any], different: dict[int, list[str]]) -> tuple[Dataset, int]:
+    """Label a pair for each prompt; return the pairs and how many labels contradict the labeling reward.
+
+    Args:
+        config: the run.
+        prompts: all prompts.
+        different: index of a prompt -> its different completions, at least two.
+    """
+    assert config.reward is not None and config.sample is not None
+    labeler = config.folder / ("crossfit/fold-0" if config.reward.folds else f"reward/{MODEL}")
+    flat = [(prompts[k], as_completion(prompts[k], text)) for k, texts in different.items() for text in texts]
+    scorer = make_scorer(labeler, config.reward)
+    rewards = scorer.score_completions([prompt for prompt, _ in flat], [completion for _, completion in flat])
+    rng = np.random.default_rng(config.seed)
+    rows, against, start = [], 0, 0
+    for k, texts in different.items():
+        values = rewards[start : start + len(texts)]
+        start += len(texts)
+        chosen, rejected = draw_pair(values.tolist(), config.sample.label_scale, rng)
+        sides = {"chosen": texts[chosen], "rejected": texts[rejected]}
+        completions = {side: as_completion(prompts[k], text) for side, text in sides.items()}
+        rows.append({"id": str(k), "prompt": prompts[k], **completions})
+        against += int(values[chosen] < values[rejected])
+    return Dataset.from_list(rows), against
 
 
-@dataclass(frozen=True, slots=True)
-class SampleJob:
-    """The non-empty sampled texts of each prompt (JSON) of a shard."""
-
-    model: str
-    trust_remote_code: bool
-    settings: SampleSection
-    seed: int
-
-    def start(self) -> Work:
-        """Load the model."""
-        settings = self.settings
-        engine = TransformersEngine(
-            load_policy(self.model, dtype="float32", trust_remote_code=self.trust_remote_code),
-            load_tokenizer(self.model, trust_remote_code=self.trust_remote_code),
-            batch_size=settings.batch_size,
-        )
-        sampling = Sampling(
-            settings.max_new_tokens, settings.temperature, settings.top_p, n=settings.num_generations, seed=self.seed
-        )
-
-        def work(rows: Dataset) -> Dataset:
-            made = engine.generate([json.loads(prompt) for prompt in rows["prompt"]], sampling, list(rows["key"]))
-            texts = [[c.text for c in group if c.text.strip()] for group in made]
-            return Dataset.from_dict({"texts": texts}, features=Features({"texts": List(Value("string"))}))
-
-        return work
-
-
-def stage_margins(config: RunConfig, root: Path, folder: Path, which: str) -> None:
-    """Add the reward margin to the policy's pairs, from models that have not seen them wherever there are any."""
-    note, reward = "", config.reward
-    if reward is None:
+def stage_margins(config: RunConfig, folder: Path) -> None:
+    """Add the reward margin to the policy's pairs, by reward models that were not trained on them if there are any."""
+    if config.reward is None:
         if process_rank() > 0:
             return
-        write_pairs(read_pairs(root / "pairs" / "train"), folder / "pairs")
+        write_pairs(read_pairs(config.folder / "pairs" / "train"), folder / "pairs")
         write_json(folder / METRICS, {"note": "No reward model was trained: margins, if any, came with the pairs."})
         return
-    model = root / "reward" / MODEL
-    calibration = MarginMap.load(model) if reward.calibrate or reward.length_residual else None
     origin = "outside"
-    if reward.pairs is None:
-        origin = "cross-fitted" if reward.folds else "in-sample"
-    if reward.pairs is None and reward.folds:
-        scored = read_pairs(root / "crossfit" / "pairs")
-    elif reward.pairs is None:
-        scored = scored_by(members(model), read_pairs(root / "pairs" / "train"), config, folder, calibration)
-        note = "These margins are in-sample: the reward model was trained on the same pairs. Set reward.folds: 5."
-    elif config.sample is not None and reward.folds:
-        folds = [m for fold in range(1, reward.folds) for m in members(root / "crossfit" / f"fold-{fold}")]
-        scored = scored_by(folds, read_pairs(root / "sample" / "train"), config, folder, calibration)
-        if reward.folds > 2:
-            note = (
-                f"Labels are by the model of one fold, margins by those of the others: of {reward.folds} folds any two "
-                "models share training pairs, so they agree more than strangers. With reward.folds: 2 they share none."
-            )
-    else:
-        source = root / ("sample" if config.sample is not None else "pairs") / "train"
-        scored = scored_by(members(model), read_pairs(source), config, folder, calibration)
-        if config.sample is not None:
-            note = "Labels were drawn from the same reward model that gives the margins: they agree by construction."
+    if config.reward.pairs is None:
+        origin = "cross-fitted" if config.reward.folds else "in-sample"
+    scored, note = _add_margins(config, config.reward, folder)
     if process_rank() > 0:
         return
     write_pairs(scored, folder / "pairs")
@@ -198,10 +167,36 @@ def stage_margins(config: RunConfig, root: Path, folder: Path, which: str) -> No
     write_json(folder / METRICS, {"note": note, "margins": origin, **found})
 
 
-def stage_trust(config: RunConfig, root: Path, folder: Path, which: str) -> None:
-    """How far to believe label and margin, measured on the policy's pairs; the parameters for the loss ``trust``."""
+def _add_margins(config: RunConfig, reward: RewardSection, folder: Path) -> tuple[Dataset, str]:
+    """The policy's pairs with margins, and a note on what the margins have in common with the labels."""
+    root = config.folder
+    if reward.pairs is None and reward.folds:
+        return read_pairs(root / "crossfit" / "pairs"), ""
+    model = root / "reward" / MODEL
+    models, note = members(model), ""
+    if config.sample is None:
+        source = root / "pairs" / "train"
+        if reward.pairs is None:
+            note = "These margins are in-sample: the reward model was trained on the same pairs. Set reward.folds: 5."
+    else:
+        source = root / "sample" / "train"
+        if reward.folds:
+            models = [m for fold in range(1, reward.folds) for m in members(root / "crossfit" / f"fold-{fold}")]
+        if reward.folds > 2:
+            note = (
+                f"Labels are by the model of one fold, margins by those of the others: of {reward.folds} folds any two "
+                "models share training pairs, so they agree more than strangers. With reward.folds: 2 they share none."
+            )
+        elif not reward.folds:
+            note = "Labels were drawn from the same reward model that gives the margins: they agree by construction."
+    calibration = MarginMap.load(model) if reward.calibrate or reward.length_residual else None
+    return scored_by(models, read_pairs(source), config, folder, calibration), note
+
+
+def stage_trust(config: RunConfig, folder: Path) -> None:
+    """Measure how far to trust label and margin of the policy's pairs; write the parameters of the loss ``trust``."""
     assert config.train is not None
-    table = root / "margins" / "pairs"
+    table = config.folder / "margins" / "pairs"
     pairs, origin = read_pairs(table), margin_source(table)
     check_margins(pairs, origin, str(table), allow_in_sample=config.train.allow_in_sample)
     max_length = int(config.train.trainer.get("max_length") or MAX_LENGTH)
@@ -214,30 +209,25 @@ def stage_trust(config: RunConfig, root: Path, folder: Path, which: str) -> None
     log.info("%s", found["sentences"]["verdict"])
 
 
-def stage_filter(config: RunConfig, root: Path, folder: Path, which: str) -> None:
-    """Keep the pairs that are worth training on; the others with the reason of each."""
+def stage_filter(config: RunConfig, folder: Path) -> None:
+    """Keep the pairs that are worth training on; write the others with the reason for each."""
     assert config.filter is not None
+    root = config.folder
     source = PairsSection(path=str(root / "margins" / "pairs" / PAIRS_FILE))
     filter_source(source, config.filter, folder, seed=config.seed, cache=root / "filter-parts", cluster=config.cluster)
 
 
-def stage_train(config: RunConfig, root: Path, folder: Path, which: str) -> None:
-    """Train the policy under the method called ``which``; a measured trust where the run measures it."""
+def stage_train(config: RunConfig, folder: Path, policy: str) -> None:
+    """Train the policy by the method of this name; a method with the loss ``trust`` gets the run's measured trust."""
     assert config.train is not None
+    root, train = config.folder, config.train
     if config.filter is None:
         pairs = read_pairs(root / "margins" / "pairs")
     else:
         pairs = load_pairs(PairsSection(path=str(root / "filter" / KEPT)))
-    train = config.train
-    if measures_trust(config) and train.methods[which].loss == TRUST:
-        loss = train.methods[which]
-        measured = loss.model_copy(update={"parameters": read_json(root / TRUST / TRUST_NUMBERS) | loss.parameters})
-        train = train.model_copy(update={"methods": {**train.methods, which: measured}})
-    train_policy(
-        pairs,
-        train,
-        which,
-        folder,
-        seed=config.seed,
-        reference_cache=root / "reference-logps",
-    )
+    loss = train.methods[policy]
+    if measures_trust(config) and loss.loss == TRUST:
+        parameters = read_json(root / TRUST / TRUST_NUMBERS) | loss.parameters
+        measured = loss.model_copy(update={"parameters": parameters})
+        train = train.model_copy(update={"methods": {**train.methods, policy: measured}})
+    train_policy(pairs, train, policy, folder, seed=config.seed, reference_cache=root / REFERENCE_CACHE)

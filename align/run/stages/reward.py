@@ -1,4 +1,4 @@
-"""What the stages of the reward model do: train it (and its ensemble), calibrate its margins, cross-fit."""
+"""Stages of the reward model: train it (or an ensemble), calibrate its margins, cross-fit."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,13 +21,13 @@ from reward_models.margin_metrics import evaluate_margins
 
 METRICS = "metrics.json"
 FOLDS = 5
-"""Of the held-out pairs, to say what a calibration does to pairs that it was not fitted on."""
+"""Folds of the held-out pairs, which measure a calibration on pairs that it was not fitted on."""
 
 
-def stage_reward(config: RunConfig, root: Path, folder: Path, which: str) -> None:
+def stage_reward(config: RunConfig, folder: Path) -> None:
     """Train the reward model; write its held-out and in-sample metrics and margins."""
     assert config.reward is not None
-    source = reward_pairs_folder(config.reward, root)
+    source = reward_pairs_folder(config.reward, config.folder)
     train, heldout = read_pairs(source / "train"), read_pairs(source / "heldout")
     model = folder / MODEL
     train_members(train, config.reward, model, seed=config.seed)
@@ -59,7 +59,7 @@ def _fit_calibration(
     reward: RewardSection,
     model: Path,
 ) -> dict[str, Any]:
-    """Write the map of the margins into the model folder, and say what it does to pairs that it was not fitted on."""
+    """Write the calibration of the margins into the model folder; return its metrics on pairs it was not fitted on."""
     if reward.calibrate is None and not reward.length_residual:
         return {}
     fitted = fit_map(margins, words, reward.calibrate, length=reward.length_residual)
@@ -69,10 +69,10 @@ def _fit_calibration(
     return {"calibration": shown, "heldout_calibrated": evaluate_margins(mapped, clusters=clusters).to_dict()}
 
 
-def stage_crossfit(config: RunConfig, root: Path, folder: Path, which: str) -> None:
-    """Margins of the reward model's own training pairs, each from a model that has not seen it."""
+def stage_crossfit(config: RunConfig, folder: Path) -> None:
+    """Score the reward model's own training pairs, each by a model that was not trained on it."""
     assert config.reward is not None
-    train = read_pairs(reward_pairs_folder(config.reward, root) / "train")
+    train = read_pairs(reward_pairs_folder(config.reward, config.folder) / "train")
     scored = cross_fit(train, config.reward, folder, seed=config.seed, cluster=config.cluster)
     if process_rank() > 0:
         return
@@ -87,9 +87,9 @@ def scored_by(
     folder: Path,
     calibration: MarginMap | None = None,
 ) -> Dataset:
-    """Pairs scored by the mean of the models, with the batch size and length of the run's reward configuration.
+    """Score pairs by the mean of the models, with the batch size and length of the run's reward section.
 
-    Under a launcher all processes call this together; unfinished, it leaves its shards in ``folder/scored``.
+    Under a launcher all processes call this together. A stopped call leaves its finished shards in ``folder/scored``.
     """
     assert config.reward is not None
     return score_with(
@@ -105,12 +105,12 @@ def scored_by(
 
 
 def reward_pairs_folder(config: RewardSection, root: Path) -> Path:
-    """Folder of the stage whose pairs the reward model is trained on."""
+    """Folder of the stage that wrote the reward model's training pairs."""
     return root / ("pairs" if config.pairs is None else "pairs-reward")
 
 
 def make_scorer(model: Path, config: RewardSection) -> EnsembleScorer:
-    """A scorer, of all members where the model is an ensemble, with the batch size and length of its configuration."""
+    """A scorer of the model, or of all members of an ensemble, with the batch size and length of its section."""
     return EnsembleScorer(
         model,
         batch_tokens=config.batch_tokens,

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.commands.evaluation_tables import Decoding
 from align.commands.trust import FEATURES, FILE
 from align.config import LossSection
 from align.data.pairs import read_pairs
 from align.evaluation.policies import REFERENCE, Policy
+from align.generation.types import Sampling
 from align.io.files import read_json, write_json
 from align.io.hashing import fingerprint_source
 from align.io.stage import Stage, run_stage, stage_key
@@ -162,7 +162,9 @@ def _judging(study: Study, split: Split) -> dict[str, Any]:
 
 def _judge(study: Study, policy: Policy, seed: int, split: Split, folder: Path) -> Decoded:
     sizes = study.sizes
-    decodings = [Decoding(sizes.max_new_tokens, heat, seed, sizes.batch_size) for heat in split.temperatures]
+    decodings = [
+        Sampling(sizes.max_new_tokens, heat, seed=seed, batch_size=sizes.batch_size) for heat in split.temperatures
+    ]
     reference = Policy(REFERENCE, study.train.model)
     prompts = read_prompts(study, split.name)
     return judge_policy(policy, reference, prompts, decodings, make_judge(study.judge), folder)

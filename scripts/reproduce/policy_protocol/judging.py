@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from align.commands.evaluation_tables import Decoding, measure_kl, score, write_completions
+from align.commands.evaluation_tables import measure_kl, score, write_completions
 from align.evaluation.policies import Policy
+from align.generation.types import Sampling
 from align.models.loading import load_policy, load_tokenizer
 from reward_models.judges import Judge
 
@@ -27,7 +28,7 @@ def merge_adapter(trained: Path, base: str, target: Path) -> Path:
 
 
 def judge_policy(
-    policy: Policy, reference: Policy, prompts: list[str], decodings: Sequence[Decoding], judge: Judge, folder: Path
+    policy: Policy, reference: Policy, prompts: list[str], decodings: Sequence[Sampling], judge: Judge, folder: Path
 ) -> Decoded:
     """One completion of each prompt by each decoding; the reference at temperature 1 has KL 0 to itself."""
     made: Decoded = {}

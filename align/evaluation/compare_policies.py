@@ -1,0 +1,139 @@
+"""Compare policies by what each wrote for the same prompts: rewards, KL, win rate, text statistics. Pure.
+
+rewards [N], log-ratios [N], texts of each policy -> compare_policies -> Comparison: estimates with 95% intervals
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from align.evaluation.rewards import gain_per_root_kl, reward_differences
+from align.evaluation.text_statistics import Texts, changed, text_statistics
+from align.evaluation.winrate import WinRate, win_rate
+from align.stats import bootstrap_mean
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySamples:
+    """One completion of a policy for each of N prompts, as far as it was measured."""
+
+    rewards: np.ndarray | None = None
+    """Reward of each completion, [N]."""
+    log_ratios: np.ndarray | None = None
+    """log policy(y) - log reference(y) of each completion, [N], nats. None for the reference itself, and under top-p:
+    tokens outside the nucleus have no log-probability."""
+    texts: Texts | None = None
+    temperature: float = 1.0
+    """Temperature of the sampling."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The result of ``compare_policies``. Estimates are JSON values: ``value``, ``low``, ``high``, ``n``."""
+
+    policies: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Policy -> ``reward``, ``gain`` over the baseline, ``kl`` to the reference, ``gain_per_root_kl``; None where not
+    defined. Empty without rewards."""
+    differences: list[dict[str, Any]] = field(default_factory=list)
+    """Paired differences of the rewards of every two policies but the baseline: ``a``, ``b``, ``difference``."""
+    texts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Policy -> ``text_statistics``. Empty without texts."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """Changes of the texts from the baseline whose interval excludes 0; see ``text_statistics.changed``."""
+    win_rate: WinRate | None = None
+    """Win rate over the baseline; None without preferences."""
+
+
+def compare_policies(
+    policies: Mapping[str, PolicySamples],
+    *,
+    baseline: str,
+    seed: int,
+    preferences: tuple[ArrayLike, ArrayLike] | None = None,
+) -> Comparison:
+    """Compare policies on the same N prompts.
+
+    Args:
+        policies: name -> its completions. All of them have rewards or none has; the same holds for texts.
+        baseline: the policy that gains and changes are counted from.
+        seed: seed of the bootstrap over prompts.
+        preferences: verdicts of a pairwise judge for the other one of two policies, shown first and shown second,
+            [N] each, in [0, 1].
+
+    Raises:
+        ValueError: there are preferences, and not exactly two policies with texts; or a preference is out of range.
+    """
+    base = policies[baseline]
+    numbers: dict[str, dict[str, Any]] = {}
+    differences: list[dict[str, Any]] = []
+    if base.rewards is not None:
+        rewards = {name: samples.rewards for name, samples in policies.items() if samples.rewards is not None}
+        measured = reward_differences(rewards, baseline=baseline, seed=seed)
+        differences = measured["comparisons"]
+        numbers = {
+            name: measured["policies"][name] | kl_statistics(samples, base, seed=seed)
+            for name, samples in policies.items()
+        }
+    texts = {name: samples.texts for name, samples in policies.items() if samples.texts is not None}
+    statistics = text_statistics(texts, baseline=baseline, seed=seed) if texts else {}
+    wins = None
+    if preferences is not None:
+        others = [name for name in texts if name != baseline]
+        if len(others) != 1 or baseline not in texts:
+            raise ValueError(f"preferences need the texts of two policies, got those of {sorted(texts)}")
+        lengths = ([len(text) for text in texts[name].texts] for name in (others[0], baseline))
+        wins = win_rate(*preferences, *lengths, seed=seed)
+    return Comparison(numbers, differences, statistics, changed(statistics), wins)
+
+
+def kl_statistics(samples: PolicySamples, baseline: PolicySamples, *, seed: int) -> dict[str, Any]:
+    """``kl`` to the reference and ``gain_per_root_kl`` of a policy, each an estimate as JSON values or None.
+
+    The ratio needs one origin for gain and KL. The KL is counted from the reference at temperature 1, so the baseline
+    of the gain must have been sampled at temperature 1 as well.
+
+    Args:
+        samples: the policy, with rewards.
+        baseline: the reference, with rewards.
+        seed: seed of the bootstrap over prompts.
+    """
+    ratio = None
+    if samples.log_ratios is not None and baseline.temperature == 1:
+        assert samples.rewards is not None and baseline.rewards is not None
+        ratio = gain_per_root_kl(samples.rewards - baseline.rewards, samples.log_ratios, seed=seed)
+    return {
+        "kl": None if samples.log_ratios is None else bootstrap_mean(samples.log_ratios, seed=seed).to_dict(),
+        "gain_per_root_kl": ratio and ratio.to_dict(),
+    }
+
+
+def first_samples(
+    prompts: Sequence[Any],
+    texts: Mapping[str, Sequence[str]],
+    rewards: Mapping[str, np.ndarray],
+    count: int,
+) -> list[dict[str, Any]]:
+    """The first prompts with what every policy wrote, for a page.
+
+    Args:
+        prompts: N prompts.
+        texts: policy -> its completions, [N].
+        rewards: policy -> the rewards of its completions, [N]; a policy may lack them.
+        count: prompts to show, at most.
+
+    Returns:
+        ``[{"prompt", "completions": {policy: {"text", "reward"}}}]``, plain JSON values.
+    """
+    return [
+        {
+            "prompt": prompts[k],
+            "completions": {
+                name: {"text": written[k], "reward": float(rewards[name][k]) if name in rewards else None}
+                for name, written in texts.items()
+            },
+        }
+        for k in range(min(count, len(prompts)))
+    ]

@@ -1,0 +1,80 @@
+"""A comparison of policies: paired gains, KL with one origin, win rate, texts; what was not measured is left out."""
+
+import numpy as np
+import pytest
+
+from align.evaluation.compare_policies import Comparison, PolicySamples, compare_policies, first_samples
+from align.evaluation.text_statistics import Texts
+
+COUNT = 200
+RNG = np.random.default_rng(0)
+BASE = RNG.normal(0, 5, COUNT)
+LOG_RATIOS = RNG.normal(2, 0.5, COUNT)
+
+
+def texts(word: str, length: int = 3) -> Texts:
+    """Equal texts for all prompts, none of them cut off."""
+    return Texts([" ".join([word] * length)] * COUNT, [length] * COUNT, [True] * COUNT)
+
+
+def compared(temperature: float = 1.0, log_ratios: np.ndarray | None = LOG_RATIOS) -> Comparison:
+    """A policy that is better by 1 on every prompt, and one that is worse by 2."""
+    policies = {
+        "reference": PolicySamples(BASE, temperature=temperature),
+        "better": PolicySamples(BASE + 1, log_ratios, temperature=temperature),
+        "worse": PolicySamples(BASE - 2, temperature=temperature),
+    }
+    return compare_policies(policies, baseline="reference", seed=0)
+
+
+def test_gains_are_paired_and_every_two_policies_are_compared() -> None:
+    found = compared()
+    assert found.policies["reference"]["gain"] is None
+    for name, gain in (("better", 1), ("worse", -2)):
+        assert found.policies[name]["gain"] == pytest.approx({"value": gain, "low": gain, "high": gain, "n": COUNT})
+        assert found.policies[name]["reward"]["value"] == pytest.approx(BASE.mean() + gain)
+    (difference,) = found.differences
+    assert (difference["a"], difference["b"], difference["difference"]["value"]) == (
+        "worse",
+        "better",
+        pytest.approx(-3),
+    )
+    assert found.texts == {} and found.changes == [] and found.win_rate is None
+
+
+def test_the_ratio_is_gain_over_the_root_of_twice_the_kl() -> None:
+    found = compared().policies["better"]
+    assert found["kl"]["value"] == pytest.approx(LOG_RATIOS.mean())
+    assert found["gain_per_root_kl"]["value"] == pytest.approx(1 / np.sqrt(2 * LOG_RATIOS.mean()))
+
+
+@pytest.mark.parametrize(("temperature", "log_ratios"), [(0.7, LOG_RATIOS), (1.0, None)])
+def test_no_ratio_of_two_origins_or_without_a_kl(temperature: float, log_ratios: np.ndarray | None) -> None:
+    """At another temperature the gain is counted from the tempered baseline, the KL from the reference itself."""
+    found = compared(temperature, log_ratios).policies["better"]
+    assert found["gain_per_root_kl"] is None and (found["kl"] is None) == (log_ratios is None)
+
+
+def test_a_win_rate_of_preferences_and_changes_of_texts() -> None:
+    first, second = np.repeat([1.0, 0.0], [150, 50]), np.repeat([1.0, 0.0], [100, 100])
+    policies = {"a": PolicySamples(texts=texts("good", 6)), "b": PolicySamples(texts=texts("bad"))}
+    found = compare_policies(policies, baseline="b", seed=0, preferences=(first, second))
+    assert found.win_rate is not None
+    assert found.win_rate.rate.value == pytest.approx((0.75 + 0.5) / 2) and found.win_rate.ties == 50
+    assert found.win_rate.length_difference.value == len("good good good good good good") - len("bad bad bad")
+    assert {(change["policy"], change["what"]) for change in found.changes} == {("a", "tokens"), ("a", "repetition")}
+    assert found.policies == {} and found.texts["b"]["change"] is None
+
+
+def test_preferences_are_between_two_policies() -> None:
+    policies = {name: PolicySamples(texts=texts(name)) for name in "abc"}
+    with pytest.raises(ValueError, match=r"the texts of two policies, got those of \['a', 'b', 'c'\]"):
+        compare_policies(policies, baseline="b", seed=0, preferences=(np.ones(COUNT), np.ones(COUNT)))
+
+
+def test_the_first_samples_show_every_policy() -> None:
+    written = {"a": ["x", "y", "z"], "b": ["u", "v", "w"]}
+    found = first_samples(["p", "q", "r"], written, {"a": np.array([1.0, 2.0, 3.0])}, 2)
+    assert [sample["prompt"] for sample in found] == ["p", "q"]
+    assert found[1]["completions"] == {"a": {"text": "y", "reward": 2.0}, "b": {"text": "v", "reward": None}}
+    assert len(first_samples(["p", "q", "r"], written, {}, 9)) == 3
