@@ -1,4 +1,4 @@
-"""`align eval` on the command line, with tiny models; killed in the middle; the real small model where marked."""
+"""`align eval` on the command line with tiny models, killed in the middle; marked tests use the real small model."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def test_a_reward_model_judge_reads_as_many_tokens_as_asked(folder: Path) -> None:
-    """Its scores are kept for each number of tokens; another kind of judge takes none.
+    """Its scores are cached for each limit of tokens; another kind of judge takes no limit.
 
     Every prompt but the first has five words or more, of which the judge reads four.
     """
@@ -113,7 +113,7 @@ def test_checkpoints_of_a_training(folder: Path) -> None:
 
 
 def test_killed_evaluations_go_on_and_repeat_no_finished_prompt(tmp_path: Path) -> None:
-    """500 prompts, two policies; SIGKILL while each of them writes; the same numbers in the end."""
+    """500 prompts, two policies, SIGKILL while each of them is sampled: the final numbers are the same."""
     causal(tmp_path / "one", seed=1)
     causal(tmp_path / "two", seed=2)
     write_prompts(tmp_path, 500)
@@ -237,7 +237,7 @@ def test_mistakes_are_told_in_one_message(folder: Path, arguments: list[str], me
 
 @pytest.mark.model
 def test_the_real_model_judges_in_both_orders(assets: Path, tmp_path: Path) -> None:
-    """A small language model as the judge is biased by the order; both orders are asked, and it is told."""
+    """A small language model as the judge is biased by the order; both orders are asked, and the bias is reported."""
     texts = ["The film was a", "I had dinner at a place that", "The best thing about this camera is"]
     lines = (json.dumps({"prompt": text}) + "\n" for text in texts)
     (tmp_path / "prompts.jsonl").write_text("".join(lines))

@@ -1,4 +1,4 @@
-"""`align generate` and `align pairs build` as a user types them, stopped hard and taken up again."""
+"""`align generate` and `align pairs build` as a user types them, killed and resumed."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_messages_go_through_the_chat_template(workspace: Path) -> None:
 
 
 def start_and_kill(command: list[str], cwd: Path, finished: Path, lines: int) -> list[str]:
-    """Kill the command (SIGKILL) once so many prompts are finished; the ids of those."""
+    """Kill the command (SIGKILL) once ``lines`` prompts are finished; return the ids of the finished prompts."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([sys.executable, "-m", "align.cli", *command], cwd=cwd, env=environment)
     deadline = time.monotonic() + 120

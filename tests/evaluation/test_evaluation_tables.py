@@ -1,4 +1,4 @@
-"""Completions, KL, scores and preferences of an evaluation, with tiny models: kept, resumed, never mixed up."""
+"""Completions, KL, scores and preferences of an evaluation with tiny models: cached, resumed, never confused."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def test_finished_parts_are_not_made_again(tmp_path: Path) -> None:
 def test_completions_do_not_depend_on_where_the_work_was_stopped(
     tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor on the batch size; equal prompts in two parts get other completions."""
+    """They do not depend on the batch size either; equal prompts in two shards get different completions."""
     monkeypatch.setattr(tables, "PART", 2)
     prompts = [PROMPTS[0]] * 4
     policy = Policy("tiny", str(tiny_policy))
@@ -72,7 +72,7 @@ def test_completions_do_not_depend_on_where_the_work_was_stopped(
 
 
 def test_another_policy_in_the_same_folder_is_another_policy(tmp_path: Path) -> None:
-    """Its completions and its KL are its own, although the folder's name is what it was."""
+    """A new policy under the same folder name gets its own completions and its own KL."""
     reference = Policy("reference", str(causal(tmp_path / "reference", seed=5)))
     found = []
     for seed in (5, 6):
@@ -84,7 +84,7 @@ def test_another_policy_in_the_same_folder_is_another_policy(tmp_path: Path) -> 
 
 
 def test_kl_at_a_temperature_is_that_of_what_is_sampled_from(tiny_policy: Path, tmp_path: Path) -> None:
-    """Mean log-ratio of many one-token samples against the exact sum over the vocabulary; 0 for greedy's own part."""
+    """The mean log-ratio of many one-token samples is the exact sum over the vocabulary; greedy log-probs are 0."""
     reference = Policy("reference", str(causal(tmp_path / "other", seed=5)))
     sampling = Sampling(1, 0.7, batch_size=512)
     written = write_completions(Policy("tiny", str(tiny_policy)), [PROMPTS[0]] * 4096, sampling, tmp_path / "out")
@@ -111,7 +111,7 @@ def test_another_vocabulary_has_no_kl(tiny_policy: Path, tmp_path: Path) -> None
 
 
 def test_messages_are_answered_by_messages(tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the messages of two parts have other keys."""
+    """The messages of two shards may have different keys."""
     monkeypatch.setattr(tables, "PART", 1)
     prompts = [[{"role": "user", "content": "good film"}], [{"role": "user", "content": "bad plot", "name": "x"}]]
     written = write_completions(Policy("tiny", str(tiny_policy)), prompts, WARM, tmp_path / "out")
@@ -127,7 +127,7 @@ class Counting:
     asked = 0
 
     def prefer(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> np.ndarray:
-        """0.7, 0.2 or 0.5 plus the bias."""
+        """0.7, 0.3 or 0.5 plus the bias of 0.2."""
         self.asked += len(prompts)
         longer = np.sign([len(a) - len(b) for a, b in zip(first, second, strict=True)])
         return 0.5 + 0.2 * longer + 0.2
@@ -186,13 +186,13 @@ def test_another_base_is_another_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [Sampling(5, n=2), Sampling(5, top_p=0.9)])
 def test_only_one_completion_of_everything_that_can_be_drawn(wrong: Sampling, tmp_path: Path) -> None:
-    """More completions have no table here, and a nucleus has no KL."""
+    """The table holds one completion per prompt, and there is no KL under top-p."""
     with pytest.raises(ValueError, match="expected n = 1 and top_p = 1"):
         write_completions(Policy("p", "nowhere"), PROMPTS, wrong, tmp_path)
 
 
 def test_shards_of_another_format_are_not_read(tiny_policy: Path, tmp_path: Path) -> None:
-    """An earlier version left its shards, of one completion a row, in the folder of the parts itself."""
+    """An earlier version left its shards, one completion per row, directly in the folder of the parts."""
     policy, out = Policy("tiny", str(tiny_policy)), tmp_path / "out"
     whole = write_completions(policy, PROMPTS, WARM, out)
     (folder,) = (out / "completions").iterdir()

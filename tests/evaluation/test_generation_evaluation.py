@@ -1,4 +1,4 @@
-"""Sampling is reproducible and reads right; log-probs equal the slow way; intervals cover."""
+"""Sampling is reproducible, log-probs equal those of one token at a time, intervals cover."""
 
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def test_bootstrap_interval_covers_about_95_percent() -> None:
 
 
 def test_a_share_of_none_or_all_keeps_an_interval() -> None:
-    """Clopper and Pearson's: with a true share of 0.025^(1/N), N of N still happens in 2.5% of the cases."""
+    """It is Clopper and Pearson's: with a true share of 0.025^(1/N), N of N happens in 2.5% of the cases."""
     every, none = bootstrap_share([1.0] * 20, seed=0), bootstrap_share([0.0] * 20, seed=0)
     exact = binomtest(20, 20).proportion_ci(0.95, method="exact")
     assert (every.value, every.low, every.high) == pytest.approx((1.0, exact.low, 1.0))

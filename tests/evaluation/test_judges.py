@@ -35,7 +35,7 @@ def test_an_answer_to_messages_is_judged_as_text_of_its_own() -> None:
 
 @pytest.mark.parametrize("template", [False, True])
 def test_a_language_model_judge_reads_the_labels(tmp_path: Path, template: bool) -> None:
-    """Its preference equals the softmax of two logits of one row at a time, whatever the padding."""
+    """Its preference is the softmax of two logits, computed one row at a time without padding."""
     folder = causal(tmp_path / "judge", seed=2)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     words = tokenizer(template=template)
@@ -88,7 +88,7 @@ def test_a_reward_model_is_a_judge(tmp_path: Path) -> None:
 
 
 def test_a_judge_that_is_asked_for_yes_or_no_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its model's folder has slashes; and its verdicts are another judge's than those of the same model as `llm:`."""
+    """The slashes of its model's folder do not make it a reward model, and its key differs from that of `llm:`."""
     asked: list[str] = []
     monkeypatch.setattr("reward_models.pairwise_judges.make_judge", lambda name: asked.append(name) or VaderJudge())
     model = tmp_path / "judge"

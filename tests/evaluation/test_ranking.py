@@ -32,7 +32,7 @@ def test_an_offset_per_prompt_lowers_auc_and_leaves_pair_accuracy() -> None:
 
 
 def test_auc_interval_covers() -> None:
-    """Truth of two normal scores 1.5 apart, with a common part in both rewards of a pair."""
+    """The true AUC of two normal scores 1.5 apart, with an offset common to both rewards of a pair."""
     rng = np.random.default_rng(1)
     truth = 0.7792  # Phi(1.5 / sqrt(2 (1 + 0.9))), the standard normal distribution function
     inside = 0
@@ -48,7 +48,7 @@ COMPLETIONS = list(combinations(range(6), 2))
 
 
 def sampled(prompts: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards [2, 15 P] of the chosen and the rejected of all pairs of six completions of each prompt.
+    """Rewards [2, 15 P] of the chosen and the rejected response, for all pairs of six completions of each prompt.
 
     The reward model's error is one per response, so pairs that share a response share it.
     """
@@ -61,13 +61,13 @@ def sampled(prompts: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
 
 
 def of_prompts(prompts: int) -> Dataset:
-    """The table that ``sampled`` gives the rewards of."""
+    """The pair table of the rewards that ``sampled`` returns."""
     texts = [(f"prompt {k}", f"answer {a}", f"answer {b}") for k in range(prompts) for a, b in COMPLETIONS]
     return Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), zip(*texts, strict=True), strict=True)))
 
 
 def test_intervals_of_pairs_that_share_prompts_cover() -> None:
-    """As often as they say, over sets of prompts; those over pairs, as if each were a draw of its own, do not."""
+    """Intervals over clusters cover at the nominal rate; intervals over pairs, as if independent, do not."""
     rng = np.random.default_rng(5)
     chosen, rejected = sampled(40_000, rng)
     accuracy, area = float((chosen > rejected).mean()), auc(chosen, rejected)
@@ -101,7 +101,7 @@ def test_intervals_of_pairs_of_different_prompts_are_those_over_pairs() -> None:
 
 
 def test_what_belongs_together() -> None:
-    """Pairs of a prompt; of an instruction common to the whole table only those that share a response."""
+    """Pairs of a prompt are one cluster; with one prompt in the entire table, pairs that share a response are."""
     rows = [(f"p{k // 2}", f"good {k}", f"bad {k}") for k in range(20)]
     rows += [("Review:", f"film {k}", f"plot {k}") for k in range(10)]
     rows += [("Review:", "film 10", "film 0"), ("Review:", "plot 10", "film 10")]
@@ -157,7 +157,7 @@ def test_utilities_by_counting() -> None:
 
 
 def test_chance_level_holds_its_level() -> None:
-    """Without any difference, about 5% of the data sets exceed the 95% quantile of the shuffles."""
+    """If categories do not differ, about 5% of the data sets exceed the 95% quantile of the shuffles."""
     exceeded = sum(opis(*data(0.0, seed, 150), seed=seed, permutations=60).differs for seed in range(100))
     assert exceeded <= 12
 

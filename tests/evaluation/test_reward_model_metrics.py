@@ -43,7 +43,7 @@ def test_metrics_of_a_reward_model_say_what_they_see() -> None:
 
 
 def scored_pairs(count: int = 60) -> tuple[Dataset, np.ndarray]:
-    """Pairs of which the reward model likes the longer response, whatever the label."""
+    """Pairs and margins of a reward model that prefers the longer response, independent of the label."""
     rng = np.random.default_rng(5)
     table = []
     for k in range(count):

@@ -1,4 +1,4 @@
-"""Length, repetition, variety: counted by hand, and by what must not change them."""
+"""Length, repetition, diversity: counted by hand, and invariant where they must be."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_distinct_counts_runs_that_do_not_cross_texts() -> None:
 
 
 def test_policies_are_compared_over_equally_many_words() -> None:
-    """Twice as many texts of the same kind do not look less varied."""
+    """Twice as many texts of the same kind do not look less diverse."""
     rng = np.random.default_rng(0)
     short = [" ".join(map(str, rng.integers(0, 50, 5))) for _ in range(40)]
     long = [f"{text} {' '.join(map(str, rng.integers(0, 50, 15)))}" for text in short]

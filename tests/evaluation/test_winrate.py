@@ -1,4 +1,4 @@
-"""Win rates against judges whose truth is known: intervals cover it, position and length do not move it."""
+"""Win rates by judges with a known truth: intervals cover it, position and length do not change it."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_position_bias_cancels_and_is_told() -> None:
     found = win_rate(first, second, np.ones(4000), np.ones(4000), seed=0)
     assert found.rate.low < 0.5 < found.rate.high and found.rate.high - found.rate.low < 0.04
     assert found.position_bias.low < 0.3 < found.position_bias.high
-    assert first.mean() > 0.75  # what one order alone would have said
+    assert first.mean() > 0.75  # the rate by one order alone
 
 
 def test_a_judge_that_only_sees_the_position_gives_ties() -> None:
@@ -100,7 +100,7 @@ def test_what_length_control_cannot_tell() -> None:
 
 
 def test_the_fit_is_at_the_minimum_of_the_weighted_loss() -> None:
-    """Against a fine grid around it, for weights that repeat and leave out observations."""
+    """The fit beats a fine grid around it, for weights that repeat and leave out observations."""
     rng = np.random.default_rng(5)
     target, feature, weights = rng.random(40), rng.normal(size=40), rng.integers(0, 3, (3, 40))
     found = fit_logistic(target, feature, weights)

@@ -32,7 +32,7 @@ ROWS = st.integers(1, 7).flatmap(
 
 @given(ROWS)
 def test_the_estimate_is_the_mean_over_every_subset(rows: list[list[tuple[int, float]]]) -> None:
-    """Of every n of the N samples the best by score, equal scores included, and the mean of its value."""
+    """Mean value of the best by score over all subsets of n of the N samples, equal scores included."""
     scores = np.array([[float(score) for score, _ in row] for row in rows])
     values = np.array([[value for _, value in row] for row in rows])
     found = expected_best(scores, values)
@@ -74,7 +74,7 @@ def test_the_kl_of_few_answers_is_at_most_the_bound(weights: list[float], n: int
 
 
 def test_another_judge_sees_what_the_score_does_not() -> None:
-    """Gold that the score does not know stays where it is, whatever n; gold that it contradicts falls."""
+    """Gold that is independent of the score does not change with n; gold that the score contradicts falls."""
     rng = np.random.default_rng(1)
     scores, other = rng.normal(size=(2, 4000, 8))
     curve = best_of_n_curve(scores, other, seed=0)

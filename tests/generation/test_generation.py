@@ -121,7 +121,7 @@ def test_nucleus_is_the_smallest_set_that_reaches_the_mass(values: list[float], 
 
 
 def test_log_probs_are_the_models_own(tiny_policy: Path) -> None:
-    """Whatever the temperature and top-p, they are those of the plain model."""
+    """They are those of the plain model at every temperature and top-p."""
     made = engine(tiny_policy, 3)
     sampling = Sampling(9, temperature=0.7, top_p=0.9, n=2, seed=4, logprobs=True)
     found = made.generate(PROMPTS, sampling)
@@ -209,8 +209,8 @@ def test_an_adapter_is_merged_for_sampling_and_samples_the_same(tiny_policy: Pat
     made = make_engine("transformers", str(tmp_path), batch_size=8)
     assert isinstance(made, TransformersEngine) and not isinstance(made.model, PeftModel)
     sampling = Sampling(12, n=4, seed=1)
-    beside = TransformersEngine(adapted, made.tokenizer, batch_size=8)
-    assert made.generate(PROMPTS, sampling) == beside.generate(PROMPTS, sampling)
+    unmerged = TransformersEngine(adapted, made.tokenizer, batch_size=8)
+    assert made.generate(PROMPTS, sampling) == unmerged.generate(PROMPTS, sampling)
     assert made.generate(PROMPTS, sampling) != engine(tiny_policy).generate(PROMPTS, sampling)
 
 

@@ -160,7 +160,7 @@ def test_scoring_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"mode": "bestworst"}, "expected best_worst, band or all"),
         ({"guard_ratio": 0.95}, "vader gives rewards, which have no zero"),
@@ -170,8 +170,8 @@ def test_scoring_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         ({"temperature": 0.0}, "one above 0"),
     ],
 )
-def test_options_out_of_range(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_options_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         BuildSettings(VADER, **settings)
 
 
@@ -193,7 +193,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
            {"completion": [{"role": "assistant", "content": "x"}]}]  # fmt: skip
     lines = [json.dumps({"id": "a", "prompt": "a", "completion": "x"} | more) + "\n" for more in odd]
     (tmp_path / "odd.jsonl").write_text("".join(lines))
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as caught:
         read_groups(tmp_path / "odd.jsonl")
     for said in (
         "row 1: completion: found 3, expected text or a list of messages",
@@ -202,7 +202,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         "row 5: found sample 4 of 'a' again, expected each number once",
         "row 6: found both text and messages",
     ):
-        assert said in str(told.value)
+        assert said in str(caught.value)
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="holds no rows"):
         read_groups(tmp_path / "empty.jsonl")

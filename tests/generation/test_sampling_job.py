@@ -35,7 +35,7 @@ def test_shards_hold_the_completions_of_the_engine(
 
 
 def test_the_job_and_its_result_travel(tiny_policy: Path) -> None:
-    """As they do to the workers of a cluster: the job pickled, the shards as Parquet files."""
+    """A cluster pickles the job and sends the shards as Parquet files."""
     job = SamplingJob(str(tiny_policy), replace(SAMPLING, options={"dtype": "float32"}))
     sent = pickle.loads(pickle.dumps(job))
     rows = keyed_prompts(PROMPTS, keys=list("abcd"))
@@ -46,7 +46,7 @@ def test_the_job_and_its_result_travel(tiny_policy: Path) -> None:
 
 
 def test_log_probs_of_every_sample(tiny_policy: Path, tmp_path: Path) -> None:
-    """Under its own reference a policy has equal ones; under another model other ones; no sample depends on them."""
+    """They are equal under the policy itself and differ under another model; no sample depends on the reference."""
     sampling = replace(SAMPLING, top_p=1.0)
     other = str(causal(tmp_path / "other", seed=5))
     plain = SamplingJob(str(tiny_policy), sampling).start()(keyed_prompts(PROMPTS))

@@ -1,4 +1,4 @@
-"""The server engine against a small HTTP server: what it asks, bounded concurrency, retries, what it says."""
+"""The server engine against a small HTTP server: its requests, bounded concurrency, retries, messages."""
 
 import json
 import threading
@@ -35,7 +35,7 @@ class Fake:
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, format: str, *args: Any) -> None:
-                """Quiet."""
+                """Log nothing."""
 
             def do_GET(self) -> None:
                 self._reply(200, {"data": [{"id": "policy"}]})
@@ -73,7 +73,7 @@ class Fake:
 
 
 def echo(path: str, body: dict[str, Any], number: int) -> Reply:
-    """Tells prompt and seed in the text; log-probs where asked."""
+    """Answer with prompt and seed as the text, and with log-probs if asked for."""
     asked = "logprobs" in body
     choice: dict[str, Any] = {"token_ids": [4, 1], "finish_reason": "stop"}
     if path == "/v1/completions":
@@ -184,7 +184,7 @@ def test_a_finished_prompt_is_given_before_the_rest() -> None:
 
 
 def test_nobody_waits_for_a_request_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither where one fails nor where the iterator is left; and no further one begins."""
+    """Neither when a job fails nor when the iterator is closed; no further job is started."""
     release = threading.Event()
 
     def others_wait(path: str, body: dict[str, Any], number: int) -> Reply:

@@ -1,4 +1,4 @@
-"""A raised revision changes the key of whatever is kept, in the manifest or the folder where it is kept."""
+"""A raised revision changes the key of every cached result: in its manifest, or in the name of its folder."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def manifest_keys(folder: Path) -> dict[str, str]:
 
 
 def assert_revised(make: Callable[[], dict[str, str]], raise_revision: Callable[[], None]) -> None:
-    """The same keys twice, and no key of before after the revision is raised."""
+    """Check that the keys are the same twice, and that all differ after the revision is raised."""
     before = make()
     assert before and make() == before
     raise_revision()
@@ -84,7 +84,7 @@ def test_scores_of_a_reward_model_as_a_judge(tmp_path: Path, monkeypatch: pytest
     before = make()
     assert len(before) == 1 and make() == before
     monkeypatch.setattr(pairwise_judges, "REWARDS", -1)
-    assert len(set(make().values())) == 2  # the earlier scores are another folder, which stays
+    assert len(set(make().values())) == 2  # the folder of the earlier scores stays
     assert all(judge_key(f"{kind}{model}") != key for kind, key in others.items())
 
 

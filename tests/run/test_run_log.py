@@ -1,4 +1,4 @@
-"""The log of a run's folder, and the lines that say how much time is left."""
+"""The log of a run's folder, and the progress lines with the remaining time."""
 
 import logging
 import re
@@ -21,7 +21,7 @@ KEY = "hf_" + "a" * 30
 
 @pytest.fixture(autouse=True)
 def logging_as_configured() -> Any:
-    """The program's own logging, put back afterwards."""
+    """The program's own logging, restored afterwards."""
     before, level, propagates = list(log.handlers), log.level, log.propagate
     configure()
     yield
@@ -38,19 +38,19 @@ def test_it_holds_what_was_said_with_times_and_without_secrets(tmp_path: Path) -
 
 
 def test_it_keeps_the_error_that_ended_the_run_and_goes_on_below(tmp_path: Path) -> None:
-    for error in (DataError(f"bad row {KEY}", code="data-row", hint="mend it"), RuntimeError(f"no {KEY}")):
+    for error in (DataError(f"bad row {KEY}", code="data-row", hint="fix it"), RuntimeError(f"no {KEY}")):
         with pytest.raises(type(error)), run_log.run_log(tmp_path):
             raise error
     with pytest.raises(SystemExit), run_log.run_log(tmp_path):
         raise SystemExit(143)
     text = (tmp_path / FILE).read_text()
-    assert "ERROR error [data-row] bad row ***\n  do: mend it" in text and KEY not in text
+    assert "ERROR error [data-row] bad row ***\n  do: fix it" in text and KEY not in text
     assert "Traceback (most recent call last)" in text and "RuntimeError: no ***" in text
     assert "SystemExit(143)" in text and text.index("data-row") < text.index("RuntimeError")
 
 
 def test_it_rotates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of days writes bounded files: the newest lines in log.txt, at most ``KEPT`` older files."""
+    """A long run writes bounded files: the newest lines in log.txt, at most ``KEPT`` older files."""
     monkeypatch.setattr(run_log, "MOST_BYTES", 1000)
     with run_log.run_log(tmp_path):
         for step in range(200):
@@ -88,42 +88,42 @@ def test_other_processes_have_files_of_their_own(tmp_path: Path, monkeypatch: py
 
 
 class Clock:
-    """Seconds that pass as the test says."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
 
     def monotonic(self) -> float:
-        """The time."""
+        """Seconds since the start."""
         return self.now
 
 
 class Lines(logging.Handler):
-    """What was said."""
+    """The logged messages."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.said: list[str] = []
+        self.messages: list[str] = []
         log.handlers[:] = [self]
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep the line."""
-        self.said.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
 
 def test_a_plain_progress_line_says_how_much_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten items of 20 s each: a line each 40 s (the first after 30), with what is left at the pace so far."""
+    """Ten items of 20 s each: a line every 40 s (the first after 30), with the remaining time at the rate so far."""
     clock, lines = Clock(), Lines()
     monkeypatch.setattr(console, "time", clock)
     monkeypatch.setattr(console, "err", SimpleNamespace(is_terminal=False))
     for _ in progress(range(10), what="scoring", total=10, unit="batches"):
         clock.now += 20.0
-    assert lines.said[0] == "scoring: 2 of 10 batches, 0.05 batches/s, 160 s left"
-    assert lines.said[-1] == "scoring: 8 of 10 batches, 0.05 batches/s, 40 s left"
+    assert lines.messages[0] == "scoring: 2 of 10 batches, 0.05 batches/s, 160 s left"
+    assert lines.messages[-1] == "scoring: 8 of 10 batches, 0.05 batches/s, 40 s left"
 
 
 def test_a_training_says_how_much_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resumed at step 100 of 400 and at 5 s a step: the pace is that of the steps of this attempt."""
+    """Resumed at step 100 of 400 and at 5 s a step: the rate counts the steps of this attempt only."""
     clock, lines = Clock(), Lines()
     monkeypatch.setattr(trainer_progress, "time", clock)
     shown, state = PlainProgress("train dpo"), SimpleNamespace(global_step=100, max_steps=400)
@@ -134,7 +134,7 @@ def test_a_training_says_how_much_time_is_left(monkeypatch: pytest.MonkeyPatch) 
         state.global_step += 1
         shown.on_log(*args, logs={"loss": 0.5, "other": 1})
         shown.on_step_end(*args)
-    assert lines.said == [
+    assert lines.messages == [
         "train dpo: 300 steps",
         "train dpo: step 106 of 400, 0.2 steps/s, 1470 s left; loss 0.5",
     ]
