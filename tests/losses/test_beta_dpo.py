@@ -73,6 +73,8 @@ def test_the_state_of_a_training() -> None:
     assert loss.state_dict() == {"mean": 0.0, "std": 0.0}
     evaluated, _ = loss(make(GAPS), step=0, update=False)
     assert loss.state == BetaDpoState()
+    draws = {tuple((loss(make(GAPS), step=step, update=False)[0] > 0).tolist()) for step in range(10)}
+    assert len(draws) > 1
     trained, _ = loss(make(GAPS), step=0)
     assert torch.equal(evaluated, trained) and loss.state.mean == pytest.approx(0.1 * 11 / 6)
     resumed = stateful(0, lambda local: local)
