@@ -115,10 +115,10 @@ def length_control(
         return None
     feature = np.tanh(difference / spread) if spread > 0 else np.zeros_like(difference)
     size = outcome.size
-    intercept, slope = fit_logistic(outcome, feature, np.ones((1, size)))[0]
+    intercept, slope = fit_weighted_logistic(outcome, feature, np.ones((1, size)))[0]
     counts = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=resamples)
     rows = max(1, CHUNK_CELLS // size)
-    drawn = [fit_logistic(outcome, feature, counts[k : k + rows])[:, 0] for k in range(0, resamples, rows)]
+    drawn = [fit_weighted_logistic(outcome, feature, counts[k : k + rows])[:, 0] for k in range(0, resamples, rows)]
     low, high = np.quantile(_sigmoid(np.concatenate(drawn)), [0.025, 0.975])
     plain = bootstrap_share(outcome, seed=seed, resamples=1)  # all wins or losses: not narrower than the plain rate
     if outcome.min() == outcome.max() and outcome[0] in (0.0, 1.0):
@@ -130,7 +130,7 @@ def length_control(
     )
 
 
-def fit_logistic(target: np.ndarray, feature: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def fit_weighted_logistic(target: np.ndarray, feature: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Fit sigmoid(a + b feature) by Newton's method for each row of weights; return (a, b), [R, 2].
 
     Args:

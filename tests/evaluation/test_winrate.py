@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.evaluation.winrate import fit_logistic, length_control, win_rate
+from align.evaluation.winrate import fit_weighted_logistic, length_control, win_rate
 
 SIMULATIONS = 500
 RATE_TRUTH_DRAWS = 2_000_000
@@ -103,7 +103,7 @@ def test_the_fit_is_at_the_minimum_of_the_weighted_loss() -> None:
     """The fit beats a fine grid around it, for weights that repeat and leave out observations."""
     rng = np.random.default_rng(5)
     target, feature, weights = rng.random(40), rng.normal(size=40), rng.integers(0, 3, (3, 40))
-    found = fit_logistic(target, feature, weights)
+    found = fit_weighted_logistic(target, feature, weights)
 
     def loss(a: float, b: float, weight: np.ndarray) -> float:
         z = a + b * feature
