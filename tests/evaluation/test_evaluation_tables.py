@@ -17,11 +17,11 @@ from align.commands import evaluation_tables as tables
 from align.commands.evaluation_tables import judge_pairs, measure_kl, score, write_completions
 from align.errors import ModelError
 from align.evaluation.policies import Policy, find_reference
-from align.generation.encoding import encode_prompt
 from align.generation.types import Sampling
 from align.io.stage import KEY, PARTIAL
 from align.models.completion_logps import completion_logps
 from align.models.folders import fingerprint_model
+from align.models.tokenization import encode_prompt
 from align.sharding.shards import in_parts
 from reward_models.judges import VaderJudge
 from reward_models.pairwise_judges import (
@@ -89,7 +89,7 @@ def test_kl_at_a_temperature_is_that_of_what_is_sampled_from(tiny_policy: Path, 
     sampling = Sampling(1, 0.7, batch_size=512)
     written = write_completions(Policy("tiny", str(tiny_policy)), [PROMPTS[0]] * 4096, sampling, tmp_path / "out")
     ratios = measure_kl(written, reference, tmp_path / "out")
-    ids = torch.tensor([encode_prompt(AutoTokenizer.from_pretrained(tiny_policy), PROMPTS[0])])
+    ids = torch.tensor([encode_prompt(PROMPTS[0], AutoTokenizer.from_pretrained(tiny_policy))])
     with torch.no_grad():
         hot, base = (
             torch.log_softmax(AutoModelForCausalLM.from_pretrained(path)(ids).logits[0, -1].double() / heat, -1)
