@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from align.stats import bootstrap_mean
+from scripts.bootstrap import bootstrap_mean
 from scripts.tables import table
 
 OUTCOMES = (0.25, 0.5, 1.0)
