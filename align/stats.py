@@ -149,7 +149,7 @@ def share_interval(values: ArrayLike, *, clusters: ArrayLike | None = None) -> E
     """Mean of ``values`` [N] in [0, 1], for example right or wrong, or win, tie or loss, with Wilson's interval.
 
     Values of 0 and 1 without clusters: Wilson's score interval. Else Wilson's at the effective number of observations
-    p (1 - p) / variance of the mean, at most N, with Student's t of G - 1 degrees of freedom (Korn and Graubard, Survey
+    p (1 - p) / variance of the mean (at most N for 0 and 1), with Student's t of G - 1 degrees of freedom (Korn and Graubard, Survey
     Methodology 24 (1998) 193-201). Where all clusters agree on 0 or on 1 each counts as one observation; where all
     values are equal and between there is no interval: thirty ties tell nothing.
 
@@ -167,7 +167,8 @@ def share_interval(values: ArrayLike, *, clusters: ArrayLike | None = None) -> E
     clustered = None if which is None else units
     if units < 2:
         return Estimate(share, None, None, array.size, clustered)
-    if which is None and np.isin(array, (0.0, 1.0)).all():
+    binary = bool(np.isin(array, (0.0, 1.0)).all())
+    if which is None and binary:
         low, high = _wilson(share, array.size, float(norm.ppf(0.5 + LEVEL / 2)))
         return Estimate(share, low, high, array.size, clustered)
     sizes = np.ones(units) if which is None else np.bincount(which)
@@ -175,7 +176,7 @@ def share_interval(values: ArrayLike, *, clusters: ArrayLike | None = None) -> E
     without = (sums.sum() - sums) / (sizes.sum() - sizes)  # jackknife
     variance = float(((without - without.mean()) ** 2).sum() * (units - 1) / units)
     if variance > 0:
-        effective = min(share * (1 - share) / variance, float(array.size))
+        effective = min(share * (1 - share) / variance, float(array.size) if binary else math.inf)
     elif share in (0.0, 1.0):
         effective = float(units)
     else:

@@ -30,7 +30,6 @@ def test_policies_are_compared_over_equally_many_words() -> None:
     found = text_statistics(
         {name: Texts(texts, [1] * 40, [True] * 40) for name, texts in (("short", short), ("long", long))},
         baseline="short",
-        seed=0,
     )
     assert found["short"]["distinct_words"] == found["long"]["distinct_words"] == 200
     assert found["short"]["distinct"]["1"] == pytest.approx(found["long"]["distinct"]["1"], abs=0.05)
