@@ -149,9 +149,9 @@ def share_interval(values: ArrayLike, *, clusters: ArrayLike | None = None) -> E
     """Mean of ``values`` [N] in [0, 1], for example right or wrong, or win, tie or loss, with Wilson's interval.
 
     Values of 0 and 1 without clusters: Wilson's score interval. Else Wilson's at the effective number of observations
-    p (1 - p) / variance of the mean (at most N for 0 and 1), with Student's t of G - 1 degrees of freedom (Korn and Graubard, Survey
-    Methodology 24 (1998) 193-201). Where all clusters agree on 0 or on 1 each counts as one observation; where all
-    values are equal and between there is no interval: thirty ties tell nothing.
+    p (1 - p) / variance of the mean (at most N for 0 and 1), with Student's t of G - 1 degrees of freedom (Korn and
+    Graubard, Survey Methodology 24 (1998) 193-201). Where all clusters agree on 0 or on 1 each counts as one
+    observation; where all values are equal and between there is no interval: thirty ties tell nothing.
 
     Raises:
         ValueError: no values.

@@ -161,7 +161,7 @@ class PairMeasurement:
 
 
 def _check(loss: BoundLoss, pairs: Dataset) -> None:
-    if loss.spec.function is None:
+    if loss.spec.coupled:
         raise ConfigError(
             f"loss {loss.spec.name}: its beta is a statistic of each training batch, so a pair alone has no verdict",
             code="entanglement-loss",

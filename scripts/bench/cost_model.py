@@ -1,9 +1,9 @@
-"""What every stage costs per pair: seconds and bytes, fitted on three sizes and checked on a fourth. Prints JSON.
+"""Seconds and bytes per pair of every stage, fitted on three sizes and checked on a fourth. Prints JSON.
 
-A stage's seconds are a sum of terms in the sizes of its work (tokens, tokens x parameters, words, dimensions x root of
-the table's length), whose coefficients, none of them negative, are fitted to relative errors on three sizes; a fourth,
-larger one is then predicted. The seconds are those of one thread, without what a start costs. Bytes are those of a
-shard's rows as they are sent to a worker of a cluster, and of the result on its way back.
+A stage's seconds are modeled as a sum of terms in the sizes of its work (tokens, tokens x weights, words, dimensions x
+square root of the table's length). Their coefficients, none of them negative, minimize the relative error on three
+sizes; a fourth, larger size is then predicted. Seconds are those of one thread, without start-up. Bytes are those of a
+shard's rows as sent to a worker of a cluster, and of the result as it comes back.
 
     OMP_NUM_THREADS=1 python -m scripts.bench.cost_model --tokenizer .assets/smollm2
 """
@@ -56,7 +56,7 @@ from scripts.bench.training import batch_of, build, random_pairs, step
 WIDTHS = ((128, 2), (192, 4), (256, 6), (384, 8))
 """Hidden size and layers of the models; the last is predicted."""
 WORDS = (10, 20, 40, 80)
-"""Of each text, where no model reads it."""
+"""Words per text, for stages without a model."""
 VECTORS = ((25_000, 64), (50_000, 96), (50_000, 192), (100_000, 128))
 TEXT_WORDS, LONG_WORDS = 24, 200
 BATCH_TOKENS = 2048
@@ -68,16 +68,17 @@ class Measured:
     """A stage at one size."""
 
     terms: tuple[float, ...]
-    """Of the sum that its seconds are, per pair (or what is counted in its place)."""
+    """Terms of the sum that models its seconds, per pair (or per prompt, or per vector)."""
     seconds: float
     """Per pair."""
     sent: float
-    """Bytes per pair on the way to a worker."""
+    """Bytes per pair sent to a worker."""
     returned: float
+    """Bytes per pair that come back."""
 
 
 def best(work: Callable[[], Any]) -> float:
-    """Seconds of the processor, the least of ``REPEATS`` after a first time."""
+    """CPU seconds of ``work``: the minimum of ``REPEATS`` calls after one warm-up."""
     taken = []
     for _ in range(REPEATS + 1):
         start = time.process_time()
@@ -86,8 +87,8 @@ def best(work: Callable[[], Any]) -> float:
     return min(taken[1:])
 
 
-def of_job(job: Job, rows: Dataset, terms: tuple[float, ...]) -> Measured:
-    """A job's work on some rows."""
+def measure_job(job: Job, rows: Dataset, terms: tuple[float, ...]) -> Measured:
+    """What a job costs per row of ``rows``."""
     work, count = job.start(), len(rows)
     sent, made = encode(rows), work(rows)
     return Measured(terms, best(lambda: work(rows)) / count, len(sent) / count, len(encode(made)) / count)
@@ -101,7 +102,7 @@ class Models:
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
 
     def make(self, kind: type[PreTrainedModel], width: int, layers: int) -> tuple[str, float]:
-        """Folder, and the weights that a token is multiplied by."""
+        """Model folder, and the number of weights that each token is multiplied by."""
         torch.manual_seed(0)
         model = kind(self._config(kind, width, layers))
         place = self.folder / f"{kind.__name__}-{width}"
@@ -121,15 +122,15 @@ class Models:
         return LlamaConfig(**common, tie_word_embeddings=True, num_labels=1)
 
     def tokens(self, texts: list[str]) -> float:
-        """Per text."""
+        """Mean number of tokens per text."""
         return float(np.mean([len(ids) for ids in self.tokenizer(texts)["input_ids"]]))
 
 
 def texts(models: Models) -> Iterator[Measured]:
-    """What the rules of a filter need; terms: 1, words."""
+    """What a filter's rules read of each text; terms: 1, words."""
     for words in WORDS:
         asked = SurveyJob(np.empty(0, dtype=np.uint64), near=True, language=False)
-        yield of_job(asked, pairs(4096, words), (1.0, 3.0 * words))
+        yield measure_job(asked, pairs(4096, words), (1.0, 3.0 * words))
 
 
 def embedding(models: Models) -> Iterator[Measured]:
@@ -138,7 +139,7 @@ def embedding(models: Models) -> Iterator[Measured]:
     tokens = models.tokens(table["prompt"][:])
     for width, layers in WIDTHS:
         model, weights = models.make(BertModel, width, layers)
-        yield of_job(Embedding(model, None), table, (tokens, tokens * weights))
+        yield measure_job(Embedding(model, None), table, (tokens, tokens * weights))
 
 
 def scoring(models: Models) -> Iterator[Measured]:
@@ -147,7 +148,9 @@ def scoring(models: Models) -> Iterator[Measured]:
     tokens = 2 * models.tokens([a + b for a, b in zip(table["prompt"], table["chosen"], strict=True)])
     for width, layers in WIDTHS:
         model, weights = models.make(LlamaForSequenceClassification, width, layers)
-        yield of_job(ScoreJob(model, BATCH_TOKENS, 1024, trust_remote_code=False), table, (tokens, tokens * weights))
+        yield measure_job(
+            ScoreJob(model, BATCH_TOKENS, 1024, trust_remote_code=False), table, (tokens, tokens * weights)
+        )
 
 
 def completions(models: Models) -> Iterator[Measured]:
@@ -156,7 +159,7 @@ def completions(models: Models) -> Iterator[Measured]:
     for width, layers in WIDTHS:
         model, weights = models.make(LlamaForCausalLM, width, layers)
         job = SamplingJob(model, Sampling(new, engine="transformers"))
-        yield of_job(job, table, (new, new * weights))
+        yield measure_job(job, table, (new, new * weights))
 
 
 def entanglement(models: Models) -> Iterator[Measured]:
@@ -169,11 +172,11 @@ def entanglement(models: Models) -> Iterator[Measured]:
             np.mean([2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows])
         )
         job = MeasureJob(model, None, resolve("dpo", {}), None, BATCH_TOKENS, 1024)
-        yield of_job(job, rows, (tokens, tokens * weights))
+        yield measure_job(job, rows, (tokens, tokens * weights))
 
 
 def training(models: Models) -> Iterator[Measured]:
-    """Forward and backward of a step with prompts shared; terms: tokens, tokens x weights."""
+    """Forward and backward pass of a step with shared prompts; terms: tokens, tokens x weights."""
     prompt, completion, count = 48, 48, 8
     rows = random_pairs(prompt, completion, count, len(models.tokenizer))
     tokens = float(prompt + 2 * completion)
@@ -186,12 +189,12 @@ def training(models: Models) -> Iterator[Measured]:
         yield Measured((tokens, tokens * weights), seconds / count, 0.0, 0.0)
 
 
-def neighbours(models: Models) -> Iterator[Measured]:
-    """Inverted file; terms: 1, dimensions x root of the number of vectors."""
+def neighbors(models: Models) -> Iterator[Measured]:
+    """Nearest neighbors by an inverted file; terms: 1, dimensions x root of the number of vectors."""
     for count, size in VECTORS:
         rng = np.random.default_rng(0)
-        centres = rng.normal(size=(count // 200, size))
-        vectors = centres[rng.integers(0, len(centres), count)] + 0.6 * rng.normal(size=(count, size))
+        centers = rng.normal(size=(count // 200, size))
+        vectors = centers[rng.integers(0, len(centers), count)] + 0.6 * rng.normal(size=(count, size))
         vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
         start = time.process_time()
         kth_distance(vectors, 5, seed=0, method="ivf")
@@ -205,12 +208,12 @@ STAGES: dict[str, Callable[[Models], Iterator[Measured]]] = {
     "completions": completions,
     "entanglement": entanglement,
     "training": training,
-    "neighbours": neighbours,
+    "neighbours": neighbors,
 }
 
 
 def fitted(found: list[Measured]) -> dict[str, Any]:
-    """Coefficients from all sizes but the last, and how far they are off there."""
+    """Coefficients fitted on all sizes but the last, and their error at the last."""
     known, last = found[:-1], found[-1]
     relative = np.array([one.terms for one in known]) / np.array([[one.seconds] for one in known])
     scale = relative.max(axis=0)
@@ -227,9 +230,9 @@ def fitted(found: list[Measured]) -> dict[str, Any]:
 
 
 def through_one_process(count: int = 512) -> float:
-    """Seconds a pair that sending shards to score and taking them back costs the process that gave the command.
+    """Seconds per pair that the driver process spends on sending shards to score and on receiving the results.
 
-    Of pairs as long as those that plans are made for.
+    The pairs are as long as those of scripts/bench/cost_plan.py.
     """
     table = pairs(count, LONG_WORDS)
     made = encode(Dataset.from_dict({"reward_chosen": [0.5] * count, "reward_rejected": [0.25] * count}))
@@ -237,8 +240,8 @@ def through_one_process(count: int = 512) -> float:
 
 
 def visit_through_one_process(count: int = 40_000, size: int = 384, probes: int = 8) -> float:
-    """Seconds that it costs the process that gave the command to send one vector to one share of the others, take back
-    its neighbours there, and keep the best."""
+    """Seconds that the driver process spends per vector on sending it to one share of the others, on receiving its
+    neighbors there and on keeping the best."""
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(count, size)).astype(np.float32)
     near = rng.integers(0, 160, size=(count, probes)).astype(np.int32)
@@ -259,7 +262,7 @@ def visit_through_one_process(count: int = 40_000, size: int = 384, probes: int 
 
 
 def main() -> None:
-    """Measure, fit, check."""
+    """Measure every stage, fit its coefficients and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", default=".assets/smollm2")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))

@@ -1,7 +1,7 @@
-"""Gradient products against two full backward passes per pair and against one training step, side by side.
+"""Compare gradient products with two full backward passes per pair and with one training step. Prints JSON.
 
 All three see the same pairs of random tokens (half prompt, half response), in turns (A B C A B C), in one process. The
-training step is forward and backward of the DPO loss in trl's layout. Prints JSON.
+training step is the forward and backward pass of the DPO loss in trl's layout.
 
     python -m scripts.bench.entanglement --model .assets/smollm2
 """
@@ -27,12 +27,12 @@ from align.models.logps import add_completion_head, pair_logps
 from align.training.base.arguments import build_lora
 
 SHAPES = ((1, 64), (4, 64), (8, 64), (1, 128), (4, 128), (8, 128), (1, 256), (4, 256), (1, 512), (2, 512))
-"""Pairs, tokens of each sequence."""
+"""Pairs, tokens per sequence."""
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 
 def load(path: str, lora: bool) -> nn.Module:
-    """The model, with an adapter on its attention where asked for."""
+    """The model, with an adapter on its attention if ``lora``."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     add_completion_head(model)
     if not lora:
@@ -53,7 +53,7 @@ def make_batch(pairs: int, tokens: int, vocabulary: int) -> dict[str, Tensor]:
 
 
 def two_backwards(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """<gw, gl> [B] by one pair at a time, two backward passes, products summed in float64."""
+    """Inner products of the two gradients [B], by two backward passes for each pair, summed in float64."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     pairs = len(batch["input_ids"]) // 2
     found = []
@@ -71,7 +71,7 @@ def two_backwards(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def training_step(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Forward and backward of the DPO loss against reference log-probs of 0."""
+    """Forward and backward pass of the DPO loss with reference log-probs of 0."""
     logps = pair_logps(model, batch, "concatenated")
     loss = -nn.functional.logsigmoid(0.1 * (logps.chosen - logps.rejected)).mean()
     loss.backward()
@@ -80,7 +80,7 @@ def training_step(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def methods(model: nn.Module) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
-    """Name -> what is timed."""
+    """Name -> function that is timed."""
     measure = GradientProducts(model)
     return {
         "products": lambda batch: measure(batch).inner,
@@ -123,7 +123,7 @@ def memory(arguments: argparse.Namespace, method: str, shape: str) -> float:
 
 
 def resident(field: str) -> float:
-    """MiB; ``VmRSS`` now or ``VmHWM`` at its peak."""
+    """MiB of this process: ``VmRSS`` is resident memory now, ``VmHWM`` its peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
 

@@ -1,4 +1,4 @@
-"""What measuring gradient entanglement along training costs: seconds of a measurement against seconds of a step.
+"""What measuring gradient entanglement during training costs: seconds per measurement and per step.
 
 One training with `entanglement: {every: 4}` on random pairs; the steps between measurements are timed too, so both come
 from the same process and minute. Prints JSON with the share that `every: 50` adds.
@@ -27,22 +27,8 @@ from align.training.train import ENTANGLEMENT, attach_probe, make_trainer
 
 EVERY, USUAL = 4, 50
 WORDS = (
-    "the",
-    "film",
-    "plot",
-    "good",
-    "bad",
-    "slow",
-    "great",
-    "dull",
-    "was",
-    "with",
-    "and",
-    "story",
-    "scene",
-    "not",
-    "end",
-)
+    "the", "film", "plot", "good", "bad", "slow", "great", "dull", "was", "with", "and", "story", "scene", "not", "end",
+)  # fmt: skip
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -56,16 +42,16 @@ class Clock(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start."""
+        """Start the clock."""
         self._start = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop."""
+        """Record the seconds of the step."""
         self.seconds.append(time.monotonic() - self._start)
 
 
 def random_pairs(count: int, prompt: int, completion: int) -> Dataset:
-    """Pairs of about this many tokens."""
+    """Pairs of random words, about a token each."""
     rng = random.Random(0)
 
     def text(words: int) -> str:
@@ -80,7 +66,7 @@ def random_pairs(count: int, prompt: int, completion: int) -> Dataset:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds of a step and of a measurement, and the share that one every ``USUAL`` steps adds."""
+    """Median seconds of a step and of a measurement, and the share that a measurement every ``USUAL`` steps adds."""
     config = TrainSection(
         model=arguments.model,
         methods={"dpo": LossSection(loss="dpo")},
@@ -113,13 +99,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print JSON."""
+    """Measure and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".assets/smollm2")
-    parser.add_argument("--pairs", type=int, default=16, help="of a step")
+    parser.add_argument("--pairs", type=int, default=16, help="pairs per step")
     parser.add_argument("--probes", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=24, help="words")
-    parser.add_argument("--completion", type=int, default=24, help="words")
+    parser.add_argument("--prompt", type=int, default=24, help="words of a prompt")
+    parser.add_argument("--completion", type=int, default=24, help="words of a completion")
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--lora", action="store_true")
     arguments = parser.parse_args()

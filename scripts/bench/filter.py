@@ -1,8 +1,8 @@
-"""A whole filter at size: seconds per stage, peak memory, recall, rank correlation with the exact score. Prints JSON.
+"""A complete filter by number of pairs: seconds per stage, memory, recall, agreement with the exact score. Prints JSON.
 
 Texts have Zipf word frequencies and log-normal lengths; exact duplicates, near duplicates and e-mail addresses are
 among them. Vectors are a mixture of clusters of very different sizes on the unit sphere, as prompts of a collection
-are, with some exact duplicates. Each size is filtered in a process of its own, so that its peak memory is its own.
+are, with some exact duplicates. Each size is filtered in a separate process, so that its peak memory can be told.
 
     python -m scripts.bench.filter --sizes 10000 100000
     python -m scripts.bench.filter --sizes 20000 --against scikit-learn datasketch hnsw
@@ -55,17 +55,17 @@ EXACT_SHARE, NEAR_SHARE, PERSONAL_SHARE = 0.01, 0.01, 0.002
 
 
 def make_vectors(count: int, dimensions: int, file: Path) -> None:
-    """Unit vectors [count, dimensions] around cluster centres; cluster sizes and widths are log-normal."""
+    """Unit vectors [count, dimensions] around cluster centers; cluster sizes and widths are log-normal."""
     rng = np.random.default_rng(0)
     clusters = max(20, count // 200)
     share = rng.lognormal(sigma=1.0, size=clusters)
     member = rng.choice(clusters, size=count, p=share / share.sum())
     width = rng.lognormal(mean=np.log(0.6), sigma=0.3, size=clusters).astype(np.float32)
-    centres = rng.normal(size=(clusters, dimensions)).astype(np.float32)
+    centers = rng.normal(size=(clusters, dimensions)).astype(np.float32)
     vectors = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(count, dimensions))
     for start in range(0, count, BLOCK):
         part = member[start : start + BLOCK]
-        block = centres[part] + width[part, None] * rng.normal(size=(len(part), dimensions)).astype(np.float32)
+        block = centers[part] + width[part, None] * rng.normal(size=(len(part), dimensions)).astype(np.float32)
         block /= np.linalg.norm(block, axis=1, keepdims=True)
         copies = rng.integers(0, len(part), size=(2, max(len(part) // 100, 1)))
         block[copies[0]] = block[copies[1]]
@@ -74,7 +74,7 @@ def make_vectors(count: int, dimensions: int, file: Path) -> None:
 
 
 def make_texts(count: int, words_of: tuple[int, int], file: Path) -> None:
-    """A pair file with margins; ids are the numbers of the rows. Prompts and responses have about so many words."""
+    """A pair file with margins; ids are row numbers, ``words_of`` the median words of a prompt and of a response."""
     rng = np.random.default_rng(1)
     words = np.array([f"w{k:x}" for k in range(VOCABULARY)], dtype=object)
     weights = np.cumsum(1.0 / np.arange(2, VOCABULARY + 2))
@@ -104,7 +104,7 @@ def make_texts(count: int, words_of: tuple[int, int], file: Path) -> None:
 
 
 def measure(count: int, folder: Path, processes: int, cluster: ClusterSection | None) -> dict[str, Any]:
-    """Filter the files in ``folder`` and compare with the exact score on a sample; in this process."""
+    """Filter the files in ``folder`` in this process; compare with the exact score on a sample."""
     settings = FilterSection(keep=0.1, embeddings=str(folder / "vectors.npy"), neighbours=K, processes=processes)
     output = folder / "filtered"
     source, cache = PairsSection(path=str(folder / "pairs.parquet")), output / "parts"
@@ -135,7 +135,7 @@ def measure(count: int, folder: Path, processes: int, cluster: ClusterSection | 
 
 
 def against(name: str, count: int, folder: Path) -> dict[str, Any]:
-    """Seconds of another way to do one stage, on the same files."""
+    """Seconds of another way to do one stage on the same files."""
     vectors = np.load(folder / "vectors.npy")
     if name in ("ivf", "hnsw", "exact"):
         start = time.perf_counter()
@@ -168,7 +168,7 @@ def against(name: str, count: int, folder: Path) -> dict[str, Any]:
 
 
 def _greedy(vectors: np.ndarray) -> dict[str, Any]:
-    """Seconds of the greedy selection of a tenth, and what the one-shot score gives up against it."""
+    """Seconds of the greedy selection of a tenth, and how the one-shot selection compares with it."""
     count = len(vectors)
     base, ids = np.random.default_rng(2).normal(size=count), [f"{k:09d}" for k in range(count)]
     spread = diversity(kth_distance(vectors, K, seed=0).distance)
@@ -189,7 +189,7 @@ def _greedy(vectors: np.ndarray) -> dict[str, Any]:
 
 
 class Memory(threading.Thread):
-    """The most memory that is not a mapped file in any one process, this and those that it starts, in bytes."""
+    """Peak memory in bytes, without mapped files, of any one process: this one or one that it started."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -204,7 +204,7 @@ class Memory(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        """Look every ``SAMPLED_EVERY`` seconds."""
+        """Sample every ``SAMPLED_EVERY`` seconds."""
         this = psutil.Process()
         while not self.ended.wait(SAMPLED_EVERY):
             for process in (this, *this.children(recursive=True)):
@@ -219,14 +219,14 @@ def _peak_mib() -> float:
 
 
 def main() -> None:
-    """Make the files of each size, filter each in its own process, print JSON."""
+    """Make the files of each size, filter each in a separate process, print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="*", type=int, default=[10_000, 100_000])
     parser.add_argument("--against", nargs="*", default=[], choices=WAYS)
-    parser.add_argument("--dimensions", type=int, default=384, help="of the vectors")
-    parser.add_argument("--words", nargs=2, type=int, default=(25, 60), help="of a prompt and of a response")
+    parser.add_argument("--dimensions", type=int, default=384, help="dimensions of the vectors")
+    parser.add_argument("--words", nargs=2, type=int, default=(25, 60), help="words of a prompt and of a response")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--cluster", metavar="ADDRESS,workers=N", help="as of align filter run")
+    parser.add_argument("--cluster", metavar="ADDRESS,workers=N", help="as in align filter run")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-filter"))
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """Tokens per second of the vLLM and the transformers engine on the same prompts. Prints JSON.
 
-Each engine runs in a process of its own; loading and one warm-up call are not timed. Run it with an interpreter that
+Each engine runs in a separate process; loading and one warm-up call are not timed. Run it with an interpreter that
 has vLLM (scripts/assets/setup_vllm.sh makes one):
 
     .venv-vllm/bin/python -m scripts.bench.generation --prompts 64 --tokens 64
@@ -31,7 +31,7 @@ OPENINGS = (
 
 
 def measure(engine: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of each repeat of one engine."""
+    """Tokens per second of one engine, for each repeat."""
     start = time.perf_counter()
     options = {"gpu_memory_utilization": arguments.memory} if engine == "vllm" else None
     made = make_engine(engine, arguments.model, batch_size=arguments.batch_size, options=options)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ PARTS, WORDS, ROW_GROUP = 4, 40, 10_000
 
 
 def main() -> None:
-    """Make a table, put it where it is to be read from, read it in fresh processes."""
+    """Write a table to the disk and to the store, read it from either in a fresh process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=200_000)
     parser.add_argument("--read", help=argparse.SUPPRESS)
@@ -46,14 +46,14 @@ def main() -> None:
                 found = json.loads(subprocess.run(own, capture_output=True, text=True, check=True).stdout)
                 print(
                     f"{'store' if '://' in source else 'disk'}: {found['rows']} pairs, {size / 1e6:.0f} MB of Parquet, "
-                    f"{found['seconds']:.1f} s, {found['peak'] - found['before']:.0f} MiB at most on top"
+                    f"{found['seconds']:.1f} s, {found['peak'] - found['before']:.0f} MiB more at the peak"
                 )
         finally:
             server.kill()
 
 
 def write(folder: Path, pairs: int) -> int:
-    """A table of random words in parts; its bytes."""
+    """Write a table of random words in ``PARTS`` files; returns their bytes."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     words = np.array([f"{word:x}" for word in rng.integers(1 << 30, size=50_000)])
@@ -66,7 +66,7 @@ def write(folder: Path, pairs: int) -> int:
 
 
 def push(folder: Path, port: int, size: int) -> None:
-    """Put the folder into the store, once the server is there."""
+    """Push the folder to the store as soon as the server listens."""
     from pyarrow import fs
 
     from align.commands.push import push_folder
@@ -84,19 +84,19 @@ def push(folder: Path, port: int, size: int) -> None:
 
 
 def read(source: str) -> dict[str, float]:
-    """Stream the pairs of ``source`` into an Arrow file."""
+    """Stream the pairs of ``source`` into an Arrow file: rows, seconds, MiB before and at the peak."""
     from align.config import PairsSection
     from align.data.streaming import stream_pairs
 
-    before = most_memory()
+    before = peak_memory()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         rows = len(stream_pairs(PairsSection(path=source), Path(scratch) / "pairs.arrow"))
-    return {"rows": rows, "seconds": time.perf_counter() - start, "before": before, "peak": most_memory()}
+    return {"rows": rows, "seconds": time.perf_counter() - start, "before": before, "peak": peak_memory()}
 
 
-def most_memory() -> float:
-    """MiB of this process at its highest (Linux)."""
+def peak_memory() -> float:
+    """Peak resident memory of this process in MiB (Linux)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 

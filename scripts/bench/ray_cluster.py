@@ -1,7 +1,7 @@
-"""Scoring pairs by a local Ray cluster against this process alone: seconds a pair, start apart. Prints JSON.
+"""Compare scoring on a local Ray cluster with scoring in this process: seconds per pair and of start-up. Prints JSON.
 
-The model is a small random BERT, so that what a shard costs on its way weighs as much as it ever does. Each of both is
-timed at two sizes; the difference over the difference in pairs is the time of a pair, what is left is the start.
+The model is a small random BERT, so that sending a shard weighs as much as it ever will. Both ways are timed at two
+sizes: the slope is the time per pair, the intercept the start-up.
 
     python -m scripts.bench.ray_cluster --sizes 2048 8192 --workers 2
 """
@@ -50,7 +50,7 @@ def pairs(count: int, words: int) -> Dataset:
 
 
 def timed(table: Dataset, job: ScoreJob, cluster: ClusterSection | None) -> tuple[float, Dataset]:
-    """Seconds, and the rewards."""
+    """Seconds of scoring ``table``, and its rewards."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         made = map_shards(table, job, Path(folder), size=SHARD, what="scoring", cluster=cluster)
@@ -58,11 +58,11 @@ def timed(table: Dataset, job: ScoreJob, cluster: ClusterSection | None) -> tupl
 
 
 def main() -> None:
-    """Run both at both sizes."""
+    """Score both sizes in both ways."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs=2, type=int, default=[2048, 8192], help="pairs")
-    parser.add_argument("--words", type=int, default=24, help="of a text")
-    parser.add_argument("--tokenizer", default=".assets/minilm", help="folder")
+    parser.add_argument("--words", type=int, default=24, help="words of a text")
+    parser.add_argument("--tokenizer", default=".assets/minilm", help="folder of the tokenizer")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     tables = [pairs(count, arguments.words) for count in arguments.sizes]

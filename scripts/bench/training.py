@@ -1,8 +1,8 @@
-"""One training step of a pair trainer: trl's DPOTrainer as it ships against ours, side by side in one process.
+"""Compare one training step of trl's DPOTrainer with one of ours, side by side in one process. Prints JSON.
 
 Both trainers hold the same weights and see the same batches, in turns (A B A B). A step is what each trainer's
 ``training_step`` does (forward, loss, backward, metrics), with reference log-probs precomputed; the optimizer's update,
-which is the same code for both, is not timed. Prints JSON.
+which is the same code for both, is not timed.
 
     python -m scripts.bench.training --model .assets/smollm2
 """
@@ -34,19 +34,19 @@ from align.training.columns import add_weight
 from align.training.trainer import PreferenceTrainer
 
 SHAPES = ((16, 24, 16), (32, 64, 8), (128, 64, 4), (256, 64, 4), (256, 256, 2))
-"""Prompt tokens, tokens of each completion, pairs a step."""
+"""Prompt tokens, tokens of each completion, pairs per step."""
 KINDS = {
     "trl": ("trl", "dpo"),
     "concatenated": ("concatenated", "dpo"),
     "shared_prefix": ("shared_prefix", "dpo"),
     "shared_prefix madpo": ("shared_prefix", "madpo"),
 }
-"""Column -> layout (or trl's own trainer) and loss; ratios are to the first that is asked for."""
+"""Name -> layout (or trl's own trainer) and loss; ratios are to the first one selected."""
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 
 def random_pairs(prompt: int, completion: int, pairs: int, vocabulary: int) -> list[dict[str, Any]]:
-    """Rows of token ids of exactly these lengths, as trl's trainer has them after tokenization."""
+    """Rows of random token ids of exactly these lengths, in the form of trl's tokenized dataset."""
     generator = torch.Generator().manual_seed(prompt + completion)
     sizes = {"prompt_ids": prompt, "chosen_ids": completion, "rejected_ids": completion}
     return [
@@ -69,17 +69,17 @@ def dialogue_pairs(pairs: int, vocabulary: int) -> list[dict[str, Any]]:
 
 
 def gemm_peak() -> float:
-    """GFLOP/s of a square float32 product, the best of several."""
+    """GFLOP/s of a square float32 matrix product, the best of eight."""
     a = torch.randn(2048, 2048)
     best = min(_timed(lambda: a @ a) for _ in range(8))
     return 2 * 2048**3 / best / 1e9
 
 
-def own_products_rate(model: PreTrainedModel, rows: list[dict[str, Any]], lora: bool) -> float:
-    """GFLOP/s of a step's matrix products by themselves: each linear layer at the tokens that pass it.
+def matmul_rate(model: PreTrainedModel, rows: list[dict[str, Any]], lora: bool) -> float:
+    """GFLOP/s of a step's matrix products alone: each linear layer at the tokens that pass through it.
 
-    Output, gradient at the input and, without an adapter, at the weight; nothing between them. It is what the machine
-    gives at these sizes, so no step made of the same products can be faster.
+    The products are the output, the gradient of the input and, without an adapter, the gradient of the weight. No step
+    made of the same products can be faster on this machine.
     """
     scored = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
     tokens = scored + sum(len(row["prompt_ids"]) for row in rows)
@@ -108,7 +108,7 @@ def _timed(work: Any) -> float:
 
 
 def build(kind: str, model: str, folder: Path, rows: list[dict[str, Any]], lora: bool, loss: str) -> Any:
-    """A trainer on ``model`` whose dataset are ``rows`` with reference log-probs of 0 and margins."""
+    """A trainer of ``model``; its steps take ``batch_of(trainer, rows)``, its dataset is a placeholder."""
     arguments = DPOConfig(
         output_dir=str(folder), per_device_train_batch_size=len(rows), beta=0.1, bf16=False, use_cpu=True, seed=0,
         gradient_checkpointing=False, max_length=None, report_to="none", save_strategy="no", disable_tqdm=True,
@@ -128,7 +128,7 @@ def build(kind: str, model: str, folder: Path, rows: list[dict[str, Any]], lora:
 
 
 def batch_of(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The collated rows, with zero reference log-probs and a weight."""
+    """The collated rows, with reference log-probs of 0, a margin and a weight."""
     extra = {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
     if isinstance(trainer, PreferenceTrainer):
         extra |= {"margin": 1.0, "weight": 1.0}
@@ -148,7 +148,7 @@ def step(trainer: Any, batch: dict[str, Any]) -> tuple[float, float, float]:
 def side_by_side(
     kinds: dict[str, tuple[str, str]], model: str, rows: list[dict[str, Any]], lora: bool, rounds: int
 ) -> dict[str, Any]:
-    """Median seconds of each kind, interleaved, and how far their losses and gradient norms differ."""
+    """Median seconds of each kind, in turns, and how much their losses and gradient norms differ."""
     with TemporaryDirectory() as folder:
         trainers = {n: build(kind, model, Path(folder) / n, rows, lora, loss) for n, (kind, loss) in kinds.items()}
         batches = {name: batch_of(trainer, rows) for name, trainer in trainers.items()}
@@ -172,14 +172,14 @@ def side_by_side(
 
 
 def bootstrap_median(values: list[float]) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the median over rounds."""
+    """95% percentile bootstrap interval of the median over the rounds."""
     draws = np.random.default_rng(0).choice(values, size=(2_000, len(values)))
     low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
     return float(low), float(high)
 
 
 def profile(model: str, rows: list[dict[str, Any]], lora: bool) -> dict[str, float]:
-    """Share of one shared-prefix step's time that each kind of operation takes by itself, the ten largest."""
+    """Operation -> its own share of the time of one shared-prefix step, the ten largest."""
     with TemporaryDirectory() as folder:
         trainer = build("shared_prefix", model, Path(folder), rows, lora, "madpo")
         batch = batch_of(trainer, rows)
@@ -192,7 +192,7 @@ def profile(model: str, rows: list[dict[str, Any]], lora: bool) -> dict[str, flo
 
 
 def peak_memory(kind: str, model: str, rows_file: Path, lora: bool) -> dict[str, float]:
-    """MiB of resident memory before and at the peak of one step, in a process of its own."""
+    """MiB of resident memory before one step and at its peak, in a separate process."""
     command = [sys.executable, "-m", "scripts.bench.training", "--model", model, "--memory-of", kind]
     command += ["--rows", str(rows_file)]
     done = subprocess.run(command + (["--lora"] if lora else []), check=True, capture_output=True, text=True)
@@ -213,7 +213,7 @@ def measure_memory(kind: str, model: str, rows: list[dict[str, Any]], lora: bool
 
 
 def body_and_head(model: PreTrainedModel) -> tuple[int, int]:
-    """Parameters that every token passes, and those of the output head; embeddings are looked up, not multiplied."""
+    """Parameters that multiply every token, and those of the output head; embeddings are only looked up."""
     head = model.get_output_embeddings().weight
     embedding = model.get_input_embeddings().weight
     tied = embedding.data_ptr() == head.data_ptr()
@@ -222,7 +222,7 @@ def body_and_head(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def useful_flops(model: PreTrainedModel, rows: list[dict[str, Any]], lora: bool) -> float:
-    """FLOPs that the mathematics needs: prompts once, head at completions only, attention over its causal half."""
+    """FLOPs that the loss needs: prompts once, the head at completions only, the causal half of attention."""
     config = model.config
     body, head = body_and_head(model)
     factor = 4 if lora else 6
@@ -236,7 +236,7 @@ def useful_flops(model: PreTrainedModel, rows: list[dict[str, Any]], lora: bool)
 
 
 def padded_flops(model: PreTrainedModel, rows: list[dict[str, Any]], lora: bool) -> float:
-    """FLOPs of the same step as padded rows [2B, T] whose every position passes the head and the whole attention."""
+    """FLOPs of the same step on padded rows [2B, T], with the head and attention at every position."""
     config = model.config
     longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
     tokens = 2 * len(rows) * longest
@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--profile", action="store_true", help="say where a step's time goes, and nothing else")
+    parser.add_argument("--profile", action="store_true", help="only show where a step's time goes")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -284,10 +284,10 @@ def main() -> None:
         found = side_by_side(kinds, arguments.model, rows, arguments.lora, arguments.rounds)
         found["pairs"] = len(rows)
         found["gemm_gflops"] = peak
-        found["own_products_gflops"] = own_products_rate(model, rows, arguments.lora)
+        found["own_products_gflops"] = matmul_rate(model, rows, arguments.lora)
         flops = useful_flops(model, rows, arguments.lora)
         found["flops_of_padded_rows_over_needed"] = padded_flops(model, rows, arguments.lora) / flops
-        found["utilisation"] = {name: flops / took / 1e9 / peak for name, took in found["seconds"].items()}
+        found["utilization"] = {name: flops / took / 1e9 / peak for name, took in found["seconds"].items()}
         if not arguments.no_memory:
             with TemporaryDirectory() as folder:
                 file = Path(folder) / "rows.json"

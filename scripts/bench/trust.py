@@ -1,7 +1,7 @@
 """Seconds of `align trust` on cached features: the whole analysis, by number of pairs. Prints JSON.
 
-Features are Gaussian with a falling spectrum, as principal directions of hidden states have; labels follow
-Bradley-Terry from a gold reward of which the features carry a part, margins are gold with an error.
+Features are Gaussian with a falling spectrum, as principal directions of hidden states have. Labels follow
+Bradley-Terry from a gold reward that the features explain in part; margins are gold plus noise.
 
     python -m scripts.bench.trust --sizes 1000 10000
 """

@@ -1,1 +1,1 @@
-"""Kill runs at random moments and compare their results with undisturbed ones."""
+"""Kill runs at random moments and compare their results with those of undisturbed runs."""

@@ -1,11 +1,11 @@
-"""Kill workers, machines and commands of a Ray cluster at random moments of a filter; compare it with one left alone.
+"""Kill workers, machines and commands of a Ray cluster at random moments of a filter; compare with an undisturbed one.
 
     python -m scripts.kill.cluster --kills 10 --output kills.json -- pairs.jsonl --index ivf
 
-Machines are nodes of one cluster on this machine. Every kill has a run of its own: as soon as the shards of one of the
-filter's passes appear, and a random while later, a worker or a machine (another comes in its place) or the command
-itself is killed with SIGKILL; a killed command is started again. In the end the kept and the dropped pairs must be
-those of a run without a cluster, every row once, and nothing that was whole may have been made again. Prints JSON.
+Machines are nodes of one cluster on this machine. Each run gets one kill: a random while after the first shard of one
+of the filter's passes appears, a worker or a machine (which is replaced) or the command itself gets SIGKILL; a killed
+command is started again. In the end the kept and the dropped pairs must be those of a run without a cluster, every row
+once, and nothing that was finished may have been made again. Prints JSON.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from align.io.console import configure, log
 from align.io.files import write_json
 
 PASSES = ("survey-*", "ood-*", "embedding-*", "neighbours-*/lists-*", "neighbours-*/best-*", "quality-*")
-"""Folders, in a filter's cache, of what a cluster works on; in their order."""
+"""Folders in a filter's cache that a cluster works on, in their order."""
 KINDS = ("worker", "machine", "command")
 SCORES = ("quality", "diversity", "ood", "importance")
 TOLERANCE = 1e-5
@@ -45,19 +45,19 @@ class Kill:
 
     kind: str
     aimed_at: str
-    """Pass."""
+    """Pattern of the pass, one of ``PASSES``."""
     hit: bool
-    """Whether there was something of the kind to kill before the command was done."""
+    """Whether there was something of the kind to kill before the command ended."""
     whole: int
-    """Finished shards and columns at that moment."""
+    """Number of finished shards and columns at that moment."""
     made_again: list[str]
-    """Those of them that have been made again."""
+    """Finished files that were made again."""
     differences: list[str]
-    """Between its tables and those of the run without a cluster."""
+    """Differences between its tables and those of the run without a cluster."""
 
 
 class Hosts:
-    """A cluster of which machines can be killed."""
+    """A cluster whose machines can be killed."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
@@ -67,18 +67,18 @@ class Hosts:
 
     @property
     def address(self) -> str:
-        """host:port."""
+        """Address of the cluster, host:port."""
         return str(self.cluster.address)
 
     def kill_machine(self, rng: random.Random) -> bool:
-        """One machine goes, another comes."""
+        """Remove one machine and add another."""
         self.cluster.remove_node(self.machines.pop(rng.randrange(len(self.machines))), allow_graceful=False)
         self.machines.append(self.cluster.add_node(num_cpus=1))
         return True
 
 
 def kill_worker(rng: random.Random) -> bool:
-    """One process that works."""
+    """Kill one process that works on a shard; whether there was one."""
     workers = [process for process in psutil.process_iter(["cmdline"]) if _works(process.info["cmdline"])]
     if workers:
         rng.choice(workers).kill()
@@ -90,7 +90,7 @@ def _works(command: list[str] | None) -> bool:
 
 
 class Attempt:
-    """The command once."""
+    """One process of the command."""
 
     def __init__(self, arguments: list[str], output: Path, cluster: str | None) -> None:
         command = [sys.executable, "-m", "align.cli", "filter", "run", *arguments, "--output", str(output)]
@@ -99,7 +99,7 @@ class Attempt:
         self.process = subprocess.Popen(command, stderr=self.log, stdout=self.log)
 
     def wait_for(self, cache: Path, pattern: str) -> bool:
-        """Whether a pass began before the end."""
+        """Wait until a pass begins; whether it did before the process ended."""
         while self.process.poll() is None:
             if any(cache.glob(f"*/{pattern}/shards/*")):
                 return True
@@ -107,19 +107,23 @@ class Attempt:
         return False
 
     def kill(self) -> bool:
-        """SIGKILL."""
+        """Send SIGKILL and wait."""
         self.process.kill()
         self.process.wait()
         return True
 
     def end(self) -> None:
-        """Wait for it; it must have worked."""
+        """Wait for the end.
+
+        Raises:
+            SystemExit: the command failed.
+        """
         if code := self.process.wait(LIMIT_SECONDS):
             raise SystemExit(f"the command ended with {code}:\n{Path(self.log.name).read_text()[-2000:]}")
 
 
 def finished(cache: Path) -> dict[Path, int]:
-    """When each whole shard, and each column of a whole pass, was written."""
+    """Modification time of each finished shard and of each column of a finished pass."""
     found = {}
     for file in (*cache.rglob("shards/*.parquet"), *cache.rglob("columns/*.npy")):
         with contextlib.suppress(FileNotFoundError):
@@ -128,7 +132,7 @@ def finished(cache: Path) -> dict[Path, int]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What the tables of two filters do not share."""
+    """Tables and columns in which the results of two filters differ."""
     found = []
     for name in (KEPT, DROPPED):
         first, second = (pq.read_table(folder / name, partitioning=None) for folder in (one, other))
@@ -143,7 +147,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def one_kill(kind: str, pattern: str, arguments: list[str], output: Path, hosts: Hosts, rng: random.Random) -> Kill:
-    """A run with one kill in it."""
+    """Run the filter on the cluster with one kill."""
     cache = output / "parts"
     attempt = Attempt(arguments, output, hosts.address)
     hit, whole = attempt.wait_for(cache, pattern), {}
@@ -168,13 +172,13 @@ def one_kill(kind: str, pattern: str, arguments: list[str], output: Path, hosts:
 
 
 def run(arguments: list[str], folder: Path, kills: int, seed: int) -> dict[str, Any]:
-    """Filter alone, then once for each kill.
+    """Filter once without a cluster, then once for each kill.
 
     Args:
-        arguments: of `align filter run`.
-        folder: gets the outputs.
-        kills: how many.
-        seed: of kinds, passes and moments.
+        arguments: command line of `align filter run`.
+        folder: receives the outputs.
+        kills: number of kills.
+        seed: draws passes and moments.
     """
     rng = random.Random(seed)
     Attempt(arguments, folder / "alone", None).end()
@@ -198,9 +202,11 @@ def run(arguments: list[str], folder: Path, kills: int, seed: int) -> dict[str, 
 
 
 def main() -> None:
-    """Kill and print JSON."""
+    """Run the experiment and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arguments", nargs="+", help="of `align filter run`, without --output and --cluster")
+    parser.add_argument(
+        "arguments", nargs="+", help="command line of `align filter run` without --output and --cluster"
+    )
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)

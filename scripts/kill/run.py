@@ -1,11 +1,11 @@
-"""Kill a run again and again, at random moments of every stage and while it writes; compare it with one left alone.
+"""Kill a run repeatedly, at random moments of every stage and during writes; compare it with an undisturbed one.
 
     python -m scripts.kill.run RUN.yaml --kills 25 --output kills.json
 
-The run is made once without interruption. A second one, elsewhere, gets SIGKILL: in every stage in turn, after a random
-part of the time that the stage took, or as soon as a new file of the stage appears; then the same command is started
-again. In the end the two folders must hold the same files, those that carry no clock byte for byte, and no stage that
-was finished may have run again. The result is JSON: the kills, what each recovery found, the differences.
+The run is made once without interruption. A second one, in another folder, gets SIGKILL: in every stage in turn, after
+a random part of the time that the stage took or as soon as a new file of the stage appears; then the same command is
+started again. In the end the two folders must hold the same files, byte for byte except for those that hold times, and
+no finished stage may have run again. The result is JSON: the kills, what each recovery found, the differences.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from align.run.plan import plan
 
 REPORT = "report"
 TIMED = frozenset({MANIFEST, "report.json", "report.html", "summary.json", "run.json", LOG})
-"""Files that hold a date, seconds, or where they lie."""
+"""Files that hold a date, seconds or their own path."""
 TEMPORARY = (".partial", ".replaced", ".tmp", ".partial.npy")
 POLL_SECONDS = 0.002
 LIMIT_SECONDS = 600.0
 ROUNDS = 10
-"""After so many runs a stage that no kill has hit is given up; from run to run the shots come sooner."""
+"""Runs after which a stage that no kill has hit is given up; kills come sooner from run to run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +43,19 @@ class Kill:
     """One SIGKILL."""
 
     aimed_at: str
-    """Stage."""
+    """Stage that was to be hit."""
     how: str
-    """``time``: after a random part of the stage's seconds; ``write``: when a new file of the stage appears."""
+    """``time``: after a random part of the stage's seconds; ``write``: as a new file of the stage appeared."""
     hit: str
-    """Stage that was running, ``report`` after the last one, ``start`` before the first line."""
+    """Stage that was running; ``report`` after the last one, ``start`` before the first."""
     unfinished: list[str]
-    """Files under temporary names at that moment (the first five)."""
+    """The first five files that had temporary names at that moment."""
     finished: list[str]
-    """Stages whose folder was whole."""
+    """Stages whose folder was complete."""
 
 
 class Attempt:
-    """One process of the run and what it has said so far."""
+    """One process of the run and what it has logged so far."""
 
     def __init__(self, run: Path, output: Path) -> None:
         command = [sys.executable, "-m", "align.cli", "run", run.name, "--set", f"output_dir={output}"]
@@ -69,19 +69,19 @@ class Attempt:
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs."""
+        """Whether the process is running."""
         return self.process.poll() is None
 
     def started(self) -> list[str]:
-        """Stages that began to run in this process."""
+        """Stages that this process has begun."""
         return [line.removesuffix(": running\n") for line in list(self.lines) if line.endswith(": running\n")]
 
     def ended(self, stage: str) -> bool:
-        """Whether this process has finished the stage or passed it over."""
+        """Whether this process has finished or skipped the stage."""
         return any(line.startswith((f"{stage}: done", f"{stage}: up to date")) for line in list(self.lines))
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL and wait."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
@@ -97,14 +97,14 @@ class Attempt:
 
 
 def kill_anywhere(run: Path, scratch: Path, kills: int, seed: int, *, every_stage: bool) -> dict[str, Any]:
-    """The whole experiment; see the module.
+    """The experiment that the module describes.
 
     Args:
         run: run file; its ``output_dir`` is replaced.
         scratch: an empty folder.
-        kills: how many.
-        seed: of the moments.
-        every_stage: more kills where a stage has not been hit by then.
+        kills: number of kills.
+        seed: draws the moments.
+        every_stage: go on until every stage has been hit.
     """
     from align.config import load_config
 
@@ -154,7 +154,7 @@ def kill_anywhere(run: Path, scratch: Path, kills: int, seed: int, *, every_stag
 
 
 def finished(folder: Path, stages: list[str]) -> set[str]:
-    """Stages whose work is done: whole under their own name, or whole and waiting to be renamed."""
+    """Stages whose work is done: complete under their own name, or complete and about to be renamed."""
     names = [name for name in stages if name != REPORT]
     return {
         name for name in names
@@ -163,9 +163,9 @@ def finished(folder: Path, stages: list[str]) -> set[str]:
 
 
 def run_differences(whole: Path, other: Path) -> list[str]:
-    """What differs between two run folders, one line each: files that are there once, content, stage keys."""
+    """Differences between two run folders, one line each: missing files, content, stage keys."""
     left, right = _files(whole), _files(other)
-    lines = [f"{name}: only in one of the two" for name in sorted(left ^ right)]
+    lines = [f"{name}: in one folder only" for name in sorted(left ^ right)]
     for name in sorted(left & right):
         one, two = whole / name, other / name
         if one.name == MANIFEST:
@@ -173,12 +173,12 @@ def run_differences(whole: Path, other: Path) -> list[str]:
         else:
             same = one.name in TIMED or one.read_bytes() == two.read_bytes()
         if not same:
-            lines.append(f"{name}: another content")
+            lines.append(f"{name}: different content")
     return lines
 
 
 def _aims(stages: list[str], missed: set[str], kills: int, chance: random.Random) -> list[int]:
-    """Places of the stages to aim at, in order: those that were never hit as often as each other, then any."""
+    """Indices of the stages to aim at, in order; stages that were never hit come first, equally often."""
     places = [k for k, stage in enumerate(stages) if stage in missed] or list(range(len(stages)))
     chance.shuffle(places)
     return sorted(places[k % len(places)] for k in range(kills))
@@ -187,7 +187,7 @@ def _aims(stages: list[str], missed: set[str], kills: int, chance: random.Random
 def _shoot(
     attempt: Attempt, stages: list[str], aim: int, folder: Path, seconds: dict[str, float], chance: random.Random
 ) -> Kill | None:
-    """Kill the process in the stage aimed at, in the next unfinished one, or soon after; None if it was too late."""
+    """Kill the process in the stage aimed at, or in the next unfinished one; None if the process ended before."""
     whole = finished(folder, stages)
     stage = next(name for name in stages[aim:] if name not in whole)
     how = chance.choice(["time", "write"])
@@ -213,7 +213,7 @@ def _shoot(
 
 
 def _until(attempt: Attempt, condition: Any, limit: float = LIMIT_SECONDS) -> None:
-    """Wait until the condition holds, the process has ended, or ``limit`` seconds have gone."""
+    """Wait until the condition holds, the process has ended, or ``limit`` seconds have passed."""
     end = time.monotonic() + limit
     while attempt.alive and not condition() and time.monotonic() < end:
         time.sleep(POLL_SECONDS)
@@ -227,12 +227,12 @@ def _files(folder: Path) -> set[str]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the experiment and print the result without the single kills."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run file")
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every-stage", action="store_true", help="go on until each has been hit")
+    parser.add_argument("--every-stage", action="store_true", help="go on until every stage has been hit")
     parser.add_argument("--output", type=Path, default=Path("build/kill_anywhere.json"))
     options = parser.parse_args()
     configure()

@@ -1,9 +1,9 @@
-"""Do cells made again, here or on another machine, agree with those kept beside the documents?
+"""Do cells that were computed again, here or on another machine, agree with those kept in studies/?
 
-Two cells.jsonl: cells with the same key were made by the same command from the same inputs. `agrees` says whether the
-mean gold reward now lies in the 95% interval over the prompts from then, `same` on how many prompts it is the very
-same. Two arena.json: whether each method's difference to DPO now lies in its interval from then. A line of JSON
-for each cell that both files have; ends with 1 if one does not agree.
+Two cells.jsonl: cells with the same key were made by the same command from the same inputs. `agrees` tells whether the
+new mean gold reward lies in the old 95% interval over the prompts, `same` on how many prompts the reward is identical.
+Two arena.json: whether each method's new difference to DPO lies in its old interval. Prints a line of JSON for each
+cell that both files have; exits with 1 if one of them does not agree.
 
     python -m scripts.reproduce.policy --candidates 1 --margins cross-fitted --qualities high --methods dpo --seeds 0 \\
         --train-prompts 256 --validation-prompts 96 --test-prompts 128 --temperatures 0.7 1 --output runs/again
@@ -28,12 +28,12 @@ from scripts.reproduce.policy_protocol.data import read_known
 
 
 def rewards(cell: dict[str, Any]) -> np.ndarray:
-    """Gold reward of one completion of each prompt at temperature 1 [N]."""
+    """Gold reward [N] of one completion of each prompt at temperature 1."""
     return np.array(cell["decoded"]["1"]["reward"] if "decoded" in cell else cell["reward"])
 
 
 def compare_cells(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """A trained policy's cell that was made twice."""
+    """Compare two computations of the cell of a trained policy."""
     old, new = rewards(before), rewards(now)
     interval = bootstrap_mean(old, seed=0)
     names = ("quality", "method", "flipped", "arm", "loss", "seed", "split", "parameters")
@@ -47,7 +47,7 @@ def compare_cells(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]
 
 
 def compare_rows(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """A cell of the arena that was made twice."""
+    """Compare two computations of a cell of the arena."""
     old, new = (row["difference"][f"{MAIN_KL:g}"] for row in (before, now))
     methods = [name for name, value in old.items() if isinstance(value, list)]
     inside = [name for name in methods if old[name][1] <= new[name][0] <= old[name][2]]
@@ -60,7 +60,7 @@ def compare_rows(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def cell_differences(known: Path, again: Path) -> list[dict[str, Any]]:
-    """Every cell that both files have."""
+    """The comparison of every cell that both files have."""
     if known.suffix == ".json":
         old, new = ({json.dumps(row["cell"]): row for row in read_json(file)["rows"]} for file in (known, again))
         return [compare_rows(row, new[name]) for name, row in old.items() if name in new]
@@ -72,7 +72,7 @@ def main() -> None:
     """Print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("known", type=Path, help="cells.jsonl, or the arena's arena.json")
-    parser.add_argument("again", type=Path, help="the same of now")
+    parser.add_argument("again", type=Path, help="the same file, computed again")
     arguments = parser.parse_args()
     found = cell_differences(arguments.known, arguments.again)
     for one in found:

@@ -1,20 +1,20 @@
-"""Does MADPO beat its controls? Every loss in an exact arena, 200 seeds a cell, paired differences to DPO.
+"""Does MADPO beat its controls? Every loss in an exact arena, 200 seeds per cell, paired differences to DPO.
 
-A world: prompts with 6 responses of 20 Gaussian features, gold reward linear in them, one labelled pair a prompt. The
-label is drawn by Bradley-Terry from the gold margin (standard deviation 2) and then turned round in a given share of
-the pairs. The policy is softmax(x theta) over the responses, the reference chooses evenly. Policies are trained with
-the losses of align/losses/pairwise.py, 100 steps of 32 pairs each.
+A world: prompts with 6 responses of 20 Gaussian features, gold reward linear in them, one labeled pair per prompt. The
+label is drawn by Bradley-Terry from the gold margin (standard deviation 2) and then flipped in a given share of the
+pairs. The policy is softmax(x theta) over the responses, the reference is uniform. Policies are trained with the losses
+of align/losses/pairwise.py, 100 steps of 32 pairs each.
 
-Factors of a cell: number of pairs; flipped labels; which pair of a prompt is labelled (any, the closest of three, the
-furthest apart of three); the reward model's error (none, independent, shared by all pairs, right in one domain only,
-margins on its own training pairs that it remembers, cross-fitted margins).
+Factors of a cell: number of pairs; share of flipped labels; which pair of a prompt is labeled (any, the closest of
+three, the furthest apart of three); the reward model's error (none, independent, shared by all pairs, right in one
+domain only, margins on its own training pairs that it remembers, cross-fitted margins).
 
 Fixed beforehand: every method has 15 candidates, the same 12 betas and then 3 other values at the best of them; the one
 with the highest mean gold reward at KL 0.5 on 20 validation seeds is trained on the 200 test seeds; the outcome is the
 gold reward on new prompts at equal KL (0.25, 0.5, 1).
 
-A cell is one JSON file under --output and is not computed again. The same command writes table.json (and without what
-no table needs arena.json), the tables of docs/results.md (standard output) and the plots:
+A cell is one JSON file under --output and is not computed again. The same command writes table.json, arena.json (only
+what the tables need), the plots, and the tables of docs/results.md to standard output:
 
     python -m scripts.reproduce.arena
 """
@@ -36,7 +36,7 @@ from align.io.hashing import digest
 from align.io.stage import versions
 from scripts.reproduce.exact_arena.gold import SIZE, gold_reward, reward_and_kl
 from scripts.reproduce.exact_arena.methods import METHODS, UNTUNED
-from scripts.reproduce.exact_arena.report import compact, draw_plots, markdown, summarise
+from scripts.reproduce.exact_arena.report import compact, draw_plots, markdown, summarize
 from scripts.reproduce.exact_arena.training import Recipe, train
 from scripts.reproduce.exact_arena.world import ERRORS, Cell, World, draw_world
 from scripts.tables import update_page
@@ -46,13 +46,13 @@ MARK = "scripts/reproduce/arena.py"
 VALIDATION = range(100_000, 100_020)
 CHOICE_KL = 0.5
 KLS = (0.1, 0.25, 0.5, 1.0, 1.4)
-"""Of the frontier; 0.25, 0.5 and 1 are the outcome. More than log 6 = 1.79 there is not."""
+"""KLs of the frontier; 0.25, 0.5 and 1 are the outcome. No policy exceeds log 6 = 1.79."""
 BLOCK = 50
 """Seeds trained together."""
 
 
 def cells() -> list[Cell]:
-    """Every condition: the main ones; other sizes, close and distant pairs, both without 40% flipped labels."""
+    """Every cell: the main ones with up to 40% flips; other sizes, close and distant pairs with up to 20%."""
     conditions = [(400, "even", 0.4), (100, "even", 0.2), (400, "few easy", 0.2), (400, "many easy", 0.2)]
     return [
         Cell(pairs, flips, spread, error)
@@ -64,18 +64,18 @@ def cells() -> list[Cell]:
 
 
 def rewards(world: World, theta: np.ndarray, seeds: range, kls: tuple[float, ...]) -> np.ndarray:
-    """Gold reward [S, KLS, M] of theta [S, D, M] on each seed's new prompts."""
+    """Gold reward [S, KLs, M] of theta [S, D, M] on each seed's new prompts."""
     found = zip(theta, world.gold, seeds, strict=True)
     return np.stack([gold_reward(one, gold, prompts_of(seed), kls) for one, gold, seed in found])
 
 
 def prompts_of(seed: int) -> np.random.Generator:
-    """Source of the prompts on which a seed's policies are judged."""
+    """Generator of the prompts on which a seed's policies are judged."""
     return np.random.default_rng([seed, 1])
 
 
 def policies(cell: Cell, world: World, recipes: Sequence[Recipe], seeds: range, store: Path) -> np.ndarray:
-    """theta [S, D, M] of every recipe; those that no reward model touches are trained once for all errors."""
+    """theta [S, D, M] of every recipe; those that read no margins are trained once for all errors."""
     alone = [k for k, recipe in enumerate(recipes) if not recipe.needs_margin]
     others = [k for k, recipe in enumerate(recipes) if recipe.needs_margin]
     theta = np.empty((len(seeds), SIZE, len(recipes)))
@@ -94,7 +94,7 @@ def policies(cell: Cell, world: World, recipes: Sequence[Recipe], seeds: range, 
 
 
 def choose(cell: Cell, store: Path, seeds: range = VALIDATION) -> dict[str, tuple[Recipe, np.ndarray]]:
-    """Method -> its best candidate on the validation seeds, mean reward [CANDIDATES] of all of them there."""
+    """Method -> its best candidate on the validation seeds, and the mean reward there of each [CANDIDATES]."""
     world = draw_world(cell, seeds)
 
     def tried(recipes: Sequence[Sequence[Recipe]]) -> np.ndarray:
@@ -112,7 +112,7 @@ def choose(cell: Cell, store: Path, seeds: range = VALIDATION) -> dict[str, tupl
 
 
 def judge(cell: Cell, recipes: dict[str, Recipe], seeds: range, store: Path) -> dict[str, Any]:
-    """Method -> gold reward at each KL [S, KLS], and reward and KL as trained [S], on the test seeds."""
+    """Method -> gold reward at each KL [S, KLs], and reward and KL as trained [S], on the test seeds."""
     equal: list[np.ndarray] = []
     reward: list[np.ndarray] = []
     kl: list[np.ndarray] = []
@@ -137,7 +137,7 @@ def judge(cell: Cell, recipes: dict[str, Recipe], seeds: range, store: Path) -> 
 
 
 def run_cell(cell: Cell, seeds: int, store: Path) -> dict[str, Any]:
-    """Choose on validation seeds, judge on test seeds."""
+    """Choose candidates on validation seeds, judge them on test seeds."""
     start = time.monotonic()
     chosen = choose(cell, store)
     recipes = {name: recipe for name, (recipe, _) in chosen.items()}
@@ -157,7 +157,7 @@ def run_cell(cell: Cell, seeds: int, store: Path) -> dict[str, Any]:
 
 
 def key(seeds: int) -> str:
-    """Of everything beside the code that a cell's numbers come from; another key computes the cell again."""
+    """Digest of everything but the code that a cell's numbers come from; a cell with another key is computed again."""
     tried = [
         (name, recipe.labels, recipe.part, dict(recipe.loss.parameters))
         for name, method in METHODS.items()
@@ -167,18 +167,18 @@ def key(seeds: int) -> str:
 
 
 def cell_file(folder: Path, cell: Cell) -> Path:
-    """Where a cell is kept."""
+    """File of a cell."""
     name = f"{cell.pairs}-{round(100 * cell.flips)}-{cell.spread}-{cell.error}".replace(" ", "_")
     return folder / f"{name}.json"
 
 
 def main() -> None:
-    """Run the cells that are not there; write the tables and plots of those that are."""
+    """Compute the missing cells; write tables and plots of all cells there are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce-arena"))
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--pairs", nargs="*", type=int, default=[400, 100, 1600], help="only cells of these sizes")
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no further cell after so long")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no further cell after this time")
     parser.add_argument("--document", type=Path, help="page whose tables to replace, e.g. docs/results.md")
     arguments = parser.parse_args()
     configure()
@@ -196,7 +196,7 @@ def main() -> None:
         write_json(file, found)
         log.info("%d of %d cells: %s, %.0f s", number, len(wanted), cell.name, found["seconds"])
     files = [cell_file(arguments.output, cell) for cell in wanted]
-    summary = summarise([read_json(file) for file in files if file.exists()])
+    summary = summarize([read_json(file) for file in files if file.exists()])
     write_json(arguments.output / "table.json", summary)
     small = arguments.output / "arena.json"
     small.write_text(json.dumps(compact(summary), separators=(",", ":")) + "\n", encoding="utf-8")

@@ -1,18 +1,16 @@
 """Is a filtered part of noisy pairs worth all of them to a policy? Gold reward against the share kept, in the arena.
 
-A pool has 1,600 pairs of the arena (see reproduce/arena.py): sound ones, ones of which four fifths are near-copies of
-40 prompts, or ones of which a fifth is junk with labels by coin (scripts/reproduce/exact_arena/pool.py). 0, 20 or
-40% of the labels are
-flipped. Margins are cross-fitted on these labels, or those of an outside reward model with independent or shared
-errors. Subsets of 5, 10, 20 and 40% by importance, by greedy selection, by each component alone, and at random; DPO
-trains on each, and on the random one with soft labels from the same margins as well, the control that uses the margins
-without dropping anything by them.
+A pool has 1,600 pairs of the arena (scripts/reproduce/arena.py): sound; or four fifths near-copies of 40 prompts; or a
+fifth junk with labels drawn by a fair coin (scripts/reproduce/exact_arena/pool.py). 0, 20 or 40% of the labels are
+flipped. Margins are cross-fitted on these labels, or come from an outside reward model with independent or shared
+errors. Subsets of 5, 10, 20 and 40% are chosen by importance, by greedy selection, by each component alone, and at
+random. DPO trains on each; on the random one soft labels from the same margins train as well, the control that uses
+the margins without dropping pairs by them.
 
 Fixed beforehand: four betas for every subset and number of steps, chosen by gold reward at KL 0.5 on 20 validation
 seeds; the outcome is that on 100 other seeds. Every policy takes 100 steps of 32 pairs, whatever the size of its
 subset, so all shares cost the same to train; 12, 25 and 50 steps show how soon each is as good as DPO on all pairs
-after 100. All pairs and a fifth of them are trained for 200 and 400 steps as well, for a lead after 100 may be one of
-speed.
+after 100. All pairs and a fifth of them are also trained for 200 and 400 steps: a lead after 100 may be mere speed.
 
 A cell is one JSON file under --output and is not computed again. The same command prints the tables of docs/results.md
 and writes arena_filtering.json and the plot:
@@ -51,7 +49,7 @@ from scripts.reproduce.exact_arena.pool import (
     PoolCell,
     draw_pool,
 )
-from scripts.reproduce.exact_arena.pool_report import LONG, draw_plot, markdown, named, summarise
+from scripts.reproduce.exact_arena.pool_report import LONG, draw_plot, markdown, named, summarize
 from scripts.reproduce.exact_arena.training import Recipe, train
 from scripts.reproduce.exact_arena.world import World
 from scripts.tables import update_page
@@ -63,7 +61,7 @@ ERRORS = ("cross-fitted", "independent", "shared")
 STEPS = (12, 25, 50, 100)
 FOUR = BETAS[1::3]
 LONG_STEPS = (200, 400)
-"""For the trainings of ``LONG``."""
+"""Steps of the longer trainings, those of ``LONG``."""
 KL = 0.5
 BLOCK = 50
 """Seeds trained together."""
@@ -71,12 +69,12 @@ RECIPES = {loss: [Recipe(resolve(loss, {"beta": beta})) for beta in FOUR] for lo
 
 
 def cells(pairs: int) -> list[PoolCell]:
-    """Every condition, those with cross-fitted margins first."""
+    """Every cell; those with cross-fitted margins come first."""
     return [PoolCell(pairs, flips, kind, error) for error in ERRORS for kind in KINDS for flips in FLIPS]
 
 
 def trainings() -> dict[str, tuple[str, float, str]]:
-    """Name -> how rows are chosen, share kept, loss."""
+    """Name -> arm that chooses the rows, share kept, loss."""
     found = {ALL: (RANDOM, 1.0, "dpo"), ALL_SOFT: (RANDOM, 1.0, "mmpo")}
     for keep in KEEPS:
         for arm in ARMS:
@@ -85,7 +83,7 @@ def trainings() -> dict[str, tuple[str, float, str]]:
 
 
 def rewards(worlds: list[World], recipes: list[Recipe], steps: int, blocks: list[range]) -> np.ndarray:
-    """Gold reward [S, M] at the KL of the outcome, of every recipe on each seed's new prompts."""
+    """Gold reward [S, M] of every recipe on each seed's new prompts, at the KL of the outcome."""
     found = []
     for world, block in zip(worlds, blocks, strict=True):
         theta = train(world, recipes, seed=block.start, steps=steps)
@@ -95,7 +93,7 @@ def rewards(worlds: list[World], recipes: list[Recipe], steps: int, blocks: list
 
 
 def run_cell(cell: PoolCell, seeds: int, names: Sequence[str], steps: Sequence[int]) -> dict[str, Any]:
-    """Choose each beta on validation seeds, judge on test seeds: training -> steps -> beta and gold rewards [S]."""
+    """Choose each beta on validation seeds, judge it on test seeds: training -> steps -> beta, gold rewards [S]."""
     start = time.monotonic()
     blocks = [range(first, min(first + BLOCK, seeds)) for first in range(0, seeds, BLOCK)]
     validation, test = draw_pool(cell, VALIDATION), [draw_pool(cell, block) for block in blocks]
@@ -117,13 +115,13 @@ def run_cell(cell: PoolCell, seeds: int, names: Sequence[str], steps: Sequence[i
 
 
 def key(seeds: int, names: Sequence[str], steps: Sequence[int]) -> str:
-    """Of everything beside the code that a cell's numbers come from."""
+    """Digest of everything but the code that a cell's numbers come from."""
     trained = {name: trainings()[name] for name in names}
     return digest([trained, FOUR, steps, KL, list(VALIDATION), BLOCK, WEIGHTS, seeds])
 
 
 def kept_cell(cell: PoolCell, seeds: int, folder: Path) -> dict[str, Any]:
-    """A cell, with its longer trainings where there are such, from its files or computed."""
+    """A cell with its longer trainings, read from its files or computed."""
     parts: dict[str, tuple[list[str], Sequence[int]]] = {
         "": (list(trainings()), STEPS),
         "-long": (list(LONG), LONG_STEPS),
@@ -143,7 +141,7 @@ def kept_cell(cell: PoolCell, seeds: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the cells that are not there; write the tables and the plot of those that are."""
+    """Compute the missing cells; write the tables and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce-filtering"))
     parser.add_argument("--seeds", type=int, default=100)
@@ -154,7 +152,7 @@ def main() -> None:
     torch.set_num_threads(1)
     arguments.output.mkdir(parents=True, exist_ok=True)
     found = [kept_cell(cell, arguments.seeds, arguments.output) for cell in cells(arguments.pairs)]
-    rows = summarise(found, STEPS, LONG_STEPS)
+    rows = summarize(found, STEPS, LONG_STEPS)
     summary = {"seeds": arguments.seeds, "seconds": round(sum(cell["seconds"] for cell in found)), "rows": rows}
     small = arguments.output / "arena_filtering.json"
     small.write_text(json.dumps(summary, separators=(",", ":")) + "\n", encoding="utf-8")

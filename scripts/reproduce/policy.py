@@ -1,14 +1,14 @@
 """MADPO's protocol on a real model: three data qualities, eight methods, equal tuning, seeds.
 
-Prompts are the first words of movie-review snippets, the gold reward is 3 x VADER, labels are drawn by Bradley-Terry
-from it. high: two samples of the reference model; low: the better of them against the review's own words; medium: half
-and half. Every method is trained with every of its three candidates on the tuning seed and judged on the validation
-prompts; the one with the highest mean gold reward there is trained on the test seeds and judged on the test prompts,
-which no choice has seen. The published setting is always a candidate; with --candidates 1 it is the only one and
-nothing is tuned.
+Prompts are the first words of movie-review snippets, the gold reward is 3 x VADER, labels are drawn from it by
+Bradley-Terry. high: two samples of the reference model; low: the better of them against the review's own words; medium:
+half and half. Every method is trained with each of its three candidates on the tuning seed and judged on the validation
+prompts; the candidate with the highest mean gold reward there is trained on the test seeds and judged on the test
+prompts, which no choice has seen. The published setting is always a candidate; with --candidates 1 it is the only one
+and nothing is tuned.
 
-A cell (quality, method, seed, setting) is a stage with its cell.json under --output: a stopped study goes on where it
-was, and with --known on another machine. The table, the frontier and cells.jsonl are written from the cells there are.
+A cell (quality, method, seed, setting) is a stage with its cell.json under --output: a stopped study resumes, with
+--known on another machine too. The table, the frontier and cells.jsonl are written from the cells that exist.
 
     python -m scripts.reproduce.policy --minutes 600
     python -m scripts.reproduce.policy --candidates 1 --margins noise --qualities high \\
@@ -51,7 +51,7 @@ from scripts.reproduce.policy_protocol.data import (
     make_samples,
     read_known,
 )
-from scripts.reproduce.policy_protocol.report import draw_frontier, markdown, primary, primary_markdown, summarise
+from scripts.reproduce.policy_protocol.report import draw_frontier, markdown, primary, primary_markdown, summarize
 from scripts.tables import update_page
 
 MARK = "scripts/reproduce/policy.py"
@@ -61,7 +61,7 @@ VALIDATION = Split("validation", (1.0,))
 
 
 def read_study(arguments: argparse.Namespace) -> Study:
-    """Models, adapter and trainer fields of a run's YAML; sizes of the command line.
+    """The study with models, adapter and trainer fields of a run file and the sizes of the command line.
 
     Raises:
         ConfigError: the file has no reward model, policy or evaluation.
@@ -90,7 +90,7 @@ def read_study(arguments: argparse.Namespace) -> Study:
 
 
 class Runner:
-    """Makes what a cell needs before it, once."""
+    """Makes cells and, once, what they need."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
@@ -99,12 +99,12 @@ class Runner:
             make_reward_model(study, self.prompts)
         self.made: dict[tuple[str, int, bool], Stage] = {}
         self.cells: list[dict[str, Any]] = []
-        """Every cell so far, those that settings are chosen by too."""
+        """Every cell so far, with those that chose the settings."""
         self.tried: dict[str, list[dict[str, Any]]] = {}
-        """Quality and method -> what each candidate had on the validation prompts."""
+        """Quality and method -> reward of each candidate on the validation prompts."""
 
     def pairs(self, quality: Quality, seed: int, *, with_margins: bool) -> Stage:
-        """The labelled pairs of a quality and seed."""
+        """The labeled pairs of a quality and seed."""
         place = (quality, seed, with_margins)
         if place not in self.made:
             if with_margins:
@@ -123,7 +123,7 @@ class Runner:
 
 
 def tune(runner: Runner, quality: Quality, method: str, candidates: int) -> Parameters:
-    """The best of a method's first so many settings on the validation prompts."""
+    """The best on the validation prompts of a method's first ``candidates`` settings."""
     tried = CANDIDATES[method][:candidates]
     if len(tried) == 1:
         return tried[0]
@@ -157,7 +157,7 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
                 if name not in chosen:
                     chosen[name] = tune(runner, quality, method, arguments.candidates)
                 cells.append(runner.cell(quality, method, chosen[name], seed, test))
-                rows = summarise(cells, references)
+                rows = summarize(cells, references)
                 first = primary(rows, cells, references)
                 table = {
                     "chosen": chosen, "tried": runner.tried, "rows": rows, "primary": first,
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--snippets", type=Path, default=Path(".assets/snippets"))
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce-policy"))
     parser.add_argument(
-        "--known", nargs="*", type=Path, default=[], metavar="CELLS.jsonl", help="of earlier runs, not made again"
+        "--known", nargs="*", type=Path, default=[], metavar="CELLS.jsonl", help="cells of earlier runs, not made again"
     )
     parser.add_argument("--margins", choices=get_args(Margins), default="outside", help="where margins come from")
     parser.add_argument("--qualities", nargs="+", choices=QUALITIES, default=list(QUALITIES))
@@ -196,8 +196,13 @@ def main() -> None:
     parser.add_argument("--train-prompts", type=int, default=512)
     parser.add_argument("--validation-prompts", type=int, default=200)
     parser.add_argument("--test-prompts", type=int, default=400)
-    parser.add_argument("--label-scale", type=float, default=1.0, help="1 as published")
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no further test cell after so long")
+    parser.add_argument(
+        "--label-scale",
+        type=float,
+        default=1.0,
+        help="factor on gold margins; 1 as published",
+    )
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no further test cell after this time")
     parser.add_argument("--document", type=Path, help="page whose tables to replace, e.g. docs/results.md")
     parser.add_argument("--mark", default=MARK, help="which of the page's tables to replace: what its mark says")
     arguments = parser.parse_args()

@@ -1,16 +1,16 @@
-"""The whole program against DPO as trl ships it, at equal compute: gold reward against CPU seconds.
+"""Compare the complete program with DPO as trl ships it, at equal compute: gold reward against CPU seconds.
 
-Pairs of two human-rated snippets, 30% of the labels flipped (see study_filtered_policies.py). Every route has the CPU
-seconds that trl's DPOTrainer takes for one pass over all pairs, and everything that a route does counts: its reward
-models, its filter, tokenization, reference log-probs, steps. At a quarter, a half, three quarters and all of it the
-policy is put aside and judged afterwards, on openings of other snippets, by VADER, which no route sees.
+Pairs are two human-rated snippets, 30% of the labels flipped (scripts/study/filtered_policies.py). Every route has the
+CPU seconds that trl's DPOTrainer takes for one pass over all pairs, and everything that a route does counts: its reward
+models, its filter, tokenization, reference log-probs, steps. At each quarter of the budget the policy is saved; it is
+judged afterwards on openings of other snippets by VADER, which no route sees.
 
     trl        all pairs, trl.DPOTrainer
     dpo        all pairs, this program's trainer
     whole      cross-fitted margins, the filtered quarter, soft MADPO, hold_batch against entanglement
     unguarded  the same without hold_batch
 
-A constant learning rate, so that every moment is an end; the same adapter, batch and seed everywhere.
+The learning rate is constant, so that training may end at any moment; adapter, batch and seed are the same everywhere.
 
     python -m scripts.reproduce.whole --seeds 0 1 2
 """
@@ -39,6 +39,7 @@ from align.io.stage import run_stage
 from align.models.loading import load_policy, load_tokenizer
 from align.training.base.arguments import build_lora
 from align.training.train import bind, make_trainer
+from scripts.figures import pyplot, save
 from scripts.reproduce.policy_protocol.data import read_known
 from scripts.reproduce.policy_protocol.judging import merge_adapter
 from scripts.reproduce.policy_protocol.report import crossed, shown
@@ -55,6 +56,7 @@ from scripts.study.filtered_policies import (
     scored_and_kept,
     trainer_fields,
 )
+from scripts.tables import table
 
 ROUTES = {
     "trl": None,
@@ -70,12 +72,12 @@ LONGEST = 100
 
 @dataclass
 class Clock:
-    """CPU seconds of this process since it was told to go."""
+    """CPU seconds of this process since ``go``."""
 
     started: float = 0.0
 
     def go(self, seconds: float = 0.0) -> None:
-        """Start at so many seconds."""
+        """Start the clock at this reading."""
         self.started = time.process_time() - seconds
 
     def read(self) -> float:
@@ -84,13 +86,13 @@ class Clock:
 
 
 class Marks(TrainerCallback):
-    """Puts the policy aside at every quarter of the budget, and ends the training at its end.
+    """Saves the policy at every quarter of the budget and stops the training at its end.
 
     Args:
-        trainer: whose policy.
-        folder: gets mark-1 ... mark-4.
-        clock: of the route; saving does not count.
-        budget: CPU seconds, or None: quarters of the steps, all of them.
+        trainer: the trainer of the policy.
+        folder: receives mark-1 ... mark-4.
+        clock: the route's clock; saving does not count.
+        budget: CPU seconds; None takes quarters of all steps.
     """
 
     def __init__(self, trainer: Trainer, folder: Path, clock: Clock, budget: float | None) -> None:
@@ -101,7 +103,7 @@ class Marks(TrainerCallback):
         self.found: list[dict[str, float]] = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save where a quarter is full."""
+        """Save the policy if another quarter has passed."""
         seconds = self.clock.read()
         share = state.global_step / state.max_steps if self.budget is None else seconds / self.budget
         if share >= (len(self.found) + 1) / MARKS:
@@ -112,12 +114,12 @@ class Marks(TrainerCallback):
 
 
 def fields(study: Study, **more: Any) -> dict[str, Any]:
-    """Of trl.DPOConfig, for every route."""
+    """Fields of trl.DPOConfig for every route."""
     return trainer_fields(study, lr_scheduler_type="constant_with_warmup", logging_steps=1, **more)
 
 
 def train_trl(study: Study, pairs: Dataset, seed: int, folder: Path) -> Trainer:
-    """trl's trainer as it ships, on the same model, adapter and fields."""
+    """trl's own trainer, with the same model, adapter and fields."""
     transformers.set_seed(seed)
     args = DPOConfig(output_dir=str(folder / "trl"), seed=seed, beta=0.1, **fields(study))
     return DPOTrainer(
@@ -130,7 +132,7 @@ def train_trl(study: Study, pairs: Dataset, seed: int, folder: Path) -> Trainer:
 
 
 def train_own(study: Study, pairs: Dataset, loss: LossSection, seed: int, folder: Path) -> Trainer:
-    """This program's trainer; it ends with the budget."""
+    """This program's trainer; the budget ends it."""
     trainer = fields(study, num_train_epochs=LONGEST)
     config = TrainSection(model=study.model, methods={"route": loss}, peft=LORA, trainer=trainer)
     return make_trainer(
@@ -144,8 +146,8 @@ def run_route(study: Study, route: str, seed: int, budget: float | None) -> dict
     Args:
         study: models and sizes.
         route: key of ``ROUTES``.
-        seed: of the pairs and the training.
-        budget: CPU seconds; None for trl, which sets it.
+        seed: draws the pairs and seeds the training.
+        budget: CPU seconds; None for trl, which sets the budget.
     """
     named = {"route": route, "seed": seed, "flipped": FLIPPED}
     key = digest(named | {"sizes": asdict(study.sizes), "judge": JUDGE, "marks": MARKS})
@@ -180,8 +182,8 @@ def run_route(study: Study, route: str, seed: int, budget: float | None) -> dict
     return {"key": key} | read_json(stage.folder / "cell.json")
 
 
-def summarise(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per route and mark, over the seeds that all routes have; differences to trl and dpo at the same mark."""
+def summarize(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per route and mark, over the seeds that all routes have, with differences to trl and dpo at that mark."""
     start = {cell["seed"]: np.array(cell["reward"]) for cell in references}
     found = {(cell["route"], cell["seed"]): cell for cell in cells}
     seeds = [seed for seed in start if all((route, seed) in found for route in ROUTES)]
@@ -212,7 +214,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """The table of docs/results.md: where each route ends."""
     head = ["route", "CPU seconds", "of them margins and filter", "steps", "gold gain", "minus trl", "by seed"]
     head += ["minus dpo", "KL"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    body = []
     for row in rows:
         if row["mark"] == MARKS:
             gain, less_trl, less_dpo = (shown(row[name], "+") for name in ("gain", "less_trl", "less_dpo"))
@@ -220,18 +222,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             cells = [row["route"], f"{row['seconds']:.0f}", f"{row['before_training']:.0f}", f"{row['step']:.0f}", gain]
             cells += ["", ""] if row["route"] == "trl" else [less_trl, seeds]
             cells.append("" if row["route"] == "dpo" else less_dpo)
-            lines.append("| " + " | ".join([*cells, f"{row['kl']:.1f}"]) + " |")
-    return "\n".join(lines)
+            body.append([*cells, f"{row['kl']:.1f}"])
+    return table(head, body)
 
 
 def draw_curves(rows: list[dict[str, Any]], target: Path) -> None:
-    """Gold gain against CPU seconds, a line per route with its intervals."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"svg.hashsalt": "whole", "svg.fonttype": "none"})
+    """Plot gold gain against CPU seconds, a line per route with its intervals."""
+    plt = pyplot("whole")
     figure, axis = plt.subplots(figsize=(7, 4.2))
     shades = dict(zip(ROUTES, ("#6e7781", "#0072b2", "#d55e00", "#e69f00"), strict=True))
     for route, shade in shades.items():
@@ -243,15 +240,16 @@ def draw_curves(rows: list[dict[str, Any]], target: Path) -> None:
     axis.set(xlabel="CPU seconds, everything included", ylabel="gold reward minus the reference's", xlim=(0, None))
     axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(target, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, target)
 
 
 def main() -> None:
-    """Make the routes that are missing, write cells.jsonl, table.json and curves.svg, print the table."""
+    """Compute the missing routes, write cells.jsonl, table.json and curves.svg, print the table."""
     parser = options(__doc__, "runs/reproduce-whole")
     others = [route for route in ROUTES if route != "trl"]
-    parser.add_argument("--routes", nargs="*", choices=others, default=others, help="beside trl, which sets the budget")
+    parser.add_argument(
+        "--routes", nargs="*", choices=others, default=others, help="without trl, which sets the budget"
+    )
     arguments = parser.parse_args()
     configure()
     sizes = Sizes(arguments.pairs, 0.25, 0, arguments.prompts, batch=16, rate=2e-4, max_new_tokens=24)
@@ -269,7 +267,7 @@ def main() -> None:
     except AlignError as error:
         sys.stderr.write(f"error {error}\n")
         sys.exit(2)
-    rows = summarise(cells, references)
+    rows = summarize(cells, references)
     write_json(study.output / "table.json", {"sizes": asdict(study.sizes), "rows": rows})
     draw_curves(rows, study.output / "curves.svg")
     print(markdown(rows))

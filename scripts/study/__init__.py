@@ -1,1 +1,1 @@
-"""Studies whose results stand in the docs."""
+"""Studies whose results the docs quote."""

@@ -103,9 +103,9 @@ def simulate(case: Case, size: int, draws: int, *, seed: int) -> list[bool | Non
     inside: list[bool | None] = []
     for _ in range(draws):
         found = case.draw(rng, size)
-        values = found if isinstance(found, dict) or found is None else found.to_dict()
-        none = values is None or values["low"] is None
-        inside.append(None if none else bool(values["low"] - 1e-9 <= case.truth <= values["high"] + 1e-9))
+        values = {"low": None} if found is None else found if isinstance(found, dict) else found.to_dict()
+        low, high = values["low"], values.get("high")
+        inside.append(None if low is None else bool(low - 1e-9 <= case.truth <= high + 1e-9))
     return inside
 
 

@@ -7,8 +7,8 @@
 A pair is a human-written review snippet in which one strongly valued word is exchanged for one of the opposite sign;
 the positive one is chosen. Both responses begin with that word and share everything after it, so their gradients are
 nearly the same. The exchanged words come from the lexicon of the gold judge: labels agree with gold by construction,
-as in the MADPO paper's own protocol. Gold decides: reward and KL of samples on held-out openings stand beside the
-log-probs. Each cell (method, seed) is a folder with cell.json; a stopped study goes on.
+as in the MADPO paper's own protocol. Gold decides: the table has reward and KL of samples on held-out openings next to
+the log-probs. Each cell (method, seed) is a folder with cell.json; a stopped study resumes.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from align.training.train import HISTORY, MODEL, train_policy
 from reward_models.judges import make_judge
 from scripts.assets.demo_data import Snippet, openings, read_snippets
 from scripts.reproduce.policy_protocol.report import crossed, shown
+from scripts.tables import table
 
 METHODS: dict[str, LossSection] = {
     "dpo": LossSection(loss="dpo"),
@@ -60,7 +61,7 @@ SAMPLES = Sampling(max_new_tokens=24, temperature=1.0)
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How large a cell is."""
+    """Sizes of a cell."""
 
     pairs: int
     heldout: int
@@ -69,11 +70,11 @@ class Sizes:
     batch: int
     rate: float
     tail: int
-    """Words after the exchanged one, at most."""
+    """Maximum of words after the exchanged one."""
 
 
 def exchanged_pairs(snippets: list[Snippet], count: int, seed: int, tail: int) -> list[dict[str, Any]]:
-    """Pairs that differ in their first word only; the margin is gold's."""
+    """Pairs whose responses differ only in their first word; the margin is the gold judge's."""
     rng, judge = random.Random(seed), make_judge("vader")
     lexicon = SentimentIntensityAnalyzer().lexicon
     texts = [snippet.text.split()[:MOST_WORDS] for snippet in snippets]
@@ -99,7 +100,7 @@ def exchanged_pairs(snippets: list[Snippet], count: int, seed: int, tail: int) -
 
 
 def pair_levels(model: nn.Module, pairs: Dataset, tokenizer: Any) -> dict[str, np.ndarray]:
-    """Log-probs of chosen and rejected and the entropy per token of the pairs' completions."""
+    """Log-probs [N] of chosen and rejected responses, and the entropy per token of the chosen ones."""
     add_completion_head(base_model(model))
     tokens = tokenize_pairs(pairs, tokenizer)
     found: dict[str, list[float]] = {"chosen": [], "rejected": [], "entropy": []}
@@ -162,8 +163,8 @@ def run_cell(method: str, seed: int, data: dict[str, Any], model: str, sizes: Si
     }  # fmt: skip
 
 
-def table(cells: list[dict[str, Any]], before: np.ndarray) -> list[dict[str, Any]]:
-    """One row per method: means over seeds, their standard deviation over seeds, gold reward with its interval."""
+def summarize(cells: list[dict[str, Any]], before: np.ndarray) -> list[dict[str, Any]]:
+    """A row per method: means and standard deviations over seeds, gold reward with its interval."""
     rows = []
     for method in METHODS:
         own = [cell for cell in cells if cell["method"] == method]
@@ -185,16 +186,17 @@ def table(cells: list[dict[str, Any]], before: np.ndarray) -> list[dict[str, Any
 
 
 def _less_dpo(own: list[dict[str, Any]], cells: list[dict[str, Any]]) -> dict[str, float] | None:
-    """Gold reward less plain DPO's, prompt by prompt, of the seeds that both have."""
+    """Gold reward minus plain DPO's on the same prompts, over the seeds that both have."""
     plain = {cell["seed"]: np.array(cell["reward"]) for cell in cells if cell["method"] == "dpo"}
     found = [np.array(cell["reward"]) - plain[cell["seed"]] for cell in own if cell["seed"] in plain]
     return crossed(np.array(found)).to_dict() if found else None
 
 
 def _foreseen(own: list[dict[str, Any]]) -> dict[str, float]:
-    """Shares of measured steps in which the prediction along the real update and the condition have the realised sign.
+    """How often the predictions had the realized sign of the mean change of the probes' chosen log-probs.
 
-    All of the mean change of the probes' chosen log-probs; the condition says "falls" where it does of most probes.
+    ``by_update``: the prediction along the real update. ``by_condition``: the condition, which predicts a fall if it
+    does for most probes. All are shares of the measured steps.
     """
     records = [record for cell in own for record in cell["entanglement"]]
     fell = np.array([record["realised_chosen"] < 0 for record in records])
@@ -208,8 +210,9 @@ def _foreseen(own: list[dict[str, Any]]) -> dict[str, float]:
 
 def markdown(summary: dict[str, Any]) -> str:
     """The table of docs/entanglement.md."""
-    columns = ("chosen", "rejected", "entropy", "chosen fallen", "chosen, held out", "KL", "gold gain", "gold less DPO")
-    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    head = ["method", "chosen", "rejected", "entropy", "chosen fallen", "chosen, held out", "KL"]
+    head += ["gold gain", "gold less DPO"]
+    body = []
     for row in summary["rows"]:
         cells = [
             f"{row[name]:+.{digits}f}"
@@ -218,12 +221,12 @@ def markdown(summary: dict[str, Any]) -> str:
         ]
         cells += [f"{row['share_of_chosen_fallen']:.0%}", f"{row['heldout_chosen']:+.1f}", f"{row['kl']:.0f}"]
         cells += [shown(row[name], "+") for name in ("gold_gain", "gold_less_dpo")]
-        lines.append("| " + " | ".join([row["method"], *cells]) + " |")
-    return "\n".join(lines)
+        body.append([row["method"], *cells])
+    return table(head, body)
 
 
 def reference_rewards(model: str, prompts: list[str], file: Path) -> np.ndarray:
-    """Gold reward of the reference's own samples, averaged over three draws."""
+    """Gold reward of the reference's samples on each prompt, the mean of three samples."""
     if not file.exists():
         engine = TransformersEngine(load_policy(model, dtype="float32"), load_tokenizer(model), batch_size=64)
         sampling = Sampling(SAMPLES.max_new_tokens, SAMPLES.temperature, n=3, seed=1000)
@@ -235,7 +238,7 @@ def reference_rewards(model: str, prompts: list[str], file: Path) -> np.ndarray:
 
 
 def main() -> None:
-    """Run the cells that are not there, write ``table.json``, print the table."""
+    """Compute the missing cells, write ``table.json``, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
     parser.add_argument("--output", type=Path, default=Path("runs/study-entanglement"))
@@ -247,7 +250,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--tail", type=int, default=MOST_WORDS, help="words after the exchanged one, at most")
+    parser.add_argument("--tail", type=int, default=MOST_WORDS, help="maximum of words after the exchanged one")
     arguments = parser.parse_args()
     configure()
     names = ("pairs", "heldout", "prompts", "epochs", "batch", "rate", "tail")
@@ -279,7 +282,7 @@ def main() -> None:
                 shutil.rmtree(folder / MODEL)
             cells.append(read_json(file))
     summary = {"sizes": {name: getattr(sizes, name) for name in names}, "reward_before": float(before.mean()),
-               "rows": table(cells, before)}  # fmt: skip
+               "rows": summarize(cells, before)}  # fmt: skip
     write_json(arguments.output / "table.json", summary)
     print(markdown(summary))
 

@@ -2,13 +2,13 @@
 
 A pair is two human-rated movie-review snippets; gold says that the one with the higher mean rating (15 to 20 people) is
 better, and a known share of the labels is flipped. Margins are cross-fitted on the flipped labels (a logistic head on
-frozen MiniLM features, five folds), the filter is `align filter`'s with its default weights; diversity is that of both
+frozen MiniLM features, five folds), the filter is `align filter` with its default weights; diversity is that of both
 responses together, since all pairs share one prompt. Then DPO and MADPO train SmolLM2-135M on all pairs, on a random
-subset, on the filtered one and on the one with the largest margins, one pass each, and are judged by VADER, which none
-of them has seen, on openings of other snippets. A head on each subset is judged on clean pairs.
+subset, on the filtered one and on the one with the largest margins, one pass each. VADER, which none of them has seen,
+judges them on openings of other snippets. A head trained on each subset is judged on clean pairs.
 
-Every cell (share flipped, seed, subset, loss) is a folder with cell.json; one that is there, or is in --known, is not
-made again.
+Every cell (share flipped, seed, subset, loss) is a folder with cell.json; a cell that exists, or is in --known, is not
+computed again.
 
     python -m scripts.study.filtered_policies --flipped 0.2 0.3 0.4 --seeds 0 1 2
 """
@@ -47,6 +47,7 @@ from scripts.assets.demo_data import PAIR_PROMPT, Snippet, as_pair, openings, re
 from scripts.reproduce.policy_protocol.data import read_known
 from scripts.reproduce.policy_protocol.judging import judge_policy, merge_adapter
 from scripts.reproduce.policy_protocol.report import crossed, shown
+from scripts.tables import table
 
 WHAT = ("gain", "minus random", "minus all pairs", "KL", "CPU seconds")
 ARMS = ("all pairs", "random", "filtered", "largest margins")
@@ -58,7 +59,7 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_pro
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much of everything; fixed before any result."""
+    """Sizes of the study, fixed before any result."""
 
     pairs: int
     keep: float
@@ -80,24 +81,24 @@ class Study:
 
     @property
     def model(self) -> str:
-        """Policy and reference."""
+        """Folder of the model that is policy and reference."""
         return str(self.assets / "smollm2")
 
     @property
     def reward(self) -> RewardSection:
-        """A head on frozen features."""
+        """Settings of the reward model: a head on frozen features."""
         return RewardSection(model=str(self.assets / "minilm"), head="logistic", folds=5, max_length=128)
 
 
 def gold_pairs(snippets: list[Snippet], count: int, rng: random.Random) -> list[dict[str, Any]]:
-    """``count`` pairs in which no snippet occurs twice, labelled by the mean ratings."""
+    """``count`` pairs in which no snippet occurs twice, labeled by the mean ratings."""
     pool = rng.sample(snippets, len(snippets))
     ordered = (sorted(two, key=lambda one: -one.mean) for two in zip(pool[0::2], pool[1::2], strict=False))
     return [as_pair(*two) for two in ordered if two[0].mean != two[1].mean][:count]
 
 
 def flip(rows: list[dict[str, Any]], share: float, rng: random.Random) -> list[dict[str, Any]]:
-    """The same pairs, of a share of which the label is turned round."""
+    """The same pairs with a share of the labels flipped."""
     wrong = set(rng.sample(range(len(rows)), round(share * len(rows))))
     return [
         row | {"chosen": row["rejected"], "rejected": row["chosen"], "gold_margin": -row["gold_margin"]}
@@ -108,14 +109,14 @@ def flip(rows: list[dict[str, Any]], share: float, rng: random.Random) -> list[d
 
 
 def split(study: Study) -> tuple[list[Snippet], list[dict[str, str]]]:
-    """All snippets in an order of their own, and openings of some, the same whatever the seed."""
+    """All snippets in a fixed random order, and openings of some; the same for every seed."""
     snippets = read_snippets(study.assets / "snippets")
     random.Random(0).shuffle(snippets)
     return snippets, openings(snippets, study.sizes.prompts)
 
 
 def draw(study: Study, flipped: float, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Noisy pairs to train on and clean pairs; no snippet is in both, or an opening to judge by."""
+    """Noisy pairs to train on, and clean pairs; no snippet is in both or among the openings that judge policies."""
     rng, sizes = random.Random(f"{seed}"), study.sizes
     snippets, prompts = split(study)
     taken = {row["id"] for row in prompts}
@@ -129,7 +130,7 @@ def draw(study: Study, flipped: float, seed: int) -> tuple[list[dict[str, Any]],
 def scored_and_kept(
     study: Study, rows: list[dict[str, Any]], folder: Path, seed: int
 ) -> tuple[Dataset, np.ndarray, dict[str, float]]:
-    """The pairs with cross-fitted margins, which of them the filter keeps [N], and CPU seconds of both."""
+    """The pairs with cross-fitted margins, whether the filter keeps each [N], and CPU seconds of both steps."""
     start = time.process_time()
     scored = cross_fit(Dataset.from_list(rows), study.reward, folder / "reward", seed=seed)
     seconds = {"margins": time.process_time() - start}
@@ -142,7 +143,7 @@ def scored_and_kept(
 
 
 def make_subsets(study: Study, flipped: float, seed: int) -> Path:
-    """A folder per arm with its pairs in ``pairs/``, and subsets.json: sizes, labels, CPU seconds, a head."""
+    """Make a folder per arm with its pairs in ``pairs/``, and subsets.json with sizes, CPU seconds and accuracies."""
 
     def work(folder: Path) -> None:
         rows, clean = draw(study, flipped, seed)
@@ -176,7 +177,7 @@ def make_subsets(study: Study, flipped: float, seed: int) -> Path:
 
 
 def trainer_fields(study: Study, **more: Any) -> dict[str, Any]:
-    """Of trl.DPOConfig: the demo's, one pass."""
+    """Fields of trl.DPOConfig: those of the demo, one pass."""
     return {
         "num_train_epochs": 1, "per_device_train_batch_size": study.sizes.batch, "warmup_steps": 2,
         "learning_rate": study.sizes.rate, "lr_scheduler_type": "cosine", "max_length": 128,
@@ -186,7 +187,7 @@ def trainer_fields(study: Study, **more: Any) -> dict[str, Any]:
 
 
 def run_cell(study: Study, flipped: float, seed: int, arm: str, loss: str) -> dict[str, Any]:
-    """A policy and what it writes."""
+    """Train and judge one policy, unless its cell exists."""
     named = {"flipped": flipped, "seed": seed, "arm": arm, "loss": loss}
     key = digest(named | {"sizes": asdict(study.sizes), "judge": JUDGE})
     if key in study.known:
@@ -202,7 +203,7 @@ def run_cell(study: Study, flipped: float, seed: int, arm: str, loss: str) -> di
             model=study.model, methods={loss: LOSSES[loss]}, peft=LORA, trainer=trainer_fields(study)
         )  # fmt: skip
         train_policy(pairs, config, loss, folder / "train", seed=seed, reference_cache=cache)
-        seconds = None if begun else time.process_time() - start  # of a resumed training this process saw a part
+        seconds = None if begun else time.process_time() - start  # this process saw only a part of a resumed training
         merged = merge_adapter(folder / "train" / MODEL, study.model, folder / "merged")
         found = judged(study, Policy(loss, str(merged)), seed, folder)
         shutil.rmtree(folder / "merged", ignore_errors=True)
@@ -218,7 +219,7 @@ def run_cell(study: Study, flipped: float, seed: int, arm: str, loss: str) -> di
 
 
 def run_reference(study: Study, seed: int) -> dict[str, Any]:
-    """The same of the reference."""
+    """The cell of the reference."""
     named = {"flipped": None, "seed": seed, "arm": REFERENCE, "loss": REFERENCE}
     key = digest(named | {"sizes": asdict(study.sizes), "judge": JUDGE})
     if key in study.known:
@@ -232,19 +233,19 @@ def run_reference(study: Study, seed: int) -> dict[str, Any]:
 
 
 def judged(study: Study, policy: Policy, seed: int, folder: Path) -> dict[str, Any]:
-    """Reward and KL of one completion of each prompt, which begins as the prompts of the pairs do."""
+    """Reward and KL of one completion per prompt; prompts begin like those of the pairs."""
     prompts = [f"{PAIR_PROMPT} {row['prompt']}" for row in split(study)[1]]
     decoding = Sampling(study.sizes.max_new_tokens, seed=seed, batch_size=64)
     return judge_policy(policy, Policy(REFERENCE, study.model), prompts, [decoding], make_judge(JUDGE), folder)["1"]
 
 
 def less(own: list[dict[str, Any]], base: list[dict[str, Any]]) -> np.ndarray:
-    """Difference of rewards on the same prompts [seeds, prompts]."""
+    """Differences of the rewards on the same prompts [seeds, prompts]."""
     return np.array([np.subtract(one["reward"], other["reward"]) for one, other in zip(own, base, strict=True)])
 
 
-def summarise(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per share flipped and arm, over the seeds that all arms have under both losses."""
+def summarize(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per share flipped and arm, over the seeds for which all arms have both losses."""
     start = {cell["seed"]: np.array(cell["reward"]) for cell in references}
     found = {(cell["flipped"], cell["arm"], cell["loss"], cell["seed"]): cell for cell in cells}
     rows = []
@@ -277,7 +278,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """The table of docs/filtering.md."""
     head = ["flipped", "subset", "pairs", "gold labels", "head on clean pairs"]
     head += [f"{name}: {what}" for name in ("DPO", "MADPO") for what in WHAT]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    body = []
     for row in rows:
         cells = [f"{row['flipped']:.0%}", row["arm"], f"{row['pairs']:.0f}", f"{row['gold_labels']:.1%}"]
         cells.append(f"{row['head_on_clean']:.1%}")
@@ -286,12 +287,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             less_random = "" if row["arm"] == "random" else shown(own["less_random"], "+")
             less_all = "" if row["arm"] == "all pairs" else shown(own["less_all"], "+")
             cells += [shown(own["gain"], "+"), less_random, less_all, f"{own['kl']:.1f}", f"{own['seconds']:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        body.append(cells)
+    return table(head, body)
 
 
 def options(document: str | None, output: str) -> argparse.ArgumentParser:
-    """Of both studies on these pairs."""
+    """Command-line options that both studies on these pairs share."""
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
     parser.add_argument("--output", type=Path, default=Path(output))
@@ -303,7 +304,7 @@ def options(document: str | None, output: str) -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Make the cells that are missing, write cells.jsonl and table.json, print the table."""
+    """Compute the missing cells, write cells.jsonl and table.json, print the table."""
     parser = options(__doc__, "runs/study-filtered-policies")
     parser.add_argument("--flipped", nargs="+", type=float, default=[0.2, 0.3, 0.4])
     parser.add_argument("--keep", type=float, default=0.25)
@@ -311,7 +312,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--max-new-tokens", type=int, default=24)
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no further cell after so long")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no further cell after this time")
     arguments = parser.parse_args()
     configure()
     names = ("pairs", "keep", "clean_pairs", "prompts", "batch", "rate", "max_new_tokens")
@@ -334,7 +335,7 @@ def main() -> None:
     except AlignError as error:
         sys.stderr.write(f"error {error}\n")
         sys.exit(2)
-    rows = summarise(cells, references)
+    rows = summarize(cells, references)
     write_json(study.output / "table.json", {"sizes": asdict(study.sizes), "rows": rows})
     print(markdown(rows))
     log.info("%d cells; %s", len(cells), study.output / "table.json")

@@ -3,7 +3,7 @@
 A pair is two snippets; gold says that the one with the higher mean rating (15 to 20 people) is better, and a known
 share of the labels is flipped. Margins are cross-fitted: a logistic head on differences of frozen embeddings, trained
 on the noisy labels of the other folds. Then the same head is trained on each subset and judged on clean pairs of
-snippets that it has not seen. Every cell (share flipped, seed) is one JSON file; one that is there is not done again.
+snippets that it has not seen. Every cell (share flipped, seed) is one JSON file that is not computed again.
 
     python -m scripts.study.filtering run --flipped 0 0.2 0.3 0.4 --seeds 10
     python -m scripts.study.filtering table
@@ -34,6 +34,8 @@ from align.io.console import configure, log
 from align.io.files import read_json, write_json
 from scripts.assets.demo_data import Snippet, read_snippets
 from scripts.bootstrap import bootstrap_mean
+from scripts.figures import pyplot, save
+from scripts.tables import table
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FOLDS = 5
@@ -53,7 +55,7 @@ FEW = 60
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Pairs of snippets: features, labels, scores that need no label."""
+    """Pairs of snippets: features, and scores that need no label."""
 
     features: np.ndarray
     """[N, D], embedding of the snippet listed as chosen minus that of the other, before any flip."""
@@ -64,8 +66,8 @@ class Pool:
 def fit(features: np.ndarray, targets: np.ndarray, ridge: float) -> np.ndarray:
     """Weights [D] of a logistic regression without intercept, by Newton's method.
 
-    Minimises sum_i softplus(z_i) - targets_i z_i + ridge / 2 |w|^2 with z = features w; targets lie in [0, 1]. Turning
-    a pair round (features and z change sign, the target becomes 1 - target) changes nothing, so all may face one way.
+    Minimizes sum_i softplus(z_i) - targets_i z_i + ridge / 2 |w|^2 with z = features w; targets lie in [0, 1]. Swapping
+    the responses of a pair (features and z change sign, the target becomes 1 - target) does not change the loss.
     """
     weights = np.zeros(features.shape[1])
     for _ in range(30):
@@ -82,7 +84,7 @@ def fit(features: np.ndarray, targets: np.ndarray, ridge: float) -> np.ndarray:
 
 
 def choose_ridge(features: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> float:
-    """The ridge with the least log-loss on a random fifth of the rows, which the fit does not see."""
+    """The ridge with the lowest log-loss on a random fifth of the rows, which the fit does not see."""
     held = rng.permutation(len(features)) < max(len(features) // 5, 1)
     losses = []
     for ridge in RIDGES:
@@ -92,7 +94,7 @@ def choose_ridge(features: np.ndarray, targets: np.ndarray, rng: np.random.Gener
 
 
 def cross_fitted_margins(features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Margin [N] of every labelled pair from a head trained on the other folds."""
+    """Margins [N] of the labeled pairs, each from a head trained on the other folds."""
     ones = np.ones(len(features))
     ridge = choose_ridge(features, ones, rng)
     fold = rng.permutation(len(features)) % FOLDS
@@ -103,7 +105,7 @@ def cross_fitted_margins(features: np.ndarray, rng: np.random.Generator) -> np.n
 
 
 def held_out_accuracy(features: np.ndarray, targets: np.ndarray, clean: np.ndarray, rng: np.random.Generator) -> float:
-    """Accuracy on clean pairs (gold prefers the first of each) of a head trained on ``features`` and ``targets``."""
+    """Accuracy on clean pairs, whose first snippet is better, of a head trained on ``features`` and ``targets``."""
     z = clean @ fit(features, targets, choose_ridge(features, targets, rng))
     return float(np.mean(np.where(z == 0, 0.5, z > 0)))
 
@@ -119,7 +121,7 @@ def draw_pairs(snippets: list[Snippet], places: np.ndarray, count: int, rng: np.
 
 
 def make_pool(snippets: list[Snippet], vectors: np.ndarray, pairs: np.ndarray, seed: int) -> Pool:
-    """Features and label-free scores of pairs; diversity is that of the sum of the two embeddings."""
+    """Features and label-free scores of the pairs; diversity is that of the sum of both embeddings."""
     both = vectors[pairs[:, 0]] + vectors[pairs[:, 1]]
     both /= np.linalg.norm(both, axis=1, keepdims=True)
     texts = [[snippets[k].text for k in pairs[:, side]] for side in (0, 1)]
@@ -131,7 +133,7 @@ def make_pool(snippets: list[Snippet], vectors: np.ndarray, pairs: np.ndarray, s
 def run_cell(
     snippets: list[Snippet], vectors: np.ndarray, flipped: float, repeated: float, seed: int, count: int
 ) -> dict[str, Any]:
-    """All subsets of one share of flipped labels and one seed; ``repeated`` of the pairs are of ``FEW`` snippets."""
+    """All subsets at one share of flipped labels and seed; a share ``repeated`` of the pairs uses ``FEW`` snippets."""
     start = time.monotonic()
     rng = np.random.default_rng([seed, int(1000 * flipped)])
     order = np.random.default_rng(seed).permutation(len(snippets))
@@ -144,15 +146,15 @@ def run_cell(
     held = draw_pairs(snippets, order[cut:], 2000, rng)
     clean = (vectors[held[:, 0]] - vectors[held[:, 1]]).astype(np.float64)
     wrong = rng.permutation(count) < round(flipped * count)
-    labelled = pool.features * np.where(wrong, -1.0, 1.0)[:, None]
-    margins = cross_fitted_margins(labelled, rng)
+    labeled = pool.features * np.where(wrong, -1.0, 1.0)[:, None]
+    margins = cross_fitted_margins(labeled, rng)
     flagged = doubtful(margins)
     soft, hard = 1.0 / (1.0 + np.exp(-margins)), np.ones(count)
     columns = {"margin": margins, "quality": pool.quality, "diversity": pool.diversity}
     ids = [f"{k:06d}" for k in range(count)]
 
     def judge(rows: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-        accuracy = held_out_accuracy(labelled[rows], targets[rows], clean, rng)
+        accuracy = held_out_accuracy(labeled[rows], targets[rows], clean, rng)
         return {"pairs": len(rows), "gold_labels": float(1 - wrong[rows].mean()), "held_out": accuracy}
 
     everything = np.arange(count)
@@ -188,7 +190,7 @@ def run_cell(
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Compute the cells that are missing."""
+    """Compute the missing cells."""
     snippets = read_snippets(arguments.assets / "snippets")
     arguments.output.mkdir(parents=True, exist_ok=True)
     store = arguments.output / "embeddings.npy"
@@ -206,7 +208,7 @@ def run(arguments: argparse.Namespace) -> None:
             log.info("%s", file)
 
 
-def table(arguments: argparse.Namespace) -> None:
+def report(arguments: argparse.Namespace) -> None:
     """Print the tables of docs/filtering.md and write ``study.json`` and ``study.svg``."""
     cells = [read_json(file) for file in sorted(arguments.output.glob("cell-*.json"))]
     levels = sorted({(cell["repeated"], cell["flipped"]) for cell in cells})
@@ -229,11 +231,11 @@ def table(arguments: argparse.Namespace) -> None:
         summary["levels"][name] = {"arms": rows, "flag": flags, "margin_agrees_with_gold": agrees}
     write_json(arguments.output / "study.json", summary)
     _plot(summary, arguments.output / "study.svg")
-    _print(summary)
+    print(markdown(summary))
 
 
 def encoders(arguments: argparse.Namespace) -> None:
-    """Print, as JSON, how fast the encoder and its static vectors are on the snippets, and whether they agree."""
+    """Print as JSON how fast the encoder and its static vectors are on the snippets, and whether they agree."""
     strings = [snippet.text for snippet in read_snippets(arguments.assets / "snippets")][: arguments.pairs]
     model, found, facts = str(arguments.assets / "minilm"), {}, {}
     static = StaticEncoder(model, arguments.output / "tokens.safetensors")
@@ -277,46 +279,37 @@ def _cell(estimate: dict[str, float] | None) -> str:
     return f"{100 * estimate['value']:.1f} ({100 * estimate['low']:.1f} to {100 * estimate['high']:.1f})"
 
 
-def _print(summary: dict[str, Any]) -> None:
+def markdown(summary: dict[str, Any]) -> str:
+    """The tables of docs/filtering.md, each under its title in bold."""
     levels, found = list(summary["levels"]), list(summary["levels"].values())
     names = [name for name in found[0]["arms"] if ": " not in name or name.startswith(f"{MAIN_KEEP:g}: ")]
+    tables: dict[str, list[list[str]]] = {}
     for key, title in {
         "gold_labels": "gold accuracy of the labels kept, %",
         "held_out": "accuracy on clean pairs, %",
     }.items():
-        _head(title, levels)
-        for name in names:
-            if key == "gold_labels" and "soft labels" in name:
-                continue
-            label = name.replace(f"{MAIN_KEEP:g}: ", f"{100 * MAIN_KEEP:g}%: ")
-            _row(label, [level["arms"].get(name, {}).get(key) for level in found])
+        tables[title] = [
+            [
+                name.replace(f"{MAIN_KEEP:g}: ", f"{100 * MAIN_KEEP:g}%: "),
+                *(_cell(level["arms"].get(name, {}).get(key)) for level in found),
+            ]
+            for name in names
+            if key != "gold_labels" or "soft labels" not in name
+        ]
     for key, title in {"over_random": "random", "over_soft": "random with soft labels"}.items():
-        _head(f"accuracy of filtered minus {title} of the same size, points", levels)
-        for keep in KEEPS:
-            _row(f"{100 * keep:g}%", [level["arms"][f"{keep:g}: filtered"][key] for level in found])
-    _head("margins and the label-noise flag, %", levels)
-    _row("out-of-fold margin agrees with gold", [level["margin_agrees_with_gold"] for level in found])
-    for key in ("flagged", "precision", "recall"):
-        _row(key, [level["flag"][key] for level in found])
-
-
-def _head(title: str, levels: list[str]) -> None:
-    print(f"\n**{title}**\n\n| | {' | '.join(levels)} |\n|---|{'---|' * len(levels)}")
-
-
-def _row(label: str, estimates: list[dict[str, float] | None]) -> None:
-    print(f"| {label} | {' | '.join(_cell(estimate) for estimate in estimates)} |")
+        tables[f"accuracy of filtered minus {title} of the same size, points"] = [
+            [f"{100 * keep:g}%", *(_cell(level["arms"][f"{keep:g}: filtered"][key]) for level in found)]
+            for keep in KEEPS
+        ]
+    agrees = ["out-of-fold margin agrees with gold", *(_cell(level["margin_agrees_with_gold"]) for level in found)]
+    flags = [[key, *(_cell(level["flag"][key]) for level in found)] for key in ("flagged", "precision", "recall")]
+    tables["margins and the label-noise flag, %"] = [agrees, *flags]
+    return "\n\n".join(f"**{title}**\n\n{table(['', *levels], rows)}" for title, rows in tables.items())
 
 
 def _plot(summary: dict[str, Any], target: Path) -> None:
-    """Accuracy on clean pairs against share kept, one panel per share of flipped labels."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    levels = summary["levels"]
-    plt.rcParams.update({"svg.hashsalt": "study", "svg.fonttype": "none"})
+    """Plot accuracy on clean pairs against the share kept, a panel per share of flipped labels."""
+    levels, plt = summary["levels"], pyplot("study")
     rows = -(-len(levels) // 3)
     figure, axes = plt.subplots(rows, 3, figsize=(10.5, 3.2 * rows), squeeze=False)
     for axis in axes.flat[len(levels) :]:
@@ -337,7 +330,7 @@ def _plot(summary: dict[str, Any], target: Path) -> None:
         axis.set_ylabel("accuracy on clean pairs, %")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(target, metadata={"Date": None})
+    save(figure, target)
 
 
 def main() -> None:
@@ -347,13 +340,13 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
     parser.add_argument("--output", type=Path, default=Path("runs/study-filtering"))
     parser.add_argument("--flipped", nargs="*", type=float, default=[0.0, 0.2, 0.3, 0.4])
-    parser.add_argument("--repeated", type=float, default=0.0, help="Share of the pairs that are of a few snippets.")
+    parser.add_argument("--repeated", type=float, default=0.0, help="share of the pairs that use only a few snippets")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=4000)
     arguments = parser.parse_args()
     configure()
     try:
-        {"run": run, "table": table, "encoders": encoders}[arguments.action](arguments)
+        {"run": run, "table": report, "encoders": encoders}[arguments.action](arguments)
     except AlignError as error:
         sys.stderr.write(f"error {error}\n")
         sys.exit(2)

@@ -4,12 +4,12 @@ The world is that of scripts/study/trust.py: a gold reward linear in 20 features
 reward at KL 0.5 to the reference, here with 20% of the labels flipped. Margins are either the gold ones with noise of
 growing size, times a scale that a reward model might have, or those of logistic reward models:
 
-    in-sample     trained on the very pairs                      out-of-fold   each pair by a model without its fold
+    in-sample     trained on the same pairs                      out-of-fold   each pair by a model without its fold
     ensemble      mean of 5 models on resamples, out of fold     moderated     the same, each margin by its spread
     outside       trained on four times as many other pairs
 
-Each set of margins is used as it is (raw: MADPO takes a margin for log-odds) and calibrated (times the slope that makes
-it log-odds of these labels). A cell is (margins, block of seeds), one JSON file, and not computed again.
+Each set of margins is used as it is (raw: MADPO reads a margin as log-odds) and calibrated (times the slope that makes
+it log-odds of these labels). A cell (margins, block of seeds) is one JSON file that is not computed again.
 
     python -m scripts.study.margin_noise --seeds 60
 """
@@ -33,6 +33,7 @@ from scripts.reproduce.exact_arena.gold import gold_reward
 from scripts.reproduce.exact_arena.heads import FOLDS, fit_head, out_of_fold_margins
 from scripts.reproduce.exact_arena.report import MAIN_KL
 from scripts.reproduce.exact_arena.world import World, draw_labeled, draw_pairs
+from scripts.tables import table
 
 FAMILY = Family(grid=(DPO, MADPO, SOFT))
 FLIPS, PAIRS, MEMBERS, BLOCK = 0.2, 400, 5, 10
@@ -59,7 +60,7 @@ def draw_margins(kind: str, world: World, others: np.ndarray, rng: np.random.Gen
 
 
 def _resampled_out_of_fold(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Margins [N], each fold by a model of a resample of the other folds."""
+    """Margins [N], each fold from a model fitted on a resample of the other folds."""
     fold, made = rng.permutation(len(x)) % FOLDS, np.empty(len(x))
     for number in range(FOLDS):
         others = np.flatnonzero(fold != number)
@@ -68,7 +69,7 @@ def _resampled_out_of_fold(x: np.ndarray, rng: np.random.Generator) -> np.ndarra
 
 
 def trained(x: np.ndarray, margin: np.ndarray, slope: float, fold: np.ndarray) -> np.ndarray:
-    """theta [D, 3] of DPO, MADPO and soft labels on b m, each at the spread that unseen labels prefer."""
+    """theta [D, 3] of DPO, MADPO and soft labels on slope * margin, each at the spread that held-out labels prefer."""
     loglik = np.zeros((len(margin), len(FAMILY.grid), len(FAMILY.spreads)))
     for number in range(FOLDS):
         test = fold == number
@@ -80,7 +81,7 @@ def trained(x: np.ndarray, margin: np.ndarray, slope: float, fold: np.ndarray) -
 
 
 def run_seed(kind: str, seed: int) -> dict[str, float]:
-    """Gold reward of every rule, and how the margins stand to labels and gold."""
+    """Gold reward of every rule, and how well the margins agree with labels and gold."""
     rng = np.random.default_rng([seed, KINDS.index(kind)])
     world = draw_pairs(PAIRS, FLIPS, "none", np.random.default_rng(seed))
     others = draw_labeled(world.gold[0], 4 * PAIRS, FLIPS, np.random.default_rng([seed, 1]))
@@ -97,8 +98,8 @@ def run_seed(kind: str, seed: int) -> dict[str, float]:
     }
 
 
-def summarise(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Per kind of margins: means, and each rule's difference from DPO with the half-width of its 95% interval."""
+def summarize(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Kind of margins -> means, and each rule's difference to DPO with the half-width of its 95% interval."""
     made: dict[str, Any] = {}
     for kind, results in found.items():
         if len(results) < 2:
@@ -117,19 +118,19 @@ def summarise(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 def markdown(summary: dict[str, Any]) -> str:
     """The table of docs/reward-models.md."""
     rules = ("MADPO raw", "MADPO calibrated", "MADPO calibrated less raw", "soft labels raw", "soft labels calibrated")
-    lines = ["| margins | correlation with gold | DPO | " + " | ".join(rules) + " |", "|---" * (len(rules) + 3) + "|"]
+    body = []
     for kind, row in summary.items():
         shown = [f"{row['gain'][rule][0]:+.3f} ± {row['gain'][rule][1]:.3f}" for rule in rules]
-        lines.append("| " + " | ".join([kind, f"{row['correlation']:.2f}", f"{row['DPO']:.3f}", *shown]) + " |")
-    return "\n".join(lines)
+        body.append([kind, f"{row['correlation']:.2f}", f"{row['DPO']:.3f}", *shown])
+    return table(["margins", "correlation with gold", "DPO", *rules], body)
 
 
 def main() -> None:
-    """Compute the blocks that are not there, write ``table.json``, print the table."""
+    """Compute the missing blocks, write ``table.json``, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/study-margin-noise"))
     parser.add_argument("--seeds", type=int, default=60)
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no further block after so long")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no further block after this time")
     arguments = parser.parse_args()
     configure()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -145,7 +146,7 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {}
     for (kind, _), file in files.items():
         found.setdefault(kind, []).extend(read_json(file) if file.exists() else [])
-    summary = summarise(found)
+    summary = summarize(found)
     write_json(arguments.output / "table.json", summary)
     print(markdown(summary))
     json.dump({"blocks": sum(file.exists() for file in files.values()), "of": len(files)}, sys.stderr)

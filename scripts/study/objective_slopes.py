@@ -1,9 +1,9 @@
-"""|d loss / d z| of every objective of a reward model against the margin z, in one picture.
+"""Plot |d loss / d z| of every reward-model objective against the margin z.
 
     python -m scripts.study.objective_slopes --output docs/objectives.svg
 
-Prints, for margins drawn from a normal distribution around 1 with standard deviation 2, the share of the whole pull
-that goes to pairs ranked against their label.
+Prints, for margins drawn from a normal distribution around 1 with standard deviation 2, the share of the total gradient
+weight that goes to misranked pairs.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import torch
 
 from align.config import ObjectiveSection
 from reward_models.registry import BoundObjective, resolve_objective
+from scripts.figures import pyplot, save
 
 GRID = np.linspace(-6, 6, 241)
 MEAN, SPREAD, DRAWS = 1.0, 2.0, 2000
@@ -44,16 +45,11 @@ HIGHEST = 2.0
 
 
 def main() -> None:
-    """Draw the picture, print the shares."""
-    import matplotlib as mpl
-
+    """Draw the figure, print the shares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/objectives.svg"))
     arguments = parser.parse_args()
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"svg.hashsalt": "objectives", "svg.fonttype": "none"})
+    plt = pyplot("objectives")
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3.8), sharey=True)
     gaps = np.random.default_rng(0).normal(MEAN, SPREAD, DRAWS)
     for axis, (title, lines) in zip(axes, PANELS.items(), strict=True):
@@ -61,13 +57,13 @@ def main() -> None:
             objective = resolve_objective(ObjectiveSection(name=name, parameters=parameters))
             axis.plot(GRID, margin_slopes(objective, GRID), label=label)
             share = share_on_misranked(margin_slopes(objective, gaps), gaps)
-            print(f"{share:6.1%} of the pull on misranked pairs: {label} ({title})")
+            print(f"{share:6.1%} of the gradient weight on misranked pairs: {label} ({title})")
         axis.set(title=title, xlabel="margin z", ylim=(0, HIGHEST))
         axis.axvline(0, color="#6e7781", lw=0.6)
         axis.legend(fontsize=8)
     axes[0].set_ylabel("|d loss / d z|")
     figure.tight_layout()
-    figure.savefig(arguments.output, metadata={"Date": None})
+    save(figure, arguments.output)
 
 
 def margin_slopes(objective: BoundObjective, gaps: np.ndarray, *, teacher: float = 1.0) -> np.ndarray:

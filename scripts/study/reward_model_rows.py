@@ -17,32 +17,32 @@ from reward_models.registry import resolve_objective
 
 BAG, LIST, AUC_BATCH, MEMBERS, ROUNDS = 4, 4, 100, 5, 6
 TEACHER_PENALTY = 1000.0
-"""Of the heads whose margins are distilled; what cross-validation mostly chooses for Bradley-Terry."""
+"""Penalty of the heads whose margins are distilled; cross-validation mostly chooses it for Bradley-Terry."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """N labelled pairs of snippets, as rows of the feature table."""
+    """N labeled pairs of snippets, as rows of the feature table."""
 
     chosen: np.ndarray
     rejected: np.ndarray
     strength: np.ndarray
-    """The rater's own difference of ratings, above 0."""
+    """Difference of the rater's two ratings, above 0."""
     gold: np.ndarray
-    """Mean rating of chosen less mean rating of rejected."""
+    """Mean rating of chosen minus mean rating of rejected."""
 
     def __getitem__(self, rows: np.ndarray) -> "Pairs":
         return Pairs(self.chosen[rows], self.rejected[rows], self.strength[rows], self.gold[rows])
 
     def flipped(self, wrong: np.ndarray) -> "Pairs":
-        """The labels of the pairs ``wrong`` exchanged."""
+        """The pairs with the labels of those in ``wrong`` flipped."""
         chosen, rejected = np.where(wrong, self.rejected, self.chosen), np.where(wrong, self.chosen, self.rejected)
         return Pairs(chosen, rejected, self.strength, np.where(wrong, -self.gold, self.gold))
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """What a cell works on."""
+    """Features and pairs of a cell."""
 
     features: np.ndarray
     train: Pairs
@@ -52,11 +52,11 @@ class Data:
 
 
 Fit = Callable[[Data, Pairs, float], np.ndarray]
-"""(data, pairs to train on, penalty) -> head [D]."""
+"""Function of (data, pairs to train on, penalty) that returns a head [D]."""
 
 
 def by_loss(loss: Loss, columns: Callable[[Data, Pairs], Mapping[str, Tensor]] = lambda data, pairs: {}) -> Fit:
-    """A head that minimises a loss of two rewards."""
+    """Fit a head that minimizes a loss of the two rewards."""
 
     def fit(data: Data, pairs: Pairs, penalty: float) -> np.ndarray:
         high, low = data.features[pairs.chosen], data.features[pairs.rejected]
@@ -66,13 +66,13 @@ def by_loss(loss: Loss, columns: Callable[[Data, Pairs], Mapping[str, Tensor]] =
 
 
 def by_name(name: str, columns: Any = None, **parameters: float | bool) -> Fit:
-    """A head under an objective of the registry."""
+    """Fit a head under an objective of the registry."""
     objective = resolve_objective(ObjectiveSection(name=name, parameters=parameters))
     return by_loss(objective) if columns is None else by_loss(objective, columns)
 
 
 def in_batches(loss: Loss) -> Loss:
-    """A loss that couples the pairs of a batch, over batches of ``AUC_BATCH`` pairs in their order."""
+    """Apply a loss that couples the pairs of a batch to batches of ``AUC_BATCH`` pairs in their order."""
 
     def batched(chosen: Tensor, rejected: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
         parts = zip(chosen.split(AUC_BATCH), rejected.split(AUC_BATCH), strict=True)
@@ -82,7 +82,7 @@ def in_batches(loss: Loss) -> Loss:
 
 
 def robust(sign: int, temperature: float) -> Loss:
-    """The loss whose gradient has the signed tilt as its weights."""
+    """The loss whose gradient weights the pairs by the signed tilt."""
 
     def loss(chosen: Tensor, rejected: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
         costs = objectives.bradley_terry(chosen, rejected)
@@ -93,7 +93,7 @@ def robust(sign: int, temperature: float) -> Loss:
 
 
 def reweighted(shape: Shape) -> Fit:
-    """Bradley-Terry with weights by the losses of the head before, ``ROUNDS`` times over."""
+    """Bradley-Terry with weights from the losses of the previous head, ``ROUNDS`` times."""
 
     def fit(data: Data, pairs: Pairs, penalty: float) -> np.ndarray:
         high, low = data.features[pairs.chosen], data.features[pairs.rejected]
@@ -112,12 +112,12 @@ def reweighted(shape: Shape) -> Fit:
 
 
 def margins_of_teacher(data: Data, pairs: Pairs) -> dict[str, Tensor]:
-    """Margins by a Bradley-Terry head that was trained on ``TEACHER_PAIRS`` other pairs."""
+    """Margins of a Bradley-Terry head that was trained on other pairs."""
     return {"teacher_margin": torch.from_numpy(apart(data, pairs) @ BRADLEY_TERRY(data, data.teacher, TEACHER_PENALTY))}
 
 
 def margins_of_ensemble(data: Data, pairs: Pairs) -> dict[str, Tensor]:
-    """Mean margins of ``MEMBERS`` Bradley-Terry heads on resamples of the very pairs."""
+    """Mean margins of ``MEMBERS`` Bradley-Terry heads on resamples of the same pairs."""
     count = len(pairs.gold)
     rng = np.random.default_rng(count)
     resamples = [pairs[rng.integers(0, count, count)] for _ in range(MEMBERS)]
@@ -126,12 +126,12 @@ def margins_of_ensemble(data: Data, pairs: Pairs) -> dict[str, Tensor]:
 
 
 def rating_difference(data: Data, pairs: Pairs) -> dict[str, Tensor]:
-    """A quarter of the rater's own difference of ratings."""
+    """A quarter of the difference of the rater's two ratings."""
     return {"teacher_margin": torch.from_numpy(pairs.strength / 4)}
 
 
 def bagged(rho: float) -> Fit:
-    """Only the share of first snippets that won is known, of bags of ``BAG`` pairs in random order."""
+    """Train on bags of ``BAG`` pairs in random order, whose only label is the share of first snippets that won."""
 
     def fit(data: Data, pairs: Pairs, penalty: float) -> np.ndarray:
         rng = np.random.default_rng(len(pairs.gold))
@@ -161,7 +161,7 @@ def decoupled_listwise(acceptable: Tensor, unacceptable: Tensor) -> Tensor:
 
 
 def listwise(data: Data, pairs: Pairs, penalty: float) -> np.ndarray:
-    """The same snippets and labels as lists of ``LIST``: winners of ``LIST`` / 2 pairs acceptable, losers not."""
+    """The same labels as lists of ``LIST`` snippets: winners of ``LIST`` / 2 pairs are acceptable, losers are not."""
     half = LIST // 2
     whole = len(pairs.gold) // half * half
     good, bad = (rows[:whole].reshape(-1, half) for rows in (pairs.chosen, pairs.rejected))
@@ -173,7 +173,7 @@ def listwise(data: Data, pairs: Pairs, penalty: float) -> np.ndarray:
 
 
 def naive_bayes(data: Data, pairs: Pairs, penalty: float) -> np.ndarray:
-    """The closed form; the penalty has no effect."""
+    """Naive Bayes in closed form; the penalty has no effect."""
     return Moments.of(apart(data, pairs)).naive_bayes()
 
 
@@ -220,13 +220,13 @@ TUNED: dict[str, tuple[dict[str, Any], Callable[[Data, Pairs], Mapping[str, Tens
     ),
     "bradley_terry, sharpness": ({"sharpness": SharpnessSection()}, None),
 }
-"""Those that are trained with LoRA too: fields of RewardConfig, and the columns that the objective reads.
+"""Rows that are also trained with LoRA: fields of the section ``reward``, and the columns that the objective reads.
 
-The penalty on sharpness has no row above: the mean margin of a linear head has the same gradient everywhere.
+The penalty on sharpness has no row in ``ROWS``: the mean margin of a linear head has the same gradient everywhere.
 """
 
 
 def apart(data: Data, pairs: Pairs) -> np.ndarray:
-    """Features of chosen less features of rejected, [N, D]."""
+    """Features of chosen minus features of rejected [N, D]."""
     found: np.ndarray = data.features[pairs.chosen] - data.features[pairs.rejected]
     return found

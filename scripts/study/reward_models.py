@@ -12,7 +12,7 @@ is chosen by the pair accuracy of 5-fold cross-validation on those (noisy) label
     correlation  of the margins with the differences of the mean ratings
 
 A second part varies the number of pairs for the three heads (``--full-seeds``: fine-tuned models among them), a third
-trains the best objectives with LoRA on the same pairs (``--lora-seeds``). Each cell is one JSON file, and is not
+trains the best objectives with LoRA on the same pairs (``--lora-seeds``). Each cell is one JSON file that is not
 computed again.
 
     python -m scripts.study.reward_models --seeds 8
@@ -43,6 +43,7 @@ from reward_models.score import RewardScorer
 from reward_models.train import train_reward_model
 from scripts.assets.demo_data import Snippet, read_snippets
 from scripts.study.reward_model_rows import BRADLEY_TERRY, ROWS, TUNED, Data, Fit, Pairs, apart, naive_bayes
+from scripts.tables import table
 
 BLOCK = 1500
 FOLDS = 5
@@ -58,7 +59,7 @@ METRICS = ("accuracy", "auc", "rater", "correlation", "ece", "ece_calibrated", "
 
 
 def embed(snippets: list[Snippet], model: Path, folder: Path, end: float) -> np.ndarray | None:
-    """Embeddings [N, D], made block by block and kept; None where the time is up first."""
+    """Embeddings [N, D], computed and stored block by block; None if time runs out first."""
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(snippets), BLOCK)
     encoder: Encoder | None = None
@@ -77,7 +78,7 @@ def embed(snippets: list[Snippet], model: Path, folder: Path, end: float) -> np.
 
 
 def draw(snippets: list[Snippet], rows: np.ndarray, count: int, rng: np.random.Generator) -> Pairs:
-    """``count`` pairs of the snippets in ``rows``, none twice, each labelled by one rater; ties are left out."""
+    """``count`` pairs of the snippets in ``rows``, none twice, each labeled by one rater; ties are left out."""
     made: list[tuple[int, int, float, float]] = []
     for first, second in rng.permutation(rows)[: len(rows) // 2 * 2].reshape(-1, 2).tolist():
         a, b = snippets[first], snippets[second]
@@ -91,7 +92,7 @@ def draw(snippets: list[Snippet], rows: np.ndarray, count: int, rng: np.random.G
 
 
 def prepare(snippets: list[Snippet], features: np.ndarray, flips: float, pairs: int, seed: int) -> Data:
-    """The pairs of one seed; those that are flipped at 20% are flipped at 40% too."""
+    """The pairs of one seed; pairs flipped at 20% are flipped at 40% too."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(snippets))
     cut = int(HELD_OUT * len(order))
@@ -103,7 +104,7 @@ def prepare(snippets: list[Snippet], features: np.ndarray, flips: float, pairs: 
 
 
 def select_penalty(data: Data, fit: Fit) -> float:
-    """The penalty with the best pair accuracy on held-out folds of the training pairs; the larger one of equals."""
+    """The penalty with the best pair accuracy on held-out folds of the training pairs; the larger one in a tie."""
     fold = np.arange(len(data.train.gold)) * FOLDS // len(data.train.gold)
     right = np.zeros(len(PENALTIES))
     for number in range(FOLDS):
@@ -119,7 +120,7 @@ def measure(features: np.ndarray, head: np.ndarray, test: Pairs) -> dict[str, fl
 
 
 def metrics(chosen: np.ndarray, rejected: np.ndarray, gold: np.ndarray) -> dict[str, float]:
-    """Metrics of rewards of pairs that one rater labelled and whose mean ratings are ``gold`` apart."""
+    """Metrics of the rewards of pairs that one rater labeled; ``gold`` is the difference of their mean ratings."""
     margin = chosen - rejected
     decided = gold != 0
     agrees = np.where(margin == 0, 0.5, margin * gold > 0)[decided]
@@ -139,7 +140,7 @@ def metrics(chosen: np.ndarray, rejected: np.ndarray, gold: np.ndarray) -> dict[
 
 
 def run_objective(snippets: list[Snippet], features: np.ndarray, cell: dict[str, Any], pairs: int) -> dict[str, Any]:
-    """One objective, share of flips and seed."""
+    """Cell of one objective, share of flips and seed."""
     data = prepare(snippets, features, cell["flips"], pairs, cell["seed"])
     fit = ROWS[cell["row"]]
     penalty = PENALTIES[0] if fit is naive_bayes else select_penalty(data, fit)
@@ -147,7 +148,7 @@ def run_objective(snippets: list[Snippet], features: np.ndarray, cell: dict[str,
 
 
 def run_size(snippets: list[Snippet], features: np.ndarray, cell: dict[str, Any]) -> dict[str, Any]:
-    """One head on frozen features, number of pairs and seed."""
+    """Cell of one head on frozen features, number of pairs and seed."""
     data = prepare(snippets, features, 0.0, cell["pairs"], cell["seed"])
     fit = naive_bayes if cell["head"] == "naive-bayes" else BRADLEY_TERRY
     penalty = PENALTIES[0] if fit is naive_bayes else select_penalty(data, fit)
@@ -155,7 +156,7 @@ def run_size(snippets: list[Snippet], features: np.ndarray, cell: dict[str, Any]
 
 
 def texts_of(snippets: list[Snippet], part: Pairs, columns: Mapping[str, Any]) -> Dataset:
-    """Pairs as a pair table."""
+    """The pairs as a pair table, with more ``columns``."""
     return Dataset.from_dict(
         {
             "id": [f"{a}-{b}" for a, b in zip(part.chosen, part.rejected, strict=True)],
@@ -168,7 +169,7 @@ def texts_of(snippets: list[Snippet], part: Pairs, columns: Mapping[str, Any]) -
 
 
 def run_tuned(snippets: list[Snippet], data: Data, cell: dict[str, Any], model: Path, work: Path) -> dict[str, float]:
-    """MiniLM fine-tuned, whole or with LoRA, as `align reward train` does it."""
+    """Cell of MiniLM fine-tuned, fully or with LoRA, as `align reward train` does it."""
     fields, columns = TUNED[cell.get("row", BASE)]
     lora = cell["kind"] == "lora"
     trainer = {
@@ -185,7 +186,7 @@ def run_tuned(snippets: list[Snippet], data: Data, cell: dict[str, Any], model: 
 
 
 def cells(seeds: int, full_seeds: int, lora_seeds: int) -> list[dict[str, Any]]:
-    """Every cell, seed by seed, so that a stopped study has all rows."""
+    """Every cell, seed by seed, so that a stopped study still has all rows."""
     made: list[dict[str, Any]] = []
     for seed in range(seeds):
         made += [{"kind": "objective", "row": row, "flips": flips, "seed": seed} for flips in FLIPS for row in ROWS]
@@ -199,43 +200,43 @@ def cells(seeds: int, full_seeds: int, lora_seeds: int) -> list[dict[str, Any]]:
 
 
 def cell_file(folder: Path, cell: Mapping[str, Any]) -> Path:
-    """Where a cell's numbers stand."""
+    """File of a cell."""
     name = "_".join(str(value) for value in cell.values())
     return folder / "cells" / ("".join(c if c.isalnum() or c in "._-" else "-" for c in name) + ".json")
 
 
-def summarise(found: list[tuple[dict[str, Any], dict[str, float]]]) -> dict[str, Any]:
-    """Mean over the seeds with the half-width of its 95% interval, for every row; differences from Bradley-Terry."""
+def summarize(found: list[tuple[dict[str, Any], dict[str, float]]]) -> dict[str, Any]:
+    """Mean over the seeds and half-width of its 95% interval, for every row; differences to Bradley-Terry."""
     groups: dict[str, dict[str, dict[int, dict[str, float]]]] = {"objective": {}, "lora": {}, "size": {}, "full": {}}
     for cell, values in found:
         key = f"{cell['row']}|{cell['flips']:g}" if "row" in cell else f"{cell['head']}|{cell['pairs']}"
         groups[cell["kind"]].setdefault(key, {})[cell["seed"]] = values
-    table: dict[str, Any] = {}
+    made: dict[str, Any] = {}
     for kind, rows in groups.items():
-        table[kind] = {
+        made[kind] = {
             key: {name: spread([values[name] for values in by_seed.values()]) for name in METRICS}
             for key, by_seed in rows.items()
         }
         for key, by_seed in rows.items() if kind in ("objective", "lora") else ():
             base = rows.get(f"{BASE}|{key.split('|')[1]}", {})
             gains = [values["accuracy"] - base[seed]["accuracy"] for seed, values in by_seed.items() if seed in base]
-            table[kind][key]["gain"] = spread(gains)
-    return table
+            made[kind][key]["gain"] = spread(gains)
+    return made
 
 
 def spread(values: list[float]) -> list[float]:
-    """Mean, half-width of its 95% interval (Student's t over the seeds) and count."""
+    """Mean, half-width of its 95% interval (Student's t over the seeds), and count."""
     from scipy.stats import t
 
     half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
     return [float(np.mean(values)) if values else float("nan"), float(half), len(values)]
 
 
-def by_objective(rows: dict[str, Any], shares: tuple[float, ...], title: str) -> list[str]:
-    """A table of objectives by their accuracy without flips."""
+def by_objective(rows: dict[str, Any], shares: tuple[float, ...], title: str) -> str:
+    """Table of objectives, sorted by their accuracy without flips."""
     clean = {key.split("|")[0]: row for key, row in rows.items() if key.endswith("|0")}
     titles = [f"accuracy, {flips:.0%} flipped" for flips in shares] + ["AUC, 0%", "ECE raw, 0%", "ECE calibrated, 0%"]
-    lines = [f"| {title} | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    body = []
     for name in sorted(clean, key=lambda name: -clean[name]["accuracy"][0]):
         shown = []
         for flips in shares:
@@ -243,27 +244,27 @@ def by_objective(rows: dict[str, Any], shares: tuple[float, ...], title: str) ->
             gain = "" if row is None or name == BASE else f" ({row['gain'][0]:+.3f} ± {row['gain'][1]:.3f})"
             shown.append("" if row is None else f"{row['accuracy'][0]:.3f}{gain}")
         shown += [f"{clean[name][key][0]:.3f}" for key in ("auc", "ece", "ece_calibrated")]
-        lines.append("| " + " | ".join([name, *shown]) + " |")
-    return lines
+        body.append([name, *shown])
+    return table([title, *titles], body)
 
 
 def markdown(summary: dict[str, Any]) -> str:
     """The tables of docs/reward-models.md: objectives under linear heads and under LoRA, then heads by pairs."""
-    lines = by_objective(summary["objective"], FLIPS, "objective")
+    tables = [by_objective(summary["objective"], FLIPS, "objective")]
     if summary["lora"]:
-        lines += ["", *by_objective(summary["lora"], LORA_FLIPS, "objective, with LoRA")]
+        tables.append(by_objective(summary["lora"], LORA_FLIPS, "objective, with LoRA"))
     sizes = summary["size"] | summary["full"]
     heads = list(dict.fromkeys(key.split("|")[0] for key in sizes))
-    lines += ["", "| pairs | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    body = []
     for n in SIZES:
         found = [sizes.get(f"{head}|{n}", {}).get("accuracy") for head in heads]
         shown = ["" if v is None else f"{v[0]:.3f} ± {v[1]:.3f}" for v in found]
-        lines.append("| " + " | ".join([str(n), *shown]) + " |")
-    return "\n".join(lines)
+        body.append([str(n), *shown])
+    return "\n\n".join([*tables, table(["pairs", *heads], body)])
 
 
 def main() -> None:
-    """Compute the cells that are not there, write ``table.json``, print the tables."""
+    """Compute the missing cells, write ``table.json``, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
     parser.add_argument("--output", type=Path, default=Path("runs/study-reward-models"))
@@ -271,7 +272,7 @@ def main() -> None:
     parser.add_argument("--full-seeds", type=int, default=0, help="seeds of the fine-tuned models")
     parser.add_argument("--lora-seeds", type=int, default=0, help="seeds of the best objectives with LoRA")
     parser.add_argument("--pairs", type=int, default=800, help="training pairs of the objectives")
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no further cell after so long")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no further cell after this time")
     arguments = parser.parse_args()
     configure()
     (arguments.output / "cells").mkdir(parents=True, exist_ok=True)
@@ -295,7 +296,7 @@ def main() -> None:
             values = run_tuned(snippets, data, cell, arguments.assets / "minilm", arguments.output)
         write_json(cell_file(arguments.output, cell), values)
     files = [(cell, cell_file(arguments.output, cell)) for cell in wanted]
-    summary = summarise([(cell, read_json(file)) for cell, file in files if file.exists()])
+    summary = summarize([(cell, read_json(file)) for cell, file in files if file.exists()])
     write_json(arguments.output / "table.json", summary)
     print(markdown(summary))
     json.dump({"cells": sum(file.exists() for _, file in files), "of": len(wanted)}, sys.stderr)

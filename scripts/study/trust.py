@@ -1,11 +1,11 @@
-"""Which rule chooses best between label and margin? An exact arena in which the gold reward is known.
+"""Which rule chooses best between label and margin? The exact arena (scripts/reproduce/exact_arena), gold reward known.
 
-Each prompt has 6 responses with D = 20 Gaussian features, the reference chooses between them evenly, the policy is
-softmax(x theta). The gold reward is linear in the features, its margins have standard deviation 2. A pair is two
-responses of a prompt, its label drawn by Bradley-Terry from the gold margin and then flipped in a given share of the
-pairs. Policies are compared by the exact gold reward on new prompts at equal KL to the reference.
+A pair is two responses with 20 Gaussian features; the gold reward is linear in them and its margins have standard
+deviation 2. The label is drawn by Bradley-Terry from the gold margin and then flipped in a given share of the pairs.
+Policies are the exact linear ones of `align trust`; they are compared by the exact gold reward on new prompts with 6
+responses at equal KL to the uniform reference.
 
-A cell is (margins, flips, pairs); its seeds are computed together, written to one JSON file, and not again.
+A cell is (margins, flips, pairs); each block of its seeds is one JSON file that is not computed again.
 
     python -m scripts.study.trust --seeds 40
 """
@@ -28,6 +28,7 @@ from scripts.reproduce.exact_arena.gold import gold_reward
 from scripts.reproduce.exact_arena.heads import FOLDS
 from scripts.reproduce.exact_arena.report import OUTCOMES
 from scripts.reproduce.exact_arena.world import draw_pairs
+from scripts.tables import table
 
 FAMILY = Family()
 MARGINS = (
@@ -46,7 +47,7 @@ ALLOWED = {
 
 
 def run_seed(kind: str, flips: float, count: int, seed: int) -> dict[str, Any]:
-    """Every rule's gold reward, and what trust and evidence chose."""
+    """Gold reward of every rule, and what trust and evidence chose."""
     rng = np.random.default_rng([seed, MARGINS.index(kind), round(100 * flips), count])
     world = draw_pairs(count, flips, kind, rng)
     x, margin = scaled(world.difference[0]), world.margin[0]
@@ -88,7 +89,7 @@ def block_file(folder: Path, cell: tuple[str, float, int], block: int) -> Path:
 
 
 def row(results: list[dict[str, Any]], kl: int) -> dict[str, Any]:
-    """Mean rewards of a cell and each rule's regret, with the half-width of its 95% interval over the seeds."""
+    """Mean rewards of a cell, and each rule's regret with the half-width of its 95% interval over the seeds."""
     reward = {name: np.array([r["reward"][name][kl] for r in results]) for name in results[0]["reward"]}
     better = max(("DPO", "soft labels"), key=lambda name: reward[name].mean())
     regret = {name: reward[better] - values for name, values in reward.items()}
@@ -112,8 +113,8 @@ def row(results: list[dict[str, Any]], kl: int) -> dict[str, Any]:
     }
 
 
-def summarise(found: dict[tuple[str, float, int], list[dict[str, Any]]]) -> dict[str, Any]:
-    """A row per cell and KL; the regret of each rule averaged over the cells and at its worst."""
+def summarize(found: dict[tuple[str, float, int], list[dict[str, Any]]]) -> dict[str, Any]:
+    """A row per cell and KL; each rule's mean and worst regret over the cells."""
     made: dict[str, Any] = {"rows": {}, "mean_regret": {}, "worst_regret": {}, "by_flips": {}}
     for k, kl in enumerate(OUTCOMES):
         rows = {f"{kind}, {flips:.0%} flipped, {count} pairs": row(results, k) for (kind, flips, count), results in
@@ -147,42 +148,41 @@ def by_flips(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[float]
 
 
 def markdown_by_flips(summary: dict[str, Any], kl: float) -> str:
-    """The document's first table: mean (worst) difference from the better of DPO and soft labels."""
+    """The page's first table: mean (worst) difference to the better of DPO and soft labels."""
     groups = summary["by_flips"][kl]
     rules = list(next(iter(groups.values())))
-    lines = ["| cells | " + " | ".join(rules) + " |", "|---" * (len(rules) + 1) + "|"]
-    for group, found in groups.items():
-        values = " | ".join(f"{-found[rule][0]:+.3f} ({-found[rule][1]:+.3f})" for rule in rules)
-        lines.append(f"| {group} | {values} |")
-    return "\n".join(lines)
+    body = [
+        [group, *(f"{-found[rule][0]:+.3f} ({-found[rule][1]:+.3f})" for rule in rules)]
+        for group, found in groups.items()
+    ]
+    return table(["cells", *rules], body)
 
 
 def markdown(summary: dict[str, Any], kl: float) -> str:
-    """The table of the document: gold reward of the two ends, every other rule's difference from the better of them."""
+    """The page's second table: gold reward of DPO and soft labels, other rules' difference to the better of the two."""
     rows = summary["rows"][kl]
     rules = [name for name in next(iter(rows.values()))["regret"] if name not in ("DPO", "soft labels")]
-    lines = ["| cell | DPO | soft labels | " + " | ".join(rules) + " |", "|---" * (len(rules) + 3) + "|"]
+    body = []
     for name, one in rows.items():
         half = {rule: f" ± {one['half_width'][rule]:.3f}" if rule == "combined" else "" for rule in rules}
-        differences = " | ".join(f"{-one['regret'][rule]:+.3f}{half[rule]}" for rule in rules)
-        lines.append(f"| {name} | {one['DPO']:.3f} | {one['soft labels']:.3f} | {differences} |")
+        differences = [f"{-one['regret'][rule]:+.3f}{half[rule]}" for rule in rules]
+        body.append([name, f"{one['DPO']:.3f}", f"{one['soft labels']:.3f}", *differences])
     for key, title in (("mean_regret", "mean"), ("worst_regret", "worst")):
         at = summary[key][kl]
-        ends = " | ".join(f"{-at[rule]:+.3f}" for rule in ("DPO", "soft labels", *rules))
-        lines.append(f"| {title} difference | {ends} |")
-    return "\n".join(lines)
+        body.append([f"{title} difference", *(f"{-at[rule]:+.3f}" for rule in ("DPO", "soft labels", *rules))])
+    return table(["cell", "DPO", "soft labels", *rules], body)
 
 
 def main() -> None:
-    """Run the blocks that are not there, print the table as JSON."""
+    """Compute the missing blocks, print the table as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/study-trust"))
     parser.add_argument("--pairs", nargs="*", type=int, default=[100, 400, 1600])
     parser.add_argument("--seeds", type=int, default=200)
-    parser.add_argument("--first-block", type=int, default=0, help="leave earlier blocks out, also of the table")
-    parser.add_argument("--block", type=int, default=10, help="seeds in a file")
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no further block after so long")
-    parser.add_argument("--kl", type=float, default=0.5, help="of the Markdown table on stderr")
+    parser.add_argument("--first-block", type=int, default=0, help="ignore earlier blocks, in the table too")
+    parser.add_argument("--block", type=int, default=10, help="seeds per file")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no further block after this time")
+    parser.add_argument("--kl", type=float, default=0.5, help="KL of the Markdown tables on stderr")
     arguments = parser.parse_args()
     configure()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,7 @@ def main() -> None:
     for cell, block in wanted:
         file = block_file(arguments.output, cell, block)
         found.setdefault(cell, []).extend(read_json(file) if file.exists() else [])
-    summary = summarise(found)
+    summary = summarize(found)
     if summary["rows"]:
         print(markdown_by_flips(summary, arguments.kl), markdown(summary, arguments.kl), sep="\n\n", file=sys.stderr)
     write_json(arguments.output / "table.json", summary)

@@ -3,7 +3,7 @@
 Pairs of human-rated review snippets; a label draw takes one rater for each pair, the gold margin is the difference of
 the mean ratings over all 15 to 20 raters. Margins: an outside reward model (VADER, which never saw a rating), a
 logistic head on MiniLM embeddings cross-fitted on the same labels, pure noise. For every (t, g) the proxy policy is
-trained on the labelled pairs and its implicit margin correlated with gold on pairs that it has not seen.
+trained on the labeled pairs, and its implicit margin is correlated with gold on pairs that it has not seen.
 
     python -m scripts.study.trust_features --draws 20
 """
@@ -36,14 +36,14 @@ FAMILY = Family()
 
 
 def snippet_pairs(folder: Path, count: int) -> list[tuple[Snippet, Snippet]]:
-    """Pairs in which no snippet occurs twice, in no order of preference."""
+    """Pairs in which no snippet occurs twice, in random order."""
     found = [s for s in read_snippets(folder) if FEWEST_WORDS <= len(s.text.split()) <= MOST_WORDS]
     random.Random(0).shuffle(found)
     return list(zip(found[0 : 2 * count : 2], found[1 : 2 * count : 2], strict=True))
 
 
 def draw_labels(pairs: list[tuple[Snippet, Snippet]], rng: np.random.Generator) -> np.ndarray:
-    """[N], 1 where one rater drawn for the pair likes the first more, -1 where the second, a coin where neither."""
+    """Signs [N]: 1 if one rater drawn for the pair rates the first higher, -1 if the second, a fair coin on a tie."""
     signs = []
     for first, second in pairs:
         rater = int(rng.integers(min(len(first.ratings), len(second.ratings))))
@@ -53,7 +53,7 @@ def draw_labels(pairs: list[tuple[Snippet, Snippet]], rng: np.random.Generator) 
 
 
 def run_draw(kind: str, draw: int, data: dict[str, Any]) -> dict[str, Any]:
-    """Held-out correlation with gold of every (t, g) at its best ridge, and of what each rule chose."""
+    """Held-out correlation with gold of every (t, g) at its best ridge, and of the choice of each rule."""
     rng = np.random.default_rng([draw, MARGINS.index(kind)])
     train, test = data["train"], data["test"]
     sign = draw_labels([data["pairs"][k] for k in train], np.random.default_rng(draw))
@@ -86,7 +86,7 @@ def run_draw(kind: str, draw: int, data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def summarise(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summarize(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Means over the label draws with the half-width of their 95% interval; the best single (t, g) in hindsight."""
     made = {}
     for kind, draws in found.items():
@@ -112,7 +112,7 @@ def summarise(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def _embedded(texts: list[str], model: str, file: Path) -> np.ndarray:
-    """Embeddings of ``texts`` [N, D], kept in ``file``."""
+    """Embeddings [N, D] of ``texts``, cached in ``file``."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".tmp.npy")
@@ -123,7 +123,7 @@ def _embedded(texts: list[str], model: str, file: Path) -> np.ndarray:
 
 
 def main() -> None:
-    """Run the draws that are not there, print the table as JSON."""
+    """Compute the missing draws, print the table as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
     parser.add_argument("--output", type=Path, default=Path("runs/study-trust-features"))
@@ -163,7 +163,7 @@ def main() -> None:
         if not file.exists():
             write_json(file, run_draw(kind, draw, data))
         found[kind].append(read_json(file))
-    summary = summarise(found)
+    summary = summarize(found)
     write_json(arguments.output / "table.json", summary)
     json.dump(summary, sys.stdout, indent=2)
 

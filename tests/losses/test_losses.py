@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.errors import ConfigError
-from align.losses.beta_dpo import BetaDpoState, beta_dpo, beta_dpo_step
 from align.losses.margin_weights import madpo_coefficient, madpo_weight
 from align.losses.pairwise import PairLogps, gradient_weights, mmpo
 from align.losses.registry import LOSSES, resolve
@@ -237,36 +236,6 @@ def test_robust_is_unbiased_under_flips() -> None:
     assert torch.allclose(mean, resolve("dpo", {})(make([pair])))
 
 
-def test_beta_dpo_against_plain_python() -> None:
-    """Statistics, beta and mean loss recomputed without tensors for the pairs that were kept."""
-    gaps = [1.0, 2.0, -1.0, 0.5, 9.0]
-    settings_ = {"beta": 0.1, "alpha": 0.6, "rho": 0.8, "momentum": 0.9}
-    beta, keep, state = beta_dpo_step(
-        torch.tensor(gaps), BetaDpoState(0.5, 1.0), **settings_, generator=torch.Generator().manual_seed(3)
-    )
-    average = sum(gaps) / 5
-    spread = math.sqrt(sum((gap - average) ** 2 for gap in gaps) / 4)
-    assert state == BetaDpoState(pytest.approx(0.45 + 0.1 * average), pytest.approx(0.9 + 0.1 * spread))
-    kept = [gap for gap, is_kept in zip(gaps, keep.tolist(), strict=True) if is_kept]
-    assert len(kept) == 4
-    assert beta == pytest.approx(0.1 * (1 + 0.6 * (sum(kept) / 4 - state.mean)))
-    logps = make([(gap, 0.0) for gap in gaps])
-    found = beta_dpo(logps, beta=beta, keep=keep, scale=5 / 4).mean()
-    assert float(found) == pytest.approx(sum(math.log1p(math.exp(-beta * gap)) for gap in kept) / 4)
-
-
-def test_beta_dpo_clamps_and_is_reproducible() -> None:
-    def step(gaps: list[float]) -> tuple[float, list[bool]]:
-        generator = torch.Generator().manual_seed(0)
-        beta, keep, _ = beta_dpo_step(
-            torch.tensor(gaps), BetaDpoState(), beta=0.1, alpha=0.6, rho=0.8, momentum=0.9, generator=generator
-        )
-        return beta, keep.tolist()
-
-    assert step([-100.0, -101.0, -99.0])[0] == 1e-3
-    assert step([1.0, 2.0, 3.0, 4.0]) == step([1.0, 2.0, 3.0, 4.0])
-
-
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
@@ -287,9 +256,11 @@ def test_registry_errors(name: str, parameters: dict[str, float], message: str) 
     assert message in str(caught.value)
 
 
-def test_a_missing_margin_and_a_wrong_shape_are_errors() -> None:
+def test_a_missing_margin_a_coupled_loss_and_a_wrong_shape_are_errors() -> None:
     with pytest.raises(ConfigError, match="madpo needs a margin"):
         resolve("madpo", {})(make([(1.0, 0.0)]))
+    with pytest.raises(TypeError, match="beta_dpo has no loss for a single pair"):
+        resolve("beta_dpo", {})(make([(1.0, 0.0)]))
     one = torch.zeros(1)
     with pytest.raises(ValueError, match=r"must be \[B\]"):
         PairLogps(one, one, one, torch.zeros(1, 1), one, one)

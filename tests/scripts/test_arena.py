@@ -25,7 +25,7 @@ from scripts.reproduce.exact_arena.gold import (
 )
 from scripts.reproduce.exact_arena.heads import fit_head, out_of_fold_margins
 from scripts.reproduce.exact_arena.methods import BETAS, CANDIDATES, METHODS, UNTUNED
-from scripts.reproduce.exact_arena.report import markdown, summarise
+from scripts.reproduce.exact_arena.report import markdown, summarize
 from scripts.reproduce.exact_arena.training import Recipe, train
 from scripts.reproduce.exact_arena.world import (
     ERRORS,
@@ -34,7 +34,7 @@ from scripts.reproduce.exact_arena.world import (
     World,
     draw_pairs,
     draw_world,
-    memorised_margins,
+    memorized_margins,
     reward_model,
 )
 from scripts.tables import insert
@@ -135,7 +135,7 @@ def test_reward_model_with_memory_against_joint_minimisation() -> None:
 
     slow = minimize(joint, np.zeros(SIZE + 40), method="BFGS", options={"gtol": 1e-7}).x
     assert np.allclose(reward_model(x, memory)[0], slow[:SIZE], atol=1e-4)
-    assert np.allclose(memorised_margins(x, memory)[0], x[0] @ slow[:SIZE] + slow[SIZE:], atol=1e-4)
+    assert np.allclose(memorized_margins(x, memory)[0], x[0] @ slow[:SIZE] + slow[SIZE:], atol=1e-4)
 
 
 def test_gold_reward_is_at_the_kl_that_was_asked_for() -> None:
@@ -275,7 +275,7 @@ def test_differences_are_paired() -> None:
     """MADPO is 0.1 better on each seed of very different seeds: an interval of no width, in bold, one cell ahead."""
     names = [name for name in METHODS if name != "madpo, tuned"]
     rewards = {name: [0.0, 5.0] for name in names} | {"madpo, tuned": [0.1, 5.1]}
-    row = summarise([cell("none", rewards)])["rows"][0]
+    row = summarize([cell("none", rewards)])["rows"][0]
     assert row["difference"]["0.5"]["dpo"] == 2.5
     assert row["difference"]["0.5"]["madpo, tuned"] == (0.1, 0.1, 0.1)
     assert row["over"]["mmpo"] == (0.1, 0.1, 0.1)

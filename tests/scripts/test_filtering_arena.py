@@ -25,7 +25,7 @@ from scripts.reproduce.exact_arena.pool import (
     PoolCell,
     draw_pool,
 )
-from scripts.reproduce.exact_arena.pool_report import LONG, MAIN_KEEP, named, soonest, summarise
+from scripts.reproduce.exact_arena.pool_report import LONG, MAIN_KEEP, named, soonest, summarize
 from scripts.reproduce.exact_arena.training import BATCH, STEPS, Recipe, train
 from scripts.reproduce.exact_arena.world import SIZE, Cell, draw_world
 from scripts.tables import END, insert
@@ -129,7 +129,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     for name, one in shown.items():
         less = np.subtract(longer["found"][name]["6"]["reward"], longer["found"][ALL]["6"]["reward"])
         assert one["less_all"][0] == pytest.approx(less.mean(), abs=1e-4)
-    (row,) = summarise([cell], (2, 4))
+    (row,) = summarize([cell], (2, 4))
     trained = row["trainings"]
     for arm in ARMS:
         found = trained[named(arm, MAIN_KEEP)]["4"]

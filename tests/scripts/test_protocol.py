@@ -18,8 +18,8 @@ from reward_models.judges import make_judge
 from scripts.reproduce import policy as reproduce_policy
 from scripts.reproduce.crossed_effects import crossed_p
 from scripts.reproduce.policy_protocol.cells import CANDIDATES, choose, relabelled, setting_name
-from scripts.reproduce.policy_protocol.data import dealt_anew, label, read_known
-from scripts.reproduce.policy_protocol.report import ERROR_RATE, holm, markdown, primary, primary_markdown, summarise
+from scripts.reproduce.policy_protocol.data import label, permuted_scores, read_known
+from scripts.reproduce.policy_protocol.report import ERROR_RATE, holm, markdown, primary, primary_markdown, summarize
 from scripts.tables import END, insert
 from tests.helpers.builders import bert_reward, causal
 from tests.helpers.snippets import snippets
@@ -139,7 +139,7 @@ def test_dealing_keeps_the_scores_and_not_their_pairs(seed: int) -> None:
     first, second = np.arange(8.0), np.arange(100.0, 108.0)
     ids = [str(k) for k in range(8)]
     columns = {"id": ids, "reward_chosen": first, "reward_rejected": second, "margin": first - second}
-    found = dealt_anew(Dataset.from_dict(columns), seed)
+    found = permuted_scores(Dataset.from_dict(columns), seed)
     chosen, rejected = np.asarray(found["reward_chosen"]), np.asarray(found["reward_rejected"])
     assert found["id"] == ids and np.allclose(np.abs(chosen - rejected), 100)
     assert sorted([*chosen, *rejected]) == sorted([*first, *second])
@@ -182,7 +182,7 @@ def test_table_is_paired_and_leaves_out_seeds_that_a_method_lacks() -> None:
     references = [cell("reference", seed, [0.0, 4.0], 0.0) for seed in (0, 1, 2)]
     cells = [cell("dpo", 0, [1.0, 5.0], 0.5), cell("dpo", 1, [1.0, 5.0], 0.5), cell("dpo", 2, [9.0, 9.0], 0.5)]
     cells += [cell("madpo", 0, [1.5, 5.5], 2.0), cell("madpo", 1, [2.5, 4.5], 2.0)]
-    dpo, madpo = summarise(cells, references)
+    dpo, madpo = summarize(cells, references)
     assert dpo["seeds"] == madpo["seeds"] == 2
     assert dpo["reward"]["value"] == 3.0 and dpo["gain_per_root_kl"]["value"] == pytest.approx(1.0)
     assert madpo["over_dpo"]["value"] == 0.5 and madpo["over_dpo_by_seed"] == [0.5, 0.5]
@@ -226,13 +226,13 @@ def test_verdict_of_a_primary_comparison(gains: list[float], kl: float, verdict:
     references = of_quality("", "reference", origin, 0.0)
     cells = [one for quality in ("high", "low") for one in of_quality(quality, "dpo", base, 0.5)]
     cells += [one for quality in ("high", "low") for one in of_quality(quality, "madpo", other, kl)]
-    rows = primary(summarise(cells, references), cells, references)
+    rows = primary(summarize(cells, references), cells, references)
     assert [(row["quality"], row["verdict"], row["baseline_gains"]) for row in rows] == [
         ("high", verdict, True), ("low", verdict, True)
     ]  # fmt: skip
     assert primary_markdown(rows).count("| yes |") == 2 and verdict in primary_markdown(rows)
     alone = [one for one in cells if one["method"] == "dpo"]
-    assert primary(summarise(alone, references), alone, references) == []
+    assert primary(summarize(alone, references), alone, references) == []
 
 
 @pytest.mark.parametrize(
@@ -248,6 +248,6 @@ def test_tables_of_the_page_are_those_of_the_kept_numbers(table: str, mark: str,
     known = read_known([root / "studies" / "policy" / "cells.jsonl"])
     cells = [known[key] for row in found["rows"] for key in row["cells"]]
     references = [known[key] for key in found["references"]]
-    again = summarise(cells, references)
+    again = summarize(cells, references)
     assert markdown(again) == markdown(found["rows"])
     assert primary_markdown(primary(again, cells, references)) == primary_markdown(found["primary"])

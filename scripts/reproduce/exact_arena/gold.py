@@ -1,7 +1,7 @@
 """The gold reward of the arena, and policies judged by it at equal KL.
 
 Shapes: P prompts, R = 6 responses, D = 20 features, M policies. The policy is softmax(x theta) over the responses of a
-prompt, the reference chooses between them evenly.
+prompt, the reference is uniform.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ SIZE, RESPONSES, GOLD_SPREAD = 20, 6, 2.0
 """D, R, standard deviation of the gold margin of two responses."""
 PROMPTS = 500
 STEPS, CLOSE = 8, 1e-5
-"""Most Newton steps to a KL, relative error at which it is reached."""
+"""Maximum of Newton steps to a KL, relative error at which they stop."""
 
 
 def draw_gold(rng: np.random.Generator) -> np.ndarray:
@@ -23,7 +23,7 @@ def draw_gold(rng: np.random.Generator) -> np.ndarray:
 
 
 def gold_reward(theta: np.ndarray, gold: np.ndarray, rng: np.random.Generator, kls: Sequence[float]) -> np.ndarray:
-    """Exact gold reward [KLS, M] of the directions theta [D, M], each at the temperature with that KL."""
+    """Exact gold reward [KLs, M] of the directions theta [D, M], each scaled to every KL."""
     x, reward = draw_prompts(gold, rng)
     u = x @ (theta / np.maximum(np.linalg.norm(theta, axis=0), 1e-12))
     u -= u.mean(axis=0)
@@ -43,7 +43,7 @@ def gold_reward(theta: np.ndarray, gold: np.ndarray, rng: np.random.Generator, k
 
 
 def reward_and_kl(theta: np.ndarray, gold: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Exact gold reward and KL [M] of the policies theta [D, M] as they are."""
+    """Exact gold reward [M] and KL [M] of the policies theta [D, M] as they are."""
     x, reward = draw_prompts(gold, rng)
     p, kl = softmax(x @ theta)
     return gained(p, reward), kl
@@ -56,12 +56,12 @@ def draw_prompts(gold: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray
 
 
 def gained(p: np.ndarray, reward: np.ndarray) -> np.ndarray:
-    """Mean reward [M] under p [R, P, M] minus that of the reference."""
+    """Mean reward [M] under p [R, P, M], minus that of the reference."""
     return np.einsum("rpm,rp->m", p, reward) / reward.shape[1] - reward.mean()
 
 
 def softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities [R, P, M] and mean KL to the even reference [M]."""
+    """Probabilities [R, P, M] and mean KL [M] to the uniform reference."""
     shifted = logits - logits.max(axis=0)
     p = np.exp(shifted)
     total = p.sum(axis=0)

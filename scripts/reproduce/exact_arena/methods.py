@@ -1,7 +1,7 @@
-"""The methods of the study and what each may choose from on validation seeds: as many candidates, the same betas.
+"""The methods of the study and their candidates on validation seeds: equally many for each, with the same betas.
 
-Every method tries the same betas first. At the best of them it then tries as many other values again: of its own
-parameter or shape where it has one, and else betas between the best and its neighbours.
+Every method tries the same betas first. At the best of them it then tries three other values of its own parameter or
+shape; a method without one tries three betas between the best and its neighbors.
 """
 
 from collections.abc import Mapping
@@ -14,28 +14,28 @@ from align.losses.registry import resolve
 from scripts.reproduce.exact_arena.training import Recipe
 
 BETAS = tuple(float(f"{beta:.3g}") for beta in np.geomspace(0.02, 2.0, 12))
-"""Tried first, by every method."""
+"""Candidates that every method tries first."""
 BETWEEN = (-0.5, 0.25, 0.75)
-"""Where beta is all there is to choose: how many places of BETAS beside the best. At an edge all lie within."""
+"""Offsets from the best beta, in places of BETAS, of the betas tried next; at an edge they are reflected inward."""
 CANDIDATES = len(BETAS) + len(BETWEEN)
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A loss, what its labels are, and what is tried beside beta."""
+    """A loss, the labels it is trained on, and the parameters tried next to beta."""
 
     loss: str
     others: tuple[Mapping[str, float], ...] = ()
-    """Parameters tried at the best beta; betas are tried with the loss's own."""
+    """Parameters tried at the best beta; the betas are tried with the loss's defaults."""
     labels: Literal["given", "redrawn", "relabelled"] = "given"
     part: Literal["all", "amplify", "dampen"] = "all"
 
     def first(self) -> list[Recipe]:
-        """A recipe a beta of ``BETAS``."""
+        """One recipe per beta of ``BETAS``."""
         return [self._recipe({"beta": beta}) for beta in BETAS]
 
     def then(self, best: int) -> list[Recipe]:
-        """What is tried once the beta at ``best`` of ``BETAS`` was found to be the best."""
+        """The recipes tried after ``BETAS[best]`` was the best of the betas."""
         if self.others:
             return [self._recipe({"beta": BETAS[best], **other}) for other in self.others]
         last = len(BETAS) - 1
@@ -52,7 +52,7 @@ SHAPES: tuple[dict[str, float], ...] = (
     {"c_max": 4.0, "c_min": 0.25, "tau": 2.0},
     {"c_max": 4.0, "c_min": 0.25, "tau": 7.0},
 )
-"""Of MADPO's weight, beside the paper's c_max 2, c_min 1/2, tau 6.9."""
+"""Shapes of MADPO's weight other than the paper's c_max 2, c_min 1/2, tau 6.9."""
 
 
 def _values(name: str, *values: float) -> tuple[dict[str, float], ...]:
@@ -85,4 +85,4 @@ UNTUNED: dict[str, Recipe] = {
     "soft_madpo": Recipe(resolve("soft_madpo", {})),
     "dpo, relabelled": Recipe(resolve("dpo", {}), "relabelled"),
 }
-"""The paper's way: one beta (0.1) for all, judged where training ends, whatever the KL."""
+"""The paper's protocol: one beta (0.1) for all, judged where training ends, whatever the KL."""

@@ -1,8 +1,8 @@
-"""Pools of labelled pairs to choose from, with the scores that a filter chooses by.
+"""Pools of labeled pairs to choose from, with the scores that a filter chooses by.
 
-Shapes: S seeds, N pairs, R responses of a prompt, D features. sound: every pair is of a prompt of its own. repeated:
-most prompts are near-copies of a few, each labelled anew. junk: a part of the pairs has wide features and a label by
-coin, which the quality score knows with some error; in the other pools quality says nothing.
+Shapes: S seeds, N pairs, R responses per prompt, D features. sound: every pair comes from its own prompt. repeated:
+most prompts are near-copies of a few, each with a new label. junk: a part of the pairs has wide features and a label
+drawn by a fair coin, which the quality score knows with some error; in the other pools quality is noise.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ from scripts.reproduce.exact_arena.world import ERRORS, World, prefer, world_of
 
 KINDS = ("sound", "repeated", "junk")
 REPEATED, FEW, JITTER = 0.8, 40, 0.1
-"""Share of the prompts that are near-copies, of how many, and by how much each feature of a copy differs."""
+"""Share of the prompts that are near-copies, number of originals, standard deviation between copy and original."""
 JUNK, WIDER, KNOWN = 0.2, 1.5, 1.5
-"""Share of the pairs that is junk, how much wider its features are, by how many of its own standard deviations the
-quality score is lower there."""
+"""Share of the pairs that is junk, factor on the spread of its features, by how many standard deviations its quality
+score is lower."""
 NEIGHBOURS = 5
 WEIGHTS: dict[str, dict[str, float]] = {
     "filtered": {"margin": 1.0, "quality": 0.5, "diversity": 0.5},
@@ -32,14 +32,14 @@ WEIGHTS: dict[str, dict[str, float]] = {
 }
 RANDOM, GREEDY, SOFT = "random", "greedy", "random, soft labels"
 ARMS = (RANDOM, SOFT, *WEIGHTS, GREEDY)
-"""Ways to a subset; ``SOFT`` is the random one, trained with soft labels."""
+"""Ways to choose a subset; ``SOFT`` is the random one, trained with soft labels."""
 KEEPS = (0.05, 0.1, 0.2, 0.4)
 ALL, ALL_SOFT = "all pairs", "all pairs, soft labels"
 
 
 @dataclass(frozen=True, slots=True)
 class PoolCell:
-    """One condition: how many pairs, what share of labels is flipped, which kind of pool, whose margins."""
+    """One condition: number of pairs, share of labels flipped, kind of pool, error of the margins."""
 
     pairs: int
     flips: float
@@ -48,7 +48,7 @@ class PoolCell:
 
     @property
     def name(self) -> str:
-        """For files and logs."""
+        """Name in files and logs."""
         return f"{self.pairs} pairs, {self.flips:.0%} flipped, {self.kind}, {self.error}"
 
 
@@ -60,12 +60,12 @@ class Pool:
     quality: np.ndarray
     """[S, N]."""
     vectors: np.ndarray
-    """[S, N, D] float32, unit length: of both responses together, whichever is preferred."""
+    """[S, N, D] float32, unit length: sum of both responses' features, whichever is preferred."""
     diversity: np.ndarray
     """[S, N]."""
 
     def rows(self, seed: int, arm: str, count: int) -> np.ndarray:
-        """Rows [count] that an arm keeps of the pairs of the seed at a place of S."""
+        """Rows [count] that an arm keeps of the pairs of one seed, an index into S."""
         names = np.arange(self.quality.shape[1])
         if arm == RANDOM:
             return np.sort(np.random.default_rng(seed).choice(names, count, replace=False))
@@ -80,7 +80,7 @@ class Pool:
         return top_k(importance(columns, WEIGHTS[arm]), names, count)
 
     def subset(self, arm: str, count: int) -> World:
-        """The pairs that an arm keeps of every seed."""
+        """The pairs that an arm keeps, for every seed."""
         world = self.world
         rows = [self.rows(seed, arm, count) for seed in range(len(world.gold))]
         features, margin, gold_margin = (
@@ -91,7 +91,7 @@ class Pool:
 
 
 def draw_pool(cell: PoolCell, seeds: Sequence[int]) -> Pool:
-    """The pools of the given seeds; cells that differ in flips or errors only have the same responses."""
+    """The pools of the given seeds; cells that differ only in flips or errors share the responses."""
     drawn = [_draw(cell, np.random.default_rng([seed, cell.pairs, KINDS.index(cell.kind)])) for seed in seeds]
     features, quality, gold = (np.stack(values) for values in zip(*drawn, strict=True))
     rngs = [np.random.default_rng([seed, cell.pairs, len(KINDS) + ERRORS.index(cell.error)]) for seed in seeds]
@@ -102,7 +102,7 @@ def draw_pool(cell: PoolCell, seeds: Sequence[int]) -> Pool:
 
 
 def _draw(cell: PoolCell, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features [N, R, D] with the preferred response first, quality [N], gold direction [D], of one seed."""
+    """One seed's features [N, R, D] with the preferred response first, quality [N] and gold direction [D]."""
     gold = draw_gold(rng)
     x = rng.normal(size=(cell.pairs, RESPONSES, SIZE))
     quality = rng.normal(size=cell.pairs)

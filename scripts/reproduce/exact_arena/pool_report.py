@@ -1,4 +1,4 @@
-"""From the cells of reproduce_filtering.py to the tables and the plot of docs/results.md."""
+"""The tables and the plot of docs/results.md that scripts/reproduce/filtering.py writes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from scripts.figures import pyplot, save
 from scripts.reproduce.exact_arena.pool import ALL, ALL_SOFT, ARMS, GREEDY, KEEPS, KINDS, RANDOM, SOFT
 from scripts.reproduce.exact_arena.report import interval, shown
 from scripts.tables import table
 
 MAIN_KEEP, MAIN_ERROR = 0.2, "cross-fitted"
 CURVES = ("filtered", "margin", GREEDY)
-"""Shown at every share."""
+"""Arms that the tables show at every share kept."""
 SHADES = {
     RANDOM: "#6e7781", SOFT: "#0072b2", "filtered": "#d55e00", GREEDY: "#e69f00",
     "margin": "#009e73", "quality": "#cc79a7", "diversity": "#56b4e9",
@@ -20,21 +21,21 @@ SHADES = {
 
 
 def named(arm: str, keep: float) -> str:
-    """Of a training on a subset."""
+    """Name of a training on a subset."""
     return f"{arm}, {keep:g}"
 
 
 LONG = (ALL, ALL_SOFT, *(named(arm, MAIN_KEEP) for arm in (RANDOM, SOFT, "filtered")))
-"""What is trained for longer as well."""
+"""Trainings that are also run for longer."""
 
 
-def summarise(
+def summarize(
     found: Sequence[dict[str, Any]], steps: Sequence[int], longer: Sequence[int] = ()
 ) -> list[dict[str, Any]]:
-    """Of each cell, training and number of steps the mean reward and its paired differences, with intervals.
+    """Mean reward and its paired differences, with intervals, of each cell, training and number of steps.
 
-    Differences are to DPO on all pairs after the most of ``steps``, and to DPO on a random subset of the same size
-    after as many. After the ``longer`` numbers of steps the first is to DPO on all pairs after as many.
+    ``less_all`` is the difference to DPO on all pairs after ``max(steps)`` steps, or under ``longer`` after as many;
+    ``less_random`` is the difference to DPO on a random subset of the same size after as many steps.
     """
     rows = []
     for cell in found:
@@ -60,7 +61,7 @@ def summarise(
 
 
 def _longer(trained: dict[str, Any], steps: Sequence[int]) -> dict[str, Any]:
-    """Steps -> training -> mean reward, difference to DPO on all pairs after as many steps."""
+    """Steps -> training -> mean reward, and difference to DPO on all pairs after as many steps."""
     made: dict[str, Any] = {}
     for count in map(str, steps):
         rewards = {name: np.array(trained[name][count]["reward"]) for name in LONG}
@@ -72,13 +73,13 @@ def _longer(trained: dict[str, Any], steps: Sequence[int]) -> dict[str, Any]:
 
 
 def soonest(trained: dict[str, Any], steps: Sequence[int]) -> str:
-    """The fewest steps after which the mean is not below that of DPO on all pairs after the most."""
+    """The fewest steps after which the mean is not below that of DPO on all pairs after ``max(steps)``."""
     return next((str(count) for count in steps if trained[f"{count}"]["less_all"][0] >= 0), "-")
 
 
 def markdown(rows: Sequence[dict[str, Any]], steps: Sequence[int], longer: Sequence[int] = ()) -> str:
-    """A fifth of the pairs under each kind of margins, after longer trainings too; under one every share, and how soon
-    all pairs are reached.
+    """Tables of a fifth of the pairs under each kind of margins and after longer trainings; under cross-fitted margins
+    also of every share kept, and of the steps until DPO on all pairs is reached.
     """
     last, parts = f"{max(steps)}", []
     for error in dict.fromkeys(row["cell"]["error"] for row in rows):
@@ -119,13 +120,8 @@ def _condition(row: dict[str, Any]) -> str:
 
 
 def draw_plot(rows: Sequence[dict[str, Any]], steps: Sequence[int], target: Path) -> None:
-    """Gold reward against the share kept, a line per arm, a panel per kind of pool and share of flips."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"svg.hashsalt": "filtering", "svg.fonttype": "none"})
+    """Plot gold reward against the share kept: a line per arm, a panel per kind of pool and share of flips."""
+    plt = pyplot("filtering")
     here, last = [row for row in rows if row["cell"]["error"] == MAIN_ERROR], f"{max(steps)}"
     flips = sorted({row["cell"]["flips"] for row in here})
     figure, axes = plt.subplots(len(KINDS), len(flips), figsize=(10.5, 8.5), squeeze=False, sharex=True)
@@ -145,5 +141,4 @@ def draw_plot(rows: Sequence[dict[str, Any]], steps: Sequence[int], target: Path
         axis.set_ylabel("gold reward at KL 0.5")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=8)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.savefig(target, format="svg", metadata={"Date": None})
-    plt.close(figure)
+    save(figure, target)

@@ -1,4 +1,4 @@
-"""From the arena's cells to the tables and plots of docs/results.md."""
+"""The tables and plots of docs/results.md that scripts/reproduce/arena.py writes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from scripts.bootstrap import bootstrap_mean
+from scripts.figures import pyplot, save
 from scripts.tables import table
 
 OUTCOMES = (0.25, 0.5, 1.0)
@@ -14,19 +15,19 @@ MAIN_KL = 0.5
 BASELINE = "dpo"
 MADPO = "madpo, tuned"
 CONTROLS = ("soft_madpo", "mmpo", "rpo_sq", "dpo, relabelled", "dpo, redrawn", "trust", "ipo", "beta_dpo", "odpo")
-"""What MADPO is compared with beside DPO."""
+"""Methods that MADPO is compared with, next to DPO."""
 MAIN = ("madpo, published", MADPO, "soft_madpo", "mmpo", "dpo, relabelled", "trust")
 OTHERS = ("ipo", "beta_dpo", "odpo", "rpo_sq", "dpo, redrawn", "madpo, amplify only", "madpo, dampen only")
 PLOTTED = (MADPO, "soft_madpo", "mmpo", "dpo, relabelled", "trust", "beta_dpo")
 UNTUNED = "untuned "
 SEEN_EVERYWHERE = 0.2
-"""Largest share of flips that there is at every size and spread."""
+"""Largest share of flips that every size and spread has."""
 Interval = tuple[float, float, float]
-"""Mean, and the ends of its 95% bootstrap interval over the seeds."""
+"""Mean and the ends of its 95% bootstrap interval over the seeds."""
 
 
-def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of every cell the mean gold reward of DPO and the paired differences of all others to it, with intervals."""
+def summarize(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Per cell, DPO's mean gold reward and the paired differences of all others to it, with intervals."""
     rows = [_row(cell) for cell in found]
     seconds = sum(cell["seconds"] for cell in found)
     return {"seeds": sorted({cell["seeds"] for cell in found}), "seconds": round(seconds), "rows": rows}
@@ -56,13 +57,13 @@ def _untuned(one: dict[str, Any], kl: int) -> dict[str, float]:
 
 
 def interval(values: np.ndarray) -> Interval:
-    """Of values [S], by bootstrap over the seeds."""
+    """Mean of values [S] with its bootstrap interval over the seeds."""
     estimate = bootstrap_mean(values, seed=0)
     return round(estimate.value, 4), round(estimate.low, 4), round(estimate.high, 4)
 
 
 def compact(summary: dict[str, Any]) -> dict[str, Any]:
-    """What the tables need: outcomes only, intervals at the main KL only."""
+    """The part of the summary that the tables need: outcomes only, intervals at the main KL only."""
     rows = []
     for row in summary["rows"]:
         kept = {f"{kl:g}": row["difference"][f"{kl:g}"] for kl in OUTCOMES}
@@ -74,7 +75,7 @@ def compact(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """Every table of docs/results.md that stands on the arena, under its title."""
+    """Every table of the arena in docs/results.md, under its title."""
     rows, main = summary["rows"], _main(summary["rows"])
     tables = [
         ("All cells at KL 0.5, differences to DPO", overview(rows)),
@@ -96,7 +97,7 @@ def _main(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def differences(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
-    """A row per cell: DPO's gold reward, every method's difference to it with its interval."""
+    """A row per cell: DPO's gold reward and every method's difference to it with its interval."""
     made = []
     for row in rows:
         found = row["difference"][f"{MAIN_KL:g}"]
@@ -106,7 +107,7 @@ def differences(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
 
 
 def overview(rows: Sequence[dict[str, Any]]) -> str:
-    """A row per method: mean and worst difference to DPO, cells better and worse beyond the interval, by flips."""
+    """A row per method: mean difference to DPO by flips, extreme cells, cells better and worse beyond the interval."""
     made = []
     for name in [name for name in rows[0]["difference"][f"{MAIN_KL:g}"] if name != BASELINE]:
         found = [(row["cell"], row["difference"][f"{MAIN_KL:g}"][name]) for row in rows]
@@ -121,7 +122,7 @@ def overview(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def against_controls(rows: Sequence[dict[str, Any]]) -> str:
-    """A row per control: mean of MADPO's lead, cells in which it leads or trails beyond the interval."""
+    """A row per control: mean of MADPO's lead, cells in which it leads or trails beyond its interval."""
     made = []
     for name in CONTROLS:
         leads = [row["over"][name] for row in rows]
@@ -133,7 +134,7 @@ def against_controls(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def by_factor(rows: Sequence[dict[str, Any]], factor: str) -> str:
-    """A row per level of a factor: mean difference to DPO over the cells that differ in it alone."""
+    """A row per level of a factor: mean difference to DPO over the cells that differ only in that factor."""
     fixed = {"spread": ("pairs", 400), "pairs": ("spread", "even")}[factor]
     rows = [row for row in rows if row["cell"][fixed[0]] == fixed[1] and row["cell"]["flips"] <= SEEN_EVERYWHERE]
     made = []
@@ -145,7 +146,7 @@ def by_factor(rows: Sequence[dict[str, Any]], factor: str) -> str:
 
 
 def by_kl(rows: Sequence[dict[str, Any]]) -> str:
-    """A row per KL of the outcome: DPO's mean gold reward and every method's mean difference to it."""
+    """A row per KL: DPO's mean gold reward and every method's mean difference to it."""
     made = []
     for kl in (f"{kl:g}" for kl in OUTCOMES):
         found = [row["difference"][kl] for row in rows]
@@ -155,7 +156,7 @@ def by_kl(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def untuned(rows: Sequence[dict[str, Any]]) -> str:
-    """A row per cell: reward (KL) as trained and, in brackets, at KL 0.5, of every untuned method."""
+    """A row per cell: each untuned method's reward (KL) as trained and, in brackets, its reward at KL 0.5."""
     made = []
     for row in rows:
         label = f"{row['cell']['error']}, {row['cell']['flips']:.0%} flipped"
@@ -169,7 +170,7 @@ def _levels(rows: Sequence[dict[str, Any]], factor: str) -> list[Any]:
 
 
 def shown(interval: Sequence[float]) -> str:
-    """Value and interval, in bold where all of it lies above 0."""
+    """Value and interval, in bold if the complete interval lies above 0."""
     value, low, high = interval
     text = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
     return f"**{text}**" if low > 0 else text
@@ -204,12 +205,7 @@ def _same_error(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _plot(curves: dict[tuple[str, str], list[tuple[float, Interval]]], target: Path, *, x_title: str) -> None:
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"svg.hashsalt": "arena", "svg.fonttype": "none"})
+    plt = pyplot("arena")
     errors = list(dict.fromkeys(error for error, _ in curves))
     figure, axes = plt.subplots(2, 3, figsize=(10.5, 6.0), squeeze=False, sharex=True)
     for panel, error in zip(axes.flat, errors, strict=False):
@@ -225,7 +221,4 @@ def _plot(curves: dict[tuple[str, str], list[tuple[float, Interval]]], target: P
         panel.set_xlabel(x_title)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=len(PLOTTED), fontsize=8)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
-    temporary = target.with_suffix(".partial")
-    figure.savefig(temporary, format="svg", metadata={"Date": None})
-    temporary.replace(target)
-    plt.close(figure)
+    save(figure, target)

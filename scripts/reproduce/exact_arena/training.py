@@ -1,9 +1,9 @@
-"""Trains many small softmax policies at once with the project's own losses, each on the same batches of pairs.
+"""Train many small softmax policies at once with the losses of align/losses, all on the same batches of pairs.
 
-Shapes: S seeds, M policies, B pairs of a batch, R responses, D features; float64. Every policy takes the same number of
-steps of the same optimizer: Adam whose second moment is one number a policy rather than one a parameter, so that
-neither the scale of a loss nor the basis of the features matters. With it the length of a step does not depend on the
-loss: beta times the learning rate is how far a policy can go, and sweeping beta sweeps how hard it is trained.
+Shapes: S seeds, M policies, B pairs per batch, R responses, D features; float64. Every policy takes the same number of
+steps of the same optimizer: Adam with one second moment per policy rather than per parameter, so that neither the scale
+of a loss nor the basis of the features matters. The length of a step then does not depend on the loss: beta times the
+learning rate bounds how far a policy can go, and sweeping beta sweeps how hard it is trained.
 """
 
 from collections.abc import Sequence
@@ -22,26 +22,26 @@ from scripts.reproduce.exact_arena.world import World
 
 STEPS, BATCH = 100, 32
 RATE = 0.15
-"""Length of a step at the start; falls to 0 as a cosine."""
+"""Learning rate at the start; it falls to 0 as a cosine."""
 FIRST, SECOND = 0.9, 0.95
 """Decays of the two moments."""
 CALIBRATED = "trust"
-"""The loss whose margins are multiplied by the slope that their pairs' labels give them, as `align trust` does."""
+"""The loss whose margins are multiplied by their calibrated slope on the labels, as `align trust` does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a policy is trained with."""
+    """How a policy is trained."""
 
     loss: BoundLoss
     labels: Literal["given", "redrawn", "relabelled"] = "given"
-    """As drawn; drawn again from sigmoid of the reward model's margin; what the reward model prefers."""
+    """Labels as drawn; drawn again from sigmoid of the reward model's margin; the sign of that margin."""
     part: Literal["all", "amplify", "dampen"] = "all"
-    """Of MADPO's weight: amplify leaves it 1 for margins above tau, dampen for those within -tau and tau."""
+    """Part of MADPO's weight in use: amplify leaves 1 for margins above tau, dampen for margins within -tau and tau."""
 
     @property
     def needs_margin(self) -> bool:
-        """Whether the reward model makes a difference."""
+        """Whether the training depends on the reward model."""
         return self.loss.spec.needs_margin or self.labels != "given"
 
 
@@ -50,9 +50,9 @@ def train(world: World, recipes: Sequence[Recipe], *, seed: int, steps: int = ST
 
     Args:
         world: the pairs.
-        recipes: of the M policies.
-        seed: of the order of the pairs, of redrawn labels and of beta-DPO's draws.
-        steps: of ``BATCH`` pairs; the pairs are gone through as often as that takes.
+        recipes: one per policy.
+        seed: draws the order of the pairs, redrawn labels and beta-DPO's pairs.
+        steps: number of steps of ``BATCH`` pairs, over as many epochs as that takes.
     """
     trainer = _Trainer(world, recipes, seed)
     x = torch.from_numpy(world.features)
@@ -74,7 +74,7 @@ def train(world: World, recipes: Sequence[Recipe], *, seed: int, steps: int = ST
 
 
 def _batches(pairs: int, seed: int, steps: int) -> list[Tensor]:
-    """Rows of each step's batch: all pairs in a random order, then all in another, as often as it takes."""
+    """Rows of each step's batch: epoch after epoch of all pairs, each in a new random order."""
     generator = torch.Generator().manual_seed(seed)
     epochs = -(-steps * BATCH // pairs)
     order = torch.cat([torch.randperm(pairs, generator=generator) for _ in range(epochs)])
@@ -82,7 +82,7 @@ def _batches(pairs: int, seed: int, steps: int) -> list[Tensor]:
 
 
 class _Trainer:
-    """The sum of the policies' losses, and what beta-DPO remembers between steps."""
+    """Sum of the policies' losses; keeps beta-DPO's statistics between steps."""
 
     def __init__(self, world: World, recipes: Sequence[Recipe], seed: int) -> None:
         self.recipes = recipes
@@ -119,7 +119,7 @@ class _Trainer:
         return total / batch
 
     def _margin(self, recipe: Recipe) -> Tensor:
-        """Margins [S, N] that a policy is trained with."""
+        """Margins [S, N] that a policy's loss reads."""
         if recipe.part == "all":
             return self.calibrated if recipe.loss.spec.name == CALIBRATED else self.margin
         tau = float(recipe.loss.parameters["tau"])
@@ -128,7 +128,7 @@ class _Trainer:
         return torch.where(self.margin.abs() < tau, torch.zeros_like(self.margin), self.margin)
 
     def _beta_dpo(self, policy: int, loss: BoundLoss, pairs: PairLogps, seeds: int) -> Tensor:
-        """Sum of beta-DPO's loss; beta, the pairs kept and the statistics are each seed's own."""
+        """Sum of beta-DPO's loss; each seed has its own beta, kept pairs and statistics."""
         gaps = pairs.log_ratio_gap.detach().view(seeds, -1)
         found = []
         for k, gap in enumerate(gaps):

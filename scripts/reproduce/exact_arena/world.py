@@ -26,7 +26,7 @@ NOISE = 2.0
 FOREIGN = 0.5
 """Share of pairs outside the domain of the out-of-domain reward model."""
 MEMORY = 3.0
-"""Prior variance of what the in-sample reward model can remember of each single pair, in log-odds squared."""
+"""Prior variance, in squared log-odds, of what the in-sample reward model remembers of each single pair."""
 RIDGE = 1.0
 NEWTON_STEPS = 12
 
@@ -37,15 +37,15 @@ class Cell:
 
     pairs: int
     flips: float
-    """Share of labels turned round after Bradley-Terry has drawn them."""
+    """Share of labels flipped after Bradley-Terry has drawn them."""
     spread: str
-    """Which pair of a prompt is labelled: ``even``: any; ``few easy``: the closest of three in gold; ``many easy``: the
+    """Which pair of a prompt is labeled: ``even``: any; ``few easy``: the closest of three in gold; ``many easy``: the
     furthest apart of three."""
     error: str
 
     @property
     def name(self) -> str:
-        """For files and tables."""
+        """Name in files and tables."""
         return f"{self.pairs} pairs, {self.flips:.0%} flipped, {self.spread}, {self.error}"
 
     def to_dict(self) -> dict[str, float | str]:
@@ -58,9 +58,9 @@ class World:
     """Pairs of several seeds; float64."""
 
     features: np.ndarray
-    """[S, N, R, D], of the preferred response, of the other, of the rest of the prompt's responses."""
+    """[S, N, R, D]: the preferred response, the other one, the remaining responses of the prompt."""
     margin: np.ndarray
-    """[S, N], the reward model's, of the preferred response minus the other."""
+    """[S, N], the reward model's reward of the preferred response minus that of the other."""
     gold_margin: np.ndarray
     """[S, N]."""
     gold: np.ndarray
@@ -68,13 +68,13 @@ class World:
 
     @property
     def difference(self) -> np.ndarray:
-        """[S, N, D], features of the preferred response minus those of the other."""
+        """Features [S, N, D] of the preferred response minus those of the other."""
         return self.features[:, :, 0] - self.features[:, :, 1]
 
 
 def draw_world(cell: Cell, seeds: Sequence[int]) -> World:
     """The worlds of the given seeds."""
-    drawn = [_draw_pairs(cell, np.random.default_rng([seed, cell.pairs])) for seed in seeds]
+    drawn = [_draw_cell(cell, np.random.default_rng([seed, cell.pairs])) for seed in seeds]
     features, gold = (np.stack(values) for values in zip(*drawn, strict=True))
     rngs = [np.random.default_rng([seed, cell.pairs, ERRORS.index(cell.error)]) for seed in seeds]
     return world_of(features, gold, cell.error, rngs)
@@ -112,17 +112,17 @@ def prefer(x: np.ndarray, belief: np.ndarray, flips: float, rng: np.random.Gener
 
     Args:
         x: features.
-        belief: [N], probability that the first is preferred.
-        flips: share of the labels turned round afterwards.
-        rng: source of both.
+        belief: probability [N] that the first is preferred.
+        flips: share of the labels flipped afterwards.
+        rng: generator of both draws.
     """
     preferred = rng.random(len(x)) < belief
     preferred ^= rng.random(len(x)) < flips
     x[~preferred, :2] = x[~preferred, 1::-1]
 
 
-def _draw_pairs(cell: Cell, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Features [N, R, D] with the preferred response first, gold direction [D], of one seed."""
+def _draw_cell(cell: Cell, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """One seed's features [N, R, D] with the preferred response first, and its gold direction [D]."""
     gold = draw_gold(rng)
     x = rng.normal(size=(cell.pairs, RESPONSES, SIZE))
     rewards = x @ gold
@@ -142,7 +142,7 @@ def _margins(error: str, x: np.ndarray, gold: np.ndarray, rngs: Sequence[np.rand
         seen = zip(x, directions, rngs, strict=True)
         return np.stack([out_of_fold_margins(scaled(one @ known), rng) for one, known, rng in seen])
     if error == "in-sample":
-        return memorised_margins(x, MEMORY)
+        return memorized_margins(x, MEMORY)
     if error == "cross-fitted":
         folds = np.arange(x.shape[1]) % FOLDS
         margin = np.empty(x.shape[:2])
@@ -164,17 +164,17 @@ def _margins(error: str, x: np.ndarray, gold: np.ndarray, rngs: Sequence[np.rand
     return np.where(foreign, GOLD_SPREAD / np.sqrt(2) * np.einsum("snd,sd->sn", x, wrong), right)
 
 
-def memorised_margins(x: np.ndarray, memory: float) -> np.ndarray:
-    """Margins [S, N] of a reward model on the very pairs that it was trained on, x [S, N, D].
+def memorized_margins(x: np.ndarray, memory: float) -> np.ndarray:
+    """Margins [S, N] of a reward model on its own training pairs x [S, N, D].
 
-    The model's margin of pair i is x_i theta + b_i: what it has learned and what it remembers of this pair. Of the
-    penalised likelihood the best b_i is memory * sigmoid(-m_i), so m solves m = x theta + memory * sigmoid(-m).
+    The model's margin m_i of pair i is x_i theta + b_i: what it has learned and what it remembers of this pair. The b_i
+    that maximizes the penalized likelihood is memory * sigmoid(-m_i), so m solves m = x theta + memory * sigmoid(-m).
     """
     return _remembered(np.einsum("snd,sd->sn", x, reward_model(x, memory)), memory)
 
 
 def reward_model(x: np.ndarray, memory: float) -> np.ndarray:
-    """theta [S, D] minimising sum_i min_b [softplus(-(x_i theta + b)) + b^2 / (2 memory)] + RIDGE |theta|^2 / 2."""
+    """theta [S, D] that minimizes sum_i min_b [softplus(-(x_i theta + b)) + b^2 / (2 memory)] + RIDGE |theta|^2 / 2."""
     theta = np.zeros((x.shape[0], x.shape[2]))
     for _ in range(NEWTON_STEPS):
         margin = _remembered(np.einsum("snd,sd->sn", x, theta), memory)
@@ -188,7 +188,7 @@ def reward_model(x: np.ndarray, memory: float) -> np.ndarray:
 
 
 def _remembered(z: np.ndarray, memory: float) -> np.ndarray:
-    """m with m = z + memory * sigmoid(-m), elementwise: the left side minus the right rises in m, so bisection."""
+    """Solve m = z + memory * sigmoid(-m) elementwise by bisection: the left minus the right side increases in m."""
     low, high = z, z + memory
     if memory == 0:
         return z

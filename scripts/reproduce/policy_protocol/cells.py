@@ -1,4 +1,4 @@
-"""One cell: a policy trained on one quality with one method and setting, what it writes, gold reward and KL."""
+"""One cell: a policy trained on one quality with one method and setting; gold reward and KL of its samples."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -38,28 +38,28 @@ CANDIDATES: dict[str, tuple[Parameters, ...]] = {
     "relabelled": ({"beta": 0.1}, {"beta": 0.03}, {"beta": 0.3}),
     "trust": ({"beta": 0.1}, {"beta": 0.03}, {"beta": 0.3}),
 }
-"""Method -> what it may choose from on the validation split, the published setting first; as many for every method."""
+"""Method -> its candidates on the validation split, the published setting first; equally many for every method."""
 RELABELLED = "relabelled"
-"""DPO on pairs turned round where the reward model prefers the rejected response."""
+"""DPO on pairs whose responses are swapped where the reward model prefers the rejected one."""
 TRUST = "trust"
-"""Its slope, trust and strength are measured on the pairs, by no gold reward."""
+"""The method whose slope, trust and strength are measured on the pairs, without any gold reward."""
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Prompts that policies are judged on, and how they are decoded there."""
+    """Prompts that policies are judged on, and the decoding temperatures."""
 
     name: str
     temperatures: tuple[float, ...]
 
 
 def setting_name(parameters: Parameters) -> str:
-    """For a folder: ``beta=0.1,tau=7``."""
+    """Name of a setting's folder, like ``beta=0.1,tau=7``."""
     return ",".join(f"{name}={value:g}" for name, value in parameters.items())
 
 
 def relabelled(pairs: Dataset) -> Dataset:
-    """Every pair with the response that the reward model prefers as the chosen one."""
+    """The pairs with the response that the reward model prefers as the chosen one."""
     names = {"chosen": "rejected", "rejected": "chosen", "reward_chosen": "reward_rejected"}
     names |= {"reward_rejected": "reward_chosen"}
 
@@ -80,9 +80,9 @@ def reads_margins(method: str) -> bool:
 def run_cell(
     study: Study, pairs: Stage, quality: Quality, method: str, parameters: Parameters, seed: int, split: Split
 ) -> dict[str, Any]:
-    """Train and judge; what ``cell.json`` holds. A cell that is there is only read.
+    """Train and judge a policy, unless its cell exists; returns what ``cell.json`` holds.
 
-    ``pairs``: with margins where the method reads them, the labels' otherwise.
+    ``pairs``: the stage with margins if the method reads them, else the stage with labels.
     """
     measured = _measured(study, pairs, quality, seed) if method == TRUST else {}
     loss = LossSection(loss="dpo" if method == RELABELLED else method, parameters=parameters | measured)
@@ -114,7 +114,7 @@ def run_cell(
 def _cell(
     study: Study, name: str, folder: Path, inputs: dict[str, Any], work: Callable[[Path], None]
 ) -> dict[str, Any]:
-    """What ``cell.json`` of a stage holds, and its key; a cell that the study knows is not made."""
+    """What ``cell.json`` of a stage holds, with its key; a cell in ``study.known`` is not made."""
     key = stage_key(name, inputs)
     if key in study.known:
         return study.known[key]
@@ -122,7 +122,7 @@ def _cell(
 
 
 def _measured(study: Study, pairs: Stage, quality: Quality, seed: int) -> Parameters:
-    """Slope, trust and strength as ``align trust`` finds them on the pairs."""
+    """Slope, trust and strength as ``align trust`` measures them on the pairs."""
     origin = "cross-fitted" if study.margins == "cross-fitted" else "outside"
 
     def work(folder: Path) -> None:
@@ -140,7 +140,7 @@ def _measured(study: Study, pairs: Stage, quality: Quality, seed: int) -> Parame
 
 
 def run_reference(study: Study, seed: int, split: Split) -> dict[str, Any]:
-    """The same of the reference model."""
+    """The cell of the reference model."""
 
     def work(folder: Path) -> None:
         found = _judge(study, Policy(REFERENCE, study.train.model), seed, split, folder)

@@ -1,8 +1,8 @@
-"""Prompts, samples, labelled pairs of three qualities and their margins: everything that a policy is trained on.
+"""Prompts, samples, labeled pairs of three qualities and their margins: everything that a policy is trained on.
 
-high: both responses are samples of the reference model. low: the better sample by gold against what the review itself
-goes on with. medium: the first half of the prompts as in low, the others as in high. The label is drawn by
-Bradley-Terry from the gold reward. Every folder is a stage.
+high: both responses are samples of the reference model. low: the sample with the higher gold reward and the review's
+own continuation. medium: the first half of the prompts as in low, the others as in high. The label is drawn from the
+gold reward by Bradley-Terry. Every folder is a stage.
 """
 
 import json
@@ -43,7 +43,7 @@ PROMPTS, SAMPLES = "prompts.json", "samples.parquet"
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much of everything."""
+    """Numbers of pairs and prompts, lengths, and the scale of the labels."""
 
     reward_pairs: int
     train_prompts: int
@@ -60,33 +60,33 @@ class Study:
     """What every cell shares."""
 
     root: Path
-    """Of what no margin touches: prompts, samples, labels, outside reward model, policies trained without margins."""
+    """Folder of all that reads no margins: prompts, samples, labels, outside reward model, policies without margins."""
     snippets: Path
     sizes: Sizes
     train: TrainSection
     reward: RewardSection
     margins: Margins
     """outside: a reward model trained on human-rated snippets, none of them a prompt here. in-sample: as in the paper,
-    one trained on the very pairs. cross-fitted: each pair's from a model trained on the others. noise: the outside
-    model's, dealt anew among the pairs: as large, and about nothing."""
+    one trained on the same pairs. cross-fitted: each pair's from a model trained on the others. noise: the outside
+    model's scores, permuted among the pairs: equally large, without information."""
     judge: str = "vader"
     known: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    """Key -> cell of an earlier study, perhaps of another machine; see ``read_known``."""
+    """Key -> cell of an earlier study, perhaps from another machine; see ``read_known``."""
 
     @property
     def margins_root(self) -> Path:
-        """Of what these margins touch."""
+        """Folder of all that reads these margins."""
         return self.root / self.margins
 
 
 def read_known(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """The cells, those of the reference too, of ``cells.jsonl`` of earlier studies, by key."""
+    """The cells in the ``cells.jsonl`` of earlier studies, those of the reference included, by key."""
     cells = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     return {cell["key"]: cell for cell in cells}
 
 
 def make_prompts(study: Study) -> Stage:
-    """Openings to train, validate and test on, and human-rated pairs; no snippet is in two of them."""
+    """Openings to train, validate and test on, and human-rated pairs; no snippet is in two of these parts."""
     sizes = study.sizes
     counts = {"train": sizes.train_prompts, "validation": sizes.validation_prompts, "test": sizes.test_prompts}
 
@@ -145,7 +145,7 @@ def make_samples(study: Study, prompts: Stage, seed: int) -> Stage:
 def label(
     prompts: list[str], first: list[str], second: list[str], gap: np.ndarray, *, scale: float, seed: int
 ) -> Dataset:
-    """Pairs whose chosen response is drawn by Bradley-Terry from ``gap``, gold of the first minus the second [N]."""
+    """Pairs whose chosen response is drawn by Bradley-Terry from ``gap`` [N], gold of the first minus the second."""
     turned = np.random.default_rng(seed).random(len(gap)) >= expit(scale * gap)
     rows = [
         {"id": str(k), "prompt": prompt, "chosen": b if turn else a, "rejected": a if turn else b,
@@ -157,7 +157,7 @@ def label(
 
 
 def responses(study: Study, quality: Quality, seed: int) -> tuple[list[str], list[str]]:
-    """First and second response of each training prompt at a quality."""
+    """First and second response of each training prompt at the given quality."""
     table = read_table(study.root / f"seed-{seed}" / "samples" / SAMPLES)
     first, second = list(table["first"]), list(table["second"])
     rows = read_json(study.root / "prompts" / PROMPTS)["train"]
@@ -172,7 +172,7 @@ def responses(study: Study, quality: Quality, seed: int) -> tuple[list[str], lis
 
 
 def _cut(study: Study, texts: list[str]) -> list[str]:
-    """As many tokens of each text as the model may sample."""
+    """The texts cut to as many tokens as the model may sample."""
     tokenizer = load_tokenizer(study.train.model)
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     most = study.sizes.max_new_tokens
@@ -181,7 +181,7 @@ def _cut(study: Study, texts: list[str]) -> list[str]:
 
 
 def make_labels(study: Study, samples: Stage, quality: Quality, seed: int) -> Stage:
-    """Labelled pairs of a quality in ``pairs/``, without margins."""
+    """The labeled pairs of a quality in ``pairs/``, without margins."""
 
     def work(folder: Path) -> None:
         prompts = read_prompts(study, "train")
@@ -196,7 +196,7 @@ def make_labels(study: Study, samples: Stage, quality: Quality, seed: int) -> St
 
 
 def make_margins(study: Study, labels: Stage, quality: Quality, seed: int) -> Stage:
-    """The same pairs with their margins in ``pairs/``; how good labels and margins are in ``metrics.json``."""
+    """The same pairs with margins in ``pairs/``; the quality of labels and margins in ``metrics.json``."""
 
     def work(folder: Path) -> None:
         scored = _margins(study, read_pairs(labels.folder / "pairs"), folder, seed)
@@ -222,7 +222,7 @@ def make_margins(study: Study, labels: Stage, quality: Quality, seed: int) -> St
 
 
 def _margins(study: Study, pairs: Dataset, folder: Path, seed: int) -> Dataset:
-    """``pairs`` with the columns of a reward model's scores."""
+    """``pairs`` with the columns of the reward model's scores."""
     if study.margins == "cross-fitted":
         return cross_fit(pairs, study.reward, folder / "reward", seed=seed).remove_columns("fold")
     model = folder / "reward"
@@ -232,11 +232,11 @@ def _margins(study: Study, pairs: Dataset, folder: Path, seed: int) -> Dataset:
         model = study.root / "reward" / "model"
     scorer = RewardScorer(model, batch_tokens=study.reward.batch_tokens, max_length=study.reward.max_length)
     scored = scorer.score_pairs(pairs)
-    return dealt_anew(scored, seed) if study.margins == "noise" else scored
+    return permuted_scores(scored, seed) if study.margins == "noise" else scored
 
 
-def dealt_anew(scored: Dataset, seed: int) -> Dataset:
-    """The table with the scores of both responses permuted among the pairs and each margin's sign drawn."""
+def permuted_scores(scored: Dataset, seed: int) -> Dataset:
+    """The table with the scores permuted among the pairs, both responses' together, and each margin's sign drawn."""
     rng = np.random.default_rng(seed)
     order, turned = rng.permutation(len(scored)), rng.random(len(scored)) < 0.5
     first, second = (np.asarray(scored[name])[order] for name in ("reward_chosen", "reward_rejected"))

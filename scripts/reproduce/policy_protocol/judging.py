@@ -1,4 +1,4 @@
-"""What a trained policy writes on held-out prompts: gold reward and log policy - log reference of each completion."""
+"""Judge a trained policy on held-out prompts: gold reward and log policy - log reference of each completion."""
 
 import shutil
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from align.models.loading import load_policy, load_tokenizer
 from reward_models.judges import Judge
 
 Decoded = dict[str, dict[str, list[float]]]
-"""Temperature -> reward, kl and tokens of a completion of each prompt."""
+"""Temperature -> reward, kl and number of tokens of one completion per prompt."""
 
 
 def merge_adapter(trained: Path, base: str, target: Path) -> Path:
-    """The trained model as a folder without an adapter, which would cost each sampled token more than once."""
+    """The trained model as a folder with its adapter merged, so that sampling is not slowed by the adapter."""
     policy = load_policy(str(trained), dtype="float32")
     if not hasattr(policy, "merge_and_unload"):
         return trained
-    shutil.rmtree(target, ignore_errors=True)  # what a killed run has left may be half of a model
+    shutil.rmtree(target, ignore_errors=True)  # a killed run may have left half a model
     policy.merge_and_unload().save_pretrained(target)
     load_tokenizer(base).save_pretrained(target)
     return target
@@ -30,7 +30,7 @@ def merge_adapter(trained: Path, base: str, target: Path) -> Path:
 def judge_policy(
     policy: Policy, reference: Policy, prompts: list[str], decodings: Sequence[Sampling], judge: Judge, folder: Path
 ) -> Decoded:
-    """One completion of each prompt by each decoding; the reference at temperature 1 has KL 0 to itself."""
+    """Judge one completion of each prompt under each decoding; the reference at temperature 1 has KL 0 to itself."""
     made: Decoded = {}
     for decoding in decodings:
         written = write_completions(policy, prompts, decoding, folder)

@@ -1,4 +1,4 @@
-"""From the policy study's cells to its table and plot."""
+"""Table and plot of the policy study, from its cells."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,22 +8,24 @@ import numpy as np
 
 from align.evaluation.rewards import gain_per_root_kl
 from scripts.bootstrap import Estimate, bootstrap_mean
+from scripts.figures import pyplot, save
 from scripts.reproduce.crossed_effects import crossed_mean, crossed_p
+from scripts.tables import table
 
 BASELINE, MADPO = "dpo", "madpo"
 ERROR_RATE = 0.05
-"""Of the primary comparisons together."""
+"""Familywise error rate of the primary comparisons."""
 NO_WORSE = -0.1
-"""A difference above it, interval and all, is called no worse."""
+"""A difference whose complete interval lies above this is called no worse."""
 Cells = Sequence[dict[str, Any]]
 
 
-def summarise(cells: Cells, references: Cells) -> list[dict[str, Any]]:
+def summarize(cells: Cells, references: Cells) -> list[dict[str, Any]]:
     """A row per quality and method, over the seeds that every method of the quality has.
 
     Args:
         cells: test cells.
-        references: the reference's test cells, one a seed.
+        references: the reference's test cells, one per seed.
     """
     rows = []
     for quality, (found, origin, seeds) in _by_quality(cells, references).items():
@@ -36,7 +38,7 @@ def summarise(cells: Cells, references: Cells) -> list[dict[str, Any]]:
 def _by_quality(
     cells: Cells, references: Cells
 ) -> dict[str, tuple[dict[str, dict[int, Any]], dict[int, Any], list[int]]]:
-    """Quality -> method -> seed -> cell, the reference's cells by seed, and the seeds that every method has."""
+    """Quality -> (method -> seed -> cell, the reference's cells by seed, the seeds that every method has)."""
     origin, made = {cell["seed"]: cell for cell in references}, {}
     for quality in dict.fromkeys(cell["quality"] for cell in cells):
         here = [cell for cell in cells if cell["quality"] == quality]
@@ -49,13 +51,13 @@ def _by_quality(
 
 
 def primary(summary: Sequence[dict[str, Any]], cells: Cells, references: Cells) -> list[dict[str, Any]]:
-    """A row per quality: MADPO minus DPO with Holm's correction over the qualities, and what may be said of it.
+    """A row per quality: MADPO minus DPO with Holm's correction over the qualities, and its verdict.
 
-    ``verdict``: "better" where the corrected interval lies above 0, every seed agrees in sign and MADPO's gain per root
-    KL is not the lower one ("worse" the other way round, without that of the KL); "no worse" where the interval lies
-    above ``NO_WORSE``; else "no difference seen". ``baseline_gains``: whether DPO's own gain over the reference is
-    beyond its interval; where it is not, the quality says nothing about how alike methods are. ``summary``: what
-    ``summarise`` makes of the same cells.
+    ``verdict``: "better" if the corrected interval lies above 0, every seed agrees in sign and MADPO's gain per root KL
+    is not lower than DPO's; "worse" if the interval lies below 0 and every seed agrees; "no worse" if the interval lies
+    above ``NO_WORSE``; else "no difference seen". ``baseline_gains``: whether the interval of DPO's own gain over the
+    reference lies above 0; if it does not, this quality cannot tell methods apart. ``summary``: what ``summarize``
+    returns for the same cells.
     """
     tables, rows = {}, {(row["quality"], row["method"]): row for row in summary}
     for quality, (found, _, seeds) in _by_quality(cells, references).items():
@@ -77,10 +79,10 @@ def primary(summary: Sequence[dict[str, Any]], cells: Cells, references: Cells) 
 
 
 def holm(tables: Mapping[str, np.ndarray]) -> dict[str, tuple[Estimate, float]]:
-    """Of each table [seeds, prompts] the mean with its corrected interval, and its corrected p (Holm, 1979).
+    """Mean with corrected interval, and corrected p (Holm, 1979), of each table [seeds, prompts].
 
-    The intervals are at the level of Holm's step at which each table was decided, so that exactly those exclude 0 whose
-    corrected p is below ``ERROR_RATE``.
+    Each interval has the level of the Holm step that decided its table, so that exactly the intervals whose corrected p
+    is below ``ERROR_RATE`` exclude 0.
     """
     alone = {name: crossed_p(table) for name, table in tables.items()}
     made: dict[str, tuple[Estimate, float]] = {}
@@ -106,7 +108,7 @@ def _verdict(
 def _row(
     quality: str, method: str, found: dict[str, dict[int, Any]], start: np.ndarray, seeds: list[int]
 ) -> dict[str, Any]:
-    """Numbers of a method; intervals of gains and differences over seeds and prompts, of the others over prompts.
+    """The row of a method. Intervals of gains and differences are over seeds and prompts, the others over prompts.
 
     ``start``: the reference's gold rewards [seeds, prompts].
     """
@@ -137,7 +139,7 @@ def _row(
 
 
 def _frontier(cells: Mapping[int, Any], seeds: list[int], start: np.ndarray) -> list[dict[str, Any]]:
-    """Of each decoding temperature the KL, the gold reward and how much it is above ``start`` [seeds, prompts]."""
+    """KL, gold reward and its gain over ``start`` [seeds, prompts] at each decoding temperature."""
     made = []
     for heat in cells[seeds[0]]["decoded"]:
         reward, kl = (_by_seed(cells, seeds, heat, name) for name in ("reward", "kl"))
@@ -151,12 +153,12 @@ def _frontier(cells: Mapping[int, Any], seeds: list[int], start: np.ndarray) -> 
 
 
 def crossed(table: np.ndarray) -> Estimate:
-    """``crossed_mean`` of [seeds, prompts]; of a single seed an interval over prompts, for want of others."""
+    """``crossed_mean`` of a table [seeds, prompts]; with a single seed the interval is over prompts only."""
     return crossed_mean(table) if len(table) > 1 else bootstrap_mean(table[0], seed=0)
 
 
 def _by_seed(cells: Mapping[int, Any], seeds: list[int], heat: str, name: str) -> np.ndarray:
-    """[seeds, prompts]."""
+    """One number of the cells as a table [seeds, prompts]."""
     return np.array([cells[seed]["decoded"][heat][name] for seed in seeds], dtype=np.float64)
 
 
@@ -164,7 +166,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table of docs/results.md."""
     head = ["quality", "method", "chosen", "seeds", "gain over the reference", "minus DPO", "by seed"]
     head += ["of these policies", "wins against DPO", "KL", "gain per sqrt(2 KL)"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    body = []
     for row in rows:
         chosen = ", ".join(f"{name} {value:g}" for name, value in row["parameters"].items())
         by_seed = ", ".join(f"{value:+.2f}" for value in row.get("over_dpo_by_seed", []))
@@ -179,38 +181,32 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             shown(row.get("over_dpo_of_these_policies"), "+"),
         ]
         cells += [shown(row.get("wins_over_dpo")), shown(row["kl"]), shown(row["gain_per_root_kl"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        body.append(cells)
+    return table(head, body)
 
 
 def primary_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The primary comparisons' table of docs/results.md; nothing where there are none."""
+    """The table of primary comparisons in docs/results.md; empty without comparisons."""
     if not rows:
         return ""
-    lines = ["| quality | DPO gains | MADPO minus DPO, corrected | p, corrected | verdict |", "|---|---|---|---|---|"]
+    head = ["quality", "DPO gains", "MADPO minus DPO, corrected", "p, corrected", "verdict"]
+    body = []
     for row in rows:
         gains = "yes" if row["baseline_gains"] else "not seen"
-        lines.append(
-            f"| {row['quality']} | {gains} | {shown(row['over_dpo'], '+')} | {row['p']:.2f} | {row['verdict']} |"
-        )
-    return "\n".join(lines)
+        body.append([row["quality"], gains, shown(row["over_dpo"], "+"), f"{row['p']:.2f}", row["verdict"]])
+    return table(head, body)
 
 
 def shown(estimate: dict[str, float] | None, sign: str = "") -> str:
-    """Value and interval, with two decimals; nothing where there is no estimate."""
+    """Value and interval with two decimals; empty without an estimate."""
     if estimate is None:
         return ""
     return f"{estimate['value']:{sign}.2f} ({estimate['low']:{sign}.2f} to {estimate['high']:{sign}.2f})"
 
 
 def draw_frontier(rows: Sequence[dict[str, Any]], target: Path) -> None:
-    """Gold gain, with the KL beside it, of each decoding temperature; a panel per quality, a line per method."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"svg.hashsalt": "protocol", "svg.fonttype": "none"})
+    """Plot gold gain, with the KL next to it, at each decoding temperature: a panel per quality, a line per method."""
+    plt = pyplot("protocol")
     qualities = list(dict.fromkeys(row["quality"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     size = (3.4 * len(qualities) + 1.2, 0.55 * len(methods) + 1.9)
@@ -239,7 +235,4 @@ def draw_frontier(rows: Sequence[dict[str, Any]], target: Path) -> None:
     axes[0, 0].invert_yaxis()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=8)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    temporary = target.with_suffix(".partial")
-    figure.savefig(temporary, format="svg", metadata={"Date": None})
-    temporary.replace(target)
-    plt.close(figure)
+    save(figure, target)

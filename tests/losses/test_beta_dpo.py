@@ -1,0 +1,84 @@
+"""beta-DPO: statistics and draws by hand; two processes as one; its state between steps and in a checkpoint."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from align.losses.beta_dpo import BetaDpo, BetaDpoState, beta_dpo, beta_dpo_step
+from align.losses.registry import resolve
+from tests.losses.test_losses import make
+from tests.training.test_epochs import PROCESSES, ROWS, Gather, together
+
+GAPS = [(1.0, 0.0), (2.0, 0.5), (-1.0, 0.0), (0.5, 0.0), (9.0, 1.0), (3.0, 2.0)]
+
+
+def test_beta_dpo_against_plain_python() -> None:
+    """Statistics, beta and mean loss recomputed without tensors for the pairs that were kept."""
+    gaps = [1.0, 2.0, -1.0, 0.5, 9.0]
+    settings_ = {"beta": 0.1, "alpha": 0.6, "rho": 0.8, "momentum": 0.9}
+    beta, keep, state = beta_dpo_step(
+        torch.tensor(gaps), BetaDpoState(0.5, 1.0), **settings_, generator=torch.Generator().manual_seed(3)
+    )
+    average = sum(gaps) / 5
+    spread = math.sqrt(sum((gap - average) ** 2 for gap in gaps) / 4)
+    assert state == BetaDpoState(pytest.approx(0.45 + 0.1 * average), pytest.approx(0.9 + 0.1 * spread))
+    kept = [gap for gap, is_kept in zip(gaps, keep.tolist(), strict=True) if is_kept]
+    assert len(kept) == 4
+    assert beta == pytest.approx(0.1 * (1 + 0.6 * (sum(kept) / 4 - state.mean)))
+    logps = make([(gap, 0.0) for gap in gaps])
+    found = beta_dpo(logps, beta=beta, keep=keep, scale=5 / 4).mean()
+    assert float(found) == pytest.approx(sum(math.log1p(math.exp(-beta * gap)) for gap in kept) / 4)
+
+
+def test_beta_dpo_clamps_and_is_reproducible() -> None:
+    def step(gaps: list[float]) -> tuple[float, list[bool]]:
+        generator = torch.Generator().manual_seed(0)
+        beta, keep, _ = beta_dpo_step(
+            torch.tensor(gaps), BetaDpoState(), beta=0.1, alpha=0.6, rho=0.8, momentum=0.9, generator=generator
+        )
+        return beta, keep.tolist()
+
+    assert step([-100.0, -101.0, -99.0])[0] == 1e-3
+    assert step([1.0, 2.0, 3.0, 4.0]) == step([1.0, 2.0, 3.0, 4.0])
+
+
+def stateful(rank: int, gather: Gather) -> BetaDpo:
+    loss = resolve("beta_dpo", {})
+    assert loss.spec.stateful is not None
+    return loss.spec.stateful(loss.parameters, gather=gather, rank=rank, seed=3)
+
+
+def test_two_processes_have_the_loss_of_one() -> None:
+    """Beta, kept pairs and statistics are those of five pairs in one process; the sixth only fills the batch."""
+    real = torch.arange(len(GAPS)) < 5
+    single = stateful(0, lambda local: local)
+    expected, beta = single(make(GAPS[:5]), step=4)
+
+    def step(rank: int, gather: Gather) -> tuple[Tensor, float, BetaDpoState]:
+        rows = slice(ROWS * rank, ROWS * (rank + 1))
+        loss = stateful(rank, gather)
+        return *loss(make(GAPS[rows]), step=4, real=real[rows]), loss.state
+
+    parts = together(step)
+    assert torch.allclose(torch.cat([losses for losses, *_ in parts])[:5], expected)
+    assert [part[1:] for part in parts] == [(beta, single.state)] * PROCESSES
+    assert float(torch.cat([losses for losses, *_ in parts])[5]) == 0
+
+
+def test_the_state_of_a_training() -> None:
+    """It is updated in training only, depends on the step, and continues from a checkpoint."""
+    loss = stateful(0, lambda local: local)
+    assert loss.state_dict() == {"mean": 0.0, "std": 0.0}
+    evaluated, _ = loss(make(GAPS), step=0, update=False)
+    assert loss.state == BetaDpoState()
+    draws = {tuple((loss(make(GAPS), step=step, update=False)[0] > 0).tolist()) for step in range(10)}
+    assert len(draws) > 1
+    trained, _ = loss(make(GAPS), step=0)
+    assert torch.equal(evaluated, trained) and loss.state.mean == pytest.approx(0.1 * 11 / 6)
+    resumed = stateful(0, lambda local: local)
+    resumed.load_state_dict(loss.state_dict() | {"num_tokens": 7})
+    assert resumed.state == loss.state
+    again, other = (item(make(GAPS), step=1)[0] for item in (loss, resumed))
+    assert torch.equal(again, other) and not torch.equal(again, trained)
