@@ -1,116 +1,245 @@
-"""Estimates with 95% intervals: percentile bootstrap, cluster bootstrap, Fisher's z; and their text form."""
+"""Estimates with 95% intervals over independent units, for few units and skewed or tied values; and their text form.
+
+A unit is an observation, or a cluster of observations that depend on each other (pairs that share a prompt or a text).
+Every interval is computed from one influence value per unit: the estimate is about a constant plus their mean. Coverage
+of each function, for 5 to 200 units, is held by tests/test_stats_coverage.py.
+"""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-RESAMPLES = 2000
-CHUNK_CELLS = 4_000_000
-"""Largest number of resampled values in memory at once."""
-EXACT_TAIL = 0.025
+LEVEL = 0.95
+FEWEST_UNITS = 8
+"""Fewest independent units from which anything is claimed; below, an interval is shown and no sentence rests on it."""
 LEAST_CORRELATED = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean with its 95% interval and the number of observations behind it."""
+    """A value with its 95% interval."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    """Lower end; None if the data give no interval: fewer than two units, or units that do not vary."""
+    high: float | None
     n: int
+    """Number of observations."""
+    units: int | None = None
+    """Number of independent units; None: each observation is one."""
 
-    def to_dict(self) -> dict[str, float]:
-        """Plain values for JSON."""
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; ``units`` only if observations are clustered."""
+        found = asdict(self)
+        return found if self.units is not None else {k: v for k, v in found.items() if k != "units"}
 
 
-def bootstrap_mean(
-    values: ArrayLike, *, seed: int, resamples: int = RESAMPLES, clusters: ArrayLike | None = None
-) -> Estimate:
-    """Mean of ``values`` [N] with a 95% percentile bootstrap interval; with ``clusters`` a cluster bootstrap.
+def excludes(estimate: Mapping[str, Any] | Estimate, value: float) -> bool:
+    """Return whether an estimate claims to differ from ``value``.
+
+    It does if its interval excludes the value and at least ``FEWEST_UNITS`` independent units are behind it. So many
+    units that all equal another value have no interval and claim the difference too: a sign test rejects equality.
+
+    Args:
+        estimate: an ``Estimate``, or its JSON values.
+        value: for example 0 for a gain, 0.5 for a win rate.
+    """
+    found = estimate.to_dict() if isinstance(estimate, Estimate) else estimate
+    if (found.get("units") or found["n"]) < FEWEST_UNITS:
+        return False
+    if found["low"] is None:
+        return bool(found["value"] != value)
+    return not found["low"] <= value <= found["high"]
+
+
+def above(estimate: Mapping[str, Any] | Estimate, value: float) -> bool:
+    """Return whether an estimate claims to be above ``value``; see ``excludes``."""
+    found = estimate.to_dict() if isinstance(estimate, Estimate) else estimate
+    return excludes(found, value) and found["value"] > value
+
+
+def below(estimate: Mapping[str, Any] | Estimate, value: float) -> bool:
+    """Return whether an estimate claims to be below ``value``; see ``excludes``."""
+    found = estimate.to_dict() if isinstance(estimate, Estimate) else estimate
+    return excludes(found, value) and found["value"] < value
+
+
+def disjoint(above: Mapping[str, Any], below: Mapping[str, Any]) -> bool:
+    """Return whether the interval of one estimate lies above that of another, with ``FEWEST_UNITS`` behind both."""
+    enough = all((found.get("units") or found["n"]) >= FEWEST_UNITS for found in (above, below))
+    return enough and above["low"] is not None and below["high"] is not None and above["low"] > below["high"]
+
+
+def mean_interval(values: ArrayLike, *, clusters: ArrayLike | None = None) -> Estimate:
+    """Mean of ``values`` [N] with the skewness-adjusted t interval of ``influence_interval``.
+
+    With ``clusters`` the mean is a ratio of two sums over clusters, and its influence values are the jackknife's.
 
     Args:
         values: observations.
-        seed: seed of the resampling.
-        resamples: number of resamples.
-        clusters: cluster label of each observation, [N]; all observations of a cluster are resampled together. Without
-            labels, and with a single cluster, each observation is resampled on its own.
+        clusters: cluster label of each observation, [N].
 
     Raises:
         ValueError: no values.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
-        raise ValueError("bootstrap_mean needs at least one value")
-    rng = np.random.default_rng(seed)
+        raise ValueError("an estimate needs at least one value")
+    mean = float(array.mean())
     which = cluster_codes(clusters)
     if which is None:
-        rows = max(1, CHUNK_CELLS // array.size)
-        means = [
-            array[rng.integers(0, array.size, size=(min(rows, resamples - done), array.size))].mean(axis=1)
-            for done in range(0, resamples, rows)
-        ]
-    else:
-        sums, sizes = np.bincount(which, weights=array), np.bincount(which)
-        rows = max(1, CHUNK_CELLS // sums.size)
-        means = []
-        for done in range(0, resamples, rows):
-            drawn = rng.integers(0, sums.size, size=(min(rows, resamples - done), sums.size))
-            means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return Estimate(float(array.mean()), float(low), float(high), int(array.size))
+        return influence_interval(mean, array - mean, n=array.size)
+    sums, sizes = np.bincount(which, weights=array), np.bincount(which)
+    if sizes.size < 2:
+        return Estimate(mean, None, None, array.size, sizes.size)
+    return jackknife_interval(mean, (sums.sum() - sums) / (sizes.sum() - sizes), n=array.size)
+
+
+def influence_interval(value: float, influence: ArrayLike, *, n: int) -> Estimate:
+    """Return ``value`` with a 95% interval from the influence value of each independent unit.
+
+    Student's t with G - 1 degrees of freedom under Hall's monotone cubic correction for skewness (Journal of the Royal
+    Statistical Society B 54 (1992) 221-228, section 4), with the adjusted Fisher-Pearson skewness. Simulated coverage
+    from 5 units on: 93 to 97% for normal, exponential, mostly-zero and tied values, 89 to 94% for log-normal values of
+    sigma 1. Where all units are equal there is no interval.
+
+    Args:
+        value: the estimate.
+        influence: influence value of each of G units, [G], with mean about 0.
+        n: number of observations.
+    """
+    from scipy.stats import t as student
+
+    units = np.asarray(influence, dtype=np.float64)
+    count = units.size
+    clustered = count if count != n else None
+    centered = units - units.mean() if count else units
+    spread = float(np.sqrt((centered**2).sum() / (count - 1))) if count > 1 else 0.0
+    if not spread > 1e-12 * max(1.0, abs(value)):
+        return Estimate(value, None, None, n, clustered)
+    skewness = float((centered**3).mean() / (centered**2).mean() ** 1.5)
+    if count > 2:
+        skewness *= math.sqrt(count * (count - 1)) / (count - 2)
+    quantile = float(student.ppf(0.5 + LEVEL / 2, count - 1)) / math.sqrt(count)
+    low, high = (value - spread * _unskewed(end, skewness, count) for end in (quantile, -quantile))
+    return Estimate(value, low, high, n, clustered)
+
+
+def _unskewed(quantile: float, skewness: float, count: int) -> float:
+    """Invert Hall's transform x + a x^2 + a^2 x^3 / 3 + a / (2 G), a = skewness / 3, of a standardized mean."""
+    a = skewness / 3
+    if abs(a) < 1e-6:
+        return quantile
+    return float((np.cbrt(1 + 3 * a * (quantile - a / (2 * count))) - 1) / a)
 
 
 def cluster_codes(clusters: ArrayLike | None) -> np.ndarray | None:
-    """Codes 0, 1, ... [N] of the cluster labels; None if every cluster has one observation, or there is one cluster."""
+    """Codes 0, 1, ... [N] of the cluster labels; None if every observation is a cluster of its own, or unlabeled."""
     if clusters is None:
         return None
     names, which = np.unique(np.asarray(clusters), return_inverse=True)
-    return which if 1 < names.size < which.size else None
+    return which if names.size < which.size else None
 
 
-def bootstrap_share(
-    values: ArrayLike, *, seed: int, resamples: int = RESAMPLES, clusters: ArrayLike | None = None
-) -> Estimate:
-    """Proportion: ``bootstrap_mean`` of values in [0, 1], with an exact bound if all values are 0 or all are 1.
+def share_interval(values: ArrayLike, *, clusters: ArrayLike | None = None) -> Estimate:
+    """Mean of ``values`` [N] in [0, 1], for example right or wrong, or win, tie or loss, with Wilson's interval.
 
-    All resamples of equal values are equal, so their bootstrap interval has no width. In that case the far end of the
-    interval is Clopper and Pearson's exact bound, 0.025^(1/N) for values of 1, where N is the number of clusters if
-    there are any.
+    Values of 0 and 1 without clusters: Wilson's score interval. Else Wilson's at the effective number of observations
+    p (1 - p) / variance of the mean (at most N for 0 and 1), with Student's t of G - 1 degrees of freedom (Korn and
+    Graubard, Survey Methodology 24 (1998) 193-201). Where all clusters agree on 0 or on 1 each counts as one
+    observation; where all values are equal and between there is no interval: thirty ties tell nothing.
 
     Raises:
         ValueError: no values.
     """
-    found = bootstrap_mean(values, seed=seed, resamples=resamples, clusters=clusters)
-    if found.low < found.high or found.value not in (0.0, 1.0):
-        return found
-    which = cluster_codes(clusters)
-    least = EXACT_TAIL ** (1 / (found.n if which is None else int(which.max()) + 1))
-    return replace(found, low=least) if found.value == 1.0 else replace(found, high=1 - least)
+    from scipy.stats import norm
+    from scipy.stats import t as student
+
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        raise ValueError("an estimate needs at least one value")
+    which, share = cluster_codes(clusters), float(array.mean())
+    units = array.size if which is None else int(which.max()) + 1
+    clustered = None if which is None else units
+    if units < 2:
+        return Estimate(share, None, None, array.size, clustered)
+    binary = bool(np.isin(array, (0.0, 1.0)).all())
+    if which is None and binary:
+        low, high = _wilson(share, array.size, float(norm.ppf(0.5 + LEVEL / 2)))
+        return Estimate(share, low, high, array.size, clustered)
+    sizes = np.ones(units) if which is None else np.bincount(which)
+    sums = array if which is None else np.bincount(which, weights=array)
+    without = (sums.sum() - sums) / (sizes.sum() - sizes)  # jackknife
+    variance = float(((without - without.mean()) ** 2).sum() * (units - 1) / units)
+    if variance > 0:
+        effective = min(share * (1 - share) / variance, float(array.size) if binary else math.inf)
+    elif share in (0.0, 1.0):
+        effective = float(units)
+    else:
+        return Estimate(share, None, None, array.size, clustered)
+    low, high = _wilson(share, effective, float(student.ppf(0.5 + LEVEL / 2, units - 1)))
+    return Estimate(share, low, high, array.size, clustered)
 
 
-def share_among(
-    values: np.ndarray, of: np.ndarray, *, seed: int, clusters: np.ndarray | None = None
-) -> dict[str, float] | None:
-    """``bootstrap_share`` as JSON of the ``values`` [N] selected by the mask ``of`` [N]; None if it selects none."""
+def _wilson(share: float, count: float, quantile: float) -> tuple[float, float]:
+    """Wilson's score interval of a share of ``count`` observations."""
+    squared = quantile * quantile / count
+    center = (share + squared / 2) / (1 + squared)
+    half = quantile * math.sqrt(share * (1 - share) / count + squared / (4 * count)) / (1 + squared)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def share_among(values: np.ndarray, of: np.ndarray, *, clusters: np.ndarray | None = None) -> dict[str, Any] | None:
+    """``share_interval`` as JSON of the ``values`` [N] selected by the mask ``of`` [N]; None if it selects none."""
     if not of.any():
         return None
-    return bootstrap_share(values[of], seed=seed, clusters=None if clusters is None else clusters[of]).to_dict()
+    return share_interval(values[of], clusters=None if clusters is None else clusters[of]).to_dict()
 
 
-def correlation(first: ArrayLike, second: ArrayLike) -> dict[str, float] | None:
-    """Pearson's correlation of [N] and [N] with its 95% interval by Fisher's z; None if it is not defined."""
-    from scipy.stats import pearsonr
+def jackknife_interval(value: float, without: ArrayLike, *, n: int) -> Estimate:
+    """Return ``value`` with the interval of ``influence_interval`` from its values without each unit (jackknife).
 
+    Args:
+        value: the estimate from all G units.
+        without: the estimate without unit g, [G].
+        n: number of observations.
+    """
+    left = np.asarray(without, dtype=np.float64)
+    return influence_interval(value, (left.size - 1) * (left.mean() - left), n=n)
+
+
+def correlation(first: ArrayLike, second: ArrayLike, *, clusters: ArrayLike | None = None) -> dict[str, Any] | None:
+    """Pearson's correlation of [N] and [N] with its 95% interval; None if it is not defined.
+
+    The interval is that of Fisher's z from its jackknife over units, so it holds for values that are not normal.
+    """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.size < LEAST_CORRELATED or np.std(a) == 0 or np.std(b) == 0:
         return None
-    found = pearsonr(a, b)
-    interval = found.confidence_interval(0.95)
-    return {"value": float(found.statistic), "low": float(interval.low), "high": float(interval.high), "n": a.size}
+    which = cluster_codes(clusters)
+    which = np.arange(a.size) if which is None else which
+    a, b = a - a.mean(), b - b.mean()
+    columns = np.stack([np.ones_like(a), a, b, a * a, b * b, a * b])
+    sums = np.stack([np.bincount(which, weights=column) for column in columns])
+    value = _fisher(sums.sum(axis=1, keepdims=True))[0]
+    left = _fisher(sums.sum(axis=1, keepdims=True) - sums)
+    r = float(np.corrcoef(a, b)[0, 1])
+    found = jackknife_interval(float(value), left, n=a.size) if np.isfinite(left).all() else None
+    if found is None or found.low is None or found.high is None:
+        return Estimate(r, None, None, a.size).to_dict()
+    return Estimate(r, math.tanh(found.low), math.tanh(found.high), a.size, found.units).to_dict()
+
+
+def _fisher(sums: np.ndarray) -> np.ndarray:
+    """Fisher's z [G] from sums [6, G] of 1, x, y, x^2, y^2, x y."""
+    n, x, y, xx, yy, xy = sums
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r = (xy - x * y / n) / np.sqrt((xx - x * x / n) * (yy - y * y / n))
+        return np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
 
 
 def number(value: float, spread: float | None = None) -> str:
@@ -121,8 +250,11 @@ def number(value: float, spread: float | None = None) -> str:
     return f"{value:.{min(digits, 4)}f}"
 
 
-def interval(estimate: dict[str, float]) -> str:
-    """``0.82 (0.70 to 0.95)``: value and 95% interval."""
+def interval(estimate: Mapping[str, Any]) -> str:
+    """``0.82 (0.70 to 0.95)``: value and 95% interval; ``0.5 (all equal)`` if the data do not vary."""
+    if estimate["low"] is None:
+        single = (estimate.get("units") or estimate["n"]) < 2
+        return f"{number(estimate['value'])} ({'a single value' if single else 'all equal'})"
     half = (estimate["high"] - estimate["low"]) / 2
     value, low, high = (number(estimate[key], half) for key in ("value", "low", "high"))
     return f"{value} ({low} to {high})"

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from align.data.text import count_words
-from align.stats import share_among
+from align.stats import correlation, share_among
 
 LEAST = 4
 """Smallest number of pairs for a rank correlation."""
@@ -28,20 +28,17 @@ def length_slope(margins: np.ndarray, words: np.ndarray) -> float:
     return float(margins @ words) / squares if squares > 0 else 0.0
 
 
-def length_probe(
-    margins: np.ndarray, words: np.ndarray, *, seed: int, clusters: np.ndarray | None = None
-) -> dict[str, Any]:
+def length_probe(margins: np.ndarray, words: np.ndarray, *, clusters: np.ndarray | None = None) -> dict[str, Any]:
     """Statistics of margins [N] against differences of lengths [N].
 
     Args:
         margins: reward of chosen minus reward of rejected.
         words: words of chosen minus words of rejected.
-        seed: seed of the bootstrap intervals.
-        clusters: cluster label of each pair, [N], for a cluster bootstrap of the accuracies.
+        clusters: cluster label of each pair, [N], for intervals of the accuracies over clusters.
 
     Returns:
         ``slope`` (margin per word), ``explained`` (its share of the sum of squared margins), ``correlation``
-        (Spearman's, with a 95% interval by Fisher's z; None if it is not defined), ``accuracy_longer`` and
+        (Spearman's, with a 95% interval; None if it is not defined), ``accuracy_longer`` and
         ``accuracy_shorter`` (among pairs whose chosen response is longer or shorter; None without such pairs),
         ``longer_preferred`` (share of the pairs with different lengths whose longer response has the higher reward).
     """
@@ -49,22 +46,18 @@ def length_probe(
     squares = float(margins @ margins)
     unlike = words != 0
     right = np.where(margins == 0, 0.5, margins > 0)
-    share = partial(share_among, seed=seed, clusters=clusters)
+    share = partial(share_among, clusters=clusters)
     return {
         "pairs": len(margins),
         "slope": slope,
         "explained": slope**2 * float(words @ words) / squares if squares > 0 else 0.0,
-        "correlation": _rank_correlation(margins, words),
+        "correlation": _rank_correlation(margins, words, clusters),
         "accuracy_longer": share(right, words > 0),
         "accuracy_shorter": share(right, words < 0),
         "longer_preferred": share(np.where(words > 0, right, 1 - right), unlike),
     }
 
 
-def _rank_correlation(first: np.ndarray, second: np.ndarray) -> dict[str, float] | None:
-    if len(first) < LEAST or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return None
-    value = float(spearmanr(first, second).statistic)
-    middle, half = np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12)), 1.96 * np.sqrt(1.06 / (len(first) - 3))
-    low, high = np.tanh([middle - half, middle + half])
-    return {"value": value, "low": float(low), "high": float(high), "n": len(first)}
+def _rank_correlation(first: np.ndarray, second: np.ndarray, clusters: np.ndarray | None) -> dict[str, Any] | None:
+    """Spearman's correlation: Pearson's of the ranks."""
+    return correlation(rankdata(first), rankdata(second), clusters=clusters)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import expit
 
-from align.stats import Estimate, bootstrap_share
+from align.stats import Estimate, share_interval
 
 BINS = 10
 
@@ -44,12 +44,11 @@ class MarginMetrics:
         return asdict(self)
 
 
-def evaluate_margins(margins: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None) -> MarginMetrics:
+def evaluate_margins(margins: ArrayLike, *, clusters: ArrayLike | None = None) -> MarginMetrics:
     """Metrics of margins [N], chosen minus rejected.
 
     Args:
         margins: reward of chosen minus reward of rejected.
-        seed: seed of the bootstrap interval.
         clusters: cluster label of each pair, [N] (``clusters_of``), for a cluster bootstrap; None: no clusters.
 
     Raises:
@@ -63,7 +62,7 @@ def evaluate_margins(margins: ArrayLike, *, seed: int = 0, clusters: ArrayLike |
     ece = sum(item.count * abs(item.accuracy - item.confidence) for item in bins) / m.size
     return MarginMetrics(
         n=int(m.size),
-        accuracy=bootstrap_share(right, seed=seed, clusters=clusters),
+        accuracy=share_interval(right, clusters=clusters),
         log_loss=float(np.logaddexp(0.0, -m).mean()),
         brier=float(np.mean(expit(-m) ** 2)),
         ece=float(ece),

@@ -18,7 +18,7 @@ from align.io.console import log
 from align.io.files import write_json
 from align.io.hashing import fingerprint_source
 from align.io.stage import Stage, check_output, run_stage
-from align.stats import bootstrap_mean, interval
+from align.stats import interval, mean_interval
 from reward_models.scorers import ScorerSpec, score_in_chunks
 
 STAGE = "best-of-n"
@@ -98,8 +98,8 @@ def best_of_n_curve(scores: np.ndarray, gold: np.ndarray | None, *, seed: int) -
         row: dict[str, Any] = {"n": n}
         for name, curve in curves.items():
             at = None if curve is None else (curve[:, n - 1], curve[:, n - 1] - curve[:, 0])
-            row[name] = at and bootstrap_mean(at[0], seed=seed).to_dict()
-            row[gains[name]] = at and bootstrap_mean(at[1], seed=seed).to_dict()
+            row[name] = at and mean_interval(at[0]).to_dict()
+            row[gains[name]] = at and mean_interval(at[1]).to_dict()
         found.append(row | {"kl_bound": kl_bound(n)})
     return found
 

@@ -22,7 +22,7 @@ from align.io.console import log
 from align.io.files import write_json
 from align.io.hashing import fingerprint_source
 from align.io.stage import Stage, check_output, run_stage
-from align.stats import Estimate, bootstrap_mean
+from align.stats import Estimate, mean_interval
 from reward_models.scorers import ScorerSpec, score_in_chunks
 
 DROPPED = "dropped.jsonl"
@@ -167,7 +167,7 @@ def _mean_reward(flat: list[tuple[Different, Candidate]], rewards: np.ndarray) -
     by_prompt: dict[str, list[float]] = {}
     for (group, _), reward in zip(flat, rewards.tolist(), strict=True):
         by_prompt.setdefault(group.of.id, []).append(reward)
-    return bootstrap_mean([float(np.mean(values)) for values in by_prompt.values()], seed=0)
+    return mean_interval([float(np.mean(values)) for values in by_prompt.values()])
 
 
 def _pairs_of(found: Different, rewards: np.ndarray, settings: BuildSettings) -> tuple[list[dict[str, Any]], int]:

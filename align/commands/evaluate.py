@@ -29,7 +29,7 @@ from align.generation.types import Sampling
 from align.io.console import log, out
 from align.io.files import read_json, write_json
 from align.io.stage import check_files
-from align.stats import bootstrap_mean, interval
+from align.stats import interval, mean_interval
 from reward_models.pairwise_judges import ByScore, make_pairwise, make_score_judge
 
 REPORT = "report.json"
@@ -93,7 +93,7 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
         name: PolicySamples(rewards[name], log_ratios[name], _texts(found), settings.sampling.temperature)
         for name, found in written.items()
     }
-    found = compare_policies(samples, baseline=REFERENCE, seed=settings.sampling.seed)
+    found = compare_policies(samples, baseline=REFERENCE)
     section = {
         "policies": {name: numbers | {"texts": found.texts[name]} for name, numbers in found.policies.items()},
         "comparisons": found.differences,
@@ -127,7 +127,7 @@ def write_comparison(first: str, second: str, settings: Settings) -> None:
     written = {policy.name: _write(policy, prompts, settings) for policy in (a, b)}
     preferences = judge_pairs(written[a.name], written[b.name], judge, settings.output, settings.max_length)
     texts = {name: PolicySamples(texts=_texts(found)) for name, found in written.items()}
-    found = compare_policies(texts, baseline=b.name, seed=settings.sampling.seed, preferences=preferences)
+    found = compare_policies(texts, baseline=b.name, preferences=preferences)
     assert found.win_rate is not None
     samples = _samples(written, {}, settings.shown)
     for sample, value in zip(samples, (preferences[0] + preferences[1]) / 2, strict=False):
@@ -190,7 +190,7 @@ def frontier(
         samples = PolicySamples(rewards, log_ratios, temperature=heat)
         base = samples if base is None else base
         named = {"policy": policy.name, "temperature": heat, "step": step}
-        points.append(named | _point(samples, base, settings.sampling.seed))
+        points.append(named | _point(samples, base))
     section = {"points": points, "run": _run(settings, [origin, *policies], len(prompts), started)}
     _publish(settings.output, {"frontier": section}, section)
     _finish(settings.output)
@@ -220,13 +220,13 @@ def page(output: Path) -> None:
     log.info("look at it: open %s", output / PAGE)
 
 
-def _point(samples: PolicySamples, base: PolicySamples, seed: int) -> dict[str, Any]:
+def _point(samples: PolicySamples, base: PolicySamples) -> dict[str, Any]:
     """Reward, gain over the first point, KL and gain per sqrt(2 KL) of one point of the frontier."""
     assert samples.rewards is not None and base.rewards is not None
     return {
-        "reward": bootstrap_mean(samples.rewards, seed=seed).to_dict(),
-        "gain": bootstrap_mean(samples.rewards - base.rewards, seed=seed).to_dict(),
-    } | kl_statistics(samples, base, seed=seed)
+        "reward": mean_interval(samples.rewards).to_dict(),
+        "gain": mean_interval(samples.rewards - base.rewards).to_dict(),
+    } | kl_statistics(samples, base)
 
 
 def _write(policy: Policy, prompts: Sequence[Any], settings: Settings, temperature: float | None = None) -> Written:

@@ -7,7 +7,7 @@ from datasets import Dataset
 from scipy.stats import spearmanr
 
 from align.entanglement.conditions import shares
-from align.stats import bootstrap_share
+from align.stats import share_interval
 
 SCREENS = ("ches", "ches_normalised", "hidden_cosine", "token_difference")
 AGAINST = (*SCREENS, "tokens_chosen", "tokens_rejected", "margin", "logp_chosen_change")
@@ -28,8 +28,8 @@ def summarize(table: Dataset, *, seed: int = 0) -> dict[str, Any]:
     return {
         "pairs": len(verdicts),
         "shares": shares(verdicts),
-        "entangled": bootstrap_share(np.asarray(table["entangled"], dtype=float), seed=seed).to_dict(),
-        "chosen_falls": bootstrap_share(np.asarray(falling, dtype=float), seed=seed).to_dict(),
+        "entangled": share_interval(np.asarray(table["entangled"], dtype=float)).to_dict(),
+        "chosen_falls": share_interval(np.asarray(falling, dtype=float)).to_dict(),
         "cosine": _quartiles(columns["cosine"]),
         "norm_ratio": _quartiles(columns["norm_ratio"]),
         "weight_ratio": _quartiles(columns["d_w"][columns["d_l"] != 0] / columns["d_l"][columns["d_l"] != 0]),

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from align.evaluation.rewards import gain_per_root_kl, reward_differences
 from align.evaluation.text_statistics import Texts, changed, text_statistics
 from align.evaluation.winrate import WinRate, win_rate
-from align.stats import bootstrap_mean
+from align.stats import mean_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,6 @@ def compare_policies(
     policies: Mapping[str, PolicySamples],
     *,
     baseline: str,
-    seed: int,
     preferences: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Comparison:
     """Compare policies on the same N prompts.
@@ -59,7 +58,6 @@ def compare_policies(
     Args:
         policies: name -> its completions. All of them have rewards or none has; the same holds for texts.
         baseline: the policy that gains and changes are counted from.
-        seed: seed of the bootstrap over prompts.
         preferences: verdicts of a pairwise judge for the other one of two policies, shown first and shown second,
             [N] each, in [0, 1].
 
@@ -71,25 +69,24 @@ def compare_policies(
     differences: list[dict[str, Any]] = []
     if base.rewards is not None:
         rewards = {name: samples.rewards for name, samples in policies.items() if samples.rewards is not None}
-        measured = reward_differences(rewards, baseline=baseline, seed=seed)
+        measured = reward_differences(rewards, baseline=baseline)
         differences = measured["comparisons"]
         numbers = {
-            name: measured["policies"][name] | kl_statistics(samples, base, seed=seed)
-            for name, samples in policies.items()
+            name: measured["policies"][name] | kl_statistics(samples, base) for name, samples in policies.items()
         }
     texts = {name: samples.texts for name, samples in policies.items() if samples.texts is not None}
-    statistics = text_statistics(texts, baseline=baseline, seed=seed) if texts else {}
+    statistics = text_statistics(texts, baseline=baseline) if texts else {}
     wins = None
     if preferences is not None:
         others = [name for name in texts if name != baseline]
         if len(others) != 1 or baseline not in texts:
             raise ValueError(f"preferences need the texts of two policies, got those of {sorted(texts)}")
         lengths = ([len(text) for text in texts[name].texts] for name in (others[0], baseline))
-        wins = win_rate(*preferences, *lengths, seed=seed)
+        wins = win_rate(*preferences, *lengths)
     return Comparison(numbers, differences, statistics, changed(statistics), wins)
 
 
-def kl_statistics(samples: PolicySamples, baseline: PolicySamples, *, seed: int) -> dict[str, Any]:
+def kl_statistics(samples: PolicySamples, baseline: PolicySamples) -> dict[str, Any]:
     """``kl`` to the reference and ``gain_per_root_kl`` of a policy, each an estimate as JSON values or None.
 
     The ratio needs one origin for gain and KL. The KL is counted from the reference at temperature 1, so the baseline
@@ -98,14 +95,13 @@ def kl_statistics(samples: PolicySamples, baseline: PolicySamples, *, seed: int)
     Args:
         samples: the policy, with rewards.
         baseline: the reference, with rewards.
-        seed: seed of the bootstrap over prompts.
     """
     ratio = None
     if samples.log_ratios is not None and baseline.temperature == 1:
         assert samples.rewards is not None and baseline.rewards is not None
-        ratio = gain_per_root_kl(samples.rewards - baseline.rewards, samples.log_ratios, seed=seed)
+        ratio = gain_per_root_kl(samples.rewards - baseline.rewards, samples.log_ratios)
     return {
-        "kl": None if samples.log_ratios is None else bootstrap_mean(samples.log_ratios, seed=seed).to_dict(),
+        "kl": None if samples.log_ratios is None else mean_interval(samples.log_ratios).to_dict(),
         "gain_per_root_kl": ratio and ratio.to_dict(),
     }
 

@@ -5,18 +5,18 @@ compares responses of different prompts; the global AUC and the OPIS measure tha
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import expit, logit
 from scipy.stats import rankdata
 
-from align.stats import Estimate, cluster_codes
+from align.stats import Estimate, cluster_codes, influence_interval, share_interval
 
 FALSE_ACCEPTS = (0.01, 0.10)
 THRESHOLDS = 101
-RESAMPLES = 500
 PERMUTATIONS = 200
 
 
@@ -55,30 +55,27 @@ def auc(chosen: ArrayLike, rejected: ArrayLike) -> float:
     return float((ranks.sum() - high.size * (high.size + 1) / 2) / (high.size * low.size))
 
 
-def auc_interval(
-    chosen: np.ndarray,
-    rejected: np.ndarray,
-    *,
-    seed: int,
-    resamples: int = RESAMPLES,
-    clusters: ArrayLike | None = None,
-) -> Estimate:
-    """The global AUC with a 95% percentile bootstrap interval over the N pairs, each drawn with both its rewards.
+def auc_interval(chosen: np.ndarray, rejected: np.ndarray, *, clusters: ArrayLike | None = None) -> Estimate:
+    """The global AUC with its 95% interval over the N pairs, or over clusters [N] of pairs.
 
-    With ``clusters`` [N], clusters are resampled instead of pairs, as in ``bootstrap_mean``.
+    A pair's influence is the sum of the placements of its two rewards among all rewards of the other side (DeLong et
+    al., Biometrics 44 (1988) 837-845), which counts the correlation of a pair's two rewards. The interval is taken on
+    the scale of log-odds; where every chosen reward is above, or below, every rejected one it is Wilson's.
     """
+    value = auc(chosen, rejected)
+    if value in (0.0, 1.0):
+        return share_interval(np.full(chosen.size, value), clusters=clusters)
+    high, low = np.sort(chosen), np.sort(rejected)
     size = chosen.size
-    rng = np.random.default_rng(seed)
+    of_chosen = (np.searchsorted(low, chosen, "left") + np.searchsorted(low, chosen, "right")) / (2 * size)
+    of_rejected = 1 - (np.searchsorted(high, rejected, "left") + np.searchsorted(high, rejected, "right")) / (2 * size)
+    influence = (of_chosen - value + of_rejected - value) / (value * (1 - value))
     which = cluster_codes(clusters)
-    members = [] if which is None else np.split(np.argsort(which, kind="stable"), np.bincount(which).cumsum()[:-1])
-    drawn = []
-    for _ in range(resamples):
-        rows = rng.integers(0, len(members) or size, len(members) or size)
-        if members:
-            rows = np.concatenate([members[k] for k in rows])
-        drawn.append(auc(chosen[rows], rejected[rows]))
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Estimate(auc(chosen, rejected), float(low), float(high), int(size))
+    if which is not None:
+        influence = np.bincount(which, weights=influence) * (int(which.max()) + 1) / size
+    found = influence_interval(float(logit(value)), influence, n=size)
+    ends = [None if end is None else float(expit(end)) for end in (found.low, found.high)]
+    return replace(found, value=value, low=ends[0], high=ends[1])
 
 
 def utilities(

@@ -6,7 +6,7 @@ import numpy as np
 
 from align.evaluation.ranking import auc_interval, opis
 from align.evaluation.rewardbench import section_scores
-from align.stats import interval, share_among
+from align.stats import disjoint, excludes, interval, share_among
 from reward_models.margin_metrics import evaluate_margins
 
 CHANCE = 0.5
@@ -30,14 +30,14 @@ def reward_model_metrics(
         clusters: cluster of each pair, [N], for a bootstrap over clusters; None: pairs are independent.
     """
     right = np.where(chosen == rejected, 0.5, chosen > rejected)
-    found: dict[str, Any] = evaluate_margins(chosen - rejected, seed=seed, clusters=clusters).to_dict()
-    found["auc"] = auc_interval(chosen, rejected, seed=seed, clusters=clusters).to_dict()
+    found: dict[str, Any] = evaluate_margins(chosen - rejected, clusters=clusters).to_dict()
+    found["auc"] = auc_interval(chosen, rejected, clusters=clusters).to_dict()
     found |= {"categories": {}, "macro_accuracy": None, "opis": None, "rewardbench": None}
     if groups is not None:
         names = np.asarray(groups)
         for name in sorted(set(groups)):
             found["categories"][name] = {
-                "accuracy": share_among(right, names == name, seed=seed, clusters=clusters),
+                "accuracy": share_among(right, names == name, clusters=clusters),
                 "mean_reward": float(np.concatenate([chosen[names == name], rejected[names == name]]).mean()),
             }
         accuracies = {name: item["accuracy"]["value"] for name, item in found["categories"].items()}
@@ -51,11 +51,13 @@ def reward_model_metrics(
 def _sentences(found: dict[str, Any]) -> list[str]:
     """Sentences about the metrics, the most important first."""
     accuracy, area = found["accuracy"], found["auc"]
-    if accuracy["low"] <= CHANCE <= accuracy["high"]:
-        sentences = [f"At chance: the reward model agrees with {interval(accuracy)} of the labels."]
+    if not excludes(accuracy, CHANCE):
+        sentences = [
+            f"At chance, as far as these pairs show: the reward model agrees with {interval(accuracy)} of them."
+        ]
     else:
         sentences = [f"The reward model agrees with {interval(accuracy)} of the labels."]
-    if area["high"] < accuracy["low"]:
+    if disjoint(accuracy, area):
         sentences.append(
             f"Across prompts it orders worse than within them: global AUC {interval(area)}. Its rewards carry an "
             "offset of the prompt, so compare responses to the same prompt only, not rewards of different prompts."

@@ -6,7 +6,7 @@ import numpy as np
 from datasets import Dataset
 
 from align.data.text import plain
-from align.stats import correlation, interval, share_among
+from align.stats import correlation, disjoint, interval, share_among
 from reward_models.length_bias import length_probe, word_difference
 
 SHOWN = 15
@@ -35,10 +35,12 @@ def pair_findings(
     Returns:
         JSON values: ``length``, ``reference_correlation`` and ``ood`` (None if not measured), ``disagreements``.
     """
-    found: dict[str, Any] = {"length": length_probe(margins, word_difference(pairs), seed=seed, clusters=clusters)}
+    found: dict[str, Any] = {"length": length_probe(margins, word_difference(pairs), clusters=clusters)}
     found["reference_correlation"] = None
     if REFERENCE in pairs.column_names and None not in pairs[REFERENCE]:
-        found["reference_correlation"] = correlation(margins, np.asarray(pairs[REFERENCE], dtype=np.float64))
+        found["reference_correlation"] = correlation(
+            margins, np.asarray(pairs[REFERENCE], dtype=np.float64), clusters=clusters
+        )
     found["ood"] = None if distances is None else _far(pairs, margins, *distances, seed=seed, clusters=clusters)
     wrong = [int(k) for k in np.argsort(margins, kind="stable")[:SHOWN] if margins[k] < 0]
     found["disagreements"] = [_shown(pairs[k], margin=float(margins[k])) for k in wrong]
@@ -49,8 +51,8 @@ def finding_sentences(found: dict[str, Any]) -> list[str]:
     """Sentences about the findings that differ from chance."""
     sentences = []
     longer, shorter = found["length"]["accuracy_longer"], found["length"]["accuracy_shorter"]
-    if longer and shorter and (longer["low"] > shorter["high"] or shorter["low"] > longer["high"]):
-        kind = "longer" if longer["low"] > shorter["high"] else "shorter"
+    if longer and shorter and (disjoint(longer, shorter) or disjoint(shorter, longer)):
+        kind = "longer" if disjoint(longer, shorter) else "shorter"
         sentences.append(
             f"It pays for {kind} responses: it agrees with {interval(longer)} of the labels that prefer the longer "
             f"response and with {interval(shorter)} of those that prefer the shorter one (`reward.length_residual`)."
@@ -79,8 +81,8 @@ def _far(
     return {
         "limit": limit,
         "share": float(far.mean()),
-        "accuracy_far": share_among(right, far, seed=seed, clusters=clusters),
-        "accuracy_near": share_among(right, ~far, seed=seed, clusters=clusters),
+        "accuracy_far": share_among(right, far, clusters=clusters),
+        "accuracy_near": share_among(right, ~far, clusters=clusters),
         "distances": [round(float(value), 3) for value in distance],
         "farthest": [_shown(pairs[k], margin=float(margins[k]), distance=float(distance[k])) for k in farthest],
     }

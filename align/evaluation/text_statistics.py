@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from align.data.text import words
-from align.stats import bootstrap_mean, bootstrap_share
+from align.stats import excludes, mean_interval, share_interval
 
 RUN = 3
 """Words of an n-gram whose repeats are counted."""
@@ -62,13 +62,12 @@ def distinct(texts: Sequence[str], size: int, budget: int) -> float | None:
     return len(seen) / total if total else None
 
 
-def text_statistics(policies: Mapping[str, Texts], *, baseline: str, seed: int) -> dict[str, dict[str, Any]]:
+def text_statistics(policies: Mapping[str, Texts], *, baseline: str) -> dict[str, dict[str, Any]]:
     """For each policy: means with intervals, paired changes from ``baseline``, distinct-n over equally many words.
 
     Args:
         policies: name -> completions of the same N prompts.
         baseline: policy that changes are counted from.
-        seed: seed of the bootstrap over prompts.
 
     Returns:
         ``{name: {"tokens", "repetition", "unfinished", "empty", "change", "distinct", "distinct_words"}}``, plain JSON
@@ -81,12 +80,11 @@ def text_statistics(policies: Mapping[str, Texts], *, baseline: str, seed: int) 
         change = None
         if name != baseline:
             change = {
-                key: bootstrap_mean(values - columns[baseline][key], seed=seed).to_dict()
-                for key, values in columns[name].items()
+                key: mean_interval(values - columns[baseline][key]).to_dict() for key, values in columns[name].items()
             }
         made[name] = {
             **{
-                key: (bootstrap_mean if key == "tokens" else bootstrap_share)(values, seed=seed).to_dict()
+                key: (mean_interval if key == "tokens" else share_interval)(values).to_dict()
                 for key, values in columns[name].items()
             },
             "change": change,
@@ -106,7 +104,7 @@ def changed(statistics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
     for name, values in statistics.items():
         for key, (more, less) in WORSE.items():
             change = (values["change"] or {}).get(key)
-            if change is not None and not change["low"] <= 0 <= change["high"]:
+            if change is not None and excludes(change, 0.0):
                 said = more if change["value"] > 0 else less
                 found.append({"policy": name, "what": key, "said": said, "change": change})
     return found

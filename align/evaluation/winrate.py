@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from align.stats import RESAMPLES, Estimate, bootstrap_mean, bootstrap_share
+from align.stats import Estimate, influence_interval, mean_interval, share_interval
 
 RIDGE = (0.01, 0.1)
 """Penalties on a and b: too weak to change an estimate, strong enough to keep it finite if A always wins."""
 NEWTON_STEPS = 60
 LARGEST_STEP = 4.0
-CHUNK_CELLS = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +61,14 @@ def win_rate(
     shown_second: ArrayLike,
     length_a: ArrayLike,
     length_b: ArrayLike,
-    *,
-    seed: int,
-    resamples: int = RESAMPLES,
 ) -> WinRate:
-    """Win rate of A over B with 95% bootstrap intervals over the N prompts.
+    """Win rate of A over B with 95% intervals over the N prompts.
 
     Args:
         shown_first: preference for A when A is shown first, [N]: 1 A, 0 B, 0.5 a tie; probabilities are allowed.
         shown_second: preference for A (not for the first) when A is shown second, [N].
         length_a: characters of A's responses, [N].
         length_b: characters of B's responses, [N].
-        seed: seed of the bootstrap.
-        resamples: number of resamples.
 
     Raises:
         ValueError: there are no prompts, the shapes differ, or a preference is outside [0, 1].
@@ -88,27 +82,26 @@ def win_rate(
         raise ValueError("preferences must lie in [0, 1]")
     outcome = (first + second) / 2
     return WinRate(
-        rate=bootstrap_share(outcome, seed=seed, resamples=resamples),
+        rate=share_interval(outcome),
         wins=int((outcome > 0.5).sum()),
         ties=int((outcome == 0.5).sum()),
         losses=int((outcome < 0.5).sum()),
-        position_bias=bootstrap_mean((first - second) / 2, seed=seed, resamples=resamples),
+        position_bias=mean_interval((first - second) / 2),
         consistent=float((np.sign(first - 0.5) == np.sign(second - 0.5)).mean()),
-        length_controlled=length_control(outcome, difference, seed=seed, resamples=resamples),
-        length_difference=bootstrap_mean(difference, seed=seed, resamples=resamples),
+        length_controlled=length_control(outcome, difference),
+        length_difference=mean_interval(difference),
     )
 
 
-def length_control(
-    outcome: np.ndarray, difference: np.ndarray, *, seed: int, resamples: int = RESAMPLES
-) -> LengthControl | None:
-    """The win rate at equal lengths with its 95% percentile bootstrap interval; see the top of this file.
+def length_control(outcome: np.ndarray, difference: np.ndarray) -> LengthControl | None:
+    """The win rate at equal lengths with its 95% interval; see the top of this file.
+
+    The interval is that of the intercept from the influence of each prompt on the fit, on the scale of log-odds. Where
+    A wins, or loses, every prompt, the interval is that of the plain win rate: the fit adds nothing to it.
 
     Args:
         outcome: preference for A, [N], in [0, 1].
         difference: length of A minus length of B, [N].
-        seed: seed of the bootstrap over prompts.
-        resamples: number of resamples.
     """
     spread = float(difference.std())
     if spread == 0 and difference[0] != 0:
@@ -116,18 +109,27 @@ def length_control(
     feature = np.tanh(difference / spread) if spread > 0 else np.zeros_like(difference)
     size = outcome.size
     intercept, slope = fit_weighted_logistic(outcome, feature, np.ones((1, size)))[0]
-    counts = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=resamples)
-    rows = max(1, CHUNK_CELLS // size)
-    drawn = [fit_weighted_logistic(outcome, feature, counts[k : k + rows])[:, 0] for k in range(0, resamples, rows)]
-    low, high = np.quantile(_sigmoid(np.concatenate(drawn)), [0.025, 0.975])
-    plain = bootstrap_share(outcome, seed=seed, resamples=1)  # all wins or losses: not narrower than the plain rate
-    if outcome.min() == outcome.max() and outcome[0] in (0.0, 1.0):
-        low, high = min(low, plain.low), max(high, plain.high)
+    rate, plain = float(_sigmoid(intercept)), share_interval(outcome)
+    if outcome.min() == outcome.max():
+        estimate = Estimate(rate, plain.low, plain.high, size)
+    else:
+        found = influence_interval(float(intercept), _influence(outcome, feature, intercept, slope), n=size)
+        low, high = (None if end is None else float(_sigmoid(end)) for end in (found.low, found.high))
+        estimate = Estimate(rate, low, high, size)
     return LengthControl(
-        rate=Estimate(float(_sigmoid(intercept)), float(low), float(high), int(size)),
+        rate=estimate,
         slope=float(slope),
         extrapolated=bool((difference > 0).all() or (difference < 0).all()),
     )
+
+
+def _influence(outcome: np.ndarray, feature: np.ndarray, intercept: float, slope: float) -> np.ndarray:
+    """Influence [N] of each prompt on the intercept: its part of a Newton step at the fit, times N."""
+    predicted = _sigmoid(intercept + slope * feature)
+    curvature, residual = predicted * (1 - predicted), outcome - predicted
+    aa, ab, bb = curvature.sum() + RIDGE[0], curvature @ feature, curvature @ feature**2 + RIDGE[1]
+    influence: np.ndarray = outcome.size * residual * (bb - ab * feature) / (aa * bb - ab**2)
+    return influence
 
 
 def fit_weighted_logistic(target: np.ndarray, feature: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from align.io.files import write_text
 from align.reports import plots
 from align.reports.html import environment
 from align.reports.verdict import name
-from align.stats import interval
+from align.stats import excludes, interval
 
 SCRIPT = "search.js"
 
@@ -81,7 +81,7 @@ def headline(report: dict[str, Any]) -> tuple[str, list[str]]:
 def _gained(key: str, policy: dict[str, Any]) -> str:
     gain = policy["gain"]
     kl = f" at a KL of {interval(policy['kl'])} nats" if policy["kl"] else ""
-    if gain["low"] <= 0 <= gain["high"]:
+    if not excludes(gain, 0.0):
         return f"{name(key)}: no difference in reward seen, gain {interval(gain)}{kl}."
     verb = "raised" if gain["value"] > 0 else "lowered"
     return f"{name(key)} {verb} the reward by {interval(gain)}{kl}."
@@ -91,11 +91,11 @@ def _preferred(found: dict[str, Any]) -> str:
     a, b, rate = name(found["a"]), name(found["b"]), found["win_rate"]["rate"]
     controlled = found["win_rate"]["length_controlled"]
     equal = f", {percent(controlled['rate'])} at equal lengths" if controlled else ""
-    if rate["low"] <= 0.5 <= rate["high"]:
+    if not excludes(rate, 0.5):
         return f"{a} against {b}: no difference seen, {a} wins {percent(rate)}{equal}; judge {found['judge']}."
     verb = "beats" if rate["value"] > 0.5 else "loses to"
     doubt = ""
-    if controlled and controlled["rate"]["low"] <= 0.5 <= controlled["rate"]["high"]:
+    if controlled and not excludes(controlled["rate"], 0.5):
         doubt = ": the difference in length may explain all of it"
     return f"{a} {verb} {b}: {a} wins {percent(rate)}{equal}{doubt}; judge {found['judge']}."
 
@@ -210,4 +210,5 @@ def _kl(point: dict[str, Any]) -> float:
 
 
 def _ends(estimate: dict[str, float]) -> tuple[float, float, float]:
-    return estimate["low"], estimate["value"], estimate["high"]
+    low, high = (estimate["value"] if estimate[end] is None else estimate[end] for end in ("low", "high"))
+    return low, estimate["value"], high

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from align.stats import interval, number
+from align.stats import above, below, excludes, interval, number
 
 CHANCE = 0.5
 SAME_KL = 0.25
@@ -26,7 +26,7 @@ def name(method: str) -> str:
 def verdict(report: dict[str, Any]) -> Verdict:
     """The verdict on a run; it says when no difference is seen, and stops at a reward model at chance."""
     model = report.get("reward_model")
-    if model and model["heldout"]["accuracy"]["low"] <= CHANCE:
+    if model and not above(model["heldout"]["accuracy"], CHANCE):
         return Verdict(
             f"Stop: the reward model is at chance on held-out pairs: {interval(model['heldout']['accuracy'])}.",
             ["Its margins carry no information about these pairs, so no method that weights by them can be judged."],
@@ -50,7 +50,7 @@ def verdict(report: dict[str, Any]) -> Verdict:
             headline += f" {name(other)} with the same budget ended at {interval(policies[other]['reward'])}."
     details = [_compared(item, policies) for item in evaluation["comparisons"]] + details
     details = [line for method in trained if (line := _proxy_only(method, policies))] + details
-    gained = policies[best]["gain"]["low"] > 0
+    gained = above(policies[best]["gain"], 0.0)
     next_step = (
         "Read the samples, then compare reward against KL before calling one method better."
         if gained
@@ -64,9 +64,9 @@ def _gain(method: str, policies: dict[str, Any]) -> str:
     gain = policy["gain"]
     change = f"from {interval(before)} to {interval(policy['reward'])}; gain {interval(gain)}"
     change += f", KL {interval(policy['kl'])} nats." if policy["kl"] else "."
-    if gain["low"] > 0:
+    if above(gain, 0.0):
         return f"{name(method)} raised the gold reward {change}"
-    if gain["high"] < 0:
+    if below(gain, 0.0):
         return f"{name(method)} lowered the gold reward {change}"
     return f"No difference in gold reward seen after {name(method)}: {change}"
 
@@ -74,7 +74,7 @@ def _gain(method: str, policies: dict[str, Any]) -> str:
 def _proxy_only(method: str, policies: dict[str, Any]) -> str:
     """A sentence if the reward model sees a gain and the gold judge does not, else an empty string."""
     gain, followed = policies[method]["gain"], policies[method].get("reward_model_gain")
-    if followed is None or followed["low"] <= 0 or gain["low"] > 0:
+    if followed is None or not above(followed, 0.0) or above(gain, 0.0):
         return ""
     return (
         f"{name(method)} learned what its labels say: the run's own reward model sees a gain of {interval(followed)}."
@@ -85,9 +85,9 @@ def _proxy_only(method: str, policies: dict[str, Any]) -> str:
 def _compared(item: dict[str, Any], policies: dict[str, Any]) -> str:
     a, b, difference = item["a"], item["b"], item["difference"]
     pair = f"{name(a)} against {name(b)}"
-    if difference["low"] <= 0 <= difference["high"]:
+    if not excludes(difference, 0.0):
         return f"{pair}: no difference seen, {interval(difference)}."
-    ahead = a if difference["low"] > 0 else b
+    ahead = a if difference["value"] > 0 else b
     lead = f"{pair}: {name(ahead)} is ahead by {interval(difference)}"
     if policies[a]["kl"] is None:
         return f"{lead}, at a KL that was not measured."

@@ -25,6 +25,7 @@ from align.io.files import atomic_folder, read_json, write_json
 from align.io.hashing import fingerprint_source
 from align.io.stage import run_stage
 from align.models.folders import fingerprint_model
+from align.stats import interval
 from reward_models.scorers import ScorerSpec
 
 SUMMARY = "iterate.json"
@@ -85,8 +86,7 @@ def iterate(config: IterateConfig) -> Path:
         summary.append({"round": number, "policy": policy, **metrics})
         write_json(config.folder / SUMMARY, {"rounds": summary})
         reward = metrics["pairs"]["mean_reward"]
-        log.info("round %d: reward of its samples, before training on them: %.3g (%.3g to %.3g)",
-                 number, reward["value"], reward["low"], reward["high"])  # fmt: skip
+        log.info("round %d: reward of its samples, before training on them: %s", number, interval(reward))
     return Path(policy)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from align.stats import Estimate
+from align.stats import mean_interval
 from align.trust.evidence import fit_evidence
 from align.trust.linear_proxy import DPO, MADPO, SOFT, Family, Setting, fit, held_out, scaled, without_leak
 from align.trust.selection import Selection, bootstrap, by_labels, choose
@@ -49,7 +49,7 @@ def analyze(
     return {
         "pairs": len(margin),
         "directions": x.shape[1],
-        "agreement": mean(margin > 0).to_dict(),
+        "agreement": mean_interval(margin > 0).to_dict(),
         "slope": heldout.slope,
         "chosen": _describe(chosen, family),
         "interval": bootstrap(loglik, family.grid, seed=seed),
@@ -74,11 +74,11 @@ def _gains(
     alone = {name: _column(loglik, family, setting) for name, setting in REFERENCES.items()}
     return {
         "gains": {
-            "margin": mean(margin_alone + CHANCE).to_dict(),
-            "labels": mean(alone["dpo"] + CHANCE).to_dict(),
-            "both": mean(best + CHANCE).to_dict(),
+            "margin": mean_interval(margin_alone + CHANCE).to_dict(),
+            "labels": mean_interval(alone["dpo"] + CHANCE).to_dict(),
+            "both": mean_interval(best + CHANCE).to_dict(),
         },
-        "against": {name: mean(best - values).to_dict() for name, values in alone.items()},
+        "against": {name: mean_interval(best - values).to_dict() for name, values in alone.items()},
     }
 
 
@@ -115,13 +115,6 @@ def overtaken_at(curve: list[dict[str, float]]) -> float | None:
     if limit <= other_limit or cost <= other_cost:
         return None
     return (cost - other_cost) / (limit - other_limit)
-
-
-def mean(values: np.ndarray) -> Estimate:
-    """Mean of values [N] with its 95% interval by the normal approximation (N is at least 50 here)."""
-    array = np.asarray(values, dtype=np.float64)
-    center, half = float(array.mean()), 1.96 * float(array.std(ddof=1)) / float(np.sqrt(len(array)))
-    return Estimate(center, center - half, center + half, len(array))
 
 
 def _limit_and_cost(curve: list[dict[str, float]], name: str) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from math import exp
 from typing import Any
 
+from align.stats import excludes
 from align.trust.analysis import labels_worth, overtaken_at
 
 NAMES = {"dpo": "plain DPO", "madpo": "MADPO", "soft_labels": "soft labels"}
@@ -76,9 +77,9 @@ def setting(found: dict[str, Any]) -> str:
 
 
 def _against(name: str, difference: dict[str, float]) -> str:
-    if difference["low"] <= 0 <= difference["high"]:
+    if not excludes(difference, 0.0):
         return f"Against {NAMES[name]}: no measurable difference, {_nats(difference)}."
-    word = "better" if difference["low"] > 0 else "worse"
+    word = "better" if difference["value"] > 0 else "worse"
     return f"Against {NAMES[name]}: {word} by {_nats(difference)} on unseen labels."
 
 

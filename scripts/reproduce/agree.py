@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from align.io.files import read_json
-from align.stats import bootstrap_mean
+from scripts.bootstrap import bootstrap_mean
 from scripts.reproduce.exact_arena.report import MAIN_KL
 from scripts.reproduce.policy_protocol.data import read_known
 

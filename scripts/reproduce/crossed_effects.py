@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import t
 
-from align.stats import Estimate
+from scripts.bootstrap import Estimate
 
 
 def crossed_mean(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:

@@ -27,7 +27,7 @@ from align.errors import AlignError, ConfigError
 from align.io.console import configure, log
 from align.io.files import write_json
 from align.io.stage import Stage
-from align.stats import bootstrap_mean
+from scripts.bootstrap import bootstrap_mean
 from scripts.reproduce.policy_protocol.cells import (
     CANDIDATES,
     TRUST,

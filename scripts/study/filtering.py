@@ -32,8 +32,8 @@ from align.filtering.selection import importance, top_k
 from align.filtering.static_embeddings import StaticEncoder
 from align.io.console import configure, log
 from align.io.files import read_json, write_json
-from align.stats import bootstrap_mean
 from scripts.assets.demo_data import Snippet, read_snippets
+from scripts.bootstrap import bootstrap_mean
 from scripts.figures import pyplot, save
 from scripts.tables import table
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.errors import ModelError
@@ -13,7 +12,6 @@ from align.evaluation.rewards import gain_per_root_kl, reward_differences
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.types import Sampling
 from align.models.completion_logps import completion_logps
-from align.stats import bootstrap_mean, bootstrap_share
 from tests.helpers.builders import tokenizer
 
 PROMPTS = ["the film is", "a very bad plot was not", "good"]
@@ -72,51 +70,22 @@ def test_log_probs_equal_one_token_at_a_time(tiny_policy: Path, batch_tokens: in
 
 def test_compare_is_paired() -> None:
     base = np.random.default_rng(0).normal(0, 5, 200)
-    found = reward_differences({"reference": base, "a": base + 0.1, "b": base - 0.1}, baseline="reference", seed=0)
+    found = reward_differences({"reference": base, "a": base + 0.1, "b": base - 0.1}, baseline="reference")
     gain = found["policies"]["a"]["gain"]
-    assert gain["value"] == pytest.approx(0.1) and gain["high"] - gain["low"] < 1e-9
+    assert gain["value"] == pytest.approx(0.1) and gain["low"] is None  # the same on every prompt
     (comparison,) = found["comparisons"]
     assert (comparison["a"], comparison["b"]) == ("b", "a")
-    assert comparison["difference"] == pytest.approx({"value": -0.2, "low": -0.2, "high": -0.2, "n": 200})
+    assert comparison["difference"] == {"value": pytest.approx(-0.2), "low": None, "high": None, "n": 200}
     assert found["policies"]["reference"]["gain"] is None
-
-
-def test_bootstrap_interval_covers_about_95_percent() -> None:
-    rng = np.random.default_rng(0)
-    inside = 0
-    for seed in range(200):
-        estimate = bootstrap_mean(rng.normal(1.0, 2.0, 60), seed=seed, resamples=400)
-        inside += estimate.low <= 1.0 <= estimate.high
-    assert 180 <= inside <= 199
-    with pytest.raises(ValueError, match="at least one"):
-        bootstrap_mean([], seed=0)
-
-
-def test_a_share_of_none_or_all_keeps_an_interval() -> None:
-    """It is Clopper and Pearson's: with a true share of 0.025^(1/N), N of N happens in 2.5% of the cases."""
-    every, none = bootstrap_share([1.0] * 20, seed=0), bootstrap_share([0.0] * 20, seed=0)
-    exact = binomtest(20, 20).proportion_ci(0.95, method="exact")
-    assert (every.value, every.low, every.high) == pytest.approx((1.0, exact.low, 1.0))
-    assert (none.value, none.low, none.high) == pytest.approx((0.0, 0.0, 1 - exact.low))
-    ties, mixed = [0.5] * 9, [0.0, 1.0, 0.5, 1.0]
-    assert bootstrap_share(ties, seed=0) == bootstrap_mean(ties, seed=0)
-    assert bootstrap_share(mixed, seed=0) == bootstrap_mean(mixed, seed=0)
-
-
-def test_resampling_a_part_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = np.random.default_rng(0).normal(size=37)
-    whole = bootstrap_mean(values, seed=3, resamples=101)
-    monkeypatch.setattr("align.stats.CHUNK_CELLS", 37 * 4)
-    assert bootstrap_mean(values, seed=3, resamples=101) == whole
 
 
 def test_gain_per_root_kl() -> None:
     gain, kl = np.full(50, 2.0), np.full(50, 8.0)
-    found = gain_per_root_kl(gain, kl, seed=0)
-    assert found is not None and (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
-    assert gain_per_root_kl(gain, -kl, seed=0) is None
+    found = gain_per_root_kl(gain, kl)
+    assert found is not None and (found.value, found.low) == (pytest.approx(0.5), None)
+    assert gain_per_root_kl(gain, -kl) is None
     noisy = np.random.default_rng(0).normal(0.05, 1.0, 50)
-    assert 0 < noisy.mean() < 0.2 and gain_per_root_kl(gain, noisy, seed=0) is None
+    assert 0 < noisy.mean() < 0.2 and gain_per_root_kl(gain, noisy) is None
 
 
 def test_left_padding_side_is_not_left_behind(tiny_policy: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from align.data.splits import clusters_of
 from align.evaluation.ranking import auc, auc_interval, opis, utilities
-from align.stats import bootstrap_share
+from align.stats import excludes, share_interval
 from reward_models.margin_metrics import evaluate_margins
 
 REWARDS = st.lists(st.integers(-4, 4), min_size=1, max_size=9)
@@ -36,10 +36,10 @@ def test_auc_interval_covers() -> None:
     rng = np.random.default_rng(1)
     truth = 0.7792  # Phi(1.5 / sqrt(2 (1 + 0.9))), the standard normal distribution function
     inside = 0
-    for seed in range(200):
+    for _ in range(200):
         common = rng.normal(0, np.sqrt(0.9), 80)
         chosen, rejected = common + rng.normal(1.5, 1, 80), common + rng.normal(0, 1, 80)
-        found = auc_interval(chosen, rejected, seed=seed, resamples=200)
+        found = auc_interval(chosen, rejected)
         inside += found.low <= truth <= found.high
     assert 182 <= inside <= 198
 
@@ -76,13 +76,13 @@ def test_intervals_of_pairs_that_share_prompts_cover() -> None:
     inside = over_pairs = of_area = 0
     for seed in range(400):
         chosen, rejected = sampled(60, rng)
-        found = evaluate_margins(chosen - rejected, seed=seed, clusters=clusters).accuracy
-        narrow = bootstrap_share(chosen > rejected, seed=seed, resamples=200)
+        found = evaluate_margins(chosen - rejected, clusters=clusters).accuracy
+        narrow = share_interval(chosen > rejected)
         inside += found.low <= accuracy <= found.high
         over_pairs += narrow.low <= accuracy <= narrow.high
         assert found.value == narrow.value and found.n == 900
         if seed < 100:
-            ranked = auc_interval(chosen, rejected, seed=seed, resamples=100, clusters=clusters)
+            ranked = auc_interval(chosen, rejected, clusters=clusters)
             of_area += ranked.low <= area <= ranked.high
             assert ranked.n == 900
     assert 360 <= inside <= 396 and 88 <= of_area <= 99
@@ -91,13 +91,16 @@ def test_intervals_of_pairs_that_share_prompts_cover() -> None:
 
 def test_intervals_of_pairs_of_different_prompts_are_those_over_pairs() -> None:
     chosen, rejected = sampled(60, np.random.default_rng(1))
-    alone = Dataset.from_list([row | {"prompt": f"{k}"} for k, row in enumerate(of_prompts(60))])
-    for clusters in (clusters_of(alone), np.zeros(900)):  # of one cluster alone nothing is known of others
-        assert evaluate_margins(chosen - rejected, clusters=clusters) == evaluate_margins(chosen - rejected)
-        with_clusters = auc_interval(chosen, rejected, seed=0, resamples=50, clusters=clusters)
-        assert with_clusters == auc_interval(chosen, rejected, seed=0, resamples=50)
-    every = bootstrap_share(np.ones(900), seed=0, clusters=clusters_of(of_prompts(60)))
-    assert (every.low, every.high) == (bootstrap_share(np.ones(60), seed=0).low, 1.0)
+    clusters = clusters_of(Dataset.from_list([row | {"prompt": f"{k}"} for k, row in enumerate(of_prompts(60))]))
+    assert evaluate_margins(chosen - rejected, clusters=clusters) == evaluate_margins(chosen - rejected)
+    assert auc_interval(chosen, rejected, clusters=clusters) == auc_interval(chosen, rejected)
+
+
+def test_a_single_prompt_tells_nothing_of_others() -> None:
+    chosen, rejected = sampled(60, np.random.default_rng(1))
+    found = evaluate_margins(chosen - rejected, clusters=np.zeros(900)).accuracy
+    assert (found.low, found.high, found.units) == (None, None, 1) and not excludes(found, 0.5)
+    assert auc_interval(chosen, rejected, clusters=np.zeros(900)).low is None
 
 
 def test_what_belongs_together() -> None:

@@ -30,7 +30,6 @@ def test_policies_are_compared_over_equally_many_words() -> None:
     found = text_statistics(
         {name: Texts(texts, [1] * 40, [True] * 40) for name, texts in (("short", short), ("long", long))},
         baseline="short",
-        seed=0,
     )
     assert found["short"]["distinct_words"] == found["long"]["distinct_words"] == 200
     assert found["short"]["distinct"]["1"] == pytest.approx(found["long"]["distinct"]["1"], abs=0.05)
@@ -42,9 +41,9 @@ def test_changes_are_paired_and_only_those_seen_are_told() -> None:
     tokens = rng.integers(5, 60, 100)
     base = Texts(["a b c d e f"] * 100, tokens.tolist(), [True] * 100)
     worse = Texts(["no no no no no"] * 100, (tokens + 1).tolist(), [k % 2 == 0 for k in range(100)])
-    found = text_statistics({"before": base, "after": worse, "same": base}, baseline="before", seed=0)
+    found = text_statistics({"before": base, "after": worse, "same": base}, baseline="before")
     assert found["before"]["change"] is None
-    assert found["after"]["change"]["tokens"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 100}
+    assert found["after"]["change"]["tokens"] == {"value": 1.0, "low": None, "high": None, "n": 100}
     said = {(item["policy"], item["what"]): item["said"] for item in changed(found)}
     assert said == {
         ("after", "tokens"): "writes more tokens",

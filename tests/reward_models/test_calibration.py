@@ -128,18 +128,18 @@ def test_the_length_part_is_found_and_removed() -> None:
     words = rng.integers(-30, 31, 4000).astype(float)
     honest = rng.normal(1, 1, 4000)
     margins = honest + 0.2 * words
-    probe = length_probe(margins, words, seed=0)
+    probe = length_probe(margins, words)
     assert probe["slope"] == pytest.approx(0.2, abs=0.01) and probe["explained"] > 0.7
     assert probe["correlation"]["low"] > 0.8 and probe["longer_preferred"]["low"] > 0.8
     assert probe["accuracy_longer"]["value"] > 0.9 > 0.5 > probe["accuracy_shorter"]["value"]
     left = fit_map(margins, words, None, length=True)(margins, words)
     assert abs(length_slope(left, words)) < 1e-12 and np.std(left - honest) < 0.2
-    clean = length_probe(honest, words, seed=0)
+    clean = length_probe(honest, words)
     assert clean["correlation"]["low"] < 0 < clean["correlation"]["high"] and clean["explained"] < 0.01
 
 
 def test_a_probe_of_pairs_that_say_nothing() -> None:
-    probe = length_probe(np.zeros(3), np.zeros(3), seed=0)
+    probe = length_probe(np.zeros(3), np.zeros(3))
     assert probe["slope"] == 0 and probe["correlation"] is None and probe["accuracy_longer"] is None
 
 

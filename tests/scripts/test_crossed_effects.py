@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 from scipy.stats import ttest_1samp
 
-from align.stats import Estimate, bootstrap_mean
+from scripts.bootstrap import Estimate, bootstrap_mean
 from scripts.reproduce.crossed_effects import crossed_mean, crossed_p
 
 

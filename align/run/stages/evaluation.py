@@ -61,7 +61,7 @@ def stage_evaluate(config: RunConfig, folder: Path) -> None:
         )
         for name, table in tables.items()
     }
-    found = compare_policies(samples, baseline=REFERENCE, seed=config.seed)
+    found = compare_policies(samples, baseline=REFERENCE)
     gains = _reward_model_gains(config, tables)
     prompts = [plain(prompt) for prompt in tables[REFERENCE]["prompt"]]
     texts = {name: table["text"] for name, table in tables.items()}
@@ -104,7 +104,7 @@ def _reward_model_gains(config: RunConfig, tables: dict[str, Dataset]) -> dict[s
         )
         for name, table in tables.items()
     }
-    found = reward_differences(rewards, baseline=REFERENCE, seed=config.seed)["policies"]
+    found = reward_differences(rewards, baseline=REFERENCE)["policies"]
     return {name: policy["gain"] for name, policy in found.items() if policy["gain"] is not None}
 
 

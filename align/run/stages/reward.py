@@ -45,7 +45,7 @@ def stage_reward(config: RunConfig, folder: Path) -> None:
         metrics[name] = evaluate_margins(margins, clusters=clusters).to_dict()
         if name == "heldout":
             words = word_difference(heldout)
-            metrics["length"] = length_probe(margins, words, seed=config.seed, clusters=clusters)
+            metrics["length"] = length_probe(margins, words, clusters=clusters)
             fold = folds_by_prompt(heldout, FOLDS, config.seed)
             metrics |= _fit_calibration(margins, words, fold, clusters, config.reward, model)
     write_json(folder / METRICS, metrics)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from align.stats import bootstrap_mean
+from scripts.bootstrap import bootstrap_mean
 from scripts.figures import pyplot, save
 from scripts.tables import table
 
