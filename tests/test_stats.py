@@ -1,5 +1,8 @@
 """Intervals: coverage against known truths, golden values, and what may be claimed from how much."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest, t
@@ -19,7 +22,8 @@ from align.stats import (
     share_among,
     share_interval,
 )  # fmt: skip
-from scripts.study.coverage import CASES, covered
+from scripts.study.coverage import CASES, MARK, covered, markdown
+from scripts.tables import insert
 
 DRAWS = 400
 ERROR = 3 * np.sqrt(0.95 * 0.05 / DRAWS)
@@ -134,3 +138,10 @@ def test_equal_lengths_leave_the_plain_win_rate() -> None:
 def test_a_perfect_ranking_is_not_certain() -> None:
     found = auc_interval(np.arange(10.0) + 100, np.arange(10.0))
     assert found.value == 1.0 and found.low is not None and found.low < 0.8
+
+
+def test_the_page_shows_the_kept_coverage() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    found = json.loads((root / "studies" / "coverage.json").read_text())
+    assert insert(page, markdown(found), MARK) == page and found["coverage"].keys() == CASES.keys()

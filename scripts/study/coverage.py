@@ -1,6 +1,6 @@
 """How often the 95% intervals of align/stats.py and of what is built on it hold the truth, by simulation.
 
-    python -m scripts.study.coverage --draws 4000 --output studies/coverage.json
+    python -m scripts.study.coverage --draws 2000 --output studies/coverage.json --document docs/evaluation.md
 
 Draws in which the data give no interval (all values equal) are counted apart.
 """
@@ -19,7 +19,9 @@ from align.evaluation.ranking import auc_interval
 from align.evaluation.rewards import gain_per_root_kl
 from align.evaluation.winrate import length_control
 from align.stats import correlation, mean_interval, share_interval
+from scripts.tables import table, update_page
 
+MARK = "scripts/study/coverage.py"
 SIZES = (5, 8, 12, 20, 60, 200)
 Draw = Callable[[np.random.Generator, int], Any]
 
@@ -111,25 +113,39 @@ def simulate(case: Case, size: int, draws: int, *, seed: int) -> list[bool | Non
     return inside
 
 
+def markdown(found: dict[str, Any]) -> str:
+    """The coverage of each case by number of units; ``-`` where no data set has an interval."""
+    rows = [
+        [name, *("-" if row["covered"] is None else f"{row['covered']:.1%}" for row in sizes.values())]
+        for name, sizes in found["coverage"].items()
+    ]
+    return table(["95% interval of", *(f"{size} units" for size in SIZES)], rows)
+
+
 def main() -> None:
     """Print the table and write its JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=4000)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--document", type=Path, help="page whose table is replaced")
     arguments = parser.parse_args()
-    table: dict[str, dict[str, dict[str, float | None]]] = {}
+    results: dict[str, dict[str, dict[str, float | None]]] = {}
     for name, case in CASES.items():
-        table[name] = {}
+        results[name] = {}
         for size in SIZES:
             inside = simulate(case, size, arguments.draws, seed=size)
             some = [one for one in inside if one is not None]
-            table[name][str(size)] = {
+            results[name][str(size)] = {
                 "covered": float(np.mean(some)) if some else None,
                 "no_interval": 1 - len(some) / len(inside),
             }
-        print(name, *(f"{size}: {100 * (row['covered'] or 0):.1f}" for size, row in table[name].items()), sep="  ")
-    found = {"draws": arguments.draws, "command": "python -m scripts.study.coverage", "coverage": table}
+        shown = (f"{size}: {'-' if row['covered'] is None else format(row['covered'], '.1%')}"
+                 for size, row in results[name].items())  # fmt: skip
+        print(name, *shown, sep="  ")
+    found = {"draws": arguments.draws, "command": "python -m scripts.study.coverage", "coverage": results}
     arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.document is not None:
+        update_page(arguments.document, markdown(found), MARK)
 
 
 if __name__ == "__main__":
