@@ -1,5 +1,6 @@
 """The work of `align entangle report`, `trace` and `check`."""
 
+import hashlib
 import json
 import math
 import shlex
@@ -20,7 +21,7 @@ from align.distributed import process_rank
 from align.entanglement.check import check_predictions
 from align.entanglement.measure import SHARD, MeasureJob, load_measured, measuring
 from align.entanglement.products import GradientProducts
-from align.entanglement.summary import advice, summarize
+from align.entanglement.summary import advice, share_text, summarize
 from align.entanglement.token_products import token_matrix, token_products
 from align.entanglement.trace import checkpoints_of, sentence, trajectory
 from align.errors import ConfigError, DataError
@@ -42,6 +43,8 @@ MEASUREMENTS = "measurements"
 SUMMARY, PAGE = "summary.json", "report.html"
 MEASURED = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
 """Columns of tokenized pairs that a measurement depends on."""
+REVISION = 2
+"""Part of the key of a measurement: raised when the same pairs and model give other numbers."""
 NAMED = 5
 """Number of pairs that a message names."""
 MATRIX_TOKENS = 64
@@ -83,9 +86,10 @@ def report(source: PairsSection, settings: ReportSettings, output: Path) -> None
     """
     check_files(output, [SUMMARY, PAGE], own=[MEASUREMENTS])
     bound = _bound(settings.loss, settings.parameters)
-    pairs = _sample(load_pairs(source), bound, settings.limit, source.path)
+    every = load_pairs(source)
+    pairs = _sample(every, bound, settings.limit, source.path)
     policy = load_measured(settings.model)
-    tokens = tokenize_pairs(pairs, load_tokenizer(settings.model), max_length=settings.max_length)
+    tokens, left_out = _tokenized(pairs, load_tokenizer(settings.model), settings.max_length)
     job = MeasureJob(settings.model, settings.reference, bound, settings.parameter_names, settings.batch_tokens,
                      settings.max_length)  # fmt: skip
     stage, table = _measure(output / MEASUREMENTS, tokens, policy, job, settings.cluster)
@@ -95,11 +99,13 @@ def report(source: PairsSection, settings: ReportSettings, output: Path) -> None
     covered = GradientProducts(policy, settings.parameter_names).covered
     page: dict[str, Any] = {
         "run": {
-            "pairs": source.path, "model": settings.model, "loss": settings.loss, "seconds": stage.seconds,
+            "pairs": source.path, "of": len(every), "left_out": left_out, "model": settings.model,
+            "loss": settings.loss, "seconds": stage.seconds,
             "command": shlex.join(["align", *sys.argv[1:]]), "parameters": sum(covered.values()),
             "by_rule": covered["rule"], "by_autograd": covered["autograd"],
         },
         "summary": summary,
+        "entangled": share_text(summary["entangled"]),
         "advice": advice(summary, settings.loss),
         "pairs": _shown_pairs(policy, tokens, table, settings),
     }  # fmt: skip
@@ -115,7 +121,7 @@ def _shown_pairs(policy: nn.Module, tokens: Dataset, table: Dataset, settings: R
     tokenizer = load_tokenizer(settings.model)
     rows = sorted(range(len(table)), key=lambda k: _worst(table[k]))[: settings.shown]
     return [
-        _colored(policy, tokenizer, tokens[k], table[k], settings.max_length, matrix=number < settings.matrices)
+        _colored(policy, tokenizer, tokens[k], table[k], settings, matrix=number < settings.matrices)
         for number, k in enumerate(rows)
     ]
 
@@ -142,7 +148,7 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     table = run / "filter" / KEPT if "filter" in inputs["after"] else run / "margins" / "pairs"
     every = load_pairs(PairsSection(path=str(table))) if table.is_file() else read_pairs(table)
     pairs = _sample(every, bound, limit, str(run))
-    tokens = tokenize_pairs(pairs, load_tokenizer(base), max_length=length)
+    tokens, _ = _tokenized(pairs, load_tokenizer(base), length)
     output, tables = run / f"trace-{method}", []
     for step, folder in checkpoints:
         reference = None if is_adapter(folder) and not is_adapter(base) else base
@@ -187,7 +193,7 @@ def check(
     bound = _bound(loss, parameters)
     pairs = _sample(load_pairs(source), bound, limit, source.path)
     tokenizer = load_tokenizer(model)
-    tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
+    tokens, _ = _tokenized(pairs, tokenizer, max_length)
     half = tokens.select(range(max(1, len(tokens) // 2)))
     batch, probes = (collate(rows, tokenizer.pad_token_id, max_length=max_length) for rows in (half, tokens))
     policy = load_measured(model)
@@ -237,6 +243,7 @@ def _measure(
         "loss_parameters": dict(job.loss.parameters),
         "parameters": job.parameters,
         "max_length": job.max_length,
+        "revision": REVISION,
     }
 
     def work(partial: Path) -> None:
@@ -251,7 +258,10 @@ def _measure(
 
 
 def _sample(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset:
-    """The first ``limit`` pairs by id, so that the sample does not depend on the order of the file."""
+    """``limit`` pairs in the order of a hash of their ids: a fair sample that does not depend on the file's order.
+
+    Ids often begin with a source or a date, so their own order is not fair.
+    """
     lacking = missing_values(pairs, "margin") if "margin" in pairs.column_names else range(len(pairs))
     if loss.spec.needs_margin and len(lacking):
         first = ", ".join(str(pairs[int(place)]["id"]) for place in lacking[:NAMED])
@@ -261,8 +271,31 @@ def _sample(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset
             code="loss-needs-margin",
             hint="run `align reward score` first, or measure with --loss dpo",
         )
-    order = sorted(range(len(pairs)), key=lambda k: str(pairs[k]["id"]))[:limit]
+    names = [str(name) for name in pairs["id"]]
+    order = sorted(range(len(pairs)), key=lambda k: hashlib.sha256(names[k].encode()).digest())[:limit]
     return pairs.select(sorted(order))
+
+
+def _tokenized(pairs: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset, list[str]]:
+    """The pairs as token ids, and the ids of those that are left out because their prompts fill ``max_length``.
+
+    Raises:
+        DataError: all are left out, or a response has no token.
+    """
+    tokens = tokenize_pairs(pairs, tokenizer, max_length=sys.maxsize)
+    lengths = [len(ids) for ids in tokens["prompt_ids"]]
+    fitting = [k for k, length in enumerate(lengths) if length < max_length]
+    left_out = [str(pairs[k]["id"]) for k, length in enumerate(lengths) if length >= max_length]
+    if not fitting:
+        raise DataError(
+            f"none of {len(pairs)} pairs has a token of a response within {max_length} tokens",
+            code="empty-completion",
+            hint="raise --max-length",
+        )
+    if left_out:
+        more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+        log.warning("left out, their prompts fill %d tokens: %s%s", max_length, ", ".join(left_out[:NAMED]), more)
+    return tokens.select(fitting), left_out
 
 
 def _worst(row: dict[str, Any]) -> tuple[bool, float]:
@@ -272,17 +305,28 @@ def _worst(row: dict[str, Any]) -> tuple[bool, float]:
 
 
 def _colored(
-    model: nn.Module, tokenizer: Any, tokens: dict[str, Any], row: dict[str, Any], limit: int, *, matrix: bool
+    model: nn.Module,
+    tokenizer: Any,
+    tokens: dict[str, Any],
+    row: dict[str, Any],
+    settings: ReportSettings,
+    *,
+    matrix: bool,
 ) -> dict[str, Any]:
     """A pair as text colored by the products of its tokens; with ``matrix`` also the products of every two tokens."""
-    batch = collate([tokens], tokenizer.pad_token_id, max_length=limit)
+    batch = collate([tokens], tokenizer.pad_token_id, max_length=settings.max_length)
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
     found: dict[str, Any] = {name: row[name] for name in ("id", "verdict", "cosine", "norm_ratio")}
     found["prompt"] = tokenizer.decode(tokens["prompt_ids"])
     for side, (values, ids, mask) in zip(
         ("chosen", "rejected"),
-        zip(token_products(model, batch), batch["input_ids"], batch["completion_mask"], strict=True),
+        zip(
+            token_products(model, batch, settings.parameter_names),
+            batch["input_ids"],
+            batch["completion_mask"],
+            strict=True,
+        ),
         strict=True,
     ):
         largest = float(values.abs().max())
@@ -296,7 +340,7 @@ def _colored(
             for place in places
         ]
     if matrix and min(len(found["chosen"]), len(found["rejected"])) <= MATRIX_TOKENS:
-        values = token_matrix(model, batch)
+        values = token_matrix(model, batch, settings.parameter_names)
         largest = float(values.abs().max())
         found["matrix"] = [[(value, shade(value, largest)) for value in line] for line in values.tolist()]
     return found

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from align.entanglement.layer_rules import table_grad
 from align.models.lm_head import LogitForm
 
 TOKENS = 256
@@ -81,8 +82,7 @@ class HeadProducts:
 
     def receive(self, grad: Tensor) -> None:
         """Keep the gradient at the output of a tied embedding, [2B, T, D]."""
-        scale = getattr(self.embedding, "embed_scale", None)
-        self._grad = grad.detach() if scale is None else grad.detach() * scale
+        self._grad = table_grad(self.embedding, self._ids, grad.detach())
 
     def forward(
         self, hidden: Tensor, batch: dict[str, Tensor], groups: list[Tensor], direction: Mapping[int, Tensor]

@@ -101,7 +101,24 @@ def _linear_grads(call: Call) -> Tensor:
 
 
 def _bias_grads(call: Call) -> Tensor:
-    return call.grad.sum(dim=1)
+    return call.grad.flatten(1, -2).sum(dim=1)
+
+
+def table_grad(module: nn.Module, ids: Tensor, grad: Tensor) -> Tensor:
+    """Gradient at the rows of an embedding's table, [2B, T, D], from that at its output.
+
+    A row is multiplied by ``embed_scale`` where the module has one; the row of ``padding_idx`` gets no gradient, as in
+    ``torch.nn.Embedding``. Models of the hub often pad with a token that prompts contain, such as the end of a turn.
+
+    Args:
+        module: the embedding.
+        ids: [2B, T].
+        grad: [2B, T, D].
+    """
+    scale, padding = getattr(module, "embed_scale", None), getattr(module, "padding_idx", None)
+    if scale is not None:
+        grad = grad * scale
+    return grad if padding is None else grad.masked_fill((ids == padding)[..., None], 0.0)
 
 
 def _embedding_grads(call: Call) -> Tensor:
@@ -109,15 +126,13 @@ def _embedding_grads(call: Call) -> Tensor:
     used, place = call.input.value.unique(return_inverse=True)
     grads = call.grad.new_zeros(len(place), len(used), call.grad.shape[-1])
     rows = torch.arange(len(place), device=place.device)[:, None].expand_as(place)
-    grads.index_put_((rows, place), call.grad, accumulate=True)
-    scale = getattr(call.module, "embed_scale", None)
-    return grads.flatten(1) if scale is None else grads.flatten(1) * scale
+    grads.index_put_((rows, place), table_grad(call.module, call.input.value, call.grad), accumulate=True)
+    return grads.flatten(1)
 
 
 def _embedding_products(call: Call) -> Tensor:
     """Products in which tokens with the same id share a row of the table."""
-    scale = getattr(call.module, "embed_scale", None)
-    grad = call.grad if scale is None else call.grad * scale
+    grad = table_grad(call.module, call.input.value, call.grad)
     chosen, rejected = call.input.value.chunk(2)
     same_own = (call.input.value[:, :, None] == call.input.value[:, None]).to(grad.dtype)
     same_cross = (chosen[:, :, None] == rejected[:, None]).to(grad.dtype)

@@ -118,7 +118,7 @@ class PairMeasurement:
     def _columns(self, batch: dict[str, Tensor], margin: Tensor | None) -> dict[str, np.ndarray]:
         """Columns [B] of one batch in trl's layout."""
         model, products = self.products.model, self.products(batch)
-        ref_chosen, ref_rejected = self._reference_logps(batch)
+        ref_chosen, ref_rejected = self._reference_logps(batch) or (products.chosen_logps, products.rejected_logps)
         d_w, d_l = loss_weights(self.loss, products.with_reference(ref_chosen, ref_rejected), margin)
         squares = (products.chosen_sq, products.rejected_sq, products.inner)
         step = changes(*squares, d_w, d_l)
@@ -148,10 +148,15 @@ class PairMeasurement:
             **{name: values.numpy() for name, values in screening_scores(model, batch)._asdict().items()},
         }
 
-    def _reference_logps(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Log-probs [B] of the chosen and of the rejected responses under the reference, nats, float64 on the CPU."""
+    def _reference_logps(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Log-probs [B] of the chosen and of the rejected responses under the reference, nats, float64 on the CPU.
+
+        None if the model is its own reference: its log-probs have not changed, to the bit.
+        """
         model = self.products.model if self.reference is None else self.reference
         adapter_off = self.reference is None and hasattr(model, "disable_adapter")
+        if self.reference is None and not adapter_off:
+            return None
         training = model.training
         model.eval()
         with torch.no_grad(), model.disable_adapter() if adapter_off else nullcontext():  # type: ignore[operator]

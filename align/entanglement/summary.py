@@ -44,14 +44,20 @@ def summarize(table: Dataset, *, seed: int = 0) -> dict[str, Any]:
 def advice(summary: dict[str, Any], loss: str) -> dict[str, str]:
     """Sentences on a summary: ``headline`` says what it shows, ``next_step`` what to do about it."""
     falls, entangled = summary["chosen_falls"], summary["entangled"]
-    percent = f"{100 * falls['value']:.0f}% ({100 * falls['low']:.0f} to {100 * falls['high']:.0f}%)"
+    percent = share_text(falls, digits=0)
     ratio = summary["norm_ratio"]["median"]
     if entangled["value"] <= RARE:
-        few = f" {entangled['n']} pairs show no more than that at most {100 * entangled['high']:.0f}% are entangled."
+        most = 1.0 if entangled["high"] is None else entangled["high"]
+        if most > RARE:
+            return {
+                "headline": f"Few entangled pairs were seen under a step of {loss}; {entangled['n']} pairs show only "
+                f"that at most {most:.0%} are entangled.",
+                "next_step": "Measure more pairs (--limit) before relying on this, and again late in training.",
+            }
         return {
             "headline": f"A step of {loss} separates the responses of nearly every pair.",
             "next_step": "No remedy is needed here. Measure again late in training: entanglement grows as rejected "
-            "responses become unlikely." + (few if entangled["high"] > RARE else ""),
+            "responses become unlikely.",
         }
     if falls["value"] > RARE:
         return {
@@ -66,6 +72,14 @@ def advice(summary: dict[str, Any], loss: str) -> dict[str, str]:
         f"{100 * summary['shares']['both rise']:.0f}% of the pairs; the chosen response falls in {percent}.",
         "next_step": "Rising rejected responses are rarely a problem while the margin grows: watch logps/rejected.",
     }
+
+
+def share_text(share: dict[str, Any], *, digits: int = 1) -> str:
+    """``12.5% (3.5 to 36.0%)``: a share with its 95% interval, if the pairs give one."""
+    if share["low"] is None:
+        return f"{100 * share['value']:.{digits}f}% (of {share['n']})"
+    low, high = (100 * share[end] for end in ("low", "high"))
+    return f"{100 * share['value']:.{digits}f}% ({low:.{digits}f} to {high:.{digits}f}%)"
 
 
 def _quartiles(values: np.ndarray) -> dict[str, float]:

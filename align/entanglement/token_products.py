@@ -1,5 +1,7 @@
 """The entanglement of single tokens: each token's inner product with the gradient of the other response."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 
@@ -8,7 +10,7 @@ from align.models.layout import base_model
 from align.models.logps import add_completion_head, pair_logps
 
 
-def token_products(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def token_products(model: nn.Module, batch: dict[str, Tensor], parameters: str | None = None) -> tuple[Tensor, Tensor]:
     """Inner products [T - 1] of every chosen token with gl, and of every rejected token with gw, for one pair.
 
     Both sum to <gw, gl>. The cost is one backward pass and one forward-mode pass per response.
@@ -16,11 +18,12 @@ def token_products(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, 
     Args:
         model: causal language model; its trained parameters are measured.
         batch: one pair in trl's layout.
+        parameters: regular expression for the names of the measured parameters; None: all that are trained.
 
     Returns:
         Values at place t - 1 for the token at place t; 0 for tokens outside the completion mask.
     """
-    logps, trained = _token_logps(model, batch)
+    logps, trained = _token_logps(model, batch, parameters)
     products = []
     for row, other in ((0, 1), (1, 0)):
         direction = _gradient(logps[other].sum(), trained)
@@ -28,7 +31,7 @@ def token_products(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, 
     return products[0], products[1]
 
 
-def token_matrix(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def token_matrix(model: nn.Module, batch: dict[str, Tensor], parameters: str | None = None) -> Tensor:
     """Inner products [chosen tokens, rejected tokens] of the gradients of single tokens' log-probs, for one pair.
 
     The rows sum to the chosen tokens' products with gl, the columns to the rejected tokens' with gw (the heat map of
@@ -37,8 +40,9 @@ def token_matrix(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     Args:
         model: causal language model; its trained parameters are measured.
         batch: one pair in trl's layout.
+        parameters: regular expression for the names of the measured parameters; None: all that are trained.
     """
-    logps, trained = _token_logps(model, batch)
+    logps, trained = _token_logps(model, batch, parameters)
     places = [mask[1:].nonzero()[:, 0] for mask in batch["completion_mask"]]
     shorter, longer = (0, 1) if len(places[0]) < len(places[1]) else (1, 0)
     lines = []
@@ -49,14 +53,20 @@ def token_matrix(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return matrix if shorter == 0 else matrix.T
 
 
-def _token_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, nn.Parameter]]:
+def _token_logps(
+    model: nn.Module, batch: dict[str, Tensor], parameters: str | None
+) -> tuple[Tensor, dict[str, nn.Parameter]]:
     """Log-probs [2, T - 1] of the tokens without dropout, with gradients, and the trained parameters."""
     add_completion_head(base_model(model))
     training = model.training
     model.eval()
     logps = pair_logps(model, batch, "concatenated").tokens.logps
     model.train(training)
-    return logps, {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return logps, {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (parameters is None or re.search(parameters, name))
+    }
 
 
 def _gradient(value: Tensor, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -136,3 +136,14 @@ def test_the_real_model(assets: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(assets / "smollm2", dtype=torch.float32)
     found = check_predictions(model, BATCH, OTHERS, resolve("dpo", {}), {"sgd": 1e-4, "adamw": 1e-6})
     assert all(result["steps"][0]["sign_agreement"] >= 0.99 for result in found.values())
+
+
+def test_tokens_of_some_parameters_sum_to_their_product() -> None:
+    """The colors of a pair are about the parameters that the table is about."""
+    model, names = tiny("Llama").double(), r"layers\.1\.mlp"
+    batch = make_batch([(3, 4, 2)])
+    found = GradientProducts(model, names)(batch)
+    for values in token_products(model, batch, names):
+        assert float(values.sum()) == pytest.approx(float(found.inner[0]), rel=1e-6)
+    assert float(token_matrix(model, batch, names).sum()) == pytest.approx(float(found.inner[0]), rel=1e-6)
+    assert float(token_products(model, batch)[0].sum()) != pytest.approx(float(found.inner[0]), rel=1e-2)

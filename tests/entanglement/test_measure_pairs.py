@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -11,10 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.entanglement.measure import MeasureJob
 from align.entanglement.measure_pairs import measure_entanglement
+from align.entanglement.summary import advice, summarize
 from align.errors import ConfigError, DataError
 from align.losses.registry import resolve
 from align.models.loading import load_policy
 from align.models.tokenization import tokenize_pairs
+from align.stats import share_interval
 from tests.helpers.builders import rows, trained_adapter
 
 BETA = 0.1
@@ -119,3 +122,20 @@ def test_what_cannot_be_measured_is_refused(tiny_policy: Path) -> None:
         measure_entanglement(model, tokenizer, Dataset.from_list(some), loss="madpo")
     with pytest.raises(DataError, match="no token of a response is left within 3 tokens"):
         measure_entanglement(model, tokenizer, Dataset.from_list(table), max_length=3)
+
+
+def test_a_model_that_is_its_own_reference_has_not_changed(tiny_policy: Path) -> None:
+    """No noise of a second forward pass, so no correlation with it."""
+    found = measure_entanglement(*loaded(tiny_policy), Dataset.from_list(rows(6)))
+    assert set(found["logp_chosen_change"]) == set(found["logp_rejected_change"]) == {0.0}
+    assert summarize(found)["cosine_against"]["logp_chosen_change"] is None
+
+
+def test_few_pairs_do_not_show_that_entanglement_is_rare() -> None:
+    few, many = (
+        {"entangled": share_interval(np.zeros(n)).to_dict(), "chosen_falls": share_interval(np.zeros(n)).to_dict(),
+         "norm_ratio": {"median": 1.0}}
+        for n in (16, 400)
+    )  # fmt: skip
+    assert "16 pairs show only that at most 19%" in advice(few, "dpo")["headline"]
+    assert "separates the responses of nearly every pair" in advice(many, "dpo")["headline"]

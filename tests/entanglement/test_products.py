@@ -84,6 +84,24 @@ def test_equal_to_two_backward_passes(family: str, dtype: torch.dtype, tolerance
     assert [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()] == before
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "OPT"])
+def test_a_prompt_that_holds_the_padding_token(family: str, tied: bool) -> None:
+    """torch gives the row of ``padding_idx`` no gradient from look-ups; the head's part of a tied row stays."""
+    model = tiny(family, tie_word_embeddings=tied, pad_token_id=3)
+    assert model.get_input_embeddings().padding_idx == 3
+    batch = {name: values.clone() for name, values in BATCH.items()}
+    batch["input_ids"][:, 0] = 3
+    batch["input_ids"][0, 5] = 3
+    check(model, batch, 1e-6)
+
+
+@pytest.mark.parametrize("family", ["Phi", "Persimmon"])
+def test_biases_that_heads_share(family: str) -> None:
+    """A LayerNorm over each head's values: its outputs are [2B, T, H, D]."""
+    check(tiny(family, qk_layernorm=True, partial_rotary_factor=0.5), BATCH, 1e-6)
+
+
 @pytest.mark.parametrize("modules", [["q_proj", "down_proj"], ["q_proj", "lm_head"], ["embed_tokens", "v_proj"]])
 def test_adapters(modules: list[str]) -> None:
     """LoRA on layers, on the head, and on the embedding, whose parameters have no rule."""

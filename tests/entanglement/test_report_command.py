@@ -1,0 +1,47 @@
+"""`align entangle report`: which pairs it takes from a table, and which it leaves out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from align.commands.entangle import ReportSettings, report
+from align.config import PairsSection
+from align.errors import DataError
+from align.io.files import read_json
+from tests.helpers.builders import rows
+
+
+def measured(
+    table: list[dict[str, Any]], policy: Path, folder: Path, **fields: Any
+) -> tuple[list[str], dict[str, Any]]:
+    """Ids that were measured, and the summary's part about the run."""
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    settings = ReportSettings(str(policy), **({"loss": "dpo", "parameters": {}, "shown": 1, "matrices": 0} | fields))
+    report(PairsSection(path=str(folder / "pairs.jsonl")), settings, folder / "out")
+    found = Dataset.from_parquet(str(next((folder / "out").rglob("entanglement.parquet"))))
+    return list(found["id"]), read_json(folder / "out" / "summary.json")["run"]
+
+
+def test_a_part_of_the_pairs_is_a_fair_sample(tiny_policy: Path, tmp_path: Path) -> None:
+    """Ids that begin with a source do not decide which source is measured, nor does the order of the file."""
+    table = [row | {"id": f"{'easy' if k < 40 else 'hard'}-{k:03d}"} for k, row in enumerate(rows(80))]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    some, run = measured(table, tiny_policy, tmp_path / "a", limit=24)
+    hard = sum(name.startswith("hard") for name in some)
+    assert len(some) == 24 and 5 <= hard <= 19 and run["of"] == 80
+    assert set(some) == set(measured(table[::-1], tiny_policy, tmp_path / "b", limit=24)[0])
+    assert "24 of 80 pairs" in (tmp_path / "a" / "out" / "report.html").read_text()
+
+
+def test_a_pair_whose_prompt_fills_the_limit_is_left_out_by_name(tiny_policy: Path, tmp_path: Path) -> None:
+    table = rows(8)
+    table[3]["prompt"] = "the film is " * 20
+    some, run = measured(table, tiny_policy, tmp_path, max_length=32)
+    assert len(some) == 7 and run["left_out"] == ["p3"]
+    assert "1 left out" in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(DataError, match="none of 8 pairs has a token of a response within 2 tokens"):
+        measured(table, tiny_policy, tmp_path, max_length=2)
