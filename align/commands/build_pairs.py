@@ -32,6 +32,10 @@ STAGE = "pairs-build"
 ANY = (0.0, float("inf"))
 
 
+REVISION = 2
+"""Part of the stage's key: raised when the same completions and scorer give another table or other metrics."""
+
+
 @dataclass(frozen=True, slots=True)
 class BuildSettings:
     """Settings of `align pairs build`.
@@ -76,6 +80,8 @@ class Different:
     candidates: list[Candidate]
     left_out: Counter[str]
     """Number of completions that are empty or equal to an earlier one."""
+    counts: Counter[str]
+    """Stripped text of each of ``candidates`` -> how often it was sampled."""
 
 
 def build_pairs(completions: str | Path, settings: BuildSettings, output: Path) -> Stage:
@@ -97,16 +103,18 @@ def build_pairs(completions: str | Path, settings: BuildSettings, output: Path) 
         "completions": fingerprint_source(file),
         "scorer": settings.scorer.key,
         "settings": asdict(settings),
+        "revision": REVISION,
     }
     return run_stage(STAGE, output, inputs, lambda folder: _work(groups, settings, folder))
 
 
 def different(group: Group) -> Different:
     """Leave out empty completions, and completions whose stripped text is equal to that of an earlier one."""
-    found = Different(group, [], Counter())
+    found = Different(group, [], Counter(), Counter())
     known: set[str] = set()
     for candidate in group.candidates:
         text = plain(candidate.completion).strip()
+        found.counts[text] += 1
         if not text or text in known:
             found.left_out["repeated" if text else "empty"] += 1
             continue
@@ -116,25 +124,26 @@ def different(group: Group) -> Different:
 
 
 def _work(groups: list[Different], settings: BuildSettings, folder: Path) -> None:
-    flat = [(group, candidate) for group in groups if len(group.candidates) > 1 for candidate in group.candidates]
-    rewards = score_in_chunks(
+    flat = [(group, candidate) for group in groups for candidate in group.candidates]
+    raw = score_in_chunks(
         settings.scorer.load,
         [group.of.prompt for group, _ in flat],
         [candidate.completion for _, candidate in flat],
         folder / CACHE,
-    ) / settings.temperature  # fmt: skip
+    )
+    rewards = raw / settings.temperature
     position = 0
     pairs: list[dict[str, Any]] = []
     dropped: list[dict[str, Any]] = []
     guarded = 0
     for group in groups:
-        count = len(group.candidates) if len(group.candidates) > 1 else 0
-        made, against = _pairs_of(group, rewards[position : position + count], settings)
+        count = len(group.candidates)
+        made, against = _pairs_of(group, rewards[position : position + count], settings) if count > 1 else ([], 0)
         position += count
         guarded += against
         pairs += made
         if not made:
-            reason = "fewer than two different completions" if not count else "no two scores far enough apart"
+            reason = "fewer than two different completions" if count < 2 else "no two scores far enough apart"
             dropped.append({"id": group.of.id, "prompt": group.of.prompt, "reason": reason})
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in dropped)
     (folder / DROPPED).write_text("".join(lines), encoding="utf-8")
@@ -156,18 +165,29 @@ def _work(groups: list[Different], settings: BuildSettings, folder: Path) -> Non
         "completions_empty": left_out["empty"],
         "completions_repeated": left_out["repeated"],
         "mean_margin": float(np.mean(table["margin"])),
-        "mean_reward": _mean_reward(flat, rewards).to_dict(),
+        "mean_reward": _mean_reward(groups, raw).to_dict(),
     }
     write_json(folder / METRICS, metrics)
     log.info("pairs: %d of %d prompts; %d pairs dropped by the guard", len(table), len(groups), guarded)
 
 
-def _mean_reward(flat: list[tuple[Different, Candidate]], rewards: np.ndarray) -> Estimate:
-    """Mean reward of the distinct completions of a prompt, averaged over the prompts that have two or more."""
-    by_prompt: dict[str, list[float]] = {}
-    for (group, _), reward in zip(flat, rewards.tolist(), strict=True):
-        by_prompt.setdefault(group.of.id, []).append(reward)
-    return mean_interval([float(np.mean(values)) for values in by_prompt.values()])
+def _mean_reward(groups: list[Different], rewards: np.ndarray) -> Estimate:
+    """Mean reward of the completions as they were sampled, repeated ones as often as they were, empty ones left out.
+
+    The interval is over prompts.
+
+    Args:
+        groups: the prompts.
+        rewards: reward of each different completion, in the order of the groups, in the scorer's own unit.
+    """
+    position, means = 0, []
+    for group in groups:
+        own = rewards[position : position + len(group.candidates)]
+        position += len(group.candidates)
+        if len(own):
+            weights = [group.counts[plain(candidate.completion).strip()] for candidate in group.candidates]
+            means.append(float(np.average(own, weights=weights)))
+    return mean_interval(means)
 
 
 def _pairs_of(found: Different, rewards: np.ndarray, settings: BuildSettings) -> tuple[list[dict[str, Any]], int]:

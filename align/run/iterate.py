@@ -79,11 +79,11 @@ def iterate(config: IterateConfig) -> Path:
     for number in range(1, config.rounds + 1):
         root = config.folder / f"round-{number}"
         log.info("round %d of %d: from %s", number, config.rounds, policy)
-        policy = _round(config, prompts[number - 1 :: config.rounds], policy, root)
+        before, policy = policy, _round(config, prompts[number - 1 :: config.rounds], policy, root)
         if process_rank() > 0:
             continue
         metrics = {name: read_json(root / name / METRICS) for name in ("generate", "pairs")}
-        summary.append({"round": number, "policy": policy, **metrics})
+        summary.append({"round": number, "sampled_from": before, "trained": policy, **metrics})
         write_json(config.folder / SUMMARY, {"rounds": summary})
         reward = metrics["pairs"]["mean_reward"]
         log.info("round %d: reward of its samples, before training on them: %s", number, interval(reward))

@@ -44,7 +44,7 @@ def test_rounds(workspace: Path) -> None:
     root = workspace / "runs" / "it"
     assert ran(first.stderr) == ["generate", "pairs-build", "train"] * 2
     rounds = json.loads((root / "iterate.json").read_text())["rounds"]
-    assert [entry["policy"] for entry in rounds] == [f"runs/it/round-{r}/train/policy" for r in (1, 2)]
+    assert [entry["trained"] for entry in rounds] == [f"runs/it/round-{r}/train/policy" for r in (1, 2)]
     ids = [set(pq.read_table(root / f"round-{r}/generate/completions.parquet")["id"].to_pylist()) for r in (1, 2)]
     assert len(ids[0] | ids[1]) == 25 and not ids[0] & ids[1]
     assert len(read_pairs(root / "round-2" / "pairs")) > 0

@@ -239,3 +239,23 @@ def test_equal_rewards_make_a_pair_of_two_completions_with_a_coin() -> None:
     rng = np.random.default_rng(0)
     drawn = [draw_pair([1.0, 1.0, 1.0], 2.0, rng) for _ in range(2_000)]
     assert set(drawn) == {(0, 2), (2, 0)} and 900 < drawn.count((0, 2)) < 1_100
+
+
+def test_the_mean_reward_is_that_of_the_samples(tmp_path: Path) -> None:
+    """Repeated completions count as often as they were sampled, prompts without a pair too, in the scorer's unit."""
+    texts = {f"a{k}": [" wonderful"] * 4 for k in range(20)} | {
+        f"b{k}": [" wonderful"] * 3 + [" awful"] for k in range(20)
+    }
+    rows = [
+        {"id": name, "prompt": f"prompt {name}", "sample": number, "completion": text}
+        for name, samples in texts.items()
+        for number, text in enumerate(samples)
+    ]
+    file = tmp_path / "completions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewards = make_judge("vader").score([row["prompt"] for row in rows], [row["completion"] for row in rows])
+    for temperature in (1.0, 2.0):
+        build_pairs(file, BuildSettings(VADER, temperature=temperature), tmp_path / f"out-{temperature}")
+        found = json.loads((tmp_path / f"out-{temperature}" / "metrics.json").read_text())["mean_reward"]
+        assert found["value"] == pytest.approx(float(np.mean(rewards))) and found["n"] == 40
+        assert found["low"] < found["value"] < found["high"]
