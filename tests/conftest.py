@@ -1,4 +1,4 @@
-"""Fixtures: the real small models, tiny random ones. Nothing reaches the network."""
+"""Fixtures: the small real models, tiny random ones, a workspace. Nothing reaches the network."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# A slow machine is not a failure; CI draws the same examples every time, a developer's machine new ones.
+# No deadline: a slow machine is not a failure. CI draws the same examples every time, a developer's machine new ones.
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")

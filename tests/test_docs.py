@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -117,3 +118,8 @@ def test_every_kept_result_has_a_line() -> None:
     assert listed == {file for file in folder.rglob("*") if file.is_file()} - {folder / "README.md"}
     used = {file for page in DOCUMENTS if page.parent != folder for _, file in links(page)}
     assert {file for file in listed if not {file, file.parent} & used} == set()
+
+
+def test_lint_settings_name_files() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["lint"]
+    assert [pattern for pattern in settings["per-file-ignores"] if not list(ROOT.glob(pattern))] == []

@@ -38,7 +38,7 @@ def test_each_is_one_message(workspace: Path, tmp_path: Path, case: BadInput) ->
     code, output, errors = run_command(case.command, folder)
     told = message(errors)
     assert code == 2, errors
-    assert told.startswith(f"error [{case.code}] ") and case.said in told
+    assert told.startswith(f"error [{case.code}] ") and case.part in told
     assert "Traceback" not in errors + output and errors.count("error [") == 1
     assert len(told) < 3000 and before == snapshot(folder / "runs")
     assert not list(folder.rglob("EXECUTED"))
@@ -64,4 +64,4 @@ def test_a_new_process_prints_the_same(workspace: Path, tmp_path: Path, what: st
     case.change(folder)
     command = [sys.executable, "-m", "align.cli", *case.command]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 2 and case.said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and case.part in done.stderr and "Traceback" not in done.stderr

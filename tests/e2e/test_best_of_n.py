@@ -17,7 +17,7 @@ WORDS = (" awful", " wonderful", " bad", " good", " a table")
 
 
 def opinions(path: str, body: dict[str, Any], number: int) -> Reply:
-    """A completion by the seed of the sample, a little late."""
+    """Answer with a completion that the seed decides, after a short delay."""
     time.sleep(0.01)
     text = WORDS[body["seed"] % len(WORDS)]
     return 200, {"choices": [{"text": text, "finish_reason": "stop", "token_ids": [1, 2]}]}

@@ -158,7 +158,7 @@ def test_conversational_pairs_cross_fitted_on_themselves(workspace: Path) -> Non
 
 
 def test_another_source_of_the_reward_models_pairs_in_the_same_folder(workspace: Path) -> None:
-    """What an earlier configuration left is neither trained on nor taken for what this one asks for."""
+    """Results of an earlier configuration are neither trained on nor reused for this one."""
     jsonl(workspace / "others.jsonl", [{**row, "prompt": f"others {row['prompt']}"} for row in rows(20)])
     run = yaml.safe_load((workspace / "run.yaml").read_text())
     reward = run["reward"] | {"eval_pairs": None, "eval_fraction": 0.2, "folds": 0}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.assets import demo_data as build_demo_data
+from scripts.assets import demo_data
 from tests.helpers.bad_input_makers import run_command
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -14,13 +14,13 @@ SIZES = ("--pairs", "64", "--heldout-pairs", "32", "--train-prompts", "16", "--e
 
 
 def test_the_demo_on_less_data(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All its pairs have one prompt, of which its two folds are made all the same."""
+    """All its pairs share one prompt; two folds are made nevertheless."""
     (tmp_path / ".assets").mkdir()
     for name in ("minilm", "smollm2", "snippets"):
         (tmp_path / ".assets" / name).symlink_to(assets / name)
     output = tmp_path / ".assets" / "demo"
-    monkeypatch.setattr(sys, "argv", ["build_demo_data", "--assets", str(assets), "--output", str(output), *SIZES])
-    build_demo_data.main()
+    monkeypatch.setattr(sys, "argv", ["demo_data", "--assets", str(assets), "--output", str(output), *SIZES])
+    demo_data.main()
     code, _, errors = run_command(("run", str(CONFIG)), tmp_path)
     assert code == 0, errors
     run = tmp_path / "runs" / "demo"

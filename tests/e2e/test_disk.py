@@ -1,4 +1,4 @@
-"""A full disk and one that may not be written: one clear message, finished stages whole, and the run goes on later."""
+"""A full disk and a read-only one: one clear message, finished stages stay complete, and the run resumes later."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.helpers.disks import mounted
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A small file system in memory, for which the right to mount is needed."""
+    """A small file system in memory; mounting it needs the right to do so."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if os.geteuid() != 0 or not mounted(folder, "size=64m", "-t", "tmpfs", "none"):

@@ -59,7 +59,7 @@ def test_report_and_again(tiny_policy: Path, pairs: Path, tmp_path: Path) -> Non
 
 
 def test_other_columns_of_the_same_file_are_measured_anew(tiny_policy: Path, tmp_path: Path) -> None:
-    """Margins and texts under the mapping that was asked for, whatever lies in the folder; the same mapping is kept."""
+    """Margins and texts follow the column mapping, whatever the folder holds; the same mapping reuses its results."""
     table = rows(6)
     for row in table:
         row |= {"m_a": row.pop("margin"), "c2": row["rejected"], "r2": row["chosen"]}
@@ -129,7 +129,7 @@ def test_an_adapter_is_measured_against_its_base(tiny_policy: Path, pairs: Path,
 
 
 def trained(tiny_policy: Path, folder: Path, **trainer: Any) -> None:
-    """A run ``runs/r`` of DPO on eight pairs at a rate that moves every response."""
+    """Train ``runs/r`` with DPO on eight pairs, at a rate that moves every response."""
     (folder / "eight.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(8)))
     fields = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.03, "bf16": False, "use_cpu": True}
     run = {
@@ -167,7 +167,7 @@ def test_trace_over_checkpoints(tiny_policy: Path, tmp_path: Path) -> None:
 
 
 def test_a_training_that_went_on_from_an_adapter_is_measured_against_it(tiny_policy: Path, tmp_path: Path) -> None:
-    """After a step of next to nothing the policy is its start: by the trace, and where an evaluation begins."""
+    """After a negligible step the policy equals its start, in the trace and at the start of an evaluation."""
     adapter = trained_adapter(tiny_policy, tmp_path / "adapter", 1)
     trained(adapter, tmp_path, save_strategy="steps", save_steps=1, max_steps=1, learning_rate=1e-9, max_length=32)
     run = tmp_path / "runs" / "r"
@@ -185,7 +185,7 @@ def test_a_training_that_went_on_from_an_adapter_is_measured_against_it(tiny_pol
 
 
 def test_a_trace_measures_what_was_trained(tiny_policy: Path, tmp_path: Path) -> None:
-    """The pairs that a filter kept, under the trust that the run measured."""
+    """The trace reads the pairs that a filter kept and the trust that the run measured."""
     trained(tiny_policy, tmp_path, save_strategy="steps", save_steps=6)
     run = tmp_path / "runs" / "r"
     file = run / "train-dpo" / "manifest.json"

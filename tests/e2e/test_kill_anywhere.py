@@ -1,4 +1,4 @@
-"""A run that is killed anywhere ends as one that was left alone: scripts/kill/run.py on a whole tiny run."""
+"""A run that is killed anywhere ends like an undisturbed one: scripts/kill/run.py on a complete tiny run."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from tests.helpers.small_runs import every_stage
 
 
 def harness(run: Path, kills: int, output: Path, *more: str) -> dict[str, object]:
-    """What the script finds; it must find nothing wrong."""
+    """Run the script, which must find nothing wrong; returns its JSON."""
     command = [sys.executable, "-m", "scripts.kill.run", str(run), "--kills", str(kills), *more]
     done = subprocess.run(
         [*command, "--output", str(output)],

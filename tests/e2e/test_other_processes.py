@@ -1,4 +1,4 @@
-"""A training goes on in another number of processes: the same pairs a step in the same order, the same weights."""
+"""A training resumes with another number of processes: the same pairs per step, the same order, the same weights."""
 
 from collections import Counter
 from pathlib import Path
@@ -28,7 +28,7 @@ TOLERANCE = 1e-5
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), pytest.param(1, 4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("order", ["random", pytest.param("group_by_length", marks=pytest.mark.slow)])
 def test_another_number_of_processes(tmp_path: Path, before: int, after: int, order: str) -> None:
-    """One is killed in the second epoch; the checkpoint before it is taken up by more processes, or by fewer."""
+    """One process is killed in the second epoch; more or fewer processes resume from the checkpoint before it."""
     prepare(tmp_path)
     whole = run_file(tmp_path, "whole", train_sampling_strategy=order)
     done = launched(1, "train", whole, cwd=tmp_path, module=MODULE)
@@ -78,7 +78,7 @@ def test_pairs_that_the_processes_cannot_share(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_a_reward_model(tmp_path: Path, before: int, after: int) -> None:
-    """Its batches are of like length; groups are formed over the pairs of a step, which stay the same."""
+    """Its batches group pairs of similar length within a step, whose pairs stay the same."""
     prepare(tmp_path)
     llama_reward(tmp_path / "backbone")
     jsonl(tmp_path / "heldout.jsonl", [{**row, "prompt": f"not {row['prompt']}"} for row in rows(4)])
@@ -96,7 +96,7 @@ def test_a_reward_model(tmp_path: Path, before: int, after: int) -> None:
 
 
 def reward_file(folder: Path, name: str) -> str:
-    """A run that ends with its reward model: ``STEPS`` steps of four pairs, one a batch."""
+    """Write a run that ends with its reward model: ``STEPS`` steps of four pairs, one per batch."""
     fields = {
         "bf16": False, "gradient_checkpointing": False, "max_steps": STEPS, "learning_rate": 1e-3,
         "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 1,

@@ -1,4 +1,4 @@
-"""A command writes beside results of its own alone: what another command made is refused, and stays as it is."""
+"""A command writes only into folders of its own results: those of another command are refused and unchanged."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def refused(folder: Path, output: str, *command: str) -> None:
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_finished_stage_is_not_written_into(folder: Path, writer: str) -> None:
-    """Its table would be another one under a manifest that vouches for it."""
+    """The manifest would vouch for a table that another command wrote."""
     build = ("pairs", "build", "sampled.jsonl", "--judge", "vader", "--output", "built")
     rated = [{"id": "a", "prompt": "it is", "sample": k, "completion": (" good", " bad")[k]} for k in range(2)]
     (folder / "sampled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated))

@@ -1,4 +1,4 @@
-"""Several processes give what one gives: the same pairs a step, weights, scores, products; none is lost or repeated."""
+"""Several processes give what one gives: pairs per step, weights, scores, products; no pair is lost or repeated."""
 
 import json
 from collections import Counter
@@ -21,10 +21,10 @@ from tests.helpers.launching import ROOT, launched
 SEVERAL = [2, pytest.param(4, marks=pytest.mark.slow)]
 GLOBAL_BATCH = 4
 PAIRS = 18
-"""Not divisible by the pairs of a step: the last step of an epoch has two, none for one of two processes."""
+"""Not divisible by the pairs per step: the last step of an epoch has two, so one of two processes may get none."""
 STEPS = 20
 DIES_IN = 8
-"""Of tests.helpers.dying_cli."""
+"""Step in which tests.helpers.dying_cli dies."""
 TOLERANCE = 1e-5
 SMALL: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False}
 
@@ -41,7 +41,7 @@ def run_file(folder: Path, name: str, processes: int, **sections: Any) -> str:
 
 
 def used(folder: Path, processes: int) -> list[list[str]]:
-    """Ids of the pairs of each optimizer step, over the processes; the records are removed."""
+    """Ids of the pairs of each optimizer step over all processes; deletes the records."""
     files = [folder / f"used-{rank}.jsonl" for rank in range(processes)]
     ranks = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
     for file in files:
@@ -74,7 +74,7 @@ def assert_same_columns(one: Dataset, other: Dataset, columns: list[str]) -> Non
 
 
 def policies(folder: Path, name: str, processes: int, methods: dict[str, Any], steps: int) -> list[list[str]]:
-    """Train under each method; the pairs of each step."""
+    """Train with each method; returns the pairs of each step."""
     train = {"model": "policy", "methods": methods, "trainer": {"max_steps": steps, "learning_rate": 1e-3}}
     file = run_file(folder, name, processes, train=train)
     done = launched(processes, "train", file, cwd=folder, module="tests.helpers.recorded_cli")
@@ -108,7 +108,7 @@ def test_training(tmp_path: Path, processes: int) -> None:
 
 @pytest.mark.parametrize("processes", SEVERAL)
 def test_remedies(tmp_path: Path, processes: int) -> None:
-    """What is done pair by pair is the same as in one process; what looks at batches sees each process's pairs once."""
+    """Remedies per pair equal those of one process; remedies per batch see each process's pairs once."""
     causal(tmp_path / "policy")
     jsonl(tmp_path / "pairs.jsonl", pairs(PAIRS))
     methods: dict[str, Any] = {
@@ -281,7 +281,7 @@ def test_sharded_training(tmp_path: Path, peft: dict[str, Any] | None) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("peft", [None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}])
 def test_sharded_reward_model(tmp_path: Path, peft: dict[str, Any] | None) -> None:
-    """The same of a reward model, an adapter merged into it."""
+    """The same for a reward model with an adapter merged into it."""
     llama_reward(tmp_path / "reward")
     jsonl(tmp_path / "pairs.jsonl", pairs(PAIRS))
     for name, processes in (("one", 1), ("sharded", 2)):

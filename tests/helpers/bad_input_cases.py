@@ -1,4 +1,4 @@
-"""The table of malformed inputs: what it is, how it is made, the command that meets it, the code, part of the message."""
+"""The table of malformed inputs: name, how it is made, the command that reads it, error code, part of the message."""
 
 import json
 from collections.abc import Iterator
@@ -41,21 +41,21 @@ TINY = "name: tiny\npairs: {path: pairs.jsonl}\ntrain: {model: policy, methods: 
 
 
 def pairs_from(name: str) -> tuple[str, ...]:
-    """The run on another pair file."""
+    """The run command with another pair file."""
     return (*RUN, "--set", f"pairs.path={name}")
 
 
 def setting(*overrides: str) -> tuple[str, ...]:
-    """The run with overrides."""
+    """The run command with overrides."""
     return (*RUN, *(part for override in overrides for part in ("--set", override)))
 
 
 def nothing(folder: Path) -> None:
-    """The command alone is wrong."""
+    """Change nothing: the command itself is wrong."""
 
 
 def cases() -> Iterator[tuple[str, BadInput]]:
-    """(kind, case) of all."""
+    """Every case as (kind, case)."""
     yield from (("Pair files", case) for case in pair_cases())
     yield from (("Run files", case) for case in config_cases())
     yield from (("Model folders", case) for case in model_cases())

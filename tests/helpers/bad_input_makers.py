@@ -1,4 +1,4 @@
-"""How malformed inputs are made from a small workspace, and how the command that meets one is run."""
+"""Make malformed inputs from a small workspace, and run the command that reads one."""
 
 import contextlib
 import io
@@ -30,17 +30,17 @@ class BadInput:
     """One malformed input."""
 
     what: str
-    """In the words of the document; unique."""
+    """Name in docs/errors.md; unique."""
     change: Change
-    """Makes the input in a copy of the workspace."""
+    """Function that makes the input in a copy of the workspace."""
     command: tuple[str, ...]
     code: str
-    said: str
+    part: str
     """Part of the message."""
 
 
 def turn(role: Any, content: Any) -> dict[str, Any]:
-    """One message."""
+    """One message of a conversation."""
     return {"role": role, "content": content}
 
 
@@ -52,7 +52,7 @@ CHAT = {
 
 
 def build_workspace(folder: Path) -> None:
-    """Models, pairs, prompts, a run file."""
+    """Write models, pairs, prompts and a run file."""
     causal(folder / "policy")
     bert_reward(folder / "backbone")
     llama_reward(folder / "two-labels", labels=2)
@@ -69,7 +69,7 @@ def build_workspace(folder: Path) -> None:
 
 
 def make_adapter(folder: Path) -> None:
-    """A LoRA adapter of the policy, saved with its tokenizer, in ``folder/adapter``."""
+    """Save a LoRA adapter of the policy with its tokenizer in ``folder/adapter``."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -82,7 +82,7 @@ def make_adapter(folder: Path) -> None:
 
 
 def run_command(command: tuple[str, ...], folder: Path) -> tuple[object, str, str]:
-    """(exit code, stdout, stderr) of ``align COMMAND`` run in this process with ``folder`` as its own."""
+    """(exit code, stdout, stderr) of ``align COMMAND`` run in this process with ``folder`` as its working directory."""
     from align.cli.main import main
 
     before, arguments = Path.cwd(), sys.argv
@@ -102,42 +102,42 @@ def run_command(command: tuple[str, ...], folder: Path) -> tuple[object, str, st
 
 
 def message(errors: str) -> str:
-    """The error in what was written to stderr, from ``error [`` on."""
+    """The part of stderr from ``error [`` on."""
     return errors[errors.rindex("error [") :].strip() if "error [" in errors else ""
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Content of every file of finished stages and reports; the log, which goes on, is none."""
+    """Content of every file of finished stages and reports, without the log, which grows."""
     found = (path for path in folder.rglob("*") if path.is_file() and ".partial" not in str(path))
     files = [path for path in found if path.name != FILE]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-# ---- what goes wrong, each a function of the workspace
+# ---- what goes wrong: each maker returns, or is, a function of the workspace
 
 
 def write_lines(path: Path, *lines: Any) -> None:
-    """A JSONL file; a string is a line as it is."""
+    """Write a JSONL file; a string becomes a line as it is."""
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
 
 
 def raw(name: str, content: bytes) -> Change:
-    """A file with these bytes."""
+    """Write a file with these bytes."""
     return lambda folder: (folder / name).write_bytes(content)
 
 
 def lines(*items: Any) -> Change:
-    """``bad.jsonl`` with a good row and these."""
+    """Write ``bad.jsonl`` with a good row and these."""
     return lambda folder: write_lines(folder / "bad.jsonl", GOOD, *items)
 
 
 def parquet(columns: dict[str, Any]) -> Change:
-    """``bad.parquet`` with these columns."""
+    """Write ``bad.parquet`` with these columns."""
     return lambda folder: pq.write_table(pa.table(columns), folder / "bad.parquet")
 
 
 def cut(name: str, source: Callable[[Path], Path], keep: float) -> Change:
-    """``name``: the first ``keep`` of the file that ``source`` makes."""
+    """Write as ``name`` the first share ``keep`` of the file that ``source`` makes."""
 
     def change(folder: Path) -> None:
         content = source(folder).read_bytes()
@@ -165,12 +165,12 @@ def twice(folder: Path) -> None:
 
 
 def config(text: str) -> Change:
-    """The run file with this text."""
+    """Replace the run file by this text."""
     return lambda folder: (folder / "run.yaml").write_text(text)
 
 
 def model(change: Callable[[Path], object], source: str = "policy") -> Change:
-    """``bad-model``: a copy of ``source`` with ``change`` applied to it."""
+    """Copy ``source`` to ``bad-model`` and apply ``change`` to it."""
 
     def apply(folder: Path) -> None:
         shutil.copytree(folder / source, folder / "bad-model")
@@ -180,17 +180,17 @@ def model(change: Callable[[Path], object], source: str = "policy") -> Change:
 
 
 def remove(*names: str) -> Callable[[Path], object]:
-    """Files of a folder go; a pattern may name them."""
+    """Delete files of a folder; names may be patterns."""
     return lambda folder: [path.unlink() for name in names for path in folder.glob(name)]
 
 
 def edit(name: str, **values: Any) -> Callable[[Path], object]:
-    """Values in a JSON file of a folder."""
+    """Set values in a JSON file of a folder."""
     return lambda folder: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
 
 
 def pickled(stem: str, name: str) -> Callable[[Path], object]:
-    """The weights as a pickle instead of safetensors."""
+    """Save the weights as a pickle instead of safetensors."""
 
     def change(folder: Path) -> None:
         torch.save(load_file(folder / f"{stem}.safetensors"), folder / name)
@@ -228,7 +228,7 @@ def no_template(folder: Path) -> None:
 
 
 def remote_code(folder: Path) -> None:
-    """A model type that only code in the folder knows; the code leaves a trace if it runs."""
+    """A model type that only code in the folder knows; the code leaves a file if it runs."""
     (folder / "modeling_x.py").write_text("import pathlib\npathlib.Path('EXECUTED').touch()\nX = None\n")
     edit(
         "config.json", model_type="x", auto_map={"AutoConfig": "modeling_x.X", "AutoModelForCausalLM": "modeling_x.X"}
@@ -236,12 +236,12 @@ def remote_code(folder: Path) -> None:
 
 
 def deep(levels: int) -> str:
-    """JSON nested so many times."""
+    """JSON nested ``levels`` deep."""
     return '{"prompt":' + "[" * levels + "]" * levels + "}"
 
 
 def build_and_run(folder: Path) -> Path:
-    """A workspace in ``folder`` with a finished run, and its path."""
+    """Make a workspace with a finished run in ``folder``; returns its path."""
     workspace = folder / "workspace"
     workspace.mkdir()
     build_workspace(workspace)

@@ -1,6 +1,6 @@
 """The table of malformed inputs in docs/errors.md.
 
-python -m tests.helpers.bad_inputs      writes it again
+python -m tests.helpers.bad_inputs      # writes it again
 """
 
 import shutil
@@ -15,7 +15,7 @@ START, END = "<!-- bad inputs: start -->", "<!-- bad inputs: end -->"
 
 
 def table(messages: dict[str, str]) -> str:
-    """The section of the document, from what each case was told."""
+    """The section of the page, from the message of each case."""
     parts = [START]
     kind = ""
     for group, case in cases():
@@ -26,14 +26,14 @@ def table(messages: dict[str, str]) -> str:
     return "\n".join([*parts, "", END])
 
 
-def row(case: BadInput, told: str) -> str:
-    """The case's line of the table."""
-    text = (
-        " ".join(told.removeprefix("error ").replace("\n  do: ", "; do: ").split())
+def row(case: BadInput, text: str) -> str:
+    """The table row of a case and its message."""
+    shown = (
+        " ".join(text.removeprefix("error ").replace("\n  do: ", "; do: ").split())
         .replace("|", "\\|")
         .replace("`", "'")
     )
-    return f"| {case.what} | `{text}` |"
+    return f"| {case.what} | `{shown}` |"
 
 
 def main() -> None:

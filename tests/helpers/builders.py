@@ -38,7 +38,7 @@ def tokenizer(eos: bool = True, template: bool = True) -> PreTrainedTokenizerFas
 
 
 def beginning(folder: Path) -> PreTrainedTokenizerFast:
-    """Save ``tokenizer()`` as Llama 3 has it: it begins every text with <bos>, and so does its chat template."""
+    """Save ``tokenizer()`` like Llama 3's: it begins every text with <bos>, and so does its chat template."""
     made = tokenizer()
     made.add_special_tokens({"bos_token": "<bos>"})
     made._tokenizer.post_processor = TemplateProcessing(
@@ -58,7 +58,7 @@ def causal(folder: Path, seed: int = 0) -> Path:
 
 
 def trained_adapter(base: Path, folder: Path, seed: int) -> Path:
-    """An adapter on a model folder, of random weights as if it had been trained, with its tokenizer."""
+    """Save an adapter of a model folder with random weights, as if it had been trained, and its tokenizer."""
     torch.manual_seed(seed)
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), lora).save_pretrained(folder)
@@ -67,7 +67,7 @@ def trained_adapter(base: Path, folder: Path, seed: int) -> Path:
 
 
 def llama_reward(folder: Path, labels: int = 1, words: int = 0) -> Path:
-    """A random tiny Llama with a classification head; it embeds ``words`` words more than its tokenizer has."""
+    """A random tiny Llama with a classification head; it embeds ``words`` more words than its tokenizer has."""
     torch.manual_seed(1)
     config = llama_config()
     config.vocab_size += words
@@ -91,7 +91,7 @@ def bert_reward(folder: Path) -> Path:
 
 
 def llama_config() -> LlamaConfig:
-    """Two layers, 32 wide; weights large enough that positions and neighbours matter."""
+    """Two layers, 32 wide; weights large enough that positions and neighbors matter."""
     return LlamaConfig(
         vocab_size=len(WORDS) + 3, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, pad_token_id=0, eos_token_id=1,

@@ -1,4 +1,4 @@
-"""Jobs that workers of a cluster do in the tests of tests/slow/test_cluster.py."""
+"""Jobs for the workers of a cluster in tests/slow/test_cluster.py."""
 
 import os
 import time
@@ -12,18 +12,18 @@ from align.sharding.jobs import Work
 
 
 def finished(folder: Path) -> list[int]:
-    """First rows of the shards that are whole."""
+    """First rows of the finished shards."""
     return sorted(int(file.stem) for file in folder.glob("*.parquet"))
 
 
 @dataclass(frozen=True)
 class Squares:
-    """The square of each number, a while later; what was worked on is a file's line."""
+    """Squares each number after a delay; records each shard that it works on as a line of a file."""
 
     seconds: float
     seen: str
     slow: int = -1
-    """Shard that takes ten times as long; on which machine is a file's name."""
+    """Shard that takes ten times as long; a file name records its machine."""
 
     def start(self) -> Work:
         def work(rows: Dataset) -> Dataset:
@@ -42,7 +42,7 @@ class Squares:
 
 @dataclass(frozen=True)
 class Deadly:
-    """Kills the worker that meets a number, on its first so many meetings."""
+    """Kills the worker that meets ``number``, the first ``meetings`` times."""
 
     number: int
     meetings: int
@@ -63,7 +63,7 @@ class Deadly:
 
 @dataclass(frozen=True)
 class Refusing:
-    """Cannot start."""
+    """A job that cannot start."""
 
     def start(self) -> Work:
         raise DataError("no such model", code="model-missing", hint="give another")
@@ -71,7 +71,7 @@ class Refusing:
 
 @dataclass(frozen=True)
 class Heavy:
-    """Too large to be sent."""
+    """A job too large to be sent."""
 
     content: bytes
 

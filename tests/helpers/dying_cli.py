@@ -1,4 +1,4 @@
-"""`align` whose last process dies as if killed, in the middle of the optimizer step ``STEP``."""
+"""`align` whose last process is killed in the middle of the optimizer step ``STEP``."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ before = FiniteSteps.on_step_begin
 
 
 def die(guard: FiniteSteps, *args: Any, **kwargs: Any) -> None:
-    """Do what the guard does; then end."""
+    """Do what the guard does, then die."""
     before(guard, *args, **kwargs)
     if guard.step == STEP and process_rank() == world_size() - 1:
         os.kill(os.getpid(), signal.SIGKILL)

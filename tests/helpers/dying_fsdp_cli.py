@@ -1,4 +1,4 @@
-"""tests.helpers.fsdp_cli and tests.helpers.dying_once_cli in one: `align` sharded on CPUs; one process dies once."""
+"""tests.helpers.fsdp_cli with tests.helpers.dying_once_cli: `align` sharded on CPUs, one process of which dies once."""
 
 import tests.helpers.fsdp_cli  # noqa: F401  (changes accelerate)
 from tests.helpers.dying_once_cli import main

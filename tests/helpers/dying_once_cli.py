@@ -1,8 +1,8 @@
-"""`align` that writes down the pairs of each optimizer step, and of which one process dies once if it is told to.
+"""`align` that records the pairs of each optimizer step, and one process of which dies once on request.
 
-Each process appends a line for each step to steps.jsonl in the working directory. Where that has a file dies.json, the
-process of its ``rank`` takes the file away in the middle of its ``step`` and dies as if killed, and where ``agent`` is
-true its launcher with it, as a machine would.
+Each process appends a line per step to steps.jsonl in the working directory. If there is a file dies.json, the process
+with its ``rank`` deletes that file in the middle of its ``step`` and kills itself; if ``agent`` is true it kills its
+launcher too, as the loss of a machine would.
 """
 
 import json
@@ -20,7 +20,7 @@ step_begins, step_ends = FiniteSteps.on_step_begin, FiniteSteps.on_optimizer_ste
 
 
 def die(guard: FiniteSteps, *args: Any, **kwargs: Any) -> None:
-    """Do what the guard does; then end, if it is time."""
+    """Do what the guard does, then die if dies.json names this step and rank."""
     step_begins(guard, *args, **kwargs)
     if not ORDER.exists():
         return

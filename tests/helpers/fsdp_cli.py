@@ -1,11 +1,11 @@
-"""`align` under FSDP2 on CPUs with gloo, for tests alone.
+"""`align` under FSDP2 on CPUs with gloo, for tests only.
 
-accelerate shards on accelerators only: on CPUs it takes an FSDP configuration and trains without it. Here it is told
-that the processes are of a kind that it shards on, and that their device is the CPU. How the model is sharded, gathered
-and saved is torch's FSDP2 as accelerate sets it up; only transport and device differ from a run on GPUs.
+accelerate shards only on accelerators; on CPUs it ignores an FSDP configuration. Here it takes the processes for
+several GPUs whose device is the CPU. Sharding, gathering and saving are torch's FSDP2 as accelerate sets it up; only
+transport and device differ from a run on GPUs.
 
-After each step every process writes into ``sharded-<rank>.json`` how many of the trained parameters
-are sharded, and of how many.
+After each step every process writes to ``sharded-<rank>.json`` how many trained parameters are sharded, and how many
+there are.
 """
 
 import json
@@ -23,12 +23,12 @@ from align.training.base.finite_guard import FiniteSteps
 
 
 def backend(state: PartialState, *args: Any, **kwargs: Any) -> tuple[str, DistributedType]:
-    """gloo, called several GPUs."""
+    """gloo, labeled as several GPUs."""
     return "gloo", DistributedType.MULTI_GPU
 
 
 def device(state: PartialState) -> None:
-    """The CPU."""
+    """Set the CPU as the device."""
     state.device = torch.device("cpu")
 
 
@@ -36,7 +36,7 @@ before = FiniteSteps.on_optimizer_step
 
 
 def look(guard: FiniteSteps, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-    """Do what the guard does, then count."""
+    """Do what the guard does, then count the sharded parameters."""
     before(guard, args, state, control, model=model, **kwargs)
     trained = [p for p in model.parameters() if p.requires_grad]
     split = sum(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in trained)

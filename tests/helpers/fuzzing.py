@@ -1,8 +1,8 @@
-"""One target under atheris (coverage-guided mutation of bytes), for a while; it ends with 77 at the first crash.
+"""Fuzz one target with atheris (coverage-guided mutation of bytes); exits with 77 at the first crash.
 
     python -m tests.helpers.fuzzing {jsonl,csv,parquet,config,override} FOLDER --seconds 150
 
-A crash is anything but an ``AlignError``; its input is left in FOLDER as ``crash-...``. The corpus grows in
+A crash is any exception but an ``AlignError``; its input is saved in FOLDER as ``crash-...``. The corpus grows in
 FOLDER/corpus.
 """
 
@@ -53,7 +53,7 @@ WORDS = (
         "2020-01-01",
     ),
 )
-"""What mutations put in, beside bytes."""
+"""Dictionary of the mutations."""
 COLUMNS = ("prompt", "chosen", "rejected", "margin")
 
 
@@ -75,7 +75,7 @@ def seeds(target: str) -> list[bytes]:
 
 
 def run(target: str, folder: Path) -> Callable[[bytes], None]:
-    """What is done with each input."""
+    """Function that is called with each input."""
     if target == "config":
         return lambda data: test_fuzz_config.check_config(folder, data)
     if target == "override":
@@ -84,7 +84,7 @@ def run(target: str, folder: Path) -> Callable[[bytes], None]:
 
 
 def main() -> None:
-    """Command line."""
+    """Fuzz until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=[*SUFFIXES, "config", "override"])
     parser.add_argument("folder", type=Path)

@@ -1,4 +1,4 @@
-"""Small trainings that are interrupted and go on: their run file, the pairs of their steps, their weights."""
+"""Small trainings that are interrupted and resumed: their run file, the pairs of their steps, their weights."""
 
 import json
 from collections import defaultdict
@@ -18,17 +18,17 @@ MODULE = "tests.helpers.dying_once_cli"
 PAIRS, PAIRS_PER_STEP = 18, 4
 """The last step of an epoch has two pairs."""
 STEPS, DIES_IN = 12, 8
-"""Of an epoch's five steps, three of the second are left."""
+"""An epoch has five steps; three of the second epoch are left."""
 
 
 def prepare(folder: Path) -> None:
-    """A policy and its pairs."""
+    """Write a policy and its pairs."""
     causal(folder / "policy")
     jsonl(folder / "pairs.jsonl", pairs(PAIRS))
 
 
 def run_file(folder: Path, name: str, **trainer: Any) -> str:
-    """``STEPS`` steps of ``PAIRS_PER_STEP`` pairs, one a batch, with a checkpoint after each."""
+    """Write a run of ``STEPS`` steps of ``PAIRS_PER_STEP`` pairs, one per batch, with a checkpoint after each."""
     fields = {
         "bf16": False, "gradient_checkpointing": False, "max_steps": STEPS, "learning_rate": 1e-3,
         "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 1,
@@ -41,12 +41,12 @@ def run_file(folder: Path, name: str, **trainer: Any) -> str:
 
 
 def to_die(folder: Path, *, rank: int, step: int = DIES_IN, agent: bool = False) -> None:
-    """Let the process of that rank die once, in that step."""
+    """Request that the process with this rank dies once, in this step."""
     (folder / "dies.json").write_text(json.dumps({"rank": rank, "step": step, "agent": agent}))
 
 
 def taken(folder: Path) -> dict[int, tuple[int, list[str]]]:
-    """Step -> the processes that made it at last, and its pairs in their order over them; the records are removed."""
+    """Step -> number of processes that last made it, and its pairs in order over the ranks; deletes the records."""
     lines: dict[int, list[dict[str, Any]]] = defaultdict(list)
     file = folder / "steps.jsonl"
     for line in file.read_text().splitlines():
@@ -64,12 +64,12 @@ def taken(folder: Path) -> dict[int, tuple[int, list[str]]]:
 
 
 def difference(one: Path, other: Path) -> float:
-    """Between the policies of two runs."""
+    """Largest difference between the policies of two runs."""
     return largest_difference(*(run / "train-dpo" / "model" for run in (one, other)))
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """Between the weights of two model folders; 0 where they are equal bit for bit."""
+    """Largest difference between the weights of two model folders; 0 if they are equal bit for bit."""
     left, right = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert left.keys() == right.keys()
     return max(0.0 if torch.equal(value, right[name]) else float((value - right[name]).abs().max())

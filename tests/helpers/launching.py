@@ -1,4 +1,4 @@
-"""The command line under `accelerate launch`, one process or several, on the CPU."""
+"""Run a module in one process, or in several under `accelerate launch`, on the CPU."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def command(processes: int, module: str, *arguments: str, launcher: Path | None = None) -> list[str]:
-    """``module`` in that many processes; 1 starts it as it is."""
+    """Command that runs ``module`` in ``processes`` processes; a single one needs no launcher."""
     kind = ["--multi_gpu"] if launcher is None else ["--config_file", str(launcher)]
     launch = ["-m", "accelerate.commands.launch", *kind, "--num_machines", "1", "--main_process_port", "0"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", str(processes)]
@@ -17,7 +17,7 @@ def command(processes: int, module: str, *arguments: str, launcher: Path | None 
 
 
 def environment() -> dict[str, str]:
-    """One thread a process and no GPU."""
+    """Environment with one thread per process and no GPU."""
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
@@ -29,14 +29,14 @@ def launched(
     launcher: Path | None = None,
     timeout: float = 1800,
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``module`` in that many processes; each has one thread and no GPU.
+    """Run ``module`` in ``processes`` processes, each with one thread and no GPU.
 
     Args:
-        processes: 1 starts the module as it is.
-        arguments: of the module.
+        processes: number of processes; a single one runs without a launcher.
+        arguments: command line of the module.
         cwd: working directory.
-        module: ``align.cli``, or one of the tests' that does something to it first.
-        launcher: accelerate's configuration; plain data parallelism where None.
+        module: ``align.cli``, or a module of tests/helpers that changes something first.
+        launcher: accelerate's configuration; None for plain data parallelism.
         timeout: seconds until the test fails.
     """
     return subprocess.run(

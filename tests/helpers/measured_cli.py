@@ -1,4 +1,4 @@
-"""`align` that writes down its resident memory every 50 optimizer steps, one JSON object a line in memory.jsonl."""
+"""`align` that records its resident memory every 50 optimizer steps, a JSON object per line of memory.jsonl."""
 
 import gc
 import json
@@ -13,7 +13,7 @@ before = FiniteSteps.on_optimizer_step
 
 
 def resident_mib() -> float:
-    """Resident memory of this process."""
+    """Resident memory of this process in MiB."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["VmRSS"].split()[0]) / 1024
 

@@ -1,4 +1,4 @@
-"""Two machines on one: network namespaces with an address each and a cable (veth) between them."""
+"""Two machines simulated on one: network namespaces with an address each and a cable (veth) between them."""
 
 import os
 import subprocess
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 CARD = "cable"
-"""Name of the network card in either machine."""
+"""Name of the network card in both machines."""
 
 
 @dataclass(frozen=True, slots=True)
 class TwoMachines:
-    """Their namespaces."""
+    """Two connected namespaces."""
 
     names: tuple[str, str]
 
     def on(self, machine: int, command: list[str]) -> list[str]:
-        """The command, as one on that machine."""
+        """The command that runs ``command`` on that machine."""
         return ["ip", "netns", "exec", self.names[machine], *command]
 
     def environment(self) -> dict[str, str]:
-        """What gloo has to know."""
+        """Variables that gloo needs."""
         return {"GLOO_SOCKET_IFNAME": CARD}
 
     def take_down(self, machine: int) -> None:
-        """Nothing reaches the machine any more, and nobody is told."""
+        """Pull the cable: packets are lost silently."""
         _ip("-n", self.names[machine], "link", "set", CARD, "down")
 
     def bring_up(self, machine: int) -> None:
@@ -36,10 +36,10 @@ class TwoMachines:
 
 @contextmanager
 def two_machines() -> Iterator[TwoMachines]:
-    """Made, and taken away again.
+    """Make both machines, and remove them in the end.
 
     Raises:
-        PermissionError: there is no right to make namespaces here, or no ``ip``; the message says which.
+        PermissionError: namespaces may not be made here, or ``ip`` is missing; the message tells which.
     """
     names = (f"align-{os.getpid()}-a", f"align-{os.getpid()}-b")
     try:

@@ -1,6 +1,6 @@
-"""`align` that writes down, for each optimizer step, the ids of the pairs that this process has put into it.
+"""`align` that records, for each optimizer step, the ids of the pairs that this process contributed.
 
-The file is ``used-<rank>.jsonl`` in the working directory, one list of ids a line.
+The file is ``used-<rank>.jsonl`` in the working directory, one list of ids per line.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""tests.helpers.dying_fsdp_cli on a slow or full disk: how long parts take to be written, and whether they can be.
+"""tests.helpers.dying_fsdp_cli with a slow or full disk.
 
-A file disk.json in the working directory says so: ``seconds`` that each part takes from the checkpoint ``slow`` on,
-and of which ``rank`` the disk is full from the checkpoint ``full`` on. Each process appends to writes.jsonl, for each
-of its parts, the step of the checkpoint and the step that the training was in when it was written.
+The file disk.json in the working directory sets the ``seconds`` that writing a part takes from the checkpoint ``slow``
+on, and the ``rank`` whose disk is full from the checkpoint ``full`` on. For each part that it writes, a process appends
+the step of the checkpoint and the step that the training was in to writes.jsonl.
 """
 
 import json
@@ -23,13 +23,13 @@ now = {"step": 0}
 
 
 def begin(guard: FiniteSteps, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
-    """Remember the step."""
+    """Remember the current step."""
     now["step"] = state.global_step + 1
     step_begins(guard, args, state, *rest, **kwargs)
 
 
-def write_as_told(writer: FileSystemWriter, *args: Any, **kwargs: Any) -> Any:
-    """Wait, then write; or fail as on a full disk."""
+def slow_write(writer: FileSystemWriter, *args: Any, **kwargs: Any) -> Any:
+    """Wait and write, or fail as on a full disk."""
     step, disk = int(Path(writer.path).parent.name.removeprefix("checkpoint-")), json.loads(DISK.read_text())
     if step >= disk.get("full", step + 1) and process_rank() == disk["rank"]:
         raise OSError(28, "No space left on device", str(writer.path))
@@ -41,7 +41,7 @@ def write_as_told(writer: FileSystemWriter, *args: Any, **kwargs: Any) -> Any:
     return found
 
 
-FileSystemWriter.write_data = write_as_told  # type: ignore[method-assign]
+FileSystemWriter.write_data = slow_write  # type: ignore[method-assign]
 FiniteSteps.on_step_begin = begin  # type: ignore[method-assign]
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""A local S3 server (moto's) that wants the right key and fails where it is told to.
+"""A local S3 server (moto's) that checks the key and fails on request.
 
-python -m tests.helpers.store_server FOLDER      writes FOLDER/port; obeys FOLDER/fault.json, a ``Fault``, each time
+    python -m tests.helpers.store_server FOLDER
+
+It writes its port to FOLDER/port and applies the ``Fault`` in FOLDER/fault.json to every request that matches.
 """
 
 import json
@@ -19,22 +21,22 @@ NO_ACCOUNT = "<Error><Code>InvalidAccessKeyId</Code><Message>This key is not in 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong with requests of a method whose path and query hold a text."""
+    """Failure of the requests of a method whose path and query contain a text."""
 
     method: str
     holds: str = ""
     status: str = ""
-    """Answered instead of what was asked for; empty: only ``seconds`` are lost."""
+    """Status of the answer; empty: the request is only delayed by ``seconds``."""
     code: str = ""
     seconds: float = 0.0
 
     def write(self, folder: Path) -> None:
-        """Let the server of ``folder`` fail so."""
+        """Make the server of ``folder`` fail this way."""
         (folder / FAULT).write_text(json.dumps(asdict(self)))
 
 
 class Faulty:
-    """A WSGI application in front of another."""
+    """A WSGI application in front of another one."""
 
     def __init__(self, inner: Callable[..., Iterable[bytes]], folder: Path) -> None:
         self.inner, self.folder, self.lock = inner, folder, threading.Lock()

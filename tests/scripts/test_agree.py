@@ -1,4 +1,4 @@
-"""Cells that were made twice: what agrees, what does not, and files that cannot be compared."""
+"""Cells that were computed twice: agreement, disagreement, and files that cannot be compared."""
 
 import json
 from pathlib import Path

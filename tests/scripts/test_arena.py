@@ -70,7 +70,7 @@ def test_cells_share_prompts_and_differ_in_what_they_name() -> None:
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_margin_is_of_the_preferred_response_minus_the_other(error: str) -> None:
-    """Gold margins and the features' agree, and the reward model is wrong in the way that its name says."""
+    """Gold margins match the features, and the reward model errs in the way that its name says."""
     drawn = world(error, pairs=1600)
     assert np.allclose(np.einsum("snd,sd->sn", drawn.difference, drawn.gold), drawn.gold_margin)
     mistake = drawn.margin - drawn.gold_margin
@@ -103,7 +103,7 @@ def test_pairs_of_two_responses(flips: float) -> None:
 
 
 def test_out_of_fold_margins_do_not_know_their_own_label() -> None:
-    """Turning one pair turns its margin and nothing else of it; most margins have the sign of the gold margin."""
+    """Swapping one pair flips the sign of its margin exactly; most margins have the sign of the gold margin."""
     drawn = draw_pairs(400, 0.0, "none", np.random.default_rng(0))
     x = drawn.difference[0]
     margin = out_of_fold_margins(x, np.random.default_rng(1))
@@ -124,8 +124,8 @@ def _residual(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.square(fits).mean(axis=1)
 
 
-def test_reward_model_with_memory_against_joint_minimisation() -> None:
-    """theta and the remembered b_i of the penalised likelihood, all found together by a general optimiser."""
+def test_reward_model_with_memory_against_joint_minimization() -> None:
+    """theta and the remembered b_i of the penalized likelihood, all found together by a general optimizer."""
     x, memory = world(pairs=40, seeds=1).difference, 3.0
 
     def joint(both: np.ndarray) -> float:
@@ -163,7 +163,7 @@ def test_every_registered_loss_trains(name: str) -> None:
 
 
 def test_policies_and_seeds_are_trained_apart() -> None:
-    """What else is trained in the same call changes nothing, beta-DPO's draws apart."""
+    """Other policies in the same call change nothing, except beta-DPO's draws."""
     drawn, recipes = world("independent"), [Recipe(resolve(name, {})) for name in ("dpo", "madpo", "mmpo", "ipo")]
     together = train(drawn, recipes, seed=0)
     for k, recipe in enumerate(recipes):
@@ -201,7 +201,7 @@ def test_halves_of_the_weight() -> None:
 
 
 def test_first_step_is_of_the_losses_gradient() -> None:
-    """With beta so small that nothing saturates, DPO's steps all go where the mean feature difference points."""
+    """With beta so small that nothing saturates, all of DPO's steps point along the mean feature difference."""
     drawn = world(pairs=32, seeds=1)
     theta = train(drawn, [Recipe(resolve("dpo", {"beta": 1e-6}))], seed=0)[0, :, 0]
     mean = drawn.difference[0].mean(axis=0)
@@ -212,7 +212,7 @@ def test_first_step_is_of_the_losses_gradient() -> None:
 
 @pytest.mark.parametrize("best", range(len(BETAS)))
 def test_tuning_budgets_and_ranges_are_equal(best: int) -> None:
-    """As many distinct candidates for every method, the same betas first, none beyond them after."""
+    """Every method has equally many distinct candidates, the same betas first, none outside their range after."""
     for name, method in METHODS.items():
         first, then = method.first(), method.then(best)
         assert tuple(recipe.loss.beta for recipe in first) == BETAS and len(first) + len(then) == CANDIDATES
@@ -283,7 +283,7 @@ def test_differences_are_paired() -> None:
 
 
 def test_one_command_makes_cells_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cells of two seeds: JSON per cell, tables, plots; a cell that is there is not computed again."""
+    """Two cells of two seeds: JSON per cell, tables, plots; an existing cell is not computed again."""
     picked = [Cell(100, 0.0, "even", "none"), Cell(400, 0.2, "even", "in-sample")]
     monkeypatch.setattr(reproduce_arena, "cells", lambda: picked)
     chosen = {name: (method.first()[0], np.zeros(CANDIDATES)) for name, method in METHODS.items()}

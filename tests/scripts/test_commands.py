@@ -20,7 +20,7 @@ COMMAND = re.compile(r"python -m (scripts(?:\.\w+){2})([^\n#>&;|`]*)")
 
 
 def commands(text: str) -> list[tuple[str, str]]:
-    """(module, arguments) of every command; a command goes on after a backslash and within one inline code span."""
+    """(module, arguments) of every command; backslashes and inline code spans join lines."""
     blocks = re.split(r"```", text)
     inline = [re.sub(r"(?<!`)`[^`]+`", lambda span: span[0].replace("\n", " "), block) for block in blocks[::2]]
     joined = "\n".join([*inline, *blocks[1::2]]).replace("\\\n", " ")
@@ -28,7 +28,7 @@ def commands(text: str) -> list[tuple[str, str]]:
 
 
 def written() -> dict[str, tuple[str, str]]:
-    """Every command of the pages, of the Makefile and of the scripts' own docstrings, by where it stands."""
+    """Place -> command, for every command in the pages, the Makefile and the docstrings of scripts."""
     texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
     texts |= {file: ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "" for file in FILES}
     texts[ROOT / "Makefile"] = re.sub(r"\$\((\w+)\)", r"\1", (ROOT / "Makefile").read_text(encoding="utf-8"))
@@ -43,7 +43,7 @@ WRITTEN = written()
 
 
 class ParsedError(Exception):
-    """Raised in place of what the script does next."""
+    """Raised as soon as the arguments are parsed."""
 
 
 @pytest.mark.parametrize("module", SCRIPTS)

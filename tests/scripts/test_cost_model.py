@@ -1,4 +1,4 @@
-"""What stages cost: the fit finds a sum that is one, and plans follow from it."""
+"""Costs of stages: the fit recovers an exact sum, and plans follow from it."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from scripts.bench.cost_plan import PAIRS, Plan, sizes, stages
 
 @given(st.floats(1e-6, 1e-2), st.floats(1e-12, 1e-8), st.floats(0.5, 2))
 def test_a_sum_of_terms_is_found_and_its_error_said(fixed: float, rate: float, off: float) -> None:
-    """Three sizes that follow it exactly; a fourth that takes ``off`` times as long as it says."""
+    """Three sizes that follow the sum exactly; a fourth that takes ``off`` times as long as predicted."""
     sizes_of = [(10.0, 1e7), (10.0, 4e7), (30.0, 1e9), (20.0, 5e9)]
     found = [Measured(terms, float(np.dot(terms, (fixed, rate))), 7.0, 3.0) for terms in sizes_of]
     last = found.pop()

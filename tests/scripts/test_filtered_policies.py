@@ -1,4 +1,4 @@
-"""The studies of policies on filtered pairs, on tiny models: their pairs, their tables, that they go on."""
+"""The studies of policies on filtered pairs, on tiny models: their pairs, their tables, resuming."""
 
 import random
 import sys
@@ -30,14 +30,14 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(study: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
-    """The command."""
+    """Run the command of a study."""
     monkeypatch.setattr(sys, "argv", ["study", *options])
     study.main()
 
 
 @given(st.integers(0, 99), st.floats(0, 1), st.integers(4, 30))
 def test_labels(seed: int, share: float, count: int) -> None:
-    """Gold prefers the chosen of every clean pair, no snippet is in two pairs, exactly a share is turned round."""
+    """Gold prefers the chosen of every clean pair, no snippet is in two pairs, exactly a share is flipped."""
     rng = random.Random(seed)
     made = [Snippet(str(k), f"text {k}", tuple(rng.randint(-4, 4) for _ in range(3))) for k in range(2 * count)]
     clean = gold_pairs(made, count, rng)
@@ -70,7 +70,7 @@ def test_filtered_policies(assets: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_the_whole(assets: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every route ends where trl's does, and what comes before its training counts."""
+    """Every route ends at trl's CPU seconds, and what it does before training counts."""
     options = ["--assets", str(assets), "--pairs", "64", "--prompts", "4", "--seeds", "0", "--output", str(tmp_path)]
     run(reproduce_whole, monkeypatch, *options)
     rows = read_json(tmp_path / "table.json")["rows"]

@@ -36,7 +36,7 @@ def pool(kind: str, *, flips: float = 0.0, pairs: int = 400, seeds: int = 2, err
 
 
 def test_sound_pairs_are_the_arena_s() -> None:
-    """Labels by Bradley-Terry from gold margins of standard deviation 2; quality says nothing."""
+    """Labels follow Bradley-Terry from gold margins of standard deviation 2; quality is noise."""
     made, arena = pool("sound", pairs=3000, seeds=4), draw_world(Cell(3000, 0.0, "even", "none"), range(4))
     assert made.world.gold_margin.std() == pytest.approx(arena.gold_margin.std(), rel=0.03)
     assert (made.world.gold_margin > 0).mean() == pytest.approx((arena.gold_margin > 0).mean(), abs=0.02)
@@ -54,7 +54,7 @@ def test_same_responses_whatever_the_flips(kind: str, flips: float) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_shared_error_has_nothing_to_do_with_gold(kind: str) -> None:
-    """Its direction is of a source of its own: margins are gold's plus something uncorrelated and as large."""
+    """Its direction has its own generator: margins are gold's plus something uncorrelated and equally large."""
     world = pool(kind, error="shared", seeds=8).world
     mistake = world.margin - world.gold_margin
     assert np.sqrt(np.mean(mistake**2) / np.mean(world.gold_margin**2)) == pytest.approx(1.0, abs=0.1)
@@ -65,7 +65,7 @@ def test_a_shared_error_has_nothing_to_do_with_gold(kind: str) -> None:
     assert np.abs(cosines).max() < 0.75 and abs(np.mean(cosines)) < 0.3
 
 
-def test_junk_is_wide_labelled_by_coin_and_of_low_quality() -> None:
+def test_junk_is_wide_labeled_by_coin_and_of_low_quality() -> None:
     """A mixture: the variance, the mean quality and the share of right labels are those of its two parts."""
     junk, sound = pool("junk", pairs=3000, seeds=4), pool("sound", pairs=3000, seeds=4)
     assert junk.world.features.var() == pytest.approx(1 + JUNK * (WIDER**2 - 1), rel=0.02)
@@ -76,7 +76,7 @@ def test_junk_is_wide_labelled_by_coin_and_of_low_quality() -> None:
     assert (junk.world.gold_margin[low] > 0).mean() < right - 0.15
 
 
-def test_repeated_prompts_have_near_neighbours() -> None:
+def test_repeated_prompts_have_near_neighbors() -> None:
     made = pool("repeated", pairs=1600)
     near = made.diversity < np.median(pool("sound", pairs=1600).diversity) - 0.5
     assert near.mean() == pytest.approx(REPEATED, abs=0.04)
@@ -85,7 +85,7 @@ def test_repeated_prompts_have_near_neighbours() -> None:
 
 
 def test_subsets() -> None:
-    """Each arm's rows are what its name says, against a sort; features and margins go with them."""
+    """Each arm's rows are those that a sort gives; features and margins follow them."""
     made = pool("junk", error="cross-fitted")
     by = {"margin": made.world.margin[1], "quality": made.quality[1], "diversity": made.diversity[1]}
     for arm, values in by.items():

@@ -1,4 +1,4 @@
-"""The trust study on two cells: what it writes, what it makes again, and its regret by hand."""
+"""The trust study on two cells: what it writes, what it computes again, and its regret by hand."""
 
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_one_command_makes_blocks_once(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def count(function: Any, made: list[int]) -> Any:
-    """``function`` with the seeds that it is called with recorded."""
+    """``function``, with the seeds of its calls recorded in ``made``."""
 
     def counted(*cell: Any) -> Any:
         made.append(cell[-1])
@@ -41,7 +41,7 @@ def count(function: Any, made: list[int]) -> Any:
 
 
 def test_regret_is_to_the_better_end() -> None:
-    """Per seed against whichever of DPO and soft labels is better on average."""
+    """Regret is per seed, against whichever of DPO and soft labels is better on average."""
     evidence = dict.fromkeys(("slope", "shared_error", "independent_error", "flip_rate"), 1.0)
     same = {"chosen": {"trust": [1, 0], "combined": [0, 0]}, "labels_prefer_dpo": 1.0, "evidence": evidence}
     rewards = [(1.0, 0.5, 0.8), (2.0, 0.5, 1.8), (3.0, 0.7, 2.8)]

@@ -1,4 +1,4 @@
-"""Ten minutes of coverage-guided fuzzing: pair files, run files and overrides give a result or an error to mend."""
+"""Ten minutes of coverage-guided fuzzing: pair files, run files and overrides give a result or a user error."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The same tables from a Ray cluster as from this machine, whatever dies on the way; needs the extra `ray`."""
+"""A Ray cluster gives the same tables as this machine, whatever dies; needs the extra `ray`."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def test_verbs_give_the_same_tables(cluster: Any, tmp_path: Path, machines: int)
 
 @pytest.mark.parametrize("machines", [1, 2, 4])
 def test_a_filter_keeps_the_same_pairs(cluster: Any, tmp_path: Path, machines: int) -> None:
-    """With every score that a cluster can share; then without a cluster in the folder of one: nothing is done again."""
+    """Every score that a cluster can share; a rerun without a cluster in the same folder computes nothing."""
     for _ in range(machines):
         cluster.add_node(num_cpus=1)
     jsonl(tmp_path / "pairs.jsonl", rows(1100))
@@ -144,7 +144,7 @@ def test_a_filter_keeps_the_same_pairs(cluster: Any, tmp_path: Path, machines: i
 
 
 def test_a_machine_that_dies(cluster: Any, tmp_path: Path) -> None:
-    """No row is lost and none is there twice; the machine that stays does the rest."""
+    """No row is lost or duplicated; the remaining machine does the rest."""
     dying = cluster.add_node(num_cpus=1)
     cluster.add_node(num_cpus=1)
     job = Squares(0.5, str(tmp_path / "seen"))
@@ -177,7 +177,7 @@ def test_a_machine_that_comes_later_works_too(cluster: Any, tmp_path: Path) -> N
 
 
 def test_the_driver_dies(cluster: Any, tmp_path: Path) -> None:
-    """What is finished is not worked on again, on the cluster or without it."""
+    """Finished shards are not computed again, on the cluster or without it."""
     cluster.add_node(num_cpus=1)
     code = (
         "from pathlib import Path\nfrom datasets import Dataset\nfrom align.config import ClusterSection\n"
@@ -233,7 +233,7 @@ def test_who_is_free_takes_the_shard_of_a_lost_worker(cluster: Any, tmp_path: Pa
 
 
 def test_a_shard_that_kills_every_worker_is_named(cluster: Any, tmp_path: Path) -> None:
-    """With its rows; what others have finished is kept."""
+    """The message names its rows; finished shards are kept."""
     cluster.add_node(num_cpus=1)
     with pytest.raises(EnvironmentProblem, match=r"cluster-lost.*3 workers were lost on the rows from 10 on"):
         squares(cluster, tmp_path / "shards", Deadly(12, 99, str(tmp_path / "met")))

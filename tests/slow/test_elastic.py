@@ -1,4 +1,4 @@
-"""torchrun starts a training again by itself after a process or a machine is gone, and it goes on where it was."""
+"""torchrun restarts a training by itself after a process or a machine is lost, and the training resumes."""
 
 import socket
 import subprocess
@@ -24,7 +24,7 @@ def free_port() -> int:
 
 
 def wait_for(port: int) -> None:
-    """Until something listens there."""
+    """Wait until something listens there."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with socket.socket() as tried:
@@ -35,7 +35,7 @@ def wait_for(port: int) -> None:
 
 
 def torchrun(port: int, processes: int, file: str) -> list[str]:
-    """One of at most two machines, with so many processes."""
+    """Command of one of at most two machines, with this many processes."""
     options = ["--nnodes=1:2", "--max-restarts=3", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
     options += [f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=run", "--rdzv-conf=last_call_timeout=5"]
     return [sys.executable, "-m", "torch.distributed.run", *options, "-m", MODULE, "run", file]

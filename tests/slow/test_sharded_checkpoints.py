@@ -61,7 +61,7 @@ def test_a_killed_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
 def test_another_number_of_processes(tmp_path: Path, before: int, after: int) -> None:
-    """The parts are dealt out anew."""
+    """The parts are distributed again over the processes."""
     prepare(tmp_path)
     alone = launched(1, "run", run_file(tmp_path, "alone"), cwd=tmp_path, module="tests.helpers.dying_once_cli")
     assert alone.returncode == 0, alone.stderr

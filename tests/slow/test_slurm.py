@@ -38,7 +38,7 @@ class Job:
             )
 
     def end(self) -> str:
-        """What it has said; it ended well."""
+        """What it logged; it must have ended well."""
         try:
             assert self.script.wait(timeout=300) == 0, self.log.read_text()
         finally:

@@ -1,4 +1,4 @@
-"""`accelerate launch` over two machines with an address each, on one: what they train, and what comes of a lost one."""
+"""`accelerate launch` on two simulated machines: what they train, and what happens if one is lost."""
 
 import json
 import subprocess
@@ -56,27 +56,27 @@ class Launch:
                     )
                 )
 
-    def said(self, machine: int) -> str:
-        """By its launcher and process."""
+    def output(self, machine: int) -> str:
+        """Output of a machine's launcher and process."""
         return self.logs[machine].read_text()
 
     def codes(self, seconds: float) -> list[int]:
-        """Of both launchers, which end within that time."""
+        """Exit codes of both launchers, which end within that time."""
         deadline = time.monotonic() + seconds
         return [launcher.wait(timeout=max(0.1, deadline - time.monotonic())) for launcher in self.launchers]
 
     def end(self) -> None:
-        """Whatever is left."""
+        """Kill whatever is left."""
         for launcher in self.launchers:
             launcher.terminate()
             launcher.wait(timeout=60)
 
 
 def start(machines: TwoMachines, folder: Path, file: str) -> Launch:
-    """The run on both machines, to its end."""
+    """Start the run on both machines and wait for its end."""
     launch = Launch(machines, folder, file)
     try:
-        assert launch.codes(300) == [0, 0], launch.said(0) + launch.said(1)
+        assert launch.codes(300) == [0, 0], launch.output(0) + launch.output(1)
     finally:
         launch.end()
     return launch
@@ -108,9 +108,9 @@ def test_two_machines_and_one_that_is_killed(tmp_path: Path, machines: TwoMachin
         write_down("killed", time.monotonic() - begun)
     finally:
         launch.end()
-    assert "error [process-lost] process 0 of 2" in launch.said(0), launch.said(0)
+    assert "error [process-lost] process 0 of 2" in launch.output(0), launch.output(0)
     again = start(machines, tmp_path, file)
-    assert f"checkpoint-{DIES_IN - 1}" in again.said(0)
+    assert f"checkpoint-{DIES_IN - 1}" in again.output(0)
     assert taken(tmp_path) == steps
     assert difference(tmp_path / "runs" / "two", tmp_path / "runs" / "killed") == 0
 
@@ -127,18 +127,18 @@ def test_a_cable_that_is_pulled(tmp_path: Path, machines: TwoMachines) -> None:
     try:
         deadline = time.monotonic() + 120
         while not record.exists() or len(record.read_text().splitlines()) < 100:
-            assert time.monotonic() < deadline, launch.said(0) + launch.said(1)
+            assert time.monotonic() < deadline, launch.output(0) + launch.output(1)
             time.sleep(0.1)
         machines.take_down(1)
         begun = time.monotonic()
-        assert all(launch.codes(WAIT + MARGIN)), launch.said(0) + launch.said(1)
+        assert all(launch.codes(WAIT + MARGIN)), launch.output(0) + launch.output(1)
         write_down("pulled", time.monotonic() - begun)
     finally:
         launch.end()
     for number in range(2):
-        assert f"error [process-lost] process {number} of 2" in launch.said(number), launch.said(number)
+        assert f"error [process-lost] process {number} of 2" in launch.output(number), launch.output(number)
     machines.bring_up(1)
     again = start(machines, tmp_path, file)
-    assert "resuming from runs/pulled/train-dpo.partial/checkpoints/checkpoint-" in again.said(0)
+    assert "resuming from runs/pulled/train-dpo.partial/checkpoints/checkpoint-" in again.output(0)
     assert taken(tmp_path) == steps and len(steps) == MANY
     assert difference(tmp_path / "runs" / "whole", tmp_path / "runs" / "pulled") == 0

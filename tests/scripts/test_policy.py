@@ -1,4 +1,4 @@
-"""The policy study on a tiny model: its pairs, its choice, its table, and that it goes on where it was."""
+"""The policy study on a tiny model: its pairs, its choice, its table, and resuming."""
 
 import sys
 from pathlib import Path
@@ -52,8 +52,8 @@ def study(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
     reproduce_policy.main()
 
 
-def test_a_whole_tiny_study(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Every cell on disk, the table of them, a rerun that makes nothing again, one lost cell made again alike."""
+def test_a_complete_tiny_study(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Every cell is on disk; a rerun computes nothing; one lost cell is computed again with the same result."""
     options = [*command, "--methods", "dpo", "madpo", "relabelled"]
     study(monkeypatch, options)
     table = capsys.readouterr().out
@@ -96,7 +96,7 @@ def test_a_whole_tiny_study(command: list[str], monkeypatch: pytest.MonkeyPatch,
 
 
 def test_pairs_of_a_quality(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """medium: the first half holds the review's own words, the better sample beside them; the rest two samples."""
+    """medium: the first half holds the review's own words, against the better sample; the rest holds two samples."""
     study(monkeypatch, [*command, "--methods", "madpo"])
     root = Path(command[command.index("--output") + 1])
     pairs = read_pairs(root / "outside/seed-0/medium/margins/pairs")
@@ -119,10 +119,8 @@ def test_other_margins(command: list[str], margins: str, monkeypatch: pytest.Mon
     assert len(models) == {"in-sample": 1, "cross-fitted": 2}[margins]
 
 
-def test_margins_about_nothing_and_measured_trust(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing is tuned; the loss `trust` gets what was measured on the pairs, and the cell says so."""
+def test_noise_margins_and_measured_trust(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is tuned; the loss `trust` gets what was measured on the pairs, and the cell records it."""
     options = [*command, "--train-prompts", "60", "--snippets", str(snippets(tmp_path / "more", 140))]
     study(monkeypatch, [*options, "--methods", "trust", "--margins", "noise", "--candidates", "1"])
     root = Path(command[command.index("--output") + 1]) / "noise"
@@ -135,7 +133,7 @@ def test_margins_about_nothing_and_measured_trust(
 
 
 @given(st.integers(0, 10**6))
-def test_dealing_keeps_the_scores_and_not_their_pairs(seed: int) -> None:
+def test_permuting_keeps_the_scores_and_not_their_pairs(seed: int) -> None:
     first, second = np.arange(8.0), np.arange(100.0, 108.0)
     ids = [str(k) for k in range(8)]
     columns = {"id": ids, "reward_chosen": first, "reward_rejected": second, "margin": first - second}
@@ -194,7 +192,7 @@ def test_table_is_paired_and_leaves_out_seeds_that_a_method_lacks() -> None:
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5, unique=True), st.floats(0, 0.6))
 @settings(deadline=None)
 def test_holm_against_its_definition(seeds: list[int], shift: float) -> None:
-    """Step-down p of the sorted ones; an interval excludes 0 just where its corrected p is below the error rate."""
+    """Step-down p of the sorted tables; an interval excludes 0 exactly if its corrected p is below the error rate."""
     tables = {str(seed): np.random.default_rng(seed).normal(shift, 1, (3, 30)) for seed in seeds}
     found, alone = holm(tables), {name: crossed_p(table) for name, table in tables.items()}
     for name, (estimate, p) in found.items():
