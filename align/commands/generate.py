@@ -128,6 +128,14 @@ def _work(prompts: list[PromptRow], job: SamplingJob, settings: GenerateSettings
         new_tokens = _here(left, engine, settings.sampling, file)
     done = time.monotonic()
     finished = read_finished(file, settings.sampling.n)
+    if not finished:
+        raise DataError(
+            f"none of {len(prompts)} prompts was taken by the engine",
+            code="prompt-refused",
+            hint="see the messages above; shorten the prompts",
+        )
+    if len(finished) < len(prompts):
+        log.warning("generate: %d of %d prompts are left out", len(prompts) - len(finished), len(prompts))
     write_table(list(_rows(prompts, finished, settings)), folder / f"{STEM}.{settings.format}")
     _write_metrics(finished, job.sampling.engine, new_tokens, loaded - start, done - loaded, folder)
     file.unlink(missing_ok=True)
@@ -139,6 +147,8 @@ def _here(left: list[PromptRow], engine: Engine, sampling: Sampling, file: Path)
     stream = engine.stream([row.prompt for row in left], sampling, [row.id for row in left])
     with file.open("a", encoding="utf-8") as out:
         for index, completions in show_tokens(stream, len(left)):
+            if not completions:
+                continue  # refused, and asked for again when the command is repeated
             out.write(_line(left[index].id, completions))
             out.flush()
             tokens += sum(len(completion.token_ids) for completion in completions)
@@ -198,7 +208,7 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     grouped = any(prompt.group is not None for prompt in prompts)
     for prompt in prompts:
-        for sample, found in enumerate(finished[prompt.id]):
+        for sample, found in enumerate(finished.get(prompt.id, [])):
             completion = Completion(**found)
             row: dict[str, Any] = {"id": prompt.id} | ({"group": prompt.group} if grouped else {})
             row |= {

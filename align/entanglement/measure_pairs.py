@@ -20,6 +20,7 @@ from align.losses.registry import BoundLoss, resolve
 from align.models.batching import token_batches
 from align.models.layout import base_model
 from align.models.logps import add_completion_head, pair_logps
+from align.models.positions import check_positions
 from align.models.tokenization import MAX_LENGTH, collate, tokenize_pairs
 
 BATCH_TOKENS = 2048
@@ -100,6 +101,10 @@ class PairMeasurement:
     def __call__(self, rows: Dataset) -> Dataset:
         """Measure rows of ``tokenize_pairs``, with ``margin`` where the loss needs one."""
         lengths = [2 * (len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"]))) for r in rows]
+        longest = max((min(length // 2, self.max_length) for length in lengths), default=0)
+        for model in (self.products.model, self.reference):
+            if model is not None:
+                check_positions(base_model(model), longest, "the longest pair", "lower --max-length")
         columns: dict[str, np.ndarray] = {}
         device = next(self.products.model.parameters()).device
         for index in token_batches(lengths, self.batch_tokens):

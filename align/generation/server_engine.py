@@ -19,6 +19,9 @@ DEFAULT_URL = "http://localhost:8000/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 LONGEST_WAIT_SECONDS = 60.0
+ENDS = ("stop", "length")
+ABORTED = ("abort", "error", None)
+"""Finish reasons of a completion that the server gave up; it is asked for again."""
 
 
 class ServerEngine(Engine):
@@ -81,46 +84,81 @@ class ServerEngine(Engine):
     def stream(
         self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """Yield (index of a prompt, its completions) as answers arrive; see ``Engine``.
+        """Yield (index of a prompt, its completions) as answers arrive; none for a prompt that the server refuses.
 
         Raises:
             EnvironmentProblem: a request failed ``attempts`` times, or the answer is not as expected.
-            DataError: the server refuses a prompt.
         """
         keys = prompt_keys(prompts) if keys is None else keys
         found: dict[int, dict[int, Completion]] = {}
+        refused: set[int] = set()
         jobs = [
-            partial(self._complete, prompt, sample_seed(sampling.seed, key, sample), sampling)
+            partial(self._complete, prompt, sample_seed(sampling.seed, key, sample), sampling, key)
             for prompt, key in zip(prompts, keys, strict=True)
             for sample in range(sampling.n)
         ]
         self._stopping = threading.Event()
         for number, completion in in_threads(jobs, self.concurrency, self._stopping):
             k, sample = divmod(number, sampling.n)
+            if completion is None:
+                if k not in refused:
+                    refused.add(k)
+                    yield k, []
+                continue
             group = found.setdefault(k, {})
             group[sample] = completion
             if len(group) == sampling.n:
                 yield k, [group[number] for number in range(sampling.n)]
                 del found[k]
 
-    def _complete(self, prompt: Any, seed: int, sampling: Sampling) -> Completion:
+    def _complete(self, prompt: Any, seed: int, sampling: Sampling, key: str) -> Completion | None:
+        """One completion; None if the server refuses the prompt, which is logged with its key."""
+        path, body, reader = self._body(prompt, seed, sampling)
+        for attempt in range(1, self.attempts + 1):
+            try:
+                answer = self._request("POST", path, body)
+            except DataError as error:
+                log.warning("prompt %s is left out: %s", key, error.message)
+                return None
+            completion = self._read(answer, reader, sampling, key)
+            if completion is not None:
+                return completion
+            log.debug("%s: prompt %s was aborted, try %d of %d", self.base_url, key, attempt, self.attempts)
+            if self._stopping.wait(min(LONGEST_WAIT_SECONDS, self.first_wait * 2 ** (attempt - 1))):
+                break
+        raise self._unreachable(f"prompt {key} was aborted by the server, {attempt} times")
+
+    def _body(self, prompt: Any, seed: int, sampling: Sampling) -> tuple[str, dict[str, Any], Any]:
+        """Path and body of a request, and the reader of its answer.
+
+        Fields that a server fills from the model's generation config are set to what changes nothing.
+        """
         body: dict[str, Any] = {
             "model": self.model,
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": 0,
+            "min_p": 0.0,
             "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "seed": seed,
             "return_token_ids": True,
         }
         if isinstance(prompt, str):
             body |= {"prompt": prompt} | ({"logprobs": 0} if sampling.logprobs else {})
-            return self._read(self._request("POST", "/completions", body), _from_text, sampling)
+            return "/completions", body, _from_text
         body |= {"messages": prompt} | ({"logprobs": True, "top_logprobs": 0} if sampling.logprobs else {})
-        return self._read(self._request("POST", "/chat/completions", body), _from_chat, sampling)
+        return "/chat/completions", body, _from_chat
 
-    def _read(self, answer: dict[str, Any], reader: Any, sampling: Sampling) -> Completion:
+    def _read(self, answer: dict[str, Any], reader: Any, sampling: Sampling, key: str) -> Completion | None:
+        """The completion in an answer; None if the server aborted it.
+
+        Raises:
+            EnvironmentProblem: the answer lacks something, or is not what the model wrote: a tool call or reasoning
+                that a parser of the server took out, or a text that a filter stopped.
+        """
         try:
             choice = answer["choices"][0]
             token_ids = [int(token) for token in choice["token_ids"]]
@@ -134,7 +172,15 @@ class ServerEngine(Engine):
                 code="server-response",
                 hint="use `vllm serve` 0.10.2 or newer, which returns token ids",
             ) from None
-        return Completion(text, token_ids, "stop" if reason == "stop" else "length", logprobs)
+        if reason in ABORTED:
+            return None
+        if reason not in ENDS:
+            raise EnvironmentProblem(
+                f"{self.base_url}: prompt {key}: found finish_reason {reason!r}, expected stop or length",
+                code="server-response",
+                hint="start the server without tool parsers and content filters: they change what the model wrote",
+            )
+        return Completion(text, token_ids, reason, logprobs)
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The JSON object in the server's answer, after up to ``attempts`` tries."""
@@ -191,8 +237,8 @@ class ServerEngine(Engine):
 
 
 def in_threads(
-    jobs: Sequence[Callable[[], Completion]], threads: int, stopping: threading.Event
-) -> Iterator[tuple[int, Completion]]:
+    jobs: Sequence[Callable[[], Completion | None]], threads: int, stopping: threading.Event
+) -> Iterator[tuple[int, Completion | None]]:
     """Yield (index of a job, its result) as jobs end; raise the first failure.
 
     Once the iterator is closed, nothing waits for running jobs, not even the end of the program: a request may take
@@ -204,7 +250,7 @@ def in_threads(
         stopping: set when a job fails or the iterator is closed; no further job is started then.
     """
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    ended: queue.SimpleQueue[tuple[int, Completion | BaseException]] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[tuple[int, Completion | BaseException | None]] = queue.SimpleQueue()
     for number in range(len(jobs)):
         todo.put(number)
 
@@ -240,7 +286,12 @@ def _from_text(choice: dict[str, Any]) -> tuple[str, list[float] | None]:
 def _from_chat(choice: dict[str, Any]) -> tuple[str, list[float] | None]:
     logprobs = choice.get("logprobs")
     values = None if logprobs is None else [float(entry["logprob"]) for entry in logprobs["content"]]
-    return choice["message"]["content"] or "", values
+    message = choice["message"]
+    if message.get("reasoning_content") or message.get("reasoning"):
+        raise ValueError("the server's reasoning parser took the reasoning out of the text; start it without one")
+    if message["content"] is None and choice["finish_reason"] in ENDS:
+        raise ValueError("found no content in the message; start the server without reasoning and tool parsers")
+    return message["content"] or "", values
 
 
 def _text(response: httpx.Response) -> str:

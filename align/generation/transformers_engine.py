@@ -11,6 +11,7 @@ from align.generation.encoding import stop_ids, to_completion
 from align.generation.sampler import DrawnToken
 from align.generation.types import Completion, Engine, Sampling, prompt_keys, sample_seed
 from align.models.layout import base_model
+from align.models.positions import check_positions
 from align.models.tokenization import encode_prompt
 
 
@@ -47,6 +48,7 @@ class TransformersEngine(Engine):
         """Yield (index of a prompt, its completions) as batches finish; see ``Engine``."""
         keys = prompt_keys(prompts) if keys is None else keys
         ids = [encode_prompt(prompt, self.tokenizer) for prompt in prompts]
+        self._check_positions(ids, keys, sampling.max_new_tokens)
         longest_first = sorted(range(len(ids)), key=lambda k: -len(ids[k]))
         jobs = [(k, sample) for k in longest_first for sample in range(sampling.n)]
         found: dict[int, list[Completion]] = {}
@@ -58,6 +60,15 @@ class TransformersEngine(Engine):
                 found.setdefault(k, []).append(completion)
                 if len(found[k]) == sampling.n:
                     yield k, found.pop(k)
+
+    def _check_positions(self, ids: list[list[int]], keys: Sequence[str], new: int) -> None:
+        """Refuse prompts that leave no position for the new tokens, before anything is sampled."""
+        longest = max(range(len(ids)), key=lambda k: len(ids[k]), default=None)
+        if longest is not None:
+            check_positions(
+                base_model(self.model), len(ids[longest]) + new, f"prompt {keys[longest][:80]!r} with {new} new tokens",
+                "shorten the prompt, or lower max_new_tokens",
+            )  # fmt: skip
 
     def _sample(self, rows: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
         width = max(len(row) for row in rows)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
+from align.errors import DataError
 from align.io.console import progress
 
 SAMPLING = 2
@@ -78,6 +79,8 @@ class Engine(ABC):
     ) -> Iterator[tuple[int, list[Completion]]]:
         """Yield (index of a prompt, its ``sampling.n`` completions), each prompt once, in the order they finish.
 
+        An engine may yield no completions for a prompt that it cannot take; it logs the prompt's key.
+
         Args:
             prompts: text or messages.
             sampling: how to sample.
@@ -88,8 +91,20 @@ class Engine(ABC):
     def generate(
         self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
     ) -> list[list[Completion]]:
-        """``sampling.n`` completions of each prompt, in the order of the prompts; see ``stream``."""
+        """``sampling.n`` completions of each prompt, in the order of the prompts; see ``stream``.
+
+        Raises:
+            DataError: the engine cannot take a prompt.
+        """
         by_index = dict(show_tokens(self.stream(prompts, sampling, keys), len(prompts)))
+        refused = [k for k, found in by_index.items() if not found]
+        if refused:
+            raise DataError(
+                f"{len(refused)} of {len(prompts)} prompts are refused by the {self.name} engine (their keys stand in "
+                "the log)",
+                code="prompt-refused",
+                hint="shorten or remove them, or raise the server's --max-model-len",
+            )
         return [by_index[k] for k in range(len(prompts))]
 
 

@@ -190,12 +190,12 @@ def test_nobody_waits_for_a_request_under_way(monkeypatch: pytest.MonkeyPatch) -
     def others_wait(path: str, body: dict[str, Any], number: int) -> Reply:
         if body["prompt"] != "bad":
             release.wait(20)
-        return (400, "no") if body["prompt"] == "bad" else echo(path, body, number)
+        return (404, "no") if body["prompt"] == "bad" else echo(path, body, number)
 
     fake = Fake(others_wait)
     with fake.running() as address:
         start = time.monotonic()
-        with pytest.raises(DataError, match="refuses a request"):
+        with pytest.raises(EnvironmentProblem, match="refuses a request"):
             ServerEngine("policy", base_url=address, concurrency=2).generate(["a", "bad", "b", "c"], Sampling(2))
         assert time.monotonic() - start < 10
         assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith("request"))
@@ -246,3 +246,57 @@ def test_a_vllm_that_does_not_import_is_one_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("align.generation.vllm_install.importlib.import_module", broken)
     with pytest.raises(EnvironmentProblem, match=r"0.32.0 does not import .*undefined symbol"):
         VllmEngine("model")
+
+
+def chat(message: dict[str, Any], reason: str | None) -> Callable[[str, dict[str, Any], int], Reply]:
+    """Answer that message for that reason."""
+    return lambda *_: (200, {"choices": [{"token_ids": [4, 5, 1], "finish_reason": reason, "message": message}]})
+
+
+CHAT = [[{"role": "user", "content": "hi"}]]
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "told"),
+    [
+        ({"content": None, "reasoning_content": "hm"}, "length", "reasoning parser"),
+        ({"content": "ok", "reasoning": "hm"}, "stop", "reasoning parser"),
+        ({"content": None}, "stop", "no content in the message"),
+        ({"content": None, "tool_calls": [{}]}, "tool_calls", "prompt a0.*found finish_reason 'tool_calls'"),
+        ({"content": "par"}, "content_filter", "prompt a0.*found finish_reason 'content_filter'"),
+    ],
+)
+def test_what_the_model_did_not_write_is_no_completion(message: dict[str, Any], reason: str, told: str) -> None:
+    with Fake(chat(message, reason)).running() as address, pytest.raises(EnvironmentProblem, match=told):
+        ServerEngine("policy", base_url=address).generate(CHAT, Sampling(4), ["a0"])
+
+
+@pytest.mark.parametrize("reason", ["abort", None])
+def test_what_the_server_gave_up_is_asked_for_again(reason: str | None) -> None:
+    fake = Fake(lambda path, body, n: chat({"content": "half" if n < 3 else "whole"}, reason if n < 3 else "stop")())
+    with fake.running() as address:
+        (found,) = ServerEngine("policy", base_url=address, first_wait=0.01).generate(CHAT, Sampling(4))
+    assert [one.text for one in found] == ["whole"] and len(fake.bodies) == 3
+    with Fake(chat({"content": "half"}, reason)).running() as address:
+        engine = ServerEngine("policy", base_url=address, attempts=2, first_wait=0.01)
+        with pytest.raises(EnvironmentProblem, match="prompt a0 was aborted by the server, 2 times"):
+            engine.generate(CHAT, Sampling(4), ["a0"])
+
+
+def test_nothing_of_the_models_generation_config_is_left_to_the_server() -> None:
+    fake = Fake(echo)
+    with fake.running() as address:
+        ServerEngine("policy", base_url=address).generate(["a"], Sampling(2))
+    neutral = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    assert {name: fake.bodies[0][1][name] for name in neutral} == neutral
+
+
+def test_a_refused_prompt_is_named_and_stops_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    def strict(path: str, body: dict[str, Any], number: int) -> Reply:
+        return (400, "too long") if len(body["prompt"]) > 3 else echo(path, body, number)
+
+    with Fake(strict).running() as address, caplog.at_level("WARNING"):
+        engine = ServerEngine("policy", base_url=address)
+        found = dict(engine.stream(["a", "long one", "b"], Sampling(2, n=2), ["p0", "p1", "p2"]))
+    assert {k: len(group) for k, group in found.items()} == {0: 2, 1: 0, 2: 2}
+    assert "prompt p1 is left out" in caplog.text and "too long" in caplog.text

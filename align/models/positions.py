@@ -1,0 +1,49 @@
+"""The longest sequence that a model has positions for."""
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from align.errors import DataError
+from align.io.console import log
+
+LEARNED = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "position_embed")
+"""Attribute names of embeddings of absolute positions in transformers' models."""
+_WARNED: set[str] = set()
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """Number of positions of a model with learned absolute positions (GPT-2, OPT, ...); None for any other model.
+
+    Beyond it the look-up fails: with an IndexError on a CPU, with an assertion that ends the process on a GPU.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in LEARNED:
+            return int(module.num_embeddings - getattr(module, "offset", 0))
+    return None
+
+
+def check_positions(model: PreTrainedModel, longest: int, what: str, hint: str) -> None:
+    """Refuse sequences that a model has no positions for; warn once about those beyond what it was trained on.
+
+    Args:
+        model: not wrapped by an adapter.
+        longest: tokens of the longest sequence, sampled ones included.
+        what: names the sequence, for messages.
+        hint: what to do.
+
+    Raises:
+        DataError: the model has learned absolute positions, and fewer than ``longest``.
+    """
+    limit = learned_positions(model)
+    if limit is not None and longest > limit:
+        raise DataError(
+            f"{what}: found {longest} tokens, expected at most {limit}: {type(model).__name__} has no more positions",
+            code="positions",
+            hint=hint,
+        )
+    trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    name = model.name_or_path or type(model).__name__
+    if limit is None and isinstance(trained, int) and longest > trained and name not in _WARNED:
+        _WARNED.add(name)
+        log.warning("%s: %s has %d tokens, and the model was made for %d (max_position_embeddings): what it computes "
+                    "beyond is not reliable", name, what, longest, trained)  # fmt: skip
