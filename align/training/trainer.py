@@ -19,7 +19,7 @@ from align.losses.pairwise import PairLogps, scale_gradient
 from align.losses.registry import BoundLoss
 from align.models.batching import in_so_many, pair_batches
 from align.models.collator import REAL, ROW, PairCollator, only_real
-from align.models.layout import LayoutChoice, choose_layout, has_adapter, trim
+from align.models.layout import LayoutChoice, choose_layout, has_adapter, longest_sequence, trim
 from align.models.logps import Layout, SequenceLogps, pair_logps
 from align.training.base.trainer import ReliableTrainer
 from align.training.finite_guard import FiniteGuard, number_rows
@@ -200,11 +200,18 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
 
     def _prepare_layout(self, dataset: Dataset) -> None:
         """Choose the layout once, before the first forward pass."""
-        if self._layout_choice is not None:
-            sample = self.data_collator([dataset[k] for k in range(min(LAYOUT_SAMPLE, len(dataset)))])
-            self.layout, self._layout_choice = choose_layout(self.model, sample, self._layout_choice), None
-            if self.ref_model is not None:
-                choose_layout(self.ref_model, sample, self.layout)
+        choice, self._layout_choice = self._layout_choice, None
+        if choice is None:
+            return
+        sample = self.data_collator([dataset[k] for k in range(min(LAYOUT_SAMPLE, len(dataset)))])
+        longest = longest_sequence(dataset, self.args.max_length)
+        if self.args.neftune_noise_alpha and choice == "auto":
+            log.info("layout: concatenated (neftune_noise_alpha scales its noise by the length of a row)")
+            choice = "concatenated"
+        self.layout = choose_layout(self.model, sample, choice, longest=longest, training=True)
+        if self.ref_model is not None:
+            choice = choice if self.layout == "shared_prefix" else "concatenated"
+            self.layout = choose_layout(self.ref_model, sample, choice, longest=longest)
 
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Log-probs [B], [B] of the chosen and rejected responses under the reference, without gradient."""

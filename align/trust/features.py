@@ -18,7 +18,7 @@ from align.io.console import log, progress
 from align.models import attention
 from align.models.batching import token_batches
 from align.models.fingerprint import reference_key
-from align.models.layout import base_model, choose_layout
+from align.models.layout import base_model, choose_layout, longest_sequence
 from align.models.loading import load_policy, load_tokenizer
 from align.models.logps import Layout
 from align.models.packing import pack
@@ -28,6 +28,8 @@ DIRECTIONS = 64
 BATCH_TOKENS = 8192
 FLUSH_EVERY = 16
 SAMPLE = 64
+REVISION = 2
+"""Part of the cache key: raise it when the same model and pairs give other features."""
 
 
 def pair_features(pairs: Dataset, model: str, cache: Path, *, max_length: int) -> np.ndarray:
@@ -53,7 +55,7 @@ def pair_features(pairs: Dataset, model: str, cache: Path, *, max_length: int) -
         )
     reference = load_policy(model, dtype="float32").eval()
     tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
-    key = reference_key(reference, tokens, ("mean hidden states", max_length), with_adapter=True)
+    key = reference_key(reference, tokens, ("mean hidden states", REVISION, max_length), with_adapter=True)
     file = cache / f"{key[:32]}.npy"
     if file.exists():
         log.info("features: found in %s", file)
@@ -62,7 +64,7 @@ def pair_features(pairs: Dataset, model: str, cache: Path, *, max_length: int) -
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reference.to(device)
     sample = collate([tokens[k] for k in range(min(SAMPLE, len(tokens)))], tokenizer.pad_token_id)
-    layout = choose_layout(reference, sample, "auto")
+    layout = choose_layout(reference, sample, "auto", longest=longest_sequence(tokens, max_length))
     partial = file.with_suffix(".partial.npy")
     values = _open(partial, (len(tokens), base_model(reference).config.get_text_config().hidden_size))
     lengths = [sum(map(len, columns)) for columns in zip(*(tokens[name] for name in ID_COLUMNS), strict=True)]
