@@ -1,11 +1,14 @@
 """Columns of a pair table that weight its pairs, computed before training as the configuration asks."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 from align.config import LossSection, WeightsSection
+from align.config.columns import ID_COLUMNS
 from align.data.pairs import with_columns
 from align.data.statistics import missing_values
 from align.errors import ConfigError, DataError
@@ -13,6 +16,10 @@ from align.io.console import log
 from align.losses.margin_weights import madpo_weight, trust_of_each
 from align.losses.pair_weights import mean_one, moderate, shrink_by_distance
 from align.losses.registry import BoundLoss, resolve
+from align.models.collator import ROW
+
+NAMED = 5
+"""Ids of pairs that a message names."""
 
 
 def prepare_pairs(pairs: Dataset, weights: WeightsSection | None, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
@@ -26,7 +33,67 @@ def prepare_pairs(pairs: Dataset, weights: WeightsSection | None, loss: BoundLos
     pairs = without_missing_margins(pairs)
     pairs = add_trust(pairs, weights, loss)
     pairs, loss = add_weight(adjust_margins(pairs, weights), loss)
-    return normalize_weights(pairs, weights), loss
+    pairs = normalize_weights(pairs, weights)
+    if len(pairs) and "weight" in pairs.column_names and not np.any(pairs["weight"]):
+        raise DataError(
+            f"weight: found 0 for each of {len(pairs)} pairs, expected more for some of them: nothing would be trained",
+            code="weights-column",
+            hint="give pairs a weight above 0, or leave the column out",
+        )
+    return pairs, loss
+
+
+def told_apart(pairs: Dataset, ids: Sequence[str], max_length: int | None, truncation: str) -> list[int]:
+    """Rows of a tokenized table whose two responses differ as the model reads them; logs how many do not.
+
+    The loss of a pair of equal sequences does not depend on the policy.
+
+    Args:
+        pairs: table with ``ID_COLUMNS``; without the column ``ROW``, pairs are named by their place.
+        ids: id of the pair of each ``ROW``.
+        max_length: tokens of prompt and response together; None: no limit.
+        truncation: keep_start or keep_end, trl's ``truncation_mode``.
+
+    Raises:
+        DataError: no pair is left.
+    """
+    kept, alike, cut = [], [], 0
+    rows = pairs[ROW] if ROW in pairs.column_names else None
+    for k, (prompt, *responses) in enumerate(zip(*(pairs[name] for name in ID_COLUMNS), strict=True)):
+        read = [_as_read(prompt, response, max_length, truncation) for response in responses]
+        if read[0] != read[1]:
+            kept.append(k)
+        else:
+            alike.append(str(k) if rows is None else ids[rows[k]])
+            cut += responses[0] != responses[1]
+    if not alike:
+        return kept
+    where = f"within max_length {max_length}" if cut == len(alike) else "after the chat template and the tokenizer"
+    if 0 < cut < len(alike):
+        where += f" ({cut} of them only within max_length {max_length})"
+    reason = f"their two responses are the same tokens {where}: {', '.join(alike[:NAMED])}"
+    reason += "" if len(alike) <= NAMED else f" and {len(alike) - NAMED} more"
+    if not kept:
+        raise DataError(
+            f"none of {len(alike)} pairs can be trained on: {reason}",
+            code="same-responses",
+            hint="read a pair as the model does with `align data check --model`; the template may drop what differs",
+        )
+    log.warning("%d of %d pairs are left out: %s", len(alike), len(pairs), reason)
+    return kept
+
+
+def _as_read(
+    prompt: list[int], response: list[int], max_length: int | None, truncation: str
+) -> tuple[list[int], list[int]]:
+    """Prompt and response as ``PairCollator`` truncates them."""
+    if max_length is None:
+        return prompt, response
+    if truncation == "keep_end":
+        response = response[-max_length:]
+        room = max_length - len(response)
+        return prompt[max(len(prompt) - room, 0) :], response
+    return prompt[:max_length], response[: max(max_length - len(prompt), 0)]
 
 
 def check_weights(method: str, config: LossSection, loss: BoundLoss) -> None:
