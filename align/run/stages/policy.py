@@ -199,9 +199,11 @@ def stage_trust(config: RunConfig, folder: Path) -> None:
     table = config.folder / "margins" / "pairs"
     pairs, origin = read_pairs(table), margin_source(table)
     check_margins(pairs, origin, str(table), allow_in_sample=config.train.allow_in_sample)
-    max_length = int(config.train.trainer.get("max_length") or MAX_LENGTH)
-    cache, seed = folder / FEATURES, config.seed
-    found = measure_trust(pairs, config.train.model, cache, origin=origin, max_length=max_length, seed=seed)
+    fields, cache, seed = config.train.trainer, folder / FEATURES, config.seed
+    found = measure_trust(
+        pairs, config.train.model, cache, origin=origin, seed=seed,
+        max_length=fields.get("max_length", MAX_LENGTH), truncation=fields.get("truncation_mode", "keep_start"),
+    )  # fmt: skip
     found |= {"source": str(table), "model": config.train.model, "margins": origin, "seed": config.seed}
     found["sentences"] = sentences(found, origin)
     write_json(folder / FILE, found)
