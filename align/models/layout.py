@@ -115,11 +115,8 @@ def _trials(model: torch.nn.Module, base: PreTrainedModel, longest: int) -> str 
     batches = [_random_pairs(model, base, pairs=2, tokens=TRIAL_TOKENS)]
     if longest > TRIAL_TOKENS:
         batches.append(_random_pairs(model, base, pairs=1, tokens=longest))
-    training = model.training
-    model.eval()
-    with torch.no_grad(), _adapter_at_work(model):
+    with torch.no_grad(), _mode(model, training=False), _adapter_at_work(model):
         differences = [_difference(model, batch, *get_args(Layout)) for batch in batches]
-    model.train(training)
     for difference in differences:
         if not difference <= TOLERANCE.get(base.dtype, HALF_TOLERANCE):  # nor is NaN
             return f"in a trial its log-probs differ by {difference:.2g} nats a token from those of separate rows"
@@ -129,11 +126,14 @@ def _trials(model: torch.nn.Module, base: PreTrainedModel, longest: int) -> str 
 def _noise(model: torch.nn.Module, base: PreTrainedModel) -> str | None:
     """Return why packed pairs would draw other noise than separate rows; None if two passes in training mode agree."""
     batch = _random_pairs(model, base, pairs=2, tokens=TRIAL_TOKENS)
-    training = model.training
-    model.train()
-    with torch.no_grad(), _adapter_at_work(model), torch.random.fork_rng():
+    device = batch["input_ids"].device
+    with (
+        torch.no_grad(),
+        _mode(model, training=True),
+        _adapter_at_work(model),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
         drawn = _difference(model, batch, "concatenated", "concatenated")
-    model.train(training)
     if drawn > 0:
         return "it draws noise in training, such as dropout, and both responses would share that of their prompt"
     return None
@@ -159,6 +159,17 @@ def _random_pairs(model: torch.nn.Module, base: PreTrainedModel, *, pairs: int, 
     completion = (torch.arange(tokens) >= tokens - 2 * TRIAL_TOKENS // 3).long().expand_as(ids)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": completion}
     return {name: value.to(device) for name, value in batch.items()}
+
+
+@contextmanager
+def _mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
+    """Put the model in training or evaluation mode for a while."""
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 @contextmanager
