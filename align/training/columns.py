@@ -1,11 +1,13 @@
 """Columns of a pair table that weight its pairs, computed before training as the configuration asks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from align.config import LossSection, WeightsSection
 from align.config.columns import ID_COLUMNS
@@ -17,6 +19,7 @@ from align.losses.margin_weights import madpo_weight, trust_of_each
 from align.losses.pair_weights import mean_one, moderate, shrink_by_distance
 from align.losses.registry import BoundLoss, resolve
 from align.models.collator import ROW
+from align.models.tokenization import encode_pair
 
 NAMED = 5
 """Ids of pairs that a message names."""
@@ -81,6 +84,41 @@ def told_apart(pairs: Dataset, ids: Sequence[str], max_length: int | None, trunc
         )
     log.warning("%d of %d pairs are left out: %s", len(alike), len(pairs), reason)
     return kept
+
+
+def trained_pairs(
+    pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, truncation: str
+) -> Dataset:
+    """Return the pairs that a training does not leave out; see ``PreferenceTrainer._prepare_dataset``.
+
+    Args:
+        pairs: pair table with ``id``.
+        tokenizer: of the policy.
+        max_length: tokens of prompt and response together; None: no limit.
+        truncation: keep_start or keep_end, trl's ``truncation_mode``.
+
+    Raises:
+        DataError: no pair is left.
+    """
+
+    def encode(pair: Mapping[str, Any]) -> dict[str, list[int]]:
+        return dict(zip(ID_COLUMNS, encode_pair(pair, tokenizer)[:3], strict=True))
+
+    tokens = pairs.map(encode, remove_columns=pairs.column_names, desc="tokenizing pairs")
+    rows = list(range(len(pairs)))
+    if truncation == "keep_start" and max_length is not None:
+        rows = [k for k, prompt in enumerate(tokens["prompt_ids"]) if len(prompt) < max_length]
+    if len(rows) < len(pairs):
+        log.warning("%d of %d pairs are left out: their prompts fill max_length", len(pairs) - len(rows), len(pairs))
+    if not rows:
+        raise DataError(
+            f"none of {len(pairs)} pairs has a token of a response within max_length",
+            code="empty-completion",
+            hint="raise train.trainer.max_length",
+        )
+    table = tokens.select(rows).add_column(ROW, rows)
+    kept = told_apart(table, [str(name) for name in pairs["id"]], max_length, truncation)
+    return pairs if len(kept) == len(pairs) else pairs.select([rows[k] for k in kept])
 
 
 def _as_read(

@@ -19,7 +19,7 @@ from align.losses.registry import resolve
 from align.models.loading import load_policy, load_tokenizer
 from align.run.checks import check_train
 from align.training.base.arguments import build_trainer_args
-from align.training.columns import prepare_pairs, told_apart
+from align.training.columns import prepare_pairs, told_apart, trained_pairs
 from align.training.train import CHECKPOINTS, train_policy
 from align.training.trainer import PreferenceTrainer
 from tests.helpers.builders import causal, rows, trained_adapter
@@ -285,6 +285,19 @@ def test_pairs_that_become_the_same_tokens_are_left_out(
     same = [row | {"rejected": f"{row['chosen']} "} for row in rows(3)]
     with pytest.raises(DataError, match=r"\[same-responses\] none of 3 pairs can be trained on.*p0, p1, p2"):
         ours(tiny_policy, tmp_path, pairs=Dataset.from_list(same))
+
+
+@pytest.mark.parametrize("fields", [{"max_length": 8}, {"max_length": 8, "truncation_mode": "keep_end"}, {}])
+def test_trust_reads_the_pairs_that_are_trained_on(tiny_policy: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    """One prompt fills max_length, one pair is the same words, one differs within the limit only."""
+    table = rows(6)
+    table[0] |= {"prompt": "the film was " * 4}
+    table[2] |= {"rejected": f"{table[2]['chosen']} "}
+    table[3] |= {"chosen": " good film is very good", "rejected": " good film is very bad"}
+    trained = ours(tiny_policy, tmp_path, pairs=Dataset.from_list(table), **fields).train_dataset
+    limit, truncation = (FIELDS | fields)["max_length"], fields.get("truncation_mode", "keep_start")
+    read = trained_pairs(Dataset.from_list(table), load_tokenizer(str(tiny_policy)), limit, truncation)
+    assert list(read["id"]) == list(trained["id"]) and 3 <= len(read) <= 5
 
 
 def test_a_finished_training_moved_its_weights(tiny_policy: Path, tmp_path: Path) -> None:
