@@ -108,7 +108,8 @@ class TrainSection(Section):
     """Write sharded checkpoints (FSDP2, ``SHARDED_STATE_DICT``) from a copy in CPU memory while training continues. No
     effect on other checkpoints."""
     trainer: dict[str, Any] = {}
-    """Fields of trl.DPOConfig, passed through unchanged."""
+    """Fields of trl.DPOConfig; those that would have no effect here are refused. Weights are float32 unless
+    ``model_init_kwargs`` has a ``dtype``."""
 
     @field_validator("methods")
     @classmethod

@@ -20,8 +20,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from align.models.packing import PackedPairs
 
-PREFIX = "packed_pairs_"
-SUPPORTED = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+NAMES = {
+    "sdpa": "packed_pairs_sdpa",
+    "eager": "packed_pairs_eager",
+    "flash_attention_2": "packed_pairs_fa2",
+    "flash_attention_3": "packed_pairs_fa3",
+}
+"""Attention implementation -> name under which the one for packed pairs is registered. No name contains "flash":
+transformers would look for a kernel of that name."""
 OF_THE_PACKED_ROW = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -29,14 +35,14 @@ def enable(model: PreTrainedModel) -> None:
     """Prepare ``model`` for packed pairs; calls without ``packed_pairs`` run its own attention as before.
 
     Raises:
-        ValueError: its attention implementation is not one of ``SUPPORTED``.
+        ValueError: its attention implementation is not a key of ``NAMES``.
     """
     base = model.config._attn_implementation
-    if base.startswith(PREFIX):
+    if base in NAMES.values():
         return
-    if base not in SUPPORTED:
-        raise ValueError(f"attention implementation {base} is not one of {', '.join(SUPPORTED)}")
-    name = PREFIX + base
+    if base not in NAMES:
+        raise ValueError(f"attention implementation {base} is not one of {', '.join(NAMES)}")
+    name = NAMES[base]
     AttentionInterface.register(name, _attention(base))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     model.set_attn_implementation(name)
@@ -60,6 +66,8 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     ) -> tuple[Tensor, Tensor | None]:
         # Some models pass their eager function as the default of the lookup; it is a name of the model's module.
         run = ALL_ATTENTION_FUNCTIONS.get_interface(base, getattr(_home(module), "eager_attention_forward", None))
+        if base.startswith("flash"):  # it reads the name of its kernel from the module's config
+            module = _View(module, config=_View(module.config, _attn_implementation=base))  # type: ignore[assignment]
         if packed_pairs is None:
             return run(module, query, key, value, attention_mask, *args, **kwargs)
         for name in OF_THE_PACKED_ROW:
@@ -70,6 +78,16 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         return output.flatten(0, 1).index_select(0, packed_pairs.own)[None], None
 
     return attend
+
+
+class _View:
+    """An object with some attributes replaced; all others are those of the object."""
+
+    def __init__(self, inner: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced, _inner=inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 def _home(module: torch.nn.Module) -> Any:

@@ -145,14 +145,18 @@ def pair_name(pair: Mapping[str, Any]) -> str:
 
 
 def tokenize_pairs(
-    pairs: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int = MAX_LENGTH, truncation: str = "keep_start"
+    pairs: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = MAX_LENGTH,
+    truncation: str = "keep_start",
 ) -> Dataset:
     """The table with the columns ``ID_COLUMNS``, see ``encode_pair``; nothing is truncated yet, see ``collate``.
 
     Args:
         pairs: pair table with ``id``.
         tokenizer: of the policy.
-        max_length: tokens of prompt and response together that ``collate`` will keep.
+        max_length: tokens of prompt and response together that ``collate`` will keep; None: all.
         truncation: ``keep_start`` or ``keep_end``, as in trl.DPOConfig.
 
     Raises:
@@ -191,7 +195,7 @@ def collate(
     rows: Dataset | list[dict[str, Any]],
     pad_token_id: int,
     *,
-    max_length: int = MAX_LENGTH,
+    max_length: int | None = MAX_LENGTH,
     truncation: str = "keep_start",
 ) -> dict[str, Tensor]:
     """Tokenized pairs as one right-padded batch in trl's layout, see ``PairCollator``."""

@@ -5,10 +5,11 @@ from typing import Any
 
 from align.config import RunConfig, TrainSection
 from align.data.prompts import load_prompts
-from align.errors import ModelError
+from align.errors import ConfigError, ModelError
 from align.models.folders import check_model_folder
 from align.models.loading import load_tokenizer
 from align.training.base.arguments import build_lora, build_trainer_args
+from align.training.settings import check_settings, policy_args
 from align.training.train import bind
 from reward_models.registry import resolve_objective
 
@@ -43,14 +44,10 @@ def check_train(train: TrainSection, forced: dict[str, Any]) -> None:
     Raises:
         ConfigError: the first problem.
     """
-    from trl import DPOConfig
-
-    for method, loss in train.methods.items():
-        bind(method, loss)
     build_lora(train.peft, path="train.peft", task_type="CAUSAL_LM")
-    build_trainer_args(
-        DPOConfig, train.trainer, path="train.trainer", forced=forced, pairs_per_step=train.pairs_per_step
-    )
+    for method, options in train.methods.items():
+        loss, masked = bind(method, options), options.token_mask is not None
+        check_settings(train, loss, policy_args(train, forced, masked=masked), masked=masked)
 
 
 def check_models(config: RunConfig, *, conversational: bool) -> None:
@@ -61,6 +58,7 @@ def check_models(config: RunConfig, *, conversational: bool) -> None:
         conversational: some texts are lists of messages, which need a chat template.
 
     Raises:
+        ConfigError: `pad_token` is not a token of the model.
         ModelError: a folder is not a model, its tokenizer does not fit the model, or the chat template is missing.
     """
     for part in (config.train, config.reward):
@@ -70,6 +68,13 @@ def check_models(config: RunConfig, *, conversational: bool) -> None:
         if not Path(part.model).is_dir():
             continue
         tokenizer = load_tokenizer(part.model, trust_remote_code=part.trusts_remote_code)
+        pad_token = part.trainer.get("pad_token")
+        if pad_token is not None and pad_token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"trainer.pad_token: found {pad_token!r}, expected a token of {part.model}",
+                code="trainer-key",
+                hint="leave it out: the tokenizer's own is used",
+            )
         if conversational and tokenizer.chat_template is None:
             raise ModelError(
                 f"{part.model}: no chat template, and the texts are lists of messages",

@@ -175,7 +175,8 @@ class _Runner:
             inputs["settings"] = config.train.made_from(without={"methods", "trust", "allow_in_sample"})
         if kind == "trust" and config.train:
             inputs["allow_in_sample"] = config.train.allow_in_sample
-            inputs["max_length"] = config.train.trainer.get("max_length")
+            inputs["max_length"] = config.train.trainer.get("max_length", "default")
+            inputs["truncation"] = config.train.trainer.get("truncation_mode")
         if self._is_trusted(name):
             inputs["trust"] = read_json(self.root / TRUST / TRUST_NUMBERS)
         trusting = [part for part in (config.train, config.reward) if part is not None and part.trusts_remote_code]

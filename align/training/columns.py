@@ -1,11 +1,16 @@
 """Columns of a pair table that weight its pairs, computed before training as the configuration asks."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from align.config import LossSection, WeightsSection
+from align.config.columns import ID_COLUMNS
 from align.data.pairs import with_columns
 from align.data.statistics import missing_values
 from align.errors import ConfigError, DataError
@@ -13,6 +18,11 @@ from align.io.console import log
 from align.losses.margin_weights import madpo_weight, trust_of_each
 from align.losses.pair_weights import mean_one, moderate, shrink_by_distance
 from align.losses.registry import BoundLoss, resolve
+from align.models.collator import ROW
+from align.models.tokenization import encode_pair
+
+NAMED = 5
+"""Ids of pairs that a message names."""
 
 
 def prepare_pairs(pairs: Dataset, weights: WeightsSection | None, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
@@ -26,7 +36,102 @@ def prepare_pairs(pairs: Dataset, weights: WeightsSection | None, loss: BoundLos
     pairs = without_missing_margins(pairs)
     pairs = add_trust(pairs, weights, loss)
     pairs, loss = add_weight(adjust_margins(pairs, weights), loss)
-    return normalize_weights(pairs, weights), loss
+    pairs = normalize_weights(pairs, weights)
+    if len(pairs) and "weight" in pairs.column_names and not np.any(pairs["weight"]):
+        raise DataError(
+            f"weight: found 0 for each of {len(pairs)} pairs, expected more for some of them: nothing would be trained",
+            code="weights-column",
+            hint="give pairs a weight above 0, or leave the column out",
+        )
+    return pairs, loss
+
+
+def told_apart(pairs: Dataset, ids: Sequence[str], max_length: int | None, truncation: str) -> list[int]:
+    """Rows of a tokenized table whose two responses differ as the model reads them; logs how many do not.
+
+    The loss of a pair of equal sequences does not depend on the policy.
+
+    Args:
+        pairs: table with ``ID_COLUMNS``; without the column ``ROW``, pairs are named by their place.
+        ids: id of the pair of each ``ROW``.
+        max_length: tokens of prompt and response together; None: no limit.
+        truncation: keep_start or keep_end, trl's ``truncation_mode``.
+
+    Raises:
+        DataError: no pair is left.
+    """
+    kept, alike, cut = [], [], 0
+    rows = pairs[ROW] if ROW in pairs.column_names else None
+    for k, (prompt, *responses) in enumerate(zip(*(pairs[name] for name in ID_COLUMNS), strict=True)):
+        read = [_as_read(prompt, response, max_length, truncation) for response in responses]
+        if read[0] != read[1]:
+            kept.append(k)
+        else:
+            alike.append(str(k) if rows is None else ids[rows[k]])
+            cut += responses[0] != responses[1]
+    if not alike:
+        return kept
+    where = f"within max_length {max_length}" if cut == len(alike) else "after the chat template and the tokenizer"
+    if 0 < cut < len(alike):
+        where += f" ({cut} of them only within max_length {max_length})"
+    reason = f"their two responses are the same tokens {where}: {', '.join(alike[:NAMED])}"
+    reason += "" if len(alike) <= NAMED else f" and {len(alike) - NAMED} more"
+    if not kept:
+        raise DataError(
+            f"none of {len(alike)} pairs can be trained on: {reason}",
+            code="same-responses",
+            hint="read a pair as the model does with `align data check --model`; the template may drop what differs",
+        )
+    log.warning("%d of %d pairs are left out: %s", len(alike), len(pairs), reason)
+    return kept
+
+
+def trained_pairs(
+    pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, truncation: str
+) -> Dataset:
+    """Return the pairs that a training does not leave out; see ``PreferenceTrainer._prepare_dataset``.
+
+    Args:
+        pairs: pair table with ``id``.
+        tokenizer: of the policy.
+        max_length: tokens of prompt and response together; None: no limit.
+        truncation: keep_start or keep_end, trl's ``truncation_mode``.
+
+    Raises:
+        DataError: no pair is left.
+    """
+
+    def encode(pair: Mapping[str, Any]) -> dict[str, list[int]]:
+        return dict(zip(ID_COLUMNS, encode_pair(pair, tokenizer)[:3], strict=True))
+
+    tokens = pairs.map(encode, remove_columns=pairs.column_names, desc="tokenizing pairs")
+    rows = list(range(len(pairs)))
+    if truncation == "keep_start" and max_length is not None:
+        rows = [k for k, prompt in enumerate(tokens["prompt_ids"]) if len(prompt) < max_length]
+    if len(rows) < len(pairs):
+        log.warning("%d of %d pairs are left out: their prompts fill max_length", len(pairs) - len(rows), len(pairs))
+    if not rows:
+        raise DataError(
+            f"none of {len(pairs)} pairs has a token of a response within max_length",
+            code="empty-completion",
+            hint="raise train.trainer.max_length",
+        )
+    table = tokens.select(rows).add_column(ROW, rows)
+    kept = told_apart(table, [str(name) for name in pairs["id"]], max_length, truncation)
+    return pairs if len(kept) == len(pairs) else pairs.select([rows[k] for k in kept])
+
+
+def _as_read(
+    prompt: list[int], response: list[int], max_length: int | None, truncation: str
+) -> tuple[list[int], list[int]]:
+    """Prompt and response as ``PairCollator`` truncates them."""
+    if max_length is None:
+        return prompt, response
+    if truncation == "keep_end":
+        response = response[-max_length:]
+        room = max_length - len(response)
+        return prompt[max(len(prompt) - room, 0) :], response
+    return prompt[:max_length], response[: max(max_length - len(prompt), 0)]
 
 
 def check_weights(method: str, config: LossSection, loss: BoundLoss) -> None:

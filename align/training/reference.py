@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
@@ -26,6 +27,10 @@ from align.models.layout import has_adapter
 
 REFERENCE_TOKENS = 8192
 """Tokens of a batch of reference log-probs if no budget is set."""
+REFERENCE_FILE = "reference.safetensors"
+"""File of a checkpoint with a reference that follows the policy."""
+REVISION = 2
+"""Part of the cache key: raise it when the same reference and pairs give other log-probs."""
 TRL_REFERENCE = "ref"
 """Name of the frozen copy that trl makes of an adapter from which a training starts."""
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -60,7 +65,9 @@ def reference_model(
         yield policy if ref_model is None else ref_model
 
 
-def cache_file(folder: Path | None, policy: nn.Module, dataset: Dataset, args: Any) -> Path | None:
+def cache_file(
+    folder: Path | None, policy: nn.Module, dataset: Dataset, args: Any, ref_model: nn.Module | None = None
+) -> Path | None:
     """Return the file for the reference log-probs of a table, named by a hash of everything they depend on.
 
     Args:
@@ -68,11 +75,15 @@ def cache_file(folder: Path | None, policy: nn.Module, dataset: Dataset, args: A
         policy: the policy before its first step, which is its own reference and, unlike that, not sharded yet.
         dataset: table with ``ID_COLUMNS``.
         args: training arguments, for truncation and precision.
+        ref_model: the reference, if the caller of the trainer gave one, not sharded.
     """
     if folder is None:
         return None
-    settings = [args.max_length, args.truncation_mode, *(name for name in ("bf16", "fp16") if getattr(args, name))]
-    key = from_main_process(lambda: reference_key(policy, dataset, settings, with_adapter=starts_from_adapter(policy)))
+    settings = [REVISION, args.max_length, args.truncation_mode]
+    settings += [name for name in ("bf16", "fp16") if getattr(args, name)]
+    reference = policy if ref_model is None else ref_model
+    with_adapter = ref_model is not None or starts_from_adapter(policy)
+    key = from_main_process(lambda: reference_key(reference, dataset, settings, with_adapter=with_adapter))
     return folder / f"{key}.npy"
 
 
@@ -82,12 +93,19 @@ def add_reference_logps(
     accelerator: Accelerator,
     *,
     batch_tokens: int | None,
+    batch_pairs: int | None = None,
     file: Path | None,
     in_step: bool = False,
 ) -> Dataset:
     """Add the columns ``REFERENCE_COLUMNS`` to a table; see ``reference_logps``."""
     values = reference_logps(
-        dataset, compute, accelerator, batch_tokens=batch_tokens or REFERENCE_TOKENS, file=file, in_step=in_step
+        dataset,
+        compute,
+        accelerator,
+        batch_tokens=batch_tokens or REFERENCE_TOKENS,
+        batch_pairs=batch_pairs,
+        file=file,
+        in_step=in_step,
     )
     columns = Dataset.from_dict(dict(zip(REFERENCE_COLUMNS, values.T, strict=True)))
     return concatenate_datasets([dataset, columns], axis=1)
@@ -99,6 +117,7 @@ def reference_logps(
     accelerator: Accelerator,
     *,
     batch_tokens: int,
+    batch_pairs: int | None = None,
     file: Path | None,
     in_step: bool = False,
 ) -> np.ndarray:
@@ -109,6 +128,7 @@ def reference_logps(
         compute: examples of b pairs -> [b, 2].
         accelerator: its processes share the work; each returns all rows.
         batch_tokens: tokens of a batch, prompts counted once.
+        batch_pairs: most pairs of a batch; None: as many as ``batch_tokens`` allows.
         file: a .npy file that caches the result, or None; a complete one is only read. During the computation, a
             memory-mapped file next to it holds NaN for pairs that are still missing, and a stopped run resumes from it.
         in_step: the model is sharded over the processes, so that all of them must compute at the same time.
@@ -118,7 +138,10 @@ def reference_logps(
     partial = None if file is None else file.with_suffix(".partial.npy")
     values = _open(partial, len(dataset), create=accelerator.is_main_process)
     lengths = [sum(map(len, columns)) for columns in zip(*(dataset[name] for name in ID_COLUMNS), strict=True)]
-    batches = [batch for batch in token_batches(lengths, batch_tokens, padded=False) if np.isnan(values[batch]).any()]
+    batches = token_batches(lengths, batch_tokens, padded=False)
+    if batch_pairs is not None:
+        batches = [batch[k : k + batch_pairs] for batch in batches for k in range(0, len(batch), batch_pairs)]
+    batches = [batch for batch in batches if np.isnan(values[batch]).any()]
     accelerator.wait_for_everyone()
     world, rank = accelerator.num_processes, accelerator.process_index
     rounds = range(0, math.ceil(len(batches) / world) * world, world)
@@ -148,14 +171,43 @@ def refuse_changed_base(model: nn.Module) -> None:
         ConfigError: ``init_lora_weights`` subtracts the adapter's start from the base weights.
     """
     for adapter in model.peft_config.values() if has_adapter(model) else ():  # type: ignore[operator]
-        start = getattr(adapter, "init_lora_weights", True)
-        if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
-            raise ConfigError(
-                f"train.peft.init_lora_weights: {start!r} subtracts the adapter's start from the base weights, so the "
-                "model without its adapter is not the reference",
-                code="trainer-key",
-                hint="leave it out, or use gaussian, orthogonal or eva",
-            )
+        refuse_changed_start(getattr(adapter, "init_lora_weights", True))
+
+
+def refuse_changed_start(start: object) -> None:
+    """Raise if a value of ``init_lora_weights`` changes the base weights.
+
+    Raises:
+        ConfigError: it subtracts the adapter's start from them.
+    """
+    if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
+        raise ConfigError(
+            f"train.peft.init_lora_weights: {start!r} subtracts the adapter's start from the base weights, so the "
+            "model without its adapter is not the reference",
+            code="trainer-key",
+            hint="leave it out, or use gaussian, orthogonal or eva",
+        )
+
+
+def save_reference(reference: nn.Module, folder: Path, accelerator: Accelerator) -> None:
+    """Write a reference model that follows the policy (``sync_ref_model``) into a checkpoint."""
+    save_model(accelerator.unwrap_model(reference), str(folder / REFERENCE_FILE))
+
+
+def load_reference(reference: nn.Module, folder: Path, accelerator: Accelerator) -> None:
+    """Restore what ``save_reference`` wrote.
+
+    Raises:
+        ConfigError: the checkpoint holds no reference.
+    """
+    file = folder / REFERENCE_FILE
+    if not file.exists():
+        raise ConfigError(
+            f"{folder}: holds no reference model, which train.trainer.sync_ref_model has moved since the start",
+            code="trainer-key",
+            hint="remove the checkpoint to train from the start",
+        )
+    load_model(accelerator.unwrap_model(reference), str(file))
 
 
 def _open(partial: Path | None, rows: int, *, create: bool) -> np.ndarray:

@@ -1,13 +1,16 @@
 """Train one policy under one loss and save it."""
 
+import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
 from datasets import Dataset
 from transformers.trainer import TRAINING_ARGS_NAME
-from trl import DPOConfig
+from trl import DPOTrainer
 
 from align.config import LossSection, RemedySection, TiltSection, TokenMaskSection, TrainSection
 from align.distributed import process_rank
@@ -19,11 +22,13 @@ from align.losses.margin_weights import MADPO_TAU
 from align.losses.registry import BoundLoss, resolve
 from align.models.folders import ADAPTER
 from align.models.loading import load_policy, load_tokenizer
-from align.training.base.arguments import build_lora, build_trainer_args, refusals
+from align.training.base.arguments import build_lora, refusals
 from align.training.base.checkpoints import OPTIMIZER_SHARDS
 from align.training.base.resume import STEP
 from align.training.columns import check_weights, prepare_pairs
 from align.training.preview import show_pair
+from align.training.reference import REFERENCE_FILE
+from align.training.settings import check_probe, check_settings, policy_args
 from align.training.trainer import PreferenceTrainer
 
 CHECKPOINTS = "checkpoints"
@@ -32,10 +37,13 @@ HISTORY = "history.json"
 ENTANGLEMENT = "entanglement.json"
 RESUME_FILES = (
     "*.pt", "*.pth", "*.bin", "trainer_state.json", STEP, "loss_state.json", "token_mask.safetensors", "README.md",
+    REFERENCE_FILE,
 )  # fmt: skip
 """Files of a checkpoint that only a resumed training reads."""
 MODULE_LISTS = ("target_modules", "exclude_modules", "modules_to_save")
 """Keys of an adapter's config that peft keeps as sets."""
+IGNORED_KWARGS = "The `model_init_kwargs` will be ignored."
+"""trl's warning about a model that is loaded already; ``make_trainer`` has applied them."""
 MASK_SHOWN = 40
 """Tokens with the largest and with the smallest weights of a learned mask that go into the history."""
 
@@ -179,12 +187,9 @@ def attach_probe(trainer: PreferenceTrainer, config: TrainSection, file: Path) -
     """
     if config.entanglement is None:
         return None
-    if trainer.loss.spec.coupled or trainer.accelerator.num_processes > 1 or not trainer.precompute_ref_logps:
-        raise ConfigError(
-            "train.entanglement: needs one process, precomputed reference log-probs and a loss other than beta_dpo",
-            code="entanglement-config",
-            hint="leave it out, and measure the trained policy with `align entangle report`",
-        )
+    check_probe(
+        trainer.loss, processes=trainer.accelerator.num_processes, precomputed=trainer.precompute_ref_logps
+    )  # fmt: skip
     count = min(config.entanglement.probes, len(trainer.train_dataset))
     batch = trainer.data_collator([trainer.train_dataset[k] for k in range(count)])
     probes = {name: value.to(trainer.accelerator.device) for name, value in batch.items()}
@@ -211,20 +216,10 @@ def make_trainer(
 ) -> PreferenceTrainer:
     """Return a PreferenceTrainer that is ready to train; see ``train_policy``."""
     transformers.set_seed(seed)
-    args = build_trainer_args(
-        DPOConfig,
-        {
-            # A mask runs the reference in every step; without an adapter that needs the reference model in memory.
-            "precompute_ref_log_probs": token_mask is None or config.peft is not None,
-            "save_strategy": "no",
-            "logging_steps": 1,
-        }
-        | config.trainer,
-        path="train.trainer",
-        forced={"output_dir": str(output / CHECKPOINTS), "seed": seed},
-        pairs_per_step=config.pairs_per_step,
-    )
-    with refusals("train"):
+    masked = token_mask is not None
+    args = policy_args(config, {"output_dir": str(output / CHECKPOINTS), "seed": seed}, masked=masked)
+    check_settings(config, loss, args, masked=masked)
+    with refusals("train"), _without_warning(IGNORED_KWARGS):
         return PreferenceTrainer(
             loss=loss,
             tau=tau,
@@ -238,10 +233,25 @@ def make_trainer(
                 config.model,
                 trust_remote_code=args.trust_remote_code,
                 trainable=True,
-                **(args.model_init_kwargs or {"dtype": "float32"}),
+                **({"dtype": "float32"} | (args.model_init_kwargs or {})),
             ),
             args=args,
             train_dataset=pairs,
             processing_class=load_tokenizer(config.model, trust_remote_code=args.trust_remote_code),
             peft_config=build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM"),
         )
+
+
+@contextmanager
+def _without_warning(text: str) -> Iterator[None]:
+    """Keep a warning of trl's that does not hold here from the log."""
+    logger = logging.getLogger(DPOTrainer.__module__)
+
+    def other(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)

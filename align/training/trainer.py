@@ -19,19 +19,23 @@ from align.losses.pairwise import PairLogps, scale_gradient
 from align.losses.registry import BoundLoss
 from align.models.batching import in_so_many, pair_batches
 from align.models.collator import REAL, ROW, PairCollator, only_real
-from align.models.layout import LayoutChoice, choose_layout, has_adapter, trim
+from align.models.layout import LayoutChoice, choose_layout, has_adapter, longest_sequence, trim
 from align.models.logps import Layout, SequenceLogps, pair_logps
 from align.training.base.trainer import ReliableTrainer
+from align.training.columns import told_apart
 from align.training.finite_guard import FiniteGuard, number_rows
 from align.training.gradient_remedy import GradientRemedy
 from align.training.metrics import PairMetrics
 from align.training.reference import (
     add_reference_logps,
     cache_file,
+    load_reference,
     reference_model,
     refuse_changed_base,
+    save_reference,
     starts_from_adapter,
 )
+from align.training.settings import refuse_precomputed_mask, refuse_split_batches, refuse_unused_fields
 from align.training.token_mask import TokenMask
 
 LAYOUT_SAMPLE = 256
@@ -39,8 +43,6 @@ LAYOUT_SAMPLE = 256
 BY_LENGTH = ("group_by_length", "batch_rebalance")
 """Sampling strategies that read the length of each pair."""
 LOSS_STATE = "loss_state.json"
-UNUSED_FIELDS = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl", "loss_weights": None}
-"""Fields of DPOConfig that only trl's losses read -> their defaults."""
 
 
 class PreferenceTrainer(ReliableTrainer, DPOTrainer):
@@ -84,7 +86,7 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = kwargs["args"]
-        _refuse_unused_fields(args)
+        refuse_unused_fields(args)
         self.loss = loss
         self.reference_cache = reference_cache
         self.layout = "concatenated"
@@ -92,6 +94,7 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
         self.latest_inputs: dict[str, Any] = {}
         """The last (micro-)batch of the training."""
         self._layout_choice: LayoutChoice | None = layout
+        self._given_reference = kwargs.get("ref_model") is not None
         self._pair_metrics = PairMetrics(beta=loss.beta, tau=tau)
         self._step_values: dict[str, list[Tensor]] = defaultdict(list)
         args.beta = loss.beta
@@ -99,6 +102,8 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
         kwargs["train_dataset"], self._ids = number_rows(kwargs["train_dataset"])
         super().__init__(**kwargs)
         self._refuse_expert_balancing()
+        if max_tokens is not None and self.is_deepspeed_enabled:
+            refuse_split_batches()
         if starts_from_adapter(self.model):
             self.model.set_adapter("default")  # train this one; trl's frozen copy of it is the reference
         self.data_collator = PairCollator(
@@ -137,12 +142,7 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
 
     def _make_token_mask(self, config: TokenMaskSection) -> TokenMask:
         if self.ref_model is None and not has_adapter(self.model):
-            raise ConfigError(
-                "train.trainer.precompute_ref_log_probs: found true together with a token_mask, which runs the "
-                "reference in every step: without an adapter there is no reference model left",
-                code="trainer-key",
-                hint="leave it out, or train an adapter",
-            )
+            refuse_precomputed_mask()
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         return TokenMask(vocabulary, config, self.accelerator)
 
@@ -160,9 +160,12 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
             )
         log.warning("the experts' load-balancing loss of this model (%g in its config) is not added", coefficient)
 
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        """Prepare the table as trl does, which drops pairs whose prompt fills ``max_length``; log how many."""
-        prepared = super()._prepare_dataset(dataset, *args, **kwargs)
+    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
+        """Prepare the table as trl does, which drops pairs whose prompt fills ``max_length``; log how many.
+
+        Pairs whose responses became the same tokens are left out as well, see ``told_apart``.
+        """
+        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         missing = len(dataset) - len(prepared)
         if missing == len(dataset):
             raise DataError(
@@ -172,7 +175,8 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
             )
         if missing:
             log.warning("%d of %d pairs are left out: their prompts fill max_length", missing, len(dataset))
-        return prepared
+        kept = told_apart(prepared, self._ids, args.max_length, args.truncation_mode)
+        return prepared if len(kept) == len(prepared) else prepared.select(kept)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add reference log-probs as columns, cached on disk; under DeepSpeed trl computes them."""
@@ -184,9 +188,15 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
             self._reference_of_examples,
             self.accelerator,
             batch_tokens=self.max_tokens,
-            file=cache_file(self.reference_cache, self.model, dataset, self.args),
+            batch_pairs=self.args.precompute_ref_batch_size,
+            file=None if self._given_reference and self.is_fsdp_enabled else self._cache_file(dataset),
             in_step=self.is_fsdp_enabled,
         )
+
+    def _cache_file(self, dataset: Dataset) -> Path | None:
+        given = self.ref_model if self._given_reference else None
+        reference = None if given is None else self.accelerator.unwrap_model(given)
+        return cache_file(self.reference_cache, self.model, dataset, self.args, reference)
 
     def _reference_of_examples(self, examples: list[dict[str, Any]]) -> Tensor:
         """Reference log-probs [B, 2] of collated examples."""
@@ -200,11 +210,18 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
 
     def _prepare_layout(self, dataset: Dataset) -> None:
         """Choose the layout once, before the first forward pass."""
-        if self._layout_choice is not None:
-            sample = self.data_collator([dataset[k] for k in range(min(LAYOUT_SAMPLE, len(dataset)))])
-            self.layout, self._layout_choice = choose_layout(self.model, sample, self._layout_choice), None
-            if self.ref_model is not None:
-                choose_layout(self.ref_model, sample, self.layout)
+        choice, self._layout_choice = self._layout_choice, None
+        if choice is None:
+            return
+        sample = self.data_collator([dataset[k] for k in range(min(LAYOUT_SAMPLE, len(dataset)))])
+        longest = longest_sequence(dataset, self.args.max_length)
+        if self.args.neftune_noise_alpha and choice == "auto":
+            log.info("layout: concatenated (neftune_noise_alpha scales its noise by the length of a row)")
+            choice = "concatenated"
+        self.layout = choose_layout(self.model, sample, choice, longest=longest, training=True)
+        if self.ref_model is not None:
+            choice = choice if self.layout == "shared_prefix" else "concatenated"
+            self.layout = choose_layout(self.ref_model, sample, choice, longest=longest)
 
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Log-probs [B], [B] of the chosen and rejected responses under the reference, without gradient."""
@@ -345,15 +362,19 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def save_extra_state(self, folder: Path) -> None:
-        """Write the state of loss, remedy and token mask, and the count of tokens."""
+        """Write the state of loss, remedy, token mask and a reference that moves, and the count of tokens."""
         state = {} if self.stateful_loss is None else self.stateful_loss.state_dict()
         remedy = None if self.remedy is None else self.remedy.state_dict()
         write_json(folder / LOSS_STATE, {**state, "remedy": remedy, "num_tokens": self._total_train_tokens})
         if self.token_mask is not None:
             self.token_mask.save(folder)
+        if self.args.sync_ref_model:
+            save_reference(self._reference, folder, self.accelerator)
 
     def load_extra_state(self, folder: Path) -> None:
         """Restore what ``save_extra_state`` wrote."""
+        if self.args.sync_ref_model:
+            load_reference(self._reference, folder, self.accelerator)
         if not (folder / LOSS_STATE).exists():
             return
         state = read_json(folder / LOSS_STATE)
@@ -364,16 +385,6 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
             self.remedy.load_state_dict(state["remedy"])
         if self.token_mask is not None:
             self.token_mask.load(folder)
-
-
-def _refuse_unused_fields(args: Any) -> None:
-    for field, neutral in UNUSED_FIELDS.items():
-        if getattr(args, field) != neutral:
-            raise ConfigError(
-                f"train.trainer.{field}: {getattr(args, field)!r} has no meaning for the losses of this program",
-                code="trainer-key",
-                hint="leave it out; name the loss under train.methods",
-            )
 
 
 def _lengths(dataset: Dataset) -> list[int]:

@@ -18,7 +18,7 @@ from align.io.console import log, progress
 from align.models import attention
 from align.models.batching import token_batches
 from align.models.fingerprint import reference_key
-from align.models.layout import base_model, choose_layout
+from align.models.layout import base_model, choose_layout, longest_sequence
 from align.models.loading import load_policy, load_tokenizer
 from align.models.logps import Layout
 from align.models.packing import pack
@@ -28,16 +28,21 @@ DIRECTIONS = 64
 BATCH_TOKENS = 8192
 FLUSH_EVERY = 16
 SAMPLE = 64
+REVISION = 2
+"""Part of the cache key: raise it when the same model and pairs give other features."""
 
 
-def pair_features(pairs: Dataset, model: str, cache: Path, *, max_length: int) -> np.ndarray:
+def pair_features(
+    pairs: Dataset, model: str, cache: Path, *, max_length: int | None, truncation: str = "keep_start"
+) -> np.ndarray:
     """Differences of mean hidden states [N, H], float32, cached in ``cache``; a stopped pass resumes.
 
     Args:
         pairs: pair table.
         model: reference, hub id or folder.
         cache: folder of .npy files, one for each (weights, token ids, truncation).
-        max_length: tokens of prompt and response together.
+        max_length: tokens of prompt and response together; None: all.
+        truncation: ``keep_start`` or ``keep_end``, as in trl.DPOConfig.
 
     Raises:
         ModelError: the model cannot be loaded, its tokenizer has ids without an embedding, or the pairs are
@@ -52,8 +57,8 @@ def pair_features(pairs: Dataset, model: str, cache: Path, *, max_length: int) -
             hint="give a model that has one, or pairs of plain text",
         )
     reference = load_policy(model, dtype="float32").eval()
-    tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
-    key = reference_key(reference, tokens, ("mean hidden states", max_length), with_adapter=True)
+    tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length, truncation=truncation)
+    key = reference_key(reference, tokens, ("mean hidden states", REVISION, max_length, truncation), with_adapter=True)
     file = cache / f"{key[:32]}.npy"
     if file.exists():
         log.info("features: found in %s", file)
@@ -61,15 +66,16 @@ def pair_features(pairs: Dataset, model: str, cache: Path, *, max_length: int) -
         return cached
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reference.to(device)
-    sample = collate([tokens[k] for k in range(min(SAMPLE, len(tokens)))], tokenizer.pad_token_id)
-    layout = choose_layout(reference, sample, "auto")
+    cut: dict[str, Any] = {"max_length": max_length, "truncation": truncation}
+    sample = collate([tokens[k] for k in range(min(SAMPLE, len(tokens)))], tokenizer.pad_token_id, **cut)
+    layout = choose_layout(reference, sample, "auto", longest=longest_sequence(tokens, max_length))
     partial = file.with_suffix(".partial.npy")
     values = _open(partial, (len(tokens), base_model(reference).config.get_text_config().hidden_size))
     lengths = [sum(map(len, columns)) for columns in zip(*(tokens[name] for name in ID_COLUMNS), strict=True)]
     missing = [k for k in range(len(tokens)) if np.isnan(values[k]).any()]
     batches = [[missing[k] for k in batch] for batch in token_batches([lengths[k] for k in missing], BATCH_TOKENS)]
     for count, rows in enumerate(progress(batches, what="features", total=len(batches), unit="batches"), 1):
-        batch = collate([tokens[k] for k in rows], tokenizer.pad_token_id, max_length=max_length)
+        batch = collate([tokens[k] for k in rows], tokenizer.pad_token_id, **cut)
         batch = {name: value.to(device) for name, value in batch.items()}
         values[rows] = mean_difference(reference, batch, layout).cpu().numpy()
         if count % FLUSH_EVERY == 0:

@@ -21,7 +21,14 @@ SOURCES = ("outside", "cross-fitted", "in-sample")
 
 
 def measure_trust(
-    pairs: Dataset, model: str, cache: Path, *, origin: str, max_length: int, seed: int
+    pairs: Dataset,
+    model: str,
+    cache: Path,
+    *,
+    origin: str,
+    max_length: int | None,
+    seed: int,
+    truncation: str = "keep_start",
 ) -> dict[str, Any]:
     """Run ``analyze`` on a pair table; add signs of shared errors and the seconds of each part.
 
@@ -30,8 +37,9 @@ def measure_trust(
         model: reference, hub id or folder.
         cache: folder that keeps the features.
         origin: where the margins come from, one of ``SOURCES``.
-        max_length: tokens of prompt and response together.
+        max_length: tokens of prompt and response together; None: all.
         seed: seed of the folds and the bootstrap.
+        truncation: ``keep_start`` or ``keep_end``, as in trl.DPOConfig.
 
     Raises:
         AlignError: the model cannot be used, or truncation leaves nothing of a response.
@@ -41,7 +49,7 @@ def measure_trust(
     from align.trust.features import pair_features, uncentered_pca
 
     start = time.monotonic()
-    differences = pair_features(pairs, model, cache, max_length=max_length)
+    differences = pair_features(pairs, model, cache, max_length=max_length, truncation=truncation)
     done = time.monotonic()
     log.info("trust: %d pairs, features computed in %.0f s, now fitting the proxy", len(pairs), done - start)
     margin = np.asarray(pairs["margin"], dtype=np.float64)

@@ -36,10 +36,14 @@ ROUNDING = 1e-5 if version.parse(torch.__version__).release >= (2, 9) else 2e-5
 
 
 class Gradients(TrainerCallback):
-    """Copies the gradient of every parameter at each step."""
+    """Copies the gradient of every parameter at each step, and lets noise depend on the step alone."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seed the noise of the step."""
+        torch.manual_seed(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Copy the gradients."""

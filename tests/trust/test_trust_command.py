@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +53,24 @@ def test_another_adapter_has_other_features(tiny_policy: Path, tmp_path: Path) -
     one, other = (pair_features(pairs, str(adapter), tmp_path / "cache", max_length=64) for adapter in adapters)
     alone = pair_features(pairs, str(adapters[1]), tmp_path / "alone", max_length=64)
     assert np.array_equal(other, alone) and not np.allclose(one, other, atol=0.1)
+
+
+def test_features_are_those_of_the_tokens_that_training_keeps(tiny_policy: Path, tmp_path: Path) -> None:
+    """Under keep_end the last three words of each prompt are left; without a limit, all of them."""
+    long = [
+        {"id": f"p{k}", "prompt": "the film was " * (k + 3), "chosen": " good film", "rejected": " bad plot"}
+        for k in range(4)
+    ]
+    cut = [row | {"prompt": "the film was"} for row in long]
+
+    def features(table: list[dict[str, str]], name: str, **options: Any) -> np.ndarray:
+        return pair_features(Dataset.from_list(table), str(tiny_policy), tmp_path / name, **options)
+
+    kept = features(long, "a", max_length=6, truncation="keep_end")
+    assert np.allclose(kept, features(cut, "b", max_length=64), atol=1e-5)
+    every = features(long, "a", max_length=None)
+    assert np.allclose(every, features(long, "b", max_length=64), atol=1e-5)
+    assert not np.allclose(every, kept, atol=1e-2)
 
 
 def test_features_are_cached_and_a_stopped_pass_resumes(tiny_policy: Path, tmp_path: Path) -> None:

@@ -23,12 +23,13 @@ from align.generation.sampling_job import SamplingJob, completions_of
 from align.generation.types import as_completion
 from align.io.console import log
 from align.io.files import read_json, write_json
+from align.models.loading import load_tokenizer
 from align.models.tokenization import MAX_LENGTH
 from align.run.checks import check_models
 from align.run.plan import REFERENCE_CACHE, TRUST, TRUST_NUMBERS, measures_trust
 from align.run.stages.reward import METRICS, make_scorer, scored_by
 from align.run.stages.sampling import PARTS, run_sampling, sample_in_stage
-from align.training.columns import require_margin
+from align.training.columns import require_margin, trained_pairs
 from align.training.train import MODEL, bind, train_policy
 from align.trust.measure import check_margins, loss_parameters, margin_source, measure_trust
 from align.trust.sentences import sentences
@@ -199,9 +200,13 @@ def stage_trust(config: RunConfig, folder: Path) -> None:
     table = config.folder / "margins" / "pairs"
     pairs, origin = read_pairs(table), margin_source(table)
     check_margins(pairs, origin, str(table), allow_in_sample=config.train.allow_in_sample)
-    max_length = int(config.train.trainer.get("max_length") or MAX_LENGTH)
-    cache, seed = folder / FEATURES, config.seed
-    found = measure_trust(pairs, config.train.model, cache, origin=origin, max_length=max_length, seed=seed)
+    fields, cache, seed = config.train.trainer, folder / FEATURES, config.seed
+    length, truncation = fields.get("max_length", MAX_LENGTH), fields.get("truncation_mode", "keep_start")
+    tokenizer = load_tokenizer(config.train.model, trust_remote_code=config.train.trusts_remote_code)
+    pairs = trained_pairs(pairs, tokenizer, length, truncation)
+    found = measure_trust(
+        pairs, config.train.model, cache, origin=origin, max_length=length, seed=seed, truncation=truncation
+    )
     found |= {"source": str(table), "model": config.train.model, "margins": origin, "seed": config.seed}
     found["sentences"] = sentences(found, origin)
     write_json(folder / FILE, found)

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from types import NoneType
 from typing import Any, TypeVar
 
+from huggingface_hub.errors import HfHubHTTPError
+
 from align.config import nearest
 from align.distributed import init_process_group, world_size
 from align.errors import AlignError, ConfigError, listed
 from align.io.console import log
+from align.training.base.settings import check_arguments, check_fields
 
 Args = TypeVar("Args")
 DEFAULTS = {"report_to": "none"}
@@ -55,7 +58,8 @@ def build_trainer_args(
 
     Raises:
         ConfigError: unknown field (with the nearest known), wrong type, a field that the user may not set, anything
-            that the class itself refuses, or a number of pairs per step that the processes cannot share evenly.
+            that the class itself refuses, a field that has no effect here (``check_fields``), what this machine
+            lacks (``check_arguments``), or a number of pairs per step that the processes cannot share evenly.
     """
     from transformers.integrations import get_reporting_integration_callbacks
 
@@ -67,6 +71,7 @@ def build_trainer_args(
     with refusals(path):
         args = kind(**arguments)
         get_reporting_integration_callbacks(args.report_to)  # type: ignore[attr-defined]
+    check_arguments(args, path)
     if pairs_per_step is not None:
         _set_accumulation(args, fields, pairs_per_step, path)
     return args
@@ -78,7 +83,12 @@ def _checked(kind: type, fields: dict[str, Any], path: str, forced: dict[str, An
     Raises:
         ConfigError: every problem of the fields at once.
     """
-    known = [field.name for field in dataclasses.fields(kind) if field.init]
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(kind)
+        if field.init
+    }
+    known = list(defaults)
     hints = typing.get_type_hints(kind)
     values, problems = {}, []
     for name, value in fields.items():
@@ -88,6 +98,7 @@ def _checked(kind: type, fields: dict[str, Any], path: str, forced: dict[str, An
             problem = f": found {value!r}, expected {expected}" if expected else ""
         if problem:
             problems.append(f"{path}.{name}{problem}")
+    problems += check_fields(values, defaults, path)
     if problems:
         raise ConfigError(listed(problems), code="trainer-key")
     return values
@@ -144,7 +155,7 @@ def refusals(path: str) -> Iterator[None]:
         yield
     except AlignError:
         raise
-    except (TypeError, ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError, NotImplementedError, ConnectionError, HfHubHTTPError) as error:
         log.debug("%s", path, exc_info=True)
         raise ConfigError(f"{path}: {' '.join(str(error).split())}", code="trainer-key") from None
 

@@ -21,7 +21,7 @@ class WholeEpochs:
     """Mixin for a transformers Trainer of preference pairs, to be named before its class.
 
     Raises:
-        ConfigError: with several processes, a setting under which pairs are lost or repeated.
+        ConfigError: with several processes, a setting under which pairs are lost or repeated; an epoch without a batch.
     """
 
     args: Any
@@ -30,9 +30,21 @@ class WholeEpochs:
 
     def get_train_dataloader(self) -> Any:
         """Return the trainer's own loader, after a check of its settings."""
+        self._check_steps()
         if self.accelerator.num_processes > 1:
             _check_distribution(self.args)
         return super().get_train_dataloader()  # type: ignore[misc]
+
+    def _check_steps(self) -> None:
+        """Refuse a training whose epochs have no batch."""
+        pairs, batch = len(self.train_dataset), self.args.train_batch_size * self.accelerator.num_processes
+        if self.args.dataloader_drop_last and pairs < batch:
+            raise ConfigError(
+                f"dataloader_drop_last: found true and {pairs} pairs, expected at least the {batch} of a batch over "
+                "all processes: no step would be made",
+                code="trainer-key",
+                hint="leave it out, or lower per_device_train_batch_size",
+            )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Return the trainer's own sampler; with several processes, length groups span all of them."""

@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer
 
 from align.distributed import from_main_process
+from align.errors import ConfigError
 from align.io.console import log
 from align.training.base.async_checkpoints import BackgroundSaves
 from align.training.base.checkpoints import last_complete_checkpoint
@@ -48,6 +49,12 @@ class ReliableTrainer(BackgroundSaves, ExactResume, WholeEpochs, Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ConfigError(
+                "found no weight that would be trained, expected some to require gradients",
+                code="trainer-key",
+                hint="name modules that the model has, or train all weights",
+            )
         self.guard = self.make_guard(scaled=self.accelerator.scaler is not None)
         self.add_callback(self.guard)
 

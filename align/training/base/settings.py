@@ -1,0 +1,174 @@
+"""Fields of a trainer's arguments that cannot be obeyed here, refused when a run is checked, before a model loads."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Trainer, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_liger_kernel_available
+
+from align.errors import ConfigError, listed
+
+NOTHING_HELD_BACK = "a training here holds no pairs back; evaluate the trained model"
+NEVER_READ: dict[str, str] = dict.fromkeys(
+    (
+        "eval_steps", "eval_delay", "eval_accumulation_steps", "eval_on_start", "eval_do_concat_batches",
+        "eval_use_gather_object", "batch_eval_metrics", "include_for_metrics", "prediction_loss_only",
+        "per_device_eval_batch_size", "do_eval", "do_predict", "load_best_model_at_end", "metric_for_best_model",
+        "greater_is_better",
+    ),
+    NOTHING_HELD_BACK,
+) | {
+    "label_smoothing_factor": "it smooths the labels of a language model's own loss, not those of pairs",
+    "label_names": "a batch of pairs has no labels",
+    "average_tokens_across_devices": "the loss of a step is the mean over its pairs on all processes",
+    "resume_from_checkpoint": "a training resumes from the last checkpoint in its own folder",
+    "ignore_data_skip": "a resumed training goes on with the pairs that are left",
+    "remove_unused_columns": "the columns that a training reads are chosen by the program",
+    "padding_free": "trl does not have it at present; `train.layout: shared_prefix` packs the pairs",
+    "save_only_model": "a training could not resume from such a checkpoint; once it has ended, its checkpoints are "
+    "reduced to their models anyway",
+}  # fmt: skip
+"""Field of the trainer's arguments -> why no value but its default means anything here."""
+NEEDS_A_GPU = ("flash_attention_2", "flash_attention_3", "flex_attention")
+CHOOSE_WEIGHTS = (
+    "revision", "code_revision", "subfolder", "variant", "gguf_file", "state_dict", "config", "adapter_kwargs",
+)  # fmt: skip
+"""Keys of ``model_init_kwargs`` that choose another model than the one that the other stages read."""
+
+
+def check_fields(fields: dict[str, Any], defaults: dict[str, Any], path: str) -> list[str]:
+    """Return a message for each field that the user sets and no training here reads.
+
+    Args:
+        fields: what the user wrote.
+        defaults: the defaults of the class of arguments; a value equal to its default passes.
+        path: YAML path of ``fields``.
+    """
+    problems = [
+        f"{path}.{name}: found {fields[name]!r}, which has no effect here: {reason}"
+        for name, reason in NEVER_READ.items()
+        if name in fields and name in defaults and fields[name] != defaults[name]
+    ]
+    if fields.get("save_strategy") == "best":
+        problems.append(f"{path}.save_strategy: found 'best', expected no, steps or epoch: {NOTHING_HELD_BACK}")
+    return problems
+
+
+def check_arguments(args: Any, path: str) -> None:
+    """Refuse arguments under which no step is made, or that need what this machine lacks.
+
+    Args:
+        args: an instance of transformers.TrainingArguments.
+        path: YAML path of its fields.
+
+    Raises:
+        ConfigError: every problem at once.
+    """
+    problems = [f"{path}.{problem}" for check in _CHECKS if (problem := check(args))]
+    problems += [f"{path}.model_init_kwargs.{problem}" for problem in _model_problems(args)]
+    if problems:
+        raise ConfigError(listed(problems), code="trainer-key")
+
+
+def _no_step(args: Any) -> str:
+    if args.max_steps > 0 or args.num_train_epochs > 0:
+        return ""
+    return f"num_train_epochs: found {args.num_train_epochs:g}, expected more than 0: no step would be made"
+
+
+def _optimizer(args: Any) -> str:
+    """Ask transformers for the optimizer; it imports the package that the optimizer comes from."""
+    if args.optim_args and not all("=" in part for part in args.optim_args.split(",")):
+        return f"optim_args: found {args.optim_args!r}, expected key=value,key=value"
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        return f"optim: {args.optim.value}: {' '.join(str(error).split())}"
+    except Exception:  # some want the model, which is not loaded yet
+        return ""
+    return ""
+
+
+def _schedule(args: Any) -> str:
+    """Build the schedule of learning rates on an optimizer of one number."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate or 1e-5)
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=args.get_warmup_steps(2),
+            num_training_steps=2,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        return f"lr_scheduler_kwargs: found {args.lr_scheduler_kwargs!r}: {' '.join(str(error).split())}"
+    return ""
+
+
+def _reporters(args: Any) -> str:
+    """Make the callbacks of ``report_to``, which look for their packages."""
+    for callback in get_reporting_integration_callbacks(args.report_to):
+        try:
+            callback()
+        except (ImportError, RuntimeError) as error:
+            return f"report_to: found {args.report_to}: {' '.join(str(error).split())}"
+    return ""
+
+
+def _liger(args: Any) -> str:
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        return "use_liger_kernel: found true, expected the package liger-kernel to be installed"
+    return ""
+
+
+def _offloading(args: Any) -> str:
+    if getattr(args, "activation_offloading", False) and not torch.cuda.is_available():
+        return "activation_offloading: found true, expected a GPU, from which activations are moved"
+    return ""
+
+
+def _hub(args: Any) -> str:
+    if not args.push_to_hub:
+        return ""
+    from huggingface_hub import whoami
+
+    try:
+        whoami(token=args.hub_token)
+    except Exception as error:  # it names none for a hub that cannot be reached
+        return f"push_to_hub: found true, expected a hub that knows your token ({' '.join(str(error).split())})"
+    return ""
+
+
+def _model_problems(args: Any) -> list[str]:
+    """Return what is wrong with ``model_init_kwargs``, each beginning with the name of its key."""
+    keys = getattr(args, "model_init_kwargs", None) or {}
+    problems = [
+        f"{name}: found {keys[name]!r}, which the other stages of a run would not read; save that model and its "
+        "tokenizer in a folder and name it as the model"
+        for name in CHOOSE_WEIGHTS
+        if name in keys
+    ]
+    for name, instead in (("torch_dtype", "dtype"), ("trust_remote_code", "trust_remote_code of the trainer")):
+        if name in keys:
+            problems.append(f"{name}: found {keys[name]!r}, expected {instead} in its place")
+    for name in ("use_safetensors", "output_loading_info"):
+        if name in keys:
+            problems.append(f"{name}: set by the program, leave it out")
+    attention = keys.get("attn_implementation")
+    if attention in NEEDS_A_GPU and not torch.cuda.is_available():
+        problems.append(f"attn_implementation: found {attention}, expected sdpa or eager: there is no GPU")
+    quantization = keys.get("quantization_config")
+    loads_few_bits = isinstance(quantization, dict) and any(name.startswith("load_in_") for name in quantization)
+    if (loads_few_bits or any(name in keys for name in ("load_in_4bit", "load_in_8bit"))) and not _has("bitsandbytes"):
+        problems.append("quantization_config: expected the package bitsandbytes to be installed")
+    return problems
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+_CHECKS: tuple[Callable[[Any], str], ...] = (_no_step, _optimizer, _schedule, _reporters, _liger, _offloading, _hub)

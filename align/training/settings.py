@@ -1,0 +1,179 @@
+"""Settings of a policy's training: its arguments, and what is refused before the policy loads."""
+
+import os
+from typing import Any
+
+from trl import DPOConfig
+
+from align.config import TrainSection
+from align.distributed import world_size
+from align.errors import ConfigError
+from align.losses.registry import BoundLoss
+from align.models.folders import is_adapter
+from align.training.base.arguments import build_trainer_args
+from align.training.reference import refuse_changed_start
+
+UNUSED_FIELDS = (
+    "ld_alpha", "use_weighting", "f_divergence_type", "f_alpha_divergence_coef", "loss_weights", "label_smoothing",
+    "discopop_tau", "padding_free",
+)  # fmt: skip
+"""Fields of DPOConfig that only trl's losses read."""
+
+
+def policy_args(config: TrainSection, forced: dict[str, Any], *, masked: bool) -> DPOConfig:
+    """Return trl's arguments for the training of a policy.
+
+    Args:
+        config: section ``train``.
+        forced: fields that the program sets itself.
+        masked: the method has a token mask, which runs the reference in every step; without an adapter that needs the
+            reference model in memory.
+
+    Raises:
+        ConfigError: see ``build_trainer_args``.
+    """
+    defaults = {
+        "precompute_ref_log_probs": not masked or config.peft is not None,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    return build_trainer_args(
+        DPOConfig,
+        defaults | config.trainer,
+        path="train.trainer",
+        forced=forced,
+        pairs_per_step=config.pairs_per_step,
+    )
+
+
+def check_settings(config: TrainSection, loss: BoundLoss, args: DPOConfig, *, masked: bool) -> None:
+    """Refuse settings that do not go together or have no effect.
+
+    Args:
+        config: section ``train``.
+        loss: loss of the method.
+        args: from ``policy_args``.
+        masked: the method has a token mask.
+
+    Raises:
+        ConfigError: the first problem.
+    """
+    refuse_unused_fields(args)
+    _check_adapter(config.peft or {})
+    if args.precompute_ref_log_probs and masked and config.peft is None and not is_adapter(config.model):
+        refuse_precomputed_mask()
+    _check_synced_reference(config, args)
+    _check_launcher(config, args)
+    if args.learning_rate == 0:
+        raise ConfigError(
+            "train.trainer.learning_rate: found 0, expected more than 0: no weight would move", code="trainer-key"
+        )
+    if config.layout == "shared_prefix" and args.neftune_noise_alpha:
+        raise ConfigError(
+            "train.layout: found shared_prefix together with neftune_noise_alpha, whose noise depends on the length of "
+            "a row",
+            code="layout",
+            hint="set `layout: concatenated`, or `auto` to let the program choose",
+        )
+    if config.entanglement is not None:
+        check_probe(loss, processes=world_size(), precomputed=args.precompute_ref_log_probs)
+
+
+def refuse_unused_fields(args: DPOConfig) -> None:
+    """Refuse fields of DPOConfig that only trl's losses read.
+
+    Raises:
+        ConfigError: one of them has another value than its default.
+    """
+    for field in UNUSED_FIELDS:
+        if getattr(args, field) != DPOConfig.__dataclass_fields__[field].default:
+            raise ConfigError(
+                f"train.trainer.{field}: {getattr(args, field)!r} has no meaning for the losses of this program",
+                code="trainer-key",
+                hint="leave it out; name the loss under train.methods",
+            )
+
+
+def refuse_precomputed_mask() -> None:
+    """Refuse precomputed reference log-probs together with a token mask and without an adapter.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(
+        "train.trainer.precompute_ref_log_probs: found true together with a token_mask, which runs the "
+        "reference in every step: without an adapter there is no reference model left",
+        code="trainer-key",
+        hint="leave it out, or train an adapter",
+    )
+
+
+def check_probe(loss: BoundLoss, *, processes: int, precomputed: bool) -> None:
+    """Refuse measurements of gradient entanglement where they cannot be made.
+
+    Raises:
+        ConfigError: several processes, reference log-probs that are not precomputed, or a coupled loss.
+    """
+    if loss.spec.coupled or processes > 1 or not precomputed:
+        raise ConfigError(
+            "train.entanglement: needs one process, precomputed reference log-probs and a loss other than beta_dpo",
+            code="entanglement-config",
+            hint="leave it out, and measure the trained policy with `align entangle report`",
+        )
+
+
+def _check_adapter(peft: dict[str, Any]) -> None:
+    """Refuse fields of peft.LoraConfig under which the adapter is not trained, or the reference is lost."""
+    refuse_changed_start(peft.get("init_lora_weights"))
+    targets = peft.get("target_modules")
+    if "lm_head" in ([targets] if isinstance(targets, str) else targets or []):
+        raise ConfigError(
+            "train.peft.target_modules: found lm_head, which trl does not train as LoRA",
+            code="peft-key",
+            hint="train it in full with `modules_to_save: [lm_head]`, or leave it out",
+        )
+    if peft.get("inference_mode"):
+        raise ConfigError(
+            "train.peft.inference_mode: found true, expected false: no weight would be trained", code="peft-key"
+        )
+
+
+def _check_synced_reference(config: TrainSection, args: DPOConfig) -> None:
+    """Refuse ``sync_ref_model`` where there is no reference model that it could move, or none that is saved."""
+    if not args.sync_ref_model:
+        return
+    if config.peft is not None or is_adapter(config.model):
+        problem, hint = "an adapter: its reference is the model without it", "train all weights, or leave it out"
+    elif args.precompute_ref_log_probs:
+        problem, hint = "reference log-probs that are precomputed", "set `precompute_ref_log_probs: false`"
+    elif launched("FSDP") or args.fsdp or launched("DEEPSPEED") or args.deepspeed:
+        problem, hint = "FSDP or DeepSpeed: checkpoints do not hold the reference", "train without them"
+    else:
+        return
+    raise ConfigError(
+        f"train.trainer.sync_ref_model: found true together with {problem}", code="trainer-key", hint=hint
+    )
+
+
+def _check_launcher(config: TrainSection, args: DPOConfig) -> None:
+    if config.max_tokens_per_device is not None and (launched("DEEPSPEED") or args.deepspeed):
+        refuse_split_batches()
+
+
+def refuse_split_batches() -> None:
+    """Refuse a token budget under DeepSpeed.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(
+        "train.max_tokens_per_device: DeepSpeed makes an optimizer step after each backward pass, and a batch that is "
+        "split over the budget has several",
+        code="trainer-key",
+        hint="leave it out; lower per_device_train_batch_size and raise gradient_accumulation_steps instead",
+    )
+
+
+def launched(kind: str) -> bool:
+    """Whether ``accelerate launch`` started this process with a plugin: FSDP or DEEPSPEED."""
+    return os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in ("1", "true")
