@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from align.config.columns import RESPONSES
 from align.errors import DataError
 from align.io.console import log
+from align.models.chat_template import template_settings
 from align.models.tokenization import encode_reward_texts, pair_name, render
 
 
@@ -35,7 +36,11 @@ def pair_texts(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
     Raises:
         ModelError, DataError: messages that cannot go through the chat template; names the pair.
     """
-    texts = [render(row["prompt"], row[side], tokenizer, row=pair_name(row)) for side in RESPONSES for row in pairs]
+    texts = [
+        render(row["prompt"], row[side], tokenizer, row=pair_name(row), settings=template_settings(row))
+        for side in RESPONSES
+        for row in pairs
+    ]
     ids, count = encode_reward_texts(texts, tokenizer, max_length), len(pairs)
     full = _full(tokenizer, max_length)
     alike = [_alike(*sides, full) for sides in zip(texts[:count], texts[count:], ids[:count], ids[count:], strict=True)]

@@ -6,7 +6,7 @@ from typing import Any
 from align.config import PairsSection
 from align.data.readers import Row, read_files, read_rows
 from align.data.seen_ids import SeenIds, content_id
-from align.data.validation import ROLES, RowReader, odd_character
+from align.data.validation import ROLES, RowReader, may_be_empty, odd_character
 from align.errors import DataError, listed
 
 
@@ -68,6 +68,8 @@ def _wrong(prompt: Any) -> str:
     if not isinstance(prompt, list) or not prompt:
         return f"prompt: found {prompt!r}, expected text or a list of messages"
     for turn in prompt:
+        if isinstance(turn, dict) and not turn.get("content") and may_be_empty(turn):
+            continue
         if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
             return f"prompt: found {str(turn)[:80]}, expected {{role: {' or '.join(ROLES)}, content: text}}"
         if odd := odd_character(turn["content"]):
