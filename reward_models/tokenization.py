@@ -22,7 +22,8 @@ class PairTexts(NamedTuple):
     ids: list[list[int]]
     """[2N]"""
     alike: np.ndarray
-    """bool [N], whether both responses are cut to the same tokens; see ``cut_alike``."""
+    """bool [N], whether both responses are the same tokens, by truncation or because the chat template drops what
+    differs."""
 
     def of(self, rows: np.ndarray) -> "PairTexts":
         """The pairs at some indices."""
@@ -42,8 +43,7 @@ def pair_texts(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
         for row in pairs
     ]
     ids, count = encode_reward_texts(texts, tokenizer, max_length), len(pairs)
-    full = _full(tokenizer, max_length)
-    alike = [_alike(*sides, full) for sides in zip(texts[:count], texts[count:], ids[:count], ids[count:], strict=True)]
+    alike = [chosen == rejected for chosen, rejected in zip(ids[:count], ids[count:], strict=True)]
     return PairTexts(texts, ids, np.array(alike, dtype=bool))
 
 
@@ -77,7 +77,8 @@ def told_apart(alike: np.ndarray, max_length: int) -> np.ndarray:
             hint="raise reward.max_length, or take a model that reads longer texts",
         )
     if alike.any():
-        log.warning("%d of %d pairs are left out: their prompts fill max_length", alike.sum(), len(alike))
+        log.warning("%d of %d pairs are left out: their responses are the same tokens within max_length %d",
+                    alike.sum(), len(alike), max_length)  # fmt: skip
     return kept
 
 

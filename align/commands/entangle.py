@@ -84,8 +84,8 @@ def report(source: PairsSection, settings: ReportSettings, output: Path) -> None
     check_files(output, [SUMMARY, PAGE], own=[MEASUREMENTS])
     bound = _bound(settings.loss, settings.parameters)
     pairs = _sample(load_pairs(source), bound, settings.limit, source.path)
-    policy = load_measured(settings.model)
     tokens = tokenize_pairs(pairs, load_tokenizer(settings.model), max_length=settings.max_length)
+    policy = load_measured(settings.model)
     job = MeasureJob(settings.model, settings.reference, bound, settings.parameter_names, settings.batch_tokens,
                      settings.max_length)  # fmt: skip
     stage, table = _measure(output / MEASUREMENTS, tokens, policy, job, settings.cluster)

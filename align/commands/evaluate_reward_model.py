@@ -22,6 +22,7 @@ from align.io.console import log, out
 from align.io.files import write_json
 from align.io.stage import Stage, check_files, run_stage
 from align.models.folders import fingerprint_model
+from align.models.message_checks import check_pairs_of
 from align.sharding.jobs import read_table
 from align.sharding.shards import in_parts
 from reward_models.length_bias import word_difference
@@ -64,6 +65,7 @@ def evaluate(
     """
     check_files(output, [])
     pairs, chat = _load(source, model, chat)
+    check_pairs_of(pairs, [model])
     log.info("scoring %d pairs of %s with %s%s -> %s", len(pairs), source.path, model,
              " as chat" if chat else "", output)  # fmt: skip
     stage = _score(pairs, model, output / SCORED, batch_tokens=batch_tokens, max_length=max_length)

@@ -13,7 +13,10 @@ MAY_BE_EMPTY = frozenset({"system", "tool"})
 """Roles whose content may be empty text; an assistant's may be if the message calls a tool."""
 CALLS = ("tool_calls", "function_call")
 """Keys of a message that calls a tool, whose content may then be empty, None or absent."""
-TEMPLATE_KINDS = {"tools": (list, "a list of tools"), "chat_template_kwargs": (dict, "an object of arguments")}
+TEMPLATE_KINDS: dict[str, tuple[type, str]] = {
+    "tools": (list, "a list of tools"),
+    "chat_template_kwargs": (dict, "an object of arguments"),
+}
 LONGEST_TEXT = 4_000_000
 """Characters per text, at most: about a million tokens. A longer text is a file that is read wrongly."""
 SHOWN_CHARACTERS = 60
@@ -162,12 +165,15 @@ class RowReader:
             return None, []
         kind, expected = TEMPLATE_KINDS[name]
         try:
-            found = json.loads(value) if isinstance(value, str) else value
-            if isinstance(found, kind):
-                return json.dumps(found, ensure_ascii=False), []
+            found: Any = json.loads(value) if isinstance(value, str) else value
+            text = json.dumps(found, ensure_ascii=False)
         except (ValueError, TypeError):
-            pass
-        return None, [self._problem(row, name, "pair-type", repr(value), expected)]
+            found, text = None, ""
+        return (
+            (text, [])
+            if isinstance(found, kind)
+            else (None, [self._problem(row, name, "pair-type", repr(value), expected)])
+        )
 
     def _problem(self, row: Row, column: str, code: str, found: str, expected: str) -> Problem:
         if len(found) > SHOWN_CHARACTERS:

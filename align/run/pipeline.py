@@ -26,15 +26,17 @@ from align.run.manifest import write_run_manifest
 from align.run.plan import REVISIONS, TOGETHER, TRUST, TRUST_NUMBERS, plan
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, *, tables: bool = False) -> None:
     """Check what can be checked before a model loads: losses, parameters, trainer fields, files.
+
+    With ``tables``, the pairs are read as well.
 
     Raises:
         AlignError: the first problem; it names the key or file.
     """
     from align.run.checks import check_config
 
-    check_config(config)
+    check_config(config, tables=tables)
 
 
 def run_pipeline(config: RunConfig, *, command: str, until: tuple[str, ...] = ()) -> Path:

@@ -51,8 +51,8 @@ def pair_features(pairs: Dataset, model: str, cache: Path, *, max_length: int) -
             code="no-chat-template",
             hint="give a model that has one, or pairs of plain text",
         )
-    reference = load_policy(model, dtype="float32").eval()
     tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
+    reference = load_policy(model, dtype="float32").eval()
     key = reference_key(reference, tokens, ("mean hidden states", max_length), with_adapter=True)
     file = cache / f"{key[:32]}.npy"
     if file.exists():
