@@ -156,5 +156,5 @@ def tell_alike(alike: np.ndarray) -> None:
                     alike.sum(), len(alike))  # fmt: skip
 
 
-REWARDS = 2
+REWARDS = 3
 """Revision of rewards and verdicts, part of their keys: raised when models or judges read or return something else."""

@@ -21,8 +21,9 @@ from align.evaluation.rewardbench import is_plain
 from align.io.console import log, out
 from align.io.files import write_json
 from align.io.stage import Stage, check_files, run_stage
+from align.models.chat_template import rendered_today
 from align.models.folders import fingerprint_model
-from align.models.message_checks import check_pairs_of
+from align.models.message_checks import check_pairs_of, is_conversational
 from align.sharding.jobs import read_table
 from align.sharding.shards import in_parts
 from reward_models.length_bias import word_difference
@@ -86,6 +87,7 @@ def _score(pairs: Dataset, model: str, folder: Path, *, batch_tokens: int, max_l
     """The stage that scores the pairs into ``SCORES``."""
     inputs = {"pairs": fingerprint(pairs), "model": fingerprint_model(model), "max_length": max_length, "part": PART}
     inputs["revision"] = REWARDS
+    inputs |= rendered_today(model, lambda: is_conversational(pairs))
 
     def work(partial: Path) -> None:
         from reward_models.ensemble import EnsembleScorer

@@ -169,11 +169,9 @@ class RowReader:
             text = json.dumps(found, ensure_ascii=False)
         except (ValueError, TypeError):
             found, text = None, ""
-        return (
-            (text, [])
-            if isinstance(found, kind)
-            else (None, [self._problem(row, name, "pair-type", repr(value), expected)])
-        )
+        if isinstance(found, kind):
+            return text, []
+        return None, [self._problem(row, name, "pair-type", repr(value), expected)]
 
     def _problem(self, row: Row, column: str, code: str, found: str, expected: str) -> Problem:
         if len(found) > SHOWN_CHARACTERS:

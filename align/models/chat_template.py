@@ -104,12 +104,16 @@ def _as_taken(messages: Sequence[Mapping[str, Any]], apply: Callable[..., Any]) 
     return filled("")
 
 
-def rendered_today(model: str, *, conversational: bool) -> dict[str, str]:
+def rendered_today(model: str, conversational: Callable[[], bool]) -> dict[str, str]:
     """The part of a stage's key by which a date that the chat template writes decides whether it is up to date.
 
     Empty for plain text and for a template without a date, so that their keys depend on no date.
+
+    Args:
+        model: folder or hub id.
+        conversational: whether some of the texts are messages; called only if the template may write a date.
     """
-    if not conversational or not _may_write_date(model):
+    if not _may_write_date(model) or not conversational():
         return {}
     tokenizer = load_tokenizer(model)
     if DATE_FUNCTION not in json.dumps(tokenizer.chat_template):
