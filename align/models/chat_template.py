@@ -63,14 +63,11 @@ def templated(
     if not generation_prompt:
         _refuse_appended(tokenizer, source)
 
-    def apply(turns: Sequence[Mapping[str, Any]], *, tokenize: bool = False) -> Any:
-        return tokenizer.apply_chat_template(
-            list(turns), add_generation_prompt=generation_prompt, tokenize=tokenize, return_dict=tokenize,
-            **(settings or {}),
-        )  # fmt: skip
-
+    turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]  # Arrow fills gaps
     try:
-        found = apply(_as_taken(messages, apply), tokenize=tokenize)
+        found = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=generation_prompt, tokenize=tokenize, return_dict=tokenize, **(settings or {})
+        )
     except TemplateSyntaxError as error:
         raise _not_valid(tokenizer, f"line {error.lineno}: {error.message}") from None
     except TEMPLATE_FAILURES as error:
@@ -81,27 +78,6 @@ def templated(
             hint="change the messages or leave the row out, or take a model whose template takes them",
         ) from None
     return list(found["input_ids"]) if tokenize else found
-
-
-def _as_taken(messages: Sequence[Mapping[str, Any]], apply: Callable[..., Any]) -> list[dict[str, Any]]:
-    """The messages without keys that are None; content that is None becomes "" if the template would write "None".
-
-    Arrow gives a message every key that any message of its column has. Content is None, or is not there, in a message
-    that only calls tools; some templates ask whether it is None, others write it.
-    """
-    turns = [{"content": None} | {k: v for k, v in turn.items() if v is not None} for turn in messages]
-    if all(turn["content"] is not None for turn in turns):
-        return turns
-
-    def filled(text: str) -> list[dict[str, Any]]:
-        return [{**turn, "content": text} if turn["content"] is None else turn for turn in turns]
-
-    try:
-        if apply(turns) != apply(filled("None")):
-            return turns
-    except TEMPLATE_FAILURES:
-        pass
-    return filled("")
 
 
 def rendered_today(model: str, conversational: Callable[[], bool]) -> dict[str, str]:

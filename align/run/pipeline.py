@@ -196,16 +196,12 @@ class _Runner:
 
     def _rendered(self, kind: str) -> dict[str, str]:
         """What the date that a chat template writes adds to the key of a stage that reads messages."""
-        config = self.config
-        parts: list[RewardSection | TrainSection | None] = [
-            config.reward if kind in ("reward", "crossfit", "margins") else None
-        ]
-        parts += [config.train if kind in ("sample", "trust", "train", "generate") else None]
-        found: dict[str, str] = {}
-        for part in parts:
-            if part is not None:
-                found |= rendered_today(part.model, self._reads_messages)
-        return found
+        part: RewardSection | TrainSection | None = None
+        if kind in ("reward", "crossfit", "margins"):
+            part = self.config.reward
+        elif kind in ("sample", "trust", "train", "generate"):
+            part = self.config.train
+        return {} if part is None else rendered_today(part.model, self._reads_messages)
 
     def _reads_messages(self) -> bool:
         """Whether a pair table or a prompt file of the run has messages."""

@@ -168,16 +168,18 @@ def test_tools_and_arguments_of_a_row_reach_the_template() -> None:
     assert encode_pair(row, found)[:3] == tuple(table[0][name] for name in ID_COLUMNS)
 
 
-def test_a_message_without_content_is_not_the_word_none() -> None:
-    """trl trains on the text None if the template does not ask; a template that asks whether it is none is obeyed."""
-    found = made("neither", CHATML)
-    none, empty = ([*ASKED, {"role": "assistant", "content": text, "tool_calls": CALL}] for text in (None, ""))
-    asks = CHATML.replace("{{ m.content }}", "{% if m.content is none %}tool{% else %}{{ m.content }}{% endif %}")
-    assert templated(none, found, generation_prompt=False) == templated(empty, found, generation_prompt=False)
-    absent = [*ASKED, {"role": "assistant", "tool_calls": CALL}]
-    assert templated(absent, found, generation_prompt=False) == templated(empty, found, generation_prompt=False)
-    found.chat_template = asks
-    assert found.convert_tokens_to_ids("tool") in templated(none, found, generation_prompt=False)
+def test_a_message_that_only_calls_a_tool_is_read_by_what_it_has() -> None:
+    """Content that is None, as Arrow has it where it is absent, is not the word None; nor is a key of other rows."""
+    found = made("neither", TOOLS.replace("{{ m.content }}", "{{ m.content }}{% if 'name' in m %}tool{% endif %}"))
+    turns = [
+        {"role": "assistant", "tool_calls": CALL} | content for content in ({}, {"content": None}, {"content": ""})
+    ]
+    rendered = [templated([*ASKED, turn], found, generation_prompt=False) for turn in turns]
+    assert rendered[0] == rendered[1] == rendered[2]
+    named = [{"role": "user", "content": "good", "name": name} for name in (None, "user")]
+    without, with_name = (templated([turn, *GOOD], found, generation_prompt=False) for turn in named)
+    assert found.convert_tokens_to_ids("tool") in with_name and found.convert_tokens_to_ids("tool") not in without
+    as_expected(Dataset.from_list([{**CHAT[0], "chosen": [turns[1]], "rejected": [turns[2] | BAD[0]]}]), found)
 
 
 SYSTEM = [{"role": "system", "content": "very"}, *ASKED]
