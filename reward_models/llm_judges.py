@@ -19,7 +19,7 @@ from align.io.console import log, progress
 from align.models.batching import token_batches
 from align.models.layout import base_model
 from align.models.loading import load_policy, load_tokenizer
-from align.models.tokenization import pad
+from align.models.tokenization import apply_template, encode_prompt, pad
 
 RUBRIC = """Below are a request and a response to it.
 
@@ -119,7 +119,7 @@ class YesNoJudge:
         text = rubric
         if self.tokenizer.chat_template is not None:
             turns = [{"role": "user", "content": rubric}]
-            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            text = str(apply_template(turns, self.tokenizer, generation_prompt=True))
         before, found_prompt, rest = text.partition(FIELDS[0])
         between, found_completion, after = rest.partition(FIELDS[1])
         if not found_prompt or not found_completion or any(field in before + after for field in FIELDS):
@@ -131,10 +131,9 @@ class YesNoJudge:
         return [before, between, after if self.tokenizer.chat_template is not None else after + ANSWER]
 
     def _frame_ids(self, text: str, *, first: bool) -> list[int]:
-        special = first and self.tokenizer.chat_template is None
-        ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-        eos = self.tokenizer.eos_token_id
-        return ids[:-1] if special and ids and ids[-1] == eos and len(ids) > 1 else ids
+        if first and self.tokenizer.chat_template is None:
+            return encode_prompt(text, self.tokenizer)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _question(self, prompt: Any, completion: Any) -> list[int]:
         before, between, after = self.frame

@@ -132,11 +132,13 @@ class LanguageModelJudge:
 
     def _pieces(self) -> list[list[int]]:
         """Token ids of the four pieces of the question around the three texts."""
+        from align.models.tokenization import apply_template, encode_prompt
+
         as_text = self._tokenizer.chat_template is None
         text = QUESTION
         if not as_text:
             turn = [{"role": "user", "content": QUESTION.strip()}]
-            text = str(self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+            text = str(apply_template(turn, self._tokenizer, generation_prompt=True))
         pieces = re.split(FIELDS, text + ANSWER)
         if len(pieces) != 4:
             raise ConfigError(
@@ -144,13 +146,8 @@ class LanguageModelJudge:
                 code="eval-judge",
                 hint="use another language model",
             )
-        found = [
-            list(self._tokenizer(piece, add_special_tokens=as_text and k == 0)["input_ids"])
-            for k, piece in enumerate(pieces)
-        ]
-        if as_text and found[0][-1:] == [self._tokenizer.eos_token_id]:
-            found[0].pop()
-        return found
+        found = [list(self._tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces]
+        return [encode_prompt(pieces[0], self._tokenizer), *found[1:]] if as_text else found
 
     def _question(self, prompt: Any, first: Any, second: Any) -> list[int]:
         asked, one, other = (self._text_ids(plain(text)) for text in (prompt, first, second))

@@ -150,10 +150,11 @@ class ScoreJob:
 
 
 def tell_alike(alike: np.ndarray) -> None:
-    """Log how many of the pairs, bool [N], have a margin of 0 because truncation makes their responses the same."""
+    """Log how many of the pairs, bool [N], have a margin of 0 because their responses are the same tokens."""
     if alike.any():
-        log.warning("%d of %d pairs have a margin of 0: their prompts fill max_length", alike.sum(), len(alike))
+        log.warning("%d of %d pairs have a margin of 0: their responses are the same tokens to the model",
+                    alike.sum(), len(alike))  # fmt: skip
 
 
-REWARDS = 2
+REWARDS = 3
 """Revision of rewards and verdicts, part of their keys: raised when models or judges read or return something else."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from align.config.columns import RESPONSES
 from align.errors import DataError
 from align.io.console import log
+from align.models.chat_template import template_settings
 from align.models.tokenization import encode_reward_texts, pair_name, render
 
 
@@ -21,7 +22,8 @@ class PairTexts(NamedTuple):
     ids: list[list[int]]
     """[2N]"""
     alike: np.ndarray
-    """bool [N], whether both responses are cut to the same tokens; see ``cut_alike``."""
+    """bool [N], whether both responses are the same tokens, by truncation or because the chat template drops what
+    differs."""
 
     def of(self, rows: np.ndarray) -> "PairTexts":
         """The pairs at some indices."""
@@ -35,10 +37,13 @@ def pair_texts(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
     Raises:
         ModelError, DataError: messages that cannot go through the chat template; names the pair.
     """
-    texts = [render(row["prompt"], row[side], tokenizer, row=pair_name(row)) for side in RESPONSES for row in pairs]
+    texts = [
+        render(row["prompt"], row[side], tokenizer, row=pair_name(row), settings=template_settings(row))
+        for side in RESPONSES
+        for row in pairs
+    ]
     ids, count = encode_reward_texts(texts, tokenizer, max_length), len(pairs)
-    full = _full(tokenizer, max_length)
-    alike = [_alike(*sides, full) for sides in zip(texts[:count], texts[count:], ids[:count], ids[count:], strict=True)]
+    alike = [chosen == rejected for chosen, rejected in zip(ids[:count], ids[count:], strict=True)]
     return PairTexts(texts, ids, np.array(alike, dtype=bool))
 
 
@@ -72,7 +77,8 @@ def told_apart(alike: np.ndarray, max_length: int) -> np.ndarray:
             hint="raise reward.max_length, or take a model that reads longer texts",
         )
     if alike.any():
-        log.warning("%d of %d pairs are left out: their prompts fill max_length", alike.sum(), len(alike))
+        log.warning("%d of %d pairs are left out: their responses are the same tokens within max_length %d",
+                    alike.sum(), len(alike), max_length)  # fmt: skip
     return kept
 
 

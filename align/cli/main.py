@@ -122,11 +122,12 @@ def data_check(
     output: Annotated[Path, output_folder("Folder for --drop-invalid.")] = Path("checked"),
     column: Columns = None,
     split: Split = "train",
+    model: Annotated[str | None, typer.Option(help="Also read every pair as this model's tokenizer does.")] = None,
 ) -> None:
     """Validate every row; print a summary and the offending rows."""
     from align.commands.data import check_data
 
-    check_data(pair_source(pairs, column, split), drop_to=output if drop_invalid else None)
+    check_data(pair_source(pairs, column, split), drop_to=output if drop_invalid else None, model=model)
 
 
 @app.command("report")
@@ -205,7 +206,7 @@ def _pipeline(path: Path, overrides: list[str] | None, dry_run: bool, until: tup
     from align.io.secrets import redact_text
     from align.run import pipeline
 
-    pipeline.check(config)
+    pipeline.check(config, tables=dry_run)
     if dry_run:
         if process_rank() == 0:
             out.print_json(json.dumps(pipeline.describe(config), default=str))

@@ -18,6 +18,7 @@ from align.io.console import log
 from align.io.files import write_json
 from align.io.hashing import fingerprint_source
 from align.io.stage import Stage, check_output, run_stage
+from align.models.message_checks import check_prompts_of
 from align.stats import interval, mean_interval
 from reward_models.scorers import ScorerSpec, score_in_chunks
 
@@ -70,6 +71,9 @@ def choose_best(completions: str | Path, settings: BestSettings, output: Path) -
     log.info("best-of-n: %d prompts of %s, the best of %d by %s%s -> %s",
              len(groups), file, count, settings.scorer.name, measured, output)  # fmt: skip
     judges = [settings.scorer, *([settings.gold] if settings.gold else [])]
+    for judge in judges:
+        if judge.reward_model is not None:
+            check_prompts_of([group.prompt for group in groups], [judge.reward_model], answered=True)
     inputs = {
         "completions": fingerprint_source(file),
         "scorers": [judge.key for judge in judges],

@@ -22,6 +22,7 @@ from align.io.console import log
 from align.io.files import write_json
 from align.io.hashing import fingerprint_source
 from align.io.stage import Stage, check_output, run_stage
+from align.models.message_checks import check_prompts_of
 from align.stats import Estimate, mean_interval
 from reward_models.scorers import ScorerSpec, score_in_chunks
 
@@ -99,6 +100,8 @@ def build_pairs(completions: str | Path, settings: BuildSettings, output: Path) 
     groups = [different(group) for group in read_groups(file)]
     log.info("pairs: %d prompts of %s, scored by %s, mode %s -> %s",
              len(groups), file, settings.scorer.name, settings.mode, output)  # fmt: skip
+    if settings.scorer.reward_model is not None:
+        check_prompts_of([group.of.prompt for group in groups], [settings.scorer.reward_model], answered=True)
     inputs = {
         "completions": fingerprint_source(file),
         "scorer": settings.scorer.key,

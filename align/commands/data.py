@@ -1,6 +1,7 @@
 """`align data check`: summarize a pair source and list its invalid rows."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
@@ -9,12 +10,19 @@ from align.config import PairsSection
 from align.errors import SHOWN, DataError
 from align.io.console import log, out
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-def check_data(source: PairsSection, *, drop_to: Path | None) -> None:
+
+def check_data(source: PairsSection, *, drop_to: Path | None, model: str | None = None) -> None:
     """Print a summary of a pair source and its invalid rows; write valid and invalid rows to ``drop_to`` if given.
 
+    With a ``model``, the valid pairs are also read as its tokenizer reads them, without its weights: its chat template
+    must take every row, and what becomes of the pairs as tokens is printed.
+
     Raises:
-        DataError: rows are invalid and ``drop_to`` is None, or nothing can be read.
+        DataError: rows are invalid and ``drop_to`` is None, or nothing can be read, or the chat template refuses rows.
+        ModelError: the model has no tokenizer, or no valid chat template.
         ConfigError: ``drop_to`` contains the source, or is a finished stage.
     """
     from align.data.pairs import FILE, check_pairs, load_pairs, write_pairs
@@ -34,6 +42,8 @@ def check_data(source: PairsSection, *, drop_to: Path | None) -> None:
         out.print(str(problem), markup=False)
     if len(checked.problems) > SHOWN:
         out.print(f"... and {len(checked.problems) - SHOWN} more")
+    if model is not None and len(checked.pairs):
+        _print_as_tokens(checked.pairs, model)
     if drop_to is None:
         if checked.invalid:
             raise DataError(
@@ -51,3 +61,29 @@ def check_data(source: PairsSection, *, drop_to: Path | None) -> None:
     log.info("valid pairs: %s", drop_to / "pairs.parquet")
     if side_file.exists():
         log.info("invalid rows with reasons: %s", side_file)
+
+
+def _print_as_tokens(pairs: "Dataset", model: str) -> None:
+    """Print what becomes of the pairs as tokens of a model."""
+    from align.models.message_checks import survey_pairs
+
+    found = survey_pairs(pairs, model)
+    count = len(pairs)
+    if found.same:
+        out.print(
+            f"{len(found.same)} of {count} pairs become the same tokens on both sides, so training leaves them out "
+            f"(the chat template or the tokenizer drops what differs): {_named(found.same)}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+    if found.begun:
+        out.print(
+            f"{len(found.begun)} of {count} pairs begin with {found.before!r}, which the tokenizer adds as well; it is "
+            f"there once: {_named(found.begun)}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+    out.print(f"{model}: its tokenizer reads all {count} valid pairs", markup=False, soft_wrap=True)
+
+
+def _named(ids: list[str]) -> str:
+    more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
+    return ", ".join(ids[:SHOWN]) + more

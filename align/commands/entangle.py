@@ -88,8 +88,8 @@ def report(source: PairsSection, settings: ReportSettings, output: Path) -> None
     bound = _bound(settings.loss, settings.parameters)
     every = load_pairs(source)
     pairs = _sample(every, bound, settings.limit, source.path)
-    policy = load_measured(settings.model)
     tokens, left_out = _tokenized(pairs, load_tokenizer(settings.model), settings.max_length)
+    policy = load_measured(settings.model)
     job = MeasureJob(settings.model, settings.reference, bound, settings.parameter_names, settings.batch_tokens,
                      settings.max_length)  # fmt: skip
     stage, table = _measure(output / MEASUREMENTS, tokens, policy, job, settings.cluster)

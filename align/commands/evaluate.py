@@ -84,7 +84,7 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
     origin = find_reference(policies, reference)
     everyone = [origin, *policies]
     started = _start(settings, everyone)
-    prompts = read_prompts(settings.prompts, settings.limit)
+    prompts = _prompts(settings, everyone)
     judge = make_score_judge(settings.judge, settings.max_length)
     written = {policy.name: _write(policy, prompts, settings) for policy in everyone}
     log_ratios = {name: _log_ratios(found, origin, settings) for name, found in written.items()}
@@ -122,7 +122,7 @@ def write_comparison(first: str, second: str, settings: Settings) -> None:
     """
     a, b = parse_policies([first, second])
     started = _start(settings, [a, b])
-    prompts = read_prompts(settings.prompts, settings.limit)
+    prompts = _prompts(settings, [a, b])
     judge = make_pairwise(settings.judge, settings.max_length)
     written = {policy.name: _write(policy, prompts, settings) for policy in (a, b)}
     preferences = judge_pairs(written[a.name], written[b.name], judge, settings.output, settings.max_length)
@@ -175,7 +175,7 @@ def frontier(
     steps = [(step, policy) for folder in parse_policies(trained) for step, policy in checkpoints(folder)]
     origin = find_reference([*policies, *(policy for _, policy in steps)], reference)
     started = _start(settings, [origin, *policies, *parse_policies(trained)])
-    prompts = read_prompts(settings.prompts, settings.limit)
+    prompts = _prompts(settings, [origin, *policies, *(policy for _, policy in steps)])
     judge = make_score_judge(settings.judge, settings.max_length)
     jobs: list[tuple[Policy, float, int | None]] = [(origin, 1.0, None)]
     heats = list(dict.fromkeys(temperatures))
@@ -227,6 +227,21 @@ def _point(samples: PolicySamples, base: PolicySamples) -> dict[str, Any]:
         "reward": mean_interval(samples.rewards).to_dict(),
         "gain": mean_interval(samples.rewards - base.rewards).to_dict(),
     } | kl_statistics(samples, base)
+
+
+def _prompts(settings: Settings, policies: Sequence[Policy]) -> list[Any]:
+    """The prompts, once the chat templates of the policies and of a judge that is a model folder take them.
+
+    Raises:
+        ModelError, DataError: the prompts or a template cannot be used.
+    """
+    from align.models.message_checks import check_prompts_of
+
+    prompts = read_prompts(settings.prompts, settings.limit)
+    check_prompts_of(prompts, dict.fromkeys(policy.model for policy in policies))
+    if Path(settings.judge).is_dir():
+        check_prompts_of(prompts, [settings.judge], answered=True)
+    return prompts
 
 
 def _write(policy: Policy, prompts: Sequence[Any], settings: Settings, temperature: float | None = None) -> Written:

@@ -21,7 +21,9 @@ from align.evaluation.rewardbench import is_plain
 from align.io.console import log, out
 from align.io.files import write_json
 from align.io.stage import Stage, check_files, run_stage
+from align.models.chat_template import rendered_today
 from align.models.folders import fingerprint_model
+from align.models.message_checks import check_pairs_of, is_conversational
 from align.sharding.jobs import read_table
 from align.sharding.shards import in_parts
 from reward_models.length_bias import word_difference
@@ -64,6 +66,7 @@ def evaluate(
     """
     check_files(output, [])
     pairs, chat = _load(source, model, chat)
+    check_pairs_of(pairs, [model])
     log.info("scoring %d pairs of %s with %s%s -> %s", len(pairs), source.path, model,
              " as chat" if chat else "", output)  # fmt: skip
     stage = _score(pairs, model, output / SCORED, batch_tokens=batch_tokens, max_length=max_length)
@@ -84,6 +87,7 @@ def _score(pairs: Dataset, model: str, folder: Path, *, batch_tokens: int, max_l
     """The stage that scores the pairs into ``SCORES``."""
     inputs = {"pairs": fingerprint(pairs), "model": fingerprint_model(model), "max_length": max_length, "part": PART}
     inputs["revision"] = REWARDS
+    inputs |= rendered_today(model, lambda: is_conversational(pairs))
 
     def work(partial: Path) -> None:
         from reward_models.ensemble import EnsembleScorer

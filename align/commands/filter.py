@@ -13,6 +13,7 @@ from align.io.files import write_json
 from align.io.hashing import digest, fingerprint_source
 from align.io.source_files import keep_source
 from align.io.stage import check_files
+from align.models.message_checks import check_pairs_of
 
 CACHE = "parts"
 TABLE = "table.arrow"
@@ -49,6 +50,8 @@ def filter_source(
     folder = cache / digest(known)[:16]
     with timed(seconds, "reading"):
         pairs = stream_pairs(source, folder / TABLE)
+    if settings.ood is not None:
+        check_pairs_of(pairs, [settings.ood.model])
     held_out: list[str] = []
     if settings.held_out is not None:
         held_out = [plain(row["prompt"]) for row in load_pairs(PairsSection(path=settings.held_out))]

@@ -30,7 +30,9 @@ from align.io.files import atomic_write, write_json
 from align.io.hashing import digest
 from align.io.object_store import is_remote
 from align.io.stage import Stage, check_output, run_stage
+from align.models.chat_template import rendered_today
 from align.models.folders import fingerprint_model
+from align.models.message_checks import check_prompts_of
 from align.sharding.jobs import decode
 
 FINISHED = "finished.jsonl"
@@ -75,6 +77,9 @@ def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSe
     check_output(output, STAGE)
     sampling = settings.sampling
     chosen, why = choose_engine(sampling.engine, base_url=sampling.base_url)
+    if chosen != "server":
+        trusted = bool(sampling.options.get("trust_remote_code", False))
+        check_prompts_of([row.prompt for row in prompts], [settings.model], trust_remote_code=trusted)
     log.info(
         "generate: %d prompts of %s, %d each, by %s on %s (%s), seed %d -> %s",
         len(prompts), source, sampling.n, settings.model, chosen, why, sampling.seed, output,
@@ -89,6 +94,8 @@ def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSe
         "format": settings.format,
         "revision": SAMPLING,
     }
+    if chosen != "server":
+        inputs |= rendered_today(settings.model, lambda: any(not isinstance(row.prompt, str) for row in prompts))
     if sampling.base_url is not None:
         inputs["base_url"] = sampling.base_url
     job = SamplingJob(settings.model, replace(sampling, engine=chosen))

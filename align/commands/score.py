@@ -40,6 +40,7 @@ def score_pairs(
     from align.data.splits import clusters_of
     from align.io.source_files import keep_source
     from align.io.stage import check_files
+    from align.models.message_checks import check_pairs_of
     from reward_models.calibration import MarginMap
     from reward_models.ensemble import members, score_with
     from reward_models.margin_metrics import evaluate_margins
@@ -48,6 +49,7 @@ def score_pairs(
     check_files(output, [])
     calibration = MarginMap.load(model) if calibrated else None
     pairs = load_pairs(source)
+    check_pairs_of(pairs, [str(member) for member in members(model)])
     log.info("scoring %d pairs of %s with %s -> %s", len(pairs), source.path, model, output)
     scored = score_with(
         members(model), pairs, output / ".scoring", batch_tokens=batch_tokens, max_length=max_length,

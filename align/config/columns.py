@@ -8,9 +8,9 @@ take their column names from here. This module imports nothing heavy, because th
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["id", "text", "name", "number", "flag"]
-"""id: a string that no other pair has; text: a string or a list of messages; name: a string that several pairs may
-share; number: a finite float; flag: a bool."""
+Kind = Literal["id", "text", "json", "name", "number", "flag"]
+"""id: a string that no other pair has; text: a string or a list of messages; json: a string that is JSON; name: a
+string that several pairs may share; number: a finite float; flag: a bool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,8 @@ COLUMNS = (
     Column("prompt", "text", "what both responses answer", "source"),
     Column("chosen", "text", "the preferred response", "source"),
     Column("rejected", "text", "the other response", "source"),
+    Column("tools", "json", "a list of tools that the chat template describes", "source"),
+    Column("chat_template_kwargs", "json", "further arguments of the chat template: enable_thinking", "source"),
     Column("group", "name", "category of the pair, for metrics and objectives by group", "source"),
     Column("reward_chosen", "number", "reward of the chosen response", "reward model"),
     Column("reward_rejected", "number", "reward of the rejected response", "reward model"),
@@ -58,7 +60,9 @@ TEXT = tuple(column.name for column in COLUMNS if column.kind == "text")
 """The three texts of a pair: prompt, chosen, rejected."""
 RESPONSES = TEXT[1:]
 LOADED = tuple(column.name for column in COLUMNS if column.loaded)
-OPTIONAL = tuple(column.name for column in COLUMNS if column.loaded and column.kind in ("name", "number"))
+TEMPLATE_COLUMNS = tuple(column.name for column in COLUMNS if column.kind == "json")
+"""Arguments of the chat template for a row, trl's names."""
+OPTIONAL = tuple(column.name for column in COLUMNS if column.loaded and column.kind in ("json", "name", "number"))
 """Columns that a pair table may lack, in the order in which they follow ``id`` and ``TEXT``."""
 NUMBERS = tuple(column.name for column in COLUMNS if column.loaded and column.kind == "number")
 NAMES = tuple(column.name for column in COLUMNS if column.loaded and column.kind == "name")

@@ -1,13 +1,16 @@
 """Prompts to complete, from a file or dataset."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from align.config import PairsSection
+from align.config.columns import TEMPLATE_COLUMNS
 from align.data.readers import Row, read_files, read_rows
 from align.data.seen_ids import SeenIds, content_id
-from align.data.validation import ROLES, RowReader, odd_character
+from align.data.validation import ROLES, RowReader, may_be_empty, odd_character
 from align.errors import DataError, listed
+from align.io.console import log
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ def read_prompts(source: PairsSection) -> list[PromptRow]:
         DataError: the source cannot be read, or rows have no valid prompt (the first 20 and a count).
     """
     rows = read_rows(source)
+    _warn_of_arguments(source.path, rows)
     renamed = source.columns.get("prompt", "prompt")
     if not rows:
         raise DataError(f"{source.path}: holds no rows", code="data-empty", hint="expected one prompt per row")
@@ -68,6 +72,8 @@ def _wrong(prompt: Any) -> str:
     if not isinstance(prompt, list) or not prompt:
         return f"prompt: found {prompt!r}, expected text or a list of messages"
     for turn in prompt:
+        if isinstance(turn, dict) and not turn.get("content") and may_be_empty(turn):
+            continue
         if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
             return f"prompt: found {str(turn)[:80]}, expected {{role: {' or '.join(ROLES)}, content: text}}"
         if odd := odd_character(turn["content"]):
@@ -75,6 +81,13 @@ def _wrong(prompt: Any) -> str:
     if prompt[-1]["role"] == "assistant":
         return "prompt: found a last message by assistant, expected one by user or tool"
     return ""
+
+
+def _warn_of_arguments(source: str, rows: Iterable[Row]) -> None:
+    """Log that arguments of the chat template, which a pair may have, are not read with a prompt."""
+    found = [name for name in TEMPLATE_COLUMNS if any(row.values.get(name) is not None for row in rows)]
+    if found:
+        log.warning("%s: %s is not used: prompts are completed without it", source, " and ".join(found))
 
 
 def _group(row: Row) -> str | None:
@@ -89,6 +102,7 @@ def load_prompts(source: str) -> list[Any]:
         DataError: a file is missing or empty, or a row has no valid prompt.
     """
     rows = read_files(source)
+    _warn_of_arguments(source, rows)
     for row in rows:
         if row.unreadable:
             raise DataError(f"{row.file or source}:row {row.number}: {row.unreadable}", code="data-row")

@@ -10,7 +10,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from align.config import PairsSection
-from align.config.columns import NAMES, OPTIONAL, TEXT
+from align.config.columns import NUMBERS, OPTIONAL, TEXT
 from align.data.pairs import identify, one_type, other_kind, unusable
 from align.data.readers import stream_source
 from align.data.seen_ids import SeenIds
@@ -83,7 +83,7 @@ def _write(source: PairsSection, file: Path, seen: SeenIds, types: Types) -> Typ
         types = types or _widened({}, batch, source.path)
         numbers = [name for name in OPTIONAL if name in reader.columns]
         fields = [("id", pa.string()), *types.items()]
-        fields += [(name, pa.string() if name in NAMES else pa.float64()) for name in numbers]
+        fields += [(name, pa.float64() if name in NUMBERS else pa.string()) for name in numbers]
         schema = pa.schema(fields)
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             while batch:

@@ -30,7 +30,7 @@ def plain(part: Any) -> str:
 
 
 def _message_text(message: Mapping[str, Any], *, labeled: bool) -> str:
-    content = str(message["content"])
+    content = str(message.get("content") or "")
     lines = [f"{message['role']}: {content}"] if labeled else [content] if content else []
     for key in sorted(message.keys() - {"role", "content"}):
         value = _without_gaps(message[key])
@@ -53,7 +53,8 @@ def words(part: Any) -> list[str]:
 
 def count_words(part: Any) -> int:
     """Number of words of a prompt or response, split at white space; only the contents of messages count."""
-    return sum(len(text.split()) for text in ([part] if isinstance(part, str) else [turn["content"] for turn in part]))
+    texts = [part] if isinstance(part, str) else [turn.get("content") or "" for turn in part]
+    return sum(len(text.split()) for text in texts)
 
 
 def texts(pairs: Dataset, start: int = 0, stop: int | None = None) -> pa.Array:

@@ -1,13 +1,22 @@
 """Validation of rows: which are preference pairs, and how the problems of the others are reported."""
 
+import json
 import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, RESPONSES, TEXT
+from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, RESPONSES, TEMPLATE_COLUMNS, TEXT
 from align.data.readers import Row
 
 ROLES = ("system", "user", "assistant", "tool")
+MAY_BE_EMPTY = frozenset({"system", "tool"})
+"""Roles whose content may be empty text; an assistant's may be if the message calls a tool."""
+CALLS = ("tool_calls", "function_call")
+"""Keys of a message that calls a tool, whose content may then be empty, None or absent."""
+TEMPLATE_KINDS: dict[str, tuple[type, str]] = {
+    "tools": (list, "a list of tools"),
+    "chat_template_kwargs": (dict, "an object of arguments"),
+}
 LONGEST_TEXT = 4_000_000
 """Characters per text, at most: about a million tokens. A longer text is a file that is read wrongly."""
 SHOWN_CHARACTERS = 60
@@ -76,6 +85,9 @@ class RowReader:
             number, problem = self._number(row, name, values.get(name))
             pair[name] = number
             problems += problem
+        for name in TEMPLATE_COLUMNS:
+            pair[name], problem = self._template_argument(row, name, values.get(name))
+            problems += problem
         for name in NAMES:
             pair[name] = None if values.get(name) is None else str(values[name])
         pair["id"] = values.get("id")
@@ -101,13 +113,16 @@ class RowReader:
 
     def _message(self, row: Row, name: str, position: int, message: Any) -> Problem | None:
         where = f"{name}[{position}]"
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        if not isinstance(message, dict) or "role" not in message or ("content" not in message and not calls(message)):
             return self._problem(row, where, "pair-message", repr(message), "{role: ..., content: ...}")
         if message["role"] not in ROLES:
             return self._problem(row, where, "pair-role", f"role {message['role']!r}", f"one of {', '.join(ROLES)}")
-        if not isinstance(message["content"], str):
-            return self._problem(row, where, "pair-message", f"content {message['content']!r}", "text as content")
-        return self._characters(row, where, message["content"])
+        content = message.get("content")
+        if not content and may_be_empty(message):
+            return None
+        if not isinstance(content, str):
+            return self._problem(row, where, "pair-message", f"content {content!r}", "text as content")
+        return self._characters(row, where, content)
 
     def _characters(self, row: Row, name: str, text: str) -> Problem | None:
         """A problem of a text: only white space, millions of characters, a null character, a lone surrogate."""
@@ -144,10 +159,34 @@ class RowReader:
             return None, [self._problem(row, name, "pair-number", repr(value), "a number that is not negative")]
         return number, []
 
+    def _template_argument(self, row: Row, name: str, value: Any) -> tuple[str | None, list[Problem]]:
+        """An argument of the chat template as JSON; its source may have it as JSON text."""
+        if value is None:
+            return None, []
+        kind, expected = TEMPLATE_KINDS[name]
+        try:
+            found: Any = json.loads(value) if isinstance(value, str) else value
+            text = json.dumps(found, ensure_ascii=False)
+        except (ValueError, TypeError):
+            found, text = None, ""
+        if isinstance(found, kind):
+            return text, []
+        return None, [self._problem(row, name, "pair-type", repr(value), expected)]
+
     def _problem(self, row: Row, column: str, code: str, found: str, expected: str) -> Problem:
         if len(found) > SHOWN_CHARACTERS:
             found = found[:SHOWN_CHARACTERS] + "..."
         return Problem(row.file or self.source, row.number, column, code, found, expected)
+
+
+def calls(message: dict[str, Any]) -> bool:
+    """Whether a message is an assistant's that calls a tool."""
+    return message.get("role") == "assistant" and any(message.get(key) for key in CALLS)
+
+
+def may_be_empty(message: dict[str, Any]) -> bool:
+    """Whether a message needs no content: it calls a tool, or a system message or tool's result is empty text."""
+    return calls(message) or (message.get("role") in MAY_BE_EMPTY and message.get("content") == "")
 
 
 def odd_character(text: str) -> str | None:

@@ -173,7 +173,8 @@ def _features(model: str) -> Callable[[Dataset], np.ndarray]:
 
     An ensemble is represented by its first member, since the feature spaces of two members are unrelated.
     """
-    from align.models.tokenization import render
+    from align.models.chat_template import template_settings
+    from align.models.tokenization import pair_name, render
     from reward_models.features import head_features
     from reward_models.score import RewardScorer
 
@@ -181,7 +182,11 @@ def _features(model: str) -> Callable[[Dataset], np.ndarray]:
 
     def features(pairs: Dataset) -> np.ndarray:
         def rendered(row: Any) -> list[str]:
-            return [render(row["prompt"], row[side], scorer.tokenizer) for side in ("chosen", "rejected")]
+            name, settings = pair_name(row), template_settings(row)
+            return [
+                render(row["prompt"], row[side], scorer.tokenizer, row=name, settings=settings)
+                for side in ("chosen", "rejected")
+            ]
 
         return head_features(scorer, [text for row in pairs for text in rendered(row)])
 

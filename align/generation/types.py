@@ -13,7 +13,7 @@ from datasets import Dataset
 from align.errors import DataError
 from align.io.console import progress
 
-SAMPLING = 2
+SAMPLING = 3
 """Revision in the stage keys; raise it when the transformers engine draws other completions from the same seed."""
 SEED_BYTES = 4
 """A 32-bit seed: torch's CPU generator reads no more of any seed."""

@@ -6,24 +6,26 @@ one function here: ``encode_prompt`` for sampling and log-probs of samples, ``en
 ``pad`` makes a batch of any rows of ids.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
-from jinja2 import TemplateError, TemplateSyntaxError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.config.columns import ID_COLUMNS, RESPONSES
 from align.errors import DataError, ModelError
 from align.io.console import log
+from align.models.chat_template import template_settings, templated
 
 MAX_LENGTH = 1024
 """Tokens of prompt and response together; trl.DPOConfig's default."""
-SHOWN_CHARACTERS = 200
 NAMED_PAIRS = 5
 """Pairs that a message names."""
+PROBE = "a"
+"""Text that shows which tokens a tokenizer adds before and after any text."""
 
 
 class Rendered(str):
@@ -56,6 +58,7 @@ def apply_template(
     *,
     generation_prompt: bool = False,
     row: str = "",
+    settings: Mapping[str, Any] | None = None,
 ) -> Rendered:
     """Messages as text, by the tokenizer's chat template.
 
@@ -64,77 +67,111 @@ def apply_template(
         tokenizer: a tokenizer with a chat template.
         generation_prompt: append the tokens that begin an assistant's message.
         row: name of the row with the messages, for errors: ``pair p1``.
+        settings: further arguments of the template, see ``template_settings``.
 
     Raises:
-        ModelError: there is no chat template, or it is not valid.
-        DataError: the template refuses the messages.
+        ModelError, DataError: see ``templated``.
     """
-    return Rendered(_templated(messages, tokenizer, row=row, add_generation_prompt=generation_prompt, tokenize=False))
+    found = templated(
+        messages, tokenizer, generation_prompt=generation_prompt, row=row, settings=settings, tokenize=False
+    )
+    return Rendered(found)
 
 
-def render(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase, *, row: str = "") -> str:
+def render(
+    prompt: Any,
+    completion: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    row: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> str:
     """Text that a reward model reads: prompt + completion; messages are ``Rendered`` by the chat template.
 
     Raises:
-        ModelError, DataError: see ``apply_template``.
+        ModelError, DataError: see ``templated``.
     """
     if isinstance(prompt, str):
         return prompt + completion
-    return apply_template([*prompt, *completion], tokenizer, row=row)
+    return apply_template([*prompt, *completion], tokenizer, row=row, settings=settings)
 
 
 def encode_reward_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
     """Token ids of each text that a reward model reads, truncated on the right to ``max_length`` tokens.
 
-    Plain text gets the special tokens that the tokenizer adds and, if there is one, the end-of-sequence token.
-    ``Rendered`` text gets the special tokens of its template only, as in training; an encoder's tokenizer also
-    adds its own, because an encoder reads its reward at the first token.
+    Plain text gets the special tokens that the tokenizer adds before it and, if there is one, the end-of-sequence
+    token once. ``Rendered`` text gets the special tokens of its template only, as in training; an encoder's tokenizer
+    also adds its own on both sides, because an encoder reads its reward at the first token. The tokenizer's own
+    ``truncation_side`` and ``padding_side`` have no effect.
     """
-    bare = [isinstance(text, Rendered) and tokenizer.cls_token_id is None for text in texts]
-    ids: list[list[int]] = [[] for _ in texts]
     eos = tokenizer.eos_token_id
-    for kind in set(bare):
-        room = max_length - (eos is not None and not kind)
-        places = [k for k, is_bare in enumerate(bare) if is_bare == kind]
-        chosen = [str(texts[k]) for k in places]
-        rows = tokenizer(chosen, add_special_tokens=not kind, truncation=True, max_length=room, padding=False)
-        for k, row in zip(places, rows["input_ids"], strict=True):
-            ids[k] = list(row)
-    ended = [eos is None or is_bare or (row and row[-1] == eos) for row, is_bare in zip(ids, bare, strict=True)]
-    return [row if is_ended else [*row, eos] for row, is_ended in zip(ids, ended, strict=True)]
+    if tokenizer.cls_token_id is not None:
+        room = max_length - (eos is not None)
+        rows = truncated(tokenizer, [str(text) for text in texts], max_length=room)["input_ids"] if texts else []
+        return [_ended(list(row), eos) for row in rows]
+    ids: list[list[int]] = [[] for _ in texts]
+    for kind in (True, False):
+        places = [k for k, text in enumerate(texts) if isinstance(text, Rendered) == kind]
+        rows = _encode_texts([str(texts[k]) for k in places], tokenizer, special=not kind)
+        for k, row in zip(places, rows, strict=True):
+            ids[k] = row[:max_length] if kind or eos is None else _ended(row[: max_length - 1], eos)
+    return ids
 
 
-def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, *, row: str = "") -> list[int]:
-    """Token ids of a prompt to complete: text with the tokenizer's special tokens, messages with the generation prompt.
+def truncated(tokenizer: PreTrainedTokenizerBase, *texts: list[str], **settings: Any) -> Any:
+    """What the tokenizer makes of lists of texts, truncated on the right whatever its own ``truncation_side``."""
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
+    try:
+        return tokenizer(*texts, truncation=True, padding=False, **settings)
+    finally:
+        tokenizer.truncation_side = side
+
+
+def encode_prompt(
+    prompt: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    row: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a prompt to complete: text with the special tokens that the tokenizer adds before it, messages with
+    the generation prompt.
 
     Raises:
-        ModelError, DataError: see ``apply_template``.
+        ModelError, DataError: see ``templated``.
     """
-    return _ids(prompt, tokenizer, row=row, add_generation_prompt=True)
+    if isinstance(prompt, str):
+        return _encode_texts([prompt], tokenizer)[0]
+    return list(templated(prompt, tokenizer, generation_prompt=True, row=row, settings=settings))
 
 
 def encode_pair(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PairIds:
     """Token ids of a pair as trl.DPOTrainer makes them: a plain response ends in the end-of-sequence token.
 
+    Other than there, a tokenizer adds nothing after a text, so a response ends once, and nothing before a text that
+    begins with it already.
+
     The prompt ends where the tokens of prompt and response differ from those of the prompt alone. Its last tokens are
     ``unused`` if the tokenizer merges them with a response, or if the template ends a prompt without one differently.
 
     Args:
-        pair: has ``prompt``, ``chosen``, ``rejected``; ``id`` names it in errors.
+        pair: has ``prompt``, ``chosen``, ``rejected``; ``id`` names it in errors; see also ``template_settings``.
         tokenizer: of the policy.
 
     Raises:
-        ModelError: a plain response cannot be ended; see also ``apply_template``.
-        DataError: see ``apply_template``.
+        ModelError: a plain response cannot be ended; see also ``templated``.
+        DataError: see ``templated``.
     """
-    row = pair_name(pair)
-    prompt = encode_prompt(pair["prompt"], tokenizer, row=row)
+    row, settings = pair_name(pair), template_settings(pair)
+    prompt = encode_prompt(pair["prompt"], tokenizer, row=row, settings=settings)
     both = []
     for side in RESPONSES:
-        response = pair[side]
-        if isinstance(response, str) and not response.endswith(_eos_token(tokenizer)):
-            response += _eos_token(tokenizer)
-        both.append(_ids(pair["prompt"] + response, tokenizer, row=row))
+        whole = pair["prompt"] + pair[side]
+        if isinstance(whole, str):
+            eos = _eos_token(tokenizer)
+            both.append(_encode_texts([whole if pair[side].endswith(eos) else whole + eos], tokenizer)[0])
+        else:
+            both.append(templated(whole, tokenizer, generation_prompt=False, row=row, settings=settings))
     start = min(_shared_length(prompt, ids) for ids in both)
     return PairIds(prompt[:start], both[0][start:], both[1][start:], prompt[start:])
 
@@ -163,18 +200,7 @@ def tokenize_pairs(
         DataError: nothing of a response is left after truncation (names the pairs); see also ``encode_pair``.
         ModelError: see ``encode_pair``.
     """
-    warned = False
-
-    def encode(pair: Mapping[str, Any]) -> dict[str, list[int]]:
-        nonlocal warned
-        *ids, unused = encode_pair(pair, tokenizer)
-        if unused and not warned:
-            warned = True
-            log.warning("pair %s, and perhaps others: the last tokens of its prompt, %r, differ before a response and "
-                        "are left out", pair["id"], tokenizer.decode(unused))  # fmt: skip
-        return dict(zip(ID_COLUMNS, ids, strict=True))
-
-    made = pairs.map(encode, desc="tokenizing pairs")
+    made = encode_table(pairs, tokenizer)
     room = max_length if truncation == "keep_start" else None
     empty = [
         str(row["id"])
@@ -189,6 +215,26 @@ def tokenize_pairs(
             hint="raise max_length, or leave these pairs out",
         )
     return made
+
+
+def encode_table(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, *, processes: int | None = None) -> Dataset:
+    """The table with the columns ``ID_COLUMNS``, see ``encode_pair``; every pair is kept.
+
+    Raises:
+        ModelError, DataError: see ``encode_pair``.
+    """
+    warned = False
+
+    def encode(pair: Mapping[str, Any]) -> dict[str, list[int]]:
+        nonlocal warned
+        *ids, unused = encode_pair(pair, tokenizer)
+        if unused and not warned:
+            warned = True
+            log.warning("%s, and perhaps others: the last tokens of its prompt, %r, differ before a response and "
+                        "are left out", pair_name(pair) or "a pair", tokenizer.decode(unused))  # fmt: skip
+        return dict(zip(ID_COLUMNS, ids, strict=True))
+
+    return pairs.map(encode, desc="tokenizing pairs", num_proc=processes)
 
 
 def collate(
@@ -218,39 +264,45 @@ def pad(rows: Sequence[Sequence[int]], pad_token_id: int, *, left: bool = False)
     return Padded(ids, mask)
 
 
-def _ids(part: Any, tokenizer: PreTrainedTokenizerBase, *, row: str, **settings: Any) -> list[int]:
-    """Token ids of text, or of messages by the chat template; ``settings`` apply to the template only."""
-    if isinstance(part, str):
-        return list(tokenizer(part)["input_ids"])
-    return list(_templated(part, tokenizer, row=row, return_dict=True, **settings)["input_ids"])
+def _encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, special: bool = True) -> list[list[int]]:
+    """Token ids of plain texts, not truncated.
+
+    With ``special``, the tokens that the tokenizer adds before a text are there once, also if the text begins with them
+    already. Those that it adds after a text (``add_eos_token``) are left out: a prompt goes on, and a response is ended
+    by its caller.
+    """
+    rows = (
+        [list(row) for row in tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]] if texts else []
+    )
+    if not special or not any(row and (row[0] in row[1:] or row[-1] in tokenizer.all_special_ids) for row in rows):
+        return rows
+    before, after = added_tokens(tokenizer)
+    if after:
+        rows = [row[: len(row) - len(after)] if row[-len(after) :] == after else row for row in rows]
+    twice = [bool(before) and row[: 2 * len(before)] == 2 * before for row in rows]
+    if any(twice):
+        _warn_of_doubled(tokenizer.name_or_path, tokenizer.decode(before))
+    return [row[len(before) :] if found else row for row, found in zip(rows, twice, strict=True)]
 
 
-def _templated(
-    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, row: str, **settings: Any
-) -> Any:
-    """Call ``tokenizer.apply_chat_template``; errors name the row and repeat the words of the template."""
-    if tokenizer.chat_template is None:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: no chat template, and the texts are lists of messages",
-            code="no-chat-template",
-            hint="use a model with a chat template, or plain text",
-        )
-    try:
-        return tokenizer.apply_chat_template(list(messages), **settings)
-    except TemplateSyntaxError as error:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: its chat template is not valid (line {error.lineno}: {error.message})",
-            code="chat-template",
-            hint="repair the template in the model's folder, or take another model",
-        ) from None
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        words = " ".join(str(error).split())[:SHOWN_CHARACTERS] or type(error).__name__
-        raise DataError(
-            f"{row or repr(messages)[:SHOWN_CHARACTERS]}: the chat template of {tokenizer.name_or_path} does not take "
-            f"these messages: {words}",
-            code="chat-template",
-            hint="change the messages or leave the row out, or take a model whose template takes them",
-        ) from None
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids of the tokens that the tokenizer adds before and after every text."""
+    whole = list(tokenizer(PROBE)["input_ids"])
+    bare = list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+    starts = (k for k in range(len(whole) - len(bare) + 1) if whole[k : k + len(bare)] == bare)
+    start = next(starts, None) if bare else None
+    return (whole, []) if start is None else (whole[:start], whole[start + len(bare) :])
+
+
+@functools.cache
+def _warn_of_doubled(tokenizer: str, token: str) -> None:
+    """Log, once for each tokenizer, that texts carry the tokens that it adds."""
+    log.warning("%s: texts begin with %r, which the tokenizer adds as well: it is there once", tokenizer, token)
+
+
+def _ended(row: list[int], eos: int | None) -> list[int]:
+    """``row`` with the end-of-sequence token at its end, if there is such a token."""
+    return row if eos is None or row[-1:] == [eos] else [*row, eos]
 
 
 def _eos_token(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -8,14 +8,20 @@ from align.data.prompts import load_prompts
 from align.errors import ConfigError, ModelError
 from align.models.folders import check_model_folder
 from align.models.loading import load_tokenizer
+from align.run.row_checks import check_prompt_rows, check_table_rows
 from align.training.base.arguments import build_lora, build_trainer_args
 from align.training.settings import check_settings, policy_args
 from align.training.train import bind
 from reward_models.registry import resolve_objective
 
 
-def check_config(config: RunConfig) -> None:
+def check_config(config: RunConfig, *, tables: bool = False) -> None:
     """Check every loss, trainer field, prompt file and model folder before a model loads.
+
+    Args:
+        config: the run.
+        tables: also read the pair tables, and check that the chat templates take their messages; the stages of the
+            pairs do the same.
 
     Raises:
         AlignError: the first problem.
@@ -36,6 +42,9 @@ def check_config(config: RunConfig) -> None:
         prompt for part in (config.sample, config.evaluate) if part is not None for prompt in load_prompts(part.prompts)
     ]
     check_models(config, conversational=not all(isinstance(prompt, str) for prompt in prompts))
+    check_prompt_rows(config, prompts)
+    if tables:
+        check_table_rows(config)
 
 
 def check_train(train: TrainSection, forced: dict[str, Any]) -> None:

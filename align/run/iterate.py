@@ -25,6 +25,7 @@ from align.io.files import atomic_folder, read_json, write_json
 from align.io.hashing import fingerprint_source
 from align.io.stage import run_stage
 from align.models.folders import fingerprint_model
+from align.models.message_checks import check_prompts_of
 from align.stats import interval
 from reward_models.scorers import ScorerSpec
 
@@ -75,6 +76,7 @@ def iterate(config: IterateConfig) -> Path:
             hint="give more prompts, or fewer rounds",
         )
     policy = config.train.model
+    check_prompts_of([row.prompt for row in prompts], [policy])
     summary = []
     for number in range(1, config.rounds + 1):
         root = config.folder / f"round-{number}"

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align.config import PairsSection, RunConfig
+from align.config import PairsSection, RewardSection, RunConfig, TrainSection
+from align.data.pairs import read_pairs
+from align.data.prompts import load_prompts
 from align.distributed import process_rank, world_size
 from align.errors import ConfigError, EnvironmentProblem
 from align.io.console import log
@@ -20,21 +22,25 @@ from align.io.files import read_json, write_json
 from align.io.hashing import digest, fingerprint_source
 from align.io.secrets import redact
 from align.io.stage import Stage, finished_stage, read_manifest, run_stage
+from align.models.chat_template import rendered_today
 from align.models.folders import fingerprint_model
+from align.models.message_checks import is_conversational
 from align.run.log import run_log
 from align.run.manifest import write_run_manifest
 from align.run.plan import REVISIONS, TOGETHER, TRUST, TRUST_NUMBERS, plan
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, *, tables: bool = False) -> None:
     """Check what can be checked before a model loads: losses, parameters, trainer fields, files.
+
+    With ``tables``, the pairs are read as well.
 
     Raises:
         AlignError: the first problem; it names the key or file.
     """
     from align.run.checks import check_config
 
-    check_config(config)
+    check_config(config, tables=tables)
 
 
 def run_pipeline(config: RunConfig, *, command: str, until: tuple[str, ...] = ()) -> Path:
@@ -179,6 +185,7 @@ class _Runner:
             inputs["truncation"] = config.train.trainer.get("truncation_mode")
         if self._is_trusted(name):
             inputs["trust"] = read_json(self.root / TRUST / TRUST_NUMBERS)
+        inputs |= self._rendered(kind)
         trusting = [part for part in (config.train, config.reward) if part is not None and part.trusts_remote_code]
         if trusting:
             inputs["trust_remote_code"] = [part.model for part in trusting]
@@ -187,6 +194,23 @@ class _Runner:
             inputs["settings"] = settings.model_dump()
             inputs["prompts"] = fingerprint_source(settings.prompts)
         return inputs
+
+    def _rendered(self, kind: str) -> dict[str, str]:
+        """What the date that a chat template writes adds to the key of a stage that reads messages."""
+        part: RewardSection | TrainSection | None = None
+        if kind in ("reward", "crossfit", "margins"):
+            part = self.config.reward
+        elif kind in ("sample", "trust", "train", "generate"):
+            part = self.config.train
+        return {} if part is None else rendered_today(part.model, self._reads_messages)
+
+    def _reads_messages(self) -> bool:
+        """Whether a pair table or a prompt file of the run has messages."""
+        tables = [self.root / name / "train" for name in ("pairs", "pairs-reward")]
+        if any(is_conversational(read_pairs(table)) for table in tables if table.exists()):
+            return True
+        sections = [section for section in (self.config.sample, self.config.evaluate) if section is not None]
+        return any(not isinstance(prompt, str) for section in sections for prompt in load_prompts(section.prompts))
 
     def _is_trusted(self, name: str) -> bool:
         """Whether ``name`` trains a method with the loss ``trust``, and the run measures the trust."""

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from trl import DPOTrainer
+from trl.data_utils import extract_prompt
 
 from align.config import RemedySection, TiltSection, TokenMaskSection
 from align.config.columns import PAIR_COLUMNS
@@ -21,6 +22,7 @@ from align.models.batching import in_so_many, pair_batches
 from align.models.collator import REAL, ROW, PairCollator, only_real
 from align.models.layout import LayoutChoice, choose_layout, has_adapter, longest_sequence, trim
 from align.models.logps import Layout, SequenceLogps, pair_logps
+from align.models.tokenization import encode_table
 from align.training.base.trainer import ReliableTrainer
 from align.training.columns import told_apart
 from align.training.finite_guard import FiniteGuard, number_rows
@@ -161,11 +163,15 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
         log.warning("the experts' load-balancing loss of this model (%g in its config) is not added", coefficient)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
-        """Prepare the table as trl does, which drops pairs whose prompt fills ``max_length``; log how many.
+        """Tokenize the table, and drop pairs whose prompt fills ``max_length`` as trl does; log how many.
 
         Pairs whose responses became the same tokens are left out as well, see ``told_apart``.
         """
-        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if "prompt" not in dataset.column_names:
+            dataset = dataset.map(extract_prompt)
+        prepared = encode_table(dataset, processing_class, processes=args.dataset_num_proc)
+        if args.max_length is not None and args.truncation_mode == "keep_start":
+            prepared = prepared.filter(lambda row: len(row["prompt_ids"]) < args.max_length)
         missing = len(dataset) - len(prepared)
         if missing == len(dataset):
             raise DataError(

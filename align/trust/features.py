@@ -56,8 +56,8 @@ def pair_features(
             code="no-chat-template",
             hint="give a model that has one, or pairs of plain text",
         )
-    reference = load_policy(model, dtype="float32").eval()
     tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length, truncation=truncation)
+    reference = load_policy(model, dtype="float32").eval()
     key = reference_key(reference, tokens, ("mean hidden states", REVISION, max_length, truncation), with_adapter=True)
     file = cache / f"{key[:32]}.npy"
     if file.exists():

@@ -17,6 +17,7 @@ from align.config.columns import (
     PAIR_COLUMNS,
     SCORES,
     SPREAD,
+    TEMPLATE_COLUMNS,
     TEXT,
 )
 from align.data.pairs import load_pairs
@@ -30,13 +31,14 @@ from tests.helpers.builders import rows
 KIND = {column.name: column.kind for column in COLUMNS}
 FULL: dict[str, object] = {"prompt": "Say:", "chosen": " yes", "rejected": " no", "id": "a"}
 FULL |= dict.fromkeys(NAMES, "x") | dict.fromkeys(NUMBERS, 0.5)
+FULL |= {"tools": '[{"name": "clock"}]', "chat_template_kwargs": '{"enable_thinking": false}'}
 
 
 def test_every_column_stands_in_the_schema_once() -> None:
     assert len(KIND) == len(COLUMNS)
     assert TEXT == ("prompt", "chosen", "rejected")
     assert ("id", *TEXT, *OPTIONAL) == LOADED
-    assert set(OPTIONAL) == set(NUMBERS) | set(NAMES) and not set(NUMBERS) & set(NAMES)
+    assert set(OPTIONAL) == set(NUMBERS) | set(NAMES) | set(TEMPLATE_COLUMNS) and not set(NUMBERS) & set(NAMES)
     for name in (*SCORES, SPREAD, *PAIR_COLUMNS, *NOT_NEGATIVE):
         assert KIND[name] == "number"
     assert all(column.meaning and column.written_by for column in COLUMNS)

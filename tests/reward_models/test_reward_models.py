@@ -157,7 +157,7 @@ def test_pairs_whose_prompts_fill_the_length_are_counted_in_scoring(
     bert_reward(folder / "members" / "1")
     margins = np.asarray(score_with(members(folder), pairs, tmp_path / "s", batch_tokens=64, max_length=16)["margin"])
     assert (margins[:3] == 0).all() and (margins[3:] != 0).all()
-    said = "3 of 8 pairs have a margin of 0: their prompts fill max_length"
+    said = "3 of 8 pairs have a margin of 0: their responses are the same tokens to the model"
     assert caplog.text.count(said) == 1
     EnsembleScorer(folder, batch_tokens=64, max_length=16).score_pairs(pairs)
     assert caplog.text.count(said) == 2

@@ -27,6 +27,7 @@ from align.models.loading import load_tokenizer
 from align.models.tokenization import MAX_LENGTH
 from align.run.checks import check_models
 from align.run.plan import REFERENCE_CACHE, TRUST, TRUST_NUMBERS, measures_trust
+from align.run.row_checks import check_pair_rows
 from align.run.stages.reward import METRICS, make_scorer, scored_by
 from align.run.stages.sampling import PARTS, run_sampling, sample_in_stage
 from align.training.columns import require_margin, trained_pairs
@@ -43,6 +44,7 @@ def stage_pairs(config: RunConfig, folder: Path) -> None:
     """Load and check the policy's pairs; hold some out if the reward model is trained on them as well."""
     assert config.pairs is not None
     pairs = _load(config, config.pairs, folder)
+    check_pair_rows(config, pairs)
     if config.reward is not None and config.reward.pairs is None:
         _write_split(config, config.pairs, pairs, folder)
         return
@@ -56,7 +58,9 @@ def stage_pairs(config: RunConfig, folder: Path) -> None:
 def stage_reward_pairs(config: RunConfig, folder: Path) -> None:
     """Load, check and split the pairs that the reward model alone is trained on."""
     assert config.reward is not None and config.reward.pairs is not None
-    _write_split(config, config.reward.pairs, _load(config, config.reward.pairs, folder), folder)
+    pairs = _load(config, config.reward.pairs, folder)
+    check_pair_rows(config, pairs, rewards=True)
+    _write_split(config, config.reward.pairs, pairs, folder)
 
 
 def _load(config: RunConfig, source: PairsSection, folder: Path) -> Dataset:
@@ -75,6 +79,7 @@ def _write_split(config: RunConfig, source: PairsSection, pairs: Dataset, folder
     assert reward is not None
     if reward.eval_pairs is not None:
         train, heldout = pairs, load_pairs(reward.eval_pairs, side_file=folder / "dropped_heldout.jsonl")
+        check_pair_rows(config, heldout, rewards=True)
     else:
         train, heldout = split_by_prompt(pairs, reward.eval_fraction, config.seed)
     if len(train) == 0 or len(heldout) == 0:

@@ -1,0 +1,123 @@
+"""Whether chat templates take the messages of every row, and what becomes of pairs as tokens; needs no weights."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from align.config.columns import RESPONSES
+from align.errors import DataError, listed
+from align.models.chat_template import template_settings
+from align.models.loading import load_tokenizer
+from align.models.tokenization import added_tokens, apply_template, encode_reward_texts, pair_name, render
+
+ANSWER = [{"role": "assistant", "content": "an answer"}]
+LONGEST = 1_000_000
+"""Tokens that no text has: nothing is truncated."""
+BATCH = 1000
+
+
+class AsTokens(NamedTuple):
+    """What becomes of pairs as tokens, see ``survey_pairs``."""
+
+    same: list[str]
+    """Ids of the pairs whose two responses become the same tokens."""
+    begun: list[str]
+    """Ids of the pairs of plain text that begin with what the tokenizer adds before a text."""
+    before: str
+    """What the tokenizer adds before a text."""
+
+
+def is_conversational(pairs: Dataset) -> bool:
+    """Whether the texts of a pair table are lists of messages."""
+    return len(pairs) > 0 and not isinstance(pairs[0]["prompt"], str)
+
+
+def check_pairs_of(pairs: Dataset, models: Iterable[str], *, trust_remote_code: bool = False) -> None:
+    """Check that the chat template of each model takes the messages of every pair, as prompt and with each response.
+
+    Raises:
+        ModelError: a model has no valid chat template.
+        DataError: a template refuses rows (the first 20 and a count, with the template's words).
+    """
+    if not is_conversational(pairs):
+        return
+    for model in models:
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        check_rows(pairs, partial(_render_pair, tokenizer=tokenizer), model)
+
+
+def check_prompts_of(
+    prompts: Sequence[Any], models: Iterable[str], *, answered: bool = False, trust_remote_code: bool = False
+) -> None:
+    """``check_pairs_of`` for prompts alone; with ``answered`` each is followed by an answer, as a scorer reads it.
+
+    Raises:
+        ModelError, DataError: see ``check_pairs_of``.
+    """
+    rows = [{"id": None, "prompt": prompt} for prompt in prompts if not isinstance(prompt, str)]
+    if not rows:
+        return
+    for model in models:
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+
+        def read(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase = tokenizer) -> None:
+            turns = [*row["prompt"], *(ANSWER if answered else [])]
+            apply_template(turns, tokenizer, generation_prompt=not answered)
+
+        check_rows(rows, read, model)
+
+
+def check_rows(rows: Iterable[Mapping[str, Any]], read: Callable[[Mapping[str, Any]], Any], model: str) -> None:
+    """Call ``read`` for every row and raise one error for all rows that a template refuses.
+
+    Raises:
+        DataError: see above; errors of other kinds pass.
+    """
+    found: list[DataError] = []
+    count = 0
+    for row in rows:
+        count += 1
+        try:
+            read(row)
+        except DataError as error:
+            found.append(error)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise DataError(
+            f"{len(found)} of {count} rows cannot be read by {model}:\n{listed([error.message for error in found])}",
+            code=found[0].code,
+            hint=found[0].hint,
+        )
+
+
+def _render_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts of prompt + chosen and of prompt + rejected; the prompt alone is rendered as well."""
+    name, settings = pair_name(row), template_settings(row)
+    if not isinstance(row["prompt"], str):
+        apply_template(row["prompt"], tokenizer, generation_prompt=True, row=name, settings=settings)
+    return [render(row["prompt"], row[side], tokenizer, row=name, settings=settings) for side in RESPONSES]
+
+
+def survey_pairs(pairs: Dataset, model: str) -> AsTokens:
+    """Pairs as tokens of a model's tokenizer.
+
+    Raises:
+        ModelError, DataError: see ``check_pairs_of``.
+    """
+    tokenizer = load_tokenizer(model)
+    check_pairs_of(pairs, [model])
+    first = added_tokens(tokenizer)[0]
+    same, begun = [], []
+    for start in range(0, len(pairs), BATCH):
+        rows = list(pairs.select(range(start, min(start + BATCH, len(pairs)))))
+        texts = [text for row in rows for text in _render_pair(row, tokenizer)]
+        ids = encode_reward_texts(texts, tokenizer, LONGEST)
+        same += [str(row["id"]) for k, row in enumerate(rows) if ids[2 * k] == ids[2 * k + 1]]
+        plain = [row for row in rows if isinstance(row["prompt"], str)] if first else []
+        bare = tokenizer([row["prompt"] for row in plain], add_special_tokens=False)["input_ids"] if plain else []
+        begun += [str(row["id"]) for row, its in zip(plain, bare, strict=True) if list(its[: len(first)]) == first]
+    return AsTokens(same, begun, tokenizer.decode(first))
