@@ -16,6 +16,7 @@ from align.config import ClusterSection, RewardSection
 from align.config.columns import SCORES, SPREAD, TEXT
 from align.data.pairs import fingerprint, with_columns
 from align.data.splits import draw_clusters
+from align.data.training_pairs import margin_sources, with_source
 from align.distributed import all_gather_objects, from_main_process, process_rank
 from align.io.console import log
 from align.io.hashing import digest
@@ -114,7 +115,8 @@ def score_with(
     calibration: MarginMap | None = None,
     cluster: ClusterSection | None = None,
 ) -> Dataset:
-    """The table with the mean rewards of the models and their margin, and ``margin_std`` for at least two models.
+    """The table with the mean rewards of the models, their margin, its ``margin_source``, and ``margin_std`` for at
+    least two models.
 
     Each model in turn is loaded and scores all pairs, so that only one is in memory. All processes of a launcher call
     this together and share the work. Logs how many pairs have responses that are equal after truncation.
@@ -143,7 +145,7 @@ def score_with(
     if process_rank() == 0:
         shutil.rmtree(folder)
         tell_alike(alike)
-    table = _averaged(pairs, made)
+    table = with_source(_averaged(pairs, made), margin_sources(models, pairs))
     return table if calibration is None else calibration.apply(table)
 
 

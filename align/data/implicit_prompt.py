@@ -1,6 +1,5 @@
 """Prompts that are implicit in both responses: what chosen and rejected begin with, up to the response's turn."""
 
-import os
 import re
 from typing import Any
 
@@ -38,7 +37,8 @@ def extract_prompt(chosen: Any, rejected: Any) -> dict[str, Any]:
 
 
 def _end_of_prompt(chosen: str, rejected: str) -> int:
-    shared = os.path.commonprefix([chosen, rejected])
+    differ = (k for k, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other)
+    shared = chosen[: next(differ, min(len(chosen), len(rejected)))]
     for beginning in (TURN, ANSWER):
         found = [match.end() for match in beginning.finditer(shared)]
         if found:

@@ -73,6 +73,8 @@ class RowReader:
             number, problem = self._number(row, name, values.get(name))
             pair[name] = number
             problems += problem
+        if pair["margin"] is None and None not in (pair["reward_chosen"], pair["reward_rejected"]):
+            pair["margin"] = pair["reward_chosen"] - pair["reward_rejected"]
         for name in NAMES:
             pair[name] = None if values.get(name) is None else str(values[name])
         pair["id"] = values.get("id")

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from align.data.splits import folds_by_prompt
 from align.data.text import count_words
+from align.data.training_pairs import SOURCE, SOURCES, UNKNOWN, source_of
 from align.errors import DataError
 from align.io.console import log
 from align.io.files import read_json
@@ -17,7 +18,6 @@ from align.trust.shared_errors import shared_error_signs
 
 FEWEST = 50
 FOLDS, REPEATS = 5, 3
-SOURCES = ("outside", "cross-fitted", "in-sample")
 
 
 def measure_trust(
@@ -60,15 +60,33 @@ def loss_parameters(found: dict[str, Any]) -> dict[str, float]:
     return {"slope": found["slope"], "trust": found["chosen"]["trust"], "strength": found["chosen"]["strength"]}
 
 
-def margin_source(table: Path) -> str:
-    """The origin of the margins according to the run that wrote ``table``; ``unknown`` without such a record."""
+def margin_source(table: Path, pairs: Dataset | None = None) -> str:
+    """The origin of the margins according to the column ``margin_source`` of the pairs, else to the run that wrote
+    ``table``; ``unknown`` without such a record."""
+    if pairs is not None and SOURCE in pairs.column_names:
+        return source_of(pairs)
     for folder in (table, table.parent):
         file = folder.parent / "metrics.json"
-        if file.exists():
-            metrics = read_json(file)
-            if isinstance(metrics, dict) and metrics.get("margins") in SOURCES:
-                return str(metrics["margins"])
-    return "unknown"
+        metrics = read_json(file) if file.exists() else None
+        for found in (metrics, metrics.get(folder.name)) if isinstance(metrics, dict) else ():
+            if isinstance(found, dict) and found.get("margins") in SOURCES:
+                return str(found["margins"])
+    return UNKNOWN
+
+
+def check_known(origin: str, where: str) -> None:
+    """Check that the origin of the margins is known.
+
+    Raises:
+        DataError: it is not.
+    """
+    if origin == UNKNOWN:
+        raise DataError(
+            f"{where}: found margins of unknown origin, expected to know whether their reward model was trained on "
+            "these pairs: margins of a model that has seen the labels repeat them",
+            code="trust-origin",
+            hint="give --margins outside (other labels), cross-fitted or in-sample",
+        )
 
 
 def check_margins(pairs: Dataset, origin: str, where: str, *, allow_in_sample: bool) -> None:
@@ -115,8 +133,13 @@ def check_margins(pairs: Dataset, origin: str, where: str, *, allow_in_sample: b
         )
     if origin == "in-sample" and not allow_in_sample:
         raise DataError(
-            f"{where}: found in-sample margins (each by a reward model that has seen the pair's label), expected "
+            f"{where}: found in-sample margins{_how_many(pairs)} (by a reward model that has seen the label), expected "
             "cross-fitted or outside ones: such margins repeat the labels and would be trusted too much",
             code="trust-in-sample",
             hint="set reward.folds: 5, or force it with --allow-in-sample",
         )
+
+
+def _how_many(pairs: Dataset) -> str:
+    count = list(pairs[SOURCE]).count("in-sample") if SOURCE in pairs.column_names else 0
+    return f" in {count} of {len(pairs)} pairs" if count else ""

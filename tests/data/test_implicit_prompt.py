@@ -48,7 +48,7 @@ def test_words_that_differ_from_the_first_letter_are_cut_as_in_trl() -> None:
 
 
 def test_messages() -> None:
-    """A shared turn of the assistant before the end is a response, not a prompt; one within a conversation is prompt."""
+    """A shared turn of the assistant at the end is a response; one within a conversation is part of the prompt."""
     turns = [{"role": role, "content": text} for role, text in (("user", "Q"), ("assistant", "A"), ("user", "more"))]
     ends = [{"role": "assistant", "content": text} for text in "BC"]
     assert extract_prompt([*turns, ends[0]], [*turns, ends[1]]) == {

@@ -9,10 +9,10 @@ from datasets import Dataset
 
 from align.config import RewardSection
 from align.data.splits import clusters_of, draw_clusters, folds_by_prompt, folds_of_clusters, split_by_prompt
-from align.stats import share_interval
 from reward_models import crossfit
 from reward_models.crossfit import cross_fit
 from reward_models.linear_heads import CAUTIOUS, fit_logistic
+from reward_models.margin_metrics import evaluate_margins
 from tests.helpers.builders import bert_reward, rows
 
 DRAWS = 100
@@ -25,7 +25,7 @@ def table(prompts: list[str], responses: list[tuple[str, str]]) -> Dataset:
 
 
 def copies(distinct: int, times: int, prompts: int | None = None) -> tuple[Dataset, np.ndarray]:
-    """``times`` copies of each pair under one instruction, or under ``prompts`` prompts; and the number of its label."""
+    """``times`` copies of each pair under one instruction or ``prompts`` prompts; and the number of its label."""
     of = np.repeat(np.arange(distinct), times)
     names = [INSTRUCTION if prompts is None else f"prompt {k % prompts}" for k in of]
     return table(names, [(f"a {k}", f"b {k}") for k in of]), of
@@ -45,7 +45,10 @@ def one_answer_in_many(count: int) -> tuple[Dataset, np.ndarray]:
 def shuffled_copies(distinct: int) -> tuple[Dataset, np.ndarray]:
     """Copies with prompts of their own, which the long responses give away."""
     pairs, of = copies(distinct, 3)
-    long = [(f"{a} and much more than forty characters of it", b) for a, b in zip(pairs["chosen"], pairs["rejected"])]  # noqa: B905
+    long = [
+        (f"{a} and much more than forty characters of it", b)
+        for a, b in zip(pairs["chosen"], pairs["rejected"], strict=True)
+    ]
     return table([f"prompt {k}" for k in range(len(of))], long), of
 
 
@@ -59,37 +62,42 @@ SHARING = {
 }
 
 
-def differences(pairs: Dataset, rng: np.random.Generator, size: int = 60) -> np.ndarray:
-    """Random features of the texts, first response minus second, [N, size]."""
-    names = sorted({*pairs["chosen"], *pairs["rejected"]})
-    features = dict(zip(names, rng.normal(size=(len(names), size)), strict=True))
-    return np.stack([features[row["chosen"]] - features[row["rejected"]] for row in pairs])
+def features_of(pairs: Dataset) -> tuple[np.ndarray, np.ndarray, int]:
+    """Rows of the first and of the second response in a table of random features, and the size of that table."""
+    names = {name: k for k, name in enumerate(dict.fromkeys([*pairs["chosen"], *pairs["rejected"]]))}
+    return np.array([names[n] for n in pairs["chosen"]]), np.array([names[n] for n in pairs["rejected"]]), len(names)
 
 
-def right(x: np.ndarray, labels: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """Whether a ridge head that was fitted on the other folds predicts each label, [N]."""
-    found = np.zeros(len(x), dtype=bool)
+def differences(first: np.ndarray, second: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Random features of the texts, first response minus second, [N, 30]."""
+    features = rng.normal(size=(count, 30))
+    return features[first] - features[second]
+
+
+def margins(x: np.ndarray, labels: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Margins [N] of the label's response by a ridge head that was fitted on the other folds."""
+    found = np.zeros(len(x))
     for number in np.unique(fold):
         inside = fold == number
         train = x[~inside]
         head = np.linalg.solve(train.T @ train + np.eye(x.shape[1]), train.T @ labels[~inside])
-        found[inside] = (x[inside] @ head) * labels[inside] > 0
+        found[inside] = (x[inside] @ head) * labels[inside]
     return found
 
 
 @pytest.mark.parametrize("sharing", SHARING)
 def test_coin_flips_are_not_predicted_out_of_fold(sharing: str) -> None:
     pairs, of = SHARING[sharing]
-    clusters = clusters_of(pairs)
+    clusters, where = clusters_of(pairs), features_of(pairs)
     inside, values = 0, []
     for seed in range(DRAWS):
         rng = np.random.default_rng(seed)
         labels = rng.choice([-1.0, 1.0], size=of.max() + 1)[of]
-        found = right(differences(pairs, rng), labels, folds_of_clusters(clusters, 5, seed))
-        interval = share_interval(found, clusters=clusters)
-        inside += interval.low <= 0.5 <= interval.high
-        values.append(interval.value)
-    assert inside >= 93 - 3 and abs(np.mean(values) - 0.5) < 0.01
+        found = margins(differences(*where, rng), labels, folds_of_clusters(clusters, 5, seed))
+        accuracy = evaluate_margins(found, clusters=clusters, cross_fitted=True).accuracy
+        inside += accuracy.low <= 0.5 <= accuracy.high
+        values.append(accuracy.value)
+    assert inside >= 93 and abs(np.mean(values) - 0.5) < 0.012
 
 
 def test_single_pairs_of_copies_would_leak() -> None:
@@ -97,7 +105,8 @@ def test_single_pairs_of_copies_would_leak() -> None:
     pairs, of = SHARING["copies"]
     rng = np.random.default_rng(0)
     labels = rng.choice([-1.0, 1.0], size=200)[of]
-    assert right(differences(pairs, rng), labels, rng.permutation(600) % 5).mean() > 0.58
+    x = differences(*features_of(pairs), rng)
+    assert (margins(x, labels, rng.permutation(600) % 5) > 0).mean() > 0.58
 
 
 @pytest.mark.parametrize("sharing", SHARING)
@@ -138,7 +147,7 @@ def test_a_bag_chooses_the_penalty_without_leak() -> None:
     """Coin flips: the strongest penalty is best. Copies of a bag that lie in two folds would choose a weak one."""
     pairs, _ = copies(150, 1)
     rng = np.random.default_rng(3)
-    x = differences(pairs, rng, 40) * rng.choice([-1.0, 1.0], size=(150, 1))
+    x = differences(*features_of(pairs), rng) * rng.choice([-1.0, 1.0], size=(150, 1))
     bag = draw_clusters(pairs, 3)
     zeros = np.zeros_like(x[bag])
     _, grouped = fit_logistic(x[bag], zeros, folds_by_prompt(pairs.select(bag), 5, 0))
