@@ -185,7 +185,7 @@ def share_interval(values: ArrayLike, *, clusters: ArrayLike | None = None) -> E
     return Estimate(share, low, high, array.size, clustered)
 
 
-def out_of_fold(estimate: Estimate) -> Estimate:
+def out_of_fold(estimate: Estimate, *, lowest: float = -math.inf, highest: float = math.inf) -> Estimate:
     """Widen the interval of a mean over out-of-fold values by the square root of 2.
 
     Two such values depend on each other: the model that gave one was trained on the label of the other, and vice versa.
@@ -196,7 +196,7 @@ def out_of_fold(estimate: Estimate) -> Estimate:
     if estimate.low is None or estimate.high is None:
         return estimate
     low, high = (estimate.value + math.sqrt(2) * (end - estimate.value) for end in (estimate.low, estimate.high))
-    return replace(estimate, low=low, high=high)
+    return replace(estimate, low=max(lowest, low), high=min(highest, high))
 
 
 def _wilson(share: float, count: float, quantile: float) -> tuple[float, float]:

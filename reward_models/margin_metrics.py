@@ -63,9 +63,7 @@ def evaluate_margins(
     right = np.where(m == 0, 0.5, m > 0)
     accuracy = share_interval(right, clusters=clusters)
     if cross_fitted:
-        wide = out_of_fold(accuracy)
-        ends = (None if end is None else min(1.0, max(0.0, end)) for end in (wide.low, wide.high))
-        accuracy = Estimate(wide.value, *ends, wide.n, wide.units)
+        accuracy = out_of_fold(accuracy, lowest=0.0, highest=1.0)
     bins = reliability_bins(m)
     ece = sum(item.count * abs(item.accuracy - item.confidence) for item in bins) / m.size
     return MarginMetrics(

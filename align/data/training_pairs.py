@@ -1,4 +1,4 @@
-"""Record of the pairs that a reward model was trained on, and what its margins are to other pairs: in-sample or outside.
+"""Record of the pairs that a reward model was trained on; which margins of it are in-sample, which outside.
 
 The record is one small file in the model folder: sorted 64-bit digests of every prompt with a response.
 """

@@ -6,17 +6,20 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.data.splits import folds_by_prompt
+from align.data.splits import clusters_of, folds_of_clusters
 from align.data.text import count_words
 from align.data.training_pairs import SOURCE, SOURCES, UNKNOWN, source_of
 from align.errors import DataError
 from align.io.console import log
 from align.io.files import read_json
+from align.stats import FEWEST_UNITS
 from align.trust.analysis import analyze
 from align.trust.linear_proxy import Family
 from align.trust.shared_errors import shared_error_signs
 
 FEWEST = 50
+MOST = 50_000
+"""Pairs to measure on, at most: the held-out log-likelihoods of all settings and their bootstrap stay in memory."""
 FOLDS, REPEATS = 5, 3
 
 
@@ -41,18 +44,45 @@ def measure_trust(
     from align.trust.features import pair_features, uncentered_pca
 
     start = time.monotonic()
+    pairs, clusters = _measured(pairs, seed)
     differences = pair_features(pairs, model, cache, max_length=max_length)
     done = time.monotonic()
     log.info("trust: %d pairs, features computed in %.0f s, now fitting the proxy", len(pairs), done - start)
     margin = np.asarray(pairs["margin"], dtype=np.float64)
-    folds = [folds_by_prompt(pairs, FOLDS, seed + repeat) for repeat in range(REPEATS)]
+    folds = [folds_of_clusters(clusters, FOLDS, seed + repeat) for repeat in range(REPEATS)]
     same_labels = origin in ("cross-fitted", "in-sample")
-    found = analyze(uncentered_pca(differences), margin, folds, Family(), same_labels=same_labels, seed=seed)
+    found = analyze(
+        uncentered_pca(differences), margin, folds, Family(), same_labels=same_labels, seed=seed, clusters=clusters
+    )
     lengths = np.array([count_words(row["chosen"]) - count_words(row["rejected"]) for row in pairs], dtype=np.float64)
     groups = [str(group) for group in pairs["group"]] if "group" in pairs.column_names else None
-    found["signs"] = shared_error_signs(margin, lengths, groups)
+    found["signs"] = shared_error_signs(margin, lengths, groups, clusters)
     found["seconds"] = {"features": done - start, "proxy": time.monotonic() - done}
     return found
+
+
+def _measured(pairs: Dataset, seed: int) -> tuple[Dataset, np.ndarray]:
+    """The pairs to measure, complete clusters of at most ``MOST`` pairs drawn at random, and the cluster of each.
+
+    Raises:
+        DataError: too few clusters for intervals.
+    """
+    clusters = clusters_of(pairs)
+    count = int(clusters.max()) + 1
+    if count < FEWEST_UNITS:
+        raise DataError(
+            f"found {len(pairs)} pairs in {count} groups that share prompts or responses, expected at least "
+            f"{FEWEST_UNITS} groups: fewer cannot tell settings apart",
+            code="trust-too-few",
+            hint="train with plain DPO, or collect pairs of more prompts",
+        )
+    if len(pairs) <= MOST:
+        return pairs, clusters
+    order = np.random.default_rng(seed).permutation(count)
+    sizes = np.bincount(clusters)[order]
+    kept = np.flatnonzero(np.isin(clusters, order[np.cumsum(sizes) <= MOST]))
+    log.info("trust: measured on %d of %d pairs, drawn at random", len(kept), len(pairs))
+    return pairs.select(kept), np.unique(clusters[kept], return_inverse=True)[1]
 
 
 def loss_parameters(found: dict[str, Any]) -> dict[str, float]:
