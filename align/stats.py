@@ -7,7 +7,7 @@ of each function, for 5 to 200 units, is held by tests/test_stats_coverage.py.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -183,6 +183,20 @@ def share_interval(values: ArrayLike, *, clusters: ArrayLike | None = None) -> E
         return Estimate(share, None, None, array.size, clustered)
     low, high = _wilson(share, effective, float(student.ppf(0.5 + LEVEL / 2, units - 1)))
     return Estimate(share, low, high, array.size, clustered)
+
+
+def out_of_fold(estimate: Estimate, *, lowest: float = -math.inf, highest: float = math.inf) -> Estimate:
+    """Widen the interval of a mean over out-of-fold values by the square root of 2.
+
+    Two such values depend on each other: the model that gave one was trained on the label of the other, and vice versa.
+    For a linear score of pure noise the covariances of all values sum to their variances (a degenerate U-statistic with
+    the kernel y_i y_j x_i x_j), so the variance of the mean is twice that of independent values. Nadeau and Bengio
+    (Machine Learning 52 (2003) 239-281) correct by 1 + k / (k - 1), 2.25 for k = 5 folds.
+    """
+    if estimate.low is None or estimate.high is None:
+        return estimate
+    low, high = (estimate.value + math.sqrt(2) * (end - estimate.value) for end in (estimate.low, estimate.high))
+    return replace(estimate, low=max(lowest, low), high=min(highest, high))
 
 
 def _wilson(share: float, count: float, quantile: float) -> tuple[float, float]:

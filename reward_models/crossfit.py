@@ -8,6 +8,7 @@ from datasets import Dataset, concatenate_datasets
 from align.config import ClusterSection, RewardSection
 from align.config.columns import SCORES, SPREAD
 from align.data.splits import folds_by_prompt
+from align.data.training_pairs import with_source
 from align.io.console import log
 from reward_models.calibration import fit_map
 from reward_models.ensemble import members, score_with, train_members
@@ -30,7 +31,8 @@ def cross_fit(
         cluster: Ray cluster that scores.
 
     Returns:
-        The table with reward_chosen, reward_rejected, margin, ``margin_std`` for an ensemble, and ``fold``.
+        The table with reward_chosen, reward_rejected, margin, ``margin_std`` for an ensemble,
+        ``margin_source`` and ``fold``.
     """
     fold = folds_by_prompt(pairs, config.folds, seed)
     columns = SCORES if config.ensemble == 1 else (*SCORES, SPREAD)
@@ -53,6 +55,7 @@ def cross_fit(
     table = pairs.remove_columns([column for column in columns if column in pairs.column_names])
     for column, values in zip(columns, scores.T, strict=True):
         table = table.add_column(column, values.tolist())
+    table = with_source(table, ["cross-fitted"] * len(table))
     return _calibrated(table, fold, config).add_column("fold", fold.tolist())
 
 

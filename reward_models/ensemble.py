@@ -15,6 +15,8 @@ from datasets import Dataset
 from align.config import ClusterSection, RewardSection
 from align.config.columns import SCORES, SPREAD, TEXT
 from align.data.pairs import fingerprint, with_columns
+from align.data.splits import draw_clusters
+from align.data.training_pairs import margin_sources, with_source
 from align.distributed import all_gather_objects, from_main_process, process_rank
 from align.io.console import log
 from align.io.hashing import digest
@@ -35,7 +37,7 @@ def train_members(train: Dataset, config: RewardSection, output: Path, *, seed: 
     """Train ``config.ensemble`` reward models into ``output`` and ``output/members``; existing ones are kept.
 
     Members differ in the seed of their head and of the order of the pairs. A linear head on frozen features has no
-    seed; there each member but the first is trained on a bootstrap sample of the pairs (bagging).
+    seed; there each member but the first is trained on a bootstrap sample of the pairs, drawn by cluster (bagging).
 
     Args:
         train: pair table.
@@ -48,8 +50,7 @@ def train_members(train: Dataset, config: RewardSection, output: Path, *, seed: 
         own = seed + SEED_STEP * number
         pairs = train
         if config.head != "full":
-            rows = np.random.default_rng(own).integers(0, len(train), len(train))
-            pairs = train.select(np.sort(rows))
+            pairs = train.select(draw_clusters(train, own))
         (output / MEMBERS).mkdir(exist_ok=True)
         train_reward_model(pairs, config, output / MEMBERS / str(number), seed=own)
 
@@ -114,7 +115,8 @@ def score_with(
     calibration: MarginMap | None = None,
     cluster: ClusterSection | None = None,
 ) -> Dataset:
-    """The table with the mean rewards of the models and their margin, and ``margin_std`` for at least two models.
+    """The table with the mean rewards of the models, their margin, its ``margin_source``, and ``margin_std`` for at
+    least two models.
 
     Each model in turn is loaded and scores all pairs, so that only one is in memory. All processes of a launcher call
     this together and share the work. Logs how many pairs have responses that are equal after truncation.
@@ -143,7 +145,7 @@ def score_with(
     if process_rank() == 0:
         shutil.rmtree(folder)
         tell_alike(alike)
-    table = _averaged(pairs, made)
+    table = with_source(_averaged(pairs, made), margin_sources(models, pairs))
     return table if calibration is None else calibration.apply(table)
 
 

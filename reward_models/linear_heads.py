@@ -26,6 +26,7 @@ from reward_models.tokenization import pair_texts, told_apart
 Loss = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(rewards of chosen [N], of rejected [N], columns) -> loss [N]."""
 PENALTIES = tuple(float(value) for value in 10.0 ** np.arange(4, -3, -1))
+CAUTIOUS = 1000.0
 FOLDS = 5
 NOISE = 1e-9
 
@@ -95,7 +96,12 @@ def fit_linear(
 
 
 def fit_logistic(chosen: np.ndarray, rejected: np.ndarray, fold: np.ndarray) -> tuple[np.ndarray, float]:
-    """Head [D] of L2-penalized logistic regression, and its penalty, chosen by cross-validated log-loss (fold [N])."""
+    """Head [D] of L2-penalized logistic regression, and its penalty, chosen by cross-validated log-loss (fold [N]).
+
+    If all pairs are in one fold, nothing can choose the penalty, and it is ``CAUTIOUS``.
+    """
+    if len(np.unique(fold)) < 2:
+        return fit_linear(chosen, rejected, _logistic, {}, penalty=CAUTIOUS), CAUTIOUS
     losses = np.zeros(len(PENALTIES))
     for number in np.unique(fold):
         inside = fold == number
@@ -143,8 +149,9 @@ def train_head(
     if config.head == "naive-bayes":
         head = Moments.of(chosen - rejected).naive_bayes()
     else:
-        head, penalty = fit_logistic(chosen, rejected, folds_by_prompt(train, min(FOLDS, len(train)), seed))
-        log.info("logistic head on %d features: penalty %g by %d folds", len(head), penalty, FOLDS)
+        fold = folds_by_prompt(train, min(FOLDS, len(train)), seed)
+        head, penalty = fit_logistic(chosen, rejected, fold)
+        log.info("logistic head on %d features: penalty %g by %d folds", len(head), penalty, len(np.unique(fold)))
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(head).to(layer.weight)[None])
         if layer.bias is not None:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import expit
 
-from align.stats import Estimate, share_interval
+from align.stats import Estimate, out_of_fold, share_interval
 
 BINS = 10
 
@@ -44,12 +44,15 @@ class MarginMetrics:
         return asdict(self)
 
 
-def evaluate_margins(margins: ArrayLike, *, clusters: ArrayLike | None = None) -> MarginMetrics:
+def evaluate_margins(
+    margins: ArrayLike, *, clusters: ArrayLike | None = None, cross_fitted: bool = False
+) -> MarginMetrics:
     """Metrics of margins [N], chosen minus rejected.
 
     Args:
         margins: reward of chosen minus reward of rejected.
-        clusters: cluster label of each pair, [N] (``clusters_of``), for a cluster bootstrap; None: no clusters.
+        clusters: cluster label of each pair, [N] (``clusters_of``), that intervals are over; None: no clusters.
+        cross_fitted: the margins are out-of-fold, which widens the interval (``out_of_fold``).
 
     Raises:
         ValueError: there are no margins, or one is not finite.
@@ -58,11 +61,14 @@ def evaluate_margins(margins: ArrayLike, *, clusters: ArrayLike | None = None) -
     if m.size == 0 or not np.isfinite(m).all():
         raise ValueError(f"margins must be finite and at least one, got {m.size} with {np.isfinite(m).sum()} finite")
     right = np.where(m == 0, 0.5, m > 0)
+    accuracy = share_interval(right, clusters=clusters)
+    if cross_fitted:
+        accuracy = out_of_fold(accuracy, lowest=0.0, highest=1.0)
     bins = reliability_bins(m)
     ece = sum(item.count * abs(item.accuracy - item.confidence) for item in bins) / m.size
     return MarginMetrics(
         n=int(m.size),
-        accuracy=share_interval(right, clusters=clusters),
+        accuracy=accuracy,
         log_loss=float(np.logaddexp(0.0, -m).mean()),
         brier=float(np.mean(expit(-m) ** 2)),
         ece=float(ece),

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TrlRewardConfig
 
 from align.config import RewardSection
+from align.data.training_pairs import write_record
 from align.distributed import from_main_process, process_rank, wait_until
 from align.io.console import log
 from align.io.files import atomic_folder
@@ -48,7 +49,7 @@ def train_reward_model(train: Dataset, config: RewardSection, output: Path, *, s
     elif config.head == "full":
         _train_full(train, config, output, checkpoints, seed)
     elif process_rank() == 0:
-        save_model(*train_head(train, config, seed=seed, cache=checkpoints), output)
+        save_model(*train_head(train, config, seed=seed, cache=checkpoints), output, train)
     if process_rank() == 0:
         shutil.rmtree(checkpoints, ignore_errors=True)
     wait_until((output / CONFIG).exists)
@@ -91,7 +92,8 @@ def _train_full(train: Dataset, config: RewardSection, output: Path, checkpoints
     with trainer.trained(f"reward model {output.name}"):
         trained = _gathered(trainer, config)
         if trained is not None:
-            save_model(trained.merge_and_unload() if config.peft is not None else trained, tokenizer, output)
+            merged = trained.merge_and_unload() if config.peft is not None else trained
+            save_model(merged, tokenizer, output, train)
 
 
 def _gathered(trainer: RewardTrainer, config: RewardSection) -> Any:
@@ -109,8 +111,9 @@ def _gathered(trainer: RewardTrainer, config: RewardSection) -> Any:
     return trained
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    """Write a model folder, whole or not at all."""
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, train: Dataset) -> None:
+    """Write a model folder with the record of its training pairs, completely or not at all."""
     with atomic_folder(output) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        write_record(train, temporary)

@@ -50,8 +50,8 @@ def advise(options: TrustOptions) -> None:
 def _run(options: TrustOptions, sentences: tuple[str, ...]) -> None:
     from align.cli.options import pair_source
     from align.commands import trust as commands
+    from align.data.training_pairs import SOURCES
     from align.errors import ConfigError
-    from align.trust.measure import SOURCES
 
     if options.margins is not None and options.margins not in SOURCES:
         known = ", ".join(SOURCES)

@@ -38,6 +38,7 @@ def score_pairs(
 
     from align.data.pairs import FILE, load_pairs, write_pairs
     from align.data.splits import clusters_of
+    from align.data.training_pairs import report_in_sample, source_of
     from align.io.source_files import keep_source
     from align.io.stage import check_files
     from align.models.message_checks import check_pairs_of
@@ -58,5 +59,7 @@ def score_pairs(
     if process_rank() > 0:
         return
     write_pairs(scored, output)
+    if not report_in_sample(scored, "reward score"):
+        log.info("margins are %s: 0 of these %d pairs were trained on", source_of(scored), len(scored))
     out.print_json(json.dumps(evaluate_margins(np.asarray(scored["margin"]), clusters=clusters_of(scored)).to_dict()))
     log.info("margins: %s; train on them with `pairs.path: %s`", output / "pairs.parquet", output / "pairs.parquet")

@@ -7,11 +7,11 @@ from align.config import PairsSection
 from align.data.pairs import load_pairs
 from align.io.console import log, out
 from align.io.files import write_json
-from align.trust.measure import check_margins, margin_source, measure_trust
+from align.trust.measure import check_known, check_margins, margin_source, measure_trust
 from align.trust.sentences import sentences
 
 FILE, PAGE, FEATURES = "trust.json", "trust.html", "features"
-MEASURED = ("verdict", "labels", "margin", "both")
+MEASURED = ("verdict", "source", "labels", "margin", "both")
 ADVICE = ("verdict", "against", "source", "more", "shared")
 
 
@@ -42,7 +42,8 @@ def trust(
         AlignError: the pairs, their margins or the model cannot be used.
     """
     pairs = load_pairs(source)
-    origin = margins or margin_source(Path(source.path))
+    origin = margins or margin_source(Path(source.path), pairs)
+    check_known(origin, source.path)
     check_margins(pairs, origin, source.path, allow_in_sample=allow_in_sample)
     found = measure_trust(pairs, model, output / FEATURES, origin=origin, max_length=max_length, seed=seed)
     found |= {"source": source.path, "model": model, "margins": origin, "seed": seed}

@@ -42,6 +42,7 @@ COLUMNS = (
     Column("reward_rejected", "number", "reward of the rejected response", "reward model"),
     Column("margin", "number", "reward_chosen - reward_rejected", "reward model or source", in_batch=True),
     Column("margin_std", "number", "standard deviation of an ensemble's margins", "reward model", not_negative=True),
+    Column("margin_source", "name", "in-sample, cross-fitted, outside or unknown", "reward model"),
     Column("weight", "number", "factor of the pair's loss", "source or training", not_negative=True, in_batch=True),
     Column("ood", "number", "distance to the training pairs of the reward model", "filter", not_negative=True),
     Column("teacher_margin", "number", "margin by a teacher, for objectives that regress on it", "source"),

@@ -1,4 +1,4 @@
-"""Held-out splits, folds and clusters that keep pairs of one prompt together."""
+"""Clusters of pairs that share texts, and held-out splits, folds and bootstrap samples that keep clusters together."""
 
 import hashlib
 import json
@@ -11,71 +11,102 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from align.config.columns import TEXT
+from align.data.text import plain
+from align.io.console import log
 
 ROUNDING = 1e-9
 """Rounding error that remains of 1 - 10 * 0.1."""
+LONG = 40
+"""Characters from which a response that two prompts share is a copy; shorter ones ("Yes") recur by chance."""
 
 
 def split_by_prompt(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """(train, held out): about ``fraction`` of the pairs held out, no prompt on both sides; see ``folds_by_prompt``."""
+    """(train, held out): about ``fraction`` of the pairs held out, no cluster on both sides; see ``clusters_of``.
+
+    Of the parts of that size, the one whose size is nearest to ``fraction`` is held out.
+    """
     if fraction == 0:
         return pairs, pairs.select([])
     share = max(fraction, 1 / max(len(pairs), 1))
     parts = int(1 / share + ROUNDING)
     rest = 1 - parts * share
-    held_out = _dealt(pairs, [share] * parts + ([rest] if rest > ROUNDING else []), seed) == 0
+    dealt = _dealt(clusters_of(pairs), [share] * parts + ([rest] if rest > ROUNDING else []), seed, "held-out part")
+    sizes = np.bincount(dealt, minlength=parts)[:parts]
+    away = np.where(sizes > 0, np.abs(sizes - share * len(pairs)), np.inf)
+    held_out = dealt == int(away.argmin())
     return pairs.select(np.flatnonzero(~held_out)), pairs.select(np.flatnonzero(held_out))
 
 
 def folds_by_prompt(pairs: Dataset, folds: int, seed: int) -> np.ndarray:
-    """Fold of every pair, int64 [N] in 0..folds-1; pairs of one prompt share a fold, folds have nearly equal size.
+    """Fold of every pair, int64 [N] in 0..folds-1: no cluster of ``clusters_of`` lies in two folds.
 
-    A prompt of more than 1 in 2 ``folds`` pairs (an instruction common to the dataset) does not say which pairs belong
-    together, so its pairs are assigned one by one.
+    Folds have nearly equal size, unless a cluster is larger than a fold (which is logged); with fewer clusters than
+    folds, some folds are empty.
     """
-    return _dealt(pairs, [1 / folds] * folds, seed)
+    return folds_of_clusters(clusters_of(pairs), folds, seed)
 
 
-def _dealt(pairs: Dataset, shares: list[float], seed: int) -> np.ndarray:
-    """``folds_by_prompt`` for folds that hold these shares of the pairs."""
-    folds, shared = len(shares), np.array(shares)
-    keys = [json.dumps(prompt, sort_keys=True) for prompt in pairs["prompt"]]
-    groups: dict[str, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    largest = max(1, len(keys) // (2 * folds))
-    units: list[list[int]] = []
-    for members in groups.values():
-        units += [members] if len(members) <= largest else [[member] for member in members]
-    order = np.random.default_rng(seed).permutation(len(units))
-    fold = np.empty(len(keys), dtype=np.int64)
-    sizes = np.zeros(folds, dtype=np.int64)
-    for unit in sorted((units[k] for k in order), key=len, reverse=True):
+def folds_of_clusters(clusters: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """``folds_by_prompt`` from the cluster of every pair, int64 [N]."""
+    return _dealt(clusters, [1 / folds] * folds, seed, "fold")
+
+
+def _dealt(clusters: np.ndarray, shares: list[float], seed: int, part: str) -> np.ndarray:
+    """Part of every pair, [N]: clusters dealt out, the largest first, to parts that hold these shares of the pairs."""
+    counts = np.unique(clusters, return_counts=True)[1]
+    which = np.unique(clusters, return_inverse=True)[1]
+    wanted = len(clusters) * shares[0]
+    if counts.size and counts.max() > max(1.0, np.ceil(wanted)):
+        log.warning(
+            "splits: %d of %d pairs belong together (the same prompt, response or pair) and are not divided, but a %s "
+            "of equal size has %d: parts differ in size, and intervals count these pairs as one",
+            counts.max(), len(clusters), part, round(wanted),
+        )  # fmt: skip
+    shared = np.array(shares)
+    order = np.random.default_rng(seed).permutation(counts.size)
+    part_of = np.zeros(counts.size, dtype=np.int64)
+    sizes = np.zeros(len(shares), dtype=np.int64)
+    for unit in order[np.argsort(-counts[order], kind="stable")]:
         smallest = int((sizes / shared).argmin())
-        fold[unit] = smallest
-        sizes[smallest] += len(unit)
-    return fold
+        part_of[unit] = smallest
+        sizes[smallest] += counts[unit]
+    dealt: np.ndarray = part_of[which]
+    return dealt
+
+
+def draw_clusters(pairs: Dataset, seed: int) -> np.ndarray:
+    """Rows of a bootstrap sample of the clusters of ``clusters_of``: as many clusters as there are, with repetition."""
+    clusters = clusters_of(pairs)
+    order = np.argsort(clusters, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(clusters))[:-1])
+    drawn = np.random.default_rng(seed).integers(0, len(members), len(members))
+    return np.sort(np.concatenate([members[k] for k in drawn]))
 
 
 def clusters_of(pairs: Dataset) -> np.ndarray:
-    """Cluster of every pair, int64 [N]: pairs that share a prompt are correlated, so statistics resample clusters.
+    """Cluster of every pair, int64 [N] from 0: connected components of pairs that share texts.
 
-    A prompt of more than 1 in 10 pairs (an instruction common to the dataset) does not say which pairs belong together;
-    its pairs form a cluster if they share a response.
+    Pairs are connected if they share a prompt, or a response to one prompt, or a response of ``LONG`` characters to any
+    prompt; equal pairs share all three. They are correlated, so splits keep clusters together and statistics resample
+    clusters. A prompt of more than half of the pairs is an instruction common to the dataset and connects none; its
+    pairs are connected by their responses.
     """
     count = len(pairs)
-    texts = {name: [_name(text) for text in pairs[name]] for name in TEXT}
-    pairs_of = Counter(texts["prompt"])
+    texts = {name: [_name(text) for text in pairs[name]] for name in TEXT if name in pairs.column_names}
+    common = {prompt for prompt, times in Counter(texts["prompt"]).items() if times > max(2, count / 2)}
+    long = [[len(plain(text)) >= LONG for text in pairs[name]] for name in texts if name != "prompt"]
     nodes: dict[bytes, int] = {}
     links: list[tuple[int, int]] = []
     for k, (prompt, *responses) in enumerate(zip(*texts.values(), strict=True)):
         shared = [prompt + response for response in responses]
-        if pairs_of[prompt] <= max(2, count // 10):
+        shared += [response for response, of in zip(responses, long, strict=True) if of[k]]
+        if prompt not in common:
             shared.append(prompt)
         links += [(k, count + nodes.setdefault(name, len(nodes))) for name in shared]
     size = count + len(nodes)
     graph = coo_matrix((np.ones(len(links)), tuple(np.array(links, dtype=np.int64).reshape(-1, 2).T)), (size, size))
-    clusters: np.ndarray = connected_components(graph, directed=False)[1][:count].astype(np.int64)
+    found = connected_components(graph, directed=False)[1][:count]
+    clusters: np.ndarray = np.unique(found, return_inverse=True)[1].astype(np.int64)
     return clusters
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, RESPONSES, TEMPLATE_COLUMNS, TEXT
+from align.data.implicit_prompt import extract_prompt
 from align.data.readers import Row
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -42,17 +43,13 @@ class RowReader:
 
     Args:
         source: name of the source, for messages.
-        columns: its columns; without ``prompt``, the prompt is the common start of chosen and rejected (trl's implicit
-            prompt format).
+        columns: its columns; without ``prompt``, the prompt is the shared beginning of chosen and rejected (trl's
+            implicit prompt format; see ``extract_prompt``).
     """
 
     def __init__(self, source: str, columns: set[str]) -> None:
         self.source = source
         self.implicit = "prompt" not in columns
-        if self.implicit:
-            from trl.data_utils import extract_prompt
-
-            self._extract_prompt = extract_prompt
 
     def read(self, row: Row) -> tuple[dict[str, Any] | None, list[Problem]]:
         """(pair or None, problems): a pair comes with problems only if a column other than its texts is invalid."""
@@ -71,7 +68,7 @@ class RowReader:
         if values["chosen"] == values["rejected"]:
             return None, [self._problem(row, "rejected", "pair-equal", "the same as chosen", "another response")]
         if self.implicit:
-            values |= self._extract_prompt({name: values[name] for name in texts})
+            values |= extract_prompt(*(values[name] for name in texts))
             if not values["prompt"]:
                 expected = "chosen and rejected to begin with the same prompt"
                 return None, [self._problem(row, "chosen", "pair-no-prompt", "no shared beginning", expected)]
@@ -88,6 +85,8 @@ class RowReader:
         for name in TEMPLATE_COLUMNS:
             pair[name], problem = self._template_argument(row, name, values.get(name))
             problems += problem
+        if pair["margin"] is None and None not in (pair["reward_chosen"], pair["reward_rejected"]):
+            pair["margin"] = pair["reward_chosen"] - pair["reward_rejected"]
         for name in NAMES:
             pair[name] = None if values.get(name) is None else str(values[name])
         pair["id"] = values.get("id")

@@ -94,7 +94,14 @@ def fit(features: np.ndarray, margin: np.ndarray, slope: float, family: Family) 
 
 
 def held_out(
-    features: np.ndarray, margin: np.ndarray, folds: Sequence[np.ndarray], family: Family, *, every: int = 1
+    features: np.ndarray,
+    margin: np.ndarray,
+    folds: Sequence[np.ndarray],
+    family: Family,
+    *,
+    share: float = 1.0,
+    clusters: np.ndarray | None = None,
+    seed: int = 0,
 ) -> HeldOut:
     """Cross-validate: log-likelihood of every label under policies and a slope fitted on the other folds.
 
@@ -103,15 +110,22 @@ def held_out(
         margin: m [N].
         folds: for each repeat the fold [N] of every pair.
         family: what to train.
-        every: train on every ``every``-th pair of the other folds (learning curves).
+        share: share of the clusters of the other folds to train on, drawn at random (learning curves).
+        clusters: cluster [N] of every pair; None: each pair is one.
+        seed: seed of the draw.
     """
+    which = np.arange(len(margin)) if clusters is None else clusters
+    rng = np.random.default_rng(seed)
     loglik = np.zeros((len(margin), len(family.grid), len(family.spreads)))
     alone = np.zeros(len(margin))
     overall = calibrated_slope(margin)
     for fold in folds:
         for number in np.unique(fold):
             test = fold == number
-            train = np.flatnonzero(~test)[::every]
+            train = np.flatnonzero(~test)
+            if share < 1:
+                names = rng.permutation(np.unique(which[train]))
+                train = train[np.isin(which[train], names[: max(1, round(share * len(names)))])]
             slope = calibrated_slope(margin[train]) if (margin[train] < 0).any() else overall
             theta = fit(features[train], margin[train], slope, family)
             loglik[test] += log_sigmoid(np.tensordot(features[test], theta, axes=1))

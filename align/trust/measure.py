@@ -6,18 +6,21 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.data.splits import folds_by_prompt
+from align.data.splits import clusters_of, folds_of_clusters
 from align.data.text import count_words
+from align.data.training_pairs import SOURCE, SOURCES, UNKNOWN, source_of
 from align.errors import DataError
 from align.io.console import log
 from align.io.files import read_json
+from align.stats import FEWEST_UNITS
 from align.trust.analysis import analyze
 from align.trust.linear_proxy import Family
 from align.trust.shared_errors import shared_error_signs
 
 FEWEST = 50
+MOST = 50_000
+"""Pairs to measure on, at most: the held-out log-likelihoods of all settings and their bootstrap stay in memory."""
 FOLDS, REPEATS = 5, 3
-SOURCES = ("outside", "cross-fitted", "in-sample")
 
 
 def measure_trust(
@@ -49,18 +52,45 @@ def measure_trust(
     from align.trust.features import pair_features, uncentered_pca
 
     start = time.monotonic()
+    pairs, clusters = _measured(pairs, seed)
     differences = pair_features(pairs, model, cache, max_length=max_length, truncation=truncation)
     done = time.monotonic()
     log.info("trust: %d pairs, features computed in %.0f s, now fitting the proxy", len(pairs), done - start)
     margin = np.asarray(pairs["margin"], dtype=np.float64)
-    folds = [folds_by_prompt(pairs, FOLDS, seed + repeat) for repeat in range(REPEATS)]
+    folds = [folds_of_clusters(clusters, FOLDS, seed + repeat) for repeat in range(REPEATS)]
     same_labels = origin in ("cross-fitted", "in-sample")
-    found = analyze(uncentered_pca(differences), margin, folds, Family(), same_labels=same_labels, seed=seed)
+    found = analyze(
+        uncentered_pca(differences), margin, folds, Family(), same_labels=same_labels, seed=seed, clusters=clusters
+    )
     lengths = np.array([count_words(row["chosen"]) - count_words(row["rejected"]) for row in pairs], dtype=np.float64)
     groups = [str(group) for group in pairs["group"]] if "group" in pairs.column_names else None
-    found["signs"] = shared_error_signs(margin, lengths, groups)
+    found["signs"] = shared_error_signs(margin, lengths, groups, clusters)
     found["seconds"] = {"features": done - start, "proxy": time.monotonic() - done}
     return found
+
+
+def _measured(pairs: Dataset, seed: int) -> tuple[Dataset, np.ndarray]:
+    """The pairs to measure, complete clusters of at most ``MOST`` pairs drawn at random, and the cluster of each.
+
+    Raises:
+        DataError: too few clusters for intervals.
+    """
+    clusters = clusters_of(pairs)
+    count = int(clusters.max()) + 1
+    if count < FEWEST_UNITS:
+        raise DataError(
+            f"found {len(pairs)} pairs in {count} groups that share prompts or responses, expected at least "
+            f"{FEWEST_UNITS} groups: fewer cannot tell settings apart",
+            code="trust-too-few",
+            hint="train with plain DPO, or collect pairs of more prompts",
+        )
+    if len(pairs) <= MOST:
+        return pairs, clusters
+    order = np.random.default_rng(seed).permutation(count)
+    sizes = np.bincount(clusters)[order]
+    kept = np.flatnonzero(np.isin(clusters, order[np.cumsum(sizes) <= MOST]))
+    log.info("trust: measured on %d of %d pairs, drawn at random", len(kept), len(pairs))
+    return pairs.select(kept), np.unique(clusters[kept], return_inverse=True)[1]
 
 
 def loss_parameters(found: dict[str, Any]) -> dict[str, float]:
@@ -68,15 +98,33 @@ def loss_parameters(found: dict[str, Any]) -> dict[str, float]:
     return {"slope": found["slope"], "trust": found["chosen"]["trust"], "strength": found["chosen"]["strength"]}
 
 
-def margin_source(table: Path) -> str:
-    """The origin of the margins according to the run that wrote ``table``; ``unknown`` without such a record."""
+def margin_source(table: Path, pairs: Dataset | None = None) -> str:
+    """The origin of the margins according to the column ``margin_source`` of the pairs, else to the run that wrote
+    ``table``; ``unknown`` without such a record."""
+    if pairs is not None and SOURCE in pairs.column_names:
+        return source_of(pairs)
     for folder in (table, table.parent):
         file = folder.parent / "metrics.json"
-        if file.exists():
-            metrics = read_json(file)
-            if isinstance(metrics, dict) and metrics.get("margins") in SOURCES:
-                return str(metrics["margins"])
-    return "unknown"
+        metrics = read_json(file) if file.exists() else None
+        for found in (metrics, metrics.get(folder.name)) if isinstance(metrics, dict) else ():
+            if isinstance(found, dict) and found.get("margins") in SOURCES:
+                return str(found["margins"])
+    return UNKNOWN
+
+
+def check_known(origin: str, where: str) -> None:
+    """Check that the origin of the margins is known.
+
+    Raises:
+        DataError: it is not.
+    """
+    if origin == UNKNOWN:
+        raise DataError(
+            f"{where}: found margins of unknown origin, expected to know whether their reward model was trained on "
+            "these pairs: margins of a model that has seen the labels repeat them",
+            code="trust-origin",
+            hint="give --margins outside (other labels), cross-fitted or in-sample",
+        )
 
 
 def check_margins(pairs: Dataset, origin: str, where: str, *, allow_in_sample: bool) -> None:
@@ -123,8 +171,13 @@ def check_margins(pairs: Dataset, origin: str, where: str, *, allow_in_sample: b
         )
     if origin == "in-sample" and not allow_in_sample:
         raise DataError(
-            f"{where}: found in-sample margins (each by a reward model that has seen the pair's label), expected "
+            f"{where}: found in-sample margins{_how_many(pairs)} (by a reward model that has seen the label), expected "
             "cross-fitted or outside ones: such margins repeat the labels and would be trusted too much",
             code="trust-in-sample",
             hint="set reward.folds: 5, or force it with --allow-in-sample",
         )
+
+
+def _how_many(pairs: Dataset) -> str:
+    count = list(pairs[SOURCE]).count("in-sample") if SOURCE in pairs.column_names else 0
+    return f" in {count} of {len(pairs)} pairs" if count else ""

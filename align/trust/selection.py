@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from align.stats import cluster_codes
 from align.trust.linear_proxy import DPO, Family, HeldOut, Setting, without_leak
 
 RESAMPLES = 500
@@ -29,6 +30,7 @@ def choose(
     family: Family,
     *,
     same_labels: bool,
+    clusters: np.ndarray | None = None,
 ) -> Selection:
     """Choose the setting to train with.
 
@@ -44,12 +46,14 @@ def choose(
         features: x [N, D].
         family: what was trained.
         same_labels: whether the margins were cross-fitted on the labels that judge them.
+        clusters: cluster [N] of every pair; None: each pair is one.
     """
     if heldout.slope == 0:
         return by_labels(heldout.loglik, np.array([setting == DPO for setting in family.grid]))
     if same_labels:
         return by_labels(without_leak(heldout, family))
-    return by_evidence(theta, proposal, features, undecided(heldout.loglik, by_labels(heldout.loglik), ERRORS))
+    left = undecided(heldout.loglik, by_labels(heldout.loglik), ERRORS, clusters)
+    return by_evidence(theta, proposal, features, left)
 
 
 def by_labels(loglik: np.ndarray, allowed: np.ndarray | None = None) -> Selection:
@@ -66,11 +70,29 @@ def by_labels(loglik: np.ndarray, allowed: np.ndarray | None = None) -> Selectio
     return Selection(int(setting), int(spread))
 
 
-def undecided(loglik: np.ndarray, best: Selection, errors: float) -> np.ndarray:
+def undecided(loglik: np.ndarray, best: Selection, errors: float, clusters: np.ndarray | None = None) -> np.ndarray:
     """bool [settings, spreads]: mean log-likelihood within ``errors`` standard errors of that of ``best``; the standard
     error is that of the difference."""
     difference = loglik - loglik[:, best.setting, best.spread][:, None, None]
-    return difference.mean(axis=0) >= -errors * difference.std(axis=0) / np.sqrt(len(loglik))
+    allowed: np.ndarray = difference.mean(axis=0) >= -errors * standard_error(difference, clusters)
+    return allowed
+
+
+def cluster_sums(values: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
+    """Sums [G, ...] of values [N, ...] over the clusters [N]; the values themselves without clusters."""
+    which = cluster_codes(clusters)
+    if which is None:
+        return values
+    order = np.argsort(which, kind="stable")
+    starts = np.flatnonzero(np.diff(which[order], prepend=-1))
+    sums: np.ndarray = np.add.reduceat(values[order], starts, axis=0)
+    return sums
+
+
+def standard_error(values: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
+    """Standard error [...] of the mean of values [N, ...] over clusters [N]."""
+    error: np.ndarray = np.sqrt(np.square(cluster_sums(values - values.mean(axis=0), clusters)).sum(axis=0))
+    return error / len(values)
 
 
 def by_evidence(theta: np.ndarray, proposal: np.ndarray, features: np.ndarray, allowed: np.ndarray) -> Selection:
@@ -94,14 +116,19 @@ def by_evidence(theta: np.ndarray, proposal: np.ndarray, features: np.ndarray, a
     return Selection(int(setting), int(spread))
 
 
-def bootstrap(loglik: np.ndarray, grid: tuple[Setting, ...], *, seed: int) -> dict[str, tuple[float, float]]:
-    """Bootstrap over pairs: 95% intervals of the trust and strength that held-out labels alone choose."""
-    flat = loglik.reshape(len(loglik), -1)
+def bootstrap(
+    loglik: np.ndarray, grid: tuple[Setting, ...], *, seed: int, clusters: np.ndarray | None = None
+) -> dict[str, tuple[float, float]]:
+    """Bootstrap over clusters: 95% intervals of the trust and strength that held-out labels alone choose."""
+    sums = cluster_sums(loglik.reshape(len(loglik), -1), clusters)
+    which = cluster_codes(clusters)
+    sizes = np.ones(len(sums)) if which is None else np.bincount(which).astype(np.float64)
     rng = np.random.default_rng(seed)
-    counts = np.stack(
-        [np.bincount(rng.integers(0, len(flat), len(flat)), minlength=len(flat)) for _ in range(RESAMPLES)]
-    )
-    chosen = (counts @ flat).argmax(axis=1) // loglik.shape[2]
+    chosen = []
+    for _ in range(RESAMPLES):
+        counts = np.bincount(rng.integers(0, len(sums), len(sums)), minlength=len(sums))
+        mean = counts @ sums / (counts @ sizes)
+        chosen.append(int(mean.argmax()) // loglik.shape[2])
     intervals = {}
     for name in ("trust", "strength"):
         low, high = np.quantile([getattr(grid[k], name) for k in chosen], [0.025, 0.975])

@@ -106,12 +106,12 @@ def test_a_single_prompt_tells_nothing_of_others() -> None:
 def test_what_belongs_together() -> None:
     """Pairs of a prompt are one cluster; with one prompt in the entire table, pairs that share a response are."""
     rows = [(f"p{k // 2}", f"good {k}", f"bad {k}") for k in range(20)]
-    rows += [("Review:", f"film {k}", f"plot {k}") for k in range(10)]
-    rows += [("Review:", "film 10", "film 0"), ("Review:", "plot 10", "film 10")]
+    rows += [("Review:", f"film {k}", f"plot {k}") for k in range(30)]
+    rows += [("Review:", "film 30", "film 0"), ("Review:", "plot 30", "film 30")]
     table = Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), zip(*rows, strict=True), strict=True)))
     found = clusters_of(table).tolist()
     assert found[:20] == [k // 2 for k in range(20)]
-    assert found[20:] == [10, *range(11, 20), 10, 10]
+    assert found[20:] == [10, *range(11, 40), 10, 10]
 
 
 def data(shift: float, seed: int = 0, size: int = 600) -> tuple[np.ndarray, np.ndarray, list[str]]:

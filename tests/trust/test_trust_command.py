@@ -167,10 +167,15 @@ def test_the_origin_of_the_margins_is_read_from_the_run(tmp_path: Path) -> None:
 )
 def test_the_verdict_names_the_method(trust: float, strength: float, message: str) -> None:
     found = {
-        "slope": 0.5, "chosen": {"trust": trust, "strength": strength}, "interval": {"trust": [0.0, 0.5]}
+        "slope": 0.5, "chosen": {"trust": trust, "strength": strength}, "interval": {"trust": [0.0, 0.5]},
+        "decided": True, "pairs": 60,
     }  # fmt: skip
     assert setting(found).startswith(message) and "a trust from 0 to 0.5" in setting(found)
     assert "contradict" in setting(found | {"slope": 0.0})
+    for slope in (0.0, 0.5):
+        assert setting(found | {"decided": False, "slope": slope}).startswith(
+            "These data cannot tell; plain DPO is the default: on 60 pairs"
+        )
 
 
 def align(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:

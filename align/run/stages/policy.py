@@ -15,6 +15,7 @@ from align.data.pairs import load_pairs, read_pairs, write_pairs
 from align.data.prompts import load_prompts
 from align.data.splits import clusters_of, folds_by_prompt, split_by_prompt
 from align.data.statistics import summarize
+from align.data.training_pairs import report_in_sample, source_of, with_source
 from align.distributed import process_rank
 from align.errors import DataError
 from align.filtering.tables import KEPT
@@ -168,9 +169,17 @@ def stage_margins(config: RunConfig, folder: Path) -> None:
     scored, note = _add_margins(config, config.reward, folder)
     if process_rank() > 0:
         return
+    if origin == "outside":
+        origin = source_of(scored)
+        count = report_in_sample(scored, "margins")
+        if count:
+            note = f"{count} of {len(scored)} pairs, or their responses, are among the reward model's: in-sample."
+    else:
+        scored = with_source(scored, [origin] * len(scored))
     write_pairs(scored, folder / "pairs")
-    found = evaluate_margins(np.asarray(scored["margin"]), clusters=clusters_of(scored)).to_dict()
-    write_json(folder / METRICS, {"note": note, "margins": origin, **found})
+    crossed = origin == "cross-fitted"
+    found = evaluate_margins(np.asarray(scored["margin"]), clusters=clusters_of(scored), cross_fitted=crossed)
+    write_json(folder / METRICS, {"note": note, "margins": origin, **found.to_dict()})
 
 
 def _add_margins(config: RunConfig, reward: RewardSection, folder: Path) -> tuple[Dataset, str]:
@@ -203,7 +212,8 @@ def stage_trust(config: RunConfig, folder: Path) -> None:
     """Measure how far to trust label and margin of the policy's pairs; write the parameters of the loss ``trust``."""
     assert config.train is not None
     table = config.folder / "margins" / "pairs"
-    pairs, origin = read_pairs(table), margin_source(table)
+    pairs = read_pairs(table)
+    origin = margin_source(table, pairs)
     check_margins(pairs, origin, str(table), allow_in_sample=config.train.allow_in_sample)
     fields, cache, seed = config.train.trainer, folder / FEATURES, config.seed
     length, truncation = fields.get("max_length", MAX_LENGTH), fields.get("truncation_mode", "keep_start")

@@ -8,9 +8,11 @@ import numpy as np
 from datasets import Dataset
 
 from align.config import RewardSection, RunConfig
-from align.data.pairs import read_pairs, write_pairs
+from align.data.pairs import FILE, read_pairs, write_pairs
 from align.data.splits import clusters_of, folds_by_prompt
+from align.data.training_pairs import source_of
 from align.distributed import process_rank
+from align.io.console import log
 from align.io.files import write_json
 from align.training.train import MODEL
 from reward_models.calibration import MarginMap, calibrated_out_of_fold, fit_map
@@ -42,7 +44,7 @@ def stage_reward(config: RunConfig, folder: Path) -> None:
         margins = np.asarray(scored["margin"])
         write_pairs(scored, folder / name)
         clusters = clusters_of(scored)
-        metrics[name] = evaluate_margins(margins, clusters=clusters).to_dict()
+        metrics[name] = {"margins": source_of(scored), **evaluate_margins(margins, clusters=clusters).to_dict()}
         if name == "heldout":
             words = word_difference(heldout)
             metrics["length"] = length_probe(margins, words, clusters=clusters)
@@ -77,7 +79,9 @@ def stage_crossfit(config: RunConfig, folder: Path) -> None:
     if process_rank() > 0:
         return
     write_pairs(scored.remove_columns("fold"), folder / "pairs")
-    write_json(folder / METRICS, evaluate_margins(np.asarray(scored["margin"]), clusters=clusters_of(scored)).to_dict())
+    found = evaluate_margins(np.asarray(scored["margin"]), clusters=clusters_of(scored), cross_fitted=True)
+    write_json(folder / METRICS, {"margins": source_of(scored), **found.to_dict()})
+    log.info("cross-fitted margins: %s; train, filter and `align trust` with this table", folder / "pairs" / FILE)
 
 
 def scored_by(
