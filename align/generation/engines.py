@@ -77,9 +77,7 @@ def make_engine(
         except TypeError as error:
             raise ConfigError(f"engine server: {error}", code="engine-option") from None
     from align.generation.transformers_engine import TransformersEngine
-    from align.models.loading import load_policy, load_tokenizer
+    from align.models.loading import load_merged_policy, load_tokenizer
 
-    policy = load_policy(model, **({"dtype": "float32"} | extra))
-    if hasattr(policy, "merge_and_unload") and not getattr(policy, "is_quantized", False):
-        policy = policy.merge_and_unload()  # an adapter costs each sampled token more than once what it holds
+    policy = load_merged_policy(model, **({"dtype": "float32"} | extra))
     return TransformersEngine(policy, load_tokenizer(model), batch_size=batch_size)

@@ -1,5 +1,7 @@
 """Which layout a run uses, and why."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +19,8 @@ TRIAL_TOKENS = 24
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Difference of log-probs per completion token (nats) that rounding explains; ``HALF_TOLERANCE`` for 16-bit models."""
 HALF_TOLERANCE = 0.05
+TRIAL_SCALE = 0.02
+"""Standard deviation of the adapter weights in a trial."""
 
 
 def choose_layout(model: torch.nn.Module, batch: dict[str, Any], choice: LayoutChoice) -> Layout:
@@ -60,11 +64,25 @@ def has_adapter(model: torch.nn.Module) -> bool:
     return hasattr(model, "get_base_model")
 
 
+def is_bypassed(model: torch.nn.Module) -> str | None:
+    """Why the transformers model inside the adapter, called alone, is not the adapted model; None where it is.
+
+    Adapters on layers act wherever these are called. One that adds tokens of its own, or chooses by the tokens of a
+    row where to act, does so in the forward of the PEFT model around it.
+    """
+    for adapter in model.peft_config.values() if has_adapter(model) else ():  # type: ignore[operator]
+        if adapter.is_prompt_learning:
+            return "a prompt-learning adapter puts tokens of its own before each sequence"
+        if getattr(adapter, "alora_invocation_tokens", None):
+            return "an activated LoRA acts only after its invocation tokens, looked for in each row"
+    return None
+
+
 def _refusal(model: torch.nn.Module, base: PreTrainedModel) -> str | None:
     """Why packed pairs are not exact for this model, or None after a trial."""
-    adapters = model.peft_config.values() if has_adapter(model) else ()  # type: ignore[operator]
-    if any(adapter.is_prompt_learning for adapter in adapters):
-        return "a prompt-learning adapter puts tokens of its own before each sequence"
+    bypassed = is_bypassed(model)
+    if bypassed is not None:
+        return bypassed
     unknown = set(getattr(base.config.get_text_config(), "layer_types", None) or ()) - EXACT_LAYERS
     if unknown:
         return f"it has layers of type {', '.join(sorted(unknown))}, which see more than the tokens of their own row"
@@ -97,10 +115,30 @@ def _trial(model: torch.nn.Module) -> float:
     batch = {name: value.to(device) for name, value in batch.items()}
     training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _random_adapter(model):
         one, other = (pair_logps(model, batch, layout).tokens.logps for layout in get_args(Layout))
     model.train(training)
     return float((one - other).abs().max())
+
+
+@contextmanager
+def _random_adapter(model: torch.nn.Module) -> Iterator[None]:
+    """Meanwhile the trained parameters of an adapter that are 0, as before its first step, are random instead."""
+    zero = [
+        parameter
+        for parameter in (model.parameters() if has_adapter(model) else ())
+        if parameter.requires_grad and not parameter.detach().any()
+    ]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter in zero:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * TRIAL_SCALE)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in zero:
+                parameter.zero_()
 
 
 def trim(batch: dict[str, Any], pairs: torch.Tensor) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from align.data.prompts import load_prompts
 from align.errors import ModelError
 from align.models.folders import check_model_folder
 from align.models.loading import load_tokenizer
+from align.training.adapters import check_adapter
 from align.training.base.arguments import build_lora, build_trainer_args
 from align.training.train import bind
 from reward_models.registry import resolve_objective
@@ -47,6 +48,7 @@ def check_train(train: TrainSection, forced: dict[str, Any]) -> None:
 
     for method, loss in train.methods.items():
         bind(method, loss)
+    check_adapter(train)
     build_lora(train.peft, path="train.peft", task_type="CAUSAL_LM")
     build_trainer_args(
         DPOConfig, train.trainer, path="train.trainer", forced=forced, pairs_per_step=train.pairs_per_step

@@ -18,7 +18,7 @@ from align.config import TrainSection, load_section
 from align.config.iterate import BuildSection, IterateConfig
 from align.data.prompts import PromptRow, read_prompts
 from align.distributed import process_rank
-from align.errors import ConfigError, DataError
+from align.errors import ConfigError, DataError, ModelError
 from align.generation.types import Sampling
 from align.io.console import log
 from align.io.files import atomic_folder, read_json, write_json
@@ -50,6 +50,7 @@ def _check_training(train: TrainSection) -> None:
         ConfigError: a loss, its parameters, a field of the adapter or the trainer; or a trust to be measured.
     """
     from align.run.checks import check_train
+    from align.training.adapters import check_merges
 
     if train.trust is not None:
         raise ConfigError(
@@ -57,6 +58,7 @@ def _check_training(train: TrainSection) -> None:
             code="config-key",
             hint="leave it out and give slope, trust and strength, as `align trust` finds them",
         )
+    check_merges(train)
     check_train(train, {"output_dir": "check"})
 
 
@@ -128,7 +130,8 @@ def _round(config: IterateConfig, prompts: list[PromptRow], policy: str, root: P
 def _train(config: TrainSection, method: str, pairs: Path, folder: Path, seed: int) -> None:
     """Train on the pairs; an adapter is also merged into its base, which is where the next round starts."""
     from align.data.pairs import read_pairs
-    from align.models.loading import load_policy, load_tokenizer
+    from align.models.layout import has_adapter
+    from align.models.loading import load_merged_policy, load_tokenizer
     from align.training.train import HISTORY, MODEL, train_policy
 
     if not (folder / HISTORY).exists():
@@ -136,7 +139,14 @@ def _train(config: TrainSection, method: str, pairs: Path, folder: Path, seed: i
     if config.peft is None or process_rank() > 0:
         return
     with atomic_folder(folder / MERGED) as temporary:
-        load_policy(str(folder / MODEL), dtype="float32").merge_and_unload().save_pretrained(temporary)
+        policy = load_merged_policy(str(folder / MODEL), dtype="float32", trust_remote_code=config.trusts_remote_code)
+        if has_adapter(policy):
+            raise ModelError(
+                f"{folder / MODEL}: its adapter cannot be merged into the model that the next round starts from",
+                code="adapter",
+                hint="train another kind of adapter (train.peft)",
+            )
+        policy.save_pretrained(temporary)
         load_tokenizer(config.model).save_pretrained(temporary)
         if (folder / MERGED).exists():  # of a process that was killed before the stage was whole
             shutil.rmtree(folder / MERGED)

@@ -6,21 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
 from align.config.columns import TOKEN_IDS
-from align.errors import ConfigError
 from align.io.console import progress
 from align.io.files import atomic_write
 from align.models.batching import token_batches
-from align.models.layout import has_adapter
-
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of ``init_lora_weights`` that take the adapter's start out of the base weights."""
 
 
 def reference_logps(
@@ -69,23 +63,6 @@ def reference_logps(
         partial.replace(file)
     accelerator.wait_for_everyone()
     return np.load(file, mmap_mode="r", allow_pickle=False)
-
-
-def refuse_other_start(model: torch.nn.Module) -> None:
-    """Raise where the model without its adapter is not the one that training starts from.
-
-    Raises:
-        ConfigError: see above.
-    """
-    for adapter in model.peft_config.values() if has_adapter(model) else ():  # type: ignore[operator]
-        start = getattr(adapter, "init_lora_weights", True)
-        if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
-            raise ConfigError(
-                f"train.peft.init_lora_weights: {start!r} takes what the adapter starts with out of the base weights, "
-                "so that the model without its adapter is not the reference",
-                code="trainer-key",
-                hint="leave it out, or use gaussian, orthogonal or eva",
-            )
 
 
 def _open(partial: Path | None, rows: int, *, create: bool) -> np.ndarray:

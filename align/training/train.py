@@ -19,6 +19,7 @@ from align.losses.margin_weights import MADPO_TAU
 from align.losses.registry import BoundLoss, resolve
 from align.models.folders import ADAPTER
 from align.models.loading import load_policy, load_tokenizer
+from align.training.adapters import check_adapter
 from align.training.base.arguments import build_lora, build_trainer_args, refusals
 from align.training.base.checkpoints import OPTIMIZER_PARTS, last_whole_checkpoint
 from align.training.base.progress import show_progress
@@ -220,6 +221,7 @@ def make_trainer(
     tilt: TiltSection | None = None,
 ) -> PreferenceTrainer:
     """A PreferenceTrainer ready to train; see ``train_policy``."""
+    check_adapter(config)
     transformers.set_seed(seed)
     args = build_trainer_args(
         DPOConfig,

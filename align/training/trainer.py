@@ -22,19 +22,21 @@ from align.losses.beta_dpo import BetaDpoState, beta_dpo, beta_dpo_step
 from align.losses.pair_weights import LossTilt
 from align.losses.pairwise import PairLogps, scale_gradient
 from align.losses.registry import BoundLoss
+from align.models.adapters import copy_adapter
 from align.models.batching import in_so_many, token_batches
 from align.models.collator import REAL, ROW, PairCollator, only_real
 from align.models.fingerprint import reference_key
 from align.models.layout import LayoutChoice, choose_layout, has_adapter, trim
 from align.models.logps import Layout, SequenceLogps, pair_logps
 from align.models.packing import packed_tokens
+from align.training.adapters import check_started, head_adapter_allowed
 from align.training.base.async_checkpoints import BackgroundSaves
 from align.training.base.epochs import WholeEpochs
 from align.training.base.resume import ExactResume
 from align.training.finite_guard import FiniteGuard, numbered
 from align.training.gradient_remedy import GradientRemedy
 from align.training.metrics import PairMetrics
-from align.training.reference import reference_logps, refuse_other_start
+from align.training.reference import reference_logps
 from align.training.token_mask import TokenMask
 
 REFERENCE_TOKENS = 8192
@@ -109,10 +111,9 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
         args.beta = loss.beta
         args.loss_type = ["sigmoid"]
         kwargs["train_dataset"], ids = numbered(kwargs["train_dataset"])
-        super().__init__(**kwargs)
+        with head_adapter_allowed():
+            super().__init__(**kwargs)
         self._leave_experts_unbalanced()
-        if self._continues_an_adapter:
-            self.model.set_adapter("default")  # takes gradients, and trl's copy of its start none
         scaled = self.accelerator.scaler is not None
         self.guard = FiniteGuard(ids, lambda pair: self.compute_loss(self.model, pair), scaled=scaled)
         self.add_callback(self.guard)
@@ -126,7 +127,7 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
         if args.train_sampling_strategy in BY_LENGTH:
             self.train_dataset = self.train_dataset.add_column(args.length_column_name, _tokens(self.train_dataset))
         self.remedy = None if remedy is None else GradientRemedy(self.model, loss, remedy, self.accelerator)
-        refuse_other_start(self.model)
+        check_started(list(self.model.peft_config.values()) if has_adapter(self.model) else [])
         self.token_mask = None if token_mask is None else self._make_token_mask(token_mask)
         self.tilt = None
         if tilt is not None:
@@ -218,6 +219,8 @@ class PreferenceTrainer(BackgroundSaves, ExactResume, WholeEpochs, DPOTrainer):
         """Choose the layout once, before the first forward pass."""
         if not self._layout_is_chosen:
             self._layout_is_chosen = True
+            if self._continues_an_adapter:
+                copy_adapter(self.model, "default", "ref")  # trl copies but a part of what some adapters hold
             sample = self.data_collator([dataset[k] for k in range(min(LAYOUT_SAMPLE, len(dataset)))])
             self.layout = choose_layout(self.model, sample, self._layout_choice)
             if self.ref_model is not None:

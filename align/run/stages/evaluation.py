@@ -19,7 +19,7 @@ from align.generation.transformers_engine import TransformersEngine
 from align.generation.types import Sampling, as_completion, keyed_prompts
 from align.io.files import write_json
 from align.models.completion_logps import completion_logps
-from align.models.loading import load_policy, load_tokenizer
+from align.models.loading import load_merged_policy, load_policy, load_tokenizer
 from align.run.stages.reward import METRICS, make_scorer
 from align.sharding.jobs import Work
 from align.sharding.shards import map_shards
@@ -63,9 +63,7 @@ class PolicyJob:
         reference = load_policy(self.reference, dtype="float32", trust_remote_code=trusted).eval()
         policy = reference
         if self.trained is not None:
-            policy = load_policy(self.trained, dtype="float32", trust_remote_code=trusted).eval()
-            if hasattr(policy, "merge_and_unload"):  # an adapter costs each sampled token more than once what it holds
-                policy = policy.merge_and_unload()
+            policy = load_merged_policy(self.trained, dtype="float32", trust_remote_code=trusted).eval()
         engine = TransformersEngine(policy, tokenizer, batch_size=settings.batch_size)
         sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, n=1, seed=self.seed)
 
