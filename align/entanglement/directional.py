@@ -19,6 +19,22 @@ Direction = Mapping[str, Tensor]
 """Parameter of a model, or of one module -> tensor of its shape."""
 
 
+def gradient_of(value: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The gradient of a number by parameters, those alone that it depends on; their ``grad`` stays as it is.
+
+    By ``backward``: ``torch.autograd.grad`` of chosen inputs fails where activation checkpointing recomputes a head
+    with trained tokens.
+    """
+    before = {name: parameter.grad for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    value.backward(retain_graph=True)
+    found = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    for name, parameter in parameters.items():
+        parameter.grad = before[name]
+    return found
+
+
 @contextmanager
 def shifted_along(directions: Mapping[nn.Module, Direction], shift: Tensor) -> Iterator[None]:
     """Let forward passes through the modules depend on ``shift`` [rows], which must be zeros.

@@ -73,6 +73,12 @@ class HeadProducts:
         self.plain = type(head) is nn.Linear
         self.parameters = [parameter for parameter in head.parameters() if id(parameter) in measured]
         self.tied = self.plain and id(head.weight) in measured and embedding.weight is head.weight
+        of_embedding = set() if self.plain else {id(parameter) for parameter in embedding.parameters()}
+        self.shared = [parameter for parameter in self.parameters if id(parameter) in of_embedding]
+        """Parameters of an adapter that head and embedding share: their gradients are the sum of both parts."""
+        self.parameters = [parameter for parameter in self.parameters if id(parameter) not in of_embedding]
+        self.shared_grads: dict[int, list[Tensor]] = {}
+        """Row of the batch -> the head's part of the gradients of ``shared``, of the last forward pass."""
         self._groups: list[_Group] = []
         self._ids = self._grad = torch.empty(0)
 
@@ -106,6 +112,7 @@ class HeadProducts:
         mask = batch["completion_mask"].bool()
         scored = [self._scored(rows, hidden.detach(), mask) for rows in groups]
         self._groups = []
+        self.shared_grads = {}
         for bundle in _bundles(scored):
             parts = self._linear(bundle, direction) if self.plain else self._by_autograd(bundle, direction)
             for group, (token_logps, at_logits, at_hidden, gram, token_jvp) in zip(bundle, parts, strict=True):
@@ -197,7 +204,13 @@ class HeadProducts:
                 entry = states[own].requires_grad_(True)
                 scores = F.log_softmax(self.form.apply(self.head(entry)), dim=-1)
                 row_logps = scores.gather(1, group.targets[own, None]).squeeze(1)
-                at_states, *grads = torch.autograd.grad(row_logps.sum(), [entry, *self.parameters], allow_unused=True)
+                wanted = [entry, *self.shared, *self.parameters]
+                at_states, *grads = torch.autograd.grad(row_logps.sum(), wanted, allow_unused=True)
+            self.shared_grads[int(group.rows[row])] = [
+                torch.zeros_like(parameter) if grad is None else grad
+                for parameter, grad in zip(self.shared, grads, strict=False)
+            ]
+            grads = grads[len(self.shared) :]
             logps[own], at_hidden[own] = row_logps.detach().to(logps.dtype), at_states
             for parameter, grad in zip(self.parameters, grads, strict=True):
                 if grad is not None and id(parameter) in direction:

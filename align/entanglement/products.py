@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from align.entanglement.directional import Direction, shifted_along
 from align.entanglement.head_products import HeadProducts
 from align.entanglement.layer_rules import RULES, Call, Input, Rule, check_measurable, products_of_grads
+from align.entanglement.trial import CODE, compare_with_autograd
 from align.errors import ModelError
 from align.io.console import log
 from align.losses.pairwise import PairLogps
-from align.models.layout import base_model
+from align.models.layout import base_model, has_adapter, is_bypassed
 from align.models.logps import NOT_MODEL_INPUTS
 
 TRIAL_ROWS, TRIAL_TOKENS = 2, 4
-CODE = "entanglement-parameter"
 MAX_TOKENS = 512
 """Padded tokens of one forward and backward pass of pair products, unless a single pair has more."""
 BLOCK = 2**16
@@ -99,6 +99,11 @@ class GradientProducts:
         if not self.measured:
             wanted = "" if parameters is None else f" whose name matches {parameters!r}"
             raise ModelError(f"the model has no trained parameter{wanted}", code=CODE)
+        bypassed = is_bypassed(model)
+        if bypassed is not None:
+            raise ModelError(
+                f"gradient products are not measured: {bypassed}", code=CODE, hint="measure another kind of adapter"
+            )
         check_measurable(self.measured)
         self._head = HeadProducts(self.base, set(map(id, self.measured.values())))
         self._rest: dict[str, nn.Parameter] = {}
@@ -115,6 +120,8 @@ class GradientProducts:
             log.warning(
                 "no rule for %d parameters (%s): measured by one backward pass per sequence", len(self._rest), shown
             )
+        if has_adapter(model):
+            compare_with_autograd(model, self._squares_and_inner, self.measured)
 
     def __call__(self, batch: dict[str, Tensor], direction: Direction | None = None) -> PairProducts:
         """Measure a right-padded batch in trl's layout.
@@ -130,6 +137,10 @@ class GradientProducts:
         size = max(1, MAX_TOKENS // (2 * width))
         parts = (_select_pairs(batch, range(k, min(k + size, pairs))) for k in range(0, pairs, size))
         return _concatenate([self._measure_part(part, direction) for part in parts])
+
+    def _squares_and_inner(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        found = self(batch)
+        return found.chosen_sq, found.rejected_sq, found.inner
 
     def _measure_part(self, batch: dict[str, Tensor], direction: Direction | None) -> PairProducts:
         """Products of all pairs of a batch in one forward and one backward pass."""
@@ -233,6 +244,10 @@ class GradientProducts:
             only[row] = grad[row]
             grads = torch.autograd.grad(hidden, rest, only, retain_graph=True, allow_unused=True)
             rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(rest, grads, strict=True)])
+            for parameter, of_head in zip(self._head.shared, self._head.shared_grads.get(row, ()), strict=False):
+                place = next((k for k, one in enumerate(rest) if one is parameter), None)
+                if place is not None:
+                    rows[-1][place] = rows[-1][place] + of_head
         self._by_rule = True
         jvp = torch.zeros(len(grad), dtype=torch.float64, device=grad.device)
         for name, columns in zip(self._rest, zip(*rows, strict=True), strict=True):
@@ -264,7 +279,7 @@ class GradientProducts:
             if self._head.holds(self.measured[name]):
                 if holding and not (self._head.tied and [module for module, _ in holding] == [self._head.embedding]):
                     raise ModelError(f"{name}: shared between the head and more than the embedding", code=CODE)
-            elif rule is not None:
+            elif rule is not None and not any(self.measured[name] is shared for shared in self._head.shared):
                 sites.setdefault(holding[0][0], {})[holding[0][1]] = rule
             else:
                 rest[name] = self.measured[name]

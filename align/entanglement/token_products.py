@@ -5,9 +5,12 @@ import re
 import torch
 from torch import Tensor, nn
 
+from align.entanglement.directional import Direction, gradient_of
 from align.entanglement.forward_mode import logps_and_jvp
 from align.models.layout import base_model
 from align.models.logps import add_completion_head, pair_logps
+
+Trained = dict[str, nn.Parameter]
 
 
 def token_products(model: nn.Module, batch: dict[str, Tensor], parameters: str | None = None) -> tuple[Tensor, Tensor]:
@@ -26,8 +29,8 @@ def token_products(model: nn.Module, batch: dict[str, Tensor], parameters: str |
     logps, trained = _token_logps(model, batch, parameters)
     products = []
     for row, other in ((0, 1), (1, 0)):
-        direction = _gradient(logps[other].sum(), trained)
-        products.append(logps_and_jvp(model, batch, direction)[1][row])
+        direction = gradient_of(logps[other].sum(), trained)
+        products.append(_along(model, batch, logps, direction, trained, row))
     return products[0], products[1]
 
 
@@ -47,15 +50,13 @@ def token_matrix(model: nn.Module, batch: dict[str, Tensor], parameters: str | N
     shorter, longer = (0, 1) if len(places[0]) < len(places[1]) else (1, 0)
     lines = []
     for place in places[shorter].tolist():
-        direction = _gradient(logps[shorter, place], trained)
-        lines.append(logps_and_jvp(model, batch, direction)[1][longer, places[longer]])
+        direction = gradient_of(logps[shorter, place], trained)
+        lines.append(_along(model, batch, logps, direction, trained, longer)[places[longer]])
     matrix = torch.stack(lines)
     return matrix if shorter == 0 else matrix.T
 
 
-def _token_logps(
-    model: nn.Module, batch: dict[str, Tensor], parameters: str | None
-) -> tuple[Tensor, dict[str, nn.Parameter]]:
+def _token_logps(model: nn.Module, batch: dict[str, Tensor], parameters: str | None) -> tuple[Tensor, Trained]:
     """Log-probs [2, T - 1] of the tokens without dropout, with gradients, and the trained parameters."""
     add_completion_head(base_model(model))
     training = model.training
@@ -69,6 +70,20 @@ def _token_logps(
     }
 
 
-def _gradient(value: Tensor, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    gradients = torch.autograd.grad(value, list(trained.values()), retain_graph=True, allow_unused=True)
-    return {name: g for name, g in zip(trained, gradients, strict=True) if g is not None}
+def _along(
+    model: nn.Module, batch: dict[str, Tensor], logps: Tensor, direction: Direction, trained: Trained, row: int
+) -> Tensor:
+    """Derivatives [T - 1] of the log-probs of one row along ``direction``, 0 outside the completion mask.
+
+    Layers without forward-mode AD (LoHa, RandLoRA) cost one backward pass per token.
+    """
+    try:
+        return logps_and_jvp(model, batch, direction)[1][row]
+    except NotImplementedError:
+        products = torch.zeros_like(logps[row])
+        for place in batch["completion_mask"][row, 1:].nonzero()[:, 0].tolist():
+            gradient = gradient_of(logps[row, place], trained)
+            products[place] = sum(
+                (gradient[name] * direction[name]).sum() for name in gradient.keys() & direction.keys()
+            )
+        return products.detach()

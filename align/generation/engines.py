@@ -82,10 +82,8 @@ def make_engine(
 
 def _load_transformers(model: str, tokenizer: str, batch_size: int, options: dict[str, Any]) -> Engine:
     from align.generation.transformers_engine import TransformersEngine
-    from align.models.loading import load_policy, load_tokenizer
+    from align.models.loading import load_merged_policy, load_tokenizer
 
-    policy = load_policy(model, **({"dtype": "float32"} | options))
-    if hasattr(policy, "merge_and_unload") and not getattr(policy, "is_quantized", False):
-        policy = policy.merge_and_unload()  # an unmerged adapter costs a second product in every layer and token
+    policy = load_merged_policy(model, **({"dtype": "float32"} | options))
     trusted = bool(options.get("trust_remote_code", False))
     return TransformersEngine(policy, load_tokenizer(tokenizer, trust_remote_code=trusted), batch_size=batch_size)

@@ -29,6 +29,10 @@ TOKENIZER_FILES = (
 )
 NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.pt", "scheduler.pt"})
 HEADER_BYTES = 8
+EMBEDDINGS = frozenset(
+    {"embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings", "embedding", "tok_embeddings"}
+)
+"""What architectures call their input embedding."""
 OWN_CODE = "if you trust that code, set trust_remote_code: true under train.trainer or reward.trainer"
 WANTED = "give a hub id or a folder with config.json, safetensors weights and a tokenizer"
 
@@ -122,9 +126,17 @@ def adapter_base(model: str) -> str | None:
     Raises:
         ModelError: the adapter's configuration cannot be read.
     """
-    file = Path(model) / ADAPTER
-    base: str | None = _read_object(file).get("base_model_name_or_path") if file.exists() else None
+    base: str | None = adapter_config(model).get("base_model_name_or_path") if is_adapter(model) else None
     return base
+
+
+def adapter_config(folder: str) -> dict[str, Any]:
+    """The peft configuration in an adapter folder.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    return _read_object(Path(folder) / ADAPTER)
 
 
 def fingerprint_model(model: str) -> str:
@@ -138,6 +150,9 @@ def vocabulary_rows(model: str) -> int | None:
     """Number of tokens that a model embeds, from the configuration (an adapter's base's); None if unknown."""
     folder = Path(model)
     if is_adapter(folder):
+        saved = saved_vocabulary(model)
+        if saved is not None:
+            return saved
         return vocabulary_rows(str(_read_object(folder / ADAPTER).get("base_model_name_or_path")))
     if not (folder / CONFIG).exists():
         return None
@@ -145,6 +160,17 @@ def vocabulary_rows(model: str) -> int | None:
     nested = config.get("text_config")
     found = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
     return found if isinstance(found, int) else None
+
+
+def saved_vocabulary(adapter: str) -> int | None:
+    """Tokens of the embedding that an adapter folder holds itself, as after tokens were added; None without one."""
+    for file in sorted(Path(adapter).glob("adapter_model*.safetensors")):
+        for name, entry in _header(file)[0].items():
+            parts = name.split(".")
+            if parts[-1] == "weight" and len(entry["shape"]) == 2 and EMBEDDINGS & set(parts[:-1]):
+                rows: int = entry["shape"][0]
+                return rows
+    return None
 
 
 def _check_adapter(folder: Path) -> None:
@@ -202,12 +228,8 @@ def _check_safetensors(file: Path) -> None:
     """
     size = file.stat().st_size
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(HEADER_BYTES))
-            if length > size:
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(stream.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        header, length = _header(file)
+        ends = [entry["data_offsets"][1] for entry in header.values()]
         expected = HEADER_BYTES + length + max(ends, default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
         raise ModelError(
@@ -221,6 +243,17 @@ def _check_safetensors(file: Path) -> None:
             code="model-load",
             hint="copy the file again",
         )
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """(name of a tensor -> its entry, bytes of the header) of a safetensors file."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(HEADER_BYTES))
+        size = file.stat().st_size
+        if length > size:
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        header = json.loads(stream.read(length))
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}, length
 
 
 def _check_head(folder: Path, config: dict[str, Any]) -> None:

@@ -24,6 +24,8 @@ TRIAL_NOISE = 0.02
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Largest difference per token (nats) between layouts due to rounding; ``HALF_TOLERANCE`` for 16-bit models."""
 HALF_TOLERANCE = 0.05
+TRIAL_SCALE = 0.02
+"""Standard deviation of the adapter weights in a trial."""
 
 
 def choose_layout(
@@ -85,13 +87,25 @@ def has_adapter(model: torch.nn.Module) -> bool:
     return hasattr(model, "get_base_model")
 
 
+def is_bypassed(model: torch.nn.Module) -> str | None:
+    """Why the transformers model inside the adapter, called alone, is not the adapted model; None where it is.
+
+    Adapters on layers act wherever these are called. One that adds tokens of its own, or chooses by the tokens of a
+    row where to act, does so in the forward of the PEFT model around it.
+    """
+    for adapter in model.peft_config.values() if has_adapter(model) else ():  # type: ignore[operator]
+        if adapter.is_prompt_learning:
+            return "a prompt-learning adapter puts tokens of its own before each sequence"
+        if getattr(adapter, "alora_invocation_tokens", None):
+            return "an activated LoRA acts only after its invocation tokens, looked for in each row"
+    return None
+
+
 def _refusal(model: torch.nn.Module, base: PreTrainedModel, longest: int, training: bool) -> str | None:
     """Why packed pairs are not exact for this model; None if a trial finds them exact."""
-    adapters = model.peft_config.values() if has_adapter(model) else ()  # type: ignore[operator]
-    if any(adapter.is_prompt_learning for adapter in adapters):
-        return "a prompt-learning adapter puts tokens of its own before each sequence"
-    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
-        return "an activated LoRA looks for its invocation tokens once in each row"
+    bypassed = is_bypassed(model)
+    if bypassed is not None:
+        return bypassed
     unknown = set(getattr(base.config.get_text_config(), "layer_types", None) or ()) - EXACT_LAYERS
     if unknown:
         return f"it has layers of type {', '.join(sorted(unknown))}, which see more than the tokens of their own row"

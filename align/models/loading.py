@@ -5,14 +5,17 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.errors import ModelError
+from align.models.adapters import merge_adapter
 from align.models.folders import (
     check_model_folder,
     check_vocabulary,
     is_adapter,
     loading,
     refuse_new_weights,
+    saved_vocabulary,
     vocabulary_rows,
 )
+from align.models.layout import has_adapter
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -55,13 +58,43 @@ def load_policy(
     check_model_folder(model, tokenizer=False)
     with loading(model, "cannot be loaded as a causal language model"):
         if is_adapter(model):
-            from peft import AutoPeftModelForCausalLM
-
-            return AutoPeftModelForCausalLM.from_pretrained(
-                model, trust_remote_code=trust_remote_code, is_trainable=trainable, **kwargs
-            )
+            return _load_adapter(model, trust_remote_code, trainable, kwargs)
         loaded, found = AutoModelForCausalLM.from_pretrained(
             model, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **kwargs
         )
     refuse_new_weights(model, loaded, found["missing_keys"], "a causal language model")
     return loaded
+
+
+def load_merged_policy(model: str, *, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """A policy to sample from: ``load_policy``, its adapter merged into the base wherever that is exact.
+
+    An adapter costs each sampled token more than once what it holds; one that cannot be merged stays as it is.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    policy = load_policy(model, trust_remote_code=trust_remote_code, **kwargs)
+    if not has_adapter(policy):
+        return policy
+    merged = merge_adapter(policy)
+    if merged is not None:
+        return merged
+    return load_policy(model, trust_remote_code=trust_remote_code, **kwargs)
+
+
+def _load_adapter(model: str, trust_remote_code: bool, trainable: bool, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """A model with the adapter of a folder; its base gets as many embeddings as the adapter was saved with."""
+    from peft import PeftConfig, PeftModelForCausalLM
+
+    config = PeftConfig.from_pretrained(model)
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(f"its adapter was trained for the task {config.task_type}, expected CAUSAL_LM")
+    base = AutoModelForCausalLM.from_pretrained(
+        config.base_model_name_or_path, trust_remote_code=trust_remote_code, use_safetensors=True,
+        **({"revision": config.revision} | kwargs),
+    )  # fmt: skip
+    rows = saved_vocabulary(model)
+    if rows is not None and rows != base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(rows, mean_resizing=False)  # the adapter's own rows replace the new ones
+    return PeftModelForCausalLM.from_pretrained(base, model, config=config, is_trainable=trainable)

@@ -9,6 +9,7 @@ from align.errors import ConfigError, ModelError
 from align.models.folders import check_model_folder
 from align.models.loading import load_tokenizer
 from align.run.row_checks import check_prompt_rows, check_table_rows
+from align.training.adapters import check_adapter
 from align.training.base.arguments import build_lora, build_trainer_args
 from align.training.settings import check_settings, policy_args
 from align.training.train import bind
@@ -54,6 +55,7 @@ def check_train(train: TrainSection, forced: dict[str, Any]) -> None:
         ConfigError: the first problem.
     """
     build_lora(train.peft, path="train.peft", task_type="CAUSAL_LM")
+    check_adapter(train)
     for method, options in train.methods.items():
         loss, masked = bind(method, options), options.token_mask is not None
         check_settings(train, loss, policy_args(train, forced, masked=masked), masked=masked)

@@ -18,7 +18,7 @@ from align.config import TrainSection, load_section
 from align.config.iterate import BuildSection, IterateConfig
 from align.data.prompts import PromptRow, read_prompts
 from align.distributed import process_rank
-from align.errors import ConfigError, DataError
+from align.errors import ConfigError, DataError, ModelError
 from align.generation.types import Sampling
 from align.io.console import log
 from align.io.files import atomic_folder, read_json, write_json
@@ -52,6 +52,7 @@ def _check_training(train: TrainSection) -> None:
         ConfigError: a loss, its parameters, a field of the adapter or the trainer; or `train.trust: auto`.
     """
     from align.run.checks import check_train
+    from align.training.adapters import check_merges
 
     if train.trust is not None:
         raise ConfigError(
@@ -59,6 +60,7 @@ def _check_training(train: TrainSection) -> None:
             code="config-key",
             hint="leave it out and give slope, trust and strength, as `align trust` finds them",
         )
+    check_merges(train)
     check_train(train, {"output_dir": "check"})
 
 
@@ -121,7 +123,8 @@ def _round(config: IterateConfig, prompts: list[PromptRow], policy: str, root: P
 def _train(config: TrainSection, method: str, pairs: Path, folder: Path, seed: int) -> None:
     """Train on the pairs; merge an adapter into its base model, from which the next round starts."""
     from align.data.pairs import read_pairs
-    from align.models.loading import load_policy, load_tokenizer
+    from align.models.layout import has_adapter
+    from align.models.loading import load_merged_policy, load_tokenizer
     from align.training.train import HISTORY, MODEL, train_policy
 
     if not (folder / HISTORY).exists():
@@ -129,7 +132,14 @@ def _train(config: TrainSection, method: str, pairs: Path, folder: Path, seed: i
     if config.peft is None or process_rank() > 0:
         return
     with atomic_folder(folder / MERGED) as temporary:
-        load_policy(str(folder / MODEL), dtype="float32").merge_and_unload().save_pretrained(temporary)
+        policy = load_merged_policy(str(folder / MODEL), dtype="float32", trust_remote_code=config.trusts_remote_code)
+        if has_adapter(policy):
+            raise ModelError(
+                f"{folder / MODEL}: its adapter cannot be merged into the model that the next round starts from",
+                code="adapter",
+                hint="train another kind of adapter (train.peft)",
+            )
+        policy.save_pretrained(temporary)
         load_tokenizer(config.model).save_pretrained(temporary)
         if (folder / MERGED).exists():  # left by a process that was killed before the end of the stage
             shutil.rmtree(folder / MERGED)

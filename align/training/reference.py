@@ -33,8 +33,6 @@ REVISION = 2
 """Part of the cache key: raise it when the same reference and pairs give other log-probs."""
 TRL_REFERENCE = "ref"
 """Name of the frozen copy that trl makes of an adapter from which a training starts."""
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Prefixes of ``init_lora_weights`` values that subtract the adapter's start from the base weights."""
 
 
 def starts_from_adapter(policy: nn.Module) -> bool:
@@ -162,31 +160,6 @@ def reference_logps(
         partial.replace(file)
     accelerator.wait_for_everyone()
     return np.load(file, mmap_mode="r", allow_pickle=False)
-
-
-def refuse_changed_base(model: nn.Module) -> None:
-    """Raise if the model without its adapter is not the model from which the training starts.
-
-    Raises:
-        ConfigError: ``init_lora_weights`` subtracts the adapter's start from the base weights.
-    """
-    for adapter in model.peft_config.values() if has_adapter(model) else ():  # type: ignore[operator]
-        refuse_changed_start(getattr(adapter, "init_lora_weights", True))
-
-
-def refuse_changed_start(start: object) -> None:
-    """Raise if a value of ``init_lora_weights`` changes the base weights.
-
-    Raises:
-        ConfigError: it subtracts the adapter's start from them.
-    """
-    if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
-        raise ConfigError(
-            f"train.peft.init_lora_weights: {start!r} subtracts the adapter's start from the base weights, so the "
-            "model without its adapter is not the reference",
-            code="trainer-key",
-            hint="leave it out, or use gaussian, orthogonal or eva",
-        )
 
 
 def save_reference(reference: nn.Module, folder: Path, accelerator: Accelerator) -> None:

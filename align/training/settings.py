@@ -11,7 +11,6 @@ from align.errors import ConfigError
 from align.losses.registry import BoundLoss
 from align.models.folders import is_adapter
 from align.training.base.arguments import build_trainer_args
-from align.training.reference import refuse_changed_start
 
 UNUSED_FIELDS = (
     "ld_alpha", "use_weighting", "f_divergence_type", "f_alpha_divergence_coef", "loss_weights", "label_smoothing",
@@ -123,15 +122,7 @@ def check_probe(loss: BoundLoss, *, processes: int, precomputed: bool) -> None:
 
 
 def _check_adapter(peft: dict[str, Any]) -> None:
-    """Refuse fields of peft.LoraConfig under which the adapter is not trained, or the reference is lost."""
-    refuse_changed_start(peft.get("init_lora_weights"))
-    targets = peft.get("target_modules")
-    if "lm_head" in ([targets] if isinstance(targets, str) else targets or []):
-        raise ConfigError(
-            "train.peft.target_modules: found lm_head, which trl does not train as LoRA",
-            code="peft-key",
-            hint="train it in full with `modules_to_save: [lm_head]`, or leave it out",
-        )
+    """Refuse an adapter of which nothing is trained; ``check_adapter`` has the rest."""
     if peft.get("inference_mode"):
         raise ConfigError(
             "train.peft.inference_mode: found true, expected false: no weight would be trained", code="peft-key"

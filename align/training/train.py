@@ -22,6 +22,7 @@ from align.losses.margin_weights import MADPO_TAU
 from align.losses.registry import BoundLoss, resolve
 from align.models.folders import ADAPTER
 from align.models.loading import load_policy, load_tokenizer
+from align.training.adapters import check_adapter
 from align.training.base.arguments import build_lora, refusals
 from align.training.base.checkpoints import OPTIMIZER_SHARDS
 from align.training.base.resume import STEP
@@ -215,6 +216,7 @@ def make_trainer(
     tilt: TiltSection | None = None,
 ) -> PreferenceTrainer:
     """Return a PreferenceTrainer that is ready to train; see ``train_policy``."""
+    check_adapter(config)
     transformers.set_seed(seed)
     masked = token_mask is not None
     args = policy_args(config, {"output_dir": str(output / CHECKPOINTS), "seed": seed}, masked=masked)

@@ -18,22 +18,24 @@ from align.io.files import read_json, write_json
 from align.losses.pair_weights import LossTilt
 from align.losses.pairwise import PairLogps, scale_gradient
 from align.losses.registry import BoundLoss
+from align.models.adapters import copy_adapter
 from align.models.batching import in_so_many, pair_batches
 from align.models.collator import REAL, ROW, PairCollator, only_real
 from align.models.layout import LayoutChoice, choose_layout, has_adapter, longest_sequence, trim
 from align.models.logps import Layout, SequenceLogps, pair_logps
 from align.models.tokenization import encode_table
+from align.training.adapters import check_started, head_adapter_allowed
 from align.training.base.trainer import ReliableTrainer
 from align.training.columns import told_apart
 from align.training.finite_guard import FiniteGuard, number_rows
 from align.training.gradient_remedy import GradientRemedy
 from align.training.metrics import PairMetrics
 from align.training.reference import (
+    TRL_REFERENCE,
     add_reference_logps,
     cache_file,
     load_reference,
     reference_model,
-    refuse_changed_base,
     save_reference,
     starts_from_adapter,
 )
@@ -102,7 +104,8 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
         args.beta = loss.beta
         args.loss_type = ["sigmoid"]
         kwargs["train_dataset"], self._ids = number_rows(kwargs["train_dataset"])
-        super().__init__(**kwargs)
+        with head_adapter_allowed():
+            super().__init__(**kwargs)
         self._refuse_expert_balancing()
         if max_tokens is not None and self.is_deepspeed_enabled:
             refuse_split_batches()
@@ -129,7 +132,7 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
             None if stateful is None else stateful(self.loss.parameters, gather=gather, rank=rank, seed=self.args.seed)
         )
         self.remedy = None if remedy is None else GradientRemedy(self.model, self.loss, remedy, self.accelerator)
-        refuse_changed_base(self.model)
+        check_started(list(self.model.peft_config.values()) if has_adapter(self.model) else [])
         self.token_mask = None if token_mask is None else self._make_token_mask(token_mask)
         self.tilt = None if tilt is None else LossTilt(tilt, gather, rank)
 
@@ -219,6 +222,8 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
         choice, self._layout_choice = self._layout_choice, None
         if choice is None:
             return
+        if starts_from_adapter(self.model):
+            copy_adapter(self.model, "default", TRL_REFERENCE)  # trl copies only a part of some adapters
         sample = self.data_collator([dataset[k] for k in range(min(LAYOUT_SAMPLE, len(dataset)))])
         longest = longest_sequence(dataset, self.args.max_length)
         if self.args.neftune_noise_alpha and choice == "auto":

@@ -89,7 +89,6 @@ def test_fields_at_their_defaults_pass(tmp_path: Path) -> None:
         ({"trainer": {"precompute_ref_log_probs": True}, "mask": True}, "found true together with a token_mask"),
         ({"trainer": {"neftune_noise_alpha": 5}, "layout": "shared_prefix"}, "together with neftune_noise_alpha"),
         ({"peft": LORA | {"init_lora_weights": "olora"}}, "init_lora_weights: 'olora' subtracts"),
-        ({"peft": LORA | {"target_modules": ["q_proj", "lm_head"]}}, "found lm_head, which trl does not train"),
         ({"peft": LORA | {"inference_mode": True}}, "inference_mode: found true"),
         ({"loss": "beta_dpo", "entanglement": EntanglementSection()}, "entanglement: needs one process"),
         ({"trainer": {"model_init_kwargs": {"revision": "v1"}}}, r"model_init_kwargs.revision: found 'v1'"),

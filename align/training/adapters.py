@@ -1,0 +1,207 @@
+"""Which adapters a policy can be trained with, and from; what cannot be right is refused when the run is checked."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trl.trainer import dpo_trainer
+
+from align.config import TrainSection
+from align.errors import ConfigError
+from align.models.folders import ADAPTER, adapter_base, adapter_config, is_adapter
+
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Prefixes of ``init_lora_weights`` values that subtract the adapter's start from the base weights."""
+OTHER_BASES = {
+    "layer_replication": "repeats layers of the base",
+    "kasa_config": "changes the base weights",
+    "monteclora_config": "draws weights at random in each forward pass",
+    "arrow_config": "routes between other adapters",
+}
+"""Fields of peft.LoraConfig with which the model without its adapter is not ``train.model``, and why."""
+CONTINUED = (
+    "BOFT", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "OFT",
+    "RANDLORA", "TRAINABLE_TOKENS", "VBLORA", "VERA",
+)  # fmt: skip
+"""Values of ``peft_type`` with which a training can go on from an adapter: peft holds a second, frozen copy of one,
+and ``copy_adapter`` makes it exact (tests/training/test_adapters.py)."""
+TIED = ("embed_tokens", "lm_head")
+"""Modules whose adapters ``ensure_weight_tying`` ties, as peft names them."""
+OTHER_WEIGHTS = ("revision", "gguf_file", "subfolder", "variant", "config", "state_dict", "key_mapping")
+"""Arguments of ``from_pretrained`` that choose which weights are loaded."""
+PLAIN = "leave it out, or use gaussian, orthogonal or mica"
+MERGE = "merge the adapter into its base model, and train from that with a train.peft"
+
+Problem = tuple[str, str]
+"""(what is wrong, what to do)."""
+
+
+def check_adapter(train: TrainSection) -> None:
+    """Refuse an adapter that would be sampled, evaluated or measured as another model than the trained one.
+
+    Reads ``train.peft``, or the configuration in the folder ``train.model``; no model is loaded.
+
+    Raises:
+        ConfigError: the first thing found wrong.
+    """
+    _raise_first(_weights_problems(train.trainer.get("model_init_kwargs")), code="trainer-key")
+    if is_adapter(train.model):
+        config = adapter_config(train.model)
+        path = f"train.model: {Path(train.model) / ADAPTER}: "
+        _raise_first(_both_problems(train))
+        _raise_first(_base_problems(config, path))
+        _raise_first(_continued_problems(config, path, str(adapter_base(train.model))))
+        _raise_first(_use_problems(config, path, train))
+    elif train.peft is not None:
+        _raise_first(_base_problems(train.peft, "train.peft."))
+        _raise_first(_fresh_problems(train.peft))
+        _raise_first(_use_problems(train.peft, "train.peft.", train))
+
+
+def check_started(configs: Sequence[Any]) -> None:
+    """Refuse adapters of a model that is there already, by their peft configurations.
+
+    Raises:
+        ConfigError: the model without its adapter is not the one that training starts from.
+    """
+    for config in configs:
+        _raise_first(_base_problems(config.to_dict(), "train.peft."))
+
+
+def check_merges(train: TrainSection) -> None:
+    """Refuse an adapter that cannot be merged into its base, which is where a next training starts.
+
+    Raises:
+        ConfigError: see above.
+    """
+    fields = train.peft or {}
+    for name in ("alora_invocation_tokens", "lora_bias"):
+        if fields.get(name):
+            raise ConfigError(
+                f"train.peft.{name}: found {fields[name]!r}, expected none: such an adapter cannot be merged into the "
+                "model that the next round starts from",
+                code="adapter",
+                hint="leave it out",
+            )
+
+
+def _base_problems(config: Mapping[str, Any], path: str) -> Iterator[Problem]:
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
+        yield (
+            f"{path}init_lora_weights: {start!r} subtracts the adapter's start from the base weights, so the "
+            "model without its adapter is not the reference",
+            PLAIN,
+        )
+    for field, reason in OTHER_BASES.items():
+        if config.get(field) is not None:
+            yield (
+                f"{path}{field}: {reason}, so that the model without its adapter is not the reference",
+                "leave it out",
+            )
+
+
+def _fresh_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
+    if fields.get("init_lora_weights") == "eva":
+        yield (
+            "train.peft.init_lora_weights: 'eva' needs activations that are not collected here; without them peft "
+            "starts plain LoRA",
+            PLAIN,
+        )
+    if fields.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
+        yield (f"train.peft.task_type: found {fields['task_type']!r}, expected CAUSAL_LM", "leave it out")
+
+
+def _use_problems(config: Mapping[str, Any], path: str, train: TrainSection) -> Iterator[Problem]:
+    """What this training would do with an adapter that peft does not do right."""
+    trainer, methods = train.trainer, train.methods.values()
+    live = trainer.get("precompute_ref_log_probs") is False or any(method.token_mask for method in methods)
+    if config.get("bias", "none") != "none" and live:
+        yield (
+            f"{path}bias: found {config['bias']!r}, expected none: trained biases stay when the adapter is off, which "
+            "is the reference in each step (token_mask, or precompute_ref_log_probs: false)",
+            "set bias: none, or precompute the reference log-probs",
+        )
+    if trainer.get("sync_ref_model"):
+        yield (
+            "train.trainer.sync_ref_model: found true, expected false: an adapter has no reference model of its own",
+            "leave it out, or train all parameters",
+        )
+    if config.get("alora_invocation_tokens"):
+        found = f"{path}alora_invocation_tokens: an activated LoRA"
+        if trainer.get("gradient_checkpointing") is not False:
+            yield (
+                f"{found} cannot be trained with gradient checkpointing",
+                "set train.trainer.gradient_checkpointing: false",
+            )
+        if train.entanglement or any(method.remedy for method in methods):
+            yield (f"{found} is not measured", "leave out train.entanglement and the remedies")
+
+
+def _both_problems(train: TrainSection) -> Iterator[Problem]:
+    if train.peft is not None:
+        yield (
+            f"train.peft: found it and an adapter, {train.model}, as train.model, expected one of them",
+            f"leave train.peft out to train that adapter further, or {MERGE}",
+        )
+
+
+def _continued_problems(config: Mapping[str, Any], path: str, base: str) -> Iterator[Problem]:
+    """Adapters of which peft cannot hold the frozen copy that is the reference."""
+    kind, bias = config.get("peft_type"), config.get("bias", "none")
+    if kind not in CONTINUED:
+        yield (f"{path}peft_type: found {kind}, expected one that can be trained further: {', '.join(CONTINUED)}",
+               "train from its base model")  # fmt: skip
+    if bias != "none":
+        yield (
+            f"{path}bias: found {bias!r}, expected none: peft holds one adapter with biases, not its copy too",
+            MERGE,
+        )
+    targets = config.get("target_modules") or ()
+    ties = config.get("ensure_weight_tying") and (
+        isinstance(targets, str) or any(name.split(".")[-1] in TIED for name in targets)
+    )
+    if (kind == "TRAINABLE_TOKENS" or ties) and _is_tied(base):
+        field = "ensure_weight_tying" if ties else "peft_type"
+        yield (
+            f"{path}{field}: found {config[field]!r} and a base with tied embeddings: peft holds one such adapter, not "
+            "its copy too",
+            MERGE,
+        )
+
+
+def _weights_problems(given: Any) -> Iterator[Problem]:
+    for name in OTHER_WEIGHTS:
+        if isinstance(given, Mapping) and given.get(name) is not None:
+            yield (
+                f"train.trainer.model_init_kwargs.{name}: found {given[name]!r}, expected none: the tokenizer, the "
+                "sampled reference and what is evaluated would be of other weights than the policy",
+                "put the wanted weights into a folder and give that as train.model",
+            )
+
+
+def _is_tied(base: str) -> bool:
+    from transformers import AutoConfig
+
+    return Path(base).is_dir() and bool(AutoConfig.from_pretrained(base).get_text_config().tie_word_embeddings)
+
+
+def _raise_first(problems: Iterator[Problem], *, code: str = "adapter") -> None:
+    for message, hint in problems:
+        raise ConfigError(message, code=code, hint=hint)
+
+
+@contextmanager
+def head_adapter_allowed() -> Iterator[None]:
+    """Suspend trl's refusal of an adapter on the head: its own loss passes over one, ``score_tokens`` does not."""
+    kind = dpo_trainer.BaseTunerLayer
+    dpo_trainer.BaseTunerLayer = _NoLayer
+    try:
+        yield
+    finally:
+        dpo_trainer.BaseTunerLayer = kind
+
+
+class _NoLayer:
+    """A class without instances."""
