@@ -67,8 +67,8 @@ def test_literal_sentences_where_nothing_is_known() -> None:
     found = measured("both", 1)
     said = sentences(found, "outside")
     assert said["verdict"] == (
-        "These data cannot tell; plain DPO is the default: on 150 pairs no setting has a lead, over chance and over the "
-        "other loss, beyond its 95% interval."
+        "These data cannot tell; plain DPO is the default: on 150 pairs no setting has a lead, over chance and over "
+        "the other loss, beyond its 95% interval."
     )
     gain = found["against"]["dpo"]
     numbers = f"{gain['value']:.3f} nats a pair ({gain['low']:.3f} to {gain['high']:.3f})"
