@@ -16,6 +16,7 @@ from align.data.completions import Candidate, Group, read_groups
 from align.data.pairs import write_pairs
 from align.data.statistics import summarize
 from align.data.text import plain
+from align.data.training_pairs import margin_sources, report_in_sample, with_source
 from align.errors import ConfigError, DataError
 from align.generation.pair_selection import Guard, Mode, choose_pairs
 from align.io.console import log
@@ -24,6 +25,7 @@ from align.io.hashing import fingerprint_source
 from align.io.stage import Stage, check_output, run_stage
 from align.models.message_checks import check_prompts_of
 from align.stats import Estimate, mean_interval
+from reward_models.ensemble import members
 from reward_models.scorers import ScorerSpec, score_in_chunks
 
 DROPPED = "dropped.jsonl"
@@ -159,6 +161,10 @@ def _work(groups: list[Different], settings: BuildSettings, folder: Path) -> Non
     table = Dataset.from_list(pairs)
     if all(row["group"] is None for row in pairs):
         table = table.remove_columns("group")
+    model = settings.scorer.reward_model
+    if model is not None:
+        table = with_source(table, margin_sources(members(model), table))
+        report_in_sample(table, "pairs")
     write_pairs(table, folder)
     shutil.rmtree(folder / CACHE)
     left_out = sum((group.left_out for group in groups), Counter[str]())

@@ -5,6 +5,7 @@ from typing import Any
 
 from align.config import PairsSection
 from align.data.pairs import load_pairs
+from align.data.training_pairs import report_in_sample
 from align.io.console import log, out
 from align.io.files import write_json
 from align.trust.measure import check_known, check_margins, margin_source, measure_trust
@@ -44,6 +45,7 @@ def trust(
     pairs = load_pairs(source)
     origin = margins or margin_source(Path(source.path), pairs)
     check_known(origin, source.path)
+    report_in_sample(pairs, "trust")
     check_margins(pairs, origin, source.path, allow_in_sample=allow_in_sample)
     found = measure_trust(pairs, model, output / FEATURES, origin=origin, max_length=max_length, seed=seed)
     found |= {"source": source.path, "model": model, "margins": origin, "seed": seed}

@@ -13,6 +13,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from trl import DPOTrainer
 
 from align.config import LossSection, RemedySection, TiltSection, TokenMaskSection, TrainSection
+from align.data.training_pairs import report_in_sample
 from align.distributed import process_rank
 from align.entanglement.callback import EntanglementCallback
 from align.errors import ConfigError
@@ -106,6 +107,8 @@ def train_policy(
         if process_rank() == 0:
             _finish_checkpoints(output / CHECKPOINTS, config)
         return
+    if process_rank() == 0:
+        report_in_sample(pairs, f"train {method}")
     options = config.methods[method]
     loss = bind(method, options)
     tau = float(loss.parameters.get("tau", MADPO_TAU))
