@@ -5,7 +5,6 @@ from pathlib import Path
 from align.config import ClusterSection, FilterSection, PairsSection
 from align.data.pairs import load_pairs
 from align.data.streaming import stream_pairs
-from align.data.text import plain
 from align.filtering.filter_pairs import filter_pairs, timed
 from align.filtering.tables import DROPPED, KEPT, SUMMARY, write_tables
 from align.io.console import log
@@ -49,9 +48,7 @@ def filter_source(
     folder = cache / digest(known)[:16]
     with timed(seconds, "reading"):
         pairs = stream_pairs(source, folder / TABLE)
-    held_out: list[str] = []
-    if settings.held_out is not None:
-        held_out = [plain(row["prompt"]) for row in load_pairs(PairsSection(path=settings.held_out))]
+    held_out = [] if settings.held_out is None else load_pairs(PairsSection(path=settings.held_out)).to_list()
     found = filter_pairs(pairs, settings, folder, held_out=held_out, seed=seed, cluster=cluster)
     output.mkdir(parents=True, exist_ok=True)
     from align.reports.filter_page import write_filter_page

@@ -2,7 +2,9 @@
 
 from align.config import RunConfig
 
-REVISIONS = dict.fromkeys(("pairs", "reward", "crossfit", "sample", "margins", "filter", "generate", "evaluate"), 2)
+REVISIONS = dict.fromkeys(("pairs", "reward", "crossfit", "sample", "margins", "generate", "evaluate"), 2) | {
+    "filter": 3
+}
 """Revision of each kind of stage, part of its key: raise it when the same inputs give another result. The key of a kind
 that is not listed has none."""
 REFERENCE = "reference"
