@@ -29,7 +29,10 @@ class FilterOptions:
     skip: Annotated[list[str] | None, typer.Option(help="Rule to skip, repeatable.")] = None
     longest: Annotated[int, typer.Option(help="Largest number of words of a response.")] = 2048
     language: Annotated[str | None, typer.Option(help="Language code, e.g. en, required of both responses.")] = None
-    held_out: Annotated[str | None, typer.Option(help="Evaluation pairs that no kept pair may overlap with.")] = None
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="Evaluation pairs that no kept pair may overlap with: prompts, responses, runs of words."),
+    ] = None
     drop_doubtful: Annotated[
         bool, typer.Option("--drop-doubtful", help="Drop pairs whose margin contradicts the label strongly.")
     ] = False

@@ -5,7 +5,6 @@ from pathlib import Path
 from align.config import ClusterSection, FilterSection, PairsSection
 from align.data.pairs import load_pairs
 from align.data.streaming import stream_pairs
-from align.data.text import plain
 from align.data.training_pairs import report_in_sample
 from align.filtering.filter_pairs import filter_pairs, timed
 from align.filtering.tables import DROPPED, KEPT, SUMMARY, write_tables
@@ -54,9 +53,7 @@ def filter_source(
     if settings.ood is not None:
         check_pairs_of(pairs, [settings.ood.model])
     report_in_sample(pairs, "filter")
-    held_out: list[str] = []
-    if settings.held_out is not None:
-        held_out = [plain(row["prompt"]) for row in load_pairs(PairsSection(path=settings.held_out))]
+    held_out = [] if settings.held_out is None else load_pairs(PairsSection(path=settings.held_out)).to_list()
     found = filter_pairs(pairs, settings, folder, held_out=held_out, seed=seed, cluster=cluster)
     output.mkdir(parents=True, exist_ok=True)
     from align.reports.filter_page import write_filter_page

@@ -95,7 +95,8 @@ class FilterSection(Section):
     language: str | None = None
     """ISO 639 code, e.g. en, of the language that both responses must be in; default: any."""
     held_out: str | None = None
-    """Evaluation pairs; a pair that shares eight consecutive words with one of their prompts is dropped."""
+    """Evaluation pairs; a pair with one of their prompts or responses, or with eight consecutive words of a prompt, is
+    dropped."""
     drop_doubtful: bool = False
     """Drop pairs whose label the out-of-fold margin contradicts strongly; they are marked in any case."""
     neighbours: Count = 5

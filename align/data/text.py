@@ -14,6 +14,8 @@ from align.config.columns import TEXT
 WORD = re.compile(r"\w+", re.UNICODE)
 SPEAKERS = frozenset({"user", "assistant"})
 """Roles that need no label in a list of one message: the column says who speaks."""
+SYSTEM = frozenset({"system", "developer"})
+"""Roles of the messages that set a conversation up."""
 
 
 def plain(part: Any) -> str:
@@ -57,29 +59,37 @@ def count_words(part: Any) -> int:
     return sum(len(text.split()) for text in texts)
 
 
+def without_system(part: Any) -> Any:
+    """A prompt or a response without its system messages; text as it is."""
+    return part if isinstance(part, str) else [turn for turn in part if turn["role"] not in SYSTEM]
+
+
 def texts(pairs: Dataset, start: int = 0, stop: int | None = None) -> pa.Array:
     """Plain texts [3 n] of the rows from ``start`` to ``stop``: prompt, chosen, rejected, prompt, ..."""
     rows = pairs.with_format("arrow")[start : len(pairs) if stop is None else stop]
     return interleaved(*(rows[part] for part in TEXT))
 
 
-def texts_of(pairs: Dataset, rows: list[int]) -> pa.Array:
-    """Plain texts [3 R] of the rows at these indices, in the order of ``texts``."""
+def texts_of(pairs: Dataset, rows: list[int], *, system: bool = True) -> pa.Array:
+    """Plain texts [3 R] of the rows at these indices, in the order of ``texts``; with or without system messages."""
     found = pairs.select(rows).with_format("arrow")[:]
-    return interleaved(*(found[part] for part in TEXT))
+    return interleaved(*(found[part] for part in TEXT), system=system)
 
 
-def column(part: pa.ChunkedArray) -> pa.Array:
-    """One column of a pair table as plain text."""
+def column(part: pa.ChunkedArray, *, system: bool = True) -> pa.Array:
+    """One column of a pair table as plain text, with or without system messages."""
     part = part.combine_chunks()
     if pa.types.is_string(part.type) or pa.types.is_large_string(part.type):
         return part.cast(pa.string())
-    return pa.array([plain(item) for item in part.to_pylist()], type=pa.string())
+    items = part.to_pylist()
+    return pa.array([plain(item if system else without_system(item)) for item in items], type=pa.string())
 
 
-def interleaved(prompt: pa.ChunkedArray, chosen: pa.ChunkedArray, rejected: pa.ChunkedArray) -> pa.Array:
+def interleaved(
+    prompt: pa.ChunkedArray, chosen: pa.ChunkedArray, rejected: pa.ChunkedArray, *, system: bool = True
+) -> pa.Array:
     """The texts of three columns of n rows, row by row, [3 n]."""
-    parts = pa.concat_arrays([column(part) for part in (prompt, chosen, rejected)])
+    parts = pa.concat_arrays([column(part, system=system) for part in (prompt, chosen, rejected)])
     count = len(parts) // 3
     return parts.take(pa.array(np.arange(3 * count).reshape(3, count).T.ravel()))
 

@@ -6,11 +6,12 @@ key of its inputs: a stopped filter resumes, and another choice of weights takes
 
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -18,6 +19,7 @@ from datasets import Dataset
 from align.config import ClusterSection, FilterSection
 from align.data.text import cells
 from align.errors import ConfigError, DataError
+from align.filtering.held_out import HeldOut
 from align.filtering.knn.search import Neighbors, kth_distance
 from align.filtering.rules import RULES, RuleInput, apply_rules, by_id, place_type
 from align.filtering.score_columns import distances, margins, prompt_embeddings, qualities
@@ -25,7 +27,7 @@ from align.filtering.scores import diversity, doubtful
 from align.filtering.selection import RobustScale, greedy, importance, top_k
 from align.filtering.summary import summarize_filter
 from align.filtering.tables import Filtered, Reasons
-from align.filtering.text_survey import Survey, SurveyJob, overlap_hashes, take_survey
+from align.filtering.text_survey import SURVEY, Survey, SurveyJob, take_survey
 from align.io.console import log
 from align.io.hashing import digest
 
@@ -35,7 +37,7 @@ def filter_pairs(
     settings: FilterSection,
     cache: Path,
     *,
-    held_out: list[str],
+    held_out: Sequence[Mapping[str, Any]],
     seed: int,
     cluster: ClusterSection | None = None,
 ) -> Filtered:
@@ -45,7 +47,7 @@ def filter_pairs(
         pairs: pair table, with ``margin`` if it is to count.
         settings: what to keep.
         cache: folder for parts of the work; valid for these pairs only.
-        held_out: texts of an evaluation set; pairs that share eight words in a row with one are dropped.
+        held_out: pairs of an evaluation set, which no kept pair may overlap with, see ``held_out.overlaps``.
         seed: seed of the nearest-neighbor index and of the random sample in the summary.
         cluster: its workers read texts, embed, score and search.
 
@@ -93,11 +95,12 @@ class _FilterRun:
         """Record the seconds of a step."""
         return timed(self.seconds, name)
 
-    def rules(self, held_out: list[str]) -> tuple[RuleInput, dict[int, tuple[str, str]]]:
+    def rules(self, held_out: Sequence[Mapping[str, Any]]) -> tuple[RuleInput, dict[int, tuple[str, str]]]:
         """Apply the rules: their input, and (rule, finding) of the pairs that broke one."""
         settings = self.settings
+        known = HeldOut.of(held_out) if held_out else None
         with self.timed("texts"):
-            survey = self._survey(held_out)
+            survey = self._survey(known)
         margin = margins(self.pairs, in_spreads=False)
         ood, limit = None, np.inf
         with self.timed("distances"):
@@ -109,7 +112,7 @@ class _FilterRun:
             survey=survey,
             longest=settings.longest,
             language=settings.language,
-            held_out=held_out,
+            held_out=known,
             ood=ood,
             ood_limit=limit,
             doubtful=None if margin is None else doubtful(margin),
@@ -118,11 +121,13 @@ class _FilterRun:
             skip = settings.skip if settings.drop_doubtful else [*settings.skip, "label_noise"]
             return table, apply_rules(table, skip)
 
-    def _survey(self, held_out: list[str]) -> Survey:
+    def _survey(self, held_out: HeldOut | None) -> Survey:
         """The survey of the texts that the rules need, as far as possible from the cache."""
-        overlap, skip = overlap_hashes(held_out), self.settings.skip
+        skip = self.settings.skip
+        compared = held_out is not None and "contamination" not in skip
+        overlap = held_out.runs if held_out is not None and compared else np.empty(0, dtype=np.uint64)
         job = SurveyJob(overlap, near="near_duplicate" not in skip, language=self.settings.language is not None)
-        folder = self.cache / f"survey-{digest([overlap.tobytes().hex(), job.near, job.language])[:16]}"
+        folder = self.cache / f"survey-{digest([SURVEY, overlap.tobytes().hex(), job.near, job.language])[:16]}"
         return take_survey(self.pairs, job, folder, processes=self.settings.processes, cluster=self.cluster)
 
     def neighbors(self, passing: np.ndarray) -> tuple[np.ndarray, Neighbors]:

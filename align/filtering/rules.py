@@ -9,24 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
 from align.config.columns import TEXT as PARTS
-from align.data.text import cells, plain, texts_of
+from align.data.text import cells, texts_of
 from align.filtering.equal_keys import combined_key, duplicated, isin_sorted
+from align.filtering.held_out import HeldOut, overlaps
 from align.filtering.minhash import BANDS, near_duplicates
 from align.filtering.text_survey import (
-    OVERLAP,
     PERSONAL,
     Survey,
     language_code,
     language_number,
-    overlap_hashes,
     shingles,
 )
-from align.filtering.word_hashes import Hashes, hash_words, ngrams, word_list
+from align.filtering.word_hashes import Hashes
 
 NEAR = 0.9
 """Jaccard similarity of near-duplicates."""
@@ -48,8 +46,8 @@ class RuleInput:
     """Maximum words of a response."""
     language: str | None = None
     """ISO 639 code of the language that both responses must be in; None: any."""
-    held_out: Sequence[str] = ()
-    """Texts of an evaluation set."""
+    held_out: HeldOut | None = None
+    """Keys of an evaluation set."""
     ood: np.ndarray | None = None
     """[N], see ``score_columns.distances``."""
     ood_limit: float = np.inf
@@ -129,14 +127,8 @@ def pii(table: RuleInput, remaining: np.ndarray) -> Findings:
 
 
 def contamination(table: RuleInput, remaining: np.ndarray) -> Findings:
-    """Drop pairs that share an n-gram of eight words with a text of an evaluation set."""
-    places = _places(remaining & (table.survey.overlap > 0))
-    held_out = overlap_hashes(table.held_out)
-    findings: Findings = {}
-    for k in places:
-        part = PARTS[int(table.survey.overlap[k]) - 1]
-        findings[k] = f"{part} shares with the evaluation set: {_shared(plain(table.pairs[k][part]), held_out)}"
-    return findings
+    """Drop pairs that have a prompt, a response or an n-gram of eight words in common with an evaluation set."""
+    return {} if table.held_out is None else overlaps(table.pairs, table.survey, table.held_out, remaining)
 
 
 def duplicate(table: RuleInput, remaining: np.ndarray) -> Findings:
@@ -234,10 +226,3 @@ def _duplicated(keys: np.ndarray, remaining: np.ndarray) -> np.ndarray:
     result = np.zeros(len(remaining), dtype=bool)
     result[remaining] = duplicated(keys[remaining])
     return result
-
-
-def _shared(text: str, held_out: np.ndarray) -> str:
-    """The first n-gram of a text that the evaluation set has too, as words."""
-    strings = pa.array([text], type=pa.string())
-    hit = np.isin(ngrams(hash_words(strings), OVERLAP, whole=False).values, held_out)
-    return " ".join(word_list(text)[int(hit.argmax()) :][:OVERLAP])

@@ -14,14 +14,17 @@ from datasets import Dataset
 
 from align.config import ClusterSection
 from align.config.columns import TEXT as PARTS
-from align.data.text import texts
+from align.data.text import column, interleaved, texts_of
 from align.errors import EnvironmentProblem
+from align.filtering.equal_keys import isin_sorted
 from align.filtering.minhash import BANDS, band_keys
 from align.filtering.screen import readability
 from align.filtering.word_hashes import Hashes, hash_words, ngrams
 from align.sharding.arrays import Arrays, as_table, map_arrays
 from align.sharding.jobs import Work
 
+SURVEY = 2
+"""Revision of the survey, part of its cache key: raise it when the same texts give other features."""
 SHINGLE = 5
 """Words of an n-gram for near-duplicates."""
 OVERLAP = 8
@@ -45,6 +48,8 @@ class Survey:
     """int32 [N, 3]: words of prompt, chosen and rejected."""
     content: np.ndarray
     """uint64 [N, 3]: hash of each text in lower case with white space collapsed."""
+    asked: np.ndarray
+    """uint64 [N]: the hash of the prompt without its system messages."""
     screen: np.ndarray
     """float32 [N]: the smaller ``readability`` of the two responses."""
     bands: np.ndarray
@@ -52,7 +57,7 @@ class Survey:
     personal: np.ndarray
     """uint8 [N]: bit k is set if the k-th pattern of ``PERSONAL`` matches."""
     overlap: np.ndarray
-    """int8 [N]: 1, 2 or 3 if prompt, chosen or rejected shares an n-gram with the evaluation set, else 0."""
+    """bool [N]: a text shares an n-gram with the prompts of the evaluation set."""
     language: np.ndarray
     """uint32 [N, 2]: chosen's and rejected's, see ``language_number``; 0 if it was not requested or is not clear."""
 
@@ -62,7 +67,7 @@ class SurveyJob:
     """Job that reads shards of pairs; says what to compute besides what is always computed."""
 
     held_out: np.ndarray
-    """uint64, sorted: hashes of the n-grams of ``OVERLAP`` words of the evaluation set; may be empty."""
+    """uint64, sorted: hashes of the n-grams of ``OVERLAP`` words of the evaluation set's prompts; may be empty."""
     near: bool
     """Whether to compute the bands for near-duplicates."""
     language: bool
@@ -121,22 +126,26 @@ def personal(text: str) -> int:
 
 
 def _survey_part(job: SurveyJob, pairs: Dataset) -> Arrays:
-    strings, count = texts(pairs), len(pairs)
+    rows, count = pairs.with_format("arrow")[:], len(pairs)
+    strings = interleaved(*(rows[part] for part in PARTS))
+    prompts = column(rows["prompt"], system=False)
     words = hash_words(strings)
     worst = readability(strings, words).reshape(count, 3)[:, 1:].min(axis=1)
     bands = band_keys(ngrams(words.joined(3), SHINGLE)) if job.near else np.zeros((count, BANDS), dtype=np.uint64)
     return {
         "words": words.counts.reshape(count, 3).astype(np.int32),
-        "content": _content(strings).reshape(count, 3),
+        "content": content_hashes(strings).reshape(count, 3),
+        "asked": content_hashes(prompts),
         "screen": worst.astype(np.float32),
         "bands": bands,
         "personal": _personal(strings).reshape(count, 3).max(axis=1),
-        "overlap": _overlap(words, job.held_out).reshape(count, 3).max(axis=1),
+        "overlap": _overlap(pairs, job.held_out),
         "language": _languages(strings, count) if job.language else np.zeros((count, 2), dtype=np.uint32),
     }
 
 
-def _content(strings: pa.Array) -> np.ndarray:
+def content_hashes(strings: pa.Array) -> np.ndarray:
+    """Hash of each text in lower case with white space collapsed, uint64 [N]."""
     normalized = pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(strings), SPACE, " "))
     hashes: np.ndarray = pd.util.hash_array(normalized.to_numpy(zero_copy_only=False).astype(object), categorize=False)
     return hashes
@@ -150,14 +159,13 @@ def _personal(strings: pa.Array) -> np.ndarray:
     return bits
 
 
-def _overlap(words: Hashes, held_out: np.ndarray) -> np.ndarray:
-    """int8 [3 n]: 1, 2, 3 by part if a text shares an n-gram with the evaluation set."""
-    overlap = np.zeros(len(words.offsets) - 1, dtype=np.int8)
+def _overlap(pairs: Dataset, held_out: np.ndarray) -> np.ndarray:
+    """bool [n]: a text, without system messages, shares an n-gram with the evaluation set."""
+    overlap = np.zeros(len(pairs), dtype=bool)
     if len(held_out):
-        grams = ngrams(words, OVERLAP, whole=False)
-        places = np.minimum(np.searchsorted(held_out, grams.values), len(held_out) - 1)
-        shared = np.unique(grams.rows[held_out[places] == grams.values])
-        overlap[shared] = shared % len(PARTS) + 1
+        words = hash_words(texts_of(pairs, list(range(len(pairs))), system=False))
+        grams = ngrams(words, OVERLAP, whole=False).joined(len(PARTS))
+        overlap[grams.rows[isin_sorted(grams.values, held_out)]] = True
     return overlap
 
 

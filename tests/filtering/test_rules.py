@@ -1,6 +1,7 @@
 """Hard rules, against comparing all pairs."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.filtering import equal_keys as keys
+from align.filtering.held_out import HeldOut
 from align.filtering.rules import RULES, RuleInput, apply_rules, by_id, length_bias
-from align.filtering.text_survey import (
-    SurveyJob,
-    overlap_hashes,
-    take_survey,
-)
+from align.filtering.text_survey import SurveyJob, take_survey
 from tests.filtering.samples import pair
 
 
-def table(rows: list[dict[str, Any]], folder: Path, *, held_out: tuple[str, ...] = (), **more: Any) -> RuleInput:
+def table(
+    rows: list[dict[str, Any]], folder: Path, *, held_out: Sequence[dict[str, Any]] = (), **more: Any
+) -> RuleInput:
     pairs = Dataset.from_list(
         [row | {"id": f"{row['id']}{k if row['id'] == 'x' else ''}"} for k, row in enumerate(rows)]
     )
-    asked = SurveyJob(overlap_hashes(held_out), near=True, language=more.get("language") is not None)
-    return RuleInput(pairs, by_id(pairs), take_survey(pairs, asked, folder), held_out=held_out, **more)
+    known = HeldOut.of(held_out)
+    asked = SurveyJob(known.runs, near=True, language=more.get("language") is not None)
+    return RuleInput(pairs, by_id(pairs), take_survey(pairs, asked, folder), held_out=known, **more)
 
 
 TRIPLES = st.tuples(st.sampled_from("pq"), st.sampled_from("abc"), st.sampled_from("abc"))
@@ -94,7 +95,7 @@ def test_near_duplicates_and_contamination(tmp_path: Path) -> None:
     assert found == {0: ("near_duplicate", "nearly the same as a")}
     assert apply_rules(table(rows, tmp_path / "2"), ["near_duplicate"]) == {}
     leak = "before word3 word4 word5 word6 word7 word8 word9 word10 z"
-    overlap = apply_rules(table(rows, tmp_path / "3", held_out=(leak,)), ["near_duplicate"])
+    overlap = apply_rules(table(rows, tmp_path / "3", held_out=[pair(leak, "one", "two")]), ["near_duplicate"])
     finding = "prompt shares with the evaluation set: word3 word4 word5 word6 word7 word8 word9 word10"
     assert overlap == {0: ("contamination", finding), 1: ("contamination", finding)}
 
