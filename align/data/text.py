@@ -10,6 +10,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from align.config.columns import TEXT
+from align.data.messages import message_lists
 
 WORD = re.compile(r"\w+", re.UNICODE)
 SPEAKERS = frozenset({"user", "assistant"})
@@ -73,7 +74,7 @@ def column(part: pa.ChunkedArray) -> pa.Array:
     part = part.combine_chunks()
     if pa.types.is_string(part.type) or pa.types.is_large_string(part.type):
         return part.cast(pa.string())
-    return pa.array([plain(item) for item in part.to_pylist()], type=pa.string())
+    return pa.array([plain(item) for item in message_lists(part)], type=pa.string())
 
 
 def interleaved(prompt: pa.ChunkedArray, chosen: pa.ChunkedArray, rejected: pa.ChunkedArray) -> pa.Array:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, RESPONSES, TEXT
+from align.data.messages import unparsed
 from align.data.readers import Row
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -87,6 +88,8 @@ class RowReader:
         if value is None:
             return [self._problem(row, name, "pair-missing", "nothing", "text or a list of messages")]
         if isinstance(value, str):
+            if unparsed(value):
+                return [self._problem(row, name, "pair-message", repr(value), "messages as JSON")]
             problem = self._characters(row, name, value)
             return [] if problem is None else [problem]
         if not isinstance(value, list):
