@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from scipy.special import expit
 
 from align.commands.generate import find_completions
 from align.data.completions import Candidate, Group, read_groups
-from align.data.pairs import write_pairs
+from align.data.pairs import table_of, write_pairs
 from align.data.statistics import summarize
 from align.data.text import plain
 from align.data.training_pairs import margin_sources, report_in_sample, with_source
@@ -158,7 +157,7 @@ def _work(groups: list[Different], settings: BuildSettings, folder: Path) -> Non
             code="pairs-none",
             hint="sample more completions, or lower the guard",
         )
-    table = Dataset.from_list(pairs)
+    table = table_of(pairs, list(pairs[0]), str(folder))
     if all(row["group"] is None for row in pairs):
         table = table.remove_columns("group")
     model = settings.scorer.reward_model

@@ -18,6 +18,7 @@ from datasets import Dataset
 
 from align.config import PairsSection
 from align.config.columns import OPTIONAL, TEXT
+from align.data.messages import text_array
 from align.data.readers import Row, read_source
 from align.data.seen_ids import SeenIds, content_id
 from align.data.validation import SHOWN_CHARACTERS, Problem, RowReader
@@ -160,10 +161,20 @@ def other_kind(pair: dict[str, Any], first: dict[str, Any], row: Row, source: st
 
 def _table(valid: list[dict[str, Any]], source: str) -> Dataset:
     columns = ["id", *TEXT, *(name for name in OPTIONAL if any(pair.get(name) is not None for pair in valid))]
+    return table_of(valid, columns, source)
+
+
+def table_of(pairs: list[dict[str, Any]], columns: Sequence[str], source: str) -> Dataset:
+    """These columns of the pairs as a table; ``source`` is for messages.
+
+    Raises:
+        DataError: a column has values of two kinds.
+    """
     arrays = {}
     for name in columns:
         with one_type(source, name):
-            arrays[name] = pa.array([pair.get(name) for pair in valid])
+            values = [pair.get(name) for pair in pairs]
+            arrays[name] = text_array(values) if name in TEXT else pa.array(values)
     return Dataset(pa.table(arrays))
 
 
@@ -180,5 +191,5 @@ def one_type(source: str, name: str) -> Iterator[None]:
         raise DataError(
             f"{source}:{name}: its rows do not fit one column ({' '.join(str(error).split())[:SHOWN_CHARACTERS]})",
             code="pair-type",
-            hint="give every row the same kind of value, and every message the same keys",
+            hint="give every row the same kind of value",
         ) from None

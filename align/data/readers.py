@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from align.config import PairsSection, nearest
+from align.data.messages import as_messages, without_nulls
 from align.errors import AlignError, DataError
 from align.io.object_store import store_problem
 from align.io.source_files import SUFFIXES, SourceFile, find_files
@@ -101,10 +102,19 @@ def read_files(source: str) -> list[Row]:
     Raises:
         DataError: a file is missing or unreadable.
     """
-    return list(_of_files(find_files(source) or [SourceFile(source)]))
+    return list(map(_with_messages, _of_files(find_files(source) or [SourceFile(source)])))
 
 
 def _rows(source: PairsSection) -> Iterator[Row]:
+    """Rows of a source; a cell with messages in another form is a list of messages."""
+    return map(_with_messages, _raw_rows(source))
+
+
+def _with_messages(row: Row) -> Row:
+    return replace(row, values={name: as_messages(value) for name, value in row.values.items()})
+
+
+def _raw_rows(source: PairsSection) -> Iterator[Row]:
     files = find_files(source.path)
     if files is not None:
         return _of_files(files)
@@ -182,7 +192,11 @@ def _saved(source: PairsSection) -> Dataset:
 
 
 def _numbered(dataset: Dataset) -> Iterator[Row]:
-    return (Row(number, dict(values)) for number, values in enumerate(dataset, 1))
+    """Rows with Python's own values, whatever the format that the dataset was saved with."""
+    exact = {name for name, feature in dataset.features.items() if "Json(" in repr(feature)}
+    for number, values in enumerate(dataset.with_format(None), 1):
+        cells = {name: value if name in exact else without_nulls(value) for name, value in values.items()}
+        yield Row(number, cells)
 
 
 def _jsonl(file: SourceFile) -> Iterator[Row]:
@@ -237,7 +251,7 @@ def _parquet(file: SourceFile) -> Iterator[Row]:
             raise DataError(f"{file.name}: a value cannot be read ({error})", code="data-unreadable") from None
         for values in rows:
             number += 1
-            yield Row(number, values)
+            yield Row(number, {name: without_nulls(value) for name, value in values.items()})
 
 
 def _batches(file: SourceFile) -> Iterator[pa.RecordBatch]:

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from align.config import PairsSection
 from align.config.columns import NUMBERS, OPTIONAL, TEXT
+from align.data.messages import JSON_MESSAGES, text_array, text_type
 from align.data.pairs import identify, one_type, other_kind, unusable
 from align.data.readers import stream_source
 from align.data.seen_ids import SeenIds
@@ -21,7 +22,7 @@ from align.io.files import atomic_write
 
 BATCH = 4096
 Types = dict[str, pa.DataType]
-"""Arrow types of the text columns; those of messages have every key of the rows read so far, as in ``load_pairs``."""
+"""Arrow types of the text columns, as in ``load_pairs`` for the rows read so far."""
 
 
 def stream_pairs(source: PairsSection, file: Path) -> Dataset:
@@ -73,24 +74,23 @@ class _Reader:
 
 
 def _write(source: PairsSection, file: Path, seen: SeenIds, types: Types) -> Types | None:
-    """Write the table. If messages have keys that ``types`` lacks, stop and return types with these keys, else None."""
+    """Write the table. If ``types`` cannot hold the messages, stop and return types that can, else None."""
     reader = _Reader(source, seen)
     pairs = islice(reader.pairs(), source.limit)
     first = next(pairs, None)
     kept = 0
     if first is not None:
         batch = [first, *islice(pairs, BATCH - 1)]
-        types = types or _widened({}, batch, source.path)
+        types = types or _widened({}, batch)
         numbers = [name for name in OPTIONAL if name in reader.columns]
         fields = [("id", pa.string()), *types.items()]
         fields += [(name, pa.float64() if name in NUMBERS else pa.string()) for name in numbers]
         schema = pa.schema(fields)
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             while batch:
-                if (wider := _widened(types, batch, source.path)) != types:
+                if (wider := _widened(types, batch)) != types:
                     return wider
-                columns = {name: [pair.get(name) for pair in batch] for name in schema.names}
-                writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
+                writer.write_batch(_record_batch(batch, schema, source.path))
                 kept += len(batch)
                 batch = list(islice(pairs, BATCH))
     if reader.problems and not source.drop_invalid:
@@ -102,21 +102,24 @@ def _write(source: PairsSection, file: Path, seen: SeenIds, types: Types) -> Typ
     return None
 
 
-def _widened(types: Types, batch: list[dict[str, Any]], source: str) -> Types:
-    """``types`` with the further keys of these pairs' messages; plain text is always a string.
+def _widened(types: Types, batch: list[dict[str, Any]]) -> Types:
+    """The types of the text columns, given those of the rows before this batch: JSON messages stay JSON messages."""
+    own = {name: text_type([pair[name] for pair in batch]) for name in TEXT}
+    return {name: JSON_MESSAGES if JSON_MESSAGES in (kind, types.get(name)) else kind for name, kind in own.items()}
+
+
+def _record_batch(batch: list[dict[str, Any]], schema: pa.Schema, source: str) -> pa.RecordBatch:
+    """The pairs as Arrow.
 
     Raises:
-        DataError: a key has values of two kinds.
+        DataError: values of two kinds are in one column.
     """
-    if isinstance(batch[0]["prompt"], str):
-        return dict.fromkeys(TEXT, pa.string())
-    found = {}
-    for name in TEXT:
-        with one_type(source, name):
-            own = pa.schema([(name, pa.array([pair[name] for pair in batch]).type)])
-            known = pa.schema([(name, types[name])] if types else [])
-            found[name] = pa.unify_schemas([known, own], promote_options="permissive").field(name).type
-    return found
+    arrays = []
+    for field in schema:
+        values = [pair.get(field.name) for pair in batch]
+        with one_type(source, field.name):
+            arrays.append(text_array(values, field.type) if field.name in TEXT else pa.array(values, type=field.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def _is_empty(pairs: Dataset, name: str) -> bool:

@@ -10,6 +10,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from align.config.columns import TEXT
+from align.data.messages import message_lists
 
 WORD = re.compile(r"\w+", re.UNICODE)
 SPEAKERS = frozenset({"user", "assistant"})
@@ -81,7 +82,7 @@ def column(part: pa.ChunkedArray, *, system: bool = True) -> pa.Array:
     part = part.combine_chunks()
     if pa.types.is_string(part.type) or pa.types.is_large_string(part.type):
         return part.cast(pa.string())
-    items = part.to_pylist()
+    items = message_lists(part)
     return pa.array([plain(item if system else without_system(item)) for item in items], type=pa.string())
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, RESPONSES, TEMPLATE_COLUMNS, TEXT
 from align.data.implicit_prompt import extract_prompt
+from align.data.messages import unparsed
 from align.data.readers import Row
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -98,6 +99,8 @@ class RowReader:
         if value is None:
             return [self._problem(row, name, "pair-missing", "nothing", "text or a list of messages")]
         if isinstance(value, str):
+            if unparsed(value):
+                return [self._problem(row, name, "pair-message", repr(value), "messages as JSON")]
             problem = self._characters(row, name, value)
             return [] if problem is None else [problem]
         if not isinstance(value, list):

@@ -64,8 +64,7 @@ def test_a_streamed_table_keeps_every_key_of_a_message(
     assert streamed.to_list() == loaded.to_list()
     assert streamed[1]["chosen"][0]["reasoning_content"] == "very fine"
     assert set(streamed[0]["rejected"][0]) == set(streamed[0]["prompt"][0]) == {"role", "content"}
-    unfit = chat[0] | {"chosen": [turns[2] | {"name": 7}]}
-    source.write_text("".join(json.dumps(row) + "\n" for row in [*chat, unfit]))
-    for load in (load_pairs, lambda given: stream_pairs(given, tmp_path / "bad.arrow")):
-        with pytest.raises(DataError, match="chosen: its rows do not fit one column"):
-            load(config)
+    chat.append(chat[0] | {"chosen": [turns[2] | {"name": 7}]})
+    source.write_text("".join(json.dumps(row) + "\n" for row in chat))
+    for load in (load_pairs, lambda given: stream_pairs(given, tmp_path / "kinds.arrow")):
+        assert [row["chosen"] for row in load(config)] == [row["chosen"] for row in chat]

@@ -103,9 +103,8 @@ def pair_cases() -> Iterator[BadInput]:
          "expected text as content"),
         ("a prompt that ends with the assistant", lines({**CHAT, "prompt": CHAT["chosen"]}), jsonl, "pair-role",
          "found a last message by assistant"),
-        ("message keys of two kinds", lambda f: write_lines(f / "bad.jsonl", *[
-            {**CHAT, "chosen": [turn("assistant", "hi") | {"tools": kind}]} for kind in ("a", 1)]), jsonl, "pair-type",
-         "bad.jsonl:chosen: its rows do not fit one column"),
+        ("messages as text that is not JSON", lines({**CHAT, "chosen": "[{'role': 'user', 'content': 'a'} {}]"}), jsonl,
+         "pair-message", "expected messages as JSON"),
         ("equal responses", lines({**GOOD, "rejected": " yes"}), jsonl, "pair-equal", "found the same as chosen"),
         ("nothing shared, no prompt", lambda f: write_lines(f / "bad.jsonl", {"chosen": "yes", "rejected": "no"}), jsonl,
          "pair-no-prompt", "no shared beginning"),

@@ -11,7 +11,7 @@ from align.commands.filter import filter_source
 from align.commands.trust import FEATURES, FILE
 from align.config import PairsSection, RewardSection, RunConfig
 from align.data.pairs import FILE as PAIRS_FILE
-from align.data.pairs import load_pairs, read_pairs, write_pairs
+from align.data.pairs import load_pairs, read_pairs, table_of, write_pairs
 from align.data.prompts import load_prompts
 from align.data.splits import clusters_of, folds_by_prompt, split_by_prompt
 from align.data.statistics import summarize
@@ -152,7 +152,7 @@ def _draw_pairs(config: RunConfig, prompts: list[Any], different: dict[int, list
         completions = {side: as_completion(prompts[k], text) for side, text in sides.items()}
         rows.append({"id": str(k), "prompt": prompts[k], **completions})
         against += int(values[chosen] < values[rejected])
-    return Dataset.from_list(rows), against
+    return table_of(rows, list(rows[0]), config.sample.prompts), against
 
 
 def stage_margins(config: RunConfig, folder: Path) -> None:
