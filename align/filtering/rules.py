@@ -16,12 +16,13 @@ from align.config.columns import TEXT as PARTS
 from align.data.text import cells, texts_of
 from align.filtering.equal_keys import combined_key, duplicated, isin_sorted
 from align.filtering.held_out import HeldOut, overlaps
-from align.filtering.minhash import BANDS, near_duplicates
+from align.filtering.minhash import near_duplicates
 from align.filtering.text_survey import (
     PERSONAL,
     Survey,
     language_code,
     language_number,
+    part_shingles,
     shingles,
 )
 from align.filtering.word_hashes import Hashes
@@ -141,17 +142,21 @@ def duplicate(table: RuleInput, remaining: np.ndarray) -> Findings:
 
 
 def near_duplicate(table: RuleInput, remaining: np.ndarray) -> Findings:
-    """Drop pairs whose shingles of five words have a Jaccard similarity of at least ``NEAR`` with a kept pair's."""
-    shared = np.zeros(len(remaining), dtype=bool)
-    for band in range(BANDS):
-        shared |= _duplicated(table.survey.bands[:, band], remaining)
+    """Drop pairs whose shingles of five words have a Jaccard similarity of at least ``NEAR`` with a kept pair's.
+
+    The pair as one text, the prompt, the chosen and the rejected response must each reach it: a long text that many
+    prompts contain does not make pairs with other responses, or another question, the same.
+    """
+    shared, bands = np.zeros(len(remaining), dtype=bool), table.survey.bands
+    for band in range(bands.shape[1]):
+        shared |= _duplicated(bands[:, band], remaining)
     order = table.by_id(shared)
 
-    def shingles_of(rows: np.ndarray) -> Hashes:
-        return shingles(texts_of(table.pairs, order[rows].tolist()))
+    def shingles_of(rows: np.ndarray) -> list[Hashes]:
+        strings = texts_of(table.pairs, order[rows].tolist())
+        return [shingles(strings), *(part_shingles(strings[k :: len(PARTS)]) for k in range(len(PARTS)))]
 
-    bands = (table.survey.bands[order, band] for band in range(BANDS))
-    near = near_duplicates(bands, shingles_of, NEAR)
+    near = near_duplicates((bands[order, band] for band in range(bands.shape[1])), shingles_of, NEAR)
     later, earlier = (np.array(list(side), dtype=np.int64) for side in (near.keys(), near.values()))
     return table.relate(order[later], order[earlier], "nearly the same as")
 

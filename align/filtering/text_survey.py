@@ -42,7 +42,7 @@ SHORTEST_LETTERS, SUREST = 20, 0.5
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """Features of the texts of N pairs; about 150 bytes a pair, memory-mapped."""
+    """Features of the texts of N pairs; about 250 bytes a pair, memory-mapped."""
 
     words: np.ndarray
     """int32 [N, 3]: words of prompt, chosen and rejected."""
@@ -53,7 +53,10 @@ class Survey:
     screen: np.ndarray
     """float32 [N]: the smaller ``readability`` of the two responses."""
     bands: np.ndarray
-    """uint64 [N, BANDS]: see ``minhash.band_keys``."""
+    """uint64 [N, 2 BANDS]: ``minhash.band_keys`` of the pair as one text, and of its two responses.
+
+    Those of the responses find candidates among pairs whose prompts are mostly the same long text, those of the pair
+    among pairs with the same short responses."""
     personal: np.ndarray
     """uint8 [N]: bit k is set if the k-th pattern of ``PERSONAL`` matches."""
     overlap: np.ndarray
@@ -120,6 +123,21 @@ def shingles(strings: pa.Array) -> Hashes:
     return ngrams(hash_words(strings).joined(len(PARTS)), SHINGLE)
 
 
+def part_shingles(strings: pa.Array) -> Hashes:
+    """Shingles of each text alone; a text without a word has one, the hash of its content."""
+    found = ngrams(hash_words(strings), SHINGLE)
+    empty = found.counts == 0
+    if not empty.any():
+        return found
+    offsets = np.concatenate([[0], np.cumsum(np.maximum(found.counts, 1))])
+    values = np.empty(offsets[-1], dtype=np.uint64)
+    at = offsets[:-1][empty]
+    of_words = np.ones(len(values), dtype=bool)
+    of_words[at] = False
+    values[at], values[of_words] = content_hashes(strings)[empty], found.values
+    return Hashes(values, offsets)
+
+
 def personal(text: str) -> int:
     """Bits of the patterns of ``PERSONAL`` that match a text."""
     return sum(1 << k for k, pattern in enumerate(PERSONAL.values()) if pattern.search(text))
@@ -131,17 +149,22 @@ def _survey_part(job: SurveyJob, pairs: Dataset) -> Arrays:
     prompts = column(rows["prompt"], system=False)
     words = hash_words(strings)
     worst = readability(strings, words).reshape(count, 3)[:, 1:].min(axis=1)
-    bands = band_keys(ngrams(words.joined(3), SHINGLE)) if job.near else np.zeros((count, BANDS), dtype=np.uint64)
     return {
         "words": words.counts.reshape(count, 3).astype(np.int32),
         "content": content_hashes(strings).reshape(count, 3),
         "asked": content_hashes(prompts),
         "screen": worst.astype(np.float32),
-        "bands": bands,
+        "bands": _bands(strings, words) if job.near else np.zeros((count, 2 * BANDS), dtype=np.uint64),
         "personal": _personal(strings).reshape(count, 3).max(axis=1),
         "overlap": _overlap(pairs, job.held_out),
         "language": _languages(strings, count) if job.language else np.zeros((count, 2), dtype=np.uint32),
     }
+
+
+def _bands(strings: pa.Array, words: Hashes) -> np.ndarray:
+    sides = np.arange(len(strings)) % len(PARTS) > 0
+    responses = hash_words(strings.filter(pa.array(sides)))
+    return np.hstack([band_keys(ngrams(row, SHINGLE)) for row in (words.joined(3), responses.joined(2))])
 
 
 def content_hashes(strings: pa.Array) -> np.ndarray:
