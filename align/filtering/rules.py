@@ -17,8 +17,8 @@ from align.data.text import cells, texts_of
 from align.filtering.equal_keys import combined_key, duplicated, isin_sorted
 from align.filtering.held_out import HeldOut, overlaps
 from align.filtering.minhash import near_duplicates
+from align.filtering.personal_data import PERSONAL
 from align.filtering.text_survey import (
-    PERSONAL,
     Survey,
     language_code,
     language_number,
@@ -86,14 +86,17 @@ def same_text(table: RuleInput, remaining: np.ndarray) -> Findings:
 
 
 def contradiction(table: RuleInput, remaining: np.ndarray) -> Findings:
-    """Drop both of two pairs whose labels on the same two responses contradict each other."""
+    """Drop the pairs that most pairs of the same prompt and responses contradict; of equally many votes, all."""
     given, swapped = (combined_key(table.survey.content, columns) for columns in (AS_GIVEN, SWAPPED))
     order = table.by_id(remaining & isin_sorted(swapped, np.sort(given[remaining])))
-    given, swapped = given[order], swapped[order]
-    sort = np.argsort(given, kind="stable")
-    other = sort[np.minimum(np.searchsorted(given[sort], swapped), max(len(order) - 1, 0))]
-    hit = np.flatnonzero((given[other] == swapped) & (other != np.arange(len(order))))
-    return table.relate(order[hit], order[other[hit]], "the opposite of")
+    labels, first, which, votes = np.unique(given[order], return_index=True, return_inverse=True, return_counts=True)
+    other = np.searchsorted(labels, swapped[order])
+    hit = np.flatnonzero((votes[other] >= votes[which]) & (labels[other] != labels[which]))
+    findings = table.relate(order[hit], order[first[other[hit]]], "the opposite of")
+    for k, own, against in zip(order[hit].tolist(), votes[which[hit]], votes[other[hit]], strict=True):
+        if own + against > 2:
+            findings[k] += f" ({against} pairs say the opposite, {own} this)"
+    return findings
 
 
 def length(table: RuleInput, remaining: np.ndarray) -> Findings:

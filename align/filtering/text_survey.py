@@ -1,6 +1,5 @@
 """One pass over the texts that computes all that the hard rules and the screen need: a few numbers per pair."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from align.data.text import column, interleaved, texts_of
 from align.errors import EnvironmentProblem
 from align.filtering.equal_keys import isin_sorted
 from align.filtering.minhash import BANDS, band_keys
+from align.filtering.personal_data import MAYBE_PERSONAL, personal
 from align.filtering.screen import readability
 from align.filtering.word_hashes import Hashes, hash_words, ngrams
 from align.sharding.arrays import Arrays, as_table, map_arrays
@@ -30,13 +30,6 @@ SHINGLE = 5
 OVERLAP = 8
 """Words of an n-gram for the overlap with an evaluation set."""
 SPACE = r"[\s\pZ]+"
-MAYBE_PERSONAL = r"@|\p{Nd}[\p{Nd} ()+-]{6,}\p{Nd}"
-PERSONAL = {
-    "e-mail address": re.compile(r"[\w.+-]+@[\w-]+\.[a-zA-Z]{2,}"),
-    "card number": re.compile(r"\b(?:\d[ -]?){13,16}\b"),
-    "phone number": re.compile(r"(?<!\d)(?:\+\d{1,3}[ -]?)?(?:\(\d{2,4}\)[ -]?|\d{3}[ -])\d{3}[ -]\d{3,4}(?!\d)"),
-    "social security number": re.compile(r"\b\d{3}-\d{2}-\d{4}\b"),
-}
 SHORTEST_LETTERS, SUREST = 20, 0.5
 
 
@@ -58,7 +51,7 @@ class Survey:
     Those of the responses find candidates among pairs whose prompts are mostly the same long text, those of the pair
     among pairs with the same short responses."""
     personal: np.ndarray
-    """uint8 [N]: bit k is set if the k-th pattern of ``PERSONAL`` matches."""
+    """uint8 [N]: bit k is set if a text contains the k-th kind of ``personal_data.PERSONAL``."""
     overlap: np.ndarray
     """bool [N]: a text shares an n-gram with the prompts of the evaluation set."""
     language: np.ndarray
@@ -138,11 +131,6 @@ def part_shingles(strings: pa.Array) -> Hashes:
     return Hashes(values, offsets)
 
 
-def personal(text: str) -> int:
-    """Bits of the patterns of ``PERSONAL`` that match a text."""
-    return sum(1 << k for k, pattern in enumerate(PERSONAL.values()) if pattern.search(text))
-
-
 def _survey_part(job: SurveyJob, pairs: Dataset) -> Arrays:
     rows, count = pairs.with_format("arrow")[:], len(pairs)
     strings = interleaved(*(rows[part] for part in PARTS))
@@ -155,7 +143,7 @@ def _survey_part(job: SurveyJob, pairs: Dataset) -> Arrays:
         "asked": content_hashes(prompts),
         "screen": worst.astype(np.float32),
         "bands": _bands(strings, words) if job.near else np.zeros((count, 2 * BANDS), dtype=np.uint64),
-        "personal": _personal(strings).reshape(count, 3).max(axis=1),
+        "personal": np.bitwise_or.reduce(_personal(strings).reshape(count, 3), axis=1),
         "overlap": _overlap(pairs, job.held_out),
         "language": _languages(strings, count) if job.language else np.zeros((count, 2), dtype=np.uint32),
     }

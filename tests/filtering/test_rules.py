@@ -48,8 +48,13 @@ def test_repeated_and_opposite_pairs_against_comparing_all(
     by_name = sorted(range(len(triples)), key=names.__getitem__)
     left = [k for k in by_name if triples[k][1] != triples[k][2]]
     opposite = {k: [n for n in left if triples[n] == (triples[k][0], triples[k][2], triples[k][1])] for k in left}
-    expected |= {k: ("contradiction", f"the opposite of {names[other[0]]}") for k, other in opposite.items() if other}
-    left = [k for k in left if not opposite[k]]
+    same = {k: [n for n in left if triples[n] == triples[k]] for k in left}
+    for k in left:
+        own, other = len(same[k]), len(opposite[k])
+        if other >= own:
+            votes = f" ({other} pairs say the opposite, {own} this)" if other + own > 2 else ""
+            expected[k] = ("contradiction", f"the opposite of {names[opposite[k][0]]}{votes}")
+    left = [k for k in left if k not in expected]
     for k in left:
         first = next(n for n in left if triples[n] == triples[k])
         if first != k:
@@ -68,6 +73,7 @@ def test_repeated_and_opposite_pairs_against_comparing_all(
         ("duplicate", [pair("p", "a", "b", "z"), pair("P", "a ", "b", "y"), pair("p", "a", "c", "w")], {0}),
         ("contradiction", [pair("p", "a", "b", "1"), pair("p", "b", "a", "2"), pair("q", "b", "a", "3")], {0, 1}),
         ("contradiction", [pair("p", "a", "b", "1"), pair("q", "a", "b", "2")], set()),
+        ("contradiction", [*(pair("p", "a", "b", f"{k}") for k in range(9)), pair("P", "b", "a", "9")], {9}),
         ("length", [pair("p", "...", "b"), pair("p", "a", "b"), pair("p", "a", "b " * 9)], {0, 2}),
         (
             "pii",
