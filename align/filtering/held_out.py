@@ -54,7 +54,8 @@ class HeldOut:
         triples = np.column_stack([prompt, response]) if len(sides) == len(rows) else np.empty((0, 3), np.uint64)
         both = [combined_key(triples, columns) for columns in ((0, 1, 2), (0, 2, 1))]
         filled = (_hashes([text for text in texts if text.strip()]) for texts in (prompts, responses))
-        return cls(*map(np.unique, (np.concatenate(both), *filled)), overlap_hashes(prompts))
+        known_prompts, known_responses = map(np.unique, filled)
+        return cls(np.unique(np.concatenate(both)), known_prompts, known_responses, overlap_hashes(prompts))
 
 
 def overlaps(pairs: Dataset, survey: Survey, held_out: HeldOut, remaining: np.ndarray) -> dict[int, str]:
@@ -82,9 +83,15 @@ def overlaps(pairs: Dataset, survey: Survey, held_out: HeldOut, remaining: np.nd
     findings |= dict.fromkeys(np.flatnonzero(remaining & shared).tolist(), "prompt is one of the evaluation set")
     shared = isin_sorted(combined_key(content, (0, 1, 2)), held_out.pairs)
     findings |= dict.fromkeys(np.flatnonzero(remaining & shared).tolist(), "the pair is in the evaluation set")
+<<<<<<< HEAD
     named = [f"{number} {what}" for what, number in left_out.items() if number]
     if named:
         log.warning("held_out: left out %s of the evaluation set that many pairs have in common", ", ".join(named))
+=======
+    counts = ", ".join(f"{number} {what}" for what, number in left_out.items() if number)
+    if counts:
+        log.warning("held_out: left out %s of the evaluation set that many pairs have in common", counts)
+>>>>>>> q3
     return findings
 
 

@@ -4,7 +4,7 @@ The probability that two rows of similarity s share at least one of ``BANDS`` ba
 1 - (1 - s^ROWS)^BANDS: 0.9995 at 0.9, 0.95 at 0.8 (Broder 1997; Leskovec, Rajaraman and Ullman, chapter 3).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -66,24 +66,26 @@ def _in_one_band(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def near_duplicates(
-    bands: Iterable[np.ndarray], shingles_of: Callable[[np.ndarray], Hashes], threshold: float
+    bands: Iterable[np.ndarray], shingles_of: Callable[[np.ndarray], Sequence[Hashes]], threshold: float
 ) -> dict[int, int]:
     """Map each near-duplicate to the earlier row that it nearly equals; that row is not a near-duplicate itself.
 
     Args:
         bands: the columns of ``band_keys``, rows in the order of preference.
-        shingles_of: hashes of the shingles of some rows, called for ``CHECKED`` candidate pairs at a time.
-        threshold: minimum Jaccard similarity.
+        shingles_of: sets of shingles of some rows, one ``Hashes`` for each aspect that rows are compared by; called
+            for ``CHECKED`` candidate pairs at a time.
+        threshold: minimum Jaccard similarity in each aspect.
     """
     found: dict[int, int] = {}
     every = candidates(bands)
     for start in range(0, len(every), CHECKED):
         pairs = every[start : start + CHECKED]
         rows = np.unique(pairs)
-        shingles = shingles_of(rows)
-        sets = [np.unique(shingles.row(k)) for k in range(len(rows))]
+        aspects = shingles_of(rows)
+        sets = [[np.unique(shingles.row(k)) for shingles in aspects] for k in range(len(rows))]
         for (earlier, later), (a, b) in zip(pairs.tolist(), np.searchsorted(rows, pairs).tolist(), strict=True):
-            if later not in found and earlier not in found and jaccard(sets[a], sets[b]) >= threshold:
+            both = zip(sets[a], sets[b], strict=True)
+            if later not in found and earlier not in found and all(jaccard(*one) >= threshold for one in both):
                 found[later] = earlier
     return found
 

@@ -16,12 +16,13 @@ from align.config.columns import TEXT as PARTS
 from align.data.text import cells, texts_of
 from align.filtering.equal_keys import combined_key, duplicated, isin_sorted
 from align.filtering.held_out import HeldOut, overlaps
-from align.filtering.minhash import BANDS, near_duplicates
+from align.filtering.minhash import near_duplicates
+from align.filtering.personal_data import PERSONAL
 from align.filtering.text_survey import (
-    PERSONAL,
     Survey,
     language_code,
     language_number,
+    part_shingles,
     shingles,
 )
 from align.filtering.word_hashes import Hashes
@@ -85,14 +86,17 @@ def same_text(table: RuleInput, remaining: np.ndarray) -> Findings:
 
 
 def contradiction(table: RuleInput, remaining: np.ndarray) -> Findings:
-    """Drop both of two pairs whose labels on the same two responses contradict each other."""
+    """Drop the pairs that most pairs of the same prompt and responses contradict; of equally many votes, all."""
     given, swapped = (combined_key(table.survey.content, columns) for columns in (AS_GIVEN, SWAPPED))
     order = table.by_id(remaining & isin_sorted(swapped, np.sort(given[remaining])))
-    given, swapped = given[order], swapped[order]
-    sort = np.argsort(given, kind="stable")
-    other = sort[np.minimum(np.searchsorted(given[sort], swapped), max(len(order) - 1, 0))]
-    hit = np.flatnonzero((given[other] == swapped) & (other != np.arange(len(order))))
-    return table.relate(order[hit], order[other[hit]], "the opposite of")
+    labels, first, which, votes = np.unique(given[order], return_index=True, return_inverse=True, return_counts=True)
+    other = np.searchsorted(labels, swapped[order])
+    hit = np.flatnonzero((votes[other] >= votes[which]) & (labels[other] != labels[which]))
+    findings = table.relate(order[hit], order[first[other[hit]]], "the opposite of")
+    for k, own, against in zip(order[hit].tolist(), votes[which[hit]], votes[other[hit]], strict=True):
+        if own + against > 2:
+            findings[k] += f" ({against} pairs say the opposite, {own} this)"
+    return findings
 
 
 def length(table: RuleInput, remaining: np.ndarray) -> Findings:
@@ -141,17 +145,21 @@ def duplicate(table: RuleInput, remaining: np.ndarray) -> Findings:
 
 
 def near_duplicate(table: RuleInput, remaining: np.ndarray) -> Findings:
-    """Drop pairs whose shingles of five words have a Jaccard similarity of at least ``NEAR`` with a kept pair's."""
-    shared = np.zeros(len(remaining), dtype=bool)
-    for band in range(BANDS):
-        shared |= _duplicated(table.survey.bands[:, band], remaining)
+    """Drop pairs whose shingles of five words have a Jaccard similarity of at least ``NEAR`` with a kept pair's.
+
+    The pair as one text, the prompt, the chosen and the rejected response must each reach it: a long text that many
+    prompts contain does not make pairs with other responses, or another question, the same.
+    """
+    shared, bands = np.zeros(len(remaining), dtype=bool), table.survey.bands
+    for band in range(bands.shape[1]):
+        shared |= _duplicated(bands[:, band], remaining)
     order = table.by_id(shared)
 
-    def shingles_of(rows: np.ndarray) -> Hashes:
-        return shingles(texts_of(table.pairs, order[rows].tolist()))
+    def shingles_of(rows: np.ndarray) -> list[Hashes]:
+        strings = texts_of(table.pairs, order[rows].tolist())
+        return [shingles(strings), *(part_shingles(strings[k :: len(PARTS)]) for k in range(len(PARTS)))]
 
-    bands = (table.survey.bands[order, band] for band in range(BANDS))
-    near = near_duplicates(bands, shingles_of, NEAR)
+    near = near_duplicates((bands[order, band] for band in range(bands.shape[1])), shingles_of, NEAR)
     later, earlier = (np.array(list(side), dtype=np.int64) for side in (near.keys(), near.values()))
     return table.relate(order[later], order[earlier], "nearly the same as")
 

@@ -7,11 +7,15 @@ import pyarrow.compute as pc
 from align.filtering.word_hashes import Hashes, distinct, hash_words, ngrams
 
 NGRAM = 3
-READABLE = r"[\pL\pM\s]+"
+UNREADABLE = r"[\p{Pc}\p{Pd}\p{Po}\p{Pi}\p{Pf}\p{Sm}\p{Sc}\p{Sk}]{4,}|[^\pL\pM\pN\pP\pZ\s\p{Sm}\p{Sc}\p{Sk}]"
+"""Runs of four or more punctuation marks and operators, brackets aside; control, replacement and picture characters."""
 
 
 def readability(strings: pa.Array, words: Hashes | None = None) -> np.ndarray:
-    """Share of characters that are letters or white space, times share of distinct among the word trigrams.
+    """Share of readable characters, times share of distinct among the word trigrams.
+
+    Letters, digits, white space, brackets, and up to three punctuation marks or operators in a row are readable, so
+    that code and mathematics are.
 
     Args:
         strings: N texts.
@@ -21,10 +25,10 @@ def readability(strings: pa.Array, words: Hashes | None = None) -> np.ndarray:
         [N] in [0, 1]; 0 for an empty text.
     """
     length = _length(strings)
-    letters = 1.0 - _length(pc.replace_substring_regex(strings, READABLE, "")) / np.maximum(length, 1)
+    readable = _length(pc.replace_substring_regex(strings, UNREADABLE, "")) / np.maximum(length, 1)
     trigrams = ngrams(words or hash_words(strings), NGRAM, whole=False)
     unique = np.where(trigrams.counts > 0, distinct(trigrams) / np.maximum(trigrams.counts, 1), 1.0)
-    return np.where(length > 0, letters * unique, 0.0)
+    return np.where(length > 0, readable * unique, 0.0)
 
 
 def _length(strings: pa.Array) -> np.ndarray:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 IQR_OF_NORMAL = 1.349
+BOUND = 3.0
+"""Largest absolute value of a scaled score, so that one odd score does not outweigh all others."""
 BLOCK = 1 << 20
 
 
@@ -26,12 +28,12 @@ class RobustScale:
         return cls(median, (high - low) / IQR_OF_NORMAL or float(np.std(values, dtype=np.float64)))
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """(x - median) / width; 0 if all values are the same."""
+        """(x - median) / width, clipped to +-``BOUND``; 0 if all values are the same."""
         if not self.width > 0:
             return np.zeros_like(values, dtype=np.float64)
-        scaled: np.ndarray = np.subtract(values, self.median, dtype=np.float64)
+        scaled = np.subtract(values, self.median, dtype=np.float64)
         scaled /= self.width
-        return scaled
+        return np.clip(scaled, -BOUND, BOUND, out=scaled)
 
 
 def robust_scale(values: np.ndarray) -> np.ndarray:
@@ -40,7 +42,7 @@ def robust_scale(values: np.ndarray) -> np.ndarray:
 
 
 def importance(columns: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """Weighted sum [N] of the robustly scaled columns (FiFA's margin + alpha quality + gamma diversity)."""
+    """Weighted sum [N] of the robustly scaled, clipped columns (FiFA's margin + alpha quality + gamma diversity)."""
     total = np.zeros(len(next(iter(columns.values()))))
     for name, weight in weights.items():
         if weight != 0:

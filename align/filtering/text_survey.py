@@ -1,6 +1,5 @@
 """One pass over the texts that computes all that the hard rules and the screen need: a few numbers per pair."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from align.data.text import column, interleaved, texts_of
 from align.errors import EnvironmentProblem
 from align.filtering.equal_keys import isin_sorted
 from align.filtering.minhash import BANDS, band_keys
+from align.filtering.personal_data import MAYBE_PERSONAL, personal
 from align.filtering.screen import readability
 from align.filtering.word_hashes import Hashes, hash_words, ngrams
 from align.sharding.arrays import Arrays, as_table, map_arrays
@@ -30,19 +30,12 @@ SHINGLE = 5
 OVERLAP = 8
 """Words of an n-gram for the overlap with an evaluation set."""
 SPACE = r"[\s\pZ]+"
-MAYBE_PERSONAL = r"@|\p{Nd}[\p{Nd} ()+-]{6,}\p{Nd}"
-PERSONAL = {
-    "e-mail address": re.compile(r"[\w.+-]+@[\w-]+\.[a-zA-Z]{2,}"),
-    "card number": re.compile(r"\b(?:\d[ -]?){13,16}\b"),
-    "phone number": re.compile(r"(?<!\d)(?:\+\d{1,3}[ -]?)?(?:\(\d{2,4}\)[ -]?|\d{3}[ -])\d{3}[ -]\d{3,4}(?!\d)"),
-    "social security number": re.compile(r"\b\d{3}-\d{2}-\d{4}\b"),
-}
 SHORTEST_LETTERS, SUREST = 20, 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """Features of the texts of N pairs; about 150 bytes a pair, memory-mapped."""
+    """Features of the texts of N pairs; about 250 bytes a pair, memory-mapped."""
 
     words: np.ndarray
     """int32 [N, 3]: words of prompt, chosen and rejected."""
@@ -53,9 +46,12 @@ class Survey:
     screen: np.ndarray
     """float32 [N]: the smaller ``readability`` of the two responses."""
     bands: np.ndarray
-    """uint64 [N, BANDS]: see ``minhash.band_keys``."""
+    """uint64 [N, 2 BANDS]: ``minhash.band_keys`` of the pair as one text, and of its two responses.
+
+    Those of the responses find candidates among pairs whose prompts are mostly the same long text, those of the pair
+    among pairs with the same short responses."""
     personal: np.ndarray
-    """uint8 [N]: bit k is set if the k-th pattern of ``PERSONAL`` matches."""
+    """uint8 [N]: bit k is set if a text contains the k-th kind of ``personal_data.PERSONAL``."""
     overlap: np.ndarray
     """bool [N]: a text shares an n-gram with the prompts of the evaluation set."""
     language: np.ndarray
@@ -120,9 +116,19 @@ def shingles(strings: pa.Array) -> Hashes:
     return ngrams(hash_words(strings).joined(len(PARTS)), SHINGLE)
 
 
-def personal(text: str) -> int:
-    """Bits of the patterns of ``PERSONAL`` that match a text."""
-    return sum(1 << k for k, pattern in enumerate(PERSONAL.values()) if pattern.search(text))
+def part_shingles(strings: pa.Array) -> Hashes:
+    """Shingles of each text alone; a text without a word has one, the hash of its content."""
+    found = ngrams(hash_words(strings), SHINGLE)
+    empty = found.counts == 0
+    if not empty.any():
+        return found
+    offsets = np.concatenate([[0], np.cumsum(np.maximum(found.counts, 1))])
+    values = np.empty(offsets[-1], dtype=np.uint64)
+    at = offsets[:-1][empty]
+    of_words = np.ones(len(values), dtype=bool)
+    of_words[at] = False
+    values[at], values[of_words] = content_hashes(strings)[empty], found.values
+    return Hashes(values, offsets)
 
 
 def _survey_part(job: SurveyJob, pairs: Dataset) -> Arrays:
@@ -131,17 +137,22 @@ def _survey_part(job: SurveyJob, pairs: Dataset) -> Arrays:
     prompts = column(rows["prompt"], system=False)
     words = hash_words(strings)
     worst = readability(strings, words).reshape(count, 3)[:, 1:].min(axis=1)
-    bands = band_keys(ngrams(words.joined(3), SHINGLE)) if job.near else np.zeros((count, BANDS), dtype=np.uint64)
     return {
         "words": words.counts.reshape(count, 3).astype(np.int32),
         "content": content_hashes(strings).reshape(count, 3),
         "asked": content_hashes(prompts),
         "screen": worst.astype(np.float32),
-        "bands": bands,
-        "personal": _personal(strings).reshape(count, 3).max(axis=1),
+        "bands": _bands(strings, words) if job.near else np.zeros((count, 2 * BANDS), dtype=np.uint64),
+        "personal": np.bitwise_or.reduce(_personal(strings).reshape(count, 3), axis=1),
         "overlap": _overlap(pairs, job.held_out),
         "language": _languages(strings, count) if job.language else np.zeros((count, 2), dtype=np.uint32),
     }
+
+
+def _bands(strings: pa.Array, words: Hashes) -> np.ndarray:
+    sides = np.arange(len(strings)) % len(PARTS) > 0
+    responses = hash_words(strings.filter(pa.array(sides)))
+    return np.hstack([band_keys(ngrams(row, SHINGLE)) for row in (words.joined(3), responses.joined(2))])
 
 
 def content_hashes(strings: pa.Array) -> np.ndarray:

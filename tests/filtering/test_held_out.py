@@ -100,7 +100,7 @@ def test_one_instruction_for_all_pairs(tmp_path: Path) -> None:
 def test_a_prompt_with_many_pairs_is_an_overlap(tmp_path: Path) -> None:
     """Five prompts of twenty pairs: the prompt of the evaluation set is a fifth of all pairs, not common to them."""
     rows = [
-        pair(f"Tell me at length about {TOPICS[k % 5]} and of nothing else at all", f"{t} is fine {k}.", f"No {k}.", f"{k}")
+        pair(f"Tell me at length about {TOPICS[k % 5]} and of nothing else at all", f"{t} is {k}.", f"No {k}.", f"{k}")
         for k, t in enumerate([*TOPICS, *TOPICS[:40]])
     ]  # fmt: skip
     found = reasons(rows, [pair(rows[0]["prompt"], "one", "two")], tmp_path)

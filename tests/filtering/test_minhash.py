@@ -53,9 +53,9 @@ def test_near_duplicates_are_compared_with_kept_rows() -> None:
     hashes = Hashes(np.concatenate(sets), np.cumsum([0, *map(len, sets)]))
     keys = np.zeros((3, BANDS), dtype=np.uint64)
 
-    def of(rows: np.ndarray) -> Hashes:
+    def of(rows: np.ndarray) -> list[Hashes]:
         assert rows.tolist() == [0, 1, 2]
-        return hashes
+        return [hashes]
 
     a, b, c = map(np.unique, sets)
     assert jaccard(a, b) > 0.9 and jaccard(b, c) > 0.9 > jaccard(a, c)

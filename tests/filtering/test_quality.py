@@ -1,5 +1,7 @@
 """Quality scorers, against counting and against the logits of a model."""
 
+import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -57,11 +59,16 @@ def test_quality_scorers_are_refused_by_name() -> None:
 
 
 def test_readability_against_counting() -> None:
-    strings = ["A clear and simple answer.", "again and again and again and again and", "@@##$$ 12", "", "日本語です"]
+    strings = [
+        "A clear and simple answer.", "again and again and again and again and", "@@##$$ 12", "", "日本語です。",
+        "def f(x):\n\treturn [k ** 2 for k in x if k % 3 == 0]  # \"odd\"", "x = (-3 ± √(9 + 16))/2 = 1, so 2x ≤ 2.",
+        "ok \ufffd\ufffd \x07", "no!!!!! ==== yes", "}]))) {{{{ a",
+    ]  # fmt: skip
     found = readability(pa.array(strings))
     for text, value in zip(strings, found, strict=True):
-        letters = sum(c.isalpha() or c.isspace() for c in text) / max(len(text), 1)
+        left = re.sub("[!=@#$]{4,}", "", text)
+        readable = sum(unicodedata.category(c) not in ("So", "Cc") or c.isspace() for c in left) / max(len(text), 1)
         tokens = word_list(text)
         three = [tuple(tokens[k : k + 3]) for k in range(len(tokens) - 2)]
-        assert value == pytest.approx(letters * (len(set(three)) / len(three) if three else 1.0))
-    assert found[0] > max(found[1], found[2])
+        assert value == pytest.approx(readable * (len(set(three)) / len(three) if three else 1.0))
+    assert found[0] > max(found[1], found[2]) and found[[0, 4, 5, 6]].tolist() == [1.0] * 4

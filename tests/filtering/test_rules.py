@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from align.filtering import equal_keys as keys
 from align.filtering.held_out import HeldOut
 from align.filtering.rules import RULES, RuleInput, apply_rules, by_id, length_bias
-from align.filtering.text_survey import SurveyJob, take_survey
+from align.filtering.text_survey import SurveyJob, part_shingles, take_survey
 from tests.filtering.samples import pair
 
 
@@ -47,8 +48,13 @@ def test_repeated_and_opposite_pairs_against_comparing_all(
     by_name = sorted(range(len(triples)), key=names.__getitem__)
     left = [k for k in by_name if triples[k][1] != triples[k][2]]
     opposite = {k: [n for n in left if triples[n] == (triples[k][0], triples[k][2], triples[k][1])] for k in left}
-    expected |= {k: ("contradiction", f"the opposite of {names[other[0]]}") for k, other in opposite.items() if other}
-    left = [k for k in left if not opposite[k]]
+    same = {k: [n for n in left if triples[n] == triples[k]] for k in left}
+    for k in left:
+        own, other = len(same[k]), len(opposite[k])
+        if other >= own:
+            votes = f" ({other} pairs say the opposite, {own} this)" if other + own > 2 else ""
+            expected[k] = ("contradiction", f"the opposite of {names[opposite[k][0]]}{votes}")
+    left = [k for k in left if k not in expected]
     for k in left:
         first = next(n for n in left if triples[n] == triples[k])
         if first != k:
@@ -67,6 +73,7 @@ def test_repeated_and_opposite_pairs_against_comparing_all(
         ("duplicate", [pair("p", "a", "b", "z"), pair("P", "a ", "b", "y"), pair("p", "a", "c", "w")], {0}),
         ("contradiction", [pair("p", "a", "b", "1"), pair("p", "b", "a", "2"), pair("q", "b", "a", "3")], {0, 1}),
         ("contradiction", [pair("p", "a", "b", "1"), pair("q", "a", "b", "2")], set()),
+        ("contradiction", [*(pair("p", "a", "b", f"{k}") for k in range(9)), pair("P", "b", "a", "9")], {9}),
         ("length", [pair("p", "...", "b"), pair("p", "a", "b"), pair("p", "a", "b " * 9)], {0, 2}),
         (
             "pii",
@@ -100,6 +107,30 @@ def test_near_duplicates_and_contamination(tmp_path: Path) -> None:
     assert overlap == {0: ("contamination", finding), 1: ("contamination", finding)}
 
 
+def test_pairs_on_one_long_text_are_not_nearly_the_same(tmp_path: Path) -> None:
+    """Other responses, or another question, are another pair; a near copy among them is found behind many others."""
+    text = " ".join(f"word{k}" for k in range(700))
+    answer = " ".join(f"part{k}" for k in range(60))
+    rows = [
+        pair(f"{text} question {k} ?", f"{answer} {k} a b c", f"number {k} is not at all in this text", f"{k:02d}")
+        for k in range(30)
+    ]
+    for row in rows:
+        row["chosen"] = " ".join(f"{row['id']}{word}" for word in row["chosen"].split())
+        row["rejected"] = " ".join(f"{row['id']}{word}" for word in row["rejected"].split())
+    rows.append(rows[29] | {"id": "30", "chosen": rows[29]["chosen"] + " indeed"})
+    rows.append(rows[0] | {"id": "31", "prompt": "what else is there to see in this town ?"})
+    rows.append(rows[0] | {"id": "32", "rejected": "another answer"})
+    assert apply_rules(table(rows, tmp_path)) == {30: ("near_duplicate", "nearly the same as 29")}
+
+
+def test_texts_without_a_word_are_compared_by_their_characters() -> None:
+    found = part_shingles(pa.array(["?!", "a b", "...", "?!"]))
+    assert found.counts.tolist() == [1, 1, 1, 1]
+    assert found.row(0) == found.row(3) != found.row(2)
+    assert found.row(1) == part_shingles(pa.array(["a b"])).row(0)
+
+
 def test_a_duplicate_of_a_dropped_pair_stays(tmp_path: Path) -> None:
     """The pair with the smaller id is dropped for its personal data, so its clean near-copy is kept."""
     text = " ".join(f"word{k}" for k in range(200))
@@ -116,7 +147,7 @@ def test_language(tmp_path: Path) -> None:
 
 
 def test_rules_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
-    base = " ".join(f"word{k}" for k in range(60))
+    base = " ".join(f"word{k}" for k in range(100))
     rows = [pair(f"{base} {k // 3}", f"answer {k // 2}", "no", f"{k:02d}") for k in range(20)]
     rows += [pair(row["prompt"], row["rejected"], row["chosen"], "y" + row["id"]) for row in rows[:3]]
     first = {rows[k]["id"]: finding for k, finding in apply_rules(table(rows, tmp_path / "1")).items()}

@@ -57,4 +57,8 @@ def test_a_weak_contradiction_is_no_doubt() -> None:
 def test_margin_over_its_spread() -> None:
     found = over_spread(np.array([2.0, 2.0, -2.0, 2.0]), np.array([0.0, 1.0, 1.0, 9.0]))
     assert found.tolist() == [2.0, 1.0, -1.0, 0.2]
-    assert over_spread(np.array([2.0]), np.array([0.0])).tolist() == [0.0]
+    zeros = np.zeros(100_000)
+    for filled in (1.0, np.nan):
+        used = np.full(100_000, filled)
+        del used  # its memory, not zeroed, is that of the next result
+        assert not over_spread(np.full(100_000, 2.0), zeros).any()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.filtering.scores import DUPLICATE_DISTANCE
-from align.filtering.selection import greedy, importance, robust_scale, top_k
+from align.filtering.selection import RobustScale, greedy, importance, robust_scale, top_k
 from tests.filtering.samples import unit
 
 VALUES = st.lists(st.floats(-50, 50), min_size=2, max_size=30)
@@ -71,6 +71,27 @@ def test_greedy_spreads_more_than_the_one_shot_score() -> None:
 
 
 def test_importance_is_the_weighted_sum() -> None:
-    columns = {"margin": np.array([0.0, 1, 2, 3]), "quality": np.array([3.0, 2, 1, 0])}
-    assert np.allclose(importance(columns, {"margin": 1.0, "quality": 1.0}), 0)
-    assert np.array_equal(np.argsort(importance(columns, {"margin": 1.0, "quality": 0.2})), np.arange(4))
+    columns = {"margin": np.array([2.0, 0, 3, 1]), "quality": np.array([0.0, 5, 1, 1])}
+    margin = (columns["margin"] - 1.5) / (1.5 / 1.349)
+    quality = (columns["quality"] - 1.0) / (1.25 / 1.349)
+    quality[1] = 3.0  # 4.3 before the clip
+    found = importance(columns, {"margin": 1.0, "quality": 0.2})
+    assert found.tolist() == pytest.approx((margin + 0.2 * quality).tolist())
+    assert importance(columns, {"margin": 0.0, "quality": 2.0}).tolist() == pytest.approx((2 * quality).tolist())
+
+
+def test_scale_of_a_column_of_which_half_is_equal() -> None:
+    """With an interquartile range of 0 the width is the standard deviation; without one, all scores are 0."""
+    assert RobustScale.fit(np.array([0.0, 0, 0, 0, 10])).width == pytest.approx(4.0)
+    assert robust_scale(np.array([0.0, 0, 0, 0, 10])).tolist() == pytest.approx([0, 0, 0, 0, 2.5])
+    assert robust_scale(np.full(5, 2.0)).tolist() == [0.0] * 5
+
+
+def test_one_odd_score_does_not_outweigh_the_others() -> None:
+    """A pair whose quality is far below that of all others is kept for a margin that is far above theirs."""
+    rng = np.random.default_rng(0)
+    margin, quality = rng.normal(size=200), rng.normal(0.97, 0.01, size=200)
+    margin[7], quality[7] = 6.0, 0.0
+    weights = {"margin": 1.0, "quality": 0.5}
+    values = importance({"margin": margin, "quality": quality}, weights)
+    assert values[7] == pytest.approx(3 - 1.5) and 7 in top_k(values, np.arange(200), 40)
