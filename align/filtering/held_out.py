@@ -83,15 +83,9 @@ def overlaps(pairs: Dataset, survey: Survey, held_out: HeldOut, remaining: np.nd
     findings |= dict.fromkeys(np.flatnonzero(remaining & shared).tolist(), "prompt is one of the evaluation set")
     shared = isin_sorted(combined_key(content, (0, 1, 2)), held_out.pairs)
     findings |= dict.fromkeys(np.flatnonzero(remaining & shared).tolist(), "the pair is in the evaluation set")
-<<<<<<< HEAD
-    named = [f"{number} {what}" for what, number in left_out.items() if number]
-    if named:
-        log.warning("held_out: left out %s of the evaluation set that many pairs have in common", ", ".join(named))
-=======
     counts = ", ".join(f"{number} {what}" for what, number in left_out.items() if number)
     if counts:
         log.warning("held_out: left out %s of the evaluation set that many pairs have in common", counts)
->>>>>>> q3
     return findings
 
 
