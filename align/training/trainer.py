@@ -12,7 +12,7 @@ from trl.data_utils import extract_prompt
 
 from align.config import RemedySection, TiltSection, TokenMaskSection
 from align.config.columns import PAIR_COLUMNS
-from align.errors import ConfigError, DataError
+from align.errors import DataError
 from align.io.console import log
 from align.io.files import read_json, write_json
 from align.losses.pair_weights import LossTilt
@@ -21,8 +21,9 @@ from align.losses.registry import BoundLoss
 from align.models.adapters import copy_adapter
 from align.models.batching import in_so_many, pair_batches
 from align.models.collator import REAL, ROW, PairCollator, only_real
-from align.models.layout import LayoutChoice, choose_layout, has_adapter, longest_sequence, trim
+from align.models.layout import LayoutChoice, base_model, choose_layout, has_adapter, longest_sequence, trim
 from align.models.logps import Layout, SequenceLogps, pair_logps
+from align.models.positions import check_positions
 from align.models.tokenization import encode_table
 from align.training.adapters import check_started, head_adapter_allowed
 from align.training.base.trainer import ReliableTrainer
@@ -39,7 +40,12 @@ from align.training.reference import (
     save_reference,
     starts_from_adapter,
 )
-from align.training.settings import refuse_precomputed_mask, refuse_split_batches, refuse_unused_fields
+from align.training.settings import (
+    refuse_expert_balancing,
+    refuse_precomputed_mask,
+    refuse_split_batches,
+    refuse_unused_fields,
+)
 from align.training.token_mask import TokenMask
 
 LAYOUT_SAMPLE = 256
@@ -106,7 +112,8 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
         kwargs["train_dataset"], self._ids = number_rows(kwargs["train_dataset"])
         with head_adapter_allowed():
             super().__init__(**kwargs)
-        self._refuse_expert_balancing()
+        if self.aux_loss_enabled:
+            refuse_expert_balancing(args, self.router_aux_loss_coef)
         if max_tokens is not None and self.is_deepspeed_enabled:
             refuse_split_batches()
         if starts_from_adapter(self.model):
@@ -150,20 +157,6 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
             refuse_precomputed_mask()
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         return TokenMask(vocabulary, config, self.accelerator)
-
-    def _refuse_expert_balancing(self) -> None:
-        """Refuse or report that the load-balancing loss of a mixture of experts, which trl adds, is not added here."""
-        if not self.aux_loss_enabled:
-            return
-        coefficient = self.router_aux_loss_coef
-        if self.args.router_aux_loss_coef is not None:
-            raise ConfigError(
-                f"train.trainer.router_aux_loss_coef: found {coefficient:g}, expected 0 or none: the losses of this "
-                "program do not balance experts",
-                code="trainer-key",
-                hint="leave it out, and train an adapter that leaves the routers as they are",
-            )
-        log.warning("the experts' load-balancing loss of this model (%g in its config) is not added", coefficient)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
         """Tokenize the table, and drop pairs whose prompt fills ``max_length`` as trl does; log how many.
@@ -226,6 +219,7 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
             copy_adapter(self.model, "default", TRL_REFERENCE)  # trl copies only a part of some adapters
         sample = self.data_collator([dataset[k] for k in range(min(LAYOUT_SAMPLE, len(dataset)))])
         longest = longest_sequence(dataset, self.args.max_length)
+        check_positions(base_model(self.model), longest, "the longest pair", "lower train.trainer.max_length")
         if self.args.neftune_noise_alpha and choice == "auto":
             log.info("layout: concatenated (neftune_noise_alpha scales its noise by the length of a row)")
             choice = "concatenated"
