@@ -17,7 +17,7 @@ def check_data(source: PairsSection, *, drop_to: Path | None) -> None:
         DataError: rows are invalid and ``drop_to`` is None, or nothing can be read.
         ConfigError: ``drop_to`` contains the source, or is a finished stage.
     """
-    from align.data.pairs import FILE, check_pairs, load_pairs, write_pairs
+    from align.data.pairs import FILE, check_pairs, describe_unused, load_pairs, write_pairs
     from align.data.statistics import summarize
     from align.io.source_files import keep_source
     from align.io.stage import check_files
@@ -30,6 +30,8 @@ def check_data(source: PairsSection, *, drop_to: Path | None) -> None:
         for name, value in summarize(checked.pairs).items():
             table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
     out.print(table)
+    if checked.unused:
+        out.print(describe_unused(checked.unused), markup=False)
     for problem in checked.problems[:SHOWN]:
         out.print(str(problem), markup=False)
     if len(checked.problems) > SHOWN:

@@ -11,8 +11,8 @@ import pyarrow as pa
 
 PLAIN_KEYS = frozenset({"role", "content"})
 JSON_MESSAGES = pa.list_(pa.json_())
-"""Arrow type of a column whose messages have keys other than role and content, one JSON text per message. A struct would
-give each message, and each object inside it, the keys of all others, with nulls."""
+"""Arrow type of a column whose messages have keys other than role and content, one JSON text per message. A struct
+would give each message, and each object inside it, the keys of all others, with nulls."""
 PLAIN_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "function": "tool"}
 """Names of ShareGPT's turns that are not roles already."""
