@@ -25,7 +25,7 @@ def check_data(source: PairsSection, *, drop_to: Path | None, model: str | None 
         ModelError: the model has no tokenizer, or no valid chat template.
         ConfigError: ``drop_to`` contains the source, or is a finished stage.
     """
-    from align.data.pairs import FILE, check_pairs, load_pairs, write_pairs
+    from align.data.pairs import FILE, check_pairs, describe_unused, load_pairs, write_pairs
     from align.data.statistics import summarize
     from align.io.source_files import keep_source
     from align.io.stage import check_files
@@ -38,6 +38,8 @@ def check_data(source: PairsSection, *, drop_to: Path | None, model: str | None 
         for name, value in summarize(checked.pairs).items():
             table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
     out.print(table)
+    if checked.unused:
+        out.print(describe_unused(checked.unused), markup=False)
     for problem in checked.problems[:SHOWN]:
         out.print(str(problem), markup=False)
     if len(checked.problems) > SHOWN:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from align.config import ClusterSection, FilterSection, PairsSection
 from align.data.pairs import load_pairs
-from align.data.streaming import stream_pairs
+from align.data.streaming import REVISION, stream_pairs
 from align.data.training_pairs import report_in_sample
 from align.filtering.filter_pairs import filter_pairs, timed
 from align.filtering.tables import DROPPED, KEPT, SUMMARY, write_tables
@@ -47,7 +47,7 @@ def filter_source(
     check_files(output, [PAGE], own=[KEPT])
     seconds: dict[str, float] = {}
     known = source.model_dump() | {"content": fingerprint_source(source.path)}
-    folder = cache / digest(known)[:16]
+    folder = cache / digest(known | {"table": REVISION})[:16]
     with timed(seconds, "reading"):
         pairs = stream_pairs(source, folder / TABLE)
     if settings.ood is not None:

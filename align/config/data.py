@@ -13,10 +13,11 @@ class PairsSection(Section):
     """Where preference pairs come from."""
 
     path: str
-    """A hub dataset id, a folder written by ``save_to_disk``, a .jsonl, .csv or .parquet file, a folder of Parquet
-    files, or a pattern; files also as s3://bucket/key."""
+    """A hub dataset id, a folder written by ``save_to_disk``, a .jsonl, .json, .csv, .tsv (all four also .gz, .zst,
+    .bz2) or .parquet file, a folder of Parquet files or of files named by split, or a pattern; files also as
+    s3://bucket/key."""
     split: str = "train"
-    """Split of a hub dataset or saved dataset dictionary."""
+    """Split of a hub dataset, saved dataset dictionary, or folder with files such as train.parquet and test.jsonl."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
     columns: dict[str, str] = {}

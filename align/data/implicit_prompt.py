@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from align.config.columns import RESPONSES
+
 TURN = re.compile(
     r"(?:\b(?:assistant|bot|chatbot|gpt|model)\s*:|<\|assistant\|>|<\|im_start\|>assistant|<start_of_turn>model"
     r"|<\|start_header_id\|>assistant<\|end_header_id\|>|\[/INST\]|###\s*(?:response|assistant)\s*:?)\n*",
@@ -15,6 +17,9 @@ SPACED = re.compile(r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u
 """A character of a word, in scripts that put spaces between words."""
 JOINED = re.compile(r"[\u0300-\u036f\u200d\u20d0-\u20ff\ufe00-\ufe0f\U0001f3fb-\U0001f3ff]")
 """A character that belongs to the one before it."""
+
+PROMPT_WORDS = 3
+"""A prompt column of fewer words may begin both responses by chance."""
 
 
 def extract_prompt(chosen: Any, rejected: Any) -> dict[str, Any]:
@@ -34,6 +39,41 @@ def extract_prompt(chosen: Any, rejected: Any) -> dict[str, Any]:
         while end and chosen[end - 1].get("role") == "assistant":
             end -= 1
     return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
+
+
+def split_prompt(values: dict[str, Any]) -> dict[str, Any] | None:
+    """Prompt, chosen and rejected, if the responses begin with a shared prompt (``extract_prompt``); None if not."""
+    found = extract_prompt(*(values[name] for name in RESPONSES))
+    prompt = found["prompt"]
+    return found if prompt and (not isinstance(prompt, str) or prompt.strip()) else None
+
+
+def with_text_prompt(values: dict[str, Any]) -> dict[str, Any] | None:
+    """Messages for a row whose prompt is text and whose responses are messages; None if they do not belong together.
+
+    Responses by the assistant alone answer the text, which becomes a message by the user. Whole conversations hold the
+    text as a message by the user in their shared start, which becomes the prompt, as trl takes them.
+    """
+    text = values["prompt"].strip()
+    if all(values[name][0]["role"] == "assistant" for name in RESPONSES):
+        return {"prompt": [{"role": "user", "content": values["prompt"]}]}
+    found = split_prompt(values)
+    users = [turn["content"] for turn in found["prompt"] if turn["role"] == "user"] if found else []
+    return found if any(content is not None and content.strip() == text for content in users) else None
+
+
+def without_prompt(values: dict[str, Any]) -> dict[str, Any]:
+    """The responses without the prompt if both begin with the prompt that its own column holds, else nothing.
+
+    A text has to hold ``PROMPT_WORDS`` words, because a short one may begin both responses by chance.
+    """
+    prompt = values["prompt"]
+    if isinstance(prompt, str) and len(prompt.split()) < PROMPT_WORDS:
+        return {}
+    size = len(prompt)
+    rest = {name: values[name][size:] for name in RESPONSES}
+    whole = all(values[name][:size] == prompt for name in RESPONSES)
+    return rest if whole and all(part.strip() if isinstance(part, str) else part for part in rest.values()) else {}
 
 
 def _end_of_prompt(chosen: str, rejected: str) -> int:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from align.config import PairsSection
-from align.config.columns import OPTIONAL, TEXT
+from align.config.columns import COLUMNS, OPTIONAL, RESPONSES, TEXT
 from align.data.messages import text_array
 from align.data.readers import Row, read_source
 from align.data.seen_ids import SeenIds, content_id
@@ -38,6 +38,8 @@ class CheckResult:
     problems: list[Problem]
     invalid: list[dict[str, Any]]
     """The invalid rows: their values, ``row`` (the number of the row) and ``reason``."""
+    unused: list[str]
+    """The columns of the source that are not kept."""
 
 
 def check_pairs(source: PairsSection) -> CheckResult:
@@ -62,7 +64,7 @@ def check_pairs(source: PairsSection) -> CheckResult:
             if pair is not None:
                 valid.pop()
             invalid.append({**row.values, "row": row.number, "reason": "; ".join(str(item) for item in found)})
-    return CheckResult(_table(valid[: source.limit], source.path), problems, invalid)
+    return CheckResult(_table(valid[: source.limit], source.path), problems, invalid, unused_columns(columns))
 
 
 def load_pairs(source: PairsSection, *, side_file: Path | None = None) -> Dataset:
@@ -78,6 +80,8 @@ def load_pairs(source: PairsSection, *, side_file: Path | None = None) -> Datase
     checked = check_pairs(source)
     if checked.problems and not (source.drop_invalid and checked.invalid):
         raise unusable(source.path, checked.problems, len(checked.invalid))
+    if checked.unused:
+        log.info("%s: %s", source.path, describe_unused(checked.unused))
     if checked.invalid:
         log.warning("%s: left out %d invalid rows of %d", source.path, len(checked.invalid),
                     len(checked.invalid) + len(checked.pairs))  # fmt: skip
@@ -87,6 +91,22 @@ def load_pairs(source: PairsSection, *, side_file: Path | None = None) -> Datase
     if len(checked.pairs) == 0:
         raise DataError(f"{source.path}: no valid pair", code="data-empty", hint="look at `align data check`")
     return checked.pairs
+
+
+def unused_columns(columns: set[str]) -> list[str]:
+    """The columns of a source that neither loading nor a stage knows, sorted."""
+    return sorted(columns - {column.name for column in COLUMNS})
+
+
+def describe_unused(names: Sequence[str]) -> str:
+    """What to tell the user about columns that are not kept, with a mapping for those that look like rewards."""
+    known = {f"{word}_{side}": f"reward_{side}" for word in ("score", "rating", "reward") for side in RESPONSES}
+    known |= {f"{side}_{word}": f"reward_{side}" for word in ("score", "rating", "reward") for side in RESPONSES}
+    known |= {"category": "group", "subset": "group"}
+    maps = " ".join(f"--column {known[name]}={name}" for name in names if name in known)
+    example = maps or f"e.g. --column group={names[0]}"
+    number = "1 column" if len(names) == 1 else f"{len(names)} columns"
+    return f"{number} not used: {', '.join(names)} (map them with {example})"
 
 
 def unusable(path: str, problems: Sequence[Problem], count: int) -> DataError:

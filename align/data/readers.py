@@ -1,4 +1,4 @@
-"""Readers of JSONL, CSV and Parquet files, saved datasets and the hub: numbered rows, one by one."""
+"""Readers of JSON, JSONL, CSV, TSV and Parquet files, saved datasets and the hub: numbered rows, one by one."""
 
 import csv
 import json
@@ -51,7 +51,7 @@ def stream_source(source: PairsSection) -> tuple[Iterator[Row], set[str]]:
     Raises:
         DataError: see ``read_source``.
     """
-    files = find_files(source.path)
+    files = find_files(source.path, source.split)
     if files is not None and all(file.suffix == ".parquet" for file in files):
         names, renamed = _columns(source, _headers(files))
     else:
@@ -115,7 +115,7 @@ def _with_messages(row: Row) -> Row:
 
 
 def _raw_rows(source: PairsSection) -> Iterator[Row]:
-    files = find_files(source.path)
+    files = find_files(source.path, source.split)
     if files is not None:
         return _of_files(files)
     path = Path(source.path)
@@ -141,7 +141,7 @@ def _raw_rows(source: PairsSection) -> Iterator[Row]:
 def _of_files(files: Sequence[SourceFile]) -> Iterator[Row]:
     """Rows of all files."""
     _refuse_other_columns(files)
-    readers = {".csv": _csv, ".parquet": _parquet}
+    readers = {".csv": _csv, ".tsv": _csv, ".json": _json, ".parquet": _parquet}
     for file in files:
         for row in readers.get(file.suffix, _jsonl)(file):
             yield row if len(files) == 1 else replace(row, file=file.name)
@@ -200,7 +200,11 @@ def _numbered(dataset: Dataset) -> Iterator[Row]:
 
 
 def _jsonl(file: SourceFile) -> Iterator[Row]:
-    for number, line in enumerate(_lines(file), 1):
+    return _json_rows(_lines(file))
+
+
+def _json_rows(lines: Iterable[str]) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -216,15 +220,41 @@ def _jsonl(file: SourceFile) -> Iterator[Row]:
         except ValueError as error:
             yield Row(number, {}, f"found {error}, expected one object per line")
             continue
+        yield _object_row(number, values)
+
+
+def _object_row(number: int, values: Any) -> Row:
+    if isinstance(values, dict):
+        return Row(number, values)
+    return Row(number, {}, f"found a JSON {type(values).__name__}, expected an object")
+
+
+def _json(file: SourceFile) -> Iterator[Row]:
+    """Rows of an array of objects, also as the only value of an object; of one object; or of an object per line."""
+    text = "".join(_lines(file))
+    try:
+        values = json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" or not text.strip():
+            return _json_rows(text.splitlines())
+        reason = f"{error.msg} at line {error.lineno}, column {error.colno}"
+    except (RecursionError, ValueError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else f"found {error}"
+    else:
         if isinstance(values, dict):
-            yield Row(number, values)
-        else:
-            yield Row(number, {}, f"found a JSON {type(values).__name__}, expected an object")
+            (only, *others) = [*values.values(), None]
+            values = only if isinstance(only, list) and others == [None] else [values]
+        if isinstance(values, list):
+            return (_object_row(number, item) for number, item in enumerate(values, 1))
+        reason = f"found a JSON {type(values).__name__}"
+    hint = "expected an array of objects, or one object per line"
+    raise DataError(f"{file.name}: not a table in JSON ({reason})", code="data-unreadable", hint=hint)
 
 
 def _csv(file: SourceFile) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(_lines(file, newline=""), strict=True)
+    delimiter = "\t" if file.suffix == ".tsv" else ","
+    reader = csv.reader(_lines(file, newline=""), strict=True, delimiter=delimiter)
     try:
         header = next(reader, None)
         if header is None:
@@ -294,7 +324,7 @@ def _lines(file: SourceFile, newline: str | None = None) -> Iterator[str]:
             hint="convert it, e.g. iconv -f latin1 -t utf-8",
         ) from None
     except OSError as error:
-        raise DataError(f"{file.name}: cannot be read ({error.strerror})", code="data-missing") from None
+        raise DataError(f"{file.name}: cannot be read ({error.strerror or error})", code="data-missing") from None
     except ValueError as error:
         if isinstance(error, AlignError):
             raise

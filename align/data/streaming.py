@@ -10,9 +10,9 @@ import pyarrow as pa
 from datasets import Dataset
 
 from align.config import PairsSection
-from align.config.columns import NUMBERS, OPTIONAL, TEXT
+from align.config.columns import NUMBERS, OPTIONAL, SCORES, TEXT
 from align.data.messages import JSON_MESSAGES, text_array, text_type
-from align.data.pairs import identify, one_type, other_kind, unusable
+from align.data.pairs import describe_unused, identify, one_type, other_kind, unusable, unused_columns
 from align.data.readers import stream_source
 from align.data.seen_ids import SeenIds
 from align.data.validation import Problem, RowReader
@@ -21,6 +21,8 @@ from align.io.console import log
 from align.io.files import atomic_write
 
 BATCH = 4096
+REVISION = 2
+"""Raise it when the same source gives another table; part of the key of a kept table."""
 Types = dict[str, pa.DataType]
 """Arrow types of the text columns, as in ``load_pairs`` for the rows read so far."""
 
@@ -82,7 +84,8 @@ def _write(source: PairsSection, file: Path, seen: SeenIds, types: Types) -> Typ
     if first is not None:
         batch = [first, *islice(pairs, BATCH - 1)]
         types = types or _widened({}, batch)
-        numbers = [name for name in OPTIONAL if name in reader.columns]
+        given = reader.columns | ({"margin"} if set(SCORES[:2]) <= reader.columns else set())
+        numbers = [name for name in OPTIONAL if name in given]
         fields = [("id", pa.string()), *types.items()]
         fields += [(name, pa.float64() if name in NUMBERS else pa.string()) for name in numbers]
         schema = pa.schema(fields)
@@ -95,6 +98,8 @@ def _write(source: PairsSection, file: Path, seen: SeenIds, types: Types) -> Typ
                 batch = list(islice(pairs, BATCH))
     if reader.problems and not source.drop_invalid:
         raise unusable(source.path, reader.problems, reader.invalid)
+    if unused := unused_columns(reader.columns):
+        log.info("%s: %s", source.path, describe_unused(unused))
     if reader.invalid:
         log.warning("%s: left out %d invalid rows of %d", source.path, reader.invalid, reader.invalid + kept)
     if kept == 0:

@@ -5,10 +5,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, RESPONSES, TEMPLATE_COLUMNS, TEXT
-from align.data.implicit_prompt import extract_prompt
+from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, RESPONSES, SCORES, TEMPLATE_COLUMNS, TEXT
+from align.data.implicit_prompt import split_prompt, with_text_prompt, without_prompt
 from align.data.messages import unparsed
 from align.data.readers import Row
+from align.io.console import log
 
 ROLES = ("system", "user", "assistant", "tool")
 MAY_BE_EMPTY = frozenset({"system", "tool"})
@@ -51,6 +52,7 @@ class RowReader:
     def __init__(self, source: str, columns: set[str]) -> None:
         self.source = source
         self.implicit = "prompt" not in columns
+        self.repeated = False
 
     def read(self, row: Row) -> tuple[dict[str, Any] | None, list[Problem]]:
         """(pair or None, problems): a pair comes with problems only if a column other than its texts is invalid."""
@@ -61,21 +63,7 @@ class RowReader:
         problems = [problem for name in texts for problem in self.text(row, name)]
         if problems:
             return None, problems
-        kinds = {name: isinstance(row.values[name], str) for name in texts}
-        if len(set(kinds.values())) > 1:
-            kind_of_each = ", ".join(f"{name} {'text' if plain else 'messages'}" for name, plain in kinds.items())
-            return None, [self._problem(row, "(row)", "pair-mixed", kind_of_each, "all text or all messages")]
-        values = dict(row.values)
-        if values["chosen"] == values["rejected"]:
-            return None, [self._problem(row, "rejected", "pair-equal", "the same as chosen", "another response")]
-        if self.implicit:
-            values |= extract_prompt(*(values[name] for name in texts))
-            if not values["prompt"]:
-                expected = "chosen and rejected to begin with the same prompt"
-                return None, [self._problem(row, "chosen", "pair-no-prompt", "no shared beginning", expected)]
-            problems = [problem for name in RESPONSES for problem in self.text(replace(row, values=values), name)]
-        if not kinds["chosen"]:
-            problems += self._turns(row, values)
+        values, problems = self._texts(row)
         if problems:
             return None, problems
         pair = {name: values[name] for name in TEXT}
@@ -86,12 +74,44 @@ class RowReader:
         for name in TEMPLATE_COLUMNS:
             pair[name], problem = self._template_argument(row, name, values.get(name))
             problems += problem
-        if pair["margin"] is None and None not in (pair["reward_chosen"], pair["reward_rejected"]):
-            pair["margin"] = pair["reward_chosen"] - pair["reward_rejected"]
+        rewards = [pair[name] for name in SCORES[:2]]
+        if values.get("margin") is None and None not in rewards:
+            pair["margin"] = rewards[0] - rewards[1]
         for name in NAMES:
             pair[name] = None if values.get(name) is None else str(values[name])
         pair["id"] = values.get("id")
         return pair, problems
+
+    def _texts(self, row: Row) -> tuple[dict[str, Any], list[Problem]]:
+        """The values of a row with its prompt apart from its responses, and what is wrong with these texts."""
+        texts = RESPONSES if self.implicit else TEXT
+        values = dict(row.values)
+        plain = {name: isinstance(values[name], str) for name in texts}
+        if len({plain[name] for name in RESPONSES}) > 1 or (plain["chosen"] and not plain.get("prompt", True)):
+            found = ", ".join(f"{name} {'text' if plain[name] else 'messages'}" for name in texts)
+            return values, [self._problem(row, "(row)", "pair-mixed", found, "all text or all messages")]
+        if values["chosen"] == values["rejected"]:
+            return values, [self._problem(row, "rejected", "pair-equal", "the same as chosen", "another response")]
+        if self.implicit:
+            parts = split_prompt(values)
+            if parts is None:
+                expected = "chosen and rejected to begin with the same prompt"
+                return values, [self._problem(row, "chosen", "pair-no-prompt", "no shared beginning", expected)]
+        elif plain["prompt"] and not plain["chosen"]:
+            parts = with_text_prompt(values)
+            if parts is None:
+                found = "a prompt text that the responses do not begin with"
+                expected = "it as a user message of both, or responses by assistant alone (or no column prompt)"
+                return values, [self._problem(row, "(row)", "pair-mixed", found, expected)]
+        else:
+            parts = without_prompt(values)
+            if parts and not self.repeated:
+                log.warning("%s: responses begin with the prompt of their column; it is taken once", self.source)
+            self.repeated = self.repeated or bool(parts)
+        values |= parts
+        cells = replace(row, values=values)
+        problems = [problem for name in RESPONSES for problem in self.text(cells, name)] if parts else []
+        return values, problems or ([] if plain["chosen"] else self._turns(row, values))
 
     def text(self, row: Row, name: str) -> list[Problem]:
         """Problems of the cell ``name``, which must be text or a list of messages."""
@@ -143,9 +163,12 @@ class RowReader:
                 self._problem(row, "prompt", "pair-role", "a last message by assistant", "one by user or tool")
             )
         for name in RESPONSES:
-            role = values[name][-1]["role"]
+            first, role = (values[name][place]["role"] for place in (0, -1))
             if role != "assistant":
                 problems.append(self._problem(row, name, "pair-role", f"a last message by {role}", "one by assistant"))
+            elif first in ("system", "user"):
+                expected = "one by assistant or tool (the messages before it belong to the prompt)"
+                problems.append(self._problem(row, name, "pair-role", f"a first message by {first}", expected))
         return problems
 
     def _number(self, row: Row, name: str, value: Any) -> tuple[float | None, list[Problem]]:

@@ -102,7 +102,7 @@ def explain(output: Path, pair_id: str) -> dict[str, Any]:
     if not (output / SUMMARY).exists():
         raise DataError(f"{output}: holds no {SUMMARY}", code="filter-missing", hint="run `align filter` first")
     for name in (KEPT, DROPPED):
-        rows = pq.read_table(output / name, partitioning=None, filters=[("id", "=", pair_id)]).to_pylist()
+        rows = Dataset(pq.read_table(output / name, partitioning=None, filters=[("id", "=", pair_id)])).to_list()
         if rows:
             row: dict[str, Any] = rows[0]
             return row

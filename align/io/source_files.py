@@ -1,8 +1,9 @@
-"""Files of a source: one file, a folder of Parquet files, or a pattern; on a disk or in an object store."""
+"""Files of a source: one file, a folder of Parquet files or splits, or a pattern; on a disk or in an object store."""
 
 import glob
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +17,12 @@ from align.io.object_store import connect, is_remote, store_errors
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+TEXT_SUFFIXES = SUFFIXES[:-1]
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+"""Suffix after one of ``TEXT_SUFFIXES`` -> Arrow's name of the compression."""
+SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.])")
+"""Start of the names of files that are splits of a dataset, as ``train.parquet``, ``test-00000-of-00002.parquet``."""
 PUSHED = "pushed.json"
 """Object next to those of a pushed folder: their list, and whether the push is complete (align/commands/push.py)."""
 HIDDEN = ("_", ".")
@@ -38,7 +44,7 @@ class SourceFile:
     @property
     def suffix(self) -> str:
         """Suffix of the name, which decides how the file is read."""
-        return PurePosixPath(self.name).suffix
+        return table_suffix(self.name)
 
     @contextmanager
     def open(self) -> Iterator[Any]:
@@ -55,7 +61,17 @@ class SourceFile:
     def text(self, *, newline: str | None) -> Iterator[TextIO]:
         """The file as text (UTF-8, with or without a byte order mark)."""
         if self.filesystem is None:
-            with Path(self.name).open(encoding="utf-8-sig", newline=newline) as stream:
+            compression = COMPRESSIONS.get(PurePosixPath(self.name).suffix)
+            if compression is None:
+                with Path(self.name).open(encoding="utf-8-sig", newline=newline) as stream:
+                    yield stream
+                return
+            from pyarrow import input_stream
+
+            with (
+                input_stream(self.name, compression=compression) as unpacked,
+                io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline=newline) as stream,
+            ):
                 yield stream
             return
         with store_errors(self.name):
@@ -73,22 +89,34 @@ class SourceFile:
             return [PurePosixPath(self.place).name, str(stream.size()), tag.decode("utf-8", "replace")]
 
 
-def find_files(source: str) -> list[SourceFile] | None:
+def table_suffix(name: str) -> str:
+    """Suffix of a file name without that of a compression, which only text has: ``.jsonl`` of ``a.jsonl.gz``."""
+    path = PurePosixPath(name)
+    inner = PurePosixPath(path.stem).suffix
+    return inner if path.suffix in COMPRESSIONS and inner in TEXT_SUFFIXES else path.suffix
+
+
+def find_files(source: str, split: str | None = None) -> list[SourceFile] | None:
     """The files of a source, sorted by name; None if it is a saved dataset or a hub id.
 
+    Args:
+        source: file, folder, pattern or address.
+        split: which files of a folder whose files are named by split; None: all of them.
+
     Raises:
-        DataError: there is no such file, or it is not a table.
+        DataError: there is no such file, or it is not a table, or the folder lacks the split.
     """
     if is_remote(source):
-        return _remote(source)
+        return _remote(source, split)
     path = Path(source)
-    if path.is_file() and path.suffix in SUFFIXES:
+    if path.is_file() and table_suffix(path.name) in SUFFIXES:
         return [SourceFile(str(path))]
-    if path.is_dir() and path.suffix not in (".jsonl", ".csv"):
-        return [SourceFile(str(file)) for file in sorted(path.iterdir()) if _is_part(file.name)] or None
+    if path.is_dir() and table_suffix(path.name) not in TEXT_SUFFIXES:
+        names = [str(file) for file in sorted(path.iterdir()) if file.is_file() and _is_part(file.name)]
+        return _of_split(source, [SourceFile(name) for name in names], split) or None
     if glob.has_magic(source) and not path.exists():
         return _readable(source, [SourceFile(str(file)) for file in matching_files(source)])
-    if path.suffix in SUFFIXES:
+    if table_suffix(path.name) in SUFFIXES:
         reason = "found a folder, expected a file" if path.is_dir() else "no such file"
         raise DataError(f"{path}: {reason}", code="data-missing", hint="check the path")
     return None
@@ -119,10 +147,10 @@ def matching_files(pattern: str) -> list[Path]:
 def fingerprint_address(source: str) -> str:
     """Names, sizes and ETags of the objects of an address as JSON; their content is not read."""
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        return json.dumps(list(pool.map(SourceFile.state, _remote(source))))
+        return json.dumps(list(pool.map(SourceFile.state, _remote(source, None))))
 
 
-def _remote(source: str) -> list[SourceFile]:
+def _remote(source: str, split: str | None) -> list[SourceFile]:
     filesystem, place = connect(source)
     before = source[: len(source) - len(place)] if source.endswith(place) else source.partition("://")[0] + "://"
 
@@ -144,13 +172,24 @@ def _remote(source: str) -> list[SourceFile]:
     if info.type == FileType.File and not place.endswith("/"):
         _check_parents(source, filesystem, place)
         return _readable(source, [named(info)])
-    if info.type == FileType.NotFound and PurePosixPath(place).suffix in SUFFIXES:
+    if info.type == FileType.NotFound and table_suffix(place) in SUFFIXES:
         raise DataError(f"{source}: no such object", code="data-missing", hint=_where(filesystem, place))
     there = _listed(source, filesystem, place.rstrip("/"), deep=False)
     found = [named(info) for info in there if _is_part(PurePosixPath(info.path).name)]
     if not found:
         raise DataError(f"{source}: holds no file ending in .parquet", code="data-missing", hint="check the address")
-    return found
+    return _of_split(source, found, split)
+
+
+def _of_split(source: str, files: list[SourceFile], split: str | None) -> list[SourceFile]:
+    """The files of one split, if the names of all files begin with one of several splits; else all files."""
+    names = [SPLIT_NAME.match(PurePosixPath(file.name).name) for file in files]
+    given = [name[1] if name else "" for name in names]
+    if split is None or "" in given or len(set(given)) < 2:
+        return files
+    if split not in given:
+        raise DataError(f"{source}: no split {split!r} (known: {', '.join(sorted(set(given)))})", code="data-split")
+    return [file for file, name in zip(files, given, strict=True) if name == split]
 
 
 def _where(filesystem: "FileSystem", place: str) -> str:
@@ -209,7 +248,8 @@ def _matches(place: str, pattern: PurePosixPath) -> bool:
 
 
 def _is_part(name: str) -> bool:
-    return name.endswith(".parquet") and not name.startswith(HIDDEN)
+    split = table_suffix(name) in TEXT_SUFFIXES and SPLIT_NAME.match(name) is not None
+    return (name.endswith(".parquet") or split) and not name.startswith(HIDDEN)
 
 
 def _readable(source: str, files: list[SourceFile]) -> list[SourceFile]:

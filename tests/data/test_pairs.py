@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.config import PairsSection, RunConfig
-from align.data.pairs import check_pairs, fingerprint, load_pairs, read_pairs, write_pairs
+from align.data.pairs import check_pairs, describe_unused, fingerprint, load_pairs, read_pairs, write_pairs
 from align.data.prompts import load_prompts
 from align.data.splits import folds_by_prompt, split_by_prompt
 from align.data.statistics import summarize
+from align.data.streaming import stream_pairs
 from align.errors import DataError
 from align.run.pipeline import run_pipeline
 from tests.helpers.builders import bert_reward, rows
@@ -61,7 +62,7 @@ BROKEN = [
     ("prompt by assistant", {**CHAT, "prompt": CHAT["chosen"]}, "row 2:prompt: found a last message by assistant"),
     ("message without content", {**CHAT, "rejected": [{"role": "assistant"}]}, "row 2:rejected[1]: found {'role'"),
     ("empty messages", {**CHAT, "prompt": []}, "row 2:prompt: found no messages, expected at least one message"),
-    ("text and messages", {**CHAT, "prompt": "hello"}, "row 2:(row): found prompt text, chosen messages"),
+    ("text and messages", {**CHAT, "chosen": "hi"}, "row 2:(row): found prompt messages, chosen text"),
 ]
 
 
@@ -254,3 +255,21 @@ def test_a_run_holds_out_the_share_that_is_asked_for(tmp_path: Path) -> None:
                 "reward": {"model": str(bert_reward(tmp_path / "m")), "eval_fraction": fraction}}  # fmt: skip
         run_pipeline(RunConfig.model_validate(tree), command="", until=("pairs",))
         assert len(read_pairs(tmp_path / "r" / "pairs" / "heldout")) == held_out
+
+
+def test_mapped_rewards_give_a_margin_and_unused_columns_are_named(tmp_path: Path) -> None:
+    row = {**GOOD, "score_chosen": 8.5, "score_rejected": 6, "source": "x"}
+    path = jsonl(tmp_path, row, {**row, "chosen": " sure", "score_rejected": None})
+    checked = check_pairs(PairsSection(path=path))
+    assert checked.unused == ["score_chosen", "score_rejected", "source"] and "margin" not in checked.pairs.column_names
+    assert describe_unused(checked.unused) == (
+        "3 columns not used: score_chosen, score_rejected, source (map them with "
+        "--column reward_chosen=score_chosen --column reward_rejected=score_rejected)"
+    )
+    columns = {"reward_chosen": "score_chosen", "reward_rejected": "score_rejected"}
+    source = PairsSection(path=path, columns=columns)
+    loaded = load_pairs(source)
+    assert loaded["margin"][:] == [2.5, None]
+    assert stream_pairs(source, tmp_path / "streamed.arrow").to_list() == loaded.to_list()
+    own = jsonl(tmp_path, {**row, "margin": 1.0})
+    assert load_pairs(PairsSection(path=own, columns=columns))["margin"][:] == [1.0]

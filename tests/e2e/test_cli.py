@@ -218,6 +218,12 @@ def test_data_check(workspace: Path) -> None:
     apart = align("data", "check", "pairs.jsonl", "--drop-invalid", "--output", "clean", cwd=workspace)
     assert apart.returncode == 0 and len(read_pairs(workspace / "clean")) == 24
     assert json.loads((workspace / "clean" / "invalid.jsonl").read_text())["row"] == 25
+    scored = {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 2, "score_rejected": 1}
+    (workspace / "scored.jsonl").write_text(json.dumps(scored) + "\n")
+    named = " ".join(align("data", "check", "scored.jsonl", cwd=workspace).stdout.split())
+    assert (
+        "2 columns not used: score_chosen, score_rejected (map them with --column reward_chosen=score_chosen" in named
+    )
     assert align("data", "check", "none.jsonl", cwd=workspace).returncode == 2
     assert align("--log-level", "loud", "data", "check", "pairs.jsonl", cwd=workspace).returncode == 2
 

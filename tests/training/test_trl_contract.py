@@ -217,7 +217,7 @@ def test_helpers_of_trl(tmp_path: Path) -> None:
     from trl.trainer.utils import use_adapter
 
     found = extract_prompt({"chosen": "a film is good", "rejected": "a film is bad"})
-    assert found["prompt"] == "a film is", explained("align/data/validation.py", f"extract_prompt gives {found}")
+    assert found["prompt"] == "a film is", explained("align/data/implicit_prompt.py", f"extract_prompt gives {found}")
     model = AutoModelForCausalLM.from_pretrained(causal(tmp_path))
     model.gradient_checkpointing_enable()
     with disable_gradient_checkpointing(model, None):
