@@ -18,14 +18,18 @@ app = typer.Typer(help="Keep the pairs that are worth training on.", no_args_is_
 class FilterOptions:
     """The ``filter`` section of a configuration; None leaves the section's default."""
 
-    keep: Annotated[float, typer.Option(help="Share to keep of the pairs that pass the rules.")] = 0.5
+    keep: Annotated[
+        float | None, typer.Option(help="Share to keep of the pairs that pass the rules, 0.5 if it is not given.")
+    ] = None
     method: Annotated[str, typer.Option(help="top, greedy or threshold.")] = "top"
     margin: Annotated[float, typer.Option(help="Weight of the margin.")] = 1.0
     quality: Annotated[float, typer.Option(help="Weight of the quality.")] = 0.5
     diversity: Annotated[float, typer.Option(help="Weight of the diversity.")] = 0.5
     minimum: Annotated[float | None, typer.Option(help="Smallest importance to keep, for --method threshold.")] = None
     in_spreads: Annotated[bool, typer.Option("--in-spreads", help="Divide the margin by `margin_std`.")] = False
-    per_group: Annotated[bool, typer.Option("--per-group", help="Keep the same share of each group.")] = False
+    per_group: Annotated[
+        bool, typer.Option("--per-group", help="Keep the same share of each group, for --method top.")
+    ] = False
     skip: Annotated[list[str] | None, typer.Option(help="Rule to skip, repeatable.")] = None
     longest: Annotated[int, typer.Option(help="Largest number of words of a response.")] = 2048
     language: Annotated[str | None, typer.Option(help="Language code, e.g. en, required of both responses.")] = None
@@ -95,7 +99,8 @@ def run(
     from align.commands.filter import CACHE, filter_source
     from align.io.console import log
 
-    log.info("filter %s: keep %g of what passes the rules, seed %d, writes %s", pairs, settings.keep, seed, output)
+    kept = f"{settings.share:g}" if settings.method != "threshold" else f"importance of {settings.minimum} or more"
+    log.info("filter %s: keep %s of what passes the rules, seed %d, writes %s", pairs, kept, seed, output)
     filter_source(
         pair_source(pairs, column, split), settings, output, seed=seed, cache=output / CACHE,
         cluster=cluster_section(cluster),

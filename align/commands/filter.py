@@ -6,8 +6,9 @@ from align.config import ClusterSection, FilterSection, PairsSection
 from align.data.pairs import load_pairs
 from align.data.streaming import REVISION, stream_pairs
 from align.data.training_pairs import report_in_sample
-from align.filtering.filter_pairs import filter_pairs, timed
-from align.filtering.tables import DROPPED, KEPT, SUMMARY, write_tables
+from align.filtering.filter_pairs import TooFewPass, filter_pairs, timed
+from align.filtering.options import check_options
+from align.filtering.tables import DROPPED, KEPT, SUMMARY, write_broken, write_tables
 from align.io.console import log
 from align.io.files import write_json
 from align.io.hashing import digest, fingerprint_source
@@ -43,6 +44,7 @@ def filter_source(
     Raises:
         AlignError: the pairs, the settings or a model cannot be used.
     """
+    check_options(settings)
     keep_source(source.path, [output / KEPT, output / DROPPED])
     check_files(output, [PAGE], own=[KEPT])
     seconds: dict[str, float] = {}
@@ -54,7 +56,11 @@ def filter_source(
         check_pairs_of(pairs, [settings.ood.model])
     report_in_sample(pairs, "filter")
     held_out = [] if settings.held_out is None else load_pairs(PairsSection(path=settings.held_out)).to_list()
-    found = filter_pairs(pairs, settings, folder, held_out=held_out, seed=seed, cluster=cluster)
+    try:
+        found = filter_pairs(pairs, settings, folder, held_out=held_out, seed=seed, cluster=cluster)
+    except TooFewPass as error:
+        write_broken(pairs, error.broken, output)
+        raise
     output.mkdir(parents=True, exist_ok=True)
     from align.reports.filter_page import write_filter_page
 

@@ -72,8 +72,8 @@ class OodSection(Section):
 class FilterSection(Section):
     """Which pairs to keep: hard rules, then margin + quality + diversity."""
 
-    keep: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """Share to keep of the pairs that pass the rules."""
+    keep: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """``top`` and ``greedy``: share to keep of the pairs that pass the rules; default: 0.5."""
     method: Literal["top", "greedy", "threshold"] = "top"
     """``top``: largest importance; ``greedy``: diversity against the pairs kept so far; ``threshold``: at least
     ``minimum``."""
@@ -86,7 +86,7 @@ class FilterSection(Section):
     diversity: float = 0.5
     """Weight of the standardized diversity."""
     per_group: bool = False
-    """Keep the same share of each ``group``."""
+    """``top``: keep the same share of each ``group``."""
     in_spreads: bool = False
     """Divide the margin by its ensemble spread, ``margin_std`` plus the median of that column."""
     skip: list[str] = []
@@ -118,3 +118,8 @@ class FilterSection(Section):
     """Measure the distance to the reward model's training pairs; default: not measured."""
     processes: Count = 1
     """Processes of this machine that read texts."""
+
+    @property
+    def share(self) -> float:
+        """``keep`` or its default."""
+        return 0.5 if self.keep is None else self.keep

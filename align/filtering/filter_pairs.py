@@ -6,7 +6,8 @@ key of its inputs: a stopped filter resumes, and another choice of weights takes
 
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -21,10 +22,11 @@ from align.data.text import cells
 from align.errors import ConfigError, DataError
 from align.filtering.held_out import HeldOut
 from align.filtering.knn.search import Neighbors, kth_distance
-from align.filtering.rules import RULES, RuleInput, apply_rules, by_id, place_type
+from align.filtering.options import problems
+from align.filtering.rules import RuleInput, apply_rules, by_id, place_type
 from align.filtering.score_columns import distances, margins, prompt_embeddings, qualities
 from align.filtering.scores import diversity, doubtful
-from align.filtering.selection import RobustScale, greedy, importance, top_k
+from align.filtering.selection import RobustScale, greedy, importance, top_k, without_effect
 from align.filtering.summary import summarize_filter
 from align.filtering.tables import Filtered, Reasons
 from align.filtering.text_survey import SURVEY, Survey, SurveyJob, take_survey
@@ -57,7 +59,7 @@ def filter_pairs(
     _check(pairs, settings)
     run = _FilterRun(pairs, settings, cache, seed, cluster, {})
     table, broken = run.rules(held_out)
-    passing = _passing(broken, len(pairs))
+    passing = _passing(pairs, broken)
     embedded, neighbors = run.neighbors(passing)
     scores = {"diversity": _scatter(diversity(neighbors.distance).astype(np.float32), passing, len(pairs))}
     search = neighbors.method_and_recall()
@@ -76,6 +78,7 @@ def filter_pairs(
     with run.timed("summary"):
         summary = summarize_filter(pairs, table, broken, search, kept, embedded, seed)
     parts = {name: (weights[name], RobustScale.fit(usable[name]), scores[name]) for name in scores}
+    summary["no_effect"] = without_effect(usable, weights)
     reasons = Reasons(broken, parts, values, kept, settings.method)
     return Filtered(pairs, columns, reasons, embedded, summary | {"seconds": run.seconds})
 
@@ -171,7 +174,7 @@ class _FilterRun:
         rank = np.empty_like(order)
         rank[order] = np.arange(count, dtype=rank.dtype)
         values = importance(scores, weights)
-        wanted = max(1, round(settings.keep * len(passing)))
+        wanted = max(1, round(settings.share * len(passing)))
         if settings.method == "threshold":
             places = np.flatnonzero(values >= settings.minimum)
             if not len(places):
@@ -195,16 +198,14 @@ class _FilterRun:
 
 
 def _check(pairs: Dataset, settings: FilterSection) -> None:
-    problems = {
+    missing_columns = {
         "per_group: the pairs have no `group` column": settings.per_group and "group" not in pairs.column_names,
-        "method threshold: needs `minimum`, the lowest importance to keep": settings.method == "threshold"
-        and settings.minimum is None,
         "in_spreads: the pairs have no `margin_std` column": settings.in_spreads
         and not {"margin", "margin_std"} <= set(pairs.column_names),
         "drop_doubtful: the pairs have no `margin` column": settings.drop_doubtful
         and "margin" not in pairs.column_names,
-    } | {f"skip: no rule {name!r}; rules are {', '.join(RULES)}": name not in RULES for name in settings.skip}
-    wrong = [problem for problem, there in problems.items() if there]
+    }
+    wrong = [*(problem for problem, there in missing_columns.items() if there), *problems(settings)]
     if wrong:
         raise ConfigError("; ".join(wrong), code="filter-option", hint="see docs/filtering.md")
     if "margin" not in pairs.column_names and settings.margin != 0:
@@ -218,17 +219,33 @@ def _check(pairs: Dataset, settings: FilterSection) -> None:
             )  # fmt: skip
 
 
-def _passing(broken: Collection[int], count: int) -> np.ndarray:
+class TooFewPass(DataError):
+    """Fewer than two pairs pass the rules."""
+
+    broken: Mapping[int, tuple[str, str]] = {}
+    """(rule, finding) of the pairs that broke a rule."""
+
+
+def _passing(pairs: Dataset, broken: Mapping[int, tuple[str, str]]) -> np.ndarray:
     """Places of the pairs that pass the rules, [L].
 
     Raises:
-        DataError: there are fewer than two.
+        TooFewPass: there are fewer than two.
     """
+    count = len(pairs)
     passed = np.ones(count, dtype=bool)
     passed[list(broken)] = False
     passing = np.flatnonzero(passed).astype(place_type(count))
     if len(passing) < 2:
-        raise DataError(f"found {len(passing)} pairs that pass the rules, expected at least 2", code="filter-empty")
+        rules = Counter(rule for rule, _ in broken.values()).most_common()
+        error = TooFewPass(
+            f"found {len(passing)} of {count} pairs that pass the rules, expected at least 2; the rules dropped: "
+            + (", ".join(f"{rule} {number}" for rule, number in rules) or "none"),
+            code="filter-empty",
+            hint="see `reason` in dropped.parquet; --skip RULE turns a rule off (filter.skip in a run)",
+        )
+        error.broken = broken
+        raise error
     return passing
 
 

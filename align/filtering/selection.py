@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from align.io.console import log
+
 IQR_OF_NORMAL = 1.349
 BOUND = 3.0
 """Largest absolute value of a scaled score, so that one odd score does not outweigh all others."""
@@ -51,6 +53,15 @@ def importance(columns: Mapping[str, np.ndarray], weights: Mapping[str, float]) 
             for start in range(0, len(values), BLOCK):
                 total[start : start + BLOCK] += weight * scale(values[start : start + BLOCK])
     return total
+
+
+def without_effect(columns: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> list[str]:
+    """Names of the weighted columns that are the same for all pairs, and so choose none; a warning names each."""
+    names = [name for name, weight in weights.items() if weight != 0 and np.ptp(columns[name]) == 0]
+    for name in names:
+        why = " (equal prompts?)" if name == "diversity" else ""
+        log.warning("%s: found the same value for all pairs that pass the rules%s, so it does not count", name, why)
+    return names
 
 
 def top_k(

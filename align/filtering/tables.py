@@ -1,6 +1,6 @@
 """The result of a filter and the tables that it is written to."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,18 @@ def _write_rows(found: Filtered, targets: dict[bool, Path]) -> None:
             writers[wanted].write_table(part)
     for writer in writers.values():
         writer.close()
+
+
+def write_broken(pairs: Dataset, broken: Mapping[int, tuple[str, str]], output: Path) -> None:
+    """Write the pairs that broke a rule to ``dropped.parquet``, and remove an earlier filter's ``kept.parquet``."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / KEPT).unlink(missing_ok=True)
+    places = sorted(broken)
+    reasons = [f"{rule}: {finding}" for rule, finding in (broken[k] for k in places)]
+    kept = [name for name in pairs.column_names if name != "reason"]
+    rows = pairs.select_columns(kept).select(places).with_format("arrow")[:].replace_schema_metadata(None)
+    with atomic_write(output / DROPPED) as target:
+        pq.write_table(rows.append_column("reason", pa.array(reasons, type=pa.string())), target, compression="zstd")
 
 
 def explain(output: Path, pair_id: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 from align.config import RunConfig, TrainSection
 from align.data.prompts import load_prompts
 from align.errors import ConfigError, ModelError
+from align.filtering.options import check_options
 from align.models.folders import check_model_folder
 from align.models.loading import load_tokenizer
 from align.run.row_checks import check_prompt_rows, check_table_rows
@@ -27,6 +28,8 @@ def check_config(config: RunConfig, *, tables: bool = False) -> None:
     Raises:
         AlignError: the first problem.
     """
+    if config.filter is not None:
+        check_options(config.filter)
     from trl import RewardConfig as TrlRewardConfig
 
     forced = {"output_dir": str(config.folder / "check")}

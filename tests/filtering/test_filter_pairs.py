@@ -1,19 +1,25 @@
 """`filter_pairs` and `align filter` from a table to kept and dropped pairs with reasons."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from align.commands.filter import filter_source
 from align.config import FilterSection, PairsSection, RunConfig
 from align.data.pairs import load_pairs
-from align.errors import AlignError, DataError
+from align.errors import AlignError, ConfigError, DataError
 from align.filtering.filter_pairs import filter_pairs
 from align.filtering.selection import robust_scale
+from align.reports.filter_page import write_filter_page
+from align.run.checks import check_config
 from align.run.pipeline import run_pipeline
 from tests.filtering.samples import pair, unit
 from tests.helpers.builders import causal
@@ -156,3 +162,63 @@ def test_several_scorers_on_the_command_line(assets: Path, tmp_path: Path) -> No
     names = [f"quality_{name}" for name in ("screen", "fluency", "rubric", "yes_no")]
     mean = np.mean([robust_scale(kept[name].to_numpy()) for name in names], axis=0)
     assert np.allclose(kept["quality"], mean, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "greedy", "per_group": True}, "per_group: found method greedy, expected top"),
+        ({"minimum": 99.0}, "minimum: found method top, expected threshold"),
+        ({"method": "greedy", "minimum": 1.0}, "minimum: found method greedy, expected threshold"),
+        ({"method": "threshold", "minimum": 0.0, "keep": 0.5}, "keep: found method threshold"),
+        ({"method": "threshold", "minimum": 0.0, "per_group": True}, "per_group: found method threshold, expected top"),
+        ({"quality_model": "x"}, "quality_model: found no scorer that uses it"),
+        ({"quality_scorers": ["rubric"]}, "quality_scorers: rubric: found no quality_model"),
+        ({"embeddings": "e.npy", "embedding": "static"}, "embedding: found embeddings"),
+        ({"held_out": "x", "skip": ["contamination"]}, "held_out: found the rule contamination in skip"),
+        ({"language": "en", "skip": ["language"]}, "language: found the rule language in skip"),
+        ({"drop_doubtful": True, "skip": ["label_noise"]}, "drop_doubtful: found the rule label_noise in skip"),
+    ],
+)
+def test_options_that_nothing_uses_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """By the check of a run, and by the command before it reads the pairs."""
+    tree = {"name": "r", "output_dir": str(tmp_path), "pairs": {"path": "nowhere.jsonl"}, "filter": options,
+            "train": {"model": "nowhere", "methods": {"dpo": {"loss": "dpo"}}}}  # fmt: skip
+    with pytest.raises(ConfigError, match=f"filter-option.*{message}"):
+        check_config(RunConfig.model_validate(tree))
+    source, cache = PairsSection(path="nowhere.jsonl"), tmp_path / "parts"
+    with pytest.raises(ConfigError, match=f"filter-option.*{message}"):
+        filter_source(source, FilterSection.model_validate(options), tmp_path, seed=0, cache=cache)
+
+
+def test_what_took_all_pairs_is_said_and_written(tmp_path: Path) -> None:
+    rows = [pair(f"question {k}", "write to jo@example.org", f"no {k}", f"{k}") for k in range(3)]
+    rows += [pair("question 4", "yes", "YES", "4"), pair("question 5", "yes", "no", "5")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "kept.parquet").write_text("of an earlier filter")
+    source = PairsSection(path=str(tmp_path / "pairs.jsonl"))
+    message = "found 1 of 5 pairs that pass the rules, expected at least 2; the rules dropped: pii 3, same_text 1"
+    with pytest.raises(DataError, match=f"filter-empty.*{message}"):
+        filter_source(source, FilterSection(), output, seed=0, cache=output / "parts")
+    dropped = pq.read_table(output / "dropped.parquet").to_pydict()
+    assert dropped["id"] == ["0", "1", "2", "4"] and not (output / "kept.parquet").exists()
+    assert dropped["reason"] == ["pii: seems to contain: e-mail address"] * 3 + [
+        "same_text: chosen and rejected differ in case or white space only"
+    ]
+
+
+def test_diversity_of_one_prompt_does_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "align")
+    rows = [
+        pair("which is better ?", f"film {k} is good", f"plot {k} is bad", f"{k}") | {"margin": k} for k in range(8)
+    ]
+    np.save(tmp_path / "e.npy", np.tile(unit(1, 4), (8, 1)))
+    settings = FilterSection(embeddings=str(tmp_path / "e.npy"), quality=0.0)
+    found = filter_pairs(Dataset.from_list(rows), settings, tmp_path / "cache", held_out=[], seed=0)
+    assert found.summary["no_effect"] == ["diversity"] and np.flatnonzero(found.kept).tolist() == [4, 5, 6, 7]
+    assert "diversity: found the same value for all pairs that pass the rules (equal prompts?)" in caplog.text
+    write_filter_page(tmp_path / "page.html", found, "pairs")
+    sentence = "Diversity is the same for all pairs that pass the rules, so it does not count."
+    assert sentence in (tmp_path / "page.html").read_text()

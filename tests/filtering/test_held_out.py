@@ -1,14 +1,17 @@
 """The rule against an overlap with an evaluation set, through `filter_pairs`."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from align.config import FilterSection
+from align.commands.filter import filter_source
+from align.config import FilterSection, PairsSection
 from align.filtering.filter_pairs import filter_pairs
 from tests.filtering.samples import pair, unit
 
@@ -107,3 +110,22 @@ def test_a_prompt_with_many_pairs_is_an_overlap(tmp_path: Path) -> None:
     assert set(found) == set(range(0, 100, 5)) and set(found.values()) == {
         "contamination: prompt is one of the evaluation set"
     }
+
+
+def test_held_out_file_of_the_command(tmp_path: Path) -> None:
+    """`align filter --held-out` reads prompts and responses of the file."""
+    rows, held_out = sample(0, 12), sample(12, 14)
+    rows[3] |= {"chosen": held_out[0]["chosen"]}
+    rows[4] |= {"prompt": held_out[1]["prompt"]}
+    for name, part in (("pairs", rows), ("held_out", held_out)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    np.save(tmp_path / "e.npy", unit(12, 8))
+    settings = FilterSection(
+        keep=1.0, embeddings=str(tmp_path / "e.npy"), held_out=str(tmp_path / "held_out.jsonl"), margin=0.0
+    )
+    source = PairsSection(path=str(tmp_path / "pairs.jsonl"))
+    filter_source(source, settings, tmp_path / "out", seed=0, cache=tmp_path / "parts")
+    assert pq.read_table(tmp_path / "out" / "dropped.parquet")["reason"].to_pylist() == [
+        "contamination: chosen is a response of the evaluation set",
+        "contamination: prompt is one of the evaluation set",
+    ]
