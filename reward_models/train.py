@@ -19,10 +19,18 @@ from align.training.base.checkpoints import last_whole_checkpoint
 from align.training.base.progress import show_progress
 from align.training.base.stopping import stoppable
 from reward_models.linear_heads import train_head
-from reward_models.loading import fitting_length, load_reward_model
+from reward_models.loading import (
+    TEXT_PAIR,
+    fitting_length,
+    load_reward_model,
+    note_text_pair,
+    pad_as_trained,
+    reads_text_pairs,
+    takes_segments,
+)
 from reward_models.registry import objective_columns, resolve_objective
-from reward_models.tokenization import pair_texts, told_apart
-from reward_models.trainer import ObjectiveRewardTrainer
+from reward_models.tokenization import SegmentedIds, pair_texts, second_starts, told_apart
+from reward_models.trainer import SEGMENTS, ObjectiveRewardTrainer
 
 CONFIG = "config.json"
 """A model folder that holds it is whole."""
@@ -69,15 +77,18 @@ def _train_whole(train: Dataset, config: RewardSection, output: Path, checkpoint
         pairs_per_step=config.pairs_per_step,
     )
     transformers.set_seed(seed)
-    model, tokenizer = load_reward_model(config.model, trust_remote_code=args.trust_remote_code, new_head=True)
+    model, tokenizer = _load(config)
     most = fitting_length(model, config.max_length)
-    read = pair_texts(train, tokenizer, most)
+    read = pair_texts(train, tokenizer, most, text_pair=getattr(model.config, TEXT_PAIR, False))
     kept = told_apart(read.alike, most)
     if len(kept) < len(train):
         train, read = train.select(kept), read.of(kept)
         columns = objective_columns(train, objective)
-    ids = {"chosen_ids": read.ids[: len(train)], "rejected_ids": read.ids[len(train) :]}
-    length = [max(len(chosen), len(rejected)) for chosen, rejected in zip(*ids.values(), strict=True)]
+    chosen, rejected = read.ids[: len(train)], read.ids[len(train) :]
+    ids = {"chosen_ids": chosen, "rejected_ids": rejected}
+    length = [max(len(one), len(other)) for one, other in zip(chosen, rejected, strict=True)]
+    if takes_segments(model) and any(isinstance(row, SegmentedIds) for row in read.ids):
+        columns |= dict(zip(SEGMENTS, (second_starts(chosen), second_starts(rejected)), strict=True))
     with refusals("reward"):
         trainer = ObjectiveRewardTrainer(
             objective=objective,
@@ -103,6 +114,14 @@ def _train_whole(train: Dataset, config: RewardSection, output: Path, checkpoint
             save_model(trained.merge_and_unload() if config.peft is not None else trained, tokenizer, output)
 
 
+def _load(config: RewardSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model to train and its tokenizer; the model's configuration says how it is trained to read."""
+    model, tokenizer = load_reward_model(config.model, trust_remote_code=config.trusts_remote_code, new_head=True)
+    pad_as_trained(model, tokenizer)
+    note_text_pair(model, reads_text_pairs(model, asked=config.text_pair))
+    return model, tokenizer
+
+
 def _gathered(trainer: ObjectiveRewardTrainer, config: RewardSection) -> Any:
     """The trained model on the first process, None on the others; what was sharded is put into the model anew."""
     sharded: bool = trainer.is_fsdp_enabled
@@ -111,7 +130,7 @@ def _gathered(trainer: ObjectiveRewardTrainer, config: RewardSection) -> Any:
         return None
     if not sharded:
         return trainer.accelerator.unwrap_model(trainer.model)
-    model, _ = load_reward_model(config.model, trust_remote_code=config.trusts_remote_code, new_head=True)
+    model, _ = _load(config)
     adapter = build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS")
     whole = model if adapter is None else get_peft_model(model, adapter)
     whole.load_state_dict(weights)

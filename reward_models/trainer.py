@@ -22,6 +22,9 @@ from align.training.base.finite_guard import FiniteSteps
 from align.training.base.resume import ExactResume
 from reward_models.registry import BoundObjective
 from reward_models.sharpness import SharpnessPenalty
+from reward_models.tokenization import segments
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class GuardedRewardTrainer(BackgroundSaves, ExactResume, WholeEpochs, RewardTrainer):
@@ -86,6 +89,8 @@ class GuardedRewardTrainer(BackgroundSaves, ExactResume, WholeEpochs, RewardTrai
             self.guard.stop("loss", [names[k] for k in bad], said)
 
 
+SEGMENTS = ("chosen_second", "rejected_second")
+"""Columns of sentence pairs: where the second text of each response's token ids begins."""
 PENALTY_STATE = "sharpness.json"
 
 
@@ -98,6 +103,9 @@ class ObjectiveCollator(DataCollatorForPreference):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate ``examples``; see the class."""
         batch: dict[str, Any] = super().torch_call(examples)
+        if SEGMENTS[0] in examples[0]:
+            starts = [example[name] for name in SEGMENTS for example in examples]
+            batch["token_type_ids"] = segments(batch["attention_mask"], starts)
         for name in self.columns:
             kind = torch.int64 if name in NAMES else torch.float32
             batch[name] = torch.tensor([example[name] for example in examples], dtype=kind)
@@ -148,7 +156,7 @@ class ObjectiveRewardTrainer(GuardedRewardTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, *self.objective.columns]
+        self._signature_columns = [*self._signature_columns, *self.objective.columns, *SEGMENTS]
 
     def compute_loss(
         self,
@@ -180,7 +188,7 @@ class ObjectiveRewardTrainer(GuardedRewardTrainer):
         """trl's, and then the gradient of the penalty on sharpness where there is one."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.penalty is not None:
-            batch = self._prepare_inputs({name: inputs[name] for name in ("input_ids", "attention_mask")})
+            batch = self._prepare_inputs({name: inputs[name] for name in MODEL_INPUTS if name in inputs})
             every, plain = self._together(inputs), self.penalty.model
 
             def mean_margin() -> Tensor:

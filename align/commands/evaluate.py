@@ -30,6 +30,7 @@ from align.io.console import log, out
 from align.io.files import read_json, write_json
 from align.io.stage import check_files
 from align.stats import bootstrap_mean, interval
+from reward_models.loading import DEFAULTS, LoadOptions
 from reward_models.pairwise_judges import ByScore, make_pairwise, make_score_judge
 
 REPORT = "report.json"
@@ -52,6 +53,8 @@ class Settings:
     """Prompts whose completions are shown on the page."""
     max_length: int | None = None
     """Tokens that a reward model or an ``llm:`` judge reads; None: 1024."""
+    options: LoadOptions = DEFAULTS
+    """How a reward model that judges is loaded and reads texts."""
 
 
 def reward(items: Sequence[str], reference: str | None, settings: Settings) -> None:
@@ -69,7 +72,7 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
     origin = find_reference(policies, reference)
     started = _start(settings, [origin, *policies])
     prompts = read_prompts(settings.prompts, settings.limit)
-    judge = make_score_judge(settings.judge, settings.max_length)
+    judge = make_score_judge(settings.judge, settings.max_length, settings.options)
     written = {
         policy.name: write_completions(policy, prompts, settings.decoding, settings.output)
         for policy in (origin, *policies)
@@ -112,7 +115,7 @@ def write_comparison(first: str, second: str, settings: Settings) -> None:
     a, b = parse_policies([first, second])
     started = _start(settings, [a, b])
     prompts = read_prompts(settings.prompts, settings.limit)
-    judge = make_pairwise(settings.judge, settings.max_length)
+    judge = make_pairwise(settings.judge, settings.max_length, settings.options)
     ours, theirs = (write_completions(policy, prompts, settings.decoding, settings.output) for policy in (a, b))
     shown_first, shown_second = judge_pairs(ours, theirs, judge, settings.output, settings.max_length)
     lengths = ([len(text) for text in written.table["text"]] for written in (ours, theirs))
@@ -167,7 +170,7 @@ def frontier(
     origin = find_reference([*policies, *(policy for _, policy in steps)], reference)
     started = _start(settings, [origin, *policies, *parse_policies(trained)])
     prompts = read_prompts(settings.prompts, settings.limit)
-    judge = make_score_judge(settings.judge, settings.max_length)
+    judge = make_score_judge(settings.judge, settings.max_length, settings.options)
     jobs: list[tuple[Policy, float, int | None]] = [(origin, 1.0, None)]
     heats = list(dict.fromkeys(temperatures))
     jobs += [(policy, heat, None) for policy in (origin, *policies) for heat in heats if policy != origin or heat != 1]

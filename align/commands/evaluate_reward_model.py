@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from align.models.folders import fingerprint_model
 from align.sharding.jobs import read_table
 from align.sharding.shards import in_parts
 from reward_models.length_bias import word_difference
+from reward_models.loading import DEFAULTS, LoadOptions
 from reward_models.score import REWARDS
 
 PART = 256
@@ -46,6 +48,7 @@ def evaluate(
     max_length: int,
     seed: int,
     trained_on: str | None = None,
+    options: LoadOptions = DEFAULTS,
 ) -> None:
     """Score pairs, write ``reward_model.json`` and ``reward_model.html`` into ``output``, print the numbers as JSON.
 
@@ -58,21 +61,22 @@ def evaluate(
         max_length: tokens per text; longer ones are cut from the right.
         seed: of the intervals.
         trained_on: the pairs that the model was trained on; distances to them are measured where given.
+        options: how the model is loaded and reads texts.
 
     Raises:
         AlignError: the pairs or the model cannot be used.
     """
     check_files(output, [])
-    pairs, chat = _load(source, model, chat)
+    pairs, chat = _load(source, model, chat, options)
     log.info("scoring %d pairs of %s with %s%s -> %s", len(pairs), source.path, model,
              " as chat" if chat else "", output)  # fmt: skip
     inputs = {"pairs": fingerprint(pairs), "model": fingerprint_model(model), "max_length": max_length, "part": PART}
-    inputs["revision"] = REWARDS
+    inputs["revision"] = f"{REWARDS}{options.suffix}"
 
     def work(folder: Path) -> None:
         from reward_models.ensemble import EnsembleScorer
 
-        scorer = EnsembleScorer(model, batch_tokens=batch_tokens, max_length=max_length)
+        scorer = EnsembleScorer(model, batch_tokens=batch_tokens, max_length=max_length, options=options)
 
         def part(rows: range) -> Dataset:
             scored = scorer.score_pairs(pairs.select(rows))
@@ -85,7 +89,7 @@ def evaluate(
     scores = read_table(stage.folder / SCORES)
     groups = [str(group) for group in pairs["group"]] if "group" in pairs.column_names else None
     chosen, rejected = (np.asarray(scores[column]) for column in ("reward_chosen", "reward_rejected"))
-    clusters, far = clusters_of(pairs), _distances(pairs, model, trained_on, output)
+    clusters, far = clusters_of(pairs), _distances(pairs, model, trained_on, output, options)
     found = reward_model_metrics(chosen, rejected, groups, seed=seed, clusters=clusters)
     found |= pair_findings(pairs, chosen - rejected, distances=far, seed=seed, clusters=clusters)
     found["said"] += findings_said(found)
@@ -103,7 +107,9 @@ def evaluate(
     log.info("numbers: %s; look at it: open %s", output / REPORT, output / PAGE)
 
 
-def _distances(pairs: Dataset, model: str, trained_on: str | None, output: Path) -> tuple[np.ndarray, float] | None:
+def _distances(
+    pairs: Dataset, model: str, trained_on: str | None, output: Path, options: LoadOptions
+) -> tuple[np.ndarray, float] | None:
     """Distance [N] of each pair to the training pairs, and that of 99% of those held back; kept below ``output``."""
     if trained_on is None:
         return None
@@ -116,11 +122,11 @@ def _distances(pairs: Dataset, model: str, trained_on: str | None, output: Path)
             code="eval-trained-on",
             hint="use --text, or give the training pairs as messages",
         )
-    settings = OodSection(model=model, pairs=PairsSection(path=trained_on))
+    settings = OodSection.model_validate({"model": model, "pairs": {"path": trained_on}} | asdict(options))
     return distances(pairs, settings, output / "distances" / fingerprint(pairs)[:16])
 
 
-def _load(source: PairsSection, model: str, chat: bool | None) -> tuple[Dataset, bool]:
+def _load(source: PairsSection, model: str, chat: bool | None, options: LoadOptions) -> tuple[Dataset, bool]:
     """The pairs with ``group``, as messages where wanted; and whether they were turned into messages."""
     rows, columns = read_source(source)
     plain = is_plain(sorted(columns), next((row.values for row in rows if not row.unreadable), {}))
@@ -128,10 +134,10 @@ def _load(source: PairsSection, model: str, chat: bool | None) -> tuple[Dataset,
         source = source.model_copy(update={"columns": source.columns | {"group": "subset"}})
     pairs = load_pairs(source)
     if chat is None:
-        chat = plain and _has_template(model)
+        chat = plain and _has_template(model, options)
     if not chat or not isinstance(pairs["prompt"][0], str):
         return pairs, False
-    if not _has_template(model):
+    if not _has_template(model, options):
         raise ConfigError(
             f"--chat: {model} has no chat template", code="no-chat-template", hint="use --text, or another model"
         )
@@ -143,7 +149,7 @@ def _as_messages(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"prompt": [{"role": "user", "content": row["prompt"]}]} | answers
 
 
-def _has_template(model: str) -> bool:
+def _has_template(model: str, options: LoadOptions) -> bool:
     from align.models.loading import load_tokenizer
 
-    return load_tokenizer(model).chat_template is not None
+    return load_tokenizer(model, trust_remote_code=options.trust_remote_code).chat_template is not None

@@ -2,10 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from align.config import ClusterSection, PairsSection
 from align.distributed import process_rank
 from align.io.console import log, out
+
+if TYPE_CHECKING:
+    from reward_models.loading import LoadOptions
 
 
 def score_pairs(
@@ -17,6 +21,7 @@ def score_pairs(
     max_length: int,
     calibrated: bool = False,
     cluster: ClusterSection | None = None,
+    options: "LoadOptions | None" = None,
 ) -> None:
     """Score a pair source with a reward model and write the table; print the margin metrics as JSON.
 
@@ -30,6 +35,7 @@ def score_pairs(
         max_length: tokens per text.
         calibrated: apply the calibration that lies beside the model.
         cluster: whose workers share the pairs.
+        options: how the model is loaded and reads texts; None: the defaults.
 
     Raises:
         AlignError: the pairs, the model or the folder cannot be used.
@@ -42,6 +48,7 @@ def score_pairs(
     from align.io.stage import check_files
     from reward_models.calibration import MarginMap
     from reward_models.ensemble import members, score_with
+    from reward_models.loading import DEFAULTS
     from reward_models.margin_metrics import evaluate_margins
 
     keep_source(source.path, [output / FILE])
@@ -51,7 +58,7 @@ def score_pairs(
     log.info("scoring %d pairs of %s with %s -> %s", len(pairs), source.path, model, output)
     scored = score_with(
         members(model), pairs, output / ".scoring", batch_tokens=batch_tokens, max_length=max_length,
-        calibration=calibration, cluster=cluster,
+        calibration=calibration, cluster=cluster, options=options or DEFAULTS,
     )  # fmt: skip
     if process_rank() > 0:
         return

@@ -29,7 +29,20 @@ TOKENIZER_FILES = (
 )
 NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.pt", "scheduler.pt"})
 HEADER_BYTES = 8
-OWN_CODE = "if you trust that code, set trust_remote_code: true under train.trainer or reward.trainer"
+OWN_CODE = (
+    "if you trust that code, set trust_remote_code: true under train.trainer or reward.trainer, or give "
+    "--trust-remote-code with a reward model"
+)
+HEADS = frozenset({"score.weight", "classifier.weight", "classifier.out_proj.weight", "logits_proj.weight"})
+"""Last layers of the classification heads of transformers' models."""
+IN_ADAPTER = "base_model.model."
+"""What the name of a weight begins with in an adapter's file."""
+MATRIX = 2
+"""Dimensions of a linear layer's weight."""
+ONE_OUTPUT = (
+    "a reward model gives one number per text (num_labels = 1); of a model with several, save one row of its head as a "
+    "model of its own (docs/reward-models.md)"
+)
 WANTED = "give a hub id or a folder with config.json, safetensors weights and a tokenizer"
 
 
@@ -56,12 +69,12 @@ def check_model_folder(model: str, *, tokenizer: bool = True, rewards: bool = Fa
             )
         return
     if is_adapter(folder):
-        _check_adapter(folder)
+        _check_adapter(folder, rewards=rewards)
     else:
         config = _read_object(folder / CONFIG)
-        _check_weights(folder, "model", config)
+        shapes = _check_weights(folder, "model", config)
         if rewards:
-            _check_head(folder, config)
+            _check_head(folder, shapes)
     if tokenizer and not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise ModelError(
             f"{folder}: no tokenizer, expected one of {', '.join(TOKENIZER_FILES)}",
@@ -147,7 +160,7 @@ def vocabulary_rows(model: str) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _check_adapter(folder: Path) -> None:
+def _check_adapter(folder: Path, *, rewards: bool) -> None:
     config = _read_object(folder / ADAPTER)
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -156,17 +169,19 @@ def _check_adapter(folder: Path) -> None:
             code="model-config",
             hint="an adapter is used together with the model that it was trained on",
         )
-    _check_weights(folder, "adapter_model", config)
+    shapes = _check_weights(folder, "adapter_model", config)
+    if rewards:
+        _check_head(folder, shapes)
     try:
-        check_model_folder(base, tokenizer=False)
+        check_model_folder(base, tokenizer=False, rewards=rewards and not any(map(_is_head, shapes)))
     except ModelError as error:
         raise ModelError(
             f"{folder / ADAPTER}: the base model cannot be used: {error.message}", code=error.code, hint=error.hint
         ) from None
 
 
-def _check_weights(folder: Path, stem: str, config: dict[str, Any]) -> None:
-    """Safetensors files, whole ones; a pickle in their place is refused with how to convert it."""
+def _check_weights(folder: Path, stem: str, config: dict[str, Any]) -> dict[str, list[int]]:
+    """Shapes of the weights in safetensors files; a pickle in their place is refused with how to convert it."""
     files = sorted(folder.glob(f"{stem}*.safetensors"))
     if not files:
         pickles = sorted({file.name for pattern in PICKLES for file in folder.glob(pattern)} - NOT_WEIGHTS)
@@ -191,12 +206,11 @@ def _check_weights(folder: Path, stem: str, config: dict[str, Any]) -> None:
                 code="model-load",
                 hint="copy the whole folder again",
             )
-    for file in files:
-        _check_safetensors(file)
+    return {name: shape for file in files for name, shape in _read_shapes(file).items()}
 
 
-def _check_safetensors(file: Path) -> None:
-    """The header of a safetensors file agrees with the file's size.
+def _read_shapes(file: Path) -> dict[str, list[int]]:
+    """Shapes in the header of a safetensors file, which must agree with the file's size.
 
     Layout: the header's length (8 bytes, little-endian), the header as JSON with the offsets of every tensor, data.
     """
@@ -207,7 +221,9 @@ def _check_safetensors(file: Path) -> None:
             if length > size:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(stream.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        shapes = {name: list(entry["shape"]) for name, entry in entries.items()}
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
         expected = HEADER_BYTES + length + max(ends, default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
         raise ModelError(
@@ -221,18 +237,27 @@ def _check_safetensors(file: Path) -> None:
             code="model-load",
             hint="copy the file again",
         )
+    return shapes
 
 
-def _check_head(folder: Path, config: dict[str, Any]) -> None:
-    classifies = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
-    labels = config.get("id2label")
-    count = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)
-    if classifies and count != 1:
-        raise ModelError(
-            f"{folder}: its classification head has {count} outputs, expected one",
-            code="reward-labels",
-            hint="a reward model gives one number per text: num_labels = 1",
-        )
+def _check_head(folder: Path, shapes: dict[str, list[int]]) -> None:
+    """Count the outputs of a classification head by its weights: what config.json says of labels may be a default."""
+    for name, shape in shapes.items():
+        if _is_head(name) and len(shape) == MATRIX and shape[0] != 1:
+            raise several_outputs(str(folder), shape[0])
+
+
+def _is_head(name: str) -> bool:
+    return name.removeprefix(IN_ADAPTER) in HEADS
+
+
+def several_outputs(model: str, count: int) -> ModelError:
+    """The error of a head with ``count`` outputs."""
+    return ModelError(
+        f"{model}: its classification head has {count} outputs, expected one",
+        code="reward-labels",
+        hint=ONE_OUTPUT,
+    )
 
 
 def refuse_new_weights(model: str, loaded: Any, missing: Iterable[str], kind: str) -> None:

@@ -84,7 +84,7 @@ def render(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase, *, 
 
 
 def encode_reward_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
-    """Token ids of each text that a reward model reads, truncated on the right to ``max_length`` tokens.
+    """Token ids of each text that a reward model reads, truncated to ``max_length`` tokens; see ``truncated``.
 
     Plain text gets the special tokens that the tokenizer puts around it and the end-of-sequence token, if there is one.
     ``Rendered`` text gets none but those of its template, as in training, except from an encoder's tokenizer, because
@@ -97,11 +97,20 @@ def encode_reward_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
         room = max_length - (eos is not None and not kind)
         places = [k for k, is_bare in enumerate(bare) if is_bare == kind]
         chosen = [str(texts[k]) for k in places]
-        rows = tokenizer(chosen, add_special_tokens=not kind, truncation=True, max_length=room, padding=False)
+        rows = truncated(tokenizer, chosen, add_special_tokens=not kind, max_length=room)
         for k, row in zip(places, rows["input_ids"], strict=True):
             ids[k] = list(row)
     ended = [eos is None or is_bare or (row and row[-1] == eos) for row, is_bare in zip(ids, bare, strict=True)]
     return [row if is_ended else [*row, eos] for row, is_ended in zip(ids, ended, strict=True)]
+
+
+def truncated(tokenizer: PreTrainedTokenizerBase, *texts: list[str], **settings: Any) -> Any:
+    """What the tokenizer makes of lists of texts, truncated on the right whatever its own ``truncation_side``."""
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
+    try:
+        return tokenizer(*texts, truncation=True, padding=False, **settings)
+    finally:
+        tokenizer.truncation_side = side
 
 
 def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, *, row: str = "") -> list[int]:

@@ -25,6 +25,7 @@ from align.io.files import atomic_folder, read_json, write_json
 from align.io.hashing import fingerprint_source
 from align.io.stage import run_stage
 from align.models.folders import fingerprint_model
+from reward_models.loading import LoadOptions
 from reward_models.scorers import ScorerSpec
 
 SUMMARY = "iterate.json"
@@ -148,5 +149,6 @@ def build_settings(config: BuildSection) -> BuildSettings:
     Raises:
         ConfigError: a value is out of range, or not exactly one scorer is named.
     """
-    scorer = ScorerSpec(config.reward_model, config.judge, config.batch_tokens, config.max_length)
+    options = LoadOptions(config.dtype, config.trust_remote_code, config.text_pair)
+    scorer = ScorerSpec(config.reward_model, config.judge, config.batch_tokens, config.max_length, options)
     return BuildSettings(scorer, config.mode, config.guard_margin, config.guard_ratio, config.band, config.temperature)

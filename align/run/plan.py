@@ -3,6 +3,7 @@
 from align.config import RunConfig
 
 STAGES = dict.fromkeys(("pairs", "reward", "crossfit", "sample", "margins", "filter", "generate", "evaluate"), 2)
+STAGES |= {"reward": 3, "crossfit": 3}
 """Stages of a run; others are in their first."""
 REFERENCE = "reference"
 TRUST = "trust"
