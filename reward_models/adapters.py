@@ -1,5 +1,6 @@
 """Adapters of reward models: merged into their bases, with the head that the adapter or the base has."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -43,9 +44,11 @@ def merged(
     kind = PeftModel if config.task_type is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
     wrapped = kind(base, config)
     loaded = set_peft_model_state_dict(wrapped, weights)
-    given = {_parameter(key) for key in weights}
+    given = Counter(map(_parameter, weights))  # peft writes the embedding of added tokens twice
     new = [key for key in loaded.missing_keys if ".default" in key and ".modules_to_save." not in key]
-    unread = [key for key in loaded.unexpected_keys if not NOT_READ.search(_parameter(key))]
+    unread = [
+        key for key in loaded.unexpected_keys if given[_parameter(key)] == 1 and not NOT_READ.search(_parameter(key))
+    ]
     if new or unread:
         what = f"lacks {listed_names(new)}" if new else f"has {listed_names(unread)}, which the model does not read"
         raise ModelError(
