@@ -23,7 +23,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from align.config import RewardSection
 from align.errors import ConfigError, ModelError
 from align.io.console import log
-from align.models.folders import OWN_CODE, check_model_folder, check_vocabulary, loading
+from align.models.folders import OWN_CODE, adapter_base, check_model_folder, check_vocabulary, loading
 from reward_models.adapters import merged
 from reward_models.weights import FoundWeights, check_weights
 
@@ -100,7 +100,7 @@ def load_reward_model(
             model has a head with more than one output, or none.
     """
     name = str(model)
-    check_model_folder(name, rewards=True)
+    check_model_folder(name, rewards=True, head=not new_head)
     with loading(name, KIND):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         loaded, found = _load(name, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -113,6 +113,21 @@ def load_reward_model(
         pad_as_trained(loaded, tokenizer)
     _read_in_float32(loaded)
     return loaded, tokenizer
+
+
+def check_class(model: str, trust_remote_code: bool) -> None:
+    """Refuse a local model, or an adapter's local base, that is of another class than it would be loaded as.
+
+    Raises:
+        ModelError: an encoder-decoder, a head that labels tokens, code of the model's own that would not run.
+    """
+    base = adapter_base(model)
+    if base is not None:
+        check_class(base, trust_remote_code)
+    elif Path(model).is_dir():
+        with loading(model, KIND):
+            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        _check_class(model, config, trust_remote_code)
 
 
 def pad_as_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from align.errors import ModelError
 from align.io.console import log
-from align.models.folders import HEADS, several_outputs
+from align.models.folders import HEADS, no_head, several_outputs
 
 NAMED = 3
 """Names of weights that a message gives."""
@@ -81,11 +81,7 @@ def check_weights(name: str, model: PreTrainedModel, found: FoundWeights, *, new
     lacking = {weight for weight in found.missing if not new_head or _in_backbone(model, weight)}
     if lacking:
         also = f"; it has {listed_names(unused)}, which would not be read" if unused else ""
-        raise ModelError(
-            f"{name}: has no weights {listed_names(lacking)}, so it is not a reward model{also}",
-            code="model-load",
-            hint=OF_ADAPTER if found.adapter else "give a model that was trained as one",
-        )
+        raise no_head(name, listed_names(lacking), of_adapter=found.adapter, also=also)
     refused = {weight for weight in unused if not found.missing or _beside_a_parameter(model, weight)}
     if refused:
         raise ModelError(
@@ -97,12 +93,6 @@ def check_weights(name: str, model: PreTrainedModel, found: FoundWeights, *, new
         )
     if unused:
         log.warning("%s: %s are not read, a new head is trained", name, listed_names(unused))
-
-
-OF_ADAPTER = (
-    "a head comes from the adapter (modules_to_save) or from its base; the adapter of a policy has none: give a model "
-    "that was trained as a reward model"
-)
 
 
 def _in_backbone(model: PreTrainedModel, weight: str) -> bool:

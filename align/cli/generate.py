@@ -89,9 +89,11 @@ def best_of_n(
     if write not in ("parquet", "jsonl"):
         raise ConfigError(f"--format {write}: expected parquet or jsonl", code="config-option")
     loaded, limits = loading.load_options(), {"batch_tokens": batch_tokens, "max_length": max_length}
+    measures = None if gold is None else scorer_called(gold, options=loaded, **limits)
+    of_gold = judge is not None and measures is not None and measures.reward_model is not None
     settings = BestSettings(
-        scorer=ScorerSpec(reward_model, judge, options=loaded if judge is None else DEFAULTS, **limits),
-        gold=None if gold is None else scorer_called(gold, options=loaded, **limits),
+        scorer=ScorerSpec(reward_model, judge, options=DEFAULTS if of_gold else loaded, **limits),
+        gold=measures,
         format=cast(Format, write),
         seed=seed,
     )

@@ -37,6 +37,12 @@ HEADS = frozenset({"score.weight", "classifier.weight", "classifier.out_proj.wei
 """Last layers of the classification heads of transformers' models."""
 IN_ADAPTER = "base_model.model."
 """What the name of a weight begins with in an adapter's file."""
+LANGUAGE_MODELS = ("ForCausalLM", "GPT2LMHeadModel")
+"""How transformers' names of classes of language models end."""
+OF_ADAPTER = (
+    "a head comes from the adapter (modules_to_save) or from its base; the adapter of a policy has none: give a model "
+    "that was trained as a reward model"
+)
 MATRIX = 2
 """Dimensions of a linear layer's weight."""
 ONE_OUTPUT = (
@@ -46,17 +52,18 @@ ONE_OUTPUT = (
 WANTED = "give a hub id or a folder with config.json, safetensors weights and a tokenizer"
 
 
-def check_model_folder(model: str, *, tokenizer: bool = True, rewards: bool = False) -> None:
+def check_model_folder(model: str, *, tokenizer: bool = True, rewards: bool = False, head: bool = False) -> None:
     """Refuse a folder that cannot be a model of this program, with the file that is at fault.
 
     Args:
         model: folder or hub id; a name that is neither a file nor a folder here and could be a hub id passes.
         tokenizer: a tokenizer must lie there too.
         rewards: it is to give rewards; a classification head must have one output.
+        head: it is to give rewards without a training: a language model without such a head is refused.
 
     Raises:
         ModelError: no such folder, a broken or missing configuration, weights that are missing, cut off or pickled,
-            no tokenizer, an adapter whose base cannot be used, a head with more than one output.
+            no tokenizer, an adapter whose base cannot be used, a head with more than one output, or none.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -75,6 +82,8 @@ def check_model_folder(model: str, *, tokenizer: bool = True, rewards: bool = Fa
         shapes = _check_weights(folder, "model", config)
         if rewards:
             _check_head(folder, shapes)
+    if head and _is_language_model(folder):
+        raise no_head(model, "score.weight", of_adapter=is_adapter(folder))
     if tokenizer and not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise ModelError(
             f"{folder}: no tokenizer, expected one of {', '.join(TOKENIZER_FILES)}",
@@ -249,6 +258,29 @@ def _check_head(folder: Path, shapes: dict[str, list[int]]) -> None:
 
 def _is_head(name: str) -> bool:
     return name.removeprefix(IN_ADAPTER) in HEADS
+
+
+def _is_language_model(folder: Path) -> bool:
+    """Whether a checked folder, or the base of an adapter without a head, is a language model without a head."""
+    if not folder.is_dir():
+        return False
+    adapted = is_adapter(folder)
+    config = _read_object(folder / (ADAPTER if adapted else CONFIG))
+    files = folder.glob(f"{'adapter_model' if adapted else 'model'}*.safetensors")
+    if any(_is_head(name) for file in files for name in _read_shapes(file)):
+        return False
+    if adapted:
+        return _is_language_model(Path(str(config["base_model_name_or_path"])))
+    return str(next(iter(config.get("architectures") or ()), "")).endswith(LANGUAGE_MODELS)
+
+
+def no_head(model: str, weights: str, *, of_adapter: bool, also: str = "") -> ModelError:
+    """The error of a reward model that lacks ``weights``; ``also`` says more of it."""
+    return ModelError(
+        f"{model}: has no weights {weights}, so it is not a reward model{also}",
+        code="model-load",
+        hint=OF_ADAPTER if of_adapter else "give a model that was trained as one",
+    )
 
 
 def several_outputs(model: str, count: int) -> ModelError:

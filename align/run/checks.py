@@ -10,6 +10,7 @@ from align.models.folders import check_model_folder
 from align.models.loading import load_tokenizer
 from align.training.base.arguments import build_lora, build_trainer_args
 from align.training.train import bind
+from reward_models.loading import check_class
 from reward_models.registry import resolve_objective
 
 
@@ -63,10 +64,14 @@ def check_models(config: RunConfig, *, conversational: bool) -> None:
     Raises:
         ModelError: a folder is not a model, its tokenizer does not belong to it, or lacks the template.
     """
+    if config.filter is not None and config.filter.ood is not None:
+        check_model_folder(config.filter.ood.model, rewards=True, head=True)
     for part in (config.train, config.reward):
         if part is None:
             continue
         check_model_folder(part.model, rewards=part is config.reward)
+        if part is config.reward:
+            check_class(part.model, part.trusts_remote_code)
         if not Path(part.model).is_dir():
             continue
         tokenizer = load_tokenizer(part.model, trust_remote_code=part.trusts_remote_code)

@@ -24,7 +24,7 @@ from align.io.console import log
 from align.io.files import atomic_folder, read_json, write_json
 from align.io.hashing import fingerprint_source
 from align.io.stage import run_stage
-from align.models.folders import fingerprint_model
+from align.models.folders import check_model_folder, fingerprint_model
 from reward_models.loading import LoadOptions
 from reward_models.scorers import ScorerSpec
 
@@ -40,6 +40,8 @@ def load_iterate(path: Path, overrides: list[str] | None) -> IterateConfig:
     """
     config = load_section(path, overrides, IterateConfig)
     build_settings(config.pairs)
+    if config.pairs.reward_model is not None:
+        check_model_folder(config.pairs.reward_model, rewards=True, head=True)
     _check_training(config.train)
     return config
 

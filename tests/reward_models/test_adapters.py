@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from align.commands.evaluate_reward_model import evaluate
 from align.commands.score import score_pairs
-from align.config import OodSection, PairsSection, RewardSection
+from align.config import OodSection, PairsSection, RewardSection, RunConfig
 from align.errors import ModelError
 from align.filtering.score_columns import distances
 from align.io.files import write_json
 from align.models.loading import load_policy
+from align.run.checks import check_config
+from align.run.iterate import load_iterate
 from reward_models.loading import load_reward_model
 from reward_models.pairwise_judges import make_score_judge
 from reward_models.scorers import ScorerSpec
@@ -169,6 +171,25 @@ def test_a_policy_adapter_is_no_reward_model(verb: str, tmp_path: Path) -> None:
     wanted = r"(?s)policy: has no weights score.weight, so it is not a reward model.*modules_to_save"
     with pytest.raises(ModelError, match=wanted):
         VERBS[verb](str(policy_of(tmp_path)), tmp_path / "pairs.jsonl")
+
+
+def test_a_run_and_rounds_refuse_it_before_anything_runs(tmp_path: Path) -> None:
+    """Where nothing is trained on top of it: distances of a filter, scores of sampled completions."""
+    policy = policy_of(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(8)))
+    pairs = {"path": str(tmp_path / "pairs.jsonl")}
+    reward = {"model": str(policy), "trainer": FAST}
+    distances = {"filter": {"ood": {"model": str(policy), "pairs": pairs}}}
+    run = RunConfig.model_validate({"name": "r", "pairs": pairs, "reward": reward} | distances)
+    wanted = r"(?s)policy: has no weights score.weight, so it is not a reward model.*modules_to_save"
+    with pytest.raises(ModelError, match=wanted):
+        check_config(run)
+    rounds = {"name": "i", "prompts": pairs, "pairs": {"reward_model": str(policy)},
+              "train": {"model": str(tmp_path / "base"), "methods": {"dpo": {"loss": "dpo"}}}}  # fmt: skip
+    write_json(tmp_path / "rounds.yaml", rounds)
+    with pytest.raises(ModelError, match=wanted):
+        load_iterate(tmp_path / "rounds.yaml", None)
+    check_config(RunConfig.model_validate({"name": "r", "pairs": pairs, "reward": reward}))
 
 
 def test_an_adapter_that_lost_weights_is_refused(tmp_path: Path) -> None:

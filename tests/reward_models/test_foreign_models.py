@@ -15,7 +15,7 @@ from transformers import (
 
 from align.errors import ConfigError, ModelError
 from reward_models.features import head_features
-from reward_models.loading import LoadOptions, load_reward_model
+from reward_models.loading import LoadOptions, check_class, load_reward_model
 from reward_models.tokenization import reward_ids
 from tests.helpers.builders import causal, tokenizer
 from tests.helpers.foreign import DECODERS, ENCODERS, SIZE, TEXTS, by_transformers, edited, foreign, scorer_of
@@ -87,6 +87,8 @@ def test_encoder_decoders_are_refused(family: str, tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path / "rm")
     with pytest.raises(ModelError, match=r"is an encoder-decoder .*ForSequenceClassification"):
         scorer_of(tmp_path / "rm")
+    with pytest.raises(ModelError, match="is an encoder-decoder"):
+        check_class(str(tmp_path / "rm"), trust_remote_code=False)
 
 
 def test_texts_are_cut_on_the_right_whatever_the_tokenizer_says(tmp_path: Path) -> None:
