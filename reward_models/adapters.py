@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, TaskType
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from align.errors import ModelError
@@ -42,10 +42,12 @@ def merged(
     if config.task_type != TaskType.SEQ_CLS:
         config.task_type = None  # a policy's: a classifier has nothing of what that class asks of a model
     kind = PeftModel if config.task_type is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
+    whole = {name for name, _ in base.named_parameters()}
     wrapped = kind(base, config)
+    saved = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     loaded = set_peft_model_state_dict(wrapped, weights)
     given = Counter(map(_parameter, weights))  # peft writes the embedding of added tokens twice
-    new = [key for key in loaded.missing_keys if ".default" in key and ".modules_to_save." not in key]
+    new = [key for key in saved if key not in weights and _parameter(key) not in whole]
     unread = [
         key for key in loaded.unexpected_keys if given[_parameter(key)] == 1 and not NOT_READ.search(_parameter(key))
     ]
@@ -56,10 +58,10 @@ def merged(
             code="model-load",
             hint="give the base model that the adapter was trained on, and copy the adapter again",
         )
-    whole = wrapped.merge_and_unload()
-    for parameter in whole.parameters():
+    made = wrapped.merge_and_unload()
+    for parameter in made.parameters():
         parameter.requires_grad_(True)  # peft freezes its base
-    return whole, found.adapted(given)
+    return made, found.adapted(given)
 
 
 def _parameter(key: str) -> str:

@@ -153,7 +153,7 @@ def fingerprint_model(model: str) -> str:
     """Content hash of a model folder, an adapter's with that of its base; a hub id stands for itself."""
     base = adapter_base(model)
     own = fingerprint_source(model)
-    return own if base is None else digest([own, fingerprint_source(base)])
+    return own if base is None else digest([own, fingerprint_model(base)])
 
 
 def vocabulary_rows(model: str) -> int | None:

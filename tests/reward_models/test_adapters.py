@@ -1,5 +1,6 @@
 """Reward models from adapters: the head comes from the adapter or from its base, or the folder is refused."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -31,7 +41,7 @@ from reward_models.train import train_reward_model
 from tests.helpers.builders import causal, rows, tokenizer, trained_adapter
 from tests.helpers.foreign import TEXTS, by_transformers, foreign, scorer_of
 
-FAST = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "bf16": False, "use_cpu": True}
+FAST = {"max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "bf16": False, "use_cpu": True}
 LORA: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
 
 
@@ -44,15 +54,17 @@ def backbone_of(folder: Path, family: str) -> Path:
     return folder
 
 
-def adapter_of(base: Path, folder: Path, **settings: Any) -> tuple[Path, PreTrainedModel]:
+def adapter_of(
+    base: Path, folder: Path, config: PeftConfig | None = None, **settings: Any
+) -> tuple[Path, PreTrainedModel]:
     """A reward adapter on a folder, with random weights and a random head, and the model merged by peft."""
     torch.manual_seed(11)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype="float32")
-    wrapped = get_peft_model(model, LoraConfig(**(LORA | {"task_type": "SEQ_CLS"} | settings)))
+    wrapped = get_peft_model(model, config or LoraConfig(**(LORA | {"task_type": "SEQ_CLS"} | settings)))
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if "modules_to_save" in name:
-                parameter.add_(torch.randn_like(parameter))
+            if parameter.requires_grad:
+                parameter.add_((1.0 if "modules_to_save" in name else 0.1) * torch.randn_like(parameter))
     wrapped.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder, wrapped.merge_and_unload()
@@ -73,6 +85,40 @@ def test_a_reward_adapter_is_the_merged_model(family: str, head: str, tmp_path: 
     assert np.ptp(expected) > 1e-2
     assert np.allclose(scorer.rewards(ids), expected, atol=1e-4)
     assert np.allclose(scorer_of(tmp_path / "merged").rewards(ids), expected, atol=1e-4)
+
+
+KINDS: dict[str, PeftConfig] = {
+    "dora": LoraConfig(**LORA, use_dora=True, task_type="SEQ_CLS"),
+    "all linear layers, biases": LoraConfig(r=2, target_modules="all-linear", bias="all", task_type="SEQ_CLS"),
+    "embedding": LoraConfig(r=2, target_modules=["embed_tokens"], task_type="SEQ_CLS"),
+    "single tokens": LoraConfig(**LORA, trainable_token_indices=[3, 5], task_type="SEQ_CLS"),
+    "norms": LoraConfig(**LORA, modules_to_save=["norm"], task_type="SEQ_CLS"),
+    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="SEQ_CLS"),
+    "vera": VeraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"),
+    "adalora": AdaLoraConfig(init_r=2, target_r=1, target_modules=["q_proj"], total_step=9, task_type="SEQ_CLS"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_that_changes_weights(kind: str, tmp_path: Path) -> None:
+    folder, merged = adapter_of(causal(tmp_path / "base"), tmp_path / "adapter", copy.deepcopy(KINDS[kind]))
+    merged.save_pretrained(tmp_path / "merged")
+    scorer = scorer_of(folder)
+    ids = reward_ids(TEXTS, scorer.tokenizer, 64)
+    expected = by_transformers(tmp_path / "merged", ids)
+    assert np.ptp(expected) > 1e-2
+    assert np.allclose(scorer.rewards(ids), expected, atol=1e-4)
+
+
+def test_an_adapter_that_is_a_prompt_is_refused(tmp_path: Path) -> None:
+    base = foreign(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    get_peft_model(model, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)).save_pretrained(
+        tmp_path / "adapter"
+    )
+    tokenizer().save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"an adapter of the kind .*PROMPT_TUNING, which cannot be merged"):
+        scorer_of(tmp_path / "adapter")
 
 
 def test_a_policy_adapter_on_a_base_with_a_head_gives_its_rewards(tmp_path: Path) -> None:
