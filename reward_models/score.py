@@ -39,7 +39,7 @@ from reward_models.tokenization import (
     segments,
 )
 
-SAME = {True: 1e-3, False: 0.1}
+SAME = {True: 1e-2, False: 0.1}
 """Largest difference, relative to 1 + |reward|, of a reward alone and in a batch: by whether it is in float32."""
 SHOWN = 80
 """Characters of a text in an error."""

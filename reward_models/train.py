@@ -131,6 +131,7 @@ def _gathered(trainer: ObjectiveRewardTrainer, config: RewardSection) -> Any:
     if not sharded:
         return trainer.accelerator.unwrap_model(trainer.model)
     model, _ = _load(config)
+    pad_as_trained(model, trainer.processing_class)
     adapter = build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS")
     whole = model if adapter is None else get_peft_model(model, adapter)
     whole.load_state_dict(weights)

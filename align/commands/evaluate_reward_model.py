@@ -21,7 +21,7 @@ from align.evaluation.reward_pairs import findings_said, pair_findings
 from align.evaluation.rewardbench import is_plain
 from align.io.console import log, out
 from align.io.files import write_json
-from align.io.stage import check_files, run_stage
+from align.io.stage import Stage, check_files, run_stage
 from align.models.folders import fingerprint_model
 from align.sharding.jobs import read_table
 from align.sharding.shards import in_parts
@@ -70,22 +70,7 @@ def evaluate(
     pairs, chat = _load(source, model, chat, options)
     log.info("scoring %d pairs of %s with %s%s -> %s", len(pairs), source.path, model,
              " as chat" if chat else "", output)  # fmt: skip
-    inputs = {"pairs": fingerprint(pairs), "model": fingerprint_model(model), "max_length": max_length, "part": PART}
-    inputs["revision"] = f"{REWARDS}{options.suffix}"
-
-    def work(folder: Path) -> None:
-        from reward_models.ensemble import EnsembleScorer
-
-        scorer = EnsembleScorer(model, batch_tokens=batch_tokens, max_length=max_length, options=options)
-
-        def part(rows: range) -> Dataset:
-            scored = scorer.score_pairs(pairs.select(rows))
-            return scored.select_columns(["id", "reward_chosen", "reward_rejected"])
-
-        in_parts(len(pairs), PART, folder / "parts", part, what="scoring").to_parquet(str(folder / SCORES))
-        shutil.rmtree(folder / "parts")
-
-    stage = run_stage("scores", output / SCORED, inputs, work)
+    stage = _scored(pairs, model, output, batch_tokens, max_length, options)
     scores = read_table(stage.folder / SCORES)
     groups = [str(group) for group in pairs["group"]] if "group" in pairs.column_names else None
     chosen, rejected = (np.asarray(scores[column]) for column in ("reward_chosen", "reward_rejected"))
@@ -105,6 +90,28 @@ def evaluate(
     out.print_json(json.dumps({name: value for name, value in found.items() if name not in texts}))
     log.info("%s", found["said"][0])
     log.info("numbers: %s; look at it: open %s", output / REPORT, output / PAGE)
+
+
+def _scored(
+    pairs: Dataset, model: str, output: Path, batch_tokens: int, max_length: int, options: LoadOptions
+) -> Stage:
+    """The stage that holds the rewards of the pairs."""
+    inputs = {"pairs": fingerprint(pairs), "model": fingerprint_model(model), "max_length": max_length, "part": PART}
+    inputs["revision"] = f"{REWARDS}{options.suffix}"
+
+    def work(folder: Path) -> None:
+        from reward_models.ensemble import EnsembleScorer
+
+        scorer = EnsembleScorer(model, batch_tokens=batch_tokens, max_length=max_length, options=options)
+
+        def part(rows: range) -> Dataset:
+            scored = scorer.score_pairs(pairs.select(rows))
+            return scored.select_columns(["id", "reward_chosen", "reward_rejected"])
+
+        in_parts(len(pairs), PART, folder / "parts", part, what="scoring").to_parquet(str(folder / SCORES))
+        shutil.rmtree(folder / "parts")
+
+    return run_stage("scores", output / SCORED, inputs, work)
 
 
 def _distances(
