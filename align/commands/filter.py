@@ -51,7 +51,8 @@ def filter_source(
     with timed(seconds, "reading"):
         pairs = stream_pairs(source, folder / TABLE)
     if settings.ood is not None:
-        check_pairs_of(pairs, [settings.ood.model])
+        ood = settings.ood
+        check_pairs_of(pairs, [ood.model], trust_remote_code=ood.trust_remote_code, text_pair=ood.text_pair)
     held_out: list[str] = []
     if settings.held_out is not None:
         held_out = [plain(row["prompt"]) for row in load_pairs(PairsSection(path=settings.held_out))]

@@ -74,7 +74,7 @@ def made(added: str, template: Any = CHATML, sides: tuple[str, str] = ("right", 
 def prepared(kind: Any, pairs: Dataset, found: PreTrainedTokenizerBase, max_length: int | None = 128) -> Dataset:
     """The table that a trainer of this kind trains on, without a model."""
     settings: Any = SimpleNamespace(dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start")
-    trainer: Any = SimpleNamespace(_tokenizer=found)
+    trainer: Any = SimpleNamespace(_tokenizer=found, _ids=[str(k) for k in range(len(pairs))])
     return kind._prepare_dataset(trainer, pairs, found, settings, "train")
 
 
