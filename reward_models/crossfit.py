@@ -13,6 +13,7 @@ from align.io.console import log
 from reward_models.calibration import fit_map
 from reward_models.ensemble import members, score_with, train_members
 from reward_models.length_bias import word_difference
+from reward_models.loading import load_options
 
 
 def cross_fit(
@@ -48,7 +49,7 @@ def cross_fit(
             folder / "scored",
             batch_tokens=config.batch_tokens,
             max_length=config.max_length,
-            trust_remote_code=config.trusts_remote_code,
+            options=load_options(config),
             cluster=cluster,
         )
         scores[inside] = np.stack([np.asarray(scored[column]) for column in columns], axis=1)

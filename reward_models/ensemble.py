@@ -23,6 +23,7 @@ from align.io.hashing import digest
 from align.models.folders import fingerprint_model
 from align.sharding.shards import map_shards
 from reward_models.calibration import MarginMap
+from reward_models.loading import DEFAULTS, LoadOptions
 from reward_models.score import ALIKE, REWARDS, RewardScorer, ScoreJob, tell_alike, with_rewards
 from reward_models.train import train_reward_model
 
@@ -71,17 +72,17 @@ class EnsembleScorer:
         model: folder or hub id.
         batch_tokens: padded tokens per batch.
         max_length: tokens per text; longer ones are cut from the right.
-        trust_remote_code: code of the model folder may run.
+        options: how the members are loaded and read texts.
 
     Raises:
         ModelError: a member cannot be used.
     """
 
     def __init__(
-        self, model: Path | str, *, batch_tokens: int, max_length: int, trust_remote_code: bool = False
+        self, model: Path | str, *, batch_tokens: int, max_length: int, options: LoadOptions = DEFAULTS
     ) -> None:
         self.scorers = [
-            RewardScorer(member, batch_tokens=batch_tokens, max_length=max_length, trust_remote_code=trust_remote_code)
+            RewardScorer(member, batch_tokens=batch_tokens, max_length=max_length, options=options)
             for member in members(model)
         ]
 
@@ -111,7 +112,7 @@ def score_with(
     *,
     batch_tokens: int,
     max_length: int,
-    trust_remote_code: bool = False,
+    options: LoadOptions = DEFAULTS,
     calibration: MarginMap | None = None,
     cluster: ClusterSection | None = None,
 ) -> Dataset:
@@ -128,15 +129,15 @@ def score_with(
             ignored, and the folder is removed at the end.
         batch_tokens: padded tokens per batch.
         max_length: tokens per text.
-        trust_remote_code: code of the model folder may run.
+        options: how the models are loaded and read texts.
         calibration: map applied to the mean margin.
         cluster: Ray cluster that scores; None: this process, or all processes of the launcher.
     """
-    kept = from_main_process(lambda: folder / _key(models, pairs, max_length))
+    kept = from_main_process(lambda: folder / _key(models, pairs, max_length, options))
     texts = pairs.select_columns(list(TEXT))
     made, alike = [], np.zeros(len(pairs), dtype=bool)
     for number, model in enumerate(models):
-        job = ScoreJob(str(model), batch_tokens, max_length, trust_remote_code)
+        job = ScoreJob(str(model), batch_tokens, max_length, options)
         own = kept / str(number)
         found = map_shards(texts, job, own, size=SHARD, what="scoring", cluster=cluster, together=True).whole()
         alike |= np.asarray(found[ALIKE])
@@ -149,9 +150,10 @@ def score_with(
     return table if calibration is None else calibration.apply(table)
 
 
-def _key(models: Sequence[Path | str], pairs: Dataset, max_length: int) -> str:
+def _key(models: Sequence[Path | str], pairs: Dataset, max_length: int, options: LoadOptions = DEFAULTS) -> str:
     """Cache key: content of the models and the pairs, max_length, revision of the scoring."""
     made_from = [*(fingerprint_model(str(model)) for model in models), fingerprint(pairs), max_length, REWARDS]
+    made_from.append(options.suffix)
     return digest(made_from)[:KEY_DIGITS]
 
 

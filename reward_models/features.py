@@ -12,8 +12,8 @@ from align.io.array_cache import cached_array
 from align.io.console import progress
 from align.io.hashing import digest
 from align.models.batching import token_batches
-from align.models.tokenization import encode_reward_texts
 from reward_models.score import REWARDS, RewardScorer
+from reward_models.tokenization import reward_ids
 
 CHUNK = 4096
 
@@ -52,33 +52,18 @@ def _pass(scorer: RewardScorer, texts: Sequence[str]) -> np.ndarray:
     def keep(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         seen.append(inputs[0].detach())
 
-    ids = encode_reward_texts(texts, scorer.tokenizer, scorer.max_length)
+    ids = reward_ids(texts, scorer.tokenizer, scorer.max_length)
     batches = token_batches([len(row) for row in ids], scorer.batch_tokens)
     made: dict[int, np.ndarray] = {}
     hook = head.register_forward_pre_hook(keep)
     try:
-        with torch.inference_mode():
-            for batch in progress(batches, what="features", total=len(batches), unit="batches"):
-                seen.clear()
-                inputs = scorer.inputs([ids[k] for k in batch])
-                scorer.model(**inputs)
-                states = seen[0]
-                if states.ndim == 3:
-                    states = states[torch.arange(len(batch)), _place(scorer, inputs["input_ids"])]
-                made.update(zip(batch, states.double().cpu().numpy(), strict=True))
+        for batch in progress(batches, what="features", total=len(batches), unit="batches"):
+            seen.clear()
+            _, places = scorer.forward([ids[k] for k in batch])
+            states = seen[0]
+            if states.ndim == 3:
+                states = states[torch.arange(len(batch)), places]
+            made.update(zip(batch, states.double().cpu().numpy(), strict=True))
     finally:
         hook.remove()
     return np.stack([made[k] for k in range(len(ids))])
-
-
-def _place(scorer: RewardScorer, input_ids: torch.Tensor) -> torch.Tensor:
-    """Index [B] of the token in each padded row [B, width] that the reward is read from.
-
-    For a decoder it is the last token that is not the padding token, as in transformers; if end-of-sequence is the
-    padding token, it is the token before it.
-    """
-    if not hasattr(scorer.model, "score"):
-        return torch.zeros(len(input_ids), dtype=torch.long)
-    pad = scorer.model.config.get_text_config().pad_token_id
-    places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    return (places if pad is None else places * (input_ids != pad)).argmax(dim=1)

@@ -20,6 +20,7 @@ from align.data.splits import folds_by_prompt
 from align.errors import ModelError
 from align.io.console import log
 from reward_models.features import head_features
+from reward_models.loading import load_options, note_text_pair
 from reward_models.score import RewardScorer
 from reward_models.tokenization import pair_texts, told_apart
 
@@ -132,7 +133,7 @@ def train_head(
         config.model,
         batch_tokens=config.batch_tokens,
         max_length=config.max_length,
-        trust_remote_code=config.trusts_remote_code,
+        options=load_options(config),
         new_head=True,
     )
     layer = getattr(scorer.model, "score", None) or getattr(scorer.model, "classifier", None)
@@ -142,7 +143,7 @@ def train_head(
             code="reward-head",
             hint="use `reward.head: full`",
         )
-    read = pair_texts(train, scorer.tokenizer, scorer.max_length)
+    read = pair_texts(train, scorer.tokenizer, scorer.max_length, text_pair=scorer.text_pair)
     kept = told_apart(read.alike, scorer.max_length)
     train = train.select(kept)
     chosen, rejected = np.split(head_features(scorer, read.of(kept).texts, cache), 2)
@@ -156,6 +157,7 @@ def train_head(
         layer.weight.copy_(torch.from_numpy(head).to(layer.weight)[None])
         if layer.bias is not None:
             layer.bias.zero_()
+    note_text_pair(scorer.model, scorer.text_pair)
     return scorer.model.cpu(), scorer.tokenizer
 
 

@@ -17,6 +17,7 @@ from align.io.console import progress
 from align.models.batching import token_batches
 from align.models.folders import fingerprint_model
 from reward_models.judges import JUDGES, YES_NO, Judge, make_judge
+from reward_models.loading import DEFAULTS, LoadOptions, not_of_a_judge
 from reward_models.score import REWARDS
 
 LANGUAGE_MODEL = "llm:"
@@ -59,16 +60,18 @@ class RewardModelJudge:
     Args:
         model: folder or hub id.
         max_length: tokens per text; longer ones are cut from the right.
+        options: how it is loaded and reads texts.
 
     Raises:
         ModelError: it cannot be loaded as a reward model.
     """
 
-    def __init__(self, model: str, *, max_length: int = MAX_LENGTH) -> None:
+    def __init__(self, model: str, *, max_length: int = MAX_LENGTH, options: LoadOptions = DEFAULTS) -> None:
         from reward_models.ensemble import EnsembleScorer
 
         self.name = model
-        self._scorer = EnsembleScorer(model, batch_tokens=BATCH_TOKENS, max_length=max_length)
+        self.options = options
+        self._scorer = EnsembleScorer(model, batch_tokens=BATCH_TOKENS, max_length=max_length, options=options)
 
     def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
         """Reward of each, float64 [N]."""
@@ -160,28 +163,32 @@ class LanguageModelJudge:
         return list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
-def make_pairwise(name: str, max_length: int | None = None) -> PairwiseJudge:
+def make_pairwise(name: str, max_length: int | None = None, options: LoadOptions = DEFAULTS) -> PairwiseJudge:
     """The pairwise judge with this name: ``llm:MODEL``, or a judge that gives scores.
 
     Args:
         name: name of the judge, see the module.
         max_length: tokens per text of a reward model, or per question of an ``llm:`` judge; None: 1024.
+        options: how a reward model is loaded and reads texts.
 
     Raises:
         ConfigError: there is no such judge, or it takes no ``max_length``.
         ModelError: the model cannot be loaded.
     """
     if name.startswith(LANGUAGE_MODEL):
+        if options != DEFAULTS:
+            raise not_of_a_judge(name)
         return LanguageModelJudge(name.removeprefix(LANGUAGE_MODEL), max_length=max_length or MAX_LENGTH)
-    return ByScore(make_score_judge(name, max_length))
+    return ByScore(make_score_judge(name, max_length, options))
 
 
-def make_score_judge(name: str, max_length: int | None = None) -> Judge:
+def make_score_judge(name: str, max_length: int | None = None, options: LoadOptions = DEFAULTS) -> Judge:
     """The judge with this name that gives scores: ``vader``, ``yes-no:MODEL`` or a reward model.
 
     Args:
         name: name of the judge, see the module.
         max_length: tokens per text of a reward model; None: 1024.
+        options: how a reward model is loaded and reads texts.
 
     Raises:
         ConfigError: there is no such judge, it gives no scores, or it takes no ``max_length``.
@@ -195,7 +202,9 @@ def make_score_judge(name: str, max_length: int | None = None) -> Judge:
         )
     asks = name.startswith(f"{YES_NO}:")
     if name not in JUDGES and not asks and ("/" in name or Path(name).is_dir()):
-        return RewardModelJudge(name, max_length=max_length or MAX_LENGTH)
+        return RewardModelJudge(name, max_length=max_length or MAX_LENGTH, options=options)
+    if options != DEFAULTS:
+        raise not_of_a_judge(name)
     if max_length is not None:
         raise ConfigError(
             f"--max-length: found {max_length} for the judge {name}, expected a reward model or llm:MODEL",
@@ -205,12 +214,12 @@ def make_score_judge(name: str, max_length: int | None = None) -> Judge:
     return make_judge(name)
 
 
-def judge_key(name: str) -> str:
+def judge_key(name: str, options: LoadOptions = DEFAULTS) -> str:
     """Cache key of the verdicts of a judge: its name, content of its model, revision of the scoring."""
     if name in JUDGES:
         return name
     kind = next((kind for kind in (LANGUAGE_MODEL, f"{YES_NO}:") if name.startswith(kind)), "")
-    return f"{kind}{REWARDS}:{fingerprint_model(name.removeprefix(kind))}"
+    return f"{kind}{REWARDS}:{fingerprint_model(name.removeprefix(kind))}{options.suffix}"
 
 
 def from_scores(first: np.ndarray, second: np.ndarray) -> np.ndarray:

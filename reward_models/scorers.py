@@ -13,6 +13,7 @@ from align.errors import ConfigError, NumericsError
 from align.io.array_cache import cached_array
 from align.models.folders import fingerprint_model
 from reward_models.judges import JUDGES, YES_NO, make_judge
+from reward_models.loading import DEFAULTS, LoadOptions, not_of_a_judge
 from reward_models.score import REWARDS
 
 CHUNK = 512
@@ -36,10 +37,14 @@ class ScorerSpec:
     """Padded tokens per forward pass."""
     max_length: int = 2048
     """Tokens of one text."""
+    options: LoadOptions = DEFAULTS
+    """How a reward model is loaded and reads texts."""
 
     def __post_init__(self) -> None:
         if (self.reward_model is None) == (self.judge is None):
             raise ConfigError("give either a reward model or a judge", code="config-option")
+        if self.judge is not None and self.options != DEFAULTS:
+            raise not_of_a_judge(self.judge)
         if self.judge is not None and self.judge not in JUDGES and not self.probabilities:
             known = [*JUDGES, f"{YES_NO}:MODEL"]
             raise ConfigError(f"judge {self.judge!r} is not known{nearest(self.judge, known)}", code="judge-name")
@@ -62,7 +67,7 @@ class ScorerSpec:
     @property
     def key(self) -> str:
         """Part of a cache key: content of the model and revision of the scoring."""
-        return f"{REWARDS}:{fingerprint_model(self.model)}"
+        return f"{REWARDS}:{fingerprint_model(self.model)}{self.options.suffix}"
 
     def load(self) -> Score:
         """Load the scorer.
@@ -81,18 +86,23 @@ class ScorerSpec:
             return make_judge(self.judge).score
         from reward_models.ensemble import EnsembleScorer
 
-        return EnsembleScorer(self.model, batch_tokens=self.batch_tokens, max_length=self.max_length).score_completions
+        return EnsembleScorer(
+            self.model, batch_tokens=self.batch_tokens, max_length=self.max_length, options=self.options
+        ).score_completions
 
 
-def parse_scorer(name: str, *, batch_tokens: int, max_length: int) -> ScorerSpec:
+def parse_scorer(name: str, *, batch_tokens: int, max_length: int, options: LoadOptions = DEFAULTS) -> ScorerSpec:
     """The scorer of a name: a folder or hub id is a reward model, any other name a judge.
+
+    ``options`` are for a reward model, and have no effect on a judge.
 
     Raises:
         ConfigError: there is no such judge.
     """
     is_model = not name.startswith(f"{YES_NO}:") and ("/" in name or Path(name).is_dir())
-    named = {"reward_model": name} if is_model else {"judge": name}
-    return ScorerSpec(**named, batch_tokens=batch_tokens, max_length=max_length)
+    if not is_model:
+        return ScorerSpec(judge=name, batch_tokens=batch_tokens, max_length=max_length)
+    return ScorerSpec(reward_model=name, batch_tokens=batch_tokens, max_length=max_length, options=options)
 
 
 def score_in_chunks(

@@ -1,17 +1,40 @@
 """Pairs as a reward model reads them, and which of them it cannot tell apart after truncation."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.config.columns import RESPONSES
+from align.data.text import plain
 from align.errors import DataError
 from align.io.console import log
 from align.models.chat_template import template_settings
-from align.models.tokenization import encode_reward_texts, pair_name, render
+from align.models.tokenization import encode_reward_texts, pair_name, render, truncated
+
+
+class SentencePair(str):
+    """Prompt and response one after the other, which are two texts to an encoder's tokenizer."""
+
+    first: str
+    second: str
+
+    def __new__(cls, first: str, second: str) -> "SentencePair":
+        """Join them; both stay known."""
+        made = super().__new__(cls, first + second)
+        made.first, made.second = first, second
+        return made
+
+
+class SegmentedIds(list[int]):
+    """Token ids of a sentence pair."""
+
+    second: int = 0
+    """Where the second text begins, by the token type ids; the length where the tokenizer gives none."""
 
 
 class PairTexts(NamedTuple):
@@ -31,18 +54,76 @@ class PairTexts(NamedTuple):
         return PairTexts([self.texts[k] for k in both], [self.ids[k] for k in both], self.alike[rows])
 
 
-def pair_texts(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PairTexts:
-    """The pairs as a reward model reads them; see ``render`` and ``encode_reward_texts``.
+def reward_text(
+    prompt: Any,
+    completion: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text_pair: bool,
+    row: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> str:
+    """What a reward model reads of a prompt and a response: see ``render``, or as a ``SentencePair``.
+
+    In a sentence pair, messages are plain text (``align.data.text.plain``): one by the user is its content.
+
+    Raises:
+        ModelError, DataError: see ``render``.
+    """
+    if text_pair:
+        return SentencePair(plain(prompt), plain(completion))
+    return render(prompt, completion, tokenizer, row=row, settings=settings)
+
+
+def reward_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
+    """Token ids of each text: see ``encode_reward_texts``.
+
+    A ``SentencePair`` gets what the tokenizer puts around two texts, of which the longer is truncated first, on the
+    right; its ids are ``SegmentedIds``.
+    """
+    paired = {k: text for k, text in enumerate(texts) if isinstance(text, SentencePair)}
+    if not paired:
+        return encode_reward_texts(texts, tokenizer, max_length)
+    others = [k for k in range(len(texts)) if k not in paired]
+    found: dict[int, list[int]] = {}
+    if others:
+        found |= zip(others, encode_reward_texts([texts[k] for k in others], tokenizer, max_length), strict=True)
+    both = [text.first for text in paired.values()], [text.second for text in paired.values()]
+    rows = truncated(tokenizer, *both, max_length=max_length)
+    every = rows.get("token_type_ids", [[]] * len(paired))
+    for k, ids, types in zip(paired, rows["input_ids"], every, strict=True):
+        found[k] = segmented = SegmentedIds(ids)
+        segmented.second = types.index(1) if 1 in types else len(ids)
+    return [found[k] for k in range(len(texts))]
+
+
+def second_starts(rows: Sequence[list[int]]) -> list[int]:
+    """Where the second text of each row of token ids begins; its length where it is one text."""
+    return [row.second if isinstance(row, SegmentedIds) else len(row) for row in rows]
+
+
+def segments(attention_mask: Tensor, seconds: Sequence[int]) -> Tensor:
+    """Token type ids [N, T] of right-padded rows: 1 from where the second text of each begins, 0 for padding."""
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    starts = torch.as_tensor(seconds, device=attention_mask.device)
+    return ((places >= starts[:, None]) & attention_mask.bool()).long()
+
+
+def pair_texts(
+    pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, text_pair: bool = False
+) -> PairTexts:
+    """The pairs as a reward model reads them; see ``reward_text`` and ``reward_ids``.
 
     Raises:
         ModelError, DataError: messages that cannot go through the chat template; names the pair.
     """
-    texts = [
-        render(row["prompt"], row[side], tokenizer, row=pair_name(row), settings=template_settings(row))
-        for side in RESPONSES
-        for row in pairs
-    ]
-    ids, count = encode_reward_texts(texts, tokenizer, max_length), len(pairs)
+
+    def text(row: Mapping[str, Any], side: str) -> str:
+        name, settings = pair_name(row), template_settings(row)
+        return reward_text(row["prompt"], row[side], tokenizer, text_pair=text_pair, row=name, settings=settings)
+
+    texts = [text(row, side) for side in RESPONSES for row in pairs]
+    ids, count = reward_ids(texts, tokenizer, max_length), len(pairs)
     alike = [chosen == rejected for chosen, rejected in zip(ids[:count], ids[count:], strict=True)]
     return PairTexts(texts, ids, np.array(alike, dtype=bool))
 
@@ -54,10 +135,10 @@ def cut_alike(
 
     No reward tells them apart: what they begin with, usually their prompt, fills ``max_length``.
     """
-    full, ids = _full(tokenizer, max_length), encode_reward_texts(first, tokenizer, max_length)
+    full, ids = _full(tokenizer, max_length), reward_ids(first, tokenizer, max_length)
     found = np.array([len(row) >= full for row in ids], dtype=bool)
     places = np.flatnonzero(found).tolist()
-    others = encode_reward_texts([second[k] for k in places], tokenizer, max_length)
+    others = reward_ids([second[k] for k in places], tokenizer, max_length)
     for k, other in zip(places, others, strict=True):
         found[k] = _alike(first[k], second[k], ids[k], other, full)
     return found

@@ -15,12 +15,20 @@ from align.data.training_pairs import write_record
 from align.distributed import from_main_process, process_rank, wait_until
 from align.io.console import log
 from align.io.files import atomic_folder
+from align.models.folders import TEXT_PAIR
 from align.training.base.arguments import build_lora, build_trainer_args, refusals
 from reward_models.linear_heads import train_head
-from reward_models.loading import fitting_length, load_reward_model
+from reward_models.loading import (
+    fitting_length,
+    load_reward_model,
+    note_text_pair,
+    pad_as_trained,
+    reads_text_pairs,
+    takes_segments,
+)
 from reward_models.registry import objective_columns, resolve_objective
-from reward_models.tokenization import pair_texts, told_apart
-from reward_models.trainer import RewardTrainer
+from reward_models.tokenization import SegmentedIds, pair_texts, second_starts, told_apart
+from reward_models.trainer import SEGMENTS, RewardTrainer
 
 CONFIG = "config.json"
 """File whose presence marks a model folder as complete."""
@@ -67,15 +75,18 @@ def _train_full(train: Dataset, config: RewardSection, output: Path, checkpoints
         pairs_per_step=config.pairs_per_step,
     )
     transformers.set_seed(seed)
-    model, tokenizer = load_reward_model(config.model, trust_remote_code=args.trust_remote_code, new_head=True)
+    model, tokenizer = _load(config)
     max_length = fitting_length(model, config.max_length)
-    texts = pair_texts(train, tokenizer, max_length)
+    texts = pair_texts(train, tokenizer, max_length, text_pair=getattr(model.config, TEXT_PAIR, False))
     kept = told_apart(texts.alike, max_length)
     if len(kept) < len(train):
         train, texts = train.select(kept), texts.of(kept)
         columns = objective_columns(train, objective)
-    ids = {"chosen_ids": texts.ids[: len(train)], "rejected_ids": texts.ids[len(train) :]}
-    lengths = [max(len(chosen), len(rejected)) for chosen, rejected in zip(*ids.values(), strict=True)]
+    chosen, rejected = texts.ids[: len(train)], texts.ids[len(train) :]
+    ids = {"chosen_ids": chosen, "rejected_ids": rejected}
+    lengths = [max(len(one), len(other)) for one, other in zip(chosen, rejected, strict=True)]
+    if takes_segments(model) and any(isinstance(row, SegmentedIds) for row in texts.ids):
+        columns |= dict(zip(SEGMENTS, (second_starts(chosen), second_starts(rejected)), strict=True))
     with refusals("reward"):
         trainer = RewardTrainer(
             objective=objective,
@@ -96,6 +107,14 @@ def _train_full(train: Dataset, config: RewardSection, output: Path, checkpoints
             save_model(merged, tokenizer, output, train)
 
 
+def _load(config: RewardSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model to train and its tokenizer; the model's configuration says how it is trained to read."""
+    model, tokenizer = load_reward_model(config.model, trust_remote_code=config.trusts_remote_code, new_head=True)
+    pad_as_trained(model, tokenizer)
+    note_text_pair(model, reads_text_pairs(model, asked=config.text_pair))
+    return model, tokenizer
+
+
 def _gathered(trainer: RewardTrainer, config: RewardSection) -> Any:
     """Return the trained model on rank 0, None elsewhere; gathered shards are loaded into a new model."""
     sharded: bool = trainer.is_fsdp_enabled
@@ -104,7 +123,8 @@ def _gathered(trainer: RewardTrainer, config: RewardSection) -> Any:
         return None
     if not sharded:
         return trainer.accelerator.unwrap_model(trainer.model)
-    model, _ = load_reward_model(config.model, trust_remote_code=config.trusts_remote_code, new_head=True)
+    model, _ = _load(config)
+    pad_as_trained(model, trainer.processing_class)
     adapter = build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS")
     trained = model if adapter is None else get_peft_model(model, adapter)
     trained.load_state_dict(weights)

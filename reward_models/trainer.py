@@ -20,7 +20,12 @@ from align.training.base.trainer import ReliableTrainer
 from reward_models.registry import BoundObjective
 from reward_models.sharpness import SharpnessPenalty
 from reward_models.step_loss import StepLoss
+from reward_models.tokenization import segments
 
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""Inputs of the model in a batch; token type ids of sentence pairs only."""
+SEGMENTS = ("chosen_second", "rejected_second")
+"""Columns of sentence pairs: where the second text of each response's token ids begins."""
 PENALTY_STATE = "sharpness.json"
 
 
@@ -33,6 +38,9 @@ class ObjectiveCollator(DataCollatorForPreference):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate ``examples``; see the class."""
         batch: dict[str, Any] = super().torch_call(examples)
+        if SEGMENTS[0] in examples[0]:
+            starts = [example[name] for name in SEGMENTS for example in examples]
+            batch["token_type_ids"] = segments(batch["attention_mask"], starts)
         for name in self.columns:
             dtype = torch.int64 if name in NAMES else torch.float32
             batch[name] = torch.tensor([example[name] for example in examples], dtype=dtype)
@@ -94,8 +102,8 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
 
     @property
     def extra_columns(self) -> tuple[str, ...]:
-        """Length of each pair, and what the objective reads."""
-        return (*super().extra_columns, *self.objective.columns)
+        """Length of each pair, what the objective reads, and where the second texts of sentence pairs begin."""
+        return (*super().extra_columns, *self.objective.columns, *SEGMENTS)
 
     def compute_loss(
         self,
@@ -145,7 +153,7 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
         """Run trl's step, then add the gradient of the sharpness penalty if there is one."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.penalty is not None:
-            batch = self._prepare_inputs({name: inputs[name] for name in ("input_ids", "attention_mask")})
+            batch = self._prepare_inputs({name: inputs[name] for name in MODEL_INPUTS if name in inputs})
             count, plain = self._count_all(inputs), self.penalty.model
 
             def mean_margin() -> Tensor:

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from align.cli.options import Cluster, Seed, Split, cluster_section, expand_options, output_folder, pair_source
+from align.cli.options import (
+    Cluster,
+    LoadingOptions,
+    Seed,
+    Split,
+    cluster_section,
+    expand_options,
+    output_folder,
+    pair_source,
+)
 
 if TYPE_CHECKING:
     from align.commands.evaluate import Settings
@@ -19,7 +28,7 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first LIMIT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(LoadingOptions):
     """Prompts, judge and decoding."""
 
     prompts: Annotated[str, typer.Option(help="Held-out prompts: a file with one `prompt` per row.")]
@@ -46,8 +55,10 @@ class EvaluateOptions:
             self.max_new_tokens, temperature, seed=self.seed, engine=cast("EngineName", self.engine),
             batch_size=self.batch_size,
         )  # fmt: skip
-        cluster = cluster_section(self.cluster)
-        return Settings(self.prompts, self.output, self.judge, sampling, self.limit, shown, self.max_length, cluster)
+        cluster, options = cluster_section(self.cluster), self.load_options()
+        return Settings(
+            self.prompts, self.output, self.judge, sampling, self.limit, shown, self.max_length, cluster, options
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +113,7 @@ def frontier(
 
 
 @app.command("reward-model")
+@expand_options
 def reward_model(
     pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id; RewardBench's columns are known.")],
     model: Annotated[str, typer.Option(help="Reward model: folder or hub id.")],
@@ -120,6 +132,8 @@ def reward_model(
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per batch.")] = 4096,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 1024,
     seed: Seed = 0,
+    *,
+    loading: LoadingOptions,
 ) -> None:
     """Pair accuracy by category, calibration, AUC, length bias, out-of-distribution pairs, largest disagreements."""
     from align.commands.evaluate_reward_model import evaluate
@@ -127,7 +141,7 @@ def reward_model(
     source = pair_source(pairs, column, split).model_copy(update={"drop_invalid": drop_invalid, "limit": limit})
     evaluate(
         source, model, output, chat=chat, batch_tokens=batch_tokens, max_length=max_length, seed=seed,
-        trained_on=trained_on,
+        trained_on=trained_on, options=loading.load_options(),
     )  # fmt: skip
 
 

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from align.cli.options import Cluster, Columns, Seed, Split, cluster_section, expand_options, output_folder, pair_source
+from align.cli.options import (
+    Cluster,
+    Columns,
+    LoadingOptions,
+    Seed,
+    Split,
+    cluster_section,
+    expand_options,
+    output_folder,
+    pair_source,
+)
 
 if TYPE_CHECKING:
     from align.config import FilterSection
@@ -55,8 +65,8 @@ class FilterOptions:
     ood_pairs: Annotated[str | None, typer.Option(help="Pairs that this reward model was trained on.")] = None
     processes: Annotated[int, typer.Option(help="Number of processes that read texts.")] = 1
 
-    def section(self) -> "FilterSection":
-        """The options as a section of the configuration.
+    def section(self, loading: LoadingOptions) -> "FilterSection":
+        """The options, and how the reward model of the distances is loaded, as a section of the configuration.
 
         Raises:
             ConfigError: an option cannot be used; the message names each of them.
@@ -72,7 +82,13 @@ class FilterOptions:
         if self.embeddings is not None:
             given["embeddings"] = str(self.embeddings)
         if self.ood_model is not None:
-            given["ood"] = {"model": given.pop("ood_model"), "pairs": {"path": given.pop("ood_pairs")}}
+            pairs = {"path": given.pop("ood_pairs")}
+            given["ood"] = {"model": given.pop("ood_model"), "pairs": pairs} | asdict(loading)
+        elif loading != LoadingOptions():
+            raise ConfigError(
+                "--dtype, --trust-remote-code and --text-pair are of --ood-model, which is not given",
+                code="filter-option", hint="leave them out",
+            )  # fmt: skip
         try:
             return FilterSection.model_validate(given)
         except ValidationError as error:
@@ -89,13 +105,14 @@ def run(
     pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id; a `margin` column is used.")],
     output: Annotated[Path, output_folder("Folder to write kept.parquet and dropped.parquet into.")],
     options: FilterOptions,
+    loading: LoadingOptions,
     cluster: Cluster = None,
     seed: Seed = 0,
     column: Columns = None,
     split: Split = "train",
 ) -> None:
     """Apply hard rules, then rank by margin + quality + diversity; write kept and dropped pairs and a page."""
-    settings = options.section()
+    settings = options.section(loading)
     from align.commands.filter import CACHE, filter_source
     from align.io.console import log
 

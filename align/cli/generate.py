@@ -5,7 +5,16 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from align.cli.options import Cluster, Seed, Split, cluster_section, output_folder, pair_source
+from align.cli.options import (
+    Cluster,
+    LoadingOptions,
+    Seed,
+    Split,
+    cluster_section,
+    expand_options,
+    output_folder,
+    pair_source,
+)
 
 
 def generate(
@@ -52,6 +61,7 @@ def generate(
     log.info("completions: %s; next: align pairs build %s --reward-model MODEL --output pairs", file, file)
 
 
+@expand_options
 def best_of_n(
     completions: Annotated[str, typer.Argument(help="What `align generate -n N` wrote: its folder or file.")],
     output: Annotated[Path, output_folder("Folder to write completions.parquet or .jsonl into.")],
@@ -64,6 +74,8 @@ def best_of_n(
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per forward pass.")] = 4096,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per text.")] = 2048,
     seed: Seed = 0,
+    *,
+    loading: LoadingOptions,
 ) -> None:
     """Choose the best completion of each prompt; print the gain and a KL bound of each smaller n (JSON)."""
     import json
@@ -73,13 +85,17 @@ def best_of_n(
     from align.errors import ConfigError
     from align.io.console import log, out
     from align.io.files import read_json
+    from reward_models.loading import DEFAULTS
     from reward_models.scorers import ScorerSpec, parse_scorer
 
     if write not in ("parquet", "jsonl"):
         raise ConfigError(f"--format {write}: expected parquet or jsonl", code="config-option")
+    loaded, limits = loading.load_options(), {"batch_tokens": batch_tokens, "max_length": max_length}
+    measures = None if gold is None else parse_scorer(gold, options=loaded, **limits)
+    of_gold = judge is not None and measures is not None and measures.reward_model is not None
     settings = BestSettings(
-        scorer=ScorerSpec(reward_model, judge, batch_tokens, max_length),
-        gold=None if gold is None else parse_scorer(gold, batch_tokens=batch_tokens, max_length=max_length),
+        scorer=ScorerSpec(reward_model, judge, options=DEFAULTS if of_gold else loaded, **limits),
+        gold=measures,
         format=cast(Format, write),
         seed=seed,
     )

@@ -18,7 +18,16 @@ from align.cli import filter as cli_filter
 from align.cli import generate as cli_generate
 from align.cli import pairs as cli_pairs
 from align.cli import trust as cli_trust
-from align.cli.options import Cluster, Columns, Split, cluster_section, output_folder, pair_source
+from align.cli.options import (
+    Cluster,
+    Columns,
+    LoadingOptions,
+    Split,
+    cluster_section,
+    expand_options,
+    output_folder,
+    pair_source,
+)
 
 if TYPE_CHECKING:
     from align.config import RunConfig
@@ -94,10 +103,12 @@ def reward_train(
 
 
 @reward.command("score")
+@expand_options
 def reward_score(
     pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id.")],
     model: Annotated[str, typer.Option(help="Reward model: folder or hub id.")],
     output: Annotated[Path, output_folder("Folder to write pairs.parquet into.")],
+    loading: LoadingOptions,
     column: Columns = None,
     split: Split = "train",
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
@@ -111,7 +122,7 @@ def reward_score(
     source = pair_source(pairs, column, split)
     score_pairs(
         source, model, output, batch_tokens=batch_tokens, max_length=max_length, calibrated=calibrated,
-        cluster=cluster_section(cluster),
+        cluster=cluster_section(cluster), options=loading.load_options(),
     )  # fmt: skip
 
 

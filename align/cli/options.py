@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,7 @@ from align.io.object_store import local_path
 
 if TYPE_CHECKING:
     from align.config import ClusterSection, PairsSection
+    from reward_models.loading import LoadOptions
 
 LARGEST_SEED = 2**32 - 1
 Cluster = Annotated[
@@ -22,6 +23,29 @@ Cluster = Annotated[
 Columns = Annotated[list[str] | None, typer.Option("--column", help="Column mapping, e.g. chosen=preferred.")]
 Split = Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")]
 Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of every random draw.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadingOptions:
+    """How a reward model is loaded, and how it reads a prompt and a response."""
+
+    dtype: Annotated[str, typer.Option(help="Reward model's weights: float32, bfloat16, float16 or auto.")] = "float32"
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the reward model.")
+    ] = False
+    text_pair: Annotated[
+        bool, typer.Option("--text-pair", help="Encoders: read prompt and response as a sentence pair.")
+    ] = False
+
+    def load_options(self) -> "LoadOptions":
+        """The options as reward models take them.
+
+        Raises:
+            ConfigError: no such dtype.
+        """
+        from reward_models.loading import LoadOptions
+
+        return LoadOptions(self.dtype, self.trust_remote_code, self.text_pair)
 
 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:

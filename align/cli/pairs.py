@@ -5,12 +5,13 @@ from typing import Annotated, cast
 
 import typer
 
-from align.cli.options import output_folder
+from align.cli.options import LoadingOptions, expand_options, output_folder
 
 app = typer.Typer(help="Build preference pairs.", no_args_is_help=True)
 
 
 @app.command("build")
+@expand_options
 def build(
     completions: Annotated[str, typer.Argument(help="What `align generate` wrote: its folder or file.")],
     output: Annotated[Path, output_folder("Folder to write pairs.parquet into.")],
@@ -23,6 +24,8 @@ def build(
     temperature: Annotated[float, typer.Option(help="Divides the rewards.")] = 1.0,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per batch.")] = 4096,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per text.")] = 2048,
+    *,
+    loading: LoadingOptions,
 ) -> None:
     """Score the completions of each prompt and pair them; print the counts (JSON)."""
     import json
@@ -34,7 +37,7 @@ def build(
     from reward_models.scorers import ScorerSpec
 
     settings = BuildSettings(
-        scorer=ScorerSpec(reward_model, judge, batch_tokens, max_length),
+        scorer=ScorerSpec(reward_model, judge, batch_tokens, max_length, loading.load_options()),
         mode=cast(Mode, mode),
         guard_margin=guard_margin,
         guard_ratio=guard_ratio,

@@ -73,7 +73,10 @@ def choose_best(completions: str | Path, settings: BestSettings, output: Path) -
     judges = [settings.scorer, *([settings.gold] if settings.gold else [])]
     for judge in judges:
         if judge.reward_model is not None:
-            check_prompts_of([group.prompt for group in groups], [judge.reward_model], answered=True)
+            check_prompts_of(
+                [group.prompt for group in groups], [judge.reward_model], answered=True,
+                trust_remote_code=judge.options.trust_remote_code, text_pair=judge.options.text_pair,
+            )  # fmt: skip
     inputs = {
         "completions": fingerprint_source(file),
         "scorers": [judge.key for judge in judges],

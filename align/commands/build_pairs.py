@@ -102,7 +102,11 @@ def build_pairs(completions: str | Path, settings: BuildSettings, output: Path) 
     log.info("pairs: %d prompts of %s, scored by %s, mode %s -> %s",
              len(groups), file, settings.scorer.name, settings.mode, output)  # fmt: skip
     if settings.scorer.reward_model is not None:
-        check_prompts_of([group.of.prompt for group in groups], [settings.scorer.reward_model], answered=True)
+        options = settings.scorer.options
+        check_prompts_of(
+            [group.of.prompt for group in groups], [settings.scorer.reward_model], answered=True,
+            trust_remote_code=options.trust_remote_code, text_pair=options.text_pair,
+        )  # fmt: skip
     inputs = {
         "completions": fingerprint_source(file),
         "scorer": settings.scorer.key,

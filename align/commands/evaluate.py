@@ -30,6 +30,7 @@ from align.io.console import log, out
 from align.io.files import read_json, write_json
 from align.io.stage import check_files
 from align.stats import interval, mean_interval
+from reward_models.loading import DEFAULTS, LoadOptions
 from reward_models.pairwise_judges import ByScore, make_pairwise, make_score_judge
 
 REPORT = "report.json"
@@ -59,6 +60,8 @@ class Settings:
     """Tokens that a reward model or an ``llm:`` judge reads; None: 1024."""
     cluster: ClusterSection | None = None
     """The cluster whose workers share the prompts; no result depends on it."""
+    options: LoadOptions = DEFAULTS
+    """How a reward model that judges is loaded and reads texts."""
 
     def __post_init__(self) -> None:
         if self.sampling.engine == "server":
@@ -85,7 +88,7 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
     everyone = [origin, *policies]
     started = _start(settings, everyone)
     prompts = _prompts(settings, everyone)
-    judge = make_score_judge(settings.judge, settings.max_length)
+    judge = make_score_judge(settings.judge, settings.max_length, settings.options)
     written = {policy.name: _write(policy, prompts, settings) for policy in everyone}
     log_ratios = {name: _log_ratios(found, origin, settings) for name, found in written.items()}
     rewards = {name: score(found, judge, settings.output, settings.max_length) for name, found in written.items()}
@@ -123,7 +126,7 @@ def write_comparison(first: str, second: str, settings: Settings) -> None:
     a, b = parse_policies([first, second])
     started = _start(settings, [a, b])
     prompts = _prompts(settings, [a, b])
-    judge = make_pairwise(settings.judge, settings.max_length)
+    judge = make_pairwise(settings.judge, settings.max_length, settings.options)
     written = {policy.name: _write(policy, prompts, settings) for policy in (a, b)}
     preferences = judge_pairs(written[a.name], written[b.name], judge, settings.output, settings.max_length)
     texts = {name: PolicySamples(texts=_texts(found)) for name, found in written.items()}
@@ -176,7 +179,7 @@ def frontier(
     origin = find_reference([*policies, *(policy for _, policy in steps)], reference)
     started = _start(settings, [origin, *policies, *parse_policies(trained)])
     prompts = _prompts(settings, [origin, *policies, *(policy for _, policy in steps)])
-    judge = make_score_judge(settings.judge, settings.max_length)
+    judge = make_score_judge(settings.judge, settings.max_length, settings.options)
     jobs: list[tuple[Policy, float, int | None]] = [(origin, 1.0, None)]
     heats = list(dict.fromkeys(temperatures))
     jobs += [(policy, heat, None) for policy in (origin, *policies) for heat in heats if policy != origin or heat != 1]
@@ -240,7 +243,10 @@ def _prompts(settings: Settings, policies: Sequence[Policy]) -> list[Any]:
     prompts = read_prompts(settings.prompts, settings.limit)
     check_prompts_of(prompts, dict.fromkeys(policy.model for policy in policies))
     if Path(settings.judge).is_dir():
-        check_prompts_of(prompts, [settings.judge], answered=True)
+        check_prompts_of(
+            prompts, [settings.judge], answered=True, trust_remote_code=settings.options.trust_remote_code,
+            text_pair=settings.options.text_pair,
+        )  # fmt: skip
     return prompts
 
 

@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from align.models.message_checks import check_pairs_of, is_conversational
 from align.sharding.jobs import read_table
 from align.sharding.shards import in_parts
 from reward_models.length_bias import word_difference
+from reward_models.loading import DEFAULTS, LoadOptions
 from reward_models.score import REWARDS
 
 PART = 256
@@ -48,6 +50,7 @@ def evaluate(
     max_length: int,
     seed: int,
     trained_on: str | None = None,
+    options: LoadOptions = DEFAULTS,
 ) -> None:
     """Score pairs, write ``reward_model.json`` and ``reward_model.html`` into ``output``, print the numbers as JSON.
 
@@ -60,19 +63,20 @@ def evaluate(
         max_length: tokens per text; longer texts are truncated on the right.
         seed: seed of the intervals.
         trained_on: the model's training pairs; if given, the distances of the pairs to them are measured.
+        options: how the model is loaded and reads texts.
 
     Raises:
         AlignError: the pairs or the model cannot be used.
     """
     check_files(output, [])
-    pairs, chat = _load(source, model, chat)
-    check_pairs_of(pairs, [model])
+    pairs, chat = _load(source, model, chat, options)
+    check_pairs_of(pairs, [model], trust_remote_code=options.trust_remote_code, text_pair=options.text_pair)
     log.info("scoring %d pairs of %s with %s%s -> %s", len(pairs), source.path, model,
              " as chat" if chat else "", output)  # fmt: skip
-    stage = _score(pairs, model, output / SCORED, batch_tokens=batch_tokens, max_length=max_length)
+    stage = _score(pairs, model, output / SCORED, batch_tokens=batch_tokens, max_length=max_length, options=options)
     scores = read_table(stage.folder / SCORES)
     chosen, rejected = (np.asarray(scores[column]) for column in ("reward_chosen", "reward_rejected"))
-    clusters, far = clusters_of(pairs), _distances(pairs, model, trained_on, output)
+    clusters, far = clusters_of(pairs), _distances(pairs, model, trained_on, output, options)
     found = reward_model_metrics(chosen, rejected, _groups(pairs), seed=seed, clusters=clusters)
     found |= pair_findings(pairs, chosen - rejected, distances=far, seed=seed, clusters=clusters)
     found["said"] += finding_sentences(found)
@@ -83,16 +87,18 @@ def evaluate(
     _publish(found, pairs, chosen - rejected, output)
 
 
-def _score(pairs: Dataset, model: str, folder: Path, *, batch_tokens: int, max_length: int) -> Stage:
+def _score(
+    pairs: Dataset, model: str, folder: Path, *, batch_tokens: int, max_length: int, options: LoadOptions
+) -> Stage:
     """The stage that scores the pairs into ``SCORES``."""
     inputs = {"pairs": fingerprint(pairs), "model": fingerprint_model(model), "max_length": max_length, "part": PART}
-    inputs["revision"] = REWARDS
-    inputs |= rendered_today(model, lambda: is_conversational(pairs))
+    inputs["revision"] = f"{REWARDS}{options.suffix}"
+    inputs |= rendered_today(model, lambda: is_conversational(pairs), trust_remote_code=options.trust_remote_code)
 
     def work(partial: Path) -> None:
         from reward_models.ensemble import EnsembleScorer
 
-        scorer = EnsembleScorer(model, batch_tokens=batch_tokens, max_length=max_length)
+        scorer = EnsembleScorer(model, batch_tokens=batch_tokens, max_length=max_length, options=options)
 
         def part(rows: range) -> Dataset:
             scored = scorer.score_pairs(pairs.select(rows))
@@ -120,7 +126,9 @@ def _groups(pairs: Dataset) -> list[str] | None:
     return [str(group) for group in pairs["group"]] if "group" in pairs.column_names else None
 
 
-def _distances(pairs: Dataset, model: str, trained_on: str | None, output: Path) -> tuple[np.ndarray, float] | None:
+def _distances(
+    pairs: Dataset, model: str, trained_on: str | None, output: Path, options: LoadOptions
+) -> tuple[np.ndarray, float] | None:
     """Distance [N] of each pair to the training pairs, and the 99% quantile of held-out training pairs; None without
     training pairs. Features are cached below ``output``."""
     if trained_on is None:
@@ -134,11 +142,11 @@ def _distances(pairs: Dataset, model: str, trained_on: str | None, output: Path)
             code="eval-trained-on",
             hint="use --text, or give the training pairs as messages",
         )
-    settings = OodSection(model=model, pairs=PairsSection(path=trained_on))
+    settings = OodSection.model_validate({"model": model, "pairs": {"path": trained_on}} | asdict(options))
     return distances(pairs, settings, output / "distances" / fingerprint(pairs)[:16])
 
 
-def _load(source: PairsSection, model: str, chat: bool | None) -> tuple[Dataset, bool]:
+def _load(source: PairsSection, model: str, chat: bool | None, options: LoadOptions) -> tuple[Dataset, bool]:
     """Load the pairs with their ``group``, as messages if asked; return whether they were turned into messages."""
     rows, columns = read_source(source)
     plain = is_plain(sorted(columns), next((row.values for row in rows if not row.unreadable), {}))
@@ -146,10 +154,10 @@ def _load(source: PairsSection, model: str, chat: bool | None) -> tuple[Dataset,
         source = source.model_copy(update={"columns": source.columns | {"group": "subset"}})
     pairs = load_pairs(source)
     if chat is None:
-        chat = plain and _has_template(model)
+        chat = plain and _has_template(model, options)
     if not chat or not isinstance(pairs["prompt"][0], str):
         return pairs, False
-    if not _has_template(model):
+    if not _has_template(model, options):
         raise ConfigError(
             f"--chat: {model} has no chat template", code="no-chat-template", hint="use --text, or another model"
         )
@@ -161,7 +169,7 @@ def _as_messages(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"prompt": [{"role": "user", "content": row["prompt"]}]} | answers
 
 
-def _has_template(model: str) -> bool:
+def _has_template(model: str, options: LoadOptions) -> bool:
     from align.models.loading import load_tokenizer
 
-    return load_tokenizer(model).chat_template is not None
+    return load_tokenizer(model, trust_remote_code=options.trust_remote_code).chat_template is not None

@@ -33,7 +33,8 @@ from align.models.folders import adapter_base, fingerprint_model
 from align.sharding.jobs import Work, read_table
 from align.sharding.shards import in_parts, map_shards
 from reward_models.judges import Judge
-from reward_models.pairwise_judges import ByScore, PairwiseJudge, from_scores, judge_key
+from reward_models.loading import DEFAULTS
+from reward_models.pairwise_judges import ByScore, PairwiseJudge, RewardModelJudge, from_scores, judge_key
 
 PART = 64
 """Prompts per shard; a stopped evaluation repeats at most one shard."""
@@ -140,7 +141,8 @@ def measure_kl(written: Written, reference: Policy, output: Path, cluster: Clust
 
 def score(written: Written, judge: Judge, output: Path, max_length: int | None = None) -> np.ndarray:
     """Score of each completion by a judge, [N]; ``max_length`` is the limit that the judge was made with."""
-    inputs = {"completions": written.key, "judge": judge_key(judge.name)} | _limit(max_length)
+    options = judge.options if isinstance(judge, RewardModelJudge) else DEFAULTS
+    inputs = {"completions": written.key, "judge": judge_key(judge.name, options)} | _limit(max_length)
 
     def work(parts: Path) -> Dataset:
         answers = written.answers()

@@ -53,7 +53,8 @@ def filter_source(
     with timed(seconds, "reading"):
         pairs = stream_pairs(source, folder / TABLE)
     if settings.ood is not None:
-        check_pairs_of(pairs, [settings.ood.model])
+        ood = settings.ood
+        check_pairs_of(pairs, [ood.model], trust_remote_code=ood.trust_remote_code, text_pair=ood.text_pair)
     report_in_sample(pairs, "filter")
     held_out = [] if settings.held_out is None else load_pairs(PairsSection(path=settings.held_out)).to_list()
     try:

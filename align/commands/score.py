@@ -2,10 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from align.config import ClusterSection, PairsSection
 from align.distributed import process_rank
 from align.io.console import log, out
+
+if TYPE_CHECKING:
+    from reward_models.loading import LoadOptions
 
 
 def score_pairs(
@@ -17,6 +21,7 @@ def score_pairs(
     max_length: int,
     calibrated: bool = False,
     cluster: ClusterSection | None = None,
+    options: "LoadOptions | None" = None,
 ) -> None:
     """Score pairs with a reward model, write the table, and print the margin metrics as JSON.
 
@@ -30,6 +35,7 @@ def score_pairs(
         max_length: tokens per text.
         calibrated: apply the calibration in the model folder.
         cluster: the cluster whose workers share the pairs.
+        options: how the model is loaded and reads texts; None: the defaults.
 
     Raises:
         AlignError: the pairs, the model or the folder cannot be used.
@@ -44,17 +50,22 @@ def score_pairs(
     from align.models.message_checks import check_pairs_of
     from reward_models.calibration import MarginMap
     from reward_models.ensemble import members, score_with
+    from reward_models.loading import DEFAULTS
     from reward_models.margin_metrics import evaluate_margins
 
     keep_source(source.path, [output / FILE])
     check_files(output, [])
     calibration = MarginMap.load(model) if calibrated else None
     pairs = load_pairs(source)
-    check_pairs_of(pairs, [str(member) for member in members(model)])
+    read = options or DEFAULTS
+    check_pairs_of(
+        pairs, [str(member) for member in members(model)], trust_remote_code=read.trust_remote_code,
+        text_pair=read.text_pair,
+    )  # fmt: skip
     log.info("scoring %d pairs of %s with %s -> %s", len(pairs), source.path, model, output)
     scored = score_with(
         members(model), pairs, output / ".scoring", batch_tokens=batch_tokens, max_length=max_length,
-        calibration=calibration, cluster=cluster,
+        calibration=calibration, cluster=cluster, options=read,
     )  # fmt: skip
     if process_rank() > 0:
         return

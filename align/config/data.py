@@ -58,7 +58,18 @@ class SampleSection(Section):
     """P(the better one is chosen) = sigmoid(label_scale * difference of the labeling reward)."""
 
 
-class OodSection(Section):
+class LoadingSection(Section):
+    """How a finished reward model is loaded, and how it reads a prompt and a response."""
+
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Of the backbone's weights; ``auto`` is the checkpoint's. The head is always in float32."""
+    trust_remote_code: bool = False
+    """Code that comes with the reward model may run."""
+    text_pair: bool = False
+    """An encoder reads prompt and response as a sentence pair, ``tokenizer(prompt, response)``."""
+
+
+class OodSection(LoadingSection):
     """How the distance of a pair to the reward model's training pairs is measured."""
 
     model: str

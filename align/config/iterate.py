@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from align.config import Count, OutputFolder, PairsSection, Positive, Section, Seed, TrainSection
+from align.config.data import LoadingSection
 
 
 class GenerateSection(Section):
@@ -37,7 +38,7 @@ class GenerateSection(Section):
         return value
 
 
-class BuildSection(Section):
+class BuildSection(LoadingSection):
     """How completions become pairs; see ``align pairs build``."""
 
     reward_model: str | None = None

@@ -79,6 +79,9 @@ class RewardSection(Section):
     """Padded tokens per scoring batch."""
     max_length: Count = 1024
     """Tokens per sequence; longer ones are truncated on the right in training and scoring."""
+    text_pair: bool = False
+    """Encoders only: read prompt and response as a sentence pair, ``tokenizer(prompt, response)``. It is kept in the
+    model's config.json, and a model that has it there needs no word here."""
     peft: dict[str, Any] | None = None
     """Fields of peft.LoraConfig; default: full fine-tuning."""
     pairs_per_step: Count | None = None

@@ -23,6 +23,7 @@ from align.io.hashing import digest, fingerprint_source
 from align.models.folders import fingerprint_model
 from align.sharding.arrays import as_table, map_arrays
 from align.sharding.jobs import Work
+from reward_models.loading import LoadOptions
 from reward_models.score import REWARDS
 
 ROWS = 1024
@@ -88,10 +89,11 @@ def distances(
     from align.data.pairs import fingerprint, load_pairs
 
     known = load_pairs(ood.pairs)
-    key = digest([fingerprint_model(ood.model), fingerprint(known), ood.quantile, REWARDS])[:16]
+    options = LoadOptions(ood.dtype, ood.trust_remote_code, ood.text_pair)
+    key = digest([fingerprint_model(ood.model) + options.suffix, fingerprint(known), ood.quantile, REWARDS])[:16]
     file = cache / f"ood-{key}.safetensors"
-    fitted = cached_arrays(file, lambda: _fit(known, ood))
-    job = Distance(ood.model, Mahalanobis(fitted["means"], fitted["whitening"]))
+    fitted = cached_arrays(file, lambda: _fit(known, ood, options))
+    job = Distance(ood.model, options, Mahalanobis(fitted["means"], fitted["whitening"]))
     table = pairs.select_columns(list(PARTS))
     columns = map_arrays(table, job, cache / f"ood-{key}", what="distances", rows=ROWS, cluster=cluster)
     return np.asarray(columns["ood"]), float(fitted["limit"][0])
@@ -146,6 +148,7 @@ class Distance:
     """Job that computes the Mahalanobis distances of pairs."""
 
     model: str
+    options: LoadOptions
     fitted: Mahalanobis
 
     def start(self) -> Work:
@@ -154,38 +157,37 @@ class Distance:
         Raises:
             ModelError: it cannot be loaded.
         """
-        features = _features(self.model)
+        features = _features(self.model, self.options)
         return lambda rows: as_table({"ood": _pair_distance(self.fitted, features(rows))})
 
 
-def _fit(known: Dataset, ood: OodSection) -> dict[str, np.ndarray]:
+def _fit(known: Dataset, ood: OodSection, options: LoadOptions) -> dict[str, np.ndarray]:
     """Means and whitening matrix of one half of the training pairs, and the quantile of the other's distances."""
     half = np.random.default_rng(0).permutation(len(known)) < len(known) // 2
-    features = _features(ood.model)
+    features = _features(ood.model, options)
     first, second = features(known.select(np.flatnonzero(half))), features(known.select(np.flatnonzero(~half)))
     model = Mahalanobis.fit(first, np.tile([0, 1], len(first) // 2))
     limit = np.quantile(_pair_distance(model, second), ood.quantile)
     return {"means": model.means, "whitening": np.ascontiguousarray(model.whitening), "limit": np.array([limit])}
 
 
-def _features(model: str) -> Callable[[Dataset], np.ndarray]:
+def _features(model: str, options: LoadOptions) -> Callable[[Dataset], np.ndarray]:
     """Inputs of the reward model's head, chosen and rejected alternating, [2 N, D].
 
     An ensemble is represented by its first member, since the feature spaces of two members are unrelated.
     """
     from align.models.chat_template import template_settings
-    from align.models.tokenization import pair_name, render
+    from align.models.tokenization import pair_name
     from reward_models.features import head_features
     from reward_models.score import RewardScorer
 
-    scorer = RewardScorer(model, batch_tokens=4096, max_length=1024, new_head=True)
+    scorer = RewardScorer(model, batch_tokens=4096, max_length=1024, options=options)
 
     def features(pairs: Dataset) -> np.ndarray:
         def rendered(row: Any) -> list[str]:
             name, settings = pair_name(row), template_settings(row)
             return [
-                render(row["prompt"], row[side], scorer.tokenizer, row=name, settings=settings)
-                for side in ("chosen", "rejected")
+                scorer.text(row["prompt"], row[side], row=name, settings=settings) for side in ("chosen", "rejected")
             ]
 
         return head_features(scorer, [text for row in pairs for text in rendered(row)])

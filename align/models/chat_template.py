@@ -80,7 +80,9 @@ def templated(
     return list(found["input_ids"]) if tokenize else found
 
 
-def rendered_today(model: str, conversational: Callable[[], bool]) -> dict[str, str]:
+def rendered_today(
+    model: str, conversational: Callable[[], bool], *, trust_remote_code: bool = False
+) -> dict[str, str]:
     """The part of a stage's key by which a date that the chat template writes decides whether it is up to date.
 
     Empty for plain text and for a template without a date, so that their keys depend on no date.
@@ -88,10 +90,11 @@ def rendered_today(model: str, conversational: Callable[[], bool]) -> dict[str, 
     Args:
         model: folder or hub id.
         conversational: whether some of the texts are messages; called only if the template may write a date.
+        trust_remote_code: whether code of the model folder may run.
     """
     if not _may_write_date(model) or not conversational():
         return {}
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     if DATE_FUNCTION not in json.dumps(tokenizer.chat_template):
         return {}
     text = _rendered(tokenizer, [("user", ASKED)])

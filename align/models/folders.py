@@ -17,6 +17,8 @@ from align.io.hashing import digest, fingerprint_source
 
 ADAPTER = "adapter_config.json"
 CONFIG = "config.json"
+TEXT_PAIR = "text_pair"
+"""Key of a model's config.json: whether it reads sentence pairs."""
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENIZER_FILES = (
@@ -33,21 +35,41 @@ EMBEDDINGS = frozenset(
     {"embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings", "embedding", "tok_embeddings"}
 )
 """What architectures call their input embedding."""
-OWN_CODE = "if you trust that code, set trust_remote_code: true under train.trainer or reward.trainer"
+OWN_CODE = (
+    "if you trust that code, set trust_remote_code: true under train.trainer or reward.trainer, or give "
+    "--trust-remote-code with a reward model"
+)
+HEADS = frozenset({"score.weight", "classifier.weight", "classifier.out_proj.weight", "logits_proj.weight"})
+"""Last layers of the classification heads of transformers' models."""
+IN_ADAPTER = "base_model.model."
+"""What the name of a weight begins with in an adapter's file."""
+LANGUAGE_MODELS = ("ForCausalLM", "GPT2LMHeadModel")
+"""How transformers' names of classes of language models end."""
+OF_ADAPTER = (
+    "a head comes from the adapter (modules_to_save) or from its base; the adapter of a policy has none: give a model "
+    "that was trained as a reward model"
+)
+MATRIX = 2
+"""Dimensions of a linear layer's weight."""
+ONE_OUTPUT = (
+    "a reward model gives one number per text (num_labels = 1); of a model with several, save one row of its head as a "
+    "model of its own (docs/reward-models.md)"
+)
 WANTED = "give a hub id or a folder with config.json, safetensors weights and a tokenizer"
 
 
-def check_model_folder(model: str, *, tokenizer: bool = True, rewards: bool = False) -> None:
+def check_model_folder(model: str, *, tokenizer: bool = True, rewards: bool = False, head: bool = False) -> None:
     """Raise if a folder cannot be used as a model; the message names the file at fault.
 
     Args:
         model: folder or hub id; a name that is not a local path and could be a hub id passes.
         tokenizer: the folder must also hold a tokenizer.
         rewards: the model is to give rewards, so a classification head must have one output.
+        head: the model is to give rewards without training, so a language model without such a head is refused.
 
     Raises:
         ModelError: no such folder, a broken or missing configuration, weights that are missing, cut off or pickled,
-            no tokenizer, an adapter whose base cannot be used, a head with more than one output.
+            no tokenizer, an adapter whose base cannot be used, a head with more than one output, or none.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -60,12 +82,14 @@ def check_model_folder(model: str, *, tokenizer: bool = True, rewards: bool = Fa
             )
         return
     if is_adapter(folder):
-        _check_adapter(folder)
+        _check_adapter(folder, rewards=rewards)
     else:
         config = _read_object(folder / CONFIG)
-        _check_weights(folder, "model", config)
+        shapes = _check_weights(folder, "model", config)
         if rewards:
-            _check_head(folder, config)
+            _check_head(folder, shapes)
+    if head and _is_language_model(folder):
+        raise no_head(model, "score.weight", of_adapter=is_adapter(folder))
     if tokenizer and not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise ModelError(
             f"{folder}: no tokenizer, expected one of {', '.join(TOKENIZER_FILES)}",
@@ -139,11 +163,17 @@ def adapter_config(folder: str) -> dict[str, Any]:
     return _read_object(Path(folder) / ADAPTER)
 
 
+def reads_sentence_pairs(model: str) -> bool:
+    """Whether config.json of a model folder says that it reads prompt and response as a sentence pair."""
+    file = Path(model) / CONFIG
+    return file.is_file() and _read_object(file).get(TEXT_PAIR) is True
+
+
 def fingerprint_model(model: str) -> str:
     """Content hash of a model folder, combined with that of its base for an adapter; a hub id is its own."""
     base = adapter_base(model)
     own = fingerprint_source(model)
-    return own if base is None else digest([own, fingerprint_source(base)])
+    return own if base is None else digest([own, fingerprint_model(base)])
 
 
 def vocabulary_rows(model: str) -> int | None:
@@ -173,7 +203,7 @@ def saved_vocabulary(adapter: str) -> int | None:
     return None
 
 
-def _check_adapter(folder: Path) -> None:
+def _check_adapter(folder: Path, *, rewards: bool) -> None:
     config = _read_object(folder / ADAPTER)
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -182,17 +212,19 @@ def _check_adapter(folder: Path) -> None:
             code="model-config",
             hint="an adapter is used together with the model that it was trained on",
         )
-    _check_weights(folder, "adapter_model", config)
+    shapes = _check_weights(folder, "adapter_model", config)
+    if rewards:
+        _check_head(folder, shapes)
     try:
-        check_model_folder(base, tokenizer=False)
+        check_model_folder(base, tokenizer=False, rewards=rewards and not any(map(_is_head, shapes)))
     except ModelError as error:
         raise ModelError(
             f"{folder / ADAPTER}: the base model cannot be used: {error.message}", code=error.code, hint=error.hint
         ) from None
 
 
-def _check_weights(folder: Path, stem: str, config: dict[str, Any]) -> None:
-    """Raise if safetensors files are missing or incomplete; for a pickle, say how to convert it."""
+def _check_weights(folder: Path, stem: str, config: dict[str, Any]) -> dict[str, list[int]]:
+    """Shapes of the weights; raise if safetensors files are missing or incomplete, or there is only a pickle."""
     files = sorted(folder.glob(f"{stem}*.safetensors"))
     if not files:
         pickles = sorted({file.name for pattern in PICKLES for file in folder.glob(pattern)} - NOT_WEIGHTS)
@@ -217,18 +249,18 @@ def _check_weights(folder: Path, stem: str, config: dict[str, Any]) -> None:
                 code="model-load",
                 hint="copy the whole folder again",
             )
-    for file in files:
-        _check_safetensors(file)
+    return {name: shape for file in files for name, shape in _read_shapes(file).items()}
 
 
-def _check_safetensors(file: Path) -> None:
-    """Raise if the header of a safetensors file does not agree with the size of the file.
+def _read_shapes(file: Path) -> dict[str, list[int]]:
+    """Shapes in the header of a safetensors file; raise if the header does not agree with the size of the file.
 
     Layout: the header's length (8 bytes, little-endian), the header as JSON with the offsets of every tensor, data.
     """
     size = file.stat().st_size
     try:
         header, length = _header(file)
+        shapes = {name: list(entry["shape"]) for name, entry in header.items()}
         ends = [entry["data_offsets"][1] for entry in header.values()]
         expected = HEADER_BYTES + length + max(ends, default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
@@ -243,6 +275,7 @@ def _check_safetensors(file: Path) -> None:
             code="model-load",
             hint="copy the file again",
         )
+    return shapes
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
@@ -256,16 +289,47 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     return {name: entry for name, entry in header.items() if name != "__metadata__"}, length
 
 
-def _check_head(folder: Path, config: dict[str, Any]) -> None:
-    classifies = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
-    labels = config.get("id2label")
-    count = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)
-    if classifies and count != 1:
-        raise ModelError(
-            f"{folder}: its classification head has {count} outputs, expected one",
-            code="reward-labels",
-            hint="a reward model gives one number per text: num_labels = 1",
-        )
+def _check_head(folder: Path, shapes: dict[str, list[int]]) -> None:
+    """Count the outputs of a classification head by its weights: what config.json says of labels may be a default."""
+    for name, shape in shapes.items():
+        if _is_head(name) and len(shape) == MATRIX and shape[0] != 1:
+            raise several_outputs(str(folder), shape[0])
+
+
+def _is_head(name: str) -> bool:
+    return name.removeprefix(IN_ADAPTER) in HEADS
+
+
+def _is_language_model(folder: Path) -> bool:
+    """Whether a checked folder, or the base of an adapter without a head, is a language model without a head."""
+    if not folder.is_dir():
+        return False
+    adapted = is_adapter(folder)
+    config = _read_object(folder / (ADAPTER if adapted else CONFIG))
+    files = folder.glob(f"{'adapter_model' if adapted else 'model'}*.safetensors")
+    if any(_is_head(name) for file in files for name in _read_shapes(file)):
+        return False
+    if adapted:
+        return _is_language_model(Path(str(config["base_model_name_or_path"])))
+    return str(next(iter(config.get("architectures") or ()), "")).endswith(LANGUAGE_MODELS)
+
+
+def no_head(model: str, weights: str, *, of_adapter: bool, also: str = "") -> ModelError:
+    """The error of a reward model that lacks ``weights``; ``also`` says more of it."""
+    return ModelError(
+        f"{model}: has no weights {weights}, so it is not a reward model{also}",
+        code="model-load",
+        hint=OF_ADAPTER if of_adapter else "give a model that was trained as one",
+    )
+
+
+def several_outputs(model: str, count: int) -> ModelError:
+    """The error of a head with ``count`` outputs."""
+    return ModelError(
+        f"{model}: its classification head has {count} outputs, expected one",
+        code="reward-labels",
+        hint=ONE_OUTPUT,
+    )
 
 
 def refuse_new_weights(model: str, loaded: Any, missing: Iterable[str], kind: str) -> None:

@@ -1,5 +1,6 @@
 """Whether chat templates take the messages of every row, and what becomes of pairs as tokens; needs no weights."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from align.config.columns import RESPONSES
 from align.errors import DataError, listed
 from align.models.chat_template import template_settings
+from align.models.folders import reads_sentence_pairs
 from align.models.loading import load_tokenizer
 from align.models.tokenization import added_tokens, apply_template, encode_reward_texts, pair_name, render
 
@@ -35,22 +37,32 @@ def is_conversational(pairs: Dataset) -> bool:
     return len(pairs) > 0 and not isinstance(pairs[0]["prompt"], str)
 
 
-def check_pairs_of(pairs: Dataset, models: Iterable[str], *, trust_remote_code: bool = False) -> None:
+def check_pairs_of(
+    pairs: Dataset, models: Iterable[str], *, trust_remote_code: bool = False, text_pair: bool = False
+) -> None:
     """Check that the chat template of each model takes the messages of every pair, as prompt and with each response.
+
+    Nothing is checked for a model that reads sentence pairs (``text_pair``, or its config.json says so), because it
+    reads messages as plain text.
 
     Raises:
         ModelError: a model has no valid chat template.
         DataError: a template refuses rows (the first 20 and a count, with the template's words).
     """
-    if not is_conversational(pairs):
+    if text_pair or not is_conversational(pairs):
         return
-    for model in models:
+    for model in itertools.filterfalse(reads_sentence_pairs, models):
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         check_rows(pairs, partial(_render_pair, tokenizer=tokenizer), model)
 
 
 def check_prompts_of(
-    prompts: Sequence[Any], models: Iterable[str], *, answered: bool = False, trust_remote_code: bool = False
+    prompts: Sequence[Any],
+    models: Iterable[str],
+    *,
+    answered: bool = False,
+    trust_remote_code: bool = False,
+    text_pair: bool = False,
 ) -> None:
     """``check_pairs_of`` for prompts alone; with ``answered`` each is followed by an answer, as a scorer reads it.
 
@@ -58,9 +70,9 @@ def check_prompts_of(
         ModelError, DataError: see ``check_pairs_of``.
     """
     rows = [{"id": None, "prompt": prompt} for prompt in prompts if not isinstance(prompt, str)]
-    if not rows:
+    if text_pair or not rows:
         return
-    for model in models:
+    for model in itertools.filterfalse(reads_sentence_pairs, models):
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
 
         def read(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase = tokenizer) -> None:

@@ -97,7 +97,7 @@ def render(
 
 
 def encode_reward_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
-    """Token ids of each text that a reward model reads, truncated on the right to ``max_length`` tokens.
+    """Token ids of each text that a reward model reads, truncated to ``max_length`` tokens; see ``truncated``.
 
     Plain text gets the special tokens that the tokenizer adds before it and, if there is one, the end-of-sequence
     token once. ``Rendered`` text gets the special tokens of its template only, as in training; an encoder's tokenizer

@@ -7,13 +7,14 @@ from align.config import RunConfig, TrainSection
 from align.data.prompts import load_prompts
 from align.errors import ConfigError, ModelError
 from align.filtering.options import check_options
-from align.models.folders import check_model_folder
+from align.models.folders import check_model_folder, reads_sentence_pairs
 from align.models.loading import load_tokenizer
 from align.run.row_checks import check_prompt_rows, check_table_rows
 from align.training.adapters import check_adapter
 from align.training.base.arguments import build_lora, build_trainer_args
 from align.training.settings import check_settings, policy_args
 from align.training.train import bind
+from reward_models.loading import check_class
 from reward_models.registry import resolve_objective
 
 
@@ -75,10 +76,14 @@ def check_models(config: RunConfig, *, conversational: bool) -> None:
         ConfigError: `pad_token` is not a token of the model.
         ModelError: a folder is not a model, its tokenizer does not fit the model, or the chat template is missing.
     """
+    if config.filter is not None and config.filter.ood is not None:
+        check_model_folder(config.filter.ood.model, rewards=True, head=True)
     for part in (config.train, config.reward):
         if part is None:
             continue
         check_model_folder(part.model, rewards=part is config.reward)
+        if part is config.reward:
+            check_class(part.model, part.trusts_remote_code)
         if not Path(part.model).is_dir():
             continue
         tokenizer = load_tokenizer(part.model, trust_remote_code=part.trusts_remote_code)
@@ -89,7 +94,8 @@ def check_models(config: RunConfig, *, conversational: bool) -> None:
                 code="trainer-key",
                 hint="leave it out: the tokenizer's own is used",
             )
-        if conversational and tokenizer.chat_template is None:
+        as_pairs = part is config.reward and (part.text_pair or reads_sentence_pairs(part.model))
+        if conversational and not as_pairs and tokenizer.chat_template is None:
             raise ModelError(
                 f"{part.model}: no chat template, and the texts are lists of messages",
                 code="no-chat-template",

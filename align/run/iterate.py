@@ -24,9 +24,10 @@ from align.io.console import log
 from align.io.files import atomic_folder, read_json, write_json
 from align.io.hashing import fingerprint_source
 from align.io.stage import run_stage
-from align.models.folders import fingerprint_model
+from align.models.folders import check_model_folder, fingerprint_model
 from align.models.message_checks import check_prompts_of
 from align.stats import interval
+from reward_models.loading import LoadOptions
 from reward_models.scorers import ScorerSpec
 
 SUMMARY = "iterate.json"
@@ -41,6 +42,8 @@ def load_iterate(path: Path, overrides: list[str] | None) -> IterateConfig:
     """
     config = load_section(path, overrides, IterateConfig)
     build_settings(config.pairs)
+    if config.pairs.reward_model is not None:
+        check_model_folder(config.pairs.reward_model, rewards=True, head=True)
     _check_training(config.train)
     return config
 
@@ -151,5 +154,6 @@ def build_settings(config: BuildSection) -> BuildSettings:
     Raises:
         ConfigError: a value is out of range, or not exactly one scorer is named.
     """
-    scorer = ScorerSpec(config.reward_model, config.judge, config.batch_tokens, config.max_length)
+    options = LoadOptions(config.dtype, config.trust_remote_code, config.text_pair)
+    scorer = ScorerSpec(config.reward_model, config.judge, config.batch_tokens, config.max_length, options)
     return BuildSettings(scorer, config.mode, config.guard_margin, config.guard_ratio, config.band, config.temperature)

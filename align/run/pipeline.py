@@ -202,7 +202,9 @@ class _Runner:
             part = self.config.reward
         elif kind in ("sample", "trust", "train", "generate"):
             part = self.config.train
-        return {} if part is None else rendered_today(part.model, self._reads_messages)
+        if part is None:
+            return {}
+        return rendered_today(part.model, self._reads_messages, trust_remote_code=part.trusts_remote_code)
 
     def _reads_messages(self) -> bool:
         """Whether a pair table or a prompt file of the run has messages."""

@@ -19,8 +19,9 @@ def check_prompt_rows(config: RunConfig, prompts: Sequence[Any]) -> None:
     for part in (config.train, config.reward):
         if part is not None:
             check_prompts_of(
-                prompts, [part.model], answered=part is config.reward, trust_remote_code=part.trusts_remote_code
-            )
+                prompts, [part.model], answered=part is config.reward, trust_remote_code=part.trusts_remote_code,
+                text_pair=isinstance(part, RewardSection) and part.text_pair,
+            )  # fmt: skip
 
 
 def check_table_rows(config: RunConfig) -> None:
@@ -45,6 +46,8 @@ def check_pair_rows(config: RunConfig, pairs: Dataset, *, rewards: bool = False)
     parts: list[TrainSection | RewardSection | None] = [None if rewards else config.train, config.reward]
     for part in parts:
         if part is not None:
-            check_pairs_of(pairs, [part.model], trust_remote_code=part.trusts_remote_code)
+            text_pair = isinstance(part, RewardSection) and part.text_pair
+            check_pairs_of(pairs, [part.model], trust_remote_code=part.trusts_remote_code, text_pair=text_pair)
     if config.filter is not None and config.filter.ood is not None and not rewards:
-        check_pairs_of(pairs, [config.filter.ood.model])
+        ood = config.filter.ood
+        check_pairs_of(pairs, [ood.model], trust_remote_code=ood.trust_remote_code, text_pair=ood.text_pair)

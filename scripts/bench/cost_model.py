@@ -148,9 +148,7 @@ def scoring(models: Models) -> Iterator[Measured]:
     tokens = 2 * models.tokens([a + b for a, b in zip(table["prompt"], table["chosen"], strict=True)])
     for width, layers in WIDTHS:
         model, weights = models.make(LlamaForSequenceClassification, width, layers)
-        yield measure_job(
-            ScoreJob(model, BATCH_TOKENS, 1024, trust_remote_code=False), table, (tokens, tokens * weights)
-        )
+        yield measure_job(ScoreJob(model, BATCH_TOKENS, 1024), table, (tokens, tokens * weights))
 
 
 def completions(models: Models) -> Iterator[Measured]:

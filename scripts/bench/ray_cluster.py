@@ -68,7 +68,7 @@ def main() -> None:
     tables = [pairs(count, arguments.words) for count in arguments.sizes]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        job = ScoreJob(str(small_model(Path(folder) / "model", arguments.tokenizer)), 4096, 256, False)
+        job = ScoreJob(str(small_model(Path(folder) / "model", arguments.tokenizer)), 4096, 256)
         cluster = ClusterSection(address="local", workers=arguments.workers)
         results = []
         for name, where in (("here", None), ("cluster", cluster)):

@@ -19,6 +19,7 @@ from reward_models.calibration import MarginMap, calibrated_out_of_fold, fit_map
 from reward_models.crossfit import cross_fit
 from reward_models.ensemble import EnsembleScorer, members, score_with, train_members
 from reward_models.length_bias import length_probe, word_difference
+from reward_models.loading import load_options
 from reward_models.margin_metrics import evaluate_margins
 
 METRICS = "metrics.json"
@@ -102,7 +103,7 @@ def scored_by(
         folder / "scored",
         batch_tokens=config.reward.batch_tokens,
         max_length=config.reward.max_length,
-        trust_remote_code=config.reward.trusts_remote_code,
+        options=load_options(config.reward),
         calibration=calibration,
         cluster=config.cluster,
     )
@@ -119,5 +120,5 @@ def make_scorer(model: Path, config: RewardSection) -> EnsembleScorer:
         model,
         batch_tokens=config.batch_tokens,
         max_length=config.max_length,
-        trust_remote_code=config.trusts_remote_code,
+        options=load_options(config),
     )
