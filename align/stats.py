@@ -204,7 +204,7 @@ def _wilson(share: float, count: float, quantile: float) -> tuple[float, float]:
     squared = quantile * quantile / count
     center = (share + squared / 2) / (1 + squared)
     half = quantile * math.sqrt(share * (1 - share) / count + squared / (4 * count)) / (1 + squared)
-    return max(0.0, center - half), min(1.0, center + half)
+    return min(share, max(0.0, center - half)), max(share, min(1.0, center + half))  # against rounding at 0 and 1
 
 
 def share_among(values: np.ndarray, of: np.ndarray, *, clusters: np.ndarray | None = None) -> dict[str, Any] | None:
