@@ -272,3 +272,11 @@ def interval(estimate: Mapping[str, Any]) -> str:
     half = (estimate["high"] - estimate["low"]) / 2
     value, low, high = (number(estimate[key], half) for key in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
+
+
+def ends(estimate: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Low end, value and high end for an error bar; without an interval all three are the value."""
+    value = float(estimate["value"])
+    if estimate["low"] is None:
+        return value, value, value
+    return float(estimate["low"]), value, float(estimate["high"])

@@ -46,3 +46,23 @@ def bootstrap_mean(values: ArrayLike, *, seed: int, resamples: int = RESAMPLES) 
     ]
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return Estimate(float(array.mean()), float(low), float(high), int(array.size))
+
+
+def gain_per_root_kl(gain: np.ndarray, kl: np.ndarray, *, seed: int) -> Estimate | None:
+    """mean gain / sqrt(2 mean KL) with a joint bootstrap interval; None unless the KL is above 0 in 97.5% of resamples.
+
+    Args:
+        gain: reward minus the baseline's, [N].
+        kl: log policy(y) - log reference(y) of the policy's samples, [N], nats.
+        seed: seed of the bootstrap.
+    """
+    if kl.mean() <= 0:
+        return None
+    draws = np.random.default_rng(seed).integers(0, len(gain), size=(RESAMPLES, len(gain)))
+    kls = kl[draws].mean(axis=1)
+    positive = kls > 0
+    if positive.mean() < 0.975:
+        return None
+    ratios = gain[draws].mean(axis=1)[positive] / np.sqrt(2 * kls[positive])
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return Estimate(float(gain.mean() / np.sqrt(2 * kl.mean())), float(low), float(high), len(gain))

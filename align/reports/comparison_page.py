@@ -14,7 +14,7 @@ from align.io.files import write_text
 from align.reports import plots
 from align.reports.html import environment
 from align.reports.verdict import name
-from align.stats import excludes, interval
+from align.stats import ends, excludes, interval
 
 SCRIPT = "search.js"
 
@@ -202,13 +202,8 @@ def _curves(points: list[dict[str, Any]]) -> dict[str, list[plots.Mark]]:
 def _mark(point: dict[str, Any], title: str, label: str = "") -> plots.Mark:
     kl = f"KL {interval(point['kl'])}" if point["kl"] else "KL 0"
     hover = f"{title}: {kl}, reward {interval(point['reward'])}"
-    return plots.Mark(_kl(point), _ends(point["reward"]), hover, label)
+    return plots.Mark(_kl(point), ends(point["reward"]), hover, label)
 
 
 def _kl(point: dict[str, Any]) -> float:
     return float(point["kl"]["value"]) if point["kl"] else 0.0
-
-
-def _ends(estimate: dict[str, float]) -> tuple[float, float, float]:
-    low, high = (estimate["value"] if estimate[end] is None else estimate[end] for end in ("low", "high"))
-    return low, estimate["value"], high

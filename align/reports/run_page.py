@@ -7,6 +7,7 @@ from align.io.files import read_json, write_text
 from align.reports import plots
 from align.reports.html import environment
 from align.reports.verdict import verdict
+from align.stats import ends
 
 SECTIONS = ("summary", "data", "reward_model", "trust", "margins", "filter", "training", "evaluation", "samples")
 RELIABLE = ("heldout", "heldout_calibrated", "in_sample", "out_of_fold")
@@ -58,7 +59,7 @@ def _plots(report: dict[str, Any]) -> dict[str, Any]:
             {
                 key: (
                     policy["kl"]["value"] if policy["kl"] else 0.0,
-                    (policy["reward"]["low"], policy["reward"]["value"], policy["reward"]["high"]),
+                    ends(policy["reward"]),
                 )
                 for key, policy in policies.items()
                 if policy["kl"] or key == "reference"

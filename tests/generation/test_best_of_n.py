@@ -80,7 +80,7 @@ def test_another_judge_sees_what_the_score_does_not() -> None:
     curve = best_of_n_curve(scores, other, seed=0)
     assert curve[-1]["gain"]["low"] > 1.3 and curve[-1]["gold_gain"]["low"] < 0 < curve[-1]["gold_gain"]["high"]
     assert best_of_n_curve(scores, -scores, seed=0)[-1]["gold_gain"]["high"] < -1.3
-    assert curve[0]["gain"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 4000}
+    assert curve[0]["gain"] == {"value": 0.0, "low": None, "high": None, "n": 4000}
     assert [row["n"] for row in curve] == list(range(1, 9)) and best_of_n_curve(scores, None, seed=0)[3]["gold"] is None
 
 

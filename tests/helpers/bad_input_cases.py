@@ -267,7 +267,7 @@ def model_cases() -> Iterator[BadInput]:
         ("an adapter of another width", model(another_shape, "adapter"), policy, "model-load", "size mismatch"),
         ("an adapter on modules that the base lacks", model(edit("adapter_config.json", target_modules=["gone"]), "adapter"), policy,
          "model-load", "gone"),
-        ("an adapter of an unknown kind", model(edit("adapter_config.json", peft_type="NOTHING"), "adapter"), policy, "model-load", "NOTHING"),
+        ("an adapter of an unknown kind", model(edit("adapter_config.json", peft_type="NOTHING"), "adapter"), policy, "adapter", "NOTHING"),
         ("a reward model with two outputs", nothing, ("reward", "score", "pairs.jsonl", "--model", "two-labels", "--output", "o"),
          "reward-labels", "two-labels: its classification head has 2 outputs"),
         ("a policy as reward model", nothing, ("reward", "score", "pairs.jsonl", "--model", "policy", "--output", "o"),

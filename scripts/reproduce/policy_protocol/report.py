@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from align.evaluation.rewards import gain_per_root_kl
-from scripts.bootstrap import Estimate, bootstrap_mean
+from scripts.bootstrap import Estimate, bootstrap_mean, gain_per_root_kl
 from scripts.figures import pyplot, save
 from scripts.reproduce.crossed_effects import crossed_mean, crossed_p
 from scripts.tables import table
@@ -125,7 +124,7 @@ def _row(
         "gain_by_seed": (reward - start).mean(axis=1).round(4).tolist(),
         "kl": bootstrap_mean(kl.mean(axis=0), seed=0).to_dict(),
     }
-    ratio = gain_per_root_kl((reward - start).mean(axis=0), kl.mean(axis=0))
+    ratio = gain_per_root_kl((reward - start).mean(axis=0), kl.mean(axis=0), seed=0)
     row["gain_per_root_kl"] = ratio and ratio.to_dict()
     if BASELINE in found and method != BASELINE:
         base = _by_seed(found[BASELINE], seeds, "1", "reward")
