@@ -64,9 +64,7 @@ def test_an_activated_lora_is_refused() -> None:
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], alora_invocation_tokens=[3], task_type="CAUSAL_LM")
     model = get_peft_model(tiny("Llama").float(), lora)
     assert choose_layout(model, BATCH, "auto") == "concatenated"
-    with pytest.raises(
-        ConfigError, match="an activated LoRA acts only after its invocation tokens, looked for"
-    ):
+    with pytest.raises(ConfigError, match="an activated LoRA acts only after its invocation tokens, looked for"):
         choose_layout(model, BATCH, "shared_prefix")
 
 
