@@ -9,6 +9,8 @@ from align.distributed import process_rank
 from align.io.console import log, out
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from reward_models.loading import LoadOptions
 
 
@@ -40,18 +42,13 @@ def score_pairs(
     Raises:
         AlignError: the pairs, the model or the folder cannot be used.
     """
-    import numpy as np
-
     from align.data.pairs import FILE, load_pairs, write_pairs
-    from align.data.splits import clusters_of
-    from align.data.training_pairs import report_in_sample, source_of
     from align.io.source_files import keep_source
     from align.io.stage import check_files
     from align.models.message_checks import check_pairs_of
     from reward_models.calibration import MarginMap
     from reward_models.ensemble import members, score_with
     from reward_models.loading import DEFAULTS
-    from reward_models.margin_metrics import evaluate_margins
 
     keep_source(source.path, [output / FILE])
     check_files(output, [])
@@ -70,6 +67,17 @@ def score_pairs(
     if process_rank() > 0:
         return
     write_pairs(scored, output)
+    _report(scored, output)
+
+
+def _report(scored: "Dataset", output: Path) -> None:
+    """Say where the margins come from and print their metrics as JSON."""
+    import numpy as np
+
+    from align.data.splits import clusters_of
+    from align.data.training_pairs import report_in_sample, source_of
+    from reward_models.margin_metrics import evaluate_margins
+
     if not report_in_sample(scored, "reward score"):
         log.info("margins are %s: 0 of these %d pairs were trained on", source_of(scored), len(scored))
     out.print_json(json.dumps(evaluate_margins(np.asarray(scored["margin"]), clusters=clusters_of(scored)).to_dict()))
