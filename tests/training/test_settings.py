@@ -69,7 +69,8 @@ def test_fields_that_cannot_be_obeyed(kind: type, field: str, value: Any, messag
 
 def test_fields_at_their_defaults_pass(tmp_path: Path) -> None:
     neutral = {"do_eval": False, "include_for_metrics": [], "label_smoothing_factor": 0.0, "save_only_model": False}
-    build_trainer_args(DPOConfig, neutral, path="x.trainer", forced={"output_dir": str(tmp_path)})
+    args = build_trainer_args(DPOConfig, neutral, path="x.trainer", forced={"output_dir": str(tmp_path)})
+    assert {name: getattr(args, name) for name in neutral} == neutral
 
 
 @pytest.mark.parametrize(
