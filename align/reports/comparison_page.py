@@ -60,10 +60,10 @@ def script_hash(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def percent(estimate: dict[str, float]) -> str:
-    """``58.3% (52.1 to 64.4)``: a share and its 95% interval, in percent."""
-    scaled = {key: 100 * estimate[key] for key in ("value", "low", "high")}
-    value, rest = interval(scaled).split(" ", maxsplit=1)
+def percent(estimate: dict[str, Any]) -> str:
+    """``58.3% (52.1 to 64.4)``: a share and its 95% interval, in percent; ``50% (all equal)`` without one."""
+    ends = {key: None if estimate[key] is None else 100 * estimate[key] for key in ("value", "low", "high")}
+    value, rest = interval(estimate | ends).split(" ", maxsplit=1)
     return f"{value}% {rest}"
 
 

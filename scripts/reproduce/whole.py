@@ -37,6 +37,7 @@ from align.io.files import read_json, write_json
 from align.io.hashing import digest
 from align.io.stage import run_stage
 from align.models.loading import load_policy, load_tokenizer
+from align.stats import ends
 from align.training.base.arguments import build_lora
 from align.training.train import bind, make_trainer
 from scripts.figures import pyplot, save
@@ -233,7 +234,7 @@ def draw_curves(rows: list[dict[str, Any]], target: Path) -> None:
     shades = dict(zip(ROUTES, ("#6e7781", "#0072b2", "#d55e00", "#e69f00"), strict=True))
     for route, shade in shades.items():
         own = [row for row in rows if row["route"] == route]
-        value, low, high = (np.array([row["gain"][name] for row in own]) for name in ("value", "low", "high"))
+        low, value, high = np.array([ends(row["gain"]) for row in own]).T
         seconds = [row["seconds"] for row in own]
         axis.errorbar(seconds, value, [value - low, high - value], color=shade, label=route, capsize=2, marker="o")
     axis.axhline(0, color="#b0b7bf", lw=0.8)

@@ -32,6 +32,7 @@ from align.filtering.selection import importance, top_k
 from align.filtering.static_embeddings import StaticEncoder
 from align.io.console import configure, log
 from align.io.files import read_json, write_json
+from align.stats import ends
 from scripts.assets.demo_data import Snippet, read_snippets
 from scripts.bootstrap import bootstrap_mean
 from scripts.figures import pyplot, save
@@ -318,8 +319,8 @@ def _plot(summary: dict[str, Any], target: Path) -> None:
     for axis, (name_of_level, level) in zip(axes.flat, levels.items(), strict=False):
         for name, shade in shades.items():
             found = [level["arms"][f"{keep:g}: {name}"]["held_out"] for keep in KEEPS]
-            middle = np.array([item["value"] for item in found])
-            error = [middle - [item["low"] for item in found], np.array([item["high"] for item in found]) - middle]
+            low, middle, high = np.array([ends(item) for item in found]).T
+            error = [middle - low, high - middle]
             axis.errorbar(
                 100 * np.array(KEEPS), 100 * middle, 100 * np.array(error), color=shade, label=name, capsize=2
             )

@@ -250,7 +250,7 @@ def test_check(tiny_policy: Path, pairs: Path, tmp_path: Path) -> None:
         (["--parameter", "beta=[1"], "--parameter beta=[1: found '[1', expected a finite number"),
         (["--parameter", "beta=.nan"], "--parameter beta=.nan: found '.nan', expected a finite number"),
         (["--parameters", "nothing_like_it"], "no trained parameter whose name matches 'nothing_like_it'"),
-        (["--max-length", "4"], "no token of a response is left within 4 tokens"),
+        (["--max-length", "4"], "none of 10 pairs has a token of a response within 4 tokens"),
     ],
 )
 def test_mistakes_are_told_in_one_message(

@@ -156,3 +156,6 @@ def test_rewards_in_words() -> None:
     assert "DPO repeats itself more than reference: 10.0 points (8.0 to 12.0)." in details
     assert headline(report(gain=-0.3))[0].startswith("DPO lowered the reward")
     assert percent(est(0.5, 0.0)).startswith("50%")
+    alike = {"value": 0.5, "low": None, "high": None, "n": 3}
+    assert percent(alike) == "50% (all equal)"
+    assert percent(alike | {"n": 1}) == "50% (a single value)"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from align.stats import ends
 from scripts.bootstrap import Estimate, bootstrap_mean, gain_per_root_kl
 from scripts.figures import pyplot, save
 from scripts.reproduce.crossed_effects import crossed_mean, crossed_p
@@ -220,7 +221,8 @@ def draw_frontier(rows: Sequence[dict[str, Any]], target: Path) -> None:
                 point = next(point for point in points if point["temperature"] == heat)
                 gain, place = point["gain"], [*methods, "reference"].index(name)
                 y = place + 0.5 * (k - (len(heats) - 1) / 2) / len(heats)
-                error = [[gain["value"] - gain["low"]], [gain["high"] - gain["value"]]]
+                low, middle, high = ends(gain)
+                error = [[middle - low], [high - middle]]
                 label = f"temperature {heat:g}" if name == "reference" else None
                 panel.errorbar(
                     gain["value"], y, xerr=error, color=f"C{k}", fmt="o", markersize=4, capsize=2, label=label
