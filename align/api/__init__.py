@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from align.api.comparison import Comparison, compare_policies
     from align.api.filtering import FilterResult, filter_pairs
     from align.api.gradients import measure_entanglement
-    from align.api.pair_tables import pairs_from_dataset
+    from align.data.in_memory import pairs_from_dataset
 
 WHERE = {
-    "pairs_from_dataset": "pair_tables",
-    "filter_pairs": "filtering",
-    "FilterResult": "filtering",
-    "measure_entanglement": "gradients",
-    "compare_policies": "comparison",
-    "Comparison": "comparison",
-    "measure_trust": "advice",
-    "advise": "advice",
-    "TrustReport": "advice",
+    "pairs_from_dataset": "align.data.in_memory",
+    "filter_pairs": "align.api.filtering",
+    "FilterResult": "align.api.filtering",
+    "measure_entanglement": "align.api.gradients",
+    "compare_policies": "align.api.comparison",
+    "Comparison": "align.api.comparison",
+    "measure_trust": "align.api.advice",
+    "advise": "align.api.advice",
+    "TrustReport": "align.api.advice",
 }
-"""Public name -> module of this package."""
+"""Public name -> its module."""
 
 __all__ = [
     "Comparison",
@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
     if name not in WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"{__name__}.{WHERE[name]}"), name)
+    found = getattr(import_module(WHERE[name]), name)
     globals()[name] = found
     return found
 

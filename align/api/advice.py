@@ -6,11 +6,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from align.api.pair_tables import NAME, pairs_from_dataset
-from align.api.words import python_words
 from align.commands.trust import ADVICE, MEASURED
+from align.data.in_memory import NAME, pairs_from_dataset
 from align.data.training_pairs import SOURCES, source_of
-from align.errors import ConfigError
+from align.errors import ConfigError, python_words
 from align.trust.measure import assess_trust, loss_parameters
 
 HINTS = {

@@ -14,13 +14,12 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from align.api.words import python_words
 from align.commands.evaluate import compare_written, win_sentence
 from align.commands.evaluation_tables import Written, completions_table, write_completions
 from align.data.messages import as_messages
 from align.data.readers import Row
 from align.data.validation import RowReader
-from align.errors import ConfigError, DataError, ModelError, listed
+from align.errors import ConfigError, DataError, ModelError, listed, python_words
 from align.evaluation.policies import NAME, REFERENCE, Policy
 from align.generation.types import Sampling
 from align.io.hashing import digest

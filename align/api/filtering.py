@@ -13,12 +13,11 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from pydantic import ValidationError
 
-from align.api.pair_tables import NAME, pairs_from_dataset
-from align.api.words import python_words
 from align.config import FilterSection, nearest
+from align.data.in_memory import NAME, pairs_from_dataset
 from align.data.pairs import fingerprint
 from align.data.training_pairs import report_in_sample
-from align.errors import ConfigError, DataError, listed
+from align.errors import ConfigError, DataError, listed, python_words
 from align.filtering import filter_pairs as filtering
 from align.filtering.options import check_options
 from align.filtering.rules import RULES

@@ -7,11 +7,10 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from align.api.pair_tables import pairs_from_dataset
-from align.api.words import python_words
+from align.data.in_memory import pairs_from_dataset
 from align.entanglement import measure_pairs
 from align.entanglement.measure import load_measured
-from align.errors import ConfigError
+from align.errors import ConfigError, python_words
 from align.losses.registry import BoundLoss
 from align.models.loading import load_tokenizer
 from align.models.tokenization import MAX_LENGTH

@@ -1,15 +1,83 @@
-"""Tables of pairs that are in memory: a Dataset, a list of dictionaries or a DataFrame -> numbered rows."""
+"""Tables in memory (a Dataset, a list of dictionaries, a DataFrame) -> the checked pair table, as files give it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from pydantic import ValidationError
 
+from align.config import PairsSection
 from align.data.messages import without_nulls
-from align.data.readers import Row, numbered_rows
-from align.errors import DataError
+from align.data.pairs import check_rows, unused_columns
+from align.data.readers import Row, numbered_rows, read_table
+from align.data.validation import Problem
+from align.errors import DataError, listed, python_words
+from align.io.console import log
+
+NAME = "pairs"
+"""What messages call the table."""
+HINTS = {"data-column": 'name it: columns={"chosen": "preferred"}', "data-empty": "give one pair per row"}
+
+
+def pairs_from_dataset(ds: Any, *, columns: Mapping[str, str] | None = None) -> Dataset:
+    """Check a table of preference pairs and bring it into the form that everything here takes.
+
+    The result is what reading the same rows from a file gives: trl's explicit-prompt format, plain or conversational,
+    with ``id``, ``prompt``, ``chosen``, ``rejected`` and those columns of ``align.config.columns`` that the table has.
+    A prompt that is only the shared beginning of both responses is cut off from them. ``margin`` is filled in from
+    ``reward_chosen`` and ``reward_rejected``. The order of the rows stays. A second call changes nothing.
+
+    Args:
+        ds: ``datasets.Dataset``, list of dictionaries or ``pandas.DataFrame``; one pair per row.
+        columns: name in the pair table -> name in ``ds``, for example ``{"chosen": "preferred"}``.
+
+    Returns:
+        N pairs. ``id`` is the row's own as a string, else a hash of the three texts, the same whatever the container.
+
+    Raises:
+        DataError: ``ds`` is no such table, has no rows or lacks a column; or rows cannot be used, all of which are
+            counted and the first 20 named, from row 0.
+    """
+    return checked_table(ds, NAME, columns=columns)
+
+
+def checked_table(ds: Any, name: str, *, columns: Mapping[str, str] | None = None) -> Dataset:
+    """``pairs_from_dataset`` for an argument of another name.
+
+    Raises:
+        DataError: see there.
+    """
+    with python_words(HINTS):
+        rows, names = read_table(memory_rows(ds, name), _section(name, columns))
+    checked = check_rows(rows, names, name)
+    if checked.problems:
+        raise _unusable(name, checked.problems, len(checked.invalid), len(rows))
+    unused = unused_columns(names)
+    if unused:
+        log.info("%s: columns that are not used: %s", name, ", ".join(unused))
+    return checked.pairs
+
+
+def _section(name: str, columns: Mapping[str, str] | None) -> PairsSection:
+    try:
+        return PairsSection(path=name, columns=dict(columns or {}))
+    except ValidationError as error:
+        reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+        raise DataError(f"columns: {reason}", code="data-column") from None
+
+
+def _unusable(name: str, problems: Sequence[Problem], count: int, total: int) -> DataError:
+    lines = [
+        f"row {problem.row}, {problem.column}: found {problem.found}, expected {problem.expected}"
+        for problem in problems
+    ]
+    return DataError(
+        f"{name}: {count} of {total} rows cannot be used (the first row is row 0):\n{listed(lines)}",
+        code=problems[0].code,
+        hint="fix these rows, or leave them out: ds.select(...)",
+    )
 
 
 def memory_rows(table: Any, name: str) -> Iterator[Row]:
