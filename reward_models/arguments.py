@@ -1,7 +1,7 @@
 """RewardConfig: the arguments of RewardTrainer; trl's, and those of the objective."""
 
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import trl
@@ -26,19 +26,26 @@ class RewardConfig(trl.RewardConfig):
     """trl's RewardConfig with the parameters of the objective.
 
     Every field of trl's keeps its meaning, but ``max_length``: a longer text is truncated on the right, as scoring
-    truncates it, where trl drops the pair. On a machine without a GPU ``bf16`` and pinned memory are off by default.
+    truncates it, where trl drops the pair. On a machine without a GPU ``bf16`` is off by default.
 
     Raises:
         ConfigError: a section has an unknown key or a wrong value, or a field is set that has no effect here.
     """
 
-    objective_kwargs: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Parameters of the objective; the others keep their defaults."}
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *trl.RewardConfig._VALID_DICT_FIELDS,
+        "objective_kwargs",
+        "tilt",
+        "sharpness",
+    ]
+
+    objective_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Parameters of the objective; the others keep their defaults."}
     )
-    tilt: dict[str, Any] | None = field(
+    tilt: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Weights of the pairs from their losses: fields of the section `reward.tilt`."}
     )
-    sharpness: dict[str, Any] | None = field(
+    sharpness: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Penalty on sharp margins: fields of the section `reward.sharpness`."}
     )
     async_checkpoints: bool = field(
@@ -46,10 +53,8 @@ class RewardConfig(trl.RewardConfig):
     )
 
     def __post_init__(self) -> None:
-        if not torch.cuda.is_available():
-            if getattr(self, "bf16", None) is None:
-                self.bf16 = WITHOUT_GPU["bf16"]
-            self.dataloader_pin_memory = WITHOUT_GPU["dataloader_pin_memory"]
+        if getattr(self, "bf16", None) is None and not torch.cuda.is_available():
+            self.bf16 = WITHOUT_GPU["bf16"]
         super().__post_init__()
         check_config(self)
         read_section(TiltSection, self.tilt, "tilt")
@@ -71,7 +76,7 @@ def check_config(args: trl.RewardConfig) -> None:
         raise ConfigError(listed(problems), code="trainer-key")
 
 
-def read_section(kind: type[S], values: dict[str, Any] | S | None, name: str) -> S | None:
+def read_section(kind: type[S], values: Any, name: str) -> S | None:
     """A section of the configuration from its fields; None for None.
 
     Raises:

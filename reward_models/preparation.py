@@ -121,7 +121,7 @@ class TrainerInputs:
         """
         args, peft_config = as_reward_config(args, _name(model)), with_head(peft_config)
         with python_words():
-            bound = bind_objective(objective, getattr(args, "objective_kwargs", {}))
+            bound = bind_objective(objective, getattr(args, "objective_kwargs", None) or {})
             if train_dataset is None:
                 raise DataError("train_dataset: found None, expected pairs", code="data-type")
             if is_tokenized(train_dataset):

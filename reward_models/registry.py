@@ -155,8 +155,12 @@ def own_objective(function: Callable[..., Tensor], parameters: Mapping[str, Any]
             pair with a gradient.
     """
     name = getattr(function, "__name__", type(function).__name__)
-    found = list(inspect.signature(function).parameters.values())[2:]
-    columns = tuple(one.name for one in found if one.default is one.empty and one.kind not in (one.VAR_KEYWORD,))
+    try:
+        found = list(inspect.signature(function).parameters.values())[2:]
+    except ValueError:
+        found = []  # a function of C without a signature: rewards alone
+    found = [one for one in found if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    columns = tuple(one.name for one in found if one.default is one.empty)
     known = [*NUMBERS, *NAMES]
     if odd := [column for column in columns if column not in known]:
         raise ConfigError(

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from transformers.trainer_callback import TrainerState
 
-from align.config.columns import SCORES, SPREAD
 from align.data.in_memory import pairs_from_dataset
 from align.data.messages import as_messages
 from align.data.training_pairs import margin_sources, report_in_sample, with_source
@@ -91,13 +90,7 @@ class RewardModel:
         models = [str(model) for model in members(self.name)]
         with python_words():
             check_pairs_of(table, models, trust_remote_code=self.options.trust_remote_code)
-            starts = range(0, len(table), SHARD)
-            parts = [self._scorer.score_pairs(table.select(_part(table, start))) for start in starts]
-        columns = [*SCORES, *([SPREAD] if len(models) > 1 else [])]
-        kept = [name for name in table.column_names if name not in (*SCORES, SPREAD)]
-        scored = concatenate_datasets(
-            [table.select_columns(kept), concatenate_datasets([part.select_columns(columns) for part in parts])], axis=1
-        )
+            scored = self._scorer.score_pairs(table, shard=SHARD)
         scored = with_source(scored, margin_sources(models, table))
         report_in_sample(scored, "score_pairs")
         return scored
@@ -154,10 +147,6 @@ def finished(path: str) -> str:
         )
     log.info("%s: the model of its last checkpoint, %s", path, last)
     return str(last)
-
-
-def _part(table: Dataset, start: int) -> range:
-    return range(start, min(start + SHARD, len(table)))
 
 
 def _texts(name: str, values: Any) -> list[Any]:

@@ -165,21 +165,30 @@ def _checked_prompts(prompts: Any) -> list[Any]:
     if not rows:
         raise DataError("prompts: holds no prompt", code="data-empty")
     reader = RowReader("prompts", {"prompt"})
-    problems = [problem for row in rows for problem in reader.text(row, "prompt")]
-    if problems:
-        lines = [f"prompts[{item.row}]: found {item.found}, expected {item.expected}" for item in problems]
+    lines = [f"prompts[{row.number}]: {wrong}" for row in rows if (wrong := _wrong(reader, row)) is not None]
+    if lines:
         raise DataError(
-            f"prompts: {len(problems)} of {len(rows)} cannot be used:\n{listed(lines)}",
+            f"prompts: {len(lines)} of {len(rows)} cannot be used:\n{listed(lines)}",
             code="prompt-row",
             hint="give text, or messages [{role: ..., content: ...}]",
         )
     return [row.values["prompt"] for row in rows]
 
 
+def _wrong(reader: RowReader, row: Row) -> str | None:
+    """What is wrong with a prompt; None if it is valid."""
+    for item in reader.text(row, "prompt"):
+        return f"found {item.found}, expected {item.expected}"
+    prompt = row.values["prompt"]
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        return "found a last message by assistant, expected one by user or tool"
+    return None
+
+
 def _named(a: Any, b: Any) -> tuple[tuple[Policy, Any], tuple[Policy, Any]]:
     """Both policies, each with the model if it is loaded; the model of a loaded policy's ``Policy`` is empty."""
     for name, policy in (("a", a), ("b", b)):
-        if not isinstance(policy, str | Path | nn.Module) or not str(policy):
+        if not isinstance(policy, str | Path | nn.Module) or policy == "":
             raise ConfigError(
                 f"{name}: found {policy!r}, expected a model's folder, hub id or a loaded model", code="eval-policy"
             )

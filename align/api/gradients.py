@@ -1,8 +1,10 @@
 """``measure_entanglement``: how the gradients of the two responses of each pair interact."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +13,7 @@ from align.data.in_memory import pairs_from_dataset
 from align.entanglement import measure_pairs
 from align.entanglement.measure import load_measured
 from align.errors import ConfigError, python_words
+from align.io.console import log
 from align.losses.registry import BoundLoss
 from align.models.loading import load_tokenizer
 from align.models.tokenization import MAX_LENGTH
@@ -39,9 +42,9 @@ def measure_entanglement(
     parameters (arXiv 2410.13828). `align entangle report` measures the same.
 
     Args:
-        model: causal language model, with its adapter if it has one; or a folder or hub id, which is loaded in float32.
-            The reference of the loss is the model with its adapter off, or the model itself. Weights, gradients and
-            mode of a loaded model stay as they are.
+        model: causal language model, with its adapter if it has one; or a folder or hub id. The reference of the loss
+            is the model with its adapter off, or the model itself. Weights, gradients and mode of a loaded model stay
+            as they are. Everything is computed in float32: of a model in 16 bits a copy is made.
         tokenizer: the model's, or its folder or hub id; None: that of ``model``, if it is a folder or hub id.
         pairs: what ``pairs_from_dataset`` takes, with ``margin`` where the loss needs one.
         loss: a name of ``align.LOSSES`` with its default parameters, or a bound loss; not beta_dpo.
@@ -70,13 +73,25 @@ def measure_entanglement(
             raise ConfigError(f"max_length: found {max_length!r}, expected at least 2 tokens", code="config-option")
         bound = measure_pairs.checked_loss(loss, table)
         found = measure_pairs.measure_entanglement(
-            load_measured(str(model)) if isinstance(model, str | Path) else model,
+            load_measured(str(model)) if isinstance(model, str | Path) else _in_float32(model),
             _tokenizer(tokenizer, model),
             table,
             loss=bound,
             max_length=max_length,
         )
     return found.rename_columns(NAMES)
+
+
+def _in_float32(model: nn.Module) -> nn.Module:
+    """The model, or a copy in float32 if it has weights in 16 bits, whose products would be too inexact for verdicts.
+
+    A quantized model stays as it is; what of it can be measured, its adapter, is checked later.
+    """
+    sixteen = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters())
+    if not sixteen or getattr(model, "is_quantized", False):
+        return model
+    log.info("measure_entanglement: the model has 16-bit weights; a copy in float32 is measured")
+    return copy.deepcopy(model).float()
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase | str | None, model: str | Path | nn.Module) -> Any:

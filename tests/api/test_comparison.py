@@ -124,6 +124,7 @@ class Broken:
         ({"prompts": "the film"}, "data-type", "prompts: found a str"),
         ({"prompts": ["the film", "", None]}, "prompt-row", "prompts[1]: found empty text"),
         ({"prompts": [[{"role": "usr", "content": "x"}]]}, "prompt-row", "prompts[0]: found role 'usr'"),
+        ({"prompts": [[{"role": "assistant", "content": "x"}]]}, "prompt-row", "found a last message by assistant"),
         ({"n": 0}, "config-option", "n: found 0"),
         ({"max_new_tokens": 1.5}, "config-option", "max_new_tokens: found 1.5"),
         ({"temperature": -1.0}, "config-option", "temperature: found -1.0"),

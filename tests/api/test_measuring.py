@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -44,6 +45,15 @@ def test_entanglement_is_that_of_the_job(tiny_policy: Path) -> None:
             row["d_w"] * row["chosen_sq"] - row["d_l"] * row["inner"], rel=1e-6
         )
         assert row["verdict"] == "undecided" or row["entangled"] == (row["verdict"] not in ("separated", "no signal"))
+
+
+def test_a_model_in_16_bits_is_measured_in_float32(tiny_policy: Path) -> None:
+    """As `from_pretrained` loads most models of the hub; its own products would be wrong in the third digit."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype="bfloat16")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    found = measure_entanglement(model, tokenizer, rows(4))
+    assert model.dtype == torch.bfloat16
+    assert found.to_list() == measure_entanglement(model.float(), tokenizer, rows(4)).to_list()
 
 
 @pytest.mark.parametrize(

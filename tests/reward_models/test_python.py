@@ -12,7 +12,7 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
 from align.commands.score import score_pairs
 from align.config import ObjectiveSection, PairsSection, RewardSection
@@ -176,6 +176,14 @@ def test_arguments_are_refused_when_they_are_made(fields: dict[str, Any], code: 
     with pytest.raises(AlignError) as caught:
         RewardConfig("out", **fields)
     assert caught.value.code == code and words in str(caught.value)
+
+
+def test_arguments_are_read_from_a_command_line() -> None:
+    """As those of trl are: dictionaries are JSON; bf16 is off where there is no GPU, and stays as it is given."""
+    line = ["--output_dir", "out", "--objective_kwargs", '{"scale": 0.5}', "--tilt", '{"kind": "up"}']
+    (found,) = HfArgumentParser(RewardConfig).parse_args_into_dataclasses(line)
+    assert found.objective_kwargs == {"scale": 0.5} and found.tilt == {"kind": "up"}
+    assert found.bf16 is torch.cuda.is_available() and RewardConfig("out", bf16=True, use_cpu=True).bf16 is True
 
 
 def test_sections_of_the_arguments_reach_the_step(backbone: Path, tmp_path: Path) -> None:
