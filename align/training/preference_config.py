@@ -5,6 +5,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
 from align.distributed import world_size
@@ -29,6 +30,7 @@ UNUSED_FIELDS: dict[str, str] = dict.fromkeys(
 class PreferenceConfig(DPOConfig):
     """Arguments of ``PreferenceTrainer``: every field of ``trl.DPOConfig``, with its meaning, and those below.
 
+    Without a GPU for it ``bf16`` is off unless ``use_cpu`` or ``bf16`` is set, where trl's default could not be made.
     A field of DPOConfig that only trl's own losses read is refused by name if it is set; ``loss_type`` and
     ``label_smoothing`` are taken where they name a loss of ``align.LOSSES`` and its parameter.
 
@@ -60,8 +62,8 @@ class PreferenceConfig(DPOConfig):
         default=None, metadata={"help": "Pull to the reference; default: that of the loss in `align.LOSSES`."}
     )
     loss: str = field(default="dpo", metadata={"help": "Name of the loss in `align.LOSSES`."})
-    loss_kwargs: dict[str, Any] | str = field(
-        default_factory=dict, metadata={"help": "Parameters of the loss; the others keep their defaults."}
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Parameters of the loss; the others keep their defaults."}
     )
     layout: str = field(default="auto", metadata={"help": "How log-probs are computed.", "choices": list(LAYOUTS)})
     max_tokens_per_device: int | None = field(
@@ -87,6 +89,8 @@ class PreferenceConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.bf16 is None and not self.use_cpu and not is_torch_bf16_gpu_available():
+            self.bf16: bool | None = False  # trl's default asks for a GPU here and refuses to be made
         with python_words():
             self._share_pairs()
             super().__post_init__()
