@@ -30,7 +30,19 @@ _NAMES = {
     "pairs_from_dataset": "align.api",
 }
 """Public name -> module that defines it."""
-__all__ = [*_NAMES, "__version__"]  # noqa: PLE0604, RUF100  names of strings
+__all__ = [
+    "LOSSES",
+    "AlignError",
+    "PairLogps",
+    "PreferenceConfig",
+    "PreferenceTrainer",
+    "advise",
+    "compare_policies",
+    "filter_pairs",
+    "measure_entanglement",
+    "measure_trust",
+    "pairs_from_dataset",
+]
 
 
 def __getattr__(name: str) -> Any:
