@@ -78,7 +78,7 @@ def _train_full(train: Dataset, config: RewardSection, output: Path, checkpoints
     model, tokenizer = _load(config)
     max_length = fitting_length(model, config.max_length)
     texts = pair_texts(train, tokenizer, max_length, text_pair=getattr(model.config, TEXT_PAIR, False))
-    kept = told_apart(texts.alike, max_length)
+    kept = told_apart(train, texts.alike, max_length)
     if len(kept) < len(train):
         train, texts = train.select(kept), texts.of(kept)
         columns = objective_columns(train, objective)

@@ -65,6 +65,7 @@ def test_named_cases() -> None:
     verdicts = changes(*columns).verdicts()
     assert verdicts == list(expected)
     assert shares(verdicts)["both fall"] == pytest.approx(1 / 6) and sum(shares(verdicts).values()) == pytest.approx(1)
+    assert shares(["both fall"])["both fall"] == 1.0 and set(shares([]).values()) == {0.0}
     room = slack(*columns).tolist()
     assert room[2] == math.inf and math.isnan(room[5])
 
@@ -89,6 +90,8 @@ def test_loss_weights_are_the_derivatives(name: str) -> None:
     assert torch.allclose(d_l, (up - down) / (2 * step), atol=1e-6)
     if name in {"dpo", "madpo", "odpo", "cdpo"}:
         assert torch.allclose(d_w, d_l)
+    plain = loss_weights(loss, PairLogps(*columns, *lengths), margin)
+    assert torch.allclose(weight * plain[0], d_w) and torch.allclose(weight * plain[1], d_l)
 
 
 def test_a_sign_within_noise_is_undecided_on_either_side() -> None:

@@ -273,8 +273,18 @@ def test_odpo_gives_a_margin_of_0_no_offset() -> None:
     for log_offset in (True, False):
         found = resolve("odpo", {"log_offset": log_offset})(logps, torch.zeros(2, dtype=torch.float64))
         assert torch.equal(found, plain)
-    logarithm = resolve("odpo", {"log_offset": True})
+    logarithm = resolve("odpo", {"log_offset": True, "alpha": 1.0})
     assert torch.equal(logarithm(logps, torch.tensor([-3.0, 1.0], dtype=torch.float64)), plain)
+    half = torch.full((2,), 0.5, dtype=torch.float64)
+    expected = [math.log1p(math.exp(-0.1 * gap + math.log(0.5))) for gap in (3.0, -0.5)]
+    assert logarithm(logps, half).tolist() == pytest.approx(expected)
+
+
+def test_dpop_by_hand() -> None:
+    """A chosen response that has fallen by 1 nat costs ``penalty`` nats of the gap; one that has risen costs none."""
+    found = resolve("dpop", {"beta": 0.5, "penalty": 3.0})(make([(-1.0, -2.5), (1.0, -0.5)]))
+    expected = [math.log1p(math.exp(-0.5 * (1.5 - 3.0))), math.log1p(math.exp(-0.5 * 1.5))]
+    assert found.tolist() == pytest.approx(expected)
 
 
 def test_responses_of_one_token() -> None:
