@@ -34,7 +34,7 @@ def generate(
     write: Annotated[str, typer.Option("--format", help="parquet or jsonl.")] = "parquet",
     column: Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. prompt=question.")] = None,
     split: Split = "train",
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first LIMIT prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use a fair sample of LIMIT prompts.")] = None,
     cluster: Cluster = None,
 ) -> None:
     """Complete every prompt; a stopped run resumes after the prompts that are finished."""

@@ -1,6 +1,5 @@
 """The work of `align entangle report`, `trace` and `check`."""
 
-import hashlib
 import json
 import math
 import shlex
@@ -16,6 +15,7 @@ from torch import nn
 
 from align.config import ClusterSection, PairsSection
 from align.data.pairs import fingerprint, load_pairs, read_pairs
+from align.data.sampling import fair_sample, report_sample
 from align.data.statistics import missing_values
 from align.distributed import process_rank
 from align.entanglement.check import check_predictions
@@ -258,9 +258,10 @@ def _measure(
 
 
 def _sample(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset:
-    """``limit`` pairs in the order of a hash of their ids: a fair sample that does not depend on the file's order.
+    """A fair sample of ``limit`` pairs.
 
-    Ids often begin with a source or a date, so their own order is not fair.
+    Raises:
+        DataError: the loss needs a margin that a pair lacks.
     """
     lacking = missing_values(pairs, "margin") if "margin" in pairs.column_names else range(len(pairs))
     if loss.spec.needs_margin and len(lacking):
@@ -271,9 +272,9 @@ def _sample(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset
             code="loss-needs-margin",
             hint="run `align reward score` first, or measure with --loss dpo",
         )
-    names = [str(name) for name in pairs["id"]]
-    order = sorted(range(len(pairs)), key=lambda k: hashlib.sha256(names[k].encode()).digest())[:limit]
-    return pairs.select(sorted(order))
+    drawn, total = fair_sample(map(str, pairs["id"]), limit)
+    report_sample(source, len(drawn), total, "pairs")
+    return pairs.select(drawn)
 
 
 def _tokenized(pairs: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset, list[str]]:

@@ -21,8 +21,7 @@ import numpy as np
 from datasets import Dataset, List, Value
 
 from align.config import ClusterSection
-from align.data.prompts import load_prompts
-from align.errors import DataError, ModelError
+from align.errors import ModelError
 from align.evaluation.policies import Policy
 from align.generation.engines import choose_engine
 from align.generation.sampling_job import KL_BATCH_TOKENS, SamplingJob, completions_of, sample_prompts
@@ -65,18 +64,6 @@ class Written:
     def answers(self) -> list[Any]:
         """The completions in the form of their prompts: text, or one assistant message."""
         return [as_completion(prompt, text) for prompt, text in zip(self.prompts, self.table["text"], strict=True)]
-
-
-def read_prompts(path: str, limit: int | None) -> list[Any]:
-    """The first ``limit`` prompts of a file, a folder of Parquet files or a pattern, local or in an object store.
-
-    Raises:
-        DataError: the file is missing, malformed or empty.
-    """
-    prompts = load_prompts(path)[:limit]
-    if not prompts:
-        raise DataError(f"{path}: holds no prompt", code="data-empty", hint='one {"prompt": ...} per line')
-    return prompts
 
 
 def write_completions(

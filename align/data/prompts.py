@@ -7,6 +7,7 @@ from typing import Any
 from align.config import PairsSection
 from align.config.columns import TEMPLATE_COLUMNS
 from align.data.readers import Row, read_files, read_rows
+from align.data.sampling import fair_sample, report_sample
 from align.data.seen_ids import SeenIds, content_id
 from align.data.validation import ROLES, RowReader, may_be_empty, odd_character
 from align.errors import DataError, listed
@@ -28,7 +29,7 @@ def read_prompts(source: PairsSection) -> list[PromptRow]:
     """The ``prompt`` of every row of a JSONL, CSV or Parquet file, a saved dataset or a hub dataset.
 
     ``id`` is the row's own, or a hash of the prompt (see ``content_id``). Columns other than ``id``, ``prompt`` and
-    ``group`` are not read, so a pair table is a valid source.
+    ``group`` are not read, so a pair table is a valid source. With ``source.limit``, a fair sample of the rows.
 
     Raises:
         DataError: the source cannot be read, or rows have no valid prompt (the first 20 and a count).
@@ -41,7 +42,7 @@ def read_prompts(source: PairsSection) -> list[PromptRow]:
     problems: list[str] = []
     prompts: list[PromptRow] = []
     seen = SeenIds()
-    for row in rows[: source.limit]:
+    for row in rows:
         problem = row.unreadable or _wrong(row.values.get(renamed))
         if not problem and prompts and isinstance(prompts[0].prompt, str) != isinstance(row.values[renamed], str):
             problem = "found both text and messages, expected one kind per file"
@@ -60,7 +61,11 @@ def read_prompts(source: PairsSection) -> list[PromptRow]:
             code="prompt-row",
             hint='expected {"prompt": text or messages} per row; name another column with --column prompt=NAME',
         )
-    return prompts
+    if source.limit is None:
+        return prompts
+    drawn, total = fair_sample((row.id for row in prompts), source.limit)
+    report_sample(source.path, len(drawn), total, "prompts")
+    return [prompts[k] for k in drawn]
 
 
 def _wrong(prompt: Any) -> str:
@@ -113,3 +118,21 @@ def load_prompts(source: str) -> list[Any]:
     if not rows:
         raise DataError(f"{source}: holds no rows", code="data-empty", hint="expected one prompt per row")
     return [row.values["prompt"] for row in rows]
+
+
+def sample_prompts(source: str, limit: int | None) -> tuple[list[Any], int]:
+    """A fair sample of at most ``limit`` prompts of ``load_prompts``, and how many there are; None: all of them.
+
+    Raises:
+        DataError: see ``load_prompts``.
+    """
+    prompts = load_prompts(source)
+    if limit is None:
+        return prompts, len(prompts)
+    seen, names = SeenIds(), []
+    for number, prompt in enumerate(prompts, 1):
+        names.append(content_id(prompt, seen))
+        seen.add(names[-1], number)
+    drawn, total = fair_sample(names, limit)
+    report_sample(source, len(drawn), total, "prompts")
+    return [prompts[k] for k in drawn], total

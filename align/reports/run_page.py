@@ -65,7 +65,7 @@ def _plots(report: dict[str, Any]) -> dict[str, Any]:
                 if policy["kl"] or key == "reference"
             },
             x_title="KL to the reference (nats per completion)",
-            y_title="gold reward",
+            y_title="judge's reward",
         )
     return made
 

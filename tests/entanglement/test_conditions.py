@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align.entanglement.conditions import changes, loss_weights, shares, slack
+from align.entanglement.conditions import Changes, changes, loss_weights, shares, slack
 from align.losses.pairwise import PairLogps
 from align.losses.registry import LOSSES, resolve
 
@@ -65,6 +65,7 @@ def test_named_cases() -> None:
     verdicts = changes(*columns).verdicts()
     assert verdicts == list(expected)
     assert shares(verdicts)["both fall"] == pytest.approx(1 / 6) and sum(shares(verdicts).values()) == pytest.approx(1)
+    assert shares(["both fall"])["both fall"] == 1.0 and set(shares([]).values()) == {0.0}
     room = slack(*columns).tolist()
     assert room[2] == math.inf and math.isnan(room[5])
 
@@ -89,3 +90,16 @@ def test_loss_weights_are_the_derivatives(name: str) -> None:
     assert torch.allclose(d_l, (up - down) / (2 * step), atol=1e-6)
     if name in {"dpo", "madpo", "odpo", "cdpo"}:
         assert torch.allclose(d_w, d_l)
+    plain = loss_weights(loss, PairLogps(*columns, *lengths), margin)
+    assert torch.allclose(weight * plain[0], d_w) and torch.allclose(weight * plain[1], d_l)
+
+
+def test_a_sign_within_noise_is_undecided_on_either_side() -> None:
+    """One of the two signs is enough; a change of 1e-4 of its terms is decided, one of 1e-6 is not."""
+    large, small, noise = (torch.tensor([value], dtype=torch.float64) for value in (1.0, 1e-9, 1e-6))
+    assert Changes(large, small, noise, noise).verdicts() == ["undecided"]
+    assert Changes(small, -large, noise, noise).verdicts() == ["undecided"]
+    assert Changes(large, -large, noise, noise).verdicts() == ["separated"]
+    one = torch.ones(1, dtype=torch.float64)
+    for inner, expected in ((1 - 1e-4, "separated"), (1 - 1e-6, "undecided")):
+        assert changes(one, one, inner * one, one, one).verdicts() == [expected]

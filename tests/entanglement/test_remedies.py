@@ -3,6 +3,7 @@
 import math
 from dataclasses import astuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,6 +80,15 @@ def test_hold_batch_includes_the_pull_of_other_pairs() -> None:
     stacked = torch.cat([gw, gl])
     together = hold_batch(stacked @ stacked.T, d, d, keep=0.0)[1]
     assert together.tolist() == pytest.approx([1.0, 1 / 3])
+
+
+def test_hold_batch_leaves_out_rejected_gradients_where_no_factors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A linear program that fails must not let every rejected gradient through."""
+    monkeypatch.setattr("align.entanglement.remedies.linprog", lambda *args, **options: SimpleNamespace(success=False))
+    gw, gl = torch.eye(2, 4, dtype=torch.float64), torch.tensor([[0.0, 0, 1, 0], [3.0, 0, 0, 1]], dtype=torch.float64)
+    d, stacked = torch.ones(2, dtype=torch.float64), torch.cat([gw, gl])
+    a_w, a_l = hold_batch(stacked @ stacked.T, d, d, keep=0.0)
+    assert a_w.tolist() == [1.0, 1.0] and a_l.tolist() == [0.0, 0.0]
 
 
 @given(SEED, POSITIVE, POSITIVE)
