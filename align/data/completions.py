@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config import PairsSection
+from align.config.columns import FINISH_REASONS
 from align.data.readers import Row, read_rows
 from align.data.validation import RowReader
 from align.errors import DataError, listed
@@ -23,6 +24,12 @@ class Candidate:
     completion: Any
     row: dict[str, Any]
     """All columns of its row."""
+
+    @property
+    def finish_reason(self) -> str | None:
+        """One of ``FINISH_REASONS``; None if the row does not give it."""
+        found = self.row.get("finish_reason")
+        return None if found is None else str(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,4 +96,7 @@ def _wrong(row: Row, reader: RowReader) -> str:
     sample = row.values.get("sample")
     if sample is not None and not (isinstance(sample, int | str) and str(sample).isdecimal()):
         return f"sample: found {sample!r}, expected a number from 0 up"
+    reason = row.values.get("finish_reason")
+    if reason is not None and reason not in FINISH_REASONS:
+        return f"finish_reason: found {reason!r}, expected {' or '.join(FINISH_REASONS)}"
     return ""

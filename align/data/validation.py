@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, RESPONSES, SCORES, TEMPLATE_COLUMNS, TEXT
+from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, RESPONSES, SCORES, TEMPLATE_COLUMNS, TEXT, VALUES
 from align.data.implicit_prompt import split_prompt, with_text_prompt, without_prompt
 from align.data.messages import unparsed
 from align.data.readers import Row
@@ -79,6 +79,8 @@ class RowReader:
             pair["margin"] = rewards[0] - rewards[1]
         for name in NAMES:
             pair[name] = None if values.get(name) is None else str(values[name])
+            if pair[name] is not None and name in VALUES and pair[name] not in VALUES[name]:
+                problems.append(self._problem(row, name, "pair-value", repr(values[name]), " or ".join(VALUES[name])))
         pair["id"] = values.get("id")
         return pair, problems
 

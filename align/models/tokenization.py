@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from align.config.columns import ID_COLUMNS, RESPONSES
+from align.config.columns import CUT_OFF, FINISH_COLUMNS, ID_COLUMNS, RESPONSES
 from align.errors import DataError, ModelError
 from align.io.console import log
 from align.models.chat_template import template_settings, templated
@@ -149,7 +149,8 @@ def encode_pair(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     """Token ids of a pair as trl.DPOTrainer makes them: a plain response ends in the end-of-sequence token.
 
     Other than there, a tokenizer adds nothing after a text, so a response ends once, and nothing before a text that
-    begins with it already.
+    begins with it already. A response that the limit of tokens cut off (``FINISH_COLUMNS``) has no end: neither the
+    end-of-sequence token nor what the chat template writes after a message, which the model has not written.
 
     The prompt ends where the tokens of prompt and response differ from those of the prompt alone. Its last tokens are
     ``unused`` if the tokenizer merges them with a response, or if the template ends a prompt without one differently.
@@ -167,13 +168,22 @@ def encode_pair(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     both = []
     for side in RESPONSES:
         whole = pair["prompt"] + pair[side]
+        cut_off = is_cut_off(pair, side)
         if isinstance(whole, str):
             eos = _eos_token(tokenizer)
-            both.append(_encode_texts([whole if pair[side].endswith(eos) else whole + eos], tokenizer)[0])
+            ended = cut_off or pair[side].endswith(eos)
+            both.append(_encode_texts([whole if ended else whole + eos], tokenizer)[0])
         else:
-            both.append(templated(whole, tokenizer, generation_prompt=False, row=row, settings=settings))
+            both.append(
+                templated(whole, tokenizer, generation_prompt=False, row=row, settings=settings, cut_off=cut_off)
+            )
     start = min(_shared_length(prompt, ids) for ids in both)
     return PairIds(prompt[:start], both[0][start:], both[1][start:], prompt[start:])
+
+
+def is_cut_off(pair: Mapping[str, Any], side: str) -> bool:
+    """Whether the limit of tokens ended a response of a pair; ``side`` is chosen or rejected."""
+    return pair.get(FINISH_COLUMNS[side]) == CUT_OFF
 
 
 def pair_name(pair: Mapping[str, Any]) -> str:
@@ -224,6 +234,7 @@ def encode_table(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, *, processe
         ModelError, DataError: see ``encode_pair``.
     """
     warned = False
+    _log_cut_off(pairs)
 
     def encode(pair: Mapping[str, Any]) -> dict[str, list[int]]:
         nonlocal warned
@@ -235,6 +246,15 @@ def encode_table(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, *, processe
         return dict(zip(ID_COLUMNS, ids, strict=True))
 
     return pairs.map(encode, desc="tokenizing pairs", num_proc=processes)
+
+
+def _log_cut_off(pairs: Dataset) -> None:
+    """Log how many responses were cut off, if any."""
+    found = [name for name in FINISH_COLUMNS.values() if name in pairs.column_names]
+    count = sum(value == CUT_OFF for name in found for value in pairs[name])
+    if count:
+        log.info("%d of %d responses were cut off by a limit of tokens: they have no end-of-sequence token",
+                 count, 2 * len(pairs))  # fmt: skip
 
 
 def collate(

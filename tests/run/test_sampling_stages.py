@@ -127,3 +127,19 @@ def test_a_stopped_stage_repeats_no_finished_part(
     for name in ("prompt", "text", "tokens"):
         assert tables[0][name] == tables[1][name]
     assert tables[0]["logp_policy"] == pytest.approx(tables[1]["logp_policy"], abs=1e-5)
+
+
+def test_pairs_say_which_of_their_responses_the_limit_of_tokens_cut_off(config: RunConfig, tmp_path: Path) -> None:
+    assert config.sample is not None and config.train is not None
+    job = SamplingJob(config.train.model, sampling.run_sampling(config, config.sample, 3))
+    groups = completions_of(job.start()(keyed_prompts(PROMPTS)))
+    (tmp_path / "out").mkdir()
+    work_of("sample")(config, tmp_path / "out")
+    pairs = read_pairs(tmp_path / "out" / "train")
+    found = set()
+    for pair in pairs:
+        reasons = {one.text: one.finish_reason for one in groups[int(pair["id"])]}
+        for side in ("chosen", "rejected"):
+            assert pair[f"{side}_finish_reason"] == reasons[pair[side]]
+            found.add(reasons[pair[side]])
+    assert found == {"stop", "length"}
