@@ -11,8 +11,9 @@ import numpy as np
 from scipy.special import expit
 
 from align.commands.generate import find_completions
-from align.config.columns import CUT_OFF, FINISH_COLUMNS
+from align.config.columns import CUT_OFF, FINISH_COLUMNS, TEMPLATE_COLUMNS
 from align.data.completions import Candidate, Group, read_groups
+from align.data.messages import argument_cells, split_arguments
 from align.data.pairs import table_of, write_pairs
 from align.data.statistics import summarize
 from align.data.text import plain
@@ -91,10 +92,10 @@ class Different:
 def build_pairs(completions: str | Path, settings: BuildSettings, output: Path) -> Stage:
     """Write ``pairs.parquet``, ``dropped.jsonl`` (prompts without a pair, with the reason) and ``metrics.json``.
 
-    The columns are those of a pair table with ``reward_chosen``, ``reward_rejected`` and ``margin``; if the
-    completions have ``finish_reason`` also ``chosen_finish_reason`` and ``rejected_finish_reason``; the provenance
-    ``prompt_id``, ``sample_chosen``, ``sample_rejected``, ``scorer``, ``mode``; for a yes-no judge also
-    ``probability_chosen``, ``probability_rejected`` and ``soft_label`` (the sigmoid of the margin).
+    The columns are those of a pair table with ``reward_chosen``, ``reward_rejected`` and ``margin``; ``tools``,
+    ``chat_template_kwargs`` and ``FINISH_COLUMNS`` as the completions have them; the provenance ``prompt_id``,
+    ``sample_chosen``, ``sample_rejected``, ``scorer``, ``mode``; for a yes-no judge also ``probability_chosen``,
+    ``probability_rejected`` and ``soft_label`` (the sigmoid of the margin).
 
     Raises:
         AlignError: the completions or the scorer cannot be used, or no pair is left.
@@ -165,7 +166,7 @@ def _work(groups: list[Different], settings: BuildSettings, folder: Path) -> Non
             hint="sample more completions, or lower the guard",
         )
     table = table_of(pairs, list(pairs[0]), str(folder))
-    optional = ("group", *FINISH_COLUMNS.values())
+    optional = ("group", *TEMPLATE_COLUMNS, *FINISH_COLUMNS.values())
     table = table.remove_columns([name for name in optional if all(row[name] is None for row in pairs)])
     model = settings.scorer.reward_model
     if model is not None:
@@ -235,9 +236,11 @@ def _pairs_of(found: Different, rewards: np.ndarray, settings: BuildSettings) ->
         row: dict[str, Any] = {
             "id": f"{group.id}:{first.sample}-{second.sample}",
             "group": group.group,
-            "prompt": group.prompt,
+            "prompt": split_arguments(group.prompt)[0],
             "chosen": first.completion,
             "rejected": second.completion,
+            **dict.fromkeys(TEMPLATE_COLUMNS),
+            **argument_cells(group.prompt),
             "chosen_finish_reason": first.finish_reason,
             "rejected_finish_reason": second.finish_reason,
             "reward_chosen": float(rewards[best]),

@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class Settings:
     """The cluster whose workers share the prompts; no result depends on it."""
     options: LoadOptions = DEFAULTS
     """How a reward model that judges is loaded and reads texts."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template for all prompts; those of a row come first."""
 
     def __post_init__(self) -> None:
         if self.sampling.engine == "server":
@@ -239,9 +241,13 @@ def _prompts(settings: Settings, policies: Sequence[Policy]) -> list[Any]:
         ModelError, DataError: the prompts or a template cannot be used.
     """
     from align.models.message_checks import check_prompts_of
+    from align.models.template_arguments import report_other_arguments
 
-    prompts = read_prompts(settings.prompts, settings.limit)
-    check_prompts_of(prompts, dict.fromkeys(policy.model for policy in policies))
+    prompts = read_prompts(settings.prompts, settings.limit, settings.chat_template_kwargs)
+    models = dict.fromkeys(policy.model for policy in policies)
+    check_prompts_of(prompts, models)
+    for model in models:
+        report_other_arguments(prompts, model)
     if Path(settings.judge).is_dir():
         check_prompts_of(
             prompts, [settings.judge], answered=True, trust_remote_code=settings.options.trust_remote_code,
@@ -288,6 +294,7 @@ def _run(settings: Settings, policies: Sequence[Policy], prompts: int, started: 
             "seed": sampling.seed,
             "batch_size": sampling.batch_size,
             "engine": sampling.engine,
+            "chat_template_kwargs": dict(settings.chat_template_kwargs),
         },
         "seconds": round(time.monotonic() - started, 1),
     }

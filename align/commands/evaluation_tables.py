@@ -11,7 +11,7 @@ that another verb, another judge or a repeated command reuses it:
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -60,13 +60,15 @@ class Written:
         return [as_completion(prompt, text) for prompt, text in zip(self.prompts, self.table["text"], strict=True)]
 
 
-def read_prompts(path: str, limit: int | None) -> list[Any]:
+def read_prompts(path: str, limit: int | None, kwargs: Mapping[str, Any] | None = None) -> list[Any]:
     """The first ``limit`` prompts of a file, a folder of Parquet files or a pattern, local or in an object store.
+
+    ``kwargs`` are ``chat_template_kwargs`` of every prompt; those of a row come first.
 
     Raises:
         DataError: the file is missing, malformed or empty.
     """
-    prompts = load_prompts(path)[:limit]
+    prompts = load_prompts(path, kwargs)[:limit]
     if not prompts:
         raise DataError(f"{path}: holds no prompt", code="data-empty", hint='one {"prompt": ...} per line')
     return prompts

@@ -78,6 +78,7 @@ RESPONSES = TEXT[1:]
 LOADED = tuple(column.name for column in COLUMNS if column.loaded)
 TEMPLATE_COLUMNS = tuple(column.name for column in COLUMNS if column.kind == "json")
 """Arguments of the chat template for a row, trl's names."""
+TEMPLATE_KWARGS = TEMPLATE_COLUMNS[1]
 OPTIONAL = tuple(column.name for column in COLUMNS if column.loaded and column.kind in ("json", "name", "number"))
 """Columns that a pair table may lack, in the order in which they follow ``id`` and ``TEXT``."""
 NUMBERS = tuple(column.name for column in COLUMNS if column.loaded and column.kind == "number")

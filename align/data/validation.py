@@ -72,7 +72,7 @@ class RowReader:
             pair[name] = number
             problems += problem
         for name in TEMPLATE_COLUMNS:
-            pair[name], problem = self._template_argument(row, name, values.get(name))
+            pair[name], problem = self.template_argument(row, name, values.get(name))
             problems += problem
         rewards = [pair[name] for name in SCORES[:2]]
         if values.get("margin") is None and None not in rewards:
@@ -186,7 +186,7 @@ class RowReader:
             return None, [self._problem(row, name, "pair-number", repr(value), "a number that is not negative")]
         return number, []
 
-    def _template_argument(self, row: Row, name: str, value: Any) -> tuple[str | None, list[Problem]]:
+    def template_argument(self, row: Row, name: str, value: Any) -> tuple[str | None, list[Problem]]:
         """An argument of the chat template as JSON; its source may have it as JSON text."""
         if value is None:
             return None, []

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.config.columns import CUT_OFF, FINISH_COLUMNS, ID_COLUMNS, RESPONSES
+from align.data.messages import split_arguments
 from align.errors import DataError, ModelError
 from align.io.console import log
 from align.models.chat_template import template_settings, templated
@@ -88,11 +89,15 @@ def render(
 ) -> str:
     """Text that a reward model reads: prompt + completion; messages are ``Rendered`` by the chat template.
 
+    Arguments of the template may come with the prompt, see ``with_arguments``.
+
     Raises:
         ModelError, DataError: see ``templated``.
     """
+    prompt, arguments = split_arguments(prompt)
     if isinstance(prompt, str):
         return prompt + completion
+    settings = template_settings(arguments) | dict(settings or {})
     return apply_template([*prompt, *completion], tokenizer, row=row, settings=settings)
 
 
@@ -137,11 +142,15 @@ def encode_prompt(
     """Token ids of a prompt to complete: text with the special tokens that the tokenizer adds before it, messages with
     the generation prompt.
 
+    Arguments of the template may come with the prompt, see ``with_arguments``.
+
     Raises:
         ModelError, DataError: see ``templated``.
     """
+    prompt, arguments = split_arguments(prompt)
     if isinstance(prompt, str):
         return _encode_texts([prompt], tokenizer)[0]
+    settings = template_settings(arguments) | dict(settings or {})
     return list(templated(prompt, tokenizer, generation_prompt=True, row=row, settings=settings))
 
 

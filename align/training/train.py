@@ -23,6 +23,7 @@ from align.losses.margin_weights import MADPO_TAU
 from align.losses.registry import BoundLoss, resolve
 from align.models.folders import ADAPTER
 from align.models.loading import load_policy, load_tokenizer
+from align.models.template_arguments import write_record
 from align.training.adapters import check_adapter
 from align.training.base.arguments import build_lora, refusals
 from align.training.base.checkpoints import OPTIMIZER_SHARDS
@@ -125,6 +126,7 @@ def train_policy(
     with trainer.trained(f"train {method}"):
         _save(trainer, output / MODEL)
         if trainer.is_world_process_zero():
+            write_record(pairs, output / MODEL)
             write_json(output / HISTORY, _history(trainer, method, options, probe))
             _finish_checkpoints(output / CHECKPOINTS, config)
 

@@ -11,6 +11,7 @@ from align.commands.filter import filter_source
 from align.commands.trust import FEATURES, FILE
 from align.config import PairsSection, RewardSection, RunConfig
 from align.config.columns import FINISH_COLUMNS
+from align.data.messages import argument_cells, split_arguments
 from align.data.pairs import FILE as PAIRS_FILE
 from align.data.pairs import load_pairs, read_pairs, table_of, write_pairs
 from align.data.prompts import load_prompts
@@ -109,7 +110,7 @@ def stage_sample(config: RunConfig, folder: Path) -> None:
     With two folds, the model of the labels and that of the margins share no training pair; with more they share some.
     """
     assert config.sample is not None and config.train is not None
-    prompts = load_prompts(config.sample.prompts)
+    prompts = load_prompts(config.sample.prompts, config.sample.chat_template_kwargs)
     job = SamplingJob(config.train.model, run_sampling(config, config.sample, config.sample.num_generations))
     sampled = sample_in_stage(config, prompts, job, folder, what="sampling")
     different = {k: found for k, group in enumerate(completions_of(sampled)) if len(found := _different(group)) > 1}
@@ -160,9 +161,11 @@ def _draw_pairs(config: RunConfig, prompts: list[Any], different: dict[int, list
         sides = {"chosen": group[chosen], "rejected": group[rejected]}
         completions = {side: as_completion(prompts[k], one.text) for side, one in sides.items()}
         ends = {FINISH_COLUMNS[side]: one.finish_reason for side, one in sides.items()}
-        rows.append({"id": str(k), "prompt": prompts[k], **completions, **ends})
+        messages, arguments = split_arguments(prompts[k])[0], argument_cells(prompts[k])
+        rows.append({"id": str(k), "prompt": messages, **completions, **ends, **arguments})
         against += int(values[chosen] < values[rejected])
-    return table_of(rows, list(rows[0]), config.sample.prompts), against
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return table_of(rows, list(columns), config.sample.prompts), against
 
 
 def stage_margins(config: RunConfig, folder: Path) -> None:
