@@ -20,6 +20,7 @@ from align.data.text import plain
 from align.data.training_pairs import margin_sources, report_in_sample, with_source
 from align.errors import ConfigError, DataError
 from align.generation.pair_selection import Guard, Mode, choose_pairs
+from align.generation.types import report_broken
 from align.io.console import log
 from align.io.files import write_json
 from align.io.hashing import fingerprint_source
@@ -181,6 +182,7 @@ def _work(groups: list[Different], settings: BuildSettings, folder: Path) -> Non
         "completions_empty": left_out["empty"],
         "completions_repeated": left_out["repeated"],
         "completions_cut_off_share": _cut_off_share(groups),
+        "completions_broken": report_broken((plain(candidate.completion) for _, candidate in flat), "pairs"),
         "mean_margin": float(np.mean(table["margin"])),
         "mean_reward": _mean_reward(groups, raw).to_dict(),
     }

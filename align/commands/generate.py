@@ -25,6 +25,7 @@ from align.generation.types import (
     Sampling,
     as_completion,
     keyed_prompts,
+    report_broken,
     show_tokens,
 )
 from align.io.console import log
@@ -267,6 +268,7 @@ def _write_metrics(
         "tokens": tokens,
         "mean_tokens": tokens / len(completions),
         "stopped_share": sum(one["finish_reason"] == "stop" for one in completions) / len(completions),
+        "broken_characters": report_broken((one["text"] for one in completions), "generate"),
         "empty": sum(not one["text"].strip() for one in completions),
         "last_session": {
             "tokens": new_tokens,

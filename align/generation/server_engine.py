@@ -15,7 +15,7 @@ from align.config import nearest
 from align.config.columns import TEMPLATE_KWARGS
 from align.data.messages import split_arguments, with_arguments
 from align.errors import ConfigError, DataError, EnvironmentProblem, ModelError
-from align.generation.types import Completion, Engine, Sampling, prompt_keys, sample_seed
+from align.generation.types import REPLACEMENT, Completion, Engine, Sampling, prompt_keys, sample_seed
 from align.io.console import log
 
 DEFAULT_URL = "http://localhost:8000/v1"
@@ -215,7 +215,8 @@ class ServerEngine(Engine):
                 code="server-response",
                 hint="start the server without tool parsers and content filters: they change what the model wrote",
             )
-        return Completion(text, token_ids, reason, logprobs)
+        whole = text.rstrip(REPLACEMENT) if reason == "length" else text  # it was cut off inside a character
+        return Completion(whole, token_ids, reason, logprobs)
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The JSON object in the server's answer, after up to ``attempts`` tries."""
