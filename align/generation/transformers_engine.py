@@ -5,14 +5,30 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from align.generation.encoding import stop_ids, to_completion
 from align.generation.sampler import DrawnToken
 from align.generation.types import Completion, Engine, Sampling, prompt_keys, sample_seed
+from align.io.console import log
 from align.models.layout import base_model
 from align.models.positions import check_positions
-from align.models.tokenization import encode_prompt
+from align.models.tokenization import encode_prompt, pad
+
+TRIAL_LENGTHS = (3, 20)
+TRIAL_STEPS = 3
+"""Tokens that a trial completes: the first follows the prompt, the others what the cache holds of it."""
+LEAST_PROBABILITY = 1e-4
+PADDING_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Largest difference of a log-prob (nats) between a batch and a row alone due to rounding."""
+HALF_PADDING_TOLERANCE = 0.2
+"""The same for 16-bit models."""
 
 
 class TransformersEngine(Engine):
@@ -37,6 +53,8 @@ class TransformersEngine(Engine):
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.stops = stop_ids(tokenizer, model.generation_config)
+        self._ignores_padding: bool | None = None
+        """Whether padding on the left changes nothing; None before a batch needs it."""
 
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt; see ``encode_prompt``."""
@@ -49,11 +67,12 @@ class TransformersEngine(Engine):
         keys = prompt_keys(prompts) if keys is None else keys
         ids = [encode_prompt(prompt, self.tokenizer) for prompt in prompts]
         self._check_positions(ids, keys, sampling.max_new_tokens)
+        size = self._batch_size(ids)
         longest_first = sorted(range(len(ids)), key=lambda k: -len(ids[k]))
         jobs = [(k, sample) for k in longest_first for sample in range(sampling.n)]
         found: dict[int, list[Completion]] = {}
-        for start in range(0, len(jobs), self.batch_size):
-            batch = jobs[start : start + self.batch_size]
+        for start in range(0, len(jobs), size):
+            batch = jobs[start : start + size]
             seeds = [sample_seed(sampling.seed, keys[k], sample) for k, sample in batch]
             completions = self._sample([ids[k] for k, _ in batch], seeds, sampling)
             for (k, _), completion in zip(batch, completions, strict=True):
@@ -70,36 +89,83 @@ class TransformersEngine(Engine):
                 "shorten the prompt, or lower max_new_tokens",
             )  # fmt: skip
 
+    def _batch_size(self, rows: list[list[int]]) -> int:
+        """Rows per forward pass: 1 if these rows must be padded and the model does not ignore padding."""
+        if self.batch_size == 1 or len({len(row) for row in rows}) < 2:
+            return self.batch_size
+        if self._ignores_padding is None:
+            difference = self.padding_difference()
+            self._ignores_padding = difference <= PADDING_TOLERANCE.get(self.model.dtype, HALF_PADDING_TOLERANCE)
+            if not self._ignores_padding:
+                log.warning("%s: in a trial its log-probs in a padded batch differ by %.2g nats from those of a row "
+                            "alone, so prompts are completed one at a time", type(base_model(self.model)).__name__,
+                            difference)  # fmt: skip
+        return self.batch_size if self._ignores_padding else 1
+
+    def padding_difference(self) -> float:
+        """Largest difference (nats) of a token's log-prob in a batch with padding on the left from that of a row alone.
+
+        Rows of random tokens are completed by the same random tokens. Only log-probs of tokens whose probability is at
+        least ``LEAST_PROBABILITY`` count; NaN is infinite.
+        """
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = base_model(self.model).get_input_embeddings().weight.shape[0]
+        rows = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in TRIAL_LENGTHS]
+        forced = torch.randint(vocabulary, (TRIAL_STEPS,), generator=generator).to(self.model.device)
+
+        def logprobs(batch: list[list[int]]) -> torch.Tensor:
+            choice = _Forced(forced)
+            self._generate(batch, choice, TRIAL_STEPS, stops=[])
+            return torch.stack(choice.logprobs, dim=1)
+
+        alone = torch.cat([logprobs([row]) for row in rows])
+        apart = (logprobs(rows) - alone).abs()[alone.exp() >= LEAST_PROBABILITY]
+        return float(torch.nan_to_num(apart, nan=torch.inf).max())
+
     def _sample(self, rows: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
         width = max(len(row) for row in rows)
-        pad = self.tokenizer.pad_token_id
-        device = self.model.device
         starts = [width - len(row) for row in rows]
-        input_ids = torch.tensor([[pad] * start + row for start, row in zip(starts, rows, strict=True)], device=device)
-        mask = torch.tensor([[0] * start + [1] * (width - start) for start in starts], device=device)
-        choice = DrawnToken(sampling, seeds, starts, self.stops, self._alone, device)
-        with torch.inference_mode(), _empty_generation_config(self.model):
-            output = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                logits_processor=LogitsProcessorList([choice]),
-                generation_config=GenerationConfig(
-                    max_new_tokens=sampling.max_new_tokens,
-                    do_sample=False,
-                    eos_token_id=self.stops or None,
-                    pad_token_id=pad,
-                ),
-            )
+        choice = DrawnToken(sampling, seeds, starts, self.stops, self._alone, self.model.device)
+        output = self._generate(rows, choice, sampling.max_new_tokens, self.stops)
         logprobs = torch.stack(choice.logprobs, dim=1).tolist() if sampling.logprobs else [None] * len(rows)
         return [
             to_completion(self.tokenizer, row, out[width:].tolist(), self.stops, logps)
             for row, out, logps in zip(rows, output, logprobs, strict=True)
         ]
 
+    def _generate(self, rows: list[list[int]], choice: LogitsProcessor, new: int, stops: list[int]) -> torch.Tensor:
+        """Token ids of the rows, padded on the left, and of up to ``new`` tokens that ``choice`` draws."""
+        token = self.tokenizer.pad_token_id
+        ids, mask = (part.to(self.model.device) for part in pad(rows, token, left=True))
+        with torch.inference_mode(), _empty_generation_config(self.model):
+            output: torch.Tensor = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                logits_processor=LogitsProcessorList([choice]),
+                generation_config=GenerationConfig(
+                    max_new_tokens=new, do_sample=False, eos_token_id=stops or None, pad_token_id=token
+                ),
+            )
+        return output
+
     def _alone(self, row: torch.Tensor) -> torch.Tensor:
         """Logits [V] after one row of token ids, computed without the other rows."""
         ids = row[None]
         return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
+
+
+class _Forced(LogitsProcessor):
+    """Draws given tokens and keeps the log-probs of all, [B, V] for each step."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens = tokens
+        """[steps]"""
+        self.logprobs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        token = self.tokens[len(self.logprobs)]
+        self.logprobs.append(torch.log_softmax(scores.float(), dim=-1))
+        return torch.full_like(scores, -torch.inf).index_fill(1, token, 0.0)
 
 
 @contextmanager
