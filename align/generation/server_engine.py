@@ -203,9 +203,10 @@ class ServerEngine(Engine):
                 raise ValueError("no log-prob for each token, which were asked for")
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise EnvironmentProblem(
-                f"{self.base_url}: the answer lacks what is needed ({type(error).__name__}: {error})",
+                f"{self.base_url}: prompt {key}: the answer lacks what is needed ({type(error).__name__}: {error})",
                 code="server-response",
-                hint="use `vllm serve` 0.10.2 or newer, which returns token ids",
+                hint="use `vllm serve` 0.10.2 or newer, which returns token ids, without --reasoning-parser and "
+                "--tool-call-parser, which take text away",
             ) from None
         if reason in ABORTED:
             return None

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from align.generation.sampler import DrawnToken
 from align.generation.types import Completion, Engine, Sampling, prompt_keys, sample_seed
 from align.io.console import log
 from align.models.layout import base_model
-from align.models.positions import check_positions
+from align.models.positions import check_positions, context_window
 from align.models.tokenization import encode_prompt, pad
 
 TRIAL_LENGTHS = (3, 20)
@@ -37,7 +39,8 @@ class TransformersEngine(Engine):
     On one machine the same model, prompt and seed give the same completion, whatever the batch size and the other
     prompts: every sample has its own random numbers, and a draw that rounding could change is made on logits computed
     without the batch (align/generation/sampler.py; in half precision this is likely but not certain). Only the
-    end-of-sequence tokens of the model's generation config are used.
+    end-of-sequence tokens of the model's generation config are used. A completion ends where the model's window does
+    (``context_window``); a prompt that fills it is left out, with its key in the log.
 
     Args:
         model: causal language model, or one with an adapter.
@@ -66,28 +69,31 @@ class TransformersEngine(Engine):
         """Yield (index of a prompt, its completions) as batches finish; see ``Engine``."""
         keys = prompt_keys(prompts) if keys is None else keys
         ids = [encode_prompt(prompt, self.tokenizer) for prompt in prompts]
-        self._check_positions(ids, keys, sampling.max_new_tokens)
-        size = self._batch_size(ids)
-        longest_first = sorted(range(len(ids)), key=lambda k: -len(ids[k]))
+        rooms = self._rooms(ids, sampling.max_new_tokens)
+        for k in (k for k, room in enumerate(rooms) if room < 1):
+            log.warning("prompt %s is left out: found %d tokens, expected less than the %s of the model's window",
+                        keys[k], len(ids[k]), context_window(base_model(self.model)))  # fmt: skip
+            yield k, []
+        longest_first = sorted((k for k, room in enumerate(rooms) if room > 0), key=lambda k: -len(ids[k]))
+        size = self._batch_size([ids[k] for k in longest_first])
         jobs = [(k, sample) for k in longest_first for sample in range(sampling.n)]
         found: dict[int, list[Completion]] = {}
-        for start in range(0, len(jobs), size):
-            batch = jobs[start : start + size]
+        for batch in _batches(jobs, rooms, size):
             seeds = [sample_seed(sampling.seed, keys[k], sample) for k, sample in batch]
-            completions = self._sample([ids[k] for k, _ in batch], seeds, sampling)
+            fitting = replace(sampling, max_new_tokens=rooms[batch[0][0]])
+            completions = self._sample([ids[k] for k, _ in batch], seeds, fitting)
             for (k, _), completion in zip(batch, completions, strict=True):
                 found.setdefault(k, []).append(completion)
                 if len(found[k]) == sampling.n:
                     yield k, found.pop(k)
 
-    def _check_positions(self, ids: list[list[int]], keys: Sequence[str], new: int) -> None:
-        """Refuse prompts that leave no position for the new tokens, before anything is sampled."""
-        longest = max(range(len(ids)), key=lambda k: len(ids[k]), default=None)
-        if longest is not None:
-            check_positions(
-                base_model(self.model), len(ids[longest]) + new, f"prompt {keys[longest][:80]!r} with {new} new tokens",
-                "shorten the prompt, or lower max_new_tokens",
-            )  # fmt: skip
+    def _rooms(self, ids: list[list[int]], wanted: int) -> list[int]:
+        """Tokens that may be sampled after each prompt: ``wanted``, or what the model's window leaves."""
+        window = context_window(base_model(self.model))
+        rooms = [wanted if window is None else min(wanted, window - len(row)) for row in ids]
+        longest = max((len(row) + room for row, room in zip(ids, rooms, strict=True) if room > 0), default=0)
+        check_positions(base_model(self.model), longest, "the longest prompt with its new tokens", "shorten the prompt")
+        return rooms
 
     def _batch_size(self, rows: list[list[int]]) -> int:
         """Rows per forward pass: 1 if these rows must be padded and the model does not ignore padding."""
@@ -110,7 +116,9 @@ class TransformersEngine(Engine):
         """
         generator = torch.Generator().manual_seed(0)
         vocabulary = base_model(self.model).get_input_embeddings().weight.shape[0]
-        rows = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in TRIAL_LENGTHS]
+        room = (context_window(base_model(self.model)) or max(TRIAL_LENGTHS) + TRIAL_STEPS) - TRIAL_STEPS
+        lengths = [max(1, min(length, room)) for length in TRIAL_LENGTHS]
+        rows = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
         forced = torch.randint(vocabulary, (TRIAL_STEPS,), generator=generator).to(self.model.device)
 
         def logprobs(batch: list[list[int]]) -> torch.Tensor:
@@ -152,6 +160,13 @@ class TransformersEngine(Engine):
         """Logits [V] after one row of token ids, computed without the other rows."""
         ids = row[None]
         return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
+
+
+def _batches(jobs: list[tuple[int, int]], rooms: list[int], size: int) -> Iterator[list[tuple[int, int]]]:
+    """Up to ``size`` jobs (prompt, sample) at a time, whose prompts have the same room; keeps their order."""
+    for _, same in groupby(jobs, key=lambda job: rooms[job[0]]):
+        while batch := list(islice(same, size)):
+            yield batch
 
 
 class _Forced(LogitsProcessor):

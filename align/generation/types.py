@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
-from align.errors import DataError
+from align.errors import DataError, listed
 from align.io.console import log, progress
 
 SAMPLING = 4
@@ -103,8 +103,8 @@ class Engine(ABC):
         refused = [k for k, found in by_index.items() if not found]
         if refused:
             raise DataError(
-                f"{len(refused)} of {len(prompts)} prompts are refused by the {self.name} engine (their keys stand in "
-                "the log)",
+                f"{len(refused)} of {len(prompts)} prompts are refused by the {self.name} engine, see the log:\n"
+                f"{listed([(prompt_keys(prompts) if keys is None else keys)[k][:80] for k in refused])}",
                 code="prompt-refused",
                 hint="shorten or remove them, or raise the server's --max-model-len",
             )
