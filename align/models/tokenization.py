@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from align.config.columns import CUT_OFF, FINISH_COLUMNS, ID_COLUMNS, RESPONSES
+from align.config.columns import CUT_OFF, FINISH_COLUMNS, FINISH_REASONS, ID_COLUMNS, RESPONSES
 from align.data.messages import split_arguments
 from align.errors import DataError, ModelError
 from align.io.console import log
@@ -170,7 +170,7 @@ def encode_pair(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
 
     Raises:
         ModelError: a plain response cannot be ended; see also ``templated``.
-        DataError: see ``templated``.
+        DataError: see ``templated`` and ``is_cut_off``.
     """
     row, settings = pair_name(pair), template_settings(pair)
     prompt = encode_prompt(pair["prompt"], tokenizer, row=row, settings=settings)
@@ -191,8 +191,20 @@ def encode_pair(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def is_cut_off(pair: Mapping[str, Any], side: str) -> bool:
-    """Whether the limit of tokens ended a response of a pair; ``side`` is chosen or rejected."""
-    return pair.get(FINISH_COLUMNS[side]) == CUT_OFF
+    """Whether the limit of tokens ended a response of a pair; ``side`` is chosen or rejected.
+
+    Raises:
+        DataError: the pair says something else of its end than ``FINISH_REASONS``.
+    """
+    column = FINISH_COLUMNS[side]
+    reason = pair.get(column)
+    if reason is not None and reason not in FINISH_REASONS:
+        raise DataError(
+            f"{pair_name(pair) or 'a pair'}: {column}: found {reason!r}, expected {' or '.join(FINISH_REASONS)}",
+            code="pair-value",
+            hint="a response that a limit of tokens cut off is length, any other stop or nothing",
+        )
+    return bool(reason == CUT_OFF)
 
 
 def pair_name(pair: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from align.errors import DataError
 from align.io.files import read_json
 from align.models.tokenization import encode_pair, tokenize_pairs
 from align.training.columns import trained_pairs
+from align.training.pair_tables import as_table
 from reward_models.scorers import ScorerSpec
 from reward_models.tokenization import pair_texts
 from tests.helpers.builders import TEMPLATE, tokenizer
@@ -108,6 +109,10 @@ def test_a_finish_reason_that_means_nothing_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(PLAIN) + "\n" + json.dumps(PLAIN | {"id": "p2", "rejected_finish_reason": "eos"}) + "\n")
     with pytest.raises(DataError, match="row 2:rejected_finish_reason: found 'eos', expected stop or length"):
         load_pairs(PairsSection(path=str(file)))
+    with pytest.raises(DataError, match="pair p1: chosen_finish_reason: found 'eos', expected stop or length"):
+        encode_pair(PLAIN | {"chosen_finish_reason": "eos"}, words())
+    with pytest.raises(DataError, match="train_dataset: rejected_finish_reason of row 1: found 'eos'"):
+        as_table([PLAIN, PLAIN | {"rejected_finish_reason": "eos"}], "train_dataset")
     file.write_text(
         json.dumps({"id": "a", "prompt": "the", "sample": 0, "completion": " film", "finish_reason": "eos"}) + "\n"
     )
