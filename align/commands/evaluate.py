@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class Settings:
     """The cluster whose workers share the prompts; no result depends on it."""
     options: LoadOptions = DEFAULTS
     """How a reward model that judges is loaded and reads texts."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template for all prompts; those of a row come first."""
 
     def __post_init__(self) -> None:
         if self.sampling.engine == "server":
@@ -276,15 +278,16 @@ def _prompts(settings: Settings, policies: Sequence[Policy]) -> Drawn:
     Raises:
         ModelError, DataError: the prompts or a template cannot be used.
     """
-    from align.models.message_checks import check_prompts_of
+    from align.models import message_checks, template_arguments
 
-    prompts, total = sample_prompts(settings.prompts, settings.limit)
-    check_prompts_of(prompts, dict.fromkeys(policy.model for policy in policies))
+    prompts, total = sample_prompts(settings.prompts, settings.limit, settings.chat_template_kwargs)
+    models = dict.fromkeys(policy.model for policy in policies)
+    message_checks.check_prompts_of(prompts, models)
+    for model in models:
+        template_arguments.report_other_arguments(prompts, model)
     if Path(settings.judge).is_dir():
-        check_prompts_of(
-            prompts, [settings.judge], answered=True, trust_remote_code=settings.options.trust_remote_code,
-            text_pair=settings.options.text_pair,
-        )  # fmt: skip
+        options = {"trust_remote_code": settings.options.trust_remote_code, "text_pair": settings.options.text_pair}
+        message_checks.check_prompts_of(prompts, [settings.judge], answered=True, **options)
     return Drawn(prompts, total)
 
 
@@ -327,6 +330,7 @@ def _run(settings: Settings, policies: Sequence[Policy], drawn: Drawn, started: 
             "seed": sampling.seed,
             "batch_size": sampling.batch_size,
             "engine": sampling.engine,
+            "chat_template_kwargs": dict(settings.chat_template_kwargs),
         },
         "seconds": round(time.monotonic() - started, 1),
     }

@@ -12,6 +12,7 @@ from align.distributed import process_rank
 from align.entanglement.callback import EntanglementCallback
 from align.io.console import log
 from align.io.files import write_json
+from align.models.template_arguments import write_record
 from align.training.adapters import check_adapter
 from align.training.base.arguments import build_lora, refusals
 from align.training.base.checkpoints import OPTIMIZER_SHARDS
@@ -75,6 +76,7 @@ def train_policy(
             trainer.save_model(str(output / MODEL))
             if trainer.is_world_process_zero():
                 (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+                write_record(pairs, output / MODEL)
                 write_json(output / HISTORY, _history(trainer, method, config.methods[method], probe))
                 _finish_checkpoints(output / CHECKPOINTS, config)
 
