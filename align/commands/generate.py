@@ -136,7 +136,7 @@ def _work(prompts: list[PromptRow], job: SamplingJob, settings: GenerateSettings
         log.info("generate: %d of %d prompts are finished already", len(prompts) - len(left), len(prompts))
     loaded, new_tokens = start, 0
     if left and settings.cluster is not None:
-        new_tokens = _on_cluster(left, job, settings.cluster, file)
+        new_tokens = _on_cluster(left, replace(job, leaves_out=True), settings.cluster, file)
     elif left:
         engine = job.load()
         loaded = time.monotonic()
@@ -192,6 +192,8 @@ def _on_cluster(left: list[PromptRow], job: SamplingJob, cluster: ClusterSection
         def keep(start: int, shard: bytes) -> None:
             nonlocal tokens
             for row, completions in zip(part(start), completions_of(decode(shard)), strict=True):
+                if not completions:
+                    continue  # refused, as in ``_here``
                 out.write(_line(row.id, completions))
                 tokens += sum(len(completion.token_ids) for completion in completions)
             out.flush()

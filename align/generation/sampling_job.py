@@ -45,6 +45,8 @@ class SamplingJob:
     sampling: Sampling
     reference: str | None = None
     """Its tokenizer is then used for both models."""
+    leaves_out: bool = False
+    """Whether a prompt that the engine refuses has no completions; otherwise it is an error."""
 
     def load(self) -> Engine:
         """Load the engine.
@@ -68,7 +70,12 @@ class SamplingJob:
 
         def work(rows: Dataset) -> Dataset:
             prompts = [json.loads(prompt) for prompt in rows["prompt"]]
-            groups = engine.generate(prompts, self.sampling, list(rows["key"]))
+            keys = list(rows["key"])
+            if self.leaves_out:
+                by_index = dict(engine.stream(prompts, self.sampling, keys))
+                groups = [by_index[k] for k in range(len(prompts))]
+            else:
+                groups = engine.generate(prompts, self.sampling, keys)
             table = {"completions": [[asdict(completion) for completion in group] for group in groups]}
             if log_probs is None:
                 return Dataset.from_dict(table, features=Features(FEATURES))
