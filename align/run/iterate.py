@@ -19,7 +19,9 @@ from align.config.iterate import BuildSection, IterateConfig
 from align.data.prompts import PromptRow, read_prompts
 from align.distributed import process_rank
 from align.errors import ConfigError, DataError, ModelError
+from align.generation.engines import choose_engine
 from align.generation.types import Sampling
+from align.generation.vllm_adapters import check_vllm_adapter
 from align.io.console import log
 from align.io.files import atomic_folder, read_json, write_json
 from align.io.hashing import fingerprint_source
@@ -45,6 +47,8 @@ def load_iterate(path: Path, overrides: list[str] | None) -> IterateConfig:
     if config.pairs.reward_model is not None:
         check_model_folder(config.pairs.reward_model, rewards=True, head=True)
     _check_training(config.train)
+    if choose_engine(config.generate.engine)[0] == "vllm":
+        check_vllm_adapter(config.train.model)
     return config
 
 

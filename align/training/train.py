@@ -10,8 +10,11 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from align.config import LossSection, TrainSection
 from align.distributed import process_rank
 from align.entanglement.callback import EntanglementCallback
+from align.entanglement.trace import START
 from align.io.console import log
-from align.io.files import write_json
+from align.io.files import atomic_folder, write_json
+from align.models.adapters import starts_from_adapter
+from align.models.layout import has_adapter
 from align.models.template_arguments import write_record
 from align.training.adapters import check_adapter
 from align.training.base.arguments import build_lora, refusals
@@ -23,6 +26,7 @@ from align.training.python_words import from_yaml
 from align.training.reference import REFERENCE_FILE
 from align.training.settings import check_probe, check_settings, policy_args
 from align.training.trainer import PreferenceTrainer
+from align.training.trainer_inputs import finish_adapter
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
@@ -71,6 +75,8 @@ def train_policy(
     with from_yaml():
         trainer = make_trainer(pairs, config, method, output, seed=seed, reference_cache=reference_cache)
         show_pair(trainer.train_dataset[0], trainer.processing_class)
+        if config.trainer.get("save_strategy", "no") != "no":
+            _keep_start(trainer, output / START)
         probe = attach_probe(trainer, config, output / ENTANGLEMENT)
         with trainer.trained(f"train {method}"):
             trainer.save_model(str(output / MODEL))
@@ -79,6 +85,20 @@ def train_policy(
                 write_record(pairs, output / MODEL)
                 write_json(output / HISTORY, _history(trainer, method, config.methods[method], probe))
                 _finish_checkpoints(output / CHECKPOINTS, config)
+
+
+def _keep_start(trainer: PreferenceTrainer, folder: Path) -> None:
+    """Write a new adapter as it is before the first step, for `align entangle trace`; other models have their folder.
+
+    A resumed training has it already.
+    """
+    model = trainer.model
+    if not has_adapter(model) or starts_from_adapter(model) or folder.exists() or not trainer.is_world_process_zero():
+        return
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(str(temporary))
+        trainer.processing_class.save_pretrained(str(temporary))
+        finish_adapter(temporary, model)
 
 
 def make_trainer(

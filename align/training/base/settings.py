@@ -164,6 +164,12 @@ def _model_problems(args: Any) -> list[str]:
     loads_few_bits = isinstance(quantization, dict) and any(name.startswith("load_in_") for name in quantization)
     if (loads_few_bits or any(name in keys for name in ("load_in_4bit", "load_in_8bit"))) and not _has("bitsandbytes"):
         problems.append("quantization_config: expected the package bitsandbytes to be installed")
+    four_bits = keys.get("load_in_4bit") or (isinstance(quantization, dict) and quantization.get("load_in_4bit"))
+    if four_bits and not torch.cuda.is_available():
+        problems.append(
+            "quantization_config: found load_in_4bit, expected load_in_8bit or a GPU: on a CPU bitsandbytes computes "
+            "with kernels that pass back no gradient, after its first evaluation"
+        )
     return problems
 
 
