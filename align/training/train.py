@@ -13,6 +13,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from trl import DPOTrainer
 
 from align.config import LossSection, RemedySection, TiltSection, TokenMaskSection, TrainSection
+from align.data.table_facts import table_facts
 from align.data.training_pairs import report_in_sample
 from align.distributed import process_rank
 from align.entanglement.callback import EntanglementCallback
@@ -23,10 +24,13 @@ from align.losses.margin_weights import MADPO_TAU
 from align.losses.registry import BoundLoss, resolve
 from align.models.folders import ADAPTER
 from align.models.loading import load_policy, load_tokenizer
+from align.models.model_card import FILE as CARD
 from align.training.adapters import check_adapter
 from align.training.base.arguments import build_lora, refusals
 from align.training.base.checkpoints import OPTIMIZER_SHARDS
 from align.training.base.resume import STEP
+from align.training.base.tracked_runs import tracked
+from align.training.base.trackers import TrackedRun
 from align.training.columns import check_weights, prepare_pairs
 from align.training.preview import show_pair
 from align.training.reference import REFERENCE_FILE
@@ -38,7 +42,7 @@ MODEL = "model"
 HISTORY = "history.json"
 ENTANGLEMENT = "entanglement.json"
 RESUME_FILES = (
-    "*.pt", "*.pth", "*.bin", "trainer_state.json", STEP, "loss_state.json", "token_mask.safetensors", "README.md",
+    "*.pt", "*.pth", "*.bin", "trainer_state.json", STEP, "loss_state.json", "token_mask.safetensors",
     REFERENCE_FILE,
 )  # fmt: skip
 """Files of a checkpoint that only a resumed training reads."""
@@ -84,6 +88,7 @@ def train_policy(
     *,
     seed: int,
     reference_cache: Path | None = None,
+    run: TrackedRun | None = None,
 ) -> None:
     """Train ``config.model`` on ``pairs`` under one method; write ``model/`` and ``history.json`` into ``output``.
 
@@ -98,6 +103,7 @@ def train_policy(
         output: folder to write into.
         seed: seed of the adapter, the order of the pairs and beta-DPO's draws.
         reference_cache: folder that caches reference log-probs for the next method or run.
+        run: names under which the trackers of ``report_to`` show the training.
 
     Raises:
         AlignError: the configuration, the model or the pairs have a problem that the user can fix.
@@ -114,6 +120,7 @@ def train_policy(
     tau = float(loss.parameters.get("tau", MADPO_TAU))
     for warning in loss.warnings:
         log.warning("%s", warning)
+    data, named = table_facts(pairs), loss
     pairs, loss = prepare_pairs(pairs, options.weights, loss)
     trainer = make_trainer(
         pairs, config, loss, output, seed=seed, tau=tau, reference_cache=reference_cache, remedy=options.remedy,
@@ -121,8 +128,9 @@ def train_policy(
     )  # fmt: skip
     show_pair(trainer.train_dataset[0], trainer.processing_class)
     trainer.async_checkpoints = config.async_checkpoints
+    trainer.data_facts, trainer.named_loss = data, named
     probe = attach_probe(trainer, config, output / ENTANGLEMENT)
-    with trainer.trained(f"train {method}"):
+    with tracked(trainer, run), trainer.trained(f"train {method}"):
         _save(trainer, output / MODEL)
         if trainer.is_world_process_zero():
             write_json(output / HISTORY, _history(trainer, method, options, probe))
@@ -174,6 +182,7 @@ def _finish_checkpoints(checkpoints: Path, config: TrainSection) -> None:
     if config.trainer.get("save_strategy", "no") == "no":
         shutil.rmtree(checkpoints, ignore_errors=True)
         return
+    (checkpoints / CARD).unlink(missing_ok=True)  # there is no model next to the checkpoints
     for pattern in RESUME_FILES:
         for file in checkpoints.rglob(pattern):
             file.unlink()

@@ -12,6 +12,7 @@ from trl.data_utils import extract_prompt
 
 from align.config import RemedySection, TiltSection, TokenMaskSection
 from align.config.columns import PAIR_COLUMNS
+from align.data.table_facts import table_facts
 from align.errors import DataError
 from align.io.console import log
 from align.io.files import read_json, write_json
@@ -165,6 +166,7 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
         """
         if "prompt" not in dataset.column_names:
             dataset = dataset.map(extract_prompt)
+        self.data_facts = self.data_facts or table_facts(dataset)  # that of the training comes first
         prepared = encode_table(dataset, processing_class, processes=args.dataset_num_proc)
         if args.max_length is not None and args.truncation_mode == "keep_start":
             prepared = prepared.filter(lambda row: len(row["prompt_ids"]) < args.max_length)

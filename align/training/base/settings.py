@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from transformers import Trainer, get_scheduler
-from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_liger_kernel_available
 
 from align.errors import ConfigError, listed
+from align.training.base.tracked_runs import check_trackers
 
 NOTHING_HELD_BACK = "a training here holds no pairs back; evaluate the trained model"
 NEVER_READ: dict[str, str] = dict.fromkeys(
@@ -65,12 +65,13 @@ def check_arguments(args: Any, path: str) -> None:
         path: YAML path of its fields.
 
     Raises:
-        ConfigError: every problem at once.
+        ConfigError: every problem at once, or a tracker that cannot be used.
     """
     problems = [f"{path}.{problem}" for check in _CHECKS if (problem := check(args))]
     problems += [f"{path}.model_init_kwargs.{problem}" for problem in _model_problems(args)]
     if problems:
         raise ConfigError(listed(problems), code="trainer-key")
+    check_trackers(args, f"{path}.report_to")
 
 
 def _no_step(args: Any) -> str:
@@ -105,16 +106,6 @@ def _schedule(args: Any) -> str:
         )
     except (TypeError, ValueError, AttributeError) as error:
         return f"lr_scheduler_kwargs: found {args.lr_scheduler_kwargs!r}: {' '.join(str(error).split())}"
-    return ""
-
-
-def _reporters(args: Any) -> str:
-    """Make the callbacks of ``report_to``, which look for their packages."""
-    for callback in get_reporting_integration_callbacks(args.report_to):
-        try:
-            callback()
-        except (ImportError, RuntimeError) as error:
-            return f"report_to: found {args.report_to}: {' '.join(str(error).split())}"
     return ""
 
 
@@ -171,4 +162,4 @@ def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-_CHECKS: tuple[Callable[[Any], str], ...] = (_no_step, _optimizer, _schedule, _reporters, _liger, _offloading, _hub)
+_CHECKS: tuple[Callable[[Any], str], ...] = (_no_step, _optimizer, _schedule, _liger, _offloading, _hub)
