@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import tomllib
 from collections.abc import Iterator
 from itertools import groupby
@@ -16,6 +17,8 @@ import yaml
 from align.cli.main import app
 from align.config import load_config
 from align.run.checks import check_config
+from tests.helpers.builders import rows
+from tests.helpers.command_line import jsonl
 
 ROOT = Path(__file__).parents[1]
 NAMED = re.compile(r"(?<![\w/.-])(?:align|reward_models|scripts|studies|tests|configs|docs)/[\w./*-]*\w")
@@ -58,6 +61,19 @@ def test_yaml_blocks_are_valid(text: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tree))
     check_config(load_config(file))
+
+
+def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_policy: Path) -> None:
+    """The blocks of docs/python.md, in order and in one namespace; a tiny model has the name that they use."""
+    shutil.copytree(tiny_policy, tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
+    jsonl(tmp_path / "pairs.jsonl", rows(16))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    names: dict[str, Any] = {}
+    examples = blocks(ROOT / "docs" / "python.md", "python")
+    for number, example in enumerate(examples):
+        exec(compile(example, f"docs/python.md, block {number}", "exec"), names)  # noqa: S102, RUF100
+    assert {"dpo-out", "madpo-out", "own-out"} <= {folder.name for folder in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("line", COMMANDS)

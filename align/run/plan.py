@@ -3,8 +3,8 @@
 from align.config import RunConfig
 
 REVISIONS = dict.fromkeys(
-    ("pairs", "reward", "crossfit", "sample", "margins", "filter", "trust", "train", "generate", "evaluate"), 3
-)
+    ("pairs", "reward", "crossfit", "sample", "margins", "filter", "trust", "generate", "evaluate"), 3
+) | {"train": 4}
 """Revision of each kind of stage, part of its key: raise it when the same inputs give another result. The key of a kind
 that is not listed has none."""
 REFERENCE = "reference"

@@ -26,9 +26,7 @@ SMALL = {"max_steps": 4, "per_device_train_batch_size": 4, "bf16": False, "gradi
 def trainer(model: Path, table: list[dict[str, Any]], output: Path, **fields: Any) -> Any:
     """A trainer of plain DPO on the pairs of ``table``."""
     config = TrainSection(model=str(model), methods={"dpo": LossSection(loss="dpo")}, trainer=SMALL | fields)
-    return make_trainer(
-        Dataset.from_list(table), config, resolve("dpo", {}), output, seed=0, tau=1.0, reference_cache=None
-    )
+    return make_trainer(Dataset.from_list(table), config, "dpo", output, seed=0)
 
 
 @pytest.fixture

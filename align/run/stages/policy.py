@@ -33,7 +33,8 @@ from align.run.stages.reward import METRICS, make_scorer, scored_by
 from align.run.stages.sampling import PARTS, run_sampling, sample_in_stage
 from align.training.base.tracked_runs import tracked_run
 from align.training.columns import require_margin, trained_pairs
-from align.training.train import MODEL, bind, train_policy
+from align.training.loss_choice import bind
+from align.training.train import MODEL, train_policy
 from align.trust.measure import check_margins, loss_parameters, margin_source, measure_trust
 from align.trust.sentences import sentences
 from reward_models.calibration import MarginMap

@@ -27,23 +27,22 @@ class Described:
     state: Any
     model: Any
     accelerator: Any
+    _given_loss: Any
     data_facts: TableFacts | None = None
     """The pairs that are trained on."""
     extra_config: dict[str, Any]
     """What trackers show in addition."""
-    named_loss: Any = None
-    """The loss that was asked for, where its weights became a column and ``loss`` is what is left of it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.extra_config = {}
-        with missing_tracker("report_to"):
+        with missing_tracker("args.report_to"):
             super().__init__(*args, **kwargs)
         self.add_callback(ShowConfig(self))  # type: ignore[attr-defined]
 
     @property
     def _bound(self) -> Any:
-        """The loss or objective with its parameters."""
-        return self.named_loss or getattr(self, "objective", None) or getattr(self, "loss", None)
+        """The objective, or the loss that was asked for, with its parameters."""
+        return getattr(self, "objective", None) or self._given_loss
 
     @property
     def facts(self) -> TrainingFacts:
