@@ -26,6 +26,11 @@ NO_RESULTS = "No evaluation of this model was recorded."
 Kind = Literal["policy", "reward model"]
 POLICY: Kind = "policy"
 REWARD_MODEL: Kind = "reward model"
+SCORE = """\
+from reward_models.score import RewardScorer  # pip install margin-align: it reads texts as the training did
+
+scorer = RewardScorer(".", batch_tokens=4096, max_length=1024)  # this folder, or the id of its repository
+print(scorer.score_completions(["How are you?"], [" Fine, thanks."]))"""
 LOAD: dict[tuple[Kind, bool], str] = {
     (POLICY, True): """\
 from peft import AutoPeftModelForCausalLM
@@ -44,11 +49,8 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 inputs = tokenizer("Hello", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=8)[0]))""",
-    (REWARD_MODEL, False): """\
-from reward_models.score import RewardScorer  # pip install margin-align: it reads texts as the training did
-
-scorer = RewardScorer(".", batch_tokens=4096, max_length=1024)  # this folder, or the id of its repository
-print(scorer.score_completions(["How are you?"], [" Fine, thanks."]))""",
+    (REWARD_MODEL, False): SCORE,
+    (REWARD_MODEL, True): SCORE,
 }
 """(kind, whether it is an adapter) -> code that loads the folder."""
 
