@@ -28,6 +28,10 @@ NEVER_READ: dict[str, str] = dict.fromkeys(
     "ignore_data_skip": "a resumed training goes on with the pairs that are left",
     "remove_unused_columns": "the columns that a training reads are chosen by the program",
     "padding_free": "trl does not have it at present; `train.layout: shared_prefix` packs the pairs",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+        "a run uploads nothing; `align push FOLDER hf://user/name` uploads a trained model",
+    ),
     "save_only_model": "a training could not resume from such a checkpoint; once it has ended, its checkpoints are "
     "reduced to their models anyway",
 }  # fmt: skip
@@ -121,18 +125,6 @@ def _offloading(args: Any) -> str:
     return ""
 
 
-def _hub(args: Any) -> str:
-    if not args.push_to_hub:
-        return ""
-    from huggingface_hub import whoami
-
-    try:
-        whoami(token=args.hub_token)
-    except Exception as error:  # it names none for a hub that cannot be reached
-        return f"push_to_hub: found true, expected a hub that knows your token ({' '.join(str(error).split())})"
-    return ""
-
-
 def _model_problems(args: Any) -> list[str]:
     """Return what is wrong with ``model_init_kwargs``, each beginning with the name of its key."""
     keys = getattr(args, "model_init_kwargs", None) or {}
@@ -162,4 +154,4 @@ def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-_CHECKS: tuple[Callable[[Any], str], ...] = (_no_step, _optimizer, _schedule, _liger, _offloading, _hub)
+_CHECKS: tuple[Callable[[Any], str], ...] = (_no_step, _optimizer, _schedule, _liger, _offloading)
