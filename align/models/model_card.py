@@ -27,10 +27,10 @@ Kind = Literal["policy", "reward model"]
 POLICY: Kind = "policy"
 REWARD_MODEL: Kind = "reward model"
 SCORE = """\
-from reward_models.score import RewardScorer  # pip install margin-align: it reads texts as the training did
+from reward_models import RewardModel  # pip install margin-align; it reads texts as the training did
 
-scorer = RewardScorer(".", batch_tokens=4096, max_length=1024)  # this folder, or the id of its repository
-print(scorer.score_completions(["How are you?"], [" Fine, thanks."]))"""
+model = RewardModel.from_pretrained(".")  # this folder, or the id of its repository
+print(model.score(["How are you?"], [" Fine, thanks."]))"""
 LOAD: dict[tuple[Kind, bool], str] = {
     (POLICY, True): """\
 from peft import AutoPeftModelForCausalLM

@@ -94,15 +94,6 @@ class PreferenceConfig(DPOConfig):
         with python_words():
             self._share_pairs()
             super().__post_init__()
-            self.check()
-
-    def check(self) -> None:
-        """Raise if a field has no meaning here, or a value that it cannot have.
-
-        Raises:
-            ConfigError: the first such field.
-        """
-        with python_words():
             check_own_fields(self)
             choose_loss(self)
             refuse_unused_fields(self)

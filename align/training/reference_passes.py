@@ -96,7 +96,7 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
         return logps.chosen, logps.rejected
 
     def run_reference(self, inputs: dict[str, Any]) -> SequenceLogps:
-        """Log-probs of a batch under the reference, token by token, without gradient."""
+        """Log-probs of a batch under the reference, token by token, without gradient and without other metrics."""
         checkpointing = self.args.gradient_checkpointing_kwargs
         with reference_model(self.model, self.ref_model, self.accelerator, checkpointing) as reference:
-            return pair_logps(reference, inputs, self.layout)
+            return pair_logps(reference, inputs, self.layout, metrics=False)

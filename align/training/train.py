@@ -12,7 +12,6 @@ from align.distributed import process_rank
 from align.entanglement.callback import EntanglementCallback
 from align.io.console import log
 from align.io.files import write_json
-from align.models.folders import ADAPTER
 from align.models.model_card import FILE as CARD
 from align.training.adapters import check_adapter
 from align.training.base.arguments import build_lora, refusals
@@ -26,7 +25,6 @@ from align.training.python_words import from_yaml
 from align.training.reference import REFERENCE_FILE
 from align.training.settings import check_probe, check_settings, policy_args
 from align.training.trainer import PreferenceTrainer
-from align.training.trainer_inputs import order_adapter
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
@@ -149,8 +147,6 @@ def _finish_checkpoints(checkpoints: Path, config: TrainSection) -> None:
             file.unlink()
     for shards in checkpoints.glob(f"*/{OPTIMIZER_SHARDS}"):
         shutil.rmtree(shards)
-    for file in checkpoints.rglob(ADAPTER):
-        order_adapter(file.parent)
 
 
 def attach_probe(trainer: PreferenceTrainer, config: TrainSection, file: Path) -> EntanglementCallback | None:

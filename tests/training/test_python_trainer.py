@@ -120,8 +120,11 @@ def test_models_and_evaluation_as_trl_takes_them(tiny_policy: Path, tmp_path: Pa
             AutoTokenizer.from_pretrained(tiny_policy), measure,
         )  # fmt: skip
         trainer.train()
+        held = [{name: row[name] for name in TEXTS} for row in rows(4)]
+        again = trainer.evaluate(Dataset.from_list(held) if kind is DPOTrainer else held, metric_key_prefix="eval_a")
+        assert again["eval_a_loss"] == trainer.state.log_history[-1]["eval_a_loss"]
         runs.append([entry for entry in trainer.state.log_history if "eval_a_loss" in entry or "eval_b_loss" in entry])
-    assert len(runs[0]) == len(runs[1]) == 2 and shapes[:2] == shapes[2:]
+    assert len(runs[0]) == len(runs[1]) == 3 and shapes[:3] == shapes[3:]
     for one, other in zip(*runs, strict=True):
         same = [name for name in one if name.endswith(("loss", "margins", "chosen", "mean", "accuracies"))]
         assert len(same) > 5
