@@ -61,7 +61,8 @@ def check_train(train: TrainSection, forced: dict[str, Any]) -> None:
     build_lora(train.peft, path="train.peft", task_type="CAUSAL_LM")
     check_adapter(train)
     for method, options in train.methods.items():
-        loss, masked = bind(method, options), options.token_mask is not None
+        loss = bind(method, options)
+        masked = options.token_mask is not None or loss.spec.tokens == "reference"
         check_settings(train, loss, policy_args(train, forced, masked=masked), masked=masked)
 
 

@@ -26,8 +26,8 @@ def policy_args(config: TrainSection, forced: dict[str, Any], *, masked: bool) -
     Args:
         config: section ``train``.
         forced: fields that the program sets itself.
-        masked: the method has a token mask, which runs the reference in every step; without an adapter that needs the
-            reference model in memory.
+        masked: the method has a token mask or a loss that reads the reference's tokens, and runs the reference in
+            every step; without an adapter that needs the reference model in memory.
 
     Raises:
         ConfigError: see ``build_trainer_args``.
@@ -53,7 +53,7 @@ def check_settings(config: TrainSection, loss: BoundLoss, args: DPOConfig, *, ma
         config: section ``train``.
         loss: loss of the method.
         args: from ``policy_args``.
-        masked: the method has a token mask.
+        masked: the method runs the reference in every step, see ``policy_args``.
 
     Raises:
         ConfigError: the first problem.
@@ -61,7 +61,7 @@ def check_settings(config: TrainSection, loss: BoundLoss, args: DPOConfig, *, ma
     refuse_unused_fields(args)
     _check_adapter(config.peft or {})
     if args.precompute_ref_log_probs and masked and config.peft is None and not is_adapter(config.model):
-        refuse_precomputed_mask()
+        refuse_precomputed_tokens("a token_mask" if loss.spec.tokens != "reference" else loss.spec.name)
     _check_synced_reference(config, args)
     _check_launcher(config, args)
     if args.learning_rate == 0:
@@ -94,14 +94,17 @@ def refuse_unused_fields(args: DPOConfig) -> None:
             )
 
 
-def refuse_precomputed_mask() -> None:
-    """Refuse precomputed reference log-probs together with a token mask and without an adapter.
+def refuse_precomputed_tokens(what: str) -> None:
+    """Refuse precomputed reference log-probs together with what reads the reference's tokens, and without an adapter.
+
+    Args:
+        what: a token mask, or the name of a loss.
 
     Raises:
         ConfigError: always.
     """
     raise ConfigError(
-        "train.trainer.precompute_ref_log_probs: found true together with a token_mask, which runs the "
+        f"train.trainer.precompute_ref_log_probs: found true together with {what}, which runs the "
         "reference in every step: without an adapter there is no reference model left",
         code="trainer-key",
         hint="leave it out, or train an adapter",
@@ -112,11 +115,13 @@ def check_probe(loss: BoundLoss, *, processes: int, precomputed: bool) -> None:
     """Refuse measurements of gradient entanglement where they cannot be made.
 
     Raises:
-        ConfigError: several processes, reference log-probs that are not precomputed, or a coupled loss.
+        ConfigError: several processes, reference log-probs that are not precomputed, or a loss that compares pairs or
+            reads tokens.
     """
-    if loss.spec.coupled or processes > 1 or not precomputed:
+    if not loss.spec.from_logps or processes > 1 or not precomputed:
         raise ConfigError(
-            "train.entanglement: needs one process, precomputed reference log-probs and a loss other than beta_dpo",
+            "train.entanglement: needs one process, precomputed reference log-probs and a loss of the log-probs of one "
+            f"pair, found {loss.spec.name}",
             code="entanglement-config",
             hint="leave it out, and measure the trained policy with `align entangle report`",
         )

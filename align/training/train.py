@@ -20,7 +20,8 @@ from align.errors import ConfigError
 from align.io.console import log
 from align.io.files import read_json, write_json
 from align.losses.margin_weights import MADPO_TAU
-from align.losses.registry import BoundLoss, resolve
+from align.losses.spec import BoundLoss
+from align.losses.sums import bind_section
 from align.models.folders import ADAPTER
 from align.models.loading import load_policy, load_tokenizer
 from align.training.adapters import check_adapter
@@ -57,12 +58,13 @@ def bind(method: str, config: LossSection) -> BoundLoss:
         ConfigError: unknown loss or parameter, value out of range, a remedy, mask or weight that does not fit the loss.
     """
     try:
-        loss = resolve(config.loss, config.parameters)
+        loss = bind_section(config)
     except ConfigError as error:
         raise ConfigError(f"train.methods.{method}: {error.message}", code=error.code, hint=error.hint) from None
-    if (config.remedy or config.token_mask) and loss.spec.coupled:
+    if (config.remedy or config.token_mask) and not loss.spec.from_logps:
         raise ConfigError(
-            f"train.methods.{method}: {loss.spec.name} has no loss for a single pair, as a remedy or a mask needs it",
+            f"train.methods.{method}: {loss.spec.name} compares pairs or reads tokens, and a remedy or a mask needs a "
+            "loss of the log-probs of one pair",
             code="remedy-loss",
             hint="use them with another loss",
         )
@@ -111,7 +113,7 @@ def train_policy(
         report_in_sample(pairs, f"train {method}")
     options = config.methods[method]
     loss = bind(method, options)
-    tau = float(loss.parameters.get("tau", MADPO_TAU))
+    tau = loss.parameter("tau", MADPO_TAU)
     for warning in loss.warnings:
         log.warning("%s", warning)
     pairs, loss = prepare_pairs(pairs, options.weights, loss)
@@ -187,7 +189,8 @@ def attach_probe(trainer: PreferenceTrainer, config: TrainSection, file: Path) -
     """Add a callback that measures gradient entanglement to ``trainer`` if the configuration asks for it.
 
     Raises:
-        ConfigError: several processes, reference log-probs that are not precomputed, or a coupled loss.
+        ConfigError: several processes, reference log-probs that are not precomputed, or a loss that compares pairs or
+            reads tokens.
     """
     if config.entanglement is None:
         return None
@@ -221,7 +224,7 @@ def make_trainer(
     """Return a PreferenceTrainer that is ready to train; see ``train_policy``."""
     check_adapter(config)
     transformers.set_seed(seed)
-    masked = token_mask is not None
+    masked = token_mask is not None or loss.spec.tokens == "reference"
     args = policy_args(config, {"output_dir": str(output / CHECKPOINTS), "seed": seed}, masked=masked)
     check_settings(config, loss, args, masked=masked)
     with refusals("train"), _without_warning(IGNORED_KWARGS):

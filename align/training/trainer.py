@@ -31,6 +31,7 @@ from align.training.columns import told_apart
 from align.training.finite_guard import FiniteGuard, number_rows
 from align.training.gradient_remedy import GradientRemedy
 from align.training.metrics import PairMetrics
+from align.training.pair_losses import PairLosses, as_in_step
 from align.training.reference import (
     TRL_REFERENCE,
     add_reference_logps,
@@ -42,7 +43,7 @@ from align.training.reference import (
 )
 from align.training.settings import (
     refuse_expert_balancing,
-    refuse_precomputed_mask,
+    refuse_precomputed_tokens,
     refuse_split_batches,
     refuse_unused_fields,
 )
@@ -134,14 +135,17 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
     ) -> None:
         """Create what a loss may need besides its function."""
         gather, rank = self.accelerator.gather, self.accelerator.process_index
-        stateful = self.loss.spec.stateful
-        self.stateful_loss = (
-            None if stateful is None else stateful(self.loss.parameters, gather=gather, rank=rank, seed=self.args.seed)
-        )
         self.remedy = None if remedy is None else GradientRemedy(self.model, self.loss, remedy, self.accelerator)
         check_started(list(self.model.peft_config.values()) if has_adapter(self.model) else [])
         self.token_mask = None if token_mask is None else self._make_token_mask(token_mask)
         self.tilt = None if tilt is None else LossTilt(tilt, gather, rank)
+        if self.loss.spec.tokens == "reference" and self.ref_model is None and not has_adapter(self.model):
+            refuse_precomputed_tokens(self.loss.spec.name)
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        self.pair_losses = PairLosses(
+            self.loss, self.token_mask, self.run_reference, self._step_values, vocabulary=vocabulary, gather=gather,
+            rank=rank, seed=self.args.seed,
+        )  # fmt: skip
 
     def make_guard(self, *, scaled: bool) -> FiniteGuard:
         """Return a guard that also checks the loss of every pair."""
@@ -154,7 +158,7 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
 
     def _make_token_mask(self, config: TokenMaskSection) -> TokenMask:
         if self.ref_model is None and not has_adapter(self.model):
-            refuse_precomputed_mask()
+            refuse_precomputed_tokens("a token_mask")
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         return TokenMask(vocabulary, config, self.accelerator)
 
@@ -242,6 +246,17 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
         with reference_model(self.model, self.ref_model, self.accelerator, checkpointing) as reference:
             return pair_logps(reference, inputs, self.layout)
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Return the batches of a step; a loss that compares all their pairs sees them first, without gradient."""
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.loss.spec.coupled and samples and (len(samples) > 1 or self.max_tokens is not None):
+            self.model.train()
+            parts = [self._prepare_inputs(part) for batch in samples for part in self._micro_batches(batch)]
+            with as_in_step(device), self.compute_loss_context_manager():
+                passes = [(self._logps(self.model_wrapped, part)[1], part) for part in parts]
+            self.pair_losses.compare(passes, self.state.global_step)
+        return samples, items
+
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
@@ -263,10 +278,10 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
     def _micro_batches(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         """Split the batch under the token budget, pairs of similar length together.
 
-        A batch stays in one piece if the loss, the tilt or the remedy compares its pairs with each other.
+        A batch stays in one piece if the tilt or the remedy compares its pairs with each other.
         """
-        coupled = self.loss.spec.coupled or self.tilt is not None
-        if self.max_tokens is None or coupled or (self.remedy is not None and self.remedy.coupled):
+        coupled = self.tilt is not None or (self.remedy is not None and self.remedy.coupled)
+        if self.max_tokens is None or coupled:
             return [inputs]
         batches = pair_batches(inputs, self.layout, self.max_tokens)
         if self.is_fsdp_enabled:  # each forward pass gathers parameters from all processes
@@ -292,7 +307,7 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
             self.latest_inputs = inputs
         real: Tensor | None = inputs.get(REAL)
         policy, logps = self._logps(model, inputs)
-        per_pair = self._pair_losses(policy, logps, inputs)
+        per_pair, terms = self.pair_losses(policy, logps, inputs, step=self.state.global_step, training=training)
         weight: Tensor = inputs.get("weight", torch.ones_like(logps.ref_chosen))
         if real is not None:
             weight = weight * real
@@ -306,6 +321,8 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
             if num_items_in_batch is not None:
                 pairs = num_items_in_batch / self.accelerator.num_processes
         loss = (weight * per_pair).sum() / pairs
+        for name, values in terms.items():
+            self._step_values[f"loss/{name}"].append(only_real((weight * values).detach(), real))
         self._pair_metrics.add(policy, logps, weight, margin, real)
         if not training:
             self._log_pairs("eval")
@@ -333,28 +350,6 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
             rejected_length=policy.rejected_length,
         )
 
-    def _pair_losses(self, policy: SequenceLogps, logps: PairLogps, inputs: dict[str, Any]) -> Tensor:
-        """Loss [B] of each pair, without its weight."""
-        if self.stateful_loss is not None:
-            training = self.model.training
-            per_pair, beta = self.stateful_loss(
-                logps, step=self.state.global_step, real=inputs.get(REAL), update=training
-            )
-            self._metrics["train" if training else "eval"]["beta"].append(beta)
-            return per_pair
-        if self.token_mask is not None:
-            return self._masked_loss(self.token_mask, policy, inputs)
-        return self.loss(logps, inputs.get("margin"), inputs.get("trust"))
-
-    def _masked_loss(self, mask: TokenMask, policy: SequenceLogps, inputs: dict[str, Any]) -> Tensor:
-        """Loss [B] of the tokens that the mask keeps; plus the mask's price while training."""
-        reference = self.run_reference(inputs).tokens.logps
-        masked, price, kept = mask(policy.tokens.logps, reference, inputs["input_ids"], inputs["completion_mask"])
-        real = inputs.get(REAL)
-        self._step_values["token_mask/left"].append(only_real(kept, None if real is None else real.repeat(2)))
-        per_pair = self.loss(masked, inputs.get("margin"), inputs.get("trust"))
-        return per_pair + (price if self.model.training else 0.0)
-
     def _log_pairs(self, mode: str) -> None:
         """Hand the metrics of a step over to trl, averaged over all processes."""
         for name, value in self._pair_metrics.flush(self.accelerator.gather).items():
@@ -364,13 +359,15 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
             total, count = self.accelerator.reduce(torch.stack([values.sum(), values.new_tensor(len(values))]))
             self._metrics[mode][name].append(float(total / count))
         self._step_values.clear()
+        for name, number in self.pair_losses.logged.items():
+            self._metrics[mode][name].append(number)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def save_extra_state(self, folder: Path) -> None:
         """Write the state of loss, remedy, token mask and a reference that moves, and the count of tokens."""
-        state = {} if self.stateful_loss is None else self.stateful_loss.state_dict()
+        state = {"statistics": self.pair_losses.state_dict(), "num_tokens": self._total_train_tokens}
         remedy = None if self.remedy is None else self.remedy.state_dict()
-        write_json(folder / LOSS_STATE, {**state, "remedy": remedy, "num_tokens": self._total_train_tokens})
+        write_json(folder / LOSS_STATE, {**state, "remedy": remedy})
         if self.token_mask is not None:
             self.token_mask.save(folder)
         if self.args.sync_ref_model:
@@ -384,8 +381,7 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
             return
         state = read_json(folder / LOSS_STATE)
         self._total_train_tokens = int(state["num_tokens"])
-        if self.stateful_loss is not None:
-            self.stateful_loss.load_state_dict(state)
+        self.pair_losses.load_state_dict(state["statistics"])
         if self.remedy is not None:
             self.remedy.load_state_dict(state["remedy"])
         if self.token_mask is not None:
