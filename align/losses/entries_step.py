@@ -56,7 +56,7 @@ STEP_SPECS = (
         "amapo", step_losses.amapo, {"beta": 2.0}, "a larger target for pairs below the mean",
         reads_reference=False, statistics=AmapoOffset,
         formula="-log s(beta x - offset), offset = beta e^((mu - x) mu / sd) if x < mu else 0, x = x_w - x_l",
-        source="AMaPO's code (Shiroha-Offical/AMaPO)", when="pairs that are ranked wrongly matter most",
+        source="arXiv 2511.09385, its code", when="pairs that are ranked wrongly matter most",
     ),
     LossSpec(
         "gamma_po", step_losses.gamma_po, {"beta": 2.5, "gamma_beta_ratio": 0.5, "tau": 10.0},

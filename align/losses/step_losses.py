@@ -51,7 +51,7 @@ def aot_unpaired(logps: PairLogps, statistics: Tensor, *, beta: float, label_smo
 
 
 def amapo(logps: PairLogps, statistics: Tensor, *, beta: float) -> Tensor:
-    """-log sigmoid(beta x - offset), x = x_w - x_l: an adaptive margin for pairs below the mean (AMaPO's code)."""
+    """-log sigmoid(beta x - offset), x = x_w - x_l: a margin for pairs below the mean (AMaPO, arXiv 2511.09385)."""
     (offset,) = _as(logps, statistics)
     return -F.logsigmoid(beta * (logps.chosen_mean - logps.rejected_mean) - offset)
 

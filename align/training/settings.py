@@ -13,11 +13,17 @@ from align.losses.registry import BoundLoss
 from align.models.folders import is_adapter
 from align.training.base.arguments import build_trainer_args
 
-UNUSED_FIELDS = (
-    "ld_alpha", "use_weighting", "f_divergence_type", "f_alpha_divergence_coef", "loss_weights", "label_smoothing",
-    "discopop_tau", "padding_free",
-)  # fmt: skip
-"""Fields of DPOConfig that only trl's losses read."""
+UNUSED_FIELDS = {
+    "ld_alpha": "`loss: ld_dpo` with `parameters: {ld_alpha: ...}`",
+    "use_weighting": "`loss: wpo`; with `parameters: {clamp: false}` it is trl's",
+    "f_divergence_type": "`loss: fdpo_forward_kl`, `fdpo_js` or `fdpo_alpha`",
+    "f_alpha_divergence_coef": "`loss: fdpo_alpha` with `parameters: {alpha: ...}`",
+    "loss_weights": "`loss_type` with `loss_weights`",
+    "label_smoothing": "`parameters: {label_smoothing: ...}`",
+    "discopop_tau": "`parameters: {discopop_tau: ...}`",
+    "padding_free": "`layout` of the section train",
+}
+"""Fields of DPOConfig that only trl's losses read -> what to write instead."""
 
 
 def policy_args(config: TrainSection, forced: dict[str, Any], *, masked: bool) -> DPOConfig:
@@ -85,12 +91,12 @@ def refuse_unused_fields(args: DPOConfig) -> None:
     Raises:
         ConfigError: one of them has another value than its default.
     """
-    for field in UNUSED_FIELDS:
+    for field, instead in UNUSED_FIELDS.items():
         if getattr(args, field) != DPOConfig.__dataclass_fields__[field].default:
             raise ConfigError(
                 f"train.trainer.{field}: {getattr(args, field)!r} has no meaning for the losses of this program",
                 code="trainer-key",
-                hint="leave it out; name the loss under train.methods",
+                hint=f"leave it out; write {instead}" + ("" if field == "padding_free" else " under train.methods"),
             )
 
 
