@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from align.config import ClusterSection, PairsSection
+from align.config import ClusterSection, LossSection, PairsSection
 from align.data.pairs import fingerprint, load_pairs, read_pairs
 from align.data.statistics import missing_values
 from align.distributed import process_rank
@@ -29,7 +29,9 @@ from align.filtering.tables import KEPT
 from align.io.console import log, out
 from align.io.files import write_json
 from align.io.stage import Stage, check_files, read_manifest, run_stage
-from align.losses.registry import BoundLoss, resolve
+from align.losses.registry import resolve
+from align.losses.spec import BoundLoss
+from align.losses.sums import bind_section
 from align.models.folders import fingerprint_model, is_adapter
 from align.models.loading import load_tokenizer
 from align.models.tokenization import MAX_LENGTH, collate, tokenize_pairs
@@ -142,7 +144,8 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
         raise DataError(f"{training}: no finished training (methods here: {trained})", code="trace-missing")
     inputs = manifest["inputs"]
     parameters = inputs.get("trust", {}) | inputs["loss"]["parameters"]  # trust: parameters that the run measured
-    checkpoints, bound = checkpoints_of(training), _bound(inputs["loss"]["loss"], parameters)
+    section = LossSection(**inputs["loss"] | {"parameters": parameters})
+    checkpoints, bound = checkpoints_of(training), _of_one_pair(bind_section(section))
     base = inputs["settings"]["model"]
     length = max_length or inputs["settings"]["trainer"].get("max_length") or MAX_LENGTH
     table = run / "filter" / KEPT if "filter" in inputs["after"] else run / "margins" / "pairs"
@@ -208,10 +211,13 @@ def check(
 
 
 def _bound(loss: str, parameters: Mapping[str, float]) -> BoundLoss:
-    bound = resolve(loss, dict(parameters))
-    if bound.spec.coupled:
+    return _of_one_pair(resolve(loss, dict(parameters)))
+
+
+def _of_one_pair(bound: BoundLoss) -> BoundLoss:
+    if not bound.spec.from_logps:
         raise ConfigError(
-            f"--loss {loss}: its beta is a statistic of each training batch, so a pair alone has no verdict",
+            f"--loss {bound.spec.name}: compares the pairs of a step or reads tokens, so log-probs give no verdict",
             code="entanglement-loss",
             hint="measure with --loss dpo",
         )

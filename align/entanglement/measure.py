@@ -24,7 +24,7 @@ class MeasureJob:
     reference: str | None
     """Reference model; None: the policy with its adapter off, or the policy itself without one."""
     loss: BoundLoss
-    """Any registered loss but beta_dpo."""
+    """A loss of the log-probs of one pair (``from_logps``)."""
     parameters: str | None
     """See ``GradientProducts``."""
     batch_tokens: int

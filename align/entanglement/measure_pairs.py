@@ -48,7 +48,7 @@ def measure_entanglement(
         pairs: rows with ``prompt``, ``chosen`` and ``rejected``; ``margin`` where the loss needs one. ``id`` is
             optional and defaults to the number of the row.
         loss: name in ``align.losses.registry.LOSSES`` with its default parameters, or what ``resolve`` returned;
-            not beta_dpo.
+            a loss of the log-probs of one pair.
         max_length: tokens of prompt and response together; the rest is truncated.
 
     Returns:
@@ -79,7 +79,7 @@ class PairMeasurement:
     products: GradientProducts
     """Holds the model."""
     loss: BoundLoss
-    """Any registered loss but beta_dpo."""
+    """A loss of the log-probs of one pair (``from_logps``)."""
     pad_token_id: int
     reference: nn.Module | None = None
     """None: the model with its adapter off, or the model itself without one."""
@@ -171,9 +171,9 @@ class PairMeasurement:
 
 
 def _check(loss: BoundLoss, pairs: Dataset) -> None:
-    if loss.spec.coupled:
+    if not loss.spec.from_logps:
         raise ConfigError(
-            f"loss {loss.spec.name}: its beta is a statistic of each training batch, so a pair alone has no verdict",
+            f"loss {loss.spec.name}: compares the pairs of a step or reads tokens, so log-probs give no verdict",
             code="entanglement-loss",
             hint="measure with loss dpo",
         )

@@ -29,6 +29,8 @@ class TokenScores(NamedTuple):
     """Mean of the logits over the vocabulary; carries no gradient."""
     top1: Tensor
     """1 if the target is the most likely token, else 0."""
+    log_sum_squares: Tensor
+    """log sum_v p(v)^2, nats; carries no gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,8 @@ def _scores_of_module(hidden: Tensor, head: nn.Module, targets: Tensor, form: Lo
     chosen = logps.gather(1, targets[:, None]).squeeze(1)
     with torch.no_grad():
         entropy = -(logps.exp() * logps).sum(dim=-1)
-        return TokenScores(chosen, entropy, logits.mean(dim=-1), (chosen >= logps.amax(dim=-1)).float())
+        top1 = (chosen >= logps.amax(dim=-1)).float()
+        return TokenScores(chosen, entropy, logits.mean(dim=-1), top1, torch.logsumexp(2 * logps, dim=-1))
 
 
 class _LinearScores(torch.autograd.Function):
@@ -131,7 +134,7 @@ class _LinearScores(torch.autograd.Function):
             bias = None if bias is None else bias.to(dtype)
         trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         direction = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not trained else None
-        scores = hidden.new_empty((4, len(targets)), dtype=_wide(hidden.dtype))
+        scores = hidden.new_empty((5, len(targets)), dtype=_wide(hidden.dtype))
         size = chunk_rows(weight.shape[0], hidden.device)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
@@ -144,6 +147,7 @@ class _LinearScores(torch.autograd.Function):
             scores[3, part] = chosen.squeeze(1) >= logps.amax(dim=-1)
             softmax = logps.exp()
             scores[1, part] = -torch.bmm(softmax[:, None], logps[:, :, None]).flatten()
+            scores[4, part] = torch.bmm(softmax[:, None], softmax[:, :, None]).flatten().log()
             if direction is not None:
                 grad = softmax.neg_()
                 grad.scatter_add_(1, targets[part, None], torch.ones_like(chosen))
