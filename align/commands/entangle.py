@@ -89,12 +89,12 @@ def report(source: PairsSection, settings: ReportSettings, output: Path) -> None
     check_files(output, [SUMMARY, PAGE], own=[MEASUREMENTS])
     bound = _bound(settings.loss, settings.parameters)
     every = load_pairs(source)
-    pairs = _sample(every, bound, settings.limit, source.path)
-    tokens, left_out = _tokenized(pairs, load_tokenizer(settings.model), settings.max_length)
+    pairs = sample_pairs(every, bound, settings.limit, source.path)
+    tokens, left_out = tokenized(pairs, load_tokenizer(settings.model), settings.max_length)
     policy = load_measured(settings.model)
     job = MeasureJob(settings.model, settings.reference, bound, settings.parameter_names, settings.batch_tokens,
                      settings.max_length)  # fmt: skip
-    stage, table = _measure(output / MEASUREMENTS, tokens, policy, job, settings.cluster)
+    stage, table = measured(output / MEASUREMENTS, tokens, policy, job, settings.cluster)
     if process_rank() > 0:
         return
     summary = summarize(table)
@@ -150,13 +150,13 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     length = max_length or inputs["settings"]["trainer"].get("max_length") or MAX_LENGTH
     table = run / "filter" / KEPT if "filter" in inputs["after"] else run / "margins" / "pairs"
     every = load_pairs(PairsSection(path=str(table))) if table.is_file() else read_pairs(table)
-    pairs = _sample(every, bound, limit, str(run))
-    tokens, _ = _tokenized(pairs, load_tokenizer(base), length)
+    pairs = sample_pairs(every, bound, limit, str(run))
+    tokens, _ = tokenized(pairs, load_tokenizer(base), length)
     output, tables = run / f"trace-{method}", []
     for step, folder in checkpoints:
         reference = None if is_adapter(folder) and not is_adapter(base) else base
         job = MeasureJob(str(folder), reference, bound, None, batch_tokens, length)
-        tables.append(_measure(output / f"step-{step:06d}", tokens, load_measured(str(folder)), job)[1])
+        tables.append(measured(output / f"step-{step:06d}", tokens, load_measured(str(folder)), job)[1])
     if process_rank() > 0:
         return
     found = trajectory([step for step, _ in checkpoints], tables)
@@ -194,9 +194,9 @@ def check(
         return
     check_files(output, [])
     bound = _bound(loss, parameters)
-    pairs = _sample(load_pairs(source), bound, limit, source.path)
+    pairs = sample_pairs(load_pairs(source), bound, limit, source.path)
     tokenizer = load_tokenizer(model)
-    tokens, _ = _tokenized(pairs, tokenizer, max_length)
+    tokens, _ = tokenized(pairs, tokenizer, max_length)
     half = tokens.select(range(max(1, len(tokens) // 2)))
     batch, probes = (collate(rows, tokenizer.pad_token_id, max_length=max_length) for rows in (half, tokens))
     policy = load_measured(model)
@@ -235,7 +235,7 @@ class _Loaded:
         return measuring(self.policy, self.job)
 
 
-def _measure(
+def measured(
     folder: Path, tokens: Dataset, policy: nn.Module, job: MeasureJob, cluster: ClusterSection | None = None
 ) -> tuple[Stage, Dataset]:
     """Run the stage that measures one model on tokenized pairs; return it and its table."""
@@ -263,7 +263,7 @@ def _measure(
     return stage, Dataset.from_parquet(str(folder / TABLE), keep_in_memory=True)
 
 
-def _sample(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset:
+def sample_pairs(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset:
     """``limit`` pairs in the order of a hash of their ids: a fair sample that does not depend on the file's order.
 
     Ids often begin with a source or a date, so their own order is not fair.
@@ -282,7 +282,7 @@ def _sample(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset
     return pairs.select(sorted(order))
 
 
-def _tokenized(pairs: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset, list[str]]:
+def tokenized(pairs: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset, list[str]]:
     """The pairs as token ids, and the ids of those that are left out because their prompts fill ``max_length``.
 
     Raises:

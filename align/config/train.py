@@ -74,7 +74,7 @@ def _name_or_terms(value: Any) -> Any:
 class LossSection(Section):
     """One loss of the registry (docs/losses.md) or a weighted sum of several, and the parameters."""
 
-    loss: Annotated[str | LossTerms | None, BeforeValidator(_name_or_terms)] = None
+    loss: Annotated[str | LossTerms | None, BeforeValidator(_name_or_terms)]
     """Name in the registry: madpo, soft_madpo, dpo, ipo, ...; or ``terms``, a weighted sum."""
     loss_type: str | list[str] | None = None
     """In place of ``loss``: trl's field of this name, with trl's defaults for the parameters."""
@@ -96,6 +96,11 @@ class LossSection(Section):
         if self.loss_type is not None:
             return (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
         return (self.loss,) if isinstance(self.loss, str) else tuple(self.loss.terms if self.loss else ())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _loss_type_in_place_of_loss(cls, data: Any) -> Any:
+        return {"loss": None} | data if isinstance(data, dict) and "loss_type" in data else data
 
     @model_validator(mode="after")
     def _one_way_to_name_it(self) -> "LossSection":

@@ -378,7 +378,7 @@ class PreferenceTrainer(TrainedTables):
             return
         state = read_json(folder / LOSS_STATE)
         self._total_train_tokens = int(state["num_tokens"])
-        self.pair_losses.load_state_dict(state["statistics"])
+        self.pair_losses.load_state_dict(state.get("statistics", {}))
         if self.remedy is not None:
             self.remedy.load_state_dict(state["remedy"])
         if self.token_mask is not None:

@@ -124,7 +124,7 @@ def test_everything_that_is_wrong_is_refused_at_once() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "expected `loss`, or trl's `loss_type`, found neither"),
+        ({"loss": None}, "expected `loss`, or trl's `loss_type`, found neither"),
         ({"loss": "dpo", "loss_type": "sigmoid"}, "found both"),
         ({"loss": {"terms": {}}}, "expected the name of a loss, or"),
         ({"loss": {"term": {"dpo": 1}}}, "expected the name of a loss, or"),
