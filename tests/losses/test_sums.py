@@ -18,7 +18,7 @@ from align.losses.sums import LossSum, bind_section, resolve_sum
 from align.run.checks import check_train
 from align.run.plan import measures_trust
 from align.training.columns import require_margin
-from align.training.train import bind
+from align.training.loss_choice import bind
 from tests.losses.inputs import evaluate, make
 
 PAIRS = [(1.0, -1.0), (-2.0, 3.0), (4.0, 3.5)]
