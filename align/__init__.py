@@ -8,6 +8,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from align.api import advise as advise
+    from align.api import compare_policies as compare_policies
+    from align.api import filter_pairs as filter_pairs
+    from align.api import measure_entanglement as measure_entanglement
+    from align.api import measure_trust as measure_trust
+    from align.api import pairs_from_dataset as pairs_from_dataset
     from align.errors import AlignError as AlignError
     from align.losses.pairwise import PairLogps as PairLogps
     from align.losses.registry import LOSSES as LOSSES

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 import tomllib
 from collections.abc import Iterator
 from itertools import groupby
@@ -17,8 +16,7 @@ import yaml
 from align.cli.main import app
 from align.config import load_config
 from align.run.checks import check_config
-from tests.helpers.builders import rows
-from tests.helpers.command_line import jsonl
+from tests.helpers.python_page import write_page_folder
 
 ROOT = Path(__file__).parents[1]
 NAMED = re.compile(r"(?<![\w/.-])(?:align|reward_models|scripts|studies|tests|configs|docs)/[\w./*-]*\w")
@@ -47,6 +45,14 @@ def commands(page: Path) -> list[str]:
     return found
 
 
+def python_sections() -> dict[str, list[str]]:
+    """Title of a section of docs/python.md -> its Python blocks."""
+    parts = re.split(r"^## (.*)$", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    named = zip(parts[::2], parts[1::2], strict=True)
+    found = {title: re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) for title, text in named}
+    return {title: code for title, code in found.items() if code}
+
+
 YAML = [pytest.param(text, id=f"{page.name}-{k}") for page in PAGES for k, text in enumerate(blocks(page, "yaml"))]
 COMMANDS = [pytest.param(line, id=line[:60]) for page in PAGES for line in commands(page)]
 
@@ -63,23 +69,21 @@ def test_yaml_blocks_are_valid(text: str, tmp_path: Path) -> None:
     check_config(load_config(file))
 
 
-def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_policy: Path) -> None:
-    """The blocks of docs/python.md, in order and in one namespace; a tiny model has the name that they use."""
-    shutil.copytree(tiny_policy, tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
-    jsonl(tmp_path / "pairs.jsonl", rows(16))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    names: dict[str, Any] = {}
-    examples = blocks(ROOT / "docs" / "python.md", "python")
-    for number, example in enumerate(examples):
-        exec(compile(example, f"docs/python.md, block {number}", "exec"), names)  # noqa: S102, RUF100
-    assert {"dpo-out", "madpo-out", "own-out"} <= {folder.name for folder in tmp_path.iterdir()}
-
-
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line: str) -> None:
     """Verbs and options exist and take what they are given; nothing is run."""
     assert parse(line)
+
+
+@pytest.mark.parametrize("title", python_sections())
+def test_python_examples_run(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a section, one after the other, on tiny models under the names of the page."""
+    write_page_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    names: dict[str, Any] = {}
+    for code in python_sections()[title]:
+        exec(compile(code, f"docs/python.md, {title}", "exec"), names)
 
 
 @pytest.mark.parametrize("line", ["align trian run.yaml", "align train run.yaml --method dpo", "align eval reward"])

@@ -48,23 +48,34 @@ def check_pairs(source: PairsSection) -> CheckResult:
     Raises:
         DataError: the source is missing, unreadable or empty, or lacks a column.
     """
-    rows, columns = read_source(source)
-    reader = RowReader(source.path, columns)
+    return check_rows(*read_source(source), source.path, limit=source.limit)
+
+
+def check_rows(rows: Sequence[Row], columns: set[str], source: str, *, limit: int | None = None) -> CheckResult:
+    """Validate rows that have been read.
+
+    Args:
+        rows: their columns have the names of the pair table.
+        columns: names of all columns.
+        source: name of the rows, for messages.
+        limit: number of valid rows to keep; None: all.
+    """
+    reader = RowReader(source, columns)
     valid, problems, invalid = [], [], []
     seen, first = SeenIds(), None
     for row in rows:
         pair, found = reader.read(row)
         if pair is not None:
             first = first or pair
-            pair["id"] = identify(pair, row, seen, source.path, found)
-            found += other_kind(pair, first, row, source.path)
+            pair["id"] = identify(pair, row, seen, source, found)
+            found += other_kind(pair, first, row, source)
             valid.append(pair)
         if found:
             problems += found
             if pair is not None:
                 valid.pop()
             invalid.append({**row.values, "row": row.number, "reason": "; ".join(str(item) for item in found)})
-    return CheckResult(_table(valid[: source.limit], source.path), problems, invalid, unused_columns(columns))
+    return CheckResult(_table(valid[:limit], source), problems, invalid, unused_columns(columns))
 
 
 def load_pairs(source: PairsSection, *, side_file: Path | None = None) -> Dataset:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,9 @@ class PreferenceTrainer(TrainedTables):
         if self.loss.spec.tokens == "reference" and self.ref_model is None and not has_adapter(self.model):
             refuse_precomputed_tokens(self.loss.spec.name)
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        reference = partial(self.run_reference, metrics=self.loss.spec.tokens == "reference")
         self.pair_losses = PairLosses(
-            self.loss, self.token_mask, self.run_reference, self._step_values, vocabulary=vocabulary, gather=gather,
+            self.loss, self.token_mask, reference, self._step_values, vocabulary=vocabulary, gather=gather,
             rank=rank, seed=self.args.seed,
         )  # fmt: skip
 

@@ -32,13 +32,22 @@ def last_complete_checkpoint(folder: Path) -> str | None:
     Args:
         folder: ``output_dir`` of the trainer; it need not exist.
     """
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
-    for checkpoint in sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True):
+    for checkpoint in _newest_first(folder):
         if _is_complete(checkpoint):
             return str(checkpoint)
         log.warning("%s: not written to its end, removed", checkpoint)
         shutil.rmtree(checkpoint)
     return None
+
+
+def newest_complete_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint under ``folder``; removes nothing, so a training may go on meanwhile."""
+    return next((checkpoint for checkpoint in _newest_first(folder) if _is_complete(checkpoint)), None)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
 
 
 def check_resumable(checkpoint: Path) -> None:
