@@ -2,7 +2,7 @@
 
 import math
 
-from align.config.parameters import ANY, Range
+from align.config.parameters import ANY, POSITIVE, Range
 from align.losses import pairwise, scores
 from align.losses.spec import LossSpec
 
@@ -15,6 +15,13 @@ SMOOTHED = {"beta": 0.1, "label_smoothing": 0.1}
 
 def _not_one(*, alpha: float, **_: float) -> list[str]:
     return [f"fdpo_alpha: alpha = {alpha} is nearly 1, where it is dpo up to rounding"] if abs(alpha - 1) < 0.01 else []
+
+
+def _reversed(*, discopop_tau: float, **_: float) -> list[str]:
+    """The slope at h = 0 is (1 - log 2) / (4 tau) - 3 / 4 times beta."""
+    if discopop_tau >= (1 - math.log(2)) / 3:
+        return []
+    return [f"discopop: at tau {discopop_tau:g} its value rises with h at h = 0, so first steps lower chosen responses"]
 
 
 DPO_SPECS = (
@@ -62,9 +69,10 @@ DPO_SPECS = (
     ),
     LossSpec(
         "discopop", scores.discopop, {"beta": 0.1, "discopop_tau": 0.05}, "a loss found by search",
-        {"discopop_tau": SHARE},
+        {"beta": POSITIVE, "discopop_tau": SHARE}, check=_reversed,
         formula="-log s(z) (1 - u) + e^-z u, z = beta h, u = s(z / tau)",
-        source="arXiv 2406.08414, eq. 5; trl discopop", when="comparison with published runs",
+        source="arXiv 2406.08414, eq. 5; trl discopop",
+        when="comparison with published runs; near h = 0, where trainings start, its gradient lowers h",
     ),
     LossSpec(
         "fdpo_forward_kl", scores.fdpo_forward_kl, BETA, "DPO under the forward KL",

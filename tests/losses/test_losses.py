@@ -236,6 +236,52 @@ def test_the_gradient_of_cal_dpo_at_and_beyond_its_targets() -> None:
     assert all(float(d) < 0 for d in gradient_weights(resolve("cal_dpo", {})(beyond), beyond))
 
 
+@pytest.mark.parametrize("tau", [0.05, 0.1, 0.105, 0.5])
+def test_discopop_says_where_its_first_steps_go_the_wrong_way(tau: float) -> None:
+    logps, loss = make([(0.0, 0.0)]), resolve("discopop", {"discopop_tau": tau})
+    d_w, _ = gradient_weights(loss(logps), logps)
+    assert (float(d_w) < 0) == bool(loss.warnings) == (tau < 0.1023)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "other", "others"),
+    [
+        ("focalpo", {"gamma": 0.0}, "dpo", {}),
+        ("fdpo_alpha", {"alpha": 0.0}, "fdpo_forward_kl", {}),
+        ("fdpo_alpha", {"alpha": 1 - 1e-9}, "dpo", {}),
+        ("alphapo", {"alpha": 1e-9, "beta": 2.0, "gamma": 0.5}, "simpo", {"beta": 2.0, "gamma_beta_ratio": 0.25}),
+        ("cdpo", {"label_smoothing": 0.0}, "dpo", {}),
+        ("dpo_shift", {"shift": 1.0}, "dpo", {}),
+        ("dpop", {"penalty": 0.0}, "dpo", {}),
+        ("orpo", {"lam": 1e-12}, "nll", {}),
+    ],
+)
+@given(pair=st.tuples(st.floats(-5, 5), st.floats(-5, 5)))
+def test_limits(
+    name: str, parameters: dict[str, float], other: str, others: dict[str, float], pair: tuple[float, float]
+) -> None:
+    """At the ends of its parameters a loss is another one, to rounding."""
+    found, expected = (resolve(*each)(make([pair])) for each in ((name, parameters), (other, others)))
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@given(st.tuples(numbers, numbers))
+def test_identities_between_losses(pair: tuple[float, float]) -> None:
+    """CPO is NLL and DPO without a reference; NCA is BCO and half of both pushes back; RePO bounds SimPO's limit."""
+    logps, free = make([pair]), make([pair])
+    zero = torch.zeros_like(free.ref_chosen)
+    free = PairLogps(free.chosen, free.rejected, zero, zero, free.chosen_length, free.rejected_length)
+    cpo, sums = resolve("cpo", {})(free), resolve("dpo", {})(free) + resolve("nll", {})(free)
+    assert torch.allclose(cpo, sums)
+    sharp = resolve("simpo", {"beta": 1e4, "gamma_beta_ratio": 0.5})(logps) / 1e4
+    assert torch.allclose(resolve("repo", {"gamma": 0.5})(logps), sharp, atol=1e-4)
+    c_w, c_l = 0.1 * logps.chosen_ratio, 0.1 * logps.rejected_ratio
+    back = torch.nn.functional.softplus(c_w) / 2 - torch.nn.functional.softplus(c_l) / 2
+    assert torch.allclose(resolve("nca_pair", {})(logps), resolve("bco_pair", {})(logps) + back)
+    up, down = resolve("apo_zero", {})(logps), resolve("apo_down", {})(logps)
+    assert 0 <= float(up) <= 2 and 0 <= float(down) <= 2
+
+
 def test_robust_is_unbiased_under_flips() -> None:
     eps, pair = 0.3, (2.0, -1.0)
     loss = resolve("robust", {"label_smoothing": eps})
