@@ -44,7 +44,10 @@ def check_config(config: RunConfig, *, tables: bool = False) -> None:
             pairs_per_step=config.reward.pairs_per_step,
         )  # fmt: skip
     prompts = [
-        prompt for part in (config.sample, config.evaluate) if part is not None for prompt in load_prompts(part.prompts)
+        prompt
+        for part in (config.sample, config.evaluate)
+        if part is not None
+        for prompt in load_prompts(part.prompts, part.chat_template_kwargs)
     ]
     check_models(config, conversational=not all(isinstance(prompt, str) for prompt in prompts))
     check_prompt_rows(config, prompts)

@@ -10,7 +10,16 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import extract_prompt
 
-from align.config.columns import ID_COLUMNS, NOT_NEGATIVE, PAIR_COLUMNS, REFERENCE_COLUMNS, RESPONSES, TEXT
+from align.config.columns import (
+    FINISH_COLUMNS,
+    FINISH_REASONS,
+    ID_COLUMNS,
+    NOT_NEGATIVE,
+    PAIR_COLUMNS,
+    REFERENCE_COLUMNS,
+    RESPONSES,
+    TEXT,
+)
 from align.data.pairs import one_type
 from align.errors import DataError
 from align.io.console import log
@@ -51,8 +60,11 @@ def as_table(given: Any, name: str) -> Dataset | IterableDataset:
             raise DataError(
                 f"{name}: row {wrong} is a {type(given[wrong]).__name__}, expected a dict", code="data-type"
             )
+        columns = list(
+            dict.fromkeys(column for row in given for column in row)
+        )  # from_list reads those of the first row
         with one_type(name, "(rows)"):
-            table = Dataset.from_list([dict(row) for row in given])
+            table = Dataset.from_list([{column: row.get(column) for column in columns} for row in given])
     else:
         raise _wrong_type(given, name)
     if isinstance(table, Dataset):
@@ -94,6 +106,14 @@ def check_columns(table: Dataset, name: str) -> None:
     for column in PAIR_COLUMNS:
         if column in columns:
             _check_numbers(table, name, column)
+    for column in FINISH_COLUMNS.values():
+        for k, value in enumerate(table[column] if column in columns else []):
+            if value is not None and value not in FINISH_REASONS:
+                raise DataError(
+                    f"{name}: {column} of row {k}: found {value!r:.60}, expected {' or '.join(FINISH_REASONS)}",
+                    code="pair-value",
+                    hint="a response that a limit of tokens cut off is length, any other stop or None",
+                )
 
 
 def _check_texts(table: Dataset, name: str, column: str) -> None:
