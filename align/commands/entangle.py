@@ -217,7 +217,7 @@ def _bound(loss: str, parameters: Mapping[str, float]) -> BoundLoss:
 def _of_one_pair(bound: BoundLoss) -> BoundLoss:
     if not bound.spec.from_logps:
         raise ConfigError(
-            f"--loss {bound.spec.name}: compares the pairs of a step or reads tokens, so log-probs give no verdict",
+            f"--loss {bound.spec.name}: compares the pairs of a step or reads tokens: a pair alone has no verdict",
             code="entanglement-loss",
             hint="measure with --loss dpo",
         )

@@ -173,7 +173,7 @@ class PairMeasurement:
 def _check(loss: BoundLoss, pairs: Dataset) -> None:
     if not loss.spec.from_logps:
         raise ConfigError(
-            f"loss {loss.spec.name}: compares the pairs of a step or reads tokens, so log-probs give no verdict",
+            f"loss {loss.spec.name}: compares the pairs of a step or reads tokens: a pair alone has no verdict",
             code="entanglement-loss",
             hint="measure with loss dpo",
         )
