@@ -22,6 +22,7 @@ from align.io.console import log
 from align.io.hashing import digest
 from align.models.folders import fingerprint_model
 from align.sharding.shards import map_shards
+from align.training.base.trackers import TrackedRun
 from reward_models.calibration import MarginMap
 from reward_models.loading import DEFAULTS, LoadOptions
 from reward_models.score import ALIKE, REWARDS, RewardScorer, ScoreJob, tell_alike, with_rewards
@@ -34,7 +35,9 @@ SHARD = 512
 KEY_DIGITS = 8
 
 
-def train_members(train: Dataset, config: RewardSection, output: Path, *, seed: int) -> None:
+def train_members(
+    train: Dataset, config: RewardSection, output: Path, *, seed: int, run: TrackedRun | None = None
+) -> None:
     """Train ``config.ensemble`` reward models into ``output`` and ``output/members``; existing ones are kept.
 
     Members differ in the seed of their head and of the order of the pairs. A linear head on frozen features has no
@@ -45,15 +48,17 @@ def train_members(train: Dataset, config: RewardSection, output: Path, *, seed: 
         config: reward model.
         output: folder of the first model.
         seed: seed of the first member.
+        run: names under which the trackers of ``report_to`` show the trainings; each other member has its own.
     """
-    train_reward_model(train, config, output, seed=seed)
+    train_reward_model(train, config, output, seed=seed, run=run)
     for number in range(1, config.ensemble):
         own = seed + SEED_STEP * number
         pairs = train
         if config.head != "full":
             pairs = train.select(draw_clusters(train, own))
         (output / MEMBERS).mkdir(exist_ok=True)
-        train_reward_model(pairs, config, output / MEMBERS / str(number), seed=own)
+        part = None if run is None else run.part(f"member-{number}")
+        train_reward_model(pairs, config, output / MEMBERS / str(number), seed=own, run=part)
 
 
 def members(model: Path | str) -> list[Path | str]:
@@ -98,10 +103,24 @@ class EnsembleScorer:
         rewards = [scorer.score_completions(prompts, completions) for scorer in self.scorers]
         return np.asarray(np.mean(rewards, axis=0))
 
-    def score_pairs(self, pairs: Dataset) -> Dataset:
-        """The table with the mean rewards and their margin, and ``margin_std`` for at least two members."""
-        scored, alike = zip(*(scorer.score_and_tell(pairs) for scorer in self.scorers), strict=True)
-        tell_alike(alike[0])
+    def score_pairs(self, pairs: Dataset, *, shard: int | None = None) -> Dataset:
+        """The table with the mean rewards and their margin, and ``margin_std`` for at least two members.
+
+        Args:
+            pairs: pair table.
+            shard: pairs to batch together, at ``SHARD`` as in ``score_with``, to the bit; None: all.
+        """
+        count, alike, scored = len(pairs), np.zeros(len(pairs), dtype=bool), []
+        size = shard or max(count, 1)
+        for scorer in self.scorers:
+            parts = [
+                scorer.score_and_tell(pairs.select(range(start, min(start + size, count))))
+                for start in range(0, max(count, 1), size)
+            ]
+            alike |= np.concatenate([part for _, part in parts])
+            rewards = ([np.asarray(part[name]) for part, _ in parts] for name in SCORES[:2])
+            scored.append(with_rewards(pairs, *(np.concatenate(values) for values in rewards)))
+        tell_alike(alike)
         return _averaged(pairs, scored)
 
 

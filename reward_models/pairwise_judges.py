@@ -1,7 +1,7 @@
 """Pairwise judges, which prefer one of two responses; a judge that gives scores is one as well.
 
-Names of judges: ``vader`` is the gold judge; a folder or hub id is a reward model; ``llm:MODEL`` is a language model
-that is asked which of two responses is better; ``yes-no:MODEL`` is asked for each response whether it is good.
+Names of judges: ``vader`` is the sentiment lexicon; a folder or hub id is a reward model; ``llm:MODEL`` is a language
+model that is asked which of two responses is better; ``yes-no:MODEL`` is asked for each response whether it is good.
 """
 
 import re
@@ -55,7 +55,7 @@ class ByScore:
 
 
 class RewardModelJudge:
-    """A reward model as a judge; not a gold judge for policies that were trained on its rewards or margins.
+    """A reward model as a judge; not an independent one of policies that were trained on its rewards or margins.
 
     Args:
         model: folder or hub id.
@@ -161,6 +161,17 @@ class LanguageModelJudge:
 
     def _text_ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def prefer_in_both_orders(
+    judge: PairwiseJudge, prompts: Sequence[Any], ours: Sequence[Any], theirs: Sequence[Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Preference for ours when it is shown first and when it is shown second, [N] each, in [0, 1].
+
+    A judge that scores single responses does not see the order and is asked once.
+    """
+    first = judge.prefer(prompts, ours, theirs)
+    return first, first if isinstance(judge, ByScore) else 1 - judge.prefer(prompts, theirs, ours)
 
 
 def make_pairwise(name: str, max_length: int | None = None, options: LoadOptions = DEFAULTS) -> PairwiseJudge:

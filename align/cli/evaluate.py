@@ -11,10 +11,12 @@ from align.cli.options import (
     LoadingOptions,
     Seed,
     Split,
+    TemplateKwargs,
     cluster_section,
     expand_options,
     output_folder,
     pair_source,
+    template_kwargs,
 )
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Rewards, win rates and KL of policies; accuracy of reward models.", no_args_is_help=True)
 Policies = Annotated[list[str], typer.Argument(metavar="POLICY...", help="NAME=FOLDER or FOLDER; may be an adapter.")]
 Reference = Annotated[str | None, typer.Option(help="Reference model; default: what the adapters were trained on.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first LIMIT prompts or pairs.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use a fair sample of LIMIT prompts or pairs.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,7 @@ class EvaluateOptions(LoadingOptions):
     ] = None
     seed: Seed = 0
     cluster: Cluster = None
+    chat_template_kwargs: TemplateKwargs = None
 
     def settings(self, *, temperature: float = 1.0, shown: int = 0) -> "Settings":
         """The options as ``align.commands.evaluate`` takes them."""
@@ -57,7 +60,16 @@ class EvaluateOptions(LoadingOptions):
         )  # fmt: skip
         cluster, options = cluster_section(self.cluster), self.load_options()
         return Settings(
-            self.prompts, self.output, self.judge, sampling, self.limit, shown, self.max_length, cluster, options
+            self.prompts,
+            self.output,
+            self.judge,
+            sampling,
+            self.limit,
+            shown,
+            self.max_length,
+            cluster,
+            options,
+            template_kwargs(self.chat_template_kwargs),
         )
 
 

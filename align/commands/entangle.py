@@ -1,6 +1,5 @@
 """The work of `align entangle report`, `trace` and `check`."""
 
-import hashlib
 import json
 import math
 import shlex
@@ -16,6 +15,7 @@ from torch import nn
 
 from align.config import ClusterSection, LossSection, PairsSection
 from align.data.pairs import fingerprint, load_pairs, read_pairs
+from align.data.sampling import fair_sample, report_sample
 from align.data.statistics import missing_values
 from align.distributed import process_rank
 from align.entanglement.check import check_predictions
@@ -23,7 +23,7 @@ from align.entanglement.measure import SHARD, MeasureJob, load_measured, measuri
 from align.entanglement.products import GradientProducts
 from align.entanglement.summary import advice, share_text, summarize
 from align.entanglement.token_products import token_matrix, token_products
-from align.entanglement.trace import checkpoints_of, sentence, trajectory
+from align.entanglement.trace import START, checkpoints_of, sentence, trajectory
 from align.errors import ConfigError, DataError
 from align.filtering.tables import KEPT
 from align.io.console import log, out
@@ -32,7 +32,7 @@ from align.io.stage import Stage, check_files, read_manifest, run_stage
 from align.losses.registry import resolve
 from align.losses.spec import BoundLoss
 from align.losses.sums import bind_section
-from align.models.folders import fingerprint_model, is_adapter
+from align.models.folders import adapter_config, fingerprint_model, is_adapter
 from align.models.loading import load_tokenizer
 from align.models.tokenization import MAX_LENGTH, collate, tokenize_pairs
 from align.reports.entanglement_page import shade, write_entanglement_page, write_trace_page
@@ -45,7 +45,7 @@ MEASUREMENTS = "measurements"
 SUMMARY, PAGE = "summary.json", "report.html"
 MEASURED = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
 """Columns of tokenized pairs that a measurement depends on."""
-REVISION = 2
+REVISION = 3
 """Part of the key of a measurement: raised when the same pairs and model give other numbers."""
 NAMED = 5
 """Number of pairs that a message names."""
@@ -94,17 +94,19 @@ def report(source: PairsSection, settings: ReportSettings, output: Path) -> None
     policy = load_measured(settings.model)
     job = MeasureJob(settings.model, settings.reference, bound, settings.parameter_names, settings.batch_tokens,
                      settings.max_length)  # fmt: skip
-    stage, table = measured(output / MEASUREMENTS, tokens, policy, job, settings.cluster)
+    stage, table = measure_tokens(output / MEASUREMENTS, tokens, policy, job, settings.cluster)
     if process_rank() > 0:
         return
     summary = summarize(table)
-    covered = GradientProducts(policy, settings.parameter_names).covered
+    products = GradientProducts(policy, settings.parameter_names)
+    covered = products.covered
     page: dict[str, Any] = {
         "run": {
             "pairs": source.path, "of": len(every), "left_out": left_out, "model": settings.model,
             "loss": settings.loss, "seconds": stage.seconds,
             "command": shlex.join(["align", *sys.argv[1:]]), "parameters": sum(covered.values()),
-            "by_rule": covered["rule"], "by_autograd": covered["autograd"],
+            "by_rule": covered["rule"], "by_autograd": covered["autograd"], "without_rule": products.by_autograd,
+            "adapter": adapter_config(settings.model)["peft_type"] if is_adapter(settings.model) else None,
         },
         "summary": summary,
         "entangled": share_text(summary["entangled"]),
@@ -129,10 +131,10 @@ def _shown_pairs(policy: nn.Module, tokens: Dataset, table: Dataset, settings: R
 
 
 def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: int | None) -> None:
-    """Measure the saved checkpoints of one method of a run; write ``trace-<method>/`` with JSON, tables and a page.
+    """Measure the start and the saved checkpoints of one method of a run; write JSON, tables and a page.
 
-    The loss, its parameters and the reference are those of the training, and so is the length if ``max_length`` is
-    None.
+    They are in ``trace-<method>/``. The loss, its parameters and the reference are those of the training, and so is the
+    length if ``max_length`` is None.
 
     Raises:
         AlignError: no such training, no checkpoint, or a loss that has no verdict for one pair.
@@ -153,13 +155,16 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     pairs = sample_pairs(every, bound, limit, str(run))
     tokens, _ = tokenized(pairs, load_tokenizer(base), length)
     output, tables = run / f"trace-{method}", []
-    for step, folder in checkpoints:
-        reference = None if is_adapter(folder) and not is_adapter(base) else base
-        job = MeasureJob(str(folder), reference, bound, None, batch_tokens, length)
-        tables.append(measured(output / f"step-{step:06d}", tokens, load_measured(str(folder)), job)[1])
+    start = _start(training, base, checkpoints[0][1])
+    reference = None if is_adapter(checkpoints[0][1]) and not is_adapter(base) else base
+    measured: list[tuple[int, str, str | None]] = [] if start is None else [(0, start, start)]
+    measured += [(step, str(folder), reference) for step, folder in checkpoints]
+    for step, folder, compared in measured:
+        job = MeasureJob(folder, compared, bound, None, batch_tokens, length)
+        tables.append(measure_tokens(output / f"step-{step:06d}", tokens, load_measured(folder), job)[1])
     if process_rank() > 0:
         return
-    found = trajectory([step for step, _ in checkpoints], tables)
+    found = trajectory([step for step, _, _ in measured], tables)
     report = {
         "run": {"folder": str(run), "method": method, "loss": bound.spec.name, "pairs": len(pairs),
                 "command": shlex.join(["align", *sys.argv[1:]])},
@@ -170,6 +175,16 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     write_trace_page(output / PAGE, report)
     log.info("%s", report["sentence"])
     log.info("look at it: open %s", output / PAGE)
+
+
+def _start(training: Path, base: str, checkpoint: Path) -> str | None:
+    """The model of a training before its first step; None if it was a new adapter that was not kept."""
+    if (training / START).exists():
+        return str(training / START)
+    if not is_adapter(checkpoint) or is_adapter(base):
+        return base
+    log.warning("%s: holds no folder %s, so the trace begins at the first checkpoint", training, START)
+    return None
 
 
 def check(
@@ -235,7 +250,7 @@ class _Loaded:
         return measuring(self.policy, self.job)
 
 
-def measured(
+def measure_tokens(
     folder: Path, tokens: Dataset, policy: nn.Module, job: MeasureJob, cluster: ClusterSection | None = None
 ) -> tuple[Stage, Dataset]:
     """Run the stage that measures one model on tokenized pairs; return it and its table."""
@@ -264,9 +279,10 @@ def measured(
 
 
 def sample_pairs(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset:
-    """``limit`` pairs in the order of a hash of their ids: a fair sample that does not depend on the file's order.
+    """A fair sample of ``limit`` pairs.
 
-    Ids often begin with a source or a date, so their own order is not fair.
+    Raises:
+        DataError: the loss needs a margin that a pair lacks.
     """
     lacking = missing_values(pairs, "margin") if "margin" in pairs.column_names else range(len(pairs))
     if loss.spec.needs_margin and len(lacking):
@@ -277,9 +293,9 @@ def sample_pairs(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Da
             code="loss-needs-margin",
             hint="run `align reward score` first, or measure with --loss dpo",
         )
-    names = [str(name) for name in pairs["id"]]
-    order = sorted(range(len(pairs)), key=lambda k: hashlib.sha256(names[k].encode()).digest())[:limit]
-    return pairs.select(sorted(order))
+    drawn, total = fair_sample(map(str, pairs["id"]), limit)
+    report_sample(source, len(drawn), total, "pairs")
+    return pairs.select(drawn)
 
 
 def tokenized(pairs: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset, list[str]]:

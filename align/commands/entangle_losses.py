@@ -7,11 +7,12 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from align.commands.entangle import MEASUREMENTS, PAGE, measured, sample_pairs, tokenized
+from align.commands.entangle import MEASUREMENTS, PAGE, measure_tokens, sample_pairs, tokenized
 from align.config import ClusterSection, PairsSection
 from align.data.pairs import load_pairs
 from align.distributed import process_rank
 from align.entanglement.compare_losses import Incentive, compare_losses
+from align.entanglement.conditions import products_noise
 from align.entanglement.measure import MeasureJob, load_measured
 from align.entanglement.summary import share_text
 from align.errors import ConfigError
@@ -58,10 +59,11 @@ def compare(source: PairsSection, settings: LossesSettings, output: Path) -> Non
     tokens, left_out = tokenized(pairs, load_tokenizer(settings.model), settings.max_length)
     job = MeasureJob(settings.model, settings.reference, dpo, settings.parameter_names, settings.batch_tokens,
                      settings.max_length)  # fmt: skip
-    stage, table = measured(output / MEASUREMENTS, tokens, load_measured(settings.model), job, settings.cluster)
+    policy = load_measured(settings.model)
+    stage, table = measure_tokens(output / MEASUREMENTS, tokens, policy, job, settings.cluster)
     if process_rank() > 0:
         return
-    found, missing = compare_losses(table, losses)
+    found, missing = compare_losses(table, losses, noise=products_noise(policy))
     report = {
         "run": {"pairs": source.path, "measured": len(table), "left_out": left_out, "model": settings.model,
                 "reference": settings.reference, "seconds": stage.seconds, "at_start": at_start(table),

@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from align.commands.evaluation_tables import (
     Written,
     judge_pairs,
     measure_kl,
-    read_prompts,
     score,
     write_completions,
 )
 from align.config import ClusterSection
+from align.data.prompts import sample_prompts
 from align.errors import ConfigError, DataError
 from align.evaluation.compare_policies import PolicySamples, compare_policies, first_samples, kl_statistics
 from align.evaluation.policies import REFERENCE, Policy, checkpoints, find_reference, parse_policies
@@ -31,7 +31,7 @@ from align.io.files import read_json, write_json
 from align.io.stage import check_files
 from align.stats import interval, mean_interval
 from reward_models.loading import DEFAULTS, LoadOptions
-from reward_models.pairwise_judges import ByScore, make_pairwise, make_score_judge
+from reward_models.pairwise_judges import ByScore, PairwiseJudge, make_pairwise, make_score_judge
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -62,6 +62,8 @@ class Settings:
     """The cluster whose workers share the prompts; no result depends on it."""
     options: LoadOptions = DEFAULTS
     """How a reward model that judges is loaded and reads texts."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template for all prompts; those of a row come first."""
 
     def __post_init__(self) -> None:
         if self.sampling.engine == "server":
@@ -87,9 +89,9 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
     origin = find_reference(policies, reference)
     everyone = [origin, *policies]
     started = _start(settings, everyone)
-    prompts = _prompts(settings, everyone)
+    drawn = _prompts(settings, everyone)
     judge = make_score_judge(settings.judge, settings.max_length, settings.options)
-    written = {policy.name: _write(policy, prompts, settings) for policy in everyone}
+    written = {policy.name: _write(policy, drawn.prompts, settings) for policy in everyone}
     log_ratios = {name: _log_ratios(found, origin, settings) for name, found in written.items()}
     rewards = {name: score(found, judge, settings.output, settings.max_length) for name, found in written.items()}
     samples = {
@@ -101,7 +103,7 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
         "policies": {name: numbers | {"texts": found.texts[name]} for name, numbers in found.policies.items()},
         "comparisons": found.differences,
         "changed": found.changes,
-        "run": _run(settings, everyone, len(prompts), started),
+        "run": _run(settings, everyone, drawn, started),
         "samples": _samples(written, rewards, settings.shown),
     }
     _publish(settings.output, {"reward": section}, section)
@@ -125,34 +127,64 @@ def write_comparison(first: str, second: str, settings: Settings) -> None:
     """
     a, b = parse_policies([first, second])
     started = _start(settings, [a, b])
-    prompts = _prompts(settings, [a, b])
+    drawn = _prompts(settings, [a, b])
     judge = make_pairwise(settings.judge, settings.max_length, settings.options)
-    written = {policy.name: _write(policy, prompts, settings) for policy in (a, b)}
+    written = {policy.name: _write(policy, drawn.prompts, settings) for policy in (a, b)}
     preferences = judge_pairs(written[a.name], written[b.name], judge, settings.output, settings.max_length)
+    run = _run(settings, [a, b], drawn, started)
+    section = compare_written(written, judge, preferences, shown=settings.shown, run=run)
+    _publish(settings.output, {"comparisons": {f"{a.name} against {b.name}, {judge.name}": section}}, section)
+    log.info("%s", win_sentence(section))
+    _finish(settings.output)
+
+
+def compare_written(
+    written: Mapping[str, Written],
+    judge: PairwiseJudge,
+    preferences: tuple[np.ndarray, np.ndarray],
+    *,
+    shown: int,
+    run: dict[str, Any],
+    clusters: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """The section of a report on policy A against policy B.
+
+    Args:
+        written: completions of A and of B for the same N prompts, in this order.
+        judge: the judge that was asked.
+        preferences: for A when it is shown first and when it is shown second, [N] each, in [0, 1].
+        shown: number of prompts whose completions are part of the section.
+        run: how it was made, see ``_run``.
+        clusters: see ``align.evaluation.compare_policies.compare_policies``.
+    """
+    a, b = written
     texts = {name: PolicySamples(texts=_texts(found)) for name, found in written.items()}
-    found = compare_policies(texts, baseline=b.name, preferences=preferences)
+    found = compare_policies(texts, baseline=b, preferences=preferences, clusters=clusters)
     assert found.win_rate is not None
-    samples = _samples(written, {}, settings.shown)
+    samples = _samples(written, {}, shown)
     for sample, value in zip(samples, (preferences[0] + preferences[1]) / 2, strict=False):
         sample["preference"] = float(value)
-    section = {
-        "a": a.name,
-        "b": b.name,
+    return {
+        "a": a,
+        "b": b,
         "judge": judge.name,
         "both_orders": not isinstance(judge, ByScore),
         "win_rate": found.win_rate.to_dict(),
         "texts": found.texts,
         "changed": found.changes,
-        "run": _run(settings, [a, b], len(prompts), started),
+        "run": run,
         "samples": samples,
     }
-    _publish(settings.output, {"comparisons": {f"{a.name} against {b.name}, {judge.name}": section}}, section)
-    controlled = found.win_rate.length_controlled
+
+
+def win_sentence(section: Mapping[str, Any]) -> str:
+    """The win rate of a section of ``compare_written`` with its interval, plain and at equal lengths."""
+    found = section["win_rate"]
+    controlled = found["length_controlled"]
     equal = "lengths cannot be controlled for"
     if controlled is not None:
-        equal = f"at equal lengths {interval(controlled.rate.to_dict())}"
-    log.info("%s wins %s against %s; %s", a.name, interval(found.win_rate.rate.to_dict()), b.name, equal)
-    _finish(settings.output)
+        equal = f"at equal lengths {interval(controlled['rate'])}"
+    return f"{section['a']} wins {interval(found['rate'])} against {section['b']}; {equal}"
 
 
 def frontier(
@@ -178,7 +210,7 @@ def frontier(
     steps = [(step, policy) for folder in parse_policies(trained) for step, policy in checkpoints(folder)]
     origin = find_reference([*policies, *(policy for _, policy in steps)], reference)
     started = _start(settings, [origin, *policies, *parse_policies(trained)])
-    prompts = _prompts(settings, [origin, *policies, *(policy for _, policy in steps)])
+    drawn = _prompts(settings, [origin, *policies, *(policy for _, policy in steps)])
     judge = make_score_judge(settings.judge, settings.max_length, settings.options)
     jobs: list[tuple[Policy, float, int | None]] = [(origin, 1.0, None)]
     heats = list(dict.fromkeys(temperatures))
@@ -187,14 +219,14 @@ def frontier(
     base: PolicySamples | None = None
     points = []
     for policy, heat, step in jobs:
-        written = _write(policy, prompts, settings, heat)
+        written = _write(policy, drawn.prompts, settings, heat)
         log_ratios = _log_ratios(written, origin, settings)
         rewards = score(written, judge, settings.output, settings.max_length)
         samples = PolicySamples(rewards, log_ratios, temperature=heat)
         base = samples if base is None else base
         named = {"policy": policy.name, "temperature": heat, "step": step}
         points.append(named | _point(samples, base))
-    section = {"points": points, "run": _run(settings, [origin, *policies], len(prompts), started)}
+    section = {"points": points, "run": _run(settings, [origin, *policies], drawn, started)}
     _publish(settings.output, {"frontier": section}, section)
     _finish(settings.output)
 
@@ -232,22 +264,31 @@ def _point(samples: PolicySamples, base: PolicySamples) -> dict[str, Any]:
     } | kl_statistics(samples, base)
 
 
-def _prompts(settings: Settings, policies: Sequence[Policy]) -> list[Any]:
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The prompts of an evaluation, and how many its source has."""
+
+    prompts: list[Any]
+    of: int
+
+
+def _prompts(settings: Settings, policies: Sequence[Policy]) -> Drawn:
     """The prompts, once the chat templates of the policies and of a judge that is a model folder take them.
 
     Raises:
         ModelError, DataError: the prompts or a template cannot be used.
     """
-    from align.models.message_checks import check_prompts_of
+    from align.models import message_checks, template_arguments
 
-    prompts = read_prompts(settings.prompts, settings.limit)
-    check_prompts_of(prompts, dict.fromkeys(policy.model for policy in policies))
+    prompts, total = sample_prompts(settings.prompts, settings.limit, settings.chat_template_kwargs)
+    models = dict.fromkeys(policy.model for policy in policies)
+    message_checks.check_prompts_of(prompts, models)
+    for model in models:
+        template_arguments.report_other_arguments(prompts, model)
     if Path(settings.judge).is_dir():
-        check_prompts_of(
-            prompts, [settings.judge], answered=True, trust_remote_code=settings.options.trust_remote_code,
-            text_pair=settings.options.text_pair,
-        )  # fmt: skip
-    return prompts
+        options = {"trust_remote_code": settings.options.trust_remote_code, "text_pair": settings.options.text_pair}
+        message_checks.check_prompts_of(prompts, [settings.judge], answered=True, **options)
+    return Drawn(prompts, total)
 
 
 def _write(policy: Policy, prompts: Sequence[Any], settings: Settings, temperature: float | None = None) -> Written:
@@ -273,13 +314,14 @@ def _samples(written: Mapping[str, Written], rewards: Mapping[str, np.ndarray], 
     return first_samples(prompts, {name: found.table["text"] for name, found in written.items()}, rewards, shown)
 
 
-def _run(settings: Settings, policies: Sequence[Policy], prompts: int, started: float) -> dict[str, Any]:
+def _run(settings: Settings, policies: Sequence[Policy], drawn: Drawn, started: float) -> dict[str, Any]:
     """Command, settings and duration of a part of the report."""
     sampling = settings.sampling
     return {
         "command": shlex.join(["align", *sys.argv[1:]]),
         "prompts": str(settings.prompts),
-        "n_prompts": prompts,
+        "n_prompts": len(drawn.prompts),
+        "of_prompts": drawn.of,
         "judge": settings.judge,
         "policies": {policy.name: policy.model for policy in policies},
         "decoding": {
@@ -288,6 +330,7 @@ def _run(settings: Settings, policies: Sequence[Policy], prompts: int, started: 
             "seed": sampling.seed,
             "batch_size": sampling.batch_size,
             "engine": sampling.engine,
+            "chat_template_kwargs": dict(settings.chat_template_kwargs),
         },
         "seconds": round(time.monotonic() - started, 1),
     }

@@ -21,12 +21,12 @@ import numpy as np
 from datasets import Dataset, List, Value
 
 from align.config import ClusterSection
-from align.data.prompts import load_prompts
-from align.errors import DataError, ModelError
+from align.errors import ModelError
 from align.evaluation.policies import Policy
 from align.generation.engines import choose_engine
 from align.generation.sampling_job import KL_BATCH_TOKENS, SamplingJob, completions_of, sample_prompts
-from align.generation.types import SAMPLING, Sampling, as_completion
+from align.generation.types import SAMPLING, Completion, Sampling, as_completion
+from align.generation.vllm_adapters import check_vllm_adapter, served_otherwise
 from align.io.hashing import digest
 from align.io.stage import run_stage
 from align.models.folders import adapter_base, fingerprint_model
@@ -34,7 +34,14 @@ from align.sharding.jobs import Work, read_table
 from align.sharding.shards import in_parts, map_shards
 from reward_models.judges import Judge
 from reward_models.loading import DEFAULTS
-from reward_models.pairwise_judges import ByScore, PairwiseJudge, RewardModelJudge, from_scores, judge_key
+from reward_models.pairwise_judges import (
+    ByScore,
+    PairwiseJudge,
+    RewardModelJudge,
+    from_scores,
+    judge_key,
+    prefer_in_both_orders,
+)
 
 PART = 64
 """Prompts per shard; a stopped evaluation repeats at most one shard."""
@@ -60,18 +67,6 @@ class Written:
         return [as_completion(prompt, text) for prompt, text in zip(self.prompts, self.table["text"], strict=True)]
 
 
-def read_prompts(path: str, limit: int | None) -> list[Any]:
-    """The first ``limit`` prompts of a file, a folder of Parquet files or a pattern, local or in an object store.
-
-    Raises:
-        DataError: the file is missing, malformed or empty.
-    """
-    prompts = load_prompts(path)[:limit]
-    if not prompts:
-        raise DataError(f"{path}: holds no prompt", code="data-empty", hint='one {"prompt": ...} per line')
-    return prompts
-
-
 def write_completions(
     policy: Policy, prompts: Sequence[Any], sampling: Sampling, output: Path, cluster: ClusterSection | None = None
 ) -> Written:
@@ -91,6 +86,8 @@ def write_completions(
     if sampling.n != 1 or sampling.top_p != 1:
         raise ValueError(f"expected n = 1 and top_p = 1, got n = {sampling.n} and top_p = {sampling.top_p}")
     engine = choose_engine(sampling.engine)[0]
+    if engine == "vllm":
+        check_vllm_adapter(policy.model)
     inputs = {
         "prompts": digest(list(prompts)),
         "model": _fingerprint(policy.model),
@@ -100,23 +97,30 @@ def write_completions(
         "revision": SAMPLING,
     }
 
+    if engine == "vllm" and (reason := served_otherwise(policy.model)) is not None:
+        inputs["merged"] = reason
+
     job = SamplingJob(policy.model, replace(sampling, engine=engine))
 
     def work(parts: Path) -> Dataset:
         what = f"completions of {policy.name}"
         sampled = sample_prompts(list(prompts), job, parts, size=PART, what=what, cluster=cluster)
-        completions = [group[0] for group in completions_of(sampled)]
-        texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
-        table = {
-            "prompt": texts,
-            "text": [completion.text for completion in completions],
-            "token_ids": [completion.token_ids for completion in completions],
-            "finished": [completion.finish_reason == "stop" for completion in completions],
-        }
-        return Dataset.from_dict(table).cast_column("token_ids", List(Value("int64")))
+        return completions_table(prompts, [group[0] for group in completions_of(sampled)])
 
     table, key = _table_stage(output, COMPLETIONS, policy.name, inputs, work)
     return Written(policy, prompts, sampling, table, key)
+
+
+def completions_table(prompts: Sequence[Any], completions: Sequence[Completion]) -> Dataset:
+    """The table of a policy's completions, one of each of N prompts; see ``Written.table``."""
+    texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
+    table = {
+        "prompt": texts,
+        "text": [completion.text for completion in completions],
+        "token_ids": [completion.token_ids for completion in completions],
+        "finished": [completion.finish_reason == "stop" for completion in completions],
+    }
+    return Dataset.from_dict(table).cast_column("token_ids", List(Value("int64")))
 
 
 def measure_kl(written: Written, reference: Policy, output: Path, cluster: ClusterSection | None = None) -> np.ndarray:
@@ -174,7 +178,7 @@ def judge_pairs(
         def part(rows: range) -> Dataset:
             prompts = [first.prompts[k] for k in rows]
             ours, theirs = ([of_policy[k] for k in rows] for of_policy in answers)
-            verdicts = judge.prefer(prompts, ours, theirs), 1 - judge.prefer(prompts, theirs, ours)
+            verdicts = prefer_in_both_orders(judge, prompts, ours, theirs)
             return Dataset.from_dict({"shown_first": verdicts[0], "shown_second": verdicts[1]})
 
         return in_parts(len(first.table), PART, parts, part, what="judgements")
@@ -196,7 +200,7 @@ class LogpJob:
         import torch
 
         from align.models.completion_logps import completion_logps
-        from align.models.loading import load_policy
+        from align.models.loading import load_policy, place
         from align.models.tokenization import encode_prompt
 
         tokenizer = _tokenizer(self.policy)
@@ -210,7 +214,7 @@ class LogpJob:
         scorers: list[Any] = []
         for model, heat in ((self.policy, self.temperature), (self.reference, 1.0)):
             settings = {"batch_tokens": KL_BATCH_TOKENS, "pad_token_id": tokenizer.pad_token_id, "temperature": heat}
-            loaded = load_policy(model, dtype="float32").to(device).eval()
+            loaded = place(load_policy(model, dtype="float32"), device).eval()
             scorers.append(partial(completion_logps, loaded, **settings))
 
         def work(rows: Dataset) -> Dataset:

@@ -1,6 +1,6 @@
 """Where pairs come from, how they are sampled, and which of them are kept."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -25,7 +25,7 @@ class PairsSection(Section):
     drop_invalid: bool = False
     """Drop invalid rows (they are counted and written to a side file) instead of stopping."""
     limit: Count | None = None
-    """Number of pairs to keep, from the start of the source; default: all."""
+    """Number of pairs to keep, a fair sample drawn by a hash of their ids; default: all."""
 
     @field_validator("columns")
     @classmethod
@@ -54,6 +54,8 @@ class SampleSection(Section):
     """Nucleus sampling: probability that the tokens sampled from hold together; 1 keeps all."""
     batch_size: Count = 64
     """Continuations per forward pass."""
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """Arguments of the chat template for all prompts, e.g. {enable_thinking: false}; a prompt's own come first."""
     label_scale: Positive = 1.0
     """P(the better one is chosen) = sigmoid(label_scale * difference of the labeling reward)."""
 

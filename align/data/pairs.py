@@ -20,6 +20,7 @@ from align.config import PairsSection
 from align.config.columns import COLUMNS, OPTIONAL, RESPONSES, TEXT
 from align.data.messages import text_array
 from align.data.readers import Row, read_source
+from align.data.sampling import fair_sample, report_sample
 from align.data.seen_ids import SeenIds, content_id
 from align.data.validation import SHOWN_CHARACTERS, Problem, RowReader
 from align.errors import DataError, listed
@@ -43,28 +44,43 @@ class CheckResult:
 
 
 def check_pairs(source: PairsSection) -> CheckResult:
-    """Read and validate every row of a source.
+    """Read and validate every row of a source; with ``source.limit``, keep a fair sample of the valid ones.
 
     Raises:
         DataError: the source is missing, unreadable or empty, or lacks a column.
     """
-    rows, columns = read_source(source)
-    reader = RowReader(source.path, columns)
+    return check_rows(*read_source(source), source.path, limit=source.limit)
+
+
+def check_rows(rows: Sequence[Row], columns: set[str], source: str, *, limit: int | None = None) -> CheckResult:
+    """Validate rows that have been read.
+
+    Args:
+        rows: their columns have the names of the pair table.
+        columns: names of all columns.
+        source: name of the rows, for messages.
+        limit: number of valid rows to keep; None: all.
+    """
+    reader = RowReader(source, columns)
     valid, problems, invalid = [], [], []
     seen, first = SeenIds(), None
     for row in rows:
         pair, found = reader.read(row)
         if pair is not None:
             first = first or pair
-            pair["id"] = identify(pair, row, seen, source.path, found)
-            found += other_kind(pair, first, row, source.path)
+            pair["id"] = identify(pair, row, seen, source, found)
+            found += other_kind(pair, first, row, source)
             valid.append(pair)
         if found:
             problems += found
             if pair is not None:
                 valid.pop()
             invalid.append({**row.values, "row": row.number, "reason": "; ".join(str(item) for item in found)})
-    return CheckResult(_table(valid[: source.limit], source.path), problems, invalid, unused_columns(columns))
+    if limit is not None:
+        drawn, total = fair_sample((str(pair["id"]) for pair in valid), limit)
+        report_sample(source, len(drawn), total, "pairs")
+        valid = [valid[k] for k in drawn]
+    return CheckResult(_table(valid, source), problems, invalid, unused_columns(columns))
 
 
 def load_pairs(source: PairsSection, *, side_file: Path | None = None) -> Dataset:

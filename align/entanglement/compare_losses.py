@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from align.data.statistics import missing_values
-from align.entanglement.conditions import changes
+from align.entanglement.conditions import NOISE, changes
 from align.losses.pairwise import PairLogps, gradient_weights
 from align.losses.spec import BoundLoss
 from align.stats import share_interval
@@ -46,13 +46,16 @@ class Incentive:
         return asdict(self)
 
 
-def compare_losses(table: Dataset, losses: Iterable[BoundLoss]) -> tuple[list[Incentive], dict[str, str]]:
+def compare_losses(
+    table: Dataset, losses: Iterable[BoundLoss], *, noise: float = NOISE[torch.float32]
+) -> tuple[list[Incentive], dict[str, str]]:
     """Compute the incentives of each loss on measured pairs, the loss that lowers fewest chosen responses first.
 
     Args:
         table: rows of ``measure_pairs``, with ``margin`` where a loss needs one. A loss that compares pairs sees all of
             them as the first step of a training.
         losses: losses with their parameters; sums too.
+        noise: relative error of the products (``products_noise``); a smaller change is none.
 
     Returns:
         The incentives, and name of a loss -> why it was left out.
@@ -66,7 +69,7 @@ def compare_losses(table: Dataset, losses: Iterable[BoundLoss]) -> tuple[list[In
         elif loss.spec.needs_margin and not margins:
             left_out[loss.spec.name] = "needs a margin of every pair"
         else:
-            found.append(_incentive(loss, table, columns))
+            found.append(_incentive(loss, table, columns, noise))
     return sorted(found, key=lambda item: (item.falls["value"], item.loss)), left_out
 
 
@@ -78,9 +81,9 @@ def nll_weight(d_w: Tensor, d_l: Tensor, chosen_sq: Tensor, inner: Tensor, lengt
     return (length * (d_l * inner / chosen_sq - d_w)).clamp_min(0)
 
 
-def _incentive(loss: BoundLoss, table: Dataset, columns: dict[str, Tensor]) -> Incentive:
+def _incentive(loss: BoundLoss, table: Dataset, columns: dict[str, Tensor], noise: float) -> Incentive:
     d_w, d_l = _weights(loss, table)
-    step = changes(**columns, d_w=d_w, d_l=d_l)
+    step = changes(columns["chosen_sq"], columns["rejected_sq"], columns["inner"], d_w, d_l, noise=noise)
     falls = step.chosen < -step.noise_chosen
     needed = nll_weight(d_w, d_l, columns["chosen_sq"], columns["inner"], _column(table, "tokens_chosen"))
     return Incentive(

@@ -83,11 +83,13 @@ def _run_stages(config: RunConfig, root: Path, command: str, until: tuple[str, .
         return report
     from align.reports.collect import collect
     from align.reports.run_page import write_report
+    from align.run.figures import publish_figures
 
     seconds = {stage.name: round(stage.seconds, 1) for stage in done}
     collected = collect(config, seconds=seconds, command=command)
     write_json(root / "report.json", collected)
     write_json(root / "summary.json", collected["summary"])
+    publish_figures(config, collected)
     write_run_manifest(config, done, command, until)
     return write_report(root)
 
@@ -188,6 +190,8 @@ class _Runner:
             inputs["truncation"] = config.train.trainer.get("truncation_mode")
         if self._is_trusted(name):
             inputs["trust"] = read_json(self.root / TRUST / TRUST_NUMBERS)
+        if kind in ("sample", "generate") and config.train and config.train.quantization:
+            inputs["quantization"] = config.train.quantization
         inputs |= self._rendered(kind)
         trusting = [part for part in (config.train, config.reward) if part is not None and part.trusts_remote_code]
         if trusting:
@@ -215,7 +219,11 @@ class _Runner:
         if any(is_conversational(read_pairs(table)) for table in tables if table.exists()):
             return True
         sections = [section for section in (self.config.sample, self.config.evaluate) if section is not None]
-        return any(not isinstance(prompt, str) for section in sections for prompt in load_prompts(section.prompts))
+        return any(
+            not isinstance(prompt, str)
+            for section in sections
+            for prompt in load_prompts(section.prompts, section.chat_template_kwargs)
+        )
 
     def _is_trusted(self, name: str) -> bool:
         """Whether ``name`` trains a method with the loss ``trust``, and the run measures the trust."""

@@ -19,9 +19,8 @@ from align.losses.margin_weights import madpo_weight, trust_of_each
 from align.losses.pair_weights import mean_one, moderate, shrink_by_distance
 from align.losses.registry import BoundLoss, resolve
 from align.models.collator import ROW
-from align.models.tokenization import encode_pair
+from align.models.tokenization import encode_pair, report_same_tokens
 
-NAMED = 5
 """Ids of pairs that a message names."""
 
 
@@ -69,20 +68,10 @@ def told_apart(pairs: Dataset, ids: Sequence[str], max_length: int | None, trunc
         else:
             alike.append(str(k) if rows is None else ids[rows[k]])
             cut += responses[0] != responses[1]
-    if not alike:
-        return kept
     where = f"within max_length {max_length}" if cut == len(alike) else "after the chat template and the tokenizer"
     if 0 < cut < len(alike):
         where += f" ({cut} of them only within max_length {max_length})"
-    reason = f"their two responses are the same tokens {where}: {', '.join(alike[:NAMED])}"
-    reason += "" if len(alike) <= NAMED else f" and {len(alike) - NAMED} more"
-    if not kept:
-        raise DataError(
-            f"none of {len(alike)} pairs can be trained on: {reason}",
-            code="same-responses",
-            hint="read a pair as the model does with `align data check --model`; the template may drop what differs",
-        )
-    log.warning("%d of %d pairs are left out: %s", len(alike), len(pairs), reason)
+    report_same_tokens(alike, len(pairs), where)
     return kept
 
 
@@ -243,8 +232,10 @@ def require_margin(pairs: Dataset, loss: BoundLoss) -> None:
         )
     missing = missing_values(pairs, "margin")
     if len(missing):
+        first = int(missing[0])
+        name = repr(pairs["id"][first]) if "id" in pairs.column_names else f"in row {first}"
         raise DataError(
-            f"margin: {len(missing)} of {len(pairs)} pairs have none, the first {pairs['id'][int(missing[0])]!r}; "
+            f"margin: {len(missing)} of {len(pairs)} pairs have none, the first {name}; "
             f"expected one for each, for the loss {loss.spec.name}",
             code="loss-needs-margin",
             hint="run `align reward score` first, or leave these pairs out",
@@ -265,6 +256,11 @@ def without_missing_margins(pairs: Dataset) -> Dataset:
     return pairs.remove_columns("margin")
 
 
+def trained_loss(loss: BoundLoss) -> BoundLoss:
+    """The loss that remains to be trained once ``add_weight`` has put a weight of the margin into the table."""
+    return resolve("dpo", {"beta": loss.beta}) if loss.spec.name == "madpo" else loss
+
+
 def add_weight(pairs: Dataset, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
     """Turn MADPO into a table column, ``weight`` times w(margin), and plain DPO.
 
@@ -282,4 +278,4 @@ def add_weight(pairs: Dataset, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
     if "weight" in pairs.column_names:
         weight = weight * torch.tensor(pairs["weight"], dtype=torch.float64)
         pairs = pairs.remove_columns("weight")
-    return pairs.add_column("weight", weight.tolist()), resolve("dpo", {"beta": loss.beta})
+    return pairs.add_column("weight", weight.tolist()), trained_loss(loss)

@@ -15,6 +15,7 @@ from align.models.collator import REAL, ROW, only_real
 from align.models.logps import SequenceLogps
 from align.training.token_mask import TokenMask
 
+BETA_DPO = "beta_dpo"
 ForwardPass = tuple[PairLogps, Mapping[str, Any]]
 """The log-probs of the pairs of one forward pass, and its batch."""
 
@@ -25,7 +26,7 @@ class PairLosses:
     Args:
         loss: the loss of the training.
         token_mask: a learned mask over the tokens that the loss sees, or None.
-        run_reference: computes the scores of a batch under the reference.
+        run_reference: computes the scores of a batch under the reference, with ``metrics`` the entropies too.
         noted: name -> values to log, to which this object adds.
         vocabulary: entries of the vocabulary.
         gather: concatenates a tensor over processes along its first dimension (all_gather).
@@ -37,7 +38,7 @@ class PairLosses:
         self,
         loss: BoundLoss,
         token_mask: TokenMask | None,
-        run_reference: Callable[[dict[str, Any]], SequenceLogps],
+        run_reference: Callable[..., SequenceLogps],
         noted: Mapping[str, list[Tensor]],
         *,
         vocabulary: int,
@@ -48,6 +49,8 @@ class PairLosses:
         self.loss = loss
         self.token_mask = token_mask
         self.statistics = StepStatistics(loss, gather=gather, rank=rank, seed=seed)
+        self.factor: Tensor | None = None
+        """Factor [B] by which beta-DPO multiplied each pair of the last forward pass: N / kept, or 0."""
         self._run_reference = run_reference
         self._noted = noted
         self._vocabulary = vocabulary
@@ -85,8 +88,10 @@ class PairLosses:
         statistics = tokens = None
         if self.loss.spec.coupled:
             statistics = self.statistics.of((logps, inputs), step, training=training)
+            if self.loss.spec.name == BETA_DPO:
+                self.factor = statistics[BETA_DPO][:, 1].to(logps.ref_chosen)
         if self.loss.spec.tokens != "none":
-            reference = self._run_reference(inputs) if self.loss.spec.tokens == "reference" else None
+            reference = self._run_reference(inputs, metrics=True) if self.loss.spec.tokens == "reference" else None
             tokens = pair_tokens(policy, reference, inputs, vocabulary=self._vocabulary, seed=self._seed, step=step)
         return self.loss.with_terms(logps, *columns, tokens=tokens, statistics=statistics)
 

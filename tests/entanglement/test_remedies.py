@@ -3,6 +3,7 @@
 import math
 from dataclasses import astuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ from align.config import LossSection, RemedySection, TokenMaskSection, TrainSect
 from align.entanglement.conditions import changes
 from align.entanglement.remedies import BandState, calibrate, hold_batch, hold_chosen, normalise
 from align.errors import ConfigError
-from align.losses.registry import resolve
-from align.training.train import bind, make_trainer
+from align.training.loss_choice import bind
+from align.training.train import make_trainer
 from align.training.trainer import PreferenceTrainer
 from tests.entanglement.test_conditions import vectors
 from tests.helpers.builders import rows
@@ -37,8 +38,8 @@ def test_hold_chosen_takes_the_largest_factor_that_holds(seed: int, d_w: float, 
     chosen_sq, rejected_sq, inner = products(gw, gl)
     w, r = torch.full((6,), d_w, dtype=torch.float64), torch.full((6,), d_l, dtype=torch.float64)
     a_w, a_l = hold_chosen(chosen_sq, inner, w, r, keep=keep)
-    before = changes(chosen_sq, rejected_sq, inner, w, r).chosen
-    after = changes(chosen_sq, rejected_sq, inner, a_w * w, a_l * r).chosen
+    before = changes(chosen_sq, rejected_sq, inner, w, r, noise=1e-9).chosen
+    after = changes(chosen_sq, rejected_sq, inner, a_w * w, a_l * r, noise=1e-9).chosen
     wanted = keep * w * chosen_sq
     fine = (before >= wanted) | (w <= 0)
     assert torch.equal(a_w, torch.ones_like(a_w)) and torch.equal(a_l[fine], torch.ones_like(a_l[fine]))
@@ -81,6 +82,15 @@ def test_hold_batch_includes_the_pull_of_other_pairs() -> None:
     assert together.tolist() == pytest.approx([1.0, 1 / 3])
 
 
+def test_hold_batch_leaves_out_rejected_gradients_where_no_factors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A linear program that fails must not let every rejected gradient through."""
+    monkeypatch.setattr("align.entanglement.remedies.linprog", lambda *args, **options: SimpleNamespace(success=False))
+    gw, gl = torch.eye(2, 4, dtype=torch.float64), torch.tensor([[0.0, 0, 1, 0], [3.0, 0, 0, 1]], dtype=torch.float64)
+    d, stacked = torch.ones(2, dtype=torch.float64), torch.cat([gw, gl])
+    a_w, a_l = hold_batch(stacked @ stacked.T, d, d, keep=0.0)
+    assert a_w.tolist() == [1.0, 1.0] and a_l.tolist() == [0.0, 0.0]
+
+
 @given(SEED, POSITIVE, POSITIVE)
 def test_normalise_separates_and_keeps_the_product(seed: int, d_w: float, d_l: float) -> None:
     gw, gl = vectors(seed, 5)
@@ -88,7 +98,7 @@ def test_normalise_separates_and_keeps_the_product(seed: int, d_w: float, d_l: f
     w, r = torch.full((5,), d_w, dtype=torch.float64), torch.full((5,), d_l, dtype=torch.float64)
     a_w, a_l = normalise(*measured[:2], w, r)
     assert torch.allclose(a_w * a_l, torch.ones_like(a_w))
-    verdicts = changes(*measured, a_w * w, a_l * r).verdicts()
+    verdicts = changes(*measured, a_w * w, a_l * r, noise=1e-5).verdicts()
     assert set(verdicts) <= {"separated", "undecided"}
     step = (a_w * w)[:, None] * gw - (a_l * r)[:, None] * gl
     size = math.sqrt(d_w * d_l) * (measured[0] * measured[1]) ** 0.25
@@ -142,10 +152,7 @@ def one_step(policy: Path, output: Path, pairs: list[dict[str, Any]], remedy: Re
         "max_grad_norm": 0.0, "lr_scheduler_type": "constant",
     }  # fmt: skip
     config = TrainSection(model=str(policy), methods={"m": LossSection(loss="dpo", remedy=remedy)}, trainer=fields)
-    trainer = make_trainer(
-        Dataset.from_list(pairs), config, resolve("dpo", {}), output, seed=0, tau=1.0, reference_cache=None,
-        remedy=remedy,
-    )  # fmt: skip
+    trainer = make_trainer(Dataset.from_list(pairs), config, "m", output, seed=0)
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry][-1]
 
@@ -183,11 +190,9 @@ def test_calibration_resumes_with_its_averages(tiny_policy: Path, tmp_path: Path
         fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"}
         fields |= {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
         remedy = RemedySection(kind="calibrate", decay=0.5)
-        config = TrainSection(model=str(tiny_policy), methods={"m": LossSection(loss="dpo")}, trainer=fields)
-        return make_trainer(
-            Dataset.from_list(rows(16)), config, resolve("dpo", {}), output, seed=0, tau=1.0, reference_cache=None,
-            remedy=remedy,
-        )  # fmt: skip
+        loss = LossSection(loss="dpo", remedy=remedy)
+        config = TrainSection(model=str(tiny_policy), methods={"m": loss}, trainer=fields)
+        return make_trainer(Dataset.from_list(rows(16)), config, "m", output, seed=0)
 
     whole = trainer(tmp_path / "whole", 4)
     whole.train()

@@ -14,7 +14,7 @@ from align.config.columns import ID_COLUMNS
 from align.errors import AlignError, DataError, ModelError
 from align.models.chat_template import templated
 from align.models.tokenization import encode_pair, encode_prompt, encode_reward_texts, tokenize_pairs
-from align.training.finite_guard import number_rows
+from align.training.pair_tables import tokenize_table
 from align.training.trainer import PreferenceTrainer
 from reward_models.tokenization import pair_texts, told_apart
 from tests.helpers.builders import rows, tokenizer
@@ -75,8 +75,9 @@ def made(added: str, template: Any = CHATML, sides: tuple[str, str] = ("right", 
 def prepared(kind: Any, pairs: Dataset, found: PreTrainedTokenizerBase, max_length: int | None = 128) -> Dataset:
     """The table that a trainer of this kind trains on, without a model."""
     settings: Any = SimpleNamespace(dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start")
-    pairs, ids = number_rows(pairs)
-    trainer: Any = SimpleNamespace(_tokenizer=found, _ids=ids)
+    if kind is PreferenceTrainer:
+        return tokenize_table(pairs, found, settings, [])
+    trainer: Any = SimpleNamespace(_tokenizer=found)
     return kind._prepare_dataset(trainer, pairs, found, settings, "train")
 
 
@@ -215,6 +216,7 @@ def test_pairs_that_a_template_makes_the_same_are_left_out_of_reward_training(ca
     thought = [{"role": "assistant", "content": f"<think> {word} </think> very good"} for word in ("plot", "film")]
     same = {"id": "s", "prompt": ASKED, "chosen": thought[:1], "rejected": thought[1:]}
     found = made("neither", GOOD_TEMPLATES["strips"])
-    read = pair_texts(Dataset.from_list([CHAT[0], same]), found, 64)
-    assert read.alike.tolist() == [False, True] and told_apart(read.alike, 64).tolist() == [0]
-    assert "1 of 2 pairs are left out: their responses are the same tokens within max_length 64" in caplog.text
+    table = Dataset.from_list([CHAT[0], same])
+    read = pair_texts(table, found, 64)
+    assert read.alike.tolist() == [False, True] and told_apart(table, read.alike, 64).tolist() == [0]
+    assert "1 of 2 pairs are left out: their two responses are the same tokens within max_length 64: s" in caplog.text

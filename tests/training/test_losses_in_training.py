@@ -80,7 +80,7 @@ def trainers(
 def with_loss(trainer: PreferenceTrainer, loss: BoundLoss) -> PreferenceTrainer:
     """The trainer under another loss."""
     trainer.loss = loss
-    trainer._add_parts(None, None, None)
+    trainer._add_parts()
     trainer._step_values.clear()
     return trainer
 
