@@ -94,7 +94,7 @@ def report(source: PairsSection, settings: ReportSettings, output: Path) -> None
     policy = load_measured(settings.model)
     job = MeasureJob(settings.model, settings.reference, bound, settings.parameter_names, settings.batch_tokens,
                      settings.max_length)  # fmt: skip
-    stage, table = measured(output / MEASUREMENTS, tokens, policy, job, settings.cluster)
+    stage, table = measure_tokens(output / MEASUREMENTS, tokens, policy, job, settings.cluster)
     if process_rank() > 0:
         return
     summary = summarize(table)
@@ -157,14 +157,14 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     output, tables = run / f"trace-{method}", []
     start = _start(training, base, checkpoints[0][1])
     reference = None if is_adapter(checkpoints[0][1]) and not is_adapter(base) else base
-    states: list[tuple[int, str, str | None]] = [] if start is None else [(0, start, start)]
-    states += [(step, str(folder), reference) for step, folder in checkpoints]
-    for step, folder, compared in states:
+    measured: list[tuple[int, str, str | None]] = [] if start is None else [(0, start, start)]
+    measured += [(step, str(folder), reference) for step, folder in checkpoints]
+    for step, folder, compared in measured:
         job = MeasureJob(folder, compared, bound, None, batch_tokens, length)
-        tables.append(measured(output / f"step-{step:06d}", tokens, load_measured(folder), job)[1])
+        tables.append(measure_tokens(output / f"step-{step:06d}", tokens, load_measured(folder), job)[1])
     if process_rank() > 0:
         return
-    found = trajectory([step for step, _, _ in states], tables)
+    found = trajectory([step for step, _, _ in measured], tables)
     report = {
         "run": {"folder": str(run), "method": method, "loss": bound.spec.name, "pairs": len(pairs),
                 "command": shlex.join(["align", *sys.argv[1:]])},
@@ -232,7 +232,7 @@ def _bound(loss: str, parameters: Mapping[str, float]) -> BoundLoss:
 def _of_one_pair(bound: BoundLoss) -> BoundLoss:
     if not bound.spec.from_logps:
         raise ConfigError(
-            f"--loss {bound.spec.name}: compares the pairs of a step or reads tokens, so log-probs give no verdict",
+            f"--loss {bound.spec.name}: compares the pairs of a step or reads tokens: a pair alone has no verdict",
             code="entanglement-loss",
             hint="measure with --loss dpo",
         )
@@ -250,7 +250,7 @@ class _Loaded:
         return measuring(self.policy, self.job)
 
 
-def measured(
+def measure_tokens(
     folder: Path, tokens: Dataset, policy: nn.Module, job: MeasureJob, cluster: ClusterSection | None = None
 ) -> tuple[Stage, Dataset]:
     """Run the stage that measures one model on tokenized pairs; return it and its table."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from align.commands.entangle import MEASUREMENTS, PAGE, measured, sample_pairs, tokenized
+from align.commands.entangle import MEASUREMENTS, PAGE, measure_tokens, sample_pairs, tokenized
 from align.config import ClusterSection, PairsSection
 from align.data.pairs import load_pairs
 from align.distributed import process_rank
@@ -60,7 +60,7 @@ def compare(source: PairsSection, settings: LossesSettings, output: Path) -> Non
     job = MeasureJob(settings.model, settings.reference, dpo, settings.parameter_names, settings.batch_tokens,
                      settings.max_length)  # fmt: skip
     policy = load_measured(settings.model)
-    stage, table = measured(output / MEASUREMENTS, tokens, policy, job, settings.cluster)
+    stage, table = measure_tokens(output / MEASUREMENTS, tokens, policy, job, settings.cluster)
     if process_rank() > 0:
         return
     found, missing = compare_losses(table, losses, noise=products_noise(policy))

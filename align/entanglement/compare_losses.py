@@ -55,7 +55,7 @@ def compare_losses(
         table: rows of ``measure_pairs``, with ``margin`` where a loss needs one. A loss that compares pairs sees all of
             them as the first step of a training.
         losses: losses with their parameters; sums too.
-        noise: relative error of the products (``products_noise``).
+        noise: relative error of the products (``products_noise``); a smaller change is none.
 
     Returns:
         The incentives, and name of a loss -> why it was left out.
@@ -83,7 +83,7 @@ def nll_weight(d_w: Tensor, d_l: Tensor, chosen_sq: Tensor, inner: Tensor, lengt
 
 def _incentive(loss: BoundLoss, table: Dataset, columns: dict[str, Tensor], noise: float) -> Incentive:
     d_w, d_l = _weights(loss, table)
-    step = changes(**columns, d_w=d_w, d_l=d_l, noise=noise)
+    step = changes(columns["chosen_sq"], columns["rejected_sq"], columns["inner"], d_w, d_l, noise=noise)
     falls = step.chosen < -step.noise_chosen
     needed = nll_weight(d_w, d_l, columns["chosen_sq"], columns["inner"], _column(table, "tokens_chosen"))
     return Incentive(

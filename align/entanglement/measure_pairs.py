@@ -190,7 +190,7 @@ def checked_loss(loss: str | BoundLoss, pairs: Dataset) -> BoundLoss:
     bound = resolve(loss, {}) if isinstance(loss, str) else loss
     if not bound.spec.from_logps:
         raise ConfigError(
-            f"loss {bound.spec.name}: compares the pairs of a step or reads tokens, so log-probs give no verdict",
+            f"loss {bound.spec.name}: compares the pairs of a step or reads tokens: a pair alone has no verdict",
             code="entanglement-loss",
             hint="measure with loss dpo",
         )

@@ -232,8 +232,7 @@ class _Running:
             return [logps, *torch.full_like(logps, float("nan")).repeat(4, 1)]
         entropy = self.total.log() - self.weighted / self.total
         top1 = (self.target >= self.top).to(logps.dtype)
-        log_sum_squares = self.squares.log() - 2 * self.total.log()
-        return [logps, entropy, self.logit_sum / vocabulary, top1, log_sum_squares]
+        return [logps, entropy, self.logit_sum / vocabulary, top1, self.squares.log() - 2 * self.total.log()]
 
 
 def _tiles(vocabulary: int, hidden: Tensor) -> list[slice]:
