@@ -4,9 +4,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 ASSETS := .assets
 WORKERS ?= 2
+MUTANTS ?=
 BENCHMARKS ?= cost_model entanglement entanglement_callback filter generation object_store training trust
 
-.PHONY: setup assets vllm demo test test-slow test-lowest lint audit bench clean
+.PHONY: setup assets vllm demo test test-slow test-lowest mutation lint audit bench clean
 
 setup: $(STAMP)
 
@@ -51,6 +52,11 @@ test-lowest: .venv-lowest/.ready assets
 	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable '.[report,gguf,filter,dev]'
 	touch $@
 
+mutation: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutation]'
+	CI=1 OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(WORKERS) $(MUTANTS)
+	$(BIN)/mutmut results
+
 vllm:
 	PYTHON=$(PYTHON) scripts/assets/setup_vllm.sh .venv-vllm
 
@@ -58,4 +64,4 @@ bench: assets
 	@set -e; for name in $(BENCHMARKS); do $(BIN)/python -m scripts.bench.$$name; done
 
 clean:
-	rm -rf runs build *.egg-info
+	rm -rf runs build mutants *.egg-info

@@ -2,7 +2,7 @@
 
 A unit is an observation, or a cluster of observations that depend on each other (pairs that share a prompt or a text).
 Every interval is computed from one influence value per unit: the estimate is about a constant plus their mean. Coverage
-of each function, for 5 to 200 units, is held by tests/test_stats_coverage.py.
+of each function, for 5 to 200 units, is held by tests/test_stats.py.
 """
 
 import math

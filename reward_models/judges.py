@@ -1,4 +1,4 @@
-"""Gold judges: they evaluate finished policies and are never used in training."""
+"""Judges by rule: they evaluate finished policies and are never used in training."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ class Judge(Protocol):
     name: str
 
     def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
-        """Gold reward of each, float64 [N]."""
+        """Reward of each, float64 [N]."""
 
 
 class VaderJudge:

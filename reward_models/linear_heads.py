@@ -144,7 +144,7 @@ def train_head(
             hint="use `reward.head: full`",
         )
     read = pair_texts(train, scorer.tokenizer, scorer.max_length, text_pair=scorer.text_pair)
-    kept = told_apart(read.alike, scorer.max_length)
+    kept = told_apart(train, read.alike, scorer.max_length)
     train = train.select(kept)
     chosen, rejected = np.split(head_features(scorer, read.of(kept).texts, cache), 2)
     if config.head == "naive-bayes":

@@ -73,9 +73,10 @@ def auc(
 ) -> Tensor:
     """(1 - share) Bradley-Terry + share * mean_j -log sigmoid((r_w,i - r_l,j) / temperature), [B].
 
-    The second term, over all rejected responses j of the batch, bounds 1 - AUC from above: its mean over i is at least
-    (1 - AUC) log 2. It assumes that a chosen response is better than another prompt's rejected one, which pairs do not
-    state; ``group`` keeps the comparisons within a category, a small ``share`` keeps most of the weight on the pairs.
+    The second term, over all rejected responses j of the batch, bounds 1 - AUC of the batch from above: its mean over i
+    is at least (1 - AUC) log 2; with ``group`` the AUC is the mean of those within the groups. It assumes that a chosen
+    response is better than another prompt's rejected one, which pairs do not state; ``group`` keeps the comparisons
+    within a category, a small ``share`` keeps most of the weight on the pairs.
 
     Args:
         reward_chosen: [B].

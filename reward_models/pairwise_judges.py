@@ -1,7 +1,7 @@
 """Pairwise judges, which prefer one of two responses; a judge that gives scores is one as well.
 
-Names of judges: ``vader`` is the gold judge; a folder or hub id is a reward model; ``llm:MODEL`` is a language model
-that is asked which of two responses is better; ``yes-no:MODEL`` is asked for each response whether it is good.
+Names of judges: ``vader`` is the sentiment lexicon; a folder or hub id is a reward model; ``llm:MODEL`` is a language
+model that is asked which of two responses is better; ``yes-no:MODEL`` is asked for each response whether it is good.
 """
 
 import re
@@ -55,7 +55,7 @@ class ByScore:
 
 
 class RewardModelJudge:
-    """A reward model as a judge; not a gold judge for policies that were trained on its rewards or margins.
+    """A reward model as a judge; not an independent one of policies that were trained on its rewards or margins.
 
     Args:
         model: folder or hub id.

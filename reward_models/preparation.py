@@ -74,7 +74,7 @@ def prepare_pairs(
     columns = objective_columns(pairs, objective)
     length = fitting_length(model, max_length)
     texts = pair_texts(pairs, tokenizer, length, text_pair=getattr(model.config, TEXT_PAIR, False))
-    kept = told_apart(texts.alike, length)
+    kept = told_apart(pairs, texts.alike, length)
     if len(kept) < len(pairs):
         pairs, texts = pairs.select(kept), texts.of(kept)
         columns = objective_columns(pairs, objective)

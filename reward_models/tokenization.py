@@ -11,10 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.columns import RESPONSES
 from align.data.text import plain
-from align.errors import DataError
-from align.io.console import log
 from align.models.chat_template import template_settings
-from align.models.tokenization import encode_reward_texts, pair_name, render, truncated
+from align.models.tokenization import encode_reward_texts, pair_name, render, report_same_tokens, truncated
 
 
 class SentencePair(str):
@@ -144,23 +142,21 @@ def cut_alike(
     return found
 
 
-def told_apart(alike: np.ndarray, max_length: int) -> np.ndarray:
-    """Indices of pairs whose responses still differ after truncation; logs how many are dropped.
+def told_apart(pairs: Dataset, alike: np.ndarray, max_length: int) -> np.ndarray:
+    """Indices of pairs whose responses differ as a reward model reads them; logs how many do not.
+
+    Args:
+        pairs: table of N pairs; without the column ``id``, pairs are named by their place.
+        alike: whether the two responses are the same tokens, bool [N].
+        max_length: tokens of prompt and response together.
 
     Raises:
-        DataError: all are dropped.
+        DataError: no pair is left.
     """
-    kept = np.flatnonzero(~alike)
-    if alike.any() and not len(kept):
-        raise DataError(
-            f"none of {len(alike)} pairs has responses that differ within {max_length} tokens",
-            code="empty-completion",
-            hint="raise reward.max_length, or take a model that reads longer texts",
-        )
-    if alike.any():
-        log.warning("%d of %d pairs are left out: their responses are the same tokens within max_length %d",
-                    alike.sum(), len(alike), max_length)  # fmt: skip
-    return kept
+    names = pairs["id"] if "id" in pairs.column_names else range(len(pairs))
+    same = [str(name) for name, of in zip(names, alike, strict=True) if of]
+    report_same_tokens(same, len(alike), f"within max_length {max_length}")
+    return np.flatnonzero(~alike)
 
 
 def _full(tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:

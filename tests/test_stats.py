@@ -112,6 +112,9 @@ def test_correlation_of_normal_values_is_near_fisher_s() -> None:
     assert found is not None
     z = np.arctanh(found["value"]) + np.array([-1.96, 1.96]) / np.sqrt(3997)
     assert (found["low"], found["high"]) == pytest.approx(tuple(np.tanh(z)), abs=0.004)
+    assert correlation([1.0, 2.0, 3.0], [1.0, 2.0, 4.0]) is None
+    four = correlation([1.0, 2.0, 3.0, 4.0], [1.0, 2.5, 2.0, 4.0])
+    assert four is not None and four["value"] == pytest.approx(np.corrcoef([1, 2, 3, 4], [1, 2.5, 2, 4])[0, 1])
     assert correlation([1.0, 2.0], [1.0, 2.0]) is None and correlation([1.0] * 9, range(9)) is None
 
 

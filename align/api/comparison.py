@@ -123,20 +123,30 @@ def compare_policies(
             }
         clusters = np.tile(np.arange(len(texts)), n) if n > 1 else None
         preferences = _preferences(asked, *written.values())
-        run = {
-            "command": f"compare_policies(a, b, prompts, judge={asked.name!r}, n={n})",
-            "prompts": "prompts",
-            "n_prompts": len(texts),
-            "judge": asked.name,
-            "policies": {policy.name: policy.model or "a loaded model" for policy, _ in (first, second)},
-            "decoding": {
-                "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "batch_size": batch_size,
-                "engine": sampling.engine,
-            },
-            "seconds": round(time.monotonic() - started, 1),
-        }  # fmt: skip
+        run = _run(asked, texts, [policy for policy, _ in (first, second)], sampling, n, started)
         details = compare_written(written, asked, preferences, shown=SHOWN, run=run, clusters=clusters)
     return _result(details, written, (preferences[0] + preferences[1]) / 2)
+
+
+def _run(
+    judge: PairwiseJudge, prompts: list[Any], policies: list[Policy], sampling: Sampling, n: int, started: float
+) -> dict[str, Any]:
+    """How the comparison was made, for its page."""
+    return {
+        "command": f"compare_policies(a, b, prompts, judge={judge.name!r}, n={n})",
+        "prompts": "prompts",
+        "n_prompts": len(prompts),
+        "judge": judge.name,
+        "policies": {policy.name: policy.model or "a loaded model" for policy in policies},
+        "decoding": {
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "seed": sampling.seed,
+            "batch_size": sampling.batch_size,
+            "engine": sampling.engine,
+        },
+        "seconds": round(time.monotonic() - started, 1),
+    }
 
 
 def _result(details: dict[str, Any], written: dict[str, Written], preference: np.ndarray) -> Comparison:

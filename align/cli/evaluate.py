@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Rewards, win rates and KL of policies; accuracy of reward models.", no_args_is_help=True)
 Policies = Annotated[list[str], typer.Argument(metavar="POLICY...", help="NAME=FOLDER or FOLDER; may be an adapter.")]
 Reference = Annotated[str | None, typer.Option(help="Reference model; default: what the adapters were trained on.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first LIMIT prompts or pairs.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use a fair sample of LIMIT prompts or pairs.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ def generate(
     write: Annotated[str, typer.Option("--format", help="parquet or jsonl.")] = "parquet",
     column: Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. prompt=question.")] = None,
     split: Split = "train",
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first LIMIT prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use a fair sample of LIMIT prompts.")] = None,
     chat_template_kwargs: TemplateKwargs = None,
     cluster: Cluster = None,
 ) -> None:

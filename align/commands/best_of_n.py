@@ -32,7 +32,7 @@ class BestSettings:
     """Settings of `align best-of-n`.
 
     Raises:
-        ConfigError: the scorer is also the gold judge.
+        ConfigError: the scorer is also the judge that measures.
     """
 
     scorer: ScorerSpec
@@ -174,10 +174,10 @@ def _work(groups: list[Group], count: int, settings: BestSettings, folder: Path)
 
 
 def _log_curve(curve: list[dict[str, Any]]) -> None:
-    """Log one line for the scorer and one for the gold judge."""
+    """Log one line for the scorer and one for the judge that measures."""
     first, last = curve[0], curve[-1]
     log.info("best of %d: score %s, of one sample %s; KL to what was sampled from at most %.3g nats",
              last["n"], interval(last["score"]), interval(first["score"]), last["kl_bound"])  # fmt: skip
     if last["gold"] is not None:
-        log.info("best of %d: gold %s, of one sample %s, gain %s",
+        log.info("best of %d: by the other judge %s, of one sample %s, gain %s",
                  last["n"], interval(last["gold"]), interval(first["gold"]), interval(last["gold_gain"]))  # fmt: skip

@@ -16,11 +16,11 @@ from align.commands.evaluation_tables import (
     Written,
     judge_pairs,
     measure_kl,
-    read_prompts,
     score,
     write_completions,
 )
 from align.config import ClusterSection
+from align.data.prompts import sample_prompts
 from align.errors import ConfigError, DataError
 from align.evaluation.compare_policies import PolicySamples, compare_policies, first_samples, kl_statistics
 from align.evaluation.policies import REFERENCE, Policy, checkpoints, find_reference, parse_policies
@@ -89,9 +89,9 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
     origin = find_reference(policies, reference)
     everyone = [origin, *policies]
     started = _start(settings, everyone)
-    prompts = _prompts(settings, everyone)
+    drawn = _prompts(settings, everyone)
     judge = make_score_judge(settings.judge, settings.max_length, settings.options)
-    written = {policy.name: _write(policy, prompts, settings) for policy in everyone}
+    written = {policy.name: _write(policy, drawn.prompts, settings) for policy in everyone}
     log_ratios = {name: _log_ratios(found, origin, settings) for name, found in written.items()}
     rewards = {name: score(found, judge, settings.output, settings.max_length) for name, found in written.items()}
     samples = {
@@ -103,7 +103,7 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
         "policies": {name: numbers | {"texts": found.texts[name]} for name, numbers in found.policies.items()},
         "comparisons": found.differences,
         "changed": found.changes,
-        "run": _run(settings, everyone, len(prompts), started),
+        "run": _run(settings, everyone, drawn, started),
         "samples": _samples(written, rewards, settings.shown),
     }
     _publish(settings.output, {"reward": section}, section)
@@ -127,11 +127,11 @@ def write_comparison(first: str, second: str, settings: Settings) -> None:
     """
     a, b = parse_policies([first, second])
     started = _start(settings, [a, b])
-    prompts = _prompts(settings, [a, b])
+    drawn = _prompts(settings, [a, b])
     judge = make_pairwise(settings.judge, settings.max_length, settings.options)
-    written = {policy.name: _write(policy, prompts, settings) for policy in (a, b)}
+    written = {policy.name: _write(policy, drawn.prompts, settings) for policy in (a, b)}
     preferences = judge_pairs(written[a.name], written[b.name], judge, settings.output, settings.max_length)
-    run = _run(settings, [a, b], len(prompts), started)
+    run = _run(settings, [a, b], drawn, started)
     section = compare_written(written, judge, preferences, shown=settings.shown, run=run)
     _publish(settings.output, {"comparisons": {f"{a.name} against {b.name}, {judge.name}": section}}, section)
     log.info("%s", win_sentence(section))
@@ -210,7 +210,7 @@ def frontier(
     steps = [(step, policy) for folder in parse_policies(trained) for step, policy in checkpoints(folder)]
     origin = find_reference([*policies, *(policy for _, policy in steps)], reference)
     started = _start(settings, [origin, *policies, *parse_policies(trained)])
-    prompts = _prompts(settings, [origin, *policies, *(policy for _, policy in steps)])
+    drawn = _prompts(settings, [origin, *policies, *(policy for _, policy in steps)])
     judge = make_score_judge(settings.judge, settings.max_length, settings.options)
     jobs: list[tuple[Policy, float, int | None]] = [(origin, 1.0, None)]
     heats = list(dict.fromkeys(temperatures))
@@ -219,14 +219,14 @@ def frontier(
     base: PolicySamples | None = None
     points = []
     for policy, heat, step in jobs:
-        written = _write(policy, prompts, settings, heat)
+        written = _write(policy, drawn.prompts, settings, heat)
         log_ratios = _log_ratios(written, origin, settings)
         rewards = score(written, judge, settings.output, settings.max_length)
         samples = PolicySamples(rewards, log_ratios, temperature=heat)
         base = samples if base is None else base
         named = {"policy": policy.name, "temperature": heat, "step": step}
         points.append(named | _point(samples, base))
-    section = {"points": points, "run": _run(settings, [origin, *policies], len(prompts), started)}
+    section = {"points": points, "run": _run(settings, [origin, *policies], drawn, started)}
     _publish(settings.output, {"frontier": section}, section)
     _finish(settings.output)
 
@@ -264,26 +264,31 @@ def _point(samples: PolicySamples, base: PolicySamples) -> dict[str, Any]:
     } | kl_statistics(samples, base)
 
 
-def _prompts(settings: Settings, policies: Sequence[Policy]) -> list[Any]:
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The prompts of an evaluation, and how many its source has."""
+
+    prompts: list[Any]
+    of: int
+
+
+def _prompts(settings: Settings, policies: Sequence[Policy]) -> Drawn:
     """The prompts, once the chat templates of the policies and of a judge that is a model folder take them.
 
     Raises:
         ModelError, DataError: the prompts or a template cannot be used.
     """
-    from align.models.message_checks import check_prompts_of
-    from align.models.template_arguments import report_other_arguments
+    from align.models import message_checks, template_arguments
 
-    prompts = read_prompts(settings.prompts, settings.limit, settings.chat_template_kwargs)
+    prompts, total = sample_prompts(settings.prompts, settings.limit, settings.chat_template_kwargs)
     models = dict.fromkeys(policy.model for policy in policies)
-    check_prompts_of(prompts, models)
+    message_checks.check_prompts_of(prompts, models)
     for model in models:
-        report_other_arguments(prompts, model)
+        template_arguments.report_other_arguments(prompts, model)
     if Path(settings.judge).is_dir():
-        check_prompts_of(
-            prompts, [settings.judge], answered=True, trust_remote_code=settings.options.trust_remote_code,
-            text_pair=settings.options.text_pair,
-        )  # fmt: skip
-    return prompts
+        options = {"trust_remote_code": settings.options.trust_remote_code, "text_pair": settings.options.text_pair}
+        message_checks.check_prompts_of(prompts, [settings.judge], answered=True, **options)
+    return Drawn(prompts, total)
 
 
 def _write(policy: Policy, prompts: Sequence[Any], settings: Settings, temperature: float | None = None) -> Written:
@@ -309,13 +314,14 @@ def _samples(written: Mapping[str, Written], rewards: Mapping[str, np.ndarray], 
     return first_samples(prompts, {name: found.table["text"] for name, found in written.items()}, rewards, shown)
 
 
-def _run(settings: Settings, policies: Sequence[Policy], prompts: int, started: float) -> dict[str, Any]:
+def _run(settings: Settings, policies: Sequence[Policy], drawn: Drawn, started: float) -> dict[str, Any]:
     """Command, settings and duration of a part of the report."""
     sampling = settings.sampling
     return {
         "command": shlex.join(["align", *sys.argv[1:]]),
         "prompts": str(settings.prompts),
-        "n_prompts": prompts,
+        "n_prompts": len(drawn.prompts),
+        "of_prompts": drawn.of,
         "judge": settings.judge,
         "policies": {policy.name: policy.model for policy in policies},
         "decoding": {

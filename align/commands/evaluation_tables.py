@@ -11,7 +11,7 @@ that another verb, another judge or a repeated command reuses it:
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,12 +21,12 @@ import numpy as np
 from datasets import Dataset, List, Value
 
 from align.config import ClusterSection
-from align.data.prompts import load_prompts
-from align.errors import DataError, ModelError
+from align.errors import ModelError
 from align.evaluation.policies import Policy
 from align.generation.engines import choose_engine
 from align.generation.sampling_job import KL_BATCH_TOKENS, SamplingJob, completions_of, sample_prompts
 from align.generation.types import SAMPLING, Completion, Sampling, as_completion
+from align.generation.vllm_adapters import check_vllm_adapter, served_otherwise
 from align.io.hashing import digest
 from align.io.stage import run_stage
 from align.models.folders import adapter_base, fingerprint_model
@@ -67,20 +67,6 @@ class Written:
         return [as_completion(prompt, text) for prompt, text in zip(self.prompts, self.table["text"], strict=True)]
 
 
-def read_prompts(path: str, limit: int | None, kwargs: Mapping[str, Any] | None = None) -> list[Any]:
-    """The first ``limit`` prompts of a file, a folder of Parquet files or a pattern, local or in an object store.
-
-    ``kwargs`` are ``chat_template_kwargs`` of every prompt; those of a row come first.
-
-    Raises:
-        DataError: the file is missing, malformed or empty.
-    """
-    prompts = load_prompts(path, kwargs)[:limit]
-    if not prompts:
-        raise DataError(f"{path}: holds no prompt", code="data-empty", hint='one {"prompt": ...} per line')
-    return prompts
-
-
 def write_completions(
     policy: Policy, prompts: Sequence[Any], sampling: Sampling, output: Path, cluster: ClusterSection | None = None
 ) -> Written:
@@ -100,6 +86,8 @@ def write_completions(
     if sampling.n != 1 or sampling.top_p != 1:
         raise ValueError(f"expected n = 1 and top_p = 1, got n = {sampling.n} and top_p = {sampling.top_p}")
     engine = choose_engine(sampling.engine)[0]
+    if engine == "vllm":
+        check_vllm_adapter(policy.model)
     inputs = {
         "prompts": digest(list(prompts)),
         "model": _fingerprint(policy.model),
@@ -108,6 +96,9 @@ def write_completions(
         "part": PART,
         "revision": SAMPLING,
     }
+
+    if engine == "vllm" and (reason := served_otherwise(policy.model)) is not None:
+        inputs["merged"] = reason
 
     job = SamplingJob(policy.model, replace(sampling, engine=engine))
 
@@ -209,7 +200,7 @@ class LogpJob:
         import torch
 
         from align.models.completion_logps import completion_logps
-        from align.models.loading import load_policy
+        from align.models.loading import load_policy, place
         from align.models.tokenization import encode_prompt
 
         tokenizer = _tokenizer(self.policy)
@@ -223,7 +214,7 @@ class LogpJob:
         scorers: list[Any] = []
         for model, heat in ((self.policy, self.temperature), (self.reference, 1.0)):
             settings = {"batch_tokens": KL_BATCH_TOKENS, "pad_token_id": tokenizer.pad_token_id, "temperature": heat}
-            loaded = load_policy(model, dtype="float32").to(device).eval()
+            loaded = place(load_policy(model, dtype="float32"), device).eval()
             scorers.append(partial(completion_logps, loaded, **settings))
 
         def work(rows: Dataset) -> Dataset:

@@ -28,6 +28,7 @@ from align.generation.types import (
     report_broken,
     show_tokens,
 )
+from align.generation.vllm_adapters import check_vllm_adapter, served_otherwise
 from align.io.console import log
 from align.io.files import atomic_write, write_json
 from align.io.hashing import digest
@@ -88,6 +89,8 @@ def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSe
         texts = [row.prompt for row in prompts]
         check_prompts_of(texts, [settings.model], trust_remote_code=trusted)
         report_other_arguments(texts, settings.model, trust_remote_code=trusted)
+    if chosen == "vllm":
+        check_vllm_adapter(settings.model)
     log.info(
         "generate: %d prompts of %s, %d each, by %s on %s (%s), seed %d -> %s",
         len(prompts), source, sampling.n, settings.model, chosen, why, sampling.seed, output,
@@ -106,6 +109,8 @@ def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSe
         inputs |= rendered_today(settings.model, lambda: any(not isinstance(row.prompt, str) for row in prompts))
     if sampling.base_url is not None:
         inputs["base_url"] = sampling.base_url
+    if chosen == "vllm" and (reason := served_otherwise(settings.model)) is not None:
+        inputs["merged"] = reason
     job = SamplingJob(settings.model, replace(sampling, engine=chosen))
     return run_stage(STAGE, output, inputs, lambda folder: _work(prompts, job, settings, folder))
 

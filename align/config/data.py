@@ -25,7 +25,7 @@ class PairsSection(Section):
     drop_invalid: bool = False
     """Drop invalid rows (they are counted and written to a side file) instead of stopping."""
     limit: Count | None = None
-    """Number of pairs to keep, from the start of the source; default: all."""
+    """Number of pairs to keep, a fair sample drawn by a hash of their ids; default: all."""
 
     @field_validator("columns")
     @classmethod

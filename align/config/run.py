@@ -19,7 +19,7 @@ class EvaluateSection(Section):
     prompts: str
     """A file with one ``prompt`` per row, as in ``pairs.path``; none of them may have been trained on."""
     judge: Literal["vader"] = "vader"
-    """Independent gold judge, never trained and never used for labels."""
+    """Independent judge, never trained and never used for labels."""
     max_new_tokens: Count = 24
     """Tokens per completion, at most."""
     temperature: Positive = 1.0

@@ -20,6 +20,7 @@ from align.config import PairsSection
 from align.config.columns import COLUMNS, OPTIONAL, RESPONSES, TEXT
 from align.data.messages import text_array
 from align.data.readers import Row, read_source
+from align.data.sampling import fair_sample, report_sample
 from align.data.seen_ids import SeenIds, content_id
 from align.data.validation import SHOWN_CHARACTERS, Problem, RowReader
 from align.errors import DataError, listed
@@ -43,7 +44,7 @@ class CheckResult:
 
 
 def check_pairs(source: PairsSection) -> CheckResult:
-    """Read and validate every row of a source.
+    """Read and validate every row of a source; with ``source.limit``, keep a fair sample of the valid ones.
 
     Raises:
         DataError: the source is missing, unreadable or empty, or lacks a column.
@@ -75,7 +76,11 @@ def check_rows(rows: Sequence[Row], columns: set[str], source: str, *, limit: in
             if pair is not None:
                 valid.pop()
             invalid.append({**row.values, "row": row.number, "reason": "; ".join(str(item) for item in found)})
-    return CheckResult(_table(valid[:limit], source), problems, invalid, unused_columns(columns))
+    if limit is not None:
+        drawn, total = fair_sample((str(pair["id"]) for pair in valid), limit)
+        report_sample(source, len(drawn), total, "pairs")
+        valid = [valid[k] for k in drawn]
+    return CheckResult(_table(valid, source), problems, invalid, unused_columns(columns))
 
 
 def load_pairs(source: PairsSection, *, side_file: Path | None = None) -> Dataset:

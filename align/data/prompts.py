@@ -7,8 +7,9 @@ from typing import Any
 
 from align.config import PairsSection
 from align.config.columns import TEMPLATE_COLUMNS, TEMPLATE_KWARGS
-from align.data.messages import with_arguments
+from align.data.messages import split_arguments, with_arguments
 from align.data.readers import Row, read_files, read_rows
+from align.data.sampling import fair_sample, report_sample
 from align.data.seen_ids import SeenIds, content_id
 from align.data.validation import ROLES, RowReader, may_be_empty, odd_character
 from align.errors import ConfigError, DataError, listed
@@ -30,7 +31,8 @@ def read_prompts(source: PairsSection, kwargs: Mapping[str, Any] | None = None) 
     """The ``prompt`` of every row of a JSONL, CSV or Parquet file, a saved dataset or a hub dataset.
 
     ``id`` is the row's own, or a hash of the prompt (see ``content_id``). ``tools`` and ``chat_template_kwargs`` of a
-    row go with its messages, as in training. Other columns are not read, so a pair table is a valid source.
+    row go with its messages, as in training. Other columns are not read, so a pair table is a valid source. With
+    ``source.limit``, a fair sample of the rows.
 
     Args:
         source: the prompts.
@@ -48,7 +50,7 @@ def read_prompts(source: PairsSection, kwargs: Mapping[str, Any] | None = None) 
     problems: list[str] = []
     prompts: list[PromptRow] = []
     seen = SeenIds()
-    for row in rows[: source.limit]:
+    for row in rows:
         problem = row.unreadable or _wrong(row.values.get(renamed))
         if not problem and prompts and isinstance(prompts[0].prompt, str) != isinstance(row.values[renamed], str):
             problem = "found both text and messages, expected one kind per file"
@@ -71,7 +73,11 @@ def read_prompts(source: PairsSection, kwargs: Mapping[str, Any] | None = None) 
         )
     if isinstance(prompts[0].prompt, str):
         _no_arguments(source.path, rows, kwargs)
-    return prompts
+    if source.limit is None:
+        return prompts
+    drawn, total = fair_sample((row.id for row in prompts), source.limit)
+    report_sample(source.path, len(drawn), total, "prompts")
+    return [prompts[k] for k in drawn]
 
 
 def _wrong(prompt: Any) -> str:
@@ -159,3 +165,21 @@ def load_prompts(source: str, kwargs: Mapping[str, Any] | None = None) -> list[A
     if all(isinstance(prompt, str) for prompt in prompts):
         _no_arguments(source, rows, kwargs)
     return prompts
+
+
+def sample_prompts(source: str, limit: int | None, kwargs: Mapping[str, Any] | None = None) -> tuple[list[Any], int]:
+    """A fair sample of at most ``limit`` prompts of ``load_prompts``, and how many there are; None: all of them.
+
+    Raises:
+        DataError: see ``load_prompts``.
+    """
+    prompts = load_prompts(source, kwargs)
+    if limit is None:
+        return prompts, len(prompts)
+    seen, names = SeenIds(), []
+    for number, prompt in enumerate(prompts, 1):
+        names.append(content_id(split_arguments(prompt)[0], seen))
+        seen.add(names[-1], number)
+    drawn, total = fair_sample(names, limit)
+    report_sample(source, len(drawn), total, "prompts")
+    return [prompts[k] for k in drawn], total

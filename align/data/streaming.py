@@ -14,6 +14,7 @@ from align.config.columns import NUMBERS, OPTIONAL, SCORES, TEXT
 from align.data.messages import JSON_MESSAGES, text_array, text_type
 from align.data.pairs import describe_unused, identify, one_type, other_kind, unusable, unused_columns
 from align.data.readers import stream_source
+from align.data.sampling import fair_sample, report_sample
 from align.data.seen_ids import SeenIds
 from align.data.validation import Problem, RowReader
 from align.errors import DataError
@@ -40,10 +41,11 @@ def stream_pairs(source: PairsSection, file: Path) -> Dataset:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         types: Types | None = {}
+        drawn = None if source.limit is None else _drawn(source, source.limit, file.with_suffix(".ids"))
         with atomic_write(file) as temporary:
             while types is not None:
                 with closing(SeenIds(file.with_suffix(".ids"))) as seen:
-                    types = _write(source, temporary, seen, types)
+                    types = _write(source, temporary, seen, types, drawn)
     pairs = Dataset.from_file(str(file))
     unused = [name for name in OPTIONAL if name in pairs.column_names and _is_empty(pairs, name)]
     return pairs.remove_columns(unused) if unused else pairs
@@ -75,10 +77,19 @@ class _Reader:
                 yield pair
 
 
-def _write(source: PairsSection, file: Path, seen: SeenIds, types: Types) -> Types | None:
-    """Write the table. If ``types`` cannot hold the messages, stop and return types that can, else None."""
+def _drawn(source: PairsSection, limit: int, ids: Path) -> set[int]:
+    """Places of a fair sample of the valid pairs, by a pass over the source."""
+    with closing(SeenIds(ids)) as seen:
+        drawn, total = fair_sample((str(pair["id"]) for pair in _Reader(source, seen).pairs()), limit)
+    report_sample(source.path, len(drawn), total, "pairs")
+    return set(drawn)
+
+
+def _write(source: PairsSection, file: Path, seen: SeenIds, types: Types, drawn: set[int] | None) -> Types | None:
+    """Write the table, of the pairs at the places ``drawn`` if given. If ``types`` cannot hold the messages, stop and
+    return types that can, else None."""
     reader = _Reader(source, seen)
-    pairs = islice(reader.pairs(), source.limit)
+    pairs = (pair for place, pair in enumerate(reader.pairs()) if drawn is None or place in drawn)
     first = next(pairs, None)
     kept = 0
     if first is not None:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from scipy.special import expit, logit
 from scipy.stats import rankdata
 
-from align.stats import Estimate, cluster_codes, influence_interval, share_interval
+from align.stats import FEWEST_UNITS, Estimate, cluster_codes, influence_interval, share_interval
 
 FALSE_ACCEPTS = (0.01, 0.10)
 THRESHOLDS = 101
@@ -27,16 +27,18 @@ class ThresholdConsistency:
     value: float
     """OPIS, in [0, 0.25]; 0: at every threshold all categories have the same utility."""
     chance: float
-    """Mean OPIS with the categories shuffled over the pairs: its expected value if the categories do not differ."""
+    """Mean OPIS with the categories shuffled over the units: its expected value if the categories do not differ."""
     chance_high: float
     """95% quantile of the OPIS with shuffled categories."""
     categories: dict[str, float]
     """Category -> its mean squared distance from the mean utility; ``value`` is their mean."""
+    units: int
+    """Number of independent units that were shuffled: pairs, or the pairs of a cluster in a category."""
 
     @property
     def differs(self) -> bool:
-        """Whether the OPIS is larger than chance explains."""
-        return self.value > self.chance_high
+        """Whether the OPIS is larger than chance explains, with at least ``FEWEST_UNITS`` units behind it."""
+        return self.units >= FEWEST_UNITS and self.value > self.chance_high
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -110,15 +112,26 @@ def utilities(
 
 
 def opis(
-    chosen: ArrayLike, rejected: ArrayLike, category: Sequence[str], *, seed: int, permutations: int = PERMUTATIONS
+    chosen: ArrayLike,
+    rejected: ArrayLike,
+    category: Sequence[str],
+    *,
+    seed: int,
+    clusters: ArrayLike | None = None,
+    permutations: int = PERMUTATIONS,
 ) -> ThresholdConsistency:
     """Operating-point inconsistency score over categories (Zhang et al., arXiv 2307.04047): variance of the utilities.
+
+    The level of chance is that of shuffled categories. Pairs of a cluster have something in common, so those of one
+    category move together; the OPIS is above 0 if categories differ in the level of the rewards or in how well the
+    rewards separate their pairs.
 
     Args:
         chosen: rewards [N].
         rejected: rewards [N].
         category: category of each pair, [N].
         seed: seed of the shuffles.
+        clusters: cluster label of each pair, [N] (``clusters_of``); None: pairs are independent.
         permutations: number of shuffles that ``chance`` is estimated from.
 
     Raises:
@@ -130,12 +143,16 @@ def opis(
         raise ValueError(f"OPIS needs at least two categories, got {names.size}")
     shares = _spread(utilities(high, low, which))
     rng = np.random.default_rng(seed)
-    null = [_spread(utilities(high, low, rng.permutation(which))).mean() for _ in range(permutations)]
+    labels = np.arange(high.size) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    first, unit = np.unique(np.stack([labels, which]), axis=1, return_index=True, return_inverse=True)[1:]
+    of_unit, unit = which[first], unit.reshape(-1)
+    null = [_spread(utilities(high, low, rng.permutation(of_unit)[unit])).mean() for _ in range(permutations)]
     return ThresholdConsistency(
         value=float(shares.mean()),
         chance=float(np.mean(null)),
         chance_high=float(np.quantile(null, 0.95)),
         categories={str(name): float(share) for name, share in zip(names, shares, strict=True)},
+        units=int(of_unit.size),
     )
 
 

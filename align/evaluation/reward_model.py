@@ -44,7 +44,7 @@ def reward_model_metrics(
         found["macro_accuracy"] = float(np.mean(list(accuracies.values())))
         found["rewardbench"] = section_scores(accuracies)
         if len(accuracies) > 1:
-            found["opis"] = opis(chosen, rejected, groups, seed=seed).to_dict()
+            found["opis"] = opis(chosen, rejected, groups, seed=seed, clusters=clusters).to_dict()
     return found | {"said": _sentences(found)}
 
 
@@ -59,15 +59,18 @@ def _sentences(found: dict[str, Any]) -> list[str]:
         sentences = [f"The reward model agrees with {interval(accuracy)} of the labels."]
     if disjoint(accuracy, area):
         sentences.append(
-            f"Across prompts it orders worse than within them: global AUC {interval(area)}. Its rewards carry an "
-            "offset of the prompt, so compare responses to the same prompt only, not rewards of different prompts."
+            f"Across pairs it orders worse than within them: global AUC {interval(area)}. The two rewards of a pair "
+            "have something in common, an offset of the model or prompts whose responses are all better, which pairs "
+            "do not tell apart; so compare responses to the same prompt, not rewards of different prompts."
         )
     if found["opis"] is not None:
         level = f"OPIS {found['opis']['value']:.4f}, by chance up to {found['opis']['chance_high']:.4f}"
         if found["opis"]["differs"]:
-            worst = max(found["opis"]["categories"], key=lambda name: found["opis"]["categories"][name])
+            parts = found["opis"]["categories"]
+            worst = f"; furthest off: {max(parts, key=lambda name: parts[name])}" if len(parts) > 2 else ""
             sentences.append(
-                f"One reward threshold does not mean the same in every category ({level}); furthest off: {worst}."
+                f"One reward threshold does not mean the same in every category ({level}){worst}: the rewards there "
+                "have another level, or separate the pairs less well or better."
             )
         else:
             sentences.append(f"No difference between the categories at a common reward threshold was seen ({level}).")

@@ -25,7 +25,8 @@ def pair_findings(
     """Length bias, correlation with a reference, pairs far from the training pairs, largest disagreements.
 
     Args:
-        pairs: the scored pairs, [N]; a ``teacher_margin`` column holds gold margins.
+        pairs: the scored pairs, [N]; a ``teacher_margin`` column holds margins of another source,
+            such as human ratings.
         margins: reward of chosen minus reward of rejected, [N].
         distances: distance [N] of each pair to the reward model's training pairs, and the limit that most held-out
             training pairs are within.

@@ -36,9 +36,9 @@ def gain_per_root_kl(gain: np.ndarray, kl: np.ndarray) -> Estimate | None:
     The result is None unless the mean KL is claimed to be above 0: near 0 the ratio has no mean, and its interval has
     no meaning.
 
-    For a policy near the reference the ratio is the correlation of the policy's implicit reward with gold times the
-    standard deviation of gold. It does not depend on beta, learning rate or number of steps, so it tells a better
-    policy from one that is only further from the reference.
+    For a policy near the reference the ratio is the correlation of the policy's implicit reward with the judge's times
+    the standard deviation of the latter. It does not depend on beta, learning rate or number of steps, so it tells a
+    better policy from one that is only further from the reference.
 
     Args:
         gain: reward minus the baseline's, [N].

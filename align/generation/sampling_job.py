@@ -89,14 +89,14 @@ class _LogProbs:
 
     def __init__(self, engine: Engine, job: SamplingJob) -> None:
         from align.generation.transformers_engine import TransformersEngine
-        from align.models.loading import load_policy
+        from align.models.loading import load_policy, place
 
         assert job.reference is not None and isinstance(engine, TransformersEngine)
         self.engine, self.temperature = engine, job.sampling.temperature
         self.reference = engine.model
         if job.reference != job.model:
             loaded = load_policy(job.reference, **({"dtype": "float32"} | dict(job.sampling.options)))
-            self.reference = loaded.to(engine.model.device).eval()
+            self.reference = place(loaded, engine.model.device).eval()
 
     def __call__(self, prompts: list[Any], groups: list[list[Completion]]) -> dict[str, list[list[float]]]:
         from align.models.completion_logps import completion_logps

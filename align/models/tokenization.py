@@ -360,3 +360,28 @@ def _shared_length(first: list[int], second: list[int]) -> int:
     """Number of leading tokens that the two have in common."""
     return next((k for k, (one, other) in enumerate(zip(first, second, strict=False)) if one != other),
                 min(len(first), len(second)))  # fmt: skip
+
+
+def report_same_tokens(names: Sequence[str], count: int, where: str) -> None:
+    """Log which of ``count`` pairs are left out of a training because a model reads the same tokens for both responses.
+
+    Args:
+        names: ids of these pairs; nothing is logged if there are none.
+        count: number of all pairs.
+        where: after which step they are the same.
+
+    Raises:
+        DataError: no pair is left.
+    """
+    if not names:
+        return
+    reason = f"their two responses are the same tokens {where}: {', '.join(names[:NAMED_PAIRS])}"
+    reason += "" if len(names) <= NAMED_PAIRS else f" and {len(names) - NAMED_PAIRS} more"
+    if len(names) == count:
+        raise DataError(
+            f"none of {count} pairs can be trained on: {reason}",
+            code="same-responses",
+            hint="read a pair as the model does with `align data check --model`; raise max_length, or look at what the "
+            "template drops",
+        )
+    log.warning("%d of %d pairs are left out: %s", len(names), count, reason)

@@ -65,7 +65,7 @@ def _plots(report: dict[str, Any]) -> dict[str, Any]:
                 if policy["kl"] or key == "reference"
             },
             x_title="KL to the reference (nats per completion)",
-            y_title="gold reward",
+            y_title="judge's reward",
         )
     return made
 
@@ -112,7 +112,7 @@ def _entanglement(methods: dict[str, Any]) -> list[tuple[str, Any]]:
         return []
     both = {"predicted_chosen": " predicted", "realised_chosen": " observed"}
     titles: list[tuple[str, dict[str, str], str]] = [
-        ("probe pairs whose step would go the wrong way", {"entangled": ""}, "share entangled"),
+        ("entangled probe pairs", {"entangled": ""}, "share"),
         ("cosine of the two gradients (median)", {"cosine": ""}, "cosine"),
         ("length of the rejected gradient (median)", {"norm_ratio": ""}, "|gl| / |gw|"),
         ("change of log p(chosen) of the probes by one step", both, "nats"),

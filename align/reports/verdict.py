@@ -54,7 +54,7 @@ def verdict(report: dict[str, Any]) -> Verdict:
     next_step = (
         "Read the samples, then compare reward against KL before calling one method better."
         if gained
-        else "Look at the training curves: if the reward margin grew, the labels disagree with the gold judge."
+        else "Look at the training curves: if the reward margin grew, the labels disagree with the judge."
     )
     return Verdict(headline, details, next_step)
 
@@ -65,20 +65,20 @@ def _gain(method: str, policies: dict[str, Any]) -> str:
     change = f"from {interval(before)} to {interval(policy['reward'])}; gain {interval(gain)}"
     change += f", KL {interval(policy['kl'])} nats." if policy["kl"] else "."
     if above(gain, 0.0):
-        return f"{name(method)} raised the gold reward {change}"
+        return f"{name(method)} raised the judge's reward {change}"
     if below(gain, 0.0):
-        return f"{name(method)} lowered the gold reward {change}"
-    return f"No difference in gold reward seen after {name(method)}: {change}"
+        return f"{name(method)} lowered the judge's reward {change}"
+    return f"No difference in the judge's reward seen after {name(method)}: {change}"
 
 
 def _proxy_only(method: str, policies: dict[str, Any]) -> str:
-    """A sentence if the reward model sees a gain and the gold judge does not, else an empty string."""
+    """A sentence if the reward model sees a gain and the judge does not, else an empty string."""
     gain, followed = policies[method]["gain"], policies[method].get("reward_model_gain")
     if followed is None or not above(followed, 0.0) or above(gain, 0.0):
         return ""
     return (
         f"{name(method)} learned what its labels say: the run's own reward model sees a gain of {interval(followed)}."
-        " The gold judge rewards only part of what the reward model does."
+        " The judge rewards only part of what the reward model does."
     )
 
 

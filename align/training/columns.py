@@ -19,9 +19,8 @@ from align.losses.margin_weights import madpo_weight, trust_of_each
 from align.losses.pair_weights import mean_one, moderate, shrink_by_distance
 from align.losses.registry import BoundLoss, resolve
 from align.models.collator import ROW
-from align.models.tokenization import encode_pair
+from align.models.tokenization import encode_pair, report_same_tokens
 
-NAMED = 5
 """Ids of pairs that a message names."""
 
 
@@ -69,20 +68,10 @@ def told_apart(pairs: Dataset, ids: Sequence[str], max_length: int | None, trunc
         else:
             alike.append(str(k) if rows is None else ids[rows[k]])
             cut += responses[0] != responses[1]
-    if not alike:
-        return kept
     where = f"within max_length {max_length}" if cut == len(alike) else "after the chat template and the tokenizer"
     if 0 < cut < len(alike):
         where += f" ({cut} of them only within max_length {max_length})"
-    reason = f"their two responses are the same tokens {where}: {', '.join(alike[:NAMED])}"
-    reason += "" if len(alike) <= NAMED else f" and {len(alike) - NAMED} more"
-    if not kept:
-        raise DataError(
-            f"none of {len(alike)} pairs can be trained on: {reason}",
-            code="same-responses",
-            hint="read a pair as the model does with `align data check --model`; the template may drop what differs",
-        )
-    log.warning("%d of %d pairs are left out: %s", len(alike), len(pairs), reason)
+    report_same_tokens(alike, len(pairs), where)
     return kept
 
 

@@ -211,7 +211,7 @@ def _foreseen(own: list[dict[str, Any]]) -> dict[str, float]:
 def markdown(summary: dict[str, Any]) -> str:
     """The table of docs/entanglement.md."""
     head = ["method", "chosen", "rejected", "entropy", "chosen fallen", "chosen, held out", "KL"]
-    head += ["gold gain", "gold less DPO"]
+    head += ["judge's gain", "less DPO's"]
     body = []
     for row in summary["rows"]:
         cells = [

@@ -1,5 +1,6 @@
 """A prompt column next to responses that contain the prompt: taken once, as trl takes it, or refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from trl.data_utils import maybe_extract_prompt
 
 from align.config import PairsSection
 from align.data.pairs import load_pairs
+from align.data.prompts import read_prompts, sample_prompts
 from align.errors import DataError
 from tests.data.test_pairs import CHAT, jsonl, turn
 
@@ -57,3 +59,18 @@ def test_a_prompt_that_the_responses_repeat_is_taken_once(tmp_path: Path) -> Non
 def test_a_response_that_begins_with_another_prompt_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="chosen: found a first message by user, expected one by assistant or tool"):
         load(tmp_path, {**CONVERSATION, "prompt": [turn("user", "good night")]})
+
+
+def test_a_limit_draws_the_same_prompts_in_any_order(tmp_path: Path) -> None:
+    """For every command that reads prompts; equal prompts count once each."""
+    prompts = [f"{'easy' if k < 30 else 'hard'} {k % 50}" for k in range(60)]
+    found = []
+    for order in (prompts, prompts[::-1]):
+        file = tmp_path / "prompts.jsonl"
+        file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in order))
+        drawn, total = sample_prompts(str(file), 20)
+        assert total == 60 and len(drawn) == 20 and drawn != order[:20]
+        assert [row.prompt for row in read_prompts(PairsSection(path=str(file), limit=20))] == drawn
+        assert sample_prompts(str(file), None) == (order, 60) == sample_prompts(str(file), 99)
+        found.append(sorted(drawn))
+    assert found[0] == found[1]

@@ -121,6 +121,13 @@ def test_no_cluster_is_on_both_sides(sharing: str) -> None:
     assert abs(len(held_out) - 0.1 * len(pairs)) <= np.bincount(clusters).max()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_large_clusters_are_dealt_out_first(seed: int) -> None:
+    """One cluster of six and six of one: two folds of six, whatever the order of the draw."""
+    clusters = np.array([0, 1, 2, 3, 4, 5, *[6] * 6])
+    assert np.bincount(folds_of_clusters(clusters, 2, seed)).tolist() == [6, 6]
+
+
 def test_few_large_prompts_stay_together_and_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     pairs = table([f"prompt {k // 20}" for k in range(100)], [(f"a {k}", f"b {k}") for k in range(100)])
     assert np.bincount(folds_by_prompt(pairs, 5, 0)).tolist() == [20] * 5 and not caplog.messages

@@ -40,6 +40,28 @@ def test_a_streamed_table_is_the_loaded_one(tmp_path: Path) -> None:
         stream_pairs(config, tmp_path / "bad.arrow")
 
 
+def test_a_limit_draws_the_same_pairs_in_any_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Streamed or loaded, with ids or without; not the first rows, and a larger limit draws more of the same."""
+    caplog.set_level("INFO", logger="align")
+    given = [row | {"id": f"{'easy' if k < 30 else 'hard'}-{k:02d}"} for k, row in enumerate(rows(60))]
+    for table in (given, [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in given]):
+        found = []
+        for number, order in enumerate((table, table[::-1])):
+            source = tmp_path / f"{number}.jsonl"
+            source.write_text("".join(json.dumps(row) + "\n" for row in order))
+            config = PairsSection(path=str(source), limit=20)
+            loaded = load_pairs(config)
+            file = tmp_path / f"{number}-{len(table[0])}.arrow"
+            assert stream_pairs(config, file).to_list() == loaded.to_list() and len(loaded) == 20
+            found.append(loaded["prompt"][:])
+            assert set(found[-1]) < set(load_pairs(config.model_copy(update={"limit": 40}))["prompt"])
+        assert sorted(found[0]) == sorted(found[1]) and found[0] != [row["prompt"] for row in table[:20]]
+        assert found[0] == [row["prompt"] for row in table if row["prompt"] in found[0]]
+    assert f"{config.path}: 20 of 60 pairs, drawn by a hash of their ids" in caplog.text
+    caplog.clear()
+    assert len(load_pairs(config.model_copy(update={"limit": 60}))) == 60 and "drawn" not in caplog.text
+
+
 @pytest.mark.parametrize("batch", [1, 2, 4096])
 def test_a_streamed_table_keeps_every_key_of_a_message(
     batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 import math
 from dataclasses import astuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,8 +38,8 @@ def test_hold_chosen_takes_the_largest_factor_that_holds(seed: int, d_w: float, 
     chosen_sq, rejected_sq, inner = products(gw, gl)
     w, r = torch.full((6,), d_w, dtype=torch.float64), torch.full((6,), d_l, dtype=torch.float64)
     a_w, a_l = hold_chosen(chosen_sq, inner, w, r, keep=keep)
-    before = changes(chosen_sq, rejected_sq, inner, w, r).chosen
-    after = changes(chosen_sq, rejected_sq, inner, a_w * w, a_l * r).chosen
+    before = changes(chosen_sq, rejected_sq, inner, w, r, noise=1e-9).chosen
+    after = changes(chosen_sq, rejected_sq, inner, a_w * w, a_l * r, noise=1e-9).chosen
     wanted = keep * w * chosen_sq
     fine = (before >= wanted) | (w <= 0)
     assert torch.equal(a_w, torch.ones_like(a_w)) and torch.equal(a_l[fine], torch.ones_like(a_l[fine]))
@@ -81,6 +82,15 @@ def test_hold_batch_includes_the_pull_of_other_pairs() -> None:
     assert together.tolist() == pytest.approx([1.0, 1 / 3])
 
 
+def test_hold_batch_leaves_out_rejected_gradients_where_no_factors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A linear program that fails must not let every rejected gradient through."""
+    monkeypatch.setattr("align.entanglement.remedies.linprog", lambda *args, **options: SimpleNamespace(success=False))
+    gw, gl = torch.eye(2, 4, dtype=torch.float64), torch.tensor([[0.0, 0, 1, 0], [3.0, 0, 0, 1]], dtype=torch.float64)
+    d, stacked = torch.ones(2, dtype=torch.float64), torch.cat([gw, gl])
+    a_w, a_l = hold_batch(stacked @ stacked.T, d, d, keep=0.0)
+    assert a_w.tolist() == [1.0, 1.0] and a_l.tolist() == [0.0, 0.0]
+
+
 @given(SEED, POSITIVE, POSITIVE)
 def test_normalise_separates_and_keeps_the_product(seed: int, d_w: float, d_l: float) -> None:
     gw, gl = vectors(seed, 5)
@@ -88,7 +98,7 @@ def test_normalise_separates_and_keeps_the_product(seed: int, d_w: float, d_l: f
     w, r = torch.full((5,), d_w, dtype=torch.float64), torch.full((5,), d_l, dtype=torch.float64)
     a_w, a_l = normalise(*measured[:2], w, r)
     assert torch.allclose(a_w * a_l, torch.ones_like(a_w))
-    verdicts = changes(*measured, a_w * w, a_l * r).verdicts()
+    verdicts = changes(*measured, a_w * w, a_l * r, noise=1e-5).verdicts()
     assert set(verdicts) <= {"separated", "undecided"}
     step = (a_w * w)[:, None] * gw - (a_l * r)[:, None] * gl
     size = math.sqrt(d_w * d_l) * (measured[0] * measured[1]) ** 0.25

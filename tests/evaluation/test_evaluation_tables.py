@@ -97,8 +97,22 @@ def test_kl_at_a_temperature_is_that_of_what_is_sampled_from(tiny_policy: Path, 
         )
     exact = float((hot.exp() * (hot - base)).sum())
     assert ratios.mean() == pytest.approx(exact, abs=4 * ratios.std() / 64) and exact > 0.05
+
+
+def test_completion_logps_are_those_of_the_tempered_softmax(tiny_policy: Path) -> None:
+    """One token and two, against log_softmax(logits / T); at temperature 1 they differ, and greedy ones are 0."""
     model = AutoModelForCausalLM.from_pretrained(tiny_policy)
-    assert completion_logps(model, [[3]], [[4]], batch_tokens=9, pad_token_id=0, temperature=0).tolist() == [0.0]
+    prompts, completions = [[3, 5], [4]], [[6], [7, 2]]
+    with torch.no_grad():
+        rows = [
+            torch.log_softmax(model(torch.tensor([[*p, *c]])).logits[0].double() / 0.7, -1)
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+    exact = [float(rows[0][1, 6]), float(rows[1][0, 7] + rows[1][1, 2])]
+    settings = {"batch_tokens": 64, "pad_token_id": 0}
+    assert completion_logps(model, prompts, completions, **settings, temperature=0.7) == pytest.approx(exact, abs=1e-4)
+    assert (np.abs(completion_logps(model, prompts, completions, **settings) - exact) > 0.01).all()
+    assert completion_logps(model, prompts, completions, **settings, temperature=0).tolist() == [0.0, 0.0]
 
 
 def test_another_vocabulary_has_no_kl(tiny_policy: Path, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_opis_does_not_change_with_names_or_a_monotone_transform() -> None:
     renamed = [f"x{name}" for name in category]
     assert opis(np.exp(chosen), np.exp(rejected), category, seed=0, permutations=1).value == pytest.approx(value)
     assert opis(chosen, rejected, renamed, seed=0, permutations=1).value == pytest.approx(value)
-    assert 0 <= value <= 0.25
+    assert 0 < value <= 0.25
 
 
 def test_identical_categories_have_no_opis() -> None:
@@ -163,6 +163,34 @@ def test_chance_level_holds_its_level() -> None:
     """If categories do not differ, about 5% of the data sets exceed the 95% quantile of the shuffles."""
     exceeded = sum(opis(*data(0.0, seed, 150), seed=seed, permutations=60).differs for seed in range(100))
     assert exceeded <= 12
+
+
+def test_pairs_of_a_prompt_are_shuffled_together() -> None:
+    """Categories that do not differ, prompts that do: over pairs most data sets would exceed the level of chance."""
+    over_pairs = over_prompts = 0
+    prompts = np.repeat(np.arange(30), 10)
+    category = [("code", "chat", "safety")[k % 3] for k in prompts]
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        offset = 2 * rng.normal(size=30)[prompts]
+        rewards = offset + rng.normal(2, 1, 300), offset + rng.normal(0, 1, 300)
+        over_pairs += opis(*rewards, category, seed=seed, permutations=60).differs
+        found = opis(*rewards, category, seed=seed, permutations=60, clusters=prompts)
+        over_prompts += found.differs
+        assert found.units == 30
+    assert over_pairs > 20 and over_prompts <= 6
+
+
+def test_few_prompts_show_no_difference_between_categories() -> None:
+    chosen, rejected, category = data(5.0, size=6)
+    assert not opis(chosen, rejected, category, seed=0).differs
+    both = opis(chosen, rejected, category, seed=0, clusters=[0, 0, 0, 1, 1, 1])
+    assert both.units == 6  # a cluster of three categories is one unit in each
+
+
+def test_the_chance_level_is_the_mean_of_the_shuffles() -> None:
+    found = opis(*data(0.0, 1, 150), seed=1, permutations=20)
+    assert 0 < found.chance <= found.chance_high
 
 
 def test_one_category_is_refused() -> None:

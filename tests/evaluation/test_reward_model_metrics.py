@@ -34,7 +34,8 @@ def test_metrics_of_a_reward_model_say_what_they_see() -> None:
     found = reward_model_metrics(chosen, rejected, groups, seed=0)
     assert found["accuracy"]["value"] == pytest.approx((chosen > rejected).mean()) and found["auc"]["high"] < 0.75
     assert set(found["categories"]) == {"a", "b"} and found["opis"]["differs"]
-    assert "Across prompts it orders worse" in found["said"][1] and "does not mean the same" in found["said"][2]
+    assert "Across pairs it orders worse" in found["said"][1] and "does not mean the same" in found["said"][2]
+    assert "furthest" not in found["said"][2]  # two categories are equally far from their mean
     assert found["macro_accuracy"] == pytest.approx(
         np.mean([found["categories"][name]["accuracy"]["value"] for name in "ab"])
     )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.filtering.scores import DUPLICATE_DISTANCE
-from align.filtering.selection import RobustScale, greedy, importance, robust_scale, top_k
+from align.filtering.selection import RobustScale, greedy, importance, robust_scale, top_k, without_effect
 from tests.filtering.samples import unit
 
 VALUES = st.lists(st.floats(-50, 50), min_size=2, max_size=30)
@@ -68,6 +68,26 @@ def test_greedy_spreads_more_than_the_one_shot_score() -> None:
         return float(base[list(chosen)].sum() + 0.5 * np.log(max(distance, DUPLICATE_DISTANCE)))
 
     assert set(max(combinations(range(12), 2), key=value)) == {0, 6}
+
+
+def test_nothing_is_kept_of_a_count_of_0() -> None:
+    """The result still indexes rows."""
+    vectors, ids = unit(3, 4, 0), ["a", "b", "c"]
+    for kept in (greedy(np.zeros(3), vectors, ids, 0, weight=1.0), top_k(np.zeros(3), ids, 0)):
+        assert len(kept) == 0 and len(vectors[kept]) == 0
+
+
+def test_columns_that_are_the_same_for_all_pairs_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Only those with a weight; equal prompts are the usual reason for a diversity without effect."""
+    columns = {"margin": np.array([1.0, 2.0]), "quality": np.ones(2), "diversity": np.zeros(2), "ood": np.zeros(2)}
+    assert without_effect(columns, {"margin": 1.0, "quality": 0.5, "diversity": 0.5, "ood": 0.0}) == [
+        "quality",
+        "diversity",
+    ]
+    assert caplog.messages == [
+        "quality: found the same value for all pairs that pass the rules, so it does not count",
+        "diversity: found the same value for all pairs that pass the rules (equal prompts?), so it does not count",
+    ]
 
 
 def test_importance_is_the_weighted_sum() -> None:

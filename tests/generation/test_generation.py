@@ -121,6 +121,22 @@ def test_nucleus_is_the_smallest_set_that_reaches_the_mass(values: list[float], 
     assert p[scores > floor].sum() < top_p + 1e-9
 
 
+def test_a_mass_that_is_reached_exactly_takes_no_further_token() -> None:
+    """Probabilities 1/2, 1/4, 1/4, which floats hold exactly."""
+    scores = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
+    (first, second, all_of_them) = nucleus_floors(scores, [0.5, 0.51, 1.0])
+    assert first.item() == scores[0, 0] and second.item() == all_of_them.item() == scores[0, 1]
+
+
+def test_a_draw_at_the_border_of_the_nucleus_is_not_sure() -> None:
+    """The drawn token is the last of the nucleus at a mass that rounding could change; further inside it is sure."""
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
+    noise = torch.tensor([[0.0, 5.0, 0.0, 0.0]], dtype=torch.float64)
+    for top_p, sure in ((0.79, False), (0.81, False), (0.9, True)):
+        drawn, certain = draw(logits, noise, Sampling(1, top_p=top_p), tolerance=0.02)
+        assert (int(drawn), bool(certain)) == (1, sure)
+
+
 def test_log_probs_are_the_models_own(tiny_policy: Path) -> None:
     """They are those of the plain model at every temperature and top-p."""
     made = engine(tiny_policy, 3)

@@ -63,6 +63,13 @@ def test_additive_guard_does_not_see_a_shift(scores: list[float], margin: float,
     assert choose_pairs(rounded, "all", guard) == choose_pairs(moved, "all", guard)
 
 
+def test_bounds_of_the_guard_are_inclusive() -> None:
+    """A rejected score of exactly ``ratio`` times the chosen one passes, and a difference of exactly ``margin``."""
+    assert Guard(ratio=0.5).passes(0.5, 0.25) and not Guard(ratio=0.5).passes(0.5, 0.2500001)
+    assert Guard(margin=0.25).passes(0.5, 0.25) and not Guard(margin=0.25).passes(0.5, 0.2500001)
+    assert not Guard().passes(0.5, 0.5)
+
+
 @given(PROBABILITIES, st.floats(0.01, 1), st.floats(0.01, 1))
 def test_a_stricter_ratio_never_adds_pairs(scores: list[float], first: float, second: float) -> None:
     strict, loose = sorted((first, second))

@@ -15,7 +15,7 @@ def write_page_folder(folder: Path) -> None:
     bert_reward(folder / "distilbert-base-uncased")
     bert_reward(folder / "sentence-transformers" / "all-MiniLM-L6-v2")
     llama_reward(folder / "rm")
-    pairs = rows(60)
+    pairs = rows(52)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     prompts = [{"prompt": row["prompt"]} for row in pairs[:PROMPTS]]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))

@@ -44,6 +44,16 @@ def test_beta_dpo_clamps_and_is_reproducible() -> None:
     assert step([1.0, 2.0, 3.0, 4.0]) == step([1.0, 2.0, 3.0, 4.0])
 
 
+def test_statistics_start_at_0_and_one_pair_at_least_is_kept() -> None:
+    assert BetaDpoState() == BetaDpoState(0.0, 0.0)
+    for count, kept in ((4, 1), (10, 1), (20, 2), (1, 1)):
+        _, keep, _ = beta_dpo_step(
+            torch.arange(float(count)), BetaDpoState(), beta=0.1, alpha=0.6, rho=0.1, momentum=0.9,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        assert int(keep.sum()) == kept
+
+
 def stateful(rank: int, gather: Gather) -> BetaDpo:
     loss = resolve("beta_dpo", {})
     assert loss.spec.stateful is not None

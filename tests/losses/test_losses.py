@@ -264,3 +264,39 @@ def test_a_missing_margin_a_coupled_loss_and_a_wrong_shape_are_errors() -> None:
     one = torch.zeros(1)
     with pytest.raises(ValueError, match=r"must be \[B\]"):
         PairLogps(one, one, one, torch.zeros(1, 1), one, one)
+
+
+def test_odpo_gives_a_margin_of_0_no_offset() -> None:
+    """With and without the logarithm, as for margins below 0 with it; a margin of 1 has the logarithm 0."""
+    logps = make([(2.0, -1.0), (0.5, 1.0)])
+    plain = resolve("dpo", {})(logps)
+    for log_offset in (True, False):
+        found = resolve("odpo", {"log_offset": log_offset})(logps, torch.zeros(2, dtype=torch.float64))
+        assert torch.equal(found, plain)
+    logarithm = resolve("odpo", {"log_offset": True, "alpha": 1.0})
+    assert torch.equal(logarithm(logps, torch.tensor([-3.0, 1.0], dtype=torch.float64)), plain)
+    half = torch.full((2,), 0.5, dtype=torch.float64)
+    expected = [math.log1p(math.exp(-0.1 * gap + math.log(0.5))) for gap in (3.0, -0.5)]
+    assert logarithm(logps, half).tolist() == pytest.approx(expected)
+
+
+def test_dpop_by_hand() -> None:
+    """A chosen response that has fallen by 1 nat costs ``penalty`` nats of the gap; one that has risen costs none."""
+    found = resolve("dpop", {"beta": 0.5, "penalty": 3.0})(make([(-1.0, -2.5), (1.0, -0.5)]))
+    expected = [math.log1p(math.exp(-0.5 * (1.5 - 3.0))), math.log1p(math.exp(-0.5 * 1.5))]
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_responses_of_one_token() -> None:
+    """Means over one token are its own log-prob; an empty response is not divided by 0."""
+    values = [torch.tensor([value], dtype=torch.float64) for value in (-2.0, -3.0, -1.0, -1.5)]
+    one, none = torch.ones(1), torch.zeros(1)
+    for lengths in ((one, one), (none, none)):
+        simpo = resolve("simpo", {"beta": 2.0, "gamma_beta_ratio": 0.25})(PairLogps(*values, *lengths))
+        assert float(simpo) == pytest.approx(math.log1p(math.exp(-2.0 * (1.0 - 0.25))))
+        ipo = resolve("ipo", {"beta": 0.5})(PairLogps(*values, *lengths))
+        assert float(ipo) == pytest.approx((0.5 - 1.0) ** 2)
+        gated = resolve("gated_dpo", {"sharpness": 4.0, "threshold": 0.1})
+        logps = PairLogps(*(value.clone().requires_grad_() for value in values[:2]), *values[2:], *lengths)
+        d_w, d_l = gradient_weights(gated(logps), logps)
+        assert float(d_l / d_w) == pytest.approx(1 / (1 + math.exp(-4.0 * (math.exp(-3.0) - 0.1))))

@@ -18,6 +18,7 @@ from align.losses.margin_weights import (
     trusted_label,
     validate_madpo,
     validate_trust,
+    weight_summary,
 )
 
 A = {"c_max": 2.0, "c_min": 0.5, "lam": 1.0, "tau": 2.0}
@@ -203,3 +204,17 @@ def test_bad_trust_is_named(parameters: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match="loss-parameter") as caught:
         validate_trust(**parameters)
     assert message in str(caught.value)
+
+
+def test_weight_summary_by_hand() -> None:
+    """Weights 1, 1, 2, 4 of margins in each of the four regions: (sum)^2 / sum of squares = 64 / 22."""
+    found = weight_summary(torch.tensor([1.0, 1.0, 2.0, 4.0]), torch.tensor([-3.0, -1.0, 1.0, 2.0]), 2.0)
+    assert found == {
+        "mean": 2.0,
+        "min": 1.0,
+        "max": 4.0,
+        "ess": pytest.approx(64 / 22),
+        "ess_share": pytest.approx(16 / 22),
+        "disagreement": 0.5,
+        "regions": {"m <= -tau": 0.25, "-tau < m < 0": 0.25, "0 <= m < tau": 0.25, "m >= tau": 0.25},
+    }

@@ -216,6 +216,7 @@ def test_pairs_that_a_template_makes_the_same_are_left_out_of_reward_training(ca
     thought = [{"role": "assistant", "content": f"<think> {word} </think> very good"} for word in ("plot", "film")]
     same = {"id": "s", "prompt": ASKED, "chosen": thought[:1], "rejected": thought[1:]}
     found = made("neither", GOOD_TEMPLATES["strips"])
-    read = pair_texts(Dataset.from_list([CHAT[0], same]), found, 64)
-    assert read.alike.tolist() == [False, True] and told_apart(read.alike, 64).tolist() == [0]
-    assert "1 of 2 pairs are left out: their responses are the same tokens within max_length 64" in caplog.text
+    table = Dataset.from_list([CHAT[0], same])
+    read = pair_texts(table, found, 64)
+    assert read.alike.tolist() == [False, True] and told_apart(table, read.alike, 64).tolist() == [0]
+    assert "1 of 2 pairs are left out: their two responses are the same tokens within max_length 64: s" in caplog.text

@@ -113,9 +113,9 @@ def test_only_the_run_is_enough() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"gain": 0.4, "half": 0.1}, "MADPO raised the gold reward from 0.80 (0.70 to 0.90) to 1.20 (1.10 to 1.30)"),
-        ({"gain": 0.05, "half": 0.1}, "No difference in gold reward seen after MADPO"),
-        ({"gain": -0.4, "half": 0.1}, "MADPO lowered the gold reward"),
+        ({"gain": 0.4, "half": 0.1}, "MADPO raised the judge's reward from 0.80 (0.70 to 0.90) to 1.20 (1.10 to 1.30)"),
+        ({"gain": 0.05, "half": 0.1}, "No difference in the judge's reward seen after MADPO"),
+        ({"gain": -0.4, "half": 0.1}, "MADPO lowered the judge's reward"),
         ({"accuracy": 0.52}, "Stop: the reward model is at chance on held-out pairs: 0.520 (0.490 to 0.550)"),
     ],
 )

@@ -123,6 +123,13 @@ def test_maps_out_of_fold_do_not_see_their_fold() -> None:
     assert first[1] == second[1] and first[2] != second[2]
 
 
+def test_one_fold_alone_is_calibrated_on_itself() -> None:
+    """There is no other fold to fit to."""
+    margins, words = np.array([1.0, 2.0, -1.0, 3.0]), np.zeros(4)
+    found = calibrated_out_of_fold(margins, words, np.zeros(4, dtype=int), "temperature", length=False)
+    assert found == pytest.approx(margins / best_temperature(margins))
+
+
 def test_the_length_part_is_found_and_removed() -> None:
     rng = np.random.default_rng(2)
     words = rng.integers(-30, 31, 4000).astype(float)
@@ -164,8 +171,13 @@ def test_a_saved_map_is_the_same_and_a_table_keeps_its_sense(kind: str, tmp_path
     gap = np.asarray(mapped["reward_chosen"]) - np.asarray(mapped["reward_rejected"])
     assert gap == pytest.approx(np.asarray(mapped["margin"]))
     assert np.asarray(mapped["reward_chosen"]) + np.asarray(mapped["reward_rejected"]) == pytest.approx(margin + 0.5)
+    words = word_difference(table)
     if kind == "temperature":
-        assert np.asarray(mapped["margin_std"]) == pytest.approx(0.5 / fitted.temperature)
+        expected = np.full(12, 0.5 / fitted.temperature)
+    else:
+        expected = np.abs(fitted(margin + 0.25, words) - fitted(margin - 0.25, words))
+        assert not np.allclose(expected, 0.5)
+    assert np.asarray(mapped["margin_std"]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,17 @@ def test_auc_against_loops_and_its_bound(pairs: list[tuple[float, float]]) -> No
     assert torch.allclose(o.auc(chosen, rejected, share=0.0), o.bradley_terry(chosen, rejected))
 
 
+def test_auc_within_groups_against_loops() -> None:
+    """Each pair's own value, in groups of different size."""
+    chosen = torch.tensor([1.0, -0.5, 2.0, 0.3, 0.0], dtype=torch.float64)
+    rejected = torch.tensor([0.2, 0.9, -1.0, 1.5, 0.7], dtype=torch.float64)
+    group = [0, 1, 0, 1, 1]
+    found = o.auc(chosen, rejected, torch.tensor(group), temperature=0.7)
+    for i in range(5):
+        costs = [math.log1p(math.exp(-float(chosen[i] - rejected[j]) / 0.7)) for j in range(5) if group[j] == group[i]]
+        assert float(found[i]) == pytest.approx(sum(costs) / len(costs))
+
+
 def test_auc_sees_an_offset_per_prompt_and_bradley_terry_does_not() -> None:
     rng = np.random.default_rng(0)
     chosen, rejected, offset = (

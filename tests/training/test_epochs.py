@@ -10,8 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from align.config import TiltSection
+from align.errors import ConfigError
 from align.losses.pair_weights import LossTilt
 from align.losses.pairwise import PairLogps
 from align.models.collator import REAL, counted, only_real
@@ -115,3 +117,56 @@ def test_the_pairs_of_the_last_step_are_marked(processes: int, rows: int, pairs:
     left = pairs % (processes * rows) or processes * rows
     if processes > 1:
         assert torch.cat(marks).tolist() == [True] * left + [False] * (processes * rows - left)
+
+
+class Sampled:
+    """Stands for transformers' Trainer: groups of pairs of similar length."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        return LengthGroupedSampler(3, lengths=[5, 6, 7, 8], model_input_name="input_ids")
+
+
+class SampledEpochs(WholeEpochs, Sampled):
+    """The mixin before the class that it extends."""
+
+
+@pytest.mark.parametrize(("processes", "size"), [(1, 3), (2, 6), (5, 15)])
+def test_length_groups_span_all_processes(processes: int, size: int) -> None:
+    trainer: Any = SampledEpochs()
+    trainer.accelerator = SimpleNamespace(num_processes=processes)
+    assert trainer._get_train_sampler().batch_size == size
+
+
+@pytest.mark.parametrize(
+    ("settings", "strategy", "message"),
+    [
+        ({"even_batches": False}, "random", "accelerator_config.even_batches: found false"),
+        ({"dispatch_batches": True}, "random", "accelerator_config.dispatch_batches: found true"),
+        ({}, "batch_rebalance", "train_sampling_strategy: found batch_rebalance"),
+        ({}, "group_by_length", None),
+    ],
+)
+def test_settings_that_lose_pairs_are_refused_with_several_processes(
+    settings: dict[str, bool], strategy: str, message: str | None
+) -> None:
+    class Loader:
+        def get_train_dataloader(self) -> str:
+            return "loader"
+
+    trainer: Any = type("Loading", (WholeEpochs, Loader), {})()
+    trainer.train_dataset = range(9)
+    config = SimpleNamespace(**({"even_batches": True, "dispatch_batches": None} | settings))
+    trainer.args = SimpleNamespace(
+        accelerator_config=config, train_sampling_strategy=strategy, train_batch_size=3, dataloader_drop_last=True
+    )
+    trainer.accelerator = SimpleNamespace(num_processes=1)
+    assert trainer.get_train_dataloader() == "loader"
+    trainer.accelerator.num_processes = 2
+    if message is None:
+        assert trainer.get_train_dataloader() == "loader"
+    else:
+        with pytest.raises(ConfigError, match=message):
+            trainer.get_train_dataloader()
+    trainer.train_dataset = range(5)
+    with pytest.raises(ConfigError, match="found true and 5 pairs, expected at least the 6"):
+        trainer.get_train_dataloader()

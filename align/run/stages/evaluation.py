@@ -54,7 +54,7 @@ def stage_generate(config: RunConfig, folder: Path, policy: str) -> None:
 
 
 def stage_evaluate(config: RunConfig, folder: Path) -> None:
-    """Write reward, KL to the reference and their ratio for every policy, and the margins' correlation with gold."""
+    """Write reward, KL to the reference and their ratio for every policy; correlate the margins with the judge's."""
     assert config.evaluate is not None and config.train is not None
     judge = make_judge(config.evaluate.judge)
     tables = {
@@ -124,5 +124,5 @@ def _gold_correlation(pairs: Dataset, judge: Judge) -> dict[str, float] | None:
     if "margin" not in pairs.column_names:
         return None
     pairs = pairs.select(np.setdiff1d(np.arange(len(pairs)), missing_values(pairs, "margin")))
-    gold = judge.score(pairs["prompt"], pairs["chosen"]) - judge.score(pairs["prompt"], pairs["rejected"])
-    return correlation(pairs["margin"], gold)
+    judged = judge.score(pairs["prompt"], pairs["chosen"]) - judge.score(pairs["prompt"], pairs["rejected"])
+    return correlation(pairs["margin"], judged)

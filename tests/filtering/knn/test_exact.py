@@ -1,11 +1,13 @@
 """Exact nearest neighbors, against brute force."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.filtering.knn.search import kth_distance
+from align.filtering.knn.search import Neighbors, kth_distance
 from tests.filtering.samples import clustered, unit
 
 
@@ -26,3 +28,12 @@ def test_blocks_and_selected_rows_change_nothing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("align.filtering.knn.exact.ADD_BLOCK", 40)
     monkeypatch.setattr("align.filtering.knn.exact.BLOCK", 17)
     assert np.allclose(kth_distance(vectors, 7, seed=0, rows=places).distance, whole, atol=1e-6)
+
+
+def test_written_neighbors_are_read_again(tmp_path: Path) -> None:
+    """In a folder two levels deep that does not exist yet."""
+    found = Neighbors(np.array([0.5, 1.0]), "exact", 1.0)
+    file = tmp_path / "a" / "b" / "neighbors.npz"
+    found.write(file)
+    again = Neighbors.read(file)
+    assert again.distance.tolist() == [0.5, 1.0] and again.method_and_recall() == {"method": "exact", "recall": 1.0}
