@@ -1,3 +1,68 @@
-"""Margin-adaptive preference alignment. Importing this package loads nothing heavy; each verb imports what it needs."""
+"""Margin-adaptive preference alignment. Importing this package loads nothing heavy; a name loads when it is used.
+
+``from align import PreferenceConfig, PreferenceTrainer`` is the Python API (docs/python.md); ``align`` on the command
+line is the same from a run file.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from align.api import advise as advise
+    from align.api import compare_policies as compare_policies
+    from align.api import filter_pairs as filter_pairs
+    from align.api import measure_entanglement as measure_entanglement
+    from align.api import measure_trust as measure_trust
+    from align.api import pairs_from_dataset as pairs_from_dataset
+    from align.errors import AlignError as AlignError
+    from align.losses.pairwise import PairLogps as PairLogps
+    from align.losses.registry import LOSSES as LOSSES
+    from align.training.preference_config import PreferenceConfig as PreferenceConfig
+    from align.training.trainer import PreferenceTrainer as PreferenceTrainer
 
 __version__ = "0.1.0"
+
+_NAMES = {
+    "AlignError": "align.errors",
+    "LOSSES": "align.losses.registry",
+    "PairLogps": "align.losses.pairwise",
+    "PreferenceConfig": "align.training.preference_config",
+    "PreferenceTrainer": "align.training.trainer",
+    "advise": "align.api",
+    "compare_policies": "align.api",
+    "filter_pairs": "align.api",
+    "measure_entanglement": "align.api",
+    "measure_trust": "align.api",
+    "pairs_from_dataset": "align.api",
+}
+"""Public name -> module that defines it."""
+__all__ = [
+    "LOSSES",
+    "AlignError",
+    "PairLogps",
+    "PreferenceConfig",
+    "PreferenceTrainer",
+    "advise",
+    "compare_policies",
+    "filter_pairs",
+    "measure_entanglement",
+    "measure_trust",
+    "pairs_from_dataset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name (PEP 562).
+
+    Raises:
+        AttributeError: there is no such name.
+    """
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NAMES})

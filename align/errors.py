@@ -1,8 +1,23 @@
 """Errors that the user can fix. Each has a stable code; docs/errors.md lists its cause and its fix."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 SHOWN = 20
+OPTION = re.compile(r"(?<!['\w])--([a-z][a-z-]*)")
+SCORE_PAIRS = "reward_models.RewardModel.from_pretrained(...).score_pairs(pairs)"
+CALLS = {
+    "run `align reward score` first": f"score the pairs first: {SCORE_PAIRS}",
+    "score them with `align reward score`": f"score them: {SCORE_PAIRS}",
+    "score all pairs with `align reward score`": f"score all pairs: {SCORE_PAIRS}",
+    "reward.max_length": "max_length",
+    "`reward.pairs.columns`": "columns of `pairs_from_dataset`",
+    "`reward.objective`": "`objective`",
+    "reward.objective.name": "objective",
+    "reward.objective.parameters": "objective_kwargs",
+}
+"""Words of messages that name a command or a YAML key -> what they are called in Python."""
 
 
 class AlignError(Exception):
@@ -58,3 +73,29 @@ def listed(problems: Sequence[str], *, shown: int = SHOWN) -> str:
     if len(problems) > shown:
         lines.append(f"  ... and {len(problems) - shown} more")
     return "\n".join(lines)
+
+
+@contextmanager
+def python_words(hints: Mapping[str, str] | None = None, names: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Let errors of the block name arguments and calls in place of options and commands; type and code stay.
+
+    Args:
+        hints: code -> what to do, where the command line has another way out.
+        names: what messages call something -> what the caller knows it by.
+    """
+    try:
+        yield
+    except AlignError as error:
+        error.hint = (hints or {}).get(error.code, _in_python(error.hint))
+        error.message = _in_python(error.message)
+        for other, name in (names or {}).items():
+            error.message = error.message.replace(other, name)
+        error.args = (error.message,)
+        raise
+
+
+def _in_python(text: str) -> str:
+    """``--max-length`` becomes ``max_length``, a command the call that does the same."""
+    for command, call in CALLS.items():
+        text = text.replace(command, call)
+    return OPTION.sub(lambda found: found[1].replace("-", "_"), text)

@@ -98,10 +98,24 @@ class EnsembleScorer:
         rewards = [scorer.score_completions(prompts, completions) for scorer in self.scorers]
         return np.asarray(np.mean(rewards, axis=0))
 
-    def score_pairs(self, pairs: Dataset) -> Dataset:
-        """The table with the mean rewards and their margin, and ``margin_std`` for at least two members."""
-        scored, alike = zip(*(scorer.score_and_tell(pairs) for scorer in self.scorers), strict=True)
-        tell_alike(alike[0])
+    def score_pairs(self, pairs: Dataset, *, shard: int | None = None) -> Dataset:
+        """The table with the mean rewards and their margin, and ``margin_std`` for at least two members.
+
+        Args:
+            pairs: pair table.
+            shard: pairs to batch together, at ``SHARD`` as in ``score_with``, to the bit; None: all.
+        """
+        count, alike, scored = len(pairs), np.zeros(len(pairs), dtype=bool), []
+        size = shard or max(count, 1)
+        for scorer in self.scorers:
+            parts = [
+                scorer.score_and_tell(pairs.select(range(start, min(start + size, count))))
+                for start in range(0, max(count, 1), size)
+            ]
+            alike |= np.concatenate([part for _, part in parts])
+            rewards = ([np.asarray(part[name]) for part, _ in parts] for name in SCORES[:2])
+            scored.append(with_rewards(pairs, *(np.concatenate(values) for values in rewards)))
+        tell_alike(alike)
         return _averaged(pairs, scored)
 
 

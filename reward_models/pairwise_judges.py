@@ -163,6 +163,17 @@ class LanguageModelJudge:
         return list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
+def prefer_in_both_orders(
+    judge: PairwiseJudge, prompts: Sequence[Any], ours: Sequence[Any], theirs: Sequence[Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Preference for ours when it is shown first and when it is shown second, [N] each, in [0, 1].
+
+    A judge that scores single responses does not see the order and is asked once.
+    """
+    first = judge.prefer(prompts, ours, theirs)
+    return first, first if isinstance(judge, ByScore) else 1 - judge.prefer(prompts, theirs, ours)
+
+
 def make_pairwise(name: str, max_length: int | None = None, options: LoadOptions = DEFAULTS) -> PairwiseJudge:
     """The pairwise judge with this name: ``llm:MODEL``, or a judge that gives scores.
 

@@ -1,17 +1,20 @@
 """The objectives of a reward model by the names that YAML uses (``reward.objective``), with parameters and ranges."""
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from torch import Tensor
 
-from align.config import ObjectiveSection
-from align.config.columns import NAMES
+from align.config import ObjectiveSection, nearest
+from align.config.columns import NAMES, NUMBERS
 from align.config.parameters import ANY, POSITIVE, Range
-from align.errors import DataError
+from align.errors import ConfigError, DataError
 from align.losses.registry_base import BoundFunction, FunctionSpec, Registry
 from reward_models import objectives
 
@@ -117,7 +120,85 @@ def resolve_objective(config: ObjectiveSection) -> BoundObjective:
     Raises:
         ConfigError: unknown name or parameter (with the nearest known), wrong type, value out of range; all at once.
     """
-    return BoundObjective(*OBJECTIVES.bind(config.name, config.parameters))
+    return bind_objective(config.name, config.parameters)
+
+
+def bind_objective(
+    objective: str | Callable[..., Tensor] | BoundObjective, parameters: Mapping[str, Any]
+) -> BoundObjective:
+    """The objective of a name or a function with these parameters; a bound one as it is.
+
+    Raises:
+        ConfigError: unknown name or parameter, wrong value, or a function that is no objective.
+    """
+    if isinstance(objective, BoundObjective):
+        return objective
+    if isinstance(objective, str):
+        return BoundObjective(*OBJECTIVES.bind(objective, parameters))
+    if not callable(objective):
+        raise ConfigError(
+            f"objective: found {objective!r}, expected a name or a function",
+            code="objective-name",
+            hint=f"names are {', '.join(OBJECTIVES)}",
+        )
+    return own_objective(objective, parameters)
+
+
+def own_objective(function: Callable[..., Tensor], parameters: Mapping[str, Any]) -> BoundObjective:
+    """An objective of the caller: (reward_chosen [B], reward_rejected [B], *columns [B], **parameters) -> loss [B].
+
+    A parameter of the function after the first two is a column of the pair table if it has no default (``margin``,
+    ``group``: names become numbers), else a parameter of the objective. The function is tried on two pairs.
+
+    Raises:
+        ConfigError: a column is none of the pair table, a parameter is unknown, or the result is not one loss per
+            pair with a gradient.
+    """
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        found = list(inspect.signature(function).parameters.values())[2:]
+    except ValueError:
+        found = []  # a function of C without a signature: rewards alone
+    found = [one for one in found if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    columns = tuple(one.name for one in found if one.default is one.empty)
+    known = [*NUMBERS, *NAMES]
+    if odd := [column for column in columns if column not in known]:
+        raise ConfigError(
+            f"objective {name}: reads {odd[0]!r}, expected columns of the pair table{nearest(odd[0], known)}",
+            code="objective-column",
+            hint="give a parameter that is no column a default",
+        )
+    defaults = {one.name: one.default for one in found if one.default is not one.empty}
+    if unknown := [key for key in parameters if key not in defaults]:
+        raise ConfigError(
+            f"objective_kwargs: {unknown[0]}: not a parameter of {name}{nearest(unknown[0], list(defaults))}",
+            code="objective-parameter",
+        )
+    spec = ObjectiveSpec(f"function {name}", function, defaults, "the caller's", columns=columns)
+    bound = BoundObjective(spec, defaults | dict(parameters))
+    _try(bound, name)
+    return bound
+
+
+def _try(objective: BoundObjective, name: str) -> None:
+    """Call an objective on the rewards of two pairs."""
+    rewards = torch.tensor([0.5, -0.5], requires_grad=True), torch.zeros(2, requires_grad=True)
+    columns = {
+        column: torch.arange(2, dtype=torch.int64 if column in NAMES else torch.float32) for column in objective.columns
+    }
+    try:
+        with torch.enable_grad():
+            losses = objective(*rewards, columns)
+    except Exception as error:
+        raise ConfigError(f"objective {name}: raised {error!r} on two pairs", code="objective-parameter") from error
+    shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+    if shape != (2,) or not losses.requires_grad:
+        without = "" if shape != (2,) else " without a gradient"
+        raise ConfigError(
+            f"objective {name}: found a result {shape}{without} for 2 pairs, expected one loss per pair, shape (2,)",
+            code="objective-parameter",
+            hint="return the loss of each pair; the trainer takes the mean",
+        )
 
 
 def objective_columns(pairs: Dataset, objective: BoundObjective) -> dict[str, list[float] | list[int]]:

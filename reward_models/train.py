@@ -15,20 +15,12 @@ from align.data.training_pairs import write_record
 from align.distributed import from_main_process, process_rank, wait_until
 from align.io.console import log
 from align.io.files import atomic_folder
-from align.models.folders import TEXT_PAIR
 from align.training.base.arguments import build_lora, build_trainer_args, refusals
 from reward_models.linear_heads import train_head
-from reward_models.loading import (
-    fitting_length,
-    load_reward_model,
-    note_text_pair,
-    pad_as_trained,
-    reads_text_pairs,
-    takes_segments,
-)
+from reward_models.loading import load_reward_model, note_text_pair, pad_as_trained, reads_text_pairs
+from reward_models.preparation import prepare_pairs
 from reward_models.registry import objective_columns, resolve_objective
-from reward_models.tokenization import SegmentedIds, pair_texts, second_starts, told_apart
-from reward_models.trainer import SEGMENTS, RewardTrainer
+from reward_models.trainer import RewardTrainer
 
 CONFIG = "config.json"
 """File whose presence marks a model folder as complete."""
@@ -66,7 +58,7 @@ def train_reward_model(train: Dataset, config: RewardSection, output: Path, *, s
 def _train_full(train: Dataset, config: RewardSection, output: Path, checkpoints: Path, seed: int) -> None:
     """Train head and backbone (or its adapter) and save them."""
     objective = resolve_objective(config.objective)
-    columns = objective_columns(train, objective)
+    objective_columns(train, objective)
     args = build_trainer_args(
         TrlRewardConfig,
         {"save_strategy": "no", "logging_steps": 20, "train_sampling_strategy": "group_by_length", **config.trainer},
@@ -76,35 +68,26 @@ def _train_full(train: Dataset, config: RewardSection, output: Path, checkpoints
     )
     transformers.set_seed(seed)
     model, tokenizer = _load(config)
-    max_length = fitting_length(model, config.max_length)
-    texts = pair_texts(train, tokenizer, max_length, text_pair=getattr(model.config, TEXT_PAIR, False))
-    kept = told_apart(train, texts.alike, max_length)
-    if len(kept) < len(train):
-        train, texts = train.select(kept), texts.of(kept)
-        columns = objective_columns(train, objective)
-    chosen, rejected = texts.ids[: len(train)], texts.ids[len(train) :]
-    ids = {"chosen_ids": chosen, "rejected_ids": rejected}
-    lengths = [max(len(one), len(other)) for one, other in zip(chosen, rejected, strict=True)]
-    if takes_segments(model) and any(isinstance(row, SegmentedIds) for row in texts.ids):
-        columns |= dict(zip(SEGMENTS, (second_starts(chosen), second_starts(rejected)), strict=True))
+    prepared = prepare_pairs(
+        train, model, tokenizer, objective, max_length=config.max_length, length_column=args.length_column_name
+    )
     with refusals("reward"):
         trainer = RewardTrainer(
+            model=model,
+            args=args,
+            train_dataset=prepared.table,
+            processing_class=tokenizer,
+            peft_config=build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS"),
             objective=objective,
             tilt=config.tilt,
             sharpness=config.sharpness,
-            ids=[str(name) for name in (train["id"] if "id" in train.column_names else range(len(train)))],
-            model=model,
-            args=args,
-            train_dataset=Dataset.from_dict({**ids, **columns, args.length_column_name: lengths}),
-            processing_class=tokenizer,
-            peft_config=build_lora(config.peft, path="reward.peft", task_type="SEQ_CLS"),
         )
     trainer.async_checkpoints = config.async_checkpoints
     with trainer.trained(f"reward model {output.name}"):
         trained = _gathered(trainer, config)
         if trained is not None:
             merged = trained.merge_and_unload() if config.peft is not None else trained
-            save_model(merged, tokenizer, output, train)
+            save_model(merged, tokenizer, output, prepared.pairs)
 
 
 def _load(config: RewardSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

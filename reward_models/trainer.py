@@ -1,22 +1,30 @@
 """RewardTrainer: trl's RewardTrainer under any objective of the registry."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import trl
+from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from align.config import SharpnessSection, TiltSection
 from align.config.columns import NAMES
+from align.data.training_pairs import record_of, write_digests
 from align.io.files import read_json, write_json
 from align.losses.pair_weights import LossTilt
 from align.models.collator import REAL, counted, only_real
+from align.training.base.arguments import refusals
 from align.training.base.trainer import ReliableTrainer
+from reward_models.arguments import read_section
+from reward_models.preparation import SEGMENTS, TrainerInputs, refuse_without_effect
 from reward_models.registry import BoundObjective
 from reward_models.sharpness import SharpnessPenalty
 from reward_models.step_loss import StepLoss
@@ -24,8 +32,6 @@ from reward_models.tokenization import segments
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """Inputs of the model in a batch; token type ids of sentence pairs only."""
-SEGMENTS = ("chosen_second", "rejected_second")
-"""Columns of sentence pairs: where the second text of each response's token ids begins."""
 PENALTY_STATE = "sharpness.json"
 
 
@@ -55,13 +61,31 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
     ``center_rewards_coefficient`` is added to any objective. An objective whose pairs depend on each other sees the
     pairs of all processes in one forward pass. ``ReliableTrainer`` lists what else is added.
 
+    Pairs become token ids as scoring reads them, before trl sees them; pairs whose responses are equal after truncation
+    to ``args.max_length`` are left out, and their number is logged. A saved model and each checkpoint hold the record
+    of the training pairs, from which ``RewardModel.score_pairs`` tells in-sample rows. Unlike trl, a column ``margin``
+    is not read unless the objective names it.
+
     Args:
-        ids: id of the pair in each row of ``train_dataset``.
-        objective: bound to its parameters.
-        tilt: weights of the pairs from their losses, or None.
-        sharpness: a penalty whose gradient is added after each backward pass, or None.
-        kwargs: those of ``trl.RewardTrainer``; ``train_dataset`` has ``chosen_ids``, ``rejected_ids`` and the columns
-            of the objective.
+        model: as in trl: folder or hub id of a backbone, which gets a head of one logit drawn under ``args.seed``; or a
+            model or PeftModel for sequence classification with one output.
+        args: ``RewardConfig`` or ``trl.RewardConfig``; None: the defaults of ``RewardConfig``.
+        train_dataset: what ``align.pairs_from_dataset`` takes, with the columns that the objective reads; or a Dataset
+            with ``chosen_ids`` and ``rejected_ids``.
+        eval_dataset: the same, or a dictionary of such.
+        processing_class: tokenizer; None: the model's.
+        peft_config: of task type SEQ_CLS, so that the head is trained and saved.
+        objective: name in ``OBJECTIVES``; a function (reward_chosen [B], reward_rejected [B], *columns [B]) -> [B],
+            see ``own_objective``; or a bound objective.
+        tilt: weights of the pairs from their losses; None: ``args.tilt``.
+        sharpness: a penalty whose gradient is added after each backward pass; None: ``args.sharpness``.
+        data_collator, quantization_config: refused.
+        compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: as in trl.
+
+    Raises:
+        ConfigError: the objective, its parameters or another argument cannot be used.
+        DataError: the pairs cannot be used, or lack a column of the objective.
+        ModelError: the model cannot be loaded as a reward model.
     """
 
     data_collator: Any
@@ -69,21 +93,42 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
 
     def __init__(
         self,
+        model: Any,
+        args: trl.RewardConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        optimizer_cls_and_kwargs: Any = None,
+        preprocess_logits_for_metrics: Any = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
         *,
-        ids: Sequence[str],
-        objective: BoundObjective,
+        objective: str | Callable[..., Tensor] | BoundObjective = "bradley_terry",
         tilt: TiltSection | None = None,
         sharpness: SharpnessSection | None = None,
-        **kwargs: Any,
     ) -> None:
-        self.objective = objective
-        table = kwargs["train_dataset"]
-        tokens = zip(map(tuple, table["chosen_ids"]), map(tuple, table["rejected_ids"]), strict=True)
-        self._ids = dict(zip(tokens, ids, strict=True))
-        super().__init__(**kwargs)
+        refuse_without_effect(data_collator=data_collator, quantization_config=quantization_config)
+        inputs = TrainerInputs.read(model, args, train_dataset, eval_dataset, processing_class, peft_config, objective)
+        self.objective = inputs.objective
+        self._ids = _ids_by_tokens(inputs.train)
+        self._pairs = inputs.pairs
+        with refusals("RewardTrainer") if inputs.pairs is not None else nullcontext():
+            super().__init__(
+                model=inputs.model, args=inputs.args, train_dataset=inputs.train, eval_dataset=inputs.evaluation,
+                processing_class=inputs.tokenizer, compute_metrics=compute_metrics, callbacks=callbacks,
+                optimizers=optimizers, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics, peft_config=inputs.peft_config,
+            )  # fmt: skip
+        tilt = tilt or read_section(TiltSection, getattr(self.args, "tilt", None), "tilt")
+        sharpness = sharpness or read_section(SharpnessSection, getattr(self.args, "sharpness", None), "sharpness")
+        self.async_checkpoints = getattr(self.args, "async_checkpoints", False)
         gather, rank = self.accelerator.gather, self.accelerator.process_index
         self.step_loss = StepLoss(
-            objective,
+            self.objective,
             tilt=None if tilt is None else LossTilt(tilt, gather, rank),
             centering=self.args.center_rewards_coefficient,
             gather=gather,
@@ -97,7 +142,7 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
         self.data_collator = ObjectiveCollator(
             pad_token_id=self.data_collator.pad_token_id,
             pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
-            columns=objective.columns,
+            columns=self.objective.columns,
         )
 
     @property
@@ -167,6 +212,18 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
             self._metrics["train"]["sharpness/multiplier"].append(self.penalty.multiplier)
         return loss
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the model as trl does, and the record of its training pairs."""
+        super()._save(output_dir, state_dict)
+        if self._pairs is not None and self.args.should_save:
+            write_digests(self._digests, Path(output_dir or self.args.output_dir))
+
+    @cached_property
+    def _digests(self) -> np.ndarray:
+        """Record of the training pairs."""
+        assert self._pairs is not None
+        return record_of(self._pairs)
+
     def save_extra_state(self, folder: Path) -> None:
         """Write the multiplier of the sharpness penalty."""
         if self.penalty is not None:
@@ -181,3 +238,10 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
         """Count the real pairs of this batch over all processes."""
         local = torch.tensor([counted(inputs)], device=self.accelerator.device)
         return int(self.accelerator.gather(local).sum())
+
+
+def _ids_by_tokens(table: Dataset) -> dict[tuple[Any, Any], str]:
+    """(token ids of the chosen, of the rejected response) -> id of the pair, or its row where there are none."""
+    names = table["id"] if "id" in table.column_names else range(len(table))
+    tokens = zip(map(tuple, table["chosen_ids"]), map(tuple, table["rejected_ids"]), strict=True)
+    return dict(zip(tokens, map(str, names), strict=True))

@@ -16,6 +16,7 @@ import yaml
 from align.cli.main import app
 from align.config import load_config
 from align.run.checks import check_config
+from tests.helpers.python_page import write_page_folder
 
 ROOT = Path(__file__).parents[1]
 NAMED = re.compile(r"(?<![\w/.-])(?:align|reward_models|scripts|studies|tests|configs|docs)/[\w./*-]*\w")
@@ -44,6 +45,14 @@ def commands(page: Path) -> list[str]:
     return found
 
 
+def python_sections() -> dict[str, list[str]]:
+    """Title of a section of docs/python.md -> its Python blocks."""
+    parts = re.split(r"^## (.*)$", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    named = zip(parts[::2], parts[1::2], strict=True)
+    found = {title: re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) for title, text in named}
+    return {title: code for title, code in found.items() if code}
+
+
 YAML = [pytest.param(text, id=f"{page.name}-{k}") for page in PAGES for k, text in enumerate(blocks(page, "yaml"))]
 COMMANDS = [pytest.param(line, id=line[:60]) for page in PAGES for line in commands(page)]
 
@@ -64,6 +73,17 @@ def test_yaml_blocks_are_valid(text: str, tmp_path: Path) -> None:
 def test_commands_parse(line: str) -> None:
     """Verbs and options exist and take what they are given; nothing is run."""
     assert parse(line)
+
+
+@pytest.mark.parametrize("title", python_sections())
+def test_python_examples_run(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a section, one after the other, on tiny models under the names of the page."""
+    write_page_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    names: dict[str, Any] = {}
+    for code in python_sections()[title]:
+        exec(compile(code, f"docs/python.md, {title}", "exec"), names)
 
 
 @pytest.mark.parametrize("line", ["align trian run.yaml", "align train run.yaml --method dpo", "align eval reward"])

@@ -11,10 +11,12 @@ from align.cli.options import (
     LoadingOptions,
     Seed,
     Split,
+    TemplateKwargs,
     cluster_section,
     expand_options,
     output_folder,
     pair_source,
+    template_kwargs,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class EvaluateOptions(LoadingOptions):
     ] = None
     seed: Seed = 0
     cluster: Cluster = None
+    chat_template_kwargs: TemplateKwargs = None
 
     def settings(self, *, temperature: float = 1.0, shown: int = 0) -> "Settings":
         """The options as ``align.commands.evaluate`` takes them."""
@@ -57,7 +60,16 @@ class EvaluateOptions(LoadingOptions):
         )  # fmt: skip
         cluster, options = cluster_section(self.cluster), self.load_options()
         return Settings(
-            self.prompts, self.output, self.judge, sampling, self.limit, shown, self.max_length, cluster, options
+            self.prompts,
+            self.output,
+            self.judge,
+            sampling,
+            self.limit,
+            shown,
+            self.max_length,
+            cluster,
+            options,
+            template_kwargs(self.chat_template_kwargs),
         )
 
 

@@ -10,10 +10,12 @@ from align.cli.options import (
     LoadingOptions,
     Seed,
     Split,
+    TemplateKwargs,
     cluster_section,
     expand_options,
     output_folder,
     pair_source,
+    template_kwargs,
 )
 
 
@@ -35,6 +37,7 @@ def generate(
     column: Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. prompt=question.")] = None,
     split: Split = "train",
     limit: Annotated[int | None, typer.Option(min=1, help="Use a fair sample of LIMIT prompts.")] = None,
+    chat_template_kwargs: TemplateKwargs = None,
     cluster: Cluster = None,
 ) -> None:
     """Complete every prompt; a stopped run resumes after the prompts that are finished."""
@@ -55,6 +58,7 @@ def generate(
             cast(EngineName, engine), batch_size, base_url, parse_options(option),
         ),
         format=cast(Format, write), cluster=cluster_section(cluster),
+        chat_template_kwargs=template_kwargs(chat_template_kwargs),
     )  # fmt: skip
     generate_completions(source, settings, output)
     file = find_completions(output)

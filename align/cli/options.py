@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ Cluster = Annotated[
 ]
 Columns = Annotated[list[str] | None, typer.Option("--column", help="Column mapping, e.g. chosen=preferred.")]
 Split = Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")]
+TemplateKwargs = Annotated[
+    str | None, typer.Option(help='Arguments of the chat template for all prompts: {"enable_thinking": false}.')
+]
 Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of every random draw.")]
 
 
@@ -94,6 +98,27 @@ def cluster_section(option: str | None) -> "ClusterSection | None":
             code="config-option",
             hint="for example --cluster auto,workers=8,gpus=1",
         ) from None
+
+
+def template_kwargs(option: str | None) -> dict[str, Any]:
+    """The option ``--chat-template-kwargs`` as arguments of the chat template; none without the option.
+
+    Raises:
+        ConfigError: it is not a JSON object.
+    """
+    from align.errors import ConfigError
+
+    try:
+        found = json.loads(option or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"--chat-template-kwargs: found {option!r}, expected a JSON object",
+            code="config-option",
+            hint="""for example --chat-template-kwargs '{"enable_thinking": false}'""",
+        )
+    return found
 
 
 def pair_source(path: str, columns: list[str] | None, split: str) -> "PairsSection":

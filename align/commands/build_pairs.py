@@ -11,13 +11,16 @@ import numpy as np
 from scipy.special import expit
 
 from align.commands.generate import find_completions
+from align.config.columns import CUT_OFF, FINISH_COLUMNS, TEMPLATE_COLUMNS
 from align.data.completions import Candidate, Group, read_groups
+from align.data.messages import argument_cells, split_arguments
 from align.data.pairs import table_of, write_pairs
 from align.data.statistics import summarize
 from align.data.text import plain
 from align.data.training_pairs import margin_sources, report_in_sample, with_source
 from align.errors import ConfigError, DataError
 from align.generation.pair_selection import Guard, Mode, choose_pairs
+from align.generation.types import report_broken
 from align.io.console import log
 from align.io.files import write_json
 from align.io.hashing import fingerprint_source
@@ -32,9 +35,10 @@ METRICS = "metrics.json"
 CACHE = "scores"
 STAGE = "pairs-build"
 ANY = (0.0, float("inf"))
+MANY_CUT_OFF = 0.2
+"""Share of completions cut off by the limit of tokens above which a warning says so."""
 
-
-REVISION = 2
+REVISION = 3
 """Part of the stage's key: raised when the same completions and scorer give another table or other metrics."""
 
 
@@ -89,9 +93,10 @@ class Different:
 def build_pairs(completions: str | Path, settings: BuildSettings, output: Path) -> Stage:
     """Write ``pairs.parquet``, ``dropped.jsonl`` (prompts without a pair, with the reason) and ``metrics.json``.
 
-    The columns are those of a pair table with ``reward_chosen``, ``reward_rejected`` and ``margin``; the provenance
-    ``prompt_id``, ``sample_chosen``, ``sample_rejected``, ``scorer``, ``mode``; for a yes-no judge also
-    ``probability_chosen``, ``probability_rejected`` and ``soft_label`` (the sigmoid of the margin).
+    The columns are those of a pair table with ``reward_chosen``, ``reward_rejected`` and ``margin``; ``tools``,
+    ``chat_template_kwargs`` and ``FINISH_COLUMNS`` as the completions have them; the provenance ``prompt_id``,
+    ``sample_chosen``, ``sample_rejected``, ``scorer``, ``mode``; for a yes-no judge also ``probability_chosen``,
+    ``probability_rejected`` and ``soft_label`` (the sigmoid of the margin).
 
     Raises:
         AlignError: the completions or the scorer cannot be used, or no pair is left.
@@ -162,8 +167,8 @@ def _work(groups: list[Different], settings: BuildSettings, folder: Path) -> Non
             hint="sample more completions, or lower the guard",
         )
     table = table_of(pairs, list(pairs[0]), str(folder))
-    if all(row["group"] is None for row in pairs):
-        table = table.remove_columns("group")
+    optional = ("group", *TEMPLATE_COLUMNS, *FINISH_COLUMNS.values())
+    table = table.remove_columns([name for name in optional if all(row[name] is None for row in pairs)])
     model = settings.scorer.reward_model
     if model is not None:
         table = with_source(table, margin_sources(members(model), table))
@@ -176,11 +181,29 @@ def _work(groups: list[Different], settings: BuildSettings, folder: Path) -> Non
         "pairs_dropped_by_guard": guarded,
         "completions_empty": left_out["empty"],
         "completions_repeated": left_out["repeated"],
+        "completions_cut_off_share": _cut_off_share(groups),
+        "completions_broken": report_broken((plain(candidate.completion) for _, candidate in flat), "pairs"),
         "mean_margin": float(np.mean(table["margin"])),
         "mean_reward": _mean_reward(groups, raw).to_dict(),
     }
     write_json(folder / METRICS, metrics)
     log.info("pairs: %d of %d prompts; %d pairs dropped by the guard", len(table), len(groups), guarded)
+
+
+def _cut_off_share(groups: list[Different]) -> float | None:
+    """Share of the completions that the limit of tokens cut off, with a warning if it is large.
+
+    None if no completion says how it ended.
+    """
+    ends = [one.finish_reason for group in groups for one in group.of.candidates if one.finish_reason is not None]
+    if not ends:
+        return None
+    share = ends.count(CUT_OFF) / len(ends)
+    if share > MANY_CUT_OFF:
+        log.warning("pairs: %.0f%% of the completions were cut off by the limit of tokens: they are scored as they "
+                    "are, and trained without an end; raise --max-new-tokens to let the model finish",
+                    100 * share)  # fmt: skip
+    return share
 
 
 def _mean_reward(groups: list[Different], rewards: np.ndarray) -> Estimate:
@@ -215,9 +238,13 @@ def _pairs_of(found: Different, rewards: np.ndarray, settings: BuildSettings) ->
         row: dict[str, Any] = {
             "id": f"{group.id}:{first.sample}-{second.sample}",
             "group": group.group,
-            "prompt": group.prompt,
+            "prompt": split_arguments(group.prompt)[0],
             "chosen": first.completion,
             "rejected": second.completion,
+            **dict.fromkeys(TEMPLATE_COLUMNS),
+            **argument_cells(group.prompt),
+            "chosen_finish_reason": first.finish_reason,
+            "rejected_finish_reason": second.finish_reason,
             "reward_chosen": float(rewards[best]),
             "reward_rejected": float(rewards[worst]),
             "margin": margin,

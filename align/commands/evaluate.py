@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from align.io.files import read_json, write_json
 from align.io.stage import check_files
 from align.stats import interval, mean_interval
 from reward_models.loading import DEFAULTS, LoadOptions
-from reward_models.pairwise_judges import ByScore, make_pairwise, make_score_judge
+from reward_models.pairwise_judges import ByScore, PairwiseJudge, make_pairwise, make_score_judge
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -62,6 +62,8 @@ class Settings:
     """The cluster whose workers share the prompts; no result depends on it."""
     options: LoadOptions = DEFAULTS
     """How a reward model that judges is loaded and reads texts."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template for all prompts; those of a row come first."""
 
     def __post_init__(self) -> None:
         if self.sampling.engine == "server":
@@ -129,30 +131,60 @@ def write_comparison(first: str, second: str, settings: Settings) -> None:
     judge = make_pairwise(settings.judge, settings.max_length, settings.options)
     written = {policy.name: _write(policy, drawn.prompts, settings) for policy in (a, b)}
     preferences = judge_pairs(written[a.name], written[b.name], judge, settings.output, settings.max_length)
+    run = _run(settings, [a, b], drawn, started)
+    section = compare_written(written, judge, preferences, shown=settings.shown, run=run)
+    _publish(settings.output, {"comparisons": {f"{a.name} against {b.name}, {judge.name}": section}}, section)
+    log.info("%s", win_sentence(section))
+    _finish(settings.output)
+
+
+def compare_written(
+    written: Mapping[str, Written],
+    judge: PairwiseJudge,
+    preferences: tuple[np.ndarray, np.ndarray],
+    *,
+    shown: int,
+    run: dict[str, Any],
+    clusters: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """The section of a report on policy A against policy B.
+
+    Args:
+        written: completions of A and of B for the same N prompts, in this order.
+        judge: the judge that was asked.
+        preferences: for A when it is shown first and when it is shown second, [N] each, in [0, 1].
+        shown: number of prompts whose completions are part of the section.
+        run: how it was made, see ``_run``.
+        clusters: see ``align.evaluation.compare_policies.compare_policies``.
+    """
+    a, b = written
     texts = {name: PolicySamples(texts=_texts(found)) for name, found in written.items()}
-    found = compare_policies(texts, baseline=b.name, preferences=preferences)
+    found = compare_policies(texts, baseline=b, preferences=preferences, clusters=clusters)
     assert found.win_rate is not None
-    samples = _samples(written, {}, settings.shown)
+    samples = _samples(written, {}, shown)
     for sample, value in zip(samples, (preferences[0] + preferences[1]) / 2, strict=False):
         sample["preference"] = float(value)
-    section = {
-        "a": a.name,
-        "b": b.name,
+    return {
+        "a": a,
+        "b": b,
         "judge": judge.name,
         "both_orders": not isinstance(judge, ByScore),
         "win_rate": found.win_rate.to_dict(),
         "texts": found.texts,
         "changed": found.changes,
-        "run": _run(settings, [a, b], drawn, started),
+        "run": run,
         "samples": samples,
     }
-    _publish(settings.output, {"comparisons": {f"{a.name} against {b.name}, {judge.name}": section}}, section)
-    controlled = found.win_rate.length_controlled
+
+
+def win_sentence(section: Mapping[str, Any]) -> str:
+    """The win rate of a section of ``compare_written`` with its interval, plain and at equal lengths."""
+    found = section["win_rate"]
+    controlled = found["length_controlled"]
     equal = "lengths cannot be controlled for"
     if controlled is not None:
-        equal = f"at equal lengths {interval(controlled.rate.to_dict())}"
-    log.info("%s wins %s against %s; %s", a.name, interval(found.win_rate.rate.to_dict()), b.name, equal)
-    _finish(settings.output)
+        equal = f"at equal lengths {interval(controlled['rate'])}"
+    return f"{section['a']} wins {interval(found['rate'])} against {section['b']}; {equal}"
 
 
 def frontier(
@@ -246,15 +278,16 @@ def _prompts(settings: Settings, policies: Sequence[Policy]) -> Drawn:
     Raises:
         ModelError, DataError: the prompts or a template cannot be used.
     """
-    from align.models.message_checks import check_prompts_of
+    from align.models import message_checks, template_arguments
 
-    prompts, total = sample_prompts(settings.prompts, settings.limit)
-    check_prompts_of(prompts, dict.fromkeys(policy.model for policy in policies))
+    prompts, total = sample_prompts(settings.prompts, settings.limit, settings.chat_template_kwargs)
+    models = dict.fromkeys(policy.model for policy in policies)
+    message_checks.check_prompts_of(prompts, models)
+    for model in models:
+        template_arguments.report_other_arguments(prompts, model)
     if Path(settings.judge).is_dir():
-        check_prompts_of(
-            prompts, [settings.judge], answered=True, trust_remote_code=settings.options.trust_remote_code,
-            text_pair=settings.options.text_pair,
-        )  # fmt: skip
+        options = {"trust_remote_code": settings.options.trust_remote_code, "text_pair": settings.options.text_pair}
+        message_checks.check_prompts_of(prompts, [settings.judge], answered=True, **options)
     return Drawn(prompts, total)
 
 
@@ -297,6 +330,7 @@ def _run(settings: Settings, policies: Sequence[Policy], drawn: Drawn, started: 
             "seed": sampling.seed,
             "batch_size": sampling.batch_size,
             "engine": sampling.engine,
+            "chat_template_kwargs": dict(settings.chat_template_kwargs),
         },
         "seconds": round(time.monotonic() - started, 1),
     }

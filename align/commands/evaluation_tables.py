@@ -25,7 +25,7 @@ from align.errors import ModelError
 from align.evaluation.policies import Policy
 from align.generation.engines import choose_engine
 from align.generation.sampling_job import KL_BATCH_TOKENS, SamplingJob, completions_of, sample_prompts
-from align.generation.types import SAMPLING, Sampling, as_completion
+from align.generation.types import SAMPLING, Completion, Sampling, as_completion
 from align.io.hashing import digest
 from align.io.stage import run_stage
 from align.models.folders import adapter_base, fingerprint_model
@@ -33,7 +33,14 @@ from align.sharding.jobs import Work, read_table
 from align.sharding.shards import in_parts, map_shards
 from reward_models.judges import Judge
 from reward_models.loading import DEFAULTS
-from reward_models.pairwise_judges import ByScore, PairwiseJudge, RewardModelJudge, from_scores, judge_key
+from reward_models.pairwise_judges import (
+    ByScore,
+    PairwiseJudge,
+    RewardModelJudge,
+    from_scores,
+    judge_key,
+    prefer_in_both_orders,
+)
 
 PART = 64
 """Prompts per shard; a stopped evaluation repeats at most one shard."""
@@ -92,18 +99,22 @@ def write_completions(
     def work(parts: Path) -> Dataset:
         what = f"completions of {policy.name}"
         sampled = sample_prompts(list(prompts), job, parts, size=PART, what=what, cluster=cluster)
-        completions = [group[0] for group in completions_of(sampled)]
-        texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
-        table = {
-            "prompt": texts,
-            "text": [completion.text for completion in completions],
-            "token_ids": [completion.token_ids for completion in completions],
-            "finished": [completion.finish_reason == "stop" for completion in completions],
-        }
-        return Dataset.from_dict(table).cast_column("token_ids", List(Value("int64")))
+        return completions_table(prompts, [group[0] for group in completions_of(sampled)])
 
     table, key = _table_stage(output, COMPLETIONS, policy.name, inputs, work)
     return Written(policy, prompts, sampling, table, key)
+
+
+def completions_table(prompts: Sequence[Any], completions: Sequence[Completion]) -> Dataset:
+    """The table of a policy's completions, one of each of N prompts; see ``Written.table``."""
+    texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
+    table = {
+        "prompt": texts,
+        "text": [completion.text for completion in completions],
+        "token_ids": [completion.token_ids for completion in completions],
+        "finished": [completion.finish_reason == "stop" for completion in completions],
+    }
+    return Dataset.from_dict(table).cast_column("token_ids", List(Value("int64")))
 
 
 def measure_kl(written: Written, reference: Policy, output: Path, cluster: ClusterSection | None = None) -> np.ndarray:
@@ -161,7 +172,7 @@ def judge_pairs(
         def part(rows: range) -> Dataset:
             prompts = [first.prompts[k] for k in rows]
             ours, theirs = ([of_policy[k] for k in rows] for of_policy in answers)
-            verdicts = judge.prefer(prompts, ours, theirs), 1 - judge.prefer(prompts, theirs, ours)
+            verdicts = prefer_in_both_orders(judge, prompts, ours, theirs)
             return Dataset.from_dict({"shown_first": verdicts[0], "shown_second": verdicts[1]})
 
         return in_parts(len(first.table), PART, parts, part, what="judgements")

@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from align.config import ClusterSection, PairsSection
+from align.config.columns import TEMPLATE_COLUMNS
+from align.data.messages import argument_cells, split_arguments
 from align.data.prompts import PromptRow, read_prompts
 from align.errors import DataError
 from align.generation.engines import choose_engine
@@ -23,6 +25,7 @@ from align.generation.types import (
     Sampling,
     as_completion,
     keyed_prompts,
+    report_broken,
     show_tokens,
 )
 from align.io.console import log
@@ -33,6 +36,7 @@ from align.io.stage import Stage, check_output, run_stage
 from align.models.chat_template import rendered_today
 from align.models.folders import fingerprint_model
 from align.models.message_checks import check_prompts_of
+from align.models.template_arguments import report_other_arguments
 from align.sharding.jobs import decode
 
 FINISHED = "finished.jsonl"
@@ -55,21 +59,23 @@ class GenerateSettings:
     format: Format = "parquet"
     cluster: ClusterSection | None = None
     """The cluster whose workers share the prompts; no result depends on it."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template for all prompts; those of a row come first."""
 
 
 def generate_completions(source: PairsSection, settings: GenerateSettings, output: Path) -> Stage:
     """Write ``completions.parquet`` (or ``.jsonl``) and ``metrics.json`` into ``output``; skip this if up to date.
 
     One row for each completion: ``id`` of the prompt, ``group`` if the prompts have it, ``sample`` (0 to n - 1),
-    ``prompt``, ``completion`` (text, or one assistant message), ``tokens``, ``finish_reason``, and ``token_ids`` and
-    ``logprobs`` if log-probs are asked for. Each prompt is kept as soon as it is finished, and a rerun with the same
-    settings does not repeat it. The random numbers of a prompt depend on its id, so a resumed run gives the same result
-    as an uninterrupted one.
+    ``prompt``, ``completion`` (text, or one assistant message), ``tools`` and ``chat_template_kwargs`` (JSON) if the
+    prompts have them, ``tokens``, ``finish_reason``, and ``token_ids`` and ``logprobs`` if log-probs are asked for.
+    Each prompt is kept as soon as it is finished, and a rerun with the same settings does not repeat it. The random
+    numbers of a prompt depend on its id, so a resumed run gives the same result as an uninterrupted one.
 
     Raises:
         AlignError: the prompts, the model, the engine or an option cannot be used.
     """
-    return complete_prompts(read_prompts(source), source.path, settings, output)
+    return complete_prompts(read_prompts(source, settings.chat_template_kwargs), source.path, settings, output)
 
 
 def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSettings, output: Path) -> Stage:
@@ -79,7 +85,9 @@ def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSe
     chosen, why = choose_engine(sampling.engine, base_url=sampling.base_url)
     if chosen != "server":
         trusted = bool(sampling.options.get("trust_remote_code", False))
-        check_prompts_of([row.prompt for row in prompts], [settings.model], trust_remote_code=trusted)
+        texts = [row.prompt for row in prompts]
+        check_prompts_of(texts, [settings.model], trust_remote_code=trusted)
+        report_other_arguments(texts, settings.model, trust_remote_code=trusted)
     log.info(
         "generate: %d prompts of %s, %d each, by %s on %s (%s), seed %d -> %s",
         len(prompts), source, sampling.n, settings.model, chosen, why, sampling.seed, output,
@@ -214,14 +222,18 @@ def _rows(
     prompts: list[PromptRow], finished: dict[str, list[dict[str, Any]]], settings: GenerateSettings
 ) -> Iterator[dict[str, Any]]:
     grouped = any(prompt.group is not None for prompt in prompts)
+    columns = {name for prompt in prompts for name in argument_cells(prompt.prompt)}
     for prompt in prompts:
+        cells = argument_cells(prompt.prompt)
+        arguments = {name: cells.get(name) for name in TEMPLATE_COLUMNS if name in columns}
         for sample, found in enumerate(finished.get(prompt.id, [])):
             completion = Completion(**found)
             row: dict[str, Any] = {"id": prompt.id} | ({"group": prompt.group} if grouped else {})
             row |= {
                 "sample": sample,
-                "prompt": prompt.prompt,
+                "prompt": split_arguments(prompt.prompt)[0],
                 "completion": as_completion(prompt.prompt, completion.text),
+                **arguments,
                 "tokens": len(completion.token_ids),
                 "finish_reason": completion.finish_reason,
             }
@@ -256,6 +268,7 @@ def _write_metrics(
         "tokens": tokens,
         "mean_tokens": tokens / len(completions),
         "stopped_share": sum(one["finish_reason"] == "stop" for one in completions) / len(completions),
+        "broken_characters": report_broken((one["text"] for one in completions), "generate"),
         "empty": sum(not one["text"].strip() for one in completions),
         "last_session": {
             "tokens": new_tokens,

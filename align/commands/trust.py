@@ -5,15 +5,15 @@ from typing import Any
 
 from align.config import PairsSection
 from align.data.pairs import load_pairs
-from align.data.training_pairs import report_in_sample
 from align.io.console import log, out
 from align.io.files import write_json
-from align.trust.measure import check_known, check_margins, margin_source, measure_trust
-from align.trust.sentences import sentences
+from align.trust.measure import assess_trust, margin_source
 
 FILE, PAGE, FEATURES = "trust.json", "trust.html", "features"
 MEASURED = ("verdict", "source", "labels", "margin", "both")
+"""Keys of the sentences that `align trust` prints."""
 ADVICE = ("verdict", "against", "source", "more", "shared")
+"""Keys of the sentences that `align advise` prints."""
 
 
 def trust(
@@ -44,12 +44,10 @@ def trust(
     """
     pairs = load_pairs(source)
     origin = margins or margin_source(Path(source.path), pairs)
-    check_known(origin, source.path)
-    report_in_sample(pairs, "trust")
-    check_margins(pairs, origin, source.path, allow_in_sample=allow_in_sample)
-    found = measure_trust(pairs, model, output / FEATURES, origin=origin, max_length=max_length, seed=seed)
-    found |= {"source": source.path, "model": model, "margins": origin, "seed": seed}
-    found["sentences"] = sentences(found, origin)
+    found = assess_trust(
+        pairs, model, output / FEATURES, where=source.path, origin=origin, allow_in_sample=allow_in_sample,
+        max_length=max_length, seed=seed,
+    )  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / FILE, found)
     from align.reports.trust_page import write_trust_page

@@ -28,6 +28,13 @@ class Column:
     """Whether loading keeps it: it may be mapped in ``pairs.columns``, and a source may bring it."""
     in_batch: bool = False
     """Whether the collator hands it to the trainer, one float32 per pair."""
+    values: tuple[str, ...] = ()
+    """The names that a column of names may have; any if empty."""
+
+
+FINISH_REASONS = ("stop", "length")
+"""How a sampled response ended: the model ended it, or the limit of tokens cut it off."""
+CUT_OFF = FINISH_REASONS[1]
 
 
 COLUMNS = (
@@ -37,6 +44,14 @@ COLUMNS = (
     Column("rejected", "text", "the other response", "source"),
     Column("tools", "json", "a list of tools that the chat template describes", "source"),
     Column("chat_template_kwargs", "json", "further arguments of the chat template: enable_thinking", "source"),
+    Column(
+        "chosen_finish_reason",
+        "name",
+        "stop, or length if a sampler cut the response off",
+        "pairs build or source",
+        values=FINISH_REASONS,
+    ),
+    Column("rejected_finish_reason", "name", "as chosen_finish_reason", "pairs build or source", values=FINISH_REASONS),
     Column("group", "name", "category of the pair, for metrics and objectives by group", "source"),
     Column("reward_chosen", "number", "reward of the chosen response", "reward model"),
     Column("reward_rejected", "number", "reward of the rejected response", "reward model"),
@@ -63,10 +78,15 @@ RESPONSES = TEXT[1:]
 LOADED = tuple(column.name for column in COLUMNS if column.loaded)
 TEMPLATE_COLUMNS = tuple(column.name for column in COLUMNS if column.kind == "json")
 """Arguments of the chat template for a row, trl's names."""
+TEMPLATE_KWARGS = TEMPLATE_COLUMNS[1]
 OPTIONAL = tuple(column.name for column in COLUMNS if column.loaded and column.kind in ("json", "name", "number"))
 """Columns that a pair table may lack, in the order in which they follow ``id`` and ``TEXT``."""
 NUMBERS = tuple(column.name for column in COLUMNS if column.loaded and column.kind == "number")
 NAMES = tuple(column.name for column in COLUMNS if column.loaded and column.kind == "name")
+VALUES = {column.name: column.values for column in COLUMNS if column.values}
+"""The names that a column may have, where not every name is valid."""
+FINISH_COLUMNS = {side: f"{side}_finish_reason" for side in RESPONSES}
+"""Response -> the column that says how it ended, one of ``FINISH_REASONS``; a missing value counts as ``stop``."""
 NOT_NEGATIVE = frozenset(column.name for column in COLUMNS if column.not_negative)
 PAIR_COLUMNS = tuple(column.name for column in COLUMNS if column.in_batch)
 """Columns that the collator hands to the trainer, one float32 per pair."""

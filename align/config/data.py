@@ -1,6 +1,6 @@
 """Where pairs come from, how they are sampled, and which of them are kept."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -54,6 +54,8 @@ class SampleSection(Section):
     """Nucleus sampling: probability that the tokens sampled from hold together; 1 keeps all."""
     batch_size: Count = 64
     """Continuations per forward pass."""
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """Arguments of the chat template for all prompts, e.g. {enable_thinking: false}; a prompt's own come first."""
     label_scale: Positive = 1.0
     """P(the better one is chosen) = sigmoid(label_scale * difference of the labeling reward)."""
 

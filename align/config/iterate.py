@@ -22,6 +22,8 @@ class GenerateSection(Section):
     """Nucleus sampling: probability that the tokens sampled from hold together; 1 keeps all."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """``auto``: vLLM if it is installed and there is a GPU, else transformers."""
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """Arguments of the chat template for all prompts, e.g. {enable_thinking: false}; a prompt's own come first."""
     batch_size: Count = 32
     """Completions per forward pass of the transformers engine."""
     options: dict[str, Any] = Field(default={})

@@ -26,13 +26,26 @@ def load_section(path: Path, overrides: list[str] | None, kind: type[S]) -> S:
     tree = read_yaml(path)
     for override in overrides or []:
         apply_override(tree, override)
+    return section_from(tree, kind, str(path), hint="see configs/ for working files")
+
+
+def section_from(tree: Any, kind: type[S], where: str, *, hint: str = "") -> S:
+    """``tree`` as the section ``kind``.
+
+    Args:
+        tree: a mapping of keys to values, or such a section.
+        kind: class of the section.
+        where: what messages call ``tree``.
+        hint: what to do if it is wrong.
+
+    Raises:
+        ConfigError: every wrong key and value at once.
+    """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         problems = [_problem(item, kind) for item in error.errors()]
-        raise ConfigError(
-            f"{path}:\n{listed(problems)}", code="config-key", hint="see configs/ for working files"
-        ) from None
+        raise ConfigError(f"{where}:\n{listed(problems)}", code="config-key", hint=hint) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One run, from pairs to report."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,8 @@ class EvaluateSection(Section):
     """Nucleus sampling: probability that the tokens sampled from hold together; below 1 no KL is measured."""
     batch_size: Count = 64
     """Completions per forward pass."""
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """Arguments of the chat template for all prompts, e.g. {enable_thinking: false}; a prompt's own come first."""
     samples_shown: Annotated[int, Field(ge=0)] = 20
     """Prompts whose completions the report shows."""
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from align.config import PairsSection
+from align.config.columns import FINISH_REASONS, TEMPLATE_COLUMNS
+from align.data.messages import with_arguments
 from align.data.readers import Row, read_rows
 from align.data.validation import RowReader
 from align.errors import DataError, listed
@@ -24,6 +26,12 @@ class Candidate:
     row: dict[str, Any]
     """All columns of its row."""
 
+    @property
+    def finish_reason(self) -> str | None:
+        """One of ``FINISH_REASONS``; None if the row does not give it."""
+        found = self.row.get("finish_reason")
+        return None if found is None else str(found)
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -31,6 +39,7 @@ class Group:
 
     id: str
     prompt: Any
+    """Text or messages, perhaps ``with_arguments``."""
     group: str | None
     candidates: list[Candidate]
 
@@ -50,11 +59,11 @@ def read_groups(file: str | Path) -> list[Group]:
     for row in rows:
         problem = row.unreadable or _wrong(row, reader)
         if not problem:
-            key = str(row.values["id"])
-            group = groups.setdefault(key, Group(key, row.values["prompt"], row.values.get("group"), []))
+            key, prompt = str(row.values["id"]), with_arguments(row.values["prompt"], row.values)
+            group = groups.setdefault(key, Group(key, prompt, row.values.get("group"), []))
             own = row.values.get("sample")
             number = len(group.candidates) if own is None else int(own)
-            if row.values["prompt"] != group.prompt:
+            if prompt != group.prompt:
                 problem = f"found another prompt than in the rows before with id {key!r}"
             elif any(number == earlier.sample for earlier in group.candidates):
                 problem = f"found sample {number} of {key!r} again, expected each number once"
@@ -86,7 +95,13 @@ def _wrong(row: Row, reader: RowReader) -> str:
         return f"{found[0].column}: found {found[0].found}, expected {found[0].expected}"
     if isinstance(row.values["prompt"], str) != isinstance(row.values["completion"], str):
         return "found both text and messages, expected prompt and completion of one kind"
+    for name in TEMPLATE_COLUMNS:
+        for problem in reader.template_argument(row, name, row.values.get(name))[1]:
+            return f"{name}: found {problem.found}, expected {problem.expected}"
     sample = row.values.get("sample")
     if sample is not None and not (isinstance(sample, int | str) and str(sample).isdecimal()):
         return f"sample: found {sample!r}, expected a number from 0 up"
+    reason = row.values.get("finish_reason")
+    if reason is not None and reason not in FINISH_REASONS:
+        return f"finish_reason: found {reason!r}, expected {' or '.join(FINISH_REASONS)}"
     return ""

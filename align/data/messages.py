@@ -1,4 +1,8 @@
-"""Messages as sources bring them, and as a pair table keeps them: every message with the keys that its row gives it."""
+"""Messages as sources bring them, and as a pair table keeps them: every message with the keys that its row gives it.
+
+A prompt is text, a list of messages, or an object of ``messages`` and what their chat template is given besides
+(``TEMPLATE_COLUMNS``); see ``with_arguments``.
+"""
 
 import ast
 import json
@@ -9,6 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from align.config.columns import TEMPLATE_COLUMNS
+
+MESSAGES = "messages"
+"""Key of the messages in a prompt with arguments of the chat template."""
 PLAIN_KEYS = frozenset({"role", "content"})
 JSON_MESSAGES = pa.list_(pa.json_())
 """Arrow type of a column whose messages have keys other than role and content, one JSON text per message. A struct
@@ -37,6 +45,35 @@ def as_messages(value: Any) -> Any:
     if isinstance(value, list) and any(isinstance(item, dict) and "from" in item for item in value):
         return [_turn(item) if isinstance(item, dict) else item for item in value]
     return value
+
+
+def with_arguments(prompt: Any, row: Mapping[str, Any]) -> Any:
+    """A prompt with the arguments that a row gives its chat template, as one JSON value; the prompt alone without any.
+
+    Args:
+        prompt: messages; text is returned as it is, because no template renders it.
+        row: may have ``TEMPLATE_COLUMNS``, as values or as JSON.
+    """
+    given = {name: arguments for name in TEMPLATE_COLUMNS if (arguments := _argument(row.get(name)))}
+    return {MESSAGES: prompt, **given} if given and not isinstance(prompt, str) else prompt
+
+
+def split_arguments(prompt: Any) -> tuple[Any, dict[str, Any]]:
+    """(text or messages, arguments of the chat template by their column) of a prompt."""
+    if not isinstance(prompt, Mapping):
+        return prompt, {}
+    return prompt[MESSAGES], {name: prompt[name] for name in TEMPLATE_COLUMNS if name in prompt}
+
+
+def argument_cells(prompt: Any) -> dict[str, str]:
+    """The arguments of a prompt's chat template as a table keeps them, column -> JSON."""
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in split_arguments(prompt)[1].items()}
+
+
+def _argument(value: Any) -> Any:
+    """An argument without keys that are None, which Arrow adds to objects; its cell may be JSON."""
+    found = json.loads(value) if isinstance(value, str) else value
+    return {key: item for key, item in found.items() if item is not None} if isinstance(found, Mapping) else found
 
 
 def unparsed(text: str) -> bool:

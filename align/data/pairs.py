@@ -54,27 +54,41 @@ def check_pairs(source: PairsSection, *, carry: bool = False) -> CheckResult:
     Raises:
         DataError: the source is missing, unreadable or empty, or lacks a column.
     """
-    rows, columns = read_source(source)
-    reader, own = RowReader(source.path, columns), user_columns(columns) if carry else []
+    return check_rows(*read_source(source), source.path, limit=source.limit, carry=carry)
+
+
+def check_rows(
+    rows: Sequence[Row], columns: set[str], source: str, *, limit: int | None = None, carry: bool = False
+) -> CheckResult:
+    """Validate rows that have been read.
+
+    Args:
+        rows: their columns have the names of the pair table.
+        columns: names of all columns.
+        source: name of the rows, for messages.
+        limit: number of valid rows to keep; None: all.
+        carry: keep the columns that the program does not read, unchanged; the rows have their ``raw`` values.
+    """
+    reader, own = RowReader(source, columns), user_columns(columns) if carry else []
     valid, problems, invalid = [], [], []
     seen, first = SeenIds(), None
     for row in rows:
         pair, found = reader.read(row)
         if pair is not None:
             first = first or pair
-            pair["id"] = identify(pair, row, seen, source.path, found)
-            found += other_kind(pair, first, row, source.path)
+            pair["id"] = identify(pair, row, seen, source, found)
+            found += other_kind(pair, first, row, source)
             valid.append(pair | {name: row.raw.get(name) for name in own})
         if found:
             problems += found
             if pair is not None:
                 valid.pop()
             invalid.append({**row.values, "row": row.number, "reason": "; ".join(str(item) for item in found)})
-    if source.limit is not None:
-        drawn, total = fair_sample((str(pair["id"]) for pair in valid), source.limit)
-        report_sample(source.path, len(drawn), total, "pairs")
+    if limit is not None:
+        drawn, total = fair_sample((str(pair["id"]) for pair in valid), limit)
+        report_sample(source, len(drawn), total, "pairs")
         valid = [valid[k] for k in drawn]
-    return CheckResult(_table(valid, source.path, own), problems, invalid, unused_columns(columns))
+    return CheckResult(_table(valid, source, own), problems, invalid, unused_columns(columns))
 
 
 def load_pairs(source: PairsSection, *, side_file: Path | None = None, carry: bool = False) -> Dataset:

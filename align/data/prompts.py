@@ -1,16 +1,18 @@
 """Prompts to complete, from a file or dataset."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from align.config import PairsSection
-from align.config.columns import TEMPLATE_COLUMNS
+from align.config.columns import TEMPLATE_COLUMNS, TEMPLATE_KWARGS
+from align.data.messages import split_arguments, with_arguments
 from align.data.readers import Row, read_files, read_rows
 from align.data.sampling import fair_sample, report_sample
 from align.data.seen_ids import SeenIds, content_id
 from align.data.validation import ROLES, RowReader, may_be_empty, odd_character
-from align.errors import DataError, listed
+from align.errors import ConfigError, DataError, listed
 from align.io.console import log
 
 
@@ -20,22 +22,28 @@ class PromptRow:
 
     id: str
     prompt: Any
-    """Text, or messages of which the last is not by the assistant."""
+    """Text, or messages of which the last is not by the assistant, perhaps ``with_arguments``."""
     group: str | None
     """A category; the completions keep it."""
 
 
-def read_prompts(source: PairsSection) -> list[PromptRow]:
+def read_prompts(source: PairsSection, kwargs: Mapping[str, Any] | None = None) -> list[PromptRow]:
     """The ``prompt`` of every row of a JSONL, CSV or Parquet file, a saved dataset or a hub dataset.
 
-    ``id`` is the row's own, or a hash of the prompt (see ``content_id``). Columns other than ``id``, ``prompt`` and
-    ``group`` are not read, so a pair table is a valid source. With ``source.limit``, a fair sample of the rows.
+    ``id`` is the row's own, or a hash of the prompt (see ``content_id``). ``tools`` and ``chat_template_kwargs`` of a
+    row go with its messages, as in training. Other columns are not read, so a pair table is a valid source. With
+    ``source.limit``, a fair sample of the rows.
+
+    Args:
+        source: the prompts.
+        kwargs: ``chat_template_kwargs`` of every prompt; those of a row come first.
 
     Raises:
+        ConfigError: ``kwargs`` for plain text.
         DataError: the source cannot be read, or rows have no valid prompt (the first 20 and a count).
     """
     rows = read_rows(source)
-    _warn_of_arguments(source.path, rows)
+    reader = RowReader(source.path, {"prompt"})
     renamed = source.columns.get("prompt", "prompt")
     if not rows:
         raise DataError(f"{source.path}: holds no rows", code="data-empty", hint="expected one prompt per row")
@@ -46,6 +54,8 @@ def read_prompts(source: PairsSection) -> list[PromptRow]:
         problem = row.unreadable or _wrong(row.values.get(renamed))
         if not problem and prompts and isinstance(prompts[0].prompt, str) != isinstance(row.values[renamed], str):
             problem = "found both text and messages, expected one kind per file"
+        arguments, wrong = ({}, "") if problem else _arguments(reader, row, kwargs)
+        problem = problem or wrong
         own = row.values.get("id")
         key = str(own) if own is not None or problem else content_id(row.values[renamed], seen)
         if not problem and (earlier := seen.get(key)) is not None:
@@ -54,13 +64,15 @@ def read_prompts(source: PairsSection) -> list[PromptRow]:
             problems.append(f"{row.file and row.file + ':'}row {row.number}: {problem}")
             continue
         seen.add(key, row.number)
-        prompts.append(PromptRow(key, row.values[renamed], _group(row)))
+        prompts.append(PromptRow(key, with_arguments(row.values[renamed], arguments), _group(row)))
     if problems:
         raise DataError(
             f"{source.path}: {len(problems)} rows have no usable prompt:\n{listed(problems)}",
             code="prompt-row",
             hint='expected {"prompt": text or messages} per row; name another column with --column prompt=NAME',
         )
+    if isinstance(prompts[0].prompt, str):
+        _no_arguments(source.path, rows, kwargs)
     if source.limit is None:
         return prompts
     drawn, total = fair_sample((row.id for row in prompts), source.limit)
@@ -88,11 +100,35 @@ def _wrong(prompt: Any) -> str:
     return ""
 
 
-def _warn_of_arguments(source: str, rows: Iterable[Row]) -> None:
-    """Log that arguments of the chat template, which a pair may have, are not read with a prompt."""
+def _arguments(reader: RowReader, row: Row, kwargs: Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
+    """The arguments that a row gives its chat template, over ``kwargs``, and what is wrong with them, if anything."""
+    found: dict[str, Any] = {}
+    for name in TEMPLATE_COLUMNS:
+        text, problems = reader.template_argument(row, name, row.values.get(name))
+        if problems:
+            return {}, f"{name}: found {problems[0].found}, expected {problems[0].expected}"
+        if text is not None:
+            found[name] = json.loads(text)
+    own = {key: value for key, value in found.get(TEMPLATE_KWARGS, {}).items() if value is not None}
+    return found | {TEMPLATE_KWARGS: {**(kwargs or {}), **own}}, ""
+
+
+def _no_arguments(source: str, rows: Iterable[Row], kwargs: Mapping[str, Any] | None) -> None:
+    """Say that arguments of the chat template have no effect on plain text.
+
+    Raises:
+        ConfigError: they are given for all prompts.
+    """
+    if kwargs:
+        raise ConfigError(
+            f"chat_template_kwargs: found {dict(kwargs)}, but the prompts of {source} are plain text, which no chat "
+            "template renders",
+            code="config-option",
+            hint="leave them out, or give prompts as messages",
+        )
     found = [name for name in TEMPLATE_COLUMNS if any(row.values.get(name) is not None for row in rows)]
     if found:
-        log.warning("%s: %s is not used: prompts are completed without it", source, " and ".join(found))
+        log.warning("%s: %s: without effect, since its prompts are plain text", source, " and ".join(found))
 
 
 def _group(row: Row) -> str | None:
@@ -100,38 +136,49 @@ def _group(row: Row) -> str | None:
     return None if group is None else str(group)
 
 
-def load_prompts(source: str) -> list[Any]:
-    """The ``prompt`` of every row of one or several JSONL, CSV or Parquet files: text, or a list of messages.
+def load_prompts(source: str, kwargs: Mapping[str, Any] | None = None) -> list[Any]:
+    """The ``prompt`` of every row of one or several JSONL, CSV or Parquet files, perhaps ``with_arguments``.
+
+    Args:
+        source: the files.
+        kwargs: ``chat_template_kwargs`` of every prompt; those of a row come first.
 
     Raises:
+        ConfigError: ``kwargs`` for plain text.
         DataError: a file is missing or empty, or a row has no valid prompt.
     """
     rows = read_files(source)
-    _warn_of_arguments(source, rows)
     for row in rows:
         if row.unreadable:
             raise DataError(f"{row.file or source}:row {row.number}: {row.unreadable}", code="data-row")
     reader = RowReader(source, {"prompt"})
-    problems = [problem for row in rows for problem in reader.text(row, "prompt")]
+    problems, prompts = [], []
+    for row in rows:
+        problems += [str(problem) for problem in reader.text(row, "prompt")]
+        arguments, wrong = _arguments(reader, row, kwargs)
+        problems += [f"{row.file or source}:row {row.number}: {wrong}"] if wrong else []
+        prompts.append(with_arguments(row.values.get("prompt"), arguments))
     if problems:
-        raise DataError(f"{source}:\n{listed([str(problem) for problem in problems])}", code="prompt-row")
+        raise DataError(f"{source}:\n{listed(problems)}", code="prompt-row")
     if not rows:
         raise DataError(f"{source}: holds no rows", code="data-empty", hint="expected one prompt per row")
-    return [row.values["prompt"] for row in rows]
+    if all(isinstance(prompt, str) for prompt in prompts):
+        _no_arguments(source, rows, kwargs)
+    return prompts
 
 
-def sample_prompts(source: str, limit: int | None) -> tuple[list[Any], int]:
+def sample_prompts(source: str, limit: int | None, kwargs: Mapping[str, Any] | None = None) -> tuple[list[Any], int]:
     """A fair sample of at most ``limit`` prompts of ``load_prompts``, and how many there are; None: all of them.
 
     Raises:
         DataError: see ``load_prompts``.
     """
-    prompts = load_prompts(source)
+    prompts = load_prompts(source, kwargs)
     if limit is None:
         return prompts, len(prompts)
     seen, names = SeenIds(), []
     for number, prompt in enumerate(prompts, 1):
-        names.append(content_id(prompt, seen))
+        names.append(content_id(split_arguments(prompt)[0], seen))
         seen.add(names[-1], number)
     drawn, total = fair_sample(names, limit)
     report_sample(source, len(drawn), total, "prompts")

@@ -40,7 +40,16 @@ def read_source(source: PairsSection) -> tuple[list[Row], set[str]]:
     Raises:
         DataError: the source is missing, unreadable or empty; a mapped or required column is missing.
     """
-    rows = list(_rows(source))
+    return read_table(_raw_rows(source), source)
+
+
+def read_table(raw: Iterable[Row], source: PairsSection) -> tuple[list[Row], set[str]]:
+    """``read_source`` of rows that are in memory; ``source.path`` is their name in messages.
+
+    Raises:
+        DataError: there is no row; a mapped or required column is missing.
+    """
+    rows = list(map(_with_messages, raw))
     names, renamed = _columns(source, rows)
     if renamed:
         rows = [replace(row, values=_rename(row.values, renamed)) for row in rows]
@@ -123,7 +132,7 @@ def _raw_rows(source: PairsSection) -> Iterator[Row]:
         return _of_files(files)
     path = Path(source.path)
     if path.is_dir():
-        return _numbered(_saved(source))
+        return numbered_rows(_saved(source))
     if path.is_file() or path.is_absolute() or source.path.startswith("."):
         found = f"a file ending in {path.suffix!r}" if path.is_file() else "nothing"
         raise DataError(
@@ -131,7 +140,7 @@ def _raw_rows(source: PairsSection) -> Iterator[Row]:
             code="data-missing",
         )
     try:
-        return _numbered(load_dataset(source.path, name=source.subset, split=source.split))
+        return numbered_rows(load_dataset(source.path, name=source.subset, split=source.split))
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
@@ -194,10 +203,10 @@ def _saved(source: PairsSection) -> Dataset:
     return loaded
 
 
-def _numbered(dataset: Dataset) -> Iterator[Row]:
-    """Rows with Python's own values, whatever the format that the dataset was saved with."""
+def numbered_rows(dataset: Dataset, *, first: int = 1) -> Iterator[Row]:
+    """Rows with Python's own values, whatever the format that the dataset was saved with, numbered from ``first``."""
     exact = {name for name, feature in dataset.features.items() if "Json(" in repr(feature)}
-    for number, values in enumerate(dataset.with_format(None), 1):
+    for number, values in enumerate(dataset.with_format(None), first):
         cells = {name: value if name in exact else without_nulls(value) for name, value in values.items()}
         yield Row(number, cells, raw=values)
 

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.config.columns import TEXT
+from align.config.columns import CUT_OFF, FINISH_COLUMNS, TEXT
 from align.data.text import count_words
 
 
 def summarize(pairs: Dataset) -> dict[str, Any]:
     """Counts, mean lengths (words) and columns of a pair table, for the user to read."""
+    ends = {f"{side}_cut_off_share": name for side, name in FINISH_COLUMNS.items() if name in pairs.column_names}
     words = {column: np.array([count_words(text) for text in pairs[column]]) for column in TEXT}
     return {
         "pairs": len(pairs),
@@ -19,6 +20,7 @@ def summarize(pairs: Dataset) -> dict[str, Any]:
         "conversational": not isinstance(pairs["prompt"][0], str),
         **{f"{column}_words": float(count.mean()) for column, count in words.items()},
         "chosen_longer_share": float((words["chosen"] > words["rejected"]).mean()),
+        **{key: float(np.mean([value == CUT_OFF for value in pairs[name]])) for key, name in ends.items()},
         "columns": ", ".join(pairs.column_names),
     }
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from align.config.columns import TEXT
-from align.data.messages import message_lists
+from align.data.messages import message_lists, split_arguments
 
 WORD = re.compile(r"\w+", re.UNICODE)
 SPEAKERS = frozenset({"user", "assistant"})
@@ -20,12 +20,13 @@ SYSTEM = frozenset({"system", "developer"})
 
 
 def plain(part: Any) -> str:
-    """A prompt or a response as text: a string as it is, messages one after the other.
+    """A prompt or a response as text: a string as it is, messages one after the other, without a template's arguments.
 
     Several messages begin with their roles, ``user: ...`` and ``assistant: ...``; one message by the user or the
     assistant is its content, so a response reads the same as text and as a message. Every other key that has a value
     follows on a line of its own, as JSON unless it is a string: ``tool_calls: [...]``.
     """
+    part, _ = split_arguments(part)
     if isinstance(part, str):
         return part
     labeled = len(part) != 1 or part[0]["role"] not in SPEAKERS

@@ -37,9 +37,19 @@ def pair_digests(pairs: Dataset) -> np.ndarray:
     return np.stack([text_digests(pairs["prompt"], pairs[name]) for name in RESPONSES], axis=1)
 
 
+def record_of(pairs: Dataset) -> np.ndarray:
+    """The record of the pairs that a model is trained on: sorted digests, uint64."""
+    return np.unique(pair_digests(pairs))
+
+
+def write_digests(record: np.ndarray, folder: Path) -> None:
+    """Write a record into the folder of the model."""
+    np.save(folder / FILE, record, allow_pickle=False)
+
+
 def write_record(pairs: Dataset, folder: Path) -> None:
     """Write the record of the pairs that a model was trained on into its folder."""
-    np.save(folder / FILE, np.unique(pair_digests(pairs)), allow_pickle=False)
+    write_digests(record_of(pairs), folder)
 
 
 def margin_sources(models: Sequence[Path | str], pairs: Dataset) -> list[str]:

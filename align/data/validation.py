@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, RESPONSES, SCORES, TEMPLATE_COLUMNS, TEXT
+from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, RESPONSES, SCORES, TEMPLATE_COLUMNS, TEXT, VALUES
 from align.data.implicit_prompt import split_prompt, with_text_prompt, without_prompt
 from align.data.messages import unparsed
 from align.data.readers import Row
@@ -72,13 +72,15 @@ class RowReader:
             pair[name] = number
             problems += problem
         for name in TEMPLATE_COLUMNS:
-            pair[name], problem = self._template_argument(row, name, values.get(name))
+            pair[name], problem = self.template_argument(row, name, values.get(name))
             problems += problem
         rewards = [pair[name] for name in SCORES[:2]]
         if values.get("margin") is None and None not in rewards:
             pair["margin"] = rewards[0] - rewards[1]
         for name in NAMES:
             pair[name] = None if values.get(name) is None else str(values[name])
+            if pair[name] is not None and name in VALUES and pair[name] not in VALUES[name]:
+                problems.append(self._problem(row, name, "pair-value", repr(values[name]), " or ".join(VALUES[name])))
         pair["id"] = values.get("id")
         return pair, problems
 
@@ -184,7 +186,7 @@ class RowReader:
             return None, [self._problem(row, name, "pair-number", repr(value), "a number that is not negative")]
         return number, []
 
-    def _template_argument(self, row: Row, name: str, value: Any) -> tuple[str | None, list[Problem]]:
+    def template_argument(self, row: Row, name: str, value: Any) -> tuple[str | None, list[Problem]]:
         """An argument of the chat template as JSON; its source may have it as JSON text."""
         if value is None:
             return None, []

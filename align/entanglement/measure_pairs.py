@@ -63,8 +63,7 @@ def measure_entanglement(
         DataError: a margin is missing, or truncation leaves nothing of a response.
         ModelError: a parameter cannot be measured.
     """
-    bound = resolve(loss, {}) if isinstance(loss, str) else loss
-    _check(bound, pairs)
+    bound = checked_loss(loss, pairs)
     if "id" not in pairs.column_names:
         pairs = pairs.add_column("id", [str(number) for number in range(len(pairs))])
     tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
@@ -170,21 +169,28 @@ class PairMeasurement:
         return logps.chosen.double().cpu(), logps.rejected.double().cpu()
 
 
-def _check(loss: BoundLoss, pairs: Dataset) -> None:
-    if loss.spec.coupled:
+def checked_loss(loss: str | BoundLoss, pairs: Dataset) -> BoundLoss:
+    """The loss with its parameters, once it is known that these pairs can be measured under it.
+
+    Raises:
+        ConfigError, DataError: see ``measure_entanglement``.
+    """
+    bound = resolve(loss, {}) if isinstance(loss, str) else loss
+    if bound.spec.coupled:
         raise ConfigError(
-            f"loss {loss.spec.name}: its beta is a statistic of each training batch, so a pair alone has no verdict",
+            f"loss {bound.spec.name}: its beta is a statistic of each training batch, so a pair alone has no verdict",
             code="entanglement-loss",
             hint="measure with loss dpo",
         )
-    if loss.spec.needs_margin:
+    if bound.spec.needs_margin:
         missing = len(missing_values(pairs, "margin") if "margin" in pairs.column_names else pairs)
         if missing:
             raise DataError(
-                f"loss {loss.spec.name} needs a `margin` of every pair, found {missing} of {len(pairs)} without one",
+                f"loss {bound.spec.name} needs a `margin` of every pair, found {missing} of {len(pairs)} without one",
                 code="loss-needs-margin",
                 hint="score the pairs with a reward model first, or measure with loss dpo",
             )
+    return bound
 
 
 def token_difference(chosen: list[int], rejected: list[int]) -> float:

@@ -52,6 +52,7 @@ def compare_policies(
     *,
     baseline: str,
     preferences: tuple[ArrayLike, ArrayLike] | None = None,
+    clusters: np.ndarray | None = None,
 ) -> Comparison:
     """Compare policies on the same N prompts.
 
@@ -60,6 +61,8 @@ def compare_policies(
         baseline: the policy that gains and changes are counted from.
         preferences: verdicts of a pairwise judge for the other one of two policies, shown first and shown second,
             [N] each, in [0, 1].
+        clusters: number of the prompt of each completion, [N], where a prompt has several; a prompt then counts once,
+            with the mean preference and length of its completions. For policies without rewards.
 
     Raises:
         ValueError: there are preferences, and not exactly two policies with texts; or a preference is out of range.
@@ -75,15 +78,21 @@ def compare_policies(
             name: measured["policies"][name] | kl_statistics(samples, base) for name, samples in policies.items()
         }
     texts = {name: samples.texts for name, samples in policies.items() if samples.texts is not None}
-    statistics = text_statistics(texts, baseline=baseline) if texts else {}
+    statistics = text_statistics(texts, baseline=baseline, clusters=clusters) if texts else {}
     wins = None
     if preferences is not None:
         others = [name for name in texts if name != baseline]
         if len(others) != 1 or baseline not in texts:
             raise ValueError(f"preferences need the texts of two policies, got those of {sorted(texts)}")
         lengths = ([len(text) for text in texts[name].texts] for name in (others[0], baseline))
-        wins = win_rate(*preferences, *lengths)
+        wins = win_rate(*(mean_of_clusters(values, clusters) for values in (*preferences, *lengths)))
     return Comparison(numbers, differences, statistics, changed(statistics), wins)
+
+
+def mean_of_clusters(values: ArrayLike, clusters: np.ndarray | None) -> np.ndarray:
+    """Mean of ``values`` [N] in each cluster, [G]; the values themselves without clusters."""
+    array = np.asarray(values, dtype=np.float64)
+    return array if clusters is None else np.bincount(clusters, weights=array) / np.bincount(clusters)
 
 
 def kl_statistics(samples: PolicySamples, baseline: PolicySamples) -> dict[str, Any]:

@@ -62,12 +62,15 @@ def distinct(texts: Sequence[str], size: int, budget: int) -> float | None:
     return len(seen) / total if total else None
 
 
-def text_statistics(policies: Mapping[str, Texts], *, baseline: str) -> dict[str, dict[str, Any]]:
+def text_statistics(
+    policies: Mapping[str, Texts], *, baseline: str, clusters: np.ndarray | None = None
+) -> dict[str, dict[str, Any]]:
     """For each policy: means with intervals, paired changes from ``baseline``, distinct-n over equally many words.
 
     Args:
         policies: name -> completions of the same N prompts.
         baseline: policy that changes are counted from.
+        clusters: number of the prompt of each completion, [N]; None: each has its own.
 
     Returns:
         ``{name: {"tokens", "repetition", "unfinished", "empty", "change", "distinct", "distinct_words"}}``, plain JSON
@@ -80,11 +83,12 @@ def text_statistics(policies: Mapping[str, Texts], *, baseline: str) -> dict[str
         change = None
         if name != baseline:
             change = {
-                key: mean_interval(values - columns[baseline][key]).to_dict() for key, values in columns[name].items()
+                key: mean_interval(values - columns[baseline][key], clusters=clusters).to_dict()
+                for key, values in columns[name].items()
             }
         made[name] = {
             **{
-                key: (mean_interval if key == "tokens" else share_interval)(values).to_dict()
+                key: (mean_interval if key == "tokens" else share_interval)(values, clusters=clusters).to_dict()
                 for key, values in columns[name].items()
             },
             "change": change,

@@ -1,6 +1,6 @@
 """The result of a filter and the tables that it is written to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,23 +72,30 @@ def write_tables(found: Filtered, output: Path) -> None:
         _write_rows(found, {True: kept, False: dropped})
 
 
-def _write_rows(found: Filtered, targets: dict[bool, Path]) -> None:
+def filtered_rows(found: Filtered) -> Iterator[tuple[bool, pa.Table]]:
+    """(kept, pairs with the columns of the filter), of every block of rows once for the kept and once for the dropped
+    pairs; dropped pairs have a ``reason``."""
     names = [name for name in (*found.columns, "reason") if name in found.pairs.column_names]
     pairs = found.pairs.remove_columns(names).with_format("arrow")
-    writers: dict[bool, pq.ParquetWriter] = {}
     for start in range(0, len(pairs), WRITTEN_ROWS):
         block = slice(start, min(start + WRITTEN_ROWS, len(pairs)))
         rows = pairs[block].replace_schema_metadata(None)
         for name, values in found.columns.items():
             rows = rows.append_column(name, pa.array(values[block], from_pandas=True))
-        for wanted, target in targets.items():
-            places = np.flatnonzero(found.kept[block] == wanted)
+        for kept in (True, False):
+            places = np.flatnonzero(found.kept[block] == kept)
             part = rows.take(pa.array(places))
-            if not wanted:
+            if not kept:
                 part = part.append_column("reason", pa.array(found.reasons.of(start + places), type=pa.string()))
-            if wanted not in writers:
-                writers[wanted] = pq.ParquetWriter(target, part.schema, compression="zstd")
-            writers[wanted].write_table(part)
+            yield kept, part
+
+
+def _write_rows(found: Filtered, targets: dict[bool, Path]) -> None:
+    writers: dict[bool, pq.ParquetWriter] = {}
+    for kept, part in filtered_rows(found):
+        if kept not in writers:
+            writers[kept] = pq.ParquetWriter(targets[kept], part.schema, compression="zstd")
+        writers[kept].write_table(part)
     for writer in writers.values():
         writer.close()
 

@@ -5,7 +5,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from align.generation.types import Completion
+from align.generation.types import REPLACEMENT, Completion
+
+LONGEST_CHARACTER = 4
+"""Bytes of a character in UTF-8, at most."""
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
@@ -25,8 +28,24 @@ def to_completion(
     """The completion of ``prompt`` (token ids): ``sampled`` up to and including the first of ``stops``."""
     end = next((k + 1 for k, token in enumerate(sampled) if token in stops), None)
     tokens = list(sampled[:end])
-    before = tokenizer.decode(prompt, skip_special_tokens=True)
-    whole = tokenizer.decode([*prompt, *tokens], skip_special_tokens=True)
-    text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(tokens, skip_special_tokens=True)
+    text = _text(tokenizer, prompt, tokens)
+    if end is None and text.endswith(REPLACEMENT):
+        text = _whole_characters(tokenizer, prompt, tokens)
     kept = None if logprobs is None else list(logprobs[: len(tokens)])
     return Completion(text, tokens, "length" if end is None else "stop", kept)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: list[int]) -> str:
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt, *tokens], skip_special_tokens=True)
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _whole_characters(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: list[int]) -> str:
+    """Text of a completion that was cut off inside a character of several tokens, without the half of it.
+
+    Tokenizers of bytes (GPT-2) decode the half alone to ``REPLACEMENT``. Those that fall back to bytes (Llama 2) decode
+    the whole run of bytes to it, so that the text is also read without the last tokens.
+    """
+    shorter = (_text(tokenizer, prompt, tokens[: len(tokens) - left]) for left in range(LONGEST_CHARACTER))
+    return max((text.rstrip(REPLACEMENT) for text in shorter), key=len)

@@ -1,5 +1,6 @@
 """Sampling by a running OpenAI-compatible server, such as ``vllm serve MODEL``."""
 
+import json
 import os
 import queue
 import random
@@ -11,8 +12,10 @@ from typing import Any
 import httpx
 
 from align.config import nearest
+from align.config.columns import TEMPLATE_KWARGS
+from align.data.messages import split_arguments, with_arguments
 from align.errors import ConfigError, DataError, EnvironmentProblem, ModelError
-from align.generation.types import Completion, Engine, Sampling, prompt_keys, sample_seed
+from align.generation.types import REPLACEMENT, Completion, Engine, Sampling, prompt_keys, sample_seed
 from align.io.console import log
 
 DEFAULT_URL = "http://localhost:8000/v1"
@@ -27,9 +30,10 @@ ABORTED = ("abort", "error", None)
 class ServerEngine(Engine):
     """Send one request per sample, with bounded concurrency, retries with exponential backoff and a seed for each.
 
-    Text goes to ``/completions``, messages to ``/chat/completions``, where the server applies its chat template. The
-    server must return token ids (vLLM 0.10.2 or newer does). Its batches round as described at ``VllmEngine``. The API
-    key is read from the environment variable ``OPENAI_API_KEY``.
+    Text goes to ``/completions``, messages to ``/chat/completions``, where the server applies its chat template, with
+    ``tools`` and ``chat_template_kwargs`` of the prompt. The server must return token ids (vLLM 0.10.2 or newer does).
+    Its batches round as described at ``VllmEngine``. The API key is read from the environment variable
+    ``OPENAI_API_KEY``.
 
     Args:
         model: the name that the server uses; for an adapter, the name given to ``--lora-modules``.
@@ -98,6 +102,7 @@ class ServerEngine(Engine):
             for sample in range(sampling.n)
         ]
         self._stopping = threading.Event()
+        self._check_arguments(prompts)
         for number, completion in in_threads(jobs, self.concurrency, self._stopping):
             k, sample = divmod(number, sampling.n)
             if completion is None:
@@ -149,8 +154,38 @@ class ServerEngine(Engine):
         if isinstance(prompt, str):
             body |= {"prompt": prompt} | ({"logprobs": 0} if sampling.logprobs else {})
             return "/completions", body, _from_text
-        body |= {"messages": prompt} | ({"logprobs": True, "top_logprobs": 0} if sampling.logprobs else {})
+        messages, arguments = split_arguments(prompt)
+        if "tools" in arguments:  # the template describes them, and no parser takes calls out of the text
+            arguments |= {"tool_choice": "none"}
+        body |= {"messages": messages, **arguments}
+        body |= {"logprobs": True, "top_logprobs": 0} if sampling.logprobs else {}
         return "/chat/completions", body, _from_chat
+
+    def _check_arguments(self, prompts: Sequence[Any]) -> None:
+        """Warn if a prompt has the same tokens without its ``tools`` or its ``chat_template_kwargs``."""
+        found: dict[tuple[str, str], Any] = {}
+        for prompt in prompts:
+            for name, value in split_arguments(prompt)[1].items():
+                found.setdefault((name, json.dumps(value) if name == TEMPLATE_KWARGS else ""), prompt)
+        for (name, text), prompt in found.items():
+            messages, arguments = split_arguments(prompt)
+            try:
+                ids = [self._prompt_ids(one) for one in (prompt, with_arguments(messages, arguments | {name: None}))]
+            except DataError:
+                continue  # the prompt is refused, which is told where it is completed
+            if None in ids:
+                log.warning(
+                    "%s returns no prompt_token_ids, so whether it renders %s is not known", self.base_url, name
+                )
+            elif ids[0] == ids[1]:
+                log.warning("%s: %s %s changes no token of a prompt: it is the default, or it is not rendered there",
+                            self.base_url, name, text)  # fmt: skip
+
+    def _prompt_ids(self, prompt: Any) -> list[int] | None:
+        """Token ids of a prompt as the server renders it; None if it does not say."""
+        path, body, _ = self._body(prompt, 0, Sampling(1))
+        found = self._request("POST", path, body).get("prompt_token_ids")
+        return [int(token) for token in found] if isinstance(found, list) else None
 
     def _read(self, answer: dict[str, Any], reader: Any, sampling: Sampling, key: str) -> Completion | None:
         """The completion in an answer; None if the server aborted it.
@@ -168,9 +203,10 @@ class ServerEngine(Engine):
                 raise ValueError("no log-prob for each token, which were asked for")
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise EnvironmentProblem(
-                f"{self.base_url}: the answer lacks what is needed ({type(error).__name__}: {error})",
+                f"{self.base_url}: prompt {key}: the answer lacks what is needed ({type(error).__name__}: {error})",
                 code="server-response",
-                hint="use `vllm serve` 0.10.2 or newer, which returns token ids",
+                hint="use `vllm serve` 0.10.2 or newer, which returns token ids, without --reasoning-parser and "
+                "--tool-call-parser, which take text away",
             ) from None
         if reason in ABORTED:
             return None
@@ -180,7 +216,8 @@ class ServerEngine(Engine):
                 code="server-response",
                 hint="start the server without tool parsers and content filters: they change what the model wrote",
             )
-        return Completion(text, token_ids, reason, logprobs)
+        whole = text.rstrip(REPLACEMENT) if reason == "length" else text  # it was cut off inside a character
+        return Completion(whole, token_ids, reason, logprobs)
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The JSON object in the server's answer, after up to ``attempts`` tries."""

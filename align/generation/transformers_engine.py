@@ -2,17 +2,35 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby, islice
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from align.generation.encoding import stop_ids, to_completion
 from align.generation.sampler import DrawnToken
 from align.generation.types import Completion, Engine, Sampling, prompt_keys, sample_seed
+from align.io.console import log
 from align.models.layout import base_model
-from align.models.positions import check_positions
-from align.models.tokenization import encode_prompt
+from align.models.positions import check_positions, context_window
+from align.models.tokenization import encode_prompt, pad
+
+TRIAL_LENGTHS = (3, 20)
+TRIAL_STEPS = 3
+"""Tokens that a trial completes: the first follows the prompt, the others what the cache holds of it."""
+LEAST_PROBABILITY = 1e-4
+PADDING_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Largest difference of a log-prob (nats) between a batch and a row alone due to rounding."""
+HALF_PADDING_TOLERANCE = 0.2
+"""The same for 16-bit models."""
 
 
 class TransformersEngine(Engine):
@@ -21,7 +39,8 @@ class TransformersEngine(Engine):
     On one machine the same model, prompt and seed give the same completion, whatever the batch size and the other
     prompts: every sample has its own random numbers, and a draw that rounding could change is made on logits computed
     without the batch (align/generation/sampler.py; in half precision this is likely but not certain). Only the
-    end-of-sequence tokens of the model's generation config are used.
+    end-of-sequence tokens of the model's generation config are used. A completion ends where the model's window does
+    (``context_window``); a prompt that fills it is left out, with its key in the log.
 
     Args:
         model: causal language model, or one with an adapter.
@@ -37,6 +56,8 @@ class TransformersEngine(Engine):
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.stops = stop_ids(tokenizer, model.generation_config)
+        self._ignores_padding: bool | None = None
+        """Whether padding on the left changes nothing; None before a batch needs it."""
 
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt; see ``encode_prompt``."""
@@ -48,58 +69,118 @@ class TransformersEngine(Engine):
         """Yield (index of a prompt, its completions) as batches finish; see ``Engine``."""
         keys = prompt_keys(prompts) if keys is None else keys
         ids = [encode_prompt(prompt, self.tokenizer) for prompt in prompts]
-        self._check_positions(ids, keys, sampling.max_new_tokens)
-        longest_first = sorted(range(len(ids)), key=lambda k: -len(ids[k]))
+        rooms = self._rooms(ids, sampling.max_new_tokens)
+        for k in (k for k, room in enumerate(rooms) if room < 1):
+            log.warning("prompt %s is left out: found %d tokens, expected less than the %s of the model's window",
+                        keys[k], len(ids[k]), context_window(base_model(self.model)))  # fmt: skip
+            yield k, []
+        longest_first = sorted((k for k, room in enumerate(rooms) if room > 0), key=lambda k: -len(ids[k]))
+        size = self._batch_size([ids[k] for k in longest_first])
         jobs = [(k, sample) for k in longest_first for sample in range(sampling.n)]
         found: dict[int, list[Completion]] = {}
-        for start in range(0, len(jobs), self.batch_size):
-            batch = jobs[start : start + self.batch_size]
+        for batch in _batches(jobs, rooms, size):
             seeds = [sample_seed(sampling.seed, keys[k], sample) for k, sample in batch]
-            completions = self._sample([ids[k] for k, _ in batch], seeds, sampling)
+            fitting = replace(sampling, max_new_tokens=rooms[batch[0][0]])
+            completions = self._sample([ids[k] for k, _ in batch], seeds, fitting)
             for (k, _), completion in zip(batch, completions, strict=True):
                 found.setdefault(k, []).append(completion)
                 if len(found[k]) == sampling.n:
                     yield k, found.pop(k)
 
-    def _check_positions(self, ids: list[list[int]], keys: Sequence[str], new: int) -> None:
-        """Refuse prompts that leave no position for the new tokens, before anything is sampled."""
-        longest = max(range(len(ids)), key=lambda k: len(ids[k]), default=None)
-        if longest is not None:
-            check_positions(
-                base_model(self.model), len(ids[longest]) + new, f"prompt {keys[longest][:80]!r} with {new} new tokens",
-                "shorten the prompt, or lower max_new_tokens",
-            )  # fmt: skip
+    def _rooms(self, ids: list[list[int]], wanted: int) -> list[int]:
+        """Tokens that may be sampled after each prompt: ``wanted``, or what the model's window leaves."""
+        window = context_window(base_model(self.model))
+        rooms = [wanted if window is None else min(wanted, window - len(row)) for row in ids]
+        longest = max((len(row) + room for row, room in zip(ids, rooms, strict=True) if room > 0), default=0)
+        check_positions(base_model(self.model), longest, "the longest prompt with its new tokens", "shorten the prompt")
+        return rooms
+
+    def _batch_size(self, rows: list[list[int]]) -> int:
+        """Rows per forward pass: 1 if these rows must be padded and the model does not ignore padding."""
+        if self.batch_size == 1 or len({len(row) for row in rows}) < 2:
+            return self.batch_size
+        if self._ignores_padding is None:
+            difference = self.padding_difference()
+            self._ignores_padding = difference <= PADDING_TOLERANCE.get(self.model.dtype, HALF_PADDING_TOLERANCE)
+            if not self._ignores_padding:
+                log.warning("%s: in a trial its log-probs in a padded batch differ by %.2g nats from those of a row "
+                            "alone, so prompts are completed one at a time", type(base_model(self.model)).__name__,
+                            difference)  # fmt: skip
+        return self.batch_size if self._ignores_padding else 1
+
+    def padding_difference(self) -> float:
+        """Largest difference (nats) of a token's log-prob in a batch with padding on the left from that of a row alone.
+
+        Rows of random tokens are completed by the same random tokens. Only log-probs of tokens whose probability is at
+        least ``LEAST_PROBABILITY`` count; NaN is infinite.
+        """
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = base_model(self.model).get_input_embeddings().weight.shape[0]
+        room = (context_window(base_model(self.model)) or max(TRIAL_LENGTHS) + TRIAL_STEPS) - TRIAL_STEPS
+        lengths = [max(1, min(length, room)) for length in TRIAL_LENGTHS]
+        rows = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
+        forced = torch.randint(vocabulary, (TRIAL_STEPS,), generator=generator).to(self.model.device)
+
+        def logprobs(batch: list[list[int]]) -> torch.Tensor:
+            choice = _Forced(forced)
+            self._generate(batch, choice, TRIAL_STEPS, stops=[])
+            return torch.stack(choice.logprobs, dim=1)
+
+        alone = torch.cat([logprobs([row]) for row in rows])
+        apart = (logprobs(rows) - alone).abs()[alone.exp() >= LEAST_PROBABILITY]
+        return float(torch.nan_to_num(apart, nan=torch.inf).max())
 
     def _sample(self, rows: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
         width = max(len(row) for row in rows)
-        pad = self.tokenizer.pad_token_id
-        device = self.model.device
         starts = [width - len(row) for row in rows]
-        input_ids = torch.tensor([[pad] * start + row for start, row in zip(starts, rows, strict=True)], device=device)
-        mask = torch.tensor([[0] * start + [1] * (width - start) for start in starts], device=device)
-        choice = DrawnToken(sampling, seeds, starts, self.stops, self._alone, device)
-        with torch.inference_mode(), _empty_generation_config(self.model):
-            output = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                logits_processor=LogitsProcessorList([choice]),
-                generation_config=GenerationConfig(
-                    max_new_tokens=sampling.max_new_tokens,
-                    do_sample=False,
-                    eos_token_id=self.stops or None,
-                    pad_token_id=pad,
-                ),
-            )
+        choice = DrawnToken(sampling, seeds, starts, self.stops, self._alone, self.model.device)
+        output = self._generate(rows, choice, sampling.max_new_tokens, self.stops)
         logprobs = torch.stack(choice.logprobs, dim=1).tolist() if sampling.logprobs else [None] * len(rows)
         return [
             to_completion(self.tokenizer, row, out[width:].tolist(), self.stops, logps)
             for row, out, logps in zip(rows, output, logprobs, strict=True)
         ]
 
+    def _generate(self, rows: list[list[int]], choice: LogitsProcessor, new: int, stops: list[int]) -> torch.Tensor:
+        """Token ids of the rows, padded on the left, and of up to ``new`` tokens that ``choice`` draws."""
+        token = self.tokenizer.pad_token_id
+        ids, mask = (part.to(self.model.device) for part in pad(rows, token, left=True))
+        with torch.inference_mode(), _empty_generation_config(self.model):
+            output: torch.Tensor = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                logits_processor=LogitsProcessorList([choice]),
+                generation_config=GenerationConfig(
+                    max_new_tokens=new, do_sample=False, eos_token_id=stops or None, pad_token_id=token
+                ),
+            )
+        return output
+
     def _alone(self, row: torch.Tensor) -> torch.Tensor:
         """Logits [V] after one row of token ids, computed without the other rows."""
         ids = row[None]
         return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
+
+
+def _batches(jobs: list[tuple[int, int]], rooms: list[int], size: int) -> Iterator[list[tuple[int, int]]]:
+    """Up to ``size`` jobs (prompt, sample) at a time, whose prompts have the same room; keeps their order."""
+    for _, same in groupby(jobs, key=lambda job: rooms[job[0]]):
+        while batch := list(islice(same, size)):
+            yield batch
+
+
+class _Forced(LogitsProcessor):
+    """Draws given tokens and keeps the log-probs of all, [B, V] for each step."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens = tokens
+        """[steps]"""
+        self.logprobs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        token = self.tokens[len(self.logprobs)]
+        self.logprobs.append(torch.log_softmax(scores.float(), dim=-1))
+        return torch.full_like(scores, -torch.inf).index_fill(1, token, 0.0)
 
 
 @contextmanager

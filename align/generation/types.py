@@ -4,19 +4,21 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datasets import Dataset
 
-from align.errors import DataError
-from align.io.console import progress
+from align.errors import DataError, listed
+from align.io.console import log, progress
 
-SAMPLING = 3
-"""Revision in the stage keys; raise it when the transformers engine draws other completions from the same seed."""
+SAMPLING = 4
+"""Revision in the stage keys; raise it when an engine gives other completions from the same seed."""
 SEED_BYTES = 4
 """A 32-bit seed: torch's CPU generator reads no more of any seed."""
+REPLACEMENT = "\ufffd"
+"""Stands in decoded text for bytes that are no character."""
 EngineName = Literal["auto", "vllm", "server", "transformers"]
 
 
@@ -59,7 +61,8 @@ class Completion:
     """One sampled completion."""
 
     text: str
-    """Without special tokens; prompt text + ``text`` reads as the model wrote it."""
+    """Without special tokens; prompt text + ``text`` reads as the model wrote it. If the limit of tokens cut it off
+    inside a character of several tokens, it ends before that character."""
     token_ids: list[int]
     """Sampled tokens, including the end-of-sequence token if there is one."""
     finish_reason: Literal["stop", "length"]
@@ -100,8 +103,8 @@ class Engine(ABC):
         refused = [k for k, found in by_index.items() if not found]
         if refused:
             raise DataError(
-                f"{len(refused)} of {len(prompts)} prompts are refused by the {self.name} engine (their keys stand in "
-                "the log)",
+                f"{len(refused)} of {len(prompts)} prompts are refused by the {self.name} engine, see the log:\n"
+                f"{listed([(prompt_keys(prompts) if keys is None else keys)[k][:80] for k in refused])}",
                 code="prompt-refused",
                 hint="shorten or remove them, or raise the server's --max-model-len",
             )
@@ -143,6 +146,15 @@ def sample_seed(seed: int, key: str, sample: int) -> int:
     """Seed, in [0, 2**32), of sample number ``sample`` of the prompt with this key."""
     state = hashlib.sha256(f"{seed}\n{sample}\n{key}".encode()).digest()
     return int.from_bytes(state[:SEED_BYTES], "big")
+
+
+def report_broken(texts: Iterable[str], what: str) -> int:
+    """Number of completions with ``REPLACEMENT`` in them, with a warning if there are any."""
+    count = sum(REPLACEMENT in text for text in texts)
+    if count:
+        log.warning("%s: %d completions hold U+FFFD: the model sampled tokens that are no characters, and as text they "
+                    "are not what it sampled", what, count)  # fmt: skip
+    return count
 
 
 def as_completion(prompt: Any, text: str) -> Any:

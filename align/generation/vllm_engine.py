@@ -1,17 +1,18 @@
 """Sampling with vLLM in this process: continuous batching, prefix caching, adapters without merging."""
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 
-from align.errors import ConfigError, DataError, ModelError
+from align.errors import ConfigError, ModelError
 from align.generation.encoding import stop_ids, to_completion
 from align.generation.types import Completion, Engine, Sampling, prompt_keys, sample_seed
 from align.generation.vllm_install import import_vllm
+from align.io.console import log
 from align.io.files import read_json
 from align.models.folders import ADAPTER
 from align.models.loading import load_tokenizer
@@ -23,6 +24,9 @@ IN_FLIGHT = 4096
 """Requests handed to vLLM at once; it batches them itself."""
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 """Defaults of environment variables. The scheduler runs in this process, which makes its order reproducible."""
+CPU_CACHE = {"VLLM_CPU_KVCACHE_SPACE": "4"}
+"""The same for a CPU, GiB of the key-value cache. Without it vLLM wants 92% of the machine's memory to be free; it is
+not set next to ``gpu_memory_utilization``, the share of the memory that vLLM takes."""
 
 
 class VllmEngine(Engine):
@@ -39,7 +43,7 @@ class VllmEngine(Engine):
         options: arguments of ``vllm.LLM``, passed through: ``tensor_parallel_size``, ``pipeline_parallel_size``,
             ``data_parallel_size`` (which vLLM takes only under its own launcher), ``dtype``,
             ``gpu_memory_utilization``, ``max_model_len``, ... By default prefix caching is on, and on a CPU the
-            weights are float32 and run eagerly.
+            weights are float32, run eagerly, and get a cache of ``CPU_CACHE``.
 
     Raises:
         EnvironmentProblem: vLLM is missing or cannot be imported.
@@ -50,7 +54,8 @@ class VllmEngine(Engine):
     name = "vllm"
 
     def __init__(self, model: str, *, options: dict[str, Any] | None = None) -> None:
-        for name, value in ENVIRONMENT.items():
+        sized = "gpu_memory_utilization" in (options or {})
+        for name, value in (ENVIRONMENT | ({} if sized else CPU_CACHE)).items():
             os.environ.setdefault(name, value)
         self.vllm = import_vllm()
         self.refusals = (ValueError, getattr(self.vllm.exceptions, "VLLMClientError", ValueError))
@@ -75,27 +80,28 @@ class VllmEngine(Engine):
     def stream(
         self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """Yield (index of a prompt, its completions) as vLLM finishes them; see ``Engine``.
-
-        Raises:
-            DataError: a prompt does not fit into the model's context.
-        """
+        """Yield (index of a prompt, its completions) as vLLM finishes them; none for a prompt that vLLM refuses."""
         keys = prompt_keys(prompts) if keys is None else keys
         ids = [encode_prompt(prompt, self.tokenizer) for prompt in prompts]
         self._calls += 1
-        jobs = iter([(k, sample) for k in range(len(ids)) for sample in range(sampling.n)])
+        jobs = deque((k, sample) for k in range(len(ids)) for sample in range(sampling.n))
+        refused: set[int] = set()
         running: dict[str, tuple[int, int]] = {}
         found: dict[int, dict[int, Completion]] = {}
         engine = self.llm.llm_engine
         try:
-            while True:
-                for k, sample in islice(jobs, IN_FLIGHT - len(running)):
+            while jobs or running:
+                while jobs and len(running) < IN_FLIGHT:
+                    k, sample = jobs.popleft()
                     request = f"{self._calls}-{k}-{sample}"
-                    self._add(request, ids[k], k, sample_seed(sampling.seed, keys[k], sample), sampling)
-                    running[request] = (k, sample)
-                if not running:
-                    return
-                for output in engine.step():
+                    if k in refused:
+                        continue
+                    if self._add(request, ids[k], keys[k], sample_seed(sampling.seed, keys[k], sample), sampling):
+                        running[request] = (k, sample)
+                    else:
+                        refused.add(k)
+                        yield k, []
+                for output in engine.step() if running else ():
                     if not output.finished:
                         continue
                     k, sample = running.pop(output.request_id)
@@ -119,10 +125,12 @@ class VllmEngine(Engine):
             raise ModelError(
                 f"{base}: vLLM cannot load it ({_first_line(error)})",
                 code="model-load",
-                hint="change the options given to vLLM, or use --engine transformers",
+                hint="change the options given to vLLM, such as --option gpu_memory_utilization=0.5, or use --engine "
+                "transformers",
             ) from None
 
-    def _add(self, request: str, ids: list[int], index: int, seed: int, sampling: Sampling) -> None:
+    def _add(self, request: str, ids: list[int], key: str, seed: int, sampling: Sampling) -> bool:
+        """Hand a prompt to vLLM; False if vLLM refuses it, which is logged with its key."""
         parameters = self.vllm.SamplingParams(
             max_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
@@ -137,11 +145,10 @@ class VllmEngine(Engine):
         try:
             self.llm.llm_engine.add_request(request, prompt, parameters, lora_request=self.adapter)
         except self.refusals as error:
-            raise DataError(
-                f"prompt {index + 1}: vLLM refuses it ({_first_line(error)})",
-                code="prompt-refused",
-                hint="shorten it, or raise max_model_len",
-            ) from None
+            log.warning("prompt %s is left out: vLLM refuses it (%s); shorten it, or raise max_model_len",
+                        key, _first_line(error))  # fmt: skip
+            return False
+        return True
 
     def _completion(self, prompt: list[int], output: Any) -> Completion:
         tokens = list(output.token_ids)

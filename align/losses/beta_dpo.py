@@ -91,6 +91,8 @@ class BetaDpo:
     ) -> None:
         self.parameters = parameters
         self.state = BetaDpoState()
+        self.factor = torch.ones(())
+        """Factor of the loss of each pair in the last batch, [B]: N / kept, or 0 where it is left out."""
         self._gather = gather
         self._rank = rank
         self._seed = seed
@@ -116,7 +118,9 @@ class BetaDpo:
         kept = torch.zeros_like(all_real)
         kept[all_real] = keep.to(gaps.device)
         local = kept.view(-1, len(mask))[self._rank]
-        return beta_dpo(logps, beta=beta, keep=local, scale=keep.numel() / int(keep.sum())), beta
+        scale = keep.numel() / int(keep.sum())
+        self.factor = local * scale
+        return beta_dpo(logps, beta=beta, keep=local, scale=scale), beta
 
     def state_dict(self) -> dict[str, float]:
         """Return the state as plain numbers, for a checkpoint."""

@@ -21,6 +21,8 @@ TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, LookupError, Attribut
 DATE_FUNCTION = "strftime_now"
 """Function of transformers by which a template writes the date."""
 TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*")
+END_MARK = "\ue000end of a cut-off message\ue000"
+"""Characters of no language, by which the end of a message is found in the text of a template."""
 ASKED, ANSWERED, AGAIN = "first question", "an answer", "second question"
 
 
@@ -44,6 +46,7 @@ def templated(
     row: str = "",
     settings: Mapping[str, Any] | None = None,
     tokenize: bool = True,
+    cut_off: bool = False,
 ) -> Any:
     """Token ids (or text) of messages, by the tokenizer's chat template.
 
@@ -54,20 +57,26 @@ def templated(
         row: name of the row with the messages, for errors: ``pair p1``.
         settings: further arguments of the template, see ``template_settings``.
         tokenize: return ids, not text.
+        cut_off: leave out what the template writes after the content of the last message.
 
     Raises:
         ModelError: there is no chat template, it is not valid, or it begins a further message after an answer.
-        DataError: the template refuses the messages.
+        DataError: the template refuses the messages, or does not write the end of one that is cut off.
     """
     source = _source(tokenizer, settings or {})
     if not generation_prompt:
         _refuse_appended(tokenizer, source)
 
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]  # Arrow fills gaps
+    if cut_off:
+        turns[-1]["content"] = f"{turns[-1].get('content', '')}{END_MARK}"
+    whole = tokenize and not cut_off
     try:
         found = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=generation_prompt, tokenize=tokenize, return_dict=tokenize, **(settings or {})
+            turns, add_generation_prompt=generation_prompt, tokenize=whole, return_dict=whole, **(settings or {})
         )
+        if cut_off and END_MARK not in found:
+            raise ValueError("it does not write the end of the last message, which was cut off")
     except TemplateSyntaxError as error:
         raise _not_valid(tokenizer, f"line {error.lineno}: {error.message}") from None
     except TEMPLATE_FAILURES as error:
@@ -77,7 +86,10 @@ def templated(
             code="chat-template",
             hint="change the messages or leave the row out, or take a model whose template takes them",
         ) from None
-    return list(found["input_ids"]) if tokenize else found
+    if not cut_off:
+        return list(found["input_ids"]) if tokenize else found
+    text = found[: found.rindex(END_MARK)]
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if tokenize else text
 
 
 def rendered_today(

@@ -49,7 +49,7 @@ def completion_logps(
             width = ids.shape[1]
             spans = [(row * width + len(prompt_ids[k]), len(completion_ids[k])) for row, k in enumerate(batch)]
             ends = torch.cat([torch.arange(first, first + length) for first, length in spans]).to(device)
-            scored = Scored(ends - 1, ids.flatten()[ends], width, temperature)
+            scored = Scored(ends - 1, ids.flatten()[ends], width, temperature, metrics=False)
             logps = model(input_ids=ids, attention_mask=mask, use_cache=False, scored=scored).logps.double().cpu()
             sums[batch] = [part.sum().item() for part in logps.split([length for _, length in spans])]
     return sums

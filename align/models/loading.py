@@ -18,15 +18,23 @@ from align.models.folders import (
 from align.models.layout import has_adapter
 
 
-def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """Tokenizer of a model folder or hub id, with a padding token.
+
+    Args:
+        model: folder or hub id.
+        trust_remote_code: whether code that comes with the model may run.
+        revision: branch, tag or commit of a hub id; None: the newest.
 
     Raises:
         ModelError: there is no tokenizer, it does not fit the model, or it has no token for padding.
     """
     check_model_folder(model)
     with loading(model, "no tokenizer can be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        at = {} if revision is None else {"revision": revision}
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, **at)
     rows = vocabulary_rows(model)
     if rows is not None:
         check_vocabulary(model, len(tokenizer), rows)

@@ -55,6 +55,8 @@ class Scored:
     """Tokens per row of the input; virtual tokens that an adapter puts before them are skipped."""
     temperature: float = 1.0
     """Divisor of the logits."""
+    metrics: bool = True
+    """Whether entropy, mean logit and top-1 are computed; without, they may be NaN."""
 
 
 @dataclass
@@ -120,11 +122,11 @@ def _forward(self: PreTrainedModel, *args: Any, scored: Scored | None = None, **
     hidden = self.base_model(*args, **kwargs).last_hidden_state[:, -scored.width :]
     picked = hidden.flatten(0, 1).index_select(0, scored.places)
     form = replace(LogitForm.of(self.config), temperature=scored.temperature)
-    scores = score_tokens(picked, self.get_output_embeddings(), scored.targets, form)
+    scores = score_tokens(picked, self.get_output_embeddings(), scored.targets, form, metrics=scored.metrics)
     return ScoredOutput(*scores)
 
 
-def pair_logps(model: torch.nn.Module, batch: dict[str, Any], layout: Layout) -> SequenceLogps:
+def pair_logps(model: torch.nn.Module, batch: dict[str, Any], layout: Layout, *, metrics: bool = True) -> SequenceLogps:
     """Log-probabilities of a batch of pairs.
 
     Args:
@@ -133,22 +135,23 @@ def pair_logps(model: torch.nn.Module, batch: dict[str, Any], layout: Layout) ->
         batch: right-padded, from ``PairCollator``.
         layout: ``concatenated`` runs the 2B sequences as they are; ``shared_prefix`` packs the pairs into one row that
             holds the common prefix of each pair once. Both give the same numbers up to rounding.
+        metrics: whether entropy, mean logit and top-1 of the tokens are computed; without, they may be NaN.
     """
-    return (_shared_prefix if layout == "shared_prefix" else _concatenated)(model, batch)
+    return (_shared_prefix if layout == "shared_prefix" else _concatenated)(model, batch, metrics)
 
 
-def _concatenated(model: torch.nn.Module, batch: dict[str, Any]) -> SequenceLogps:
+def _concatenated(model: torch.nn.Module, batch: dict[str, Any], metrics: bool) -> SequenceLogps:
     mask = batch["completion_mask"].bool()
     inputs = {key: value for key, value in batch.items() if key not in NOT_MODEL_INPUTS}
     width = mask.shape[1]
     ends = mask[:, 1:].flatten().nonzero().squeeze(1)
     rows, columns = ends // (width - 1), ends % (width - 1)
-    scored = Scored(rows * width + columns, batch["input_ids"][:, 1:].flatten()[ends], width)
+    scored = Scored(rows * width + columns, batch["input_ids"][:, 1:].flatten()[ends], width, metrics=metrics)
     output = model(**inputs, use_cache=False, scored=scored)
     return _collect(output, ends, mask)
 
 
-def _shared_prefix(model: torch.nn.Module, batch: dict[str, Any]) -> SequenceLogps:
+def _shared_prefix(model: torch.nn.Module, batch: dict[str, Any], metrics: bool) -> SequenceLogps:
     mask = batch["completion_mask"].bool()
     packed = pack(batch)
     owned = torch.zeros_like(mask).flatten()
@@ -162,7 +165,7 @@ def _shared_prefix(model: torch.nn.Module, batch: dict[str, Any]) -> SequenceLog
         attention_mask=attention.no_mask(mask.device),
         packed_pairs=packed,
         use_cache=False,
-        scored=Scored(places, targets, packed.input_ids.shape[1]),
+        scored=Scored(places, targets, packed.input_ids.shape[1], metrics=metrics),
     )
     return _collect(output, ends, mask, shared=mask & ~owned.view_as(mask))
 

@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from align.config.columns import RESPONSES
+from align.data.messages import split_arguments
 from align.errors import DataError, listed
 from align.models.chat_template import template_settings
 from align.models.folders import reads_sentence_pairs
@@ -76,8 +77,9 @@ def check_prompts_of(
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
 
         def read(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase = tokenizer) -> None:
-            turns = [*row["prompt"], *(ANSWER if answered else [])]
-            apply_template(turns, tokenizer, generation_prompt=not answered)
+            messages, arguments = split_arguments(row["prompt"])
+            turns, settings = [*messages, *(ANSWER if answered else [])], template_settings(arguments)
+            apply_template(turns, tokenizer, generation_prompt=not answered, settings=settings)
 
         check_rows(rows, read, model)
 

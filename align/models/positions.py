@@ -1,5 +1,8 @@
 """The longest sequence that a model has positions for."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,6 +23,28 @@ def learned_positions(model: PreTrainedModel) -> int | None:
         if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in LEARNED:
             return int(module.num_embeddings - getattr(module, "offset", 0))
     return None
+
+
+def context_window(model: PreTrainedModel) -> int | None:
+    """Tokens that a sequence may have, prompt and completion together; None if the model sets no limit that is sure.
+
+    It is the number of learned positions, or ``max_position_embeddings`` unless rotary positions are scaled, where
+    configurations disagree on whether it is the length before or after scaling.
+
+    Args:
+        model: not wrapped by an adapter.
+    """
+    config = model.config.get_text_config()
+    learned = learned_positions(model)
+    made_for = None if _scales_positions(config) else getattr(config, "max_position_embeddings", None)
+    return learned if learned is not None or not isinstance(made_for, int) or made_for < 1 else made_for
+
+
+def _scales_positions(config: Any) -> bool:
+    """Whether rotary positions are scaled, in all layers or in those of one type."""
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parts = [part for part in (found, *found.values()) if isinstance(part, Mapping)]
+    return any((part.get("rope_type") or part.get("type") or "default") != "default" for part in parts)
 
 
 def check_positions(model: PreTrainedModel, longest: int, what: str, hint: str) -> None:

@@ -15,7 +15,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from align.config.columns import ID_COLUMNS, RESPONSES
+from align.config.columns import CUT_OFF, FINISH_COLUMNS, FINISH_REASONS, ID_COLUMNS, RESPONSES
+from align.data.messages import split_arguments
 from align.errors import DataError, ModelError
 from align.io.console import log
 from align.models.chat_template import template_settings, templated
@@ -88,11 +89,15 @@ def render(
 ) -> str:
     """Text that a reward model reads: prompt + completion; messages are ``Rendered`` by the chat template.
 
+    Arguments of the template may come with the prompt, see ``with_arguments``.
+
     Raises:
         ModelError, DataError: see ``templated``.
     """
+    prompt, arguments = split_arguments(prompt)
     if isinstance(prompt, str):
         return prompt + completion
+    settings = template_settings(arguments) | dict(settings or {})
     return apply_template([*prompt, *completion], tokenizer, row=row, settings=settings)
 
 
@@ -137,11 +142,15 @@ def encode_prompt(
     """Token ids of a prompt to complete: text with the special tokens that the tokenizer adds before it, messages with
     the generation prompt.
 
+    Arguments of the template may come with the prompt, see ``with_arguments``.
+
     Raises:
         ModelError, DataError: see ``templated``.
     """
+    prompt, arguments = split_arguments(prompt)
     if isinstance(prompt, str):
         return _encode_texts([prompt], tokenizer)[0]
+    settings = template_settings(arguments) | dict(settings or {})
     return list(templated(prompt, tokenizer, generation_prompt=True, row=row, settings=settings))
 
 
@@ -149,7 +158,8 @@ def encode_pair(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     """Token ids of a pair as trl.DPOTrainer makes them: a plain response ends in the end-of-sequence token.
 
     Other than there, a tokenizer adds nothing after a text, so a response ends once, and nothing before a text that
-    begins with it already.
+    begins with it already. A response that the limit of tokens cut off (``FINISH_COLUMNS``) has no end: neither the
+    end-of-sequence token nor what the chat template writes after a message, which the model has not written.
 
     The prompt ends where the tokens of prompt and response differ from those of the prompt alone. Its last tokens are
     ``unused`` if the tokenizer merges them with a response, or if the template ends a prompt without one differently.
@@ -160,20 +170,41 @@ def encode_pair(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
 
     Raises:
         ModelError: a plain response cannot be ended; see also ``templated``.
-        DataError: see ``templated``.
+        DataError: see ``templated`` and ``is_cut_off``.
     """
     row, settings = pair_name(pair), template_settings(pair)
     prompt = encode_prompt(pair["prompt"], tokenizer, row=row, settings=settings)
     both = []
     for side in RESPONSES:
         whole = pair["prompt"] + pair[side]
+        cut_off = is_cut_off(pair, side)
         if isinstance(whole, str):
             eos = _eos_token(tokenizer)
-            both.append(_encode_texts([whole if pair[side].endswith(eos) else whole + eos], tokenizer)[0])
+            ended = cut_off or pair[side].endswith(eos)
+            both.append(_encode_texts([whole if ended else whole + eos], tokenizer)[0])
         else:
-            both.append(templated(whole, tokenizer, generation_prompt=False, row=row, settings=settings))
+            both.append(
+                templated(whole, tokenizer, generation_prompt=False, row=row, settings=settings, cut_off=cut_off)
+            )
     start = min(_shared_length(prompt, ids) for ids in both)
     return PairIds(prompt[:start], both[0][start:], both[1][start:], prompt[start:])
+
+
+def is_cut_off(pair: Mapping[str, Any], side: str) -> bool:
+    """Whether the limit of tokens ended a response of a pair; ``side`` is chosen or rejected.
+
+    Raises:
+        DataError: the pair says something else of its end than ``FINISH_REASONS``.
+    """
+    column = FINISH_COLUMNS[side]
+    reason = pair.get(column)
+    if reason is not None and reason not in FINISH_REASONS:
+        raise DataError(
+            f"{pair_name(pair) or 'a pair'}: {column}: found {reason!r}, expected {' or '.join(FINISH_REASONS)}",
+            code="pair-value",
+            hint="a response that a limit of tokens cut off is length, any other stop or nothing",
+        )
+    return bool(reason == CUT_OFF)
 
 
 def pair_name(pair: Mapping[str, Any]) -> str:
@@ -224,6 +255,7 @@ def encode_table(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, *, processe
         ModelError, DataError: see ``encode_pair``.
     """
     warned = False
+    _log_cut_off(pairs)
 
     def encode(pair: Mapping[str, Any]) -> dict[str, list[int]]:
         nonlocal warned
@@ -235,6 +267,15 @@ def encode_table(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, *, processe
         return dict(zip(ID_COLUMNS, ids, strict=True))
 
     return pairs.map(encode, desc="tokenizing pairs", num_proc=processes)
+
+
+def _log_cut_off(pairs: Dataset) -> None:
+    """Log how many responses were cut off, if any."""
+    found = [name for name in FINISH_COLUMNS.values() if name in pairs.column_names]
+    count = sum(value == CUT_OFF for name in found for value in pairs[name])
+    if count:
+        log.info("%d of %d responses were cut off by a limit of tokens: they have no end-of-sequence token",
+                 count, 2 * len(pairs))  # fmt: skip
 
 
 def collate(

@@ -12,8 +12,8 @@ from align.models.loading import load_tokenizer
 from align.run.row_checks import check_prompt_rows, check_table_rows
 from align.training.adapters import check_adapter
 from align.training.base.arguments import build_lora, build_trainer_args
+from align.training.loss_choice import bind
 from align.training.settings import check_settings, policy_args
-from align.training.train import bind
 from reward_models.loading import check_class
 from reward_models.registry import resolve_objective
 
@@ -44,7 +44,10 @@ def check_config(config: RunConfig, *, tables: bool = False) -> None:
             pairs_per_step=config.reward.pairs_per_step,
         )  # fmt: skip
     prompts = [
-        prompt for part in (config.sample, config.evaluate) if part is not None for prompt in load_prompts(part.prompts)
+        prompt
+        for part in (config.sample, config.evaluate)
+        if part is not None
+        for prompt in load_prompts(part.prompts, part.chat_template_kwargs)
     ]
     check_models(config, conversational=not all(isinstance(prompt, str) for prompt in prompts))
     check_prompt_rows(config, prompts)
@@ -61,8 +64,8 @@ def check_train(train: TrainSection, forced: dict[str, Any]) -> None:
     build_lora(train.peft, path="train.peft", task_type="CAUSAL_LM")
     check_adapter(train)
     for method, options in train.methods.items():
-        loss, masked = bind(method, options), options.token_mask is not None
-        check_settings(train, loss, policy_args(train, forced, masked=masked), masked=masked)
+        loss = bind(method, options)
+        check_settings(train, loss, policy_args(train, method, loss, forced))
 
 
 def check_models(config: RunConfig, *, conversational: bool) -> None:

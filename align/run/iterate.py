@@ -73,7 +73,7 @@ def iterate(config: IterateConfig) -> Path:
     Raises:
         AlignError: an error that the user can fix; finished stages stay as they are.
     """
-    prompts = read_prompts(config.prompts)
+    prompts = read_prompts(config.prompts, config.generate.chat_template_kwargs)
     if len(prompts) < config.rounds:
         raise DataError(
             f"{config.prompts.path}: found {len(prompts)} prompts, expected one for each of {config.rounds} rounds",
@@ -128,10 +128,12 @@ def _train(config: TrainSection, method: str, pairs: Path, folder: Path, seed: i
     from align.data.pairs import read_pairs
     from align.models.layout import has_adapter
     from align.models.loading import load_merged_policy, load_tokenizer
+    from align.models.template_arguments import write_record
     from align.training.train import HISTORY, MODEL, train_policy
 
+    table = read_pairs(pairs)
     if not (folder / HISTORY).exists():
-        train_policy(read_pairs(pairs), config, method, folder, seed=seed)
+        train_policy(table, config, method, folder, seed=seed)
     if config.peft is None or process_rank() > 0:
         return
     with atomic_folder(folder / MERGED) as temporary:
@@ -144,6 +146,7 @@ def _train(config: TrainSection, method: str, pairs: Path, folder: Path, seed: i
             )
         policy.save_pretrained(temporary)
         load_tokenizer(config.model).save_pretrained(temporary)
+        write_record(table, temporary)
         if (folder / MERGED).exists():  # left by a process that was killed before the end of the stage
             shutil.rmtree(folder / MERGED)
 

@@ -212,7 +212,11 @@ class _Runner:
         if any(is_conversational(read_pairs(table)) for table in tables if table.exists()):
             return True
         sections = [section for section in (self.config.sample, self.config.evaluate) if section is not None]
-        return any(not isinstance(prompt, str) for section in sections for prompt in load_prompts(section.prompts))
+        return any(
+            not isinstance(prompt, str)
+            for section in sections
+            for prompt in load_prompts(section.prompts, section.chat_template_kwargs)
+        )
 
     def _is_trusted(self, name: str) -> bool:
         """Whether ``name`` trains a method with the loss ``trust``, and the run measures the trust."""

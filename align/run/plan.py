@@ -2,9 +2,9 @@
 
 from align.config import RunConfig
 
-REVISIONS = dict.fromkeys(
-    ("reward", "crossfit", "sample", "margins", "filter", "trust", "train", "generate", "evaluate"), 3
-) | {"pairs": 4}
+REVISIONS = dict.fromkeys(("reward", "crossfit", "margins", "filter", "trust", "evaluate"), 3) | dict.fromkeys(
+    ("pairs", "sample", "train", "generate"), 4
+)
 """Revision of each kind of stage, part of its key: raise it when the same inputs give another result. The key of a kind
 that is not listed has none."""
 REFERENCE = "reference"

@@ -1,7 +1,9 @@
 """Which adapters a policy can be trained with, and from; what cannot be right is refused when the run is checked."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,20 @@ Problem = tuple[str, str]
 """(what is wrong, what to do)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What a training does with its adapter."""
+
+    live: bool
+    """The reference runs in each step."""
+    synced: bool
+    """The reference follows the policy (``sync_ref_model``)."""
+    checkpointing: bool
+    """Activations are computed again in the backward pass."""
+    measured: bool
+    """Gradients of single pairs are measured."""
+
+
 def check_adapter(train: TrainSection) -> None:
     """Refuse an adapter that would be sampled, evaluated or measured as another model than the trained one.
 
@@ -51,22 +67,53 @@ def check_adapter(train: TrainSection) -> None:
         path = f"train.model: {Path(train.model) / ADAPTER}: "
         _raise_first(_both_problems(train))
         _raise_first(_base_problems(config, path))
-        _raise_first(_continued_problems(config, path, str(adapter_base(train.model))))
-        _raise_first(_use_problems(config, path, train))
+        _raise_first(_continued_problems(config, path, lambda: _is_tied(str(adapter_base(train.model)))))
+        _raise_first(_use_problems(config, path, _use_of(train)))
     elif train.peft is not None:
         _raise_first(_base_problems(train.peft, "train.peft."))
         _raise_first(_fresh_problems(train.peft))
-        _raise_first(_use_problems(train.peft, "train.peft.", train))
+        _raise_first(_use_problems(train.peft, "train.peft.", _use_of(train)))
 
 
-def check_started(configs: Sequence[Any]) -> None:
-    """Refuse adapters of a model that is there already, by their peft configurations.
+def _use_of(train: TrainSection) -> Use:
+    trainer, methods = train.trainer, train.methods.values()
+    return Use(
+        live=trainer.get("precompute_ref_log_probs") is False or any(method.token_mask for method in methods),
+        synced=bool(trainer.get("sync_ref_model")),
+        checkpointing=trainer.get("gradient_checkpointing") is not False,
+        measured=train.entanglement is not None or any(method.remedy for method in methods),
+    )
+
+
+def check_given_adapter(config: Any) -> None:
+    """Refuse a new adapter, by its peft configuration, that would not start as this says; ``check_started`` follows.
 
     Raises:
-        ConfigError: the model without its adapter is not the one that training starts from.
+        ConfigError: the first thing found wrong.
     """
-    for config in configs:
+    if config is not None:
         _raise_first(_base_problems(config.to_dict(), "train.peft."))
+        _raise_first(_fresh_problems(config.to_dict()))
+
+
+def check_started(model: Any, use: Use) -> None:
+    """Refuse the adapters of a model that is about to be trained, by their peft configurations.
+
+    Args:
+        model: the policy with its adapter; further adapters are copies of it.
+        use: what is done with it.
+
+    Raises:
+        ConfigError: the model without its adapter is not the one that training starts from, the adapter has no exact
+            copy that is the reference, or peft does not do right what the training does with it.
+    """
+    for name, one in model.peft_config.items():
+        config = {key: getattr(value, "value", value) for key, value in one.to_dict().items()}
+        _raise_first(_base_problems(config, "train.peft."))
+        if name != next(iter(model.peft_config)):
+            tied = model.get_base_model().config.get_text_config().tie_word_embeddings
+            _raise_first(_continued_problems(config, "train.model: its adapter: ", partial(bool, tied)))
+        _raise_first(_use_problems(config, "train.peft.", use))
 
 
 def check_merges(train: TrainSection) -> None:
@@ -109,33 +156,31 @@ def _fresh_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
             "starts plain LoRA",
             PLAIN,
         )
-    if fields.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
+    if fields.get("task_type") not in (None, "CAUSAL_LM"):
         yield (f"train.peft.task_type: found {fields['task_type']!r}, expected CAUSAL_LM", "leave it out")
 
 
-def _use_problems(config: Mapping[str, Any], path: str, train: TrainSection) -> Iterator[Problem]:
+def _use_problems(config: Mapping[str, Any], path: str, use: Use) -> Iterator[Problem]:
     """What this training would do with an adapter that peft does not do right."""
-    trainer, methods = train.trainer, train.methods.values()
-    live = trainer.get("precompute_ref_log_probs") is False or any(method.token_mask for method in methods)
-    if config.get("bias", "none") != "none" and live:
+    if config.get("bias", "none") != "none" and use.live:
         yield (
             f"{path}bias: found {config['bias']!r}, expected none: trained biases stay when the adapter is off, which "
             "is the reference in each step (token_mask, or precompute_ref_log_probs: false)",
             "set bias: none, or precompute the reference log-probs",
         )
-    if trainer.get("sync_ref_model"):
+    if use.synced:
         yield (
             "train.trainer.sync_ref_model: found true, expected false: an adapter has no reference model of its own",
             "leave it out, or train all parameters",
         )
     if config.get("alora_invocation_tokens"):
         found = f"{path}alora_invocation_tokens: an activated LoRA"
-        if trainer.get("gradient_checkpointing") is not False:
+        if use.checkpointing:
             yield (
                 f"{found} cannot be trained with gradient checkpointing",
                 "set train.trainer.gradient_checkpointing: false",
             )
-        if train.entanglement or any(method.remedy for method in methods):
+        if use.measured:
             yield (f"{found} is not measured", "leave out train.entanglement and the remedies")
 
 
@@ -147,7 +192,7 @@ def _both_problems(train: TrainSection) -> Iterator[Problem]:
         )
 
 
-def _continued_problems(config: Mapping[str, Any], path: str, base: str) -> Iterator[Problem]:
+def _continued_problems(config: Mapping[str, Any], path: str, tied: Callable[[], bool]) -> Iterator[Problem]:
     """Adapters of which peft cannot hold the frozen copy that is the reference."""
     kind, bias = config.get("peft_type"), config.get("bias", "none")
     if kind not in CONTINUED:
@@ -162,7 +207,7 @@ def _continued_problems(config: Mapping[str, Any], path: str, base: str) -> Iter
     ties = config.get("ensure_weight_tying") and (
         isinstance(targets, str) or any(name.split(".")[-1] in TIED for name in targets)
     )
-    if (kind == "TRAINABLE_TOKENS" or ties) and _is_tied(base):
+    if (kind == "TRAINABLE_TOKENS" or ties) and tied():
         field = "ensure_weight_tying" if ties else "peft_type"
         yield (
             f"{path}{field}: found {config[field]!r} and a base with tied embeddings: peft holds one such adapter, not "

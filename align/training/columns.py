@@ -232,8 +232,10 @@ def require_margin(pairs: Dataset, loss: BoundLoss) -> None:
         )
     missing = missing_values(pairs, "margin")
     if len(missing):
+        first = int(missing[0])
+        name = repr(pairs["id"][first]) if "id" in pairs.column_names else f"in row {first}"
         raise DataError(
-            f"margin: {len(missing)} of {len(pairs)} pairs have none, the first {pairs['id'][int(missing[0])]!r}; "
+            f"margin: {len(missing)} of {len(pairs)} pairs have none, the first {name}; "
             f"expected one for each, for the loss {loss.spec.name}",
             code="loss-needs-margin",
             hint="run `align reward score` first, or leave these pairs out",
@@ -254,6 +256,11 @@ def without_missing_margins(pairs: Dataset) -> Dataset:
     return pairs.remove_columns("margin")
 
 
+def trained_loss(loss: BoundLoss) -> BoundLoss:
+    """The loss that remains to be trained once ``add_weight`` has put a weight of the margin into the table."""
+    return resolve("dpo", {"beta": loss.beta}) if loss.spec.name == "madpo" else loss
+
+
 def add_weight(pairs: Dataset, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
     """Turn MADPO into a table column, ``weight`` times w(margin), and plain DPO.
 
@@ -271,4 +278,4 @@ def add_weight(pairs: Dataset, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
     if "weight" in pairs.column_names:
         weight = weight * torch.tensor(pairs["weight"], dtype=torch.float64)
         pairs = pairs.remove_columns("weight")
-    return pairs.add_column("weight", weight.tolist()), resolve("dpo", {"beta": loss.beta})
+    return pairs.add_column("weight", weight.tolist()), trained_loss(loss)

@@ -15,11 +15,11 @@ from align.models.layout import trim
 from align.training.base.finite_guard import FiniteSteps, all_finite, gradient_norm
 
 
-def number_rows(table: Dataset) -> tuple[Dataset, list[str]]:
-    """Return the training table with its row numbers in the column ``row``, and the id of the pair in each row."""
-    count = len(table)
-    ids = [str(name) for name in table["id"]] if "id" in table.column_names else [f"in row {k}" for k in range(count)]
-    return table.add_column(ROW, list(range(count))), ids
+def number_rows(table: Dataset, first: int = 0) -> tuple[Dataset, list[str]]:
+    """Return the table with its row numbers, from ``first``, in the column ``row``, and the id of the pair in each."""
+    numbers = list(range(first, first + len(table)))
+    ids = [str(name) for name in table["id"]] if "id" in table.column_names else [f"in row {k}" for k in numbers]
+    return table.add_column(ROW, numbers), ids
 
 
 class FiniteGuard(FiniteSteps):

@@ -1,15 +1,56 @@
 """Metrics of a step's pairs: trl's, by trl's names, and those of weight and margin."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from align.losses.margin_weights import effective_sample_size, margin_regions
+from align.losses.margin_weights import madpo_weight, margin_regions, trusted_label
 from align.losses.pairwise import PairLogps
+from align.losses.registry import BoundLoss
 from align.models.logps import SequenceLogps
 
 Gather = Callable[[Tensor], Tensor]
+
+
+class WeightTotals:
+    """Weights of the pairs since the last log, which may be many steps of few pairs: sums, smallest and largest."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64)
+        """Number of pairs, sum of w, sum of w^2."""
+        self._low, self._high = math.inf, -math.inf
+
+    def add(self, weight: Tensor) -> None:
+        """Add the weights [B] by which the losses of B pairs were multiplied."""
+        w = weight.detach().double().cpu()
+        self._sums += torch.stack([torch.ones_like(w), w, w.square()]).sum(dim=1)
+        self._low, self._high = min(self._low, float(w.min())), max(self._high, float(w.max()))
+
+    def flush(self) -> dict[str, float]:
+        """Return mean, extremes and effective sample size (Kish, as a share of the pairs); nothing without pairs."""
+        count, total, squares = self._sums.tolist()
+        low, high = self._low, self._high
+        self._sums.zero_()
+        self._low, self._high = math.inf, -math.inf
+        if not count:
+            return {}
+        share = total**2 / (count * squares) if squares else 0.0
+        return {"weight/mean": total / count, "weight/min": low, "weight/max": high, "weight/ess_share": share}
+
+
+def own_weight(loss: BoundLoss, margin: Tensor | None, trust: Tensor | None) -> Tensor | float:
+    """Factor by which a loss itself multiplies each pair [B]; 1 where it has none.
+
+    ``madpo`` multiplies DPO's loss by w(m), ``trust`` the cross-entropy to its label by ``trusted_label``'s weight.
+    """
+    parameters = {name: value for name, value in loss.parameters.items() if name != "beta"}
+    if margin is not None and loss.spec.name == "madpo":
+        return madpo_weight(margin, **parameters)
+    if margin is not None and loss.spec.name == "trust":
+        return trusted_label(margin, **(parameters if trust is None else parameters | {"trust": trust}))[1]
+    return 1.0
 
 
 class PairMetrics:
@@ -78,11 +119,12 @@ class PairMetrics:
             )
         )
 
-    def flush(self, gather: Gather) -> dict[str, float]:
+    def flush(self, gather: Gather, totals: "WeightTotals") -> dict[str, float]:
         """Return means over the pairs and tokens of all processes since the last flush.
 
         Args:
             gather: concatenates a tensor over processes along its first dimension (all_gather); called twice.
+            totals: receives the weights of the pairs.
         """
         pairs = gather(torch.cat(self._pairs).contiguous())
         tokens = gather(torch.stack(self._tokens).sum(dim=0, keepdim=True)).sum(dim=0)
@@ -90,6 +132,7 @@ class PairMetrics:
         chosen, rejected, ref_chosen, ref_rejected, weight, margin = pairs[pairs[:, -1] > 0, :-1].T
         chosen_change, rejected_change = chosen - ref_chosen, rejected - ref_rejected
         gap = chosen_change - rejected_change
+        totals.add(weight)
         entropy, logits_w, logits_l, hits, n_w, n_l = tokens.tolist()
         values: dict[str, Tensor | float] = {
             "rewards/chosen": self.beta * chosen_change.mean(),
@@ -100,10 +143,6 @@ class PairMetrics:
             "logps/rejected": rejected.mean(),
             "logps/chosen_change": chosen_change.mean(),
             "logps/rejected_change": rejected_change.mean(),
-            "weight/mean": weight.mean(),
-            "weight/min": weight.min(),
-            "weight/max": weight.max(),
-            "weight/ess_share": effective_sample_size(weight) / weight.numel(),
             "entropy": entropy / max(n_w + n_l, 1),
             "logits/chosen": logits_w / max(n_w, 1),
             "logits/rejected": logits_l / max(n_l, 1),

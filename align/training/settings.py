@@ -1,97 +1,115 @@
 """Settings of a policy's training: its arguments, and what is refused before the policy loads."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from trl import DPOConfig
 
-from align.config import TrainSection
+from align.config import Section, TrainSection
 from align.distributed import world_size
 from align.errors import ConfigError
 from align.io.console import log
 from align.losses.registry import BoundLoss
 from align.models.folders import is_adapter
 from align.training.base.arguments import build_trainer_args
-
-UNUSED_FIELDS = (
-    "ld_alpha", "use_weighting", "f_divergence_type", "f_alpha_divergence_coef", "loss_weights", "label_smoothing",
-    "discopop_tau", "padding_free",
-)  # fmt: skip
-"""Fields of DPOConfig that only trl's losses read."""
+from align.training.preference_config import PreferenceConfig, own_copy, refuse_unused_fields
 
 
-def policy_args(config: TrainSection, forced: dict[str, Any], *, masked: bool) -> DPOConfig:
-    """Return trl's arguments for the training of a policy.
+def policy_args(
+    config: TrainSection, method: str, loss: BoundLoss, forced: dict[str, Any], *, reference_cache: Path | None = None
+) -> PreferenceConfig:
+    """Return the arguments for the training of a policy under ``config.methods[method]``.
 
     Args:
         config: section ``train``.
+        method: key of ``config.methods``.
+        loss: its loss.
         forced: fields that the program sets itself.
-        masked: the method has a token mask, which runs the reference in every step; without an adapter that needs the
-            reference model in memory.
+        reference_cache: folder that caches reference log-probs.
 
     Raises:
         ConfigError: see ``build_trainer_args``.
     """
+    options = config.methods[method]
+    # a token mask runs the reference in every step; without an adapter that needs the reference model in memory
     defaults = {
-        "precompute_ref_log_probs": not masked or config.peft is not None,
+        "precompute_ref_log_probs": options.token_mask is None or config.peft is not None,
         "save_strategy": "no",
         "logging_steps": 1,
     }
-    return build_trainer_args(
+    args = build_trainer_args(
         DPOConfig,
         defaults | config.trainer,
         path="train.trainer",
         forced=forced,
         pairs_per_step=config.pairs_per_step,
     )
+    cached = reference_cache is not None and args.precompute_ref_log_probs
+    return own_copy(
+        args,
+        loss=loss.spec.name,
+        loss_kwargs=dict(loss.parameters),
+        beta=loss.beta,
+        layout=config.layout,
+        max_tokens_per_device=config.max_tokens_per_device,
+        pairs_per_step=config.pairs_per_step,
+        async_checkpoints=config.async_checkpoints,
+        reference_cache=str(reference_cache) if cached else None,
+        pair_weights=_fields(options.weights),
+        gradient_remedy=_fields(options.remedy),
+        token_mask=_fields(options.token_mask),
+    )
 
 
-def check_settings(config: TrainSection, loss: BoundLoss, args: DPOConfig, *, masked: bool) -> None:
-    """Refuse settings that do not go together or have no effect.
+def _fields(section: Section | None) -> dict[str, Any] | None:
+    return None if section is None else section.model_dump()
+
+
+def check_settings(config: TrainSection, loss: BoundLoss, args: PreferenceConfig) -> None:
+    """Refuse settings of a run that do not go together or have no effect.
 
     Args:
         config: section ``train``.
         loss: loss of the method.
         args: from ``policy_args``.
-        masked: the method has a token mask.
+
+    Raises:
+        ConfigError: the first problem.
+    """
+    _check_adapter(config.peft or {})
+    check_training(args, adapter=config.peft is not None or is_adapter(config.model))
+    if args.learning_rate == 0:
+        raise ConfigError(
+            "train.trainer.learning_rate: found 0, expected more than 0: no weight would move", code="trainer-key"
+        )
+    if config.entanglement is not None:
+        check_probe(loss, processes=world_size(), precomputed=args.precompute_ref_log_probs)
+
+
+def check_training(args: PreferenceConfig, *, adapter: bool) -> None:
+    """Refuse arguments that do not go together or have no effect, whoever made them.
+
+    Args:
+        args: arguments of the training.
+        adapter: an adapter is trained.
 
     Raises:
         ConfigError: the first problem.
     """
     refuse_unused_fields(args)
-    _check_adapter(config.peft or {})
-    if args.precompute_ref_log_probs and masked and config.peft is None and not is_adapter(config.model):
+    if args.precompute_ref_log_probs and args.token_mask is not None and not adapter:
         refuse_precomputed_mask()
-    _check_synced_reference(config, args)
-    _check_launcher(config, args)
-    if args.learning_rate == 0:
-        raise ConfigError(
-            "train.trainer.learning_rate: found 0, expected more than 0: no weight would move", code="trainer-key"
-        )
-    if config.layout == "shared_prefix" and args.neftune_noise_alpha:
+    _check_synced_reference(args, adapter)
+    if args.max_tokens_per_device is not None and (launched("DEEPSPEED") or args.deepspeed):
+        refuse_split_batches()
+    if args.layout == "shared_prefix" and args.neftune_noise_alpha:
         raise ConfigError(
             "train.layout: found shared_prefix together with neftune_noise_alpha, whose noise depends on the length of "
             "a row",
             code="layout",
             hint="set `layout: concatenated`, or `auto` to let the program choose",
         )
-    if config.entanglement is not None:
-        check_probe(loss, processes=world_size(), precomputed=args.precompute_ref_log_probs)
-
-
-def refuse_unused_fields(args: DPOConfig) -> None:
-    """Refuse fields of DPOConfig that only trl's losses read.
-
-    Raises:
-        ConfigError: one of them has another value than its default.
-    """
-    for field in UNUSED_FIELDS:
-        if getattr(args, field) != DPOConfig.__dataclass_fields__[field].default:
-            raise ConfigError(
-                f"train.trainer.{field}: {getattr(args, field)!r} has no meaning for the losses of this program",
-                code="trainer-key",
-                hint="leave it out; name the loss under train.methods",
-            )
 
 
 def refuse_precomputed_mask() -> None:
@@ -130,11 +148,11 @@ def _check_adapter(peft: dict[str, Any]) -> None:
         )
 
 
-def _check_synced_reference(config: TrainSection, args: DPOConfig) -> None:
+def _check_synced_reference(args: PreferenceConfig, adapter: bool) -> None:
     """Refuse ``sync_ref_model`` where there is no reference model that it could move, or none that is saved."""
     if not args.sync_ref_model:
         return
-    if config.peft is not None or is_adapter(config.model):
+    if adapter:
         problem, hint = "an adapter: its reference is the model without it", "train all weights, or leave it out"
     elif args.precompute_ref_log_probs:
         problem, hint = "reference log-probs that are precomputed", "set `precompute_ref_log_probs: false`"
@@ -145,11 +163,6 @@ def _check_synced_reference(config: TrainSection, args: DPOConfig) -> None:
     raise ConfigError(
         f"train.trainer.sync_ref_model: found true together with {problem}", code="trainer-key", hint=hint
     )
-
-
-def _check_launcher(config: TrainSection, args: DPOConfig) -> None:
-    if config.max_tokens_per_device is not None and (launched("DEEPSPEED") or args.deepspeed):
-        refuse_split_batches()
 
 
 def refuse_split_batches() -> None:

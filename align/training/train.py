@@ -1,34 +1,25 @@
 """Train one policy under one loss and save it."""
 
-import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import transformers
 from datasets import Dataset
 from transformers.trainer import TRAINING_ARGS_NAME
-from trl import DPOTrainer
 
-from align.config import LossSection, RemedySection, TiltSection, TokenMaskSection, TrainSection
-from align.data.training_pairs import report_in_sample
+from align.config import LossSection, TrainSection
 from align.distributed import process_rank
 from align.entanglement.callback import EntanglementCallback
-from align.errors import ConfigError
 from align.io.console import log
-from align.io.files import read_json, write_json
-from align.losses.margin_weights import MADPO_TAU
-from align.losses.registry import BoundLoss, resolve
-from align.models.folders import ADAPTER
-from align.models.loading import load_policy, load_tokenizer
+from align.io.files import write_json
+from align.models.template_arguments import write_record
 from align.training.adapters import check_adapter
 from align.training.base.arguments import build_lora, refusals
 from align.training.base.checkpoints import OPTIMIZER_SHARDS
 from align.training.base.resume import STEP
-from align.training.columns import check_weights, prepare_pairs
+from align.training.loss_choice import bind
 from align.training.preview import show_pair
+from align.training.python_words import from_yaml
 from align.training.reference import REFERENCE_FILE
 from align.training.settings import check_probe, check_settings, policy_args
 from align.training.trainer import PreferenceTrainer
@@ -42,38 +33,8 @@ RESUME_FILES = (
     REFERENCE_FILE,
 )  # fmt: skip
 """Files of a checkpoint that only a resumed training reads."""
-MODULE_LISTS = ("target_modules", "exclude_modules", "modules_to_save")
-"""Keys of an adapter's config that peft keeps as sets."""
-IGNORED_KWARGS = "The `model_init_kwargs` will be ignored."
-"""trl's warning about a model that is loaded already; ``make_trainer`` has applied them."""
 MASK_SHOWN = 40
 """Tokens with the largest and with the smallest weights of a learned mask that go into the history."""
-
-
-def bind(method: str, config: LossSection) -> BoundLoss:
-    """Return the loss of ``train.methods.<method>`` with its parameters checked.
-
-    Raises:
-        ConfigError: unknown loss or parameter, value out of range, a remedy, mask or weight that does not fit the loss.
-    """
-    try:
-        loss = resolve(config.loss, config.parameters)
-    except ConfigError as error:
-        raise ConfigError(f"train.methods.{method}: {error.message}", code=error.code, hint=error.hint) from None
-    if (config.remedy or config.token_mask) and loss.spec.coupled:
-        raise ConfigError(
-            f"train.methods.{method}: {loss.spec.name} has no loss for a single pair, as a remedy or a mask needs it",
-            code="remedy-loss",
-            hint="use them with another loss",
-        )
-    if config.remedy and config.token_mask:
-        raise ConfigError(
-            f"train.methods.{method}: found `remedy` and `token_mask`, expected at most one of them",
-            code="remedy-loss",
-            hint="train them as two methods",
-        )
-    check_weights(method, config, loss)
-    return loss
 
 
 def train_policy(
@@ -107,44 +68,47 @@ def train_policy(
         if process_rank() == 0:
             _finish_checkpoints(output / CHECKPOINTS, config)
         return
-    if process_rank() == 0:
-        report_in_sample(pairs, f"train {method}")
-    options = config.methods[method]
-    loss = bind(method, options)
-    tau = float(loss.parameters.get("tau", MADPO_TAU))
-    for warning in loss.warnings:
-        log.warning("%s", warning)
-    pairs, loss = prepare_pairs(pairs, options.weights, loss)
-    trainer = make_trainer(
-        pairs, config, loss, output, seed=seed, tau=tau, reference_cache=reference_cache, remedy=options.remedy,
-        token_mask=options.token_mask, tilt=options.weights.tilt if options.weights else None,
-    )  # fmt: skip
-    show_pair(trainer.train_dataset[0], trainer.processing_class)
-    trainer.async_checkpoints = config.async_checkpoints
-    probe = attach_probe(trainer, config, output / ENTANGLEMENT)
-    with trainer.trained(f"train {method}"):
-        _save(trainer, output / MODEL)
-        if trainer.is_world_process_zero():
-            write_json(output / HISTORY, _history(trainer, method, options, probe))
-            _finish_checkpoints(output / CHECKPOINTS, config)
+    with from_yaml():
+        trainer = make_trainer(pairs, config, method, output, seed=seed, reference_cache=reference_cache)
+        show_pair(trainer.train_dataset[0], trainer.processing_class)
+        probe = attach_probe(trainer, config, output / ENTANGLEMENT)
+        with trainer.trained(f"train {method}"):
+            trainer.save_model(str(output / MODEL))
+            if trainer.is_world_process_zero():
+                (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+                write_record(pairs, output / MODEL)
+                write_json(output / HISTORY, _history(trainer, method, config.methods[method], probe))
+                _finish_checkpoints(output / CHECKPOINTS, config)
 
 
-def _save(trainer: PreferenceTrainer, folder: Path) -> None:
-    """Write the trained model or adapter; every process calls this."""
-    if trainer.is_fsdp_enabled:  # checkpoints may be sharded, the model is not
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        _order_adapter(folder / ADAPTER)
+def make_trainer(
+    pairs: Dataset,
+    config: TrainSection,
+    method: str,
+    output: Path,
+    *,
+    seed: int,
+    reference_cache: Path | None = None,
+) -> PreferenceTrainer:
+    """Return the trainer of ``config.methods[method]``; see ``train_policy``.
 
-
-def _order_adapter(file: Path) -> None:
-    """Sort the module names that peft keeps as sets, so that the same run writes the same bytes in every process."""
-    if file.exists():
-        config = read_json(file)
-        ordered = {name: sorted(config[name]) for name in MODULE_LISTS if isinstance(config.get(name), list)}
-        write_json(file, config | ordered)
+    Raises:
+        AlignError: the configuration, the model or the pairs have a problem that the user can fix.
+    """
+    with from_yaml():
+        check_adapter(config)
+        loss = bind(method, config.methods[method])
+        forced = {"output_dir": str(output / CHECKPOINTS), "seed": seed}
+        args = policy_args(config, method, loss, forced, reference_cache=reference_cache)
+        check_settings(config, loss, args)
+        with refusals("train"):
+            return PreferenceTrainer(
+                config.model,
+                args=args,
+                train_dataset=pairs,
+                peft_config=build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM"),
+                loss=loss,
+            )
 
 
 def _history(
@@ -179,8 +143,6 @@ def _finish_checkpoints(checkpoints: Path, config: TrainSection) -> None:
             file.unlink()
     for shards in checkpoints.glob(f"*/{OPTIMIZER_SHARDS}"):
         shutil.rmtree(shards)
-    for file in checkpoints.rglob(ADAPTER):
-        _order_adapter(file)
 
 
 def attach_probe(trainer: PreferenceTrainer, config: TrainSection, file: Path) -> EntanglementCallback | None:
@@ -203,60 +165,3 @@ def attach_probe(trainer: PreferenceTrainer, config: TrainSection, file: Path) -
     )  # fmt: skip
     trainer.add_callback(callback)
     return callback
-
-
-def make_trainer(
-    pairs: Dataset,
-    config: TrainSection,
-    loss: BoundLoss,
-    output: Path,
-    *,
-    seed: int,
-    tau: float,
-    reference_cache: Path | None,
-    remedy: RemedySection | None = None,
-    token_mask: TokenMaskSection | None = None,
-    tilt: TiltSection | None = None,
-) -> PreferenceTrainer:
-    """Return a PreferenceTrainer that is ready to train; see ``train_policy``."""
-    check_adapter(config)
-    transformers.set_seed(seed)
-    masked = token_mask is not None
-    args = policy_args(config, {"output_dir": str(output / CHECKPOINTS), "seed": seed}, masked=masked)
-    check_settings(config, loss, args, masked=masked)
-    with refusals("train"), _without_warning(IGNORED_KWARGS):
-        return PreferenceTrainer(
-            loss=loss,
-            tau=tau,
-            reference_cache=reference_cache,
-            layout=config.layout,
-            max_tokens=config.max_tokens_per_device,
-            remedy=remedy,
-            token_mask=token_mask,
-            tilt=tilt,
-            model=load_policy(
-                config.model,
-                trust_remote_code=args.trust_remote_code,
-                trainable=True,
-                **({"dtype": "float32"} | (args.model_init_kwargs or {})),
-            ),
-            args=args,
-            train_dataset=pairs,
-            processing_class=load_tokenizer(config.model, trust_remote_code=args.trust_remote_code),
-            peft_config=build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM"),
-        )
-
-
-@contextmanager
-def _without_warning(text: str) -> Iterator[None]:
-    """Keep a warning of trl's that does not hold here from the log."""
-    logger = logging.getLogger(DPOTrainer.__module__)
-
-    def other(record: logging.LogRecord) -> bool:
-        return text not in record.getMessage()
-
-    logger.addFilter(other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(other)

@@ -1,146 +1,194 @@
 """PreferenceTrainer: trl's DPOTrainer with the loss of a pair taken from align/losses and weighted per pair."""
 
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
-from trl import DPOTrainer
-from trl.data_utils import extract_prompt
+from transformers import TrainerCallback
+from trl import DPOConfig
 
-from align.config import RemedySection, TiltSection, TokenMaskSection
+from align.config import TokenMaskSection
 from align.config.columns import PAIR_COLUMNS
-from align.errors import DataError
 from align.io.console import log
 from align.io.files import read_json, write_json
+from align.losses.margin_weights import MADPO_TAU
 from align.losses.pair_weights import LossTilt
 from align.losses.pairwise import PairLogps, scale_gradient
 from align.losses.registry import BoundLoss
-from align.models.adapters import copy_adapter
 from align.models.batching import in_so_many, pair_batches
 from align.models.collator import REAL, ROW, PairCollator, only_real
-from align.models.layout import LayoutChoice, base_model, choose_layout, has_adapter, longest_sequence, trim
-from align.models.logps import Layout, SequenceLogps, pair_logps
-from align.models.positions import check_positions
-from align.models.tokenization import encode_table
-from align.training.adapters import check_started, head_adapter_allowed
-from align.training.base.trainer import ReliableTrainer
-from align.training.columns import told_apart
-from align.training.finite_guard import FiniteGuard, number_rows
+from align.models.layout import has_adapter, trim
+from align.models.logps import SequenceLogps, pair_logps
+from align.training.adapters import Use, check_given_adapter, check_started, head_adapter_allowed
+from align.training.columns import trained_loss
+from align.training.finite_guard import FiniteGuard
 from align.training.gradient_remedy import GradientRemedy
-from align.training.metrics import PairMetrics
-from align.training.reference import (
-    TRL_REFERENCE,
-    add_reference_logps,
-    cache_file,
-    load_reference,
-    reference_model,
-    save_reference,
-    starts_from_adapter,
-)
+from align.training.loss_choice import PairLoss, choose_loss
+from align.training.metrics import PairMetrics, WeightTotals, own_weight
+from align.training.preference_config import PreferenceConfig, check_own_fields, own_copy
+from align.training.python_words import FROM_YAML, from_yaml, python_words
+from align.training.reference import load_reference, save_reference, starts_from_adapter
 from align.training.settings import (
+    check_training,
     refuse_expert_balancing,
     refuse_precomputed_mask,
     refuse_split_batches,
-    refuse_unused_fields,
 )
 from align.training.token_mask import TokenMask
+from align.training.trained_tables import TrainedTables
+from align.training.trainer_inputs import (
+    check_kinds,
+    collator_fields,
+    default_output,
+    has_tokenizer,
+    load_named,
+    order_adapter,
+    starts_as_adapter,
+    without_ignored_kwargs,
+)
 
-LAYOUT_SAMPLE = 256
-"""Pairs of the sample on which the layout is chosen."""
-BY_LENGTH = ("group_by_length", "batch_rebalance")
-"""Sampling strategies that read the length of each pair."""
 LOSS_STATE = "loss_state.json"
 
 
-class PreferenceTrainer(ReliableTrainer, DPOTrainer):
-    """trl's DPOTrainer with the loss of each pair replaced by ``loss`` and multiplied by the pair's ``weight``.
+class PreferenceTrainer(TrainedTables):
+    """trl's DPOTrainer with any loss of ``align.LOSSES``, or one of your own, weighted pair by pair.
 
-    The loss of an optimizer step is mean_i weight_i * loss_i over its pairs; weights are not normalized.
-    Data preparation, LoRA, checkpoints, logging and launchers are trl's; ``ReliableTrainer`` lists what is added.
+    The loss of an optimizer step is mean_i weight_i * loss_i over its pairs. The weight of a pair is the column
+    ``weight`` of the table times what the loss and ``pair_weights`` give it, not normalized unless they say so. Data
+    preparation, LoRA, checkpoints, logging and launchers are trl's; ``ReliableTrainer`` lists what is added.
 
     Args:
-        loss: a loss bound to its parameters.
-        tau: edge of the margin regions that are logged, in units of the margin.
-        reference_cache: folder that keeps reference log-probs between runs, or None.
-        layout: how log-probs are computed, see ``choose_layout``.
-        max_tokens: tokens per forward pass; a larger batch is split, with the same gradient. None: never split.
-        remedy: remedy against gradient entanglement, or None.
-        token_mask: a learned mask over the tokens that the loss sees, or None.
-        tilt: weights from the losses of each forward pass over all processes, in addition to ``weight``, or None.
-        kwargs: those of ``trl.DPOTrainer``.
+        model: folder or hub id, a model, or a PEFT model, whose adapter is then trained further.
+        ref_model: the reference; None: the model as it is before training, or without its new adapter.
+        args: a PreferenceConfig, or trl's DPOConfig; it is copied, and ``self.args`` is the copy. None: defaults.
+        data_collator: None, or trl's DataCollatorForPreference with settings of your own.
+        train_dataset: trl's preference format with ``margin`` if the loss needs it and ``weight`` if pairs are
+            weighted: Dataset, list of dicts or pandas.DataFrame; IterableDataset if ``args.max_steps`` is set.
+        eval_dataset: one such table, or a dict of them.
+        processing_class: tokenizer; None: that of the model.
+        compute_metrics: as in trl.
+        callbacks: as in trl.
+        optimizers: as in trl.
+        quantization_config: how a model given by name is quantized.
+        peft_config: adapter to train; None: all weights.
+        loss: name in ``align.LOSSES``, or a function of ``align.PairLogps`` and the margins [B] that returns one loss
+            per pair [B] (of the log-probs alone, if it takes one argument). None: ``args`` say which.
 
     Raises:
-        ConfigError: a field of DPOConfig is set that only trl's own losses know, or the layout is not exact for the
-            model.
+        ConfigError: a field that has no meaning here or a value that it cannot have, two different losses or betas, a
+            loss that needs margins and a table without them, a layout that is not exact for the model.
+        DataError: a table that is not one of pairs, or of which no pair is left.
+        ModelError: the model or its tokenizer cannot be used.
     """
 
     data_collator: Any
     guard: FiniteGuard
     loss_is_scaled_for_ga = True
-    layout: Layout
 
     def __init__(
         self,
+        model: Any,
+        ref_model: Any = None,
+        args: DPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[[Any], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
         *,
-        loss: BoundLoss,
-        tau: float,
-        reference_cache: Path | None = None,
-        layout: LayoutChoice = "auto",
-        max_tokens: int | None = None,
-        remedy: RemedySection | None = None,
-        token_mask: TokenMaskSection | None = None,
-        tilt: TiltSection | None = None,
-        **kwargs: Any,
+        loss: str | PairLoss | BoundLoss | None = None,
     ) -> None:
-        args = kwargs["args"]
-        refuse_unused_fields(args)
-        self.loss = loss
-        self.reference_cache = reference_cache
+        with python_words(), head_adapter_allowed():
+            config = self._configure(model, args, loss, peft_config)
+            train_dataset, eval_dataset = self._tables(train_dataset, eval_dataset, config)
+            collate = collator_fields(data_collator)
+            if processing_class is not None:
+                has_tokenizer(processing_class)
+            self._given_reference = ref_model is not None
+            named = isinstance(model, str)
+            if named:
+                model, processing_class = load_named(model, config, processing_class, quantization_config)
+                quantization_config = None
+            with without_ignored_kwargs() if named else nullcontext():
+                super().__init__(
+                    model=model, ref_model=ref_model, args=config, train_dataset=train_dataset,
+                    eval_dataset=eval_dataset, processing_class=processing_class, compute_metrics=compute_metrics,
+                    callbacks=callbacks, optimizers=optimizers, quantization_config=quantization_config,
+                    peft_config=peft_config,
+                )  # fmt: skip
+            self._finish(collate)
+
+    def _configure(self, model: Any, args: DPOConfig | None, loss: Any, peft_config: Any) -> PreferenceConfig:
+        """Check the arguments, choose the loss, and return the trainer's own copy of the arguments."""
+        check_kinds(model, args)
+        if args is None:
+            args = PreferenceConfig(default_output(model, loss))
+        self._given_loss, self._section = choose_loss(args, loss)
+        for warning in self._given_loss.warnings:
+            log.warning("%s", warning)
+        self.loss = trained_loss(self._given_loss)
+        bound = self._given_loss
+        config = own_copy(args, loss=bound.spec.name, loss_kwargs=dict(bound.parameters), beta=bound.beta)
+        check_own_fields(config)
+        check_given_adapter(peft_config)
+        check_training(config, adapter=peft_config is not None or starts_as_adapter(model))
+        cache = config.reference_cache
+        self.reference_cache = None if cache is None else Path(cache)
+        self.max_tokens = config.max_tokens_per_device
+        self.async_checkpoints = config.async_checkpoints
         self.layout = "concatenated"
-        self.max_tokens = max_tokens
+        self._layout_choice = config.layout  # type: ignore[assignment]
+        self._ids: list[str] = []
         self.latest_inputs: dict[str, Any] = {}
         """The last (micro-)batch of the training."""
-        self._layout_choice: LayoutChoice | None = layout
-        self._given_reference = kwargs.get("ref_model") is not None
-        self._pair_metrics = PairMetrics(beta=loss.beta, tau=tau)
+        self._pair_metrics = PairMetrics(beta=bound.beta, tau=float(bound.parameters.get("tau", MADPO_TAU)))
+        self._words: Callable[[], AbstractContextManager[None]] = from_yaml if FROM_YAML.get() else python_words
+        self._weights = {mode: WeightTotals() for mode in ("train", "eval")}
         self._step_values: dict[str, list[Tensor]] = defaultdict(list)
-        args.beta = loss.beta
-        args.loss_type = ["sigmoid"]
-        kwargs["train_dataset"], self._ids = number_rows(kwargs["train_dataset"])
-        with head_adapter_allowed():
-            super().__init__(**kwargs)
+        return config
+
+    def _finish(self, collate: dict[str, Any]) -> None:
+        """Prepare what needs the model."""
+        args = self.args
         if self.aux_loss_enabled:
             refuse_expert_balancing(args, self.router_aux_loss_coef)
-        if max_tokens is not None and self.is_deepspeed_enabled:
+        if self.max_tokens is not None and self.is_deepspeed_enabled:
             refuse_split_batches()
         if starts_from_adapter(self.model):
             self.model.set_adapter("default")  # train this one; trl's frozen copy of it is the reference
-        self.data_collator = PairCollator(
-            pad_token_id=self.data_collator.pad_token_id,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-        )
+        fields = {name: getattr(args, name) for name in ("max_length", "truncation_mode", "pad_to_multiple_of")}
+        self.data_collator = PairCollator(**{"pad_token_id": self.data_collator.pad_token_id} | fields | collate)
         self._prepare_layout(self.train_dataset)
-        if args.train_sampling_strategy in BY_LENGTH:
-            self.train_dataset = self.train_dataset.add_column(args.length_column_name, _lengths(self.train_dataset))
-        self._add_parts(remedy, token_mask, tilt)
+        self._add_lengths()
+        self._add_parts()
 
-    def _add_parts(
-        self, remedy: RemedySection | None, token_mask: TokenMaskSection | None, tilt: TiltSection | None
-    ) -> None:
+    def _add_parts(self) -> None:
         """Create what a loss may need besides its function."""
         gather, rank = self.accelerator.gather, self.accelerator.process_index
-        stateful = self.loss.spec.stateful
+        stateful, section = self.loss.spec.stateful, self._section
         self.stateful_loss = (
             None if stateful is None else stateful(self.loss.parameters, gather=gather, rank=rank, seed=self.args.seed)
         )
+        remedy, tilt = section.remedy, section.weights.tilt if section.weights else None
         self.remedy = None if remedy is None else GradientRemedy(self.model, self.loss, remedy, self.accelerator)
-        check_started(list(self.model.peft_config.values()) if has_adapter(self.model) else [])
-        self.token_mask = None if token_mask is None else self._make_token_mask(token_mask)
+        if has_adapter(self.model):
+            live = section.token_mask is not None or not self.args.precompute_ref_log_probs
+            check_started(
+                self.model,
+                Use(
+                    live=live and self.ref_model is None, synced=self.args.sync_ref_model,
+                    checkpointing=self.args.gradient_checkpointing, measured=remedy is not None,
+                ),
+            )  # fmt: skip
+        self.token_mask = None if section.token_mask is None else self._make_token_mask(section.token_mask)
         self.tilt = None if tilt is None else LossTilt(tilt, gather, rank)
 
     def make_guard(self, *, scaled: bool) -> FiniteGuard:
@@ -157,90 +205,6 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
             refuse_precomputed_mask()
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         return TokenMask(vocabulary, config, self.accelerator)
-
-    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
-        """Tokenize the table, and drop pairs whose prompt fills ``max_length`` as trl does; log how many.
-
-        Pairs whose responses became the same tokens are left out as well, see ``told_apart``.
-        """
-        if "prompt" not in dataset.column_names:
-            dataset = dataset.map(extract_prompt)
-        prepared = encode_table(dataset, processing_class, processes=args.dataset_num_proc)
-        if args.max_length is not None and args.truncation_mode == "keep_start":
-            prepared = prepared.filter(lambda row: len(row["prompt_ids"]) < args.max_length)
-        missing = len(dataset) - len(prepared)
-        if missing == len(dataset):
-            raise DataError(
-                f"none of {missing} pairs has a token of a response within max_length",
-                code="empty-completion",
-                hint="raise train.trainer.max_length",
-            )
-        if missing:
-            log.warning("%d of %d pairs are left out: their prompts fill max_length", missing, len(dataset))
-        kept = told_apart(prepared, self._ids, args.max_length, args.truncation_mode)
-        return prepared if len(kept) == len(prepared) else prepared.select(kept)
-
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Add reference log-probs as columns, cached on disk; under DeepSpeed trl computes them."""
-        self._prepare_layout(dataset)
-        if self.is_deepspeed_enabled:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
-        return add_reference_logps(
-            dataset,
-            self._reference_of_examples,
-            self.accelerator,
-            batch_tokens=self.max_tokens,
-            batch_pairs=self.args.precompute_ref_batch_size,
-            file=None if self._given_reference and self.is_fsdp_enabled else self._cache_file(dataset),
-            in_step=self.is_fsdp_enabled,
-        )
-
-    def _cache_file(self, dataset: Dataset) -> Path | None:
-        given = self.ref_model if self._given_reference else None
-        reference = None if given is None else self.accelerator.unwrap_model(given)
-        return cache_file(self.reference_cache, self.model, dataset, self.args, reference)
-
-    def _reference_of_examples(self, examples: list[dict[str, Any]]) -> Tensor:
-        """Reference log-probs [B, 2] of collated examples."""
-        batch = self.data_collator(examples)
-        batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
-        return torch.stack(self.compute_ref_log_probs(self._reference, batch), dim=1)
-
-    @property
-    def _reference(self) -> torch.nn.Module:
-        return self.ref_model if self.ref_model is not None else self.model
-
-    def _prepare_layout(self, dataset: Dataset) -> None:
-        """Choose the layout once, before the first forward pass."""
-        choice, self._layout_choice = self._layout_choice, None
-        if choice is None:
-            return
-        if starts_from_adapter(self.model):
-            copy_adapter(self.model, "default", TRL_REFERENCE)  # trl copies only a part of some adapters
-        sample = self.data_collator([dataset[k] for k in range(min(LAYOUT_SAMPLE, len(dataset)))])
-        longest = longest_sequence(dataset, self.args.max_length)
-        check_positions(base_model(self.model), longest, "the longest pair", "lower train.trainer.max_length")
-        if self.args.neftune_noise_alpha and choice == "auto":
-            log.info("layout: concatenated (neftune_noise_alpha scales its noise by the length of a row)")
-            choice = "concatenated"
-        self.layout = choose_layout(self.model, sample, choice, longest=longest, training=True)
-        if self.ref_model is not None:
-            choice = choice if self.layout == "shared_prefix" else "concatenated"
-            self.layout = choose_layout(self.ref_model, sample, choice, longest=longest)
-
-    def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Log-probs [B], [B] of the chosen and rejected responses under the reference, without gradient."""
-        if self.is_deepspeed_enabled:
-            inputs = {name: value for name, value in inputs.items() if name not in (*PAIR_COLUMNS, ROW, REAL)}
-            return super().compute_ref_log_probs(model, inputs)
-        logps = self.run_reference(inputs)
-        return logps.chosen, logps.rejected
-
-    def run_reference(self, inputs: dict[str, Any]) -> SequenceLogps:
-        """Log-probs of a batch under the reference, token by token, without gradient."""
-        checkpointing = self.args.gradient_checkpointing_kwargs
-        with reference_model(self.model, self.ref_model, self.accelerator, checkpointing) as reference:
-            return pair_logps(reference, inputs, self.layout)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
@@ -306,10 +270,21 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
             if num_items_in_batch is not None:
                 pairs = num_items_in_batch / self.accelerator.num_processes
         loss = (weight * per_pair).sum() / pairs
-        self._pair_metrics.add(policy, logps, weight, margin, real)
+        self._pair_metrics.add(policy, logps, weight * self._own_weight(inputs), margin, real)
         if not training:
             self._log_pairs("eval")
-        return (loss, policy.tokens) if return_outputs else loss
+        return (loss, self._outputs(model, inputs)) if return_outputs else loss
+
+    def _own_weight(self, inputs: dict[str, Any]) -> Tensor | float:
+        """Factor by which the loss itself multiplies each pair, [B] or 1 for all."""
+        if self.stateful_loss is not None:
+            return self.stateful_loss.factor
+        return own_weight(self.loss, inputs.get("margin"), inputs.get("trust"))
+
+    def _outputs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
+        """The model's outputs with logits, for ``compute_metrics``; one more forward pass, as in trl."""
+        with torch.no_grad():
+            return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
 
     def _logps(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[SequenceLogps, PairLogps]:
         """Log-probs of a batch under the policy, and with the reference's and the remedy's gradient factors."""
@@ -357,7 +332,7 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
 
     def _log_pairs(self, mode: str) -> None:
         """Hand the metrics of a step over to trl, averaged over all processes."""
-        for name, value in self._pair_metrics.flush(self.accelerator.gather).items():
+        for name, value in self._pair_metrics.flush(self.accelerator.gather, self._weights[mode]).items():
             self._metrics[mode][name].append(value)
         for name, parts in self._step_values.items():
             values = torch.cat(parts)
@@ -365,6 +340,31 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
             self._metrics[mode][name].append(float(total / count))
         self._step_values.clear()
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as trl does: means over steps; the weights are those of all pairs since the last log."""
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode].update({name: [value] for name, value in self._weights[mode].flush().items()})
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, see ``ReliableTrainer.train``; errors name fields of PreferenceConfig."""
+        with self._words():
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as trl does, on a table of any kind that ``eval_dataset`` may be."""
+        with self._words():
+            found: dict[str, float] = super().evaluate(*args, **kwargs)
+            return found
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trained model or adapter, whole and in a fixed order of its fields; every process calls this."""
+        if self.is_fsdp_enabled and not _internal_call:  # checkpoints may be sharded, the model is not
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call)
+        if self.is_world_process_zero():
+            order_adapter(Path(output_dir or self.args.output_dir))
 
     def save_extra_state(self, folder: Path) -> None:
         """Write the state of loss, remedy, token mask and a reference that moves, and the count of tokens."""
@@ -390,9 +390,3 @@ class PreferenceTrainer(ReliableTrainer, DPOTrainer):
             self.remedy.load_state_dict(state["remedy"])
         if self.token_mask is not None:
             self.token_mask.load(folder)
-
-
-def _lengths(dataset: Dataset) -> list[int]:
-    """Tokens of the prompt with the longer response, for each pair."""
-    columns = zip(dataset["prompt_ids"], dataset["chosen_ids"], dataset["rejected_ids"], strict=True)
-    return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in columns]

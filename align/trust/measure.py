@@ -8,13 +8,14 @@ from datasets import Dataset
 
 from align.data.splits import clusters_of, folds_of_clusters
 from align.data.text import count_words
-from align.data.training_pairs import SOURCE, SOURCES, UNKNOWN, source_of
+from align.data.training_pairs import SOURCE, SOURCES, UNKNOWN, report_in_sample, source_of
 from align.errors import DataError
 from align.io.console import log
 from align.io.files import read_json
 from align.stats import FEWEST_UNITS
 from align.trust.analysis import analyze
 from align.trust.linear_proxy import Family
+from align.trust.sentences import sentences
 from align.trust.shared_errors import shared_error_signs
 
 FEWEST = 50
@@ -66,6 +67,41 @@ def measure_trust(
     groups = [str(group) for group in pairs["group"]] if "group" in pairs.column_names else None
     found["signs"] = shared_error_signs(margin, lengths, groups, clusters)
     found["seconds"] = {"features": done - start, "proxy": time.monotonic() - done}
+    return found
+
+
+def assess_trust(
+    pairs: Dataset,
+    model: str,
+    cache: Path,
+    *,
+    where: str,
+    origin: str,
+    allow_in_sample: bool,
+    max_length: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Check the margins, measure, and say in sentences what follows: the content of ``trust.json``.
+
+    Args:
+        pairs: pair table.
+        model: reference, hub id or folder.
+        cache: folder that keeps the features.
+        where: name of the table, for messages.
+        origin: where the margins come from, one of ``SOURCES`` or ``UNKNOWN``.
+        allow_in_sample: accept in-sample margins.
+        max_length: tokens of prompt and response together.
+        seed: seed of the folds and the bootstrap.
+
+    Raises:
+        AlignError: the pairs, their margins or the model cannot be used.
+    """
+    check_known(origin, where)
+    report_in_sample(pairs, "trust")
+    check_margins(pairs, origin, where, allow_in_sample=allow_in_sample)
+    found = measure_trust(pairs, model, cache, origin=origin, max_length=max_length, seed=seed)
+    found |= {"source": where, "model": model, "margins": origin, "seed": seed}
+    found["sentences"] = sentences(found, origin)
     return found
 
 

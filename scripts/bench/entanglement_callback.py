@@ -21,8 +21,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align.config import EntanglementSection, LossSection, TrainSection
 from align.io.files import read_json
-from align.losses.registry import resolve
-from align.training.columns import add_weight
 from align.training.train import ENTANGLEMENT, attach_probe, make_trainer
 
 EVERY, USUAL = 4, 50
@@ -80,8 +78,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     pairs = random_pairs(arguments.pairs * 2, arguments.prompt, arguments.completion)
     with TemporaryDirectory() as folder:
-        table, loss = add_weight(pairs, resolve("dpo", {}))
-        trainer = make_trainer(table, config, loss, Path(folder), seed=0, tau=2.0, reference_cache=None)
+        trainer = make_trainer(pairs, config, "dpo", Path(folder), seed=0)
         clock = Clock()
         trainer.add_callback(clock)
         attach_probe(trainer, config, Path(folder) / ENTANGLEMENT)

@@ -31,6 +31,7 @@ from trl import DPOConfig, DPOTrainer
 from align.losses.registry import resolve
 from align.training.base.arguments import build_lora
 from align.training.columns import add_weight
+from align.training.preference_config import own_copy
 from align.training.trainer import PreferenceTrainer
 
 SHAPES = ((16, 24, 16), (32, 64, 8), (128, 64, 4), (256, 64, 4), (256, 256, 2))
@@ -115,7 +116,7 @@ def build(kind: str, model: str, folder: Path, rows: list[dict[str, Any]], lora:
         precompute_ref_log_probs=True,
     )  # fmt: skip
     text = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c", "margin": 1.0}] * 2)
-    common = {
+    common: dict[str, Any] = {
         "model": AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         "args": arguments,
         "processing_class": AutoTokenizer.from_pretrained(model),
@@ -124,7 +125,8 @@ def build(kind: str, model: str, folder: Path, rows: list[dict[str, Any]], lora:
     if kind == "trl":
         return DPOTrainer(train_dataset=text.remove_columns("margin"), **common)
     table, bound = add_weight(text, resolve(loss, {}))
-    return PreferenceTrainer(loss=bound, tau=2.0, train_dataset=table, layout=kind, **common)  # type: ignore[arg-type]
+    common["args"] = own_copy(arguments, layout=kind)
+    return PreferenceTrainer(loss=bound, train_dataset=table, **common)
 
 
 def batch_of(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:

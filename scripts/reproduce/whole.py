@@ -39,7 +39,7 @@ from align.io.stage import run_stage
 from align.models.loading import load_policy, load_tokenizer
 from align.stats import ends
 from align.training.base.arguments import build_lora
-from align.training.train import bind, make_trainer
+from align.training.train import make_trainer
 from scripts.figures import pyplot, save
 from scripts.reproduce.policy_protocol.data import read_known
 from scripts.reproduce.policy_protocol.judging import merge_adapter
@@ -136,9 +136,7 @@ def train_own(study: Study, pairs: Dataset, loss: LossSection, seed: int, folder
     """This program's trainer; the budget ends it."""
     trainer = fields(study, num_train_epochs=LONGEST)
     config = TrainSection(model=study.model, methods={"route": loss}, peft=LORA, trainer=trainer)
-    return make_trainer(
-        pairs, config, bind("route", loss), folder / "own", seed=seed, tau=1.0, reference_cache=None, remedy=loss.remedy
-    )
+    return make_trainer(pairs, config, "route", folder / "own", seed=seed)
 
 
 def run_route(study: Study, route: str, seed: int, budget: float | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 from align.config import FilterSection, PairsSection
 from align.config.columns import (
     COLUMNS,
+    FINISH_COLUMNS,
     LOADED,
     NAMES,
     NOT_NEGATIVE,
@@ -31,6 +32,7 @@ from tests.helpers.builders import rows
 KIND = {column.name: column.kind for column in COLUMNS}
 FULL: dict[str, object] = {"prompt": "Say:", "chosen": " yes", "rejected": " no", "id": "a"}
 FULL |= dict.fromkeys(NAMES, "x") | dict.fromkeys(NUMBERS, 0.5)
+FULL |= dict.fromkeys(FINISH_COLUMNS.values(), "length")
 FULL |= {"tools": '[{"name": "clock"}]', "chat_template_kwargs": '{"enable_thinking": false}'}
 
 

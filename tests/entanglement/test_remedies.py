@@ -17,8 +17,8 @@ from align.config import LossSection, RemedySection, TokenMaskSection, TrainSect
 from align.entanglement.conditions import changes
 from align.entanglement.remedies import BandState, calibrate, hold_batch, hold_chosen, normalise
 from align.errors import ConfigError
-from align.losses.registry import resolve
-from align.training.train import bind, make_trainer
+from align.training.loss_choice import bind
+from align.training.train import make_trainer
 from align.training.trainer import PreferenceTrainer
 from tests.entanglement.test_conditions import vectors
 from tests.helpers.builders import rows
@@ -152,10 +152,7 @@ def one_step(policy: Path, output: Path, pairs: list[dict[str, Any]], remedy: Re
         "max_grad_norm": 0.0, "lr_scheduler_type": "constant",
     }  # fmt: skip
     config = TrainSection(model=str(policy), methods={"m": LossSection(loss="dpo", remedy=remedy)}, trainer=fields)
-    trainer = make_trainer(
-        Dataset.from_list(pairs), config, resolve("dpo", {}), output, seed=0, tau=1.0, reference_cache=None,
-        remedy=remedy,
-    )  # fmt: skip
+    trainer = make_trainer(Dataset.from_list(pairs), config, "m", output, seed=0)
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry][-1]
 
@@ -193,11 +190,9 @@ def test_calibration_resumes_with_its_averages(tiny_policy: Path, tmp_path: Path
         fields = {name: value for name, value in BASE.items() if name != "disable_tqdm"}
         fields |= {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
         remedy = RemedySection(kind="calibrate", decay=0.5)
-        config = TrainSection(model=str(tiny_policy), methods={"m": LossSection(loss="dpo")}, trainer=fields)
-        return make_trainer(
-            Dataset.from_list(rows(16)), config, resolve("dpo", {}), output, seed=0, tau=1.0, reference_cache=None,
-            remedy=remedy,
-        )  # fmt: skip
+        loss = LossSection(loss="dpo", remedy=remedy)
+        config = TrainSection(model=str(tiny_policy), methods={"m": loss}, trainer=fields)
+        return make_trainer(Dataset.from_list(rows(16)), config, "m", output, seed=0)
 
     whole = trainer(tmp_path / "whole", 4)
     whole.train()

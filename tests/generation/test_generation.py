@@ -6,21 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, TopPLogitsWarper
 
-from align.errors import DataError
 from align.generation.encoding import stop_ids, to_completion
 from align.generation.engines import make_engine
 from align.generation.sampler import TOLERANCE, DrawnToken, draw, nucleus_floors
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.types import Sampling, prompt_keys, sample_seed
 from align.models.completion_logps import completion_logps
-from align.models.positions import check_positions, learned_positions
+from align.models.positions import check_positions
 from tests.helpers.builders import WORDS, llama_config, tokenizer
 
 PROMPTS = ["the film is", "a very bad plot was not", "good", "the the the the", "not"]
@@ -240,22 +238,6 @@ def test_real_model_equal_seeds_equal_completions(assets: Path) -> None:
     wide = engine(assets / "smollm2", 24).generate(prompts, sampling)
     assert engine(assets / "smollm2", 5).generate(prompts, sampling) == wide
     assert engine(assets / "smollm2", 1).generate(prompts[:3], sampling) == wide[:3]
-
-
-@pytest.mark.parametrize("family", ["GPT2", "OPT"])
-def test_a_prompt_beyond_the_learned_positions_is_refused_by_name(family: str) -> None:
-    """Before anything is sampled; the look-up of a position would fail in the middle of it."""
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=len(tokenizer()), max_position_embeddings=16, hidden_size=32, num_hidden_layers=1,
-        num_attention_heads=2, ffn_dim=32, word_embed_proj_dim=32,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    assert learned_positions(model) == 16
-    made = TransformersEngine(model, tokenizer(), batch_size=2)
-    fitting, long = "the film is", "the film is very " * 3
-    assert len(made.generate([fitting], Sampling(13, temperature=0.0))[0]) == 1
-    with pytest.raises(DataError, match=r"prompt 'long' with 8 new tokens: found 20 tokens, expected at most 16"):
-        made.generate([fitting, long], Sampling(8), ["short", "long"])
 
 
 def test_text_beyond_what_a_rotary_model_was_made_for_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

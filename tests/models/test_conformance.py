@@ -14,7 +14,7 @@ from align.config.columns import ID_COLUMNS
 from align.errors import AlignError, DataError, ModelError
 from align.models.chat_template import templated
 from align.models.tokenization import encode_pair, encode_prompt, encode_reward_texts, tokenize_pairs
-from align.training.finite_guard import number_rows
+from align.training.pair_tables import tokenize_table
 from align.training.trainer import PreferenceTrainer
 from reward_models.tokenization import pair_texts, told_apart
 from tests.helpers.builders import rows, tokenizer
@@ -75,8 +75,9 @@ def made(added: str, template: Any = CHATML, sides: tuple[str, str] = ("right", 
 def prepared(kind: Any, pairs: Dataset, found: PreTrainedTokenizerBase, max_length: int | None = 128) -> Dataset:
     """The table that a trainer of this kind trains on, without a model."""
     settings: Any = SimpleNamespace(dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start")
-    pairs, ids = number_rows(pairs)
-    trainer: Any = SimpleNamespace(_tokenizer=found, _ids=ids)
+    if kind is PreferenceTrainer:
+        return tokenize_table(pairs, found, settings, [])
+    trainer: Any = SimpleNamespace(_tokenizer=found)
     return kind._prepare_dataset(trainer, pairs, found, settings, "train")
 
 

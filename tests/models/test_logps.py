@@ -223,14 +223,14 @@ def test_prompt_learning_is_refused_and_right_when_concatenated() -> None:
 def test_head_against_autograd(
     positions: int, trained: bool, bias: bool, scale: float, softcap: float | None, seed: int
 ) -> None:
-    """Values, metrics and gradients of the chunked head, with two rows of logits at a time."""
+    """Values, metrics and gradients of the tiled head, with three tokens of the vocabulary at a time."""
     generator = torch.Generator().manual_seed(seed)
     linear = nn.Linear(5, 7, bias=bias).requires_grad_(trained)
     hidden = torch.randn(positions, 5, generator=generator).requires_grad_()
     targets = torch.randint(7, (positions,), generator=generator)
     form = LogitForm(scale, softcap)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(head.CHUNK_LOGITS, "cpu", 15)
+        patch.setitem(head.TILE_LOGITS, "cpu", 3 * positions)
         found = score_tokens(hidden, linear, targets, form)
         inputs = [hidden, *linear.parameters()] if trained else [hidden]
         coefficients = torch.randn(positions, generator=generator)
@@ -245,3 +245,31 @@ def test_head_against_autograd(
     assert torch.equal(found.top1.bool(), logits.argmax(-1) == targets)
     for grad, other in zip(grads, torch.autograd.grad((expected * coefficients).sum(), inputs), strict=True):
         assert torch.allclose(grad, other, atol=1e-6)
+
+
+def test_log_probs_alone_are_those_with_metrics() -> None:
+    torch.manual_seed(0)
+    linear, hidden, targets = nn.Linear(5, 700), 9 * torch.randn(40, 5), torch.randint(700, (40,))
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(head.TILE_LOGITS, "cpu", 40 * 64)
+        found, alone = (score_tokens(hidden, linear, targets, LogitForm(), metrics=each) for each in (True, False))
+    assert torch.equal(found.logps, alone.logps) and alone.entropy.isnan().all()
+    exact = linear(hidden).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert torch.allclose(found.logps, exact, atol=1e-5)
+
+
+def test_the_head_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each product with the weight makes at most ``TILE_LOGITS`` numbers, or ``FEWEST_COLUMNS`` per position."""
+    made: list[int] = []
+    linear = torch.nn.functional.linear
+
+    def recorded(*args: Any) -> Tensor:
+        found = linear(*args)
+        made.append(found.numel())
+        return found
+
+    monkeypatch.setattr(head.F, "linear", recorded)
+    monkeypatch.setitem(head.TILE_LOGITS, "cpu", 2**12)
+    hidden = torch.randn(8, 3).requires_grad_()
+    score_tokens(hidden, nn.Linear(3, 5000), torch.randint(5000, (8,)), LogitForm()).logps.sum().backward()
+    assert max(made) == 2**12 and sum(made) == 2 * 8 * 5000

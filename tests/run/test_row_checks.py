@@ -114,11 +114,11 @@ def test_messages_that_only_call_tools_and_empty_system_messages_are_taken(tmp_p
             load_pairs(PairsSection(path=str(saved(tmp_path / "wrong.jsonl", [pair("p0", chosen=[wrong])]))))
 
 
-def test_arguments_of_a_prompt_are_named_as_unused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_arguments_of_a_prompt_go_with_it(tmp_path: Path) -> None:
     row = pair("p0", tools=[{"name": "plot"}], chat_template_kwargs={"enable_thinking": False})
     source = PairsSection(path=str(saved(tmp_path / "pairs.jsonl", [row])))
-    read_prompts(source)
-    assert "pairs.jsonl: tools and chat_template_kwargs is not used: prompts are completed without it" in caplog.text
+    arguments = {name: row[name] for name in ("tools", "chat_template_kwargs")}
+    assert read_prompts(source)[0].prompt == {"messages": row["prompt"], **arguments}
     loaded = load_pairs(source)[0]
     assert json.loads(loaded["tools"]) == row["tools"]
     assert json.loads(loaded["chat_template_kwargs"]) == {"enable_thinking": False}

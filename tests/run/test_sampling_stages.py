@@ -11,14 +11,17 @@ import torch
 from datasets import Dataset
 
 from align.config import RunConfig
+from align.data.messages import with_arguments
 from align.data.pairs import read_pairs, write_pairs
 from align.generation.sampling_job import SamplingJob, completions_of
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.types import keyed_prompts
 from align.io.files import read_json
+from align.models.completion_logps import completion_logps
 from align.models.loading import load_policy, load_tokenizer
+from align.models.tokenization import encode_prompt
 from align.run.stages import sampling, work_of
-from tests.helpers.builders import bert_reward, causal
+from tests.helpers.builders import TEMPLATE, bert_reward, causal
 
 PROMPTS = [f"the {a} {b} is" for a in ("good", "bad", "dull") for b in ("film", "plot", "review")]
 
@@ -127,3 +130,46 @@ def test_a_stopped_stage_repeats_no_finished_part(
     for name in ("prompt", "text", "tokens"):
         assert tables[0][name] == tables[1][name]
     assert tables[0]["logp_policy"] == pytest.approx(tables[1]["logp_policy"], abs=1e-5)
+
+
+def test_pairs_say_which_of_their_responses_the_limit_of_tokens_cut_off(config: RunConfig, tmp_path: Path) -> None:
+    assert config.sample is not None and config.train is not None
+    job = SamplingJob(config.train.model, sampling.run_sampling(config, config.sample, 3))
+    groups = completions_of(job.start()(keyed_prompts(PROMPTS)))
+    (tmp_path / "out").mkdir()
+    work_of("sample")(config, tmp_path / "out")
+    pairs = read_pairs(tmp_path / "out" / "train")
+    found = set()
+    for pair in pairs:
+        reasons = {one.text: one.finish_reason for one in groups[int(pair["id"])]}
+        for side in ("chosen", "rejected"):
+            assert pair[f"{side}_finish_reason"] == reasons[pair[side]]
+            found.add(reasons[pair[side]])
+    assert found == {"stop", "length"}
+
+
+def test_the_arguments_of_the_chat_template_go_from_prompts_to_judges(config: RunConfig, tmp_path: Path) -> None:
+    """The stages complete, pair and judge conversations as they are rendered for training."""
+    assert config.sample is not None and config.evaluate is not None and config.train is not None
+    words = load_tokenizer(config.train.model)
+    words.chat_template = "{% if short %}very {% endif %}{% for tool in tools or [] %}plot {% endfor %}" + TEMPLATE
+    words.save_pretrained(config.train.model)
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS]
+    rows[0] |= {"tools": [{"name": "a"}]}  # type: ignore[dict-item]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    Path(config.sample.prompts).write_text(lines)
+    short = {"chat_template_kwargs": {"short": True}}
+    update = {"sample": config.sample.model_copy(update=short), "evaluate": config.evaluate.model_copy(update=short)}
+    config = config.model_copy(update=update | {"reward": None})
+    (tmp_path / "out").mkdir()
+    work_of("generate-reference")(config, tmp_path / "out")
+    table = Dataset.from_parquet(str(tmp_path / "out" / "completions.parquet"))
+    assert json.loads(table[0]["tools"]) == [{"name": "a"}] and table[1]["tools"] is None
+    model = load_policy(config.train.model, dtype="float32").eval()
+    for row, begin in zip(table, ["very plot user", *["very user"] * 8], strict=True):
+        prompt = encode_prompt(with_arguments(row["prompt"], row), words)
+        assert words.decode(prompt).startswith(begin)
+        sampled = words(row["text"], add_special_tokens=False)["input_ids"]
+        if len(sampled) == row["tokens"]:
+            logp = completion_logps(model, [prompt], [sampled], batch_tokens=99, pad_token_id=0)[0]
+            assert row["logp_reference"] == pytest.approx(logp, abs=1e-4)

@@ -20,7 +20,7 @@ from align.models.collator import REAL, counted, only_real
 from align.models.lm_head import TokenScores
 from align.models.logps import SequenceLogps
 from align.training.base.epochs import WholeEpochs
-from align.training.metrics import PairMetrics
+from align.training.metrics import PairMetrics, WeightTotals
 
 PROCESSES, ROWS, LEFT = 2, 3, 5
 """The last step of an epoch has room for six pairs and five are left."""
@@ -86,7 +86,8 @@ def test_metrics_exclude_duplicates() -> None:
         metrics = PairMetrics(beta=0.1, tau=2.0)
         size = len(own.chosen)
         metrics.add(policy, own, torch.arange(1.0, size + 1), torch.arange(float(size)), keep)
-        found.append(metrics.flush(lambda values: values))
+        totals = WeightTotals()
+        found.append(metrics.flush(lambda values: values, totals) | totals.flush())
     assert found[0] == {name: pytest.approx(value) for name, value in found[1].items()}
 
 

@@ -15,6 +15,7 @@ from align.losses.pairwise import PairLogps, gradient_weights
 from align.losses.registry import LOSSES, resolve
 from align.models import logps
 from align.models.lm_head import LogitForm, score_tokens
+from align.training.base.finite_guard import all_finite
 from align.training.train import make_trainer
 from reward_models.train import train_reward_model
 from tests.helpers.builders import bert_reward, rows
@@ -26,9 +27,7 @@ SMALL = {"max_steps": 4, "per_device_train_batch_size": 4, "bf16": False, "gradi
 def trainer(model: Path, table: list[dict[str, Any]], output: Path, **fields: Any) -> Any:
     """A trainer of plain DPO on the pairs of ``table``."""
     config = TrainSection(model=str(model), methods={"dpo": LossSection(loss="dpo")}, trainer=SMALL | fields)
-    return make_trainer(
-        Dataset.from_list(table), config, resolve("dpo", {}), output, seed=0, tau=1.0, reference_cache=None
-    )
+    return make_trainer(Dataset.from_list(table), config, "dpo", output, seed=0)
 
 
 @pytest.fixture
@@ -153,3 +152,17 @@ def test_a_reward_that_is_not_a_number_names_its_pair(table: list[dict[str, Any]
         train_reward_model(Dataset.from_list(table), config, tmp_path / "out", seed=0)
     written = json.loads((tmp_path / "out-checkpoints" / "non_finite.json").read_text())
     assert written["at_fault"] == ["p5"] and len(written["pairs"]) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_value_that_is_not_finite_is_found(dtype: torch.dtype, value: float) -> None:
+    tensors = [torch.ones(3, 5, dtype=dtype), torch.zeros(7, dtype=dtype)]
+    assert all_finite(tensors) and all_finite([])
+    tensors[1][4] = value
+    assert not all_finite(tensors) and not all_finite([torch.tensor([float("inf"), float("-inf")], dtype=dtype)])
+
+
+def test_a_sum_that_overflows_is_no_fault() -> None:
+    assert all_finite([torch.full((4,), 3e38), torch.full((9,), 6e4, dtype=torch.float16)])
+    assert not all_finite([torch.tensor([3e38, 3e38, float("nan")])])

@@ -20,6 +20,7 @@ from align.models.loading import load_policy, load_tokenizer
 from align.run.checks import check_train
 from align.training.base.arguments import build_trainer_args
 from align.training.columns import prepare_pairs, told_apart, trained_pairs
+from align.training.preference_config import PreferenceConfig
 from align.training.train import CHECKPOINTS, train_policy
 from align.training.trainer import PreferenceTrainer
 from tests.helpers.builders import causal, rows, trained_adapter
@@ -206,10 +207,11 @@ def test_the_cache_is_that_of_the_given_reference(tiny_policy: Path, tmp_path: P
     def columns(reference: Path | None, cache: Path) -> list[float]:
         arguments = {} if reference is None else {"ref_model": load_policy(str(reference), dtype="float32")}
         trainer = PreferenceTrainer(
-            loss=resolve("dpo", {}), tau=1.0, model=load_policy(str(tiny_policy), dtype="float32"),
-            args=DPOConfig(output_dir=str(tmp_path / "out"), precompute_ref_log_probs=True, **BASE),
-            train_dataset=Dataset.from_list(rows(4)), processing_class=load_tokenizer(str(tiny_policy)),
-            reference_cache=cache, **arguments,
+            model=load_policy(str(tiny_policy), dtype="float32"),
+            args=PreferenceConfig(
+                str(tmp_path / "out"), precompute_ref_log_probs=True, reference_cache=str(cache), **BASE
+            ),
+            train_dataset=Dataset.from_list(rows(4)), processing_class=load_tokenizer(str(tiny_policy)), **arguments,
         )  # fmt: skip
         found: list[float] = trainer.train_dataset["ref_chosen_logps"][:]
         return found

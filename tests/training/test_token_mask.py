@@ -66,11 +66,9 @@ def trainer(policy: Path, output: Path, steps: int, **more: Any) -> PreferenceTr
     fields = (
         FIELDS | {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"} | more
     )
-    config = TrainSection(model=str(policy), methods={"m": LossSection(loss="dpo")}, trainer=fields)
-    return make_trainer(
-        Dataset.from_list(rows(16)), config, resolve("dpo", {}), output, seed=0, tau=1.0, reference_cache=None,
-        token_mask=TokenMaskSection(),
-    )  # fmt: skip
+    masked = LossSection(loss="dpo", token_mask=TokenMaskSection())
+    config = TrainSection(model=str(policy), methods={"m": masked}, trainer=fields)
+    return make_trainer(Dataset.from_list(rows(16)), config, "m", output, seed=0)
 
 
 def test_resumed_equals_uninterrupted(tiny_policy: Path, tmp_path: Path) -> None:

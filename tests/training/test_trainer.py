@@ -19,6 +19,7 @@ from align.losses.registry import resolve
 from align.models.layout import LayoutChoice
 from align.models.loading import load_policy, load_tokenizer
 from align.training.columns import add_weight
+from align.training.preference_config import PreferenceConfig
 from align.training.train import make_trainer
 from align.training.trainer import PreferenceTrainer
 from tests.helpers.builders import rows, tokenizer
@@ -69,8 +70,7 @@ def ours(
         max_tokens_per_device=budget,
     )
     table = Dataset.from_list(rows(16)) if pairs is None else pairs
-    table, bound = add_weight(table, resolve(loss, {}))
-    return make_trainer(table, config, bound, output, seed=0, tau=2.0, reference_cache=output / "cache")
+    return make_trainer(table, config, "m", output, seed=0, reference_cache=output / "cache")
 
 
 def compare_with_trl(
@@ -172,12 +172,12 @@ def test_same_gradients_for_any_split(tiny_policy: Path, tmp_path: Path, loss: s
 def test_layout_that_is_not_exact_is_refused(tmp_path: Path, tiny_policy: Path) -> None:
     prompt_tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     arguments: dict[str, Any] = {
-        "loss": resolve("dpo", {}), "tau": 1.0, "model": load_policy(str(tiny_policy)), "peft_config": prompt_tuning,
-        "args": DPOConfig(output_dir=str(tmp_path), precompute_ref_log_probs=True, **FIELDS),
+        "model": load_policy(str(tiny_policy)), "peft_config": prompt_tuning,
+        "args": PreferenceConfig(str(tmp_path), precompute_ref_log_probs=True, layout="shared_prefix", **FIELDS),
         "train_dataset": Dataset.from_list(rows(4)), "processing_class": load_tokenizer(str(tiny_policy)),
     }  # fmt: skip
-    with pytest.raises(ConfigError, match="prompt-learning adapter"):
-        PreferenceTrainer(layout="shared_prefix", **arguments)
+    with pytest.raises(ConfigError, match=r"PreferenceConfig.layout: shared_prefix .* prompt-learning adapter"):
+        PreferenceTrainer(**arguments)
 
 
 def test_settings_that_cannot_be_trained_are_refused(tiny_policy: Path, tmp_path: Path) -> None:
@@ -224,6 +224,4 @@ def test_an_adapter_that_changes_its_base_is_refused(tiny_policy: Path, tmp_path
     with pytest.raises(
         ConfigError, match="init_lora_weights: 'pissa' subtracts the adapter's start from the base weights"
     ):
-        make_trainer(
-            Dataset.from_list(rows(8)), config, resolve("dpo", {}), tmp_path, seed=0, tau=1.0, reference_cache=None
-        )
+        make_trainer(Dataset.from_list(rows(8)), config, "m", tmp_path, seed=0)

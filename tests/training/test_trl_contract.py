@@ -24,19 +24,44 @@ from tests.helpers.builders import causal
 PLACES = {
     "align/training/trainer.py": {
         DPOTrainer: {
-            "__init__": ("model", "ref_model", "args", "train_dataset", "processing_class", "peft_config"),
-            "_prepare_dataset": ("dataset", "processing_class", "args"),
-            "_precompute_ref_logps": ("dataset", "name", "batch_size"),
-            "compute_ref_log_probs": ("model", "inputs"),
+            "__init__": (
+                "model",
+                "ref_model",
+                "args",
+                "data_collator",
+                "train_dataset",
+                "eval_dataset",
+                "processing_class",
+                "compute_metrics",
+                "callbacks",
+                "optimizers",
+                "quantization_config",
+                "peft_config",
+            ),
             "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
             "training_step": (),
+            "log": ("logs", "start_time"),
+            "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
         },
-        Trainer: {"training_step": ("model", "inputs", "num_items_in_batch")},
+        Trainer: {
+            "training_step": ("model", "inputs", "num_items_in_batch"),
+            "save_model": ("output_dir", "_internal_call"),
+        },
+    },
+    "align/training/trained_tables.py": {
+        DPOTrainer: {"_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name")},
+    },
+    "align/training/reference_passes.py": {
+        DPOTrainer: {
+            "_precompute_ref_logps": ("dataset", "name", "batch_size"),
+            "compute_ref_log_probs": ("model", "inputs"),
+        },
     },
     "align/training/base/trainer.py": {
         DPOTrainer: {"_set_signature_columns_if_needed": (), "_save_checkpoint": ("model", "trial")},
         RewardTrainer: {"_set_signature_columns_if_needed": (), "_save_checkpoint": ("model", "trial")},
         Trainer: {
+            "train": ("resume_from_checkpoint",),
             "_get_grad_norm": ("model", "grad_norm"),
             "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
             "_get_output_dir": ("trial",),

@@ -13,9 +13,9 @@ from align.io.files import read_json
 from align.losses.margin_weights import madpo_weight, trust_of_each
 from align.losses.pair_weights import moderate, shrink_by_distance, tilt
 from align.losses.pairwise import PairLogps
-from align.losses.registry import resolve
 from align.training.columns import add_trust, adjust_margins, normalize_weights
-from align.training.train import bind, make_trainer, train_policy
+from align.training.loss_choice import bind
+from align.training.train import make_trainer, train_policy
 from tests.helpers.builders import causal, rows
 
 
@@ -67,10 +67,10 @@ def test_trust_of_each_pair_is_trained_with(tmp_path: Path) -> None:
     trusted = add_trust(table, config.weights, loss)
     each = trust_of_each(torch.tensor(table["margin_std"], dtype=torch.float64), 0.5)
     assert trusted["trust"] == pytest.approx(each.tolist()) and float(each.std()) > 0.05
-    train = TrainSection(model=str(causal(tmp_path / "policy")), methods={"m": config}, trainer=SMALL)
-    losses = []
-    for data in (table, trusted):
-        trainer = make_trainer(data, train, loss, tmp_path / "a", seed=0, tau=2.0, reference_cache=None)
+    policy, losses = str(causal(tmp_path / "policy")), []
+    for method in (config.model_copy(update={"weights": None}), config):
+        train = TrainSection(model=policy, methods={"m": method}, trainer=SMALL)
+        trainer = make_trainer(table, train, "m", tmp_path / "a", seed=0)
         batch = trainer.data_collator([trainer.train_dataset[k] for k in range(4)])
         with torch.no_grad():
             losses.append(float(trainer.compute_loss(trainer.model, batch)))
@@ -85,11 +85,11 @@ def test_trust_of_each_pair_is_trained_with(tmp_path: Path) -> None:
 
 def test_the_tilt_multiplies_the_weight_of_a_policy_step(tmp_path: Path) -> None:
     policy = causal(tmp_path / "policy")
-    config = TrainSection(model=str(policy), methods={"m": LossSection(loss="dpo")}, trainer=SMALL)
+    section = WeightsSection(tilt=TiltSection(kind="down", temperature=0.05))
+    method = LossSection(loss="dpo", weights=section)
+    config = TrainSection(model=str(policy), methods={"m": method}, trainer=SMALL)
     table = pairs(4).add_column("weight", [0.5, 1.0, 2.0, 1.0])
-    options = {"seed": 0, "tau": 2.0, "reference_cache": None}
-    section = TiltSection(kind="down", temperature=0.05)
-    trainer = make_trainer(table, config, resolve("dpo", {}), tmp_path / "a", tilt=section, **options)  # type: ignore[arg-type]
+    trainer = make_trainer(table, config, "m", tmp_path / "a", seed=0)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))

@@ -2,11 +2,14 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from align.config import EvaluateSection, RunConfig
+from align.config.columns import TEMPLATE_COLUMNS
+from align.data.messages import argument_cells, split_arguments, with_arguments
 from align.data.pairs import read_pairs
 from align.data.prompts import load_prompts
 from align.data.statistics import missing_values
@@ -16,6 +19,7 @@ from align.evaluation.rewards import reward_differences
 from align.generation.sampling_job import SamplingJob, completions_of
 from align.generation.types import as_completion
 from align.io.files import write_json
+from align.models.template_arguments import report_other_arguments
 from align.run.plan import REFERENCE
 from align.run.stages.reward import METRICS, make_scorer
 from align.run.stages.sampling import PARTS, run_sampling, sample_in_stage
@@ -29,19 +33,22 @@ COMPLETIONS = "completions.parquet"
 def stage_generate(config: RunConfig, folder: Path, policy: str) -> None:
     """Write one completion of each held-out prompt by a policy, and its log-probs under policy and reference."""
     assert config.evaluate is not None and config.train is not None
-    prompts = load_prompts(config.evaluate.prompts)
+    prompts = load_prompts(config.evaluate.prompts, config.evaluate.chat_template_kwargs)
     reference = config.train.model
     model = reference if policy == REFERENCE else str(config.folder / f"train-{policy}" / MODEL)
+    report_other_arguments(prompts, model, trust_remote_code=config.train.trusts_remote_code)
     job = SamplingJob(model, run_sampling(config, config.evaluate), reference)
     sampled = sample_in_stage(config, prompts, job, folder, what=f"completions of {policy}")
     completions = [group[0] for group in completions_of(sampled)]
     table = {
-        "prompt": prompts,
+        "prompt": [split_arguments(prompt)[0] for prompt in prompts],
         "text": [completion.text for completion in completions],
         "tokens": [len(completion.token_ids) for completion in completions],
         "logp_policy": [group[0] for group in sampled["logp_policy"]],
         "logp_reference": [group[0] for group in sampled["logp_reference"]],
     }
+    cells = [argument_cells(prompt) for prompt in prompts]
+    table |= {name: [row.get(name) for row in cells] for name in TEMPLATE_COLUMNS if any(name in row for row in cells)}
     Dataset.from_dict(table).to_parquet(str(folder / COMPLETIONS))
     shutil.rmtree(folder / PARTS)
 
@@ -54,7 +61,8 @@ def stage_evaluate(config: RunConfig, folder: Path) -> None:
         name: Dataset.from_parquet(str(config.folder / f"generate-{name}" / COMPLETIONS))
         for name in (REFERENCE, *config.train.methods)
     }
-    rewards = {name: judge.score(table["prompt"], table["text"]) for name, table in tables.items()}
+    asked = [with_arguments(row["prompt"], row) for row in tables[REFERENCE]]
+    rewards = {name: judge.score(asked, table["text"]) for name, table in tables.items()}
     samples = {
         name: PolicySamples(
             rewards[name], _log_ratios(name, table, config.evaluate), temperature=config.evaluate.temperature
@@ -62,8 +70,8 @@ def stage_evaluate(config: RunConfig, folder: Path) -> None:
         for name, table in tables.items()
     }
     found = compare_policies(samples, baseline=REFERENCE)
-    gains = _reward_model_gains(config, tables)
-    prompts = [plain(prompt) for prompt in tables[REFERENCE]["prompt"]]
+    gains = _reward_model_gains(config, asked, tables)
+    prompts = [plain(prompt) for prompt in asked]
     texts = {name: table["text"] for name, table in tables.items()}
     result = {
         "policies": {
@@ -93,14 +101,16 @@ def _log_ratios(policy: str, table: Dataset, section: EvaluateSection) -> np.nda
     return np.asarray(table["logp_policy"]) - np.asarray(table["logp_reference"])
 
 
-def _reward_model_gains(config: RunConfig, tables: dict[str, Dataset]) -> dict[str, dict[str, float]]:
+def _reward_model_gains(
+    config: RunConfig, prompts: list[Any], tables: dict[str, Dataset]
+) -> dict[str, dict[str, float]]:
     """Policy -> paired gain over the reference under the run's own reward model, which training has optimized."""
     if config.reward is None:
         return {}
     scorer = make_scorer(config.folder / "reward" / MODEL, config.reward)
     rewards = {
         name: scorer.score_completions(
-            table["prompt"], [as_completion(*row) for row in zip(table["prompt"], table["text"], strict=True)]
+            prompts, [as_completion(*row) for row in zip(prompts, table["text"], strict=True)]
         )
         for name, table in tables.items()
     }

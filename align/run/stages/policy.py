@@ -10,6 +10,8 @@ from datasets import Dataset
 from align.commands.filter import filter_source
 from align.commands.trust import FEATURES, FILE
 from align.config import PairsSection, RewardSection, RunConfig
+from align.config.columns import FINISH_COLUMNS
+from align.data.messages import argument_cells, split_arguments
 from align.data.pairs import FILE as PAIRS_FILE
 from align.data.pairs import load_pairs, read_pairs, table_of, write_pairs
 from align.data.prompts import load_prompts
@@ -21,7 +23,7 @@ from align.errors import DataError
 from align.filtering.tables import KEPT
 from align.generation.pair_selection import draw_pair
 from align.generation.sampling_job import SamplingJob, completions_of
-from align.generation.types import as_completion
+from align.generation.types import Completion, as_completion
 from align.io.console import log
 from align.io.files import read_json, write_json
 from align.models.loading import load_tokenizer
@@ -32,7 +34,8 @@ from align.run.row_checks import check_pair_rows
 from align.run.stages.reward import METRICS, make_scorer, scored_by
 from align.run.stages.sampling import PARTS, run_sampling, sample_in_stage
 from align.training.columns import require_margin, trained_pairs
-from align.training.train import MODEL, bind, train_policy
+from align.training.loss_choice import bind
+from align.training.train import MODEL, train_policy
 from align.trust.measure import check_margins, loss_parameters, margin_source, measure_trust
 from align.trust.sentences import sentences
 from reward_models.calibration import MarginMap
@@ -108,11 +111,10 @@ def stage_sample(config: RunConfig, folder: Path) -> None:
     With two folds, the model of the labels and that of the margins share no training pair; with more they share some.
     """
     assert config.sample is not None and config.train is not None
-    prompts = load_prompts(config.sample.prompts)
+    prompts = load_prompts(config.sample.prompts, config.sample.chat_template_kwargs)
     job = SamplingJob(config.train.model, run_sampling(config, config.sample, config.sample.num_generations))
     sampled = sample_in_stage(config, prompts, job, folder, what="sampling")
-    groups = [[one.text for one in group if one.text.strip()] for group in completions_of(sampled)]
-    different = {k: list(dict.fromkeys(texts)) for k, texts in enumerate(groups) if len(set(texts)) > 1}
+    different = {k: found for k, group in enumerate(completions_of(sampled)) if len(found := _different(group)) > 1}
     log.info("sample: %d of %d prompts gave two different completions", len(different), len(prompts))
     if not different:
         raise DataError(
@@ -129,7 +131,16 @@ def stage_sample(config: RunConfig, folder: Path) -> None:
     shutil.rmtree(folder / PARTS)
 
 
-def _draw_pairs(config: RunConfig, prompts: list[Any], different: dict[int, list[str]]) -> tuple[Dataset, int]:
+def _different(group: list[Completion]) -> list[Completion]:
+    """The completions of a prompt that are not empty, the first of each text."""
+    found: dict[str, Completion] = {}
+    for one in group:
+        if one.text.strip():
+            found.setdefault(one.text, one)
+    return list(found.values())
+
+
+def _draw_pairs(config: RunConfig, prompts: list[Any], different: dict[int, list[Completion]]) -> tuple[Dataset, int]:
     """Label a pair for each prompt; return the pairs and how many labels contradict the labeling reward.
 
     Args:
@@ -139,20 +150,23 @@ def _draw_pairs(config: RunConfig, prompts: list[Any], different: dict[int, list
     """
     assert config.reward is not None and config.sample is not None
     labeler = config.folder / ("crossfit/fold-0" if config.reward.folds else f"reward/{MODEL}")
-    flat = [(prompts[k], as_completion(prompts[k], text)) for k, texts in different.items() for text in texts]
+    flat = [(prompts[k], as_completion(prompts[k], one.text)) for k, group in different.items() for one in group]
     scorer = make_scorer(labeler, config.reward)
     rewards = scorer.score_completions([prompt for prompt, _ in flat], [completion for _, completion in flat])
     rng = np.random.default_rng(config.seed)
     rows, against, start = [], 0, 0
-    for k, texts in different.items():
-        values = rewards[start : start + len(texts)]
-        start += len(texts)
+    for k, group in different.items():
+        values = rewards[start : start + len(group)]
+        start += len(group)
         chosen, rejected = draw_pair(values.tolist(), config.sample.label_scale, rng)
-        sides = {"chosen": texts[chosen], "rejected": texts[rejected]}
-        completions = {side: as_completion(prompts[k], text) for side, text in sides.items()}
-        rows.append({"id": str(k), "prompt": prompts[k], **completions})
+        sides = {"chosen": group[chosen], "rejected": group[rejected]}
+        completions = {side: as_completion(prompts[k], one.text) for side, one in sides.items()}
+        ends = {FINISH_COLUMNS[side]: one.finish_reason for side, one in sides.items()}
+        messages, arguments = split_arguments(prompts[k])[0], argument_cells(prompts[k])
+        rows.append({"id": str(k), "prompt": messages, **completions, **ends, **arguments})
         against += int(values[chosen] < values[rejected])
-    return table_of(rows, list(rows[0]), config.sample.prompts), against
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return table_of(rows, list(columns), config.sample.prompts), against
 
 
 def stage_margins(config: RunConfig, folder: Path) -> None:

@@ -18,7 +18,7 @@ from align.training.base.settings import check_arguments, check_fields
 
 Args = TypeVar("Args")
 DEFAULTS = {"report_to": "none"}
-WITHOUT_GPU = {"bf16": False, "dataloader_pin_memory": False}
+WITHOUT_GPU = {"bf16": False, "dataloader_pin_memory": False, "gradient_checkpointing": False}
 LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "learning_rate": 0, "num_train_epochs": 0, "max_grad_norm": 0, "weight_decay": 0, "warmup_steps": 0,

@@ -9,6 +9,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from align.errors import ConfigError
 from align.io.console import log
 
 STATE = "trainer_state.json"
@@ -16,6 +17,8 @@ MODEL_SHARDS, OPTIMIZER_SHARDS = f"{FSDP_MODEL_NAME}_0", f"{OPTIMIZER_NAME}_0"
 """Folders of a sharded checkpoint (FSDP2), in which each process writes its shard; accelerate's names."""
 METADATA = ".metadata"
 """File that torch.distributed.checkpoint writes last into such a folder."""
+OPTIMIZER_STATES = ("*optimizer*", "global_step*")
+"""Files and folders that hold the state of an optimizer; the last is DeepSpeed's."""
 # before 5.18 transformers loads the optimizer of several CPU processes to "cpu:0", a name that torch does not know
 torch.serialization.register_package(100, lambda _: None, lambda one, at: one if at.startswith("cpu:") else None)
 
@@ -29,13 +32,36 @@ def last_complete_checkpoint(folder: Path) -> str | None:
     Args:
         folder: ``output_dir`` of the trainer; it need not exist.
     """
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
-    for checkpoint in sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True):
+    for checkpoint in _newest_first(folder):
         if _is_complete(checkpoint):
             return str(checkpoint)
         log.warning("%s: not written to its end, removed", checkpoint)
         shutil.rmtree(checkpoint)
     return None
+
+
+def newest_complete_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint under ``folder``; removes nothing, so a training may go on meanwhile."""
+    return next((checkpoint for checkpoint in _newest_first(folder) if _is_complete(checkpoint)), None)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """Refuse a checkpoint that holds the model alone: its optimizer would start again without a word.
+
+    Raises:
+        ConfigError: there is no state of an optimizer in it.
+    """
+    if not any(next(checkpoint.glob(pattern), None) for pattern in OPTIMIZER_STATES):
+        raise ConfigError(
+            f"{checkpoint}: holds no optimizer (save_only_model), so a training cannot go on from it",
+            code="checkpoint-optimizer",
+            hint="train from the start, or give the checkpoint as the model of a new training",
+        )
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -102,8 +102,16 @@ def gradient_norm(model: nn.Module) -> float:
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
-    """Return whether every element of every tensor (of a DTensor: of its local shard) is finite; one device sync."""
+    """Return whether every element of every tensor (of a DTensor: of its local shard) is finite; one device sync.
+
+    NaN and infinities survive a sum, so one sum per tensor is enough unless it overflows; only then each element is
+    looked at.
+    """
     if not tensors:
         return True
     local = [value.to_local() if hasattr(value, "to_local") else value for value in tensors]
-    return bool(torch.stack([torch.isfinite(value).all().to(local[0].device) for value in local]).all())
+    device = local[0].device
+    sums = torch.stack([value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).to(device) for value in local])
+    if bool(torch.isfinite(sums).all()):
+        return True
+    return bool(torch.stack([torch.isfinite(value).all().to(device) for value in local]).all())

@@ -12,7 +12,7 @@ from align.distributed import from_main_process
 from align.errors import ConfigError
 from align.io.console import log
 from align.training.base.async_checkpoints import BackgroundSaves
-from align.training.base.checkpoints import last_complete_checkpoint
+from align.training.base.checkpoints import check_resumable, last_complete_checkpoint
 from align.training.base.epochs import WholeEpochs
 from align.training.base.finite_guard import FiniteSteps
 from align.training.base.progress import show_progress
@@ -29,6 +29,7 @@ class ReliableTrainer(BackgroundSaves, ExactResume, WholeEpochs, Trainer):
 
     | method | overridden by | guarantee |
     |---|---|---|
+    | `train` | ReliableTrainer | `"auto"` resumes from the last complete checkpoint, if there is one. |
     | `_get_train_sampler` | ExactResume, WholeEpochs | The order depends on seed and epoch alone; length groups span processes. |
     | `get_train_dataloader` | WholeEpochs | Settings that would lose or repeat pairs are refused. |
     | `get_batch_samples` | ExactResume | No step is made beyond the last one. |
@@ -39,7 +40,7 @@ class ReliableTrainer(BackgroundSaves, ExactResume, WholeEpochs, Trainer):
     | `_save_optimizer_and_scheduler` | BackgroundSaves | Shards are written while training goes on, if `async_checkpoints`. |
     | `_save_rng_state` | ExactResume | Every process has saved before trainer_state.json completes the checkpoint. |
     | `_load_best_model` | BackgroundSaves | The checkpoint that is being written is complete first. |
-    | `_load_from_checkpoint` | ReliableTrainer, ExactResume | Other pairs per step are refused; `load_extra_state` follows. |
+    | `_load_from_checkpoint` | ReliableTrainer, ExactResume | Other pairs per step, or no optimizer, are refused; `load_extra_state` follows. |
 
     A subclass may override ``make_guard``, ``save_extra_state``, ``load_extra_state`` and ``extra_columns``.
     """  # noqa: E501  rows of a table
@@ -77,6 +78,25 @@ class ReliableTrainer(BackgroundSaves, ExactResume, WholeEpochs, Trainer):
     def load_extra_state(self, folder: Path) -> None:
         """Restore what ``save_extra_state`` wrote; every process calls it."""
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers does.
+
+        Args:
+            resume_from_checkpoint: as there, or ``"auto"``: the last complete checkpoint in ``output_dir``, or the
+                start if there is none; newer, incomplete checkpoints are removed.
+            args: those of ``transformers.Trainer.train``.
+            kwargs: those of ``transformers.Trainer.train``.
+
+        Raises:
+            ConfigError: the checkpoint cannot be resumed from: another number of pairs per step, no optimizer.
+        """
+        checkpoint: Any = resume_from_checkpoint
+        if checkpoint == "auto":
+            checkpoint = from_main_process(lambda: last_complete_checkpoint(Path(self.args.output_dir)))
+            if checkpoint is not None:
+                log.info("resuming from %s", checkpoint)
+        return super().train(checkpoint, *args, **kwargs)
+
     @contextmanager
     def trained(self, what: str) -> Iterator[None]:
         """Train, from the last complete checkpoint in ``output_dir`` if there is one; the block follows the last step.
@@ -90,12 +110,9 @@ class ReliableTrainer(BackgroundSaves, ExactResume, WholeEpochs, Trainer):
         Raises:
             SystemExit: the training was stopped by a signal.
         """
-        last = from_main_process(lambda: last_complete_checkpoint(Path(self.args.output_dir)))
-        if last is not None:
-            log.info("%s: resuming from %s", what, last)
         show_progress(self, what)
         with stoppable(self) as stop:
-            self.train(resume_from_checkpoint=last)
+            self.train(resume_from_checkpoint="auto")
             stop.check()
             yield
 
@@ -116,5 +133,6 @@ class ReliableTrainer(BackgroundSaves, ExactResume, WholeEpochs, Trainer):
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_resumable(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_extra_state(Path(resume_from_checkpoint))

@@ -1,0 +1,57 @@
+"""The functions that `align` offers to Python: what the verbs compute, on tables and models in memory.
+
+    pairs_from_dataset   table -> checked pair table          filter_pairs       which pairs to train on
+    measure_trust, advise   labels against margins            measure_entanglement   gradients of each pair
+    compare_policies     which of two policies writes better
+
+Each takes a ``datasets.Dataset``, a list of dicts or a DataFrame, returns an object, and raises the errors of the
+command line in the words of Python. A name is imported on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from align.api.advice import TrustReport, advise, measure_trust
+    from align.api.comparison import Comparison, compare_policies
+    from align.api.filtering import FilterResult, filter_pairs
+    from align.api.gradients import measure_entanglement
+    from align.data.in_memory import pairs_from_dataset
+
+WHERE = {
+    "pairs_from_dataset": "align.data.in_memory",
+    "filter_pairs": "align.api.filtering",
+    "FilterResult": "align.api.filtering",
+    "measure_entanglement": "align.api.gradients",
+    "compare_policies": "align.api.comparison",
+    "Comparison": "align.api.comparison",
+    "measure_trust": "align.api.advice",
+    "advise": "align.api.advice",
+    "TrustReport": "align.api.advice",
+}
+"""Public name -> its module."""
+
+__all__ = [
+    "Comparison",
+    "FilterResult",
+    "TrustReport",
+    "advise",
+    "compare_policies",
+    "filter_pairs",
+    "measure_entanglement",
+    "measure_trust",
+    "pairs_from_dataset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name not in WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(WHERE[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,299 @@
+"""``compare_policies``: which of two policies writes the better completions, by a judge."""
+
+import copy
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from align.commands.evaluate import compare_written, win_sentence
+from align.commands.evaluation_tables import Written, completions_table, write_completions
+from align.data.messages import as_messages
+from align.data.readers import Row
+from align.data.validation import RowReader
+from align.errors import ConfigError, DataError, ModelError, listed, python_words
+from align.evaluation.policies import NAME, REFERENCE, Policy
+from align.generation.types import Sampling
+from align.io.hashing import digest
+from align.models.loading import load_tokenizer
+from align.models.message_checks import check_prompts_of
+from reward_models.pairwise_judges import ByScore, PairwiseJudge, make_pairwise, prefer_in_both_orders
+
+SHOWN = 100
+"""Prompts whose completions the page shows."""
+HINTS = {
+    "judge-name": 'give "vader", "yes-no:MODEL", "llm:MODEL", the folder or hub id of a reward model, a RewardModel, '
+    "or an object with `name` and `score` or `prefer`",
+    "data-empty": "give at least one prompt",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Head-to-head result of policy A against policy B."""
+
+    win_rate: float
+    """Mean preference for A over the prompts and over both orders, in [0, 1]; a tie counts half."""
+    interval: tuple[float, float] | None
+    """95% interval of ``win_rate`` over the prompts; None if the data give none: one prompt, or ties only."""
+    table: Dataset
+    """One row per prompt and repetition: ``prompt``, ``a``, ``b`` (the completions) and ``preference`` for A."""
+    details: dict[str, Any] = field(repr=False)
+    """All numbers as `align eval compare` writes them into report.json: wins, ties, losses, position bias, the win rate
+    at equal lengths, statistics of the texts."""
+
+    @property
+    def summary(self) -> str:
+        """The win rate with its interval in a sentence, plain and at equal lengths."""
+        return win_sentence(self.details)
+
+    def write_page(self, path: str | Path) -> None:
+        """Write the page of `align eval compare`, one HTML file without requests, to ``path``."""
+        from align.reports.comparison_page import write_comparison_page
+
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        found = self.details
+        write_comparison_page(target, {"comparisons": {f"{found['a']} against {found['b']}, {found['judge']}": found}})
+
+
+def compare_policies(
+    a: str | Path | nn.Module,
+    b: str | Path | nn.Module,
+    prompts: Sequence[Any],
+    *,
+    judge: str | Any,
+    max_new_tokens: int = 256,
+    n: int = 1,
+    seed: int = 0,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    max_length: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Comparison:
+    """Let two policies complete the same prompts and ask a judge, in both orders, which completion is better.
+
+    `align eval compare` computes the same from files. Do not take as judge what one of the policies was trained on: a
+    policy that was optimized for a reward model wins by it whether or not it is better.
+
+    Args:
+        a: policy A: folder (also an adapter's), hub id, or loaded model, which is sampled on the GPU if there is one.
+        b: policy B.
+        prompts: texts or lists of messages; a column of a Dataset too.
+        judge: name of a judge (``vader``, ``yes-no:MODEL``, ``llm:MODEL``), folder or hub id of a reward model, a
+            ``RewardModel``, or an object with a ``name`` and ``score(prompts, completions)`` -> [N] or
+            ``prefer(prompts, first, second)`` -> [N] in [0, 1]. There is no default.
+        max_new_tokens: tokens of a completion, at most.
+        n: completions of each policy per prompt. A prompt counts once, with their mean preference.
+        seed: seed of the sampling.
+        temperature: temperature of the sampling; 0 is greedy.
+        batch_size: completions per forward pass; no completion depends on it.
+        max_length: tokens that a reward model or ``llm:`` judge reads; None: 1024.
+        tokenizer: tokenizer of the loaded models; None: that of the folder or hub id they were loaded from.
+
+    Raises:
+        ConfigError: a policy, a number or the judge is none that can be used.
+        DataError: there are no prompts, or some cannot be used; all of them are counted.
+        ModelError: a model or its tokenizer cannot be loaded.
+    """
+    started = time.monotonic()
+    with python_words(HINTS):
+        _check_numbers(max_new_tokens=max_new_tokens, n=n, batch_size=batch_size)
+        if temperature < 0:
+            raise ConfigError(f"temperature: found {temperature}, expected 0 or more", code="config-option")
+        texts = _checked_prompts(prompts)
+        first, second = _named(a, b)
+        check_prompts_of(texts, [policy.model for policy, _ in (first, second) if policy.model])
+        if isinstance(judge, str) and Path(judge).is_dir():
+            check_prompts_of(texts, [judge], answered=True)
+        asked = _judge(judge, max_length)
+        sampling = Sampling(max_new_tokens, temperature, seed=seed, batch_size=batch_size)
+        with TemporaryDirectory(prefix="compare-") as folder:
+            written = {
+                policy.name: _written(policy, loaded, texts * n, sampling, Path(folder), tokenizer)
+                for policy, loaded in (first, second)
+            }
+        clusters = np.tile(np.arange(len(texts)), n) if n > 1 else None
+        preferences = _preferences(asked, *written.values())
+        run = _run(asked, texts, [policy for policy, _ in (first, second)], sampling, n, started)
+        details = compare_written(written, asked, preferences, shown=SHOWN, run=run, clusters=clusters)
+    return _result(details, written, (preferences[0] + preferences[1]) / 2)
+
+
+def _run(
+    judge: PairwiseJudge, prompts: list[Any], policies: list[Policy], sampling: Sampling, n: int, started: float
+) -> dict[str, Any]:
+    """How the comparison was made, for its page."""
+    return {
+        "command": f"compare_policies(a, b, prompts, judge={judge.name!r}, n={n})",
+        "prompts": "prompts",
+        "n_prompts": len(prompts),
+        "judge": judge.name,
+        "policies": {policy.name: policy.model or "a loaded model" for policy in policies},
+        "decoding": {
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "seed": sampling.seed,
+            "batch_size": sampling.batch_size,
+            "engine": sampling.engine,
+        },
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _result(details: dict[str, Any], written: dict[str, Written], preference: np.ndarray) -> Comparison:
+    rate = details["win_rate"]["rate"]
+    ours, theirs = written.values()
+    columns = {"prompt": ours.table["prompt"], "a": ours.table["text"], "b": theirs.table["text"]}
+    interval = None if rate["low"] is None else (rate["low"], rate["high"])
+    table = Dataset.from_dict({**{key: list(values) for key, values in columns.items()}, "preference": preference})
+    return Comparison(rate["value"], interval, table, details)
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}: found {value!r}, expected a whole number of at least 1", code="config-option")
+
+
+def _checked_prompts(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str | bytes | dict | Dataset) or not hasattr(prompts, "__iter__"):
+        raise DataError(
+            f"prompts: found a {type(prompts).__name__}, expected a list of texts or of lists of messages",
+            code="data-type",
+            hint='give one prompt per entry; of a Dataset its column: ds["prompt"]',
+        )
+    rows = [Row(number, {"prompt": as_messages(prompt)}) for number, prompt in enumerate(prompts)]
+    if not rows:
+        raise DataError("prompts: holds no prompt", code="data-empty")
+    reader = RowReader("prompts", {"prompt"})
+    lines = [f"prompts[{row.number}]: {wrong}" for row in rows if (wrong := _wrong(reader, row)) is not None]
+    if lines:
+        raise DataError(
+            f"prompts: {len(lines)} of {len(rows)} cannot be used:\n{listed(lines)}",
+            code="prompt-row",
+            hint="give text, or messages [{role: ..., content: ...}]",
+        )
+    return [row.values["prompt"] for row in rows]
+
+
+def _wrong(reader: RowReader, row: Row) -> str | None:
+    """What is wrong with a prompt; None if it is valid."""
+    for item in reader.text(row, "prompt"):
+        return f"found {item.found}, expected {item.expected}"
+    prompt = row.values["prompt"]
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        return "found a last message by assistant, expected one by user or tool"
+    return None
+
+
+def _named(a: Any, b: Any) -> tuple[tuple[Policy, Any], tuple[Policy, Any]]:
+    """Both policies, each with the model if it is loaded; the model of a loaded policy's ``Policy`` is empty."""
+    for name, policy in (("a", a), ("b", b)):
+        if not isinstance(policy, str | Path | nn.Module) or policy == "":
+            raise ConfigError(
+                f"{name}: found {policy!r}, expected a model's folder, hub id or a loaded model", code="eval-policy"
+            )
+    sources = [str(getattr(one, "name_or_path", "") if isinstance(one, nn.Module) else one) for one in (a, b)]
+    paths = [Path(source) for source in sources]
+    names = [(path.parent.name if path.name == "model" else path.name).removeprefix("train-") for path in paths]
+    if names[0] == names[1] or not all(NAME.fullmatch(name) and name != REFERENCE for name in names):
+        names = ["a", "b"]
+    (one, other) = (
+        (Policy(name, ""), policy) if isinstance(policy, nn.Module) else (Policy(name, str(policy)), None)
+        for name, policy in zip(names, (a, b), strict=True)
+    )
+    return one, other
+
+
+def _judge(judge: Any, max_length: int | None) -> PairwiseJudge:
+    if isinstance(judge, str):
+        return make_pairwise(judge, max_length)
+    name = getattr(judge, "name", None)
+    if isinstance(name, str) and callable(getattr(judge, "prefer", None)):
+        chosen: PairwiseJudge = judge
+        return chosen
+    if isinstance(name, str) and callable(getattr(judge, "score", None)):
+        return ByScore(judge)
+    raise ConfigError(f"judge: found {judge!r}, expected a name, or an object that judges", code="judge-name")
+
+
+def _preferences(judge: PairwiseJudge, ours: Written, theirs: Written) -> tuple[np.ndarray, np.ndarray]:
+    """Preferences for ours, [N] each.
+
+    Raises:
+        DataError: the judge gives another number of them, or one that is not in [0, 1].
+    """
+    found = prefer_in_both_orders(judge, list(ours.prompts), ours.answers(), theirs.answers())
+    first, second = (np.asarray(values, dtype=np.float64) for values in found)
+    count = len(ours.prompts)
+    for values in (first, second):
+        if values.shape != (count,):
+            found_instead = f"an array of shape {values.shape}"
+        elif (outside := ~((values >= 0) & (values <= 1))).any():
+            found_instead = f"the preference {values[outside][0]} for completion {int(outside.argmax())}"
+        else:
+            continue
+        raise DataError(
+            f"judge {judge.name}: found {found_instead}, expected {count} preferences in [0, 1], or finite scores",
+            code="eval-judge",
+        )
+    return first, second
+
+
+def _written(
+    policy: Policy,
+    loaded: Any,
+    prompts: list[Any],
+    sampling: Sampling,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Written:
+    """One completion of each prompt; a repeated prompt has other random numbers each time."""
+    if loaded is None:
+        return write_completions(policy, prompts, sampling, folder)
+    from align.generation.transformers_engine import TransformersEngine
+
+    with _training_mode_kept(loaded):
+        engine = TransformersEngine(loaded, _padded(tokenizer, loaded, policy.name), batch_size=sampling.batch_size)
+        groups = engine.generate(prompts, sampling)
+    table = completions_table(prompts, [group[0] for group in groups])
+    return Written(policy, prompts, sampling, table, digest([policy.name, table["text"][:]]))
+
+
+@contextmanager
+def _training_mode_kept(model: nn.Module) -> Any:
+    training = model.training
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _padded(tokenizer: PreTrainedTokenizerBase | None, model: Any, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a loaded model with a token for padding.
+
+    Raises:
+        ModelError: none is given, and the model does not say where it was loaded from.
+    """
+    if tokenizer is None:
+        source = getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", "")
+        if not source:
+            raise ModelError(
+                f"{name}: found a loaded model that does not say where it comes from, expected its tokenizer",
+                code="model-tokenizer",
+                hint="give tokenizer=...",
+            )
+        return load_tokenizer(str(source))
+    if tokenizer.pad_token is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,102 @@
+"""Passes of the reference: its log-probs before a training or in each step, and the layout of all forward passes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl import DPOTrainer
+
+from align.config.columns import PAIR_COLUMNS
+from align.io.console import log
+from align.models.adapters import copy_adapter
+from align.models.collator import REAL, ROW
+from align.models.layout import LayoutChoice, base_model, choose_layout, longest_sequence
+from align.models.logps import Layout, SequenceLogps, pair_logps
+from align.models.positions import check_positions
+from align.training.base.trainer import ReliableTrainer
+from align.training.reference import (
+    TRL_REFERENCE,
+    add_reference_logps,
+    cache_file,
+    reference_model,
+    starts_from_adapter,
+)
+
+LAYOUT_SAMPLE = 256
+"""Pairs of the sample on which the layout is chosen."""
+
+
+class ReferencePasses(ReliableTrainer, DPOTrainer):
+    """trl's DPOTrainer whose reference runs in the layout of the policy, over a token budget, with a cache on disk."""
+
+    layout: Layout
+    max_tokens: int | None
+    """Tokens per forward pass; None: no limit."""
+    reference_cache: Path | None
+    """Folder that keeps reference log-probs between trainings."""
+    _layout_choice: LayoutChoice | None
+    _given_reference: bool
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Add reference log-probs as columns, cached on disk; under DeepSpeed trl computes them."""
+        self._prepare_layout(dataset)
+        if self.is_deepspeed_enabled:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        return add_reference_logps(
+            dataset,
+            self._reference_of_examples,
+            self.accelerator,
+            batch_tokens=self.max_tokens,
+            batch_pairs=self.args.precompute_ref_batch_size,
+            file=None if self._given_reference and self.is_fsdp_enabled else self._cache_file(dataset),
+            in_step=self.is_fsdp_enabled,
+        )
+
+    def _cache_file(self, dataset: Dataset) -> Path | None:
+        given = self.ref_model if self._given_reference else None
+        reference = None if given is None else self.accelerator.unwrap_model(given)
+        return cache_file(self.reference_cache, self.model, dataset, self.args, reference)
+
+    def _reference_of_examples(self, examples: list[dict[str, Any]]) -> Tensor:
+        """Reference log-probs [B, 2] of collated examples."""
+        batch = self.data_collator(examples)
+        batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
+        return torch.stack(self.compute_ref_log_probs(self._reference, batch), dim=1)
+
+    @property
+    def _reference(self) -> torch.nn.Module:
+        return self.ref_model if self.ref_model is not None else self.model
+
+    def _prepare_layout(self, dataset: Dataset) -> None:
+        """Choose the layout once, before the first forward pass."""
+        choice, self._layout_choice = self._layout_choice, None
+        if choice is None:
+            return
+        if starts_from_adapter(self.model):
+            copy_adapter(self.model, "default", TRL_REFERENCE)  # trl copies only a part of some adapters
+        sample = self.data_collator([dataset[k] for k in range(min(LAYOUT_SAMPLE, len(dataset)))])
+        longest = longest_sequence(dataset, self.args.max_length)
+        check_positions(base_model(self.model), longest, "the longest pair", "lower train.trainer.max_length")
+        if self.args.neftune_noise_alpha and choice == "auto":
+            log.info("layout: concatenated (neftune_noise_alpha scales its noise by the length of a row)")
+            choice = "concatenated"
+        self.layout = choose_layout(self.model, sample, choice, longest=longest, training=True)
+        if self.ref_model is not None:
+            choice = choice if self.layout == "shared_prefix" else "concatenated"
+            self.layout = choose_layout(self.ref_model, sample, choice, longest=longest)
+
+    def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Log-probs [B], [B] of the chosen and rejected responses under the reference, without gradient."""
+        if self.is_deepspeed_enabled:
+            inputs = {name: value for name, value in inputs.items() if name not in (*PAIR_COLUMNS, ROW, REAL)}
+            return super().compute_ref_log_probs(model, inputs)
+        logps = self.run_reference(inputs)
+        return logps.chosen, logps.rejected
+
+    def run_reference(self, inputs: dict[str, Any]) -> SequenceLogps:
+        """Log-probs of a batch under the reference, token by token, without gradient and without other metrics."""
+        checkpointing = self.args.gradient_checkpointing_kwargs
+        with reference_model(self.model, self.ref_model, self.accelerator, checkpointing) as reference:
+            return pair_logps(reference, inputs, self.layout, metrics=False)

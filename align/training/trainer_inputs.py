@@ -1,0 +1,145 @@
+"""What is given to a PreferenceTrainer besides tables: a model by its name, a collator, a tokenizer."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import get_config_model_id
+
+from align.errors import ConfigError
+from align.io.files import read_json, write_json
+from align.models.folders import ADAPTER, is_adapter
+from align.models.layout import has_adapter
+from align.models.loading import load_policy, load_tokenizer
+
+IGNORED_KWARGS = "The `model_init_kwargs` will be ignored."
+"""trl's warning about a model that is loaded already; ``load_named`` has applied them."""
+MODULE_LISTS = ("target_modules", "exclude_modules", "modules_to_save")
+"""Keys of an adapter's config that peft keeps as sets."""
+
+
+def check_kinds(model: Any, args: Any) -> None:
+    """Refuse a model or arguments of another kind.
+
+    Raises:
+        ConfigError: names the argument and what it is.
+    """
+    if not isinstance(model, str) and not hasattr(model, "config"):
+        raise ConfigError(
+            f"model: found {type(model).__name__}, expected a folder, a hub id or a causal language model",
+            code="trainer-key",
+        )
+    if args is not None and not isinstance(args, DPOConfig):
+        raise ConfigError(
+            f"args: found {type(args).__name__}, expected align.PreferenceConfig or trl.DPOConfig", code="trainer-key"
+        )
+
+
+def default_output(model: Any, loss: Any) -> str:
+    """``output_dir`` where no arguments are given: trl's, with the name of the loss."""
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    return f"{name.split('/')[-1]}-{loss.upper() if isinstance(loss, str) else 'DPO'}"
+
+
+def check_stream(args: DPOConfig) -> None:
+    """Refuse a stream of pairs where it is not known how many of them are trained on.
+
+    Raises:
+        ConfigError: no ``max_steps``.
+    """
+    if args.max_steps <= 0:
+        raise ConfigError(
+            f"train_dataset: found an IterableDataset and max_steps {args.max_steps}, expected more than 0: the first "
+            "pairs of the stream that fill so many steps are trained on, in their order",
+            code="data-type",
+            hint="set PreferenceConfig.max_steps, or make a datasets.Dataset of it",
+        )
+
+
+def starts_as_adapter(model: Any) -> bool:
+    """Whether the model, or the folder of this name, holds an adapter."""
+    return is_adapter(model) if isinstance(model, str) else has_adapter(model)
+
+
+def load_named(model: str, args: DPOConfig, tokenizer: Any, quantization: Any) -> tuple[Any, Any]:
+    """The policy of a folder or hub id in float32, unless ``model_init_kwargs`` say otherwise, and its tokenizer.
+
+    Raises:
+        ConfigError: it is to be quantized in two ways.
+        ModelError: it cannot be loaded.
+    """
+    kwargs = {"dtype": "float32"} | dict(args.model_init_kwargs or {})
+    trusted = bool(kwargs.pop("trust_remote_code", args.trust_remote_code))
+    if quantization is not None:
+        if "quantization_config" in kwargs:
+            raise ConfigError(
+                "quantization_config: found it as an argument and in model_init_kwargs, expected one of them",
+                code="trainer-key",
+            )
+        kwargs["quantization_config"] = quantization
+    policy = load_policy(model, trust_remote_code=trusted, trainable=True, **kwargs)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(model, trust_remote_code=trusted, revision=kwargs.get("revision"))
+    return policy, tokenizer
+
+
+def collator_fields(collator: Any) -> dict[str, Any]:
+    """Settings of a given collator.
+
+    Raises:
+        ConfigError: it is not trl's, which the trainer extends by margins and weights.
+    """
+    if collator is None:
+        return {}
+    if type(collator) is not DataCollatorForPreference:
+        raise ConfigError(
+            f"data_collator: found {type(collator).__name__}, expected none or trl's DataCollatorForPreference: the "
+            "trainer's own adds margins and weights to its batches",
+            code="trainer-key",
+            hint="leave it out",
+        )
+    return {one.name: getattr(collator, one.name) for one in dataclasses.fields(collator) if one.init}
+
+
+def has_tokenizer(processing_class: Any) -> None:
+    """Refuse what is no tokenizer.
+
+    Raises:
+        ConfigError: for example a processor of images.
+    """
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ConfigError(
+            f"processing_class: found {type(processing_class).__name__}, expected a tokenizer",
+            code="trainer-key",
+            hint="give the tokenizer inside a processor: processing_class=processor.tokenizer",
+        )
+
+
+def order_adapter(folder: Path) -> None:
+    """Sort the module names that peft keeps as sets, so that the same training writes the same bytes every time."""
+    file = folder / ADAPTER
+    if file.exists():
+        config = read_json(file)
+        ordered = {name: sorted(config[name]) for name in MODULE_LISTS if isinstance(config.get(name), list)}
+        write_json(file, config | ordered)
+
+
+@contextmanager
+def without_ignored_kwargs() -> Iterator[None]:
+    """Keep a warning of trl's that does not hold here from the log, see ``IGNORED_KWARGS``."""
+    logger = logging.getLogger(DPOTrainer.__module__)
+
+    def other(record: logging.LogRecord) -> bool:
+        return IGNORED_KWARGS not in record.getMessage()
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
