@@ -10,6 +10,7 @@ from align.config.columns import SCORES, SPREAD
 from align.data.splits import folds_by_prompt
 from align.data.training_pairs import with_source
 from align.io.console import log
+from align.training.base.trackers import TrackedRun
 from reward_models.calibration import fit_map
 from reward_models.ensemble import members, score_with, train_members
 from reward_models.length_bias import word_difference
@@ -17,7 +18,13 @@ from reward_models.loading import load_options
 
 
 def cross_fit(
-    pairs: Dataset, config: RewardSection, folder: Path, *, seed: int, cluster: ClusterSection | None = None
+    pairs: Dataset,
+    config: RewardSection,
+    folder: Path,
+    *,
+    seed: int,
+    cluster: ClusterSection | None = None,
+    run: TrackedRun | None = None,
 ) -> Dataset:
     """Train ``config.folds`` models, each on all folds but one, and score the left-out fold with it.
 
@@ -30,6 +37,7 @@ def cross_fit(
         folder: for the model folders fold-0 ... fold-(k-1); a model that exists is not trained again.
         seed: seed of the folds and the models.
         cluster: Ray cluster that scores.
+        run: names under which the trackers of ``report_to`` show the trainings; each fold has its own.
 
     Returns:
         The table with reward_chosen, reward_rejected, margin, ``margin_std`` for an ensemble,
@@ -42,7 +50,8 @@ def cross_fit(
         inside = np.flatnonzero(fold == k)
         log.info("cross-fitting: fold %d of %d, %d pairs to score", k + 1, config.folds, len(inside))
         model = folder / f"fold-{k}"
-        train_members(pairs.select(np.flatnonzero(fold != k)), config, model, seed=seed + 1 + k)
+        part = None if run is None else run.part(f"fold-{k}")
+        train_members(pairs.select(np.flatnonzero(fold != k)), config, model, seed=seed + 1 + k, run=part)
         scored = score_with(
             members(model),
             pairs.select(inside),

@@ -22,6 +22,7 @@ from align.io.console import log
 from align.io.hashing import digest
 from align.models.folders import fingerprint_model
 from align.sharding.shards import map_shards
+from align.training.base.trackers import TrackedRun
 from reward_models.calibration import MarginMap
 from reward_models.loading import DEFAULTS, LoadOptions
 from reward_models.score import ALIKE, REWARDS, RewardScorer, ScoreJob, tell_alike, with_rewards
@@ -34,7 +35,9 @@ SHARD = 512
 KEY_DIGITS = 8
 
 
-def train_members(train: Dataset, config: RewardSection, output: Path, *, seed: int) -> None:
+def train_members(
+    train: Dataset, config: RewardSection, output: Path, *, seed: int, run: TrackedRun | None = None
+) -> None:
     """Train ``config.ensemble`` reward models into ``output`` and ``output/members``; existing ones are kept.
 
     Members differ in the seed of their head and of the order of the pairs. A linear head on frozen features has no
@@ -45,15 +48,17 @@ def train_members(train: Dataset, config: RewardSection, output: Path, *, seed: 
         config: reward model.
         output: folder of the first model.
         seed: seed of the first member.
+        run: names under which the trackers of ``report_to`` show the trainings; each other member has its own.
     """
-    train_reward_model(train, config, output, seed=seed)
+    train_reward_model(train, config, output, seed=seed, run=run)
     for number in range(1, config.ensemble):
         own = seed + SEED_STEP * number
         pairs = train
         if config.head != "full":
             pairs = train.select(draw_clusters(train, own))
         (output / MEMBERS).mkdir(exist_ok=True)
-        train_reward_model(pairs, config, output / MEMBERS / str(number), seed=own)
+        part = None if run is None else run.part(f"member-{number}")
+        train_reward_model(pairs, config, output / MEMBERS / str(number), seed=own, run=part)
 
 
 def members(model: Path | str) -> list[Path | str]:

@@ -11,11 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TrlRewardConfig
 
 from align.config import RewardSection
+from align.data.table_facts import table_facts
 from align.data.training_pairs import write_record
 from align.distributed import from_main_process, process_rank, wait_until
 from align.io.console import log
 from align.io.files import atomic_folder
+from align.io.stage import versions
+from align.models.model_card import REWARD_MODEL, TrainingFacts, base_model_id, papers_of, write_card
 from align.training.base.arguments import build_lora, build_trainer_args, refusals
+from align.training.base.tracked_runs import tracked
+from align.training.base.trackers import TrackedRun
 from reward_models.linear_heads import train_head
 from reward_models.loading import load_reward_model, note_text_pair, pad_as_trained, reads_text_pairs
 from reward_models.preparation import prepare_pairs
@@ -26,7 +31,9 @@ CONFIG = "config.json"
 """File whose presence marks a model folder as complete."""
 
 
-def train_reward_model(train: Dataset, config: RewardSection, output: Path, *, seed: int) -> None:
+def train_reward_model(
+    train: Dataset, config: RewardSection, output: Path, *, seed: int, run: TrackedRun | None = None
+) -> None:
     """Train on a pair table and save model and tokenizer (safetensors; an adapter is merged) into ``output``.
 
     The head is initialized under ``seed``. Pairs of similar length share a batch, in groups that are drawn anew each
@@ -39,6 +46,7 @@ def train_reward_model(train: Dataset, config: RewardSection, output: Path, *, s
         config: backbone, head, objective, adapter, length and trl.RewardConfig fields.
         output: folder of the finished model; a folder with config.json is left as it is.
         seed: seed of the head, the adapter and the order of the pairs.
+        run: names under which the trackers of ``report_to`` show the training.
 
     Raises:
         AlignError: the configuration, the model or the pairs cannot be used.
@@ -47,15 +55,18 @@ def train_reward_model(train: Dataset, config: RewardSection, output: Path, *, s
     if from_main_process((output / CONFIG).exists):
         log.info("reward model: already trained (%s)", output)
     elif config.head == "full":
-        _train_full(train, config, output, checkpoints, seed)
+        _train_full(train, config, output, checkpoints, seed, run)
     elif process_rank() == 0:
-        save_model(*train_head(train, config, seed=seed, cache=checkpoints), output, train)
+        trained = train_head(train, config, seed=seed, cache=checkpoints)
+        save_model(*trained, output, train, _head_facts(train, config, seed))
     if process_rank() == 0:
         shutil.rmtree(checkpoints, ignore_errors=True)
     wait_until((output / CONFIG).exists)
 
 
-def _train_full(train: Dataset, config: RewardSection, output: Path, checkpoints: Path, seed: int) -> None:
+def _train_full(
+    train: Dataset, config: RewardSection, output: Path, checkpoints: Path, seed: int, run: TrackedRun | None
+) -> None:
     """Train head and backbone (or its adapter) and save them."""
     objective = resolve_objective(config.objective)
     objective_columns(train, objective)
@@ -83,11 +94,13 @@ def _train_full(train: Dataset, config: RewardSection, output: Path, checkpoints
             sharpness=config.sharpness,
         )
     trainer.async_checkpoints = config.async_checkpoints
-    with trainer.trained(f"reward model {output.name}"):
+    trainer.data_facts = table_facts(prepared.pairs)
+    trainer.extra_config |= config.model_dump(include={"tilt", "sharpness"}, exclude_none=True)
+    with tracked(trainer, run), trainer.trained(f"reward model {output.name}"):
         trained = _gathered(trainer, config)
         if trained is not None:
             merged = trained.merge_and_unload() if config.peft is not None else trained
-            save_model(merged, tokenizer, output, prepared.pairs)
+            save_model(merged, tokenizer, output, prepared.pairs, trainer.facts)
 
 
 def _load(config: RewardSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -114,9 +127,30 @@ def _gathered(trainer: RewardTrainer, config: RewardSection) -> Any:
     return trained
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, train: Dataset) -> None:
-    """Write a model folder with the record of its training pairs, completely or not at all."""
+def _head_facts(train: Dataset, config: RewardSection, seed: int) -> TrainingFacts:
+    """What the card of a model with a fitted head says."""
+    data = table_facts(train)
+    return TrainingFacts(
+        kind=REWARD_MODEL,
+        method=config.head,
+        summary="a linear head, fitted by Bradley-Terry to the frozen features of the backbone",
+        sources=papers_of(train_head.__doc__),
+        parameters={},
+        base_model=base_model_id(config.model),
+        pairs=data.pairs,
+        fingerprint=data.fingerprint,
+        margins=None,
+        settings={"max_length": config.max_length, "seed": seed},
+        versions=versions(),
+    )
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, train: Dataset, facts: TrainingFacts
+) -> None:
+    """Write a model folder with its card and the record of its training pairs, completely or not at all."""
     with atomic_folder(output) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_record(train, temporary)
+        write_card(temporary, facts, adapter=False)

@@ -17,6 +17,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from align.config import SharpnessSection, TiltSection
 from align.config.columns import NAMES
+from align.data.table_facts import table_facts
 from align.data.training_pairs import record_of, write_digests
 from align.io.files import read_json, write_json
 from align.losses.pair_weights import LossTilt
@@ -116,6 +117,7 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
         self.objective = inputs.objective
         self._ids = _ids_by_tokens(inputs.train)
         self._pairs = inputs.pairs
+        self.data_facts = None if inputs.pairs is None else table_facts(inputs.pairs)
         with refusals("RewardTrainer") if inputs.pairs is not None else nullcontext():
             super().__init__(
                 model=inputs.model, args=inputs.args, train_dataset=inputs.train, eval_dataset=inputs.evaluation,

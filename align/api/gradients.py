@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.in_memory import pairs_from_dataset
 from align.entanglement import measure_pairs
-from align.entanglement.measure import load_measured
+from align.entanglement.measure import load_measured, load_reference
 from align.errors import ConfigError, python_words
 from align.io.console import log
 from align.losses.registry import BoundLoss
@@ -43,7 +43,8 @@ def measure_entanglement(
 
     Args:
         model: causal language model, with its adapter if it has one; or a folder or hub id. The reference of the loss
-            is the model with its adapter off, or the model itself. Weights, gradients and mode of a loaded model stay
+            is what the adapter was trained from (its base, or the adapter that its training started from), or the
+            model itself. Weights, gradients and mode of a loaded model stay
             as they are. Everything is computed in float32: of a model in 16 bits a copy is made.
         tokenizer: the model's, or its folder or hub id; None: that of ``model``, if it is a folder or hub id.
         pairs: what ``pairs_from_dataset`` takes, with ``margin`` where the loss needs one.
@@ -78,6 +79,7 @@ def measure_entanglement(
             table,
             loss=bound,
             max_length=max_length,
+            reference=load_reference(str(model)) if isinstance(model, str | Path) else None,
         )
     return found.rename_columns(NAMES)
 

@@ -150,14 +150,25 @@ def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run, e.g
 
 
 @app.command("push")
-def push(
+def push_command(
     folder: Annotated[Path, typer.Argument(help="Folder that a command wrote: a run, a stage, tables.")],
-    address: Annotated[str, typer.Argument(help="Target: s3://bucket/prefix, new or of an earlier push.")],
+    address: Annotated[
+        str,
+        typer.Argument(help="s3://bucket/prefix, new or of an earlier push; hf://user/name, hf://datasets/user/name."),
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="hf://: print what would be uploaded, without network.")
+    ] = False,
+    public: Annotated[bool, typer.Option("--public", help="hf://: everybody may read the repository.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="hf://: hub id of an adapter's base model.")] = None,
 ) -> None:
-    """Copy a finished folder to an object store: only changed files, and marked complete only at the end."""
-    from align.commands.push import push_folder
+    """Copy a finished folder to an object store, or a model or pair table to the Hugging Face hub (private)."""
+    from align.commands.push import push
+    from align.io.console import out
 
-    push_folder(folder, address)
+    planned = push(folder, address, dry_run=dry_run, public=public, base_model=base_model)
+    if planned is not None:
+        out.print_json(json.dumps(planned))
 
 
 @app.command("reproduce")

@@ -23,14 +23,14 @@ from align.entanglement.measure import SHARD, MeasureJob, load_measured, measuri
 from align.entanglement.products import GradientProducts
 from align.entanglement.summary import advice, share_text, summarize
 from align.entanglement.token_products import token_matrix, token_products
-from align.entanglement.trace import checkpoints_of, sentence, trajectory
+from align.entanglement.trace import START, checkpoints_of, sentence, trajectory
 from align.errors import ConfigError, DataError
 from align.filtering.tables import KEPT
 from align.io.console import log, out
 from align.io.files import write_json
 from align.io.stage import Stage, check_files, read_manifest, run_stage
 from align.losses.registry import BoundLoss, resolve
-from align.models.folders import fingerprint_model, is_adapter
+from align.models.folders import adapter_config, fingerprint_model, is_adapter
 from align.models.loading import load_tokenizer
 from align.models.tokenization import MAX_LENGTH, collate, tokenize_pairs
 from align.reports.entanglement_page import shade, write_entanglement_page, write_trace_page
@@ -43,7 +43,7 @@ MEASUREMENTS = "measurements"
 SUMMARY, PAGE = "summary.json", "report.html"
 MEASURED = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
 """Columns of tokenized pairs that a measurement depends on."""
-REVISION = 2
+REVISION = 3
 """Part of the key of a measurement: raised when the same pairs and model give other numbers."""
 NAMED = 5
 """Number of pairs that a message names."""
@@ -96,13 +96,15 @@ def report(source: PairsSection, settings: ReportSettings, output: Path) -> None
     if process_rank() > 0:
         return
     summary = summarize(table)
-    covered = GradientProducts(policy, settings.parameter_names).covered
+    products = GradientProducts(policy, settings.parameter_names)
+    covered = products.covered
     page: dict[str, Any] = {
         "run": {
             "pairs": source.path, "of": len(every), "left_out": left_out, "model": settings.model,
             "loss": settings.loss, "seconds": stage.seconds,
             "command": shlex.join(["align", *sys.argv[1:]]), "parameters": sum(covered.values()),
-            "by_rule": covered["rule"], "by_autograd": covered["autograd"],
+            "by_rule": covered["rule"], "by_autograd": covered["autograd"], "without_rule": products.by_autograd,
+            "adapter": adapter_config(settings.model)["peft_type"] if is_adapter(settings.model) else None,
         },
         "summary": summary,
         "entangled": share_text(summary["entangled"]),
@@ -127,10 +129,10 @@ def _shown_pairs(policy: nn.Module, tokens: Dataset, table: Dataset, settings: R
 
 
 def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: int | None) -> None:
-    """Measure the saved checkpoints of one method of a run; write ``trace-<method>/`` with JSON, tables and a page.
+    """Measure the start and the saved checkpoints of one method of a run; write JSON, tables and a page.
 
-    The loss, its parameters and the reference are those of the training, and so is the length if ``max_length`` is
-    None.
+    They are in ``trace-<method>/``. The loss, its parameters and the reference are those of the training, and so is the
+    length if ``max_length`` is None.
 
     Raises:
         AlignError: no such training, no checkpoint, or a loss that has no verdict for one pair.
@@ -150,13 +152,16 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     pairs = _sample(every, bound, limit, str(run))
     tokens, _ = _tokenized(pairs, load_tokenizer(base), length)
     output, tables = run / f"trace-{method}", []
-    for step, folder in checkpoints:
-        reference = None if is_adapter(folder) and not is_adapter(base) else base
-        job = MeasureJob(str(folder), reference, bound, None, batch_tokens, length)
-        tables.append(_measure(output / f"step-{step:06d}", tokens, load_measured(str(folder)), job)[1])
+    start = _start(training, base, checkpoints[0][1])
+    reference = None if is_adapter(checkpoints[0][1]) and not is_adapter(base) else base
+    measured: list[tuple[int, str, str | None]] = [] if start is None else [(0, start, start)]
+    measured += [(step, str(folder), reference) for step, folder in checkpoints]
+    for step, folder, compared in measured:
+        job = MeasureJob(folder, compared, bound, None, batch_tokens, length)
+        tables.append(_measure(output / f"step-{step:06d}", tokens, load_measured(folder), job)[1])
     if process_rank() > 0:
         return
-    found = trajectory([step for step, _ in checkpoints], tables)
+    found = trajectory([step for step, _, _ in measured], tables)
     report = {
         "run": {"folder": str(run), "method": method, "loss": bound.spec.name, "pairs": len(pairs),
                 "command": shlex.join(["align", *sys.argv[1:]])},
@@ -167,6 +172,16 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     write_trace_page(output / PAGE, report)
     log.info("%s", report["sentence"])
     log.info("look at it: open %s", output / PAGE)
+
+
+def _start(training: Path, base: str, checkpoint: Path) -> str | None:
+    """The model of a training before its first step; None if it was a new adapter that was not kept."""
+    if (training / START).exists():
+        return str(training / START)
+    if not is_adapter(checkpoint) or is_adapter(base):
+        return base
+    log.warning("%s: holds no folder %s, so the trace begins at the first checkpoint", training, START)
+    return None
 
 
 def check(

@@ -26,6 +26,7 @@ from align.evaluation.policies import Policy
 from align.generation.engines import choose_engine
 from align.generation.sampling_job import KL_BATCH_TOKENS, SamplingJob, completions_of, sample_prompts
 from align.generation.types import SAMPLING, Completion, Sampling, as_completion
+from align.generation.vllm_adapters import check_vllm_adapter, served_otherwise
 from align.io.hashing import digest
 from align.io.stage import run_stage
 from align.models.folders import adapter_base, fingerprint_model
@@ -85,6 +86,8 @@ def write_completions(
     if sampling.n != 1 or sampling.top_p != 1:
         raise ValueError(f"expected n = 1 and top_p = 1, got n = {sampling.n} and top_p = {sampling.top_p}")
     engine = choose_engine(sampling.engine)[0]
+    if engine == "vllm":
+        check_vllm_adapter(policy.model)
     inputs = {
         "prompts": digest(list(prompts)),
         "model": _fingerprint(policy.model),
@@ -93,6 +96,9 @@ def write_completions(
         "part": PART,
         "revision": SAMPLING,
     }
+
+    if engine == "vllm" and (reason := served_otherwise(policy.model)) is not None:
+        inputs["merged"] = reason
 
     job = SamplingJob(policy.model, replace(sampling, engine=engine))
 
@@ -194,7 +200,7 @@ class LogpJob:
         import torch
 
         from align.models.completion_logps import completion_logps
-        from align.models.loading import load_policy
+        from align.models.loading import load_policy, place
         from align.models.tokenization import encode_prompt
 
         tokenizer = _tokenizer(self.policy)
@@ -208,7 +214,7 @@ class LogpJob:
         scorers: list[Any] = []
         for model, heat in ((self.policy, self.temperature), (self.reference, 1.0)):
             settings = {"batch_tokens": KL_BATCH_TOKENS, "pad_token_id": tokenizer.pad_token_id, "temperature": heat}
-            loaded = load_policy(model, dtype="float32").to(device).eval()
+            loaded = place(load_policy(model, dtype="float32"), device).eval()
             scorers.append(partial(completion_logps, loaded, **settings))
 
         def work(rows: Dataset) -> Dataset:

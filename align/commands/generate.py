@@ -28,6 +28,7 @@ from align.generation.types import (
     report_broken,
     show_tokens,
 )
+from align.generation.vllm_adapters import check_vllm_adapter, served_otherwise
 from align.io.console import log
 from align.io.files import atomic_write, write_json
 from align.io.hashing import digest
@@ -88,6 +89,8 @@ def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSe
         texts = [row.prompt for row in prompts]
         check_prompts_of(texts, [settings.model], trust_remote_code=trusted)
         report_other_arguments(texts, settings.model, trust_remote_code=trusted)
+    if chosen == "vllm":
+        check_vllm_adapter(settings.model)
     log.info(
         "generate: %d prompts of %s, %d each, by %s on %s (%s), seed %d -> %s",
         len(prompts), source, sampling.n, settings.model, chosen, why, sampling.seed, output,
@@ -106,6 +109,8 @@ def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSe
         inputs |= rendered_today(settings.model, lambda: any(not isinstance(row.prompt, str) for row in prompts))
     if sampling.base_url is not None:
         inputs["base_url"] = sampling.base_url
+    if chosen == "vllm" and (reason := served_otherwise(settings.model)) is not None:
+        inputs["merged"] = reason
     job = SamplingJob(settings.model, replace(sampling, engine=chosen))
     return run_stage(STAGE, output, inputs, lambda folder: _work(prompts, job, settings, folder))
 
@@ -136,7 +141,7 @@ def _work(prompts: list[PromptRow], job: SamplingJob, settings: GenerateSettings
         log.info("generate: %d of %d prompts are finished already", len(prompts) - len(left), len(prompts))
     loaded, new_tokens = start, 0
     if left and settings.cluster is not None:
-        new_tokens = _on_cluster(left, job, settings.cluster, file)
+        new_tokens = _on_cluster(left, replace(job, leaves_out=True), settings.cluster, file)
     elif left:
         engine = job.load()
         loaded = time.monotonic()
@@ -192,6 +197,8 @@ def _on_cluster(left: list[PromptRow], job: SamplingJob, cluster: ClusterSection
         def keep(start: int, shard: bytes) -> None:
             nonlocal tokens
             for row, completions in zip(part(start), completions_of(decode(shard)), strict=True):
+                if not completions:
+                    continue  # refused, as in ``_here``
                 out.write(_line(row.id, completions))
                 tokens += sum(len(completion.token_ids) for completion in completions)
             out.flush()

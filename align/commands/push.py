@@ -47,6 +47,40 @@ class Target:
         return f"{self.place}/{name}"
 
 
+def push(
+    folder: Path, address: str, *, dry_run: bool = False, public: bool = False, base_model: str | None = None
+) -> dict[str, Any] | None:
+    """Push ``folder`` to an object store or to the hub; return the plan of an upload that is only planned.
+
+    Args:
+        folder: what a command has written.
+        address: s3://bucket/prefix, hf://user/name or hf://datasets/user/name.
+        dry_run: hub only: upload nothing and use no network.
+        public: hub only: the repository may be public.
+        base_model: hub only: hub id of an adapter's base model.
+
+    Raises:
+        AlignError: see ``push_folder`` and align/commands/push_hub.py; or an option of the hub with a store.
+    """
+    from align.commands.push_hub import is_hub, plan_upload, upload
+
+    if is_hub(address):
+        plan = plan_upload(folder, address, public=public, base_model=base_model)
+        if dry_run:
+            return plan.describe()
+        log.info("push: %s", upload(plan))
+        return None
+    given = {"--dry-run": dry_run, "--public": public, "--base-model": base_model}
+    options = [name for name, value in given.items() if value]
+    if options:
+        raise ConfigError(
+            f"{address}: found {', '.join(options)}, expected an address of the hub with it (hf://user/name)",
+            code="hub-address", hint="leave it out",
+        )  # fmt: skip
+    push_folder(folder, address)
+    return None
+
+
 def push_folder(folder: Path, address: str) -> int:
     """Copy ``folder`` to ``address``; return the number of objects that were copied.
 
@@ -57,7 +91,7 @@ def push_folder(folder: Path, address: str) -> int:
     if not is_remote(address):
         raise ConfigError(
             f"{address}: found a path, expected an address such as s3://bucket/prefix", code="store-address",
-            hint="to copy to a disk, use cp",
+            hint="hf://user/name uploads a model to the hub; to copy to a disk, use cp",
         )  # fmt: skip
     filesystem, place = connect(address)
     target = Target(address, filesystem, place.rstrip("/"))

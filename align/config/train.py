@@ -7,6 +7,9 @@ from pydantic import Field, field_validator
 from align.config.base import Count, Name, Positive, Section
 from align.config.reward import TiltSection
 
+QUANTIZES = ("quantization_config", "load_in_4bit", "load_in_8bit")
+"""Arguments of ``from_pretrained`` that quantize a model."""
+
 
 class RemedySection(Section):
     """Remedy against gradient entanglement, applied in each step of a method."""
@@ -122,3 +125,12 @@ class TrainSection(Section):
     def trusts_remote_code(self) -> bool:
         """``trainer.trust_remote_code``: whether code that comes with the model may run."""
         return self.trainer.get("trust_remote_code") is True
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` that quantize the policy, and so its reference; empty if none do."""
+        given = self.trainer.get("model_init_kwargs")
+        if not isinstance(given, dict):
+            return {}
+        chosen = {name: given[name] for name in QUANTIZES if given.get(name)}
+        return chosen and {"dtype": given.get("dtype", "float32")} | chosen

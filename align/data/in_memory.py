@@ -62,6 +62,8 @@ def checked_table(ds: Any, name: str, *, columns: Mapping[str, str] | None = Non
 
 
 def _section(name: str, columns: Mapping[str, str] | None) -> PairsSection:
+    if columns is not None and not isinstance(columns, Mapping):
+        raise DataError(f"columns: found {columns!r}, expected a dict of names", code="data-column")
     try:
         return PairsSection(path=name, columns=dict(columns or {}))
     except ValidationError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.entanglement.conditions import changes, loss_weights, shares
+from align.entanglement.conditions import ENTANGLED, FALLS, RISES, changes, loss_weights, products_noise, shares
 from align.entanglement.products import GradientProducts, PairProducts
 from align.io.console import log
 from align.io.files import read_json, write_json
@@ -107,14 +107,15 @@ class EntanglementCallback(TrainerCallback):
         ref_chosen, ref_rejected = (pairs[f"ref_{side}_logps"].double().cpu() for side in ("chosen", "rejected"))
         columns = {name: pairs[name].cpu() for name in ("margin", "trust") if name in pairs}
         d_w, d_l = loss_weights(self.loss, products.with_reference(ref_chosen, ref_rejected), **columns)
-        step = changes(products.chosen_sq, products.rejected_sq, products.inner, d_w, d_l)
+        squares = (products.chosen_sq, products.rejected_sq, products.inner)
+        step = changes(*squares, d_w, d_l, noise=products_noise(self.model))
         share = shares(step.verdicts())
         return {
             f"{key}cosine": float(products.cosine.median()),
             f"{key}norm_ratio": float(products.norm_ratio.median()),
-            f"{key}entangled": share["both fall"] + share["both rise"] + share["reversed"],
-            f"{key}chosen_falls": share["both fall"] + share["reversed"],
-            f"{key}rejected_rises": share["both rise"] + share["reversed"],
+            f"{key}entangled": sum(share[verdict] for verdict in ENTANGLED),
+            f"{key}chosen_falls": sum(share[verdict] for verdict in FALLS),
+            f"{key}rejected_rises": sum(share[verdict] for verdict in RISES),
             f"{key}chosen_change": float((products.chosen_logps - ref_chosen).mean()),
             f"{key}rejected_change": float((products.rejected_logps - ref_rejected).mean()),
         }

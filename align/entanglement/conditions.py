@@ -13,14 +13,22 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.losses.pairwise import PairLogps
 from align.losses.registry import BoundLoss
+from align.models.layout import base_model
 
 Verdict = Literal["separated", "both fall", "both rise", "reversed", "no signal", "undecided"]
-NOISE = 1e-5
-"""Relative error of float32 products; a change smaller than this share of its terms is not decided."""
+FALLS = ("both fall", "reversed")
+"""Verdicts under which a step would lower the chosen response."""
+RISES = ("both rise", "reversed")
+"""Verdicts under which a step would raise the rejected response."""
+ENTANGLED = frozenset({*FALLS, *RISES})
+"""Verdicts of an entangled pair: one step on it alone would lower its chosen response or raise its rejected one."""
+NOISE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Relative error of gradient products by the dtype that the model computes in, several times what was seen
+(docs/entanglement.md); a change smaller than this share of its terms is not decided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +56,7 @@ class Changes:
         ):  # fmt: skip
             if noise_up == 0 and noise_down == 0:
                 names.append("no signal")
-            elif abs(up) <= noise_up or abs(down) <= noise_down:
+            elif not (abs(up) > noise_up and abs(down) > noise_down):  # nor is one that is not a number
                 names.append("undecided")
             elif up > 0:
                 names.append("separated" if down < 0 else "both rise")
@@ -89,7 +97,21 @@ def loss_weights(
     return -to_chosen, to_rejected
 
 
-def changes(chosen_sq: Tensor, rejected_sq: Tensor, inner: Tensor, d_w: Tensor, d_l: Tensor) -> Changes:
+def products_noise(model: nn.Module) -> float:
+    """The relative error to expect of a model's gradient products: that of the least precise dtype in it.
+
+    A quantized base computes in 16 bits, whatever the dtype of its other parts.
+    """
+    base = base_model(model)
+    dtypes = {parameter.dtype for parameter in base.parameters() if parameter.is_floating_point()}
+    if getattr(base, "is_quantized", False):
+        dtypes.add(torch.bfloat16)
+    return max(NOISE.get(dtype, NOISE[torch.bfloat16]) for dtype in dtypes)
+
+
+def changes(
+    chosen_sq: Tensor, rejected_sq: Tensor, inner: Tensor, d_w: Tensor, d_l: Tensor, *, noise: float
+) -> Changes:
     """First-order changes of each pair by a gradient step on it alone; all arguments [B].
 
     Args:
@@ -98,13 +120,14 @@ def changes(chosen_sq: Tensor, rejected_sq: Tensor, inner: Tensor, d_w: Tensor, 
         inner: <gw, gl>.
         d_w: weight of the chosen gradient.
         d_l: weight of the rejected gradient.
+        noise: relative error of the products (``products_noise``).
     """
     size = (chosen_sq * rejected_sq).sqrt()
     return Changes(
         chosen=d_w * chosen_sq - d_l * inner,
         rejected=d_w * inner - d_l * rejected_sq,
-        noise_chosen=NOISE * (d_w.abs() * chosen_sq + d_l.abs() * size),
-        noise_rejected=NOISE * (d_w.abs() * size + d_l.abs() * rejected_sq),
+        noise_chosen=noise * (d_w.abs() * chosen_sq + d_l.abs() * size),
+        noise_rejected=noise * (d_w.abs() * size + d_l.abs() * rejected_sq),
     )
 
 

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from align.entanglement.directional import Direction
@@ -31,11 +30,12 @@ def logps_and_jvp(model: nn.Module, batch: dict[str, Tensor], direction: Directi
     mask = batch["completion_mask"][:, 1:].bool()
     parameters = dict(model.named_parameters())
     with torch.no_grad(), _forward_mode_ready(model), forward_ad.dual_level():
-        dual = {name: forward_ad.make_dual(parameters[name], u) for name, u in direction.items()}
+        dual = {id(parameters[name]): forward_ad.make_dual(parameters[name], u) for name, u in direction.items()}
         inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
         first = int(mask.any(dim=0).int().argmax())  # no row has a scored token before it
         kept = mask.shape[1] - first
-        logits = functional_call(model, dual, (), inputs | {"logits_to_keep": kept + 1}).logits[:, :-1]
+        with _replaced(model, dual):
+            logits = model(**inputs, logits_to_keep=kept + 1).logits[:, :-1]
         targets = batch["input_ids"][:, -kept:, None]
         logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).gather(2, targets)[..., 0]
         value, tangent = forward_ad.unpack_dual(logps)
@@ -60,3 +60,25 @@ def _forward_mode_ready(model: nn.Module) -> Iterator[None]:
         model.train(training)
         if checkpointing:
             base.gradient_checkpointing_enable()
+
+
+@contextmanager
+def _replaced(model: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
+    """Put other tensors in the place of parameters, given by ``id``, in every module that holds one, for a while.
+
+    ``torch.func.functional_call`` does not, where modules share a parameter through one ParameterDict (peft's trained
+    tokens of a tied model, the vector bank of VB-LoRA): the others keep a plain tensor, and the derivative is wrong.
+    """
+    held = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in tensors
+    ]
+    try:
+        for module, name, parameter in held:
+            module._parameters[name] = tensors[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for module, name, parameter in held:
+            module._parameters[name] = parameter

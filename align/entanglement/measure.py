@@ -8,7 +8,8 @@ from align.distributed import local_device
 from align.entanglement.measure_pairs import PairMeasurement
 from align.entanglement.products import GradientProducts
 from align.losses.registry import BoundLoss
-from align.models.loading import load_policy, load_tokenizer
+from align.models.adapter_folders import adapter_start
+from align.models.loading import load_policy, load_tokenizer, place
 from align.sharding.jobs import Work
 
 SHARD = 32
@@ -22,7 +23,8 @@ class MeasureJob:
     model: str
     """Policy; its trained parameters are measured."""
     reference: str | None
-    """Reference model; None: the policy with its adapter off, or the policy itself without one."""
+    """Reference model; None: what an adapter was trained from (``adapter_start``), or the policy itself without one;
+    the same as ``model``: the policy itself, with its adapter."""
     loss: BoundLoss
     """Any registered loss but beta_dpo."""
     parameters: str | None
@@ -40,13 +42,22 @@ class MeasureJob:
 def measuring(policy: nn.Module, job: MeasureJob) -> Work:
     """The work of ``job`` with a policy that is loaded already."""
     products = GradientProducts(policy, job.parameters)
-    reference = None
-    if job.reference is not None:
-        reference = load_policy(job.reference, dtype="float32").to(local_device()).eval()
+    itself = job.reference == job.model
+    reference = None if itself else load_reference(job.model, job.reference)
     padding = load_tokenizer(job.model).pad_token_id
-    return PairMeasurement(products, job.loss, padding, reference, job.batch_tokens, job.max_length)
+    return PairMeasurement(products, job.loss, padding, reference, job.batch_tokens, job.max_length, itself)
 
 
 def load_measured(model: str) -> nn.Module:
     """A policy in float32 on this process's device, an adapter's parameters trainable."""
-    return load_policy(model, trainable=True, dtype="float32").to(local_device()).eval()
+    policy: nn.Module = place(load_policy(model, trainable=True, dtype="float32"), local_device())
+    return policy.eval()
+
+
+def load_reference(model: str, given: str | None = None) -> nn.Module | None:
+    """The reference of the policy in ``model``: the given one, or what its adapter was trained from.
+
+    None: the policy with its adapter off, or the policy itself.
+    """
+    start = given or adapter_start(model)
+    return None if start is None else place(load_policy(start, dtype="float32"), local_device()).eval()

@@ -12,21 +12,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from align.data.statistics import missing_values
-from align.entanglement.conditions import changes, loss_weights, slack
+from align.entanglement.conditions import ENTANGLED, changes, loss_weights, products_noise, slack
 from align.entanglement.products import GradientProducts
 from align.entanglement.screening import screening_scores
-from align.errors import ConfigError, DataError
+from align.errors import ConfigError, DataError, ModelError
 from align.losses.registry import BoundLoss, resolve
+from align.models.adapters import adapter_of_the_start, stays_when_off
 from align.models.batching import token_batches
-from align.models.layout import base_model
+from align.models.layout import base_model, has_adapter
 from align.models.logps import add_completion_head, pair_logps
 from align.models.positions import check_positions
 from align.models.tokenization import MAX_LENGTH, collate, tokenize_pairs
 
 BATCH_TOKENS = 2048
 """Padded tokens of a batch."""
-ENTANGLED = frozenset({"both fall", "both rise", "reversed"})
-"""Verdicts of a pair that a step on it alone does not separate."""
 
 
 def measure_entanglement(
@@ -36,11 +35,13 @@ def measure_entanglement(
     *,
     loss: str | BoundLoss = "dpo",
     max_length: int = MAX_LENGTH,
+    reference: nn.Module | None = None,
 ) -> Dataset:
     """Measure how the gradients of the chosen and the rejected response of each pair interact (arXiv 2410.13828).
 
     gw and gl are the gradients of the summed log-probs of the chosen and of the rejected response over the trainable
-    parameters. The reference of the loss is the model with its adapter off, or the model itself without an adapter.
+    parameters. The reference of the loss is what the model's adapter was trained from: the model with the adapter off,
+    or the adapter ``ref`` where trl keeps the start of one that is trained further. A model without adapter is its own.
 
     Args:
         model: causal language model, with its adapter if it has one. Its weights, gradients and mode stay as they are.
@@ -50,6 +51,7 @@ def measure_entanglement(
         loss: name in ``align.losses.registry.LOSSES`` with its default parameters, or what ``resolve`` returned;
             not beta_dpo.
         max_length: tokens of prompt and response together; the rest is truncated.
+        reference: another reference of the loss.
 
     Returns:
         One row per pair, in the order of ``pairs``: ``chosen_sq`` |gw|^2, ``rejected_sq`` |gl|^2, ``inner``
@@ -61,14 +63,14 @@ def measure_entanglement(
     Raises:
         ConfigError: the loss is not known, or has no verdict for one pair alone.
         DataError: a margin is missing, or truncation leaves nothing of a response.
-        ModelError: a parameter cannot be measured.
+        ModelError: a parameter cannot be measured, or turning the adapter off does not give the reference.
     """
     bound = checked_loss(loss, pairs)
     if "id" not in pairs.column_names:
         pairs = pairs.add_column("id", [str(number) for number in range(len(pairs))])
     tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return PairMeasurement(GradientProducts(model), bound, padding or 0, max_length=max_length)(tokens)
+    return PairMeasurement(GradientProducts(model), bound, padding or 0, reference, max_length=max_length)(tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +83,28 @@ class PairMeasurement:
     """Any registered loss but beta_dpo."""
     pad_token_id: int
     reference: nn.Module | None = None
-    """None: the model with its adapter off, or the model itself without one."""
+    """None: what the model's adapter was trained from, or the model itself without one."""
     batch_tokens: int = BATCH_TOKENS
     """Padded tokens of a batch."""
     max_length: int = MAX_LENGTH
     """Tokens of prompt and response together."""
+    is_reference: bool = False
+    """Whether the model is its own reference, with its adapter if it has one."""
 
     def __post_init__(self) -> None:
         """Let the models score completion tokens.
 
         Raises:
-            ModelError: the head of one does more than is known here.
+            ModelError: the head of one does more than is known here, or the reference is the model with its adapter
+                off and something of the adapter stays.
         """
+        stays = None if self.reference is not None or self.is_reference else stays_when_off(self.products.model)
+        if stays is not None:
+            raise ModelError(
+                f"{stays}: the model with this adapter off is not the model that the adapter was trained from",
+                code="adapter",
+                hint="measure the adapter's folder with `align entangle report`, which loads that model too",
+            )
         for model in (self.products.model, self.reference):
             if model is not None:
                 add_completion_head(base_model(model))
@@ -125,7 +137,7 @@ class PairMeasurement:
         ref_chosen, ref_rejected = self._reference_logps(batch) or (products.chosen_logps, products.rejected_logps)
         d_w, d_l = loss_weights(self.loss, products.with_reference(ref_chosen, ref_rejected), margin)
         squares = (products.chosen_sq, products.rejected_sq, products.inner)
-        step = changes(*squares, d_w, d_l)
+        step = changes(*squares, d_w, d_l, noise=products_noise(model))
         verdicts = step.verdicts()
         measured = {
             "chosen_sq": products.chosen_sq,
@@ -158,12 +170,12 @@ class PairMeasurement:
         None if the model is its own reference: its log-probs have not changed, to the bit.
         """
         model = self.products.model if self.reference is None else self.reference
-        adapter_off = self.reference is None and hasattr(model, "disable_adapter")
-        if self.reference is None and not adapter_off:
+        with_adapter = self.reference is None and has_adapter(model)
+        if self.is_reference or (self.reference is None and not with_adapter):
             return None
         training = model.training
         model.eval()
-        with torch.no_grad(), model.disable_adapter() if adapter_off else nullcontext():  # type: ignore[operator]
+        with torch.no_grad(), adapter_of_the_start(model) if with_adapter else nullcontext():
             logps = pair_logps(model, batch, "concatenated")
         model.train(training)
         return logps.chosen.double().cpu(), logps.rejected.double().cpu()

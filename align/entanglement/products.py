@@ -30,6 +30,8 @@ from align.models.layout import base_model, has_adapter, is_bypassed
 from align.models.logps import NOT_MODEL_INPUTS
 
 TRIAL_ROWS, TRIAL_TOKENS = 2, 4
+IN_PEFT = "base_model.model."
+"""What the names of a peft model's parameters begin with."""
 MAX_TOKENS = 512
 """Padded tokens of one forward and backward pass of pair products, unless a single pair has more."""
 BLOCK = 2**16
@@ -120,6 +122,8 @@ class GradientProducts:
             log.warning(
                 "no rule for %d parameters (%s): measured by one backward pass per sequence", len(self._rest), shown
             )
+        self.by_autograd = sorted({name.removeprefix(IN_PEFT) for name in self._rest})
+        """Names of the parameters that no layer's rule measures."""
         if has_adapter(model):
             compare_with_autograd(model, self._squares_and_inner, self.measured)
 

@@ -6,7 +6,7 @@ import numpy as np
 from datasets import Dataset
 from scipy.stats import spearmanr
 
-from align.entanglement.conditions import shares
+from align.entanglement.conditions import FALLS, shares
 from align.stats import share_interval
 
 SCREENS = ("ches", "ches_normalised", "hidden_cosine", "token_difference")
@@ -24,7 +24,7 @@ def summarize(table: Dataset, *, seed: int = 0) -> dict[str, Any]:
     """
     verdicts = list(table["verdict"])
     columns = {name: np.asarray(table[name], dtype=np.float64) for name in ("cosine", "norm_ratio", "d_w", "d_l")}
-    falling = [verdict in {"both fall", "reversed"} for verdict in verdicts]
+    falling = [verdict in FALLS for verdict in verdicts]
     return {
         "pairs": len(verdicts),
         "shares": shares(verdicts),

@@ -1,4 +1,4 @@
-"""Entanglement over the saved checkpoints of a run: when pairs begin to move the wrong way, and what predicts it."""
+"""Entanglement over a training, from its start to its last checkpoint: when pairs are entangled, what predicts it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from align.entanglement.conditions import FALLS
 from align.entanglement.summary import RARE, SCREENS, rank_correlation, summarize
 from align.errors import DataError
 
 CHECKPOINT = "checkpoint-"
-FALLS = ("both fall", "reversed")
+START = "start"
+"""Folder of a training with the adapter as it was before the first step."""
 
 
 def checkpoints_of(training: Path) -> list[tuple[int, Path]]:
@@ -46,19 +48,26 @@ def trajectory(steps: Sequence[int], tables: Sequence[Dataset]) -> dict[str, Any
 
     Returns:
         ``points`` (one dictionary per step), ``intervals`` (between adjacent steps: how the predicted and the realized
-        change of the chosen log-probs agree), ``first_step_chosen_falls`` (the first measured step at which more than
-        ``RARE`` of the pairs would fall), ``peak_step`` (the step with the highest mean chosen log-prob) and
-        ``screening`` (rank correlation of each cheap score at the first step with the change to the last).
+        change of the chosen log-probs agree), ``first_step_entangled`` and ``first_step_chosen_falls`` (the first
+        measured step at which more than ``RARE`` of the pairs are entangled, or would fall), ``chosen_fell`` (the share
+        of pairs whose chosen log-prob is lower at the last step than at the first), ``peak_step`` (the step with the
+        highest mean chosen log-prob) and ``screening`` (rank correlation of each cheap score at the first step with the
+        change to the last).
     """
     points = [_point(step, table) for step, table in zip(steps, tables, strict=True)]
     levels = [point["chosen_change"] for point in points]
-    falling = [point["step"] for point in points if point["chosen_falls"] > RARE]
+    first = {
+        name: next((point["step"] for point in points if point[name] > RARE), None)
+        for name in ("entangled", "chosen_falls")
+    }
     change = _column(tables[-1], "logp_chosen") - _column(tables[0], "logp_chosen")
     names = ("cosine", *SCREENS)
     return {
         "points": points,
         "intervals": [_interval(*pair) for pair in zip(steps, tables, steps[1:], tables[1:], strict=False)],
-        "first_step_chosen_falls": falling[0] if falling else None,
+        "first_step_entangled": first["entangled"],
+        "first_step_chosen_falls": first["chosen_falls"],
+        "chosen_fell": float((change < 0).mean()),
         "peak_step": steps[int(np.argmax(levels))],
         "screening": {
             name: {"cosine": rank_correlation(_column(tables[0], name), _column(tables[0], "cosine")),
@@ -69,18 +78,18 @@ def trajectory(steps: Sequence[int], tables: Sequence[Dataset]) -> dict[str, Any
 
 
 def sentence(found: dict[str, Any], method: str) -> str:
-    """Summarize a trajectory in one sentence."""
-    first, peak, last = found["first_step_chosen_falls"], found["peak_step"], found["points"][-1]
-    fell = last["step"] > peak
-    end = f"after {last['step']} steps the chosen responses are {last['chosen_change']:+.1f} nats from the reference"
+    """Summarize a trajectory in one sentence: what single steps would do, and what the training did."""
+    points = found["points"]
+    start, last, worst = points[0], points[-1], max(points, key=lambda point: point["entangled"])
+    end = f"the chosen responses are {last['chosen_change']:+.1f} nats from the reference after {last['step']} steps"
+    if len(points) > 1:
+        end += f", and {found['chosen_fell']:.0%} of them fell since step {start['step']}"
+    first = found["first_step_entangled"]
     if first is None:
-        return f"{method}: a step would lower chosen responses at no measured step; {end}."
-    if not fell:
-        return f"{method}: from step {first} on single steps would lower some chosen responses; {end}."
-    order = "no later than" if first <= peak else "only after"
+        return f"{method}: at no measured step were more than {RARE:.0%} of the pairs entangled; {end}."
     return (
-        f"{method}: single steps would lower chosen responses from step {first} on, {order} the peak of their mean "
-        f"log-prob (step {peak}); {end}."
+        f"{method}: pairs are entangled from step {first} on, most of them at step {worst['step']} "
+        f"({worst['entangled']:.0%}; a step would lower the chosen response of {worst['chosen_falls']:.0%}); {end}."
     )
 
 

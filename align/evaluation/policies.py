@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.errors import ConfigError
+from align.io.console import log
 from align.io.stage import read_manifest
+from align.models.adapter_folders import FIRST_ADAPTER, base_loading, is_quantized
 from align.models.folders import adapter_base, is_adapter
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 REFERENCE = "reference"
-FIRST_ADAPTER = "ref"
-"""Folder, inside a trained adapter, of the adapter that its training started from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +53,26 @@ def parse_policies(items: Sequence[str]) -> list[Policy]:
 def find_reference(policies: Sequence[Policy], given: str | None) -> Policy:
     """The reference policy: the one given, or else the model that all policies were trained from.
 
-    That model is the base of an adapter, or the adapter that a training started from.
+    That model is the base of an adapter, or the adapter that a training started from. A base that was quantized in
+    training has to be given.
 
     Raises:
         ConfigError: no reference is given, and the policies are not adapters trained from the same model.
         ModelError: an adapter's configuration cannot be read.
     """
+    quantized = next((policy.model for policy in policies if base_loading(policy.model)), None)
     if given is not None:
+        if quantized is not None and not is_quantized(given):
+            log.warning("--reference %s is not quantized, but the base that %s was trained on is", given, quantized)
         return Policy(REFERENCE, given)
     bases = {_trained_from(policy.model) for policy in policies}
     if len(bases) == 1 and (base := bases.pop()) is not None:
+        if quantized is not None and not is_quantized(base):
+            raise ConfigError(
+                f"--reference: needed, because {quantized} was trained on {base} in quantized form",
+                code="eval-reference",
+                hint="save the quantized base with save_pretrained and give that folder; `align run` needs none",
+            )
         return Policy(REFERENCE, base)
     raise ConfigError(
         "--reference: needed, because the policies are not adapters of one model",

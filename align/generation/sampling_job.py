@@ -45,6 +45,8 @@ class SamplingJob:
     sampling: Sampling
     reference: str | None = None
     """Its tokenizer is then used for both models."""
+    leaves_out: bool = False
+    """Whether a prompt that the engine refuses has no completions; otherwise it is an error."""
 
     def load(self) -> Engine:
         """Load the engine.
@@ -68,7 +70,12 @@ class SamplingJob:
 
         def work(rows: Dataset) -> Dataset:
             prompts = [json.loads(prompt) for prompt in rows["prompt"]]
-            groups = engine.generate(prompts, self.sampling, list(rows["key"]))
+            keys = list(rows["key"])
+            if self.leaves_out:
+                by_index = dict(engine.stream(prompts, self.sampling, keys))
+                groups = [by_index[k] for k in range(len(prompts))]
+            else:
+                groups = engine.generate(prompts, self.sampling, keys)
             table = {"completions": [[asdict(completion) for completion in group] for group in groups]}
             if log_probs is None:
                 return Dataset.from_dict(table, features=Features(FEATURES))
@@ -82,14 +89,14 @@ class _LogProbs:
 
     def __init__(self, engine: Engine, job: SamplingJob) -> None:
         from align.generation.transformers_engine import TransformersEngine
-        from align.models.loading import load_policy
+        from align.models.loading import load_policy, place
 
         assert job.reference is not None and isinstance(engine, TransformersEngine)
         self.engine, self.temperature = engine, job.sampling.temperature
         self.reference = engine.model
         if job.reference != job.model:
             loaded = load_policy(job.reference, **({"dtype": "float32"} | dict(job.sampling.options)))
-            self.reference = loaded.to(engine.model.device).eval()
+            self.reference = place(loaded, engine.model.device).eval()
 
     def __call__(self, prompts: list[Any], groups: list[list[Completion]]) -> dict[str, list[list[float]]]:
         from align.models.completion_logps import completion_logps

@@ -20,6 +20,7 @@ from align.generation.sampler import DrawnToken
 from align.generation.types import Completion, Engine, Sampling, prompt_keys, sample_seed
 from align.io.console import log
 from align.models.layout import base_model
+from align.models.loading import place
 from align.models.positions import check_positions, context_window
 from align.models.tokenization import encode_prompt, pad
 
@@ -52,7 +53,7 @@ class TransformersEngine(Engine):
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = model.to(device).eval()
+        self.model = place(model, device).eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.stops = stop_ids(tokenizer, model.generation_config)

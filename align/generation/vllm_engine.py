@@ -11,15 +11,12 @@ from transformers import GenerationConfig
 from align.errors import ConfigError, ModelError
 from align.generation.encoding import stop_ids, to_completion
 from align.generation.types import Completion, Engine, Sampling, prompt_keys, sample_seed
+from align.generation.vllm_adapters import vllm_model
 from align.generation.vllm_install import import_vllm
 from align.io.console import log
-from align.io.files import read_json
-from align.models.folders import ADAPTER
 from align.models.loading import load_tokenizer
 from align.models.tokenization import encode_prompt
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM accepts as ``max_lora_rank``."""
 IN_FLIGHT = 4096
 """Requests handed to vLLM at once; it batches them itself."""
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
@@ -39,7 +36,8 @@ class VllmEngine(Engine):
     gives the same completions. The draws differ from those of the transformers engine.
 
     Args:
-        model: folder or hub id. An adapter folder is loaded as a LoRA request on its base model, not merged.
+        model: folder or hub id. A LoRA adapter on linear layers is loaded as a LoRA request on its base model,
+            not merged; one that vLLM would serve as another model is merged into its base (``vllm_model``).
         options: arguments of ``vllm.LLM``, passed through: ``tensor_parallel_size``, ``pipeline_parallel_size``,
             ``data_parallel_size`` (which vLLM takes only under its own launcher), ``dtype``,
             ``gpu_memory_utilization``, ``max_model_len``, ... By default prefix caching is on, and on a CPU the
@@ -48,7 +46,7 @@ class VllmEngine(Engine):
     Raises:
         EnvironmentProblem: vLLM is missing or cannot be imported.
         ConfigError: vLLM refuses an option.
-        ModelError: the model cannot be loaded.
+        ModelError: the model cannot be loaded, or its adapter can be neither served nor merged.
     """
 
     name = "vllm"
@@ -59,18 +57,19 @@ class VllmEngine(Engine):
             os.environ.setdefault(name, value)
         self.vllm = import_vllm()
         self.refusals = (ValueError, getattr(self.vllm.exceptions, "VLLMClientError", ValueError))
-        base, lora = _split_adapter(model)
-        defaults: dict[str, Any] = {"enable_prefix_caching": True, "seed": 0} | lora
-        if self.vllm.platforms.current_platform.is_cpu():
-            defaults |= {"dtype": "float32", "enforce_eager": True}
-        self.tokenizer = load_tokenizer(model if (Path(model) / "tokenizer_config.json").exists() else base)
-        self.llm = self._load(base, defaults | (options or {}))
+        given = dict(options or {})
+        with vllm_model(model, trust_remote_code=bool(given.get("trust_remote_code", False))) as served:
+            defaults: dict[str, Any] = {"enable_prefix_caching": True, "seed": 0} | served.options
+            if self.vllm.platforms.current_platform.is_cpu():
+                defaults |= {"dtype": "float32", "enforce_eager": True}
+            self.tokenizer = load_tokenizer(model if (Path(model) / "tokenizer_config.json").exists() else served.base)
+            self.llm = self._load(served.base, defaults | given)
+            self.stops = stop_ids(self.tokenizer, _generation_config(served.base))
         self.adapter = None
-        if lora:
+        if served.adapter is not None:
             from vllm.lora.request import LoRARequest
 
-            self.adapter = LoRARequest("policy", 1, str(Path(model).absolute()))
-        self.stops = stop_ids(self.tokenizer, _generation_config(base))
+            self.adapter = LoRARequest("policy", 1, served.adapter)
         self._calls = 0
 
     def encode(self, prompt: Any) -> list[int]:
@@ -156,27 +155,6 @@ class VllmEngine(Engine):
         if output.logprobs is not None:
             logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True)]
         return to_completion(self.tokenizer, prompt, tokens, self.stops, logprobs)
-
-
-def _split_adapter(model: str) -> tuple[str, dict[str, Any]]:
-    """Return (base model, LoRA options of vLLM); the options are empty if ``model`` is not an adapter folder.
-
-    Raises:
-        ModelError: the adapter is not LoRA, or its rank exceeds the largest that vLLM accepts.
-    """
-    file = Path(model) / ADAPTER
-    if not file.exists():
-        return model, {}
-    config = read_json(file)
-    rank = max([int(config.get("r") or 0), *(config.get("rank_pattern") or {}).values()])
-    if config.get("peft_type") != "LORA" or not 0 < rank <= RANKS[-1]:
-        raise ModelError(
-            f"{file}: found {config.get('peft_type')} of rank {rank}, expected LORA of rank 1 to {RANKS[-1]}",
-            code="model-load",
-            hint="merge the adapter into its base model, or use --engine transformers",
-        )
-    room = next(room for room in RANKS if room >= rank)
-    return str(config["base_model_name_or_path"]), {"enable_lora": True, "max_lora_rank": room, "max_loras": 1}
 
 
 def _generation_config(base: str) -> GenerationConfig | None:

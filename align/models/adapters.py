@@ -1,7 +1,8 @@
 """What holds of every adapter: whether it can be merged, copied as a reference, or trained on from its folder."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from align.errors import ConfigError
 from align.io.console import log
+from align.models.adapter_folders import FIRST_ADAPTER, changes_base
 from align.models.layout import base_model, has_adapter, is_bypassed
 
 TRIAL_ROWS, TRIAL_TOKENS = 2, 16
@@ -16,8 +18,6 @@ TOLERANCE = {torch.float32: 5e-3, torch.float64: 1e-8}
 """Difference of log-probs (nats) that rounding explains, by the dtype of the base; 16 bits are never merged."""
 COPY_TOLERANCE = 0.05
 """The same between two copies of an adapter in 16 bits."""
-REVISION = 2
-"""What a policy with an adapter samples, and what it is trained against where the adapter existed before."""
 
 
 def merge_adapter(policy: nn.Module) -> nn.Module | None:
@@ -66,6 +66,58 @@ def trial_ids(policy: nn.Module) -> Tensor:
         if own:
             ids[0, : len(own)] = torch.tensor(own)
     return ids.to(next(policy.parameters()).device)
+
+
+def quantization_of(policy: nn.Module) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` that quantize the base of a policy as it is; none if it is not quantized.
+
+    Nor are there any for weights that were saved quantized.
+    """
+    base: Any = base_model(policy)
+    quantizer = getattr(base, "hf_quantizer", None)
+    if quantizer is None or quantizer.pre_quantized:
+        return {}
+    dtype = getattr(base.config, "dtype", None) or base.dtype
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization_config": quantizer.quantization_config.to_dict(),
+    }
+
+
+def starts_from_adapter(policy: nn.Module) -> bool:
+    """Whether the policy started as a trained adapter; the reference is then trl's frozen copy of it."""
+    return has_adapter(policy) and FIRST_ADAPTER in policy.peft_config  # type: ignore[operator]
+
+
+def stays_when_off(policy: nn.Module) -> str | None:
+    """The field of an adapter with which the model is not its base when the adapter is off; None if there is none."""
+    for adapter in policy.peft_config.values() if has_adapter(policy) else ():  # type: ignore[operator]
+        if getattr(adapter, "bias", "none") != "none":
+            return f"bias: {adapter.bias!r}"
+        if changes_base(getattr(adapter, "init_lora_weights", True)):
+            return f"init_lora_weights: {adapter.init_lora_weights!r}"
+    return None
+
+
+@contextmanager
+def adapter_of_the_start(policy: nn.Module) -> Iterator[None]:
+    """Turn a policy into the model that its adapter was trained from: the adapter off, or the one it started from.
+
+    Which parameters require gradients stays as it is.
+    """
+    trained = {name: parameter.requires_grad for name, parameter in policy.named_parameters()}
+    active = policy.active_adapter
+    try:
+        if starts_from_adapter(policy):
+            policy.set_adapter(FIRST_ADAPTER)  # type: ignore[operator]
+            yield
+        else:
+            with policy.disable_adapter():  # type: ignore[operator]
+                yield
+    finally:
+        policy.set_adapter(active)  # type: ignore[operator]
+        for name, parameter in policy.named_parameters():
+            parameter.requires_grad_(trained[name])
 
 
 def copy_adapter(model: nn.Module, source: str, target: str) -> None:

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.errors import ModelError
+from align.models.adapter_folders import base_loading
 from align.models.adapters import merge_adapter
 from align.models.folders import (
     check_model_folder,
@@ -15,7 +18,7 @@ from align.models.folders import (
     saved_vocabulary,
     vocabulary_rows,
 )
-from align.models.layout import has_adapter
+from align.models.layout import base_model, has_adapter
 
 
 def load_tokenizer(
@@ -66,12 +69,28 @@ def load_policy(
     check_model_folder(model, tokenizer=False)
     with loading(model, "cannot be loaded as a causal language model"):
         if is_adapter(model):
-            return _load_adapter(model, trust_remote_code, trainable, kwargs)
+            policy = _load_adapter(model, trust_remote_code, trainable, kwargs)
+            if trainable:
+                _check_gradients(model, policy)
+            return policy
         loaded, found = AutoModelForCausalLM.from_pretrained(
             model, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **kwargs
         )
     refuse_new_weights(model, loaded, found["missing_keys"], "a causal language model")
     return loaded
+
+
+def _check_gradients(model: str, policy: nn.Module) -> None:
+    """Refuse gradients through a base that bitsandbytes has quantized to 4 bits, on a CPU.
+
+    After its first evaluation there it computes with kernels that pass back no gradient, without a word.
+    """
+    if getattr(base_model(policy), "is_loaded_in_4bit", False) and not torch.cuda.is_available():
+        raise ModelError(
+            f"{model}: its base is quantized to 4 bits, and bitsandbytes has no right gradients for it on a CPU",
+            code="adapter",
+            hint="use a machine with a GPU",
+        )
 
 
 def load_merged_policy(model: str, *, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
@@ -92,10 +111,14 @@ def load_merged_policy(model: str, *, trust_remote_code: bool = False, **kwargs:
 
 
 def _load_adapter(model: str, trust_remote_code: bool, trainable: bool, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """A model with the adapter of a folder; its base gets as many embeddings as the adapter was saved with."""
+    """A model with the adapter of a folder.
+
+    Its base is quantized as in the adapter's training, and gets as many embeddings as the adapter was saved with.
+    """
     from peft import PeftConfig, PeftModelForCausalLM
 
     config = PeftConfig.from_pretrained(model)
+    kwargs = kwargs | base_loading(model)
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(f"its adapter was trained for the task {config.task_type}, expected CAUSAL_LM")
     base = AutoModelForCausalLM.from_pretrained(
@@ -106,3 +129,8 @@ def _load_adapter(model: str, trust_remote_code: bool, trainable: bool, kwargs: 
     if rows is not None and rows != base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(rows, mean_resizing=False)  # the adapter's own rows replace the new ones
     return PeftModelForCausalLM.from_pretrained(base, model, config=config, is_trainable=trainable)
+
+
+def place(model: nn.Module, device: torch.device | str) -> Any:
+    """Move a model to a device; a quantized one stays where its loader has put it, since it may not be moved."""
+    return model if getattr(base_model(model), "is_quantized", False) else model.to(device)

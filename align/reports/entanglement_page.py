@@ -49,7 +49,7 @@ def _trajectory(points: list[dict[str, float]]) -> list[tuple[str, Any]]:
     sides = {"chosen_change": "logp chosen", "rejected_change": "logp rejected"}
     return [
         drawn("change of log-prob since the reference", "nats", sides, zero=True),
-        drawn("pairs whose chosen response a step would lower", "share", {"chosen_falls": "pairs"}, zero=True),
+        drawn("entangled pairs", "share", {"entangled": "entangled", "chosen_falls": "chosen would fall"}, zero=True),
         drawn("cosine of the two gradients (median)", "cosine", {"cosine": "pairs"}),
         drawn("length of the rejected gradient (median)", "|gl| / |gw|", {"norm_ratio": "pairs"}),
     ]

@@ -112,7 +112,7 @@ def _entanglement(methods: dict[str, Any]) -> list[tuple[str, Any]]:
         return []
     both = {"predicted_chosen": " predicted", "realised_chosen": " observed"}
     titles: list[tuple[str, dict[str, str], str]] = [
-        ("probe pairs whose step would go the wrong way", {"entangled": ""}, "share entangled"),
+        ("entangled probe pairs", {"entangled": ""}, "share"),
         ("cosine of the two gradients (median)", {"cosine": ""}, "cosine"),
         ("length of the rejected gradient (median)", {"norm_ratio": ""}, "|gl| / |gw|"),
         ("change of log p(chosen) of the probes by one step", both, "nats"),

@@ -10,7 +10,7 @@ only. The policy is optimized for the scorer that makes the pairs, so judge the 
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.commands.build_pairs import METRICS, BuildSettings, build_pairs
 from align.commands.generate import GenerateSettings, complete_prompts
@@ -19,7 +19,9 @@ from align.config.iterate import BuildSection, IterateConfig
 from align.data.prompts import PromptRow, read_prompts
 from align.distributed import process_rank
 from align.errors import ConfigError, DataError, ModelError
+from align.generation.engines import choose_engine
 from align.generation.types import Sampling
+from align.generation.vllm_adapters import check_vllm_adapter
 from align.io.console import log
 from align.io.files import atomic_folder, read_json, write_json
 from align.io.hashing import fingerprint_source
@@ -29,6 +31,9 @@ from align.models.message_checks import check_prompts_of
 from align.stats import interval
 from reward_models.loading import LoadOptions
 from reward_models.scorers import ScorerSpec
+
+if TYPE_CHECKING:
+    from align.training.base.trackers import TrackedRun
 
 SUMMARY = "iterate.json"
 MERGED = "policy"
@@ -45,6 +50,8 @@ def load_iterate(path: Path, overrides: list[str] | None) -> IterateConfig:
     if config.pairs.reward_model is not None:
         check_model_folder(config.pairs.reward_model, rewards=True, head=True)
     _check_training(config.train)
+    if choose_engine(config.generate.engine)[0] == "vllm":
+        check_vllm_adapter(config.train.model)
     return config
 
 
@@ -115,7 +122,10 @@ def _round(config: IterateConfig, prompts: list[PromptRow], policy: str, root: P
     }
 
     def work(folder: Path) -> None:
-        _train(config.train.model_copy(update={"model": policy}), method, root / "pairs", folder, config.seed)
+        from align.training.base.tracked_runs import tracked_run
+
+        run = tracked_run(config.folder, config.name, root.name)
+        _train(config.train.model_copy(update={"model": policy}), method, root / "pairs", folder, config.seed, run)
 
     run_stage("train", root / "train", inputs, work, collective=True)
     from align.training.train import MODEL
@@ -123,17 +133,18 @@ def _round(config: IterateConfig, prompts: list[PromptRow], policy: str, root: P
     return str(root / "train" / (MODEL if config.train.peft is None else MERGED))
 
 
-def _train(config: TrainSection, method: str, pairs: Path, folder: Path, seed: int) -> None:
+def _train(config: TrainSection, method: str, pairs: Path, folder: Path, seed: int, run: "TrackedRun") -> None:
     """Train on the pairs; merge an adapter into its base model, from which the next round starts."""
     from align.data.pairs import read_pairs
     from align.models.layout import has_adapter
     from align.models.loading import load_merged_policy, load_tokenizer
+    from align.models.model_card import copy_as_merged
     from align.models.template_arguments import write_record
     from align.training.train import HISTORY, MODEL, train_policy
 
     table = read_pairs(pairs)
     if not (folder / HISTORY).exists():
-        train_policy(table, config, method, folder, seed=seed)
+        train_policy(table, config, method, folder, seed=seed, run=run)
     if config.peft is None or process_rank() > 0:
         return
     with atomic_folder(folder / MERGED) as temporary:
@@ -147,6 +158,7 @@ def _train(config: TrainSection, method: str, pairs: Path, folder: Path, seed: i
         policy.save_pretrained(temporary)
         load_tokenizer(config.model).save_pretrained(temporary)
         write_record(table, temporary)
+        copy_as_merged(folder / MODEL, temporary)
         if (folder / MERGED).exists():  # left by a process that was killed before the end of the stage
             shutil.rmtree(folder / MERGED)
 

@@ -14,8 +14,8 @@ from align.io.secrets import redact
 from align.io.stage import MANIFEST, Stage, versions
 
 FILE = "run.json"
-NOT_COMPARED = (MANIFEST, "filter.json", "report.html", "trust.json")
-"""Files of a stage that contain times or paths, which differ between equal runs."""
+NOT_COMPARED = (MANIFEST, "filter.json", "report.html", "trust.json", "README.md")
+"""Files of a stage that contain times, paths or versions, which differ between equal runs."""
 
 
 def write_run_manifest(config: RunConfig, stages: list[Stage], command: str, until: tuple[str, ...] = ()) -> None:

@@ -83,11 +83,13 @@ def _run_stages(config: RunConfig, root: Path, command: str, until: tuple[str, .
         return report
     from align.reports.collect import collect
     from align.reports.run_page import write_report
+    from align.run.figures import publish_figures
 
     seconds = {stage.name: round(stage.seconds, 1) for stage in done}
     collected = collect(config, seconds=seconds, command=command)
     write_json(root / "report.json", collected)
     write_json(root / "summary.json", collected["summary"])
+    publish_figures(config, collected)
     write_run_manifest(config, done, command, until)
     return write_report(root)
 
@@ -185,6 +187,8 @@ class _Runner:
             inputs["truncation"] = config.train.trainer.get("truncation_mode")
         if self._is_trusted(name):
             inputs["trust"] = read_json(self.root / TRUST / TRUST_NUMBERS)
+        if kind in ("sample", "generate") and config.train and config.train.quantization:
+            inputs["quantization"] = config.train.quantization
         inputs |= self._rendered(kind)
         trusting = [part for part in (config.train, config.reward) if part is not None and part.trusts_remote_code]
         if trusting:

@@ -11,10 +11,9 @@ from trl.trainer import dpo_trainer
 
 from align.config import TrainSection
 from align.errors import ConfigError
+from align.models.adapter_folders import changes_base, is_quantized
 from align.models.folders import ADAPTER, adapter_base, adapter_config, is_adapter
 
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Prefixes of ``init_lora_weights`` values that subtract the adapter's start from the base weights."""
 OTHER_BASES = {
     "layer_replication": "repeats layers of the base",
     "kasa_config": "changes the base weights",
@@ -122,6 +121,14 @@ def check_merges(train: TrainSection) -> None:
     Raises:
         ConfigError: see above.
     """
+    if train.quantization or is_quantized(train.model):
+        where = "train.trainer.model_init_kwargs" if train.quantization else "train.model"
+        raise ConfigError(
+            f"{where}: found a quantized base, expected one that is not: an adapter on it cannot be merged into the "
+            "model that the next round starts from",
+            code="adapter",
+            hint="leave the quantization out, or train a single round with `align train`",
+        )
     fields = train.peft or {}
     for name in ("alora_invocation_tokens", "lora_bias"):
         if fields.get(name):
@@ -135,7 +142,7 @@ def check_merges(train: TrainSection) -> None:
 
 def _base_problems(config: Mapping[str, Any], path: str) -> Iterator[Problem]:
     start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
+    if changes_base(start):
         yield (
             f"{path}init_lora_weights: {start!r} subtracts the adapter's start from the base weights, so the "
             "model without its adapter is not the reference",

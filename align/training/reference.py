@@ -21,6 +21,8 @@ from align.distributed import from_main_process
 from align.errors import ConfigError
 from align.io.console import progress
 from align.io.files import atomic_write
+from align.models.adapter_folders import FIRST_ADAPTER
+from align.models.adapters import starts_from_adapter
 from align.models.batching import token_batches
 from align.models.fingerprint import reference_key
 from align.models.layout import has_adapter
@@ -31,13 +33,6 @@ REFERENCE_FILE = "reference.safetensors"
 """File of a checkpoint with a reference that follows the policy."""
 REVISION = 2
 """Part of the cache key: raise it when the same reference and pairs give other log-probs."""
-TRL_REFERENCE = "ref"
-"""Name of the frozen copy that trl makes of an adapter from which a training starts."""
-
-
-def starts_from_adapter(policy: nn.Module) -> bool:
-    """Return whether the policy started as a trained adapter; the reference is then trl's frozen copy of it."""
-    return has_adapter(policy) and TRL_REFERENCE in policy.peft_config  # type: ignore[operator]
 
 
 @contextmanager
@@ -58,7 +53,7 @@ def reference_model(
     adapter: AbstractContextManager[None] = nullcontext()
     if ref_model is None and has_adapter(policy):
         plain = accelerator.unwrap_model(policy)
-        adapter = use_adapter(plain, TRL_REFERENCE if starts_from_adapter(plain) else None)
+        adapter = use_adapter(plain, FIRST_ADAPTER if starts_from_adapter(plain) else None)
     with torch.no_grad(), disable_gradient_checkpointing(policy, checkpointing), adapter, accelerator.autocast():
         yield policy if ref_model is None else ref_model
 

@@ -10,18 +10,17 @@ from trl import DPOTrainer
 
 from align.config.columns import PAIR_COLUMNS
 from align.io.console import log
-from align.models.adapters import copy_adapter
+from align.models.adapter_folders import FIRST_ADAPTER
+from align.models.adapters import copy_adapter, starts_from_adapter
 from align.models.collator import REAL, ROW
 from align.models.layout import LayoutChoice, base_model, choose_layout, longest_sequence
 from align.models.logps import Layout, SequenceLogps, pair_logps
 from align.models.positions import check_positions
 from align.training.base.trainer import ReliableTrainer
 from align.training.reference import (
-    TRL_REFERENCE,
     add_reference_logps,
     cache_file,
     reference_model,
-    starts_from_adapter,
 )
 
 LAYOUT_SAMPLE = 256
@@ -75,7 +74,7 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
         if choice is None:
             return
         if starts_from_adapter(self.model):
-            copy_adapter(self.model, "default", TRL_REFERENCE)  # trl copies only a part of some adapters
+            copy_adapter(self.model, "default", FIRST_ADAPTER)  # trl copies only a part of some adapters
         sample = self.data_collator([dataset[k] for k in range(min(LAYOUT_SAMPLE, len(dataset)))])
         longest = longest_sequence(dataset, self.args.max_length)
         check_positions(base_model(self.model), longest, "the longest pair", "lower train.trainer.max_length")

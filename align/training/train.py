@@ -10,26 +10,33 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from align.config import LossSection, TrainSection
 from align.distributed import process_rank
 from align.entanglement.callback import EntanglementCallback
+from align.entanglement.trace import START
 from align.io.console import log
-from align.io.files import write_json
+from align.io.files import atomic_folder, write_json
+from align.models.adapters import starts_from_adapter
+from align.models.layout import has_adapter
+from align.models.model_card import FILE as CARD
 from align.models.template_arguments import write_record
 from align.training.adapters import check_adapter
 from align.training.base.arguments import build_lora, refusals
 from align.training.base.checkpoints import OPTIMIZER_SHARDS
 from align.training.base.resume import STEP
+from align.training.base.tracked_runs import tracked
+from align.training.base.trackers import TrackedRun
 from align.training.loss_choice import bind
 from align.training.preview import show_pair
 from align.training.python_words import from_yaml
 from align.training.reference import REFERENCE_FILE
 from align.training.settings import check_probe, check_settings, policy_args
 from align.training.trainer import PreferenceTrainer
+from align.training.trainer_inputs import finish_adapter
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 HISTORY = "history.json"
 ENTANGLEMENT = "entanglement.json"
 RESUME_FILES = (
-    "*.pt", "*.pth", "*.bin", "trainer_state.json", STEP, "loss_state.json", "token_mask.safetensors", "README.md",
+    "*.pt", "*.pth", "*.bin", "trainer_state.json", STEP, "loss_state.json", "token_mask.safetensors",
     REFERENCE_FILE,
 )  # fmt: skip
 """Files of a checkpoint that only a resumed training reads."""
@@ -45,6 +52,7 @@ def train_policy(
     *,
     seed: int,
     reference_cache: Path | None = None,
+    run: TrackedRun | None = None,
 ) -> None:
     """Train ``config.model`` on ``pairs`` under one method; write ``model/`` and ``history.json`` into ``output``.
 
@@ -59,6 +67,7 @@ def train_policy(
         output: folder to write into.
         seed: seed of the adapter, the order of the pairs and beta-DPO's draws.
         reference_cache: folder that caches reference log-probs for the next method or run.
+        run: names under which the trackers of ``report_to`` show the training.
 
     Raises:
         AlignError: the configuration, the model or the pairs have a problem that the user can fix.
@@ -71,14 +80,30 @@ def train_policy(
     with from_yaml():
         trainer = make_trainer(pairs, config, method, output, seed=seed, reference_cache=reference_cache)
         show_pair(trainer.train_dataset[0], trainer.processing_class)
+        if config.trainer.get("save_strategy", "no") != "no":
+            _keep_start(trainer, output / START)
         probe = attach_probe(trainer, config, output / ENTANGLEMENT)
-        with trainer.trained(f"train {method}"):
+        with tracked(trainer, run), trainer.trained(f"train {method}"):
             trainer.save_model(str(output / MODEL))
             if trainer.is_world_process_zero():
                 (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
                 write_record(pairs, output / MODEL)
                 write_json(output / HISTORY, _history(trainer, method, config.methods[method], probe))
                 _finish_checkpoints(output / CHECKPOINTS, config)
+
+
+def _keep_start(trainer: PreferenceTrainer, folder: Path) -> None:
+    """Write a new adapter as it is before the first step, for `align entangle trace`; other models have their folder.
+
+    A resumed training has it already.
+    """
+    model = trainer.model
+    if not has_adapter(model) or starts_from_adapter(model) or folder.exists() or not trainer.is_world_process_zero():
+        return
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(str(temporary))
+        trainer.processing_class.save_pretrained(str(temporary))
+        finish_adapter(temporary, model)
 
 
 def make_trainer(
@@ -138,6 +163,7 @@ def _finish_checkpoints(checkpoints: Path, config: TrainSection) -> None:
     if config.trainer.get("save_strategy", "no") == "no":
         shutil.rmtree(checkpoints, ignore_errors=True)
         return
+    (checkpoints / CARD).unlink(missing_ok=True)  # there is no model next to the checkpoints
     for pattern in RESUME_FILES:
         for file in checkpoints.rglob(pattern):
             file.unlink()

@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from align.config import LossSection
+from align.data.table_facts import table_facts
 from align.data.training_pairs import report_in_sample
 from align.distributed import process_rank, world_size
 from align.losses.registry import BoundLoss
@@ -62,6 +63,8 @@ class TrainedTables(ReferencePasses):
             table = stream_table(table, self._streamed(args) if training else sys.maxsize, tokenized)
         else:
             require_margin(table, self._given_loss)
+            if training:
+                self.data_facts = table_facts(table)
             table = tokenized(table)
         return prepare_pairs(table, self._section.weights, self._given_loss)[0]
 

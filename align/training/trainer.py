@@ -19,6 +19,7 @@ from align.losses.margin_weights import MADPO_TAU
 from align.losses.pair_weights import LossTilt
 from align.losses.pairwise import PairLogps, scale_gradient
 from align.losses.registry import BoundLoss
+from align.models.adapters import starts_from_adapter
 from align.models.batching import in_so_many, pair_batches
 from align.models.collator import REAL, ROW, PairCollator, only_real
 from align.models.layout import has_adapter, trim
@@ -31,7 +32,7 @@ from align.training.loss_choice import PairLoss, choose_loss
 from align.training.metrics import PairMetrics, WeightTotals, own_weight
 from align.training.preference_config import PreferenceConfig, check_own_fields, own_copy
 from align.training.python_words import FROM_YAML, from_yaml, python_words
-from align.training.reference import load_reference, save_reference, starts_from_adapter
+from align.training.reference import load_reference, save_reference
 from align.training.settings import (
     check_training,
     refuse_expert_balancing,
@@ -44,9 +45,9 @@ from align.training.trainer_inputs import (
     check_kinds,
     collator_fields,
     default_output,
+    finish_adapter,
     has_tokenizer,
     load_named,
-    order_adapter,
     starts_as_adapter,
     without_ignored_kwargs,
 )
@@ -364,7 +365,7 @@ class PreferenceTrainer(TrainedTables):
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(output_dir, _internal_call)
         if self.is_world_process_zero():
-            order_adapter(Path(output_dir or self.args.output_dir))
+            finish_adapter(Path(output_dir or self.args.output_dir), self.model)
 
     def save_extra_state(self, folder: Path) -> None:
         """Write the state of loss, remedy, token mask and a reference that moves, and the count of tokens."""

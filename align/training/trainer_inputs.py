@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -14,6 +15,8 @@ from trl.trainer.utils import get_config_model_id
 
 from align.errors import ConfigError
 from align.io.files import read_json, write_json
+from align.models.adapter_folders import QUANTIZATION
+from align.models.adapters import quantization_of
 from align.models.folders import ADAPTER, is_adapter
 from align.models.layout import has_adapter
 from align.models.loading import load_policy, load_tokenizer
@@ -121,10 +124,16 @@ def has_tokenizer(processing_class: Any) -> None:
         )
 
 
-def order_adapter(folder: Path) -> None:
-    """Sort the module names that peft keeps as sets, so that the same training writes the same bytes every time."""
+def finish_adapter(folder: Path, policy: nn.Module) -> None:
+    """Keep how the base was quantized with a saved adapter, and sort the module names in its configuration.
+
+    peft keeps these as sets; sorted, the same training writes the same bytes every time.
+    """
     file = folder / ADAPTER
     if file.exists():
+        quantization = quantization_of(policy)
+        if quantization:
+            write_json(folder / QUANTIZATION, quantization)
         config = read_json(file)
         ordered = {name: sorted(config[name]) for name in MODULE_LISTS if isinstance(config.get(name), list)}
         write_json(file, config | ordered)

@@ -85,6 +85,7 @@ def row(**fields: Any) -> dict[str, Any]:
         ([row()], {"chosen": "best"}, "data-column", "column 'best', mapped to 'chosen', is not there"),
         ([row()], {"chosne": "best"}, "data-column", "did you mean `chosen`?"),
         ([row()], {"chosen": "x", "rejected": "x"}, "data-column", "'x' is given for two columns"),
+        ([row()], "chosen", "data-column", "columns: found 'chosen', expected a dict of names"),
         ([row(), row(chosen=3)], None, "pair-type", "row 1, chosen: found 3, expected text"),
         ([row(), row(chosen=None)], None, "pair-missing", "row 1, chosen: found nothing"),
         ([row(margin=float("nan"))], None, "pair-number", "row 0, margin: found nan, expected a finite number"),
@@ -105,7 +106,7 @@ def row(**fields: Any) -> dict[str, Any]:
         (IterableDataset.from_generator(lambda: iter([row()])), None, "data-type", "found an IterableDataset"),
     ],
 )  # fmt: skip
-def test_what_is_refused(table: Any, columns: dict[str, str] | None, code: str, words: str) -> None:
+def test_what_is_refused(table: Any, columns: Any, code: str, words: str) -> None:
     with pytest.raises(DataError) as caught:
         pairs_from_dataset(table, columns=columns)
     assert caught.value.code == code and words in str(caught.value)

@@ -16,11 +16,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from align.commands.entangle import trace
+from align.entanglement.measure_pairs import measure_entanglement
 from align.errors import ConfigError
 from align.evaluation.policies import Policy, find_reference
+from align.models.loading import load_policy, load_tokenizer
 from tests.helpers.bad_input_makers import run_command
 from tests.helpers.builders import rows, trained_adapter
 
+STEPS = (0, 2, 4, 6)
 BAD = "<script>alert(1)</script>"
 
 
@@ -128,14 +131,19 @@ def test_an_adapter_is_measured_against_its_base(tiny_policy: Path, pairs: Path,
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["run"]["parameters"] == trained
 
 
-def trained(tiny_policy: Path, folder: Path, **trainer: Any) -> None:
+def trained(tiny_policy: Path, folder: Path, lora: dict[str, Any] | None = None, **trainer: Any) -> None:
     """Train ``runs/r`` with DPO on eight pairs, at a rate that moves every response."""
     (folder / "eight.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(8)))
     fields = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.03, "bf16": False, "use_cpu": True}
     run = {
         "name": "r",
         "pairs": {"path": "eight.jsonl"},
-        "train": {"model": str(tiny_policy), "methods": {"dpo": {"loss": "dpo"}}, "trainer": fields | trainer},
+        "train": {
+            "model": str(tiny_policy),
+            "methods": {"dpo": {"loss": "dpo"}},
+            "peft": lora,
+            "trainer": fields | trainer,
+        },
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     done = align("train", "run.yaml", folder=folder)
@@ -143,27 +151,51 @@ def trained(tiny_policy: Path, folder: Path, **trainer: Any) -> None:
 
 
 def test_trace_over_checkpoints(tiny_policy: Path, tmp_path: Path) -> None:
-    """One point per checkpoint, log-probs as the checkpoints have them; the second call measures nothing."""
+    """The start and every checkpoint, log-probs as they have them; the second call measures nothing."""
     trained(tiny_policy, tmp_path, save_strategy="steps", save_steps=2)
     command = ["entangle", "trace", "runs/r", "--method", "dpo"]
     done = align(*command, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "r" / "trace-dpo"
     found = json.loads((folder / "trace.json").read_text())
-    assert [point["step"] for point in found["points"]] == [2, 4, 6]
-    assert [(row["from"], row["to"]) for row in found["intervals"]] == [(2, 4), (4, 6)]
-    tables = [Dataset.from_parquet(str(folder / f"step-{step:06d}" / "entanglement.parquet")) for step in (2, 4, 6)]
+    assert [point["step"] for point in found["points"]] == [0, 2, 4, 6]
+    assert [(row["from"], row["to"]) for row in found["intervals"]] == [(0, 2), (2, 4), (4, 6)]
+    tables = [Dataset.from_parquet(str(folder / f"step-{step:06d}" / "entanglement.parquet")) for step in STEPS]
+    assert not np.any([tables[0]["logp_chosen_change"], tables[0]["logp_rejected_change"]])
+    base = load_policy(str(tiny_policy), dtype="float32")
+    measured = measure_entanglement(base, load_tokenizer(str(tiny_policy)), Dataset.from_list(rows(8)))
+    assert np.allclose(sorted(tables[0]["inner"]), sorted(measured["inner"]), rtol=1e-3)
     for point, table in zip(found["points"], tables, strict=True):
         assert point["chosen_change"] == pytest.approx(np.mean(table["logp_chosen_change"]))
         assert table["id"] == tables[0]["id"] and len(table) == 8
     gaps = [np.mean(table["logp_chosen"]) - np.mean(table["logp_rejected"]) for table in tables]
-    assert gaps[2] > gaps[0]
+    assert gaps[3] > gaps[1] > gaps[0]
     levels = [point["chosen_change"] for point in found["points"]]
-    assert found["peak_step"] == [2, 4, 6][int(np.argmax(levels))]
+    assert found["peak_step"] == STEPS[int(np.argmax(levels))]
     page = (folder / "report.html").read_text()
     assert "<script" not in page and found["sentence"].split(";")[0] in page
     again = align(*command, folder=tmp_path)
-    assert again.returncode == 0 and again.stderr.count("up to date, skipped") == 3
+    assert again.returncode == 0 and again.stderr.count("up to date, skipped") == 4
+
+
+def test_a_trace_of_a_new_adapter_begins_with_the_adapter(tiny_policy: Path, tmp_path: Path) -> None:
+    """Its first weights are kept: half of them are random, and the first gradients depend on these."""
+    lora = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    trained(tiny_policy, tmp_path, lora, save_strategy="steps", save_steps=2, max_steps=2)
+    run = tmp_path / "runs" / "r"
+    trace(run, "dpo", limit=64, batch_tokens=2048, max_length=None)
+    first, last = (Dataset.from_parquet(str(run / "trace-dpo" / f"step-{step:06d}" / "entanglement.parquet"))
+                   for step in (0, 2))  # fmt: skip
+    assert not np.any([first["logp_chosen_change"], first["logp_rejected_change"]])
+    assert np.abs(last["logp_chosen_change"]).max() > 1e-3 and np.min(first["chosen_sq"]) > 0
+    base = load_policy(str(tiny_policy), dtype="float32")
+    start = load_policy(str(run / "train-dpo" / "start"), dtype="float32")
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(base(input_ids=ids).logits, start(input_ids=ids).logits)
+    (run / "train-dpo" / "start").rename(tmp_path / "gone")  # as of an earlier version
+    trace(run, "dpo", limit=64, batch_tokens=2048, max_length=None)
+    found = json.loads((run / "trace-dpo" / "trace.json").read_text())
+    assert [point["step"] for point in found["points"]] == [2]
 
 
 def test_a_training_that_went_on_from_an_adapter_is_measured_against_it(tiny_policy: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from align.losses.registry import LOSSES, resolve
 
 POSITIVE = st.floats(0.05, 20)
 REAL = st.floats(-20, 20)
+SMALL = 1e-9
 
 
 def vectors(seed: int, pairs: int) -> tuple[Tensor, Tensor]:
@@ -29,7 +30,7 @@ def tensors(*values: float) -> list[Tensor]:
 def test_changes_are_those_of_a_step(seed: int, d_w: float, d_l: float) -> None:
     """Log-probs that are linear in the parameters change by exactly the predicted amount."""
     gw, gl = vectors(seed, 1)
-    found = changes((gw * gw).sum(1), (gl * gl).sum(1), (gw * gl).sum(1), *tensors(d_w, d_l))
+    found = changes((gw * gw).sum(1), (gl * gl).sum(1), (gw * gl).sum(1), *tensors(d_w, d_l), noise=SMALL)
     step = d_w * gw - d_l * gl
     assert torch.allclose(found.chosen, (gw * step).sum(1)) and torch.allclose(found.rejected, (gl * step).sum(1))
     assert torch.allclose(found.margin, ((gw - gl) * step).sum(1), atol=1e-9)
@@ -40,14 +41,14 @@ def test_verdict_band_and_weights(seed: int, d_w: float, d_l: float, weight: flo
     """The slack has the sign of the verdict; a pair's weight changes neither; with d > 0 no pair is reversed."""
     gw, gl = vectors(seed, 1)
     products = ((gw * gw).sum(1), (gl * gl).sum(1), (gw * gl).sum(1))
-    (verdict,) = changes(*products, *tensors(d_w, d_l)).verdicts()
+    (verdict,) = changes(*products, *tensors(d_w, d_l), noise=SMALL).verdicts()
     room = float(slack(*products, *tensors(d_w, d_l)))
     if verdict != "undecided":
         assert (verdict == "separated") == (room > 0)
         assert verdict in {"separated", "both fall", "both rise"}
-        assert changes(*products, *tensors(weight * d_w, weight * d_l)).verdicts() == [verdict]
+        assert changes(*products, *tensors(weight * d_w, weight * d_l), noise=SMALL).verdicts() == [verdict]
     if d_w == d_l:
-        assert float(changes(*products, *tensors(d_w, d_l)).margin) >= 0
+        assert float(changes(*products, *tensors(d_w, d_l), noise=SMALL).margin) >= 0
 
 
 def test_named_cases() -> None:
@@ -62,7 +63,7 @@ def test_named_cases() -> None:
         strict=True,
     )
     columns = [torch.tensor(values, dtype=torch.float64) for values in (chosen_sq, rejected_sq, inner, d_w, d_l)]
-    verdicts = changes(*columns).verdicts()
+    verdicts = changes(*columns, noise=SMALL).verdicts()
     assert verdicts == list(expected)
     assert shares(verdicts)["both fall"] == pytest.approx(1 / 6) and sum(shares(verdicts).values()) == pytest.approx(1)
     assert shares(["both fall"])["both fall"] == 1.0 and set(shares([]).values()) == {0.0}

@@ -38,8 +38,8 @@ def test_hold_chosen_takes_the_largest_factor_that_holds(seed: int, d_w: float, 
     chosen_sq, rejected_sq, inner = products(gw, gl)
     w, r = torch.full((6,), d_w, dtype=torch.float64), torch.full((6,), d_l, dtype=torch.float64)
     a_w, a_l = hold_chosen(chosen_sq, inner, w, r, keep=keep)
-    before = changes(chosen_sq, rejected_sq, inner, w, r).chosen
-    after = changes(chosen_sq, rejected_sq, inner, a_w * w, a_l * r).chosen
+    before = changes(chosen_sq, rejected_sq, inner, w, r, noise=1e-9).chosen
+    after = changes(chosen_sq, rejected_sq, inner, a_w * w, a_l * r, noise=1e-9).chosen
     wanted = keep * w * chosen_sq
     fine = (before >= wanted) | (w <= 0)
     assert torch.equal(a_w, torch.ones_like(a_w)) and torch.equal(a_l[fine], torch.ones_like(a_l[fine]))
@@ -98,7 +98,7 @@ def test_normalise_separates_and_keeps_the_product(seed: int, d_w: float, d_l: f
     w, r = torch.full((5,), d_w, dtype=torch.float64), torch.full((5,), d_l, dtype=torch.float64)
     a_w, a_l = normalise(*measured[:2], w, r)
     assert torch.allclose(a_w * a_l, torch.ones_like(a_w))
-    verdicts = changes(*measured, a_w * w, a_l * r).verdicts()
+    verdicts = changes(*measured, a_w * w, a_l * r, noise=1e-5).verdicts()
     assert set(verdicts) <= {"separated", "undecided"}
     step = (a_w * w)[:, None] * gw - (a_l * r)[:, None] * gl
     size = math.sqrt(d_w * d_l) * (measured[0] * measured[1]) ** 0.25

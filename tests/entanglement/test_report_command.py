@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
 from align.commands.entangle import ReportSettings, report
 from align.config import PairsSection
 from align.errors import DataError
 from align.io.files import read_json
-from tests.helpers.builders import rows
+from tests.helpers.builders import rows, tokenizer
 
 
 def measured(
@@ -45,3 +48,17 @@ def test_a_pair_whose_prompt_fills_the_limit_is_left_out_by_name(tiny_policy: Pa
     assert "1 left out" in (tmp_path / "out" / "report.html").read_text()
     with pytest.raises(DataError, match="none of 8 pairs has a token of a response within 2 tokens"):
         measured(table, tiny_policy, tmp_path, max_length=2)
+
+
+def test_the_page_of_a_loha_adapter_has_its_colors_and_names_its_kind(tiny_policy: Path, tmp_path: Path) -> None:
+    """Its layers have no forward-mode derivative, so the tokens of its pairs are measured by backward passes."""
+    config = peft.LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_policy, dtype="float32"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer().save_pretrained(tmp_path / "adapter")
+    _, run = measured(rows(2), tmp_path / "adapter", tmp_path, matrices=1)
+    assert run["adapter"] == "LOHA" and run["by_rule"] == 0 and len(run["without_rule"]) == 8
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Adapter of the kind LOHA." in page and run["without_rule"][0] in page
+    assert page.count('class="matrix"') == 1 and 'class="up' in page
+    assert "would lower its chosen response or raise its rejected response" in page

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from align.config import RunConfig
+from align.errors import DataError
 from align.generation.sampling_job import SamplingJob, completions_of, sample_prompts
 from align.generation.types import Sampling, keyed_prompts
 from align.models import loading
@@ -93,3 +94,13 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(
     sampling = run_sampling(config, config.evaluate)
     SamplingJob(str(causal(tmp_path / "trained")), sampling, str(tiny_policy)).start()
     assert asked == [trusted] * 3
+
+
+def test_a_prompt_beyond_the_window_leaves_no_completions_or_is_an_error(tiny_policy: Path) -> None:
+    """`align generate` on a cluster leaves it out; an evaluation needs a completion of each prompt."""
+    job = SamplingJob(str(tiny_policy), SAMPLING)
+    rows = keyed_prompts(["good", "very " * 128], keys=["a", "too-long"])
+    found = completions_of(decode(encode(replace(job, leaves_out=True).start()(rows))))
+    assert [len(group) for group in found] == [3, 0]
+    with pytest.raises(DataError, match="too-long"):
+        job.start()(rows)

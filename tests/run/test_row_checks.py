@@ -61,7 +61,7 @@ def test_a_refused_row_far_down_is_found_before_a_model_loads(tmp_path: Path, mo
     """By the dry run and by the first stage; every refused row is named."""
     table = [pair(f"p{k}", prompt=SYSTEM if k in (3, 7) else ASKED) for k in range(9)]
     config = load_config(run_file(tmp_path, table, NO_SYSTEM), None)
-    monkeypatch.setattr("align.training.train.load_policy", None)
+    monkeypatch.setattr("align.training.trainer_inputs.load_policy", None)
     for act in (lambda: pipeline.check(config, tables=True), lambda: pipeline.run_pipeline(config, command="")):
         with pytest.raises(DataError) as caught:
             act()

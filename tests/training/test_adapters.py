@@ -19,6 +19,7 @@ from align.entanglement.products import GradientProducts
 from align.entanglement.token_products import token_matrix, token_products
 from align.errors import ConfigError, ModelError
 from align.losses.registry import resolve
+from align.models.adapter_folders import adapter_start
 from align.models.layout import base_model, choose_layout, has_adapter
 from align.models.loading import load_merged_policy, load_policy, load_tokenizer
 from align.models.logps import add_completion_head, pair_logps
@@ -178,9 +179,7 @@ def train(config: TrainSection, output: Path, monkeypatch: pytest.MonkeyPatch) -
     return seen[0], seen[1]
 
 
-def one_policy_everywhere(
-    config: TrainSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, measured: bool = True
-) -> nn.Module:
+def one_policy_everywhere(config: TrainSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """Train, and compare every way in which the policy and its reference are used; the policy to sample from."""
     first = plain(load_policy(config.model, dtype="float32"))
     trainer, reference = train(config, tmp_path / "out", monkeypatch)
@@ -198,8 +197,7 @@ def one_policy_everywhere(
         return sampled
     sampled.save_pretrained(tmp_path / "merged")
     assert difference(plain(load_policy(str(tmp_path / "merged"), dtype="float64")), unmerged) < EXACT
-    if measured:
-        measured_like(folder, trained, completions(first))
+    measured_like(folder, trained, completions(first))
     return sampled
 
 
@@ -229,6 +227,9 @@ def measured_like(folder: str, trained: Tensor, first: Tensor) -> None:
     scale = (squares[0] * squares[1]) ** 0.5
     assert abs(float(gradients.inner[0]) - inner) < 1e-5 * scale
     assert float(gradients.chosen_sq[0]) == pytest.approx(squares[0], rel=1e-5)
+    moved = GradientProducts(policy)(own, {name: value.float() for name, value in vectors[1].items()})
+    assert abs(float(moved.chosen_jvp[0]) - inner) < 1e-4 * scale
+    assert float(moved.rejected_jvp[0]) == pytest.approx(squares[1], rel=1e-4)
     pair = {name: value[[0, 3]] for name, value in own.items()}
     for values in (*token_products(policy, pair), token_matrix(policy, pair)):
         assert abs(float(values.sum()) - inner) < 1e-4 * scale
@@ -240,7 +241,7 @@ def test_a_trained_adapter_is_one_policy(
     kind: str, tied: bool, bases: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = section(bases[tied], LAYERS | FRESH[kind])
-    sampled = one_policy_everywhere(config, tmp_path, monkeypatch, measured=(kind, tied) != ("tokens", True))
+    sampled = one_policy_everywhere(config, tmp_path, monkeypatch)
     assert has_adapter(sampled) == (kind in UNMERGED)
 
 
@@ -250,7 +251,8 @@ def test_an_adapter_that_is_trained_further_is_one_policy(
 ) -> None:
     """Its reference is the adapter that it started from, here with weights of its own."""
     folder = start(bases[tied], tmp_path / "start", STARTS[kind]())
-    one_policy_everywhere(section(folder, None), tmp_path, monkeypatch, measured=False)
+    one_policy_everywhere(section(folder, None), tmp_path, monkeypatch)
+    assert adapter_start(str(tmp_path / "out" / "model")) == str(tmp_path / "out" / "model" / "ref")
 
 
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [

@@ -33,6 +33,7 @@ from align.run.plan import REFERENCE_CACHE, TRUST, TRUST_NUMBERS, measures_trust
 from align.run.row_checks import check_pair_rows
 from align.run.stages.reward import METRICS, make_scorer, scored_by
 from align.run.stages.sampling import PARTS, run_sampling, sample_in_stage
+from align.training.base.tracked_runs import tracked_run
 from align.training.columns import require_margin, trained_pairs
 from align.training.loss_choice import bind
 from align.training.train import MODEL, train_policy
@@ -264,4 +265,5 @@ def stage_train(config: RunConfig, folder: Path, policy: str) -> None:
         parameters = read_json(root / TRUST / TRUST_NUMBERS) | loss.parameters
         measured = loss.model_copy(update={"parameters": parameters})
         train = train.model_copy(update={"methods": {**train.methods, policy: measured}})
-    train_policy(pairs, train, policy, folder, seed=config.seed, reference_cache=root / REFERENCE_CACHE)
+    run = tracked_run(root, config.name, policy)
+    train_policy(pairs, train, policy, folder, seed=config.seed, reference_cache=root / REFERENCE_CACHE, run=run)

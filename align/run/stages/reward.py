@@ -14,6 +14,7 @@ from align.data.training_pairs import source_of
 from align.distributed import process_rank
 from align.io.console import log
 from align.io.files import write_json
+from align.training.base.tracked_runs import tracked_run
 from align.training.train import MODEL
 from reward_models.calibration import MarginMap, calibrated_out_of_fold, fit_map
 from reward_models.crossfit import cross_fit
@@ -33,7 +34,7 @@ def stage_reward(config: RunConfig, folder: Path) -> None:
     source = reward_pairs_folder(config.reward, config.folder)
     train, heldout = read_pairs(source / "train"), read_pairs(source / "heldout")
     model = folder / MODEL
-    train_members(train, config.reward, model, seed=config.seed)
+    train_members(train, config.reward, model, seed=config.seed, run=tracked_run(config.folder, config.name, "reward"))
     metrics: dict[str, Any] = {"backbone": config.reward.model, "ensemble": config.reward.ensemble}
     tables = {
         name: scored_by(members(model), pairs, config, folder)
@@ -76,7 +77,8 @@ def stage_crossfit(config: RunConfig, folder: Path) -> None:
     """Score the reward model's own training pairs, each by a model that was not trained on it."""
     assert config.reward is not None
     train = read_pairs(reward_pairs_folder(config.reward, config.folder) / "train")
-    scored = cross_fit(train, config.reward, folder, seed=config.seed, cluster=config.cluster)
+    run = tracked_run(config.folder, config.name, "reward")
+    scored = cross_fit(train, config.reward, folder, seed=config.seed, cluster=config.cluster, run=run)
     if process_rank() > 0:
         return
     write_pairs(scored.remove_columns("fold"), folder / "pairs")

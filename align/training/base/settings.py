@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from transformers import Trainer, get_scheduler
-from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_liger_kernel_available
 
 from align.errors import ConfigError, listed
+from align.training.base.tracked_runs import check_trackers
 
 NOTHING_HELD_BACK = "a training here holds no pairs back; evaluate the trained model"
 NEVER_READ: dict[str, str] = dict.fromkeys(
@@ -28,6 +28,10 @@ NEVER_READ: dict[str, str] = dict.fromkeys(
     "ignore_data_skip": "a resumed training goes on with the pairs that are left",
     "remove_unused_columns": "the columns that a training reads are chosen by the program",
     "padding_free": "trl does not have it at present; `train.layout: shared_prefix` packs the pairs",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+        "a run uploads nothing; `align push FOLDER hf://user/name` uploads a trained model",
+    ),
     "save_only_model": "a training could not resume from such a checkpoint; once it has ended, its checkpoints are "
     "reduced to their models anyway",
 }  # fmt: skip
@@ -65,12 +69,13 @@ def check_arguments(args: Any, path: str) -> None:
         path: YAML path of its fields.
 
     Raises:
-        ConfigError: every problem at once.
+        ConfigError: every problem at once, or a tracker that cannot be used.
     """
     problems = [f"{path}.{problem}" for check in _CHECKS if (problem := check(args))]
     problems += [f"{path}.model_init_kwargs.{problem}" for problem in _model_problems(args)]
     if problems:
         raise ConfigError(listed(problems), code="trainer-key")
+    check_trackers(args, f"{path}.report_to")
 
 
 def _no_step(args: Any) -> str:
@@ -108,16 +113,6 @@ def _schedule(args: Any) -> str:
     return ""
 
 
-def _reporters(args: Any) -> str:
-    """Make the callbacks of ``report_to``, which look for their packages."""
-    for callback in get_reporting_integration_callbacks(args.report_to):
-        try:
-            callback()
-        except (ImportError, RuntimeError) as error:
-            return f"report_to: found {args.report_to}: {' '.join(str(error).split())}"
-    return ""
-
-
 def _liger(args: Any) -> str:
     if args.use_liger_kernel and not is_liger_kernel_available():
         return "use_liger_kernel: found true, expected the package liger-kernel to be installed"
@@ -127,18 +122,6 @@ def _liger(args: Any) -> str:
 def _offloading(args: Any) -> str:
     if getattr(args, "activation_offloading", False) and not torch.cuda.is_available():
         return "activation_offloading: found true, expected a GPU, from which activations are moved"
-    return ""
-
-
-def _hub(args: Any) -> str:
-    if not args.push_to_hub:
-        return ""
-    from huggingface_hub import whoami
-
-    try:
-        whoami(token=args.hub_token)
-    except Exception as error:  # it names none for a hub that cannot be reached
-        return f"push_to_hub: found true, expected a hub that knows your token ({' '.join(str(error).split())})"
     return ""
 
 
@@ -164,6 +147,12 @@ def _model_problems(args: Any) -> list[str]:
     loads_few_bits = isinstance(quantization, dict) and any(name.startswith("load_in_") for name in quantization)
     if (loads_few_bits or any(name in keys for name in ("load_in_4bit", "load_in_8bit"))) and not _has("bitsandbytes"):
         problems.append("quantization_config: expected the package bitsandbytes to be installed")
+    four_bits = keys.get("load_in_4bit") or (isinstance(quantization, dict) and quantization.get("load_in_4bit"))
+    if four_bits and not torch.cuda.is_available():
+        problems.append(
+            "quantization_config: found load_in_4bit, expected load_in_8bit or a GPU: on a CPU bitsandbytes computes "
+            "with kernels that pass back no gradient, after its first evaluation"
+        )
     return problems
 
 
@@ -171,4 +160,4 @@ def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-_CHECKS: tuple[Callable[[Any], str], ...] = (_no_step, _optimizer, _schedule, _reporters, _liger, _offloading, _hub)
+_CHECKS: tuple[Callable[[Any], str], ...] = (_no_step, _optimizer, _schedule, _liger, _offloading)

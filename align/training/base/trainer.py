@@ -13,6 +13,7 @@ from align.errors import ConfigError
 from align.io.console import log
 from align.training.base.async_checkpoints import BackgroundSaves
 from align.training.base.checkpoints import check_resumable, last_complete_checkpoint
+from align.training.base.described import Described
 from align.training.base.epochs import WholeEpochs
 from align.training.base.finite_guard import FiniteSteps
 from align.training.base.progress import show_progress
@@ -20,7 +21,7 @@ from align.training.base.resume import ExactResume
 from align.training.base.stopping import stoppable
 
 
-class ReliableTrainer(BackgroundSaves, ExactResume, WholeEpochs, Trainer):
+class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trainer):
     """A Trainer that resumes to the bit, counts every pair once an epoch and stops at the first NaN or infinity.
 
     Name it before the trl class: ``class PreferenceTrainer(ReliableTrainer, DPOTrainer)``. The table lists each method
@@ -39,6 +40,8 @@ class ReliableTrainer(BackgroundSaves, ExactResume, WholeEpochs, Trainer):
     | `_save_checkpoint` | ReliableTrainer, BackgroundSaves | The checkpoint holds `save_extra_state`; older ones outlive an incomplete one. |
     | `_save_optimizer_and_scheduler` | BackgroundSaves | Shards are written while training goes on, if `async_checkpoints`. |
     | `_save_rng_state` | ExactResume | Every process has saved before trainer_state.json completes the checkpoint. |
+    | `save_model`, `create_model_card` | Described | A saved folder has a model card that is true. |
+    | `init_hf_repo` | Described | A new repository on the hub is private. |
     | `_load_best_model` | BackgroundSaves | The checkpoint that is being written is complete first. |
     | `_load_from_checkpoint` | ReliableTrainer, ExactResume | Other pairs per step, or no optimizer, are refused; `load_extra_state` follows. |
 
