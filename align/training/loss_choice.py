@@ -12,13 +12,12 @@ from align.config import LossSection, RemedySection, Section, TokenMaskSection, 
 from align.config.reading import section_from
 from align.errors import ConfigError
 from align.losses.pairwise import PairLogps
-from align.losses.registry import LOSSES, BoundLoss, LossSpec, resolve
+from align.losses.registry import LOSSES, BoundLoss, LossSpec, known_as, resolve
+from align.losses.sums import bind_section
 from align.training.columns import check_weights
 
 PairLoss = Callable[[PairLogps, Tensor], Tensor]
 """(log-probs of B pairs, margins [B]) -> one loss per pair [B]."""
-BY_TRL = {"sigmoid": "dpo"}
-"""Values of trl's ``loss_type`` that have another name here."""
 DEFAULT = "dpo"
 DEFAULT_TYPE = ["sigmoid"]
 BETA = 0.1
@@ -41,7 +40,7 @@ def bind(method: str, config: LossSection) -> BoundLoss:
         ConfigError: unknown loss or parameter, value out of range, a remedy, mask or weight that does not fit the loss.
     """
     try:
-        loss = resolve(config.loss, config.parameters)
+        loss = bind_section(config)
     except ConfigError as error:
         raise ConfigError(f"train.methods.{method}: {error.message}", code=error.code, hint=error.hint) from None
     check_parts(method, config, loss)
@@ -54,9 +53,10 @@ def check_parts(method: str, config: LossSection, loss: BoundLoss) -> None:
     Raises:
         ConfigError: names what does not fit.
     """
-    if (config.remedy or config.token_mask) and loss.spec.coupled:
+    if (config.remedy or config.token_mask) and not loss.spec.from_logps:
         raise ConfigError(
-            f"train.methods.{method}: {loss.spec.name} has no loss for a single pair, as a remedy or a mask needs it",
+            f"train.methods.{method}: {loss.spec.name} compares pairs or reads tokens, and a remedy or a mask needs a "
+            "loss of the log-probs of one pair",
             code="remedy-loss",
             hint="use them with another loss",
         )
@@ -171,7 +171,7 @@ def _type(args: DPOConfig) -> str | None:
         raise ConfigError(
             f"{OWNER}.loss_type: found {types}, expected one loss", code="loss-name", hint="name it as `loss`"
         )
-    name = BY_TRL.get(types[0], types[0])
+    name = known_as(types[0])
     if name not in LOSSES:
         raise ConfigError(
             f"{OWNER}.loss_type: {types[0]!r} is not a loss of this program{nearest(name, list(LOSSES))}",

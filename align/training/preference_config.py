@@ -14,11 +14,14 @@ from align.training.loss_choice import choose_loss
 from align.training.python_words import python_words
 
 LAYOUTS = ("auto", "concatenated", "shared_prefix")
-UNUSED_FIELDS: dict[str, str] = dict.fromkeys(
-    ("ld_alpha", "use_weighting", "f_divergence_type", "f_alpha_divergence_coef", "loss_weights", "discopop_tau",
-     "padding_free"),
-    "leave it out; name the loss under train.methods",
-) | {
+UNUSED_FIELDS: dict[str, str] = {
+    "ld_alpha": "leave it out; take the loss ld_dpo with its parameter ld_alpha",
+    "use_weighting": "leave it out; take the loss wpo, with clamp: false as in trl",
+    "f_divergence_type": "leave it out; take the loss fdpo_forward_kl, fdpo_js or fdpo_alpha",
+    "f_alpha_divergence_coef": "leave it out; take the loss fdpo_alpha with its parameter alpha",
+    "loss_weights": "leave it out; write `loss_type` and `loss_weights`, or a sum of terms, under train.methods",
+    "discopop_tau": "leave it out; take the loss discopop with its parameter discopop_tau",
+    "padding_free": "leave it out; `layout` packs the pairs",
     "label_smoothing_factor": "leave it out: it smooths the labels of a language model's own loss, not those of pairs",
     "label_names": "leave it out: a batch of pairs has no labels",
     "ignore_data_skip": "leave it out: a resumed training goes on with the pairs that are left",
