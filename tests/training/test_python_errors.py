@@ -47,7 +47,7 @@ REACHED = ("align/training", "align/models/layout.py", "align/models/adapters.py
         ({"pair_weights": {"spraed": True}}, "config-key", "spraed: unknown key (did you mean `spread`?)"),
         ({"pair_weights": {"spread": True}}, "weights-loss", "PreferenceConfig.pair_weights: ood and spread shrink"),
         ({"gradient_remedy": {"kind": "hold"}}, "config-key", "PreferenceConfig.gradient_remedy"),
-        ({"loss": "beta_dpo", "token_mask": {}}, "remedy-loss", "beta_dpo has no loss for a single pair"),
+        ({"loss": "beta_dpo", "token_mask": {}}, "remedy-loss", "beta_dpo compares pairs or reads tokens"),
         ({"token_mask": {}, "gradient_remedy": {"kind": "normalise"}}, "remedy-loss", "found `remedy` and `token_mask`"),
     ],
 )  # fmt: skip
