@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainingArguments
 from trl import DPOConfig
 
+from align import PreferenceConfig, PreferenceTrainer
 from align.config import LossSection, RewardSection, TrainSection
 from align.data.table_facts import table_facts
 from align.errors import ConfigError, EnvironmentProblem
@@ -78,8 +79,6 @@ def test_a_resumed_training_continues_its_run(
     tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The steps that are made again replace those that were logged before the training was interrupted."""
-    from align.training.trainer import PreferenceTrainer
-
     section = config(tiny_policy, "tensorboard", max_steps=4, save_strategy="steps", save_steps=2)
     run, step = tracked_run(tmp_path, "run", "plain"), PreferenceTrainer.training_step
 
@@ -182,6 +181,17 @@ def test_a_tracker_that_is_not_installed(
     message = rf"\[tracker\] x.trainer.report_to: found {name}, which is not installed\n  do: pip install {name}"
     with pytest.raises(ConfigError, match=message):
         build_trainer_args(kind, {"report_to": name}, path="x.trainer", forced={"output_dir": str(tmp_path)})
+
+
+def test_a_missing_tracker_is_told_when_a_trainer_is_made(
+    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers.integrations.integration_utils as integrations
+
+    monkeypatch.setattr(integrations, "is_mlflow_available", lambda: False)
+    args = PreferenceConfig(str(tmp_path), report_to="mlflow", use_cpu=True, bf16=False)
+    with pytest.raises(ConfigError, match=r"\[tracker\] .*report_to: found mlflow, which is not installed"):
+        PreferenceTrainer(str(tiny_policy), args=args, train_dataset=PAIRS)
 
 
 def test_wandb_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
