@@ -117,10 +117,8 @@ def compare_policies(
         asked = _judge(judge, max_length)
         sampling = Sampling(max_new_tokens, temperature, seed=seed, batch_size=batch_size)
         with TemporaryDirectory(prefix="compare-") as folder:
-            written = {
-                policy.name: _written(policy, loaded, texts * n, sampling, Path(folder), tokenizer)
-                for policy, loaded in (first, second)
-            }
+            given = (texts * n, sampling, Path(folder), tokenizer)
+            written = {policy.name: _written(policy, loaded, *given) for policy, loaded in (first, second)}
         clusters = np.tile(np.arange(len(texts)), n) if n > 1 else None
         preferences = _preferences(asked, *written.values())
         run = _run(asked, texts, [policy for policy, _ in (first, second)], sampling, n, started)

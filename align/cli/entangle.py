@@ -82,6 +82,32 @@ def report(
     commands.report(options.source(), settings, options.output)
 
 
+@app.command("losses")
+def losses(
+    pairs: Annotated[str, typer.Argument(help="Pair file, saved dataset or hub id.")],
+    model: Annotated[str, typer.Option(help="Policy: folder (may be an adapter) or hub id.")],
+    output: Annotated[Path, output_folder("Folder to write into.")],
+    reference: Annotated[
+        str | None, typer.Option(help="Reference model; default: the model without its adapter.")
+    ] = None,
+    parameters: Annotated[str | None, typer.Option(help="Regular expression: measure only these parameters.")] = None,
+    sums: Annotated[list[str] | None, typer.Option("--sum", help="A sum to compare too: --sum madpo=1,nll=0.1")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Number of pairs to measure.")] = 64,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per batch.")] = 2048,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of prompt and response together.")] = 1024,
+    column: Columns = None,
+    split: Split = "train",
+    cluster: Cluster = None,
+) -> None:
+    """Every loss on the same pairs: which of them would lower your chosen responses, and how much NLL prevents it."""
+    from align.commands.entangle_losses import LossesSettings, compare
+
+    settings = LossesSettings(
+        model, reference, parameters, tuple(sums or ()), limit, batch_tokens, max_length, cluster_section(cluster)
+    )
+    compare(pair_source(pairs, column, split), settings, output)
+
+
 @app.command("trace")
 def trace(
     run: Annotated[Path, typer.Argument(help="Folder of a run, e.g. runs/my-madpo.")],

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from align.config import ClusterSection, PairsSection
+from align.config import ClusterSection, LossSection, PairsSection
 from align.data.pairs import fingerprint, load_pairs, read_pairs
 from align.data.sampling import fair_sample, report_sample
 from align.data.statistics import missing_values
@@ -29,7 +29,9 @@ from align.filtering.tables import KEPT
 from align.io.console import log, out
 from align.io.files import write_json
 from align.io.stage import Stage, check_files, read_manifest, run_stage
-from align.losses.registry import BoundLoss, resolve
+from align.losses.registry import resolve
+from align.losses.spec import BoundLoss
+from align.losses.sums import bind_section
 from align.models.folders import adapter_config, fingerprint_model, is_adapter
 from align.models.loading import load_tokenizer
 from align.models.tokenization import MAX_LENGTH, collate, tokenize_pairs
@@ -87,12 +89,12 @@ def report(source: PairsSection, settings: ReportSettings, output: Path) -> None
     check_files(output, [SUMMARY, PAGE], own=[MEASUREMENTS])
     bound = _bound(settings.loss, settings.parameters)
     every = load_pairs(source)
-    pairs = _sample(every, bound, settings.limit, source.path)
-    tokens, left_out = _tokenized(pairs, load_tokenizer(settings.model), settings.max_length)
+    pairs = sample_pairs(every, bound, settings.limit, source.path)
+    tokens, left_out = tokenized(pairs, load_tokenizer(settings.model), settings.max_length)
     policy = load_measured(settings.model)
     job = MeasureJob(settings.model, settings.reference, bound, settings.parameter_names, settings.batch_tokens,
                      settings.max_length)  # fmt: skip
-    stage, table = _measure(output / MEASUREMENTS, tokens, policy, job, settings.cluster)
+    stage, table = measure_tokens(output / MEASUREMENTS, tokens, policy, job, settings.cluster)
     if process_rank() > 0:
         return
     summary = summarize(table)
@@ -144,13 +146,14 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
         raise DataError(f"{training}: no finished training (methods here: {trained})", code="trace-missing")
     inputs = manifest["inputs"]
     parameters = inputs.get("trust", {}) | inputs["loss"]["parameters"]  # trust: parameters that the run measured
-    checkpoints, bound = checkpoints_of(training), _bound(inputs["loss"]["loss"], parameters)
+    section = LossSection(**inputs["loss"] | {"parameters": parameters})
+    checkpoints, bound = checkpoints_of(training), _of_one_pair(bind_section(section))
     base = inputs["settings"]["model"]
     length = max_length or inputs["settings"]["trainer"].get("max_length") or MAX_LENGTH
     table = run / "filter" / KEPT if "filter" in inputs["after"] else run / "margins" / "pairs"
     every = load_pairs(PairsSection(path=str(table))) if table.is_file() else read_pairs(table)
-    pairs = _sample(every, bound, limit, str(run))
-    tokens, _ = _tokenized(pairs, load_tokenizer(base), length)
+    pairs = sample_pairs(every, bound, limit, str(run))
+    tokens, _ = tokenized(pairs, load_tokenizer(base), length)
     output, tables = run / f"trace-{method}", []
     start = _start(training, base, checkpoints[0][1])
     reference = None if is_adapter(checkpoints[0][1]) and not is_adapter(base) else base
@@ -158,7 +161,7 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     measured += [(step, str(folder), reference) for step, folder in checkpoints]
     for step, folder, compared in measured:
         job = MeasureJob(folder, compared, bound, None, batch_tokens, length)
-        tables.append(_measure(output / f"step-{step:06d}", tokens, load_measured(folder), job)[1])
+        tables.append(measure_tokens(output / f"step-{step:06d}", tokens, load_measured(folder), job)[1])
     if process_rank() > 0:
         return
     found = trajectory([step for step, _, _ in measured], tables)
@@ -206,9 +209,9 @@ def check(
         return
     check_files(output, [])
     bound = _bound(loss, parameters)
-    pairs = _sample(load_pairs(source), bound, limit, source.path)
+    pairs = sample_pairs(load_pairs(source), bound, limit, source.path)
     tokenizer = load_tokenizer(model)
-    tokens, _ = _tokenized(pairs, tokenizer, max_length)
+    tokens, _ = tokenized(pairs, tokenizer, max_length)
     half = tokens.select(range(max(1, len(tokens) // 2)))
     batch, probes = (collate(rows, tokenizer.pad_token_id, max_length=max_length) for rows in (half, tokens))
     policy = load_measured(model)
@@ -223,10 +226,13 @@ def check(
 
 
 def _bound(loss: str, parameters: Mapping[str, float]) -> BoundLoss:
-    bound = resolve(loss, dict(parameters))
-    if bound.spec.coupled:
+    return _of_one_pair(resolve(loss, dict(parameters)))
+
+
+def _of_one_pair(bound: BoundLoss) -> BoundLoss:
+    if not bound.spec.from_logps:
         raise ConfigError(
-            f"--loss {loss}: its beta is a statistic of each training batch, so a pair alone has no verdict",
+            f"--loss {bound.spec.name}: compares the pairs of a step or reads tokens: a pair alone has no verdict",
             code="entanglement-loss",
             hint="measure with --loss dpo",
         )
@@ -244,7 +250,7 @@ class _Loaded:
         return measuring(self.policy, self.job)
 
 
-def _measure(
+def measure_tokens(
     folder: Path, tokens: Dataset, policy: nn.Module, job: MeasureJob, cluster: ClusterSection | None = None
 ) -> tuple[Stage, Dataset]:
     """Run the stage that measures one model on tokenized pairs; return it and its table."""
@@ -272,7 +278,7 @@ def _measure(
     return stage, Dataset.from_parquet(str(folder / TABLE), keep_in_memory=True)
 
 
-def _sample(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset:
+def sample_pairs(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset:
     """A fair sample of ``limit`` pairs.
 
     Raises:
@@ -292,7 +298,7 @@ def _sample(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Dataset
     return pairs.select(drawn)
 
 
-def _tokenized(pairs: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset, list[str]]:
+def tokenized(pairs: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset, list[str]]:
     """The pairs as token ids, and the ids of those that are left out because their prompts fill ``max_length``.
 
     Raises:

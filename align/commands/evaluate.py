@@ -20,7 +20,7 @@ from align.commands.evaluation_tables import (
     write_completions,
 )
 from align.config import ClusterSection
-from align.data.prompts import sample_prompts
+from align.data.prompts import draw_prompts
 from align.errors import ConfigError, DataError
 from align.evaluation.compare_policies import PolicySamples, compare_policies, first_samples, kl_statistics
 from align.evaluation.policies import REFERENCE, Policy, checkpoints, find_reference, parse_policies
@@ -280,7 +280,7 @@ def _prompts(settings: Settings, policies: Sequence[Policy]) -> Drawn:
     """
     from align.models import message_checks, template_arguments
 
-    prompts, total = sample_prompts(settings.prompts, settings.limit, settings.chat_template_kwargs)
+    prompts, total = draw_prompts(settings.prompts, settings.limit, settings.chat_template_kwargs)
     models = dict.fromkeys(policy.model for policy in policies)
     message_checks.check_prompts_of(prompts, models)
     for model in models:

@@ -51,7 +51,7 @@ def filter_source(
     known = source.model_dump() | {"content": fingerprint_source(source.path)}
     folder = cache / digest(known | {"table": REVISION})[:16]
     with timed(seconds, "reading"):
-        pairs = stream_pairs(source, folder / TABLE)
+        pairs = stream_pairs(source, folder / TABLE, carry=True)
     if settings.ood is not None:
         ood = settings.ood
         check_pairs_of(pairs, [ood.model], trust_remote_code=ood.trust_remote_code, text_pair=ood.text_pair)

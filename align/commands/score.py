@@ -53,7 +53,7 @@ def score_pairs(
     keep_source(source.path, [output / FILE])
     check_files(output, [])
     calibration = MarginMap.load(model) if calibrated else None
-    pairs = load_pairs(source)
+    pairs = load_pairs(source, carry=True)
     read = options or DEFAULTS
     check_pairs_of(
         pairs, [str(member) for member in members(model)], trust_remote_code=read.trust_remote_code,

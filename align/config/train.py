@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from align.config.base import Count, Name, Positive, Section
 from align.config.reward import TiltSection
@@ -59,19 +59,62 @@ class WeightsSection(Section):
     """Divide the table's weights (MADPO's and the ``weight`` column's) by their mean."""
 
 
-class LossSection(Section):
-    """One loss of the registry in align/losses/pairwise.py and its parameters."""
+class LossTerms(Section):
+    """A weighted sum of losses (align/losses/sums.py, which checks the terms)."""
 
-    loss: str
-    """Name in the registry: madpo, soft_madpo, dpo, ipo, ..."""
+    terms: Annotated[dict[str, Any], Field(min_length=1)]
+    """Name in the registry -> its weight, above 0, or ``{weight: ..., parameters: {...}}``."""
+
+
+def _name_or_terms(value: Any) -> Any:
+    if value is None or isinstance(value, str | LossTerms):
+        return value
+    if isinstance(value, dict) and set(value) == {"terms"} and isinstance(value["terms"], dict) and value["terms"]:
+        return value
+    raise ValueError(f"expected the name of a loss, or `{{terms: {{name: weight, ...}}}}`, found {str(value)[:80]}")
+
+
+class LossSection(Section):
+    """One loss of the registry (docs/losses.md) or a weighted sum of several, and the parameters."""
+
+    loss: Annotated[str | LossTerms | None, BeforeValidator(_name_or_terms)]
+    """Name in the registry: madpo, soft_madpo, dpo, ipo, ...; or ``terms``, a weighted sum."""
+    loss_type: str | list[str] | None = None
+    """In place of ``loss``: trl's field of this name, with trl's defaults for the parameters."""
+    loss_weights: list[float] | None = None
+    """Weights of the names in ``loss_type``; default: 1 each."""
     parameters: dict[str, float | bool] = {}
-    """Keyword parameters of the loss and, for madpo, of its weight; the others keep their defaults."""
+    """Keyword parameters of the loss and, for madpo, of its weight; the others keep their defaults. Every term of a sum
+    gets those that it knows."""
     weights: WeightsSection | None = None
     """Weights of the pairs; default: the loss's own weight and the ``weight`` column."""
     remedy: RemedySection | None = None
     """Remedy against gradient entanglement; default: none."""
     token_mask: TokenMaskSection | None = None
     """Learned mask over tokens; default: the loss sees every token of a response."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the loss or of all terms, as they are written."""
+        if self.loss_type is not None:
+            return (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
+        return (self.loss,) if isinstance(self.loss, str) else tuple(self.loss.terms if self.loss else ())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _loss_type_in_place_of_loss(cls, data: Any) -> Any:
+        return {"loss": None} | data if isinstance(data, dict) and "loss_type" in data else data
+
+    @model_validator(mode="after")
+    def _one_way_to_name_it(self) -> "LossSection":
+        if (self.loss is None) == (self.loss_type is None):
+            found = "neither" if self.loss is None else "both"
+            raise ValueError(f"expected `loss`, or trl's `loss_type`, found {found}")
+        if self.loss_weights is not None and not isinstance(self.loss_type, list):
+            raise ValueError("`loss_weights` belongs to a list in `loss_type`; write `loss: {terms: {dpo: 1.0}}`")
+        if self.loss_type == []:
+            raise ValueError("loss_type: expected at least one name, found []")
+        return self
 
 
 class EntanglementSection(Section):

@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from align.config import PairsSection
 from align.data.messages import without_nulls
-from align.data.pairs import check_rows, unused_columns
+from align.data.pairs import check_rows
 from align.data.readers import Row, numbered_rows, read_table
+from align.data.user_columns import unused_columns
 from align.data.validation import Problem
 from align.errors import DataError, listed, python_words
 from align.io.console import log

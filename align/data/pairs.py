@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from align.config import PairsSection
-from align.config.columns import COLUMNS, OPTIONAL, RESPONSES, TEXT
+from align.config.columns import OPTIONAL, RESPONSES, TEXT
 from align.data.messages import text_array
 from align.data.readers import Row, read_source
 from align.data.sampling import fair_sample, report_sample
 from align.data.seen_ids import SeenIds, content_id
+from align.data.user_columns import KNOWN, unused_columns, user_array, user_columns
 from align.data.validation import SHOWN_CHARACTERS, Problem, RowReader
 from align.errors import DataError, listed
 from align.io.console import log
@@ -43,16 +44,22 @@ class CheckResult:
     """The columns of the source that are not kept."""
 
 
-def check_pairs(source: PairsSection) -> CheckResult:
+def check_pairs(source: PairsSection, *, carry: bool = False) -> CheckResult:
     """Read and validate every row of a source; with ``source.limit``, keep a fair sample of the valid ones.
+
+    Args:
+        source: where the pairs come from.
+        carry: keep the columns that the program does not read, unchanged.
 
     Raises:
         DataError: the source is missing, unreadable or empty, or lacks a column.
     """
-    return check_rows(*read_source(source), source.path, limit=source.limit)
+    return check_rows(*read_source(source), source.path, limit=source.limit, carry=carry)
 
 
-def check_rows(rows: Sequence[Row], columns: set[str], source: str, *, limit: int | None = None) -> CheckResult:
+def check_rows(
+    rows: Sequence[Row], columns: set[str], source: str, *, limit: int | None = None, carry: bool = False
+) -> CheckResult:
     """Validate rows that have been read.
 
     Args:
@@ -60,8 +67,9 @@ def check_rows(rows: Sequence[Row], columns: set[str], source: str, *, limit: in
         columns: names of all columns.
         source: name of the rows, for messages.
         limit: number of valid rows to keep; None: all.
+        carry: keep the columns that the program does not read, unchanged; the rows have their ``raw`` values.
     """
-    reader = RowReader(source, columns)
+    reader, own = RowReader(source, columns), user_columns(columns) if carry else []
     valid, problems, invalid = [], [], []
     seen, first = SeenIds(), None
     for row in rows:
@@ -70,7 +78,7 @@ def check_rows(rows: Sequence[Row], columns: set[str], source: str, *, limit: in
             first = first or pair
             pair["id"] = identify(pair, row, seen, source, found)
             found += other_kind(pair, first, row, source)
-            valid.append(pair)
+            valid.append(pair | {name: row.raw.get(name) for name in own})
         if found:
             problems += found
             if pair is not None:
@@ -80,20 +88,21 @@ def check_rows(rows: Sequence[Row], columns: set[str], source: str, *, limit: in
         drawn, total = fair_sample((str(pair["id"]) for pair in valid), limit)
         report_sample(source, len(drawn), total, "pairs")
         valid = [valid[k] for k in drawn]
-    return CheckResult(_table(valid, source), problems, invalid, unused_columns(columns))
+    return CheckResult(_table(valid, source, own), problems, invalid, unused_columns(columns))
 
 
-def load_pairs(source: PairsSection, *, side_file: Path | None = None) -> Dataset:
+def load_pairs(source: PairsSection, *, side_file: Path | None = None, carry: bool = False) -> Dataset:
     """The valid pairs of a source.
 
     Args:
         source: where the pairs come from; with ``drop_invalid``, invalid rows are dropped and counted.
         side_file: JSONL file for the dropped rows, with the reasons.
+        carry: keep the columns that the program does not read, unchanged.
 
     Raises:
         DataError: invalid rows (the first 20 and a count) without ``drop_invalid``, or no row is valid.
     """
-    checked = check_pairs(source)
+    checked = check_pairs(source, carry=carry)
     if checked.problems and not (source.drop_invalid and checked.invalid):
         raise unusable(source.path, checked.problems, len(checked.invalid))
     if checked.unused:
@@ -107,11 +116,6 @@ def load_pairs(source: PairsSection, *, side_file: Path | None = None) -> Datase
     if len(checked.pairs) == 0:
         raise DataError(f"{source.path}: no valid pair", code="data-empty", hint="look at `align data check`")
     return checked.pairs
-
-
-def unused_columns(columns: set[str]) -> list[str]:
-    """The columns of a source that neither loading nor a stage knows, sorted."""
-    return sorted(columns - {column.name for column in COLUMNS})
 
 
 def describe_unused(names: Sequence[str]) -> str:
@@ -166,7 +170,7 @@ def fingerprint(pairs: Dataset) -> str:
     """sha256 over column names and content; independent of the file or cache that holds the table."""
     state = hashlib.sha256(json.dumps(sorted(pairs.column_names)).encode())
     for row in pairs:
-        state.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
+        state.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
     return state.hexdigest()
 
 
@@ -195,8 +199,8 @@ def other_kind(pair: dict[str, Any], first: dict[str, Any], row: Row, source: st
     return [Problem(row.file or source, row.number, "prompt", "pair-mixed", kinds[plain], expected)]
 
 
-def _table(valid: list[dict[str, Any]], source: str) -> Dataset:
-    columns = ["id", *TEXT, *(name for name in OPTIONAL if any(pair.get(name) is not None for pair in valid))]
+def _table(valid: list[dict[str, Any]], source: str, own: Sequence[str]) -> Dataset:
+    columns = ["id", *TEXT, *(name for name in OPTIONAL if any(pair.get(name) is not None for pair in valid)), *own]
     return table_of(valid, columns, source)
 
 
@@ -210,7 +214,8 @@ def table_of(pairs: list[dict[str, Any]], columns: Sequence[str], source: str) -
     for name in columns:
         with one_type(source, name):
             values = [pair.get(name) for pair in pairs]
-            arrays[name] = text_array(values) if name in TEXT else pa.array(values)
+            make = text_array if name in TEXT else pa.array if name in KNOWN else user_array
+            arrays[name] = make(values)
     return Dataset(pa.table(arrays))
 
 

@@ -167,7 +167,7 @@ def load_prompts(source: str, kwargs: Mapping[str, Any] | None = None) -> list[A
     return prompts
 
 
-def sample_prompts(source: str, limit: int | None, kwargs: Mapping[str, Any] | None = None) -> tuple[list[Any], int]:
+def draw_prompts(source: str, limit: int | None, kwargs: Mapping[str, Any] | None = None) -> tuple[list[Any], int]:
     """A fair sample of at most ``limit`` prompts of ``load_prompts``, and how many there are; None: all of them.
 
     Raises:

@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Row:
     unreadable: str = ""
     file: str = ""
     """Name of the file that the row is in; empty if the source is a single file."""
+    raw: dict[str, Any] = field(default_factory=dict)
+    """The values as the source has them, under the names of the source."""
 
 
 def read_source(source: PairsSection) -> tuple[list[Row], set[str]]:
@@ -120,7 +122,8 @@ def _rows(source: PairsSection) -> Iterator[Row]:
 
 
 def _with_messages(row: Row) -> Row:
-    return replace(row, values={name: as_messages(value) for name, value in row.values.items()})
+    values = {name: as_messages(value) for name, value in row.values.items()}
+    return replace(row, values=values, raw=row.raw or row.values)
 
 
 def _raw_rows(source: PairsSection) -> Iterator[Row]:
@@ -205,7 +208,7 @@ def numbered_rows(dataset: Dataset, *, first: int = 1) -> Iterator[Row]:
     exact = {name for name, feature in dataset.features.items() if "Json(" in repr(feature)}
     for number, values in enumerate(dataset.with_format(None), first):
         cells = {name: value if name in exact else without_nulls(value) for name, value in values.items()}
-        yield Row(number, cells)
+        yield Row(number, cells, raw=values)
 
 
 def _jsonl(file: SourceFile) -> Iterator[Row]:
@@ -290,7 +293,7 @@ def _parquet(file: SourceFile) -> Iterator[Row]:
             raise DataError(f"{file.name}: a value cannot be read ({error})", code="data-unreadable") from None
         for values in rows:
             number += 1
-            yield Row(number, {name: without_nulls(value) for name, value in values.items()})
+            yield Row(number, {name: without_nulls(value) for name, value in values.items()}, raw=values)
 
 
 def _batches(file: SourceFile) -> Iterator[pa.RecordBatch]:

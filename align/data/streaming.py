@@ -1,6 +1,6 @@
 """Pair tables larger than memory: read and validated row by row, kept in one memory-mapped Arrow file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -12,10 +12,11 @@ from datasets import Dataset
 from align.config import PairsSection
 from align.config.columns import NUMBERS, OPTIONAL, SCORES, TEXT
 from align.data.messages import JSON_MESSAGES, text_array, text_type
-from align.data.pairs import describe_unused, identify, one_type, other_kind, unusable, unused_columns
+from align.data.pairs import describe_unused, identify, one_type, other_kind, unusable
 from align.data.readers import stream_source
 from align.data.sampling import fair_sample, report_sample
 from align.data.seen_ids import SeenIds
+from align.data.user_columns import KNOWN, unused_columns, user_array, user_columns, wider
 from align.data.validation import Problem, RowReader
 from align.errors import DataError
 from align.io.console import log
@@ -25,15 +26,16 @@ BATCH = 4096
 REVISION = 3
 """Raise it when the same source gives another table; part of the key of a kept table."""
 Types = dict[str, pa.DataType]
-"""Arrow types of the text columns, as in ``load_pairs`` for the rows read so far."""
+"""Arrow types of the text columns and of the user's, as in ``load_pairs`` for the rows read so far."""
 
 
-def stream_pairs(source: PairsSection, file: Path) -> Dataset:
+def stream_pairs(source: PairsSection, file: Path, *, carry: bool = False) -> Dataset:
     """The valid pairs of a source as ``load_pairs`` gives them, memory-mapped from ``file``, which is written once.
 
     Args:
         source: where the pairs come from.
         file: Arrow file to keep them in; read again on later calls, so it must belong to this source alone.
+        carry: keep the columns that the program does not read, unchanged.
 
     Raises:
         DataError: the source or its rows are invalid, see ``load_pairs``.
@@ -45,7 +47,7 @@ def stream_pairs(source: PairsSection, file: Path) -> Dataset:
         with atomic_write(file) as temporary:
             while types is not None:
                 with closing(SeenIds(file.with_suffix(".ids"))) as seen:
-                    types = _write(source, temporary, seen, types, drawn)
+                    types = _write(source, temporary, seen, types, drawn, carry=carry)
     pairs = Dataset.from_file(str(file))
     unused = [name for name in OPTIONAL if name in pairs.column_names and _is_empty(pairs, name)]
     return pairs.remove_columns(unused) if unused else pairs
@@ -54,11 +56,12 @@ def stream_pairs(source: PairsSection, file: Path) -> Dataset:
 class _Reader:
     """Yields the valid pairs of a source one by one; collects the problems and counts the invalid rows."""
 
-    def __init__(self, source: PairsSection, seen: SeenIds) -> None:
+    def __init__(self, source: PairsSection, seen: SeenIds, *, carry: bool = False) -> None:
         self.path = source.path
         self.rows, self.columns = stream_source(source)
         self.reader = RowReader(source.path, self.columns)
         self.seen = seen
+        self.own = user_columns(self.columns) if carry else []
         self.first: dict[str, Any] | None = None
         self.problems: list[Problem] = []
         self.invalid = 0
@@ -74,7 +77,7 @@ class _Reader:
                 self.problems += found
                 self.invalid += 1
             elif pair is not None:
-                yield pair
+                yield pair | {name: row.raw.get(name) for name in self.own}
 
 
 def _drawn(source: PairsSection, limit: int, ids: Path) -> set[int]:
@@ -85,25 +88,27 @@ def _drawn(source: PairsSection, limit: int, ids: Path) -> set[int]:
     return set(drawn)
 
 
-def _write(source: PairsSection, file: Path, seen: SeenIds, types: Types, drawn: set[int] | None) -> Types | None:
-    """Write the table, of the pairs at the places ``drawn`` if given. If ``types`` cannot hold the messages, stop and
+def _write(
+    source: PairsSection, file: Path, seen: SeenIds, types: Types, drawn: set[int] | None, *, carry: bool
+) -> Types | None:
+    """Write the table, of the pairs at the places ``drawn`` if given. If ``types`` cannot hold the values, stop and
     return types that can, else None."""
-    reader = _Reader(source, seen)
+    reader = _Reader(source, seen, carry=carry)
     pairs = (pair for place, pair in enumerate(reader.pairs()) if drawn is None or place in drawn)
     first = next(pairs, None)
     kept = 0
     if first is not None:
         batch = [first, *islice(pairs, BATCH - 1)]
-        types = types or _widened({}, batch)
+        types = types or _widened({}, batch, reader.own)
         given = reader.columns | ({"margin"} if set(SCORES[:2]) <= reader.columns else set())
         numbers = [name for name in OPTIONAL if name in given]
-        fields = [("id", pa.string()), *types.items()]
+        fields = [("id", pa.string()), *((name, types[name]) for name in TEXT)]
         fields += [(name, pa.float64() if name in NUMBERS else pa.string()) for name in numbers]
-        schema = pa.schema(fields)
+        schema = pa.schema(fields + [(name, types[name]) for name in reader.own])
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             while batch:
-                if (wider := _widened(types, batch)) != types:
-                    return wider
+                if (found := _widened(types, batch, reader.own)) != types:
+                    return found
                 writer.write_batch(_record_batch(batch, schema, source.path))
                 kept += len(batch)
                 batch = list(islice(pairs, BATCH))
@@ -118,10 +123,12 @@ def _write(source: PairsSection, file: Path, seen: SeenIds, types: Types, drawn:
     return None
 
 
-def _widened(types: Types, batch: list[dict[str, Any]]) -> Types:
-    """The types of the text columns, given those of the rows before this batch: JSON messages stay JSON messages."""
-    own = {name: text_type([pair[name] for pair in batch]) for name in TEXT}
-    return {name: JSON_MESSAGES if JSON_MESSAGES in (kind, types.get(name)) else kind for name, kind in own.items()}
+def _widened(types: Types, batch: list[dict[str, Any]], own: Sequence[str]) -> Types:
+    """The types of the texts and of the user's columns ``own``, given those of the rows before this batch: JSON
+    messages stay JSON messages."""
+    new = {name: text_type([pair[name] for pair in batch]) for name in TEXT}
+    found = {name: JSON_MESSAGES if JSON_MESSAGES in (kind, types.get(name)) else kind for name, kind in new.items()}
+    return found | {name: wider(types.get(name), user_array([pair[name] for pair in batch]).type) for name in own}
 
 
 def _record_batch(batch: list[dict[str, Any]], schema: pa.Schema, source: str) -> pa.RecordBatch:
@@ -134,7 +141,8 @@ def _record_batch(batch: list[dict[str, Any]], schema: pa.Schema, source: str) -
     for field in schema:
         values = [pair.get(field.name) for pair in batch]
         with one_type(source, field.name):
-            arrays.append(text_array(values, field.type) if field.name in TEXT else pa.array(values, type=field.type))
+            make = text_array if field.name in TEXT else pa.array if field.name in KNOWN else user_array
+            arrays.append(make(values, field.type))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 

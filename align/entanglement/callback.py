@@ -31,7 +31,7 @@ class EntanglementCallback(TrainerCallback):
     Args:
         model: the policy, not wrapped by a launcher.
         probes: pairs in trl's layout with ``ref_chosen_logps`` and ``ref_rejected_logps``, on the model's device.
-        loss: the loss in use, not beta_dpo.
+        loss: the loss in use, of the log-probs of one pair.
         every: optimizer steps from one measurement to the next.
         file: JSON file of ``records``; a resumed training appends to it.
         batch: returns pairs of the last batch that was trained on, in the same layout.

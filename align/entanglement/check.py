@@ -44,7 +44,7 @@ def check_predictions(
         model: the policy; before any step it is the reference too.
         batch: pairs that the steps train on.
         probes: pairs whose changes are predicted; they may differ from ``batch``.
-        loss: any registered loss but beta_dpo.
+        loss: any loss of the log-probs of one pair (``from_logps``).
         rates: name in ``OPTIMIZERS`` -> learning rate.
         margin: [B] of ``batch``, for losses that need one.
     """

@@ -75,7 +75,7 @@ def loss_weights(
     """Differentiate the loss: d_w = -dL/dlw and d_l = dL/dll, each [B], float64.
 
     Args:
-        loss: any registered loss but beta_dpo, whose beta is a statistic of a batch.
+        loss: any loss of the log-probs of one pair (``from_logps``).
         logps: log-probs of the pairs, [B].
         margin: [B], for losses that use one.
         weight: [B], weight of each pair; None: 1.
@@ -93,7 +93,7 @@ def loss_weights(
     with torch.enable_grad():
         total = loss(inner, *(None if values is None else values.double() for values in (margin, trust)))
         total = (total if weight is None else total * weight.double()).sum()
-        to_chosen, to_rejected = torch.autograd.grad(total, [chosen, rejected])
+        to_chosen, to_rejected = torch.autograd.grad(total, [chosen, rejected], materialize_grads=True)
     return -to_chosen, to_rejected
 
 

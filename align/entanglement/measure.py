@@ -26,7 +26,7 @@ class MeasureJob:
     """Reference model; None: what an adapter was trained from (``adapter_start``), or the policy itself without one;
     the same as ``model``: the policy itself, with its adapter."""
     loss: BoundLoss
-    """Any registered loss but beta_dpo."""
+    """A loss of the log-probs of one pair (``from_logps``)."""
     parameters: str | None
     """See ``GradientProducts``."""
     batch_tokens: int

@@ -49,7 +49,7 @@ def measure_entanglement(
         pairs: rows with ``prompt``, ``chosen`` and ``rejected``; ``margin`` where the loss needs one. ``id`` is
             optional and defaults to the number of the row.
         loss: name in ``align.losses.registry.LOSSES`` with its default parameters, or what ``resolve`` returned;
-            not beta_dpo.
+            a loss of the log-probs of one pair.
         max_length: tokens of prompt and response together; the rest is truncated.
         reference: another reference of the loss.
 
@@ -80,7 +80,7 @@ class PairMeasurement:
     products: GradientProducts
     """Holds the model."""
     loss: BoundLoss
-    """Any registered loss but beta_dpo."""
+    """A loss of the log-probs of one pair (``from_logps``)."""
     pad_token_id: int
     reference: nn.Module | None = None
     """None: what the model's adapter was trained from, or the model itself without one."""
@@ -188,9 +188,9 @@ def checked_loss(loss: str | BoundLoss, pairs: Dataset) -> BoundLoss:
         ConfigError, DataError: see ``measure_entanglement``.
     """
     bound = resolve(loss, {}) if isinstance(loss, str) else loss
-    if bound.spec.coupled:
+    if not bound.spec.from_logps:
         raise ConfigError(
-            f"loss {bound.spec.name}: its beta is a statistic of each training batch, so a pair alone has no verdict",
+            f"loss {bound.spec.name}: compares the pairs of a step or reads tokens: a pair alone has no verdict",
             code="entanglement-loss",
             hint="measure with loss dpo",
         )

@@ -27,11 +27,12 @@ from align.models.tokenization import encode_prompt, pad
 TRIAL_LENGTHS = (3, 20)
 TRIAL_STEPS = 3
 """Tokens that a trial completes: the first follows the prompt, the others what the cache holds of it."""
-LEAST_PROBABILITY = 1e-4
+TRIAL_TOKENS = 10
+"""Most probable tokens whose log-probs a trial compares."""
 PADDING_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Largest difference of a log-prob (nats) between a batch and a row alone due to rounding."""
-HALF_PADDING_TOLERANCE = 0.2
-"""The same for 16-bit models."""
+HALF_PADDING_TOLERANCE = 0.5
+"""The same for 16-bit models: a few units in the last place of a logit of 20."""
 
 
 class TransformersEngine(Engine):
@@ -112,11 +113,11 @@ class TransformersEngine(Engine):
     def padding_difference(self) -> float:
         """Largest difference (nats) of a token's log-prob in a batch with padding on the left from that of a row alone.
 
-        Rows of random tokens are completed by the same random tokens. Only log-probs of tokens whose probability is at
-        least ``LEAST_PROBABILITY`` count; NaN is infinite.
+        Rows of random tokens are completed by the same random tokens. The log-probs of the ``TRIAL_TOKENS`` that are
+        the most probable after each count; NaN is infinite.
         """
         generator = torch.Generator().manual_seed(0)
-        vocabulary = base_model(self.model).get_input_embeddings().weight.shape[0]
+        vocabulary = min(base_model(self.model).get_input_embeddings().weight.shape[0], len(self.tokenizer))
         room = (context_window(base_model(self.model)) or max(TRIAL_LENGTHS) + TRIAL_STEPS) - TRIAL_STEPS
         lengths = [max(1, min(length, room)) for length in TRIAL_LENGTHS]
         rows = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
@@ -128,7 +129,8 @@ class TransformersEngine(Engine):
             return torch.stack(choice.logprobs, dim=1)
 
         alone = torch.cat([logprobs([row]) for row in rows])
-        apart = (logprobs(rows) - alone).abs()[alone.exp() >= LEAST_PROBABILITY]
+        top = alone.topk(min(TRIAL_TOKENS, vocabulary)).indices
+        apart = (logprobs(rows) - alone).abs().gather(-1, top)
         return float(torch.nan_to_num(apart, nan=torch.inf).max())
 
     def _sample(self, rows: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:

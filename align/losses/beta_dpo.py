@@ -1,17 +1,15 @@
 """beta-DPO (arXiv 2407.08639) in the form of its official code: one beta per batch, outlying pairs left out.
 
-It is the one loss with a state: running statistics of the log-ratio gap. ``beta_dpo_step`` and ``beta_dpo`` are pure
-functions; ``BetaDpo`` keeps the state of a training.
+``beta_dpo_step`` and ``beta_dpo`` are pure functions; ``BetaDpo`` in step_statistics.py keeps the state of a training.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from align.losses.pairwise import PairLogps, dpo
+from align.losses.pairwise import PairLogps
 
 BETA_FLOOR = 1e-3
 SPREAD_FLOOR = 1e-3
@@ -68,64 +66,9 @@ def beta_dpo_step(
     return max(adapted, BETA_FLOOR), keep, BetaDpoState(mean, std)
 
 
-def beta_dpo(logps: PairLogps, *, beta: float, keep: Tensor, scale: float) -> Tensor:
+def beta_dpo(logps: PairLogps, *, beta: float | Tensor, keep: Tensor, scale: float | Tensor) -> Tensor:
     """DPO's loss [B] at the batch's beta, 0 for pairs that are not kept, times ``scale``.
 
     With scale = N / kept, over all processes, the plain mean of the result is the mean over the kept pairs.
     """
-    return dpo(logps, beta=beta) * keep * scale
-
-
-class BetaDpo:
-    """beta-DPO during a training: its statistics run over the pairs of all processes and go into checkpoints.
-
-    Args:
-        parameters: beta, alpha, rho and momentum.
-        gather: concatenates a tensor over the processes along its first dimension (all_gather).
-        rank: index of this process.
-        seed: seed of the draws, the same on every process.
-    """
-
-    def __init__(
-        self, parameters: Mapping[str, Any], *, gather: Callable[[Tensor], Tensor], rank: int, seed: int
-    ) -> None:
-        self.parameters = parameters
-        self.state = BetaDpoState()
-        self.factor = torch.ones(())
-        """Factor of the loss of each pair in the last batch, [B]: N / kept, or 0 where it is left out."""
-        self._gather = gather
-        self._rank = rank
-        self._seed = seed
-
-    def __call__(
-        self, logps: PairLogps, *, step: int, real: Tensor | None = None, update: bool = True
-    ) -> tuple[Tensor, float]:
-        """Compute the loss [B] of this process's pairs and the beta of the batch.
-
-        Args:
-            logps: log-probs of B pairs; every process has as many.
-            step: finished optimizer steps; seeds the draw together with ``seed``.
-            real: bool [B], False for duplicates that only fill the batch; None: all pairs count.
-            update: keep the new statistics; False outside the training.
-        """
-        mask = torch.ones_like(logps.chosen, dtype=torch.bool) if real is None else real
-        all_real = self._gather(mask)
-        gaps = self._gather(logps.log_ratio_gap.detach())[all_real]
-        generator = torch.Generator().manual_seed(self._seed + SEED_STRIDE * (step + 1))
-        beta, keep, state = beta_dpo_step(gaps.cpu(), self.state, **self.parameters, generator=generator)
-        if update:
-            self.state = state
-        kept = torch.zeros_like(all_real)
-        kept[all_real] = keep.to(gaps.device)
-        local = kept.view(-1, len(mask))[self._rank]
-        scale = keep.numel() / int(keep.sum())
-        self.factor = local * scale
-        return beta_dpo(logps, beta=beta, keep=local, scale=scale), beta
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the state as plain numbers, for a checkpoint."""
-        return asdict(self.state)
-
-    def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Restore the state from ``state_dict``'s numbers; other keys of ``values`` are ignored."""
-        self.state = BetaDpoState(mean=float(values["mean"]), std=float(values["std"]))
+    return -F.logsigmoid(beta * logps.log_ratio_gap) * keep * scale

@@ -4,7 +4,8 @@ Shapes: B pairs; every tensor is [B]. Log-probabilities are sums over completion
 reward units. h = (logp_w - ref_logp_w) - (logp_l - ref_logp_l) is the implicit margin divided by beta. Computation is
 in float32 or better, finite for h and m in [-1e6, 1e6].
 
-Adding a loss: one function here, one entry in align/losses/registry.py, a golden value in tests/losses/test_losses.py.
+Adding a loss: one function in a module like this one, one entry in align/losses/entries_*.py, a golden value in
+tests/losses/golden.py.
 """
 
 from dataclasses import dataclass, fields
@@ -48,6 +49,27 @@ class PairLogps:
         """h [B]."""
         return self.chosen_ratio - self.rejected_ratio
 
+    @property
+    def reference_gap(self) -> Tensor:
+        """ref_logp_w - ref_logp_l [B], float32 or better."""
+        return at_least_float32(self.ref_chosen) - at_least_float32(self.ref_rejected)
+
+    @property
+    def chosen_mean(self) -> Tensor:
+        """x_w = logp_w / |y_w| [B], float32 or better."""
+        return at_least_float32(self.chosen) / self.chosen_length.clamp_min(1)
+
+    @property
+    def rejected_mean(self) -> Tensor:
+        """x_l = logp_l / |y_l| [B], float32 or better."""
+        return at_least_float32(self.rejected) / self.rejected_length.clamp_min(1)
+
+    @property
+    def mean_ratio_gap(self) -> Tensor:
+        """h of mean log-probs: (logp_w - ref_w) / |y_w| - (logp_l - ref_l) / |y_l| [B]."""
+        chosen = self.chosen_ratio / self.chosen_length.clamp_min(1)
+        return chosen - self.rejected_ratio / self.rejected_length.clamp_min(1)
+
 
 def dpo(logps: PairLogps, *, beta: float) -> Tensor:
     """-log sigmoid(beta h) (arXiv 2305.18290, eq. 7)."""
@@ -56,7 +78,7 @@ def dpo(logps: PairLogps, *, beta: float) -> Tensor:
 
 def cdpo(logps: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
     """DPO under a label that is wrong with probability ``label_smoothing`` (conservative DPO)."""
-    return _soft_label(beta * logps.log_ratio_gap, torch.full_like(logps.log_ratio_gap, 1 - label_smoothing))
+    return smoothed(beta * logps.log_ratio_gap, label_smoothing)
 
 
 def robust(logps: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
@@ -68,11 +90,7 @@ def robust(logps: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
 
 def ipo(logps: PairLogps, *, beta: float, length_normalize: bool) -> Tensor:
     """(h - 1 / (2 beta))^2 (arXiv 2310.12036, eq. 17); with ``length_normalize`` on mean log-probs, as trl does."""
-    if length_normalize:
-        chosen = logps.chosen_ratio / logps.chosen_length.clamp_min(1)
-        gap = chosen - logps.rejected_ratio / logps.rejected_length.clamp_min(1)
-    else:
-        gap = logps.log_ratio_gap
+    gap = logps.mean_ratio_gap if length_normalize else logps.log_ratio_gap
     return (gap - 1 / (2 * beta)) ** 2
 
 
@@ -141,9 +159,7 @@ def gated_dpo(logps: PairLogps, *, beta: float, sharpness: float, threshold: flo
 
 def simpo(logps: PairLogps, *, beta: float, gamma_beta_ratio: float) -> Tensor:
     """-log sigmoid(beta (logp_w/|y_w| - logp_l/|y_l| - ratio)) (arXiv 2405.14734); no reference."""
-    chosen = at_least_float32(logps.chosen) / logps.chosen_length.clamp_min(1)
-    rejected = at_least_float32(logps.rejected) / logps.rejected_length.clamp_min(1)
-    return -F.logsigmoid(beta * (chosen - rejected - gamma_beta_ratio))
+    return -F.logsigmoid(beta * (logps.chosen_mean - logps.rejected_mean - gamma_beta_ratio))
 
 
 def madpo(
@@ -213,9 +229,15 @@ def scale_gradient(values: Tensor, factor: Tensor) -> Tensor:
 
 
 def gradient_weights(per_pair: Tensor, logps: PairLogps) -> tuple[Tensor, Tensor]:
-    """Compute d_w = -dL/dlogp_w and d_l = dL/dlogp_l [B] of a loss of ``logps``, by autograd."""
-    chosen_gradient, rejected_gradient = torch.autograd.grad(per_pair.sum(), (logps.chosen, logps.rejected))
+    """Compute d_w = -dL/dlogp_w and d_l = dL/dlogp_l [B] of a loss of ``logps``, by autograd; 0 where it reads none."""
+    inputs = (logps.chosen, logps.rejected)
+    chosen_gradient, rejected_gradient = torch.autograd.grad(per_pair.sum(), inputs, materialize_grads=True)
     return -chosen_gradient, rejected_gradient
+
+
+def smoothed(x: Tensor, label_smoothing: float) -> Tensor:
+    """-log sigmoid(x) [B] under a label that is wrong with probability ``label_smoothing``."""
+    return _soft_label(x, torch.full_like(x, 1 - label_smoothing))
 
 
 def _soft_label(x: Tensor, p: Tensor) -> Tensor:

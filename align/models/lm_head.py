@@ -33,6 +33,8 @@ class TokenScores(NamedTuple):
     """Mean of the logits over the vocabulary; carries no gradient."""
     top1: Tensor
     """1 if the target is the most likely token, else 0."""
+    log_sum_squares: Tensor
+    """log sum_v p(v)^2, nats; carries no gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,8 @@ def _scores_of_module(hidden: Tensor, head: nn.Module, targets: Tensor, form: Lo
     chosen = logps.gather(1, targets[:, None]).squeeze(1)
     with torch.no_grad():
         entropy = -(logps.exp() * logps).sum(dim=-1)
-        return TokenScores(chosen, entropy, logits.mean(dim=-1), (chosen >= logps.amax(dim=-1)).float())
+        top1 = (chosen >= logps.amax(dim=-1)).float()
+        return TokenScores(chosen, entropy, logits.mean(dim=-1), top1, torch.logsumexp(2 * logps, dim=-1))
 
 
 class _LinearScores(torch.autograd.Function):
@@ -193,6 +196,8 @@ class _Running:
         self.metrics = metrics
         self.logit_sum, self.weighted = self.total.clone(), self.total.clone()
         """Sum of the logits; sum of exp(logit - top) (logit - top), for the entropy."""
+        self.squares = self.total.clone()
+        """Sum of exp(logit - top)^2."""
         self.direction = torch.zeros_like(hidden, dtype=wide) if direction else None
         """[M, D], sum of exp(logit - top) d logit / d hidden."""
 
@@ -211,6 +216,7 @@ class _Running:
         self.total = self.total * shrink + share.sum(dim=1)
         if self.metrics:
             self.weighted += torch.bmm(share[:, None], shifted[:, :, None]).flatten()
+            self.squares = self.squares * shrink.square() + torch.bmm(share[:, None], share[:, :, None]).flatten()
         if self.direction is not None:
             self.direction.mul_(shrink[:, None]).add_(form.backward_(share, logits).to(weight.dtype) @ weight)
         self.top = top
@@ -223,9 +229,10 @@ class _Running:
         """The columns of ``TokenScores``; without ``metrics`` those beside the log-probs are NaN."""
         logps = self.target - log_total
         if not self.metrics:
-            return [logps, *torch.full_like(logps, float("nan")).repeat(3, 1)]
+            return [logps, *torch.full_like(logps, float("nan")).repeat(4, 1)]
         entropy = self.total.log() - self.weighted / self.total
-        return [logps, entropy, self.logit_sum / vocabulary, (self.target >= self.top).to(logps.dtype)]
+        top1 = (self.target >= self.top).to(logps.dtype)
+        return [logps, entropy, self.logit_sum / vocabulary, top1, self.squares.log() - 2 * self.total.log()]
 
 
 def _tiles(vocabulary: int, hidden: Tensor) -> list[slice]:

@@ -67,6 +67,7 @@ class ScoredOutput(ModelOutput):
     entropy: Tensor | None = None
     mean_logit: Tensor | None = None
     top1: Tensor | None = None
+    log_sum_squares: Tensor | None = None
 
 
 def add_completion_head(model: PreTrainedModel) -> None:
@@ -182,7 +183,7 @@ def _collect(output: Any, ends: Tensor, mask: Tensor, shared: Tensor | None = No
     scored = mask[:, 1:]
     half = mask.shape[0] // 2
     columns = []
-    for values in (output.logps, output.entropy, output.mean_logit, output.top1):
+    for values in (output.logps, output.entropy, output.mean_logit, output.top1, output.log_sum_squares):
         placed = values.new_zeros(scored.numel()).index_copy(0, ends, values).view_as(scored)
         if shared is not None:
             copied = placed[:half].masked_fill(~shared[half:, 1:], 0)

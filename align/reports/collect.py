@@ -14,7 +14,8 @@ from align.io.files import read_json
 from align.io.secrets import redact
 from align.io.stage import MANIFEST, versions
 from align.losses.margin_weights import MADPO_TAU, madpo_weight, weight_summary
-from align.losses.registry import BoundLoss, resolve
+from align.losses.spec import BoundLoss
+from align.losses.sums import bind_section
 
 DIGITS = 4
 FILTER_SUMMARY = "filter.json"
@@ -115,9 +116,10 @@ def _margins(config: RunConfig, root: Path) -> dict[str, Any] | None:
 
 
 def _weighted(config: RunConfig) -> dict[str, BoundLoss]:
-    """Methods whose loss is weighted by the margin."""
+    """Methods with a loss that is weighted by the margin, or with such a term, and that loss."""
     methods = config.train.methods if config.train else {}
-    return {name: resolve(loss.loss, loss.parameters) for name, loss in methods.items() if loss.loss == "madpo"}
+    weighted = {name: bind_section(loss) for name, loss in methods.items() if "madpo" in loss.names}
+    return {name: next(p for p in loss.parts if p.spec.name == "madpo") for name, loss in weighted.items()}
 
 
 def _training(root: Path, seconds: Mapping[str, float]) -> dict[str, Any] | None:

@@ -29,6 +29,11 @@ def write_entanglement_page(target: Path, table: Dataset, report: dict[str, Any]
     _write(target, "entanglement.html.j2", report=report, plots=_plots(table))
 
 
+def write_losses_page(target: Path, report: dict[str, Any]) -> None:
+    """Render what each loss would do to the same pairs (align/entanglement/compare_losses.py)."""
+    _write(target, "losses.html.j2", report=report)
+
+
 def shade(value: float, largest: float) -> str:
     """CSS class of a token: ``up`` raises the inner product with the other response, ``dn`` lowers it."""
     strength = abs(value) / largest if largest > 0 else 0.0

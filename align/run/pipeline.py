@@ -27,7 +27,7 @@ from align.models.folders import fingerprint_model
 from align.models.message_checks import is_conversational
 from align.run.log import run_log
 from align.run.manifest import write_run_manifest
-from align.run.plan import REVISIONS, TOGETHER, TRUST, TRUST_NUMBERS, plan
+from align.run.plan import LOSS_REVISIONS, REVISIONS, TOGETHER, TRUST, TRUST_NUMBERS, plan
 
 
 def check(config: RunConfig, *, tables: bool = False) -> None:
@@ -179,7 +179,10 @@ class _Runner:
             read += [chosen.ood.model, chosen.ood.pairs.path] if chosen.ood else []
             inputs["read"] = [fingerprint_model(name) for name in read if name is not None]
         if kind == "train" and config.train:
-            inputs["loss"] = config.train.methods[name.removeprefix("train-")].model_dump()
+            method = config.train.methods[name.removeprefix("train-")]
+            inputs["loss"] = method.made_from(without=set())
+            revised = {loss: LOSS_REVISIONS[loss] for loss in method.names if loss in LOSS_REVISIONS}
+            inputs |= {"loss_revisions": revised} if revised else {}
             inputs["settings"] = config.train.made_from(without={"methods", "trust", "allow_in_sample"})
         if kind == "trust" and config.train:
             inputs["allow_in_sample"] = config.train.allow_in_sample
@@ -226,7 +229,7 @@ class _Runner:
         """Whether ``name`` trains a method with the loss ``trust``, and the run measures the trust."""
         if TRUST not in self.keys or self.config.train is None or not name.startswith("train-"):
             return False
-        return self.config.train.methods[name.removeprefix("train-")].loss == TRUST
+        return TRUST in self.config.train.methods[name.removeprefix("train-")].names
 
     def _work(self, name: str) -> Callable[[Path], None]:
         def work(folder: Path) -> None:

@@ -7,6 +7,8 @@ REVISIONS = dict.fromkeys(("reward", "crossfit", "margins", "filter", "trust", "
 )
 """Revision of each kind of stage, part of its key: raise it when the same inputs give another result. The key of a kind
 that is not listed has none."""
+LOSS_REVISIONS = {"beta_dpo": 2}
+"""Revision of a loss that gives another result than before, part of the key of trainings under it."""
 REFERENCE = "reference"
 """Name of the policy that training starts from."""
 TRUST = "trust"
@@ -48,4 +50,4 @@ def plan(config: RunConfig) -> list[str]:
 def measures_trust(config: RunConfig) -> bool:
     """Whether a method's trust is measured on the pairs."""
     train = config.train
-    return train is not None and train.trust == "auto" and any(m.loss == TRUST for m in train.methods.values())
+    return train is not None and train.trust == "auto" and any(TRUST in m.names for m in train.methods.values())

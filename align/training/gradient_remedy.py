@@ -28,7 +28,7 @@ class GradientRemedy:
 
     Args:
         model: the policy, not wrapped by a launcher.
-        loss: the loss of the training; not a coupled one.
+        loss: the loss of the training, of the log-probs of one pair.
         config: kind and parameters of the remedy.
         accelerator: averages over processes.
     """

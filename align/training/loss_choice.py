@@ -1,30 +1,27 @@
 """The loss of a training: from a run file, or from the arguments and the ``loss`` of a trainer made in Python."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from trl import DPOConfig
 
-from align.config import LossSection, RemedySection, Section, TokenMaskSection, WeightsSection, nearest
+from align.config import LossSection, RemedySection, Section, TokenMaskSection, WeightsSection
 from align.config.reading import section_from
 from align.errors import ConfigError
 from align.losses.pairwise import PairLogps
-from align.losses.registry import LOSSES, BoundLoss, LossSpec, resolve
+from align.losses.registry import LOSSES, known_as, resolve
+from align.losses.spec import BoundLoss, LossSpec
+from align.losses.sums import TRL_DEFAULTS, bind_section, resolve_sum, resolve_trl
 from align.training.columns import check_weights
 
 PairLoss = Callable[[PairLogps, Tensor], Tensor]
 """(log-probs of B pairs, margins [B]) -> one loss per pair [B]."""
-BY_TRL = {"sigmoid": "dpo"}
-"""Values of trl's ``loss_type`` that have another name here."""
 DEFAULT = "dpo"
 DEFAULT_TYPE = ["sigmoid"]
-BETA = 0.1
-"""beta of trl.DPOConfig unless it is set."""
 OWNER = "PreferenceConfig"
-SMOOTHING = "label_smoothing"
 OWN = "own_loss"
 """Name of a loss that is a function without a name."""
 TRIAL = (
@@ -41,7 +38,7 @@ def bind(method: str, config: LossSection) -> BoundLoss:
         ConfigError: unknown loss or parameter, value out of range, a remedy, mask or weight that does not fit the loss.
     """
     try:
-        loss = resolve(config.loss, config.parameters)
+        loss = bind_section(config)
     except ConfigError as error:
         raise ConfigError(f"train.methods.{method}: {error.message}", code=error.code, hint=error.hint) from None
     check_parts(method, config, loss)
@@ -54,9 +51,10 @@ def check_parts(method: str, config: LossSection, loss: BoundLoss) -> None:
     Raises:
         ConfigError: names what does not fit.
     """
-    if (config.remedy or config.token_mask) and loss.spec.coupled:
+    if (config.remedy or config.token_mask) and not loss.spec.from_logps:
         raise ConfigError(
-            f"train.methods.{method}: {loss.spec.name} has no loss for a single pair, as a remedy or a mask needs it",
+            f"train.methods.{method}: {loss.spec.name} compares pairs or reads tokens, and a remedy or a mask needs a "
+            "loss of the log-probs of one pair",
             code="remedy-loss",
             hint="use them with another loss",
         )
@@ -69,12 +67,12 @@ def check_parts(method: str, config: LossSection, loss: BoundLoss) -> None:
     check_weights(method, config, loss)
 
 
-def choose_loss(args: DPOConfig, given: str | PairLoss | BoundLoss | None = None) -> tuple[BoundLoss, LossSection]:
+def choose_loss(args: DPOConfig, given: Any = None) -> tuple[BoundLoss, LossSection]:
     """Return the loss that a trainer made in Python trains under, and its weights, remedy and mask as a section.
 
     Args:
         args: a PreferenceConfig, or trl's arguments, which name the loss by ``loss_type`` and its beta.
-        given: ``loss`` of the trainer: a name, a function, a bound loss; None: ``args`` say which.
+        given: ``loss`` of the trainer: a name, terms of a sum, a function, a bound loss; None: ``args`` say which.
 
     Raises:
         ConfigError: unknown loss or parameter, two different losses or betas, a function that is no loss of pairs.
@@ -82,14 +80,9 @@ def choose_loss(args: DPOConfig, given: str | PairLoss | BoundLoss | None = None
     if isinstance(given, BoundLoss):
         loss = given
     elif callable(given):
-        loss = own_loss(given, _beta_of_own(args, given), args.device)
-    elif given is None or isinstance(given, str):
-        loss = _named(args, given)
+        loss = own_loss(given, _beta_of_own(args), args.device)
     else:
-        raise ConfigError(
-            f"loss: found {given!r}, expected a name in align.LOSSES or a function of log-probs and margins",
-            code="loss-name",
-        )
+        loss = _named(args, given)
     section = LossSection.model_construct(
         loss=loss.spec.name,
         parameters=dict(loss.parameters),
@@ -130,108 +123,119 @@ def own_loss(function: PairLoss, beta: float, device: torch.device | str = "cpu"
     return BoundLoss(spec, {"beta": beta})
 
 
-def _named(args: DPOConfig, given: str | None) -> BoundLoss:
+def _named(args: DPOConfig, given: Any) -> BoundLoss:
     """The loss that ``loss`` of the trainer or the arguments name, with its parameters."""
     name = _name(args, given)
+    names = name if isinstance(name, list) else list(name["terms"]) if isinstance(name, dict) else [name]
+    parameters = _parameters(args, names, by_trl=isinstance(name, list))
+    place = "loss" if given is not None else f"{OWNER}.loss"
     try:
-        return resolve(name, _parameters(args, name))
+        if isinstance(name, list):
+            place = f"{OWNER}.loss_type"
+            return resolve_trl(name, args.loss_weights, parameters)
+        return resolve_sum(name["terms"], parameters) if isinstance(name, dict) else resolve(name, parameters)
     except ConfigError as error:
-        place = f"{OWNER}.loss_kwargs" if error.code != "loss-name" else "loss" if given else f"{OWNER}.loss"
-        message = error.message if error.message.startswith(OWNER) else f"{place}: {error.message}"
-        raise ConfigError(message, code=error.code, hint=error.hint) from None
+        place = place if error.code in ("loss-name", "loss-terms") else f"{OWNER}.loss_kwargs"
+        raise ConfigError(f"{place}: {error.message}", code=error.code, hint=error.hint) from None
 
 
-def _name(args: DPOConfig, given: str | None) -> str:
-    """The one name of the loss.
+def _name(args: DPOConfig, given: Any) -> Any:
+    """The loss as it is named: a name, ``{"terms": ...}``, or the list of names in trl's ``loss_type``.
 
     Raises:
-        ConfigError: two places name different ones, or trl's ``loss_type`` names one that does not exist here.
+        ConfigError: two places name different losses, or one is neither a name nor terms.
     """
-    named = {"loss": given, f"{OWNER}.loss": _own_name(args), f"{OWNER}.loss_type": _type(args)}
+    types = _types(args)
+    named = {"loss": given, f"{OWNER}.loss": _own_name(args), f"{OWNER}.loss_type": types}
     named = {place: name for place, name in named.items() if name is not None}
-    first, *others = named.values() or [DEFAULT]
-    if any(name != first for name in others):
+    for place, name in named.items():
+        terms = isinstance(name, dict) and set(name) == {"terms"} and isinstance(name["terms"], dict) and name["terms"]
+        if not terms and not isinstance(name, str | list):
+            raise ConfigError(
+                f'{place}: found {name!r}, expected a name in align.LOSSES or {{"terms": {{name: weight}}}}',
+                code="loss-name",
+            )
+    single = [known_as(one[0]) if isinstance(one, list) and len(one) == 1 else one for one in named.values()]
+    first, *others = single or [DEFAULT]
+    if any(other != first for other in others):
         found = ", ".join(f"{place} {name!r}" for place, name in named.items())
         raise ConfigError(f"loss: found {found}, expected one loss", code="loss-name", hint="name it once")
-    return str(first)
+    return types if types is not None and len(named) == 1 else first
 
 
-def _own_name(args: DPOConfig) -> str | None:
+def _own_name(args: DPOConfig) -> Any:
     """``loss`` of a PreferenceConfig, if it was set."""
     name = getattr(args, "loss", DEFAULT)
     return None if name == DEFAULT else name
 
 
-def _type(args: DPOConfig) -> str | None:
-    """The loss that trl's ``loss_type`` names, if it was set."""
+def _types(args: DPOConfig) -> list[str] | None:
+    """Names in trl's ``loss_type``, if it or ``loss_weights`` was set."""
     types = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
-    if types == DEFAULT_TYPE:
-        return None
-    if len(types) != 1:
-        raise ConfigError(
-            f"{OWNER}.loss_type: found {types}, expected one loss", code="loss-name", hint="name it as `loss`"
-        )
-    name = BY_TRL.get(types[0], types[0])
-    if name not in LOSSES:
-        raise ConfigError(
-            f"{OWNER}.loss_type: {types[0]!r} is not a loss of this program{nearest(name, list(LOSSES))}",
-            code="loss-name",
-            hint="align.LOSSES has them all",
-        )
-    return name
+    return None if types == DEFAULT_TYPE and args.loss_weights is None else types
 
 
-def _parameters(args: DPOConfig, name: str) -> dict[str, Any]:
-    """Parameters of the loss ``name``: ``loss_kwargs``, and the fields of DPOConfig that are its parameters.
+def _parameters(args: DPOConfig, names: list[str], *, by_trl: bool = False) -> dict[str, Any]:
+    """``loss_kwargs``, and those fields of DPOConfig that are parameters of the named losses.
+
+    Args:
+        args: the arguments.
+        names: the loss, or the terms of a sum.
+        by_trl: they come from ``loss_type``, so that trl's beta is theirs unless another is set.
 
     Raises:
         ConfigError: two different values of one parameter, or a field that is none.
     """
     kwargs = dict(getattr(args, "loss_kwargs", None) or {})
-    known: Mapping[str, Any] = LOSSES[name].defaults if name in LOSSES else {}
-    if type(args).__name__ == "DPOConfig" and args.beta == BETA != known.get("beta", BETA) and "beta" not in kwargs:
-        raise ConfigError(
-            f"args.beta: found {BETA}, trl.DPOConfig's unless it is set; that of {name} is {known['beta']}",
-            code="trainer-key",
-            hint="use align.PreferenceConfig, whose beta is that of the loss unless it is set",
-        )
-    for field, value in (("beta", args.beta), (SMOOTHING, args.label_smoothing)):
-        if value is None or (field == SMOOTHING and not value and (_type(args) is None or field not in known)):
-            continue
-        if field == SMOOTHING and field not in known:
+    known: dict[str, Any] = {}
+    for name in names:
+        known |= LOSSES[known_as(name)].defaults if known_as(name) in LOSSES else {}
+    fields = {name: getattr(args, name) for name in TRL_DEFAULTS}
+    if not hasattr(args, "loss_kwargs"):  # trl's arguments, which always hold a beta
+        if not by_trl and fields["beta"] == TRL_DEFAULTS["beta"] != known.get("beta", TRL_DEFAULTS["beta"]):
             raise ConfigError(
-                f"{OWNER}.{field}: {value!r} has no meaning for the loss {name}",
+                f"args.beta: found {fields['beta']}, trl.DPOConfig's unless it is set; that of {' and '.join(names)} "
+                f"is {known['beta']}",
                 code="trainer-key",
-                hint="leave it out, or take the loss cdpo or robust",
+                hint="use align.PreferenceConfig, whose beta is that of the loss unless it is set",
             )
-        if kwargs.get(field, value) != value:
+        fields["beta"] = fields["beta"] if "beta" in known else None
+    for name, value in fields.items():
+        if value is None or (name != "beta" and value == TRL_DEFAULTS[name]):
+            continue
+        if name not in known and known:
             raise ConfigError(
-                f"{OWNER}.{field}: found {value:g} there and {kwargs[field]:g} in loss_kwargs, expected one {field}",
+                f"{OWNER}.{name}: {value!r} has no meaning for the loss {' and '.join(names)}",
+                code="trainer-key",
+                hint="leave it out, or take another loss (docs/losses.md)",
+            )
+        if kwargs.get(name, value) != value:
+            raise ConfigError(
+                f"{OWNER}.{name}: found {value:g} there and {kwargs[name]:g} in loss_kwargs, expected one {name}",
                 code="loss-parameter",
                 hint="leave one of them out",
             )
-        kwargs[field] = value
+        kwargs[name] = value
     return kwargs
 
 
-def _beta_of_own(args: DPOConfig, function: PairLoss) -> float:
+def _beta_of_own(args: DPOConfig) -> float:
     """Scale of the rewards that are logged for a function.
 
     Raises:
         ConfigError: the arguments name another loss, or parameters, which a function has itself.
     """
-    _name(args, None)
-    others = {key: value for key, value in (getattr(args, "loss_kwargs", None) or {}).items() if key != "beta"}
-    named = _own_name(args) or _type(args)
-    if named is not None or others or args.label_smoothing:
-        found = f"the loss {named}" if named else ", ".join(others) or SMOOTHING
+    others = [key for key in getattr(args, "loss_kwargs", None) or {} if key != "beta"]
+    others += [key for key, value in TRL_DEFAULTS.items() if key != "beta" and getattr(args, key) != value]
+    named = _own_name(args) or _types(args)
+    if named is not None or others:
+        found = f"the loss {named}" if named else ", ".join(others)
         raise ConfigError(
             f"loss: found a function and, in the arguments, {found}, expected one of them",
             code="loss-name",
             hint="give parameters to the function itself (functools.partial)",
         )
-    beta = _parameters(args, DEFAULT).get("beta")
-    return BETA if beta is None else float(beta)
+    return float(_parameters(args, [DEFAULT]).get("beta", TRL_DEFAULTS["beta"]))
 
 
 def _positional(function: PairLoss) -> int:

@@ -14,16 +14,17 @@ from align.training.loss_choice import choose_loss
 from align.training.python_words import python_words
 
 LAYOUTS = ("auto", "concatenated", "shared_prefix")
-UNUSED_FIELDS: dict[str, str] = dict.fromkeys(
-    ("ld_alpha", "use_weighting", "f_divergence_type", "f_alpha_divergence_coef", "loss_weights", "discopop_tau",
-     "padding_free"),
-    "leave it out; name the loss under train.methods",
-) | {
-    "label_smoothing_factor": "leave it out: it smooths the labels of a language model's own loss, not those of pairs",
-    "label_names": "leave it out: a batch of pairs has no labels",
-    "ignore_data_skip": "leave it out: a resumed training goes on with the pairs that are left",
-}  # fmt: skip
-"""Fields of DPOConfig that nothing here reads -> what to do."""
+UNUSED_FIELDS = {
+    "ld_alpha": "write `loss: ld_dpo` with `parameters: {ld_alpha: ...}` under train.methods",
+    "use_weighting": "write `loss: wpo` under train.methods; with `parameters: {clamp: false}` it is trl's",
+    "f_divergence_type": "write `loss: fdpo_forward_kl`, `fdpo_js` or `fdpo_alpha` under train.methods",
+    "f_alpha_divergence_coef": "write `loss: fdpo_alpha` with `parameters: {alpha: ...}` under train.methods",
+    "padding_free": "`train.layout` packs the pairs",
+    "label_smoothing_factor": "it smooths the labels of a language model's own loss, not those of pairs",
+    "label_names": "a batch of pairs has no labels",
+    "ignore_data_skip": "a resumed training goes on with the pairs that are left",
+}
+"""Fields of DPOConfig that nothing here reads -> why, or what to write instead."""
 
 
 @dataclass
@@ -31,12 +32,13 @@ class PreferenceConfig(DPOConfig):
     """Arguments of ``PreferenceTrainer``: every field of ``trl.DPOConfig``, with its meaning, and those below.
 
     Without a GPU for it ``bf16`` is off unless ``use_cpu`` or ``bf16`` is set, where trl's default could not be made.
-    A field of DPOConfig that only trl's own losses read is refused by name if it is set; ``loss_type`` and
-    ``label_smoothing`` are taken where they name a loss of ``align.LOSSES`` and its parameter.
+    A field of DPOConfig that only trl's own losses read is refused by name if it is set; ``loss_type``,
+    ``loss_weights``, ``label_smoothing`` and ``discopop_tau`` are taken: they name losses here and their parameters.
 
     Args:
         beta: strength of the pull to the reference. None: that of ``loss_kwargs``, else the loss's own default.
-        loss: name in ``align.LOSSES``; ``loss_type`` may name it by trl's word instead.
+        loss: name in ``align.LOSSES``, or ``{"terms": {name: weight, ...}}``, a weighted sum (docs/losses.md);
+            ``loss_type`` with ``loss_weights`` may give it in trl's way instead, with trl's defaults.
         loss_kwargs: parameters of the loss; the others keep their defaults.
         layout: how log-probs are computed. ``shared_prefix``: each prompt once for both responses; ``concatenated``:
             row by row, as trl does; ``auto``: ``shared_prefix`` if it is exact for the model.
@@ -61,7 +63,9 @@ class PreferenceConfig(DPOConfig):
     beta: float | None = field(
         default=None, metadata={"help": "Pull to the reference; default: that of the loss in `align.LOSSES`."}
     )
-    loss: str = field(default="dpo", metadata={"help": "Name of the loss in `align.LOSSES`."})
+    loss: dict[str, Any] | str = field(
+        default="dpo", metadata={"help": 'Name of the loss in `align.LOSSES`, or {"terms": {name: weight}}.'}
+    )
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Parameters of the loss; the others keep their defaults."}
     )
@@ -156,7 +160,7 @@ def refuse_unused_fields(args: DPOConfig) -> None:
             raise ConfigError(
                 f"train.trainer.{name}: {getattr(args, name)!r} has no meaning for the losses of this program",
                 code="trainer-key",
-                hint=hint,
+                hint=f"leave it out; {hint}",
             )
 
 

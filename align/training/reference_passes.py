@@ -94,8 +94,13 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
         logps = self.run_reference(inputs)
         return logps.chosen, logps.rejected
 
-    def run_reference(self, inputs: dict[str, Any]) -> SequenceLogps:
-        """Log-probs of a batch under the reference, token by token, without gradient and without other metrics."""
+    def run_reference(self, inputs: dict[str, Any], *, metrics: bool = False) -> SequenceLogps:
+        """Scores of a batch under the reference, token by token, without gradient.
+
+        Args:
+            inputs: a batch.
+            metrics: also entropy and the other scores besides the log-probs.
+        """
         checkpointing = self.args.gradient_checkpointing_kwargs
         with reference_model(self.model, self.ref_model, self.accelerator, checkpointing) as reference:
-            return pair_logps(reference, inputs, self.layout, metrics=False)
+            return pair_logps(reference, inputs, self.layout, metrics=metrics)

@@ -32,9 +32,10 @@ def policy_args(
         ConfigError: see ``build_trainer_args``.
     """
     options = config.methods[method]
-    # a token mask runs the reference in every step; without an adapter that needs the reference model in memory
+    # what reads the reference's tokens runs it in every step; without an adapter that needs the model in memory
+    every_step = options.token_mask is not None or loss.spec.tokens == "reference"
     defaults = {
-        "precompute_ref_log_probs": options.token_mask is None or config.peft is not None,
+        "precompute_ref_log_probs": not every_step or config.peft is not None,
         "save_strategy": "no",
         "logging_steps": 1,
     }
@@ -78,7 +79,7 @@ def check_settings(config: TrainSection, loss: BoundLoss, args: PreferenceConfig
         ConfigError: the first problem.
     """
     _check_adapter(config.peft or {})
-    check_training(args, adapter=config.peft is not None or is_adapter(config.model))
+    check_training(args, loss, adapter=config.peft is not None or is_adapter(config.model))
     if args.learning_rate == 0:
         raise ConfigError(
             "train.trainer.learning_rate: found 0, expected more than 0: no weight would move", code="trainer-key"
@@ -87,19 +88,23 @@ def check_settings(config: TrainSection, loss: BoundLoss, args: PreferenceConfig
         check_probe(loss, processes=world_size(), precomputed=args.precompute_ref_log_probs)
 
 
-def check_training(args: PreferenceConfig, *, adapter: bool) -> None:
+def check_training(args: PreferenceConfig, loss: BoundLoss, *, adapter: bool) -> None:
     """Refuse arguments that do not go together or have no effect, whoever made them.
 
     Args:
         args: arguments of the training.
+        loss: its loss.
         adapter: an adapter is trained.
 
     Raises:
         ConfigError: the first problem.
     """
     refuse_unused_fields(args)
-    if args.precompute_ref_log_probs and args.token_mask is not None and not adapter:
-        refuse_precomputed_mask()
+    if args.precompute_ref_log_probs and not adapter:
+        if args.token_mask is not None:
+            refuse_precomputed_tokens("a token_mask")
+        if loss.spec.tokens == "reference":
+            refuse_precomputed_tokens(loss.spec.name)
     _check_synced_reference(args, adapter)
     if args.max_tokens_per_device is not None and (launched("DEEPSPEED") or args.deepspeed):
         refuse_split_batches()
@@ -112,14 +117,17 @@ def check_training(args: PreferenceConfig, *, adapter: bool) -> None:
         )
 
 
-def refuse_precomputed_mask() -> None:
-    """Refuse precomputed reference log-probs together with a token mask and without an adapter.
+def refuse_precomputed_tokens(what: str) -> None:
+    """Refuse precomputed reference log-probs together with what reads the reference's tokens, and without an adapter.
+
+    Args:
+        what: a token mask, or the name of a loss.
 
     Raises:
         ConfigError: always.
     """
     raise ConfigError(
-        "train.trainer.precompute_ref_log_probs: found true together with a token_mask, which runs the "
+        f"train.trainer.precompute_ref_log_probs: found true together with {what}, which runs the "
         "reference in every step: without an adapter there is no reference model left",
         code="trainer-key",
         hint="leave it out, or train an adapter",
@@ -130,11 +138,13 @@ def check_probe(loss: BoundLoss, *, processes: int, precomputed: bool) -> None:
     """Refuse measurements of gradient entanglement where they cannot be made.
 
     Raises:
-        ConfigError: several processes, reference log-probs that are not precomputed, or a coupled loss.
+        ConfigError: several processes, reference log-probs that are not precomputed, or a loss that compares pairs or
+            reads tokens.
     """
-    if loss.spec.coupled or processes > 1 or not precomputed:
+    if not loss.spec.from_logps or processes > 1 or not precomputed:
         raise ConfigError(
-            "train.entanglement: needs one process, precomputed reference log-probs and a loss other than beta_dpo",
+            "train.entanglement: needs one process, precomputed reference log-probs and a loss of the log-probs of one "
+            f"pair, found {loss.spec.name}",
             code="entanglement-config",
             hint="leave it out, and measure the trained policy with `align entangle report`",
         )

@@ -175,7 +175,8 @@ def attach_probe(trainer: PreferenceTrainer, config: TrainSection, file: Path) -
     """Add a callback that measures gradient entanglement to ``trainer`` if the configuration asks for it.
 
     Raises:
-        ConfigError: several processes, reference log-probs that are not precomputed, or a coupled loss.
+        ConfigError: several processes, reference log-probs that are not precomputed, or a loss that compares pairs or
+            reads tokens.
     """
     if config.entanglement is None:
         return None

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,15 @@ from align.training.columns import trained_loss
 from align.training.finite_guard import FiniteGuard
 from align.training.gradient_remedy import GradientRemedy
 from align.training.loss_choice import PairLoss, choose_loss
-from align.training.metrics import PairMetrics, WeightTotals, own_weight
+from align.training.metrics import PairMetrics, WeightTotals
+from align.training.pair_losses import PairLosses, as_in_step
 from align.training.preference_config import PreferenceConfig, check_own_fields, own_copy
 from align.training.python_words import FROM_YAML, from_yaml, python_words
 from align.training.reference import load_reference, save_reference
 from align.training.settings import (
     check_training,
     refuse_expert_balancing,
-    refuse_precomputed_mask,
+    refuse_precomputed_tokens,
     refuse_split_batches,
 )
 from align.training.token_mask import TokenMask
@@ -76,8 +78,9 @@ class PreferenceTrainer(TrainedTables):
         optimizers: as in trl.
         quantization_config: how a model given by name is quantized.
         peft_config: adapter to train; None: all weights.
-        loss: name in ``align.LOSSES``, or a function of ``align.PairLogps`` and the margins [B] that returns one loss
-            per pair [B] (of the log-probs alone, if it takes one argument). None: ``args`` say which.
+        loss: name in ``align.LOSSES``, ``{"terms": {name: weight, ...}}`` for a sum, or a function of
+            ``align.PairLogps`` and the margins [B] that returns one loss per pair [B] (of the log-probs alone, if it
+            takes one argument). None: ``args`` say which.
 
     Raises:
         ConfigError: a field that has no meaning here or a value that it cannot have, two different losses or betas, a
@@ -105,7 +108,7 @@ class PreferenceTrainer(TrainedTables):
         quantization_config: Any = None,
         peft_config: Any = None,
         *,
-        loss: str | PairLoss | BoundLoss | None = None,
+        loss: str | dict[str, Any] | PairLoss | BoundLoss | None = None,
     ) -> None:
         with python_words(), head_adapter_allowed():
             config = self._configure(model, args, loss, peft_config)
@@ -140,7 +143,7 @@ class PreferenceTrainer(TrainedTables):
         config = own_copy(args, loss=bound.spec.name, loss_kwargs=dict(bound.parameters), beta=bound.beta)
         check_own_fields(config)
         check_given_adapter(peft_config)
-        check_training(config, adapter=peft_config is not None or starts_as_adapter(model))
+        check_training(config, self._given_loss, adapter=peft_config is not None or starts_as_adapter(model))
         cache = config.reference_cache
         self.reference_cache = None if cache is None else Path(cache)
         self.max_tokens = config.max_tokens_per_device
@@ -150,7 +153,7 @@ class PreferenceTrainer(TrainedTables):
         self._ids: list[str] = []
         self.latest_inputs: dict[str, Any] = {}
         """The last (micro-)batch of the training."""
-        self._pair_metrics = PairMetrics(beta=bound.beta, tau=float(bound.parameters.get("tau", MADPO_TAU)))
+        self._pair_metrics = PairMetrics(beta=bound.beta, tau=bound.parameter("tau", MADPO_TAU))
         self._words: Callable[[], AbstractContextManager[None]] = from_yaml if FROM_YAML.get() else python_words
         self._weights = {mode: WeightTotals() for mode in ("train", "eval")}
         self._step_values: dict[str, list[Tensor]] = defaultdict(list)
@@ -174,14 +177,12 @@ class PreferenceTrainer(TrainedTables):
     def _add_parts(self) -> None:
         """Create what a loss may need besides its function."""
         gather, rank = self.accelerator.gather, self.accelerator.process_index
-        stateful, section = self.loss.spec.stateful, self._section
-        self.stateful_loss = (
-            None if stateful is None else stateful(self.loss.parameters, gather=gather, rank=rank, seed=self.args.seed)
-        )
+        section = self._section
         remedy, tilt = section.remedy, section.weights.tilt if section.weights else None
         self.remedy = None if remedy is None else GradientRemedy(self.model, self.loss, remedy, self.accelerator)
         if has_adapter(self.model):
-            live = section.token_mask is not None or not self.args.precompute_ref_log_probs
+            reads = section.token_mask is not None or self.loss.spec.tokens == "reference"
+            live = reads or not self.args.precompute_ref_log_probs
             check_started(
                 self.model,
                 Use(
@@ -191,6 +192,14 @@ class PreferenceTrainer(TrainedTables):
             )  # fmt: skip
         self.token_mask = None if section.token_mask is None else self._make_token_mask(section.token_mask)
         self.tilt = None if tilt is None else LossTilt(tilt, gather, rank)
+        if self.loss.spec.tokens == "reference" and self.ref_model is None and not has_adapter(self.model):
+            refuse_precomputed_tokens(self.loss.spec.name)
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        reference = partial(self.run_reference, metrics=self.loss.spec.tokens == "reference")
+        self.pair_losses = PairLosses(
+            self.loss, self.token_mask, reference, self._step_values, vocabulary=vocabulary, gather=gather,
+            rank=rank, seed=self.args.seed,
+        )  # fmt: skip
 
     def make_guard(self, *, scaled: bool) -> FiniteGuard:
         """Return a guard that also checks the loss of every pair."""
@@ -203,9 +212,20 @@ class PreferenceTrainer(TrainedTables):
 
     def _make_token_mask(self, config: TokenMaskSection) -> TokenMask:
         if self.ref_model is None and not has_adapter(self.model):
-            refuse_precomputed_mask()
+            refuse_precomputed_tokens("a token_mask")
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         return TokenMask(vocabulary, config, self.accelerator)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Return the batches of a step; a loss that compares all their pairs sees them first, without gradient."""
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.loss.spec.coupled and samples and (len(samples) > 1 or self.max_tokens is not None):
+            self.model.train()
+            parts = [self._prepare_inputs(part) for batch in samples for part in self._micro_batches(batch)]
+            with as_in_step(device), self.compute_loss_context_manager():
+                passes = [(self._logps(self.model_wrapped, part)[1], part) for part in parts]
+            self.pair_losses.compare(passes, self.state.global_step)
+        return samples, items
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
@@ -228,10 +248,10 @@ class PreferenceTrainer(TrainedTables):
     def _micro_batches(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         """Split the batch under the token budget, pairs of similar length together.
 
-        A batch stays in one piece if the loss, the tilt or the remedy compares its pairs with each other.
+        A batch stays in one piece if the tilt or the remedy compares its pairs with each other.
         """
-        coupled = self.loss.spec.coupled or self.tilt is not None
-        if self.max_tokens is None or coupled or (self.remedy is not None and self.remedy.coupled):
+        coupled = self.tilt is not None or (self.remedy is not None and self.remedy.coupled)
+        if self.max_tokens is None or coupled:
             return [inputs]
         batches = pair_batches(inputs, self.layout, self.max_tokens)
         if self.is_fsdp_enabled:  # each forward pass gathers parameters from all processes
@@ -257,7 +277,7 @@ class PreferenceTrainer(TrainedTables):
             self.latest_inputs = inputs
         real: Tensor | None = inputs.get(REAL)
         policy, logps = self._logps(model, inputs)
-        per_pair = self._pair_losses(policy, logps, inputs)
+        per_pair, terms = self.pair_losses(policy, logps, inputs, step=self.state.global_step, training=training)
         weight: Tensor = inputs.get("weight", torch.ones_like(logps.ref_chosen))
         if real is not None:
             weight = weight * real
@@ -271,16 +291,12 @@ class PreferenceTrainer(TrainedTables):
             if num_items_in_batch is not None:
                 pairs = num_items_in_batch / self.accelerator.num_processes
         loss = (weight * per_pair).sum() / pairs
-        self._pair_metrics.add(policy, logps, weight * self._own_weight(inputs), margin, real)
+        for name, values in terms.items():
+            self._step_values[f"loss/{name}"].append(only_real((weight * values).detach(), real))
+        self._pair_metrics.add(policy, logps, weight * self.pair_losses.own_weight, margin, real)
         if not training:
             self._log_pairs("eval")
         return (loss, self._outputs(model, inputs)) if return_outputs else loss
-
-    def _own_weight(self, inputs: dict[str, Any]) -> Tensor | float:
-        """Factor by which the loss itself multiplies each pair, [B] or 1 for all."""
-        if self.stateful_loss is not None:
-            return self.stateful_loss.factor
-        return own_weight(self.loss, inputs.get("margin"), inputs.get("trust"))
 
     def _outputs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
         """The model's outputs with logits, for ``compute_metrics``; one more forward pass, as in trl."""
@@ -309,28 +325,6 @@ class PreferenceTrainer(TrainedTables):
             rejected_length=policy.rejected_length,
         )
 
-    def _pair_losses(self, policy: SequenceLogps, logps: PairLogps, inputs: dict[str, Any]) -> Tensor:
-        """Loss [B] of each pair, without its weight."""
-        if self.stateful_loss is not None:
-            training = self.model.training
-            per_pair, beta = self.stateful_loss(
-                logps, step=self.state.global_step, real=inputs.get(REAL), update=training
-            )
-            self._metrics["train" if training else "eval"]["beta"].append(beta)
-            return per_pair
-        if self.token_mask is not None:
-            return self._masked_loss(self.token_mask, policy, inputs)
-        return self.loss(logps, inputs.get("margin"), inputs.get("trust"))
-
-    def _masked_loss(self, mask: TokenMask, policy: SequenceLogps, inputs: dict[str, Any]) -> Tensor:
-        """Loss [B] of the tokens that the mask keeps; plus the mask's price while training."""
-        reference = self.run_reference(inputs).tokens.logps
-        masked, price, kept = mask(policy.tokens.logps, reference, inputs["input_ids"], inputs["completion_mask"])
-        real = inputs.get(REAL)
-        self._step_values["token_mask/left"].append(only_real(kept, None if real is None else real.repeat(2)))
-        per_pair = self.loss(masked, inputs.get("margin"), inputs.get("trust"))
-        return per_pair + (price if self.model.training else 0.0)
-
     def _log_pairs(self, mode: str) -> None:
         """Hand the metrics of a step over to trl, averaged over all processes."""
         for name, value in self._pair_metrics.flush(self.accelerator.gather, self._weights[mode]).items():
@@ -340,6 +334,8 @@ class PreferenceTrainer(TrainedTables):
             total, count = self.accelerator.reduce(torch.stack([values.sum(), values.new_tensor(len(values))]))
             self._metrics[mode][name].append(float(total / count))
         self._step_values.clear()
+        for name, number in self.pair_losses.logged.items():
+            self._metrics[mode][name].append(number)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -369,9 +365,9 @@ class PreferenceTrainer(TrainedTables):
 
     def save_extra_state(self, folder: Path) -> None:
         """Write the state of loss, remedy, token mask and a reference that moves, and the count of tokens."""
-        state = {} if self.stateful_loss is None else self.stateful_loss.state_dict()
+        state = {"statistics": self.pair_losses.state_dict(), "num_tokens": self._total_train_tokens}
         remedy = None if self.remedy is None else self.remedy.state_dict()
-        write_json(folder / LOSS_STATE, {**state, "remedy": remedy, "num_tokens": self._total_train_tokens})
+        write_json(folder / LOSS_STATE, {**state, "remedy": remedy})
         if self.token_mask is not None:
             self.token_mask.save(folder)
         if self.args.sync_ref_model:
@@ -385,8 +381,7 @@ class PreferenceTrainer(TrainedTables):
             return
         state = read_json(folder / LOSS_STATE)
         self._total_train_tokens = int(state["num_tokens"])
-        if self.stateful_loss is not None:
-            self.stateful_loss.load_state_dict(state)
+        self.pair_losses.load_state_dict(state.get("statistics", {}))
         if self.remedy is not None:
             self.remedy.load_state_dict(state["remedy"])
         if self.token_mask is not None:

@@ -9,7 +9,7 @@ from trl.data_utils import maybe_extract_prompt
 
 from align.config import PairsSection
 from align.data.pairs import load_pairs
-from align.data.prompts import read_prompts, sample_prompts
+from align.data.prompts import draw_prompts, read_prompts
 from align.errors import DataError
 from tests.data.test_pairs import CHAT, jsonl, turn
 
@@ -68,9 +68,9 @@ def test_a_limit_draws_the_same_prompts_in_any_order(tmp_path: Path) -> None:
     for order in (prompts, prompts[::-1]):
         file = tmp_path / "prompts.jsonl"
         file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in order))
-        drawn, total = sample_prompts(str(file), 20)
+        drawn, total = draw_prompts(str(file), 20)
         assert total == 60 and len(drawn) == 20 and drawn != order[:20]
         assert [row.prompt for row in read_prompts(PairsSection(path=str(file), limit=20))] == drawn
-        assert sample_prompts(str(file), None) == (order, 60) == sample_prompts(str(file), 99)
+        assert draw_prompts(str(file), None) == (order, 60) == draw_prompts(str(file), 99)
         found.append(sorted(drawn))
     assert found[0] == found[1]

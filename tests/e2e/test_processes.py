@@ -85,24 +85,26 @@ def policies(folder: Path, name: str, processes: int, methods: dict[str, Any], s
 
 @pytest.mark.parametrize("processes", SEVERAL)
 def test_training(tmp_path: Path, processes: int) -> None:
-    """Twenty steps under three losses, beta-DPO with its statistics over all processes: four epochs, 18 pairs each."""
+    """Twenty steps under each loss, some with statistics over all processes: four epochs, 18 pairs each."""
     start = causal(tmp_path / "policy")
     jsonl(tmp_path / "pairs.jsonl", pairs(PAIRS))
-    methods = {"dpo": {"loss": "dpo"}, "madpo": {"loss": "madpo"}, "beta": {"loss": "beta_dpo"}}
+    methods: dict[str, Any] = {name: {"loss": loss} for name, loss in (("dpo", "dpo"), ("madpo", "madpo"))}
+    methods |= {"beta": {"loss": "beta_dpo"}, "sum": {"loss": {"terms": {"aot_unpaired": 1.0, "bco": 0.5, "nll": 0.1}}}}
     one, several = (policies(tmp_path, name, n, methods, STEPS) for name, n in (("one", 1), ("several", processes)))
     for steps in (one, several):
-        for method in range(3):
+        for method in range(len(methods)):
             assert_whole_epochs(steps[method * STEPS : (method + 1) * STEPS], PAIRS)
     assert [sorted(step) for step in one] == [sorted(step) for step in several]
     runs = tmp_path / "runs"
-    for method in ("dpo", "madpo", "beta"):
+    for method in methods:
         model = runs / "one" / f"train-{method}" / "model"
         assert_same_weights(model, runs / "several" / f"train-{method}" / "model")
         with pytest.raises(AssertionError):
             assert_same_weights(start, model, 100 * TOLERANCE)
         ends = [json.loads((runs / run / f"train-{method}" / "history.json").read_text()) for run in ("one", "several")]
         last, other = (end["history"][-1] for end in ends)
-        for name in ("loss", "rewards/margins", "weight/mean", "entropy", "num_tokens"):
+        terms = ("loss/aot_unpaired", "loss/bco", "loss/nll", "delta") if method == "sum" else ()
+        for name in ("loss", "rewards/margins", "weight/mean", "entropy", "num_tokens", *terms):
             assert last[name] == pytest.approx(other[name], rel=1e-3), name
 
 

@@ -113,7 +113,7 @@ def test_a_tokenizer_without_a_padding_token(tiny_policy: Path) -> None:
 def test_what_cannot_be_measured_is_refused(tiny_policy: Path) -> None:
     model, tokenizer = loaded(tiny_policy)
     table = [{name: row[name] for name in ("id", "prompt", "chosen", "rejected")} for row in rows(3)]
-    with pytest.raises(ConfigError, match=r"entanglement-loss.*loss beta_dpo: its beta is a statistic"):
+    with pytest.raises(ConfigError, match=r"entanglement-loss.*loss beta_dpo: compares the pairs of a step"):
         measure_entanglement(model, tokenizer, Dataset.from_list(table), loss="beta_dpo")
     with pytest.raises(DataError, match=r"loss-needs-margin.*`margin` of every pair, found 3 of 3 without one"):
         measure_entanglement(model, tokenizer, Dataset.from_list(table), loss="madpo")

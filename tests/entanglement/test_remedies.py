@@ -205,7 +205,7 @@ def test_calibration_resumes_with_its_averages(tiny_policy: Path, tmp_path: Path
 
 
 def test_beta_dpo_has_no_remedy() -> None:
-    with pytest.raises(ConfigError, match=r"train.methods.m: beta_dpo has no loss for a single pair"):
+    with pytest.raises(ConfigError, match=r"train.methods.m: beta_dpo compares pairs or reads tokens"):
         bind("m", LossSection(loss="beta_dpo", remedy=RemedySection(kind="normalise")))
     with pytest.raises(ConfigError, match=r"found `remedy` and `token_mask`, expected at most one"):
         bind("m", LossSection(loss="dpo", remedy=RemedySection(kind="normalise"), token_mask=TokenMaskSection()))

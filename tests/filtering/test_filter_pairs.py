@@ -222,3 +222,22 @@ def test_diversity_of_one_prompt_does_not_count(tmp_path: Path, caplog: pytest.L
     write_filter_page(tmp_path / "page.html", found, "pairs")
     sentence = "Diversity is the same for all pairs that pass the rules, so it does not count."
     assert sentence in (tmp_path / "page.html").read_text()
+
+
+def test_columns_of_the_user_are_in_both_tables(tmp_path: Path) -> None:
+    """Unchanged and in their rows, whichever pairs are kept."""
+    own = [{"source": f"s{k}", "votes": k, "meta": {f"key {k % 2}": [k]}} for k in range(8)]
+    rows = [pair(f"question {k}", f"film {k} is good", f"plot {k} is bad", f"{k}") | own[k] for k in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    np.save(tmp_path / "e.npy", unit(8, 4))
+    settings = FilterSection(embeddings=str(tmp_path / "e.npy"), quality=0.0)
+    source = PairsSection(path=str(tmp_path / "pairs.jsonl"))
+    filter_source(source, settings, tmp_path / "out", seed=0, cache=tmp_path / "parts")
+    tables = [pq.read_table(tmp_path / "out" / f"{name}.parquet").to_pylist() for name in ("kept", "dropped")]
+    assert [len(table) for table in tables] == [4, 4]
+    for row in [*tables[0], *tables[1]]:
+        found = {"source": row["source"], "votes": row["votes"], "meta": json.loads(row["meta"])}
+        assert found == own[int(row["id"])]
+    assert load_pairs(PairsSection(path=str(tmp_path / "out" / "kept.parquet")))["id"][:] == [
+        r["id"] for r in tables[0]
+    ]

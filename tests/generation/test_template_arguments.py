@@ -9,13 +9,12 @@ from datasets import Dataset
 
 from align.commands.build_pairs import BuildSettings, build_pairs
 from align.commands.evaluation_tables import Policy, write_completions
-from align.commands.evaluation_tables import read_prompts as held_out
 from align.commands.generate import GenerateSettings, generate_completions
 from align.config import PairsSection
 from align.data.completions import read_groups
 from align.data.messages import split_arguments
 from align.data.pairs import load_pairs
-from align.data.prompts import load_prompts, read_prompts
+from align.data.prompts import load_prompts, read_prompts, sample_prompts
 from align.data.text import plain
 from align.errors import ConfigError, DataError
 from align.generation.engines import make_engine
@@ -97,7 +96,7 @@ def test_the_transformers_engine_completes_the_rendered_prompt(policy: Path, tmp
 def test_arguments_are_in_the_keys_of_what_was_sampled(policy: Path, tmp_path: Path) -> None:
     keys = []
     for kwargs in ({}, OFF):
-        prompts = held_out(file_of(tmp_path, ROWS[2:]), None, kwargs)
+        prompts, _ = sample_prompts(file_of(tmp_path, ROWS[2:]), None, kwargs)
         written = write_completions(
             Policy("p", str(policy)), prompts, Sampling(3, engine="transformers"), tmp_path / "e"
         )

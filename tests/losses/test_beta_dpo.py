@@ -1,15 +1,14 @@
-"""beta-DPO: statistics and draws by hand; two processes as one; its state between steps and in a checkpoint."""
+"""beta-DPO: statistics and draws by hand; its state between steps and in a checkpoint."""
 
 import math
 
 import pytest
 import torch
-from torch import Tensor
 
-from align.losses.beta_dpo import BetaDpo, BetaDpoState, beta_dpo, beta_dpo_step
+from align.losses.beta_dpo import BetaDpoState, beta_dpo, beta_dpo_step
 from align.losses.registry import resolve
-from tests.losses.test_losses import make
-from tests.training.test_epochs import PROCESSES, ROWS, Gather, together
+from align.losses.step_statistics import BetaDpo
+from tests.losses.inputs import make
 
 GAPS = [(1.0, 0.0), (2.0, 0.5), (-1.0, 0.0), (0.5, 0.0), (9.0, 1.0), (3.0, 2.0)]
 
@@ -54,41 +53,18 @@ def test_statistics_start_at_0_and_one_pair_at_least_is_kept() -> None:
         assert int(keep.sum()) == kept
 
 
-def stateful(rank: int, gather: Gather) -> BetaDpo:
-    loss = resolve("beta_dpo", {})
-    assert loss.spec.stateful is not None
-    return loss.spec.stateful(loss.parameters, gather=gather, rank=rank, seed=3)
-
-
-def test_two_processes_have_the_loss_of_one() -> None:
-    """Beta, kept pairs and statistics are those of five pairs in one process; the sixth only fills the batch."""
-    real = torch.arange(len(GAPS)) < 5
-    single = stateful(0, lambda local: local)
-    expected, beta = single(make(GAPS[:5]), step=4)
-
-    def step(rank: int, gather: Gather) -> tuple[Tensor, float, BetaDpoState]:
-        rows = slice(ROWS * rank, ROWS * (rank + 1))
-        loss = stateful(rank, gather)
-        return *loss(make(GAPS[rows]), step=4, real=real[rows]), loss.state
-
-    parts = together(step)
-    assert torch.allclose(torch.cat([losses for losses, *_ in parts])[:5], expected)
-    assert [part[1:] for part in parts] == [(beta, single.state)] * PROCESSES
-    assert float(torch.cat([losses for losses, *_ in parts])[5]) == 0
-
-
 def test_the_state_of_a_training() -> None:
-    """It is updated in training only, depends on the step, and continues from a checkpoint."""
-    loss = stateful(0, lambda local: local)
-    assert loss.state_dict() == {"mean": 0.0, "std": 0.0}
-    evaluated, _ = loss(make(GAPS), step=0, update=False)
-    assert loss.state == BetaDpoState()
-    draws = {tuple((loss(make(GAPS), step=step, update=False)[0] > 0).tolist()) for step in range(10)}
-    assert len(draws) > 1
-    trained, _ = loss(make(GAPS), step=0)
-    assert torch.equal(evaluated, trained) and loss.state.mean == pytest.approx(0.1 * 11 / 6)
-    resumed = stateful(0, lambda local: local)
-    resumed.load_state_dict(loss.state_dict() | {"num_tokens": 7})
-    assert resumed.state == loss.state
-    again, other = (item(make(GAPS), step=1)[0] for item in (loss, resumed))
+    """It is updated in training only, the draw depends on the step, and both continue from a checkpoint."""
+    parameters = resolve("beta_dpo", {}).parameters
+    statistic, columns = BetaDpo(parameters, 3), torch.tensor(GAPS, dtype=torch.float64).diff(dim=1).neg()
+    assert statistic.state_dict() == {"mean": 0.0, "std": 0.0}
+    evaluated, _ = statistic(columns, 0, update=False)
+    assert statistic.state == BetaDpoState()
+    assert len({tuple((statistic(columns, step, update=False)[0][:, 1] > 0).tolist()) for step in range(10)}) > 1
+    trained, logged = statistic(columns, 0, update=True)
+    assert torch.equal(evaluated, trained) and statistic.state.mean == pytest.approx(0.1 * 11 / 6)
+    assert (trained[:, 0] == logged["beta"]).all() and float(trained[:, 1].sum()) == pytest.approx(len(GAPS))
+    resumed = BetaDpo(parameters, 3)
+    resumed.load_state_dict(statistic.state_dict())
+    again, other = (item(columns, 1, update=True)[0] for item in (statistic, resumed))
     assert torch.equal(again, other) and not torch.equal(again, trained)

@@ -75,7 +75,7 @@ def test_metrics_exclude_duplicates() -> None:
 
     count, real = 3, torch.tensor([True, True, False])
     logps = PairLogps(*(numbers(count) for _ in range(4)), torch.full((count,), 4), torch.full((count,), 5))
-    tokens = TokenScores(*(numbers(2 * count, 4) for _ in range(4)))
+    tokens = TokenScores(*(numbers(2 * count, 4) for _ in TokenScores._fields))
     sequences = SequenceLogps(logps.chosen, logps.rejected, logps.chosen_length, logps.rejected_length, tokens)
     both = torch.cat([real, real])
     cut = TokenScores(*(values[both] for values in tokens))

@@ -92,7 +92,7 @@ def test_a_finite_training_writes_no_report(tiny_policy: Path, table: list[dict[
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PURE = [name for name, spec in LOSSES.items() if not spec.coupled]
+PURE = [name for name, spec in LOSSES.items() if spec.from_logps]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -81,6 +81,8 @@ def assert_close(
         ({"gradient_accumulation_steps": 2, "beta": 0.3, "per_device_train_batch_size": 2}, {}, table),
         ({"loss_type": "ipo"}, {"data_collator": lambda: DataCollatorForPreference(0, max_length=9)}, table),
         ({"loss_type": ["robust"], "label_smoothing": 0.2}, {}, table),
+        ({"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.2], "beta": 0.3}, {}, table),
+        ({"loss_type": ["sigmoid", "discopop"], "discopop_tau": 0.2}, {}, table),
     ],
 )
 def test_a_trl_script_runs_unchanged(
@@ -220,6 +222,9 @@ def test_an_own_loss(tiny_policy: Path, tmp_path: Path) -> None:
         str(tiny_policy), args=args, train_dataset=table(), loss=lambda logps: -F.logsigmoid(0.1 * logps.log_ratio_gap)
     )
     assert_close(logged(PreferenceTrainer(str(tiny_policy), args=args, train_dataset=table())), logged(dpo))
+    terms = {"terms": {"dpo": 1.0, "nll": 0.5}}
+    summed = logged(PreferenceTrainer(str(tiny_policy), args=args, train_dataset=table(), loss=terms))[0]
+    assert summed["loss"] == pytest.approx(summed["loss/dpo"] + 0.5 * summed["loss/nll"], rel=1e-5)
     by_argument = PreferenceTrainer(str(tiny_policy), args=args, train_dataset=table(12, "margin"), loss="madpo")
     assert by_argument.args.loss == "madpo" and "madpo" in LOSSES
 

@@ -27,8 +27,8 @@ def test_resumed_equals_uninterrupted(tiny_policy: Path, tmp_path: Path, loss: s
         assert resumed.state.global_step == 11
         for name, value in full.model.state_dict().items():
             assert torch.equal(value, resumed.model.state_dict()[name]), (step, name)
-        states = [trainer.stateful_loss and trainer.stateful_loss.state for trainer in (full, resumed)]
-        assert states[0] == states[1] and (states[0] is None) == (loss != "beta_dpo")
+        states = [trainer.pair_losses.state_dict() for trainer in (full, resumed)]
+        assert states[0] == states[1] and list(states[0]) == (["beta_dpo"] if loss == "beta_dpo" else [])
         assert [entry for entry in resumed.state.log_history if "loss" in entry] == steps
 
 

@@ -261,7 +261,7 @@ def stage_train(config: RunConfig, folder: Path, policy: str) -> None:
     else:
         pairs = load_pairs(PairsSection(path=str(root / "filter" / KEPT)))
     loss = train.methods[policy]
-    if measures_trust(config) and loss.loss == TRUST:
+    if measures_trust(config) and TRUST in loss.names:
         parameters = read_json(root / TRUST / TRUST_NUMBERS) | loss.parameters
         measured = loss.model_copy(update={"parameters": parameters})
         train = train.model_copy(update={"methods": {**train.methods, policy: measured}})

@@ -97,6 +97,9 @@ class _Trainer:
         slopes = [calibrated_slope(m) if (m < 0).any() else 1.0 for m in world.margin]
         self.calibrated = self.margin * torch.tensor(slopes, dtype=torch.float64)[:, None]
         self.generator = torch.Generator().manual_seed(seed)
+        other = [r.loss.spec.name for r in recipes if not r.loss.spec.from_logps and r.loss.spec.name != "beta_dpo"]
+        if other:
+            raise ValueError(f"{', '.join(other)}: the arena has no statistics and no tokens for it")
         self.states = {k: [BetaDpoState()] * len(world.margin) for k, r in enumerate(recipes) if r.loss.spec.coupled}
 
     def loss(self, x: Tensor, theta: Tensor, rows: Tensor) -> Tensor:
