@@ -103,4 +103,4 @@ def test_a_sign_within_noise_is_undecided_on_either_side() -> None:
     assert Changes(large, -large, noise, noise).verdicts() == ["separated"]
     one = torch.ones(1, dtype=torch.float64)
     for inner, expected in ((1 - 1e-4, "separated"), (1 - 1e-6, "undecided")):
-        assert changes(one, one, inner * one, one, one).verdicts() == [expected]
+        assert changes(one, one, inner * one, one, one, noise=1e-5).verdicts() == [expected]

@@ -40,7 +40,8 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
     | `_save_checkpoint` | ReliableTrainer, BackgroundSaves | The checkpoint holds `save_extra_state`; older ones outlive an incomplete one. |
     | `_save_optimizer_and_scheduler` | BackgroundSaves | Shards are written while training goes on, if `async_checkpoints`. |
     | `_save_rng_state` | ExactResume | Every process has saved before trainer_state.json completes the checkpoint. |
-    | `save_model`, `create_model_card` | Described | A saved folder has a model card that is true. |
+    | `save_model` | Described | A saved folder has a model card that is true. |
+    | `create_model_card` | Described | trl's card never replaces it. |
     | `init_hf_repo` | Described | A new repository on the hub is private. |
     | `_load_best_model` | BackgroundSaves | The checkpoint that is being written is complete first. |
     | `_load_from_checkpoint` | ReliableTrainer, ExactResume | Other pairs per step, or no optimizer, are refused; `load_extra_state` follows. |
