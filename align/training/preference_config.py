@@ -57,14 +57,15 @@ class PreferenceConfig(DPOConfig):
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012  as in trl: transformers reads these from JSON on a command line
-        *DPOConfig._VALID_DICT_FIELDS, "loss_kwargs", "pair_weights", "gradient_remedy", "token_mask",
+        *DPOConfig._VALID_DICT_FIELDS, "loss", "loss_kwargs", "pair_weights", "gradient_remedy", "token_mask",
     ]  # fmt: skip
 
     beta: float | None = field(
         default=None, metadata={"help": "Pull to the reference; default: that of the loss in `align.LOSSES`."}
     )
-    loss: dict[str, Any] | str = field(
-        default="dpo", metadata={"help": 'Name of the loss in `align.LOSSES`, or {"terms": {name: weight}}.'}
+    loss: dict[str, Any] | str | None = field(
+        default="dpo",
+        metadata={"help": 'Name of the loss in `align.LOSSES` (None: dpo), or {"terms": {name: weight}}.'},
     )
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Parameters of the loss; the others keep their defaults."}
@@ -95,6 +96,7 @@ class PreferenceConfig(DPOConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.use_cpu and not is_torch_bf16_gpu_available():
             self.bf16: bool | None = False  # trl's default asks for a GPU here and refuses to be made
+        self.loss = "dpo" if self.loss is None else self.loss
         with python_words():
             self._share_pairs()
             super().__post_init__()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import DatasetDict
 from peft import LoraConfig
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 from trl import DPOConfig
 
 from align import PreferenceConfig, PreferenceTrainer
@@ -173,3 +173,19 @@ def test_tensors_of_a_trial_are_those_of_a_pair() -> None:
 
     bound = own_loss(own, 0.1)
     assert bound.spec.name == "own" and bound.spec.needs_margin and seen == [(3, 3, 3), *[(1, 1, 1)] * 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "loss"),
+    [
+        ([], "dpo"),
+        (["--loss", "madpo"], "madpo"),
+        (["--loss", '{"terms": {"dpo": 1.0, "nll": 0.5}}'], {"terms": {"dpo": 1.0, "nll": 0.5}}),
+    ],
+)
+def test_a_script_reads_the_loss_from_its_command_line(given: list[str], loss: str | dict[str, Any]) -> None:
+    """By transformers' parser, as trl's scripts do: a name, or JSON of a sum."""
+    (found,) = HfArgumentParser(PreferenceConfig).parse_args_into_dataclasses(
+        ["--output_dir", "out", "--use_cpu", *given]
+    )
+    assert found.loss == loss
