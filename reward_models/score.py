@@ -244,5 +244,5 @@ def tell_alike(alike: np.ndarray) -> None:
                     alike.sum(), len(alike))  # fmt: skip
 
 
-REWARDS = 3
+REWARDS = 4
 """Revision of rewards and verdicts, part of their keys: raised when models or judges read or return something else."""

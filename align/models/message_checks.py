@@ -14,7 +14,8 @@ from align.errors import DataError, listed
 from align.models.chat_template import template_settings
 from align.models.folders import reads_sentence_pairs
 from align.models.loading import load_tokenizer
-from align.models.tokenization import added_tokens, apply_template, encode_reward_texts, pair_name, render
+from align.models.special_tokens import added_tokens
+from align.models.tokenization import apply_template, encode_reward_texts, pair_name, render
 
 ANSWER = [{"role": "assistant", "content": "an answer"}]
 LONGEST = 1_000_000

@@ -20,13 +20,12 @@ from align.data.messages import split_arguments
 from align.errors import DataError, ModelError
 from align.io.console import log
 from align.models.chat_template import template_settings, templated
+from align.models.special_tokens import added_tokens, of_encoder
 
 MAX_LENGTH = 1024
 """Tokens of prompt and response together; trl.DPOConfig's default."""
 NAMED_PAIRS = 5
 """Pairs that a message names."""
-PROBE = "a"
-"""Text that shows which tokens a tokenizer adds before and after any text."""
 
 
 class Rendered(str):
@@ -110,7 +109,7 @@ def encode_reward_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
     ``truncation_side`` and ``padding_side`` have no effect.
     """
     eos = tokenizer.eos_token_id
-    if tokenizer.cls_token_id is not None:
+    if of_encoder(tokenizer):
         room = max_length - (eos is not None)
         rows = truncated(tokenizer, [str(text) for text in texts], max_length=room)["input_ids"] if texts else []
         return [_ended(list(row), eos) for row in rows]
@@ -179,9 +178,7 @@ def encode_pair(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
         whole = pair["prompt"] + pair[side]
         cut_off = is_cut_off(pair, side)
         if isinstance(whole, str):
-            eos = _eos_token(tokenizer)
-            ended = cut_off or pair[side].endswith(eos)
-            both.append(_encode_texts([whole if ended else whole + eos], tokenizer)[0])
+            both.append(_encode_plain(whole, tokenizer, end=not cut_off))
         else:
             both.append(
                 templated(whole, tokenizer, generation_prompt=False, row=row, settings=settings, cut_off=cut_off)
@@ -326,15 +323,6 @@ def _encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, s
     return [row[len(before) :] if found else row for row, found in zip(rows, twice, strict=True)]
 
 
-def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids of the tokens that the tokenizer adds before and after every text."""
-    whole = list(tokenizer(PROBE)["input_ids"])
-    bare = list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
-    starts = (k for k in range(len(whole) - len(bare) + 1) if whole[k : k + len(bare)] == bare)
-    start = next(starts, None) if bare else None
-    return (whole, []) if start is None else (whole[:start], whole[start + len(bare) :])
-
-
 @functools.cache
 def _warn_of_doubled(tokenizer: str, token: str) -> None:
     """Log, once for each tokenizer, that texts carry the tokens that it adds."""
@@ -344,6 +332,19 @@ def _warn_of_doubled(tokenizer: str, token: str) -> None:
 def _ended(row: list[int], eos: int | None) -> list[int]:
     """``row`` with the end-of-sequence token at its end, if there is such a token."""
     return row if eos is None or row[-1:] == [eos] else [*row, eos]
+
+
+def _encode_plain(text: str, tokenizer: PreTrainedTokenizerBase, *, end: bool) -> list[int]:
+    """Token ids of a plain prompt and response, with ``end`` ended by one end-of-sequence token.
+
+    The token is written behind the text, as by trl. A tokenizer that reads special tokens in texts as plain characters
+    (``split_special_tokens``) gets its id instead.
+    """
+    eos = _eos_token(tokenizer)
+    ids = _encode_texts([text + eos if end and not text.endswith(eos) else text], tokenizer)[0]
+    if not end or ids[-1:] == [tokenizer.eos_token_id]:
+        return ids
+    return [*_encode_texts([text], tokenizer)[0], int(tokenizer.eos_token_id)]
 
 
 def _eos_token(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -144,6 +144,27 @@ def test_a_beginning_that_a_text_carries_is_not_doubled(added: str, caplog: pyte
     assert caplog.text.count(f"begun-{added}: texts begin with '<bos>', which the tokenizer adds as well") == 1
 
 
+@pytest.mark.parametrize("added", ADDED)
+@pytest.mark.parametrize("named", [{"cls_token": "<eos>", "sep_token": "<eos>"}, {"cls_token": "<bos>"}])
+def test_a_decoder_that_names_a_cls_token_is_read_as_any_other(named: dict[str, str], added: str) -> None:
+    """As h2o-danube's tokenizer does: neither a second beginning nor an end goes around what a template writes."""
+    found = made(added, GOOD_TEMPLATES["llama"])
+    found.add_special_tokens(named)
+    as_expected(Dataset.from_list(CHAT), found)
+
+
+@pytest.mark.parametrize("added", ADDED)
+def test_a_response_ends_where_texts_hold_no_special_tokens(added: str) -> None:
+    """trl writes the name of the end as plain characters, so that its policies never learn to stop."""
+    found, pairs = made(added, None), Dataset.from_list(rows(6))
+    usual = trained(pairs, found)
+    found.split_special_tokens = True
+    as_expected(pairs, found, by_trl=False)
+    assert trained(pairs, found) == usual
+    literal = trained(pairs.map(lambda row: {"chosen": row["chosen"] + "<eos>"}), found)
+    assert all(chosen[-1] == found.eos_token_id and chosen.count(chosen[-1]) == 1 for _, chosen, _ in literal)
+
+
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("added", ADDED)
 def test_reward_texts_are_truncated_on_the_right(added: str, sides: tuple[str, str]) -> None:
