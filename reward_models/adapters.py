@@ -12,6 +12,11 @@ from align.errors import ModelError
 from align.models.folders import IN_ADAPTER
 from reward_models.weights import NOT_READ, FoundWeights, listed_names
 
+TRIAL_TOKENS = 8
+"""Tokens of the text on which an adapter and the model it is merged into are compared."""
+SAME = 1e-2
+"""Difference of rewards that rounding explains, relative to 1 + |reward|."""
+
 
 def merged(
     name: str, base: PreTrainedModel, config: PeftConfig, found: FoundWeights, **at: Any
@@ -58,10 +63,40 @@ def merged(
             code="model-load",
             hint="give the base model that the adapter was trained on, and copy the adapter again",
         )
-    made = wrapped.merge_and_unload()
+    made = _merged(name, wrapped, config)
     for parameter in made.parameters():
         parameter.requires_grad_(True)  # peft freezes its base
     return made, found.adapted(given)
+
+
+def _merged(name: str, wrapped: Any, config: PeftConfig) -> PreTrainedModel:
+    """The base of a model with an adapter, with the adapter merged; in float32 a trial shows whether they are the same.
+
+    Raises:
+        ModelError: the merged model would give other rewards, such as where several layers share a weight of the base.
+    """
+    repeats = getattr(config, "layer_replication", None) is not None
+    expected = _trial(wrapped.eval())
+    made: PreTrainedModel = wrapped.merge_and_unload()
+    difference = float((_trial(made) - expected).abs().max())
+    if repeats or (made.dtype == torch.float32 and not difference <= SAME * (1 + float(expected.abs().max()))):
+        reason = "layer_replication repeats layers of the base, which share" if repeats else "its merging changes"
+        raise ModelError(
+            f"{name}: its adapter cannot be merged into its base ({reason} weights so that rewards differ by "
+            f"{difference:.2g}), expected one whose merged model gives the same rewards",
+            code="model-load",
+            hint="give a model folder, or train an adapter that merges, such as LoRA",
+        )
+    return made
+
+
+@torch.no_grad()
+def _trial(model: Any) -> torch.Tensor:
+    """What a model gives one row of random token ids."""
+    count = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(count, (1, TRIAL_TOKENS), generator=torch.Generator().manual_seed(0))
+    logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return logits.double()
 
 
 def _parameter(key: str) -> str:

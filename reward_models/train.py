@@ -18,6 +18,7 @@ from align.io.console import log
 from align.io.files import atomic_folder
 from align.io.stage import versions
 from align.models.model_card import REWARD_MODEL, TrainingFacts, base_model_id, papers_of, write_card
+from align.training.adapters import check_biases_merge, check_reward_adapter
 from align.training.base.arguments import build_lora, build_trainer_args, refusals
 from align.training.base.tracked_runs import tracked
 from align.training.base.trackers import TrackedRun
@@ -70,6 +71,7 @@ def _train_full(
     """Train head and backbone (or its adapter) and save them."""
     objective = resolve_objective(config.objective)
     objective_columns(train, objective)
+    check_reward_adapter(config.peft)
     args = build_trainer_args(
         TrlRewardConfig,
         {"save_strategy": "no", "logging_steps": 20, "train_sampling_strategy": "group_by_length", **config.trainer},
@@ -93,6 +95,7 @@ def _train_full(
             tilt=config.tilt,
             sharpness=config.sharpness,
         )
+    check_biases_merge(trainer.model)
     trainer.async_checkpoints = config.async_checkpoints
     trainer.data_facts = table_facts(prepared.pairs)
     trainer.extra_config |= config.model_dump(include={"tilt", "sharpness"}, exclude_none=True)

@@ -10,7 +10,7 @@ from align.filtering.options import check_options
 from align.models.folders import check_model_folder, reads_sentence_pairs
 from align.models.loading import load_tokenizer
 from align.run.row_checks import check_prompt_rows, check_table_rows
-from align.training.adapters import check_adapter
+from align.training.adapters import check_adapter, check_reward_adapter
 from align.training.base.arguments import build_lora, build_trainer_args
 from align.training.loss_choice import bind
 from align.training.settings import check_settings, policy_args
@@ -39,6 +39,7 @@ def check_config(config: RunConfig, *, tables: bool = False) -> None:
     if config.reward is not None:
         resolve_objective(config.reward.objective)
         build_lora(config.reward.peft, path="reward.peft", task_type="SEQ_CLS")
+        check_reward_adapter(config.reward.peft)
         build_trainer_args(
             TrlRewardConfig, config.reward.trainer, path="reward.trainer", forced=forced,
             pairs_per_step=config.reward.pairs_per_step,

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from trl.trainer import dpo_trainer
 
 from align.config import TrainSection
@@ -21,6 +22,11 @@ OTHER_BASES = {
     "arrow_config": "routes between other adapters",
 }
 """Fields of peft.LoraConfig with which the model without its adapter is not ``train.model``, and why."""
+UNMERGED = {
+    "layer_replication": "repeats layers of the base, which share their weights",
+    "alora_invocation_tokens": "an activated LoRA cannot be merged",
+}
+"""Fields of peft.LoraConfig whose adapter cannot be merged into its base, and why."""
 CONTINUED = (
     "BOFT", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "OFT",
     "RANDLORA", "TRAINABLE_TOKENS", "VBLORA", "VERA",
@@ -137,6 +143,49 @@ def check_merges(train: TrainSection) -> None:
                 "model that the next round starts from",
                 code="adapter",
                 hint="leave it out",
+            )
+
+
+def check_reward_adapter(fields: Mapping[str, Any] | None) -> None:
+    """Refuse an adapter of a reward model that would not be trained with its head, or not be merged afterwards.
+
+    Args:
+        fields: ``reward.peft``.
+
+    Raises:
+        ConfigError: the first thing found wrong.
+    """
+    _raise_first(_reward_problems(fields or {}))
+
+
+def _reward_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
+    merged = "a trained reward model is saved with its adapter merged"
+    for field, reason in UNMERGED.items():
+        if fields.get(field):
+            yield f"reward.peft.{field}: {reason}, expected none: {merged}", "leave it out"
+    if fields.get("task_type") not in (None, "SEQ_CLS") and not fields.get("modules_to_save"):
+        yield (
+            f"reward.peft.task_type: found {fields['task_type']!r}, expected SEQ_CLS, with which the head is trained",
+            "leave it out",
+        )
+
+
+def check_biases_merge(model: nn.Module) -> None:
+    """Refuse trained biases (``lora_bias``) on a layer that has no bias to merge them into.
+
+    Args:
+        model: a reward model with its adapter, before it is trained.
+
+    Raises:
+        ConfigError: names the layer.
+    """
+    for name, layer in model.named_modules():
+        base = getattr(layer, "base_layer", None)
+        if base is not None and any(getattr(layer, "lora_bias", {}).values()) and getattr(base, "bias", None) is None:
+            raise ConfigError(
+                f"reward.peft.lora_bias: {name} has no bias that the adapter's could be merged into, expected none",
+                code="adapter",
+                hint="leave it out, or name target_modules that have biases",
             )
 
 

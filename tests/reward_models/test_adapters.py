@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from align.commands.evaluate_reward_model import evaluate
 from align.commands.score import score_pairs
 from align.config import OodSection, PairsSection, RewardSection, RunConfig
-from align.errors import ModelError
+from align.errors import ConfigError, ModelError
 from align.filtering.score_columns import distances
 from align.io.files import write_json
 from align.models.loading import load_policy
@@ -306,3 +306,39 @@ def test_a_policy_with_a_head_for_its_words_is_a_backbone(tmp_path: Path) -> Non
         loaded, _ = load_reward_model(folder, new_head=True)
         name = "model.layers.0.self_attn.q_proj.weight"
         assert torch.allclose(loaded.state_dict()[name], wrapped.merge_and_unload().state_dict()[name], atol=1e-6)
+
+
+def test_an_adapter_that_merging_changes_is_refused(tmp_path: Path) -> None:
+    """Two layers that share a weight of the base would each get the changes of both."""
+    base = foreign(tmp_path / "base")
+    folder, _ = adapter_of(base, tmp_path / "adapter", layer_replication=[(0, 2), (1, 2)])
+    with pytest.raises(ModelError, match=r"model-load.*cannot be merged into its base \(layer_replication repeats"):
+        load_reward_model(folder)
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"layer_replication": [[0, 2], [1, 2]]}, r"layer_replication: repeats layers of the base"),
+    ({"alora_invocation_tokens": [4]}, r"alora_invocation_tokens: an activated LoRA cannot be merged"),
+    ({"lora_bias": True}, r"lora_bias: .*layers.0.self_attn.q_proj has no bias"),
+    ({"task_type": "CAUSAL_LM"}, r"task_type: found 'CAUSAL_LM', expected SEQ_CLS"),
+])  # fmt: skip
+def test_an_adapter_that_could_not_be_saved_merged_is_refused_before_training(
+    fields: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = {"r": 2, "target_modules": ["q_proj"], **fields}
+    reward = {"model": str(causal(tmp_path / "policy")), "peft": peft, "trainer": FAST}
+    monkeypatch.setattr("reward_models.trainer.RewardTrainer.train", lambda *_: pytest.fail("training began"))
+    with pytest.raises(ConfigError, match=rf"reward\.peft\.{words}"):
+        train_reward_model(Dataset.from_list(rows(4)), RewardSection.model_validate(reward), tmp_path / "out", seed=0)
+    if "lora_bias" not in fields:
+        run = RunConfig.model_validate({"name": "r", "reward": reward, "pairs": {"path": str(tmp_path / "none.jsonl")}})
+        with pytest.raises(ConfigError, match=rf"reward\.peft\.{words}"):
+            check_config(run, tables=False)
+
+
+def test_biases_of_an_adapter_go_into_those_of_the_base(tmp_path: Path) -> None:
+    base = foreign(tmp_path / "base", "bert", words=tokenizer(eos=False))
+    peft = {"r": 2, "target_modules": ["query"], "lora_bias": True}
+    config = RewardSection(model=str(base), peft=peft, trainer=FAST | {"max_steps": 2}, max_length=64)
+    train_reward_model(Dataset.from_list(rows(8)), config, tmp_path / "out", seed=0)
+    assert np.isfinite(scorer_of(tmp_path / "out").score_texts(TEXTS)).all()
