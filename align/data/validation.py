@@ -22,6 +22,10 @@ TEMPLATE_KINDS: dict[str, tuple[type, str]] = {
 }
 LONGEST_TEXT = 4_000_000
 """Characters per text, at most: about a million tokens. A longer text is a file that is read wrongly."""
+INVISIBLE = " \n\t\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
+"""White space and characters without width; a text of these alone is empty."""
+LARGEST = 1e38
+"""Size of a number, at most: training computes in 32 bits, in which larger ones are infinite."""
 SHOWN_CHARACTERS = 60
 
 
@@ -53,6 +57,7 @@ class RowReader:
         self.source = source
         self.implicit = "prompt" not in columns
         self.repeated = False
+        self.contradicted = False
 
     def read(self, row: Row) -> tuple[dict[str, Any] | None, list[Problem]]:
         """(pair or None, problems): a pair comes with problems only if a column other than its texts is invalid."""
@@ -76,7 +81,10 @@ class RowReader:
             problems += problem
         rewards = [pair[name] for name in SCORES[:2]]
         if values.get("margin") is None and None not in rewards:
-            pair["margin"] = rewards[0] - rewards[1]
+            pair["margin"], problem = self._number(row, "margin", rewards[0] - rewards[1])
+            problems += problem
+        elif pair["margin"] is not None and None not in rewards:
+            self._compare(row, pair["margin"], rewards[0] - rewards[1])
         for name in NAMES:
             pair[name] = None if values.get(name) is None else str(values[name])
             if pair[name] is not None and name in VALUES and pair[name] not in VALUES[name]:
@@ -149,8 +157,8 @@ class RowReader:
         return self._characters(row, where, content)
 
     def _characters(self, row: Row, name: str, text: str) -> Problem | None:
-        """A problem of a text: only white space, millions of characters, a null character, a lone surrogate."""
-        if not text.strip():
+        """A problem of a text: nothing that is seen, millions of characters, a null character, a lone surrogate."""
+        if not text.strip().strip(INVISIBLE):
             return self._problem(row, name, "pair-empty", "empty text", "non-empty text")
         if len(text) > LONGEST_TEXT:
             expected = f"at most {LONGEST_TEXT:,} (an unclosed quote swallows a file)"
@@ -182,9 +190,19 @@ class RowReader:
             number = math.nan
         if not math.isfinite(number):
             return None, [self._problem(row, name, "pair-number", repr(value), "a finite number")]
+        if abs(number) > LARGEST:
+            return None, [self._problem(row, name, "pair-number", repr(value), f"at most {LARGEST:.1g} in size")]
         if number < 0 and name in NOT_NEGATIVE:
             return None, [self._problem(row, name, "pair-number", repr(value), "a number that is not negative")]
         return number, []
+
+    def _compare(self, row: Row, margin: float, difference: float) -> None:
+        """Log, once for a source, that a margin has another sign than the difference of its rewards."""
+        if margin * difference < 0 and not self.contradicted:
+            self.contradicted = True
+            log.warning("%s:row %d, and perhaps others: margin is %g, but reward_chosen - reward_rejected is %g; the "
+                        "margin is used (are two columns swapped?)", row.file or self.source, row.number, margin,
+                        difference)  # fmt: skip
 
     def template_argument(self, row: Row, name: str, value: Any) -> tuple[str | None, list[Problem]]:
         """An argument of the chat template as JSON; its source may have it as JSON text."""

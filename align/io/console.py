@@ -17,8 +17,8 @@ from align.io.secrets import redact_text
 T = TypeVar("T")
 PLAIN_EVERY_SECONDS = 30.0
 LEVELS = ("debug", "info", "warning", "error")
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
 log = logging.getLogger("align")
 
 

@@ -16,7 +16,7 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 
 
 def of_encoder(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer frames each text in tokens that a classifier reads, ``[CLS]`` and ``[SEP]``, as an encoder's does.
+    """Whether a tokenizer frames each text in tokens that a classifier reads, ``[CLS]`` and ``[SEP]``.
 
     A decoder's tokenizer may also name a ``cls_token``, such as its end of a sequence (h2o-danube) or its beginning.
     That of an encoder is put around each text, is no end, and where it is the beginning as well (RoBERTa), a

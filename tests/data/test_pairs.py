@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from align.commands.data import check_data
 from align.config import PairsSection, RunConfig
 from align.data.pairs import check_pairs, describe_unused, fingerprint, load_pairs, read_pairs, write_pairs
 from align.data.prompts import load_prompts
@@ -48,6 +49,13 @@ BROKEN = [
     ("type", {**GOOD, "prompt": 7}, "row 2:prompt: found 7, expected text or a list of messages"),
     ("nan margin", {**GOOD, "margin": float("nan")}, "row 2:margin: found nan, expected a finite number"),
     ("infinite margin", {**GOOD, "margin": float("inf")}, "row 2:margin: found inf, expected a finite number"),
+    ("margin beyond 32 bits", {**GOOD, "margin": -1e39}, "row 2:margin: found -1e+39, expected at most 1e+38 in size"),
+    (
+        "rewards with an infinite difference",
+        {**GOOD, "reward_chosen": 9e37, "reward_rejected": -9e37},
+        "row 2:margin: found 1.8e+38, expected at most 1e+38 in size",
+    ),
+    ("nothing to see", {**GOOD, "chosen": "\u200b \ufeff\n"}, "row 2:chosen: found empty text, expected non-empty"),
     ("word as margin", {**GOOD, "margin": "big"}, "row 2:margin: found 'big', expected a finite number"),
     ("negative weight", {**GOOD, "weight": -1}, "row 2:weight: found -1, expected a number that is not negative"),
     ("duplicate id", {**GOOD, "id": "a"}, "row 2:id: found 'a', expected an id used once (row 1 has it too)"),
@@ -273,3 +281,22 @@ def test_mapped_rewards_give_a_margin_and_unused_columns_are_named(tmp_path: Pat
     assert stream_pairs(source, tmp_path / "streamed.arrow").to_list() == loaded.to_list()
     own = jsonl(tmp_path, {**row, "margin": 1.0})
     assert load_pairs(PairsSection(path=own, columns=columns))["margin"][:] == [1.0]
+
+
+def test_a_margin_against_its_rewards_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A margin of its own, of the same sign, is not remarkable."""
+    rewards = {"reward_chosen": 2.0, "reward_rejected": 1.0}
+    names = [{**GOOD, "prompt": f"say {k}:", **rewards} for k in range(3)]
+    path = jsonl(tmp_path, {**names[0], "margin": 0.25}, *({**row, "margin": -1.0} for row in names[1:]))
+    pairs = load_pairs(PairsSection(path=path))
+    assert pairs["margin"][:] == [0.25, -1.0, -1.0]
+    assert caplog.text.count("row 2, and perhaps others: margin is -1, but reward_chosen - reward_rejected is 1") == 1
+    assert caplog.text.count("perhaps others") == 1
+
+
+def test_problems_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``:id:`` is no name of a picture."""
+    path = jsonl(tmp_path, {**GOOD, "id": 1}, {**GOOD, "id": "1", "prompt": "say :smile:"})
+    with pytest.raises(DataError, match="1 rows are invalid"):
+        check_data(PairsSection(path=path), drop_to=None)
+    assert "row 2:id: found '1'" in capsys.readouterr().out
