@@ -45,7 +45,7 @@ MEASUREMENTS = "measurements"
 SUMMARY, PAGE = "summary.json", "report.html"
 MEASURED = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
 """Columns of tokenized pairs that a measurement depends on."""
-REVISION = 3
+REVISION = 4
 """Part of the key of a measurement: raised when the same pairs and model give other numbers."""
 NAMED = 5
 """Number of pairs that a message names."""

@@ -36,9 +36,14 @@ def to_completion(
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: list[int]) -> str:
-    before = tokenizer.decode(prompt, skip_special_tokens=True)
-    whole = tokenizer.decode([*prompt, *tokens], skip_special_tokens=True)
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(tokens, skip_special_tokens=True)
+    before, whole = _decoded(tokenizer, prompt), _decoded(tokenizer, [*prompt, *tokens])
+    return whole[len(before) :] if whole.startswith(before) else _decoded(tokenizer, tokens)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """Text of token ids as they are: no space before a sign or in ``do n't`` is taken out, though the tokenizer's
+    ``clean_up_tokenization_spaces`` would."""
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _whole_characters(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: list[int]) -> str:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from align.errors import DataError, listed
 from align.io.console import log, progress
 
-SAMPLING = 4
+SAMPLING = 5
 """Revision in the stage keys; raise it when an engine gives other completions from the same seed."""
 SEED_BYTES = 4
 """A 32-bit seed: torch's CPU generator reads no more of any seed."""

@@ -69,3 +69,17 @@ def test_bytes_that_are_no_character_are_told_where_pairs_are_built(
         build_pairs(tmp_path / "c.jsonl", BuildSettings(ScorerSpec(judge="vader")), tmp_path / "built")
     assert "pairs: 1 completions hold U+FFFD" in caplog.text
     assert read_json(tmp_path / "built" / "metrics.json")["completions_broken"] == 1
+
+
+@pytest.mark.parametrize("prompt", ["say it :", "say , it !"])
+def test_spaces_before_signs_stay(prompt: str) -> None:
+    """A tokenizer that would clean them up, and not only for BPE: the text of a pair must be what was sampled."""
+    vocabulary = [(token, -3.0) for token in ["<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz!.?,:'="]]
+    inner = Tokenizer(models.Unigram(vocabulary, unk_id=0))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    inner.decoder = decoders.Metaspace(prepend_scheme="never")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=True)
+    text = " bonjour ! x = a . b do n't"
+    sampled = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(sampled) != text
+    assert to_completion(tokenizer, tokenizer(prompt)["input_ids"], sampled, [], None).text == text
