@@ -102,6 +102,8 @@ def no_margin() -> list[dict[str, Any]]:
         ({}, {"loss": lambda: lambda logps, margin: logps.nothing}, "loss-function", "has no attribute 'nothing'"),
         ({}, {"data_collator": lambda: list}, "trainer-key", "data_collator: found type"),
         ({}, {"processing_class": object}, "trainer-key", "processing_class: found object"),
+        ({}, {"ref_model": lambda: "other"}, "trainer-key", "ref_model: found str, expected a loaded model"),
+        ({}, {"peft_config": lambda: {"r": 4}}, "trainer-key", "peft_config: found dict, expected a peft.PeftConfig"),
         ({}, {"peft_config": lambda: LoraConfig(init_lora_weights="pissa")}, "adapter", "peft_config.init_lora_weights: 'pissa'"),
         ({}, {"peft_config": lambda: LoraConfig(bias="all", target_modules=["q_proj"])}, "adapter", "peft_config.bias: found 'all'"),
         ({"precompute_ref_log_probs": True, "token_mask": {}}, {}, "trainer-key", "PreferenceConfig.precompute_ref_log_probs"),
