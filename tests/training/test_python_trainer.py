@@ -314,3 +314,12 @@ def test_the_reference_of_a_changed_model_is_the_model_as_it_is(
     first, second, *_ = logged(PreferenceTrainer(model, args=args, train_dataset=table(), processing_class=tokenizer))
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0 and abs(first["loss"] - math.log(2)) < 1e-6
     assert second["rewards/chosen"] != 0
+
+
+def test_a_table_of_tensors_is_trained_as_one_of_lists(tiny_policy: Path, tmp_path: Path) -> None:
+    args = PreferenceConfig(str(tmp_path), loss="madpo", **BASE)
+    steps = [
+        logged(PreferenceTrainer(str(tiny_policy), args=args, train_dataset=table(12, "margin").with_format(kind)))
+        for kind in (None, "torch", "numpy")
+    ]
+    assert steps[0] == steps[1] == steps[2]
