@@ -170,8 +170,8 @@ def prefer_in_both_orders(
 
     A judge that scores single responses does not see the order and is asked once.
     """
-    first = judge.prefer(prompts, ours, theirs)
-    return first, first if isinstance(judge, ByScore) else 1 - judge.prefer(prompts, theirs, ours)
+    first = np.asarray(judge.prefer(prompts, ours, theirs))
+    return first, first if isinstance(judge, ByScore) else 1 - np.asarray(judge.prefer(prompts, theirs, ours))
 
 
 def make_pairwise(name: str, max_length: int | None = None, options: LoadOptions = DEFAULTS) -> PairwiseJudge:

@@ -1,7 +1,7 @@
 """The loss of a training: from a run file, or from the arguments and the ``loss`` of a trainer made in Python."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -186,7 +186,7 @@ def _parameters(args: DPOConfig, names: list[str], *, by_trl: bool = False) -> d
     Raises:
         ConfigError: two different values of one parameter, or a field that is none.
     """
-    kwargs = dict(getattr(args, "loss_kwargs", None) or {})
+    kwargs = _kwargs(args)
     known: dict[str, Any] = {}
     for name in names:
         known |= LOSSES[known_as(name)].defaults if known_as(name) in LOSSES else {}
@@ -209,14 +209,30 @@ def _parameters(args: DPOConfig, names: list[str], *, by_trl: bool = False) -> d
                 code="trainer-key",
                 hint="leave it out, or take another loss (docs/losses.md)",
             )
-        if kwargs.get(name, value) != value:
+        if name in kwargs and kwargs[name] != value:
             raise ConfigError(
-                f"{OWNER}.{name}: found {value:g} there and {kwargs[name]:g} in loss_kwargs, expected one {name}",
+                f"{OWNER}.{name}: found {value!r} there and {kwargs[name]!r} in loss_kwargs, expected one {name}",
                 code="loss-parameter",
                 hint="leave one of them out",
             )
         kwargs[name] = value
     return kwargs
+
+
+def _kwargs(args: DPOConfig) -> dict[str, Any]:
+    """``loss_kwargs`` of a PreferenceConfig.
+
+    Raises:
+        ConfigError: they are no mapping.
+    """
+    given = getattr(args, "loss_kwargs", None)
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(
+            f"{OWNER}.loss_kwargs: found {given!r:.60}, expected a dict of parameters of the loss",
+            code="loss-parameter",
+            hint='write loss_kwargs={"beta": 0.1}',
+        )
+    return dict(given or {})
 
 
 def _beta_of_own(args: DPOConfig) -> float:
@@ -225,7 +241,7 @@ def _beta_of_own(args: DPOConfig) -> float:
     Raises:
         ConfigError: the arguments name another loss, or parameters, which a function has itself.
     """
-    others = [key for key in getattr(args, "loss_kwargs", None) or {} if key != "beta"]
+    others = [key for key in _kwargs(args) if key != "beta"]
     others += [key for key, value in TRL_DEFAULTS.items() if key != "beta" and getattr(args, key) != value]
     named = _own_name(args) or _types(args)
     if named is not None or others:

@@ -50,7 +50,11 @@ def as_table(given: Any, name: str) -> Dataset | IterableDataset:
     Raises:
         DataError: it is something else, has no rows or lacks a column.
     """
-    if isinstance(given, Dataset | IterableDataset):
+    if isinstance(given, Dataset):
+        table = (
+            given if given.format["type"] == "custom" else given.with_format(None)
+        )  # tensors do not compare as lists
+    elif isinstance(given, IterableDataset):
         table = given
     elif isinstance(given, pd.DataFrame):
         table = Dataset.from_pandas(given, preserve_index=False)

@@ -108,6 +108,12 @@ class PreferenceConfig(DPOConfig):
         """Set ``gradient_accumulation_steps`` such that all processes together take ``pairs_per_step`` pairs."""
         if self.pairs_per_step is None:
             return
+        pairs: Any = self.pairs_per_step
+        if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 0:
+            raise ConfigError(
+                f"PreferenceConfig.pairs_per_step: found {pairs!r}, expected a whole number of at least 1",
+                code="trainer-key",
+            )
         batch = self.per_device_train_batch_size * world_size()
         steps, rest = divmod(self.pairs_per_step, batch)
         if rest or not steps:

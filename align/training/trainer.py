@@ -45,11 +45,13 @@ from align.training.token_mask import TokenMask
 from align.training.trained_tables import TrainedTables
 from align.training.trainer_inputs import (
     check_kinds,
+    check_tokenizer_found,
     collator_fields,
     default_output,
     finish_adapter,
     has_tokenizer,
     load_named,
+    reference_of,
     starts_as_adapter,
     without_ignored_kwargs,
 )
@@ -66,7 +68,8 @@ class PreferenceTrainer(TrainedTables):
 
     Args:
         model: folder or hub id, a model, or a PEFT model, whose adapter is then trained further.
-        ref_model: the reference; None: the model as it is before training, or without its new adapter.
+        ref_model: the reference; None: the model as it is before training, or without its new adapter. trl reads the
+            folder of a loaded model again, here it is copied with the changes made to it since.
         args: a PreferenceConfig, or trl's DPOConfig; it is copied, and ``self.args`` is the copy. None: defaults.
         data_collator: None, or trl's DataCollatorForPreference with settings of your own.
         train_dataset: trl's preference format with ``margin`` if the loss needs it and ``weight`` if pairs are
@@ -111,16 +114,21 @@ class PreferenceTrainer(TrainedTables):
         loss: str | dict[str, Any] | PairLoss | BoundLoss | None = None,
     ) -> None:
         with python_words(), head_adapter_allowed():
+            check_kinds(model, args, ref_model, peft_config)
             config = self._configure(model, args, loss, peft_config)
             train_dataset, eval_dataset = self._tables(train_dataset, eval_dataset, config)
             collate = collator_fields(data_collator)
             if processing_class is not None:
                 has_tokenizer(processing_class)
+            elif not isinstance(model, str):
+                check_tokenizer_found(model)
             self._given_reference = ref_model is not None
             named = isinstance(model, str)
             if named:
                 model, processing_class = load_named(model, config, processing_class, quantization_config)
                 quantization_config = None
+            elif ref_model is None:
+                ref_model = reference_of(model, config, peft_config)
             with without_ignored_kwargs() if named else nullcontext():
                 super().__init__(
                     model=model, ref_model=ref_model, args=config, train_dataset=train_dataset,
@@ -132,7 +140,6 @@ class PreferenceTrainer(TrainedTables):
 
     def _configure(self, model: Any, args: DPOConfig | None, loss: Any, peft_config: Any) -> PreferenceConfig:
         """Check the arguments, choose the loss, and return the trainer's own copy of the arguments."""
-        check_kinds(model, args)
         if args is None:
             args = PreferenceConfig(default_output(model, loss))
         self._given_loss, self._section = choose_loss(args, loss)

@@ -1,5 +1,6 @@
 """What is given to a PreferenceTrainer besides tables: a model by its name, a collator, a tokenizer."""
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
@@ -27,8 +29,8 @@ MODULE_LISTS = ("target_modules", "exclude_modules", "modules_to_save")
 """Keys of an adapter's config that peft keeps as sets."""
 
 
-def check_kinds(model: Any, args: Any) -> None:
-    """Refuse a model or arguments of another kind.
+def check_kinds(model: Any, args: Any, ref_model: Any = None, peft_config: Any = None) -> None:
+    """Refuse a model, arguments, a reference or an adapter of another kind.
 
     Raises:
         ConfigError: names the argument and what it is.
@@ -41,6 +43,49 @@ def check_kinds(model: Any, args: Any) -> None:
     if args is not None and not isinstance(args, DPOConfig):
         raise ConfigError(
             f"args: found {type(args).__name__}, expected align.PreferenceConfig or trl.DPOConfig", code="trainer-key"
+        )
+    if ref_model is not None and not isinstance(ref_model, nn.Module):
+        raise ConfigError(
+            f"ref_model: found {type(ref_model).__name__}, expected a loaded model, or None for the model as it is now",
+            code="trainer-key",
+            hint="the second argument is ref_model, as in trl: write args=...; load a reference with from_pretrained",
+        )
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise ConfigError(
+            f"peft_config: found {type(peft_config).__name__}, expected a peft.PeftConfig, such as peft.LoraConfig",
+            code="trainer-key",
+        )
+
+
+def reference_of(model: Any, args: DPOConfig, peft_config: Any) -> nn.Module | None:
+    """A copy of a loaded model as it is now, where a second model in memory is the reference.
+
+    trl reads the folder that the model was loaded from again, which is another model if its weights were changed since.
+    With an adapter, and with precomputed log-probs, the model itself is the reference, and None is returned; so it is
+    for a model of which each process of DeepSpeed holds a part, which cannot be copied.
+
+    Args:
+        model: the policy before training.
+        args: ``precompute_ref_log_probs`` of DPOConfig.
+        peft_config: adapter to train, or None.
+    """
+    parted = any(hasattr(weight, "ds_id") for weight in model.parameters())
+    if peft_config is not None or has_adapter(model) or args.precompute_ref_log_probs or parted:
+        return None
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def check_tokenizer_found(model: Any) -> None:
+    """Refuse a model without a name from which its tokenizer could be loaded.
+
+    Raises:
+        ConfigError: it was made from a config.
+    """
+    if not get_config_model_id(model.config):
+        raise ConfigError(
+            "processing_class: found None, and the model was loaded from no folder that has a tokenizer",
+            code="trainer-key",
+            hint="give its tokenizer: processing_class=AutoTokenizer.from_pretrained(...)",
         )
 
 

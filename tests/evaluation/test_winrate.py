@@ -1,5 +1,7 @@
 """Win rates by judges with a known truth: intervals cover it, position and length do not change it."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +10,7 @@ from scipy.stats import binomtest
 
 from align.evaluation.winrate import fit_weighted_logistic, length_control, win_rate
 from align.stats import excludes
+from reward_models.pairwise_judges import prefer_in_both_orders
 
 SIMULATIONS = 500
 RATE_TRUTH_DRAWS = 2_000_000
@@ -148,3 +151,14 @@ def test_exchanging_the_policies_mirrors_the_result(rows: list[tuple[float, floa
 def test_what_is_not_a_preference_is_refused(first: list[float], second: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         win_rate(first, second, np.ones(len(first)), np.ones(len(first)))
+
+
+def test_a_judge_may_return_lists() -> None:
+    class First:
+        name = "first"
+
+        def prefer(self, prompts: Any, first: Any, second: Any) -> list[float]:
+            return [0.75] * len(prompts)
+
+    shown_first, shown_second = prefer_in_both_orders(First(), ["p", "q"], ["a", "b"], ["c", "d"])  # type: ignore[arg-type]
+    assert shown_first.tolist() == [0.75, 0.75] and shown_second.tolist() == [0.25, 0.25]

@@ -41,6 +41,10 @@ REACHED = ("align/training", "align/models/layout.py", "align/models/adapters.py
         ({"layout": "packed"}, "trainer-key", "PreferenceConfig.layout: found 'packed', expected one of auto"),
         ({"max_tokens_per_device": 0}, "trainer-key", "PreferenceConfig.max_tokens_per_device: found 0"),
         ({"pairs_per_step": 6}, "trainer-key", "PreferenceConfig.pairs_per_step: found 6, expected a multiple of the 4"),
+        ({"pairs_per_step": -4}, "trainer-key", "PreferenceConfig.pairs_per_step: found -4, expected a whole number"),
+        ({"pairs_per_step": "8"}, "trainer-key", "PreferenceConfig.pairs_per_step: found '8', expected a whole number"),
+        ({"loss_kwargs": "tau=1"}, "loss-parameter", "PreferenceConfig.loss_kwargs: found 'tau=1', expected a dict"),
+        ({"beta": float("nan")}, "loss-parameter", "beta: found nan, expected a number above 0"),
         ({"pairs_per_step": 8, "gradient_accumulation_steps": 3}, "trainer-key", "and 2 follows from pairs_per_step"),
         ({"reference_cache": "c"}, "trainer-key", "set precompute_ref_log_probs=True"),
         ({"pair_weights": {"tilt": {"kind": "upp"}}}, "config-key", "PreferenceConfig.pair_weights"),
@@ -102,6 +106,7 @@ def no_margin() -> list[dict[str, Any]]:
         ({}, {"loss": lambda: lambda logps, margin: logps.nothing}, "loss-function", "has no attribute 'nothing'"),
         ({}, {"data_collator": lambda: list}, "trainer-key", "data_collator: found type"),
         ({}, {"processing_class": object}, "trainer-key", "processing_class: found object"),
+        ({}, {"peft_config": lambda: {"r": 4}}, "trainer-key", "peft_config: found dict, expected a peft.PeftConfig"),
         ({}, {"peft_config": lambda: LoraConfig(init_lora_weights="pissa")}, "adapter", "peft_config.init_lora_weights: 'pissa'"),
         ({}, {"peft_config": lambda: LoraConfig(bias="all", target_modules=["q_proj"])}, "adapter", "peft_config.bias: found 'all'"),
         ({"precompute_ref_log_probs": True, "token_mask": {}}, {}, "trainer-key", "PreferenceConfig.precompute_ref_log_probs"),
@@ -124,6 +129,8 @@ def test_other_arguments(tiny_policy: Path, tmp_path: Path) -> None:
     args = PreferenceConfig(str(tmp_path), **BASE)
     args.ld_alpha = 0.5  # changed afterwards
     assert "PreferenceConfig.ld_alpha: 0.5 has no meaning" in str(refused(tiny_policy, tmp_path, args))
+    with pytest.raises(ConfigError, match="ref_model: found PreferenceConfig, expected a loaded model"):
+        PreferenceTrainer(str(tiny_policy), args, train_dataset=table(4))
     with pytest.raises(ConfigError, match="model: found int, expected a folder"):
         PreferenceTrainer(3, args=PreferenceConfig(str(tmp_path), **BASE), train_dataset=table(4))
 

@@ -295,3 +295,31 @@ def test_weights_are_logged_over_the_pairs_since_the_last_log(tiny_policy: Path,
     totals = WeightTotals()
     totals.add(torch.zeros(2))
     assert totals.flush()["weight/ess_share"] == 0.0 and totals.flush() == {}
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_reference_of_a_changed_model_is_the_model_as_it_is(
+    tiny_policy: Path, tmp_path: Path, in_memory: bool
+) -> None:
+    """The first step begins at the reference, also where the weights are no longer those of the folder, or of none."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy)
+    if not in_memory:
+        model = type(model)(model.config)
+        model.config._name_or_path = ""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.1)
+    args = PreferenceConfig(str(tmp_path), **BASE)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    first, second, *_ = logged(PreferenceTrainer(model, args=args, train_dataset=table(), processing_class=tokenizer))
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0 and abs(first["loss"] - math.log(2)) < 1e-6
+    assert second["rewards/chosen"] != 0
+
+
+def test_a_table_of_tensors_is_trained_as_one_of_lists(tiny_policy: Path, tmp_path: Path) -> None:
+    args = PreferenceConfig(str(tmp_path), loss="madpo", **BASE)
+    steps = [
+        logged(PreferenceTrainer(str(tiny_policy), args=args, train_dataset=table(12, "margin").with_format(kind)))
+        for kind in (None, "torch", "numpy")
+    ]
+    assert steps[0] == steps[1] == steps[2]

@@ -8,7 +8,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from align import PreferenceConfig, PreferenceTrainer
+from align.errors import ConfigError
 from align.training.base.stopping import stoppable
+from tests.training.test_python_trainer import BASE, table
 from tests.training.test_trainer import ours
 
 
@@ -95,3 +98,38 @@ def test_a_signal_that_comes_twice_or_late(tiny_policy: Path, tmp_path: Path, st
         again = ours(tiny_policy, tmp_path, max_steps=3)
         again.train(resume_from_checkpoint=True)
         assert all(torch.equal(v, again.model.state_dict()[k]) for k, v in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "pairs", "what"),
+    [
+        ({"loss": "ipo"}, 12, "loss dpo, and this one has ipo"),
+        ({"beta": 0.5}, 12, "parameters {'beta': 0.1}, and this one has {'beta': 0.5}"),
+        ({"pair_weights": {"normalise": True}}, 12, "parts"),
+        ({}, 8, "data 12 pairs"),
+        ({"learning_rate": 1.0, "max_steps": 2}, 12, None),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused(
+    tiny_policy: Path, tmp_path: Path, fields: dict[str, Any], pairs: int, what: str | None
+) -> None:
+    saving = BASE | {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+
+    def trainer(count: int, **more: Any) -> PreferenceTrainer:
+        args = PreferenceConfig(str(tmp_path), **(saving | more))
+        return PreferenceTrainer(str(tiny_policy), args=args, train_dataset=table(count))
+
+    trainer(12).train()
+    if what is None:
+        trainer(pairs, **fields).train("auto")
+        return
+    for choice in ("auto", True):
+        with pytest.raises(ConfigError, match="checkpoint-1: was written by a training with ") as found:
+            trainer(pairs, **fields).train(choice)
+        assert found.value.code == "checkpoint-training" and what in found.value.message
+
+
+def test_a_checkpoint_that_is_not_there(tiny_policy: Path, tmp_path: Path) -> None:
+    args = PreferenceConfig(str(tmp_path), **BASE)
+    with pytest.raises(ConfigError, match=r"resume_from_checkpoint: found no folder .*checkpoint-7"):
+        PreferenceTrainer(str(tiny_policy), args=args, train_dataset=table(4)).train(str(tmp_path / "checkpoint-7"))

@@ -54,8 +54,14 @@ def check_resumable(checkpoint: Path) -> None:
     """Refuse a checkpoint that holds the model alone: its optimizer would start again without a word.
 
     Raises:
-        ConfigError: there is no state of an optimizer in it.
+        ConfigError: there is no such folder, or no state of an optimizer in it.
     """
+    if not checkpoint.is_dir():
+        raise ConfigError(
+            f"resume_from_checkpoint: found no folder {checkpoint}, expected a checkpoint of this training",
+            code="checkpoint-optimizer",
+            hint='name one that there is, or write "auto": the last complete one in output_dir, else the start',
+        )
     if not any(next(checkpoint.glob(pattern), None) for pattern in OPTIMIZER_STATES):
         raise ConfigError(
             f"{checkpoint}: holds no optimizer (save_only_model), so a training cannot go on from it",

@@ -95,6 +95,19 @@ class Described:
             **self.extra_config,
         }
 
+    @property
+    def trained_under(self) -> dict[str, Any]:
+        """The loss, its parameters and the pairs, see ``ExactResume``.
+
+        Pairs that are read in their order may have become more: a stream gives as many as ``max_steps`` takes.
+        """
+        bound, data = self._bound, self.data_facts
+        parts = {name: getattr(self.args, name) for name in PARTS if getattr(self.args, name, None)}
+        shown: dict[str, Any] = {"loss": bound.spec.name, "parameters": dict(bound.parameters), "parts": parts}
+        if data is not None and self.args.train_sampling_strategy != "sequential":
+            shown["data"] = f"{data.pairs} pairs, fingerprint {data.fingerprint}"
+        return shown
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as transformers does, and write the model card next to the weights."""
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]

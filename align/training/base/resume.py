@@ -3,6 +3,7 @@
 The number of processes may change, as long as the number of pairs per step does not.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from align.errors import ConfigError
 from align.io.files import read_json, write_json
 
 STEP = "step.json"
-"""File of a checkpoint: number of pairs per optimizer step over all processes."""
+"""File of a checkpoint: number of pairs per optimizer step over all processes, and ``ExactResume.trained_under``."""
 SHARDED = f"{FSDP_MODEL_NAME}*"
 """Files and folders that accelerate writes into a checkpoint under FSDP."""
 
@@ -40,6 +41,11 @@ class ExactResume:
         super().__init__(*args, **kwargs)
         self.add_callback(_OneSavePerStep())  # type: ignore[attr-defined]
 
+    @property
+    def trained_under(self) -> dict[str, Any]:
+        """What a resumed training has in common with the one that wrote its checkpoint: plain JSON values by name."""
+        return {}
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Return the trainer's own sampler; a shuffling one gets an order that depends on seed and epoch alone."""
         sampler: Sampler | None = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
@@ -59,7 +65,7 @@ class ExactResume:
         """Save the random state of every process; the trainer's state, which completes the checkpoint, follows."""
         super()._save_rng_state(output_dir)  # type: ignore[misc]
         if self.args.should_save:
-            write_json(Path(output_dir) / STEP, {"pairs": self._pairs_per_step()})
+            write_json(Path(output_dir) / STEP, {"pairs": self._pairs_per_step()} | self.trained_under)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -67,7 +73,7 @@ class ExactResume:
 
         Raises:
             ConfigError: the number of pairs per step differs, so a step of the checkpoint is not one of this training;
-                or the checkpoint is sharded (FSDP) and this training is not.
+                the checkpoint is of another loss or other pairs; or it is sharded (FSDP) and this training is not.
         """
         if any(Path(resume_from_checkpoint).glob(SHARDED)) and not self.is_fsdp_enabled:
             raise ConfigError(
@@ -76,7 +82,8 @@ class ExactResume:
                 hint="start it as before, with accelerate's configuration for FSDP and at least two processes",
             )
         file = Path(resume_from_checkpoint) / STEP
-        before, now = read_json(file)["pairs"] if file.exists() else None, self._pairs_per_step()
+        written = read_json(file) if file.exists() else {}
+        before, now = written.get("pairs"), self._pairs_per_step()
         if before not in (None, now):
             raise ConfigError(
                 f"{resume_from_checkpoint}: was written with {before} pairs a step, and now a step has {now}",
@@ -84,6 +91,14 @@ class ExactResume:
                 hint="start as many processes as before; `pairs_per_step` under train or reward, set from the start, "
                 "keeps the pairs of a step whatever the number of processes",
             )
+        for name, value in json.loads(json.dumps(self.trained_under)).items():
+            if name in written and written[name] != value:
+                raise ConfigError(
+                    f"{resume_from_checkpoint}: was written by a training with {name} {written[name]}, and this one "
+                    f"has {value}",
+                    code="checkpoint-training",
+                    hint="give this training another output_dir, or the checkpoint as the model that it starts from",
+                )
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _pairs_per_step(self) -> int:

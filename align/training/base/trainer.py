@@ -44,7 +44,7 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
     | `create_model_card` | Described | trl's card never replaces it. |
     | `init_hf_repo` | Described | A new repository on the hub is private. |
     | `_load_best_model` | BackgroundSaves | The checkpoint that is being written is complete first. |
-    | `_load_from_checkpoint` | ReliableTrainer, ExactResume | Other pairs per step, or no optimizer, are refused; `load_extra_state` follows. |
+    | `_load_from_checkpoint` | ReliableTrainer, ExactResume | Other pairs per step, another loss or table, or no optimizer, are refused; `load_extra_state` follows. |
 
     A subclass may override ``make_guard``, ``save_extra_state``, ``load_extra_state`` and ``extra_columns``.
     """  # noqa: E501  rows of a table
@@ -92,7 +92,8 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
             kwargs: those of ``transformers.Trainer.train``.
 
         Raises:
-            ConfigError: the checkpoint cannot be resumed from: another number of pairs per step, no optimizer.
+            ConfigError: the checkpoint cannot be resumed from: another number of pairs per step, another loss or
+                other pairs, no optimizer.
         """
         checkpoint: Any = resume_from_checkpoint
         if checkpoint == "auto":
