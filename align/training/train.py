@@ -16,7 +16,6 @@ from align.io.files import atomic_folder, write_json
 from align.models.adapters import starts_from_adapter
 from align.models.layout import has_adapter
 from align.models.model_card import FILE as CARD
-from align.models.template_arguments import write_record
 from align.training.adapters import check_adapter
 from align.training.base.arguments import build_lora, refusals
 from align.training.base.checkpoints import OPTIMIZER_SHARDS
@@ -87,7 +86,6 @@ def train_policy(
             trainer.save_model(str(output / MODEL))
             if trainer.is_world_process_zero():
                 (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-                write_record(pairs, output / MODEL)
                 write_json(output / HISTORY, _history(trainer, method, config.methods[method], probe))
                 _finish_checkpoints(output / CHECKPOINTS, config)
 

@@ -10,6 +10,7 @@ from align.data.table_facts import table_facts
 from align.data.training_pairs import report_in_sample
 from align.distributed import process_rank, world_size
 from align.losses.registry import BoundLoss
+from align.models.template_arguments import different_arguments
 from align.training.columns import prepare_pairs, require_margin
 from align.training.finite_guard import number_rows
 from align.training.pair_tables import as_table, stream_table, tables_of, tokenize_table
@@ -29,6 +30,8 @@ class TrainedTables(ReferencePasses):
     _section: LossSection
     _ids: list[str]
     """Id of the pair in each row of the training table."""
+    _template_arguments: set[str]
+    """The ``different_arguments`` of the chat template in the training table."""
 
     def _tables(self, train: Any, held_out: Any, config: PreferenceConfig) -> tuple[Any, Any]:
         """The given tables as datasets, checked as far as that needs no model."""
@@ -56,6 +59,8 @@ class TrainedTables(ReferencePasses):
         def tokenized(part: Dataset) -> Dataset:
             numbered, names = number_rows(part, len(ids))
             ids.extend(names)
+            if training:
+                self._template_arguments |= different_arguments(part)
             return tokenize_table(numbered, processing_class, args, ids)
 
         table = as_table(dataset, f"{dataset_name}_dataset")
