@@ -102,8 +102,7 @@ def compare_policies(
 
     Raises:
         ConfigError: a policy, a number or the judge is none that can be used.
-        DataError: there are no prompts, or some cannot be used, all of which are counted; an engine refuses a prompt or
-            yields something else than completions.
+        DataError: there are no prompts, some cannot be used (all are counted), or an engine does not complete them.
         ModelError: a model or its tokenizer cannot be loaded.
     """
     started = time.monotonic()

@@ -97,10 +97,8 @@ def filter_pairs(
         held_out: evaluation pairs, in any form that ``pairs_from_dataset`` takes; a pair that shares a prompt or
             response with them, or eight consecutive words of a prompt, is dropped.
         scores: scores of your own by name, higher is better: an array [N], in the order of the pairs, or a function of
-            the checked pairs that returns one. They are standardized as the others are, enter the importance with their
-            weight, and are columns of the result.
-        weights: weight of a score by its name, ``margin``, ``quality`` and ``diversity`` included; one of your own has
-            weight 1 by default.
+            the checked pairs that returns one. They enter the importance as the others do and become columns.
+        weights: weight of a score by its name (also margin, quality, diversity); your own have weight 1 by default.
         options: further fields of the section ``filter``: ``method``, ``minimum``, ``quality_scorers``, ``language``,
             ... ; ``embeddings`` may be an array, float32 unit vectors [N, D].
 
@@ -131,12 +129,15 @@ def filter_pairs(
             except filtering.TooFewPass as error:
                 error.hint = "the attribute `broken` of this error has the rule and finding of each pair"
                 raise
-        rows: dict[bool, list[pa.Table]] = {True: [], False: []}
-        for is_kept, part in filtered_rows(found):
-            rows[is_kept].append(part)
-    return FilterResult(
-        Dataset(pa.concat_tables(rows[True])), Dataset(pa.concat_tables(rows[False])), found.summary, found
-    )
+        return _result(found)
+
+
+def _result(found: Filtered) -> FilterResult:
+    rows: dict[bool, list[pa.Table]] = {True: [], False: []}
+    for is_kept, part in filtered_rows(found):
+        rows[is_kept].append(part)
+    kept, dropped = (Dataset(pa.concat_tables(rows[is_kept])) for is_kept in (True, False))
+    return FilterResult(kept, dropped, found.summary, found)
 
 
 def _settings(

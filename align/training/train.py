@@ -11,6 +11,7 @@ from align.config import LossSection, TrainSection
 from align.distributed import process_rank
 from align.entanglement.callback import EntanglementCallback
 from align.entanglement.trace import START
+from align.errors import from_yaml
 from align.io.console import log
 from align.io.files import atomic_folder, write_json
 from align.models.adapters import starts_from_adapter
@@ -24,7 +25,6 @@ from align.training.base.tracked_runs import tracked
 from align.training.base.trackers import TrackedRun
 from align.training.loss_choice import bind
 from align.training.preview import show_pair
-from align.training.python_words import from_yaml
 from align.training.reference import REFERENCE_FILE
 from align.training.settings import check_probe, check_settings, policy_args
 from align.training.trainer import PreferenceTrainer

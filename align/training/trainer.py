@@ -14,6 +14,7 @@ from trl import DPOConfig
 
 from align.config import TokenMaskSection
 from align.config.columns import PAIR_COLUMNS
+from align.errors import FROM_YAML, from_yaml, python_words
 from align.io.console import log
 from align.io.files import read_json, write_json
 from align.losses.margin_weights import MADPO_TAU
@@ -34,7 +35,6 @@ from align.training.loss_choice import PairLoss, choose_loss
 from align.training.metrics import PairMetrics, WeightTotals
 from align.training.pair_losses import PairLosses, as_in_step
 from align.training.preference_config import PreferenceConfig, check_own_fields, own_copy
-from align.training.python_words import FROM_YAML, from_yaml, python_words
 from align.training.reference import load_reference, save_reference
 from align.training.settings import (
     check_training,
