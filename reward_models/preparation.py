@@ -148,25 +148,14 @@ class TrainerInputs:
                 )
 
             if stream:
-                train = _streamed(train_dataset, args, prepared)
+                train = stream_table(
+                    train_dataset, streamed_pairs(args), lambda part, name: prepared(checked_table(part, name)).pairs
+                )
             made = prepared(train)
             _warn_of_margin(made.pairs, bound)
             others = {name: prepared(one).table for name, one in held.items()}
         evaluation = others if isinstance(eval_dataset, dict) else others.get("eval_dataset")
         return cls(model, args, made.table, made.pairs, evaluation, tokenizer, peft_config, bound)
-
-
-def _streamed(stream: IterableDataset, args: trl.RewardConfig, prepared: Callable[[Dataset], Prepared]) -> Dataset:
-    """The first pairs of a stream that can be told apart and fill the steps of the training."""
-    seen = 0
-
-    def kept(part: Dataset) -> Dataset:
-        nonlocal seen
-        name = f"train_dataset, from row {seen} of the stream on" if seen else "train_dataset"
-        seen += len(part)
-        return prepared(checked_table(part, name)).pairs
-
-    return stream_table(stream, streamed_pairs(args), kept)
 
 
 def _warn_of_margin(pairs: Dataset, objective: BoundObjective) -> None:

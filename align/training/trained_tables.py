@@ -56,7 +56,7 @@ class TrainedTables(ReferencePasses):
         training = dataset_name == "train" and not self._ids
         ids: list[str] = self._ids if training else []
 
-        def tokenized(part: Dataset) -> Dataset:
+        def tokenized(part: Dataset, _: str = "") -> Dataset:
             numbered, names = number_rows(part, len(ids))
             ids.extend(names)
             if training:

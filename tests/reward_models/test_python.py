@@ -97,6 +97,12 @@ def test_a_stream_is_read_as_far_as_the_steps_reach(backbone: Path, tmp_path: Pa
         train_dataset=first,
     )
     assert trainer.train_dataset["id"] == table.train_dataset["id"] and losses(trainer) == losses(table)
+    bad = IterableDataset.from_generator(
+        lambda: (pair | {"rejected": pair["chosen"]} if k == 300 else pair for k, pair in enumerate(stream()))
+    )
+    args = RewardConfig(str(tmp_path), **settings | {"max_steps": 64})
+    with pytest.raises(AlignError, match=r"from row 256 of the stream on: 1 of 256 rows(.|\n)*row 44, rejected"):
+        RewardTrainer(str(backbone), args, train_dataset=bad)
     with pytest.raises(AlignError, match=r"max_steps -1, expected more than 0(.|\n)*set RewardConfig.max_steps"):
         RewardTrainer(str(backbone), RewardConfig(str(tmp_path)), train_dataset=IterableDataset.from_generator(stream))
 
