@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 SHOWN = 20
 OPTION = re.compile(r"(?<!['\w])--([a-z][a-z-]*)")
@@ -18,6 +19,30 @@ CALLS = {
     "reward.objective.parameters": "objective_kwargs",
 }
 """Words of messages that name a command or a YAML key -> what they are called in Python."""
+FROM_YAML: ContextVar[bool] = ContextVar("FROM_YAML", default=False)
+"""Whether the training in progress was asked for by a run file, whose paths errors then name."""
+NAMES = (
+    (r"train\.methods(\.[^\s:.`]+)?\.parameters", "PreferenceConfig.loss_kwargs"),
+    (r"train\.methods(\.[^\s:.`]+)?\.weights", "PreferenceConfig.pair_weights"),
+    (r"train\.methods(\.[^\s:.`]+)?\.remedy", "PreferenceConfig.gradient_remedy"),
+    (r"train\.methods(\.[^\s:.`]+)?\.token_mask", "PreferenceConfig.token_mask"),
+    (r"train\.methods\.[^\s:.`]+: parameters of", "PreferenceConfig.loss_kwargs: parameters of"),
+    (r"train\.methods(\.[^\s:.`]+)?", "PreferenceConfig.loss"),
+    (r"train\.trainer(?=\.)", "PreferenceConfig"),
+    (r"train\.trainer", "PreferenceConfig"),
+    (r"train\.peft", "peft_config"),
+    (r"train\.model", "model"),
+    (r"train\.(layout|max_tokens_per_device|pairs_per_step|async_checkpoints)", r"PreferenceConfig.\1"),
+    (r"train\.entanglement", "the measurement during training"),
+    (r"\b(the loss|loss) under PreferenceConfig\.loss\b", r"\1 as PreferenceConfig.loss"),
+    (r"`weights(?=[.`])", "`PreferenceConfig.pair_weights"),
+    (r"map the column in `pairs\.columns`", "rename the column that holds it (Dataset.rename_column)"),
+    (r"found true\b", "found True"),
+    (r"found false\b", "found False"),
+    (r"`([a-z_]+): (true|false)`", lambda found: f"`{found[1]}={found[2].capitalize()}`"),
+    (r"`([a-z_]+): ([a-z_]+)`", r'`\1="\2"`'),
+)
+"""Pattern of a place in a run file -> what the same is called in Python, applied in this order, before ``CALLS``."""
 
 
 class AlignError(Exception):
@@ -76,8 +101,20 @@ def listed(problems: Sequence[str], *, shown: int = SHOWN) -> str:
 
 
 @contextmanager
+def from_yaml() -> Iterator[None]:
+    """Keep the paths of the run file in errors that are raised within the block."""
+    token = FROM_YAML.set(True)
+    try:
+        yield
+    finally:
+        FROM_YAML.reset(token)
+
+
+@contextmanager
 def python_words(hints: Mapping[str, str] | None = None, names: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Let errors of the block name arguments and calls in place of options and commands; type and code stay.
+    """Let errors of the block name arguments and calls in place of run-file paths, options and commands.
+
+    Type and code stay. Within ``from_yaml`` the message stays too, since a run file was read.
 
     Args:
         hints: code -> what to do, where the command line has another way out.
@@ -86,16 +123,19 @@ def python_words(hints: Mapping[str, str] | None = None, names: Mapping[str, str
     try:
         yield
     except AlignError as error:
-        error.hint = (hints or {}).get(error.code, _in_python(error.hint))
-        error.message = _in_python(error.message)
-        for other, name in (names or {}).items():
-            error.message = error.message.replace(other, name)
-        error.args = (error.message,)
+        if not FROM_YAML.get():
+            error.hint = (hints or {}).get(error.code, in_python(error.hint))
+            error.message = in_python(error.message)
+            for other, name in (names or {}).items():
+                error.message = error.message.replace(other, name)
+            error.args = (error.message,)
         raise
 
 
-def _in_python(text: str) -> str:
-    """``--max-length`` becomes ``max_length``, a command the call that does the same."""
+def in_python(text: str) -> str:
+    """The text in the words of Python: ``--max-length`` becomes ``max_length``, a command the call like it."""
+    for pattern, name in NAMES:
+        text = re.sub(pattern, name, text)
     for command, call in CALLS.items():
         text = text.replace(command, call)
     return OPTION.sub(lambda found: found[1].replace("-", "_"), text)

@@ -1,11 +1,12 @@
 """Pairs -> the table that RewardTrainer reads: token ids, lengths and the columns of the objective."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import trl
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import TaskType
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -14,6 +15,8 @@ from align.data.in_memory import checked_table
 from align.errors import ConfigError, DataError, ModelError, python_words
 from align.io.console import log
 from align.models.folders import TEXT_PAIR, loading
+from align.training.pair_tables import stream_table
+from align.training.trainer_inputs import check_stream, streamed_pairs
 from reward_models.arguments import as_reward_config
 from reward_models.loading import (
     fitting_length,
@@ -126,22 +129,41 @@ class TrainerInputs:
                 raise DataError("train_dataset: found None, expected pairs", code="data-type")
             if is_tokenized(train_dataset):
                 return cls(model, args, train_dataset, None, eval_dataset, tokenizer, peft_config, bound)
-            train = checked_table(train_dataset, "train_dataset")
-            objective_columns(train, bound)
+            stream = isinstance(train_dataset, IterableDataset)
+            if stream:
+                check_stream(args)
+                args = copy.copy(args)
+                args.train_sampling_strategy = "sequential"  # the order of the stream
+            else:
+                train = checked_table(train_dataset, "train_dataset")
+                objective_columns(train, bound)
             held = _tables(eval_dataset)
-            if bound.spec.name == "bradley_terry" and "margin" in train.column_names:
-                log.warning(
-                    "train_dataset: the objective bradley_terry does not read `margin`, which trl's trainer would; to "
-                    'learn from it: objective="bradley_terry_margin", with the column as teacher_margin'
-                )
             set_seed(args.seed)
             model, tokenizer = _loaded(model, tokenizer, args)
             length = UNBOUNDED if args.max_length is None else args.max_length
-            known = {"max_length": length, "length_column": args.length_column_name}
-            made = prepare_pairs(train, model, tokenizer, bound, **known)
-            others = {name: prepare_pairs(one, model, tokenizer, bound, **known).table for name, one in held.items()}
+
+            def prepared(table: Dataset) -> Prepared:
+                return prepare_pairs(
+                    table, model, tokenizer, bound, max_length=length, length_column=args.length_column_name
+                )
+
+            if stream:
+                train = stream_table(
+                    train_dataset, streamed_pairs(args), lambda part, name: prepared(checked_table(part, name)).pairs
+                )
+            made = prepared(train)
+            _warn_of_margin(made.pairs, bound)
+            others = {name: prepared(one).table for name, one in held.items()}
         evaluation = others if isinstance(eval_dataset, dict) else others.get("eval_dataset")
         return cls(model, args, made.table, made.pairs, evaluation, tokenizer, peft_config, bound)
+
+
+def _warn_of_margin(pairs: Dataset, objective: BoundObjective) -> None:
+    if objective.spec.name == "bradley_terry" and "margin" in pairs.column_names:
+        log.warning(
+            "train_dataset: the objective bradley_terry does not read `margin`, which trl's trainer would; to "
+            'learn from it: objective="bradley_terry_margin", with the column as teacher_margin'
+        )
 
 
 def refuse_without_effect(**arguments: Any) -> None:

@@ -72,7 +72,8 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
             model or PeftModel for sequence classification with one output.
         args: ``RewardConfig`` or ``trl.RewardConfig``; None: the defaults of ``RewardConfig``.
         train_dataset: what ``align.pairs_from_dataset`` takes, with the columns that the objective reads; or a Dataset
-            with ``chosen_ids`` and ``rejected_ids``.
+            with ``chosen_ids`` and ``rejected_ids``; or an IterableDataset, of which the first pairs that fill
+            ``args.max_steps`` steps are trained on, in their order.
         eval_dataset: the same, or a dictionary of such.
         processing_class: tokenizer; None: the model's.
         peft_config: of task type SEQ_CLS, so that the head is trained and saved.

@@ -21,7 +21,7 @@ from align.data.readers import Row
 from align.data.validation import RowReader
 from align.errors import ConfigError, DataError, ModelError, listed, python_words
 from align.evaluation.policies import NAME, REFERENCE, Policy
-from align.generation.types import Sampling
+from align.generation.types import Completion, Engine, Sampling
 from align.io.hashing import digest
 from align.models.loading import load_tokenizer
 from align.models.message_checks import check_prompts_of
@@ -66,8 +66,8 @@ class Comparison:
 
 
 def compare_policies(
-    a: str | Path | nn.Module,
-    b: str | Path | nn.Module,
+    a: str | Path | nn.Module | Engine,
+    b: str | Path | nn.Module | Engine,
     prompts: Sequence[Any],
     *,
     judge: str | Any,
@@ -85,7 +85,8 @@ def compare_policies(
     policy that was optimized for a reward model wins by it whether or not it is better.
 
     Args:
-        a: policy A: folder (also an adapter's), hub id, or loaded model, which is sampled on the GPU if there is one.
+        a: policy A: folder (also an adapter's), hub id, or loaded model, which is sampled on the GPU if there is one;
+            or an ``align.generation.types.Engine``, which completes the prompts as it likes, each under its key.
         b: policy B.
         prompts: texts or lists of messages; a column of a Dataset too.
         judge: name of a judge (``vader``, ``yes-no:MODEL``, ``llm:MODEL``), folder or hub id of a reward model, a
@@ -101,7 +102,7 @@ def compare_policies(
 
     Raises:
         ConfigError: a policy, a number or the judge is none that can be used.
-        DataError: there are no prompts, or some cannot be used; all of them are counted.
+        DataError: there are no prompts, some cannot be used (all are counted), or an engine does not complete them.
         ModelError: a model or its tokenizer cannot be loaded.
     """
     started = time.monotonic()
@@ -121,13 +122,18 @@ def compare_policies(
             written = {policy.name: _written(policy, loaded, *given) for policy, loaded in (first, second)}
         clusters = np.tile(np.arange(len(texts)), n) if n > 1 else None
         preferences = _preferences(asked, *written.values())
-        run = _run(asked, texts, [policy for policy, _ in (first, second)], sampling, n, started)
+        run = _run(asked, texts, (first, second), sampling, n, started)
         details = compare_written(written, asked, preferences, shown=SHOWN, run=run, clusters=clusters)
     return _result(details, written, (preferences[0] + preferences[1]) / 2)
 
 
 def _run(
-    judge: PairwiseJudge, prompts: list[Any], policies: list[Policy], sampling: Sampling, n: int, started: float
+    judge: PairwiseJudge,
+    prompts: list[Any],
+    policies: Sequence[tuple[Policy, Any]],
+    sampling: Sampling,
+    n: int,
+    started: float,
 ) -> dict[str, Any]:
     """How the comparison was made, for its page."""
     return {
@@ -135,7 +141,7 @@ def _run(
         "prompts": "prompts",
         "n_prompts": len(prompts),
         "judge": judge.name,
-        "policies": {policy.name: policy.model or "a loaded model" for policy in policies},
+        "policies": {policy.name: policy.model or _described(loaded) for policy, loaded in policies},
         "decoding": {
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
@@ -145,6 +151,10 @@ def _run(
         },
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _described(loaded: Any) -> str:
+    return f"the engine {loaded.name}" if isinstance(loaded, Engine) else "a loaded model"
 
 
 def _result(details: dict[str, Any], written: dict[str, Written], preference: np.ndarray) -> Comparison:
@@ -194,22 +204,32 @@ def _wrong(reader: RowReader, row: Row) -> str | None:
 
 
 def _named(a: Any, b: Any) -> tuple[tuple[Policy, Any], tuple[Policy, Any]]:
-    """Both policies, each with the model if it is loaded; the model of a loaded policy's ``Policy`` is empty."""
+    """Both policies, each with the model or engine if it is loaded; then the model of its ``Policy`` is empty."""
     for name, policy in (("a", a), ("b", b)):
-        if not isinstance(policy, str | Path | nn.Module) or policy == "":
+        if not isinstance(policy, str | Path | nn.Module | Engine) or policy == "":
             raise ConfigError(
-                f"{name}: found {policy!r}, expected a model's folder, hub id or a loaded model", code="eval-policy"
+                f"{name}: found {policy!r}, expected a model's folder, hub id, a loaded model or an Engine",
+                code="eval-policy",
             )
-    sources = [str(getattr(one, "name_or_path", "") if isinstance(one, nn.Module) else one) for one in (a, b)]
+        if isinstance(policy, Engine) and not isinstance(getattr(policy, "name", None), str):
+            raise ConfigError(f"{name}: found an engine without a name, expected one", code="eval-policy")
+    sources = [_source(one) for one in (a, b)]
     paths = [Path(source) for source in sources]
     names = [(path.parent.name if path.name == "model" else path.name).removeprefix("train-") for path in paths]
     if names[0] == names[1] or not all(NAME.fullmatch(name) and name != REFERENCE for name in names):
         names = ["a", "b"]
     (one, other) = (
-        (Policy(name, ""), policy) if isinstance(policy, nn.Module) else (Policy(name, str(policy)), None)
+        (Policy(name, ""), policy) if isinstance(policy, nn.Module | Engine) else (Policy(name, str(policy)), None)
         for name, policy in zip(names, (a, b), strict=True)
     )
     return one, other
+
+
+def _source(policy: Any) -> str:
+    """What a policy is named after."""
+    if isinstance(policy, Engine):
+        return policy.name
+    return str(getattr(policy, "name_or_path", "") if isinstance(policy, nn.Module) else policy)
 
 
 def _judge(judge: Any, max_length: int | None) -> PairwiseJudge:
@@ -258,13 +278,24 @@ def _written(
     """One completion of each prompt; a repeated prompt has other random numbers each time."""
     if loaded is None:
         return write_completions(policy, prompts, sampling, folder)
+    groups = (
+        loaded.generate(prompts, sampling)
+        if isinstance(loaded, Engine)
+        else _sampled(policy, loaded, prompts, sampling, tokenizer)
+    )
+    table = completions_table(prompts, [group[0] for group in groups])
+    return Written(policy, prompts, sampling, table, digest([policy.name, table["text"][:]]))
+
+
+def _sampled(
+    policy: Policy, loaded: Any, prompts: list[Any], sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None
+) -> list[list[Completion]]:
+    """Completions of a loaded model, which stays in its mode."""
     from align.generation.transformers_engine import TransformersEngine
 
     with _training_mode_kept(loaded):
         engine = TransformersEngine(loaded, _padded(tokenizer, loaded, policy.name), batch_size=sampling.batch_size)
-        groups = engine.generate(prompts, sampling)
-    table = completions_table(prompts, [group[0] for group in groups])
-    return Written(policy, prompts, sampling, table, digest([policy.name, table["text"][:]]))
+        return engine.generate(prompts, sampling)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """``filter_pairs``: which pairs to train on, and why not the others."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from align.data.training_pairs import report_in_sample
 from align.errors import ConfigError, DataError, listed, python_words
 from align.filtering import filter_pairs as filtering
 from align.filtering.options import check_options
+from align.filtering.own_scores import BUILT_IN, check_names, read_scores
 from align.filtering.rules import RULES
 from align.filtering.tables import Filtered, filtered_rows
 
@@ -38,7 +39,8 @@ class FilterResult:
     """The pairs, kept and dropped, with the columns of the filter."""
 
     kept: Dataset
-    """The kept pairs with ``quality``, ``diversity`` and ``importance``; ``doubtful`` where there are margins."""
+    """The kept pairs with ``quality``, ``diversity``, ``importance`` and the caller's scores; ``doubtful`` where there
+    are margins."""
     dropped: Dataset
     """The other pairs, with the ``reason`` of each."""
     summary: dict[str, Any]
@@ -77,6 +79,8 @@ def filter_pairs(
     cache: str | Path | None = None,
     seed: int = 0,
     held_out: Any = None,
+    scores: Mapping[str, Any] | None = None,
+    weights: Mapping[str, float] | None = None,
     **options: Any,
 ) -> FilterResult:
     """Apply hard rules, then keep the pairs with the largest margin + quality + diversity, as `align filter run` does.
@@ -92,17 +96,24 @@ def filter_pairs(
         seed: seed of the nearest-neighbor index.
         held_out: evaluation pairs, in any form that ``pairs_from_dataset`` takes; a pair that shares a prompt or
             response with them, or eight consecutive words of a prompt, is dropped.
+        scores: scores of your own by name, higher is better: an array [N], in the order of the pairs, or a function of
+            the checked pairs that returns one. They enter the importance as the others do and become columns.
+        weights: weight of a score by its name (also margin, quality, diversity); your own have weight 1 by default.
         options: further fields of the section ``filter``: ``method``, ``minimum``, ``quality_scorers``, ``language``,
             ... ; ``embeddings`` may be an array, float32 unit vectors [N, D].
 
     Raises:
         ConfigError: an option or a rule is not known, or does not fit the others; all of them are named.
-        DataError: the pairs cannot be used, fewer than two pass the rules, or none is kept.
+        DataError: the pairs or a score cannot be used, fewer than two pairs pass the rules, or none is kept.
         ModelError: the encoder or a scorer cannot be loaded.
     """
+    scores, weights = scores or {}, weights or {}
     with python_words():
-        settings = _settings(keep, rules, model, held_out, options)
+        check_names(scores, weights, options)
+        built_in = {name: float(weight) for name, weight in weights.items() if name in BUILT_IN}
+        settings = _settings(keep, rules, model, held_out, options | built_in)
     table = pairs_from_dataset(pairs)
+    own = read_scores(scores, weights, table)
     other = [] if held_out is None else pairs_from_dataset(held_out).to_list()
     kept = TemporaryDirectory(prefix="filter-") if cache is None else nullcontext(str(cache))
     with kept as parts:
@@ -114,16 +125,19 @@ def filter_pairs(
                 np.save(folder / VECTORS, vectors, allow_pickle=False)
                 settings = settings.model_copy(update={"embeddings": str(folder / VECTORS)})
             try:
-                found = filtering.filter_pairs(table, settings, folder, held_out=other, seed=seed)
+                found = filtering.filter_pairs(table, settings, folder, held_out=other, seed=seed, own=own)
             except filtering.TooFewPass as error:
                 error.hint = "the attribute `broken` of this error has the rule and finding of each pair"
                 raise
-        rows: dict[bool, list[pa.Table]] = {True: [], False: []}
-        for is_kept, part in filtered_rows(found):
-            rows[is_kept].append(part)
-    return FilterResult(
-        Dataset(pa.concat_tables(rows[True])), Dataset(pa.concat_tables(rows[False])), found.summary, found
-    )
+        return _result(found)
+
+
+def _result(found: Filtered) -> FilterResult:
+    rows: dict[bool, list[pa.Table]] = {True: [], False: []}
+    for is_kept, part in filtered_rows(found):
+        rows[is_kept].append(part)
+    kept, dropped = (Dataset(pa.concat_tables(rows[is_kept])) for is_kept in (True, False))
+    return FilterResult(kept, dropped, found.summary, found)
 
 
 def _settings(

@@ -177,3 +177,8 @@ class TrainSection(Section):
             return {}
         chosen = {name: given[name] for name in QUANTIZES if given.get(name)}
         return chosen and {"dtype": given.get("dtype", "float32")} | chosen
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` with which other stages load the policy or its reference, as training."""
+        return ({"trust_remote_code": True} if self.trusts_remote_code else {}) | self.quantization

@@ -23,6 +23,7 @@ from align.errors import ConfigError, DataError
 from align.filtering.held_out import HeldOut
 from align.filtering.knn.search import Neighbors, kth_distance
 from align.filtering.options import problems
+from align.filtering.own_scores import OwnScore
 from align.filtering.rules import RuleInput, apply_rules, by_id, place_type
 from align.filtering.score_columns import distances, margins, prompt_embeddings, qualities
 from align.filtering.scores import diversity, doubtful
@@ -42,6 +43,7 @@ def filter_pairs(
     held_out: Sequence[Mapping[str, Any]],
     seed: int,
     cluster: ClusterSection | None = None,
+    own: Mapping[str, OwnScore] | None = None,
 ) -> Filtered:
     """Apply rules, compute scores and select pairs.
 
@@ -52,11 +54,13 @@ def filter_pairs(
         held_out: pairs of an evaluation set, which no kept pair may overlap with, see ``held_out.overlaps``.
         seed: seed of the nearest-neighbor index and of the random sample in the summary.
         cluster: its workers read texts, embed, score and search.
+        own: further scores that enter the importance, by name, [N] each.
 
     Raises:
         AlignError: the settings do not fit the pairs, or a model or the cluster cannot be used.
     """
-    _check(pairs, settings)
+    own = own or {}
+    _check(pairs, settings, own)
     run = _FilterRun(pairs, settings, cache, seed, cluster, {})
     table, broken = run.rules(held_out)
     passing = _passing(pairs, broken)
@@ -68,11 +72,15 @@ def filter_pairs(
     scores["quality"] = quality["quality"]
     if (margin := margins(pairs, in_spreads=settings.in_spreads)) is not None:
         scores["margin"] = margin
-    weights = {name: float(getattr(settings, name)) for name in scores}
+    weights = {name: float(getattr(settings, name)) for name in scores} | {
+        name: one.weight for name, one in own.items()
+    }
+    given = {name: one.values for name, one in own.items()}
+    scores |= given
     with run.timed("selection"):
         usable = _SelectedRows(scores, passing)
         values, kept = run.select(usable, weights, embedded, passing, table.order)
-    columns = quality | {"diversity": scores["diversity"], "importance": values, "kept": kept}
+    columns = quality | given | {"diversity": scores["diversity"], "importance": values, "kept": kept}
     optional = {"doubtful": table.doubtful, "ood": table.ood}
     columns |= {name: column for name, column in optional.items() if column is not None}
     with run.timed("summary"):
@@ -197,7 +205,7 @@ class _FilterRun:
         return _scatter(values, passing, count), kept
 
 
-def _check(pairs: Dataset, settings: FilterSection) -> None:
+def _check(pairs: Dataset, settings: FilterSection, own: Mapping[str, OwnScore]) -> None:
     missing_columns = {
         "per_group: the pairs have no `group` column": settings.per_group and "group" not in pairs.column_names,
         "in_spreads: the pairs have no `margin_std` column": settings.in_spreads
@@ -209,7 +217,8 @@ def _check(pairs: Dataset, settings: FilterSection) -> None:
     if wrong:
         raise ConfigError("; ".join(wrong), code="filter-option", hint="see docs/filtering.md")
     if "margin" not in pairs.column_names and settings.margin != 0:
-        log.warning("the pairs have no `margin` column: only quality and diversity decide")
+        *others, last = ("quality", "diversity", *own)
+        log.warning("the pairs have no `margin` column: only %s and %s decide", ", ".join(others), last)
     for column in ("margin", "margin_std") if settings.in_spreads else ("margin",):
         missing = cells(pairs, column).null_count if column in pairs.column_names else 0
         if missing:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -97,9 +97,15 @@ class Engine(ABC):
         """``sampling.n`` completions of each prompt, in the order of the prompts; see ``stream``.
 
         Raises:
-            DataError: the engine cannot take a prompt.
+            DataError: the engine cannot take a prompt, or does not yield what ``stream`` promises.
         """
-        by_index = dict(show_tokens(self.stream(prompts, sampling, keys), len(prompts)))
+        by_index: dict[int, list[Completion]] = {}
+        for index, completions in show_tokens(self.stream(prompts, sampling, keys), len(prompts)):
+            _check_yielded(self.name, index, completions, by_index, len(prompts), sampling)
+            by_index[index] = completions
+        if len(by_index) < len(prompts):
+            missing = next(k for k in range(len(prompts)) if k not in by_index)
+            raise _broken(self.name, f"nothing for prompt {missing}", f"each of {len(prompts)} prompts once")
         refused = [k for k, found in by_index.items() if not found]
         if refused:
             raise DataError(
@@ -109,6 +115,32 @@ class Engine(ABC):
                 hint="shorten or remove them, or raise the server's --max-model-len",
             )
         return [by_index[k] for k in range(len(prompts))]
+
+
+def _check_yielded(
+    name: str, index: int, completions: list[Completion], earlier: Container[int], count: int, sampling: Sampling
+) -> None:
+    """Check one item of ``Engine.stream``; no completions stand for a prompt that the engine refuses.
+
+    Raises:
+        DataError: an index that is none or is there twice, another number of completions, or one without token ids.
+    """
+    if not 0 <= index < count or index in earlier:
+        raise _broken(
+            name, f"the index {index}{' twice' if index in earlier else ''}", f"each of 0 to {count - 1} once"
+        )
+    if completions and len(completions) != sampling.n:
+        raise _broken(name, f"{len(completions)} completions for prompt {index}", f"{sampling.n}, or none if refused")
+    if any(completion.text and not completion.token_ids for completion in completions):
+        raise _broken(name, f"a text without token_ids for prompt {index}", "the ids of its tokens, which are counted")
+
+
+def _broken(name: str, found: str, expected: str) -> DataError:
+    return DataError(
+        f"engine {name}: found {found}, expected {expected}",
+        code="engine-output",
+        hint="see align.generation.types.Engine.stream",
+    )
 
 
 def show_tokens(

@@ -1,7 +1,7 @@
 """The arguments of the chat template that a policy was trained with: kept in its folder, compared where it samples."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,18 @@ MOST = 16
 """Different arguments that are recorded; with more, each prompt may have its own, and nothing is recorded."""
 
 
-def write_record(pairs: Dataset, folder: Path) -> None:
-    """Write ``RECORD`` for a policy trained on these pairs; nothing for plain text."""
-    if not len(pairs) or isinstance(pairs[0]["prompt"], str):
-        return
+def different_arguments(pairs: Dataset) -> set[str]:
+    """The different ``chat_template_kwargs`` of pairs, as JSON; none for plain text, which no template renders."""
+    if not len(pairs) or isinstance(pairs[0]["chosen"], str):
+        return set()
     cells = pairs[TEMPLATE_KWARGS] if TEMPLATE_KWARGS in pairs.column_names else [None]
-    found = sorted({_kwargs(with_arguments([], {TEMPLATE_KWARGS: cell})) for cell in cells})
-    if len(found) <= MOST:
-        write_json(folder / RECORD, [json.loads(text) for text in found])
+    return {_kwargs(with_arguments([], {TEMPLATE_KWARGS: cell})) for cell in cells}
+
+
+def write_record(found: Collection[str], folder: Path) -> None:
+    """Write ``RECORD`` for a policy trained on pairs with these ``different_arguments``; nothing for plain text."""
+    if 0 < len(found) <= MOST:
+        write_json(folder / RECORD, [json.loads(text) for text in sorted(found)])
 
 
 def report_other_arguments(prompts: Sequence[Any], model: str, *, trust_remote_code: bool = False) -> None:

@@ -139,7 +139,7 @@ def _train(config: TrainSection, method: str, pairs: Path, folder: Path, seed: i
     from align.models.layout import has_adapter
     from align.models.loading import load_merged_policy, load_tokenizer
     from align.models.model_card import copy_as_merged
-    from align.models.template_arguments import write_record
+    from align.models.template_arguments import different_arguments, write_record
     from align.training.train import HISTORY, MODEL, train_policy
 
     table = read_pairs(pairs)
@@ -157,7 +157,7 @@ def _train(config: TrainSection, method: str, pairs: Path, folder: Path, seed: i
             )
         policy.save_pretrained(temporary)
         load_tokenizer(config.model).save_pretrained(temporary)
-        write_record(table, temporary)
+        write_record(different_arguments(table), temporary)
         copy_as_merged(folder / MODEL, temporary)
         if (folder / MERGED).exists():  # left by a process that was killed before the end of the stage
             shutil.rmtree(folder / MERGED)

@@ -190,7 +190,7 @@ class _Runner:
             inputs["truncation"] = config.train.trainer.get("truncation_mode")
         if self._is_trusted(name):
             inputs["trust"] = read_json(self.root / TRUST / TRUST_NUMBERS)
-        if kind in ("sample", "generate") and config.train and config.train.quantization:
+        if kind in ("sample", "generate", TRUST) and config.train and config.train.quantization:
             inputs["quantization"] = config.train.quantization
         inputs |= self._rendered(kind)
         trusting = [part for part in (config.train, config.reward) if part is not None and part.trusts_remote_code]

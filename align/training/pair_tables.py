@@ -147,18 +147,22 @@ def _check_numbers(table: Dataset, name: str, column: str) -> None:
         )
 
 
-def stream_table(stream: IterableDataset, pairs: int, keep: Callable[[Dataset], Dataset]) -> Dataset:
+def stream_table(stream: IterableDataset, pairs: int, keep: Callable[[Dataset, str], Dataset]) -> Dataset:
     """The first ``pairs`` pairs of a stream that ``keep`` keeps; fewer if it ends.
+
+    ``keep`` gets a part of the stream, and the name of that part for messages.
 
     Raises:
         DataError: see ``as_table``.
     """
     rows: Iterator[dict[str, Any]] = iter(stream)
     parts: list[Dataset] = []
-    missing = pairs
+    missing, seen = pairs, 0
     while missing > 0 and (taken := list(islice(rows, max(missing, STREAMED)))):
-        parts.append(keep(as_table(taken, "train_dataset")))
+        name = f"train_dataset, from row {seen} of the stream on" if seen else "train_dataset"
+        parts.append(keep(as_table(taken, name), name))
         missing -= len(parts[-1])
+        seen += len(taken)
     if not parts:
         raise DataError("train_dataset: the stream has no rows, expected pairs", code="data-empty")
     table = concatenate_datasets(parts)

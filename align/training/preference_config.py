@@ -9,9 +9,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
 from align.distributed import world_size
-from align.errors import ConfigError
+from align.errors import ConfigError, python_words
 from align.training.loss_choice import choose_loss
-from align.training.python_words import python_words
 
 LAYOUTS = ("auto", "concatenated", "shared_prefix")
 UNUSED_FIELDS = {

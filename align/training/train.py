@@ -11,12 +11,12 @@ from align.config import LossSection, TrainSection
 from align.distributed import process_rank
 from align.entanglement.callback import EntanglementCallback
 from align.entanglement.trace import START
+from align.errors import from_yaml
 from align.io.console import log
 from align.io.files import atomic_folder, write_json
 from align.models.adapters import starts_from_adapter
 from align.models.layout import has_adapter
 from align.models.model_card import FILE as CARD
-from align.models.template_arguments import write_record
 from align.training.adapters import check_adapter
 from align.training.base.arguments import build_lora, refusals
 from align.training.base.checkpoints import OPTIMIZER_SHARDS
@@ -25,7 +25,6 @@ from align.training.base.tracked_runs import tracked
 from align.training.base.trackers import TrackedRun
 from align.training.loss_choice import bind
 from align.training.preview import show_pair
-from align.training.python_words import from_yaml
 from align.training.reference import REFERENCE_FILE
 from align.training.settings import check_probe, check_settings, policy_args
 from align.training.trainer import PreferenceTrainer
@@ -87,7 +86,6 @@ def train_policy(
             trainer.save_model(str(output / MODEL))
             if trainer.is_world_process_zero():
                 (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-                write_record(pairs, output / MODEL)
                 write_json(output / HISTORY, _history(trainer, method, config.methods[method], probe))
                 _finish_checkpoints(output / CHECKPOINTS, config)
 

@@ -8,14 +8,15 @@ from datasets import Dataset, IterableDataset
 from align.config import LossSection
 from align.data.table_facts import table_facts
 from align.data.training_pairs import report_in_sample
-from align.distributed import process_rank, world_size
+from align.distributed import process_rank
 from align.losses.registry import BoundLoss
+from align.models.template_arguments import different_arguments
 from align.training.columns import prepare_pairs, require_margin
 from align.training.finite_guard import number_rows
 from align.training.pair_tables import as_table, stream_table, tables_of, tokenize_table
 from align.training.preference_config import PreferenceConfig
 from align.training.reference_passes import ReferencePasses
-from align.training.trainer_inputs import check_stream, has_tokenizer
+from align.training.trainer_inputs import check_stream, has_tokenizer, streamed_pairs
 
 BY_LENGTH = ("group_by_length", "batch_rebalance")
 """Sampling strategies that read the length of each pair."""
@@ -29,6 +30,8 @@ class TrainedTables(ReferencePasses):
     _section: LossSection
     _ids: list[str]
     """Id of the pair in each row of the training table."""
+    _template_arguments: set[str]
+    """The ``different_arguments`` of the chat template in the training table."""
 
     def _tables(self, train: Any, held_out: Any, config: PreferenceConfig) -> tuple[Any, Any]:
         """The given tables as datasets, checked as far as that needs no model."""
@@ -53,24 +56,22 @@ class TrainedTables(ReferencePasses):
         training = dataset_name == "train" and not self._ids
         ids: list[str] = self._ids if training else []
 
-        def tokenized(part: Dataset) -> Dataset:
+        def tokenized(part: Dataset, _: str = "") -> Dataset:
             numbered, names = number_rows(part, len(ids))
             ids.extend(names)
+            if training:
+                self._template_arguments |= different_arguments(part)
             return tokenize_table(numbered, processing_class, args, ids)
 
         table = as_table(dataset, f"{dataset_name}_dataset")
         if isinstance(table, IterableDataset):
-            table = stream_table(table, self._streamed(args) if training else sys.maxsize, tokenized)
+            table = stream_table(table, streamed_pairs(args) if training else sys.maxsize, tokenized)
         else:
             require_margin(table, self._given_loss)
             if training:
                 self.data_facts = table_facts(table)
             table = tokenized(table)
         return prepare_pairs(table, self._section.weights, self._given_loss)[0]
-
-    def _streamed(self, args: Any) -> int:
-        """Pairs that the steps of a training on a stream take."""
-        return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * world_size()
 
     def _add_lengths(self) -> None:
         """Add the column of lengths to the training table if batches are made by them."""

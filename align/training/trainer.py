@@ -14,6 +14,7 @@ from trl import DPOConfig
 
 from align.config import TokenMaskSection
 from align.config.columns import PAIR_COLUMNS
+from align.errors import FROM_YAML, from_yaml, python_words
 from align.io.console import log
 from align.io.files import read_json, write_json
 from align.losses.margin_weights import MADPO_TAU
@@ -25,6 +26,7 @@ from align.models.batching import in_so_many, pair_batches
 from align.models.collator import REAL, ROW, PairCollator, only_real
 from align.models.layout import has_adapter, trim
 from align.models.logps import SequenceLogps, pair_logps
+from align.models.template_arguments import write_record
 from align.training.adapters import Use, check_given_adapter, check_started, head_adapter_allowed
 from align.training.columns import trained_loss
 from align.training.finite_guard import FiniteGuard
@@ -33,7 +35,6 @@ from align.training.loss_choice import PairLoss, choose_loss
 from align.training.metrics import PairMetrics, WeightTotals
 from align.training.pair_losses import PairLosses, as_in_step
 from align.training.preference_config import PreferenceConfig, check_own_fields, own_copy
-from align.training.python_words import FROM_YAML, from_yaml, python_words
 from align.training.reference import load_reference, save_reference
 from align.training.settings import (
     check_training,
@@ -158,6 +159,7 @@ class PreferenceTrainer(TrainedTables):
         self.layout = "concatenated"
         self._layout_choice = config.layout  # type: ignore[assignment]
         self._ids: list[str] = []
+        self._template_arguments: set[str] = set()
         self.latest_inputs: dict[str, Any] = {}
         """The last (micro-)batch of the training."""
         self._pair_metrics = PairMetrics(beta=bound.beta, tau=bound.parameter("tau", MADPO_TAU))
@@ -363,12 +365,17 @@ class PreferenceTrainer(TrainedTables):
             return found
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the trained model or adapter, whole and in a fixed order of its fields; every process calls this."""
+        """Write the trained model or adapter, whole and in a fixed order of its fields; every process calls this.
+
+        The arguments of the chat template that it was trained with are recorded next to it.
+        """
         if self.is_fsdp_enabled and not _internal_call:  # checkpoints may be sharded, the model is not
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(output_dir, _internal_call)
         if self.is_world_process_zero():
-            finish_adapter(Path(output_dir or self.args.output_dir), self.model)
+            folder = Path(output_dir or self.args.output_dir)
+            finish_adapter(folder, self.model)
+            write_record(self._template_arguments, folder)
 
     def save_extra_state(self, folder: Path) -> None:
         """Write the state of loss, remedy, token mask and a reference that moves, and the count of tokens."""

@@ -10,11 +10,12 @@ from typing import Any
 
 from peft import PeftConfig
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
 
+from align.distributed import world_size
 from align.errors import ConfigError
 from align.io.files import read_json, write_json
 from align.models.adapter_folders import QUANTIZATION
@@ -95,7 +96,7 @@ def default_output(model: Any, loss: Any) -> str:
     return f"{name.split('/')[-1]}-{loss.upper() if isinstance(loss, str) else 'DPO'}"
 
 
-def check_stream(args: DPOConfig) -> None:
+def check_stream(args: TrainingArguments) -> None:
     """Refuse a stream of pairs where it is not known how many of them are trained on.
 
     Raises:
@@ -106,8 +107,13 @@ def check_stream(args: DPOConfig) -> None:
             f"train_dataset: found an IterableDataset and max_steps {args.max_steps}, expected more than 0: the first "
             "pairs of the stream that fill so many steps are trained on, in their order",
             code="data-type",
-            hint="set PreferenceConfig.max_steps, or make a datasets.Dataset of it",
+            hint=f"set {type(args).__name__}.max_steps, or make a datasets.Dataset of it",
         )
+
+
+def streamed_pairs(args: TrainingArguments) -> int:
+    """Pairs of a stream that the steps of a training take, over all processes."""
+    return int(args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * world_size())
 
 
 def starts_as_adapter(model: Any) -> bool:

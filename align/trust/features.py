@@ -3,6 +3,7 @@
 Legend: N pairs, B pairs of a batch, T padded tokens, H hidden size, D directions.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from align.models import attention
 from align.models.batching import token_batches
 from align.models.fingerprint import reference_key
 from align.models.layout import base_model, choose_layout, longest_sequence
-from align.models.loading import load_policy, load_tokenizer
+from align.models.loading import load_policy, load_tokenizer, place
 from align.models.logps import Layout
 from align.models.packing import pack
 from align.models.tokenization import collate, tokenize_pairs
@@ -33,7 +34,13 @@ REVISION = 2
 
 
 def pair_features(
-    pairs: Dataset, model: str, cache: Path, *, max_length: int | None, truncation: str = "keep_start"
+    pairs: Dataset,
+    model: str,
+    cache: Path,
+    *,
+    max_length: int | None,
+    truncation: str = "keep_start",
+    loading: Mapping[str, Any] | None = None,
 ) -> np.ndarray:
     """Differences of mean hidden states [N, H], float32, cached in ``cache``; a stopped pass resumes.
 
@@ -43,13 +50,16 @@ def pair_features(
         cache: folder of .npy files, one for each (weights, token ids, truncation).
         max_length: tokens of prompt and response together; None: all.
         truncation: ``keep_start`` or ``keep_end``, as in trl.DPOConfig.
+        loading: arguments of ``from_pretrained``, so that a reference is quantized as in training. An adapter's base
+            is loaded as its folder says.
 
     Raises:
         ModelError: the model cannot be loaded, its tokenizer has ids without an embedding, or the pairs are
             conversations and it has no chat template.
         DataError: truncation to ``max_length`` leaves nothing of a response.
     """
-    tokenizer = load_tokenizer(model)
+    options = {"dtype": "float32"} | dict(loading or {})
+    tokenizer = load_tokenizer(model, trust_remote_code=bool(options.get("trust_remote_code", False)))
     if not isinstance(pairs[0]["prompt"], str) and tokenizer.chat_template is None:
         raise ModelError(
             f"{model}: found no chat template in its tokenizer, expected one, since the pairs are conversations",
@@ -57,7 +67,7 @@ def pair_features(
             hint="give a model that has one, or pairs of plain text",
         )
     tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length, truncation=truncation)
-    reference = load_policy(model, dtype="float32").eval()
+    reference = load_policy(model, **options).eval()
     key = reference_key(reference, tokens, ("mean hidden states", REVISION, max_length, truncation), with_adapter=True)
     file = cache / f"{key[:32]}.npy"
     if file.exists():
@@ -65,7 +75,7 @@ def pair_features(
         cached: np.ndarray = np.load(file, allow_pickle=False)
         return cached
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reference.to(device)
+    place(reference, device)
     cut: dict[str, Any] = {"max_length": max_length, "truncation": truncation}
     sample = collate([tokens[k] for k in range(min(SAMPLE, len(tokens)))], tokenizer.pad_token_id, **cut)
     layout = choose_layout(reference, sample, "auto", longest=longest_sequence(tokens, max_length))

@@ -1,5 +1,6 @@
 """Measure how far to trust labels and margins: linear stand-ins for the policy, evaluated on held-out labels."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def measure_trust(
     max_length: int | None,
     seed: int,
     truncation: str = "keep_start",
+    loading: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run ``analyze`` on a pair table; add signs of shared errors and the seconds of each part.
 
@@ -44,6 +46,7 @@ def measure_trust(
         max_length: tokens of prompt and response together; None: all.
         seed: seed of the folds and the bootstrap.
         truncation: ``keep_start`` or ``keep_end``, as in trl.DPOConfig.
+        loading: arguments of ``from_pretrained``, see ``pair_features``.
 
     Raises:
         AlignError: the model cannot be used, or truncation leaves nothing of a response.
@@ -54,7 +57,7 @@ def measure_trust(
 
     start = time.monotonic()
     pairs, clusters = _measured(pairs, seed)
-    differences = pair_features(pairs, model, cache, max_length=max_length, truncation=truncation)
+    differences = pair_features(pairs, model, cache, max_length=max_length, truncation=truncation, loading=loading)
     done = time.monotonic()
     log.info("trust: %d pairs, features computed in %.0f s, now fitting the proxy", len(pairs), done - start)
     margin = np.asarray(pairs["margin"], dtype=np.float64)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from align.api import compare_policies
 from align.commands.evaluate import Settings, write_comparison
 from align.errors import AlignError
-from align.generation.types import Sampling
+from align.generation.types import Completion, Engine, Sampling
 from align.io.files import read_json
 from reward_models import RewardModel
 from tests.api.test_pair_tables import in_python
@@ -138,6 +138,63 @@ def test_what_is_refused(arguments: dict[str, Any], code: str, words: str, model
         compare_policies(**(given | arguments))
     assert caught.value.code == code and words in str(caught.value)
     in_python(caught.value)
+
+
+class Fixed(Engine):
+    """Yields the given completions per prompt, last prompt first."""
+
+    def __init__(self, name: str, items: Any) -> None:
+        self.name = name
+        self.items = items
+
+    def stream(self, prompts: Any, sampling: Sampling, keys: Any = None) -> Any:
+        yield from reversed([(k, self.items(k)) for k in range(len(prompts))])
+
+
+def said(*texts: str) -> list[Completion]:
+    return [Completion(text, list(text.encode()), "stop") for text in texts]
+
+
+def test_an_engine_of_your_own_is_a_policy() -> None:
+    """Fixed texts come back in the order of the prompts; the judge prefers the longer ones, which are known."""
+    lengths = [3, 1, 4, 2]
+    mine = Fixed("mine", lambda k: said("x" * lengths[k % 4]))
+    other = Fixed("other", lambda k: said("yy"))
+    found = compare_policies(mine, other, PROMPTS, judge=Longer())
+    assert found.table["a"] == ["x" * length for length in lengths] and set(found.table["b"]) == {"yy"}
+    assert found.table["preference"] == [1.0, 0.0, 1.0, 0.5] and found.win_rate == 0.625
+    assert found.details["texts"]["mine"]["tokens"]["value"] == 2.5 and found.details["a"] == "mine"
+    assert found.details["run"]["policies"] == {"mine": "the engine mine", "other": "the engine other"}
+    assert len(compare_policies(mine, other, PROMPTS, judge=Longer(), n=2).table) == 8
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        (lambda k: said("a", "b"), "found 2 completions for prompt 3, expected 1"),
+        (lambda k: [Completion("a", [], "stop")], "found a text without token_ids for prompt 3"),
+        (lambda k: [], "4 of 4 prompts are refused by the odd engine"),
+    ],
+)
+def test_what_an_engine_must_yield(items: Any, words: str) -> None:
+    good = Fixed("good", lambda k: said("a"))
+    with pytest.raises(AlignError, match=words) as caught:
+        compare_policies(Fixed("odd", items), good, PROMPTS, judge=Longer())
+    in_python(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [([0, 1, 3], "nothing for prompt 2"), ([0, 1, 2, 2], "the index 2 twice"), ([0, 1, 2, 4], "the index 4, expected")],
+)
+def test_an_engine_yields_each_prompt_once(numbers: list[int], words: str) -> None:
+    class Odd(Fixed):
+        def stream(self, prompts: Any, sampling: Sampling, keys: Any = None) -> Any:
+            yield from ((k, said("a")) for k in numbers)
+
+    with pytest.raises(AlignError, match=f"engine odd: found {words}") as caught:
+        compare_policies(Odd("odd", None), Fixed("good", lambda k: said("a")), PROMPTS, judge=Longer())
+    assert caught.value.code == "engine-output"
 
 
 def test_there_is_no_default_judge(models: tuple[Path, Path, Path]) -> None:

@@ -75,6 +75,36 @@ def test_pairs_of_an_evaluation_are_dropped() -> None:
     assert found.summary["dropped_by_rule"] == {"same_text": 1, "contamination": 1}
 
 
+def test_a_score_of_your_own_counts_as_the_margin_does() -> None:
+    """A score that equals the margin selects what the margin selects, with the same importance, in all methods."""
+    bare = [{name: value for name, value in row.items() if name != "margin"} for row in TABLE]
+    margins = np.array([row["margin"] for row in TABLE])
+
+    def words(found: Any) -> dict[str, float]:
+        return {row["prompt"]: row["importance"] for row in found.kept}
+
+    for method in ("top", "greedy"):
+        settings: dict[str, Any] = {"keep": 0.4, "embeddings": VECTORS, "method": method}
+        by_margin = filter_pairs(TABLE, **settings, weights={"margin": 0.7, "quality": 0.2})
+        array = filter_pairs(bare, **settings, scores={"lead": margins}, weights={"lead": 0.7, "quality": 0.2})
+        called = filter_pairs(
+            TABLE, **settings, scores={"lead": lambda ds: ds["margin"]}, weights={"lead": 0.7, "margin": 0}, quality=0.2
+        )
+        assert words(by_margin) == words(array) == words(called) and len(array.kept) == 4
+        assert words(by_margin) != words(filter_pairs(bare, **settings, weights={"quality": 0.2}))
+        assert words(by_margin) != words(filter_pairs(TABLE, **settings, quality=0.2))
+        rows = [*array.kept, *array.dropped]
+        assert {row["prompt"]: row["lead"] for row in rows} == {row["prompt"]: row["margin"] for row in TABLE}
+
+
+def test_a_score_of_your_own_is_a_reason() -> None:
+    """The pairs with the lowest score are dropped because of it; without a margin nothing else is said to decide."""
+    low = np.where(np.arange(10) < 5, -100.0, 0.0)
+    found = filter_pairs(TABLE, keep=0.5, embeddings=VECTORS, scores={"taste": low}, weights={"taste": 50.0})
+    reasons = {row["prompt"]: row["reason"] for row in found.dropped}
+    assert all(reasons[TABLE[k]["prompt"]].endswith("lowest term taste") for k in (0, 1, 2, 4))
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "code", "words"),
     [
@@ -88,6 +118,16 @@ def test_pairs_of_an_evaluation_are_dropped() -> None:
         ({"embeddings": VECTORS[:3]}, DataError, "filter-embeddings", "embeddings: found float32 of shape (3, 4)"),
         ({"embeddings": 2 * VECTORS}, DataError, "filter-embeddings", "embeddings:row 1: found a vector of length 2"),
         ({"method": "threshold", "keep": None, "minimum": 99.0}, DataError, "filter-empty", "minimum: found no pair"),
+        ({"scores": {"margin": VECTORS[:, 0]}}, ConfigError, "filter-option", "scores: found the name 'margin'"),
+        ({"scores": {"quality_x": VECTORS[:, 0]}}, ConfigError, "filter-option", "scores: found the name 'quality_x'"),
+        ({"scores": [VECTORS[:, 0]]}, ConfigError, "filter-option", "scores: found [array("),
+        ({"weights": {"lead": 1.0}}, ConfigError, "filter-option", "weights: no score 'lead'; scores are margin, "),
+        ({"weights": {"margin": "1"}}, ConfigError, "filter-option", "weights: margin: found '1', expected a finite"),
+        ({"weights": {"margin": 1}, "margin": 2}, ConfigError, "filter-option", "found it as an argument too"),
+        ({"scores": {"lead": VECTORS[:3, 0]}}, DataError, "filter-score", "lead: found an array of shape (3,)"),
+        ({"scores": {"lead": [*range(9), np.nan]}}, DataError, "filter-score", "lead: found nan for row 9"),
+        ({"scores": {"lead": len}}, DataError, "filter-score", "lead: found an array of shape ()"),
+        ({"scores": {"lead": ["a"] * 10}}, DataError, "filter-score", "lead: found a list that holds no numbers"),
         ({"pairs": []}, DataError, "data-empty", "pairs: holds no rows"),
         ({"pairs": [{"prompt": "x"}]}, DataError, "data-column", "no column 'chosen'"),
         ({"pairs": [*TABLE[:2], TABLE[4] | {"margin": None}]}, DataError, "filter-margin", "1 of 3 pairs have none"),

@@ -14,7 +14,7 @@ from align.config import PairsSection
 from align.data.completions import read_groups
 from align.data.messages import split_arguments
 from align.data.pairs import load_pairs
-from align.data.prompts import load_prompts, read_prompts, sample_prompts
+from align.data.prompts import draw_prompts, load_prompts, read_prompts
 from align.data.text import plain
 from align.errors import ConfigError, DataError
 from align.generation.engines import make_engine
@@ -22,7 +22,7 @@ from align.generation.server_engine import ServerEngine
 from align.generation.types import Sampling
 from align.io.stage import read_manifest
 from align.models.loading import load_tokenizer
-from align.models.template_arguments import RECORD, report_other_arguments, write_record
+from align.models.template_arguments import RECORD, different_arguments, report_other_arguments, write_record
 from align.models.tokenization import encode_pair, encode_prompt
 from reward_models.scorers import ScorerSpec
 from reward_models.tokenization import reward_text
@@ -96,7 +96,7 @@ def test_the_transformers_engine_completes_the_rendered_prompt(policy: Path, tmp
 def test_arguments_are_in_the_keys_of_what_was_sampled(policy: Path, tmp_path: Path) -> None:
     keys = []
     for kwargs in ({}, OFF):
-        prompts, _ = sample_prompts(file_of(tmp_path, ROWS[2:]), None, kwargs)
+        prompts, _ = draw_prompts(file_of(tmp_path, ROWS[2:]), None, kwargs)
         written = write_completions(
             Policy("p", str(policy)), prompts, Sampling(3, engine="transformers"), tmp_path / "e"
         )
@@ -167,7 +167,7 @@ def test_other_arguments_than_in_training_are_told(policy: Path, caplog: pytest.
         "rejected": [{"role": "assistant", "content": "bad"}],
     }
     row = {"id": "a", "prompt": ASKED, **answers, "chat_template_kwargs": json.dumps(OFF)}
-    write_record(Dataset.from_list([row]), policy)
+    write_record(different_arguments(Dataset.from_list([row])), policy)
     assert json.loads((policy / RECORD).read_text()) == [OFF]
     same = {"messages": ASKED, "chat_template_kwargs": OFF | {"misspelled": 1}}
     with caplog.at_level("WARNING"):

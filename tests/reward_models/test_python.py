@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import trl
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
@@ -74,6 +74,37 @@ def test_python_and_the_run_train_one_model(backbone: Path, tmp_path: Path) -> N
     assert found == expected
     records = [np.load(tmp_path / name / "training_pairs.npy") for name in ("python", "run")]
     assert np.array_equal(*records)
+
+
+def test_a_stream_is_read_as_far_as_the_steps_reach(backbone: Path, tmp_path: Path) -> None:
+    """Its first pairs that can be told apart give the losses of the same pairs in a table, in their order."""
+    taken: list[int] = []
+
+    def stream() -> Any:
+        for k, row in enumerate(rows(5000)):
+            taken.append(k)
+            pair = {key: row[key] for key in PAIRS[0]}
+            yield pair | {"prompt": "the film was " * 60} if k == 1 else pair
+
+    settings = STEPS | {"logging_steps": 1, "save_strategy": "no", "bf16": False}
+    first = [{key: row[key] for key in PAIRS[0]} for k, row in enumerate(rows(13)) if k != 1]
+    args = RewardConfig(str(tmp_path), **settings)
+    trainer = RewardTrainer(str(backbone), args, train_dataset=IterableDataset.from_generator(stream))
+    assert len(trainer.train_dataset) == 12 and max(taken) < 600 and args.train_sampling_strategy == "random"
+    table = RewardTrainer(
+        str(backbone),
+        RewardConfig(str(tmp_path), **settings, train_sampling_strategy="sequential"),
+        train_dataset=first,
+    )
+    assert trainer.train_dataset["id"] == table.train_dataset["id"] and losses(trainer) == losses(table)
+    bad = IterableDataset.from_generator(
+        lambda: (pair | {"rejected": pair["chosen"]} if k == 300 else pair for k, pair in enumerate(stream()))
+    )
+    args = RewardConfig(str(tmp_path), **settings | {"max_steps": 64})
+    with pytest.raises(AlignError, match=r"from row 256 of the stream on: 1 of 256 rows(.|\n)*row 44, rejected"):
+        RewardTrainer(str(backbone), args, train_dataset=bad)
+    with pytest.raises(AlignError, match=r"max_steps -1, expected more than 0(.|\n)*set RewardConfig.max_steps"):
+        RewardTrainer(str(backbone), RewardConfig(str(tmp_path)), train_dataset=IterableDataset.from_generator(stream))
 
 
 def test_an_own_objective_reads_columns_and_parameters(backbone: Path, tmp_path: Path) -> None:

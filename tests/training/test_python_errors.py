@@ -14,8 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import DPOConfig
 
 from align import PreferenceConfig, PreferenceTrainer
-from align.errors import AlignError, ConfigError
-from align.training.python_words import in_python
+from align.errors import AlignError, ConfigError, in_python
 from tests.helpers.builders import rows
 from tests.training.test_python_trainer import BASE, table
 
@@ -82,7 +81,7 @@ def no_margin() -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("fields", "more", "code", "words"),
     [
-        ({"loss": "madpo"}, {}, "loss-needs-margin", "score the pairs first (reward_models.RewardModel.score_pairs)"),
+        ({"loss": "madpo"}, {}, "loss-needs-margin", "score the pairs first: reward_models.RewardModel.from"),
         ({"loss": "madpo"}, {"train_dataset": no_margin}, "loss-needs-margin", "1 of 4 pairs have none, the first 'p2'"),
         ({"loss": "madpo"}, {"train_dataset": lambda: table(4, "margin"), "eval_dataset": table}, "loss-needs-margin", "madpo"),
         ({}, {"train_dataset": lambda: None}, "data-type", "train_dataset: found nothing, expected a datasets.Dataset"),
@@ -165,6 +164,7 @@ def test_every_place_of_a_run_file_has_a_name_in_python() -> None:
     left = [text for text in texts if re.search(r"\btrain\.[a-z]", in_python(text))]
     assert left == []
     assert in_python("set `precompute_ref_log_probs: false`") == "set `precompute_ref_log_probs=False`"
+    assert in_python("`train.model`; give --max-length") == "`model`; give max_length"
     assert in_python("train.methods.m.weights.tilt: x") == "PreferenceConfig.pair_weights.tilt: x"
 
 

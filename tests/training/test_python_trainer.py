@@ -1,6 +1,7 @@
 """The trainer made in Python: a trl script with two names changed, tables in memory, a run's steps, resuming."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from align.config import TrainSection
 from align.io.files import read_json
 from align.losses.margin_weights import madpo_weight, trusted_label
 from align.models.loading import load_policy
+from align.models.template_arguments import RECORD
 from align.training.metrics import WeightTotals
 from align.training.train import train_policy
 from tests.helpers.builders import rows
@@ -174,6 +176,22 @@ def test_a_run_and_python_take_the_same_steps(tiny_policy: Path, tmp_path: Path)
     trainer.save_model(str(tmp_path / "saved"))
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "run" / "model" / name).read_bytes()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_saved_models_record_template_arguments(tiny_policy: Path, tmp_path: Path, stream: bool) -> None:
+    """A model saved in Python has the record that a run's has: the different arguments, none for plain text."""
+    off = [json.dumps({"enable_thinking": False}) if k % 2 else "{}" for k in range(12)]
+    pairs = chat().add_column("chat_template_kwargs", off)
+    given = pairs.to_iterable_dataset() if stream else pairs
+    for name, train in (("chat", given), ("text", table())):
+        args = PreferenceConfig(str(tmp_path / name), **(BASE | {"max_steps": 1, "save_strategy": "steps"}))
+        trainer = PreferenceTrainer(str(tiny_policy), args=args, train_dataset=train)
+        trainer.save_model()
+        trainer.save_model(str(tmp_path / name / "other"))
+    for folder in (tmp_path / "chat", tmp_path / "chat" / "other"):
+        assert read_json(folder / RECORD) == [{"enable_thinking": False}, {}]
+    assert not list((tmp_path / "text").rglob(RECORD))
 
 
 @pytest.mark.parametrize("kind", ["list", "frame", "stream"])

@@ -8,8 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -20,11 +22,13 @@ from align.evaluation.policies import Policy, find_reference
 from align.io.console import log
 from align.losses.registry import resolve
 from align.models.adapter_folders import QUANTIZATION, base_loading, is_quantized
-from align.models.loading import load_merged_policy, load_policy
+from align.models.loading import load_merged_policy, load_policy, load_tokenizer
 from align.run.pipeline import _Runner
+from align.run.stages.policy import stage_trust
 from align.run.stages.sampling import run_sampling
 from align.training.adapters import check_merges
-from tests.helpers.builders import trained_adapter
+from align.trust.features import pair_features
+from tests.helpers.builders import rows, trained_adapter
 from tests.training.test_adapters import (
     CLOSE,
     LAYERS,
@@ -106,10 +110,14 @@ def test_a_run_samples_and_evaluates_on_the_quantized_base(tmp_path: Path) -> No
     assert config.evaluate is not None and config.train is not None
     assert run_sampling(config, config.evaluate).options == {"dtype": "float32"} | GIVEN
     inputs = _Runner(config, tmp_path)._inputs("generate-m")
-    assert inputs["quantization"] == {"dtype": "float32"} | GIVEN
+    assert (
+        inputs["quantization"]
+        == {"dtype": "float32"} | GIVEN
+        == _Runner(config, tmp_path)._inputs("trust")["quantization"]
+    )
     config.train.trainer.pop("model_init_kwargs")
     assert run_sampling(config, config.evaluate).options == {}
-    assert "quantization" not in _Runner(config, tmp_path)._inputs("generate-m")
+    assert not any("quantization" in _Runner(config, tmp_path)._inputs(name) for name in ("generate-m", "trust"))
 
 
 def test_a_reference_in_full_precision_is_not_taken_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,3 +151,39 @@ def test_the_job_of_the_command_measures_on_the_quantized_base(tmp_path: Path) -
     full = plain(job.start().products.model)  # type: ignore[attr-defined]
     (folder / QUANTIZATION).write_text(json.dumps(GIVEN))
     assert difference(plain(job.start().products.model), full) > 1e-2  # type: ignore[attr-defined]
+
+
+def test_trust_reads_the_hidden_states_of_the_quantized_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an adapter's own base, and of the model of a run; both are the features of the rounded weights."""
+    base, pairs = make_base(tmp_path / "base", tied=False), Dataset.from_list(rows(4))
+    rounded = tmp_path / "rounded"
+    model = load_policy(str(base), dtype="float32", **GIVEN)
+    model.hf_quantizer = None
+    model.save_pretrained(rounded)
+    load_tokenizer(str(base)).save_pretrained(rounded)
+
+    def features(model: Path, name: str, **loading: Any) -> np.ndarray:
+        return pair_features(pairs, str(model), tmp_path / name, max_length=64, loading=loading)
+
+    expected = features(rounded, "expected")
+    assert np.abs(features(base, "full") - expected).max() > 1e-3
+    assert np.allclose(features(base, "loaded", **GIVEN), expected, atol=1e-6)
+    folder = trained_adapter(base, tmp_path / "adapter", 1)
+    full = features(folder, "adapter-full")
+    (folder / QUANTIZATION).write_text(json.dumps(GIVEN))
+    assert np.abs(features(folder, "adapter") - full).max() > 1e-3
+
+    tree = {"name": "r", "output_dir": str(tmp_path), "pairs": {"path": "p"}, "train": quantized(base).model_dump()}
+    given: list[Any] = []
+
+    def measure(*args: Any, loading: Any, **kwargs: Any) -> Any:
+        given.append(loading)
+        raise InterruptedError
+
+    monkeypatch.setattr("align.run.stages.policy.read_pairs", lambda table: pairs)
+    monkeypatch.setattr("align.run.stages.policy.margin_source", lambda *given: "outside")
+    monkeypatch.setattr("align.run.stages.policy.check_margins", lambda *given, **kwargs: None)
+    monkeypatch.setattr("align.run.stages.policy.measure_trust", measure)
+    with pytest.raises(InterruptedError):
+        stage_trust(RunConfig.model_validate(tree), tmp_path / "trust")
+    assert given == [{"dtype": "float32"} | GIVEN]

@@ -235,8 +235,9 @@ def stage_trust(config: RunConfig, folder: Path) -> None:
     tokenizer = load_tokenizer(config.train.model, trust_remote_code=config.train.trusts_remote_code)
     pairs = trained_pairs(pairs, tokenizer, length, truncation)
     found = measure_trust(
-        pairs, config.train.model, cache, origin=origin, max_length=length, seed=seed, truncation=truncation
-    )
+        pairs, config.train.model, cache, origin=origin, max_length=length, seed=seed, truncation=truncation,
+        loading=config.train.loading,
+    )  # fmt: skip
     found |= {"source": str(table), "model": config.train.model, "margins": origin, "seed": config.seed}
     found["sentences"] = sentences(found, origin)
     write_json(folder / FILE, found)

@@ -26,7 +26,7 @@ def run_sampling(config: RunConfig, section: SampleSection | EvaluateSection, n:
         seed=config.seed,
         engine="transformers",
         batch_size=section.batch_size,
-        options=({"trust_remote_code": True} if config.train.trusts_remote_code else {}) | config.train.quantization,
+        options=config.train.loading,
     )
 
 
