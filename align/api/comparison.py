@@ -93,7 +93,8 @@ def compare_policies(
             ``RewardModel``, or an object with a ``name`` and ``score(prompts, completions)`` -> [N] or
             ``prefer(prompts, first, second)`` -> [N] in [0, 1]. There is no default.
         max_new_tokens: tokens of a completion, at most.
-        n: completions of each policy per prompt. A prompt counts once, with their mean preference.
+        n: completions of each policy per prompt. A prompt counts once, also if it is given twice, with their mean
+            preference.
         seed: seed of the sampling.
         temperature: temperature of the sampling; 0 is greedy.
         batch_size: completions per forward pass; no completion depends on it.
@@ -120,10 +121,9 @@ def compare_policies(
         with TemporaryDirectory(prefix="compare-") as folder:
             given = (texts * n, sampling, Path(folder), tokenizer)
             written = {policy.name: _written(policy, loaded, *given) for policy, loaded in (first, second)}
-        clusters = np.tile(np.arange(len(texts)), n) if n > 1 else None
         preferences = _preferences(asked, *written.values())
         run = _run(asked, texts, (first, second), sampling, n, started)
-        details = compare_written(written, asked, preferences, shown=SHOWN, run=run, clusters=clusters)
+        details = compare_written(written, asked, preferences, shown=SHOWN, run=run)
     return _result(details, written, (preferences[0] + preferences[1]) / 2)
 
 

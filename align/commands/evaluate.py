@@ -22,7 +22,7 @@ from align.commands.evaluation_tables import (
 from align.config import ClusterSection
 from align.data.prompts import draw_prompts
 from align.errors import ConfigError, DataError
-from align.evaluation.compare_policies import PolicySamples, compare_policies, first_samples, kl_statistics
+from align.evaluation.compare_policies import PolicySamples, compare_policies, first_samples, kl_statistics, prompt_ids
 from align.evaluation.policies import REFERENCE, Policy, checkpoints, find_reference, parse_policies
 from align.evaluation.text_statistics import Texts
 from align.generation.types import Sampling
@@ -98,7 +98,7 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
         name: PolicySamples(rewards[name], log_ratios[name], _texts(found), settings.sampling.temperature)
         for name, found in written.items()
     }
-    found = compare_policies(samples, baseline=REFERENCE)
+    found = compare_policies(samples, baseline=REFERENCE, clusters=prompt_ids(drawn.prompts))
     section = {
         "policies": {name: numbers | {"texts": found.texts[name]} for name, numbers in found.policies.items()},
         "comparisons": found.differences,
@@ -145,7 +145,6 @@ def compare_written(
     *,
     shown: int,
     run: dict[str, Any],
-    clusters: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """The section of a report on policy A against policy B.
 
@@ -155,10 +154,10 @@ def compare_written(
         preferences: for A when it is shown first and when it is shown second, [N] each, in [0, 1].
         shown: number of prompts whose completions are part of the section.
         run: how it was made, see ``_run``.
-        clusters: see ``align.evaluation.compare_policies.compare_policies``.
     """
     a, b = written
     texts = {name: PolicySamples(texts=_texts(found)) for name, found in written.items()}
+    clusters = prompt_ids(next(iter(written.values())).prompts)
     found = compare_policies(texts, baseline=b, preferences=preferences, clusters=clusters)
     assert found.win_rate is not None
     samples = _samples(written, {}, shown)
@@ -222,7 +221,7 @@ def frontier(
         written = _write(policy, drawn.prompts, settings, heat)
         log_ratios = _log_ratios(written, origin, settings)
         rewards = score(written, judge, settings.output, settings.max_length)
-        samples = PolicySamples(rewards, log_ratios, temperature=heat)
+        samples = PolicySamples(rewards, log_ratios, temperature=heat).by_prompt(prompt_ids(drawn.prompts))
         base = samples if base is None else base
         named = {"policy": policy.name, "temperature": heat, "step": step}
         points.append(named | _point(samples, base))

@@ -187,6 +187,12 @@ def checked_loss(loss: str | BoundLoss, pairs: Dataset) -> BoundLoss:
     Raises:
         ConfigError, DataError: see ``measure_entanglement``.
     """
+    if not isinstance(loss, str | BoundLoss):
+        raise ConfigError(
+            f"loss: found {loss!r}, expected the name of a loss",
+            code="entanglement-loss",
+            hint="measure the terms of a sum one by one, or compare them with `align entangle losses --sum`",
+        )
     bound = resolve(loss, {}) if isinstance(loss, str) else loss
     if not bound.spec.from_logps:
         raise ConfigError(

@@ -3,8 +3,9 @@
 rewards [N], log-ratios [N], texts of each policy -> compare_policies -> Comparison: estimates with 95% intervals
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,16 @@ class PolicySamples:
     texts: Texts | None = None
     temperature: float = 1.0
     """Temperature of the sampling."""
+
+    def by_prompt(self, clusters: np.ndarray | None) -> "PolicySamples":
+        """The mean reward and log-ratio of each prompt, for prompts that have several completions; texts stay."""
+        if clusters is None:
+            return self
+        rewards, ratios = (
+            values if values is None else mean_of_clusters(values, clusters)
+            for values in (self.rewards, self.log_ratios)
+        )
+        return replace(self, rewards=rewards, log_ratios=ratios)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +73,21 @@ def compare_policies(
         preferences: verdicts of a pairwise judge for the other one of two policies, shown first and shown second,
             [N] each, in [0, 1].
         clusters: number of the prompt of each completion, [N], where a prompt has several; a prompt then counts once,
-            with the mean preference and length of its completions. For policies without rewards.
+            with the mean reward, log-ratio, preference and length of its completions. See ``prompt_ids``.
 
     Raises:
         ValueError: there are preferences, and not exactly two policies with texts; or a preference is out of range.
     """
-    base = policies[baseline]
+    measured_of = {name: samples.by_prompt(clusters) for name, samples in policies.items()}
+    base = measured_of[baseline]
     numbers: dict[str, dict[str, Any]] = {}
     differences: list[dict[str, Any]] = []
     if base.rewards is not None:
-        rewards = {name: samples.rewards for name, samples in policies.items() if samples.rewards is not None}
+        rewards = {name: samples.rewards for name, samples in measured_of.items() if samples.rewards is not None}
         measured = reward_differences(rewards, baseline=baseline)
         differences = measured["comparisons"]
         numbers = {
-            name: measured["policies"][name] | kl_statistics(samples, base) for name, samples in policies.items()
+            name: measured["policies"][name] | kl_statistics(samples, base) for name, samples in measured_of.items()
         }
     texts = {name: samples.texts for name, samples in policies.items() if samples.texts is not None}
     statistics = text_statistics(texts, baseline=baseline, clusters=clusters) if texts else {}
@@ -87,6 +99,16 @@ def compare_policies(
         lengths = ([len(text) for text in texts[name].texts] for name in (others[0], baseline))
         wins = win_rate(*(mean_of_clusters(values, clusters) for values in (*preferences, *lengths)))
     return Comparison(numbers, differences, statistics, changed(statistics), wins)
+
+
+def prompt_ids(prompts: Sequence[Any]) -> np.ndarray | None:
+    """Number of the prompt of each of N rows, [N], equal for equal prompts; None if all N differ.
+
+    Completions of one prompt are not independent, whatever rows they come from.
+    """
+    numbers: dict[str, int] = {}
+    codes = [numbers.setdefault(json.dumps(prompt, sort_keys=True, default=str), len(numbers)) for prompt in prompts]
+    return np.asarray(codes) if len(numbers) < len(codes) else None
 
 
 def mean_of_clusters(values: ArrayLike, clusters: np.ndarray | None) -> np.ndarray:

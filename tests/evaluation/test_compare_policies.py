@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from align.evaluation.compare_policies import Comparison, PolicySamples, compare_policies, first_samples
+from align.evaluation.compare_policies import Comparison, PolicySamples, compare_policies, first_samples, prompt_ids
 from align.evaluation.text_statistics import Texts
 
 COUNT = 200
@@ -78,3 +78,22 @@ def test_the_first_samples_show_every_policy() -> None:
     assert [sample["prompt"] for sample in found] == ["p", "q"]
     assert found[1]["completions"] == {"a": {"text": "y", "reward": 2.0}, "b": {"text": "v", "reward": None}}
     assert len(first_samples(["p", "q", "r"], written, {}, 9)) == 3
+
+
+def test_a_prompt_that_is_given_several_times_counts_once() -> None:
+    """Rewards, KL and ratio are those of the means per prompt; three copies of a file are no more evidence than one."""
+    prompts = [{"prompt": [{"role": "user", "content": str(k)}]} for k in range(COUNT)]
+    assert prompt_ids(prompts) is None
+    codes = prompt_ids(prompts * 3)
+    assert codes is not None and codes.tolist() == list(range(COUNT)) * 3
+    noise = RNG.normal(0, 1, COUNT)
+
+    def measured(copies: int, clusters: np.ndarray | None) -> Comparison:
+        better = PolicySamples(np.tile(BASE + noise, copies), np.tile(LOG_RATIOS, copies))
+        reference = PolicySamples(np.tile(BASE, copies))
+        return compare_policies({"reference": reference, "better": better}, baseline="reference", clusters=clusters)
+
+    once, thrice = measured(1, None).policies, measured(3, codes).policies
+    for name, key in (("reference", "reward"), ("better", "gain"), ("better", "kl"), ("better", "gain_per_root_kl")):
+        assert thrice[name][key] == pytest.approx(once[name][key]), key
+    assert measured(3, None).policies["better"]["gain"]["low"] > once["better"]["gain"]["low"]

@@ -14,7 +14,13 @@ from align.data.pairs import read_pairs
 from align.data.prompts import load_prompts
 from align.data.statistics import missing_values
 from align.data.text import plain
-from align.evaluation.compare_policies import PolicySamples, compare_policies, first_samples
+from align.evaluation.compare_policies import (
+    PolicySamples,
+    compare_policies,
+    first_samples,
+    mean_of_clusters,
+    prompt_ids,
+)
 from align.evaluation.rewards import reward_differences
 from align.generation.sampling_job import SamplingJob, completions_of
 from align.generation.types import as_completion
@@ -69,7 +75,7 @@ def stage_evaluate(config: RunConfig, folder: Path) -> None:
         )
         for name, table in tables.items()
     }
-    found = compare_policies(samples, baseline=REFERENCE)
+    found = compare_policies(samples, baseline=REFERENCE, clusters=prompt_ids(asked))
     gains = _reward_model_gains(config, asked, tables)
     prompts = [plain(prompt) for prompt in asked]
     texts = {name: table["text"] for name, table in tables.items()}
@@ -109,8 +115,11 @@ def _reward_model_gains(
         return {}
     scorer = make_scorer(config.folder / "reward" / MODEL, config.reward)
     rewards = {
-        name: scorer.score_completions(
-            prompts, [as_completion(*row) for row in zip(prompts, table["text"], strict=True)]
+        name: mean_of_clusters(
+            scorer.score_completions(
+                prompts, [as_completion(*row) for row in zip(prompts, table["text"], strict=True)]
+            ),
+            prompt_ids(prompts),
         )
         for name, table in tables.items()
     }
