@@ -112,7 +112,7 @@ def test_secrets_reach_no_file_and_no_line(workspace: Path, monkeypatch: pytest.
     monkeypatch.setenv("MY_API_KEY", "correct-horse-battery")
     name = f"secret-{level}"
     extra = ("--set", f"name={name}", "--set", f"train.trainer.hub_token={TOKEN}")
-    extra += ("--set", f"train.trainer.run_name={KEY}", "--set", "train.trainer.hub_model_id=correct-horse-battery")
+    extra += ("--set", f"train.trainer.run_name={KEY}", "--set", "train.trainer.project=correct-horse-battery")
     said = [run_command(("--log-level", level, *RUN, *extra, *more), workspace) for more in ((), ("--dry-run",))]
     said += [run_command((*RUN, *extra, "--set", f"train.trainer.learning_rate={TOKEN}"), workspace)]
     assert [code for code, *_ in said] == [0, 0, 2], said[0][2] + said[1][2]
