@@ -4,8 +4,9 @@
 line is the same from a run file.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from align.io.lazy import lazy_names
 
 if TYPE_CHECKING:
     from align.api import advise as advise
@@ -50,19 +51,4 @@ __all__ = [
     "pairs_from_dataset",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Load a public name (PEP 562).
-
-    Raises:
-        AttributeError: there is no such name.
-    """
-    if name not in _NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_NAMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_NAMES})
+__getattr__, __dir__ = lazy_names(globals(), _NAMES)

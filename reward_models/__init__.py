@@ -9,8 +9,9 @@ The names below are for Python; each is imported on first use, so that importing
     RewardModel.from_pretrained("rm").score_pairs(pairs)
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from align.io.lazy import lazy_names
 
 if TYPE_CHECKING:
     from reward_models.arguments import RewardConfig
@@ -28,15 +29,4 @@ WHERE = {
 
 __all__ = ["OBJECTIVES", "RewardConfig", "RewardModel", "RewardTrainer"]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use (PEP 562)."""
-    if name not in WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(WHERE[name]), name)
-    globals()[name] = found
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(globals(), WHERE)

@@ -8,8 +8,9 @@ Each takes a ``datasets.Dataset``, a list of dicts or a DataFrame, returns an ob
 command line in the words of Python. A name is imported on first use.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from align.io.lazy import lazy_names
 
 if TYPE_CHECKING:
     from align.api.advice import TrustReport, advise, measure_trust
@@ -43,15 +44,4 @@ __all__ = [
     "pairs_from_dataset",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use (PEP 562)."""
-    if name not in WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(WHERE[name]), name)
-    globals()[name] = found
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(globals(), WHERE)

@@ -118,13 +118,12 @@ class PreferenceTrainer(TrainedTables):
             check_kinds(model, args, ref_model, peft_config)
             config = self._configure(model, args, loss, peft_config)
             train_dataset, eval_dataset = self._tables(train_dataset, eval_dataset, config)
-            collate = collator_fields(data_collator)
+            collate, named = collator_fields(data_collator), isinstance(model, str)
             if processing_class is not None:
                 has_tokenizer(processing_class)
-            elif not isinstance(model, str):
+            elif not named:
                 check_tokenizer_found(model)
             self._given_reference = ref_model is not None
-            named = isinstance(model, str)
             if named:
                 model, processing_class = load_named(model, config, processing_class, quantization_config)
                 quantization_config = None
@@ -146,14 +145,13 @@ class PreferenceTrainer(TrainedTables):
         self._given_loss, self._section = choose_loss(args, loss)
         for warning in self._given_loss.warnings:
             log.warning("%s", warning)
-        self.loss = trained_loss(self._given_loss)
         bound = self._given_loss
+        self.loss = trained_loss(bound)
         config = own_copy(args, loss=bound.spec.name, loss_kwargs=dict(bound.parameters), beta=bound.beta)
         check_own_fields(config)
         check_given_adapter(peft_config)
-        check_training(config, self._given_loss, adapter=peft_config is not None or starts_as_adapter(model))
-        cache = config.reference_cache
-        self.reference_cache = None if cache is None else Path(cache)
+        check_training(config, bound, adapter=peft_config is not None or starts_as_adapter(model))
+        self.reference_cache = None if config.reference_cache is None else Path(config.reference_cache)
         self.max_tokens = config.max_tokens_per_device
         self.async_checkpoints = config.async_checkpoints
         self.layout = "concatenated"

@@ -8,9 +8,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from align.commands.generate import GenerateSettings, complete_prompts
 from align.data.prompts import PromptRow
@@ -20,7 +19,7 @@ from align.generation.types import Sampling
 from align.generation.vllm_adapters import VllmModel, check_vllm_adapter, served_otherwise, vllm_model
 from align.models.adapter_folders import QUANTIZATION
 from align.models.loading import load_policy
-from tests.helpers.builders import llama_config, tokenizer
+from tests.helpers.builders import changed_adapter, make_base
 
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 LORA: dict[str, Any] = TASK | {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -30,25 +29,11 @@ IDS = torch.tensor([[3, 4, 9, 12, 5, 7], [8, 4, 4, 20, 6, 10]])
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama whose head is its embedding."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = llama_config()
-    config.tie_word_embeddings = True
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return make_base(tmp_path_factory.mktemp("base"), tied=True)
 
 
 def trained(base: Path, folder: Path, config: Any) -> str:
-    torch.manual_seed(1)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return str(folder)
+    return str(changed_adapter(base, folder, config))
 
 
 def logps(model: str) -> Tensor:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -62,6 +62,29 @@ def trained_adapter(base: Path, folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), lora).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_base(folder: Path, *, tied: bool) -> Path:
+    """A random tiny Llama whose head is the embedding, or is not."""
+    torch.manual_seed(0)
+    config = llama_config()
+    config.tie_word_embeddings = tied
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def changed_adapter(base: Path, folder: Path, config: PeftConfig) -> Path:
+    """An adapter of any kind with weights as if it had been trained before."""
+    torch.manual_seed(5)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from align.config import LossSection, RemedySection, TokenMaskSection, TrainSection
 from align.config.train import EntanglementSection
@@ -28,7 +28,7 @@ from align.run.checks import check_train
 from align.training import train as training
 from align.training.adapters import CONTINUED, check_merges
 from align.training.trainer import PreferenceTrainer
-from tests.helpers.builders import llama_config, rows, tokenizer
+from tests.helpers.builders import changed_adapter, llama_config, make_base, rows
 
 CLOSE = 1e-5
 """Difference of a token's log-prob (nats) that float32 explains."""
@@ -136,29 +136,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [make_base(tmp_path_factory.mktemp("base"), tied=tied) for tied in (False, True)]
 
 
-def make_base(folder: Path, *, tied: bool) -> Path:
-    """A random tiny Llama whose head is the embedding, or is not."""
-    torch.manual_seed(0)
-    config = llama_config()
-    config.tie_word_embeddings = tied
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
-
-
-def start(base: Path, folder: Path, config: Any) -> Path:
-    """An adapter with weights as if it had been trained before."""
-    torch.manual_seed(5)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
-
-
 def section(model: Path, fields: dict[str, Any] | None, **more: Any) -> TrainSection:
     loss = LossSection(loss="dpo", parameters={"beta": 1.0})
     return TrainSection(**({"model": str(model), "methods": {"m": loss}, "peft": fields, "trainer": TRAINER} | more))
@@ -250,7 +227,7 @@ def test_an_adapter_that_is_trained_further_is_one_policy(
     kind: str, tied: bool, bases: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its reference is the adapter that it started from, here with weights of its own."""
-    folder = start(bases[tied], tmp_path / "start", STARTS[kind]())
+    folder = changed_adapter(bases[tied], tmp_path / "start", STARTS[kind]())
     one_policy_everywhere(section(folder, None), tmp_path, monkeypatch)
     assert adapter_start(str(tmp_path / "out" / "model")) == str(tmp_path / "out" / "model" / "ref")
 
@@ -308,7 +285,7 @@ def test_what_cannot_be_one_policy_is_refused_when_the_run_is_checked(
 def test_an_adapter_that_has_no_copy_is_not_trained_further(
     config: Callable[[], Any], tied: bool, message: str, tmp_path: Path
 ) -> None:
-    folder = start(make_base(tmp_path / "base", tied=tied), tmp_path / "start", config())
+    folder = changed_adapter(make_base(tmp_path / "base", tied=tied), tmp_path / "start", config())
     with pytest.raises(ConfigError, match=message):
         check_train(section(folder, None), {"output_dir": "x"})
     sampled = load_merged_policy(str(folder), dtype="float32")  # to sample from it is right
@@ -321,7 +298,7 @@ def test_what_can_be_trained_further_is_what_is_tried_here() -> None:
 
 
 def test_two_adapters_are_refused(tmp_path: Path) -> None:
-    folder = start(make_base(tmp_path / "base", tied=False), tmp_path / "start", STARTS["lora"]())
+    folder = changed_adapter(make_base(tmp_path / "base", tied=False), tmp_path / "start", STARTS["lora"]())
     with pytest.raises(ConfigError, match=r"found it and an adapter, .*, as train\.model"):
         check_train(section(folder, LAYERS), {"output_dir": "x"})
 
@@ -334,13 +311,13 @@ def test_rounds_need_an_adapter_that_merges(tmp_path: Path) -> None:
 
 def test_nothing_is_merged_in_16_bits(tmp_path: Path) -> None:
     """An update far below the spacing of the weights would be lost."""
-    folder = start(make_base(tmp_path / "base", tied=False), tmp_path / "start", STARTS["lora"]())
+    folder = changed_adapter(make_base(tmp_path / "base", tied=False), tmp_path / "start", STARTS["lora"]())
     assert has_adapter(load_merged_policy(str(folder), dtype="bfloat16"))
     assert not has_adapter(load_merged_policy(str(folder), dtype="float64"))
 
 
 def test_an_adapter_of_another_task_is_no_policy(tmp_path: Path) -> None:
-    folder = start(make_base(tmp_path / "base", tied=False), tmp_path / "start", STARTS["lora"]())
+    folder = changed_adapter(make_base(tmp_path / "base", tied=False), tmp_path / "start", STARTS["lora"]())
     file = folder / "adapter_config.json"
     file.write_text(file.read_text().replace("CAUSAL_LM", "SEQ_CLS"))
     with pytest.raises(ModelError, match="trained for the task SEQ_CLS, expected CAUSAL_LM"):

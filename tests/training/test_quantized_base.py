@@ -28,14 +28,13 @@ from align.run.stages.policy import stage_trust
 from align.run.stages.sampling import run_sampling
 from align.training.adapters import check_merges
 from align.trust.features import pair_features
-from tests.helpers.builders import rows, trained_adapter
+from tests.helpers.builders import make_base, rows, trained_adapter
 from tests.training.test_adapters import (
     CLOSE,
     LAYERS,
     TRAINER,
     completions,
     difference,
-    make_base,
     measured_like,
     plain,
     section,
