@@ -10,6 +10,7 @@ from typing import Any
 
 import huggingface_hub.constants as constants
 import pytest
+import transformers.utils.hub
 from datasets import Dataset
 from safetensors.torch import load_file
 
@@ -28,6 +29,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with serve() as running:
         monkeypatch.setattr(constants, "ENDPOINT", running.address)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # keeps the address of its first use
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield running
 
