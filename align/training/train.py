@@ -125,13 +125,11 @@ def make_trainer(
         args = policy_args(config, method, loss, forced, reference_cache=reference_cache)
         check_settings(config, loss, args)
         with refusals("train"):
+            adapter = build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM")
             return PreferenceTrainer(
-                config.model,
-                args=args,
-                train_dataset=pairs,
-                peft_config=build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM"),
+                config.model, ref_model=None, args=args, data_collator=None, train_dataset=pairs, peft_config=adapter,
                 loss=loss,
-            )
+            )  # fmt: skip
 
 
 def _history(
