@@ -8,15 +8,17 @@ import sys
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from align.cli import entangle as cli_entangle
 from align.cli import evaluate as cli_eval
 from align.cli import filter as cli_filter
 from align.cli import generate as cli_generate
 from align.cli import pairs as cli_pairs
+from align.cli import setup as cli_setup
 from align.cli import trust as cli_trust
 from align.cli.options import (
     Cluster,
@@ -35,11 +37,26 @@ if TYPE_CHECKING:
 STOPPED = {128 + signal.SIGINT: "stopped", 128 + signal.SIGTERM: "terminated"}
 TOGETHER = frozenset({"run", "train", "reward", "entangle", "iterate"})
 """Verbs that all processes of a launcher run together; rank 0 runs the others alone."""
+ORDER = (
+    "doctor", "recipes", "schema", "data", "pairs", "reward", "filter", "trust", "advise", "generate", "run", "train",
+    "entangle", "eval", "best-of-n", "iterate", "report", "push", "reproduce", "explain",
+)  # fmt: skip
+"""Verbs in the order of the work."""
+
+
+class InOrder(TyperGroup):
+    """Shows the verbs in ``ORDER``."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the verbs; one that ``ORDER`` lacks comes last."""
+        return sorted(super().list_commands(ctx), key=lambda name: (*ORDER, name).index(name))
+
+
 app = typer.Typer(
     name="align",
+    cls=InOrder,
     help="Margin-adaptive preference alignment: reward models, MADPO and related losses, one report.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 data = typer.Typer(help="Look at preference data.", no_args_is_help=True)
@@ -55,14 +72,29 @@ app.add_typer(cli_pairs.app, name="pairs")
 app.add_typer(cli_eval.app, name="eval")
 app.command("trust")(cli_trust.trust)
 app.command("advise")(cli_trust.advise)
+app.add_typer(cli_setup.app, name="recipes")
+app.command("doctor")(cli_setup.doctor)
+app.command("schema")(cli_setup.schema)
+app.command("explain")(cli_setup.explain)
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.peft.r=8")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the resolved plan as JSON, stop.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"align {version('margin-align')}\n")
+        raise typer.Exit
+
+
 @app.callback()
 def common(
     context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
