@@ -38,8 +38,8 @@ STOPPED = {128 + signal.SIGINT: "stopped", 128 + signal.SIGTERM: "terminated"}
 TOGETHER = frozenset({"run", "train", "reward", "entangle", "iterate"})
 """Verbs that all processes of a launcher run together; rank 0 runs the others alone."""
 ORDER = (
-    "doctor", "recipes", "schema", "data", "pairs", "reward", "filter", "trust", "advise", "generate", "run", "train",
-    "entangle", "eval", "best-of-n", "iterate", "report", "push", "reproduce", "explain",
+    "doctor", "init", "recipes", "schema", "data", "pairs", "reward", "filter", "trust", "advise", "generate", "run",
+    "train", "entangle", "eval", "best-of-n", "iterate", "report", "push", "reproduce", "explain",
 )  # fmt: skip
 """Verbs in the order of the work."""
 
@@ -73,6 +73,7 @@ app.add_typer(cli_eval.app, name="eval")
 app.command("trust")(cli_trust.trust)
 app.command("advise")(cli_trust.advise)
 app.add_typer(cli_setup.app, name="recipes")
+app.command("init")(cli_setup.init)
 app.command("doctor")(cli_setup.doctor)
 app.command("schema")(cli_setup.schema)
 app.command("explain")(cli_setup.explain)

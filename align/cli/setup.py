@@ -1,9 +1,12 @@
-"""Verbs for the time before a run: recipes, doctor, schema, explain."""
+"""Verbs for the time before a run: init, recipes, doctor, schema, explain."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from align.cli.options import Columns, Split, pair_source
 
 app = typer.Typer(help="Run files that come with the program.", invoke_without_command=True)
 
@@ -27,6 +30,36 @@ def show(name: Annotated[str, typer.Argument(help="Name of a recipe.")]) -> None
     from align.io.console import out
 
     out.print(recipe(name), markup=False, end="")
+
+
+def init(
+    pairs: Annotated[str | None, typer.Argument(help="Pair file, saved dataset or hub id.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model to train: folder or hub id.")] = None,
+    goal: Annotated[str, typer.Option(help="quality, speed or small-memory.")] = "quality",
+    output: Annotated[Path | None, typer.Option(help="File to write; default: print it.")] = None,
+    column: Columns = None,
+    split: Split = "train",
+    demo: Annotated[bool, typer.Option("--demo", help="The demo's run file, for no pairs and no model.")] = False,
+) -> None:
+    """Print a run file for these pairs and this model; its comments say why each value is there."""
+    from align.commands.recipes import recipe
+    from align.errors import ConfigError
+    from align.io.console import log, out
+
+    if demo == (pairs is not None or model is not None) or (pairs is None) != (model is None):
+        raise ConfigError("init: expected PAIRS and --model, or --demo alone", code="config-option")
+    from align.commands.init import run_file, write_run_file
+
+    if pairs is None or model is None:
+        text = recipe("demo")
+    else:
+        columns = pair_source(pairs, column, split).columns if column else None
+        text = run_file(pairs, model, goal=goal, split=split, columns=columns)
+    if output is None:
+        out.print(text, markup=False, end="")
+        return
+    write_run_file(text, output)
+    log.info("wrote %s; check it with `align run %s --dry-run`", output, output)
 
 
 def doctor(
