@@ -102,10 +102,10 @@ def _seeded() -> Iterator[None]:
 
 def _make_model(folder: Path) -> Path:
     """A random Llama and a word tokenizer, saved as a model folder."""
-    vocabulary = {word: k for k, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    vocabulary = {word: k for k, word in enumerate([*names.values(), *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token=names["unk_token"]))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -74,7 +74,7 @@ def test_the_file_trains_as_it_is(tiny_policy: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(text)
     config = load_config(tmp_path / "run.yaml", [f"output_dir={tmp_path / 'runs'}"])
     assert run_pipeline(config, command="align run").exists()
-    assert list(config.folder.glob("**/dpo/model/adapter_model.safetensors"))
+    assert list(config.folder.glob("train-dpo/model/adapter_model.safetensors"))
 
 
 def test_length_holds_99_of_100_pairs_and_not_more_than_the_window(tiny_policy: Path, tmp_path: Path) -> None:
