@@ -7,7 +7,7 @@ WORKERS ?= 2
 MUTANTS ?=
 BENCHMARKS ?= cost_model entanglement entanglement_callback filter generation object_store training trust
 
-.PHONY: setup assets vllm demo test test-slow test-lowest mutation lint audit bench clean
+.PHONY: setup assets vllm docs demo test test-slow test-lowest mutation lint audit bench clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive align reward_models scripts
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs: $(STAMP)
+	$(BIN)/python -m scripts.docs.reference
+	$(BIN)/python -m align.losses.page > docs/losses.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 audit:
 	test -x .venv-audit/bin/pip-audit || ($(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install --quiet pip-audit)

@@ -1,0 +1,1 @@
+"""The documentation site: pages that code writes, and the hook of mkdocs."""
