@@ -97,5 +97,8 @@ SPREAD = "margin_std"
 """Column that scoring adds if at least two models score."""
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 """Columns of a tokenized pair table, trl's names: lists of int; the ids of a response follow those of its prompt."""
+MASK_COLUMNS = ("chosen_mask", "rejected_mask")
+"""Columns of a tokenized pair table in which a response holds several messages: lists of 0 and 1, as long as the ids of
+the response; 1 for the tokens that carry loss (align/models/turns.py)."""
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """Columns of a pair table with precomputed reference log-probs, trl's names: nats, summed over a response."""

@@ -7,15 +7,15 @@ from typing import Any
 
 from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, RESPONSES, SCORES, TEMPLATE_COLUMNS, TEXT, VALUES
 from align.data.implicit_prompt import split_prompt, with_text_prompt, without_prompt
-from align.data.messages import unparsed
+from align.data.messages import content_text, unparsed
 from align.data.readers import Row
 from align.io.console import log
 
 ROLES = ("system", "user", "assistant", "tool")
 MAY_BE_EMPTY = frozenset({"system", "tool"})
 """Roles whose content may be empty text; an assistant's may be if the message calls a tool."""
-CALLS = ("tool_calls", "function_call")
-"""Keys of a message that calls a tool, whose content may then be empty, None or absent."""
+CALLS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Keys of an assistant's message that calls a tool or thinks, whose content may then be empty, None or absent."""
 TEMPLATE_KINDS: dict[str, tuple[type, str]] = {
     "tools": (list, "a list of tools"),
     "chat_template_kwargs": (dict, "an object of arguments"),
@@ -152,9 +152,13 @@ class RowReader:
         content = message.get("content")
         if not content and may_be_empty(message):
             return None
-        if not isinstance(content, str):
-            return self._problem(row, where, "pair-message", f"content {content!r}", "text as content")
-        return self._characters(row, where, content)
+        if isinstance(content, list):
+            wrong = wrong_part(content)
+            if wrong:
+                return self._problem(row, where, "pair-message", *wrong)
+        elif not isinstance(content, str):
+            return self._problem(row, where, "pair-message", f"content {content!r}", "text, or parts with text")
+        return self._characters(row, where, content_text(content))
 
     def _characters(self, row: Row, name: str, text: str) -> Problem | None:
         """A problem of a text: nothing that is seen, millions of characters, a null character, a lone surrogate."""
@@ -225,13 +229,23 @@ class RowReader:
 
 
 def calls(message: dict[str, Any]) -> bool:
-    """Whether a message is an assistant's that calls a tool."""
+    """Whether a message is an assistant's that calls a tool or thinks."""
     return message.get("role") == "assistant" and any(message.get(key) for key in CALLS)
 
 
 def may_be_empty(message: dict[str, Any]) -> bool:
-    """Whether a message needs no content: it calls a tool, or a system message or tool's result is empty text."""
+    """Whether a message needs no content: it calls a tool or thinks, or is an empty system message or result."""
     return calls(message) or (message.get("role") in MAY_BE_EMPTY and message.get("content") == "")
+
+
+def wrong_part(parts: list[Any]) -> tuple[str, str] | None:
+    """(what was found, what was expected) of the first content part that is no text; None if all are."""
+    if not parts:
+        return "no parts as content", "at least one part"
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type", "text") != "text":
+            return f"the content part {part!r}", '{type: text, text: "..."}'
+    return None
 
 
 def odd_character(text: str) -> str | None:

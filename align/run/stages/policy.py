@@ -233,10 +233,10 @@ def stage_trust(config: RunConfig, folder: Path) -> None:
     fields, cache, seed = config.train.trainer, folder / FEATURES, config.seed
     length, truncation = fields.get("max_length", MAX_LENGTH), fields.get("truncation_mode", "keep_start")
     tokenizer = load_tokenizer(config.train.model, trust_remote_code=config.train.trusts_remote_code)
-    pairs = trained_pairs(pairs, tokenizer, length, truncation)
+    pairs = trained_pairs(pairs, tokenizer, length, truncation, config.train.turns)
     found = measure_trust(
         pairs, config.train.model, cache, origin=origin, max_length=length, seed=seed, truncation=truncation,
-        loading=config.train.loading,
+        turns=config.train.turns, loading=config.train.loading,
     )  # fmt: skip
     found |= {"source": str(table), "model": config.train.model, "margins": origin, "seed": config.seed}
     found["sentences"] = sentences(found, origin)
