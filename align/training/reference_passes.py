@@ -37,6 +37,7 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
     """Folder that keeps reference log-probs between trainings."""
     _layout_choice: LayoutChoice | None
     _given_reference: bool
+    data_collator: Any
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add reference log-probs as columns, cached on disk; under DeepSpeed trl computes them."""

@@ -163,3 +163,14 @@ def _args(**changed: Any) -> Any:
     from types import SimpleNamespace
 
     return SimpleNamespace(**{"dataset_num_proc": None, "max_length": 128, "truncation_mode": "keep_start"} | changed)
+
+
+def test_parts_that_a_template_prints_are_refused() -> None:
+    """trl trains on Python's print of the list."""
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "very good"}]}]
+    pairs = Dataset.from_list([{**ROW, "chosen": parts}])
+    with pytest.raises(DataError, match=r"pair m: .* it writes content parts as Python prints them"):
+        encode_table(pairs, made("neither", CHATML))
+    reads = CHATML.replace("m.content", "m.content if m.content is string else m.content[0].text")
+    ours, theirs = (prepared(kind, pairs, made("neither", reads)) for kind in (PreferenceTrainer, DPOTrainer))
+    assert [ours[column][:] for column in ID_COLUMNS] == [theirs[column][:] for column in ID_COLUMNS]
