@@ -143,6 +143,9 @@ class TrainSection(Section):
     layout: Literal["auto", "concatenated", "shared_prefix"] = "auto"
     """How log-probs are computed. shared_prefix: each prompt once for both responses; concatenated: row by row, as trl
     does; auto: shared_prefix if it is exact for the model."""
+    turns: Literal["assistant", "all", "last"] = "assistant"
+    """Whose words count in responses of several messages. assistant: the assistant's; last: those of its last message;
+    all: everybody's, as in trl."""
     max_tokens_per_device: Count | None = None
     """Tokens per forward pass; a larger batch is split without changing its gradient. Default: never split."""
     entanglement: EntanglementSection | None = None

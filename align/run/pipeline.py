@@ -188,6 +188,7 @@ class _Runner:
             inputs["allow_in_sample"] = config.train.allow_in_sample
             inputs["max_length"] = config.train.trainer.get("max_length", "default")
             inputs["truncation"] = config.train.trainer.get("truncation_mode")
+            inputs["turns"] = config.train.turns
         if self._is_trusted(name):
             inputs["trust"] = read_json(self.root / TRUST / TRUST_NUMBERS)
         if kind in ("sample", "generate", TRUST) and config.train and config.train.quantization:

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from align.config import RewardSection, RunConfig, TrainSection
 from align.data.pairs import load_pairs
-from align.models.message_checks import check_pairs_of, check_prompts_of
+from align.models.message_checks import check_pairs_of, check_prompts_of, check_turns_of
 
 
 def check_prompt_rows(config: RunConfig, prompts: Sequence[Any]) -> None:
@@ -48,6 +48,8 @@ def check_pair_rows(config: RunConfig, pairs: Dataset, *, rewards: bool = False)
         if part is not None:
             text_pair = isinstance(part, RewardSection) and part.text_pair
             check_pairs_of(pairs, [part.model], trust_remote_code=part.trusts_remote_code, text_pair=text_pair)
+        if isinstance(part, TrainSection):
+            check_turns_of(pairs, part.model, part.turns, trust_remote_code=part.trusts_remote_code)
     if config.filter is not None and config.filter.ood is not None and not rewards:
         ood = config.filter.ood
         check_pairs_of(pairs, [ood.model], trust_remote_code=ood.trust_remote_code, text_pair=ood.text_pair)

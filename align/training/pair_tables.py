@@ -14,20 +14,23 @@ from align.config.columns import (
     FINISH_COLUMNS,
     FINISH_REASONS,
     ID_COLUMNS,
+    MASK_COLUMNS,
     NOT_NEGATIVE,
     PAIR_COLUMNS,
     REFERENCE_COLUMNS,
     RESPONSES,
     TEXT,
 )
+from align.data.messages import exact_messages
 from align.data.pairs import one_type
 from align.errors import DataError
 from align.io.console import log
 from align.models.collator import REAL, ROW
 from align.models.tokenization import encode_table
-from align.training.columns import told_apart
+from align.models.turns import Turns, counted
+from align.training.columns import NO_TOKEN, told_apart
 
-WRITTEN = (ROW, REAL, "trust", *ID_COLUMNS, *REFERENCE_COLUMNS)
+WRITTEN = (ROW, REAL, "trust", *ID_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS)
 """Columns that the trainer writes itself; those of a given table are dropped."""
 IMAGES = ("image", "images")
 TABLES = "a datasets.Dataset, a list of dicts or a pandas.DataFrame"
@@ -73,6 +76,7 @@ def as_table(given: Any, name: str) -> Dataset | IterableDataset:
         raise _wrong_type(given, name)
     if isinstance(table, Dataset):
         check_columns(table, name)
+        table = exact_messages(table)
         table = table.remove_columns([column for column in WRITTEN if column in table.column_names])
     return table
 
@@ -169,8 +173,14 @@ def stream_table(stream: IterableDataset, pairs: int, keep: Callable[[Dataset, s
     return table.select(range(min(pairs, len(table))))
 
 
-def tokenize_table(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, ids: Sequence[str]) -> Dataset:
-    """Tokenize the table, and drop pairs whose prompt fills ``max_length`` as trl does; log how many.
+def tokenize_table(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Any,
+    ids: Sequence[str],
+    turns: Turns = "assistant",
+) -> Dataset:
+    """Tokenize the table, and drop pairs of which ``max_length`` leaves nothing that counts; log how many.
 
     Pairs whose responses became the same tokens are left out as well, see ``told_apart``.
 
@@ -179,15 +189,17 @@ def tokenize_table(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: A
         tokenizer: of the policy.
         args: ``max_length``, ``truncation_mode`` and ``dataset_num_proc`` of DPOConfig.
         ids: names of pairs in messages.
+        turns: whose words count in responses of several messages.
 
     Raises:
         DataError: no pair is left.
     """
     if "prompt" not in dataset.column_names:
         dataset = dataset.map(extract_prompt)
-    prepared = encode_table(dataset, tokenizer, processes=args.dataset_num_proc)
-    if args.max_length is not None and args.truncation_mode == "keep_start":
-        prepared = prepared.filter(lambda row: len(row["prompt_ids"]) < args.max_length)
+    prepared = encode_table(dataset, tokenizer, turns=turns, processes=args.dataset_num_proc)
+    read = prepared.select_columns([n for n in (*ID_COLUMNS, *MASK_COLUMNS) if n in prepared.column_names])
+    left = [k for k, row in enumerate(read) if counted(row, args.max_length, args.truncation_mode)]
+    prepared = prepared if len(left) == len(prepared) else prepared.select(left)
     missing = len(dataset) - len(prepared)
     if missing == len(dataset):
         raise DataError(
@@ -196,7 +208,7 @@ def tokenize_table(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: A
             hint="raise train.trainer.max_length",
         )
     if missing:
-        log.warning("%d of %d pairs are left out: their prompts fill max_length", missing, len(dataset))
+        log.warning("%d of %d pairs are left out: " + NO_TOKEN, missing, len(dataset))
     kept = told_apart(prepared, ids, args.max_length, args.truncation_mode)
     return prepared if len(kept) == len(prepared) else prepared.select(kept)
 

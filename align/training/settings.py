@@ -53,6 +53,7 @@ def policy_args(
         loss_kwargs=dict(loss.parameters),
         beta=loss.beta,
         layout=config.layout,
+        turns=config.turns,
         max_tokens_per_device=config.max_tokens_per_device,
         pairs_per_step=config.pairs_per_step,
         async_checkpoints=config.async_checkpoints,

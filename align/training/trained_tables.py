@@ -61,7 +61,7 @@ class TrainedTables(ReferencePasses):
             ids.extend(names)
             if training:
                 self._template_arguments |= different_arguments(part)
-            return tokenize_table(numbered, processing_class, args, ids)
+            return tokenize_table(numbered, processing_class, args, ids, args.turns)
 
         table = as_table(dataset, f"{dataset_name}_dataset")
         if isinstance(table, IterableDataset):

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig
 
 from align.config import TokenMaskSection
-from align.config.columns import PAIR_COLUMNS
+from align.config.columns import MASK_COLUMNS, PAIR_COLUMNS
 from align.errors import FROM_YAML, from_yaml, python_words
 from align.io.console import log
 from align.io.files import read_json, write_json
@@ -214,8 +214,8 @@ class PreferenceTrainer(TrainedTables):
 
     @property
     def extra_columns(self) -> tuple[str, ...]:
-        """Margin, weight and trust of each pair, its row in the table and its length."""
-        return (*PAIR_COLUMNS, ROW, *super().extra_columns)
+        """Margin, weight and trust of each pair, whose words count, its row in the table and its length."""
+        return (*PAIR_COLUMNS, *MASK_COLUMNS, ROW, *super().extra_columns)
 
     def _make_token_mask(self, config: TokenMaskSection) -> TokenMask:
         if self.ref_model is None and not has_adapter(self.model):

@@ -102,7 +102,7 @@ def pair_cases() -> Iterator[BadInput]:
         ("an unknown role", lines({**CHAT, "chosen": [turn("bot", "hi")]}), jsonl, "pair-role", "found role 'bot'"),
         ("a message without content", lines({**CHAT, "chosen": [{"role": "assistant"}]}), jsonl, "pair-message", "row 2:chosen[1]"),
         ("a picture as content", lines({**CHAT, "chosen": [turn("assistant", [{"type": "image"}])]}), jsonl, "pair-message",
-         "expected text as content"),
+         "expected {type: text"),
         ("a prompt that ends with the assistant", lines({**CHAT, "prompt": CHAT["chosen"]}), jsonl, "pair-role",
          "found a last message by assistant"),
         ("messages as text that is not JSON", lines({**CHAT, "chosen": "[{'role': 'user', 'content': 'a'} {}]"}), jsonl,

@@ -12,6 +12,7 @@ from align.commands.trust import FEATURES, FILE
 from align.config import PairsSection, RewardSection, RunConfig
 from align.config.columns import FINISH_COLUMNS
 from align.data.messages import argument_cells, split_arguments
+from align.data.pair_selection import draw_pair
 from align.data.pairs import FILE as PAIRS_FILE
 from align.data.pairs import load_pairs, read_pairs, table_of, write_pairs
 from align.data.prompts import load_prompts
@@ -21,7 +22,6 @@ from align.data.training_pairs import report_in_sample, source_of, with_source
 from align.distributed import process_rank
 from align.errors import DataError
 from align.filtering.tables import KEPT
-from align.generation.pair_selection import draw_pair
 from align.generation.sampling_job import SamplingJob, completions_of
 from align.generation.types import Completion, as_completion
 from align.io.console import log
@@ -233,10 +233,10 @@ def stage_trust(config: RunConfig, folder: Path) -> None:
     fields, cache, seed = config.train.trainer, folder / FEATURES, config.seed
     length, truncation = fields.get("max_length", MAX_LENGTH), fields.get("truncation_mode", "keep_start")
     tokenizer = load_tokenizer(config.train.model, trust_remote_code=config.train.trusts_remote_code)
-    pairs = trained_pairs(pairs, tokenizer, length, truncation)
+    pairs = trained_pairs(pairs, tokenizer, length, truncation, config.train.turns)
     found = measure_trust(
         pairs, config.train.model, cache, origin=origin, max_length=length, seed=seed, truncation=truncation,
-        loading=config.train.loading,
+        turns=config.train.turns, loading=config.train.loading,
     )  # fmt: skip
     found |= {"source": str(table), "model": config.train.model, "margins": origin, "seed": config.seed}
     found["sentences"] = sentences(found, origin)
