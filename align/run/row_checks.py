@@ -8,6 +8,9 @@ from datasets import Dataset
 from align.config import RewardSection, RunConfig, TrainSection
 from align.data.pairs import load_pairs
 from align.models.message_checks import check_pairs_of, check_prompts_of, check_turns_of
+from align.run.watch import split_share, without_trained
+from align.training.held_out import HeldOut
+from align.training.held_out_settings import chooses
 
 
 def check_prompt_rows(config: RunConfig, prompts: Sequence[Any]) -> None:
@@ -30,11 +33,37 @@ def check_table_rows(config: RunConfig) -> None:
     Raises:
         DataError: a table cannot be used; see also ``check_pair_rows``.
     """
-    if config.pairs is not None:
-        check_pair_rows(config, load_pairs(config.pairs))
+    pairs = None if config.pairs is None else load_pairs(config.pairs)
+    if pairs is not None:
+        check_pair_rows(config, pairs)
+    _check_held_out(config, pairs)
     for source in (config.reward.pairs, config.reward.eval_pairs) if config.reward is not None else ():
         if source is not None:
             check_pair_rows(config, load_pairs(source), rewards=True)
+
+
+def _check_held_out(config: RunConfig, pairs: Dataset | None) -> None:
+    """Read the held-out pairs, and divide or compare them with the pairs that policies are trained on.
+
+    Args:
+        config: the run.
+        pairs: the policy's pairs; None: they are yet to be sampled.
+
+    Raises:
+        DataError: too few pairs for a share or for two halves, or pairs that are trained on.
+    """
+    section = None if config.train is None else config.train.eval_pairs
+    if config.train is None or section is None:
+        return
+    held_out = None
+    if section.path:
+        held_out = load_pairs(section)
+        check_pair_rows(config, held_out)
+        held_out = held_out if pairs is None else without_trained(held_out, pairs, section)
+    elif pairs is not None:
+        held_out = split_share(pairs, section, config.seed)[1]
+    if held_out is not None:
+        HeldOut.of(held_out, seed=config.seed, choose=chooses(config.train))
 
 
 def check_pair_rows(config: RunConfig, pairs: Dataset, *, rewards: bool = False) -> None:
