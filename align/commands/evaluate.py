@@ -22,7 +22,14 @@ from align.commands.evaluation_tables import (
 from align.config import ClusterSection
 from align.data.prompts import draw_prompts
 from align.errors import ConfigError, DataError
-from align.evaluation.compare_policies import PolicySamples, compare_policies, first_samples, kl_statistics, prompt_ids
+from align.evaluation.compare_policies import (
+    KlSamples,
+    PolicySamples,
+    compare_policies,
+    first_samples,
+    kl_statistics,
+    prompt_ids,
+)
 from align.evaluation.policies import REFERENCE, Policy, checkpoints, find_reference, parse_policies
 from align.evaluation.text_statistics import Texts
 from align.generation.types import Sampling
@@ -51,7 +58,7 @@ class Settings:
     output: Path
     judge: str
     sampling: Sampling
-    """With n = 1 and top-p 1, so that every completion has a KL."""
+    """With n = 1."""
     limit: int | None
     """Number of prompts to use; None: all of them."""
     shown: int
@@ -92,10 +99,10 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
     drawn = _prompts(settings, everyone)
     judge = make_score_judge(settings.judge, settings.max_length, settings.options)
     written = {policy.name: _write(policy, drawn.prompts, settings) for policy in everyone}
-    log_ratios = {name: _log_ratios(found, origin, settings) for name, found in written.items()}
+    kl = {name: _kl(found, origin, settings) for name, found in written.items()}
     rewards = {name: score(found, judge, settings.output, settings.max_length) for name, found in written.items()}
     samples = {
-        name: PolicySamples(rewards[name], log_ratios[name], _texts(found), settings.sampling.temperature)
+        name: PolicySamples(rewards[name], kl[name], _texts(found), settings.sampling.as_it_is)
         for name, found in written.items()
     }
     found = compare_policies(samples, baseline=REFERENCE, clusters=prompt_ids(drawn.prompts))
@@ -109,8 +116,8 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
     _publish(settings.output, {"reward": section}, section)
     for name, numbers in found.policies.items():
         gain = f", gain {interval(numbers['gain'])}" if numbers["gain"] else ""
-        kl = f", KL {interval(numbers['kl'])} nats" if numbers["kl"] else ""
-        log.info("%s: reward %s%s%s", name, interval(numbers["reward"]), gain, kl)
+        distance = f", KL {interval(numbers['kl'])} nats" if numbers["kl"] else ""
+        log.info("%s: reward %s%s%s", name, interval(numbers["reward"]), gain, distance)
     _finish(settings.output)
 
 
@@ -219,9 +226,9 @@ def frontier(
     points = []
     for policy, heat, step in jobs:
         written = _write(policy, drawn.prompts, settings, heat)
-        log_ratios = _log_ratios(written, origin, settings)
+        kl = _kl(written, origin, settings)
         rewards = score(written, judge, settings.output, settings.max_length)
-        samples = PolicySamples(rewards, log_ratios, temperature=heat).by_prompt(prompt_ids(drawn.prompts))
+        samples = PolicySamples(rewards, kl, as_it_is=written.sampling.as_it_is).by_prompt(prompt_ids(drawn.prompts))
         base = samples if base is None else base
         named = {"policy": policy.name, "temperature": heat, "step": step}
         points.append(named | _point(samples, base))
@@ -296,9 +303,9 @@ def _write(policy: Policy, prompts: Sequence[Any], settings: Settings, temperatu
     return write_completions(policy, prompts, sampling, settings.output, settings.cluster)
 
 
-def _log_ratios(written: Written, origin: Policy, settings: Settings) -> np.ndarray | None:
-    """log policy - log reference of each completion, [N]; None for the reference at temperature 1, whose KL is 0."""
-    if written.policy.model == origin.model and written.sampling.temperature == 1:
+def _kl(written: Written, origin: Policy, settings: Settings) -> KlSamples | None:
+    """KL to the reference of each completion; None for the reference as it is, whose KL is 0."""
+    if written.policy.model == origin.model and written.sampling.as_it_is:
         return None
     return measure_kl(written, origin, settings.output, settings.cluster)
 

@@ -2,8 +2,10 @@
 
 from align.config import RunConfig
 
-REVISIONS = dict.fromkeys(("reward", "crossfit", "margins", "filter", "evaluate"), 4) | dict.fromkeys(
-    ("pairs", "sample", "train", "generate", "trust"), 5
+REVISIONS = (
+    dict.fromkeys(("reward", "crossfit", "margins", "filter"), 4)
+    | dict.fromkeys(("pairs", "sample", "train", "evaluate", "trust"), 5)
+    | {"generate": 6}
 )
 """Revision of each kind of stage, part of its key: raise it when the same inputs give another result. The key of a kind
 that is not listed has none."""
