@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align.config import EvalSamplesSection, PairsSection, RewardSection, RunConfig, TrainSection
+from align.config import EvalSamplesSection, FilterSection, PairsSection, RewardSection, RunConfig, TrainSection
 from align.data.pairs import read_pairs
 from align.data.prompts import load_prompts
 from align.distributed import process_rank, world_size
@@ -178,11 +178,7 @@ class _Runner:
         if kind == HELD_OUT and config.train and config.train.eval_pairs:
             inputs["source"] = _source(config.train.eval_pairs)
         if kind == "filter" and config.filter:
-            inputs["settings"] = config.filter.model_dump(exclude={"processes"})
-            chosen = config.filter
-            read = [chosen.embedding_model, chosen.embeddings, chosen.quality_model, chosen.held_out]
-            read += [chosen.ood.model, chosen.ood.pairs.path] if chosen.ood else []
-            inputs["read"] = [fingerprint_model(name) for name in read if name is not None]
+            inputs |= _of_filter(config.filter)
         if kind == "train" and config.train:
             method = config.train.methods[name.removeprefix("train-")]
             inputs["loss"] = method.made_from(without=set())
@@ -256,6 +252,16 @@ class _Runner:
             work_of(name)(self.config, folder)
 
         return work
+
+
+def _of_filter(chosen: FilterSection) -> dict[str, Any]:
+    """Settings of a filter, and fingerprints of the models and files that it reads."""
+    read = [chosen.embedding_model, chosen.embeddings, chosen.quality_model, chosen.held_out]
+    read += [chosen.ood.model, chosen.ood.pairs.path] if chosen.ood else []
+    return {
+        "settings": chosen.model_dump(exclude={"processes"}),
+        "read": [fingerprint_model(name) for name in read if name is not None],
+    }
 
 
 def _source(pairs: PairsSection | None) -> dict[str, Any] | None:
