@@ -39,9 +39,8 @@ def cache_if_away(model: str) -> Iterator[None]:
 
 def _unreachable(model: str) -> str:
     """Return why the hub does not answer one request for a model, empty if it does; any answer will do."""
-    from huggingface_hub import hf_hub_url
+    from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import get_session
 
     try:
         get_session().head(hf_hub_url(model, "config.json"), timeout=TIMEOUT)

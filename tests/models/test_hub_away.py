@@ -30,7 +30,7 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Away:
     """The hub is away, and a request beyond the first one fails the test at once."""
     session = Away()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: session)
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: session)
     return session
 
 
