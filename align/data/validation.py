@@ -210,22 +210,31 @@ class RowReader:
 
     def template_argument(self, row: Row, name: str, value: Any) -> tuple[str | None, list[Problem]]:
         """An argument of the chat template as JSON; its source may have it as JSON text."""
-        if value is None:
-            return None, []
-        kind, expected = TEMPLATE_KINDS[name]
-        try:
-            found: Any = json.loads(value) if isinstance(value, str) else value
-            text = json.dumps(found, ensure_ascii=False)
-        except (ValueError, TypeError):
-            found, text = None, ""
-        if isinstance(found, kind):
-            return text, []
-        return None, [self.problem(row, name, "pair-type", repr(value), expected)]
+        text, expected = argument_text(name, value)
+        return text, [self.problem(row, name, "pair-type", repr(value), expected)] if expected else []
 
     def problem(self, row: Row, column: str, code: str, found: str, expected: str) -> Problem:
         if len(found) > SHOWN_CHARACTERS:
             found = found[:SHOWN_CHARACTERS] + "..."
         return Problem(row.file or self.source, row.number, column, code, found, expected)
+
+
+def argument_text(name: str, value: Any) -> tuple[str | None, str]:
+    """Return an argument of the chat template as JSON, and what was expected; the latter is empty if it is one.
+
+    Args:
+        name: one of ``TEMPLATE_COLUMNS``.
+        value: its cell, as a value or as JSON text; None for no argument.
+    """
+    if value is None:
+        return None, ""
+    kind, expected = TEMPLATE_KINDS[name]
+    try:
+        found: Any = json.loads(value) if isinstance(value, str) else value
+        text = json.dumps(found, ensure_ascii=False)
+    except (ValueError, TypeError):
+        return None, expected
+    return (text, "") if isinstance(found, kind) else (None, expected)
 
 
 def calls(message: dict[str, Any]) -> bool:

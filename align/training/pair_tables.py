@@ -19,10 +19,12 @@ from align.config.columns import (
     PAIR_COLUMNS,
     REFERENCE_COLUMNS,
     RESPONSES,
+    TEMPLATE_COLUMNS,
     TEXT,
 )
 from align.data.messages import exact_messages
 from align.data.pairs import one_type
+from align.data.validation import argument_text
 from align.errors import DataError
 from align.io.console import log
 from align.models.collator import REAL, ROW
@@ -111,6 +113,12 @@ def check_columns(table: Dataset, name: str) -> None:
     for column in TEXT:
         if column in columns:
             _check_texts(table, name, column)
+    for column in TEMPLATE_COLUMNS:
+        for k, cell in enumerate(table[column] if column in columns else []):
+            if expected := argument_text(column, cell)[1]:
+                raise DataError(
+                    f"{name}: {column} of row {k}: found {cell!r:.60}, expected {expected}", code="pair-type"
+                )
     for column in PAIR_COLUMNS:
         if column in columns:
             _check_numbers(table, name, column)
@@ -215,7 +223,8 @@ def tokenize_table(
 
 def _wrong_type(given: Any, name: str) -> DataError:
     hint = "datasets.Dataset.from_list, from_dict and from_pandas make one"
-    found = "nothing" if given is None else f"a {type(given).__name__}"
+    kind = type(given).__name__
+    found = "nothing" if given is None else f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
     if isinstance(given, DatasetDict | IterableDatasetDict):
         found, hint = f"{found} of the splits {', '.join(given)}", f"choose one: {name}[{next(iter(given), 'train')!r}]"
     elif isinstance(given, str | bytes):

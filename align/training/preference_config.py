@@ -11,6 +11,8 @@ from trl import DPOConfig
 from align.distributed import world_size
 from align.errors import ConfigError, python_words
 from align.models.turns import TURNS
+from align.training.base.argument_types import check_field_types
+from align.training.base.arguments import refusals
 from align.training.loss_choice import choose_loss
 
 LAYOUTS = ("auto", "concatenated", "shared_prefix")
@@ -104,8 +106,10 @@ class PreferenceConfig(DPOConfig):
             self.bf16: bool | None = False  # trl's default asks for a GPU here and refuses to be made
         self.loss = "dpo" if self.loss is None else self.loss
         with python_words():
+            check_field_types(self, "PreferenceConfig")
             self._share_pairs()
-            super().__post_init__()
+            with refusals("PreferenceConfig"):
+                super().__post_init__()
             check_own_fields(self)
             choose_loss(self)
             refuse_unused_fields(self)
