@@ -3,7 +3,6 @@
 rewards [N], log-ratios [N], texts of each policy -> compare_policies -> Comparison: estimates with 95% intervals
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -14,7 +13,8 @@ from numpy.typing import ArrayLike
 from align.evaluation.rewards import gain_per_root_kl, reward_differences
 from align.evaluation.text_statistics import Texts, changed, text_statistics
 from align.evaluation.winrate import WinRate, win_rate
-from align.stats import mean_interval
+from align.io.hashing import digest
+from align.stats import cluster_codes, mean_interval
 
 
 class KlSamples(NamedTuple):
@@ -117,9 +117,7 @@ def prompt_ids(prompts: Sequence[Any]) -> np.ndarray | None:
 
     Completions of one prompt are not independent, whatever rows they come from.
     """
-    numbers: dict[str, int] = {}
-    codes = [numbers.setdefault(json.dumps(prompt, sort_keys=True, default=str), len(numbers)) for prompt in prompts]
-    return np.asarray(codes) if len(numbers) < len(codes) else None
+    return cluster_codes([digest(prompt) for prompt in prompts])
 
 
 def mean_of_clusters(values: ArrayLike, clusters: np.ndarray | None) -> np.ndarray:

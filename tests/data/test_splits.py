@@ -10,7 +10,7 @@ from datasets import Dataset
 from align.config import RewardSection
 from align.data.splits import clusters_of, draw_clusters, folds_by_prompt, folds_of_clusters, split_by_prompt
 from reward_models import crossfit
-from reward_models.crossfit import cross_fit
+from reward_models.crossfit import FOLD, cross_fit
 from reward_models.linear_heads import CAUTIOUS, fit_logistic
 from reward_models.margin_metrics import evaluate_margins
 from tests.helpers.builders import bert_reward, rows
@@ -176,4 +176,4 @@ def test_no_model_is_trained_on_the_fold_that_it_scores(tmp_path: Path, monkeypa
     pairs = Dataset.from_list([{"id": str(k), **row} for k, row in enumerate(rows(8))])
     scored = cross_fit(pairs, config, tmp_path / "cv", seed=0)
     for k in range(2):
-        assert trained[k] == {name for name, fold in zip(scored["id"], scored["fold"], strict=True) if fold != k}
+        assert trained[k] == {name for name, fold in zip(scored["id"], scored[FOLD], strict=True) if fold != k}
