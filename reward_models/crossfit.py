@@ -9,7 +9,7 @@ from align.config import ClusterSection, RewardSection
 from align.config.columns import SCORES, SPREAD
 from align.data.pairs import with_columns
 from align.data.splits import folds_by_prompt
-from align.data.training_pairs import with_source
+from align.data.training_pairs import cross_fitted_sources, with_source
 from align.io.console import log
 from align.training.base.trackers import TrackedRun
 from reward_models.calibration import fit_map
@@ -69,7 +69,7 @@ def cross_fit(
     table = pairs.remove_columns([column for column in columns if column in pairs.column_names])
     for column, values in zip(columns, scores.T, strict=True):
         table = table.add_column(column, values.tolist())
-    table = with_source(table, ["cross-fitted"] * len(table))
+    table = with_source(table, cross_fitted_sources(config.model, pairs))
     return with_columns(_calibrated(table, fold, config), {FOLD: fold})
 
 

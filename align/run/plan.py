@@ -11,6 +11,8 @@ REVISIONS = (
 that is not listed has none."""
 LOSS_REVISIONS = {"beta_dpo": 2}
 """Revision of a loss that gives another result than before, part of the key of trainings under it."""
+PROBES_REVISION = 2
+"""Revision of the pairs that ``train.entanglement`` measures, part of the key of trainings that have it."""
 REFERENCE = "reference"
 """Name of the policy that training starts from."""
 TRUST = "trust"

@@ -186,7 +186,8 @@ def stage_margins(config: RunConfig, folder: Path) -> None:
     scored, note = _add_margins(config, config.reward, folder)
     if process_rank() > 0:
         return
-    if origin == "outside":
+    own = config.sample is None and origin == "cross-fitted"
+    if origin == "outside" or own:
         origin = source_of(scored)
         count = report_in_sample(scored, "margins")
         if count:
