@@ -14,6 +14,7 @@ from datasets import Dataset
 from pydantic import ValidationError
 
 from align.config import FilterSection, nearest
+from align.data.findings import report_margins
 from align.data.in_memory import NAME, checked_table, pairs_from_dataset
 from align.data.pairs import fingerprint
 from align.data.training_pairs import report_in_sample
@@ -120,6 +121,7 @@ def filter_pairs(
         folder = Path(parts) / fingerprint(table)[:16]
         with python_words(names={str(folder / VECTORS): "embeddings"}):
             report_in_sample(table, "filter_pairs")
+            report_margins(table, "filter_pairs")
             if isinstance(vectors := options.get("embeddings"), np.ndarray):
                 folder.mkdir(parents=True, exist_ok=True)
                 np.save(folder / VECTORS, vectors, allow_pickle=False)
