@@ -33,7 +33,9 @@ def sharing_findings(pairs: Dataset) -> list[str]:
             "go by the responses, and the diversity of a filter cannot count"
         )
     groups = len(set(clusters_of(pairs).tolist()))
-    if groups < count:
+    if groups == 1 < count:
+        found.append("shared prompts and responses connect all pairs: they count as one, and nothing can be held out")
+    elif groups < count:
         found.append(
             f"{groups} groups of pairs share no prompt or response with each other: folds keep them together, and "
             "intervals are over these groups"

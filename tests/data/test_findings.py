@@ -33,6 +33,10 @@ def test_shared_texts_are_counted() -> None:
     swapped = [{"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows(3)]
     kept = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows(3)]
     assert sharing_findings(Dataset.from_list([*kept, *swapped]))[0].startswith("3 of 6 pairs have the prompt and both")
+    chain = [{"prompt": f"p {k // 2}", "chosen": f"a {k}", "rejected": f"b {k}"} for k in range(2)]
+    assert sharing_findings(Dataset.from_list(chain)) == [
+        "shared prompts and responses connect all pairs: they count as one, and nothing can be held out"
+    ]
     one = [{"prompt": "Which one?", "chosen": f"a {k}", "rejected": f"b {k}"} for k in range(9)]
     (shared,) = sharing_findings(Dataset.from_list(one))
     assert shared.startswith("9 of 9 pairs have one prompt, 'Which one?': it counts as an instruction")
