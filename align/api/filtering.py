@@ -14,7 +14,8 @@ from datasets import Dataset
 from pydantic import ValidationError
 
 from align.config import FilterSection, nearest
-from align.data.in_memory import NAME, pairs_from_dataset
+from align.data.findings import report_margins
+from align.data.in_memory import NAME, checked_table, pairs_from_dataset
 from align.data.pairs import fingerprint
 from align.data.training_pairs import report_in_sample
 from align.errors import ConfigError, DataError, listed, python_words
@@ -40,7 +41,7 @@ class FilterResult:
 
     kept: Dataset
     """The kept pairs with ``quality``, ``diversity``, ``importance`` and the caller's scores; ``doubtful`` where there
-    are margins."""
+    are margins; and the columns of the given table, also those that nothing here reads."""
     dropped: Dataset
     """The other pairs, with the ``reason`` of each."""
     summary: dict[str, Any]
@@ -112,7 +113,7 @@ def filter_pairs(
         check_names(scores, weights, options)
         built_in = {name: float(weight) for name, weight in weights.items() if name in BUILT_IN}
         settings = _settings(keep, rules, model, held_out, options | built_in)
-    table = pairs_from_dataset(pairs)
+    table = checked_table(pairs, NAME, carry=True)
     own = read_scores(scores, weights, table)
     other = [] if held_out is None else pairs_from_dataset(held_out).to_list()
     kept = TemporaryDirectory(prefix="filter-") if cache is None else nullcontext(str(cache))
@@ -120,6 +121,7 @@ def filter_pairs(
         folder = Path(parts) / fingerprint(table)[:16]
         with python_words(names={str(folder / VECTORS): "embeddings"}):
             report_in_sample(table, "filter_pairs")
+            report_margins(table, "filter_pairs")
             if isinstance(vectors := options.get("embeddings"), np.ndarray):
                 folder.mkdir(parents=True, exist_ok=True)
                 np.save(folder / VECTORS, vectors, allow_pickle=False)

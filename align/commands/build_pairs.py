@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import expit
 
 from align.commands.generate import find_completions
-from align.config.columns import CUT_OFF, FINISH_COLUMNS, TEMPLATE_COLUMNS
+from align.config.columns import CUT_OFF, FINISH_COLUMNS, RESPONSES, TEMPLATE_COLUMNS
 from align.data.completions import Candidate, Group, read_groups
 from align.data.messages import argument_cells, split_arguments
 from align.data.pair_selection import Guard, Mode, choose_pairs
@@ -19,6 +19,7 @@ from align.data.pairs import table_of, write_pairs
 from align.data.statistics import summarize
 from align.data.text import plain
 from align.data.training_pairs import margin_sources, report_in_sample, with_source
+from align.data.user_columns import KNOWN
 from align.errors import ConfigError, DataError
 from align.generation.types import report_broken
 from align.io.console import log
@@ -38,7 +39,15 @@ ANY = (0.0, float("inf"))
 MANY_CUT_OFF = 0.2
 """Share of completions cut off by the limit of tokens above which a warning says so."""
 
-REVISION = 3
+PROVENANCE = (
+    "prompt_id", "sample_chosen", "sample_rejected", "scorer", "mode", "probability_chosen", "probability_rejected",
+    "soft_label",
+)  # fmt: skip
+"""Columns that this stage alone writes."""
+OwnColumns = dict[str, tuple[str, int]]
+"""Column of a pair -> (the user's column of a completion, 0 for the chosen and 1 for the rejected completion)."""
+
+REVISION = 4
 """Part of the stage's key: raised when the same completions and scorer give another table or other metrics."""
 
 
@@ -96,7 +105,8 @@ def build_pairs(completions: str | Path, settings: BuildSettings, output: Path) 
     The columns are those of a pair table with ``reward_chosen``, ``reward_rejected`` and ``margin``; ``tools``,
     ``chat_template_kwargs`` and ``FINISH_COLUMNS`` as the completions have them; the provenance ``prompt_id``,
     ``sample_chosen``, ``sample_rejected``, ``scorer``, ``mode``; for a yes-no judge also ``probability_chosen``,
-    ``probability_rejected`` and ``soft_label`` (the sigmoid of the margin).
+    ``probability_rejected`` and ``soft_label`` (the sigmoid of the margin). The user's own columns of the completions
+    follow: NAME where all completions of a prompt have one value, NAME_chosen and NAME_rejected where they differ.
 
     Raises:
         AlignError: the completions or the scorer cannot be used, or no pair is left.
@@ -148,10 +158,10 @@ def _work(groups: list[Different], settings: BuildSettings, folder: Path) -> Non
     position = 0
     pairs: list[dict[str, Any]] = []
     dropped: list[dict[str, Any]] = []
-    guarded = 0
+    guarded, own = 0, _own_columns(groups)
     for group in groups:
         count = len(group.candidates)
-        made, against = _pairs_of(group, rewards[position : position + count], settings) if count > 1 else ([], 0)
+        made, against = _pairs_of(group, rewards[position : position + count], settings, own) if count > 1 else ([], 0)
         position += count
         guarded += against
         pairs += made
@@ -225,8 +235,32 @@ def _mean_reward(groups: list[Different], rewards: np.ndarray) -> Estimate:
     return mean_interval(means)
 
 
-def _pairs_of(found: Different, rewards: np.ndarray, settings: BuildSettings) -> tuple[list[dict[str, Any]], int]:
-    """Return (rows of the pair table, number of pairs that the guard dropped) for one prompt."""
+def _own_columns(groups: list[Different]) -> OwnColumns:
+    """The columns of a pair that hold the user's own columns of its completions.
+
+    A column with one value for all completions of each prompt is the pair's; any other is one of the chosen and one of
+    the rejected response. Those whose names the program uses are named in the log and left out.
+    """
+    candidates = [group.of.candidates for group in groups]
+    names = {name for group in candidates for one in group for name in one.own}
+    found: OwnColumns = {}
+    taken = set()
+    for name in sorted(names):
+        if all(one.own[name] == group[0].own[name] for group in candidates for one in group):
+            columns = {name: (name, 0)}
+        else:
+            columns = {f"{name}_{side}": (name, place) for place, side in enumerate(RESPONSES)}
+        taken |= {name for column in columns if column in {*KNOWN, *PROVENANCE, *(names - {name})}}
+        found |= columns
+    if taken:
+        log.warning("pairs: %s: not kept, because the table has other columns of these names", ", ".join(sorted(taken)))
+    return {column: (name, place) for column, (name, place) in found.items() if name not in taken}
+
+
+def _pairs_of(
+    found: Different, rewards: np.ndarray, settings: BuildSettings, own: OwnColumns
+) -> tuple[list[dict[str, Any]], int]:
+    """Return (rows of the pair table, number of pairs that the guard dropped) for one prompt; see ``_own_columns``."""
     scores = expit(rewards * settings.temperature) if settings.scorer.probabilities else rewards
     guard = Guard(settings.guard_margin, settings.guard_ratio)
     chosen_pairs, dropped = choose_pairs(scores.tolist(), settings.mode, guard, band=settings.band or ANY)
@@ -260,5 +294,5 @@ def _pairs_of(found: Different, rewards: np.ndarray, settings: BuildSettings) ->
                 "probability_rejected": float(scores[worst]),
                 "soft_label": float(expit(margin)),
             }
-        rows.append(row)
+        rows.append(row | {column: (first, second)[place].own[name] for column, (name, place) in own.items()})
     return rows, dropped

@@ -25,6 +25,7 @@ def check_data(source: PairsSection, *, drop_to: Path | None, model: str | None 
         ModelError: the model has no tokenizer, or no valid chat template.
         ConfigError: ``drop_to`` contains the source, or is a finished stage.
     """
+    from align.data.findings import margin_findings, sharing_findings
     from align.data.pairs import FILE, check_pairs, describe_unused, load_pairs, write_pairs
     from align.data.statistics import summarize
     from align.io.source_files import keep_source
@@ -40,6 +41,8 @@ def check_data(source: PairsSection, *, drop_to: Path | None, model: str | None 
     out.print(table)
     if checked.unused:
         out.print(describe_unused(checked.unused), markup=False)
+    for sentence in (*sharing_findings(checked.pairs), *margin_findings(checked.pairs)) if len(checked.pairs) else ():
+        out.print(sentence, markup=False, soft_wrap=True)
     for problem in checked.problems[:SHOWN]:
         out.print(str(problem), markup=False)
     if len(checked.problems) > SHOWN:

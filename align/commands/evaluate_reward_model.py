@@ -15,6 +15,7 @@ from align.config import OodSection, PairsSection
 from align.data.pairs import fingerprint, load_pairs
 from align.data.readers import read_source
 from align.data.splits import clusters_of
+from align.data.training_pairs import margin_sources
 from align.errors import ConfigError
 from align.evaluation.reward_model import reward_model_metrics
 from align.evaluation.reward_pairs import finding_sentences, pair_findings
@@ -27,6 +28,7 @@ from align.models.folders import fingerprint_model
 from align.models.message_checks import check_pairs_of, is_conversational
 from align.sharding.jobs import read_table
 from align.sharding.shards import in_parts
+from reward_models.ensemble import members
 from reward_models.length_bias import word_difference
 from reward_models.loading import DEFAULTS, LoadOptions
 from reward_models.score import REWARDS
@@ -79,10 +81,12 @@ def evaluate(
     clusters, far = clusters_of(pairs), _distances(pairs, model, trained_on, output, options)
     found = reward_model_metrics(chosen, rejected, _groups(pairs), seed=seed, clusters=clusters)
     found |= pair_findings(pairs, chosen - rejected, distances=far, seed=seed, clusters=clusters)
-    found["said"] += finding_sentences(found)
+    seen = margin_sources(members(model), pairs).count("in-sample")
+    known = [f"{seen} of these {len(pairs)} pairs were trained on by this model: the numbers are in-sample, too good."]
+    found["said"] = [*(known if seen else []), *found["said"], *finding_sentences(found)]
     found["run"] = {
         "command": shlex.join(["align", *sys.argv[1:]]), "pairs": source.path, "model": model, "chat": chat,
-        "seed": seed, "seconds": round(stage.seconds, 1),
+        "seed": seed, "seconds": round(stage.seconds, 1), "pairs_trained_on": seen,
     }  # fmt: skip
     _publish(found, pairs, chosen - rejected, output)
 

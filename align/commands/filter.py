@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from align.config import ClusterSection, FilterSection, PairsSection
+from align.data.findings import report_margins
 from align.data.pairs import load_pairs
 from align.data.streaming import REVISION, stream_pairs
 from align.data.training_pairs import report_in_sample
@@ -56,6 +57,7 @@ def filter_source(
         ood = settings.ood
         check_pairs_of(pairs, [ood.model], trust_remote_code=ood.trust_remote_code, text_pair=ood.text_pair)
     report_in_sample(pairs, "filter")
+    report_margins(pairs, "filter")
     held_out = [] if settings.held_out is None else load_pairs(PairsSection(path=settings.held_out)).to_list()
     try:
         found = filter_pairs(pairs, settings, folder, held_out=held_out, seed=seed, cluster=cluster)

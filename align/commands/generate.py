@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
 from align.config import ClusterSection, PairsSection
 from align.config.columns import TEMPLATE_COLUMNS
+from align.data.completions import completion_table
 from align.data.messages import argument_cells, split_arguments
 from align.data.prompts import PromptRow, read_prompts
 from align.errors import DataError
@@ -69,7 +69,8 @@ def generate_completions(source: PairsSection, settings: GenerateSettings, outpu
 
     One row for each completion: ``id`` of the prompt, ``group`` if the prompts have it, ``sample`` (0 to n - 1),
     ``prompt``, ``completion`` (text, or one assistant message), ``tools`` and ``chat_template_kwargs`` (JSON) if the
-    prompts have them, ``tokens``, ``finish_reason``, and ``token_ids`` and ``logprobs`` if log-probs are asked for.
+    prompts have them, ``tokens``, ``finish_reason``, the user's own columns of the prompts, and ``token_ids`` and
+    ``logprobs`` if log-probs are asked for.
     Each prompt is kept as soon as it is finished, and a rerun with the same settings does not repeat it. The random
     numbers of a prompt depend on its id, so a resumed run gives the same result as an uninterrupted one.
 
@@ -96,7 +97,7 @@ def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSe
         len(prompts), source, sampling.n, settings.model, chosen, why, sampling.seed, output,
     )  # fmt: skip
     inputs = {
-        "prompts": digest([asdict(prompt) for prompt in prompts]),
+        "prompts": digest([prompt.made_from for prompt in prompts]),
         "model": settings.model,
         "content": fingerprint_model(settings.model),
         "engine": chosen,
@@ -243,6 +244,7 @@ def _rows(
                 **arguments,
                 "tokens": len(completion.token_ids),
                 "finish_reason": completion.finish_reason,
+                **prompt.own,
             }
             if settings.sampling.logprobs:
                 row |= {"token_ids": completion.token_ids, "logprobs": completion.logprobs}
@@ -250,12 +252,13 @@ def _rows(
 
 
 def write_table(rows: list[dict[str, Any]], file: Path) -> None:
-    """Write rows as JSONL if the file is called so, else as Parquet, atomically."""
+    """Write rows as JSONL if the file is called so, else as Parquet, atomically; a row may lack columns of others."""
     with atomic_write(file) as temporary:
         if file.suffix == ".jsonl":
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+            temporary.write_text("".join(lines), encoding="utf-8")
         else:
-            pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
+            pq.write_table(completion_table(rows), temporary, compression="zstd")
 
 
 def _write_metrics(

@@ -124,7 +124,7 @@ class EntanglementSection(Section):
     every: Count = 50
     """Optimizer steps between two measurements."""
     probes: Count = 8
-    """Number of pairs that are measured each time, from the start of the table."""
+    """Number of pairs that are measured each time: a fair sample of the table, drawn by a hash of the ids."""
 
 
 class TrainSection(Section):

@@ -1,13 +1,17 @@
 """Reading a file of completions, grouped by prompt."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from align.config import PairsSection
 from align.config.columns import FINISH_REASONS, TEMPLATE_COLUMNS
-from align.data.messages import with_arguments
+from align.data.messages import text_array, with_arguments
 from align.data.readers import Row, read_rows
+from align.data.user_columns import user_array, user_cells
 from align.data.validation import RowReader
 from align.errors import DataError, listed
 
@@ -25,6 +29,8 @@ class Candidate:
     completion: Any
     row: dict[str, Any]
     """All columns of its row."""
+    own: dict[str, Any]
+    """Those that the program neither reads nor writes, unchanged."""
 
     @property
     def finish_reason(self) -> str | None:
@@ -56,6 +62,7 @@ def read_groups(file: str | Path) -> list[Group]:
     reader = RowReader(str(file), {"prompt"})
     problems: list[str] = []
     groups: dict[str, Group] = {}
+    names = user_cells(row.values for row in rows)
     for row in rows:
         problem = row.unreadable or _wrong(row, reader)
         if not problem:
@@ -68,7 +75,8 @@ def read_groups(file: str | Path) -> list[Group]:
             elif any(number == earlier.sample for earlier in group.candidates):
                 problem = f"found sample {number} of {key!r} again, expected each number once"
             else:
-                group.candidates.append(Candidate(number, row.values["completion"], row.values))
+                cells = {name: row.raw.get(name) for name in names}
+                group.candidates.append(Candidate(number, row.values["completion"], row.values | cells, cells))
         if problem:
             problems.append(f"{row.file and row.file + ':'}row {row.number}: {problem}")
     if problems:
@@ -78,6 +86,14 @@ def read_groups(file: str | Path) -> list[Group]:
             hint="expected rows as `align generate` writes them: id, prompt, sample, completion",
         )
     return list(groups.values())
+
+
+def completion_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows of completions as Arrow: every message with the keys that its row gives it, the user's columns unchanged."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    own = user_cells(rows)
+    make = dict.fromkeys(("prompt", "completion"), text_array) | dict.fromkeys(own, user_array)
+    return pa.table({name: make.get(name, pa.array)([row.get(name) for row in rows]) for name in names})
 
 
 def _wrong(row: Row, reader: RowReader) -> str:

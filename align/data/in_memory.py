@@ -44,18 +44,18 @@ def pairs_from_dataset(ds: Any, *, columns: Mapping[str, str] | None = None) -> 
     return checked_table(ds, NAME, columns=columns)
 
 
-def checked_table(ds: Any, name: str, *, columns: Mapping[str, str] | None = None) -> Dataset:
-    """``pairs_from_dataset`` for an argument of another name.
+def checked_table(ds: Any, name: str, *, columns: Mapping[str, str] | None = None, carry: bool = False) -> Dataset:
+    """``pairs_from_dataset`` for an argument of another name; ``carry`` keeps columns that the program does not read.
 
     Raises:
         DataError: see there.
     """
     with python_words(HINTS):
         rows, names = read_table(memory_rows(ds, name), _section(name, columns))
-    checked = check_rows(rows, names, name)
+    checked = check_rows(rows, names, name, carry=carry)
     if checked.problems:
         raise _unusable(name, checked.problems, len(checked.invalid), len(rows))
-    unused = unused_columns(names)
+    unused = [column for column in unused_columns(names) if column not in checked.pairs.column_names]
     if unused:
         log.info("%s: columns that are not used: %s", name, ", ".join(unused))
     return checked.pairs

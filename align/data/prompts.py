@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from align.config import PairsSection
@@ -11,6 +11,7 @@ from align.data.messages import content_text, split_arguments, with_arguments
 from align.data.readers import Row, read_files, read_rows
 from align.data.sampling import fair_sample, report_sample
 from align.data.seen_ids import SeenIds, content_id
+from align.data.user_columns import user_cells
 from align.data.validation import ROLES, RowReader, may_be_empty, odd_character, wrong_part
 from align.errors import ConfigError, DataError, listed
 from align.io.console import log
@@ -25,14 +26,22 @@ class PromptRow:
     """Text, or messages of which the last is not by the assistant, perhaps ``with_arguments``."""
     group: str | None
     """A category; the completions keep it."""
+    own: dict[str, Any] = field(default_factory=dict)
+    """Columns of the source that the program does not read; the completions keep them."""
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """The part of a stage's key that this prompt is."""
+        found: dict[str, Any] = {"id": self.id, "prompt": self.prompt, "group": self.group}
+        return found | ({"own": self.own} if self.own else {})
 
 
 def read_prompts(source: PairsSection, kwargs: Mapping[str, Any] | None = None) -> list[PromptRow]:
     """The ``prompt`` of every row of a JSONL, CSV or Parquet file, a saved dataset or a hub dataset.
 
     ``id`` is the row's own, or a hash of the prompt (see ``content_id``). ``tools`` and ``chat_template_kwargs`` of a
-    row go with its messages, as in training. Other columns are not read, so a pair table is a valid source. With
-    ``source.limit``, a fair sample of the rows.
+    row go with its messages, as in training. The other columns of a pair table are not read, so one is a valid source;
+    the user's own columns are carried. With ``source.limit``, a fair sample of the rows.
 
     Args:
         source: the prompts.
@@ -44,27 +53,27 @@ def read_prompts(source: PairsSection, kwargs: Mapping[str, Any] | None = None) 
     """
     rows = read_rows(source)
     reader = RowReader(source.path, {"prompt"})
-    renamed = source.columns.get("prompt", "prompt")
     if not rows:
         raise DataError(f"{source.path}: holds no rows", code="data-empty", hint="expected one prompt per row")
     problems: list[str] = []
     prompts: list[PromptRow] = []
-    seen = SeenIds()
+    seen, own = SeenIds(), user_cells(row.values for row in rows)
     for row in rows:
-        problem = row.unreadable or _wrong(row.values.get(renamed))
-        if not problem and prompts and isinstance(prompts[0].prompt, str) != isinstance(row.values[renamed], str):
+        problem = row.unreadable or _wrong(row.values.get("prompt"))
+        if not problem and prompts and isinstance(prompts[0].prompt, str) != isinstance(row.values["prompt"], str):
             problem = "found both text and messages, expected one kind per file"
         arguments, wrong = ({}, "") if problem else _arguments(reader, row, kwargs)
         problem = problem or wrong
-        own = row.values.get("id")
-        key = str(own) if own is not None or problem else content_id(row.values[renamed], seen)
+        given = row.values.get("id")
+        key = str(given) if given is not None or problem else content_id(row.values["prompt"], seen)
         if not problem and (earlier := seen.get(key)) is not None:
             problem = f"found id {key!r}, which row {earlier} has too, expected an id used once"
         if problem:
             problems.append(f"{row.file and row.file + ':'}row {row.number}: {problem}")
             continue
         seen.add(key, row.number)
-        prompts.append(PromptRow(key, with_arguments(row.values[renamed], arguments), _group(row)))
+        cells = {name: row.raw.get(name) for name in own}
+        prompts.append(PromptRow(key, with_arguments(row.values["prompt"], arguments), _group(row), cells))
     if problems:
         raise DataError(
             f"{source.path}: {len(problems)} rows have no usable prompt:\n{listed(problems)}",

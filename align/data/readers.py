@@ -80,13 +80,7 @@ def _columns(source: PairsSection, rows: Iterable[Row]) -> tuple[set[str], dict[
         empty = False
     if empty:
         raise DataError(f"{source.path}: holds no rows", code="data-empty", hint="expected one pair per row")
-    for wanted, given in source.columns.items():
-        if given not in columns:
-            raise DataError(
-                f"{source.path}: column {given!r}, mapped to {wanted!r}, is not there{nearest(given, sorted(columns))}",
-                code="data-column",
-            )
-    renamed = {given: wanted for wanted, given in source.columns.items()}
+    renamed = _mapped(source, columns)
     columns = {renamed.get(name, name) for name in columns}
     for needed in ("chosen", "rejected"):
         if needed not in columns and readable:
@@ -98,13 +92,32 @@ def _columns(source: PairsSection, rows: Iterable[Row]) -> tuple[set[str], dict[
     return columns, renamed
 
 
-def read_rows(source: PairsSection) -> list[Row]:
-    """All rows of a source, without renaming.
+def _mapped(source: PairsSection, columns: set[str]) -> dict[str, str]:
+    """Name in the source -> name here, of the mapped columns.
 
     Raises:
-        DataError: the source is missing or unreadable.
+        DataError: one of them is not among the ``columns`` of the source.
     """
-    return list(_rows(source))
+    for wanted, given in source.columns.items():
+        if given not in columns:
+            raise DataError(
+                f"{source.path}: column {given!r}, mapped to {wanted!r}, is not there{nearest(given, sorted(columns))}",
+                code="data-column",
+            )
+    return {given: wanted for wanted, given in source.columns.items()}
+
+
+def read_rows(source: PairsSection) -> list[Row]:
+    """All rows of a source that need not be pairs, with ``source.columns`` applied.
+
+    Raises:
+        DataError: the source is missing or unreadable; a mapped column is missing.
+    """
+    rows = list(_rows(source))
+    if not source.columns or all(row.unreadable for row in rows):
+        return rows
+    renamed = _mapped(source, {name for row in rows for name in row.values})
+    return [replace(row, values=_rename(row.values, renamed)) for row in rows]
 
 
 def read_files(source: str) -> list[Row]:

@@ -1,7 +1,5 @@
 """Clusters of pairs that share texts, and held-out splits, folds and bootstrap samples that keep clusters together."""
 
-import hashlib
-import json
 from collections import Counter
 from typing import Any
 
@@ -10,14 +8,12 @@ from datasets import Dataset
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from align.config.columns import TEXT
-from align.data.text import plain
+from align.config.columns import RESPONSES
+from align.data.text import is_long, plain, text_key, without_system
 from align.io.console import log
 
 ROUNDING = 1e-9
 """Rounding error that remains of 1 - 10 * 0.1."""
-LONG = 40
-"""Characters from which a response that two prompts share is a copy; shorter ones ("Yes") recur by chance."""
 
 
 def split_by_prompt(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -87,21 +83,23 @@ def clusters_of(pairs: Dataset) -> np.ndarray:
     """Cluster of every pair, int64 [N] from 0: connected components of pairs that share texts.
 
     Pairs are connected if they share a prompt, or a response to one prompt, or a response of ``LONG`` characters to any
-    prompt; equal pairs share all three. They are correlated, so splits keep clusters together and statistics resample
-    clusters. A prompt of more than half of the pairs is an instruction common to the dataset and connects none; its
-    pairs are connected by their responses.
+    prompt; equal pairs share all three. A prompt of this length is the same under another system message. Texts that
+    differ in case, white space or Unicode form are equal (``bare``). Such pairs are correlated, so splits keep clusters
+    together and statistics resample clusters. A prompt of more than half of the pairs is an instruction common to the
+    dataset and connects none; its pairs are connected by their responses.
     """
     count = len(pairs)
-    texts = {name: [_name(text) for text in pairs[name]] for name in TEXT if name in pairs.column_names}
-    common = {prompt for prompt, times in Counter(texts["prompt"]).items() if times > max(2, count / 2)}
-    long = [[len(plain(text)) >= LONG for text in pairs[name]] for name in texts if name != "prompt"]
+    asked = [_prompt_keys(prompt) for prompt in pairs["prompt"]]
+    times = Counter(key for keys in asked for key in keys)
+    common = {key for key, found in times.items() if found > max(2, count / 2)}
+    sides = [[plain(text) for text in pairs[name]] for name in RESPONSES if name in pairs.column_names]
     nodes: dict[bytes, int] = {}
     links: list[tuple[int, int]] = []
-    for k, (prompt, *responses) in enumerate(zip(*texts.values(), strict=True)):
-        shared = [prompt + response for response in responses]
-        shared += [response for response, of in zip(responses, long, strict=True) if of[k]]
-        if prompt not in common:
-            shared.append(prompt)
+    for k, (keys, *responses) in enumerate(zip(asked, *sides, strict=True)):
+        shared = [key for key in keys if key not in common]
+        for response in responses:
+            answer = text_key(response)
+            shared += [key + answer for key in keys] + ([answer] if is_long(response) else [])
         links += [(k, count + nodes.setdefault(name, len(nodes))) for name in shared]
     size = count + len(nodes)
     graph = coo_matrix((np.ones(len(links)), tuple(np.array(links, dtype=np.int64).reshape(-1, 2).T)), (size, size))
@@ -110,6 +108,7 @@ def clusters_of(pairs: Dataset) -> np.ndarray:
     return clusters
 
 
-def _name(text: Any) -> bytes:
-    """Digest of a text or of messages."""
-    return hashlib.blake2b(json.dumps(text, sort_keys=True).encode(), digest_size=16).digest()
+def _prompt_keys(prompt: Any) -> set[bytes]:
+    """Keys of a prompt: of the whole, and of what remains of it without system messages if that is long."""
+    whole, rest = plain(prompt), plain(without_system(prompt))
+    return {text_key(text) for text in (whole, rest) if text == whole or is_long(rest)}

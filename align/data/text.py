@@ -1,7 +1,9 @@
 """From messages to text, in one way for filter, judges and pages; the texts of a pair table as Arrow columns."""
 
+import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +19,10 @@ SPEAKERS = frozenset({"user", "assistant"})
 """Roles that need no label in a list of one message: the column says who speaks."""
 SYSTEM = frozenset({"system", "developer"})
 """Roles of the messages that set a conversation up."""
+INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"))
+"""Characters that are not seen; ``str.translate`` removes them."""
+LONG = 40
+"""Width from which a text that recurs is a copy; shorter ones ("Yes") recur by chance."""
 
 
 def plain(part: Any) -> str:
@@ -31,6 +37,24 @@ def plain(part: Any) -> str:
         return part
     labeled = len(part) != 1 or part[0]["role"] not in SPEAKERS
     return "\n".join(_message_text(message, labeled=labeled) for message in part)
+
+
+def bare(text: str) -> str:
+    """A text as copies of it are recognized: without case, white space and invisible characters, in Unicode's NFKC."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().translate(INVISIBLE).split())
+
+
+def text_key(text: str) -> bytes:
+    """Digest of 16 bytes of a text; texts with the same ``bare`` form have the same."""
+    return hashlib.blake2b(bare(text).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def is_long(text: str) -> bool:
+    """Whether a text is ``LONG`` characters wide; characters of East Asian scripts, which say more, are two wide."""
+    text = " ".join(text.split())
+    if len(text) >= LONG or 2 * len(text) < LONG:
+        return len(text) >= LONG
+    return len(text) + sum(unicodedata.east_asian_width(character) in "WF" for character in text) >= LONG
 
 
 def _message_text(message: Mapping[str, Any], *, labeled: bool) -> str:

@@ -4,7 +4,6 @@ The record is one small file in the model folder: sorted 64-bit digests of every
 """
 
 from collections.abc import Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import numpy as np
 from datasets import Dataset
 
 from align.config.columns import RESPONSES
-from align.data.text import plain
+from align.data.text import is_long, plain, text_key, without_system
 from align.io.console import log
 
-FILE = "training_pairs.npy"
+FILE = "training_texts.npy"
 SOURCE = "margin_source"
 """Column of a pair table: where the margin of each pair comes from, one of ``SOURCES`` or ``UNKNOWN``."""
 SOURCES = ("outside", "cross-fitted", "in-sample")
@@ -23,12 +22,16 @@ UNKNOWN = "unknown"
 
 
 def text_digests(prompts: Sequence[Any], responses: Sequence[Any]) -> np.ndarray:
-    """64-bit digests [N] of prompts, each with its response; they do not depend on white space or on where a prompt
-    ends."""
+    """64-bit digests [N] of prompts, each with its response.
+
+    They do not depend on case, white space or Unicode form, on where a prompt ends, or, from ``LONG`` characters on, on
+    system messages.
+    """
     found = np.empty(len(prompts), dtype=np.uint64)
     for k, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        text = "".join(f"{plain(prompt)} {plain(response)}".split())
-        found[k] = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
+        text = f"{plain(without_system(prompt))} {plain(response)}"
+        whole = text if is_long(text) else f"{plain(prompt)} {plain(response)}"
+        found[k] = int.from_bytes(text_key(whole)[:8], "big")
     return found
 
 
@@ -37,9 +40,17 @@ def pair_digests(pairs: Dataset) -> np.ndarray:
     return np.stack([text_digests(pairs["prompt"], pairs[name]) for name in RESPONSES], axis=1)
 
 
-def record_of(pairs: Dataset) -> np.ndarray:
-    """The record of the pairs that a model is trained on: sorted digests, uint64."""
-    return np.unique(pair_digests(pairs))
+def record_of(pairs: Dataset, start: Path | str | None = None) -> np.ndarray:
+    """The record of the pairs that a model is trained on: sorted digests, uint64.
+
+    Args:
+        pairs: pair table.
+        start: model that the training starts from; if its folder has a record, the new model knows those pairs, too.
+    """
+    digests = pair_digests(pairs).ravel()
+    earlier = None if not start else Path(start) / FILE
+    known = [np.load(earlier, allow_pickle=False)] if earlier is not None and earlier.is_file() else []
+    return np.unique(np.concatenate([digests, *known]))
 
 
 def write_digests(record: np.ndarray, folder: Path) -> None:
@@ -47,9 +58,9 @@ def write_digests(record: np.ndarray, folder: Path) -> None:
     np.save(folder / FILE, record, allow_pickle=False)
 
 
-def write_record(pairs: Dataset, folder: Path) -> None:
-    """Write the record of the pairs that a model was trained on into its folder."""
-    write_digests(record_of(pairs), folder)
+def write_record(pairs: Dataset, folder: Path, start: Path | str | None = None) -> None:
+    """Write the record of the pairs that a model was trained on into its folder; see ``record_of``."""
+    write_digests(record_of(pairs, start), folder)
 
 
 def margin_sources(models: Sequence[Path | str], pairs: Dataset) -> list[str]:
@@ -66,6 +77,21 @@ def margin_sources(models: Sequence[Path | str], pairs: Dataset) -> list[str]:
             seen |= np.isin(digests, np.load(record, allow_pickle=False)).any(axis=1)
     other = "outside" if all(record.is_file() for record in records) else UNKNOWN
     return ["in-sample" if one else other for one in seen]
+
+
+def cross_fitted_sources(start: Path | str, pairs: Dataset) -> list[str]:
+    """Source of each margin [N] of models that start from ``start`` and are trained on the other folds.
+
+    It is in-sample if the model that they start from was trained on the pair; a warning says of how many.
+    """
+    found = ["in-sample" if one == "in-sample" else "cross-fitted" for one in margin_sources([start], pairs)]
+    count = found.count("in-sample")
+    if count:
+        log.warning(
+            "cross-fitting: %s, which every fold starts from, was trained on %d of these %d pairs: their margins are "
+            "in-sample; start from a model that has not seen them", start, count, len(pairs),
+        )  # fmt: skip
+    return found
 
 
 def with_source(pairs: Dataset, sources: Sequence[str]) -> Dataset:

@@ -1,7 +1,7 @@
 """Columns of a source that the program does not read, carried unchanged into the tables of commands that keep rows."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -11,6 +11,8 @@ from align.config.columns import COLUMNS
 KNOWN = frozenset(column.name for column in COLUMNS)
 WRITTEN = frozenset(column.name for column in COLUMNS if not column.loaded)
 """Columns that a stage writes and loading does not read."""
+SAMPLED = frozenset({"sample", "completion", "tokens", "finish_reason", "token_ids", "logprobs"})
+"""Columns of a table of completions that a sampler writes."""
 FILTERED = "importance"
 """Column by which a filter's own table is recognized."""
 
@@ -18,6 +20,14 @@ FILTERED = "importance"
 def user_columns(columns: set[str]) -> list[str]:
     """The columns that the program neither reads nor writes, sorted."""
     return sorted(columns - KNOWN)
+
+
+def user_cells(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The columns of rows of prompts or completions that the program neither reads nor writes, sorted.
+
+    Each row may have other columns.
+    """
+    return sorted({name for row in rows for name in row} - KNOWN - SAMPLED)
 
 
 def unused_columns(columns: set[str]) -> list[str]:

@@ -3,7 +3,6 @@
 rewards [N], log-ratios [N], texts of each policy -> compare_policies -> Comparison: estimates with 95% intervals
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -11,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from align.data.text import plain, text_key
 from align.evaluation.rewards import gain_per_root_kl, reward_differences
 from align.evaluation.text_statistics import Texts, changed, text_statistics
 from align.evaluation.winrate import WinRate, win_rate
-from align.stats import mean_interval
+from align.stats import cluster_codes, mean_interval
 
 
 class KlSamples(NamedTuple):
@@ -113,13 +113,11 @@ def compare_policies(
 
 
 def prompt_ids(prompts: Sequence[Any]) -> np.ndarray | None:
-    """Number of the prompt of each of N rows, [N], equal for equal prompts; None if all N differ.
+    """Number of the prompt of each of N rows, [N], equal for equal prompts (``text_key``); None if all N differ.
 
     Completions of one prompt are not independent, whatever rows they come from.
     """
-    numbers: dict[str, int] = {}
-    codes = [numbers.setdefault(json.dumps(prompt, sort_keys=True, default=str), len(numbers)) for prompt in prompts]
-    return np.asarray(codes) if len(numbers) < len(codes) else None
+    return cluster_codes([text_key(plain(prompt)).hex() for prompt in prompts])
 
 
 def mean_of_clusters(values: ArrayLike, clusters: np.ndarray | None) -> np.ndarray:

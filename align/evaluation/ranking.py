@@ -73,9 +73,10 @@ def auc_interval(chosen: np.ndarray, rejected: np.ndarray, *, clusters: ArrayLik
     of_rejected = 1 - (np.searchsorted(high, rejected, "left") + np.searchsorted(high, rejected, "right")) / (2 * size)
     influence = (of_chosen - value + of_rejected - value) / (value * (1 - value))
     which = cluster_codes(clusters)
+    sizes = None if which is None else np.bincount(which)
     if which is not None:
         influence = np.bincount(which, weights=influence) * (int(which.max()) + 1) / size
-    found = influence_interval(float(logit(value)), influence, n=size)
+    found = influence_interval(float(logit(value)), influence, n=size, sizes=sizes)
     ends = [None if end is None else float(expit(end)) for end in (found.low, found.high)]
     return replace(found, value=value, low=ends[0], high=ends[1])
 

@@ -19,11 +19,11 @@ from align.filtering.equal_keys import isin_sorted
 from align.filtering.minhash import BANDS, band_keys
 from align.filtering.personal_data import MAYBE_PERSONAL, personal
 from align.filtering.screen import readability
-from align.filtering.word_hashes import Hashes, hash_words, ngrams
+from align.filtering.word_hashes import Hashes, hash_words, lowered, ngrams
 from align.sharding.arrays import Arrays, as_table, map_arrays
 from align.sharding.jobs import Work
 
-SURVEY = 2
+SURVEY = 3
 """Revision of the survey, part of its cache key: raise it when the same texts give other features."""
 SHINGLE = 5
 """Words of an n-gram for near-duplicates."""
@@ -40,7 +40,7 @@ class Survey:
     words: np.ndarray
     """int32 [N, 3]: words of prompt, chosen and rejected."""
     content: np.ndarray
-    """uint64 [N, 3]: hash of each text in lower case with white space collapsed."""
+    """uint64 [N, 3]: ``content_hashes`` of each text."""
     asked: np.ndarray
     """uint64 [N]: the hash of the prompt without its system messages."""
     screen: np.ndarray
@@ -156,8 +156,8 @@ def _bands(strings: pa.Array, words: Hashes) -> np.ndarray:
 
 
 def content_hashes(strings: pa.Array) -> np.ndarray:
-    """Hash of each text in lower case with white space collapsed, uint64 [N]."""
-    normalized = pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(strings), SPACE, " "))
+    """Hash of each text in lower case and NFKC, white space collapsed and invisible characters left out, [N]."""
+    normalized = pc.utf8_trim_whitespace(pc.replace_substring_regex(lowered(strings), SPACE, " "))
     hashes: np.ndarray = pd.util.hash_array(normalized.to_numpy(zero_copy_only=False).astype(object), categorize=False)
     return hashes
 

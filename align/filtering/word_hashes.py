@@ -1,8 +1,8 @@
 """Words and word n-grams of many texts as 64-bit hashes, without a Python object per word.
 
-A word is a run of letters, marks, digits and underscores in lower case; each character of a script that is written
-without spaces (Han, Kana, Thai) is a word. Equal words have equal hashes on every machine; two different words collide
-with a probability of 5e-20.
+A word is a run of letters, marks, digits and underscores in lower case and Unicode's NFKC; each character of a script
+that is written without spaces (Han, Kana, Thai) is a word. Equal words have equal hashes on every machine; two
+different words collide with a probability of 5e-20.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 NOT_A_WORD = r"[^\pL\pM\pN_]+"
 UNSPACED = r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}])"
+INVISIBLE = r"[\x{AD}\x{200B}-\x{200F}\x{2060}\x{FEFF}]+"
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 """Odd, so that multiplying by it is a bijection modulo 2^64."""
 
@@ -46,9 +47,14 @@ class Hashes:
         return self.values[self.offsets[number] : self.offsets[number + 1]]
 
 
+def lowered(strings: pa.Array) -> pa.Array:
+    """Texts in lower case and Unicode's NFKC, in which forms of one character are equal, without invisible ones."""
+    return pc.utf8_lower(pc.utf8_normalize(pc.replace_substring_regex(strings, INVISIBLE, ""), form="NFKC"))
+
+
 def hash_words(strings: pa.Array) -> Hashes:
     """Hashes of the words of N texts."""
-    lower = pc.utf8_lower(strings)
+    lower = lowered(strings)
     unspaced = pc.match_substring_regex(lower, UNSPACED)
     if pc.any(unspaced).as_py():
         lower = pc.if_else(unspaced, pc.replace_substring_regex(lower, UNSPACED, r" \1 "), lower)
@@ -113,5 +119,5 @@ def _offsets(counts: np.ndarray) -> np.ndarray:
 
 def word_list(text: str) -> list[str]:
     """The words of one text, as ``hash_words`` splits it."""
-    lower = pc.replace_substring_regex(pc.utf8_lower(pa.array([text], type=pa.string())), UNSPACED, r" \1 ")
+    lower = pc.replace_substring_regex(lowered(pa.array([text], type=pa.string())), UNSPACED, r" \1 ")
     return pc.replace_substring_regex(lower, NOT_A_WORD, " ")[0].as_py().split()

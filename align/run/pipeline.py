@@ -29,7 +29,16 @@ from align.models.folders import fingerprint_model
 from align.models.message_checks import is_conversational
 from align.run.log import run_log
 from align.run.manifest import write_run_manifest
-from align.run.plan import HELD_OUT, LOSS_REVISIONS, REVISIONS, TOGETHER, TRUST, TRUST_NUMBERS, plan
+from align.run.plan import (
+    HELD_OUT,
+    LOSS_REVISIONS,
+    PROBES_REVISION,
+    REVISIONS,
+    TOGETHER,
+    TRUST,
+    TRUST_NUMBERS,
+    plan,
+)
 
 
 def check(config: RunConfig, *, tables: bool = False) -> None:
@@ -186,6 +195,7 @@ class _Runner:
             inputs |= {"loss_revisions": revised} if revised else {}
             inputs["settings"] = config.train.made_from(without={"methods", "trust", "allow_in_sample"})
             inputs |= self._sampled_from(config.train.eval_samples)
+            inputs |= {"probes": PROBES_REVISION} if config.train.entanglement else {}
         if kind == "trust" and config.train:
             inputs["allow_in_sample"] = config.train.allow_in_sample
             inputs["max_length"] = config.train.trainer.get("max_length", "default")

@@ -4,13 +4,15 @@ from align.config import RunConfig
 
 REVISIONS = (
     dict.fromkeys(("reward", "crossfit", "margins", "filter"), 4)
-    | dict.fromkeys(("pairs", "sample", "train", "evaluate", "trust"), 5)
-    | {"generate": 6}
+    | dict.fromkeys(("sample", "train", "evaluate", "trust"), 5)
+    | {"pairs": 6, "generate": 6}
 )
 """Revision of each kind of stage, part of its key: raise it when the same inputs give another result. The key of a kind
 that is not listed has none."""
 LOSS_REVISIONS = {"beta_dpo": 2}
 """Revision of a loss that gives another result than before, part of the key of trainings under it."""
+PROBES_REVISION = 2
+"""Revision of the pairs that ``train.entanglement`` measures, part of the key of trainings that have it."""
 REFERENCE = "reference"
 """Name of the policy that training starts from."""
 TRUST = "trust"

@@ -8,6 +8,8 @@ from datasets import Dataset
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from align.config import LossSection, TrainSection
+from align.data.sampling import fair_sample, report_sample
+from align.data.user_columns import KNOWN
 from align.distributed import process_rank
 from align.entanglement.callback import EntanglementCallback
 from align.entanglement.trace import START
@@ -15,6 +17,7 @@ from align.errors import from_yaml
 from align.io.console import log
 from align.io.files import atomic_folder, write_json
 from align.models.adapters import starts_from_adapter
+from align.models.collator import ROW
 from align.models.layout import has_adapter
 from align.models.model_card import FILE as CARD
 from align.training.adapters import check_adapter
@@ -121,7 +124,7 @@ def make_trainer(
     reference_cache: Path | None = None,
     watch: Watch | None = None,
 ) -> PreferenceTrainer:
-    """Return the trainer of ``config.methods[method]``; see ``train_policy``.
+    """Return the trainer of ``config.methods[method]``; see ``train_policy``. It reads no column of the user's own.
 
     Raises:
         AlignError: the configuration, the model or the pairs have a problem that the user can fix.
@@ -132,6 +135,7 @@ def make_trainer(
         forced = {"output_dir": str(output / CHECKPOINTS), "seed": seed}
         args = policy_args(config, method, loss, forced, reference_cache=reference_cache)
         check_settings(config, loss, args)
+        pairs = pairs.select_columns([name for name in pairs.column_names if name in KNOWN])
         with refusals("train"):
             adapter = build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM")
             if watch is not None:
@@ -197,6 +201,8 @@ def _finish_checkpoints(checkpoints: Path, config: TrainSection) -> None:
 def attach_probe(trainer: PreferenceTrainer, config: TrainSection, file: Path) -> EntanglementCallback | None:
     """Add a callback that measures gradient entanglement to ``trainer`` if the configuration asks for it.
 
+    Its probes are a fair sample of the pairs by their ids, whatever the order of the table.
+
     Raises:
         ConfigError: several processes, reference log-probs that are not precomputed, or a loss that compares pairs or
             reads tokens.
@@ -206,8 +212,10 @@ def attach_probe(trainer: PreferenceTrainer, config: TrainSection, file: Path) -
     check_probe(
         trainer.loss, processes=trainer.accelerator.num_processes, precomputed=trainer.precompute_ref_logps
     )  # fmt: skip
-    count = min(config.entanglement.probes, len(trainer.train_dataset))
-    batch = trainer.data_collator([trainer.train_dataset[k] for k in range(count)])
+    table, ids = trainer.train_dataset, trainer.guard.ids
+    drawn, total = fair_sample((ids[row] for row in table[ROW]), config.entanglement.probes)
+    report_sample("entanglement probes", len(drawn), total, "pairs")
+    batch = trainer.data_collator([table[k] for k in drawn])
     probes = {name: value.to(trainer.accelerator.device) for name, value in batch.items()}
     callback = EntanglementCallback(
         trainer.model, probes, trainer.loss, config.entanglement.every, file, lambda: trainer.latest_inputs,

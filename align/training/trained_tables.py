@@ -10,6 +10,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from align.config import LossSection
 from align.config.columns import REFERENCE_COLUMNS
+from align.data.findings import report_margins
 from align.data.table_facts import table_facts
 from align.data.training_pairs import report_in_sample
 from align.distributed import process_rank
@@ -112,6 +113,8 @@ class TrainedTables(ReferencePasses):
         for table in (train, *(held_out.values() if isinstance(held_out, dict) else [held_out])):
             if isinstance(table, Dataset):
                 require_margin(table, self._given_loss)
+        if isinstance(train, Dataset) and self._given_loss.spec.needs_margin and process_rank() == 0:
+            report_margins(train, "train_dataset")
         return train, held_out
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Dataset:

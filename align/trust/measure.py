@@ -213,7 +213,7 @@ def check_margins(pairs: Dataset, origin: str, where: str, *, allow_in_sample: b
             code="trust-margins",
             hint="use margins of a reward model that has not seen these labels",
         )
-    if origin == "in-sample" and not allow_in_sample:
+    if "in-sample" in (origin, source_of(pairs)) and not allow_in_sample:
         raise DataError(
             f"{where}: found in-sample margins{_how_many(pairs)} (by a reward model that has seen the label), expected "
             "cross-fitted or outside ones: such margins repeat the labels and would be trusted too much",

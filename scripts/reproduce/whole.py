@@ -1,4 +1,4 @@
-"""Compare the complete program with DPO as trl ships it, at equal compute: gold reward against CPU seconds.
+"""Compare the complete program with DPO as trl ships it, at equal compute: a judge's reward against CPU seconds.
 
 Pairs are two human-rated snippets, 30% of the labels flipped (scripts/study/filtered_policies.py). Every route has the
 CPU seconds that trl's DPOTrainer takes for one pass over all pairs, and everything that a route does counts: its reward
@@ -211,7 +211,7 @@ def summarize(cells: list[dict[str, Any]], references: list[dict[str, Any]]) -> 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table of docs/results.md: where each route ends."""
-    head = ["route", "CPU seconds", "of them margins and filter", "steps", "gold gain", "minus trl", "by seed"]
+    head = ["route", "CPU seconds", "of them margins and filter", "steps", "judge's gain", "minus trl", "by seed"]
     head += ["minus dpo", "KL"]
     body = []
     for row in rows:
@@ -226,7 +226,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def draw_curves(rows: list[dict[str, Any]], target: Path) -> None:
-    """Plot gold gain against CPU seconds, a line per route with its intervals."""
+    """Plot the gain in the judge's reward against CPU seconds, a line per route with its intervals."""
     plt = pyplot("whole")
     figure, axis = plt.subplots(figsize=(7, 4.2))
     shades = dict(zip(ROUTES, ("#6e7781", "#0072b2", "#d55e00", "#e69f00"), strict=True))
@@ -236,7 +236,7 @@ def draw_curves(rows: list[dict[str, Any]], target: Path) -> None:
         seconds = [row["seconds"] for row in own]
         axis.errorbar(seconds, value, [value - low, high - value], color=shade, label=route, capsize=2, marker="o")
     axis.axhline(0, color="#b0b7bf", lw=0.8)
-    axis.set(xlabel="CPU seconds, everything included", ylabel="gold reward minus the reference's", xlim=(0, None))
+    axis.set(xlabel="CPU seconds, everything included", ylabel="judge's reward minus the reference's", xlim=(0, None))
     axis.legend(fontsize=8)
     figure.tight_layout()
     save(figure, target)

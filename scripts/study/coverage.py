@@ -52,6 +52,12 @@ def _clustered_mean(rng: np.random.Generator, units: int) -> Any:
     return mean_interval(values, clusters=which)
 
 
+def _one_large(rng: np.random.Generator, units: int) -> Any:
+    """One cluster has half of all observations."""
+    which = np.repeat(np.arange(units), [2 * units - 2, *[2] * (units - 1)])
+    return mean_interval(rng.normal(size=units)[which] + rng.normal(size=which.size), clusters=which)
+
+
 def _correlated(rng: np.random.Generator, units: int) -> Any:
     x, noise = rng.normal(size=(2, units))
     return correlation(x, 0.6 * x + 0.8 * noise)
@@ -80,7 +86,8 @@ CASES = {
         lambda rng, n: mean_interval((rng.random(n) < 0.3) * rng.lognormal(size=n)), 0.3 * float(np.exp(0.5))
     ),
     "mean, ties": Case(lambda rng, n: mean_interval(rng.choice([-1.0, 0, 1], n, p=[0.2, 0.5, 0.3])), 0.1),
-    "mean, clusters": Case(_clustered_mean, 0.0, 0.91),
+    "mean, clusters": Case(_clustered_mean, 0.0, 0.92),
+    "mean, one large cluster": Case(_one_large, 0.0),
     "share 0.1": Case(lambda rng, n: share_interval(rng.random(n) < 0.1), 0.1, 0.91),
     "share 0.5": Case(lambda rng, n: share_interval(rng.random(n) < 0.5), 0.5, 0.92),
     "share, clusters": Case(_clustered_share, 0.7, 0.92),

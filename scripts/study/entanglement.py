@@ -6,8 +6,8 @@
 
 A pair is a human-written review snippet in which one strongly valued word is exchanged for one of the opposite sign;
 the positive one is chosen. Both responses begin with that word and share everything after it, so their gradients are
-nearly the same. The exchanged words come from the lexicon of the gold judge: labels agree with gold by construction,
-as in the MADPO paper's own protocol. Gold decides: the table has reward and KL of samples on held-out openings next to
+nearly the same. The exchanged words come from the lexicon of the judge: labels agree with it by construction, as in
+the MADPO paper's own protocol. The judge decides: the table has reward and KL of samples on held-out openings next to
 the log-probs. Each cell (method, seed) is a folder with cell.json; a stopped study resumes.
 """
 
@@ -74,7 +74,7 @@ class Sizes:
 
 
 def exchanged_pairs(snippets: list[Snippet], count: int, seed: int, tail: int) -> list[dict[str, Any]]:
-    """Pairs whose responses differ only in their first word; the margin is the gold judge's."""
+    """Pairs whose responses differ only in their first word; the margin is the judge's."""
     rng, judge = random.Random(seed), make_judge("vader")
     lexicon = SentimentIntensityAnalyzer().lexicon
     texts = [snippet.text.split()[:MOST_WORDS] for snippet in snippets]
@@ -164,7 +164,7 @@ def run_cell(method: str, seed: int, data: dict[str, Any], model: str, sizes: Si
 
 
 def summarize(cells: list[dict[str, Any]], before: np.ndarray) -> list[dict[str, Any]]:
-    """A row per method: means and standard deviations over seeds, gold reward with its interval."""
+    """A row per method: means and standard deviations over seeds, the judge's reward with its interval."""
     rows = []
     for method in METHODS:
         own = [cell for cell in cells if cell["method"] == method]

@@ -1,7 +1,9 @@
 """Splits that do not leak: labels that are coin flips are not predicted, whatever pairs share."""
 
 import logging
+import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from datasets import Dataset
 
 from align.config import RewardSection
 from align.data.splits import clusters_of, draw_clusters, folds_by_prompt, folds_of_clusters, split_by_prompt
+from align.data.text import bare
 from reward_models import crossfit
-from reward_models.crossfit import cross_fit
+from reward_models.crossfit import FOLD, cross_fit
 from reward_models.linear_heads import CAUTIOUS, fit_logistic
 from reward_models.margin_metrics import evaluate_margins
 from tests.helpers.builders import bert_reward, rows
@@ -52,7 +55,16 @@ def shuffled_copies(distinct: int) -> tuple[Dataset, np.ndarray]:
     return table([f"prompt {k}" for k in range(len(of))], long), of
 
 
+def rewritten_copies(distinct: int) -> tuple[Dataset, np.ndarray]:
+    """Copies under one instruction that differ in case, white space and Unicode form."""
+    of = np.repeat(np.arange(distinct), 3)
+    forms = (str, str.upper, lambda text: unicodedata.normalize("NFD", f"{text} \n"))
+    responses = [(forms[n % 3](f"caf\u00e9 {k}"), forms[n % 3](f"b {k}")) for n, k in enumerate(of)]
+    return table([INSTRUCTION] * len(of), responses), of
+
+
 SHARING = {
+    "rewritten copies": rewritten_copies(200),
     "copies": copies(200, 3),
     "copies under few prompts": copies(200, 3, prompts=40),
     "copies under other prompts": shuffled_copies(100),
@@ -64,8 +76,9 @@ SHARING = {
 
 def features_of(pairs: Dataset) -> tuple[np.ndarray, np.ndarray, int]:
     """Rows of the first and of the second response in a table of random features, and the size of that table."""
-    names = {name: k for k, name in enumerate(dict.fromkeys([*pairs["chosen"], *pairs["rejected"]]))}
-    return np.array([names[n] for n in pairs["chosen"]]), np.array([names[n] for n in pairs["rejected"]]), len(names)
+    first, second = ([bare(text) for text in pairs[name]] for name in ("chosen", "rejected"))
+    names = {name: k for k, name in enumerate(dict.fromkeys([*first, *second]))}
+    return np.array([names[n] for n in first]), np.array([names[n] for n in second]), len(names)
 
 
 def differences(first: np.ndarray, second: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -176,4 +189,40 @@ def test_no_model_is_trained_on_the_fold_that_it_scores(tmp_path: Path, monkeypa
     pairs = Dataset.from_list([{"id": str(k), **row} for k, row in enumerate(rows(8))])
     scored = cross_fit(pairs, config, tmp_path / "cv", seed=0)
     for k in range(2):
-        assert trained[k] == {name for name, fold in zip(scored["id"], scored["fold"], strict=True) if fold != k}
+        assert trained[k] == {name for name, fold in zip(scored["id"], scored[FOLD], strict=True) if fold != k}
+
+
+TALK = "please explain in some detail how a sailing boat goes against the wind"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "together"),
+    [
+        (("q 1", "a", "b"), ("Q 1 ", "c", "d"), True),
+        (("q\u00e9 1", "a", "b"), ("qe\u0301 1", "c", "d"), True),
+        (("q 1", "a", "b"), ("q\u200b 1\n", "c", "d"), True),
+        (("\uff31 1", "a", "b"), ("q 1", "c", "d"), True),
+        (("q 1", "a", "b"), ("q 2", "b", "a"), False),
+        (("q 1", TALK, "b"), ("q 2", "c", f" {TALK.upper()}\n"), True),
+        (("q 1", "这部电影的故事很感人，演员也非常出色，值得一看。", "b"),
+         ("q 2", "这部电影的故事很感人，演员也非常出色，值得一看。", "d"), True),
+        (("q 1", "好的，没问题。", "b"), ("q 2", "好的，没问题。", "d"), False),
+        (([("system", "be kind"), ("user", TALK)], "a", "b"), ([("user", TALK)], "c", "d"), True),
+        (([("system", "x"), ("user", "sum up")], "a", "b"), ([("system", "y"), ("user", "sum up")], "c", "d"), False),
+        (([("system", "x"), ("user", "sum up")], TALK, "b"), ([("system", "y"), ("user", "sum up")], TALK, "d"), True),
+    ],
+)  # fmt: skip
+def test_what_connects_two_pairs(one: tuple[Any, ...], other: tuple[Any, ...], together: bool) -> None:
+    """Case, white space, Unicode forms and, for a long prompt, the system message make no other text."""
+
+    def row(texts: tuple[Any, ...]) -> dict[str, Any]:
+        prompt, *responses = texts
+        if isinstance(prompt, str):
+            return dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))
+        turns = [{"role": role, "content": text} for role, text in prompt]
+        answers = [[{"role": "assistant", "content": text}] for text in responses]
+        return {"prompt": turns, "chosen": answers[0], "rejected": answers[1]}
+
+    others = [row((f"another {k}", f"x {k}", f"y {k}")) for k in range(4)] if isinstance(one[0], str) else []
+    clusters = clusters_of(Dataset.from_list([row(one), row(other), *others]))
+    assert (clusters[0] == clusters[1]) == together and len(set(clusters)) == len(clusters) - together

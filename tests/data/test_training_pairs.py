@@ -13,6 +13,7 @@ from align.data.pairs import load_pairs, write_pairs
 from align.data.training_pairs import FILE, margin_sources, report_in_sample, source_of, with_source, write_record
 from align.errors import DataError
 from align.trust.measure import check_margins, margin_source
+from reward_models.crossfit import cross_fit
 from reward_models.ensemble import members, score_with, train_members
 from tests.helpers.builders import bert_reward, rows
 
@@ -36,14 +37,49 @@ def test_a_pair_is_in_sample_if_the_model_saw_it_in_whatever_form(tmp_path: Path
         pair("Say: ", "yes\n", "no"),
         pair("Say: y", "es", "es!"),
         pair("Say:", " yes", " perhaps"),
+        pair("SAY: ", "\uff39ES", "other"),
         pair("Say:", " maybe", " perhaps"),
         pair("Tell:", " yes", " no"),
     ]
-    expected = ["in-sample"] * 5 + ["outside"] * 2
+    expected = ["in-sample"] * 6 + ["outside"] * 2
     assert margin_sources([tmp_path], Dataset.from_list(tried)) == expected
-    assert margin_sources([tmp_path, "hub/model"], Dataset.from_list(tried)) == ["in-sample"] * 5 + ["unknown"] * 2
+    assert margin_sources([tmp_path, "hub/model"], Dataset.from_list(tried)) == ["in-sample"] * 6 + ["unknown"] * 2
     talk = pair(message("user", "Say:"), message("assistant", "yes"), message("assistant", "no"))
     assert margin_sources([tmp_path], Dataset.from_list([talk])) == ["in-sample"]
+
+
+def test_another_system_message_makes_no_other_pair(tmp_path: Path) -> None:
+    """From a length on; a short question under a system message that holds a document is another one."""
+    long = message("user", "Which of the two plans for the garden is the cheaper one?")
+    kind, other = message("system", "Be kind."), message("system", "A document of its own.")
+    answers = (message("assistant", "yes"), message("assistant", "no"))
+    write_record(
+        Dataset.from_list([pair(kind + long, *answers), pair(kind + message("user", "So?"), *answers)]), tmp_path
+    )
+    tried = [pair(long, *answers), pair(other + long, *answers), pair(other + message("user", "So?"), *answers)]
+    assert margin_sources([tmp_path], Dataset.from_list(tried)) == ["in-sample", "in-sample", "outside"]
+
+
+def test_a_model_knows_the_pairs_of_the_model_that_it_started_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trained on, it is in-sample on both tables; cross-fitting from it is in-sample on the first."""
+    first = Dataset.from_list(rows(12))
+    second = Dataset.from_list(
+        [row | {"id": f"other {k}", "prompt": f"another {k}:"} for k, row in enumerate(rows(12))]
+    )
+    config = RewardSection(model=str(bert_reward(tmp_path / "m")), max_length=64, head="naive-bayes", folds=2)
+    train_members(first, config, tmp_path / "one", seed=0)
+    further = config.model_copy(update={"model": str(tmp_path / "one")})
+    train_members(second, further, tmp_path / "two", seed=0)
+    both = Dataset.from_list([*first.select(range(2)), *second.select(range(2))])
+    assert margin_sources([tmp_path / "one"], both) == ["in-sample"] * 2 + ["outside"] * 2
+    assert margin_sources([tmp_path / "two"], both) == ["in-sample"] * 4
+    with caplog.at_level(logging.WARNING):
+        crossed = cross_fit(Dataset.from_list([*first, *second]), further, tmp_path / "cv", seed=0)
+    assert list(crossed["margin_source"]) == ["in-sample"] * 12 + ["cross-fitted"] * 12
+    assert "was trained on 12 of these 24 pairs" in caplog.text and source_of(crossed) == "in-sample"
+    assert set(cross_fit(second, config, tmp_path / "clean", seed=0)["margin_source"]) == {"cross-fitted"}
 
 
 @pytest.mark.parametrize(

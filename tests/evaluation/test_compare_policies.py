@@ -90,10 +90,11 @@ def test_the_first_samples_show_every_policy() -> None:
 
 def test_a_prompt_that_is_given_several_times_counts_once() -> None:
     """Rewards, KL and ratio are those of the means per prompt; three copies of a file are no more evidence than one."""
-    prompts = [{"prompt": [{"role": "user", "content": str(k)}]} for k in range(COUNT)]
+    prompts = [[{"role": "user", "content": f"Name {k}."}] for k in range(COUNT)]
     assert prompt_ids(prompts) is None
-    codes = prompt_ids(prompts * 3)
-    assert codes is not None and codes.tolist() == list(range(COUNT)) * 3
+    again = [{"messages": prompt, "tools": [{"name": "x"}]} for prompt in prompts]
+    codes = prompt_ids([*prompts, *again, *(f" name {k}.\n" for k in range(COUNT))])
+    assert codes is not None and np.array_equal(codes, np.tile(codes[:COUNT], 3)) and len(set(codes)) == COUNT
     noise = RNG.normal(0, 1, COUNT)
 
     def measured(copies: int, clusters: np.ndarray | None) -> Comparison:

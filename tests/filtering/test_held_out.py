@@ -33,17 +33,19 @@ def sample(start: int, stop: int) -> list[dict[str, Any]]:
 
 
 def test_short_copies_are_found(tmp_path: Path) -> None:
-    """Prompts and responses of fewer than eight words, in other case and white space, in either column."""
+    """Texts of fewer than eight words in another case, white space or Unicode form, in either column."""
     rows, held_out = sample(0, 40), sample(40, 46)
     rows[3] |= {key: held_out[0][key] for key in ("prompt", "chosen", "rejected")}
     rows[5] |= {"prompt": held_out[1]["prompt"].upper()}
     rows[7] |= {"chosen": " " + held_out[2]["rejected"].replace(" ", "\n")}
     rows[9] |= {"rejected": held_out[3]["rejected"]}
+    rows[11] |= {"chosen": held_out[4]["chosen"].replace("s", "\uff53").replace("i", "\u200bi")}
     assert reasons(rows, held_out, tmp_path) == {
         3: "contamination: the pair is in the evaluation set",
         5: "contamination: prompt is one of the evaluation set",
         7: "contamination: chosen is a response of the evaluation set",
         9: "contamination: rejected is a response of the evaluation set",
+        11: "contamination: chosen is a response of the evaluation set",
     }
 
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.filtering import equal_keys as keys
+from align.filtering.text_survey import content_hashes
 from align.filtering.word_hashes import distinct, hash_words, ngrams, word_list
 
 WORDS = st.lists(st.sampled_from(["a", "bee", "Cat", "dog,", "élan", "猫", "x_1"]), max_size=12)
@@ -54,3 +55,19 @@ def test_equal_keys(values: list[int], wanted: list[int], block: int) -> None:
         two = np.stack([array, array[::-1]], axis=1)
         assert np.array_equal(keys.combined_key(two, (0, 1)), keys.combined_key(two[:, ::-1], (1, 0)))
         assert len(np.unique(keys.combined_key(two, (0, 1)))) == len({tuple(row) for row in two.tolist()})
+
+
+def test_unicode_forms_of_one_text_are_equal() -> None:
+    """Composed or not, in full width, with ligatures or invisible characters: words and contents are the same."""
+    forms = [
+        "Ein K\u00f6ln \ufb01lm",
+        "Ein Ko\u0308ln film",
+        "\uff25in K\u00f6ln\u00a0film ",
+        "Ein K\u00f6ln fi\u00adlm\u200b",
+    ]
+    texts = pa.array(forms)
+    assert len(set(content_hashes(texts).tolist())) == 1
+    words = hash_words(texts)
+    assert all(np.array_equal(words.row(k), words.row(0)) for k in range(4))
+    assert [word_list(text) for text in forms] == [["ein", "k\u00f6ln", "film"]] * 4
+    assert content_hashes(pa.array(["a b"]))[0] != content_hashes(pa.array(["ab"]))[0]

@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from align.commands.evaluate_reward_model import evaluate
 from align.config import PairsSection, RewardSection
+from align.data.training_pairs import write_record
 from align.run.stages.reward import make_scorer
 from reward_models.ensemble import EnsembleScorer, members, score_with
 from reward_models.pairwise_judges import make_score_judge
@@ -61,7 +62,16 @@ def test_pairs_one_member_at_a_time_or_all_at_once(ensemble: Path, tmp_path: Pat
 def test_a_reward_model_is_evaluated_with_all_its_members(ensemble: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(8)))
     source = PairsSection(path=str(tmp_path / "pairs.jsonl"))
+    write_record(Dataset.from_list(rows(8)), Path(members(ensemble)[0]))
     evaluate(source, str(ensemble), tmp_path / "out", chat=None, batch_tokens=256, max_length=64, seed=0)
-    margins = json.loads((tmp_path / "out" / "reward_model.json").read_text())["margins"]
+    found = json.loads((tmp_path / "out" / "reward_model.json").read_text())
+    margins = found["margins"]
+    assert found["said"][0].startswith("8 of these 8 pairs were trained on by this model: the numbers are in-sample")
+    assert "8 of these 8 pairs were trained on" in (tmp_path / "out" / "reward_model.html").read_text()
     expected = score_with(members(ensemble), Dataset.from_list(rows(8)), tmp_path / "scored", **BUDGET)["margin"]
     assert margins == pytest.approx(expected[:], abs=1e-5)
+    new = [row | {"prompt": f"another {row['prompt']}"} for row in rows(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in new))
+    evaluate(source, str(ensemble), tmp_path / "new", chat=None, batch_tokens=256, max_length=64, seed=0)
+    found = json.loads((tmp_path / "new" / "reward_model.json").read_text())
+    assert found["run"]["pairs_trained_on"] == 0 and not any("trained on" in said for said in found["said"])

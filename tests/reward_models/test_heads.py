@@ -19,7 +19,7 @@ from align.data.pairs import read_pairs
 from align.errors import ModelError
 from align.io.files import read_json
 from reward_models.calibration import MarginMap
-from reward_models.crossfit import cross_fit
+from reward_models.crossfit import FOLD, cross_fit
 from reward_models.ensemble import members, score_with, train_members
 from reward_models.features import head_features
 from reward_models.linear_heads import PENALTIES, Moments, fit_linear, fit_logistic
@@ -168,9 +168,9 @@ def test_cross_fitted_margins_of_an_ensemble_are_calibrated_by_the_other_folds(t
     mapped = cross_fit(
         pairs, RewardSection.model_validate(base | {"calibrate": "temperature"}), tmp_path / "cv", seed=0
     )
-    assert raw["id"] == mapped["id"] == pairs["id"] and raw["fold"] == mapped["fold"]
+    assert raw["id"] == mapped["id"] == pairs["id"] and raw[FOLD] == mapped[FOLD]
     ratio = np.asarray(mapped["margin"]) / np.asarray(raw["margin"])
-    fold = np.asarray(raw["fold"])
+    fold = np.asarray(raw[FOLD])
     assert [float(np.ptp(ratio[fold == k])) for k in (0, 1)] == pytest.approx([0, 0], abs=1e-9)
     assert abs(ratio[fold == 0][0] - ratio[fold == 1][0]) > 1e-9 and "margin_std" in mapped.column_names
 

@@ -72,7 +72,7 @@ def test_python_and_the_run_train_one_model(backbone: Path, tmp_path: Path) -> N
     trainer.save_model()
     found, expected = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("python", "run"))
     assert found == expected
-    records = [np.load(tmp_path / name / "training_pairs.npy") for name in ("python", "run")]
+    records = [np.load(tmp_path / name / "training_texts.npy") for name in ("python", "run")]
     assert np.array_equal(*records)
 
 

@@ -23,7 +23,7 @@ from align.errors import ConfigError, ModelError, NumericsError
 from align.models.loading import load_policy
 from align.models.tokenization import encode_reward_texts as tokenize
 from align.models.tokenization import render
-from reward_models.crossfit import cross_fit
+from reward_models.crossfit import FOLD, cross_fit
 from reward_models.ensemble import EnsembleScorer, members, score_with
 from reward_models.features import head_features
 from reward_models.judges import VaderJudge, make_judge
@@ -238,9 +238,9 @@ def test_each_pair_is_scored_by_the_model_that_has_not_seen_it(tmp_path: Path) -
     scored = cross_fit(Dataset.from_list(rows(8)), config, tmp_path / "cv", seed=0)
     scorers = [RewardScorer(tmp_path / "cv" / f"fold-{k}", batch_tokens=512, max_length=64) for k in range(2)]
     for row in scored:
-        expected = scorers[row["fold"]].score_texts([row["prompt"] + row["chosen"]])[0]
+        expected = scorers[row[FOLD]].score_texts([row["prompt"] + row["chosen"]])[0]
         assert row["reward_chosen"] == pytest.approx(expected, abs=1e-5)
-    assert sorted(set(scored["fold"])) == [0, 1]
+    assert sorted(set(scored[FOLD])) == [0, 1]
 
 
 def test_vader_prefers_praise() -> None:

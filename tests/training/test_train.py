@@ -8,10 +8,13 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from align.commands.entangle import sample_pairs
 from align.config import EntanglementSection, LossSection, TrainSection
 from align.errors import ConfigError, DataError
 from align.io.files import read_json
-from align.training.train import train_policy
+from align.models.collator import ROW
+from align.training.loss_choice import bind
+from align.training.train import attach_probe, make_trainer, train_policy
 from tests.helpers.builders import rows, trained_adapter
 from tests.training.test_trainer import FIELDS, ours
 
@@ -70,6 +73,23 @@ def test_pairs_without_a_margin_or_weight(tiny_policy: Path, tmp_path: Path) -> 
     train_policy(Dataset.from_list(table), config, "dpo", tmp_path / "complete", seed=0)
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("holes", "complete")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_the_probes_are_a_fair_sample_in_any_order(tiny_policy: Path, tmp_path: Path) -> None:
+    """Three of eight pairs, those of `align entangle --limit 3`, whatever rows are first and whatever is left out."""
+    table = [row | {"id": f"{k // 4}-{k}"} for k, row in enumerate(rows(8))]
+    probes = EntanglementSection(probes=3)
+    config = TrainSection(
+        model=str(tiny_policy), methods={"m": LossSection(loss="dpo")}, trainer=FIELDS, entanglement=probes
+    )
+    loss = bind("m", config.methods["m"])
+    expected = set(sample_pairs(Dataset.from_list(table), loss, 3, "pairs")["id"])
+    for number, order in enumerate((table, table[::-1])):
+        trainer = make_trainer(Dataset.from_list(order), config, "m", tmp_path / str(number), seed=0)
+        callback = attach_probe(trainer, config, tmp_path / f"{number}.json")
+        assert callback is not None
+        assert {trainer.guard.ids[row] for row in callback.probes[ROW].tolist()} == expected
+    assert expected != {row["id"] for row in table[:3]} and expected != {row["id"] for row in table[-3:]}
 
 
 def test_entanglement_along_training(tiny_policy: Path, tmp_path: Path) -> None:

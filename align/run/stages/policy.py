@@ -70,7 +70,7 @@ def stage_reward_pairs(config: RunConfig, folder: Path) -> None:
 
 
 def _load(config: RunConfig, source: PairsSection, folder: Path) -> Dataset:
-    pairs = load_pairs(source, side_file=folder / "dropped.jsonl")
+    pairs = load_pairs(source, side_file=folder / "dropped.jsonl", carry=True)
     check_models(config, conversational=not isinstance(pairs["prompt"][0], str))
     return pairs
 
@@ -84,7 +84,8 @@ def _write_split(config: RunConfig, source: PairsSection, pairs: Dataset, folder
     reward = config.reward
     assert reward is not None
     if reward.eval_pairs is not None:
-        train, heldout = pairs, load_pairs(reward.eval_pairs, side_file=folder / "dropped_heldout.jsonl")
+        side_file = folder / "dropped_heldout.jsonl"
+        train, heldout = pairs, load_pairs(reward.eval_pairs, side_file=side_file, carry=True)
         check_pair_rows(config, heldout, rewards=True)
     else:
         train, heldout = split_by_prompt(pairs, reward.eval_fraction, config.seed)
@@ -185,7 +186,8 @@ def stage_margins(config: RunConfig, folder: Path) -> None:
     scored, note = _add_margins(config, config.reward, folder)
     if process_rank() > 0:
         return
-    if origin == "outside":
+    own = config.sample is None and origin == "cross-fitted"
+    if origin == "outside" or own:
         origin = source_of(scored)
         count = report_in_sample(scored, "margins")
         if count:

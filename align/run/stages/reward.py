@@ -17,7 +17,7 @@ from align.io.files import write_json
 from align.training.base.tracked_runs import tracked_run
 from align.training.train import MODEL
 from reward_models.calibration import MarginMap, calibrated_out_of_fold, fit_map
-from reward_models.crossfit import cross_fit
+from reward_models.crossfit import FOLD, cross_fit
 from reward_models.ensemble import EnsembleScorer, members, score_with, train_members
 from reward_models.length_bias import length_probe, word_difference
 from reward_models.loading import load_options
@@ -81,7 +81,7 @@ def stage_crossfit(config: RunConfig, folder: Path) -> None:
     scored = cross_fit(train, config.reward, folder, seed=config.seed, cluster=config.cluster, run=run)
     if process_rank() > 0:
         return
-    write_pairs(scored.remove_columns("fold"), folder / "pairs")
+    write_pairs(scored.remove_columns(FOLD), folder / "pairs")
     found = evaluate_margins(np.asarray(scored["margin"]), clusters=clusters_of(scored), cross_fitted=True)
     write_json(folder / METRICS, {"margins": source_of(scored), **found.to_dict()})
     log.info("cross-fitted margins: %s; train, filter and `align trust` with this table", folder / "pairs" / FILE)

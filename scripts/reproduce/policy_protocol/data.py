@@ -27,7 +27,7 @@ from align.io.stage import Stage, run_stage
 from align.models.loading import load_tokenizer
 from align.sharding.jobs import read_table
 from align.sharding.shards import in_parts
-from reward_models.crossfit import cross_fit
+from reward_models.crossfit import FOLD, cross_fit
 from reward_models.judges import make_judge
 from reward_models.margin_metrics import evaluate_margins
 from reward_models.score import RewardScorer
@@ -224,7 +224,7 @@ def make_margins(study: Study, labels: Stage, quality: Quality, seed: int) -> St
 def _margins(study: Study, pairs: Dataset, folder: Path, seed: int) -> Dataset:
     """``pairs`` with the columns of the reward model's scores."""
     if study.margins == "cross-fitted":
-        return cross_fit(pairs, study.reward, folder / "reward", seed=seed).remove_columns("fold")
+        return cross_fit(pairs, study.reward, folder / "reward", seed=seed).remove_columns(FOLD)
     model = folder / "reward"
     if study.margins == "in-sample":
         train_reward_model(pairs, study.reward, model, seed=seed)
