@@ -11,6 +11,7 @@ from align.io.lazy import lazy_names
 if TYPE_CHECKING:
     from align.api import advise as advise
     from align.api import compare_policies as compare_policies
+    from align.api import diagnose_pairs as diagnose_pairs
     from align.api import filter_pairs as filter_pairs
     from align.api import measure_entanglement as measure_entanglement
     from align.api import measure_trust as measure_trust
@@ -31,6 +32,7 @@ _NAMES = {
     "PreferenceTrainer": "align.training.trainer",
     "advise": "align.api",
     "compare_policies": "align.api",
+    "diagnose_pairs": "align.api",
     "filter_pairs": "align.api",
     "measure_entanglement": "align.api",
     "measure_trust": "align.api",
@@ -45,6 +47,7 @@ __all__ = [
     "PreferenceTrainer",
     "advise",
     "compare_policies",
+    "diagnose_pairs",
     "filter_pairs",
     "measure_entanglement",
     "measure_trust",

@@ -32,7 +32,7 @@ NAMES = (
     (r"train\.trainer", "PreferenceConfig"),
     (r"train\.peft", "peft_config"),
     (r"train\.model", "model"),
-    (r"train\.(layout|max_tokens_per_device|pairs_per_step|async_checkpoints)", r"PreferenceConfig.\1"),
+    (r"train\.(layout|turns|max_tokens_per_device|pairs_per_step|async_checkpoints)", r"PreferenceConfig.\1"),
     (r"train\.entanglement", "the measurement during training"),
     (r"\b(the loss|loss) under PreferenceConfig\.loss\b", r"\1 as PreferenceConfig.loss"),
     (r"`weights(?=[.`])", "`PreferenceConfig.pair_weights"),

@@ -1,5 +1,6 @@
 """RewardConfig: the arguments of RewardTrainer; trl's, and those of the objective."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -9,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from align.config import SharpnessSection, TiltSection
 from align.errors import ConfigError, listed
-from align.training.base.arguments import WITHOUT_GPU
+from align.training.base.argument_types import check_field_types
+from align.training.base.arguments import WITHOUT_GPU, refusals
 
 S = TypeVar("S", bound=BaseModel)
 SET_BY_CALLER = {
@@ -55,7 +57,9 @@ class RewardConfig(trl.RewardConfig):
     def __post_init__(self) -> None:
         if getattr(self, "bf16", None) is None and not torch.cuda.is_available():
             self.bf16 = WITHOUT_GPU["bf16"]
-        super().__post_init__()
+        check_field_types(self, "RewardConfig")
+        with refusals("RewardConfig"):
+            super().__post_init__()
         check_config(self)
         read_section(TiltSection, self.tilt, "tilt")
         read_section(SharpnessSection, self.sharpness, "sharpness")
@@ -67,6 +71,11 @@ def check_config(args: trl.RewardConfig) -> None:
     Raises:
         ConfigError: names each of them.
     """
+    if not isinstance(getattr(args, "objective_kwargs", None), Mapping | None):
+        raise ConfigError(
+            f"objective_kwargs: found {args.objective_kwargs!r:.60}, expected a dict of parameters of the objective",
+            code="trainer-key",
+        )
     problems = [
         f"{name}: found {getattr(args, name)!r}, which has no effect here: {instead}"
         for name, instead in SET_BY_CALLER.items()

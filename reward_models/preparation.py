@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import trl
 from datasets import Dataset, IterableDataset
-from peft import TaskType
+from peft import PeftConfig, TaskType
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -16,7 +16,7 @@ from align.errors import ConfigError, DataError, ModelError, python_words
 from align.io.console import log
 from align.models.folders import TEXT_PAIR, loading
 from align.training.pair_tables import stream_table
-from align.training.trainer_inputs import check_stream, streamed_pairs
+from align.training.trainer_inputs import check_stream, has_tokenizer, streamed_pairs
 from reward_models.arguments import as_reward_config
 from reward_models.loading import (
     fitting_length,
@@ -123,6 +123,8 @@ class TrainerInputs:
             AlignError: see ``RewardTrainer``.
         """
         args, peft_config = as_reward_config(args, _name(model)), with_head(peft_config)
+        if tokenizer is not None:
+            has_tokenizer(tokenizer)
         with python_words():
             bound = bind_objective(objective, getattr(args, "objective_kwargs", None) or {})
             if train_dataset is None:
@@ -191,7 +193,10 @@ def _tables(given: Any) -> dict[str, Dataset]:
     if given is None:
         return {}
     named = given if isinstance(given, dict) else {"eval_dataset": given}
-    return {name: checked_table(table, f"eval_dataset {name}") for name, table in named.items()}
+    return {
+        name: checked_table(table, name if table is given else f"eval_dataset[{name!r}]")
+        for name, table in named.items()
+    }
 
 
 def _name(model: Any) -> str:
@@ -231,8 +236,13 @@ def with_head(config: Any) -> Any:
     """The adapter's configuration with the head among what is trained and saved.
 
     Raises:
-        ConfigError: its task type leaves a head untrained that was drawn at random.
+        ConfigError: it is none, or its task type leaves a head untrained that was drawn at random.
     """
+    if config is not None and not isinstance(config, PeftConfig):
+        raise ConfigError(
+            f"peft_config: found {type(config).__name__}, expected a peft.PeftConfig, such as peft.LoraConfig",
+            code="peft-key",
+        )
     if config is None or config.task_type == TaskType.SEQ_CLS or getattr(config, "modules_to_save", None):
         return config
     if config.task_type is not None:

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from align.config.columns import RESPONSES
 from align.data.text import plain
 from align.models.chat_template import template_settings
-from align.models.tokenization import encode_reward_texts, pair_name, render, report_same_tokens, truncated
+from align.models.pair_rows import pair_name
+from align.models.tokenization import encode_reward_texts, render, report_same_tokens, truncated
 
 
 class SentencePair(str):

@@ -11,21 +11,33 @@ import numpy as np
 import torch
 import trl
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import PredictionOutput
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from align.config import SharpnessSection, TiltSection
 from align.config.columns import NAMES
+from align.data.in_memory import checked_table
 from align.data.table_facts import table_facts
 from align.data.training_pairs import record_of, write_digests
+from align.errors import python_words
 from align.io.files import read_json, write_json
 from align.losses.pair_weights import LossTilt
 from align.models.collator import REAL, counted, only_real
+from align.training.base.argument_types import check_arguments, check_named_table
 from align.training.base.arguments import refusals
 from align.training.base.trainer import ReliableTrainer
 from reward_models.arguments import read_section
-from reward_models.preparation import SEGMENTS, TrainerInputs, refuse_without_effect
+from reward_models.preparation import (
+    SEGMENTS,
+    UNBOUNDED,
+    TrainerInputs,
+    is_tokenized,
+    prepare_pairs,
+    refuse_without_effect,
+)
 from reward_models.registry import BoundObjective
 from reward_models.sharpness import SharpnessPenalty
 from reward_models.step_loss import StepLoss
@@ -114,6 +126,7 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
         sharpness: SharpnessSection | None = None,
     ) -> None:
         refuse_without_effect(data_collator=data_collator, quantization_config=quantization_config)
+        check_arguments(callbacks, optimizers, compute_metrics, type(self).__name__)
         inputs = TrainerInputs.read(model, args, train_dataset, eval_dataset, processing_class, peft_config, objective)
         self.objective = inputs.objective
         self._ids = _ids_by_tokens(inputs.train)
@@ -152,6 +165,55 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
     def extra_columns(self) -> tuple[str, ...]:
         """Length of each pair, what the objective reads, and where the second texts of sentence pairs begin."""
         return (*super().extra_columns, *self.objective.columns, *SEGMENTS)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate as trl does, on tables that are tokenized and truncated as those given to the trainer.
+
+        Args:
+            eval_dataset: what the trainer takes as ``eval_dataset``, or the name of one in its dict of them.
+            ignore_keys: as in trl.
+            metric_key_prefix: as in trl.
+
+        Raises:
+            AlignError: there is no table of that name, or its pairs cannot be used.
+        """
+        if isinstance(eval_dataset, str):
+            check_named_table(self.eval_dataset, eval_dataset)
+        elif isinstance(eval_dataset, dict):
+            eval_dataset = {key: self._prepared(table, f"eval_dataset[{key!r}]") for key, table in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._prepared(eval_dataset, "eval_dataset")
+        found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return found
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Predict as trl does, on one table of a kind that ``evaluate`` takes.
+
+        Raises:
+            AlignError: its pairs cannot be used.
+        """
+        prepared = self._prepared(test_dataset, "test_dataset")
+        found: PredictionOutput = super().predict(prepared, ignore_keys, metric_key_prefix)
+        return found
+
+    def _prepared(self, table: Any, name: str) -> Dataset:
+        """The tokenized pairs of a table, as those of the trainer's own tables."""
+        if is_tokenized(table):
+            return table
+        model, args = self.accelerator.unwrap_model(self.model), self.args
+        with python_words():
+            return prepare_pairs(
+                checked_table(table, name),
+                model.get_base_model() if isinstance(model, PeftModel) else model,
+                self.processing_class,
+                self.objective,
+                max_length=UNBOUNDED if args.max_length is None else args.max_length,
+                length_column=args.length_column_name,
+            ).table
 
     def compute_loss(
         self,

@@ -1,8 +1,8 @@
 """The functions that `align` offers to Python: what the verbs compute, on tables and models in memory.
 
     pairs_from_dataset   table -> checked pair table          filter_pairs       which pairs to train on
-    measure_trust, advise   labels against margins            measure_entanglement   gradients of each pair
-    compare_policies     which of two policies writes better
+    diagnose_pairs       what the pairs can teach             measure_entanglement   gradients of each pair
+    measure_trust, advise   labels against margins            compare_policies   which of two policies writes better
 
 Each takes a ``datasets.Dataset``, a list of dicts or a DataFrame, returns an object, and raises the errors of the
 command line in the words of Python. A name is imported on first use.
@@ -15,12 +15,14 @@ from align.io.lazy import lazy_names
 if TYPE_CHECKING:
     from align.api.advice import TrustReport, advise, measure_trust
     from align.api.comparison import Comparison, compare_policies
+    from align.api.diagnosis import diagnose_pairs
     from align.api.filtering import FilterResult, filter_pairs
     from align.api.gradients import measure_entanglement
     from align.data.in_memory import pairs_from_dataset
 
 WHERE = {
     "pairs_from_dataset": "align.data.in_memory",
+    "diagnose_pairs": "align.api.diagnosis",
     "filter_pairs": "align.api.filtering",
     "FilterResult": "align.api.filtering",
     "measure_entanglement": "align.api.gradients",
@@ -38,6 +40,7 @@ __all__ = [
     "TrustReport",
     "advise",
     "compare_policies",
+    "diagnose_pairs",
     "filter_pairs",
     "measure_entanglement",
     "measure_trust",

@@ -167,11 +167,24 @@ def data_check(
     column: Columns = None,
     split: Split = "train",
     model: Annotated[str | None, typer.Option(help="Also read every pair as this model's tokenizer does.")] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Also: what can these pairs teach? A page in --output.")] = False,
+    loss: Annotated[str, typer.Option(help="--deep: loss whose first step is predicted.")] = "dpo",
+    held_out: Annotated[str | None, typer.Option(help="--deep: evaluation pairs or prompts; must not overlap.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="--deep: tokens of prompt and response.")] = 1024,
+    cost: Annotated[bool, typer.Option(help="--deep: measure seconds and memory of training steps.")] = True,
 ) -> None:
-    """Validate every row; print a summary and the offending rows."""
+    """Validate every row; print a summary and the offending rows. --deep: shortcuts, noise, distance, cost."""
     from align.commands.data import check_data
 
-    check_data(pair_source(pairs, column, split), drop_to=output if drop_invalid else None, model=model)
+    source = pair_source(pairs, column, split)
+    if deep:
+        from align.commands.diagnose import diagnose_source
+
+        diagnose_source(
+            source, output, model=model, loss=loss, held_out=held_out, max_length=max_length, probe=cost
+        )  # fmt: skip
+        return
+    check_data(source, drop_to=output if drop_invalid else None, model=model)
 
 
 @app.command("report")

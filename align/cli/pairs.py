@@ -1,4 +1,4 @@
-"""`align pairs`: preference pairs from sampled completions."""
+"""`align pairs`: preference pairs from sampled completions, or from a table of responses."""
 
 from pathlib import Path
 from typing import Annotated, cast
@@ -31,7 +31,7 @@ def build(
     import json
 
     from align.commands.build_pairs import METRICS, BuildSettings, build_pairs
-    from align.generation.pair_selection import Mode
+    from align.data.pair_selection import Mode
     from align.io.console import log, out
     from align.io.files import read_json
     from reward_models.scorers import ScorerSpec
@@ -47,3 +47,45 @@ def build(
     build_pairs(completions, settings, output)
     out.print_json(json.dumps(read_json(output / METRICS)))
     log.info("train on them with `pairs.path: %s`", output / "pairs.parquet")
+
+
+@app.command("from")
+@expand_options
+def from_responses(
+    table: Annotated[str, typer.Argument(help="Responses with scores, votes, battles or thumbs (docs/data.md).")],
+    output: Annotated[Path, output_folder("Folder to write pairs.parquet, lists.jsonl or thumbs.jsonl into.")],
+    view: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="best_worst (default), all, adjacent, band, votes, ties; or lists; or thumbs. Views of pairs can be "
+            "given together."
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="responses, rows, ultrafeedback, helpsteer or arena; default: by the columns.")
+    ] = None,
+    score: Annotated[
+        list[str] | None, typer.Option(help="HelpSteer: ATTRIBUTE=WEIGHT of the score; default: helpfulness=1.")
+    ] = None,
+    band: Annotated[tuple[float, float] | None, typer.Option(help="Smallest and largest margin, for band.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Least score of a thumb up, for thumbs.")] = None,
+    drop_invalid: Annotated[bool, typer.Option(help="Leave invalid rows out.")] = False,
+) -> None:
+    """Make pairs, lists or thumbs of a table of responses; print what was made and what was left out (JSON)."""
+    import json
+
+    from align.commands.pairs_from import ViewSettings, pairs_from, read_weights
+    from align.config import PairsSection
+    from align.data.response_table import Shape
+    from align.data.response_views import View
+    from align.io.console import out
+
+    settings = ViewSettings(
+        views=cast(tuple[View, ...], tuple(view or ["best_worst"])),
+        shape=cast(Shape | None, shape),
+        weights=read_weights(score or []),
+        band=band,
+        threshold=threshold,
+    )
+    metrics = pairs_from(PairsSection(path=table, drop_invalid=drop_invalid), settings, output)
+    out.print_json(json.dumps(metrics))

@@ -14,12 +14,12 @@ from align.commands.generate import find_completions
 from align.config.columns import CUT_OFF, FINISH_COLUMNS, TEMPLATE_COLUMNS
 from align.data.completions import Candidate, Group, read_groups
 from align.data.messages import argument_cells, split_arguments
+from align.data.pair_selection import Guard, Mode, choose_pairs
 from align.data.pairs import table_of, write_pairs
 from align.data.statistics import summarize
 from align.data.text import plain
 from align.data.training_pairs import margin_sources, report_in_sample, with_source
 from align.errors import ConfigError, DataError
-from align.generation.pair_selection import Guard, Mode, choose_pairs
 from align.generation.types import report_broken
 from align.io.console import log
 from align.io.files import write_json

@@ -84,6 +84,12 @@ def _print_as_tokens(pairs: "Dataset", model: str) -> None:
             f"there once: {_named(found.begun)}",
             markup=False, soft_wrap=True,
         )  # fmt: skip
+    if found.tokens:
+        out.print(
+            f"{found.others} of {found.tokens} tokens of the responses ({found.others / found.tokens:.1%}) are words "
+            "of others than the assistant: they carry no loss, and would under `train.turns: all`",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
     out.print(f"{model}: its tokenizer reads all {count} valid pairs", markup=False, soft_wrap=True)
 
 

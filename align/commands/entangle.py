@@ -35,6 +35,7 @@ from align.losses.sums import bind_section
 from align.models.folders import adapter_config, fingerprint_model, is_adapter
 from align.models.loading import load_tokenizer
 from align.models.tokenization import MAX_LENGTH, collate, tokenize_pairs
+from align.models.turns import Turns, counted
 from align.reports.entanglement_page import shade, write_entanglement_page, write_trace_page
 from align.sharding.jobs import Work
 from align.sharding.shards import map_shards
@@ -45,7 +46,7 @@ MEASUREMENTS = "measurements"
 SUMMARY, PAGE = "summary.json", "report.html"
 MEASURED = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
 """Columns of tokenized pairs that a measurement depends on."""
-REVISION = 4
+REVISION = 5
 """Part of the key of a measurement: raised when the same pairs and model give other numbers."""
 NAMED = 5
 """Number of pairs that a message names."""
@@ -153,7 +154,8 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     table = run / "filter" / KEPT if "filter" in inputs["after"] else run / "margins" / "pairs"
     every = load_pairs(PairsSection(path=str(table))) if table.is_file() else read_pairs(table)
     pairs = sample_pairs(every, bound, limit, str(run))
-    tokens, _ = tokenized(pairs, load_tokenizer(base), length)
+    turns = inputs["settings"].get("turns", "all")  # a training before there was a choice
+    tokens, _ = tokenized(pairs, load_tokenizer(base), length, turns)
     output, tables = run / f"trace-{method}", []
     start = _start(training, base, checkpoints[0][1])
     reference = None if is_adapter(checkpoints[0][1]) and not is_adapter(base) else base
@@ -298,16 +300,16 @@ def sample_pairs(pairs: Dataset, loss: BoundLoss, limit: int, source: str) -> Da
     return pairs.select(drawn)
 
 
-def tokenized(pairs: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset, list[str]]:
-    """The pairs as token ids, and the ids of those that are left out because their prompts fill ``max_length``.
+def tokenized(pairs: Dataset, tokenizer: Any, max_length: int, turns: Turns = "assistant") -> tuple[Dataset, list[str]]:
+    """The pairs as token ids, and the ids of those of which ``max_length`` leaves no token that counts.
 
     Raises:
         DataError: all are left out, or a response has no token.
     """
-    tokens = tokenize_pairs(pairs, tokenizer, max_length=sys.maxsize)
-    lengths = [len(ids) for ids in tokens["prompt_ids"]]
-    fitting = [k for k, length in enumerate(lengths) if length < max_length]
-    left_out = [str(pairs[k]["id"]) for k, length in enumerate(lengths) if length >= max_length]
+    tokens = tokenize_pairs(pairs, tokenizer, max_length=sys.maxsize, turns=turns)
+    fits = [counted(row, max_length, "keep_start") for row in tokens]
+    fitting = [k for k, left in enumerate(fits) if left]
+    left_out = [str(pairs[k]["id"]) for k, left in enumerate(fits) if not left]
     if not fitting:
         raise DataError(
             f"none of {len(pairs)} pairs has a token of a response within {max_length} tokens",
@@ -316,7 +318,12 @@ def tokenized(pairs: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset,
         )
     if left_out:
         more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
-        log.warning("left out, their prompts fill %d tokens: %s%s", max_length, ", ".join(left_out[:NAMED]), more)
+        log.warning(
+            "left out, nothing that counts is left within %d tokens: %s%s",
+            max_length,
+            ", ".join(left_out[:NAMED]),
+            more,
+        )
     return tokens.select(fitting), left_out
 
 

@@ -15,7 +15,7 @@ from align.commands.evaluation_tables import (
     COMPLETIONS,
     Written,
     judge_pairs,
-    log_ratios_of,
+    kl_of,
     on_same_prompts,
     samples_of,
     score,
@@ -52,7 +52,7 @@ class Settings:
     output: Path
     judge: str
     sampling: Sampling
-    """With n = 1 and top-p 1, so that every completion has a KL."""
+    """With n = 1."""
     limit: int | None
     """Number of prompts to use; None: all of them."""
     shown: int
@@ -93,12 +93,10 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
     drawn = _prompts(settings, everyone)
     judge = make_score_judge(settings.judge, settings.max_length, settings.options)
     written, left_out = _written(everyone, drawn.prompts, settings)
-    log_ratios = {
-        name: log_ratios_of(found, origin, settings.output, settings.cluster) for name, found in written.items()
-    }
+    kl = {name: kl_of(found, origin, settings.output, settings.cluster) for name, found in written.items()}
     rewards = {name: score(found, judge, settings.output, settings.max_length) for name, found in written.items()}
     samples = {
-        name: PolicySamples(rewards[name], log_ratios[name], found.texts(), settings.sampling.temperature)
+        name: PolicySamples(rewards[name], kl[name], found.texts(), settings.sampling.as_it_is)
         for name, found in written.items()
     }
     found = compare_policies(samples, baseline=REFERENCE, clusters=prompt_ids(written[REFERENCE].prompts))
@@ -112,8 +110,8 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
     _publish(settings.output, {"reward": section}, section)
     for name, numbers in found.policies.items():
         gain = f", gain {interval(numbers['gain'])}" if numbers["gain"] else ""
-        kl = f", KL {interval(numbers['kl'])} nats" if numbers["kl"] else ""
-        log.info("%s: reward %s%s%s", name, interval(numbers["reward"]), gain, kl)
+        distance = f", KL {interval(numbers['kl'])} nats" if numbers["kl"] else ""
+        log.info("%s: reward %s%s%s", name, interval(numbers["reward"]), gain, distance)
     _finish(settings.output)
 
 
@@ -223,9 +221,9 @@ def frontier(
     everything = [_write(policy, drawn.prompts, settings, heat) for policy, heat, _ in jobs]
     everything, left_out = on_same_prompts(everything)
     for (policy, heat, step), written in zip(jobs, everything, strict=True):
-        log_ratios = log_ratios_of(written, origin, settings.output, settings.cluster)
+        kl = kl_of(written, origin, settings.output, settings.cluster)
         rewards = score(written, judge, settings.output, settings.max_length)
-        samples = PolicySamples(rewards, log_ratios, temperature=heat).by_prompt(prompt_ids(written.prompts))
+        samples = PolicySamples(rewards, kl, as_it_is=written.sampling.as_it_is).by_prompt(prompt_ids(written.prompts))
         base = samples if base is None else base
         named = {"policy": policy.name, "temperature": heat, "step": step}
         points.append(named | _point(samples, base))

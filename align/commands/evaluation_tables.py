@@ -4,7 +4,7 @@ Each table is a stage with its own folder under the output. The folder is named 
 that another verb, another judge or a repeated command reuses it:
 
     OUTPUT/completions/<policy>-<digits>/completions.parquet   prompt, text, token_ids, finished
-    OUTPUT/log-probs/<policy>-<digits>/log-probs.parquet       logp_policy, logp_reference
+    OUTPUT/log-probs/<policy>-<digits>/log-probs.parquet       logp_policy, logp_reference, kl
     OUTPUT/scores/<policy>-<digits>/scores.parquet             score
     OUTPUT/judgements/<a>-<b>-<digits>/judgements.parquet      shown_first, shown_second
 """
@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from datasets import Dataset, Features, List, Value
 
 from align.config import ClusterSection
 from align.errors import ModelError
-from align.evaluation.compare_policies import first_samples
+from align.evaluation.compare_policies import KlSamples, first_samples
 from align.evaluation.left_out import completed_by_all
 from align.evaluation.policies import Policy
 from align.evaluation.text_statistics import Texts
@@ -51,6 +51,8 @@ PART = 64
 KEY_DIGITS = 8
 COMPLETIONS = "completions"
 PARTS = "parts"
+KL_REVISION = 2
+"""Revision of the log-probs and the KL, part of their stage keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +85,16 @@ def write_completions(
     Args:
         policy: the model.
         prompts: N prompts, text or messages.
-        sampling: with n = 1 and top-p 1; tokens outside a nucleus have no log-probability, so there would be no KL.
+        sampling: with n = 1.
         output: folder of the evaluation.
         cluster: the cluster whose workers share the prompts; no result depends on it.
 
     Raises:
         ModelError: the policy cannot be loaded, or has no chat template for messages.
-        ValueError: another n or top-p.
+        ValueError: another n.
     """
-    if sampling.n != 1 or sampling.top_p != 1:
-        raise ValueError(f"expected n = 1 and top_p = 1, got n = {sampling.n} and top_p = {sampling.top_p}")
+    if sampling.n != 1:
+        raise ValueError(f"expected n = 1, got n = {sampling.n}")
     engine = choose_engine(sampling.engine)[0]
     if engine == "vllm":
         check_vllm_adapter(policy.model)
@@ -161,16 +163,16 @@ def on_same_prompts(written: Sequence[Written]) -> tuple[list[Written], dict[str
     ], kept.left_out
 
 
-def measure_kl(written: Written, reference: Policy, output: Path, cluster: ClusterSection | None = None) -> np.ndarray:
-    """log policy(y) - log reference(y) of each completion, [N], nats.
+def measure_kl(written: Written, reference: Policy, output: Path, cluster: ClusterSection | None = None) -> KlSamples:
+    """KL(policy || reference) of each completion, nats: exact for each next token, and by one sample.
 
-    The policy is taken at the temperature of the sampling, the reference at temperature 1.
+    The policy is what was sampled from, the reference the model at temperature 1; see ``align.models.sample_kl``.
 
     Raises:
         ModelError: a model cannot be loaded, or the two do not share a vocabulary.
     """
-    inputs = {"completions": written.key, "reference": _fingerprint(reference.model)}
-    job = LogpJob(written.policy.model, reference.model, written.sampling.temperature)
+    inputs = {"completions": written.key, "reference": _fingerprint(reference.model), "revision": KL_REVISION}
+    job = LogpJob(written.policy.model, reference.model, written.sampling)
 
     def work(parts: Path) -> Dataset:
         prompts, ids = [json.dumps(prompt) for prompt in written.prompts], written.table["token_ids"][:]
@@ -178,14 +180,12 @@ def measure_kl(written: Written, reference: Policy, output: Path, cluster: Clust
         return map_shards(rows, job, parts, size=PART, what=what, cluster=cluster).whole()
 
     table, _ = _table_stage(output, "log-probs", written.policy.name, inputs, work)
-    return np.asarray(table["logp_policy"]) - np.asarray(table["logp_reference"])
+    return KlSamples.of_table(table)
 
 
-def log_ratios_of(
-    written: Written, reference: Policy, output: Path, cluster: ClusterSection | None = None
-) -> np.ndarray | None:
-    """``measure_kl``; None for the reference itself at temperature 1, whose KL is 0."""
-    if written.policy.model == reference.model and written.sampling.temperature == 1:
+def kl_of(written: Written, reference: Policy, output: Path, cluster: ClusterSection | None = None) -> KlSamples | None:
+    """``measure_kl``; None for the reference as it is, whose KL is 0."""
+    if written.policy.model == reference.model and written.sampling.as_it_is:
         return None
     return measure_kl(written, reference, output, cluster)
 
@@ -242,18 +242,18 @@ def judge_pairs(
 
 @dataclass(frozen=True, slots=True)
 class LogpJob:
-    """Log-probs of the completions (``token_ids``) of a shard under the policy as it was sampled and the reference."""
+    """Log-probs and KL of the completions (``token_ids``) of a shard: the policy as it was sampled, the reference."""
 
     policy: str
     reference: str
-    temperature: float
+    sampling: Sampling
 
     def start(self) -> Work:
         """Load both models."""
         import torch
 
-        from align.models.completion_logps import completion_logps
         from align.models.loading import load_policy, place
+        from align.models.sample_kl import score_samples
         from align.models.tokenization import encode_prompt
 
         tokenizer = _tokenizer(self.policy)
@@ -264,16 +264,19 @@ class LogpJob:
                 hint="give the reference that the policy was trained from",
             )
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        scorers: list[Any] = []
-        for model, heat in ((self.policy, self.temperature), (self.reference, 1.0)):
-            settings = {"batch_tokens": KL_BATCH_TOKENS, "pad_token_id": tokenizer.pad_token_id, "temperature": heat}
-            loaded = place(load_policy(model, dtype="float32"), device).eval()
-            scorers.append(partial(completion_logps, loaded, **settings))
+        policy = place(load_policy(self.policy, dtype="float32"), device).eval()
+        reference = policy
+        if self.reference != self.policy:
+            reference = place(load_policy(self.reference, dtype="float32"), device).eval()
 
         def work(rows: Dataset) -> Dataset:
             ids = [encode_prompt(json.loads(prompt), tokenizer) for prompt in rows["prompt"]]
-            scores = [score(ids, rows["token_ids"][:]) for score in scorers]
-            return Dataset.from_dict({"logp_policy": scores[0], "logp_reference": scores[1]})
+            found = score_samples(
+                policy, reference, ids, rows["token_ids"][:], batch_tokens=KL_BATCH_TOKENS,
+                pad_token_id=tokenizer.pad_token_id, temperature=self.sampling.temperature,
+                truncation=self.sampling.truncation,
+            )  # fmt: skip
+            return Dataset.from_dict(found._asdict())
 
         return work
 

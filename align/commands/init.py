@@ -1,6 +1,7 @@
 """`align init`: a commented run file for a table of pairs and a model, from what they and the machine are."""
 
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -43,6 +44,8 @@ SHARE = 0.6
 FEWEST_STEPS = 20
 """Optimizer steps per epoch that the batch leaves, at least."""
 LARGEST_BATCH = 32
+FEWEST_HELD_OUT = 100
+"""Pairs from which a tenth is held out of the training."""
 FEWEST_FOLDED = 200
 """Pairs below which no reward model is trained on them: its margins would be noise."""
 LEARNING_RATES = {"full": 1e-6, "lora": 1e-5}
@@ -130,7 +133,8 @@ def _read(path: str, split: str, columns: dict[str, str] | None) -> tuple[PairsS
             raise DataError(
                 f"{path}: found {guess.problem}; columns: {', '.join(sorted(names))}",
                 code="data-column",
-                hint="name them: --column chosen=... --column rejected=..., or write one pair per row",
+                hint=f"make pairs of it: align pairs from {shlex.quote(path)} --output pairs, then align init "
+                "pairs/pairs.parquet; or name the columns: --column chosen=... --column rejected=...",
             )
         columns, notes = guess.columns, guess.notes
     source = PairsSection(path=path, split=split, columns=columns)
@@ -201,6 +205,7 @@ def _choose(facts: Facts, goal: str) -> dict[str, Any]:
         "length": length,
         "beyond": float((facts.lengths > length).mean()),
         "median": int(np.median(facts.lengths)),
+        "held_out": facts.pairs >= FEWEST_HELD_OUT,
         "batch": 2 ** int(math.log2(batch)),
         "budget": min(max(budget, 2 * length), 65536),
         "tight": budget < 2 * length,

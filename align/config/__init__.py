@@ -16,14 +16,19 @@ from align.config.train import (
     TrainSection,
     WeightsSection,
 )
+from align.config.while_training import EarlyStoppingSection, EvalPairsSection, EvalSamplesSection, KeepSection
 
 __all__ = [
     "ClusterSection",
     "Count",
     "DistanceSection",
+    "EarlyStoppingSection",
     "EntanglementSection",
+    "EvalPairsSection",
+    "EvalSamplesSection",
     "EvaluateSection",
     "FilterSection",
+    "KeepSection",
     "LossSection",
     "LossTerms",
     "ObjectiveSection",

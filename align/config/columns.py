@@ -63,6 +63,9 @@ COLUMNS = (
     Column("teacher_margin", "number", "margin by a teacher, for objectives that regress on it", "source"),
     Column("bag", "name", "bag of pairs of which only the share of votes is known", "source"),
     Column("vote_share", "number", "share of votes for the chosen, equal in a bag", "source", not_negative=True),
+    Column("votes_chosen", "number", "raters who preferred the chosen", "pairs from or source", not_negative=True),
+    Column("votes_rejected", "number", "raters who preferred the rejected", "pairs from or source", not_negative=True),
+    Column("votes_tie", "number", "raters who preferred neither", "pairs from or source", not_negative=True),
     Column("trust", "number", "how far the margin of this pair is believed", "training", loaded=False, in_batch=True),
     Column("quality", "number", "quality of the worse response, also as quality_<scorer>", "filter", loaded=False),
     Column("diversity", "number", "entropy of the nearest neighbors of the prompt", "filter", loaded=False),
@@ -97,5 +100,8 @@ SPREAD = "margin_std"
 """Column that scoring adds if at least two models score."""
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 """Columns of a tokenized pair table, trl's names: lists of int; the ids of a response follow those of its prompt."""
+MASK_COLUMNS = ("chosen_mask", "rejected_mask")
+"""Columns of a tokenized pair table in which a response holds several messages: lists of 0 and 1, as long as the ids of
+the response; 1 for the tokens that carry loss (align/models/turns.py)."""
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """Columns of a pair table with precomputed reference log-probs, trl's names: nats, summed over a response."""

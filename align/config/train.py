@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from align.config.base import Count, Name, Positive, Section
 from align.config.reward import TiltSection
+from align.config.while_training import EarlyStoppingSection, EvalPairsSection, EvalSamplesSection, KeepSection
 
 QUANTIZES = ("quantization_config", "load_in_4bit", "load_in_8bit")
 """Arguments of ``from_pretrained`` that quantize a model."""
@@ -143,8 +144,19 @@ class TrainSection(Section):
     layout: Literal["auto", "concatenated", "shared_prefix"] = "auto"
     """How log-probs are computed. shared_prefix: each prompt once for both responses; concatenated: row by row, as trl
     does; auto: shared_prefix if it is exact for the model."""
+    turns: Literal["assistant", "all", "last"] = "assistant"
+    """Whose words count in responses of several messages. assistant: the assistant's; last: those of its last message;
+    all: everybody's, as in trl."""
     max_tokens_per_device: Count | None = None
     """Tokens per forward pass; a larger batch is split without changing its gradient. Default: never split."""
+    eval_pairs: EvalPairsSection | None = None
+    """Pairs to evaluate on while training; default: nothing is held out (docs/training.md)."""
+    eval_samples: EvalSamplesSection | None = None
+    """Sample the policy while it trains; default: not sampled."""
+    keep: KeepSection | None = None
+    """Which checkpoint becomes the trained model; default: the last step."""
+    early_stopping: EarlyStoppingSection | None = None
+    """Stop when the held-out metric no longer improves; default: all steps are made."""
     entanglement: EntanglementSection | None = None
     """Measure pairs during training; default: not measured."""
     pairs_per_step: Count | None = None

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from align.config.columns import RESPONSES
+from align.data.messages import content_text
 
 TURN = re.compile(
     r"(?:\b(?:assistant|bot|chatbot|gpt|model)\s*:|<\|assistant\|>|<\|im_start\|>assistant|<start_of_turn>model"
@@ -58,8 +59,8 @@ def with_text_prompt(values: dict[str, Any]) -> dict[str, Any] | None:
     if all(values[name][0]["role"] == "assistant" for name in RESPONSES):
         return {"prompt": [{"role": "user", "content": values["prompt"]}]}
     found = split_prompt(values)
-    users = [turn["content"] for turn in found["prompt"] if turn["role"] == "user"] if found else []
-    return found if any(content is not None and content.strip() == text for content in users) else None
+    users = [content_text(turn.get("content")) for turn in found["prompt"] if turn["role"] == "user"] if found else []
+    return found if any(content.strip() == text for content in users) else None
 
 
 def without_prompt(values: dict[str, Any]) -> dict[str, Any]:

@@ -12,20 +12,29 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from datasets import Dataset
 
-from align.config.columns import TEMPLATE_COLUMNS
+from align.config.columns import TEMPLATE_COLUMNS, TEXT
 
 MESSAGES = "messages"
 """Key of the messages in a prompt with arguments of the chat template."""
 PLAIN_KEYS = frozenset({"role", "content"})
 JSON_MESSAGES = pa.list_(pa.json_())
-"""Arrow type of a column whose messages have keys other than role and content, one JSON text per message. A struct
-would give each message, and each object inside it, the keys of all others, with nulls."""
+"""Arrow type of a column whose messages have keys other than role and content, or content parts: one JSON text per
+message. A struct would give each message, and each object inside it, the keys of all others, with nulls."""
 PLAIN_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "function": "tool"}
 """Names of ShareGPT's turns that are not roles already."""
 LISTED = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value|tool_calls|name)["']\s*:""")
 """Start of a text that is a list of messages, as JSON or as Python prints it."""
+
+
+def content_text(content: Any) -> str:
+    """The content of a message as text: a string as it is, the texts of content parts one after the other, nothing for
+    None."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
+    return str(content or "")
 
 
 def as_messages(value: Any) -> Any:
@@ -88,6 +97,28 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
+def exact_messages(table: Dataset) -> Dataset:
+    """The table with messages, and arguments of the chat template, that have no keys of other rows.
+
+    A column of objects in Arrow gives every object the keys of all others, with nulls: the arguments of one tool call
+    those of another. Such a column becomes ``JSON_MESSAGES``, or JSON texts; others stay as they are.
+    """
+    for name in (*TEXT, *TEMPLATE_COLUMNS):
+        kind = pa.null() if name not in table.column_names else table.data.schema.field(name).type
+        objects = pa.types.is_list(kind) and pa.types.is_struct(kind.value_type)
+        if kind == PLAIN_MESSAGES or not (objects or (name in TEMPLATE_COLUMNS and pa.types.is_struct(kind))):
+            continue
+        if name in TEMPLATE_COLUMNS:
+            values = [_without_nulls(value) for value in table[name]]
+            texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+            column = pa.array(texts, pa.string())
+        else:
+            column = text_array([without_nulls(value) for value in table[name]])
+        rows = table.with_format("arrow")[:].combine_chunks()
+        table = Dataset(rows.set_column(rows.column_names.index(name), name, column).replace_schema_metadata(None))
+    return table
+
+
 def text_array(values: Sequence[Any], kind: pa.DataType | None = None) -> pa.Array:
     """A column of texts or messages [N], of the type ``kind`` or what ``text_type`` gives.
 
@@ -103,10 +134,14 @@ def text_array(values: Sequence[Any], kind: pa.DataType | None = None) -> pa.Arr
 
 
 def text_type(values: Sequence[Any]) -> pa.DataType:
-    """Arrow type of a column: ``JSON_MESSAGES`` if a message has keys other than role and content."""
+    """Arrow type of a column: ``JSON_MESSAGES`` if a message has keys other than role and content, or content parts."""
     if not values or isinstance(values[0], str):
         return pa.string()
-    plain = all(message.keys() == PLAIN_KEYS for messages in values for message in messages)
+    plain = all(
+        message.keys() == PLAIN_KEYS and not isinstance(message["content"], list)
+        for messages in values
+        for message in messages
+    )
     return PLAIN_MESSAGES if plain else JSON_MESSAGES
 
 

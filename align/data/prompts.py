@@ -7,11 +7,11 @@ from typing import Any
 
 from align.config import PairsSection
 from align.config.columns import TEMPLATE_COLUMNS, TEMPLATE_KWARGS
-from align.data.messages import split_arguments, with_arguments
+from align.data.messages import content_text, split_arguments, with_arguments
 from align.data.readers import Row, read_files, read_rows
 from align.data.sampling import fair_sample, report_sample
 from align.data.seen_ids import SeenIds, content_id
-from align.data.validation import ROLES, RowReader, may_be_empty, odd_character
+from align.data.validation import ROLES, RowReader, may_be_empty, odd_character, wrong_part
 from align.errors import ConfigError, DataError, listed
 from align.io.console import log
 
@@ -91,9 +91,11 @@ def _wrong(prompt: Any) -> str:
     for turn in prompt:
         if isinstance(turn, dict) and not turn.get("content") and may_be_empty(turn):
             continue
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
+        content = turn.get("content") if isinstance(turn, dict) else None
+        parts = isinstance(content, list) and wrong_part(content) is None
+        if not isinstance(turn, dict) or turn.get("role") not in ROLES or not (isinstance(content, str) or parts):
             return f"prompt: found {str(turn)[:80]}, expected {{role: {' or '.join(ROLES)}, content: text}}"
-        if odd := odd_character(turn["content"]):
+        if odd := odd_character(content_text(content)):
             return f"prompt: found {odd}, expected valid Unicode text"
     if prompt[-1]["role"] == "assistant":
         return "prompt: found a last message by assistant, expected one by user or tool"

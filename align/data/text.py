@@ -10,7 +10,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from align.config.columns import TEXT
-from align.data.messages import message_lists, split_arguments
+from align.data.messages import content_text, message_lists, split_arguments
 
 WORD = re.compile(r"\w+", re.UNICODE)
 SPEAKERS = frozenset({"user", "assistant"})
@@ -34,7 +34,7 @@ def plain(part: Any) -> str:
 
 
 def _message_text(message: Mapping[str, Any], *, labeled: bool) -> str:
-    content = str(message.get("content") or "")
+    content = content_text(message.get("content"))
     lines = [f"{message['role']}: {content}"] if labeled else [content] if content else []
     for key in sorted(message.keys() - {"role", "content"}):
         value = _without_gaps(message[key])
@@ -57,7 +57,7 @@ def words(part: Any) -> list[str]:
 
 def count_words(part: Any) -> int:
     """Number of words of a prompt or response, split at white space; only the contents of messages count."""
-    texts = [part] if isinstance(part, str) else [turn.get("content") or "" for turn in part]
+    texts = [part] if isinstance(part, str) else [content_text(turn.get("content")) for turn in part]
     return sum(len(text.split()) for text in texts)
 
 

@@ -6,7 +6,7 @@ rewards [N], log-ratios [N], texts of each policy -> compare_policies -> Compari
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,28 +17,39 @@ from align.evaluation.winrate import WinRate, win_rate
 from align.stats import mean_interval
 
 
+class KlSamples(NamedTuple):
+    """Two estimates of KL(policy || reference) for each of N completions, [N], nats; see ``align.models.sample_kl``."""
+
+    exact: np.ndarray
+    """Sum over the tokens of the KL divergence of the next token; at least 0."""
+    log_ratios: np.ndarray
+    """log policy(y) - log reference(y), the one-sample estimate: a check with the same mean and more noise."""
+
+    @classmethod
+    def of_table(cls, table: Any) -> "KlSamples":
+        """Those of a table with the columns ``kl``, ``logp_policy`` and ``logp_reference``."""
+        return cls(np.asarray(table["kl"]), np.asarray(table["logp_policy"]) - np.asarray(table["logp_reference"]))
+
+
 @dataclass(frozen=True, slots=True)
 class PolicySamples:
     """One completion of a policy for each of N prompts, as far as it was measured."""
 
     rewards: np.ndarray | None = None
     """Reward of each completion, [N]."""
-    log_ratios: np.ndarray | None = None
-    """log policy(y) - log reference(y) of each completion, [N], nats. None for the reference itself, and under top-p:
-    tokens outside the nucleus have no log-probability."""
+    kl: KlSamples | None = None
+    """KL to the reference; None for the reference itself."""
     texts: Texts | None = None
-    temperature: float = 1.0
-    """Temperature of the sampling."""
+    as_it_is: bool = True
+    """Whether the sampling was at temperature 1 without top-p, top-k and min-p, so that it is of the model itself."""
 
     def by_prompt(self, clusters: np.ndarray | None) -> "PolicySamples":
-        """The mean reward and log-ratio of each prompt, for prompts that have several completions; texts stay."""
+        """The mean reward and KL of each prompt, for prompts that have several completions; texts stay."""
         if clusters is None:
             return self
-        rewards, ratios = (
-            values if values is None else mean_of_clusters(values, clusters)
-            for values in (self.rewards, self.log_ratios)
-        )
-        return replace(self, rewards=rewards, log_ratios=ratios)
+        rewards = None if self.rewards is None else mean_of_clusters(self.rewards, clusters)
+        kl = None if self.kl is None else KlSamples(*(mean_of_clusters(values, clusters) for values in self.kl))
+        return replace(self, rewards=rewards, kl=kl)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +57,8 @@ class Comparison:
     """The result of ``compare_policies``. Estimates are JSON values: ``value``, ``low``, ``high``, ``n``."""
 
     policies: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Policy -> ``reward``, ``gain`` over the baseline, ``kl`` to the reference, ``gain_per_root_kl``; None where not
-    defined. Empty without rewards."""
+    """Policy -> ``reward``, ``gain`` over the baseline, ``kl`` to the reference, ``kl_one_sample`` and
+    ``gain_per_root_kl``; None where not defined. Empty without rewards."""
     differences: list[dict[str, Any]] = field(default_factory=list)
     """Paired differences of the rewards of every two policies but the baseline: ``a``, ``b``, ``difference``."""
     texts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -73,7 +84,7 @@ def compare_policies(
         preferences: verdicts of a pairwise judge for the other one of two policies, shown first and shown second,
             [N] each, in [0, 1].
         clusters: number of the prompt of each completion, [N], where a prompt has several; a prompt then counts once,
-            with the mean reward, log-ratio, preference and length of its completions. See ``prompt_ids``.
+            with the mean reward, KL, preference and length of its completions. See ``prompt_ids``.
 
     Raises:
         ValueError: there are preferences, and not exactly two policies with texts; or a preference is out of range.
@@ -118,21 +129,24 @@ def mean_of_clusters(values: ArrayLike, clusters: np.ndarray | None) -> np.ndarr
 
 
 def kl_statistics(samples: PolicySamples, baseline: PolicySamples) -> dict[str, Any]:
-    """``kl`` to the reference and ``gain_per_root_kl`` of a policy, each an estimate as JSON values or None.
+    """``kl``, ``kl_one_sample`` and ``gain_per_root_kl`` of a policy, each an estimate as JSON values or None.
 
-    The ratio needs one origin for gain and KL. The KL is counted from the reference at temperature 1, so the baseline
-    of the gain must have been sampled at temperature 1 as well.
+    The ratio needs one origin for gain and KL. The KL is counted from the reference as it is, so the baseline of the
+    gain must have been sampled as it is, too.
 
     Args:
         samples: the policy, with rewards.
         baseline: the reference, with rewards.
     """
+    if samples.kl is None:
+        return dict.fromkeys(("kl", "kl_one_sample", "gain_per_root_kl"))
     ratio = None
-    if samples.log_ratios is not None and baseline.temperature == 1:
+    if baseline.as_it_is:
         assert samples.rewards is not None and baseline.rewards is not None
-        ratio = gain_per_root_kl(samples.rewards - baseline.rewards, samples.log_ratios)
+        ratio = gain_per_root_kl(samples.rewards - baseline.rewards, samples.kl.exact)
     return {
-        "kl": None if samples.log_ratios is None else mean_interval(samples.log_ratios).to_dict(),
+        "kl": mean_interval(samples.kl.exact).to_dict(),
+        "kl_one_sample": mean_interval(samples.kl.log_ratios).to_dict(),
         "gain_per_root_kl": ratio and ratio.to_dict(),
     }
 

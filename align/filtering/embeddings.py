@@ -10,6 +10,7 @@ from align.errors import DataError, ModelError
 from align.io.console import progress
 from align.models.batching import token_batches
 from align.models.folders import check_model_folder
+from align.models.hub import cache_if_away
 
 PART = 4096
 PROBE = "a"
@@ -32,8 +33,9 @@ class Encoder:
 
         check_model_folder(model)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
-            encoder = AutoModel.from_pretrained(model, use_safetensors=True).eval()
+            with cache_if_away(model):
+                self.tokenizer = AutoTokenizer.from_pretrained(model)
+                encoder = AutoModel.from_pretrained(model, use_safetensors=True).eval()
         except (OSError, ValueError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise ModelError(

@@ -177,7 +177,7 @@ def _features(model: str, options: LoadOptions) -> Callable[[Dataset], np.ndarra
     An ensemble is represented by its first member, since the feature spaces of two members are unrelated.
     """
     from align.models.chat_template import template_settings
-    from align.models.tokenization import pair_name
+    from align.models.pair_rows import pair_name
     from reward_models.features import head_features
     from reward_models.score import RewardScorer
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from align.filtering.embeddings import Encoder
 from align.io.array_cache import cached_arrays
+from align.models.hub import cache_if_away
 
 TOKENS_PER_PART = 2048
 MAX_CHARACTERS = 4096
@@ -34,7 +35,8 @@ class StaticEncoder:
         self.table = cached_arrays(file, lambda: {"table": distill(Encoder(model))})["table"]
         from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        with cache_if_away(model):
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
 
     @property
     def size(self) -> int:

@@ -1,5 +1,6 @@
 """From sampled token ids to a completion, for every engine that has a tokenizer."""
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -24,15 +25,43 @@ def to_completion(
     sampled: Sequence[int],
     stops: Collection[int],
     logprobs: Sequence[float] | None,
+    stop_texts: Sequence[str] = (),
 ) -> Completion:
-    """The completion of ``prompt`` (token ids): ``sampled`` up to and including the first of ``stops``."""
+    """The completion of ``prompt`` (token ids): ``sampled`` up to and including the first of ``stops``.
+
+    With ``stop_texts``, its tokens end with the one that completes the first of these texts, and its text before it.
+    """
     end = next((k + 1 for k, token in enumerate(sampled) if token in stops), None)
     tokens = list(sampled[:end])
     text = _text(tokenizer, prompt, tokens)
+    if first_stop(text, stop_texts) is not None:
+        end = bisect_left(
+            range(len(tokens)), True,
+            key=lambda k: first_stop(_text(tokenizer, prompt, tokens[: k + 1]), stop_texts) is not None,
+        ) + 1  # fmt: skip
+        tokens = tokens[:end]
+        text = _text(tokenizer, prompt, tokens)
+        text = text[: first_stop(text, stop_texts)]
     if end is None and text.endswith(REPLACEMENT):
         text = _whole_characters(tokenizer, prompt, tokens)
     kept = None if logprobs is None else list(logprobs[: len(tokens)])
     return Completion(text, tokens, "length" if end is None else "stop", kept)
+
+
+def first_stop(text: str, stop_texts: Sequence[str]) -> int | None:
+    """Place in ``text`` of the first of the texts that end a completion; None if there is none."""
+    found = [place for stop in stop_texts if (place := text.find(stop)) >= 0]
+    return min(found, default=None)
+
+
+def stopped_rows(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], sampled: Sequence[list[int]], texts: Sequence[str]
+) -> list[bool]:
+    """Whether each completion (token ids so far) of a prompt holds one of ``texts``, as ``to_completion`` reads it."""
+    return [
+        first_stop(_text(tokenizer, prompt, tokens), texts) is not None
+        for prompt, tokens in zip(prompts, sampled, strict=True)
+    ]
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: list[int]) -> str:

@@ -2,8 +2,8 @@
 
 The argmax of scores + Gumbel noise is a draw from softmax(scores); each row has its own generator for the noise. Logits
 still differ between batches by rounding, which matters only if it decides which token wins: if the two best candidates
-are closer than ``TOLERANCE``, or the winner is on the border of the nucleus. The logits of such a row are computed
-again without the batch and without padding. To first order two candidates are that close with probability
+are closer than ``TOLERANCE``, or the winner is on the border of a cut (top-p, top-k, min-p). The logits of such a row
+are computed again without the batch and without padding. To first order two candidates are that close with probability
 ``TOLERANCE`` / temperature times the sum over tokens of p (1 - p).
 
 Shapes: B rows, V vocabulary.
@@ -25,7 +25,7 @@ class DrawnToken(LogitsProcessor):
     """Draw a token for each row and set the scores of all others to -inf.
 
     Args:
-        sampling: temperature and top-p.
+        sampling: temperature and truncation.
         seeds: seed of each row [B].
         starts: number of padding tokens on the left of each row [B].
         stops: tokens after which a row is finished.
@@ -83,32 +83,21 @@ def draw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (drawn token [B], whether any logits within ``tolerance`` / 2 of these give the same draw [B]).
 
-    Top-p keeps the most probable tokens up to and including the one at which their mass reaches ``top_p``.
-
     Args:
         logits: [B, V].
         noise: Gumbel noise [B, V], or zeros.
-        sampling: temperature (0 is greedy) and top-p.
+        sampling: temperature (0 is greedy) and truncation.
         tolerance: largest difference of two logits whose order rounding may reverse.
     """
     scale = sampling.temperature or 1.0
     scores, slack = logits / scale, tolerance / scale
     inside = torch.ones_like(scores, dtype=torch.bool)
     candidates = scores + noise
-    if sampling.top_p < 1 and sampling.temperature > 0:
-        narrow, wide = nucleus_floors(scores, (sampling.top_p - slack, sampling.top_p + slack))
-        inside = scores >= narrow + slack
-        candidates = candidates.masked_fill(scores < wide - slack, -torch.inf)
+    cuts = sampling.truncation
+    if cuts.cuts and sampling.temperature > 0:
+        inside = scores >= cuts.floor(scores, slack)
+        candidates = candidates.masked_fill(scores < cuts.floor(scores, -slack), -torch.inf)
     best = candidates.topk(2, dim=-1)
     drawn = best.indices[:, 0]
     sure = (best.values[:, 0] - best.values[:, 1] > slack) & inside.gather(1, drawn[:, None])[:, 0]
     return drawn, sure
-
-
-def nucleus_floors(scores: torch.Tensor, masses: Sequence[float]) -> list[torch.Tensor]:
-    """For each mass p, the lowest score [B, 1] in the smallest set of top tokens with probability at least p."""
-    ordered = scores.sort(dim=-1, descending=True).values
-    before = torch.softmax(ordered, dim=-1).cumsum(dim=-1).roll(1, dims=-1)
-    before[:, 0] = 0.0
-    counts = [(before < mass).sum(dim=-1, keepdim=True).clamp_min(1) for mass in masses]
-    return [ordered.gather(1, count - 1) for count in counts]

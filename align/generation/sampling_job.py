@@ -28,7 +28,7 @@ FEATURES = {
         }
     )
 }
-LOGP_FEATURES = {"logp_policy": List(Value("float64")), "logp_reference": List(Value("float64"))}
+LOGP_FEATURES = {name: List(Value("float64")) for name in ("logp_policy", "logp_reference", "kl")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,11 @@ class SamplingJob:
     """Sample ``sampling.n`` completions of each prompt of a shard (``keyed_prompts``), each drawn under its key.
 
     Result: ``completions``, a list of n for each prompt; ``completions_of`` reads it. With a ``reference`` also
-    ``logp_policy`` and ``logp_reference``, n log-probs (nats) for each prompt: under the model at the temperature that
-    it was sampled at, and under the reference at temperature 1. These need the transformers engine.
+    ``logp_policy``, ``logp_reference`` and ``kl``, n of each (nats) for each prompt; see
+    ``align.models.sample_kl.SampleScores``.
 
-    A prompt that the engine cannot take, such as one that fills the model's window, has no completions and no
-    log-probs. The engine logs its key; the caller counts it.
+    A prompt that the engine cannot take, such as one that fills the model's window, has no completions and none of
+    these. The engine logs its key; the caller counts it.
     """
 
     model: str
@@ -82,32 +82,33 @@ class SamplingJob:
 
 
 class _LogProbs:
-    """Log-probs of completions under the policy as it was sampled from, and under the reference."""
+    """Log-probs and KL of completions of the policy as it was sampled from, to the reference."""
 
     def __init__(self, engine: Engine, job: SamplingJob) -> None:
         from align.generation.transformers_engine import TransformersEngine
         from align.models.loading import load_policy, place
 
         assert job.reference is not None and isinstance(engine, TransformersEngine)
-        self.engine, self.temperature = engine, job.sampling.temperature
+        self.engine, self.sampling = engine, job.sampling
         self.reference = engine.model
         if job.reference != job.model:
             loaded = load_policy(job.reference, **({"dtype": "float32"} | dict(job.sampling.options)))
             self.reference = place(loaded, engine.model.device).eval()
 
     def __call__(self, prompts: list[Any], groups: list[list[Completion]]) -> dict[str, list[list[float]]]:
-        from align.models.completion_logps import completion_logps
+        from align.models.sample_kl import score_samples
 
         counts = np.cumsum([len(group) for group in groups])[:-1]
         ids = [self.engine.encode(prompt) for prompt, group in zip(prompts, groups, strict=True) for _ in group]
         sampled = [completion.token_ids for group in groups for completion in group]
-        budget = {"batch_tokens": KL_BATCH_TOKENS, "pad_token_id": self.engine.tokenizer.pad_token_id}
-        policy = completion_logps(self.engine.model, ids, sampled, temperature=self.temperature, **budget)
-        same = self.reference is self.engine.model and self.temperature == 1
-        reference = policy if same else completion_logps(self.reference, ids, sampled, **budget)
+        found = score_samples(
+            self.engine.model, self.reference, ids, sampled, batch_tokens=KL_BATCH_TOKENS,
+            pad_token_id=self.engine.tokenizer.pad_token_id, temperature=self.sampling.temperature,
+            truncation=self.sampling.truncation,
+        )  # fmt: skip
         return {
             name: [part.tolist() for part in np.split(values, counts)]
-            for name, values in (("logp_policy", policy), ("logp_reference", reference))
+            for name, values in zip(LOGP_FEATURES, found, strict=True)
         }
 
 

@@ -143,14 +143,14 @@ class ServerEngine(Engine):
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "top_k": 0,
-            "min_p": 0.0,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "seed": seed,
             "return_token_ids": True,
-        }
+        } | ({"stop": list(sampling.stop)} if sampling.stop else {})
         if isinstance(prompt, str):
             body |= {"prompt": prompt} | ({"logprobs": 0} if sampling.logprobs else {})
             return "/completions", body, _from_text

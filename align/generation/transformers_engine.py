@@ -13,9 +13,11 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
-from align.generation.encoding import stop_ids, to_completion
+from align.generation.encoding import stop_ids, stopped_rows, to_completion
 from align.generation.sampler import DrawnToken
 from align.generation.types import Completion, Engine, Sampling, prompt_keys, sample_seed
 from align.io.console import log
@@ -137,14 +139,18 @@ class TransformersEngine(Engine):
         width = max(len(row) for row in rows)
         starts = [width - len(row) for row in rows]
         choice = DrawnToken(sampling, seeds, starts, self.stops, self._alone, self.model.device)
-        output = self._generate(rows, choice, sampling.max_new_tokens, self.stops)
+        criteria = [_StopTexts(self.tokenizer, rows, sampling.stop)] if sampling.stop else []
+        output = self._generate(rows, choice, sampling.max_new_tokens, self.stops, criteria)
         logprobs = torch.stack(choice.logprobs, dim=1).tolist() if sampling.logprobs else [None] * len(rows)
         return [
-            to_completion(self.tokenizer, row, out[width:].tolist(), self.stops, logps)
+            to_completion(self.tokenizer, row, out[width:].tolist(), self.stops, logps, sampling.stop)
             for row, out, logps in zip(rows, output, logprobs, strict=True)
         ]
 
-    def _generate(self, rows: list[list[int]], choice: LogitsProcessor, new: int, stops: list[int]) -> torch.Tensor:
+    def _generate(
+        self, rows: list[list[int]], choice: LogitsProcessor, new: int, stops: list[int],
+        criteria: Sequence[StoppingCriteria] = (),
+    ) -> torch.Tensor:  # fmt: skip
         """Token ids of the rows, padded on the left, and of up to ``new`` tokens that ``choice`` draws."""
         token = self.tokenizer.pad_token_id
         ids, mask = (part.to(self.model.device) for part in pad(rows, token, left=True))
@@ -153,6 +159,7 @@ class TransformersEngine(Engine):
                 input_ids=ids,
                 attention_mask=mask,
                 logits_processor=LogitsProcessorList([choice]),
+                stopping_criteria=StoppingCriteriaList(criteria),
                 generation_config=GenerationConfig(
                     max_new_tokens=new, do_sample=False, eos_token_id=stops or None, pad_token_id=token
                 ),
@@ -170,6 +177,18 @@ def _batches(jobs: list[tuple[int, int]], rooms: list[int], size: int) -> Iterat
     for _, same in groupby(jobs, key=lambda job: rooms[job[0]]):
         while batch := list(islice(same, size)):
             yield batch
+
+
+class _StopTexts(StoppingCriteria):
+    """Ends a row whose completion holds one of the texts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], texts: Sequence[str]) -> None:
+        self.tokenizer, self.rows, self.texts = tokenizer, rows, texts
+        self.width = max(len(row) for row in rows)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        found = stopped_rows(self.tokenizer, self.rows, input_ids[:, self.width :].tolist(), self.texts)
+        return torch.tensor(found, device=input_ids.device)
 
 
 class _Forced(LogitsProcessor):

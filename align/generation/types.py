@@ -6,12 +6,15 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from datasets import Dataset
 
 from align.errors import DataError, listed
 from align.io.console import log, progress
+
+if TYPE_CHECKING:
+    from align.models.truncation import Truncation
 
 SAMPLING = 5
 """Revision in the stage keys; raise it when an engine gives other completions from the same seed."""
@@ -43,9 +46,28 @@ class Sampling:
     """Address of a server, ending in ``/v1``."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of ``vllm.LLM``, of ``ServerEngine`` or of ``from_pretrained``."""
+    top_k: int = 0
+    """Number of the most probable tokens that are sampled from; 0: all."""
+    min_p: float = 0.0
+    """Smallest probability of a token that is sampled, relative to the most probable one; 0: all."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, which ends before the first of them."""
+
+    @property
+    def truncation(self) -> "Truncation":
+        """The cuts of what is sampled from."""
+        from align.models.truncation import Truncation
+
+        return Truncation(self.top_p, self.top_k, self.min_p)
+
+    @property
+    def as_it_is(self) -> bool:
+        """Whether the model itself is sampled: at temperature 1, without a cut."""
+        return self.temperature == 1 and not self.truncation.cuts
 
     def made_from(self) -> dict[str, Any]:
         """The fields that decide what one engine draws; they are part of stage keys."""
+        added = {"top_k": self.top_k, "min_p": self.min_p, "stop": list(self.stop)}
         return {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
@@ -53,7 +75,7 @@ class Sampling:
             "n": self.n,
             "seed": self.seed,
             "logprobs": self.logprobs,
-        }
+        } | {name: value for name, value in added.items() if value}
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ class VllmEngine(Engine):
                         continue
                     k, sample = running.pop(output.request_id)
                     group = found.setdefault(k, {})
-                    group[sample] = self._completion(ids[k], output.outputs[0])
+                    group[sample] = self._completion(ids[k], output.outputs[0], sampling)
                     if len(group) == sampling.n:
                         yield k, [group[number] for number in range(sampling.n)]
                         del found[k]
@@ -134,10 +134,13 @@ class VllmEngine(Engine):
             max_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            top_k=sampling.top_k or -1,
+            min_p=sampling.min_p,
             seed=seed,
             logprobs=0 if sampling.logprobs else None,
             stop_token_ids=self.stops,
-            detokenize=False,
+            stop=list(sampling.stop) or None,
+            detokenize=bool(sampling.stop),
             output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
         prompt = self.vllm.TokensPrompt(prompt_token_ids=ids)
@@ -149,12 +152,12 @@ class VllmEngine(Engine):
             return False
         return True
 
-    def _completion(self, prompt: list[int], output: Any) -> Completion:
+    def _completion(self, prompt: list[int], output: Any, sampling: Sampling) -> Completion:
         tokens = list(output.token_ids)
         logprobs = None
         if output.logprobs is not None:
             logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True)]
-        return to_completion(self.tokenizer, prompt, tokens, self.stops, logprobs)
+        return to_completion(self.tokenizer, prompt, tokens, self.stops, logprobs, sampling.stop)
 
 
 def _generation_config(base: str) -> GenerationConfig | None:

@@ -1,6 +1,7 @@
 """Chat templates: messages to text or token ids, and what a template does that no row can make right."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from align.config.columns import TEMPLATE_COLUMNS
 from align.errors import DataError, ModelError
@@ -23,6 +25,8 @@ DATE_FUNCTION = "strftime_now"
 TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*")
 END_MARK = "\ue000end of a cut-off message\ue000"
 """Characters of no language, by which the end of a message is found in the text of a template."""
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+"""Start of the block by which a template marks the assistant's own words."""
 ASKED, ANSWERED, AGAIN = "first question", "an answer", "second question"
 
 
@@ -67,16 +71,21 @@ def templated(
     if not generation_prompt:
         _refuse_appended(tokenizer, source)
 
+    parts = any(isinstance(turn.get("content"), list) for turn in messages)
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]  # Arrow fills gaps
     if cut_off:
-        turns[-1]["content"] = f"{turns[-1].get('content', '')}{END_MARK}"
-    whole = tokenize and not cut_off
+        content = turns[-1].get("content", "")
+        mark = [*content, {"type": "text", "text": END_MARK}] if isinstance(content, list) else f"{content}{END_MARK}"
+        turns[-1]["content"] = mark
+    whole = tokenize and not cut_off and not parts
     try:
         found = tokenizer.apply_chat_template(
             turns, add_generation_prompt=generation_prompt, tokenize=whole, return_dict=whole, **(settings or {})
         )
         if cut_off and END_MARK not in found:
             raise ValueError("it does not write the end of the last message, which was cut off")
+        if parts:
+            _refuse_printed(turns, found)
     except TemplateSyntaxError as error:
         raise _not_valid(tokenizer, f"line {error.lineno}: {error.message}") from None
     except TEMPLATE_FAILURES as error:
@@ -86,10 +95,43 @@ def templated(
             code="chat-template",
             hint="change the messages or leave the row out, or take a model whose template takes them",
         ) from None
-    if not cut_off:
+    if not cut_off and not parts:
         return list(found["input_ids"]) if tokenize else found
-    text = found[: found.rindex(END_MARK)]
+    text = found[: found.rindex(END_MARK)] if cut_off else found
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if tokenize else text
+
+
+def _refuse_printed(turns: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Raise ValueError if a template wrote content parts as Python prints lists, because it only reads text."""
+    for content in (turn.get("content") for turn in turns):
+        if isinstance(content, list) and (str(content) in text or str(content[0]) in text):
+            raise ValueError("it writes content parts as Python prints them; give the content as text")
+
+
+def generation_spans(
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]
+) -> list[tuple[int, int]] | None:
+    """(First character, end) of what the template's ``{% generation %}`` blocks write, the assistant's own words.
+
+    None for a template without such blocks. transformers' mask of tokens is not used: it loses its place where a
+    tokenizer drops white space.
+
+    Raises:
+        ModelError: there is no valid chat template.
+    """
+    source = _source(tokenizer, settings)
+    if GENERATION.search(source) is None:
+        return None
+    turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+    given = {**tokenizer.special_tokens_map, **settings, "chat_template": source}
+    found = render_jinja_template(conversations=[turns], return_assistant_tokens_mask=True, **given)
+    return [(int(first), int(end)) for first, end in found[1][0]]
+
+
+def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Number of leading tokens, or characters, that the two have in common."""
+    return next((k for k, (one, other) in enumerate(zip(first, second, strict=False)) if one != other),
+                min(len(first), len(second)))  # fmt: skip
 
 
 def rendered_today(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from datasets import Dataset
 
-from align.config.columns import ID_COLUMNS
+from align.config.columns import ID_COLUMNS, MASK_COLUMNS
 from align.io.hashing import digest
 from align.models.layout import base_model, has_adapter
 
@@ -31,7 +31,7 @@ def reference_key(model: torch.nn.Module, dataset: Dataset, settings: Sequence[o
         if not any(part in name for part in adapter):
             state.update(name.encode())
             state.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    for column in ID_COLUMNS:
+    for column in (*ID_COLUMNS, *(name for name in MASK_COLUMNS if name in dataset.column_names)):
         for ids in dataset[column]:
             state.update(f"{column}{ids}".encode())
     return state.hexdigest()

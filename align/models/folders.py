@@ -14,6 +14,7 @@ from typing import Any
 from align.errors import ModelError
 from align.io.console import log
 from align.io.hashing import digest, fingerprint_source
+from align.models.hub import cache_if_away
 
 ADAPTER = "adapter_config.json"
 CONFIG = "config.json"
@@ -22,13 +23,8 @@ TEXT_PAIR = "text_pair"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "tokenizer_config.json",
-)
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json",
+)  # fmt: skip
 NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.pt", "scheduler.pt"})
 HEADER_BYTES = 8
 EMBEDDINGS = frozenset(
@@ -110,7 +106,8 @@ def loading(model: str, what: str) -> Iterator[None]:
         ModelError: in place of any exception.
     """
     try:
-        yield
+        with cache_if_away(model):
+            yield
     except ModelError:
         raise
     except Exception as error:

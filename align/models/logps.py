@@ -18,6 +18,7 @@ from align.config.columns import PAIR_COLUMNS, REFERENCE_COLUMNS
 from align.errors import ModelError
 from align.models import attention
 from align.models.collator import REAL, ROW
+from align.models.exact_kl import ReferenceStates, exact_kl
 from align.models.lm_head import LogitForm, TokenScores, score_tokens
 from align.models.packing import pack
 
@@ -43,6 +44,8 @@ class SequenceLogps(NamedTuple):
     """[B], completion tokens."""
     tokens: TokenScores
     """Scores of the completion tokens, each [2B, T - 1], at index t - 1 for the token at t; 0 elsewhere."""
+    kl: Tensor | None = None
+    """KL(policy || reference) summed over the completion tokens, nats, [2B]; None unless asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,10 @@ class Scored:
     """Divisor of the logits."""
     metrics: bool = True
     """Whether entropy, mean logit and top-1 are computed; without, they may be NaN."""
+    reference: ReferenceStates | None = None
+    """The reference at these places, if the KL to it is computed."""
+    keep_states: bool = False
+    """Whether the hidden states [M, D] are returned."""
 
 
 @dataclass
@@ -68,6 +75,8 @@ class ScoredOutput(ModelOutput):
     mean_logit: Tensor | None = None
     top1: Tensor | None = None
     log_sum_squares: Tensor | None = None
+    kl: Tensor | None = None
+    states: Tensor | None = None
 
 
 def add_completion_head(model: PreTrainedModel) -> None:
@@ -123,11 +132,20 @@ def _forward(self: PreTrainedModel, *args: Any, scored: Scored | None = None, **
     hidden = self.base_model(*args, **kwargs).last_hidden_state[:, -scored.width :]
     picked = hidden.flatten(0, 1).index_select(0, scored.places)
     form = replace(LogitForm.of(self.config), temperature=scored.temperature)
-    scores = score_tokens(picked, self.get_output_embeddings(), scored.targets, form, metrics=scored.metrics)
-    return ScoredOutput(*scores)
+    head = self.get_output_embeddings()
+    scores = score_tokens(picked, head, scored.targets, form, metrics=scored.metrics)
+    kl = None if scored.reference is None else exact_kl(picked, head, form, scored.reference)
+    return ScoredOutput(*scores, kl=kl, states=picked if scored.keep_states else None)
 
 
-def pair_logps(model: torch.nn.Module, batch: dict[str, Any], layout: Layout, *, metrics: bool = True) -> SequenceLogps:
+def pair_logps(
+    model: torch.nn.Module,
+    batch: dict[str, Any],
+    layout: Layout,
+    *,
+    metrics: bool = True,
+    reference: ReferenceStates | None = None,
+) -> SequenceLogps:
     """Log-probabilities of a batch of pairs.
 
     Args:
@@ -137,22 +155,35 @@ def pair_logps(model: torch.nn.Module, batch: dict[str, Any], layout: Layout, *,
         layout: ``concatenated`` runs the 2B sequences as they are; ``shared_prefix`` packs the pairs into one row that
             holds the common prefix of each pair once. Both give the same numbers up to rounding.
         metrics: whether entropy, mean logit and top-1 of the tokens are computed; without, they may be NaN.
+        reference: ``pair_states`` of the reference for this batch and layout, if the KL to it is computed.
     """
-    return (_shared_prefix if layout == "shared_prefix" else _concatenated)(model, batch, metrics)
+    run = _shared_prefix if layout == "shared_prefix" else _concatenated
+    return _collect(*run(model, batch, metrics=metrics, reference=reference))
 
 
-def _concatenated(model: torch.nn.Module, batch: dict[str, Any], metrics: bool) -> SequenceLogps:
+def pair_states(model: torch.nn.Module, batch: dict[str, Any], layout: Layout) -> Tensor:
+    """Last hidden states [M, D] at the positions of a batch that ``pair_logps`` scores; the arguments are the same."""
+    run = _shared_prefix if layout == "shared_prefix" else _concatenated
+    states: Tensor = run(model, batch, metrics=False, keep_states=True)[0].states
+    return states
+
+
+Scores = tuple[Any, Tensor, Tensor, Tensor | None]
+"""Scores [M]; where they belong, int64 [M], in the flattened [2B, T - 1] tokens; completion tokens, bool [2B, T]; and
+those of rejected rows that are packed with the chosen row."""
+
+
+def _concatenated(model: torch.nn.Module, batch: dict[str, Any], **options: Any) -> Scores:
     mask = batch["completion_mask"].bool()
     inputs = {key: value for key, value in batch.items() if key not in NOT_MODEL_INPUTS}
     width = mask.shape[1]
     ends = mask[:, 1:].flatten().nonzero().squeeze(1)
     rows, columns = ends // (width - 1), ends % (width - 1)
-    scored = Scored(rows * width + columns, batch["input_ids"][:, 1:].flatten()[ends], width, metrics=metrics)
-    output = model(**inputs, use_cache=False, scored=scored)
-    return _collect(output, ends, mask)
+    scored = Scored(rows * width + columns, batch["input_ids"][:, 1:].flatten()[ends], width, **options)
+    return model(**inputs, use_cache=False, scored=scored), ends, mask, None
 
 
-def _shared_prefix(model: torch.nn.Module, batch: dict[str, Any], metrics: bool) -> SequenceLogps:
+def _shared_prefix(model: torch.nn.Module, batch: dict[str, Any], **options: Any) -> Scores:
     mask = batch["completion_mask"].bool()
     packed = pack(batch)
     owned = torch.zeros_like(mask).flatten()
@@ -166,30 +197,26 @@ def _shared_prefix(model: torch.nn.Module, batch: dict[str, Any], metrics: bool)
         attention_mask=attention.no_mask(mask.device),
         packed_pairs=packed,
         use_cache=False,
-        scored=Scored(places, targets, packed.input_ids.shape[1], metrics=metrics),
+        scored=Scored(places, targets, packed.input_ids.shape[1], **options),
     )
-    return _collect(output, ends, mask, shared=mask & ~owned.view_as(mask))
+    return output, ends, mask, mask & ~owned.view_as(mask)
 
 
-def _collect(output: Any, ends: Tensor, mask: Tensor, shared: Tensor | None = None) -> SequenceLogps:
-    """Scatter scores to the positions of their tokens.
-
-    Args:
-        output: scores [M].
-        ends: int64 [M], indices into the flattened [2B, T - 1] tokens.
-        mask: bool [2B, T], completion tokens.
-        shared: bool [2B, T], completion tokens of rejected rows that are packed with the chosen row.
-    """
+def _collect(output: Any, ends: Tensor, mask: Tensor, shared: Tensor | None) -> SequenceLogps:
+    """Scatter scores to the positions of their tokens; the arguments are ``Scores``."""
     scored = mask[:, 1:]
     half = mask.shape[0] // 2
-    columns = []
-    for values in (output.logps, output.entropy, output.mean_logit, output.top1, output.log_sum_squares):
-        placed = values.new_zeros(scored.numel()).index_copy(0, ends, values).view_as(scored)
-        if shared is not None:
-            copied = placed[:half].masked_fill(~shared[half:, 1:], 0)
-            placed = torch.cat([placed[:half], placed[half:] + copied])
-        columns.append(placed)
-    tokens = TokenScores(*columns)
+
+    def placed(values: Tensor) -> Tensor:
+        column = values.new_zeros(scored.numel()).index_copy(0, ends, values).view_as(scored)
+        if shared is None:
+            return column
+        copied = column[:half].masked_fill(~shared[half:, 1:], 0)
+        return torch.cat([column[:half], column[half:] + copied])
+
+    columns = (output.logps, output.entropy, output.mean_logit, output.top1, output.log_sum_squares)
+    tokens = TokenScores(*(placed(values) for values in columns))
     chosen, rejected = tokens.logps.sum(dim=1).chunk(2)
     chosen_length, rejected_length = scored.sum(dim=1).chunk(2)
-    return SequenceLogps(chosen, rejected, chosen_length, rejected_length, tokens)
+    kl = None if output.kl is None else placed(output.kl).sum(dim=1)
+    return SequenceLogps(chosen, rejected, chosen_length, rejected_length, tokens, kl)

@@ -14,8 +14,10 @@ from align.errors import DataError, listed
 from align.models.chat_template import template_settings
 from align.models.folders import reads_sentence_pairs
 from align.models.loading import load_tokenizer
+from align.models.pair_rows import pair_name
 from align.models.special_tokens import added_tokens
-from align.models.tokenization import apply_template, encode_reward_texts, pair_name, render
+from align.models.tokenization import apply_template, encode_pair, encode_reward_texts, render
+from align.models.turns import Turns, has_turns, pair_masks
 
 ANSWER = [{"role": "assistant", "content": "an answer"}]
 LONGEST = 1_000_000
@@ -32,6 +34,10 @@ class AsTokens(NamedTuple):
     """Ids of the pairs of plain text that begin with what the tokenizer adds before a text."""
     before: str
     """What the tokenizer adds before a text."""
+    tokens: int = 0
+    """Tokens of all responses, if some of these hold several messages."""
+    others: int = 0
+    """Those of them that are not the assistant's words, see align/models/turns.py."""
 
 
 def is_conversational(pairs: Dataset) -> bool:
@@ -135,4 +141,30 @@ def survey_pairs(pairs: Dataset, model: str) -> AsTokens:
         plain = [row for row in rows if isinstance(row["prompt"], str)] if first else []
         bare = tokenizer([row["prompt"] for row in plain], add_special_tokens=False)["input_ids"] if plain else []
         begun += [str(row["id"]) for row, its in zip(plain, bare, strict=True) if list(its[: len(first)]) == first]
-    return AsTokens(same, begun, tokenizer.decode(first))
+    return AsTokens(same, begun, tokenizer.decode(first), *_others(pairs, tokenizer))
+
+
+def check_turns_of(pairs: Dataset, model: str, turns: Turns, *, trust_remote_code: bool = False) -> None:
+    """Check that the words of the assistant can be told from those of others in responses of several messages.
+
+    Raises:
+        ModelError: the model has no valid chat template.
+        DataError: they cannot in some rows (the first 20 and a count).
+    """
+    if turns == "all" or not has_turns(pairs):
+        return
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    rows = (row for row in pairs if len(row["chosen"]) > 1 or len(row["rejected"]) > 1)
+    check_rows(rows, lambda row: pair_masks(row, encode_pair(row, tokenizer)[:3], tokenizer, turns), model)
+
+
+def _others(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """(Tokens of all responses, those of others than the assistant); zeros if every response is one message."""
+    if not has_turns(pairs):
+        return 0, 0
+    tokens = own = 0
+    for row in pairs:
+        masks = pair_masks(row, encode_pair(row, tokenizer)[:3], tokenizer)
+        tokens += sum(map(len, masks.values()))
+        own += sum(map(sum, masks.values()))
+    return tokens, tokens - own

@@ -15,12 +15,14 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from align.config.columns import CUT_OFF, FINISH_COLUMNS, FINISH_REASONS, ID_COLUMNS, RESPONSES
+from align.config.columns import ID_COLUMNS, MASK_COLUMNS, RESPONSES
 from align.data.messages import split_arguments
 from align.errors import DataError, ModelError
 from align.io.console import log
-from align.models.chat_template import template_settings, templated
+from align.models.chat_template import shared_length, template_settings, templated
+from align.models.pair_rows import is_cut_off, log_cut_off, pair_name
 from align.models.special_tokens import added_tokens, of_encoder
+from align.models.turns import Turns, counted, has_turns, pair_masks
 
 MAX_LENGTH = 1024
 """Tokens of prompt and response together; trl.DPOConfig's default."""
@@ -183,30 +185,8 @@ def encode_pair(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
             both.append(
                 templated(whole, tokenizer, generation_prompt=False, row=row, settings=settings, cut_off=cut_off)
             )
-    start = min(_shared_length(prompt, ids) for ids in both)
+    start = min(shared_length(prompt, ids) for ids in both)
     return PairIds(prompt[:start], both[0][start:], both[1][start:], prompt[start:])
-
-
-def is_cut_off(pair: Mapping[str, Any], side: str) -> bool:
-    """Whether the limit of tokens ended a response of a pair; ``side`` is chosen or rejected.
-
-    Raises:
-        DataError: the pair says something else of its end than ``FINISH_REASONS``.
-    """
-    column = FINISH_COLUMNS[side]
-    reason = pair.get(column)
-    if reason is not None and reason not in FINISH_REASONS:
-        raise DataError(
-            f"{pair_name(pair) or 'a pair'}: {column}: found {reason!r}, expected {' or '.join(FINISH_REASONS)}",
-            code="pair-value",
-            hint="a response that a limit of tokens cut off is length, any other stop or nothing",
-        )
-    return bool(reason == CUT_OFF)
-
-
-def pair_name(pair: Mapping[str, Any]) -> str:
-    """What errors call a row of a pair table; empty if it has no ``id``."""
-    return "" if pair.get("id") is None else f"pair {pair['id']}"
 
 
 def tokenize_pairs(
@@ -215,26 +195,24 @@ def tokenize_pairs(
     *,
     max_length: int | None = MAX_LENGTH,
     truncation: str = "keep_start",
+    turns: Turns = "assistant",
 ) -> Dataset:
-    """The table with the columns ``ID_COLUMNS``, see ``encode_pair``; nothing is truncated yet, see ``collate``.
+    """The table as ``encode_table`` makes it; nothing is truncated yet, see ``collate``.
 
     Args:
         pairs: pair table with ``id``.
         tokenizer: of the policy.
         max_length: tokens of prompt and response together that ``collate`` will keep; None: all.
         truncation: ``keep_start`` or ``keep_end``, as in trl.DPOConfig.
+        turns: whose words count in responses of several messages.
 
     Raises:
         DataError: nothing of a response is left after truncation (names the pairs); see also ``encode_pair``.
         ModelError: see ``encode_pair``.
     """
-    made = encode_table(pairs, tokenizer)
-    room = max_length if truncation == "keep_start" else None
-    empty = [
-        str(row["id"])
-        for row in made.select_columns(["id", *ID_COLUMNS])
-        if not row["chosen_ids"] or not row["rejected_ids"] or (room is not None and len(row["prompt_ids"]) >= room)
-    ]
+    made = encode_table(pairs, tokenizer, turns=turns)
+    read = [name for name in ("id", *ID_COLUMNS, *MASK_COLUMNS) if name in made.column_names]
+    empty = [str(row["id"]) for row in made.select_columns(read) if not counted(row, max_length, truncation)]
     if empty:
         more = f" and {len(empty) - NAMED_PAIRS} more" if len(empty) > NAMED_PAIRS else ""
         raise DataError(
@@ -245,34 +223,31 @@ def tokenize_pairs(
     return made
 
 
-def encode_table(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, *, processes: int | None = None) -> Dataset:
+def encode_table(
+    pairs: Dataset, tokenizer: PreTrainedTokenizerBase, *, turns: Turns = "assistant", processes: int | None = None
+) -> Dataset:
     """The table with the columns ``ID_COLUMNS``, see ``encode_pair``; every pair is kept.
+
+    Where responses hold several messages and ``turns`` is not ``all``, it also has ``MASK_COLUMNS``.
 
     Raises:
         ModelError, DataError: see ``encode_pair``.
     """
     warned = False
-    _log_cut_off(pairs)
+    log_cut_off(pairs)
+    masked = turns != "all" and has_turns(pairs)
 
     def encode(pair: Mapping[str, Any]) -> dict[str, list[int]]:
         nonlocal warned
-        *ids, unused = encode_pair(pair, tokenizer)
-        if unused and not warned:
+        ids = encode_pair(pair, tokenizer)
+        if ids.unused and not warned:
             warned = True
             log.warning("%s, and perhaps others: the last tokens of its prompt, %r, differ before a response and "
-                        "are left out", pair_name(pair) or "a pair", tokenizer.decode(unused))  # fmt: skip
-        return dict(zip(ID_COLUMNS, ids, strict=True))
+                        "are left out", pair_name(pair) or "a pair", tokenizer.decode(ids.unused))  # fmt: skip
+        masks = pair_masks(pair, ids[:3], tokenizer, turns) if masked else {}
+        return dict(zip(ID_COLUMNS, ids[:3], strict=True)) | masks
 
     return pairs.map(encode, desc="tokenizing pairs", num_proc=processes)
-
-
-def _log_cut_off(pairs: Dataset) -> None:
-    """Log how many responses were cut off, if any."""
-    found = [name for name in FINISH_COLUMNS.values() if name in pairs.column_names]
-    count = sum(value == CUT_OFF for name in found for value in pairs[name])
-    if count:
-        log.info("%d of %d responses were cut off by a limit of tokens: they have no end-of-sequence token",
-                 count, 2 * len(pairs))  # fmt: skip
 
 
 def collate(
@@ -286,7 +261,8 @@ def collate(
     from align.models.collator import PairCollator  # imports trl, which takes seconds
 
     collator = PairCollator(pad_token_id=pad_token_id, max_length=max_length, truncation_mode=truncation)
-    batch: dict[str, Tensor] = collator([{name: row[name] for name in ID_COLUMNS} for row in rows])
+    columns = (*ID_COLUMNS, *MASK_COLUMNS)
+    batch: dict[str, Tensor] = collator([{name: row[name] for name in columns if name in row} for row in rows])
     return batch
 
 
@@ -355,12 +331,6 @@ def _eos_token(tokenizer: PreTrainedTokenizerBase) -> str:
             hint="name it in tokenizer_config.json (eos_token), or take the tokenizer that belongs to the model",
         )
     return str(tokenizer.eos_token)
-
-
-def _shared_length(first: list[int], second: list[int]) -> int:
-    """Number of leading tokens that the two have in common."""
-    return next((k for k, (one, other) in enumerate(zip(first, second, strict=False)) if one != other),
-                min(len(first), len(second)))  # fmt: skip
 
 
 def report_same_tokens(names: Sequence[str], count: int, where: str) -> None:

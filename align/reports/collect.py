@@ -10,14 +10,19 @@ import torch
 
 from align.config import RunConfig
 from align.data.pairs import read_pairs
+from align.evaluation.while_training import shown_samples
 from align.io.files import read_json
 from align.io.secrets import redact
 from align.io.stage import MANIFEST, versions
 from align.losses.margin_weights import MADPO_TAU, madpo_weight, weight_summary
 from align.losses.spec import BoundLoss
 from align.losses.sums import bind_section
+from align.training.held_out_trainer import FOLDER as HELD_OUT
+from align.training.held_out_trainer import SAMPLES
 
 DIGITS = 4
+PROMPTS_SHOWN = 3
+"""Prompts whose samples over a training are shown."""
 FILTER_SUMMARY = "filter.json"
 
 
@@ -62,7 +67,7 @@ def collect(config: RunConfig, *, seconds: dict[str, float], command: str) -> di
 
 def _data(root: Path, stages: Collection[str]) -> list[dict[str, Any]]:
     sets = []
-    for stage in ("pairs-reward", "pairs", "sample"):
+    for stage in ("pairs-reward", "pairs", "sample", "heldout"):
         if stage in stages:
             found = read_json(root / stage / "metrics.json")
             sets += [{"name": f"{stage}: {part}", **found[part]} for part in ("train", "heldout") if part in found]
@@ -129,6 +134,9 @@ def _training(root: Path, seconds: Mapping[str, float]) -> dict[str, Any] | None
         if kind == "train":
             history = read_json(root / stage / "history.json")
             methods[name] = {"loss": history["loss"], "seconds": took, "history": history["history"]}
+            if "held_out" in history:
+                methods[name]["held_out"] = history["held_out"]
+                methods[name]["over_time"] = shown_samples(root / stage / HELD_OUT / SAMPLES, PROMPTS_SHOWN)
             methods[name] |= {"entanglement": history["entanglement"]} if history.get("entanglement") else {}
     return {"methods": methods} if methods else None
 

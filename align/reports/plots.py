@@ -133,6 +133,30 @@ def intervals(points: Mapping[str, tuple[float, tuple[float, float, float]]], *,
     return _figure(axes, body, names)
 
 
+def interval_lines(
+    series: Mapping[str, Sequence[tuple[float, tuple[float, float, float]]]], *, x_title: str, y_title: str
+) -> Markup:
+    """One curve per series of (x, (low, value, high)), with its intervals drawn."""
+    names = list(series)
+    xs = np.array([x for points in series.values() for x, _ in points])
+    ys = np.array([y for points in series.values() for _, y in points])
+    axes = Axes(_range(xs, 0.02), _range(ys.ravel()), x_title, y_title)
+    body = []
+    for name, points in series.items():
+        shade = color(_method(name), [_method(n) for n in names])
+        path = " ".join(f"{axes.px(x):.1f},{axes.py(y[1]):.1f}" for x, y in points)
+        body.append(f'<polyline class="{shade} line{_dash(name)}" points="{path}"/>')
+        for x, (low, value, high) in points:
+            at = axes.px(x)
+            hover = escape(f"{name}: {x:g}, {value:.4g} ({low:.3g} to {high:.3g})")
+            body.append(
+                f'<line class="{shade} line thin" x1="{at:.1f}" x2="{at:.1f}" y1="{axes.py(low):.1f}" '
+                f'y2="{axes.py(high):.1f}"/><circle class="{shade} dot" cx="{at:.1f}" cy="{axes.py(value):.1f}" r="4">'
+                f"<title>{hover}</title></circle>"
+            )
+    return _figure(axes, body, names)
+
+
 def frontier(
     curves: Mapping[str, Sequence[Mark]],
     *,
@@ -335,7 +359,7 @@ def _legend(name: str) -> str:
 
 
 def _dash(name: str) -> str:
-    return " dash" if name.endswith(("rejected", "checkpoints")) else ""
+    return " dash" if name.endswith(("rejected", "checkpoints", "held out")) else ""
 
 
 def _thin(points: list) -> list:

@@ -4,19 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from align.io.files import read_json, write_text
-from align.reports import plots
+from align.reports import plots, training_section
 from align.reports.html import environment
 from align.reports.verdict import verdict
 from align.stats import ends
 
 SECTIONS = ("summary", "data", "reward_model", "trust", "margins", "filter", "training", "evaluation", "samples")
 RELIABLE = ("heldout", "heldout_calibrated", "in_sample", "out_of_fold")
-CURVES = {
-    "loss": ("loss", False),
-    "rewards/margins": ("implicit reward margin, beta h", True),
-    "rewards/accuracies": ("share of pairs ranked as labeled", False),
-    "weight/ess_share": ("effective sample size / batch", False),
-}
 
 
 def write_report(run: Path) -> Path:
@@ -51,8 +45,12 @@ def _plots(report: dict[str, Any]) -> dict[str, Any]:
     if report.get("trust"):
         made["trust"] = plots.trust_over_settings(report["trust"]["grid"])
     if "training" in report:
-        made["curves"] = _curves(report["training"]["methods"])
-        made["entanglement"] = _entanglement(report["training"]["methods"])
+        methods = report["training"]["methods"]
+        made["curves"] = training_section.curves(methods)
+        made["samples"] = training_section.sample_curves(methods)
+        made["kept"] = training_section.kept_rows(methods)
+        made["costs"] = training_section.costs(methods)
+        made["entanglement"] = _entanglement(methods)
     if "evaluation" in report:
         policies = report["evaluation"]["policies"]
         made["frontier"] = plots.intervals(
@@ -67,33 +65,6 @@ def _plots(report: dict[str, Any]) -> dict[str, Any]:
             x_title="KL to the reference (nats per completion)",
             y_title="judge's reward",
         )
-    return made
-
-
-def _curves(methods: dict[str, Any]) -> list[tuple[str, Any]]:
-    def series(key: str) -> dict[str, tuple[list[float], list[float]]]:
-        return {
-            method: (
-                [e["step"] for e in training["history"] if key in e],
-                [float(e[key]) for e in training["history"] if key in e],
-            )
-            for method, training in methods.items()
-            if any(key in entry for entry in training["history"])
-        }
-
-    made = []
-    changes = {
-        f"{method} {side}": points
-        for side in ("chosen", "rejected")
-        for method, points in series(f"logps/{side}_change").items()
-    }
-    if changes:
-        title = "change of log-prob since the start"
-        made.append((title, plots.lines(changes, x_title="optimizer step", y_title="nats", zero=True)))
-    for key, (title, zero) in CURVES.items():
-        found = series(key)
-        if found:
-            made.append((title, plots.lines(found, x_title="optimizer step", y_title=title, zero=zero)))
     return made
 
 

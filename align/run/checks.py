@@ -10,6 +10,7 @@ from align.filtering.options import check_options
 from align.models.folders import check_model_folder, reads_sentence_pairs
 from align.models.loading import load_tokenizer
 from align.run.row_checks import check_prompt_rows, check_table_rows
+from align.run.watch import check_watch
 from align.training.adapters import check_adapter, check_reward_adapter
 from align.training.base.arguments import build_lora, build_trainer_args
 from align.training.loss_choice import bind
@@ -36,6 +37,7 @@ def check_config(config: RunConfig, *, tables: bool = False) -> None:
     forced = {"output_dir": str(config.folder / "check")}
     if config.train is not None:
         check_train(config.train, forced)
+        check_watch(config)
     if config.reward is not None:
         resolve_objective(config.reward.objective)
         build_lora(config.reward.peft, path="reward.peft", task_type="SEQ_CLS")
@@ -50,6 +52,9 @@ def check_config(config: RunConfig, *, tables: bool = False) -> None:
         if part is not None
         for prompt in load_prompts(part.prompts, part.chat_template_kwargs)
     ]
+    samples = config.train.eval_samples if config.train is not None else None
+    if samples is not None and samples.prompts is not None:
+        prompts += load_prompts(samples.prompts, samples.chat_template_kwargs)
     check_models(config, conversational=not all(isinstance(prompt, str) for prompt in prompts))
     check_prompt_rows(config, prompts)
     if tables:

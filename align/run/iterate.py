@@ -70,6 +70,14 @@ def _check_training(train: TrainSection) -> None:
             code="config-key",
             hint="leave it out and give slope, trust and strength, as `align trust` finds them",
         )
+    watched = ("eval_pairs", "eval_samples", "keep", "early_stopping")
+    given = [name for name in watched if getattr(train, name) is not None]
+    if given:
+        raise ConfigError(
+            f"train.{given[0]}: found it in a run of rounds, which hold nothing out while they train",
+            code="eval-config",
+            hint="leave it out, and evaluate the policies of the rounds with `align eval`",
+        )
     check_merges(train)
     check_train(train, {"output_dir": "check"})
 

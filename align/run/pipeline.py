@@ -2,7 +2,8 @@
 
     pairs-reward -> reward -> crossfit -.
                       |                 v
-        sample / pairs -----------> margins -> filter, trust -> train-METHOD -> generate-METHOD -> evaluate -> report
+        sample / pairs -----------> margins -> heldout -> filter, trust -> train-METHOD -> generate-METHOD -.
+                                                                               report <- evaluate <----------'
 
 The work of a stage is in align/run/stages/; this file only defines what it depends on.
 """
@@ -12,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align.config import PairsSection, RewardSection, RunConfig, TrainSection
+from align.config import EvalSamplesSection, FilterSection, PairsSection, RewardSection, RunConfig, TrainSection
 from align.data.pairs import read_pairs
 from align.data.prompts import load_prompts
 from align.distributed import process_rank, world_size
 from align.errors import ConfigError, EnvironmentProblem
+from align.generation.types import SAMPLING
 from align.io.console import log
 from align.io.files import read_json, write_json
 from align.io.hashing import digest, fingerprint_source
@@ -27,7 +29,7 @@ from align.models.folders import fingerprint_model
 from align.models.message_checks import is_conversational
 from align.run.log import run_log
 from align.run.manifest import write_run_manifest
-from align.run.plan import LOSS_REVISIONS, REVISIONS, TOGETHER, TRUST, TRUST_NUMBERS, plan
+from align.run.plan import HELD_OUT, LOSS_REVISIONS, REVISIONS, TOGETHER, TRUST, TRUST_NUMBERS, plan
 
 
 def check(config: RunConfig, *, tables: bool = False) -> None:
@@ -144,9 +146,10 @@ class _Runner:
             "crossfit": (rewarded,),
             "sample": ("reward", "crossfit"),
             "margins": ("pairs", "sample", "reward", "crossfit"),
-            "filter": ("margins",),
-            "trust": ("margins",),
-            "train": ("margins", "filter", TRUST) if self._is_trusted(name) else ("margins", "filter"),
+            HELD_OUT: ("margins", "reward"),
+            "filter": ("margins", HELD_OUT),
+            "trust": ("margins", HELD_OUT),
+            "train": ("margins", HELD_OUT, "filter", *((TRUST,) if self._is_trusted(name) else ())),
             "generate": (name.replace("generate-", "train-"),),
             "evaluate": tuple(key for key in self.keys if key.startswith(("generate-", "margins", "reward"))),
         }
@@ -172,22 +175,22 @@ class _Runner:
             inputs["model"] = fingerprint_model(config.reward.model)
         if kind in ("sample", "trust", "train", "generate") and config.train:
             inputs["model"] = fingerprint_model(config.train.model)
+        if kind == HELD_OUT and config.train and config.train.eval_pairs:
+            inputs["source"] = _source(config.train.eval_pairs)
         if kind == "filter" and config.filter:
-            inputs["settings"] = config.filter.model_dump(exclude={"processes"})
-            chosen = config.filter
-            read = [chosen.embedding_model, chosen.embeddings, chosen.quality_model, chosen.held_out]
-            read += [chosen.ood.model, chosen.ood.pairs.path] if chosen.ood else []
-            inputs["read"] = [fingerprint_model(name) for name in read if name is not None]
+            inputs |= _of_filter(config.filter)
         if kind == "train" and config.train:
             method = config.train.methods[name.removeprefix("train-")]
             inputs["loss"] = method.made_from(without=set())
             revised = {loss: LOSS_REVISIONS[loss] for loss in method.names if loss in LOSS_REVISIONS}
             inputs |= {"loss_revisions": revised} if revised else {}
             inputs["settings"] = config.train.made_from(without={"methods", "trust", "allow_in_sample"})
+            inputs |= self._sampled_from(config.train.eval_samples)
         if kind == "trust" and config.train:
             inputs["allow_in_sample"] = config.train.allow_in_sample
             inputs["max_length"] = config.train.trainer.get("max_length", "default")
             inputs["truncation"] = config.train.trainer.get("truncation_mode")
+            inputs["turns"] = config.train.turns
         if self._is_trusted(name):
             inputs["trust"] = read_json(self.root / TRUST / TRUST_NUMBERS)
         if kind in ("sample", "generate", TRUST) and config.train and config.train.quantization:
@@ -201,6 +204,17 @@ class _Runner:
             inputs["settings"] = settings.model_dump()
             inputs["prompts"] = fingerprint_source(settings.prompts)
         return inputs
+
+    def _sampled_from(self, samples: EvalSamplesSection | None) -> dict[str, Any]:
+        """The prompts of the samples of a training, and their judge; nothing without samples."""
+        if samples is None:
+            return {}
+        made: dict[str, Any] = {"sampling": SAMPLING}
+        if samples.prompts is not None:
+            made["prompts"] = fingerprint_source(samples.prompts)
+        if self.config.evaluate is not None:
+            made |= self.config.evaluate.model_dump(include={"judge"})
+        return made
 
     def _rendered(self, kind: str) -> dict[str, str]:
         """What the date that a chat template writes adds to the key of a stage that reads messages."""
@@ -240,8 +254,21 @@ class _Runner:
         return work
 
 
+def _of_filter(chosen: FilterSection) -> dict[str, Any]:
+    """Settings of a filter, and fingerprints of the models and files that it reads."""
+    read = [chosen.embedding_model, chosen.embeddings, chosen.quality_model, chosen.held_out]
+    read += [chosen.ood.model, chosen.ood.pairs.path] if chosen.ood else []
+    return {
+        "settings": chosen.model_dump(exclude={"processes"}),
+        "read": [fingerprint_model(name) for name in read if name is not None],
+    }
+
+
 def _source(pairs: PairsSection | None) -> dict[str, Any] | None:
-    return None if pairs is None else pairs.model_dump() | {"content": fingerprint_source(pairs.path)}
+    """What a source adds to a key: its section, and its content unless it is a share of another."""
+    if pairs is None:
+        return None
+    return pairs.model_dump() | ({"content": fingerprint_source(pairs.path)} if pairs.path else {})
 
 
 def describe(config: RunConfig) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from align.config import RunConfig
 
-REVISIONS = dict.fromkeys(("reward", "crossfit", "margins", "filter", "trust", "evaluate"), 4) | dict.fromkeys(
-    ("pairs", "sample", "train", "generate"), 5
+REVISIONS = (
+    dict.fromkeys(("reward", "crossfit", "margins", "filter"), 4)
+    | dict.fromkeys(("pairs", "sample", "train", "evaluate", "trust"), 5)
+    | {"generate": 6}
 )
 """Revision of each kind of stage, part of its key: raise it when the same inputs give another result. The key of a kind
 that is not listed has none."""
@@ -15,9 +17,11 @@ TRUST = "trust"
 """Name of a stage, and of the loss whose parameters it measures."""
 REFERENCE_CACHE = "reference-logps"
 """Folder of the reference's log-probs, which the methods of a run share."""
+HELD_OUT = "heldout"
+"""Name of the stage that divides the policy's pairs into those to train on and those to evaluate on meanwhile."""
 TRUST_NUMBERS = "parameters.json"
 """File of the stage ``trust`` with the parameters of the loss."""
-TOGETHER = frozenset({"reward", "crossfit", "margins", "train"})
+TOGETHER = frozenset({"reward", "crossfit", "margins", HELD_OUT, "train"})
 """Kinds of stages that all processes of a launcher work on together; the first process does the others alone."""
 
 
@@ -35,6 +39,8 @@ def plan(config: RunConfig) -> list[str]:
     if config.sample is not None:
         stages.append("sample")
     stages.append("margins")
+    if holds_out(config):
+        stages.append(HELD_OUT)
     if config.filter is not None:
         stages.append("filter")
     if config.train is not None:
@@ -51,3 +57,8 @@ def measures_trust(config: RunConfig) -> bool:
     """Whether a method's trust is measured on the pairs."""
     train = config.train
     return train is not None and train.trust == "auto" and any(TRUST in m.names for m in train.methods.values())
+
+
+def holds_out(config: RunConfig) -> bool:
+    """Whether a run holds pairs out of the policy's training."""
+    return config.train is not None and config.train.eval_pairs is not None

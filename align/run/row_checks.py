@@ -9,7 +9,10 @@ from align.config import PairsSection, RewardSection, RunConfig, TrainSection
 from align.data.pairs import load_pairs
 from align.data.splits import folds_by_prompt, split_by_prompt
 from align.errors import DataError
-from align.models.message_checks import check_pairs_of, check_prompts_of
+from align.models.message_checks import check_pairs_of, check_prompts_of, check_turns_of
+from align.run.watch import split_share, without_trained
+from align.training.held_out import HeldOut
+from align.training.held_out_settings import chooses
 
 
 def check_prompt_rows(config: RunConfig, prompts: Sequence[Any]) -> None:
@@ -36,10 +39,12 @@ def check_table_rows(config: RunConfig) -> None:
     heldout = None if reward is None or reward.eval_pairs is None else load_pairs(reward.eval_pairs)
     if heldout is not None:
         check_pair_rows(config, heldout, rewards=True)
+    policy_pairs = None if config.pairs is None else load_pairs(config.pairs)
+    _check_held_out(config, policy_pairs)
     for source, rewards in ((config.pairs, False), (None if reward is None else reward.pairs, True)):
         if source is None:
             continue
-        pairs = load_pairs(source)
+        pairs = policy_pairs if policy_pairs is not None and not rewards else load_pairs(source)
         check_pair_rows(config, pairs, rewards=rewards)
         if reward is not None and (rewards or reward.pairs is None):
             split_for_reward(config, source, pairs, heldout)
@@ -81,6 +86,30 @@ def split_for_reward(
     return train, heldout
 
 
+def _check_held_out(config: RunConfig, pairs: Dataset | None) -> None:
+    """Read the held-out pairs, and divide or compare them with the pairs that policies are trained on.
+
+    Args:
+        config: the run.
+        pairs: the policy's pairs; None: they are yet to be sampled.
+
+    Raises:
+        DataError: too few pairs for a share or for two halves, or pairs that are trained on.
+    """
+    section = None if config.train is None else config.train.eval_pairs
+    if config.train is None or section is None:
+        return
+    held_out = None
+    if section.path:
+        held_out = load_pairs(section)
+        check_pair_rows(config, held_out)
+        held_out = held_out if pairs is None else without_trained(held_out, pairs, section)
+    elif pairs is not None:
+        held_out = split_share(pairs, section, config.seed)[1]
+    if held_out is not None:
+        HeldOut.of(held_out, seed=config.seed, choose=chooses(config.train))
+
+
 def check_pair_rows(config: RunConfig, pairs: Dataset, *, rewards: bool = False) -> None:
     """Check pairs against the models of a run that read them; ``rewards``: the reward model alone does.
 
@@ -92,6 +121,8 @@ def check_pair_rows(config: RunConfig, pairs: Dataset, *, rewards: bool = False)
         if part is not None:
             text_pair = isinstance(part, RewardSection) and part.text_pair
             check_pairs_of(pairs, [part.model], trust_remote_code=part.trusts_remote_code, text_pair=text_pair)
+        if isinstance(part, TrainSection):
+            check_turns_of(pairs, part.model, part.turns, trust_remote_code=part.trusts_remote_code)
     if config.filter is not None and config.filter.ood is not None and not rewards:
         ood = config.filter.ood
         check_pairs_of(pairs, [ood.model], trust_remote_code=ood.trust_remote_code, text_pair=ood.text_pair)

@@ -1,7 +1,6 @@
 """Columns of a pair table that weight its pairs, computed before training as the configuration asks."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.config import LossSection, WeightsSection
-from align.config.columns import ID_COLUMNS
+from align.config.columns import ID_COLUMNS, MASK_COLUMNS
 from align.data.pairs import with_columns
 from align.data.statistics import missing_values
 from align.errors import ConfigError, DataError
@@ -19,9 +18,11 @@ from align.losses.margin_weights import madpo_weight, trust_of_each
 from align.losses.pair_weights import mean_one, moderate, shrink_by_distance
 from align.losses.registry import BoundLoss, resolve
 from align.models.collator import ROW
-from align.models.tokenization import encode_pair, report_same_tokens
+from align.models.tokenization import encode_table, report_same_tokens
+from align.models.turns import Turns, counted
 
-"""Ids of pairs that a message names."""
+NO_TOKEN = "their prompts fill max_length, or words of others that come before those that count"
+"""Why a pair is left out of a training."""
 
 
 def prepare_pairs(pairs: Dataset, weights: WeightsSection | None, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:
@@ -76,7 +77,11 @@ def told_apart(pairs: Dataset, ids: Sequence[str], max_length: int | None, trunc
 
 
 def trained_pairs(
-    pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, truncation: str
+    pairs: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    truncation: str,
+    turns: Turns = "assistant",
 ) -> Dataset:
     """Return the pairs that a training does not leave out; see ``PreferenceTrainer._prepare_dataset``.
 
@@ -85,20 +90,16 @@ def trained_pairs(
         tokenizer: of the policy.
         max_length: tokens of prompt and response together; None: no limit.
         truncation: keep_start or keep_end, trl's ``truncation_mode``.
+        turns: whose words count in responses of several messages.
 
     Raises:
         DataError: no pair is left.
     """
-
-    def encode(pair: Mapping[str, Any]) -> dict[str, list[int]]:
-        return dict(zip(ID_COLUMNS, encode_pair(pair, tokenizer)[:3], strict=True))
-
-    tokens = pairs.map(encode, remove_columns=pairs.column_names, desc="tokenizing pairs")
-    rows = list(range(len(pairs)))
-    if truncation == "keep_start" and max_length is not None:
-        rows = [k for k, prompt in enumerate(tokens["prompt_ids"]) if len(prompt) < max_length]
+    encoded = encode_table(pairs, tokenizer, turns=turns)
+    tokens = encoded.select_columns([name for name in (*ID_COLUMNS, *MASK_COLUMNS) if name in encoded.column_names])
+    rows = [k for k, row in enumerate(tokens) if counted(row, max_length, truncation)]
     if len(rows) < len(pairs):
-        log.warning("%d of %d pairs are left out: their prompts fill max_length", len(pairs) - len(rows), len(pairs))
+        log.warning("%d of %d pairs are left out: " + NO_TOKEN, len(pairs) - len(rows), len(pairs))
     if not rows:
         raise DataError(
             f"none of {len(pairs)} pairs has a token of a response within max_length",

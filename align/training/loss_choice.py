@@ -150,7 +150,7 @@ def _name(args: DPOConfig, given: Any) -> Any:
     named = {place: name for place, name in named.items() if name is not None}
     for place, name in named.items():
         terms = isinstance(name, dict) and set(name) == {"terms"} and isinstance(name["terms"], dict) and name["terms"]
-        if not terms and not isinstance(name, str | list):
+        if not terms and not (isinstance(name, str | list) and name):
             raise ConfigError(
                 f'{place}: found {name!r}, expected a name in align.LOSSES or {{"terms": {{name: weight}}}}',
                 code="loss-name",
@@ -170,8 +170,17 @@ def _own_name(args: DPOConfig) -> Any:
 
 
 def _types(args: DPOConfig) -> list[str] | None:
-    """Names in trl's ``loss_type``, if it or ``loss_weights`` was set."""
-    types = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
+    """Names in trl's ``loss_type``, if it or ``loss_weights`` was set.
+
+    Raises:
+        ConfigError: it is no list of names, or empty.
+    """
+    types = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+    if not isinstance(types, list | tuple) or not types or not all(isinstance(name, str) for name in types):
+        raise ConfigError(
+            f"{OWNER}.loss_type: found {types!r:.60}, expected the name of a loss or a list of names", code="loss-terms"
+        )
+    types = list(types)
     return None if types == DEFAULT_TYPE and args.loss_weights is None else types
 
 

@@ -14,20 +14,25 @@ from align.config.columns import (
     FINISH_COLUMNS,
     FINISH_REASONS,
     ID_COLUMNS,
+    MASK_COLUMNS,
     NOT_NEGATIVE,
     PAIR_COLUMNS,
     REFERENCE_COLUMNS,
     RESPONSES,
+    TEMPLATE_COLUMNS,
     TEXT,
 )
+from align.data.messages import exact_messages
 from align.data.pairs import one_type
+from align.data.validation import argument_text
 from align.errors import DataError
 from align.io.console import log
 from align.models.collator import REAL, ROW
 from align.models.tokenization import encode_table
-from align.training.columns import told_apart
+from align.models.turns import Turns, counted
+from align.training.columns import NO_TOKEN, told_apart
 
-WRITTEN = (ROW, REAL, "trust", *ID_COLUMNS, *REFERENCE_COLUMNS)
+WRITTEN = (ROW, REAL, "trust", *ID_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS)
 """Columns that the trainer writes itself; those of a given table are dropped."""
 IMAGES = ("image", "images")
 TABLES = "a datasets.Dataset, a list of dicts or a pandas.DataFrame"
@@ -73,6 +78,7 @@ def as_table(given: Any, name: str) -> Dataset | IterableDataset:
         raise _wrong_type(given, name)
     if isinstance(table, Dataset):
         check_columns(table, name)
+        table = exact_messages(table)
         table = table.remove_columns([column for column in WRITTEN if column in table.column_names])
     return table
 
@@ -107,6 +113,12 @@ def check_columns(table: Dataset, name: str) -> None:
     for column in TEXT:
         if column in columns:
             _check_texts(table, name, column)
+    for column in TEMPLATE_COLUMNS:
+        for k, cell in enumerate(table[column] if column in columns else []):
+            if expected := argument_text(column, cell)[1]:
+                raise DataError(
+                    f"{name}: {column} of row {k}: found {cell!r:.60}, expected {expected}", code="pair-type"
+                )
     for column in PAIR_COLUMNS:
         if column in columns:
             _check_numbers(table, name, column)
@@ -169,8 +181,14 @@ def stream_table(stream: IterableDataset, pairs: int, keep: Callable[[Dataset, s
     return table.select(range(min(pairs, len(table))))
 
 
-def tokenize_table(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, ids: Sequence[str]) -> Dataset:
-    """Tokenize the table, and drop pairs whose prompt fills ``max_length`` as trl does; log how many.
+def tokenize_table(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Any,
+    ids: Sequence[str],
+    turns: Turns = "assistant",
+) -> Dataset:
+    """Tokenize the table, and drop pairs of which ``max_length`` leaves nothing that counts; log how many.
 
     Pairs whose responses became the same tokens are left out as well, see ``told_apart``.
 
@@ -179,15 +197,17 @@ def tokenize_table(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: A
         tokenizer: of the policy.
         args: ``max_length``, ``truncation_mode`` and ``dataset_num_proc`` of DPOConfig.
         ids: names of pairs in messages.
+        turns: whose words count in responses of several messages.
 
     Raises:
         DataError: no pair is left.
     """
     if "prompt" not in dataset.column_names:
         dataset = dataset.map(extract_prompt)
-    prepared = encode_table(dataset, tokenizer, processes=args.dataset_num_proc)
-    if args.max_length is not None and args.truncation_mode == "keep_start":
-        prepared = prepared.filter(lambda row: len(row["prompt_ids"]) < args.max_length)
+    prepared = encode_table(dataset, tokenizer, turns=turns, processes=args.dataset_num_proc)
+    read = prepared.select_columns([n for n in (*ID_COLUMNS, *MASK_COLUMNS) if n in prepared.column_names])
+    left = [k for k, row in enumerate(read) if counted(row, args.max_length, args.truncation_mode)]
+    prepared = prepared if len(left) == len(prepared) else prepared.select(left)
     missing = len(dataset) - len(prepared)
     if missing == len(dataset):
         raise DataError(
@@ -196,14 +216,15 @@ def tokenize_table(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: A
             hint="raise train.trainer.max_length",
         )
     if missing:
-        log.warning("%d of %d pairs are left out: their prompts fill max_length", missing, len(dataset))
+        log.warning("%d of %d pairs are left out: " + NO_TOKEN, missing, len(dataset))
     kept = told_apart(prepared, ids, args.max_length, args.truncation_mode)
     return prepared if len(kept) == len(prepared) else prepared.select(kept)
 
 
 def _wrong_type(given: Any, name: str) -> DataError:
     hint = "datasets.Dataset.from_list, from_dict and from_pandas make one"
-    found = "nothing" if given is None else f"a {type(given).__name__}"
+    kind = type(given).__name__
+    found = "nothing" if given is None else f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
     if isinstance(given, DatasetDict | IterableDatasetDict):
         found, hint = f"{found} of the splits {', '.join(given)}", f"choose one: {name}[{next(iter(given), 'train')!r}]"
     elif isinstance(given, str | bytes):

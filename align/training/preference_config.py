@@ -10,6 +10,9 @@ from trl import DPOConfig
 
 from align.distributed import world_size
 from align.errors import ConfigError, python_words
+from align.models.turns import TURNS
+from align.training.base.argument_types import check_field_types
+from align.training.base.arguments import refusals
 from align.training.loss_choice import choose_loss
 
 LAYOUTS = ("auto", "concatenated", "shared_prefix")
@@ -41,6 +44,8 @@ class PreferenceConfig(DPOConfig):
         loss_kwargs: parameters of the loss; the others keep their defaults.
         layout: how log-probs are computed. ``shared_prefix``: each prompt once for both responses; ``concatenated``:
             row by row, as trl does; ``auto``: ``shared_prefix`` if it is exact for the model.
+        turns: whose words count in responses of several messages. ``assistant``: the assistant's; ``last``: its
+            last message's; ``all``: everybody's, as in trl.
         max_tokens_per_device: tokens per forward pass; a larger batch is split, with the same gradient. None: never.
         pairs_per_step: pairs per optimizer step over all processes, which sets ``gradient_accumulation_steps``.
         async_checkpoints: write sharded checkpoints (FSDP2, ``SHARDED_STATE_DICT``) while training continues.
@@ -70,6 +75,10 @@ class PreferenceConfig(DPOConfig):
         default=None, metadata={"help": "Parameters of the loss; the others keep their defaults."}
     )
     layout: str = field(default="auto", metadata={"help": "How log-probs are computed.", "choices": list(LAYOUTS)})
+    turns: str = field(
+        default="assistant",
+        metadata={"help": "Whose words count in responses of several messages.", "choices": list(TURNS)},
+    )
     max_tokens_per_device: int | None = field(
         default=None, metadata={"help": "Tokens per forward pass; a larger batch is split, with the same gradient."}
     )
@@ -97,8 +106,10 @@ class PreferenceConfig(DPOConfig):
             self.bf16: bool | None = False  # trl's default asks for a GPU here and refuses to be made
         self.loss = "dpo" if self.loss is None else self.loss
         with python_words():
+            check_field_types(self, "PreferenceConfig")
             self._share_pairs()
-            super().__post_init__()
+            with refusals("PreferenceConfig"):
+                super().__post_init__()
             check_own_fields(self)
             choose_loss(self)
             refuse_unused_fields(self)
@@ -141,6 +152,10 @@ def check_own_fields(args: PreferenceConfig) -> None:
     if args.layout not in LAYOUTS:
         raise ConfigError(
             f"PreferenceConfig.layout: found {args.layout!r}, expected one of {', '.join(LAYOUTS)}", code="trainer-key"
+        )
+    if args.turns not in TURNS:
+        raise ConfigError(
+            f"PreferenceConfig.turns: found {args.turns!r}, expected one of {', '.join(TURNS)}", code="trainer-key"
         )
     budget = args.max_tokens_per_device
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):

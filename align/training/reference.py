@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from align.config.columns import ID_COLUMNS, REFERENCE_COLUMNS
+from align.config.columns import REFERENCE_COLUMNS
 from align.distributed import from_main_process
 from align.errors import ConfigError
 from align.io.console import progress
@@ -26,11 +26,14 @@ from align.models.adapters import starts_from_adapter
 from align.models.batching import token_batches
 from align.models.fingerprint import reference_key
 from align.models.layout import has_adapter
+from align.training.distinct_responses import distinct_passes
 
 REFERENCE_TOKENS = 8192
 """Tokens of a batch of reference log-probs if no budget is set."""
 REFERENCE_FILE = "reference.safetensors"
 """File of a checkpoint with a reference that follows the policy."""
+PARTIAL, DISTINCT_PARTIAL = ".partial.npy", ".distinct.partial.npy"
+"""Endings of the file of an unfinished computation: its rows are the pairs of the table, or pairs of its responses."""
 REVISION = 2
 """Part of the cache key: raise it when the same reference and pairs give other log-probs."""
 
@@ -116,22 +119,24 @@ def reference_logps(
 ) -> np.ndarray:
     """Log-probs (nats) of every pair's chosen and rejected response under the reference, float64 [N, 2].
 
+    A response that a prompt has in several pairs is computed once, see ``distinct_passes``.
+
     Args:
         dataset: table with ``ID_COLUMNS``.
-        compute: examples of b pairs -> [b, 2].
+        compute: examples of b pairs, with ``ID_COLUMNS`` -> [b, 2].
         accelerator: its processes share the work; each returns all rows.
         batch_tokens: tokens of a batch, prompts counted once.
         batch_pairs: most pairs of a batch; None: as many as ``batch_tokens`` allows.
         file: a .npy file that caches the result, or None; a complete one is only read. During the computation, a
-            memory-mapped file next to it holds NaN for pairs that are still missing, and a stopped run resumes from it.
+            memory-mapped file next to it holds NaN for passes that are still missing; a stopped run resumes from it.
         in_step: the model is sharded over the processes, so that all of them must compute at the same time.
     """
     if file is not None and file.exists():
         return np.load(file, mmap_mode="r", allow_pickle=False)
-    partial = None if file is None else file.with_suffix(".partial.npy")
-    values = _open(partial, len(dataset), create=accelerator.is_main_process)
-    lengths = [sum(map(len, columns)) for columns in zip(*(dataset[name] for name in ID_COLUMNS), strict=True)]
-    batches = token_batches(lengths, batch_tokens, padded=False)
+    passes = distinct_passes(dataset)
+    partial = None if file is None else file.with_suffix(DISTINCT_PARTIAL if passes.repeats else PARTIAL)
+    values = _open(partial, len(passes.places), create=accelerator.is_main_process)
+    batches = token_batches(passes.lengths(dataset), batch_tokens, padded=False)
     if batch_pairs is not None:
         batches = [batch[k : k + batch_pairs] for batch in batches for k in range(0, len(batch), batch_pairs)]
     batches = [batch for batch in batches if np.isnan(values[batch]).any()]
@@ -140,9 +145,11 @@ def reference_logps(
     rounds = range(0, math.ceil(len(batches) / world) * world, world)
     for start in progress(rounds, what="reference log-probs", total=len(rounds), unit="batches"):
         local = batches[start + rank : start + rank + 1]
-        computed = [(batch, compute([dataset[k] for k in batch]).double().cpu().numpy()) for batch in local]
+        computed = [
+            (batch, compute([passes.example(dataset, k) for k in batch]).double().cpu().numpy()) for batch in local
+        ]
         if in_step and not local:
-            compute([dataset[k] for k in batches[start]])
+            compute([passes.example(dataset, k) for k in batches[start]])
         for batch, rows in gather_object(computed) if world > 1 else computed:
             if accelerator.is_main_process or file is None:
                 values[batch] = rows
@@ -150,9 +157,15 @@ def reference_logps(
             values.flush()
     accelerator.wait_for_everyone()
     if file is None or partial is None:
-        return values
+        found: np.ndarray = values.ravel()[passes.source]
+        return found
     if accelerator.is_main_process:
-        partial.replace(file)
+        if passes.repeats:
+            with atomic_write(file) as temporary, temporary.open("wb") as stream:
+                np.save(stream, values.ravel()[passes.source], allow_pickle=False)
+            partial.unlink()
+        else:
+            partial.replace(file)
     accelerator.wait_for_everyone()
     return np.load(file, mmap_mode="r", allow_pickle=False)
 

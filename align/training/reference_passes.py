@@ -12,7 +12,7 @@ from align.config.columns import PAIR_COLUMNS
 from align.io.console import log
 from align.models.adapter_folders import FIRST_ADAPTER
 from align.models.adapters import copy_adapter, starts_from_adapter
-from align.models.collator import REAL, ROW
+from align.models.collator import REAL, ROW, PairCollator
 from align.models.layout import LayoutChoice, base_model, choose_layout, longest_sequence
 from align.models.logps import Layout, SequenceLogps, pair_logps
 from align.models.positions import check_positions
@@ -37,9 +37,11 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
     """Folder that keeps reference log-probs between trainings."""
     _layout_choice: LayoutChoice | None
     _given_reference: bool
+    data_collator: Any
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add reference log-probs as columns, cached on disk; under DeepSpeed trl computes them."""
+        self.data_collator = PairCollator.of(self.data_collator)  # trl's own does not know whose words count
         self._prepare_layout(dataset)
         if self.is_deepspeed_enabled:
             return super()._precompute_ref_logps(dataset, name, batch_size)

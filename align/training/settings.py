@@ -13,6 +13,7 @@ from align.io.console import log
 from align.losses.registry import BoundLoss
 from align.models.folders import is_adapter
 from align.training.base.arguments import build_trainer_args
+from align.training.held_out_settings import check_evaluation, evaluation_fields, set_choice
 from align.training.preference_config import PreferenceConfig, own_copy, refuse_unused_fields
 
 
@@ -29,8 +30,9 @@ def policy_args(
         reference_cache: folder that caches reference log-probs.
 
     Raises:
-        ConfigError: see ``build_trainer_args``.
+        ConfigError: see ``build_trainer_args`` and ``check_evaluation``.
     """
+    check_evaluation(config, loss)
     options = config.methods[method]
     # what reads the reference's tokens runs it in every step; without an adapter that needs the model in memory
     every_step = options.token_mask is not None or loss.spec.tokens == "reference"
@@ -38,21 +40,23 @@ def policy_args(
         "precompute_ref_log_probs": not every_step or config.peft is not None,
         "save_strategy": "no",
         "logging_steps": 1,
-    }
+    } | evaluation_fields(config)
     args = build_trainer_args(
         DPOConfig,
         defaults | config.trainer,
         path="train.trainer",
         forced=forced,
         pairs_per_step=config.pairs_per_step,
+        evaluates=config.eval_pairs is not None,
     )
     cached = reference_cache is not None and args.precompute_ref_log_probs
-    return own_copy(
+    made = own_copy(
         args,
         loss=loss.spec.name,
         loss_kwargs=dict(loss.parameters),
         beta=loss.beta,
         layout=config.layout,
+        turns=config.turns,
         max_tokens_per_device=config.max_tokens_per_device,
         pairs_per_step=config.pairs_per_step,
         async_checkpoints=config.async_checkpoints,
@@ -61,6 +65,8 @@ def policy_args(
         gradient_remedy=_fields(options.remedy),
         token_mask=_fields(options.token_mask),
     )
+    set_choice(made, config)
+    return made
 
 
 def _fields(section: Section | None) -> dict[str, Any] | None:

@@ -23,6 +23,10 @@ from align.training.base.checkpoints import OPTIMIZER_SHARDS
 from align.training.base.resume import STEP
 from align.training.base.tracked_runs import tracked
 from align.training.base.trackers import TrackedRun
+from align.training.held_out_choice import best_step, kept_step
+from align.training.held_out_pass import FOLDER as STATES
+from align.training.held_out_trainer import FOLDER as HELD_OUT
+from align.training.held_out_trainer import HeldOutTrainer, Watch
 from align.training.loss_choice import bind
 from align.training.preview import show_pair
 from align.training.reference import REFERENCE_FILE
@@ -52,6 +56,7 @@ def train_policy(
     seed: int,
     reference_cache: Path | None = None,
     run: TrackedRun | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """Train ``config.model`` on ``pairs`` under one method; write ``model/`` and ``history.json`` into ``output``.
 
@@ -67,6 +72,7 @@ def train_policy(
         seed: seed of the adapter, the order of the pairs and beta-DPO's draws.
         reference_cache: folder that caches reference log-probs for the next method or run.
         run: names under which the trackers of ``report_to`` show the training.
+        watch: what is measured while it trains; the records of the evaluations go into ``output/held-out``.
 
     Raises:
         AlignError: the configuration, the model or the pairs have a problem that the user can fix.
@@ -77,7 +83,7 @@ def train_policy(
             _finish_checkpoints(output / CHECKPOINTS, config)
         return
     with from_yaml():
-        trainer = make_trainer(pairs, config, method, output, seed=seed, reference_cache=reference_cache)
+        trainer = make_trainer(pairs, config, method, output, seed=seed, reference_cache=reference_cache, watch=watch)
         show_pair(trainer.train_dataset[0], trainer.processing_class)
         if config.trainer.get("save_strategy", "no") != "no":
             _keep_start(trainer, output / START)
@@ -88,6 +94,7 @@ def train_policy(
                 (output / MODEL / TRAINING_ARGS_NAME).unlink(missing_ok=True)
                 write_json(output / HISTORY, _history(trainer, method, config.methods[method], probe))
                 _finish_checkpoints(output / CHECKPOINTS, config)
+                shutil.rmtree(output / HELD_OUT / STATES, ignore_errors=True)
 
 
 def _keep_start(trainer: PreferenceTrainer, folder: Path) -> None:
@@ -112,6 +119,7 @@ def make_trainer(
     *,
     seed: int,
     reference_cache: Path | None = None,
+    watch: Watch | None = None,
 ) -> PreferenceTrainer:
     """Return the trainer of ``config.methods[method]``; see ``train_policy``.
 
@@ -126,10 +134,12 @@ def make_trainer(
         check_settings(config, loss, args)
         with refusals("train"):
             adapter = build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM")
-            return PreferenceTrainer(
-                config.model, ref_model=None, args=args, data_collator=None, train_dataset=pairs, peft_config=adapter,
-                loss=loss,
-            )  # fmt: skip
+            if watch is not None:
+                return HeldOutTrainer(
+                    config.model, args=args, train_dataset=pairs, peft_config=adapter, loss=loss, watch=watch,
+                    folder=output,
+                )  # fmt: skip
+            return PreferenceTrainer(config.model, args=args, train_dataset=pairs, peft_config=adapter, loss=loss)
 
 
 def _history(
@@ -141,6 +151,8 @@ def _history(
     """
     history = [dict(sorted(entry.items())) for entry in trainer.state.log_history if "loss" in entry]
     record: dict[str, Any] = {"method": method, "loss": options.model_dump(), "history": history}
+    if isinstance(trainer, HeldOutTrainer):
+        record["held_out"] = _held_out(trainer)
     if probe is not None:
         record["entanglement"] = probe.records
     if trainer.token_mask is not None:
@@ -149,6 +161,21 @@ def _history(
             for side, tokens in trainer.token_mask.extremes(MASK_SHOWN).items()
         }
     return record
+
+
+def _held_out(trainer: HeldOutTrainer) -> dict[str, Any]:
+    """Return every evaluation of a training, what it cost, which step was kept, and whether it stopped early."""
+    records, state, args, watch = trainer.records, trainer.state, trainer.args, trainer.watch
+    found: dict[str, Any] = {"steps": [{key: one[key] for key in one if key != "weights"} for one in records]}
+    last, best = state.global_step, state.best_global_step if state.best_model_checkpoint else None
+    if watch.keep is not None:
+        found["kept"] = kept_step(records, watch.keep, best, last)
+    elif args.load_best_model_at_end:
+        greater = bool(args.greater_is_better)
+        found["kept"] = best_step(records, str(args.metric_for_best_model), greater=greater, step=best, last=last)
+    if watch.early_stopping is not None:
+        found["early_stopping"] = {"step": last, "of": state.max_steps, "stopped": last < state.max_steps}
+    return found
 
 
 def _finish_checkpoints(checkpoints: Path, config: TrainSection) -> None:

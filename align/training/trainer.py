@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig
 
 from align.config import TokenMaskSection
-from align.config.columns import PAIR_COLUMNS
+from align.config.columns import MASK_COLUMNS, PAIR_COLUMNS
 from align.errors import FROM_YAML, from_yaml, python_words
 from align.io.console import log
 from align.io.files import read_json, write_json
@@ -28,6 +28,7 @@ from align.models.layout import has_adapter, trim
 from align.models.logps import SequenceLogps, pair_logps
 from align.models.template_arguments import write_record
 from align.training.adapters import Use, check_given_adapter, check_started, head_adapter_allowed
+from align.training.base.argument_types import check_arguments
 from align.training.columns import trained_loss
 from align.training.finite_guard import FiniteGuard
 from align.training.gradient_remedy import GradientRemedy
@@ -116,6 +117,7 @@ class PreferenceTrainer(TrainedTables):
     ) -> None:
         with python_words(), head_adapter_allowed():
             check_kinds(model, args, ref_model, peft_config)
+            check_arguments(callbacks, optimizers, compute_metrics, type(self).__name__)
             config = self._configure(model, args, loss, peft_config)
             train_dataset, eval_dataset = self._tables(train_dataset, eval_dataset, config)
             collate, named = collator_fields(data_collator), isinstance(model, str)
@@ -161,7 +163,7 @@ class PreferenceTrainer(TrainedTables):
         self.latest_inputs: dict[str, Any] = {}
         """The last (micro-)batch of the training."""
         self._pair_metrics = PairMetrics(beta=bound.beta, tau=bound.parameter("tau", MADPO_TAU))
-        self._words: Callable[[], AbstractContextManager[None]] = from_yaml if FROM_YAML.get() else python_words
+        self._words = from_yaml if FROM_YAML.get() else python_words
         self._weights = {mode: WeightTotals() for mode in ("train", "eval")}
         self._step_values: dict[str, list[Tensor]] = defaultdict(list)
         return config
@@ -214,8 +216,8 @@ class PreferenceTrainer(TrainedTables):
 
     @property
     def extra_columns(self) -> tuple[str, ...]:
-        """Margin, weight and trust of each pair, its row in the table and its length."""
-        return (*PAIR_COLUMNS, ROW, *super().extra_columns)
+        """Margin, weight and trust of each pair, whose words count, its row in the table and its length."""
+        return (*PAIR_COLUMNS, *MASK_COLUMNS, ROW, *super().extra_columns)
 
     def _make_token_mask(self, config: TokenMaskSection) -> TokenMask:
         if self.ref_model is None and not has_adapter(self.model):
@@ -350,17 +352,6 @@ class PreferenceTrainer(TrainedTables):
         mode = "train" if self.model.training else "eval"
         self._metrics[mode].update({name: [value] for name, value in self._weights[mode].flush().items()})
         super().log(logs, start_time)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, see ``ReliableTrainer.train``; errors name fields of PreferenceConfig."""
-        with self._words():
-            return super().train(*args, **kwargs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as trl does, on a table of any kind that ``eval_dataset`` may be."""
-        with self._words():
-            found: dict[str, float] = super().evaluate(*args, **kwargs)
-            return found
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained model or adapter, whole and in a fixed order of its fields; every process calls this.

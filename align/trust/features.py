@@ -24,6 +24,7 @@ from align.models.loading import load_policy, load_tokenizer, place
 from align.models.logps import Layout
 from align.models.packing import pack
 from align.models.tokenization import collate, tokenize_pairs
+from align.models.turns import Turns
 
 DIRECTIONS = 64
 BATCH_TOKENS = 8192
@@ -40,6 +41,7 @@ def pair_features(
     *,
     max_length: int | None,
     truncation: str = "keep_start",
+    turns: Turns = "assistant",
     loading: Mapping[str, Any] | None = None,
 ) -> np.ndarray:
     """Differences of mean hidden states [N, H], float32, cached in ``cache``; a stopped pass resumes.
@@ -50,6 +52,7 @@ def pair_features(
         cache: folder of .npy files, one for each (weights, token ids, truncation).
         max_length: tokens of prompt and response together; None: all.
         truncation: ``keep_start`` or ``keep_end``, as in trl.DPOConfig.
+        turns: whose words count in responses of several messages.
         loading: arguments of ``from_pretrained``, so that a reference is quantized as in training. An adapter's base
             is loaded as its folder says.
 
@@ -66,7 +69,7 @@ def pair_features(
             code="no-chat-template",
             hint="give a model that has one, or pairs of plain text",
         )
-    tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length, truncation=truncation)
+    tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length, truncation=truncation, turns=turns)
     reference = load_policy(model, **options).eval()
     key = reference_key(reference, tokens, ("mean hidden states", REVISION, max_length, truncation), with_adapter=True)
     file = cache / f"{key[:32]}.npy"

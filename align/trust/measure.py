@@ -13,6 +13,7 @@ from align.data.training_pairs import SOURCE, SOURCES, UNKNOWN, report_in_sample
 from align.errors import DataError
 from align.io.console import log
 from align.io.files import read_json
+from align.models.turns import Turns
 from align.stats import FEWEST_UNITS
 from align.trust.analysis import analyze
 from align.trust.linear_proxy import Family
@@ -34,6 +35,7 @@ def measure_trust(
     max_length: int | None,
     seed: int,
     truncation: str = "keep_start",
+    turns: Turns = "assistant",
     loading: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run ``analyze`` on a pair table; add signs of shared errors and the seconds of each part.
@@ -46,6 +48,7 @@ def measure_trust(
         max_length: tokens of prompt and response together; None: all.
         seed: seed of the folds and the bootstrap.
         truncation: ``keep_start`` or ``keep_end``, as in trl.DPOConfig.
+        turns: whose words count in responses of several messages.
         loading: arguments of ``from_pretrained``, see ``pair_features``.
 
     Raises:
@@ -57,7 +60,9 @@ def measure_trust(
 
     start = time.monotonic()
     pairs, clusters = _measured(pairs, seed)
-    differences = pair_features(pairs, model, cache, max_length=max_length, truncation=truncation, loading=loading)
+    differences = pair_features(
+        pairs, model, cache, max_length=max_length, truncation=truncation, turns=turns, loading=loading
+    )
     done = time.monotonic()
     log.info("trust: %d pairs, features computed in %.0f s, now fitting the proxy", len(pairs), done - start)
     margin = np.asarray(pairs["margin"], dtype=np.float64)

@@ -99,6 +99,7 @@ def test_goals(tiny_policy: Path, tmp_path: Path) -> None:
     }
     assert found["quality"]["reward"]["folds"] == 5 and set(found["quality"]["train"]["methods"]) == {"dpo", "madpo"}
     assert "reward" not in found["speed"] and found["small-memory"]["train"]["peft"]["r"] == 8
+    assert found["speed"]["train"]["eval_pairs"] == {"share": 0.1}
     assert found["speed"]["train"]["trainer"]["per_device_train_batch_size"] == 8  # 240 // 20, a power of two
     with pytest.raises(ConfigError, match="did you mean `speed`"):
         run_file(file, str(tiny_policy), goal="sped")
@@ -127,7 +128,7 @@ def test_names_of_files_are_quoted(name: str, tiny_policy: Path, tmp_path: Path)
 def test_tables_that_hold_no_pairs_are_named(names: set[str], problem: str, tiny_policy: Path, tmp_path: Path) -> None:
     assert problem in guess_columns(names).problem
     file = table(tmp_path, [dict.fromkeys(names, "x")])
-    with pytest.raises(DataError, match=f"{problem}.*columns: "):
+    with pytest.raises(DataError, match=f"(?s){problem}.*columns: .*align pairs from"):
         run_file(str(file), str(tiny_policy))
 
 

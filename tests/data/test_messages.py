@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
 from align.config import PairsSection
 from align.data.pairs import load_pairs, read_pairs, write_pairs
 from align.data.streaming import stream_pairs
+from align.data.text import plain
 from align.errors import DataError
 from tests.data.test_pairs import CHAT, jsonl, turn
 
@@ -106,3 +108,27 @@ def test_ids_of_a_saved_dataset_are_as_they_are(kind: str | None, tmp_path: Path
     Dataset.from_list(rows).with_format(kind).save_to_disk(str(tmp_path / "saved"))
     pairs = load_pairs(PairsSection(path=str(tmp_path / "saved")))
     assert list(pairs["id"]) == ["7", "8"] and pairs[0]["chosen"] == CHAT["chosen"]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
+def test_content_parts_are_kept(name: str, tmp_path: Path) -> None:
+    """Also where other rows of the column have text."""
+    parts = [{"type": "text", "text": "great"}, {"type": "text", "text": " fun"}]
+    thinks = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    rows = [{**CHAT, "chosen": [{"role": "assistant", "content": parts}]}, {**CHAT, "chosen": [thinks]}]
+    path = tmp_path / name
+    if path.suffix == ".jsonl":
+        path = Path(jsonl(tmp_path, *rows))
+    else:
+        pq.write_table(load_pairs(PairsSection(path=jsonl(tmp_path, *rows))).with_format("arrow")[:], path)
+    for pairs in (load_pairs(PairsSection(path=str(path))), stream_pairs(PairsSection(path=str(path)), tmp_path / "s")):
+        assert [row["chosen"] for row in pairs] == [row["chosen"] for row in rows]
+    assert plain(rows[0]["chosen"]) == "great fun"
+
+
+@pytest.mark.parametrize(
+    "content", [[], [{"type": "image", "text": "x"}], ["great"], [{"type": "text"}], [{"type": "text", "text": " "}]]
+)
+def test_parts_without_text_are_refused(content: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 1:chosen\[1\]"):
+        load_pairs(PairsSection(path=jsonl(tmp_path, {**CHAT, "chosen": [{"role": "assistant", "content": content}]})))

@@ -3,13 +3,20 @@
 import numpy as np
 import pytest
 
-from align.evaluation.compare_policies import Comparison, PolicySamples, compare_policies, first_samples, prompt_ids
+from align.evaluation.compare_policies import (
+    Comparison,
+    KlSamples,
+    PolicySamples,
+    compare_policies,
+    first_samples,
+    prompt_ids,
+)
 from align.evaluation.text_statistics import Texts
 
 COUNT = 200
 RNG = np.random.default_rng(0)
 BASE = RNG.normal(0, 5, COUNT)
-LOG_RATIOS = RNG.normal(2, 0.5, COUNT)
+KL = KlSamples(RNG.uniform(1, 3, COUNT), RNG.normal(2, 3, COUNT))
 
 
 def texts(word: str, length: int = 3) -> Texts:
@@ -17,12 +24,12 @@ def texts(word: str, length: int = 3) -> Texts:
     return Texts([" ".join([word] * length)] * COUNT, [length] * COUNT, [True] * COUNT)
 
 
-def compared(temperature: float = 1.0, log_ratios: np.ndarray | None = LOG_RATIOS) -> Comparison:
+def compared(as_it_is: bool = True, kl: KlSamples | None = KL) -> Comparison:
     """A policy that is better by 1 on every prompt, and one that is worse by 2."""
     policies = {
-        "reference": PolicySamples(BASE, temperature=temperature),
-        "better": PolicySamples(BASE + 1, log_ratios, temperature=temperature),
-        "worse": PolicySamples(BASE - 2, temperature=temperature),
+        "reference": PolicySamples(BASE, as_it_is=as_it_is),
+        "better": PolicySamples(BASE + 1, kl, as_it_is=as_it_is),
+        "worse": PolicySamples(BASE - 2, as_it_is=as_it_is),
     }
     return compare_policies(policies, baseline="reference")
 
@@ -44,15 +51,16 @@ def test_gains_are_paired_and_every_two_policies_are_compared() -> None:
 
 def test_the_ratio_is_gain_over_the_root_of_twice_the_kl() -> None:
     found = compared().policies["better"]
-    assert found["kl"]["value"] == pytest.approx(LOG_RATIOS.mean())
-    assert found["gain_per_root_kl"]["value"] == pytest.approx(1 / np.sqrt(2 * LOG_RATIOS.mean()))
+    assert found["kl"]["value"] == pytest.approx(KL.exact.mean())
+    assert found["kl_one_sample"]["value"] == pytest.approx(KL.log_ratios.mean())
+    assert found["gain_per_root_kl"]["value"] == pytest.approx(1 / np.sqrt(2 * KL.exact.mean()))
 
 
-@pytest.mark.parametrize(("temperature", "log_ratios"), [(0.7, LOG_RATIOS), (1.0, None)])
-def test_no_ratio_of_two_origins_or_without_a_kl(temperature: float, log_ratios: np.ndarray | None) -> None:
+@pytest.mark.parametrize(("as_it_is", "kl"), [(False, KL), (True, None)])
+def test_no_ratio_of_two_origins_or_without_a_kl(as_it_is: bool, kl: KlSamples | None) -> None:
     """At another temperature the gain is counted from the tempered baseline, the KL from the reference itself."""
-    found = compared(temperature, log_ratios).policies["better"]
-    assert found["gain_per_root_kl"] is None and (found["kl"] is None) == (log_ratios is None)
+    found = compared(as_it_is, kl).policies["better"]
+    assert found["gain_per_root_kl"] is None and (found["kl"] is None) == (kl is None)
 
 
 def test_a_win_rate_of_preferences_and_changes_of_texts() -> None:
@@ -89,7 +97,7 @@ def test_a_prompt_that_is_given_several_times_counts_once() -> None:
     noise = RNG.normal(0, 1, COUNT)
 
     def measured(copies: int, clusters: np.ndarray | None) -> Comparison:
-        better = PolicySamples(np.tile(BASE + noise, copies), np.tile(LOG_RATIOS, copies))
+        better = PolicySamples(np.tile(BASE + noise, copies), KlSamples(*(np.tile(values, copies) for values in KL)))
         reference = PolicySamples(np.tile(BASE, copies))
         return compare_policies({"reference": reference, "better": better}, baseline="reference", clusters=clusters)
 

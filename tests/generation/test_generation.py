@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from align.generation.encoding import stop_ids, to_completion
 from align.generation.engines import make_engine
-from align.generation.sampler import TOLERANCE, DrawnToken, draw, nucleus_floors
+from align.generation.sampler import TOLERANCE, DrawnToken, draw
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.types import Sampling, prompt_keys, sample_seed
 from align.models.completion_logps import completion_logps
 from align.models.positions import check_positions
+from align.models.truncation import Truncation
 from tests.helpers.builders import WORDS, llama_config, tokenizer
 
 PROMPTS = ["the film is", "a very bad plot was not", "good", "the the the the", "not"]
@@ -115,7 +116,7 @@ def test_draws_follow_the_tempered_nucleus(temperature: float, top_p: float) -> 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=9), st.floats(0.05, 0.99))
 def test_nucleus_is_the_smallest_set_that_reaches_the_mass(values: list[float], top_p: float) -> None:
     scores = torch.tensor([values], dtype=torch.float64)
-    floor = nucleus_floors(scores, [top_p])[0]
+    floor = Truncation(top_p).floor(scores)
     p = torch.softmax(scores, -1)
     assert p[scores >= floor].sum() >= top_p - 1e-9
     assert p[scores > floor].sum() < top_p + 1e-9
@@ -124,8 +125,8 @@ def test_nucleus_is_the_smallest_set_that_reaches_the_mass(values: list[float], 
 def test_a_mass_that_is_reached_exactly_takes_no_further_token() -> None:
     """Probabilities 1/2, 1/4, 1/4, which floats hold exactly."""
     scores = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
-    (first, second, all_of_them) = nucleus_floors(scores, [0.5, 0.51, 1.0])
-    assert first.item() == scores[0, 0] and second.item() == all_of_them.item() == scores[0, 1]
+    first, second, all_of_them = (Truncation(top_p).floor(scores) for top_p in (0.5, 0.51, 1.0))
+    assert first.item() == scores[0, 0] and second.item() == scores[0, 1] and all_of_them.item() == -torch.inf
 
 
 def test_a_draw_at_the_border_of_the_nucleus_is_not_sure() -> None:

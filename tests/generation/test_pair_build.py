@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from align.commands.build_pairs import BuildSettings, build_pairs
 from align.config import PairsSection
 from align.data.completions import read_groups
+from align.data.pair_selection import Guard, choose_pairs, draw_pair
 from align.data.pairs import load_pairs
 from align.errors import AlignError, ConfigError, DataError
-from align.generation.pair_selection import Guard, choose_pairs, draw_pair
 from align.io.stage import check_output
 from reward_models.judges import make_judge
 from reward_models.scorers import ScorerSpec, score_in_chunks

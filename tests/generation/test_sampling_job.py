@@ -61,6 +61,7 @@ def test_log_probs_of_every_sample(tiny_policy: Path, tmp_path: Path) -> None:
     assert itself["logp_policy"][:] == itself["logp_reference"][:]
     for one, two in zip(against["logp_policy"], against["logp_reference"], strict=True):
         assert all(policy != reference for policy, reference in zip(one, two, strict=True))
+    assert itself["kl"][:] == [[0.0] * 3] * len(PROMPTS) and min(chain(*against["kl"])) > 0
     assert sum(itself["logp_policy"][0]) == pytest.approx(sum(against["logp_policy"][0]), abs=1e-4)
 
 
@@ -71,7 +72,10 @@ def test_the_part_of_a_key_is_what_decides_the_draws() -> None:
     assert SAMPLING.made_from() == {
         "max_new_tokens": 6, "temperature": 1.0, "top_p": 0.9, "n": 3, "seed": 2, "logprobs": False,
     }  # fmt: skip
-    assert set(asdict(SAMPLING)) - set(SAMPLING.made_from()) == {"engine", "batch_size", "base_url", "options"}
+    cut = replace(SAMPLING, top_k=3, min_p=0.1, stop=("x",))
+    added = {"top_k": 3, "min_p": 0.1, "stop": ["x"]}
+    assert cut.made_from() == SAMPLING.made_from() | added
+    assert set(asdict(SAMPLING)) - set(cut.made_from()) == {"engine", "batch_size", "base_url", "options"}
 
 
 @pytest.mark.parametrize("trusted", [False, True])

@@ -82,11 +82,11 @@ def test_the_log_probs_are_those_of_what_was_decoded(heat: float, config: RunCon
 
 
 @pytest.mark.parametrize(("fields", "measured"), [({}, (True, True)), ({"temperature": 0.5}, (True, False)),
-                                                  ({"top_p": 0.9}, (False, False))])  # fmt: skip
+                                                  ({"top_p": 0.9}, (True, False))])  # fmt: skip
 def test_a_kl_only_of_what_has_one(
     fields: dict[str, float], measured: tuple[bool, bool], config: RunConfig, tmp_path: Path
 ) -> None:
-    """There is no KL under top-p, no gain per root KL at another temperature, no correlation without margins."""
+    """There is no gain per root KL at another temperature or under top-p, no correlation without margins."""
     assert config.evaluate is not None
     config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=fields), "reward": None})
     root, rng = config.folder, np.random.default_rng(0)
@@ -97,6 +97,7 @@ def test_a_kl_only_of_what_has_one(
         (root / f"generate-{name}").mkdir(parents=True)
         table = {"prompt": PROMPTS, "text": [texts] * 9, "tokens": [1] * 9, "logp_reference": [-3.0] * 9}
         table["logp_policy"] = (ratio - 3 + rng.normal(0, 0.1, 9)).tolist()
+        table["kl"] = [ratio] * 9
         Dataset.from_dict(table).to_parquet(str(root / f"generate-{name}" / "completions.parquet"))
     (tmp_path / "out").mkdir()
     work_of("evaluate")(config, tmp_path / "out")

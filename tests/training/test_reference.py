@@ -1,14 +1,22 @@
 """Reference log-probs: cached, keyed by everything they depend on, resumed after a stop."""
 
+import itertools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 
 from align.io.files import read_json, write_json
+from align.models.layout import LayoutChoice
 from align.models.logps import pair_logps
+from align.training.distinct_responses import distinct_passes
+from align.training.trainer import PreferenceTrainer
 from tests.helpers.builders import rows, trained_adapter
 from tests.training.test_trainer import ours
 
@@ -69,3 +77,81 @@ def test_an_adapter_that_is_trained_further_is_part_of_the_cached_reference(tiny
             logps = pair_logps(trainer.model, batch, trainer.layout)
         assert torch.allclose(logps.chosen, batch["ref_chosen_logps"], atol=1e-4)
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
+
+
+def several_pairs() -> list[dict[str, Any]]:
+    """All 6 pairs of 4 responses, 2 pairs that share a response, and a prompt with one pair."""
+    responses = [" good film", " great good film", " bad plot", " awful bad plot"]
+    table = [("the", a, b) for a, b in itertools.combinations(responses, 2)]
+    table += [("a film is", " good", " bad"), ("the plot is", " great", " awful"), ("a film is", " good", " awful")]
+    return [
+        {"id": f"p{k}", "prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": 1.0}
+        for k, (prompt, chosen, rejected) in enumerate(table)
+    ]
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "concatenated"])
+def test_a_response_in_several_pairs_is_computed_once(
+    tiny_policy: Path, tmp_path: Path, layout: LayoutChoice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probs are those of each pair alone; 4 responses in 6 pairs take 2 passes, 3 in 2 take 2, a pair 1."""
+    computed: list[int] = []
+    real = PreferenceTrainer.compute_ref_log_probs
+
+    def counting(self: PreferenceTrainer, model: Any, inputs: dict[str, Any]) -> Any:
+        computed.append(len(inputs["input_ids"]) // 2)
+        return real(self, model, inputs)
+
+    monkeypatch.setattr(PreferenceTrainer, "compute_ref_log_probs", counting)
+    table = several_pairs()
+    trainer = ours(tiny_policy, tmp_path, pairs=Dataset.from_list(table), layout=layout)
+    assert sum(computed) == 5
+    assert [file.suffixes for file in (tmp_path / "cache").iterdir()] == [[".npy"]]
+    for row in trainer.train_dataset:
+        pair = {name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+        alone = [value.item() for value in real(trainer, trainer.model, trainer.data_collator([pair]))]
+        assert [row["ref_chosen_logps"], row["ref_rejected_logps"]] == pytest.approx(alone, abs=1e-5)
+
+
+def test_pairs_without_common_responses_are_computed_as_they_are() -> None:
+    table = Dataset.from_dict(
+        {
+            "prompt_ids": [[1], [2], [1], [2]],
+            "chosen_ids": [[3], [4], [5], [6]],
+            "rejected_ids": [[4], [3], [6, 6], [5]],
+        }
+    )
+    passes = distinct_passes(table)
+    assert not passes.repeats and passes.places.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert passes.source.ravel().tolist() == list(range(8)) and passes.lengths(table) == [3, 3, 4, 3]
+    assert passes.example(table, 2) == {"prompt_ids": [1], "chosen_ids": [5], "rejected_ids": [6, 6]}
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 3)] * 3), min_size=1, max_size=12))
+def test_every_response_finds_itself_among_the_passes(drawn: list[tuple[int, int, int]]) -> None:
+    """A pass is of one prompt; no more passes than pairs, and the fewest that hold the responses of each prompt."""
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    table = Dataset.from_list([dict(zip(names, ([a] * a, [b] * b, [c] * c), strict=True)) for a, b, c in drawn])
+    passes = distinct_passes(table)
+    examples = [passes.example(table, k) for k in range(len(passes.places))]
+    found = [(len(one["prompt_ids"]), len(one[side])) for one in examples for side in names[1:]]
+    assert [[found[k] for k in row] for row in passes.source] == [[(a, b), (a, c)] for a, b, c in drawn]
+    distinct = [{of for a, b, c in drawn if a == prompt for of in (b, c)} for prompt in {a for a, _, _ in drawn}]
+    assert len(examples) == sum(-(-len(of) // 2) for of in distinct) <= len(drawn)
+
+
+def test_passes_of_distinct_responses_resume_after_a_stop(tiny_policy: Path, tmp_path: Path) -> None:
+    """Rows of the unfinished file are passes; marks of finished ones reach every pair that has their responses."""
+    pairs = Dataset.from_list(several_pairs())
+    ours(tiny_policy, tmp_path, pairs=pairs)
+    (file,) = (tmp_path / "cache").iterdir()
+    complete = np.load(file)
+    file.unlink()
+    partial = np.full((5, 2), 7.0)
+    partial[0] = np.nan  # the first two responses of the first prompt
+    np.save(file.with_suffix(".distinct.partial.npy"), partial)
+    ours(tiny_policy, tmp_path, pairs=pairs, budget=1)
+    (file,) = (tmp_path / "cache").iterdir()
+    found = np.load(file)
+    assert np.allclose(found[0], complete[0], atol=1e-5) and np.allclose(found[1:3, 0], complete[1:3, 0], atol=1e-5)
+    assert (found[5:] == 7.0).all() and (found[1:5, 1] == 7.0).sum() == 4

@@ -44,6 +44,7 @@ def checked(tmp_path: Path, **options: Any) -> None:
     [
         ("load_best_model_at_end", True, "has no effect here: a training here holds no pairs back"),
         ("save_strategy", "best", "found 'best', expected no, steps or epoch"),
+        ("eval_strategy", "steps", "has no effect here: a training here holds no pairs back"),
         ("metric_for_best_model", "loss", "has no effect here"),
         ("eval_steps", 5, "has no effect here"),
         ("eval_on_start", True, "has no effect here"),

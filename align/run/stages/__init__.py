@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from align.config import RunConfig
+from align.run.plan import HELD_OUT
 from align.run.stages.evaluation import stage_evaluate, stage_generate
 from align.run.stages.policy import (
     stage_filter,
+    stage_held_out,
     stage_margins,
     stage_pairs,
     stage_reward_pairs,
@@ -25,6 +27,7 @@ WORK: dict[str, Work] = {
     "crossfit": stage_crossfit,
     "sample": stage_sample,
     "margins": stage_margins,
+    HELD_OUT: stage_held_out,
     "filter": stage_filter,
     "trust": stage_trust,
     "evaluate": stage_evaluate,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.config import EvaluateSection, RunConfig
+from align.config import RunConfig
 from align.config.columns import TEMPLATE_COLUMNS
 from align.data.messages import argument_cells, split_arguments, with_arguments
 from align.data.pairs import read_pairs
@@ -15,6 +15,7 @@ from align.data.prompts import load_prompts
 from align.data.statistics import missing_values
 from align.data.text import plain
 from align.evaluation.compare_policies import (
+    KlSamples,
     PolicySamples,
     compare_policies,
     first_samples,
@@ -23,7 +24,7 @@ from align.evaluation.compare_policies import (
 )
 from align.evaluation.left_out import completed_by_all
 from align.evaluation.rewards import reward_differences
-from align.generation.sampling_job import SamplingJob, completions_of
+from align.generation.sampling_job import LOGP_FEATURES, SamplingJob, completions_of
 from align.generation.types import as_completion
 from align.io.files import write_json
 from align.models.template_arguments import report_other_arguments
@@ -55,9 +56,7 @@ def stage_generate(config: RunConfig, folder: Path, policy: str) -> None:
         "prompt": [split_arguments(prompt)[0] for prompt in prompts],
         "text": [group[0].text if group else None for group in groups],
         "tokens": [len(group[0].token_ids) if group else None for group in groups],
-        "logp_policy": [group[0] if group else None for group in sampled["logp_policy"]],
-        "logp_reference": [group[0] if group else None for group in sampled["logp_reference"]],
-    }
+    } | {name: [group[0] if group else None for group in sampled[name]] for name in LOGP_FEATURES}
     cells = [argument_cells(prompt) for prompt in prompts]
     table |= {name: [row.get(name) for row in cells] for name in TEMPLATE_COLUMNS if any(name in row for row in cells)}
     Dataset.from_dict(table).to_parquet(str(folder / COMPLETIONS))
@@ -79,9 +78,10 @@ def stage_evaluate(config: RunConfig, folder: Path) -> None:
     asked = [asked[k] for k in kept.rows]
     tables = {name: table.select(kept.rows) for name, table in tables.items()}
     rewards = {name: judge.score(asked, table["text"]) for name, table in tables.items()}
+    as_it_is = run_sampling(config, config.evaluate).as_it_is
     samples = {
         name: PolicySamples(
-            rewards[name], _log_ratios(name, table, config.evaluate), temperature=config.evaluate.temperature
+            rewards[name], None if name == REFERENCE and as_it_is else KlSamples.of_table(table), as_it_is=as_it_is
         )
         for name, table in tables.items()
     }
@@ -96,6 +96,7 @@ def stage_evaluate(config: RunConfig, folder: Path) -> None:
                 "gain": numbers["gain"],
                 "mean_tokens": float(np.mean(tables[name]["tokens"])),
                 "kl": numbers["kl"],
+                "kl_one_sample": numbers["kl_one_sample"],
                 "gain_per_root_kl": numbers["gain_per_root_kl"],
             }
             | ({"reward_model_gain": gains[name]} if name in gains else {})
@@ -109,13 +110,6 @@ def stage_evaluate(config: RunConfig, folder: Path) -> None:
         "samples": first_samples(prompts, texts, rewards, config.evaluate.samples_shown),
     }
     write_json(folder / METRICS, result)
-
-
-def _log_ratios(policy: str, table: Dataset, section: EvaluateSection) -> np.ndarray | None:
-    """log policy(y) - log reference(y) of each completion, [N], nats; None for the reference and under top-p."""
-    if policy == REFERENCE or section.top_p < 1:  # tokens outside the nucleus have no log-probability
-        return None
-    return np.asarray(table["logp_policy"]) - np.asarray(table["logp_reference"])
 
 
 def _reward_model_gains(

@@ -12,6 +12,7 @@ from align.commands.trust import FEATURES, FILE
 from align.config import PairsSection, RewardSection, RunConfig
 from align.config.columns import FINISH_COLUMNS
 from align.data.messages import argument_cells, split_arguments
+from align.data.pair_selection import draw_pair
 from align.data.pairs import FILE as PAIRS_FILE
 from align.data.pairs import load_pairs, read_pairs, table_of, write_pairs
 from align.data.prompts import load_prompts
@@ -22,7 +23,6 @@ from align.distributed import process_rank
 from align.errors import DataError
 from align.evaluation.left_out import completed_by_all
 from align.filtering.tables import KEPT
-from align.generation.pair_selection import draw_pair
 from align.generation.sampling_job import SamplingJob, completions_of
 from align.generation.types import Completion, as_completion
 from align.io.console import log
@@ -30,10 +30,11 @@ from align.io.files import read_json, write_json
 from align.models.loading import load_tokenizer
 from align.models.tokenization import MAX_LENGTH
 from align.run.checks import check_models
-from align.run.plan import REFERENCE_CACHE, TRUST, TRUST_NUMBERS, measures_trust
+from align.run.plan import HELD_OUT, REFERENCE_CACHE, TRUST, TRUST_NUMBERS, holds_out, measures_trust
 from align.run.row_checks import check_pair_rows, split_for_reward
 from align.run.stages.reward import METRICS, make_scorer, scored_by
 from align.run.stages.sampling import PARTS, run_sampling, sample_in_stage
+from align.run.watch import EVAL, make_watch, split_share, without_trained
 from align.training.base.tracked_runs import tracked_run
 from align.training.columns import require_margin, trained_pairs
 from align.training.loss_choice import bind
@@ -196,15 +197,13 @@ def _add_margins(config: RunConfig, reward: RewardSection, folder: Path) -> tupl
     if reward.pairs is None and reward.folds:
         return read_pairs(root / "crossfit" / "pairs"), ""
     model = root / "reward" / MODEL
-    models, note = members(model), ""
+    models, note = _margin_models(config, reward), ""
     if config.sample is None:
         source = root / "pairs" / "train"
         if reward.pairs is None:
             note = "These margins are in-sample: the reward model was trained on the same pairs. Set reward.folds: 5."
     else:
         source = root / "sample" / "train"
-        if reward.folds:
-            models = [m for fold in range(1, reward.folds) for m in members(root / "crossfit" / f"fold-{fold}")]
         if reward.folds > 2:
             note = (
                 f"Labels are by the model of one fold, margins by those of the others: of {reward.folds} folds any two "
@@ -212,24 +211,63 @@ def _add_margins(config: RunConfig, reward: RewardSection, folder: Path) -> tupl
             )
         elif not reward.folds:
             note = "Labels were drawn from the same reward model that gives the margins: they agree by construction."
-    calibration = MarginMap.load(model) if reward.calibrate or reward.length_residual else None
-    return scored_by(models, read_pairs(source), config, folder, calibration), note
+    return scored_by(models, read_pairs(source), config, folder, _calibration(model, reward)), note
+
+
+def _margin_models(config: RunConfig, reward: RewardSection) -> list[Path | str]:
+    """The models whose mean gives margins to pairs that no cross-fitted model gives them to."""
+    if config.sample is not None and reward.folds:
+        folds = [config.folder / "crossfit" / f"fold-{fold}" for fold in range(1, reward.folds)]
+        return [model for fold in folds for model in members(fold)]
+    return members(config.folder / "reward" / MODEL)
+
+
+def _calibration(model: Path, reward: RewardSection) -> MarginMap | None:
+    return MarginMap.load(model) if reward.calibrate or reward.length_residual else None
+
+
+def stage_held_out(config: RunConfig, folder: Path) -> None:
+    """Divide the pairs into those to train on and those to evaluate on meanwhile; these get margins as the others."""
+    assert config.train is not None and config.train.eval_pairs is not None
+    section, root, reward = config.train.eval_pairs, config.folder, config.reward
+    pairs = read_pairs(root / "margins" / "pairs")
+    if section.share is not None:
+        pairs, held_out = split_share(pairs, section, config.seed)
+    else:
+        held_out = load_pairs(section, side_file=folder / "dropped.jsonl")
+        check_pair_rows(config, held_out)
+        held_out = without_trained(held_out, pairs, section)
+        if reward is not None:
+            models = _margin_models(config, reward)
+            held_out = scored_by(models, held_out, config, folder, _calibration(root / "reward" / MODEL, reward))
+    if process_rank() > 0:
+        return
+    for method, loss in config.train.methods.items():
+        require_margin(held_out, bind(method, loss))
+    write_pairs(pairs, folder / "train")
+    write_pairs(held_out, folder / EVAL)
+    write_json(folder / METRICS, {"train": summarize(pairs), "heldout": summarize(held_out)})
+
+
+def _policy_pairs(config: RunConfig) -> Path:
+    """Folder of the pairs that policies may be trained on."""
+    return config.folder / (f"{HELD_OUT}/train" if holds_out(config) else "margins/pairs")
 
 
 def stage_trust(config: RunConfig, folder: Path) -> None:
     """Measure how far to trust label and margin of the policy's pairs; write the parameters of the loss ``trust``."""
     assert config.train is not None
-    table = config.folder / "margins" / "pairs"
+    table = _policy_pairs(config)
     pairs = read_pairs(table)
     origin = margin_source(table, pairs)
     check_margins(pairs, origin, str(table), allow_in_sample=config.train.allow_in_sample)
     fields, cache, seed = config.train.trainer, folder / FEATURES, config.seed
     length, truncation = fields.get("max_length", MAX_LENGTH), fields.get("truncation_mode", "keep_start")
     tokenizer = load_tokenizer(config.train.model, trust_remote_code=config.train.trusts_remote_code)
-    pairs = trained_pairs(pairs, tokenizer, length, truncation)
+    pairs = trained_pairs(pairs, tokenizer, length, truncation, config.train.turns)
     found = measure_trust(
         pairs, config.train.model, cache, origin=origin, max_length=length, seed=seed, truncation=truncation,
-        loading=config.train.loading,
+        turns=config.train.turns, loading=config.train.loading,
     )  # fmt: skip
     found |= {"source": str(table), "model": config.train.model, "margins": origin, "seed": config.seed}
     found["sentences"] = sentences(found, origin)
@@ -242,7 +280,7 @@ def stage_filter(config: RunConfig, folder: Path) -> None:
     """Keep the pairs that are worth training on; write the others with the reason for each."""
     assert config.filter is not None
     root = config.folder
-    source = PairsSection(path=str(root / "margins" / "pairs" / PAIRS_FILE))
+    source = PairsSection(path=str(_policy_pairs(config) / PAIRS_FILE))
     filter_source(source, config.filter, folder, seed=config.seed, cache=root / "filter-parts", cluster=config.cluster)
 
 
@@ -251,7 +289,7 @@ def stage_train(config: RunConfig, folder: Path, policy: str) -> None:
     assert config.train is not None
     root, train = config.folder, config.train
     if config.filter is None:
-        pairs = read_pairs(root / "margins" / "pairs")
+        pairs = read_pairs(_policy_pairs(config))
     else:
         pairs = load_pairs(PairsSection(path=str(root / "filter" / KEPT)))
     loss = train.methods[policy]
@@ -260,4 +298,7 @@ def stage_train(config: RunConfig, folder: Path, policy: str) -> None:
         measured = loss.model_copy(update={"parameters": parameters})
         train = train.model_copy(update={"methods": {**train.methods, policy: measured}})
     run = tracked_run(root, config.name, policy)
-    train_policy(pairs, train, policy, folder, seed=config.seed, reference_cache=root / REFERENCE_CACHE, run=run)
+    train_policy(
+        pairs, train, policy, folder, seed=config.seed, reference_cache=root / REFERENCE_CACHE, run=run,
+        watch=make_watch(config, pairs),
+    )  # fmt: skip

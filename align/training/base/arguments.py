@@ -39,7 +39,13 @@ SET_ELSEWHERE = {
 
 
 def build_trainer_args(
-    kind: type[Args], fields: dict[str, Any], *, path: str, forced: dict[str, Any], pairs_per_step: int | None = None
+    kind: type[Args],
+    fields: dict[str, Any],
+    *,
+    path: str,
+    forced: dict[str, Any],
+    pairs_per_step: int | None = None,
+    evaluates: bool = False,
 ) -> Args:
     """Build an instance of ``kind`` (trl.DPOConfig, trl.RewardConfig) from user fields.
 
@@ -55,6 +61,7 @@ def build_trainer_args(
         forced: fields that the program sets itself; the user may not.
         pairs_per_step: pairs of an optimizer step over all processes, which determines
             ``gradient_accumulation_steps``; None leaves that to ``fields``.
+        evaluates: the training has held-out pairs, so fields of evaluation have a meaning.
 
     Raises:
         ConfigError: unknown field (with the nearest known), wrong type, a field that the user may not set, anything
@@ -63,7 +70,7 @@ def build_trainer_args(
     """
     from transformers.integrations import get_reporting_integration_callbacks
 
-    values = _checked(kind, fields, path, forced)
+    values = _checked(kind, fields, path, forced, evaluates)
     defaults = DEFAULTS if _has_gpu() else DEFAULTS | WITHOUT_GPU | {"use_cpu": world_size() > 1}
     arguments = {**defaults, **forced, **values}
     if world_size() > 1 and arguments.get("use_cpu"):
@@ -77,7 +84,7 @@ def build_trainer_args(
     return args
 
 
-def _checked(kind: type, fields: dict[str, Any], path: str, forced: dict[str, Any]) -> dict[str, Any]:
+def _checked(kind: type, fields: dict[str, Any], path: str, forced: dict[str, Any], evaluates: bool) -> dict[str, Any]:
     """Return ``fields`` with values of the right types.
 
     Raises:
@@ -98,7 +105,7 @@ def _checked(kind: type, fields: dict[str, Any], path: str, forced: dict[str, An
             problem = f": found {value!r}, expected {expected}" if expected else ""
         if problem:
             problems.append(f"{path}.{name}{problem}")
-    problems += check_fields(values, defaults, path)
+    problems += check_fields(values, defaults, path, evaluates=evaluates)
     if problems:
         raise ConfigError(listed(problems), code="trainer-key")
     return values
@@ -119,8 +126,6 @@ def _convert(name: str, value: Any, hint: Any) -> tuple[Any, str]:
     """Return the value in the type of its field, and what was expected; the latter is empty if the value is allowed."""
     if name.endswith("_strategy") and value is False:
         value = "no"  # YAML reads a bare no as false
-    if name == "eval_strategy" and value != "no":
-        return value, "no: a training here holds no pairs back"
     converted, expected = _typed(value, hint)
     return converted, expected or _in_range(name, converted)
 

@@ -12,14 +12,18 @@ from align.errors import ConfigError, listed
 from align.training.base.tracked_runs import check_trackers
 
 NOTHING_HELD_BACK = "a training here holds no pairs back; evaluate the trained model"
+NEEDS_EVAL_PAIRS = "nothing is held out without train.eval_pairs"
+OF_EVALUATION = (
+    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+)  # fmt: skip
+"""Fields that an evaluation while training reads."""
 NEVER_READ: dict[str, str] = dict.fromkeys(
     (
-        "eval_steps", "eval_delay", "eval_accumulation_steps", "eval_on_start", "eval_do_concat_batches",
-        "eval_use_gather_object", "batch_eval_metrics", "include_for_metrics", "prediction_loss_only",
-        "per_device_eval_batch_size", "do_eval", "do_predict", "load_best_model_at_end", "metric_for_best_model",
-        "greater_is_better",
+        "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics",
+        "include_for_metrics", "prediction_loss_only", "do_eval", "do_predict",
     ),
-    NOTHING_HELD_BACK,
+    "an evaluation while training keeps the numbers of each pair and no logits",
 ) | {
     "label_smoothing_factor": "it smooths the labels of a language model's own loss, not those of pairs",
     "label_names": "a batch of pairs has no labels",
@@ -43,21 +47,24 @@ CHOOSE_WEIGHTS = (
 """Keys of ``model_init_kwargs`` that choose another model than the one that the other stages read."""
 
 
-def check_fields(fields: dict[str, Any], defaults: dict[str, Any], path: str) -> list[str]:
+def check_fields(fields: dict[str, Any], defaults: dict[str, Any], path: str, *, evaluates: bool) -> list[str]:
     """Return a message for each field that the user sets and no training here reads.
 
     Args:
         fields: what the user wrote.
         defaults: the defaults of the class of arguments; a value equal to its default passes.
         path: YAML path of ``fields``.
+        evaluates: the training has held-out pairs.
     """
+    none = NEEDS_EVAL_PAIRS if path.startswith("train.") else NOTHING_HELD_BACK
+    unread = NEVER_READ if evaluates else dict.fromkeys(OF_EVALUATION, none) | NEVER_READ
     problems = [
         f"{path}.{name}: found {fields[name]!r}, which has no effect here: {reason}"
-        for name, reason in NEVER_READ.items()
+        for name, reason in unread.items()
         if name in fields and name in defaults and fields[name] != defaults[name]
     ]
-    if fields.get("save_strategy") == "best":
-        problems.append(f"{path}.save_strategy: found 'best', expected no, steps or epoch: {NOTHING_HELD_BACK}")
+    if fields.get("save_strategy") == "best" and not evaluates:
+        problems.append(f"{path}.save_strategy: found 'best', expected no, steps or epoch: {none}")
     return problems
 
 

@@ -11,6 +11,7 @@ from transformers import Trainer
 from align.distributed import from_main_process
 from align.errors import ConfigError
 from align.io.console import log
+from align.training.base.argument_types import check_checkpoint_argument
 from align.training.base.async_checkpoints import BackgroundSaves
 from align.training.base.checkpoints import check_resumable, last_complete_checkpoint
 from align.training.base.described import Described
@@ -95,6 +96,7 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
             ConfigError: the checkpoint cannot be resumed from: another number of pairs per step, another loss or
                 other pairs, no optimizer.
         """
+        check_checkpoint_argument(resume_from_checkpoint, Path(self.args.output_dir))
         checkpoint: Any = resume_from_checkpoint
         if checkpoint == "auto":
             checkpoint = from_main_process(lambda: last_complete_checkpoint(Path(self.args.output_dir)))

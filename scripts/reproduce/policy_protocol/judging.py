@@ -39,7 +39,7 @@ def judge_policy(
             raise DataError(f"{policy.name}: some prompts do not fit its window, see the log", code="prompt-refused")
         kl = np.zeros(len(prompts))
         if policy.model != reference.model or decoding.temperature != 1:
-            kl = measure_kl(written, reference, folder)
+            kl = measure_kl(written, reference, folder).log_ratios
         made[f"{decoding.temperature:g}"] = {
             "reward": np.round(score(written, judge, folder), 4).tolist(),
             "kl": np.round(kl, 4).tolist(),

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Literal
 
 import numpy as np
 
-Mode = Literal["best_worst", "band", "all"]
+Mode = Literal["best_worst", "band", "all", "adjacent"]
+ANY_BAND = (0.0, float("inf"))
+"""A band that every difference is in."""
 Chosen = tuple[int, int]
 """Index of the chosen and of the rejected completion."""
 
@@ -34,13 +36,13 @@ class Guard:
 
 
 def choose_pairs(
-    scores: Sequence[float], mode: Mode, guard: Guard, *, band: tuple[float, float] = (0.0, float("inf"))
+    scores: Sequence[float], mode: Mode, guard: Guard, *, band: tuple[float, float] = ANY_BAND
 ) -> tuple[list[Chosen], int]:
     """Return (pairs, number of pairs that ``mode`` chose and ``guard`` dropped). Ties go to the smaller index.
 
     ``best_worst`` pairs the best completion with the worst. ``band`` pairs the best with its hardest negative: the best
     completion among those whose margin to it lies within ``band``. ``all`` pairs every two of the K completions, the
-    better one chosen: K (K - 1) / 2 pairs.
+    better one chosen: K (K - 1) / 2 pairs. ``adjacent`` pairs each completion with the next worse one: K - 1 pairs.
 
     Args:
         scores: scores of the K completions of one prompt.
@@ -58,6 +60,8 @@ def choose_pairs(
         low, high = band
         inside = [k for k in order[1:] if low <= scores[best] - scores[k] <= high]
         wanted = [(best, inside[0])] if inside else []
+    elif mode == "adjacent":
+        wanted = list(pairwise(order))
     else:
         wanted = list(combinations(order, 2))
     kept = [pair for pair in wanted if guard.passes(scores[pair[0]], scores[pair[1]])]
