@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.data.in_memory import checked_table
 from align.errors import ConfigError, DataError, ModelError, python_words
+from align.io.arrow_tables import as_dataset
 from align.io.console import log
 from align.models.folders import TEXT_PAIR, loading
 from align.training.pair_tables import stream_table
@@ -90,7 +91,7 @@ def prepare_pairs(
     names = pairs["id"] if "id" in pairs.column_names else range(len(pairs))
     others = Dataset.from_dict({"id": [str(name) for name in names], **columns, length_column: lengths})
     ids = dict(zip(("chosen_ids", "rejected_ids"), (side.arrow() for side in sides), strict=True))
-    return Prepared(concatenate_datasets([others, Dataset(pa.table(ids))], axis=1), pairs)
+    return Prepared(concatenate_datasets([others, as_dataset(pa.table(ids))], axis=1), pairs)
 
 
 @dataclass(frozen=True, slots=True)
