@@ -14,6 +14,7 @@ from align.io.console import log
 from align.training.base.trackers import TrackedRun
 from reward_models.calibration import fit_map
 from reward_models.ensemble import members, score_with, train_members
+from reward_models.features import features_folder, remove_features
 from reward_models.length_bias import word_difference
 from reward_models.loading import load_options
 
@@ -49,13 +50,15 @@ def cross_fit(
     """
     fold = folds_by_prompt(pairs, config.folds, seed)
     columns = SCORES if config.ensemble == 1 else (*SCORES, SPREAD)
+    features = features_folder(config, folder)
     scores = np.zeros((len(pairs), len(columns)))
     for k in range(config.folds):
         inside = np.flatnonzero(fold == k)
         log.info("cross-fitting: fold %d of %d, %d pairs to score", k + 1, config.folds, len(inside))
         model = folder / f"fold-{k}"
         part = None if run is None else run.part(f"fold-{k}")
-        train_members(pairs.select(np.flatnonzero(fold != k)), config, model, seed=seed + 1 + k, run=part)
+        others = pairs.select(np.flatnonzero(fold != k))
+        train_members(others, config, model, seed=seed + 1 + k, run=part, features=features)
         scored = score_with(
             members(model),
             pairs.select(inside),
@@ -64,8 +67,10 @@ def cross_fit(
             max_length=config.max_length,
             options=load_options(config),
             cluster=cluster,
+            features=features,
         )
         scores[inside] = np.stack([np.asarray(scored[column]) for column in columns], axis=1)
+    remove_features(features)
     table = pairs.remove_columns([column for column in columns if column in pairs.column_names])
     for column, values in zip(columns, scores.T, strict=True):
         table = table.add_column(column, values.tolist())

@@ -33,7 +33,13 @@ CONFIG = "config.json"
 
 
 def train_reward_model(
-    train: Dataset, config: RewardSection, output: Path, *, seed: int, run: TrackedRun | None = None
+    train: Dataset,
+    config: RewardSection,
+    output: Path,
+    *,
+    seed: int,
+    run: TrackedRun | None = None,
+    features: Path | None = None,
 ) -> None:
     """Train on a pair table and save model and tokenizer (safetensors; an adapter is merged) into ``output``.
 
@@ -48,6 +54,8 @@ def train_reward_model(
         output: folder of the finished model; a folder with config.json is left as it is.
         seed: seed of the head, the adapter and the order of the pairs.
         run: names under which the trackers of ``report_to`` show the training.
+        features: folder that keeps the features of a frozen backbone for further trainings; None: they are kept until
+            this one is finished. ``head: full`` has none.
 
     Raises:
         AlignError: the configuration, the model or the pairs cannot be used.
@@ -58,7 +66,7 @@ def train_reward_model(
     elif config.head == "full":
         _train_full(train, config, output, checkpoints, seed, run)
     elif process_rank() == 0:
-        trained = train_head(train, config, seed=seed, cache=checkpoints)
+        trained = train_head(train, config, seed=seed, cache=features or checkpoints)
         save_model(*trained, output, train, _head_facts(train, config, seed), start=config.model)
     if process_rank() == 0:
         shutil.rmtree(checkpoints, ignore_errors=True)

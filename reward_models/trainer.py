@@ -41,6 +41,7 @@ from reward_models.preparation import (
 from reward_models.registry import BoundObjective
 from reward_models.sharpness import SharpnessPenalty
 from reward_models.step_loss import StepLoss
+from reward_models.token_rows import PairNames
 from reward_models.tokenization import segments
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -129,7 +130,7 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
         check_arguments(callbacks, optimizers, compute_metrics, type(self).__name__)
         inputs = TrainerInputs.read(model, args, train_dataset, eval_dataset, processing_class, peft_config, objective)
         self.objective = inputs.objective
-        self._ids = _ids_by_tokens(inputs.train)
+        self._names = PairNames(inputs.train)
         self._pairs = inputs.pairs
         self.data_facts = None if inputs.pairs is None else table_facts(inputs.pairs)
         with refusals("RewardTrainer") if inputs.pairs is not None else nullcontext():
@@ -250,9 +251,9 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
     def _check_rewards(self, inputs: dict[str, Any], chosen: Tensor, rejected: Tensor) -> None:
         """Record the pairs of the batch for the guard and stop at a reward [B] that is not finite."""
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        rows = [tuple(row[:n]) for row, n in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
+        rows = [row[:n] for row, n in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
         half = len(chosen)
-        ids = [self._ids.get(pair, "unknown") for pair in zip(rows[:half], rows[half:], strict=True)]
+        ids = [self._names.of(*pair) for pair in zip(rows[:half], rows[half:], strict=True)]
         self.guard.pairs += [ids[k] for k in only_real(torch.arange(half), inputs.get(REAL)).tolist()]
         bad = (~(torch.isfinite(chosen) & torch.isfinite(rejected))).nonzero().flatten().tolist()
         if bad:
@@ -303,10 +304,3 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
         """Count the real pairs of this batch over all processes."""
         local = torch.tensor([counted(inputs)], device=self.accelerator.device)
         return int(self.accelerator.gather(local).sum())
-
-
-def _ids_by_tokens(table: Dataset) -> dict[tuple[Any, Any], str]:
-    """(token ids of the chosen, of the rejected response) -> id of the pair, or its row where there are none."""
-    names = table["id"] if "id" in table.column_names else range(len(table))
-    tokens = zip(map(tuple, table["chosen_ids"]), map(tuple, table["rejected_ids"]), strict=True)
-    return dict(zip(tokens, map(str, names), strict=True))

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from align.config import OodSection, PairsSection
 from align.data.pairs import fingerprint, load_pairs
-from align.data.readers import read_source
+from align.data.readers import stream_source
 from align.data.splits import clusters_of
 from align.data.training_pairs import margin_sources
 from align.errors import ConfigError
@@ -152,7 +152,7 @@ def _distances(
 
 def _load(source: PairsSection, model: str, chat: bool | None, options: LoadOptions) -> tuple[Dataset, bool]:
     """Load the pairs with their ``group``, as messages if asked; return whether they were turned into messages."""
-    rows, columns = read_source(source)
+    rows, columns = stream_source(source)
     plain = is_plain(sorted(columns), next((row.values for row in rows if not row.unreadable), {}))
     if "group" not in columns and "subset" in columns:
         source = source.model_copy(update={"columns": source.columns | {"group": "subset"}})

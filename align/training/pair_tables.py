@@ -23,7 +23,7 @@ from align.config.columns import (
     TEXT,
 )
 from align.data.messages import exact_messages
-from align.data.pairs import one_type
+from align.data.pair_chunks import one_type
 from align.data.validation import argument_text
 from align.errors import DataError
 from align.io.console import log

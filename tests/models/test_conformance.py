@@ -18,7 +18,7 @@ from align.models.chat_template import templated
 from align.models.tokenization import encode_pair, encode_prompt, encode_reward_texts, render, tokenize_pairs
 from align.training.pair_tables import tokenize_table
 from align.training.trainer import PreferenceTrainer
-from reward_models.tokenization import pair_texts, told_apart
+from reward_models.tokenization import pair_tokens, told_apart
 from tests.helpers.builders import rows, tokenizer
 
 SPECIAL = ["<bos>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<think>", "</think>", "system", "tool", "\n"]
@@ -93,7 +93,8 @@ def as_expected(pairs: Dataset, found: PreTrainedTokenizerBase, *, by_trl: bool 
     training = trained(pairs, found)
     measured = tokenize_pairs(pairs, found)
     assert training == list(zip(*(measured[name] for name in ID_COLUMNS), strict=True))
-    scored, count = pair_texts(pairs, found, 128).ids, len(pairs)
+    read, count = pair_tokens(pairs, found, 128), len(pairs)
+    scored = [*read.chosen, *read.rejected]
     for k, (prompt, chosen, rejected) in enumerate(training):
         settings = {} if isinstance(pairs[k]["prompt"], str) else {"settings": arguments(pairs[k])}
         assert encode_prompt(pairs[k]["prompt"], found, **settings)[: len(prompt)] == prompt
@@ -229,7 +230,7 @@ def test_what_cannot_be_right_is_refused_in_every_way(
     template: Any, prompt: list[dict[str, str]], kind: type[AlignError], words: str
 ) -> None:
     found, pairs = made("bos", template), Dataset.from_list([{**CHAT[0], "prompt": prompt}])
-    for read in (trained, tokenize_pairs, lambda table, its: pair_texts(table, its, 64)):
+    for read in (trained, tokenize_pairs, lambda table, its: pair_tokens(table, its, 64)):
         with pytest.raises(kind, match=words):
             read(pairs, found)
 
@@ -240,7 +241,7 @@ def test_pairs_that_a_template_makes_the_same_are_left_out_of_reward_training(ca
     same = {"id": "s", "prompt": ASKED, "chosen": thought[:1], "rejected": thought[1:]}
     found = made("neither", GOOD_TEMPLATES["strips"])
     table = Dataset.from_list([CHAT[0], same])
-    read = pair_texts(table, found, 64)
+    read = pair_tokens(table, found, 64)
     assert read.alike.tolist() == [False, True] and told_apart(table, read.alike, 64).tolist() == [0]
     assert "1 of 2 pairs are left out: their two responses are the same tokens within max_length 64: s" in caplog.text
 

@@ -19,6 +19,7 @@ from align.training.train import MODEL
 from reward_models.calibration import MarginMap, calibrated_out_of_fold, fit_map
 from reward_models.crossfit import FOLD, cross_fit
 from reward_models.ensemble import EnsembleScorer, members, score_with, train_members
+from reward_models.features import features_folder, remove_features
 from reward_models.length_bias import length_probe, word_difference
 from reward_models.loading import load_options
 from reward_models.margin_metrics import evaluate_margins
@@ -33,13 +34,15 @@ def stage_reward(config: RunConfig, folder: Path) -> None:
     assert config.reward is not None
     source = reward_pairs_folder(config.reward, config.folder)
     train, heldout = read_pairs(source / "train"), read_pairs(source / "heldout")
-    model = folder / MODEL
-    train_members(train, config.reward, model, seed=config.seed, run=tracked_run(config.folder, config.name, "reward"))
+    model, features = folder / MODEL, features_folder(config.reward, folder)
+    run = tracked_run(config.folder, config.name, "reward")
+    train_members(train, config.reward, model, seed=config.seed, run=run, features=features)
     metrics: dict[str, Any] = {"backbone": config.reward.model, "ensemble": config.reward.ensemble}
     tables = {
-        name: scored_by(members(model), pairs, config, folder)
+        name: scored_by(members(model), pairs, config, folder, features=features)
         for name, pairs in (("heldout", heldout), ("in_sample", train))
     }
+    remove_features(features)
     if process_rank() > 0:
         return
     for name, scored in tables.items():
@@ -93,6 +96,7 @@ def scored_by(
     config: RunConfig,
     folder: Path,
     calibration: MarginMap | None = None,
+    features: Path | None = None,
 ) -> Dataset:
     """Score pairs by the mean of the models, with the batch size and length of the run's reward section.
 
@@ -108,6 +112,7 @@ def scored_by(
         options=load_options(config.reward),
         calibration=calibration,
         cluster=config.cluster,
+        features=features,
     )
 
 
