@@ -96,7 +96,8 @@ def _settings(arguments: argparse.Namespace, output: Path) -> Settings:
     sizes = (16, 256, 128, 10) if torch.cuda.is_available() else (2, 12, 8, 2)
     given = (arguments.pairs, arguments.prompt, arguments.completion, arguments.steps)
     chosen = [size if own is None else own for own, size in zip(given, sizes, strict=True)]
-    return Settings(model, *chosen, work=str(output / "work"), lora=arguments.lora)
+    pairs, prompt, completion, steps = chosen
+    return Settings(model, pairs, prompt, completion, steps, str(output / "work"), arguments.lora)
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ def train(
         }  # fmt: skip
         kinds: dict[str, Callable[..., Any]] = {"trl": DPOTrainer}
         make = kinds.get(kind.split(maxsplit=1)[0], PreferenceTrainer)
-        layout = {} if make is DPOTrainer else {"layout": kind.split(maxsplit=1)[0]}
+        layout: dict[str, Any] = {} if make is DPOTrainer else {"layout": kind.split(maxsplit=1)[0]}
         with _whole_logits() if "without" in kind else _unchanged():
             trainer = make(
                 load_policy(settings.model, dtype="float32", attn_implementation=attention),
