@@ -158,8 +158,9 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     tokens, _ = tokenized(pairs, load_tokenizer(base), length, turns)
     output, tables = run / f"trace-{method}", []
     start = _start(training, base, checkpoints[0][1])
-    reference = None if is_adapter(checkpoints[0][1]) and not is_adapter(base) else base
-    measured: list[tuple[int, str, str | None]] = [] if start is None else [(0, start, start)]
+    given = inputs["settings"].get("reference")
+    reference = given or (None if is_adapter(checkpoints[0][1]) and not is_adapter(base) else base)
+    measured: list[tuple[int, str, str | None]] = [] if start is None else [(0, start, given or start)]
     measured += [(step, str(folder), reference) for step, folder in checkpoints]
     for step, folder, compared in measured:
         job = MeasureJob(folder, compared, bound, None, batch_tokens, length)

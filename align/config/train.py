@@ -131,9 +131,12 @@ class TrainSection(Section):
     """Alignment of the policy: the same model, data and budget under each loss."""
 
     model: str
-    """Policy and reference: hub id or folder."""
+    """Policy, and its reference unless ``reference`` names another: hub id or folder."""
     methods: Annotated[dict[Name, LossSection], Field(min_length=1)]
     """Name of a method (its folder and its label in the report) -> its loss."""
+    reference: str | None = None
+    """Another reference of the losses: hub id or folder of a model, or of an adapter, with the policy's tokenizer.
+    Default: the model as it is before training."""
     peft: dict[str, Any] | None = None
     """Fields of peft.LoraConfig; default: full fine-tuning."""
     trust: Literal["auto"] | None = None
