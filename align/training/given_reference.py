@@ -53,8 +53,8 @@ def check_reference(config: TrainSection, losses: Iterable[BoundLoss]) -> None:
         _check_tokens(config)
 
 
-def load_given_reference(config: TrainSection, loss: BoundLoss) -> dict[str, Any]:
-    """Arguments of ``PreferenceTrainer`` for the section's reference; none where the loss reads no reference.
+def load_given_reference(config: TrainSection, loss: BoundLoss) -> nn.Module | None:
+    """The section's reference, loaded; None if it names none, or where the loss reads no reference.
 
     It is loaded with ``model_init_kwargs``, as the policy is, in float32 unless they have a ``dtype``.
 
@@ -63,12 +63,12 @@ def load_given_reference(config: TrainSection, loss: BoundLoss) -> dict[str, Any
         ModelError: it cannot be loaded.
     """
     if config.reference is None or not loss.spec.reads_reference:
-        return {}
+        return None
     _check_tokens(config)
     kwargs: dict[str, Any] = {"dtype": "float32"} | dict(config.trainer.get("model_init_kwargs") or {})
     trusted = bool(kwargs.pop("trust_remote_code", config.trusts_remote_code))
     reference: nn.Module = load_policy(config.reference, trust_remote_code=trusted, **kwargs)
-    return {"ref_model": reference.eval().requires_grad_(False)}
+    return reference.eval().requires_grad_(False)
 
 
 def _place(model: str) -> str:

@@ -137,17 +137,18 @@ def make_trainer(
         args = policy_args(config, method, loss, forced, reference_cache=reference_cache)
         check_settings(config, loss, args)
         pairs = pairs.select_columns([name for name in pairs.column_names if name in KNOWN])
-        given = load_given_reference(config, loss)
+        reference = load_given_reference(config, loss)
         with refusals("train"):
             adapter = build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM")
             if watch is not None:
                 return HeldOutTrainer(
-                    config.model, args=args, train_dataset=pairs, peft_config=adapter, loss=loss, watch=watch,
-                    folder=output, **given,
+                    config.model, ref_model=reference, args=args, data_collator=None, train_dataset=pairs,
+                    peft_config=adapter, loss=loss, watch=watch, folder=output,
                 )  # fmt: skip
             return PreferenceTrainer(
-                config.model, args=args, train_dataset=pairs, peft_config=adapter, loss=loss, **given
-            )
+                config.model, ref_model=reference, args=args, data_collator=None, train_dataset=pairs,
+                peft_config=adapter, loss=loss,
+            )  # fmt: skip
 
 
 def _history(
