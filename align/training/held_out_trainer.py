@@ -71,11 +71,22 @@ class HeldOutTrainer(PreferenceTrainer):
         kwargs: those of ``PreferenceTrainer``.
     """
 
-    def __init__(self, model: Any, *, watch: Watch, folder: Path, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        *,
+        watch: Watch,
+        folder: Path,
+        **others: Any,
+    ) -> None:
         self.watch = watch
         self.records_folder = folder / FOLDER
         table = None if watch.pairs is None else watch.pairs.pairs
-        super().__init__(model, eval_dataset=table, **kwargs)
+        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset=table, **others)
         self._pass: HeldOutPass | None = None
         if watch.sampler is not None:
             self.add_callback(_Samples(watch.sampler.every, self))
