@@ -140,14 +140,14 @@ def make_trainer(
         reference = load_given_reference(config, loss)
         with refusals("train"):
             adapter = build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM")
-            if watch is not None:
-                return HeldOutTrainer(
+            if watch is None:
+                return PreferenceTrainer(
                     config.model, ref_model=reference, args=args, data_collator=None, train_dataset=pairs,
-                    peft_config=adapter, loss=loss, watch=watch, folder=output,
+                    peft_config=adapter, loss=loss,
                 )  # fmt: skip
-            return PreferenceTrainer(
+            return HeldOutTrainer(
                 config.model, ref_model=reference, args=args, data_collator=None, train_dataset=pairs,
-                peft_config=adapter, loss=loss,
+                peft_config=adapter, loss=loss, watch=watch, folder=output,
             )  # fmt: skip
 
 
