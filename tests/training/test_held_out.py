@@ -217,10 +217,12 @@ def score(loss: float | None, kl: float, limit: float | None) -> float | None:
 
 
 def test_the_order_of_steps() -> None:
-    """Within the limit by the loss, beyond it by the KL, undefined last, not measured not at all."""
-    order = [score(0.2, 3.0, 4.0), score(0.5, 1.0, 4.0), score(0.1, 5.0, 4.0), score(0.05, 6.0, 4.0), score(None, 1, 4)]
+    """Within the limit by the loss, then undefined ones, beyond it by the KL; not measured not at all."""
+    order = [score(0.2, 3.0, 4.0), score(1e6, 1.0, 4.0), score(None, 1, 4), score(0.1, 5.0, 4.0), score(0.05, 5.1, 4.0)]
     assert order == sorted(order, key=lambda one: one if one is not None else np.nan)
-    assert order[2] == OVER_LIMIT + 5 and order[4] == UNDEFINED
+    assert len({*order}) == 5 and order[2] == UNDEFINED - 2 and order[3] == OVER_LIMIT * 6
+    later = {"step": 4, "pairs": {"choosing": {"loss": None, "kl": {"value": 1.0}}}}
+    assert keep_score(later, KeepSection(rule="held_out_loss", kl_at_most=4.0)) == UNDEFINED - 4
     assert keep_score({"step": 2, "pairs": {}}, KeepSection(rule="win_rate")) is None
     win = {"step": 2, "samples": {"choosing": {"win_rate": {"value": 0.75}, "kl": {"value": 1.0}}}}
     assert keep_score(win, KeepSection(rule="win_rate", kl_at_most=2.0)) == -0.75
