@@ -133,9 +133,13 @@ def _forward(self: PreTrainedModel, *args: Any, scored: Scored | None = None, **
     picked = hidden.flatten(0, 1).index_select(0, scored.places)
     form = replace(LogitForm.of(self.config), temperature=scored.temperature)
     head = self.get_output_embeddings()
-    scores = score_tokens(picked, head, scored.targets, form, metrics=scored.metrics)
-    kl = None if scored.reference is None else exact_kl(picked, head, form, scored.reference)
-    return ScoredOutput(*scores, kl=kl, states=picked if scored.keep_states else None)
+    states = picked if scored.keep_states else None
+    if scored.reference is None or scored.metrics:
+        scores = score_tokens(picked, head, scored.targets, form, metrics=scored.metrics)
+        kl = None if scored.reference is None else exact_kl(picked, head, scored.targets, form, scored.reference)[1]
+        return ScoredOutput(*scores, kl=kl, states=states)
+    logps, kl = exact_kl(picked, head, scored.targets, form, scored.reference)
+    return ScoredOutput(logps, *torch.full_like(logps, float("nan")).repeat(4, 1), kl=kl, states=states)
 
 
 def pair_logps(

@@ -105,7 +105,7 @@ def _wrong_fields(config: TrainSection, loss: BoundLoss) -> list[str]:
     if config.keep is not None:
         problems += [
             f"train.trainer.{name}: found it together with train.keep, which decides it" for name in OF_CHOICE
-            if name in fields
+            if fields.get(name) not in (None, False)
         ]  # fmt: skip
         if fields.get("save_strategy") == "best":
             problems.append("train.trainer.save_strategy: found best together with train.keep, which saves by its rule")

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -93,6 +94,12 @@ class HeldOutTrainer(PreferenceTrainer):
         if watch.early_stopping is not None:
             stopping = watch.early_stopping
             self.add_callback(EarlyStopping(stopping.patience, stopping.threshold))
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """As for every trainer; but the evaluation computes those of its own table, see ``HeldOutPass``."""
+        if name == "eval" and not hasattr(self, "_pass") and not self.is_deepspeed_enabled:
+            return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     @property
     def records(self) -> list[dict[str, Any]]:
