@@ -115,7 +115,7 @@ class TransformersEngine(Engine):
         return self.batch_size if self._ignores_padding else 1
 
     def padding_difference(self) -> float:
-        """Largest difference (nats) of a token's log-prob in a batch with padding on the left from that of a row alone."""
+        """Largest difference (nats) of a token's log-prob between a batch padded on the left and its rows alone."""
         rows, logprobs = self._trial()
         return _apart(logprobs(rows), torch.cat([logprobs([row]) for row in rows]))
 
