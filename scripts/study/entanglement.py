@@ -24,7 +24,7 @@ from datasets import Dataset
 from torch import nn
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from align.config import EntanglementSection, LossSection, RemedySection, TokenMaskSection, TrainSection
+from align.config import EntanglementSection, LossSection, LossTerms, RemedySection, TokenMaskSection, TrainSection
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.types import Sampling
 from align.io.console import configure, log
@@ -52,7 +52,7 @@ METHODS: dict[str, LossSection] = {
     "gated_dpo": LossSection(loss="gated_dpo"),
     "cal_dpo": LossSection(loss="cal_dpo"),
     "ln_dpo": LossSection(loss="ln_dpo"),
-    **{f"dpo_nll_{weight:g}": LossSection(loss={"terms": {"dpo": 1.0, "nll": weight}}) for weight in NLL},
+    **{f"dpo_nll_{weight:g}": LossSection(loss=LossTerms(terms={"dpo": 1.0, "nll": weight})) for weight in NLL},
     "normalise": LossSection(loss="dpo", remedy=RemedySection(kind="normalise")),
     "calibrate": LossSection(loss="dpo", remedy=RemedySection(kind="calibrate")),
     "token_mask": LossSection(loss="dpo", token_mask=TokenMaskSection()),
