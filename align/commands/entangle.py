@@ -151,7 +151,8 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     checkpoints, bound = checkpoints_of(training), _of_one_pair(bind_section(section))
     base = inputs["settings"]["model"]
     length = max_length or inputs["settings"]["trainer"].get("max_length") or MAX_LENGTH
-    table = run / "filter" / KEPT if "filter" in inputs["after"] else run / "margins" / "pairs"
+    unfiltered = run / ("heldout/train" if "heldout" in inputs["after"] else "margins/pairs")
+    table = run / "filter" / KEPT if "filter" in inputs["after"] else unfiltered
     every = load_pairs(PairsSection(path=str(table))) if table.is_file() else read_pairs(table)
     pairs = sample_pairs(every, bound, limit, str(run))
     turns = inputs["settings"].get("turns", "all")  # a training before there was a choice

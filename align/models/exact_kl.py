@@ -97,11 +97,12 @@ def frozen_head(head: nn.Module, size: int) -> nn.Linear:
         size: D.
     """
     some = next(head.parameters())
+    dtype = some.dtype if some.is_floating_point() else torch.float32  # quantized weights are integers
     if type(head) is nn.Linear:
         weight, bias = head.weight.detach().clone(), None if head.bias is None else head.bias.detach().clone()
     else:
-        zero = head(torch.zeros(1, size, device=some.device, dtype=some.dtype))
-        weight = (head(torch.eye(size, device=some.device, dtype=some.dtype)) - zero).T.contiguous()
+        zero = head(torch.zeros(1, size, device=some.device, dtype=dtype))
+        weight = (head(torch.eye(size, device=some.device, dtype=dtype)) - zero).T.contiguous()
         bias = zero[0].clone()
     made = nn.Linear(size, len(weight), bias=bias is not None, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)

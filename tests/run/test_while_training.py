@@ -218,3 +218,20 @@ def test_samples_on_disk(tmp_path: Path) -> None:
     shown = while_training.shown_samples(tmp_path, 3)
     assert shown == [{"prompt": "q", "steps": [{"step": 0, "text": text, "reward": None, "finish_reason": "stop"}]}]
     assert while_training.shown_samples(tmp_path / "none", 3) == []
+
+
+def test_the_start_is_always_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the fields say; a schedule that reads the metric of every evaluation needs one that is there."""
+    monkeypatch.chdir(tmp_path)
+    found = run(write(tmp_path, trainer={"eval_on_start": False, "eval_strategy": "epoch", "max_steps": 2}))
+    assert [one["step"] for one in found["steps"]] == [0, 2]
+    config = load_config(
+        write(
+            tmp_path,
+            trainer={"lr_scheduler_type": "reduce_lr_on_plateau"},
+            eval_samples=SAMPLES,
+            keep={"rule": "win_rate"},
+        )
+    )
+    with pytest.raises(ConfigError, match=r"lr_scheduler_type: found reduce_lr_on_plateau and keep\.rule win_rate"):
+        check(config)
