@@ -10,6 +10,7 @@ from align.config.columns import SCORES, SPREAD
 from align.data.pairs import with_columns
 from align.data.splits import folds_by_prompt
 from align.data.training_pairs import cross_fitted_sources, with_source
+from align.data.votes import with_majority
 from align.io.console import log
 from align.training.base.trackers import TrackedRun
 from reward_models.calibration import fit_map
@@ -82,11 +83,11 @@ def _calibrated(table: Dataset, fold: np.ndarray, config: RewardSection) -> Data
     """Calibrate each fold by a map that was fitted on the other folds, if the configuration asks for it."""
     if config.calibrate is None and not config.length_residual:
         return table
-    margins, words = np.asarray(table["margin"]), word_difference(table)
     parts = []
     for number in range(config.folds):
-        others = fold != number
-        fitted = fit_map(margins[others], words[others], config.calibrate, length=config.length_residual)
-        parts.append(fitted.apply(table.select(np.flatnonzero(~others))))
+        others = with_majority(table.select(np.flatnonzero(fold != number)), f"calibration of fold {number + 1}")
+        margins, words = np.asarray(others["margin"]), word_difference(others)
+        fitted = fit_map(margins, words, config.calibrate, length=config.length_residual)
+        parts.append(fitted.apply(table.select(np.flatnonzero(fold == number))))
     order = np.argsort(np.concatenate([np.flatnonzero(fold == number) for number in range(config.folds)]))
     return concatenate_datasets(parts).select(order)

@@ -52,6 +52,8 @@ class WeightsSection(Section):
     """Moderate the margin by its ensemble spread ``margin_std`` (align/losses/pair_weights.py)."""
     trust_by_spread: bool = False
     """Loss ``trust``: trust a margin less, the larger its ``margin_std``; the mean trust does not change."""
+    votes: bool = False
+    """Label each pair by the votes of its raters: the mean of the loss over them, a tie half a vote for each."""
     ood: DistanceSection | None = None
     """Shrink the margin toward 0 for pairs far from the reward model's training pairs; default: no shrinking."""
     tilt: TiltSection | None = None

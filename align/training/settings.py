@@ -90,6 +90,12 @@ def check_settings(config: TrainSection, loss: BoundLoss, args: PreferenceConfig
         raise ConfigError(
             "train.trainer.learning_rate: found 0, expected more than 0: no weight would move", code="trainer-key"
         )
+    if config.entanglement is not None and isinstance(args.pair_weights, dict) and args.pair_weights.get("votes"):
+        raise ConfigError(
+            "train.entanglement: found it together with weights.votes, whose loss has two labels for a pair",
+            code="weights-loss",
+            hint="measure the trained policy: `align entangle report`",
+        )
     if config.entanglement is not None:
         check_probe(loss, processes=world_size(), precomputed=args.precompute_ref_log_probs)
 

@@ -148,7 +148,7 @@ class PreferenceTrainer(TrainedTables):
         for warning in self._given_loss.warnings:
             log.warning("%s", warning)
         bound = self._given_loss
-        self.loss = trained_loss(bound)
+        self.loss = trained_loss(bound, self._section.weights)
         config = own_copy(args, loss=bound.spec.name, loss_kwargs=dict(bound.parameters), beta=bound.beta)
         check_own_fields(config)
         check_given_adapter(peft_config)

@@ -11,6 +11,7 @@ from align.config import RewardSection, RunConfig
 from align.data.pairs import FILE, read_pairs, write_pairs
 from align.data.splits import clusters_of, folds_by_prompt
 from align.data.training_pairs import source_of
+from align.data.votes import with_majority
 from align.distributed import process_rank
 from align.io.console import log
 from align.io.files import write_json
@@ -45,15 +46,16 @@ def stage_reward(config: RunConfig, folder: Path) -> None:
     remove_features(features)
     if process_rank() > 0:
         return
-    for name, scored in tables.items():
+    for name, table in tables.items():
+        write_pairs(table, folder / name)
+        scored = with_majority(table, f"metrics of the reward model, {name}")
         margins = np.asarray(scored["margin"])
-        write_pairs(scored, folder / name)
         clusters = clusters_of(scored)
         metrics[name] = {"margins": source_of(scored), **evaluate_margins(margins, clusters=clusters).to_dict()}
         if name == "heldout":
-            words = word_difference(heldout)
+            words = word_difference(scored)
             metrics["length"] = length_probe(margins, words, clusters=clusters)
-            fold = folds_by_prompt(heldout, FOLDS, config.seed)
+            fold = folds_by_prompt(scored, FOLDS, config.seed)
             metrics |= _fit_calibration(margins, words, fold, clusters, config.reward, model)
     write_json(folder / METRICS, metrics)
 
@@ -85,7 +87,8 @@ def stage_crossfit(config: RunConfig, folder: Path) -> None:
     if process_rank() > 0:
         return
     write_pairs(scored.remove_columns(FOLD), folder / "pairs")
-    found = evaluate_margins(np.asarray(scored["margin"]), clusters=clusters_of(scored), cross_fitted=True)
+    judged = with_majority(scored, "metrics of the cross-fitted margins")
+    found = evaluate_margins(np.asarray(judged["margin"]), clusters=clusters_of(judged), cross_fitted=True)
     write_json(folder / METRICS, {"margins": source_of(scored), **found.to_dict()})
     log.info("cross-fitted margins: %s; train, filter and `align trust` with this table", folder / "pairs" / FILE)
 
