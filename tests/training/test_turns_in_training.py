@@ -19,6 +19,7 @@ TALK = [*GOOD, {"role": "user", "content": "the plot is not good"}, *BAD]
 PAIRS = [
     {"id": "a", "prompt": ASKED, "chosen": TALK, "rejected": BAD},
     {"id": "b", "prompt": ASKED, "chosen": GOOD, "rejected": [*TALK, *TALK[1:]]},
+    {"id": "c", "prompt": ASKED, "chosen": TALK, "rejected": GOOD},
 ]
 
 
