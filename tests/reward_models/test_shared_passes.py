@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.config import RewardSection
-from reward_models.crossfit import cross_fit
+from reward_models.crossfit import FOLD, cross_fit
 from reward_models.ensemble import members, score_with
 from reward_models.features import FeatureStore, features_of
 from reward_models.linear_heads import train_head
@@ -50,7 +50,7 @@ def test_a_stage_reads_each_text_once(build: Any, rounding: float, tmp_path: Pat
     assert sum(passes) == len(texts_of(rows(18)))
     assert not (tmp_path / "folds" / "features").exists()
     for fold in range(3):
-        own = np.flatnonzero(np.asarray(found["fold"]) == fold)
+        own = np.flatnonzero(np.asarray(found[FOLD]) == fold)
         models = members(tmp_path / "folds" / f"fold-{fold}")
         alone = score_with(models, pairs.select(own), tmp_path / "s", batch_tokens=512, max_length=64)
         for name in ("reward_chosen", "margin", "margin_std"):

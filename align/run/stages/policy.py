@@ -19,12 +19,13 @@ from align.data.prompts import load_prompts
 from align.data.splits import clusters_of
 from align.data.statistics import summarize
 from align.data.training_pairs import report_in_sample, source_of, with_source
-from align.distributed import process_rank
+from align.distributed import local_device, process_rank
 from align.errors import DataError
 from align.evaluation.left_out import completed_by_all
 from align.filtering.tables import KEPT
 from align.generation.sampling_job import SamplingJob, completions_of
 from align.generation.types import Completion, as_completion
+from align.io.allocator import keep_freed_memory
 from align.io.console import log
 from align.io.files import read_json, write_json
 from align.models.loading import load_tokenizer
@@ -289,6 +290,8 @@ def stage_filter(config: RunConfig, folder: Path) -> None:
 def stage_train(config: RunConfig, folder: Path, policy: str) -> None:
     """Train the policy by the method of this name; a method with the loss ``trust`` gets the run's measured trust."""
     assert config.train is not None
+    if local_device() == "cpu":
+        keep_freed_memory()
     root, train = config.folder, config.train
     if config.filter is None:
         pairs = read_pairs(_policy_pairs(config))

@@ -12,7 +12,8 @@ from align.data.pairs import FILE, read_pairs, write_pairs
 from align.data.splits import clusters_of, folds_by_prompt
 from align.data.training_pairs import source_of
 from align.data.votes import with_majority
-from align.distributed import process_rank
+from align.distributed import local_device, process_rank
+from align.io.allocator import keep_freed_memory
 from align.io.console import log
 from align.io.files import write_json
 from align.training.base.tracked_runs import tracked_run
@@ -35,6 +36,8 @@ def stage_reward(config: RunConfig, folder: Path) -> None:
     assert config.reward is not None
     source = reward_pairs_folder(config.reward, config.folder)
     train, heldout = read_pairs(source / "train"), read_pairs(source / "heldout")
+    if local_device() == "cpu":
+        keep_freed_memory()
     model, features = folder / MODEL, features_folder(config.reward, folder)
     run = tracked_run(config.folder, config.name, "reward")
     train_members(train, config.reward, model, seed=config.seed, run=run, features=features)
