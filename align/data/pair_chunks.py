@@ -35,10 +35,15 @@ class PairSpool:
         self._last: list[dict[str, Any]] = []
 
     def add(self, pair: dict[str, Any]) -> None:
-        """Append a pair."""
+        """Append a pair.
+
+        Raises:
+            DataError: a message holds an object that is no value of a table.
+        """
         self._last.append(pair)
         if len(self._last) == SPOOLED:
-            whole = pickle.dumps(self._last)
+            with one_type(self.source, "(rows)"):
+                whole = _packed(self._last)
             self._whole.append((len(whole), CODEC.compress(whole, asbytes=True)))
             self._last = []
 
@@ -81,6 +86,18 @@ class PairSpool:
             yield _unpacked(self._whole.pop())
         last, self._last = self._last, []
         yield last
+
+
+def _packed(batch: list[dict[str, Any]]) -> bytes:
+    """The pickle of a batch.
+
+    Raises:
+        TypeError: it holds an object that cannot be pickled.
+    """
+    try:
+        return pickle.dumps(batch)
+    except (pickle.PicklingError, AttributeError) as error:
+        raise TypeError(str(error)) from None
 
 
 def _unpacked(part: tuple[int, bytes]) -> list[dict[str, Any]]:

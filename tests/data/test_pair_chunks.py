@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 from datasets import Dataset
 
 from align.config import PairsSection
+from align.data.in_memory import pairs_from_dataset
 from align.data.pair_chunks import PairSpool
 from align.data.pairs import load_pairs
+from align.errors import DataError
 from align.io.arrow_tables import as_dataset
 
 
@@ -60,6 +63,16 @@ def test_a_spool_takes_less_memory_than_its_texts(monkeypatch: pytest.MonkeyPatc
     made = spool.table()
     assert len(made) == 1000 and pa.total_allocated_bytes() - before < 1.2 * size
     assert list(spool) == [] and made["id"][999].as_py() == "p999"
+
+
+@pytest.mark.parametrize("size", [2, 4096])
+@pytest.mark.parametrize("odd", [threading.Lock(), lambda: None])
+def test_an_object_that_is_no_value_is_named(size: int, odd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.data.pair_chunks.SPOOLED", size)
+    turn = {"role": "assistant", "content": "good", "note": odd}
+    row = {"prompt": [{"role": "user", "content": "q"}], "chosen": [turn], "rejected": [turn | {"content": "bad"}]}
+    with pytest.raises(DataError, match=r"pair-type.*do not fit one column"):
+        pairs_from_dataset([row | {"id": str(k)} for k in range(3)])
 
 
 def test_a_dataset_of_a_table_shares_its_memory_and_is_named_by_its_content() -> None:
