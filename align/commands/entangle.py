@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import nn
 
 from align.config import ClusterSection, LossSection, PairsSection
+from align.config.columns import ID_COLUMNS, MASK_COLUMNS
 from align.data.pairs import fingerprint, load_pairs, read_pairs
 from align.data.sampling import fair_sample, report_sample
 from align.data.statistics import missing_values
@@ -44,7 +45,7 @@ TABLE = "entanglement.parquet"
 MEASUREMENTS = "measurements"
 """Folder of a report's measurements."""
 SUMMARY, PAGE = "summary.json", "report.html"
-MEASURED = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
+MEASURED = ("id", *ID_COLUMNS, *MASK_COLUMNS, "margin")
 """Columns of tokenized pairs that a measurement depends on."""
 REVISION = 5
 """Part of the key of a measurement: raised when the same pairs and model give other numbers."""
