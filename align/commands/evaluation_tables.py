@@ -36,15 +36,17 @@ from align.models.folders import adapter_base, fingerprint_model
 from align.sharding.jobs import Work, read_table
 from align.sharding.shards import in_parts, map_shards
 from reward_models.judges import Judge
-from reward_models.loading import DEFAULTS
+from reward_models.loading import DEFAULTS, LoadOptions, not_of_a_judge
 from reward_models.pairwise_judges import (
     ByScore,
     PairwiseJudge,
     RewardModelJudge,
     from_scores,
     judge_key,
+    make_pairwise,
     prefer_in_both_orders,
 )
+from reward_models.questions import SERVER
 
 PART = 64
 """Prompts per shard; a stopped evaluation repeats at most one shard."""
@@ -211,6 +213,25 @@ def score(written: Written, judge: Judge, output: Path, max_length: int | None =
         return in_parts(len(written.table), PART, parts, part, what=f"scores of {written.policy.name}")
 
     return np.asarray(_table_stage(output, "scores", written.policy.name, inputs, work)[0]["score"])
+
+
+def comparing_judge(
+    name: str, output: Path, max_length: int | None, options: LoadOptions, base_url: str | None
+) -> PairwiseJudge:
+    """The judge of a comparison; a server's answers are kept in ``output``, so that none is asked for twice.
+
+    Raises:
+        ConfigError, ModelError: see ``make_pairwise``.
+    """
+    if not name.startswith(SERVER):
+        return make_pairwise(name, max_length, options)
+    from reward_models.server_judge import ServerJudge
+
+    if max_length is not None or options != DEFAULTS:
+        raise not_of_a_judge(name)
+    model = name.removeprefix(SERVER)
+    cache = output / "judgements" / f"answers-{digest([model, base_url])[:KEY_DIGITS]}.jsonl"
+    return ServerJudge(model, base_url=base_url, cache=cache)
 
 
 def judge_pairs(

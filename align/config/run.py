@@ -1,13 +1,14 @@
 """One run, from pairs to report."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from align.config.base import Count, Name, OutputFolder, Positive, Section, Seed
 from align.config.cluster import ClusterSection
 from align.config.data import FilterSection, PairsSection, SampleSection
+from align.config.judging import Judges
 from align.config.reading import load_section
 from align.config.reward import RewardSection
 from align.config.train import TrainSection
@@ -18,8 +19,10 @@ class EvaluateSection(Section):
 
     prompts: str
     """A file with one ``prompt`` per row, as in ``pairs.path``; none of them may have been trained on."""
-    judge: Literal["vader"] = "vader"
-    """Independent judge, never trained and never used for labels."""
+    judge: Judges = []
+    """The judge, or a list of judges of which the first is the main one: the folder or hub id of a reward model,
+    ``yes-no:MODEL``, ``llm:MODEL``, ``server:MODEL`` or ``vader``. There is no default. A judge should be independent:
+    neither trained on the pairs nor used for their labels."""
     max_new_tokens: Count = 24
     """Tokens per completion, at most."""
     temperature: Positive = 1.0

@@ -17,6 +17,7 @@ from align.training.given_reference import check_reference
 from align.training.loss_choice import bind
 from align.training.settings import check_settings, policy_args
 from reward_models.loading import check_class
+from reward_models.named_judges import check_judge
 from reward_models.registry import resolve_objective
 
 
@@ -33,6 +34,8 @@ def check_config(config: RunConfig, *, tables: bool = False) -> None:
     """
     if config.filter is not None:
         check_options(config.filter)
+    for judge in config.evaluate.judge if config.evaluate is not None else ():
+        check_judge(judge)
     from trl import RewardConfig as TrlRewardConfig
 
     forced = {"output_dir": str(config.folder / "check")}

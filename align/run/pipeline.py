@@ -13,7 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align.config import EvalSamplesSection, FilterSection, PairsSection, RewardSection, RunConfig, TrainSection
+from align.config import (
+    EvalSamplesSection,
+    EvaluateSection,
+    FilterSection,
+    PairsSection,
+    RewardSection,
+    RunConfig,
+    TrainSection,
+)
 from align.data.pairs import read_pairs
 from align.data.prompts import load_prompts
 from align.distributed import process_rank, world_size
@@ -211,9 +219,11 @@ class _Runner:
         trusting = [part for part in (config.train, config.reward) if part is not None and part.trusts_remote_code]
         if trusting:
             inputs["trust_remote_code"] = [part.model for part in trusting]
+        if kind == "evaluate" and config.evaluate:
+            inputs |= _judging(config.evaluate)
         settings = {"sample": config.sample, "generate": config.evaluate}.get(kind)
         if settings is not None:
-            inputs["settings"] = settings.model_dump()
+            inputs["settings"] = settings.model_dump(exclude={"judge", "samples_shown"})
             inputs["prompts"] = fingerprint_source(settings.prompts)
         return inputs
 
@@ -274,6 +284,14 @@ def _of_filter(chosen: FilterSection) -> dict[str, Any]:
         "settings": chosen.model_dump(exclude={"processes"}),
         "read": [fingerprint_model(name) for name in read if name is not None],
     }
+
+
+def _judging(section: EvaluateSection) -> dict[str, Any]:
+    """What the stage `evaluate` depends on besides the completions."""
+    from reward_models.named_judges import made_from
+
+    judges = [made_from(judge) | {"truth": judge.truth} for judge in section.judge]
+    return {"judges": judges, "samples_shown": section.samples_shown}
 
 
 def _source(pairs: PairsSection | None) -> dict[str, Any] | None:
