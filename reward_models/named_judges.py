@@ -99,6 +99,22 @@ def make_named(judge: JudgeSection, cache: Path | None = None) -> AnyJudge:
     return make_score_judge(judge.name, judge.max_length, options)
 
 
+def make_scoring(judge: JudgeSection) -> Judge:
+    """Load a judge that gives scores.
+
+    Raises:
+        ConfigError, ModelError: see ``make_named``; or it compares two responses.
+    """
+    loaded = make_named(judge)
+    if isinstance(loaded, PairwiseJudge):
+        raise ConfigError(
+            f"judge {judge.name}: only compares two responses, expected one that gives scores",
+            code="eval-judge",
+            hint="name a reward model, yes-no:MODEL or vader",
+        )
+    return loaded
+
+
 def made_from(judge: JudgeSection) -> dict[str, Any]:
     """What the verdicts of a judge depend on, part of a stage key: options, content of the model, revision."""
     inputs = judge.model_dump(exclude={"truth", "concurrency", "attempts"}) | {"revision": REWARDS}

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from align.config.base import Count, Name, OutputFolder, Positive, Section, Seed
 from align.config.cluster import ClusterSection
 from align.config.data import FilterSection, PairsSection, SampleSection
-from align.config.judging import Judges
+from align.config.judging import Judges, JudgeSection
 from align.config.reading import load_section
 from align.config.reward import RewardSection
 from align.config.train import TrainSection
@@ -35,6 +35,11 @@ class EvaluateSection(Section):
     """Arguments of the chat template for all prompts, e.g. {enable_thinking: false}; a prompt's own come first."""
     samples_shown: Annotated[int, Field(ge=0)] = 20
     """Prompts whose completions the report shows."""
+
+    @property
+    def scoring(self) -> JudgeSection | None:
+        """The first judge that gives scores, which also judges samples while a policy trains; None if all compare."""
+        return next((judge for judge in self.judge if not judge.compares), None)
 
 
 class RunConfig(Section):

@@ -235,7 +235,7 @@ class _Runner:
         if samples.prompts is not None:
             made["prompts"] = fingerprint_source(samples.prompts)
         if self.config.evaluate is not None:
-            made |= self.config.evaluate.model_dump(include={"judge"})
+            made |= _judging(self.config.evaluate, while_training=True)
         return made
 
     def _rendered(self, kind: str) -> dict[str, str]:
@@ -286,10 +286,12 @@ def _of_filter(chosen: FilterSection) -> dict[str, Any]:
     }
 
 
-def _judging(section: EvaluateSection) -> dict[str, Any]:
-    """What the stage `evaluate` depends on besides the completions."""
+def _judging(section: EvaluateSection, *, while_training: bool = False) -> dict[str, Any]:
+    """What the stage `evaluate`, or the samples of a training, depend on besides the completions."""
     from reward_models.named_judges import made_from
 
+    if while_training:
+        return {} if section.scoring is None else {"judge": made_from(section.scoring)}
     judges = [made_from(judge) | {"truth": judge.truth} for judge in section.judge]
     return {"judges": judges, "samples_shown": section.samples_shown}
 

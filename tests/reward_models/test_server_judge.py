@@ -20,7 +20,8 @@ USAGE = {"usage": {"prompt_tokens": 30, "completion_tokens": 1}}
 def shown(body: dict[str, Any]) -> tuple[str, str]:
     """The responses A and B of a question."""
     text = body["messages"][0]["content"]
-    return text.split("Response A: ")[1].split("\n")[0], text.split("Response B: ")[1].split("\n")[0]
+    a, b = (text.split(f"Response {label}: ")[1].split("\n")[0].strip() for label in "AB")
+    return a, b
 
 
 def by_log_probs(path: str, body: dict[str, Any], number: int) -> Reply:

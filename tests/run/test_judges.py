@@ -33,7 +33,7 @@ def evaluated(root: Path, judge: Any) -> dict[str, Any]:
     table = Dataset.from_list([row | {"margin": float(k)} for k, row in enumerate(pairs)])
     write_pairs(table, config.folder / "margins" / "pairs")
     for name, word in (("reference", "bad"), ("dpo", "good")):
-        texts = [word] * 8 + ["good"]
+        texts = [f" {word}"] * 8 + [" good"]
         columns = {"prompt": PROMPTS, "text": texts, "tokens": [1] * 9, "logp_policy": [-1.0] * 9}
         columns |= {"logp_reference": [-2.0] * 9, "kl": np.linspace(0.5, 1, 9).tolist()}
         (config.folder / f"generate-{name}").mkdir(parents=True, exist_ok=True)

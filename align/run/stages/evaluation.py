@@ -38,8 +38,7 @@ from align.run.stages.reward import METRICS, make_scorer
 from align.run.stages.sampling import PARTS, run_sampling, sample_in_stage
 from align.stats import correlation
 from align.training.train import MODEL
-from reward_models.named_judges import make_named
-from reward_models.pairwise_judges import PairwiseJudge
+from reward_models.named_judges import make_scoring
 
 COMPLETIONS = "completions.parquet"
 
@@ -171,7 +170,6 @@ def _margin_correlation(pairs: Dataset, judge: JudgeSection) -> dict[str, float]
     if "margin" not in pairs.column_names or judge.compares:
         return None
     pairs = pairs.select(np.setdiff1d(np.arange(len(pairs)), missing_values(pairs, "margin")))
-    loaded = make_named(judge)
-    assert not isinstance(loaded, PairwiseJudge)
+    loaded = make_scoring(judge)
     judged = loaded.score(pairs["prompt"], pairs["chosen"]) - loaded.score(pairs["prompt"], pairs["rejected"])
     return correlation(pairs["margin"], judged)
