@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from align.config import RunConfig, TrainSection
-from align.data.prompts import load_prompts
+from align.data.prompts import load_prompts, section_prompts
 from align.errors import ConfigError, ModelError
 from align.filtering.options import check_options
 from align.models.folders import check_model_folder, reads_sentence_pairs
 from align.models.loading import load_tokenizer
 from align.run.row_checks import check_prompt_rows, check_table_rows
+from align.run.stages.sampling import engine_of
 from align.run.watch import check_watch
 from align.training.adapters import check_adapter, check_reward_adapter
 from align.training.base.arguments import build_lora, build_trainer_args
@@ -50,11 +51,12 @@ def check_config(config: RunConfig, *, tables: bool = False) -> None:
             TrlRewardConfig, config.reward.trainer, path="reward.trainer", forced=forced,
             pairs_per_step=config.reward.pairs_per_step,
         )  # fmt: skip
+    if config.train is not None:
+        for section in (config.sample, config.evaluate):
+            if section is not None:
+                engine_of(config, section)
     prompts = [
-        prompt
-        for part in (config.sample, config.evaluate)
-        if part is not None
-        for prompt in load_prompts(part.prompts, part.chat_template_kwargs)
+        prompt for part in (config.sample, config.evaluate) if part is not None for prompt in section_prompts(part)
     ]
     samples = config.train.eval_samples if config.train is not None else None
     if samples is not None and samples.prompts is not None:

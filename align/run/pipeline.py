@@ -22,8 +22,9 @@ from align.config import (
     RunConfig,
     TrainSection,
 )
+from align.config.decoding import LATER, DecodingSection
 from align.data.pairs import read_pairs
-from align.data.prompts import load_prompts
+from align.data.prompts import section_prompts
 from align.distributed import process_rank, world_size
 from align.errors import ConfigError, EnvironmentProblem
 from align.generation.types import SAMPLING
@@ -223,7 +224,7 @@ class _Runner:
             inputs |= _judging(config.evaluate)
         settings = {"sample": config.sample, "generate": config.evaluate}.get(kind)
         if settings is not None:
-            inputs["settings"] = settings.model_dump(exclude={"judge", "samples_shown"})
+            inputs["settings"] = _decoding(config, settings)
             inputs["prompts"] = fingerprint_source(settings.prompts)
         return inputs
 
@@ -255,11 +256,7 @@ class _Runner:
         if any(is_conversational(read_pairs(table)) for table in tables if table.exists()):
             return True
         sections = [section for section in (self.config.sample, self.config.evaluate) if section is not None]
-        return any(
-            not isinstance(prompt, str)
-            for section in sections
-            for prompt in load_prompts(section.prompts, section.chat_template_kwargs)
-        )
+        return any(not isinstance(prompt, str) for section in sections for prompt in section_prompts(section))
 
     def _is_trusted(self, name: str) -> bool:
         """Whether ``name`` trains a method with the loss ``trust``, and the run measures the trust."""
@@ -284,6 +281,16 @@ def _of_filter(chosen: FilterSection) -> dict[str, Any]:
         "settings": chosen.model_dump(exclude={"processes"}),
         "read": [fingerprint_model(name) for name in read if name is not None],
     }
+
+
+def _decoding(config: RunConfig, section: DecodingSection) -> dict[str, Any]:
+    """What a stage that samples depends on: keys that were added later, and the engine, only where they differ."""
+    from align.run.stages.sampling import engine_of
+
+    later = section.model_dump(include=set(LATER), exclude_defaults=True, exclude={"engine"})
+    engine = engine_of(config, section)
+    made = section.model_dump(exclude={"judge", "samples_shown", *LATER}) | later
+    return made | ({} if engine == "transformers" else {"engine": engine})
 
 
 def _judging(section: EvaluateSection, *, while_training: bool = False) -> dict[str, Any]:

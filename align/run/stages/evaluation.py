@@ -12,7 +12,7 @@ from align.config.columns import TEMPLATE_COLUMNS
 from align.config.judging import JudgeSection
 from align.data.messages import argument_cells, split_arguments, with_arguments
 from align.data.pairs import read_pairs
-from align.data.prompts import load_prompts
+from align.data.prompts import section_prompts
 from align.data.statistics import missing_values
 from align.data.text import plain
 from align.evaluation.agreement import agreements
@@ -28,14 +28,16 @@ from align.evaluation.compare_policies import (
 )
 from align.evaluation.left_out import completed_by_all
 from align.evaluation.rewards import reward_differences
+from align.generation.logp_job import LogpJob
 from align.generation.sampling_job import LOGP_FEATURES, SamplingJob, completions_of
 from align.generation.types import as_completion
+from align.generation.vllm_adapters import check_vllm_adapter
 from align.io.files import write_json
 from align.models.template_arguments import report_other_arguments
 from align.run.plan import REFERENCE
 from align.run.stages.judging import Verdicts, judge_completions
 from align.run.stages.reward import METRICS, make_scorer
-from align.run.stages.sampling import PARTS, run_sampling, sample_in_stage
+from align.run.stages.sampling import PARTS, log_probs_in_stage, run_sampling, sample_in_stage
 from align.stats import correlation
 from align.training.train import MODEL
 from reward_models.named_judges import make_scoring
@@ -49,19 +51,29 @@ def stage_generate(config: RunConfig, folder: Path, policy: str) -> None:
     A prompt that the policy cannot complete, such as one that fills its window, has null values.
     """
     assert config.evaluate is not None and config.train is not None
-    prompts = load_prompts(config.evaluate.prompts, config.evaluate.chat_template_kwargs)
+    prompts = section_prompts(config.evaluate)
     reference = config.train.model
     model = reference if policy == REFERENCE else str(config.folder / f"train-{policy}" / MODEL)
     report_other_arguments(prompts, model, trust_remote_code=config.train.trusts_remote_code)
-    job = SamplingJob(model, run_sampling(config, config.evaluate), reference)
-    sampled = sample_in_stage(config, prompts, job, folder, what=f"completions of {policy}")
+    sampling, what = run_sampling(config, config.evaluate), f"completions of {policy}"
+    at_once = sampling.engine == "transformers"
+    if sampling.engine == "vllm":
+        check_vllm_adapter(model)
+    sampled = sample_in_stage(
+        config, prompts, SamplingJob(model, sampling, reference if at_once else None), folder, what=what
+    )
     groups = completions_of(sampled)
     completed_by_all(prompts, {policy: [bool(group) for group in groups]})
+    if at_once:
+        scores = {name: [group[0] if group else None for group in sampled[name]] for name in LOGP_FEATURES}
+    else:
+        job = LogpJob(model, reference, sampling, config.train.loading)
+        scores = log_probs_in_stage(config, prompts, groups, job, folder, what=f"log-probs of {policy}")
     table = {
         "prompt": [split_arguments(prompt)[0] for prompt in prompts],
         "text": [group[0].text if group else None for group in groups],
         "tokens": [len(group[0].token_ids) if group else None for group in groups],
-    } | {name: [group[0] if group else None for group in sampled[name]] for name in LOGP_FEATURES}
+    } | scores
     cells = [argument_cells(prompt) for prompt in prompts]
     table |= {name: [row.get(name) for row in cells] for name in TEMPLATE_COLUMNS if any(name in row for row in cells)}
     Dataset.from_dict(table).to_parquet(str(folder / COMPLETIONS))
