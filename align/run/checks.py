@@ -9,8 +9,8 @@ from align.errors import ConfigError, ModelError
 from align.filtering.options import check_options
 from align.models.folders import check_model_folder, reads_sentence_pairs
 from align.models.loading import load_tokenizer
+from align.run.engines import engine_of
 from align.run.row_checks import check_prompt_rows, check_table_rows
-from align.run.stages.sampling import engine_of
 from align.run.watch import check_watch
 from align.training.adapters import check_adapter, check_reward_adapter
 from align.training.base.arguments import build_lora, build_trainer_args

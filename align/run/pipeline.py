@@ -36,6 +36,7 @@ from align.io.stage import Stage, finished_stage, read_manifest, run_stage
 from align.models.chat_template import rendered_today
 from align.models.folders import fingerprint_model
 from align.models.message_checks import is_conversational
+from align.run.engines import engine_of
 from align.run.log import run_log
 from align.run.manifest import write_run_manifest
 from align.run.plan import (
@@ -285,8 +286,6 @@ def _of_filter(chosen: FilterSection) -> dict[str, Any]:
 
 def _decoding(config: RunConfig, section: DecodingSection) -> dict[str, Any]:
     """What a stage that samples depends on: keys that were added later, and the engine, only where they differ."""
-    from align.run.stages.sampling import engine_of
-
     later = section.model_dump(include=set(LATER), exclude_defaults=True, exclude={"engine"})
     engine = engine_of(config, section)
     made = section.model_dump(exclude={"judge", "samples_shown", *LATER}) | later
