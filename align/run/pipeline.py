@@ -209,10 +209,7 @@ class _Runner:
             inputs |= self._sampled_from(config.train.eval_samples)
             inputs |= {"probes": PROBES_REVISION} if config.train.entanglement else {}
         if kind == "trust" and config.train:
-            inputs["allow_in_sample"] = config.train.allow_in_sample
-            inputs["max_length"] = config.train.trainer.get("max_length", "default")
-            inputs["truncation"] = config.train.trainer.get("truncation_mode")
-            inputs["turns"] = config.train.turns
+            inputs |= _of_trust(config.train)
         if self._is_trusted(name):
             inputs["trust"] = read_json(self.root / TRUST / TRUST_NUMBERS)
         if kind in ("sample", "generate", TRUST) and config.train and config.train.quantization:
@@ -281,6 +278,16 @@ def _of_filter(chosen: FilterSection) -> dict[str, Any]:
     return {
         "settings": chosen.model_dump(exclude={"processes"}),
         "read": [fingerprint_model(name) for name in read if name is not None],
+    }
+
+
+def _of_trust(train: TrainSection) -> dict[str, Any]:
+    """Settings that the measurement of the trust reads."""
+    return {
+        "allow_in_sample": train.allow_in_sample,
+        "max_length": train.trainer.get("max_length", "default"),
+        "truncation": train.trainer.get("truncation_mode"),
+        "turns": train.turns,
     }
 
 
