@@ -142,8 +142,17 @@ def measure(setting: Setting, row: dict[str, Any]) -> dict[str, float]:
 
 
 def _peak() -> float:
+    """Bytes at the peak: of the GPU, else resident memory of this process.
+
+    ``ru_maxrss`` would begin at the memory of the process that started this one, which has a model loaded.
+    """
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024.0 * next(
+            int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")
+        )
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 

@@ -210,3 +210,13 @@ def test_memory_and_seconds_are_measured(tiny_policy: Path) -> None:
     found = cost.probe(world(0, 2), cost.probe_settings(str(tiny_policy), 64, bf16=False)[:2])
     assert found[0]["seconds_per_pair"] > 0 and found[0]["largest_batch"] >= 1
     assert 1e8 < found[0]["bytes_fixed"] < found[0]["free"]
+
+
+@pytest.mark.slow
+def test_the_memory_of_this_process_is_not_counted(tiny_policy: Path) -> None:
+    setting = cost.probe_settings(str(tiny_policy), 64, bf16=False)[0]
+    row = {name: world(0, 1)[0][name] for name in ("prompt", "chosen", "rejected")}
+    before = cost._run(setting, row)["bytes"]
+    ballast = np.ones(300_000_000)  # 2.4 GB, more than the probe takes
+    after = cost._run(setting, row)["bytes"]
+    assert ballast.nbytes > after and abs(after - before) < 0.2 * before
