@@ -5,9 +5,10 @@ STAMP := $(VENV)/.ready
 ASSETS := .assets
 WORKERS ?= 2
 MUTANTS ?=
+MODEL ?= $(ASSETS)/smollm2
 BENCHMARKS ?= cost_model entanglement entanglement_callback filter generation object_store training trust
 
-.PHONY: setup assets vllm docs demo test test-slow test-lowest mutation lint audit bench clean
+.PHONY: setup assets vllm docs demo test test-slow test-gpu test-lowest mutation lint audit bench clean
 
 setup: $(STAMP)
 
@@ -49,6 +50,9 @@ test-slow: assets vllm
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
 	$(BIN)/python -m pytest
 	.venv-vllm/bin/python -m pytest tests/slow/test_vllm.py
+
+test-gpu: assets
+	$(BIN)/python -m scripts.gpu_check.run --model $(MODEL)
 
 test-lowest: .venv-lowest/.ready assets
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -m 'not slow' --numprocesses $(WORKERS) --dist worksteal

@@ -10,6 +10,7 @@ from align.io.lazy import lazy_names
 
 if TYPE_CHECKING:
     from align.api import advise as advise
+    from align.api import compare_losses as compare_losses
     from align.api import compare_policies as compare_policies
     from align.api import diagnose_pairs as diagnose_pairs
     from align.api import filter_pairs as filter_pairs
@@ -31,6 +32,7 @@ _NAMES = {
     "PreferenceConfig": "align.training.preference_config",
     "PreferenceTrainer": "align.training.trainer",
     "advise": "align.api",
+    "compare_losses": "align.api",
     "compare_policies": "align.api",
     "diagnose_pairs": "align.api",
     "filter_pairs": "align.api",
@@ -46,6 +48,7 @@ __all__ = [
     "PreferenceConfig",
     "PreferenceTrainer",
     "advise",
+    "compare_losses",
     "compare_policies",
     "diagnose_pairs",
     "filter_pairs",

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel
 
@@ -14,6 +15,7 @@ from reward_models.weights import NOT_READ, FoundWeights, listed_names
 
 TRIAL_TOKENS = 8
 """Tokens of the text on which an adapter and the model it is merged into are compared."""
+HALF = (torch.bfloat16, torch.float16)
 SAME = 1e-2
 """Difference of rewards that rounding explains, relative to 1 + |reward|."""
 
@@ -33,7 +35,8 @@ def merged(
         at: ``revision`` of a hub id.
 
     Raises:
-        ModelError: the adapter is no change of weights (a prompt), or its weights and those of the model differ.
+        ModelError: the adapter is no change of weights (a prompt), its weights and those of the model differ, or the
+            base is in 16 bits and has an adapter itself.
     """
     if config.is_prompt_learning:
         raise ModelError(
@@ -41,6 +44,13 @@ def merged(
             "changes weights, such as LoRA",
             code="model-load",
             hint="give a model folder, or train a LoRA adapter",
+        )
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise ModelError(
+            f"{name}: is an adapter on an adapter ({config.base_model_name_or_path}), which is not merged in 16 bits, "
+            "expected dtype float32",
+            code="model-load",
+            hint="give --dtype float32, or merge the first adapter into its base and save that",
         )
     weights = load_peft_weights(name, device="cpu", **at)
     _resize(base, weights)
@@ -70,16 +80,21 @@ def merged(
 
 
 def _merged(name: str, wrapped: Any, config: PeftConfig) -> PreTrainedModel:
-    """The base of a model with an adapter, with the adapter merged; in float32 a trial shows whether they are the same.
+    """The base of a model with an adapter, with the adapter merged; a trial shows whether they are the same.
+
+    In 16 bits the adapter stays beside the weights of the base: rounding their sum can lose an update whole.
 
     Raises:
         ModelError: the merged model would give other rewards, such as where several layers share a weight of the base.
     """
     repeats = getattr(config, "layer_replication", None) is not None
-    expected = _trial(wrapped.eval())
+    if wrapped.dtype in HALF and not repeats:
+        beside: PreTrainedModel = wrapped.get_base_model()
+        return beside
+    expected = _trial(wrapped.eval().float())
     made: PreTrainedModel = wrapped.merge_and_unload()
     difference = float((_trial(made) - expected).abs().max())
-    if repeats or (made.dtype == torch.float32 and not difference <= SAME * (1 + float(expected.abs().max()))):
+    if repeats or not difference <= SAME * (1 + float(expected.abs().max())):
         reason = "layer_replication repeats layers of the base, which share" if repeats else "its merging changes"
         raise ModelError(
             f"{name}: its adapter cannot be merged into its base ({reason} weights so that rewards differ by "

@@ -10,10 +10,12 @@ from align.config.columns import SCORES, SPREAD
 from align.data.pairs import with_columns
 from align.data.splits import folds_by_prompt
 from align.data.training_pairs import cross_fitted_sources, with_source
+from align.data.votes import with_majority
 from align.io.console import log
 from align.training.base.trackers import TrackedRun
 from reward_models.calibration import fit_map
 from reward_models.ensemble import members, score_with, train_members
+from reward_models.features import features_folder, remove_features
 from reward_models.length_bias import word_difference
 from reward_models.loading import load_options
 
@@ -49,13 +51,15 @@ def cross_fit(
     """
     fold = folds_by_prompt(pairs, config.folds, seed)
     columns = SCORES if config.ensemble == 1 else (*SCORES, SPREAD)
+    features = features_folder(config, folder)
     scores = np.zeros((len(pairs), len(columns)))
     for k in range(config.folds):
         inside = np.flatnonzero(fold == k)
         log.info("cross-fitting: fold %d of %d, %d pairs to score", k + 1, config.folds, len(inside))
         model = folder / f"fold-{k}"
         part = None if run is None else run.part(f"fold-{k}")
-        train_members(pairs.select(np.flatnonzero(fold != k)), config, model, seed=seed + 1 + k, run=part)
+        others = pairs.select(np.flatnonzero(fold != k))
+        train_members(others, config, model, seed=seed + 1 + k, run=part, features=features)
         scored = score_with(
             members(model),
             pairs.select(inside),
@@ -64,8 +68,10 @@ def cross_fit(
             max_length=config.max_length,
             options=load_options(config),
             cluster=cluster,
+            features=features,
         )
         scores[inside] = np.stack([np.asarray(scored[column]) for column in columns], axis=1)
+    remove_features(features)
     table = pairs.remove_columns([column for column in columns if column in pairs.column_names])
     for column, values in zip(columns, scores.T, strict=True):
         table = table.add_column(column, values.tolist())
@@ -77,11 +83,11 @@ def _calibrated(table: Dataset, fold: np.ndarray, config: RewardSection) -> Data
     """Calibrate each fold by a map that was fitted on the other folds, if the configuration asks for it."""
     if config.calibrate is None and not config.length_residual:
         return table
-    margins, words = np.asarray(table["margin"]), word_difference(table)
     parts = []
     for number in range(config.folds):
-        others = fold != number
-        fitted = fit_map(margins[others], words[others], config.calibrate, length=config.length_residual)
-        parts.append(fitted.apply(table.select(np.flatnonzero(~others))))
+        others = with_majority(table.select(np.flatnonzero(fold != number)), f"calibration of fold {number + 1}")
+        margins, words = np.asarray(others["margin"]), word_difference(others)
+        fitted = fit_map(margins, words, config.calibrate, length=config.length_residual)
+        parts.append(fitted.apply(table.select(np.flatnonzero(fold == number))))
     order = np.argsort(np.concatenate([np.flatnonzero(fold == number) for number in range(config.folds)]))
     return concatenate_datasets(parts).select(order)

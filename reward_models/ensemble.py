@@ -24,6 +24,7 @@ from align.models.folders import fingerprint_model
 from align.sharding.shards import map_shards
 from align.training.base.trackers import TrackedRun
 from reward_models.calibration import MarginMap
+from reward_models.features import FeatureScoreJob
 from reward_models.loading import DEFAULTS, LoadOptions
 from reward_models.score import ALIKE, REWARDS, RewardScorer, ScoreJob, tell_alike, with_rewards
 from reward_models.train import train_reward_model
@@ -36,7 +37,13 @@ KEY_DIGITS = 8
 
 
 def train_members(
-    train: Dataset, config: RewardSection, output: Path, *, seed: int, run: TrackedRun | None = None
+    train: Dataset,
+    config: RewardSection,
+    output: Path,
+    *,
+    seed: int,
+    run: TrackedRun | None = None,
+    features: Path | None = None,
 ) -> None:
     """Train ``config.ensemble`` reward models into ``output`` and ``output/members``; existing ones are kept.
 
@@ -49,8 +56,9 @@ def train_members(
         output: folder of the first model.
         seed: seed of the first member.
         run: names under which the trackers of ``report_to`` show the trainings; each other member has its own.
+        features: folder of the features of frozen backbones, see ``train_reward_model``.
     """
-    train_reward_model(train, config, output, seed=seed, run=run)
+    train_reward_model(train, config, output, seed=seed, run=run, features=features)
     for number in range(1, config.ensemble):
         own = seed + SEED_STEP * number
         pairs = train
@@ -58,7 +66,7 @@ def train_members(
             pairs = train.select(draw_clusters(train, own))
         (output / MEMBERS).mkdir(exist_ok=True)
         part = None if run is None else run.part(f"member-{number}")
-        train_reward_model(pairs, config, output / MEMBERS / str(number), seed=own, run=part)
+        train_reward_model(pairs, config, output / MEMBERS / str(number), seed=own, run=part, features=features)
 
 
 def members(model: Path | str) -> list[Path | str]:
@@ -134,6 +142,7 @@ def score_with(
     options: LoadOptions = DEFAULTS,
     calibration: MarginMap | None = None,
     cluster: ClusterSection | None = None,
+    features: Path | None = None,
 ) -> Dataset:
     """The table with the mean rewards of the models, their margin, its ``margin_source``, and ``margin_std`` for at
     least two models.
@@ -151,12 +160,16 @@ def score_with(
         options: how the models are loaded and read texts.
         calibration: map applied to the mean margin.
         cluster: Ray cluster that scores; None: this process, or all processes of the launcher.
+        features: folder of the features of frozen backbones, if the heads are linear: a text that it has is not read
+            again. Without effect on a cluster.
     """
     kept = from_main_process(lambda: folder / _key(models, pairs, max_length, options))
     texts = pairs.select_columns(list(TEXT))
     made, alike = [], np.zeros(len(pairs), dtype=bool)
     for number, model in enumerate(models):
         job = ScoreJob(str(model), batch_tokens, max_length, options)
+        if features is not None and cluster is None:
+            job = FeatureScoreJob(str(model), batch_tokens, max_length, options, features)
         own = kept / str(number)
         found = map_shards(texts, job, own, size=SHARD, what="scoring", cluster=cluster, together=True).whole()
         alike |= np.asarray(found[ALIKE])

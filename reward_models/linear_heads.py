@@ -19,10 +19,10 @@ from align.config import RewardSection
 from align.data.splits import folds_by_prompt
 from align.errors import ModelError
 from align.io.console import log
-from reward_models.features import head_features
+from reward_models.features import FeatureStore, features_of, head_layer
 from reward_models.loading import load_options, note_text_pair
 from reward_models.score import RewardScorer
-from reward_models.tokenization import pair_texts, told_apart
+from reward_models.tokenization import pair_tokens, told_apart
 
 Loss = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(rewards of chosen [N], of rejected [N], columns) -> loss [N]."""
@@ -123,7 +123,8 @@ def train_head(
         train: pair table.
         config: ``model``, ``head`` (logistic or naive-bayes), batch size and length.
         seed: seed of the folds, and of layers that the backbone lacks.
-        cache: folder for the features, so that a stopped pass resumes; None: no cache.
+        cache: folder for the features, which trainings on the same backbone share, and from which a stopped pass
+            resumes; None: no cache.
 
     Raises:
         ModelError: the model's head is not one linear layer.
@@ -136,17 +137,18 @@ def train_head(
         options=load_options(config),
         new_head=True,
     )
-    layer = getattr(scorer.model, "score", None) or getattr(scorer.model, "classifier", None)
+    layer = head_layer(scorer.model)
     if not isinstance(layer, nn.Linear):
         raise ModelError(
             f"{config.model}: its head is a {type(layer).__name__}, expected one linear layer, for reward.head",
             code="reward-head",
             hint="use `reward.head: full`",
         )
-    read = pair_texts(train, scorer.tokenizer, scorer.max_length, text_pair=scorer.text_pair)
+    read = pair_tokens(train, scorer.tokenizer, scorer.max_length, text_pair=scorer.text_pair)
     kept = told_apart(train, read.alike, scorer.max_length)
-    train = train.select(kept)
-    chosen, rejected = np.split(head_features(scorer, read.of(kept).texts, cache), 2)
+    train, read = train.select(kept), read.of(kept)
+    store = None if cache is None else FeatureStore(cache, scorer)
+    chosen, rejected = np.split(features_of(scorer, [*read.chosen, *read.rejected], store), 2)
     if config.head == "naive-bayes":
         head = Moments.of(chosen - rejected).naive_bayes()
     else:

@@ -5,14 +5,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import trl
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import PeftConfig, TaskType
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from align.data.in_memory import checked_table
 from align.errors import ConfigError, DataError, ModelError, python_words
+from align.io.arrow_tables import as_dataset
 from align.io.console import log
 from align.models.folders import TEXT_PAIR, loading
 from align.training.pair_tables import stream_table
@@ -27,7 +30,7 @@ from reward_models.loading import (
     takes_segments,
 )
 from reward_models.registry import BoundObjective, bind_objective, objective_columns
-from reward_models.tokenization import SegmentedIds, pair_texts, second_starts, told_apart
+from reward_models.tokenization import pair_tokens, second_starts, told_apart
 
 SEGMENTS = ("chosen_second", "rejected_second")
 """Columns of sentence pairs: where the second text of each response's token ids begins."""
@@ -76,18 +79,19 @@ def prepare_pairs(
     """
     columns = objective_columns(pairs, objective)
     length = fitting_length(model, max_length)
-    texts = pair_texts(pairs, tokenizer, length, text_pair=getattr(model.config, TEXT_PAIR, False))
-    kept = told_apart(pairs, texts.alike, length)
+    tokens = pair_tokens(pairs, tokenizer, length, text_pair=getattr(model.config, TEXT_PAIR, False))
+    kept = told_apart(pairs, tokens.alike, length)
     if len(kept) < len(pairs):
-        pairs, texts = pairs.select(kept), texts.of(kept)
+        pairs, tokens = pairs.select(kept), tokens.of(kept)
         columns = objective_columns(pairs, objective)
-    chosen, rejected = texts.ids[: len(pairs)], texts.ids[len(pairs) :]
-    lengths = [max(len(one), len(other)) for one, other in zip(chosen, rejected, strict=True)]
-    if takes_segments(model) and any(isinstance(row, SegmentedIds) for row in texts.ids):
-        columns |= dict(zip(SEGMENTS, (second_starts(chosen), second_starts(rejected)), strict=True))
+    sides = tokens.chosen, tokens.rejected
+    lengths = np.maximum(*(side.lengths() for side in sides))
+    if takes_segments(model) and any(side.segmented for side in sides):
+        columns |= dict(zip(SEGMENTS, map(second_starts, sides), strict=True))
     names = pairs["id"] if "id" in pairs.column_names else range(len(pairs))
-    ids = {"id": [str(name) for name in names], "chosen_ids": chosen, "rejected_ids": rejected}
-    return Prepared(Dataset.from_dict({**ids, **columns, length_column: lengths}), pairs)
+    others = Dataset.from_dict({"id": [str(name) for name in names], **columns, length_column: lengths})
+    ids = dict(zip(("chosen_ids", "rejected_ids"), (side.arrow() for side in sides), strict=True))
+    return Prepared(concatenate_datasets([others, as_dataset(pa.table(ids))], axis=1), pairs)
 
 
 @dataclass(frozen=True, slots=True)

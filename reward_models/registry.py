@@ -12,13 +12,18 @@ from datasets import Dataset
 from torch import Tensor
 
 from align.config import ObjectiveSection, nearest
-from align.config.columns import NAMES, NUMBERS
+from align.config.columns import NAMES, NUMBERS, VOTES
 from align.config.parameters import ANY, POSITIVE, Range
+from align.data.votes import refuse_without_majority
 from align.errors import ConfigError, DataError
+from align.io.console import log
 from align.losses.registry_base import BoundFunction, FunctionSpec, Registry
-from reward_models import objectives
+from reward_models import objectives, vote_objectives
 
 SHARE: Range = (-1e-12, 1.0 + 1e-12)
+NOT_NEGATIVE: Range = (-1e-12, math.inf)
+VOTE_OBJECTIVES = "reward.objective: {name: davidson}, rao_kupper or binomial"
+"""What reads votes, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,10 @@ class ObjectiveSpec(FunctionSpec):
 
     coupled: bool = False
     """The loss of a pair depends on the other pairs of the batch."""
+    of_training: tuple[str, ...] = ()
+    """Parameters that the training reads, and not the function."""
+    reads_labels: bool = True
+    """Whether which response is chosen means that it is the better one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +50,8 @@ class BoundObjective(BoundFunction[ObjectiveSpec]):
     def __call__(self, reward_chosen: Tensor, reward_rejected: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
         """Compute the loss [B] of rewards [B], [B]; ``columns`` [B] each, others than its own are ignored."""
         inputs = {name: columns[name] for name in self.columns}
-        return self.spec.function(reward_chosen, reward_rejected, **inputs, **self.parameters)
+        own = {name: value for name, value in self.parameters.items() if name not in self.spec.of_training}
+        return self.spec.function(reward_chosen, reward_rejected, **inputs, **own)
 
 
 def _with_margin(reward_chosen: Tensor, reward_rejected: Tensor, teacher_margin: Tensor, *, scale: float) -> Tensor:
@@ -85,6 +95,7 @@ SPECS = (
         "regression on a teacher's margins, without labels",
         {"scale": ANY},
         columns=("teacher_margin",),
+        reads_labels=False,
     ),
     ObjectiveSpec(
         "auc",
@@ -109,6 +120,35 @@ SPECS = (
         {"rho": SHARE},
         columns=("bag", "vote_share"),
         coupled=True,
+        reads_labels=False,
+    ),
+    ObjectiveSpec(
+        "binomial",
+        vote_objectives.binomial,
+        {"by_votes": False},
+        "every vote of the raters; a tie is half a vote for each",
+        columns=VOTES,
+        reads_labels=False,
+    ),
+    ObjectiveSpec(
+        "rao_kupper",
+        vote_objectives.rao_kupper,
+        {"tie": 0.5, "rate": 0.05, "by_votes": False},
+        "votes and ties; a lead of less than `tie` is not noticed (learned, from this start)",
+        {"tie": POSITIVE, "rate": NOT_NEGATIVE},
+        columns=VOTES,
+        of_training=("rate",),
+        reads_labels=False,
+    ),
+    ObjectiveSpec(
+        "davidson",
+        vote_objectives.davidson,
+        {"tie": 0.5, "rate": 0.05, "by_votes": False},
+        "votes and ties; a third class, neither, of weight `tie` (learned, from this start)",
+        {"tie": POSITIVE, "rate": NOT_NEGATIVE},
+        columns=VOTES,
+        of_training=("rate",),
+        reads_labels=False,
     ),
 )
 OBJECTIVES = Registry("objective", SPECS, section="reward.objective")
@@ -208,6 +248,8 @@ def objective_columns(pairs: Dataset, objective: BoundObjective) -> dict[str, li
         DataError: a column is missing or has gaps, a share is not in [0, 1] or differs within a bag.
     """
     columns: dict[str, list[float] | list[int]] = {}
+    if objective.spec.reads_labels:
+        refuse_without_majority(pairs, f"the objective {objective.spec.name} reads no votes", VOTE_OBJECTIVES)
     for name in objective.columns:
         values = pairs[name] if name in pairs.column_names else []
         ids = pairs["id"] if "id" in pairs.column_names else range(len(pairs))
@@ -224,9 +266,25 @@ def objective_columns(pairs: Dataset, objective: BoundObjective) -> dict[str, li
             columns[name] = [numbers.setdefault(str(value), len(numbers)) for value in values]
         else:
             columns[name] = [float(value) for value in values]
+    if VOTES[0] in columns:
+        _check_votes(columns, pairs, objective)
     if "vote_share" in columns:
         _check_shares(np.asarray(columns["bag"]), np.asarray(columns["vote_share"]), list(pairs["bag"]))
     return columns
+
+
+def _check_votes(columns: Mapping[str, Any], pairs: Dataset, objective: BoundObjective) -> None:
+    counts = np.array([columns[name] for name in VOTES])
+    ids = list(pairs["id"]) if "id" in pairs.column_names else list(range(len(pairs)))
+    for row in np.flatnonzero((counts < 0).any(axis=0) | (counts.sum(axis=0) <= 0))[:1]:
+        raise DataError(
+            f"pair {ids[row]}: found {counts[0, row]:g} votes for chosen, {counts[1, row]:g} for rejected and "
+            f"{counts[2, row]:g} for neither, expected numbers from 0 up, not all 0",
+            code="objective-column",
+        )
+    if "tie" in objective.parameters and not counts[2].any():
+        log.warning("votes_tie: no tie in %d pairs, so %s learns that there are none; binomial has no parameter for it",
+                    len(pairs), objective.spec.name)  # fmt: skip
 
 
 def _check_shares(bag: np.ndarray, share: np.ndarray, names: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Scoring: (prompt, completion) -> reward, independent of batch size and padding."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from align.config.columns import SCORES
+from align.config.columns import RESPONSES, SCORES
 from align.data.pairs import with_columns
 from align.distributed import local_device
 from align.errors import NumericsError
@@ -29,10 +29,11 @@ from reward_models.loading import (
     reads_text_pairs,
     takes_segments,
 )
+from reward_models.token_rows import SegmentedIds, first_of_equals, row_key
 from reward_models.tokenization import (
-    SegmentedIds,
     cut_alike,
-    pair_texts,
+    pair_text,
+    pair_tokens,
     reward_ids,
     reward_text,
     second_starts,
@@ -93,19 +94,27 @@ class RewardScorer:
         Raises:
             NumericsError: a reward is not a finite number.
         """
-        return self._score(texts, reward_ids(texts, self.tokenizer, self.max_length))
+        return self._score(reward_ids(texts, self.tokenizer, self.max_length), texts.__getitem__)
 
-    def _score(self, texts: Sequence[str], ids: list[list[int]]) -> np.ndarray:
-        rewards = np.empty(len(ids), dtype=np.float64)
-        batches = token_batches([len(row) for row in ids], self.batch_tokens)
-        for batch in progress(batches, what="scoring", total=len(batches), unit="batches"):
-            rewards[batch] = self.rewards([ids[k] for k in batch])
+    def _score(self, ids: Sequence[list[int]], text: Callable[[int], str]) -> np.ndarray:
+        """Reward of each row of token ids, float64 [N], equal rows once; ``text`` names a row in an error."""
+        firsts, source = first_of_equals([row_key(row) for row in ids])
+        rewards = self.in_batches([ids[k] for k in firsts])
         for k in np.flatnonzero(~np.isfinite(rewards))[:1]:
             raise NumericsError(
-                f"{self.name}: found the reward {rewards[k]} for {texts[k][:SHOWN]!r}, expected a finite number",
+                f"{self.name}: found the reward {rewards[k]} for {text(firsts[k])[:SHOWN]!r}, expected a finite number",
                 code="score-not-finite",
                 hint="copy the model again, or train it with a smaller learning_rate",
             )
+        found: np.ndarray = rewards[source]
+        return found
+
+    def in_batches(self, rows: Sequence[list[int]]) -> np.ndarray:
+        """Reward of each row of token ids, float64 [N], ``batch_tokens`` at a time."""
+        rewards = np.empty(len(rows), dtype=np.float64)
+        batches = token_batches([len(row) for row in rows], self.batch_tokens)
+        for batch in progress(batches, what="scoring", total=len(batches), unit="batches"):
+            rewards[batch] = self.rewards([rows[k] for k in batch])
         return rewards
 
     def score_completions(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
@@ -126,8 +135,14 @@ class RewardScorer:
 
     def score_and_tell(self, pairs: Dataset) -> tuple[Dataset, np.ndarray]:
         """``score_pairs``, and whether both responses are the same after truncation, bool [N]; see ``ALIKE``."""
-        read = pair_texts(pairs, self.tokenizer, self.max_length, text_pair=self.text_pair)
-        return with_rewards(pairs, *self._score(read.texts, read.ids).reshape(2, len(pairs))), read.alike
+        read = pair_tokens(pairs, self.tokenizer, self.max_length, text_pair=self.text_pair)
+
+        def text(place: int) -> str:
+            side, row = divmod(place, len(pairs))
+            return pair_text(pairs[row], RESPONSES[side], self.tokenizer, text_pair=self.text_pair)
+
+        rewards = self._score([*read.chosen, *read.rejected], text)
+        return with_rewards(pairs, *rewards.reshape(2, len(pairs))), read.alike
 
     def unread(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
         """Whether the prompt leaves no room for its completion within ``max_length``, bool [N]."""
@@ -224,11 +239,15 @@ class ScoreJob:
     max_length: int
     options: LoadOptions = DEFAULTS
 
-    def start(self) -> Work:
+    def load(self) -> RewardScorer:
         """Load the model."""
-        scorer = RewardScorer(
+        return RewardScorer(
             self.model, batch_tokens=self.batch_tokens, max_length=self.max_length, options=self.options
         )
+
+    def start(self) -> Work:
+        """Load the model and return the work."""
+        scorer = self.load()
 
         def work(rows: Dataset) -> Dataset:
             scored, alike = scorer.score_and_tell(rows)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from align.losses.pair_weights import LossTilt
 from reward_models.registry import BoundObjective
+from reward_models.tie_parameter import TieParameter
 
 
 class StepLoss:
@@ -22,6 +23,7 @@ class StepLoss:
         gather: concatenates a tensor over the processes along its first dimension (all_gather).
         rank: index of this process.
         processes: number of processes.
+        ties: the tie parameter of the objective, if it learns one.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class StepLoss:
         gather: Callable[[Tensor], Tensor],
         rank: int,
         processes: int,
+        ties: TieParameter | None = None,
     ) -> None:
         self.objective = objective
         self.tilt = tilt
@@ -40,6 +43,7 @@ class StepLoss:
         self.gather = gather
         self.rank = rank
         self.processes = processes
+        self.ties = ties
 
     def __call__(
         self,
@@ -65,7 +69,10 @@ class StepLoss:
             chosen, rejected = self._gather_rewards(chosen), self._gather_rewards(rejected)
             columns = {name: self.gather(values) for name, values in columns.items()}
             mask = None if real is None else self.gather(real)
-        losses, share = self._losses(chosen, rejected, columns, mask), None
+        objective = self.objective if self.ties is None else self.ties.bound(step)
+        if self.ties is not None and step is not None:
+            self.ties.see(chosen, rejected, columns, mask)
+        losses, share = _losses(objective, chosen, rejected, columns, mask), None
         if self.tilt is not None and step is not None:
             weight, share = self.tilt(losses[local], (chosen - rejected)[local], step, real)
             losses = (self.gather(weight) if self.objective.spec.coupled else weight) * losses
@@ -76,18 +83,25 @@ class StepLoss:
         others = self.processes - 1 if self.objective.spec.coupled else 0
         return loss + others * (loss - loss.detach()), share
 
-    def _losses(self, chosen: Tensor, rejected: Tensor, columns: Mapping[str, Tensor], real: Tensor | None) -> Tensor:
-        """Compute the objective [B] over the real pairs, 0 for the others."""
-        if real is None:
-            return self.objective(chosen, rejected, columns)
-        losses = self.objective(chosen[real], rejected[real], {name: values[real] for name, values in columns.items()})
-        return losses.new_zeros(len(real)).index_put((real.nonzero().flatten(),), losses)
-
     def _gather_rewards(self, local: Tensor) -> Tensor:
         """Concatenate rewards over the processes; those of this process keep their gradient."""
         gathered = self.gather(local.detach())
         first = len(local) * self.rank
         return torch.cat([gathered[:first], local, gathered[first + len(local) :]])
+
+
+def _losses(
+    objective: BoundObjective,
+    chosen: Tensor,
+    rejected: Tensor,
+    columns: Mapping[str, Tensor],
+    real: Tensor | None,
+) -> Tensor:
+    """Compute the objective [B] over the real pairs, 0 for the others."""
+    if real is None:
+        return objective(chosen, rejected, columns)
+    losses = objective(chosen[real], rejected[real], {name: values[real] for name, values in columns.items()})
+    return losses.new_zeros(len(real)).index_put((real.nonzero().flatten(),), losses)
 
 
 def _mean(values: Tensor, real: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Pairs as a reward model reads them, and which of them it cannot tell apart after truncation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,10 @@ from align.data.text import plain
 from align.models.chat_template import template_settings
 from align.models.pair_rows import pair_name
 from align.models.tokenization import encode_reward_texts, render, report_same_tokens, truncated
+from reward_models.token_rows import SegmentedIds, TokenRows
+
+ROWS = 1024
+"""Pairs that are rendered and tokenized at a time."""
 
 
 class SentencePair(str):
@@ -29,28 +33,23 @@ class SentencePair(str):
         return made
 
 
-class SegmentedIds(list[int]):
-    """Token ids of a sentence pair."""
+class PairTokens(NamedTuple):
+    """Token ids of both responses of N pairs, each after its prompt."""
 
-    second: int = 0
-    """Where the second text begins, by the token type ids; the length where the tokenizer gives none."""
-
-
-class PairTexts(NamedTuple):
-    """Both responses of N pairs, each after its prompt: first those of the chosen, then those of the rejected."""
-
-    texts: list[str]
-    """[2N]"""
-    ids: list[list[int]]
-    """[2N]"""
+    chosen: TokenRows
+    """[N]"""
+    rejected: TokenRows
+    """[N]"""
     alike: np.ndarray
     """bool [N], whether both responses are the same tokens, by truncation or because the chat template drops what
     differs."""
 
-    def of(self, rows: np.ndarray) -> "PairTexts":
-        """The pairs at some indices."""
-        both = [*rows, *(rows + len(self.alike))]
-        return PairTexts([self.texts[k] for k in both], [self.ids[k] for k in both], self.alike[rows])
+    def of(self, rows: np.ndarray) -> "PairTokens":
+        """The pairs at some indices; without a copy if they are all."""
+        if len(rows) == len(self.alike):
+            return self
+        chosen, rejected = (TokenRows(side[k] for k in rows.tolist()) for side in (self.chosen, self.rejected))
+        return PairTokens(chosen, rejected, self.alike[rows])
 
 
 def reward_text(
@@ -96,7 +95,7 @@ def reward_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_len
     return [found[k] for k in range(len(texts))]
 
 
-def second_starts(rows: Sequence[list[int]]) -> list[int]:
+def second_starts(rows: Iterable[list[int]]) -> list[int]:
     """Where the second text of each row of token ids begins; its length where it is one text."""
     return [row.second if isinstance(row, SegmentedIds) else len(row) for row in rows]
 
@@ -108,23 +107,30 @@ def segments(attention_mask: Tensor, seconds: Sequence[int]) -> Tensor:
     return ((places >= starts[:, None]) & attention_mask.bool()).long()
 
 
-def pair_texts(
+def pair_tokens(
     pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, text_pair: bool = False
-) -> PairTexts:
-    """The pairs as a reward model reads them; see ``reward_text`` and ``reward_ids``.
+) -> PairTokens:
+    """The pairs as a reward model reads them; see ``reward_text`` and ``reward_ids``. ``ROWS`` pairs at a time.
 
     Raises:
         ModelError, DataError: messages that cannot go through the chat template; names the pair.
     """
+    sides, alike = (TokenRows(), TokenRows()), np.zeros(len(pairs), dtype=bool)
+    for start in range(0, len(pairs), ROWS):
+        rows = list(pairs.select(range(start, min(start + ROWS, len(pairs)))))
+        made = []
+        for side, kept in zip(RESPONSES, sides, strict=True):
+            texts = [pair_text(row, side, tokenizer, text_pair=text_pair) for row in rows]
+            made.append(reward_ids(texts, tokenizer, max_length))
+            kept.extend(made[-1])
+        alike[start : start + len(rows)] = [chosen == rejected for chosen, rejected in zip(*made, strict=True)]
+    return PairTokens(*sides, alike)
 
-    def text(row: Mapping[str, Any], side: str) -> str:
-        name, settings = pair_name(row), template_settings(row)
-        return reward_text(row["prompt"], row[side], tokenizer, text_pair=text_pair, row=name, settings=settings)
 
-    texts = [text(row, side) for side in RESPONSES for row in pairs]
-    ids, count = reward_ids(texts, tokenizer, max_length), len(pairs)
-    alike = [chosen == rejected for chosen, rejected in zip(ids[:count], ids[count:], strict=True)]
-    return PairTexts(texts, ids, np.array(alike, dtype=bool))
+def pair_text(row: Mapping[str, Any], side: str, tokenizer: PreTrainedTokenizerBase, *, text_pair: bool) -> str:
+    """What a reward model reads of one response (``side``) of a pair, after its prompt; see ``reward_text``."""
+    name, settings = pair_name(row), template_settings(row)
+    return reward_text(row["prompt"], row[side], tokenizer, text_pair=text_pair, row=name, settings=settings)
 
 
 def cut_alike(

@@ -13,6 +13,7 @@ from trl import RewardConfig as TrlRewardConfig
 from align.config import RewardSection
 from align.data.table_facts import table_facts
 from align.data.training_pairs import write_record
+from align.data.votes import refuse_without_majority
 from align.distributed import from_main_process, process_rank, wait_until
 from align.io.console import log
 from align.io.files import atomic_folder
@@ -25,7 +26,8 @@ from align.training.base.trackers import TrackedRun
 from reward_models.linear_heads import train_head
 from reward_models.loading import load_reward_model, note_text_pair, pad_as_trained, reads_text_pairs
 from reward_models.preparation import prepare_pairs
-from reward_models.registry import objective_columns, resolve_objective
+from reward_models.registry import VOTE_OBJECTIVES, objective_columns, resolve_objective
+from reward_models.tie_parameter import TieParameter
 from reward_models.trainer import RewardTrainer
 
 CONFIG = "config.json"
@@ -33,7 +35,13 @@ CONFIG = "config.json"
 
 
 def train_reward_model(
-    train: Dataset, config: RewardSection, output: Path, *, seed: int, run: TrackedRun | None = None
+    train: Dataset,
+    config: RewardSection,
+    output: Path,
+    *,
+    seed: int,
+    run: TrackedRun | None = None,
+    features: Path | None = None,
 ) -> None:
     """Train on a pair table and save model and tokenizer (safetensors; an adapter is merged) into ``output``.
 
@@ -48,6 +56,8 @@ def train_reward_model(
         output: folder of the finished model; a folder with config.json is left as it is.
         seed: seed of the head, the adapter and the order of the pairs.
         run: names under which the trackers of ``report_to`` show the training.
+        features: folder that keeps the features of a frozen backbone for further trainings; None: they are kept until
+            this one is finished. ``head: full`` has none.
 
     Raises:
         AlignError: the configuration, the model or the pairs cannot be used.
@@ -58,7 +68,8 @@ def train_reward_model(
     elif config.head == "full":
         _train_full(train, config, output, checkpoints, seed, run)
     elif process_rank() == 0:
-        trained = train_head(train, config, seed=seed, cache=checkpoints)
+        refuse_without_majority(train, f"head {config.head} reads no votes", f"head: full with {VOTE_OBJECTIVES}")
+        trained = train_head(train, config, seed=seed, cache=features or checkpoints)
         save_model(*trained, output, train, _head_facts(train, config, seed), start=config.model)
     if process_rank() == 0:
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -103,7 +114,15 @@ def _train_full(
         trained = _gathered(trainer, config)
         if trained is not None:
             merged = trained.merge_and_unload() if config.peft is not None else trained
-            save_model(merged, tokenizer, output, prepared.pairs, trainer.facts, start=config.model)
+            save_model(
+                merged,
+                tokenizer,
+                output,
+                prepared.pairs,
+                trainer.facts,
+                start=config.model,
+                ties=trainer.step_loss.ties,
+            )
 
 
 def _load(config: RewardSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -156,6 +175,7 @@ def save_model(
     facts: TrainingFacts,
     *,
     start: str,
+    ties: TieParameter | None = None,
 ) -> None:
     """Write a model folder with its card and the record of its training pairs, completely or not at all.
 
@@ -166,9 +186,12 @@ def save_model(
         train: the training pairs.
         facts: for the card.
         start: what the training started from, whose own training pairs are recorded as well.
+        ties: the tie parameter, if the objective learned one.
     """
     with atomic_folder(output) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_record(train, temporary, start)
+        if ties is not None:
+            ties.write(temporary)
         write_card(temporary, facts, adapter=False)

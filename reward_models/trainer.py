@@ -41,11 +41,14 @@ from reward_models.preparation import (
 from reward_models.registry import BoundObjective
 from reward_models.sharpness import SharpnessPenalty
 from reward_models.step_loss import StepLoss
+from reward_models.tie_parameter import TieParameter
+from reward_models.token_rows import PairNames
 from reward_models.tokenization import segments
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """Inputs of the model in a batch; token type ids of sentence pairs only."""
 PENALTY_STATE = "sharpness.json"
+TIE_STATE = "tie_state.json"
 
 
 @dataclass
@@ -129,7 +132,7 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
         check_arguments(callbacks, optimizers, compute_metrics, type(self).__name__)
         inputs = TrainerInputs.read(model, args, train_dataset, eval_dataset, processing_class, peft_config, objective)
         self.objective = inputs.objective
-        self._ids = _ids_by_tokens(inputs.train)
+        self._names = PairNames(inputs.train)
         self._pairs = inputs.pairs
         self.data_facts = None if inputs.pairs is None else table_facts(inputs.pairs)
         with refusals("RewardTrainer") if inputs.pairs is not None else nullcontext():
@@ -150,6 +153,7 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
             gather=gather,
             rank=rank,
             processes=self.accelerator.num_processes,
+            ties=TieParameter(self.objective, gather) if "rate" in self.objective.parameters else None,
         )
         self.penalty = None
         if sharpness is not None:
@@ -241,6 +245,8 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
             loss, share = self.step_loss(chosen, rejected, columns, real, step=step)
             if share is not None:
                 self._metrics["train"]["weight/ess_share"].append(share)
+            if self.step_loss.ties is not None and training:
+                self._metrics["train"]["tie"].append(self.step_loss.ties.value)
         if training and num_items_in_batch is not None:
             coupled, total = self.objective.spec.coupled, int(num_items_in_batch)
             pairs = self._count_all(inputs) if coupled else counted(inputs) * self.accelerator.num_processes
@@ -250,9 +256,9 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
     def _check_rewards(self, inputs: dict[str, Any], chosen: Tensor, rejected: Tensor) -> None:
         """Record the pairs of the batch for the guard and stop at a reward [B] that is not finite."""
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        rows = [tuple(row[:n]) for row, n in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
+        rows = [row[:n] for row, n in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
         half = len(chosen)
-        ids = [self._ids.get(pair, "unknown") for pair in zip(rows[:half], rows[half:], strict=True)]
+        ids = [self._names.of(*pair) for pair in zip(rows[:half], rows[half:], strict=True)]
         self.guard.pairs += [ids[k] for k in only_real(torch.arange(half), inputs.get(REAL)).tolist()]
         bad = (~(torch.isfinite(chosen) & torch.isfinite(rejected))).nonzero().flatten().tolist()
         if bad:
@@ -282,6 +288,8 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
         super()._save(output_dir, state_dict)
         if self._pairs is not None and self.args.should_save:
             write_digests(self._digests, Path(output_dir or self.args.output_dir))
+        if self.step_loss.ties is not None and self.args.should_save:
+            self.step_loss.ties.write(Path(output_dir or self.args.output_dir))
 
     @cached_property
     def _digests(self) -> np.ndarray:
@@ -290,23 +298,20 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
         return record_of(self._pairs, self.model.config.name_or_path)
 
     def save_extra_state(self, folder: Path) -> None:
-        """Write the multiplier of the sharpness penalty."""
+        """Write the multiplier of the sharpness penalty and the state of the tie parameter."""
         if self.penalty is not None:
             write_json(folder / PENALTY_STATE, self.penalty.state_dict())
+        if self.step_loss.ties is not None:
+            write_json(folder / TIE_STATE, self.step_loss.ties.state_dict())
 
     def load_extra_state(self, folder: Path) -> None:
         """Restore what ``save_extra_state`` wrote."""
         if self.penalty is not None and (folder / PENALTY_STATE).exists():
             self.penalty.load_state_dict(read_json(folder / PENALTY_STATE))
+        if self.step_loss.ties is not None and (folder / TIE_STATE).exists():
+            self.step_loss.ties.load_state_dict(read_json(folder / TIE_STATE))
 
     def _count_all(self, inputs: dict[str, Any]) -> int:
         """Count the real pairs of this batch over all processes."""
         local = torch.tensor([counted(inputs)], device=self.accelerator.device)
         return int(self.accelerator.gather(local).sum())
-
-
-def _ids_by_tokens(table: Dataset) -> dict[tuple[Any, Any], str]:
-    """(token ids of the chosen, of the rejected response) -> id of the pair, or its row where there are none."""
-    names = table["id"] if "id" in table.column_names else range(len(table))
-    tokens = zip(map(tuple, table["chosen_ids"]), map(tuple, table["rejected_ids"]), strict=True)
-    return dict(zip(tokens, map(str, names), strict=True))

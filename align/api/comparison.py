@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from align.commands.evaluate import compare_written, win_sentence
-from align.commands.evaluation_tables import Written, completions_table, write_completions
+from align.commands.evaluation_tables import Written, completions_table, on_same_prompts, write_completions
 from align.data.messages import as_messages
 from align.data.readers import Row
 from align.data.validation import RowReader
@@ -82,7 +82,8 @@ def compare_policies(
     """Let two policies complete the same prompts and ask a judge, in both orders, which completion is better.
 
     `align eval compare` computes the same from files. Do not take as judge what one of the policies was trained on: a
-    policy that was optimized for a reward model wins by it whether or not it is better.
+    policy that was optimized for a reward model wins by it whether or not it is better. A prompt that one of the two
+    cannot complete, such as one that fills its window, is left out for both, with a warning; ``details`` counts them.
 
     Args:
         a: policy A: folder (also an adapter's), hub id, or loaded model, which is sampled on the GPU if there is one;
@@ -103,7 +104,7 @@ def compare_policies(
 
     Raises:
         ConfigError: a policy, a number or the judge is none that can be used.
-        DataError: there are no prompts, some cannot be used (all are counted), or an engine does not complete them.
+        DataError: there are no prompts, some cannot be used (all are counted), or no prompt is completed by both.
         ModelError: a model or its tokenizer cannot be loaded.
     """
     started = time.monotonic()
@@ -120,9 +121,11 @@ def compare_policies(
         sampling = Sampling(max_new_tokens, temperature, seed=seed, batch_size=batch_size)
         with TemporaryDirectory(prefix="compare-") as folder:
             given = (texts * n, sampling, Path(folder), tokenizer)
-            written = {policy.name: _written(policy, loaded, *given) for policy, loaded in (first, second)}
+            every = [_written(policy, loaded, *given) for policy, loaded in (first, second)]
+            kept, left_out = on_same_prompts(every)
+            written = {one.policy.name: one for one in kept}
         preferences = _preferences(asked, *written.values())
-        run = _run(asked, texts, (first, second), sampling, n, started)
+        run = _run(asked, texts, (first, second), sampling, n, started, left_out)
         details = compare_written(written, asked, preferences, shown=SHOWN, run=run)
     return _result(details, written, (preferences[0] + preferences[1]) / 2)
 
@@ -134,12 +137,14 @@ def _run(
     sampling: Sampling,
     n: int,
     started: float,
+    left_out: dict[str, Any],
 ) -> dict[str, Any]:
     """How the comparison was made, for its page."""
     return {
         "command": f"compare_policies(a, b, prompts, judge={judge.name!r}, n={n})",
         "prompts": "prompts",
-        "n_prompts": len(prompts),
+        "n_prompts": len(prompts) - left_out.get("count", 0) // n,
+        **({"left_out": left_out} if left_out else {}),
         "judge": judge.name,
         "policies": {policy.name: policy.model or _described(loaded) for policy, loaded in policies},
         "decoding": {
@@ -279,11 +284,11 @@ def _written(
     if loaded is None:
         return write_completions(policy, prompts, sampling, folder)
     groups = (
-        loaded.generate(prompts, sampling)
+        loaded.generate(prompts, sampling, leaves_out=True)
         if isinstance(loaded, Engine)
         else _sampled(policy, loaded, prompts, sampling, tokenizer)
     )
-    table = completions_table(prompts, [group[0] for group in groups])
+    table = completions_table(prompts, groups)
     return Written(policy, prompts, sampling, table, digest([policy.name, table["text"][:]]))
 
 
@@ -295,7 +300,7 @@ def _sampled(
 
     with _training_mode_kept(loaded):
         engine = TransformersEngine(loaded, _padded(tokenizer, loaded, policy.name), batch_size=sampling.batch_size)
-        return engine.generate(prompts, sampling)
+        return engine.generate(prompts, sampling, leaves_out=True)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """``measure_entanglement``: how the gradients of the two responses of each pair interact."""
 
 import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from align.data.in_memory import pairs_from_dataset
+from align.entanglement import compare_losses as incentives
 from align.entanglement import measure_pairs
 from align.entanglement.measure import load_measured, load_reference
 from align.errors import ConfigError, python_words
 from align.io.console import log
-from align.losses.registry import BoundLoss
+from align.losses.registry import LOSSES, BoundLoss, resolve
+from align.losses.sums import resolve_sum
 from align.models.loading import load_tokenizer
 from align.models.tokenization import MAX_LENGTH
 
@@ -82,6 +85,59 @@ def measure_entanglement(
             reference=load_reference(str(model)) if isinstance(model, str | Path) else None,
         )
     return found.rename_columns(NAMES)
+
+
+def compare_losses(
+    model: str | Path | nn.Module,
+    tokenizer: PreTrainedTokenizerBase | str | None,
+    pairs: Any,
+    *,
+    losses: Sequence[str | Mapping[str, Any] | BoundLoss] | None = None,
+    max_length: int = MAX_LENGTH,
+) -> Dataset:
+    """Compare what a training step under each loss does to the same pairs: one measurement, whatever the number.
+
+    `align entangle losses` prints the same table.
+
+    Args:
+        model: see ``measure_entanglement``.
+        tokenizer: see ``measure_entanglement``.
+        pairs: see ``measure_entanglement``; losses that need a margin are left out if a pair has none.
+        losses: names of ``align.LOSSES``, sums such as ``{"dpo": 1.0, "nll": 0.1}``, or bound losses; None: every loss.
+        max_length: see ``measure_entanglement``.
+
+    Returns:
+        One row per loss, the one that lowers the fewest chosen responses first: ``loss``; ``d_w`` and ``d_l``, medians
+        of its weights of the two gradients; ``falls``, the share of the pairs whose chosen response a step on the pair
+        lowers, with ``falls_low`` and ``falls_high``, its 95% interval (None if too few pairs); ``rejected_rises``;
+        ``nll_for_most`` and ``nll_for_all``, the smallest weights of an ``nll`` term under which the chosen response
+        falls in at most 5%, and in none, of the pairs. Losses that read tokens are left out, which is logged.
+
+    Raises:
+        ConfigError: a loss or a sum is not known, or ``losses`` is empty.
+        DataError, ModelError: see ``measure_entanglement``.
+    """
+    if isinstance(losses, str) or (losses is not None and not losses):
+        raise ConfigError(f"losses: found {losses!r}, expected a list of names of align.LOSSES", code="config-option")
+    with python_words(HINTS):
+        bound = [_bound(loss) for loss in (LOSSES if losses is None else losses)]
+    measured = measure_entanglement(model, tokenizer, pairs, max_length=max_length)
+    found, left_out = incentives.compare_losses(measured, bound)
+    for name, why in left_out.items():
+        log.info("compare_losses: %s is left out: it %s", name, why)
+    rows = []
+    for item in found:
+        interval = {"falls": item.falls["value"], "falls_low": item.falls["low"], "falls_high": item.falls["high"]}
+        rows.append(item.to_dict() | interval)
+    return Dataset.from_list(rows)
+
+
+def _bound(loss: str | Mapping[str, Any] | BoundLoss) -> BoundLoss:
+    if isinstance(loss, BoundLoss):
+        return loss
+    if isinstance(loss, Mapping):
+        return resolve_sum(dict(loss), {})
+    return resolve(loss, {})
 
 
 def _in_float32(model: nn.Module) -> nn.Module:

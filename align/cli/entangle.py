@@ -95,6 +95,10 @@ def losses(
     limit: Annotated[int, typer.Option(min=1, help="Number of pairs to measure.")] = 64,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per batch.")] = 2048,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of prompt and response together.")] = 1024,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="Also under AdamW's preconditioner: first-step, or a checkpoint with optimizer.pt."),
+    ] = None,
     column: Columns = None,
     split: Split = "train",
     cluster: Cluster = None,
@@ -103,8 +107,9 @@ def losses(
     from align.commands.entangle_losses import LossesSettings, compare
 
     settings = LossesSettings(
-        model, reference, parameters, tuple(sums or ()), limit, batch_tokens, max_length, cluster_section(cluster)
-    )
+        model, reference, parameters, tuple(sums or ()), limit, batch_tokens, max_length, optimizer,
+        cluster_section(cluster),
+    )  # fmt: skip
     compare(pair_source(pairs, column, split), settings, output)
 
 

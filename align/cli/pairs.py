@@ -57,8 +57,8 @@ def from_responses(
     view: Annotated[
         list[str] | None,
         typer.Option(
-            help="best_worst (default), all, adjacent, band, votes, ties; or lists; or thumbs. Views of pairs can be "
-            "given together."
+            help="best_worst (default), all, adjacent, band, votes, raters, ties; or lists; or thumbs. Views of "
+            "pairs can be given together."
         ),
     ] = None,
     shape: Annotated[

@@ -6,7 +6,7 @@ from typing import Any
 from align.config import PairsSection
 from align.data.pairs import check_pairs
 from align.data.prompts import read_prompts
-from align.data.readers import read_source
+from align.data.readers import stream_source
 from align.data.user_columns import user_columns
 from align.diagnosis.diagnose import diagnose
 from align.errors import AlignError, DataError
@@ -76,7 +76,7 @@ def _held_out(path: str) -> list[dict[str, Any]]:
     """Rows of an evaluation set: valid pairs, or prompts if the file has no responses."""
     source = PairsSection(path=path)
     try:
-        read_source(source)
+        stream_source(source)
     except AlignError as error:
         if error.code != "data-column":
             raise

@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import nn
 
 from align.config import ClusterSection, LossSection, PairsSection
+from align.config.columns import ID_COLUMNS, MASK_COLUMNS
 from align.data.pairs import fingerprint, load_pairs, read_pairs
 from align.data.sampling import fair_sample, report_sample
 from align.data.statistics import missing_values
@@ -44,7 +45,7 @@ TABLE = "entanglement.parquet"
 MEASUREMENTS = "measurements"
 """Folder of a report's measurements."""
 SUMMARY, PAGE = "summary.json", "report.html"
-MEASURED = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
+MEASURED = ("id", *ID_COLUMNS, *MASK_COLUMNS, "margin")
 """Columns of tokenized pairs that a measurement depends on."""
 REVISION = 5
 """Part of the key of a measurement: raised when the same pairs and model give other numbers."""
@@ -151,15 +152,17 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     checkpoints, bound = checkpoints_of(training), _of_one_pair(bind_section(section))
     base = inputs["settings"]["model"]
     length = max_length or inputs["settings"]["trainer"].get("max_length") or MAX_LENGTH
-    table = run / "filter" / KEPT if "filter" in inputs["after"] else run / "margins" / "pairs"
+    unfiltered = run / ("heldout/train" if "heldout" in inputs["after"] else "margins/pairs")
+    table = run / "filter" / KEPT if "filter" in inputs["after"] else unfiltered
     every = load_pairs(PairsSection(path=str(table))) if table.is_file() else read_pairs(table)
     pairs = sample_pairs(every, bound, limit, str(run))
     turns = inputs["settings"].get("turns", "all")  # a training before there was a choice
     tokens, _ = tokenized(pairs, load_tokenizer(base), length, turns)
     output, tables = run / f"trace-{method}", []
     start = _start(training, base, checkpoints[0][1])
-    reference = None if is_adapter(checkpoints[0][1]) and not is_adapter(base) else base
-    measured: list[tuple[int, str, str | None]] = [] if start is None else [(0, start, start)]
+    given = inputs["settings"].get("reference")
+    reference = given or (None if is_adapter(checkpoints[0][1]) and not is_adapter(base) else base)
+    measured: list[tuple[int, str, str | None]] = [] if start is None else [(0, start, given or start)]
     measured += [(step, str(folder), reference) for step, folder in checkpoints]
     for step, folder, compared in measured:
         job = MeasureJob(folder, compared, bound, None, batch_tokens, length)

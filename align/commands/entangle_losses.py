@@ -2,18 +2,29 @@
 
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
+from torch import nn
 
 from align.commands.entangle import MEASUREMENTS, PAGE, measure_tokens, sample_pairs, tokenized
 from align.config import ClusterSection, PairsSection
 from align.data.pairs import load_pairs
-from align.distributed import process_rank
-from align.entanglement.compare_losses import Incentive, compare_losses
+from align.distributed import local_device, process_rank
+from align.entanglement.compare_losses import Incentive, compare_losses, loss_weights_of
 from align.entanglement.conditions import products_noise
 from align.entanglement.measure import MeasureJob, load_measured
+from align.entanglement.preconditioned import (
+    FIRST_STEP,
+    PairBatches,
+    measured_by,
+    of_checkpoint,
+    of_first_step,
+    preconditioned,
+)
 from align.entanglement.summary import share_text
 from align.errors import ConfigError
 from align.io.console import log, out
@@ -43,6 +54,8 @@ class LossesSettings:
     limit: int = 64
     batch_tokens: int = 2048
     max_length: int = 1024
+    optimizer: str | None = None
+    """``first-step``, or the folder of a checkpoint with AdamW's state: falls are told under its preconditioner too."""
     cluster: ClusterSection | None = None
 
 
@@ -64,20 +77,39 @@ def compare(source: PairsSection, settings: LossesSettings, output: Path) -> Non
     if process_rank() > 0:
         return
     found, missing = compare_losses(table, losses, noise=products_noise(policy))
+    adaptive = _under_optimizer(table, tokens, policy, losses, settings)
     report = {
         "run": {"pairs": source.path, "measured": len(table), "left_out": left_out, "model": settings.model,
                 "reference": settings.reference, "seconds": stage.seconds, "at_start": at_start(table),
+                "optimizer": settings.optimizer,
                 "command": shlex.join(["align", *sys.argv[1:]])},
         "sentence": sentence(found),
-        "losses": [item.to_dict() for item in found],
+        "losses": [item.to_dict() | {"optimizer": adaptive.get(item.loss)} for item in found],
         "left_out": missing,
     }  # fmt: skip
     write_json(output / FILE, report)
     write_losses_page(output / PAGE, report)
-    for line in lines(found):
+    for line in lines(found, adaptive):
         out.print(line, markup=False, highlight=False)
     log.info("%s", report["sentence"])
     log.info("look at it: open %s", output / PAGE)
+
+
+def _under_optimizer(
+    table: Dataset, tokens: Dataset, policy: nn.Module, losses: list[BoundLoss], settings: LossesSettings
+) -> dict[str, dict[str, Any]]:
+    """Loss -> its incentives under AdamW's preconditioner; empty unless asked for."""
+    if settings.optimizer is None:
+        return {}
+    products = measured_by(policy, settings.parameter_names)
+    padding = load_tokenizer(settings.model).pad_token_id
+    batches = PairBatches(tokens, padding, settings.max_length, local_device())
+    if settings.optimizer == FIRST_STEP:
+        scale = of_first_step(products, batches, *loss_weights_of(resolve("dpo", {}), table))
+    else:
+        scale = of_checkpoint(policy, Path(settings.optimizer))
+    scaled = preconditioned(table, products, batches, scale)
+    return {item.loss: item.to_dict() for item in compare_losses(scaled, losses, noise=products_noise(policy))[0]}
 
 
 def read_sum(text: str) -> BoundLoss:
@@ -113,8 +145,8 @@ def sentence(found: list[Incentive]) -> str:
     return f"{text} under {first.loss}, and in {share_text(last.falls)} under {last.loss}."
 
 
-def lines(found: list[Incentive]) -> list[str]:
-    """The table as text, a line per loss."""
+def lines(found: list[Incentive], adaptive: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The table as text, a line per loss; with a column for the optimizer where its step was measured."""
     width = max(len(item.loss) for item in found)
     head = f"{'loss':{width}}  chosen falls  rejected rises        d_w        d_l  nll for 95%  nll for all"
     rows = [
@@ -122,4 +154,7 @@ def lines(found: list[Incentive]) -> list[str]:
         f"{item.d_l:9.3g}  {item.nll_for_most:11.3g}  {item.nll_for_all:11.3g}"
         for item in found
     ]
+    if adaptive:
+        head += "  falls under AdamW"
+        rows = [f"{row}  {adaptive[item.loss]['falls']['value']:17.0%}" for row, item in zip(rows, found, strict=True)]
     return [head, *rows]

@@ -15,23 +15,17 @@ from align.commands.evaluation_tables import (
     COMPLETIONS,
     Written,
     judge_pairs,
-    measure_kl,
+    kl_of,
+    on_same_prompts,
+    samples_of,
     score,
     write_completions,
 )
 from align.config import ClusterSection
 from align.data.prompts import draw_prompts
 from align.errors import ConfigError, DataError
-from align.evaluation.compare_policies import (
-    KlSamples,
-    PolicySamples,
-    compare_policies,
-    first_samples,
-    kl_statistics,
-    prompt_ids,
-)
+from align.evaluation.compare_policies import PolicySamples, compare_policies, kl_statistics, prompt_ids
 from align.evaluation.policies import REFERENCE, Policy, checkpoints, find_reference, parse_policies
-from align.evaluation.text_statistics import Texts
 from align.generation.types import Sampling
 from align.io.console import log, out
 from align.io.files import read_json, write_json
@@ -98,20 +92,20 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
     started = _start(settings, everyone)
     drawn = _prompts(settings, everyone)
     judge = make_score_judge(settings.judge, settings.max_length, settings.options)
-    written = {policy.name: _write(policy, drawn.prompts, settings) for policy in everyone}
-    kl = {name: _kl(found, origin, settings) for name, found in written.items()}
+    written, left_out = _written(everyone, drawn.prompts, settings)
+    kl = {name: kl_of(found, origin, settings.output, settings.cluster) for name, found in written.items()}
     rewards = {name: score(found, judge, settings.output, settings.max_length) for name, found in written.items()}
     samples = {
-        name: PolicySamples(rewards[name], kl[name], _texts(found), settings.sampling.as_it_is)
+        name: PolicySamples(rewards[name], kl[name], found.texts(), settings.sampling.as_it_is)
         for name, found in written.items()
     }
-    found = compare_policies(samples, baseline=REFERENCE, clusters=prompt_ids(drawn.prompts))
+    found = compare_policies(samples, baseline=REFERENCE, clusters=prompt_ids(written[REFERENCE].prompts))
     section = {
         "policies": {name: numbers | {"texts": found.texts[name]} for name, numbers in found.policies.items()},
         "comparisons": found.differences,
         "changed": found.changes,
-        "run": _run(settings, everyone, drawn, started),
-        "samples": _samples(written, rewards, settings.shown),
+        "run": _run(settings, everyone, drawn, started, left_out),
+        "samples": samples_of(written, rewards, settings.shown),
     }
     _publish(settings.output, {"reward": section}, section)
     for name, numbers in found.policies.items():
@@ -136,9 +130,9 @@ def write_comparison(first: str, second: str, settings: Settings) -> None:
     started = _start(settings, [a, b])
     drawn = _prompts(settings, [a, b])
     judge = make_pairwise(settings.judge, settings.max_length, settings.options)
-    written = {policy.name: _write(policy, drawn.prompts, settings) for policy in (a, b)}
+    written, left_out = _written([a, b], drawn.prompts, settings)
     preferences = judge_pairs(written[a.name], written[b.name], judge, settings.output, settings.max_length)
-    run = _run(settings, [a, b], drawn, started)
+    run = _run(settings, [a, b], drawn, started, left_out)
     section = compare_written(written, judge, preferences, shown=settings.shown, run=run)
     _publish(settings.output, {"comparisons": {f"{a.name} against {b.name}, {judge.name}": section}}, section)
     log.info("%s", win_sentence(section))
@@ -163,11 +157,11 @@ def compare_written(
         run: how it was made, see ``_run``.
     """
     a, b = written
-    texts = {name: PolicySamples(texts=_texts(found)) for name, found in written.items()}
+    texts = {name: PolicySamples(texts=found.texts()) for name, found in written.items()}
     clusters = prompt_ids(next(iter(written.values())).prompts)
     found = compare_policies(texts, baseline=b, preferences=preferences, clusters=clusters)
     assert found.win_rate is not None
-    samples = _samples(written, {}, shown)
+    samples = samples_of(written, {}, shown)
     for sample, value in zip(samples, (preferences[0] + preferences[1]) / 2, strict=False):
         sample["preference"] = float(value)
     return {
@@ -224,15 +218,16 @@ def frontier(
     jobs += [(policy, 1.0, step) for step, policy in steps]
     base: PolicySamples | None = None
     points = []
-    for policy, heat, step in jobs:
-        written = _write(policy, drawn.prompts, settings, heat)
-        kl = _kl(written, origin, settings)
+    everything = [_write(policy, drawn.prompts, settings, heat) for policy, heat, _ in jobs]
+    everything, left_out = on_same_prompts(everything)
+    for (policy, heat, step), written in zip(jobs, everything, strict=True):
+        kl = kl_of(written, origin, settings.output, settings.cluster)
         rewards = score(written, judge, settings.output, settings.max_length)
-        samples = PolicySamples(rewards, kl, as_it_is=written.sampling.as_it_is).by_prompt(prompt_ids(drawn.prompts))
+        samples = PolicySamples(rewards, kl, as_it_is=written.sampling.as_it_is).by_prompt(prompt_ids(written.prompts))
         base = samples if base is None else base
         named = {"policy": policy.name, "temperature": heat, "step": step}
         points.append(named | _point(samples, base))
-    section = {"points": points, "run": _run(settings, [origin, *policies], drawn, started)}
+    section = {"points": points, "run": _run(settings, [origin, *policies], drawn, started, left_out)}
     _publish(settings.output, {"frontier": section}, section)
     _finish(settings.output)
 
@@ -303,30 +298,24 @@ def _write(policy: Policy, prompts: Sequence[Any], settings: Settings, temperatu
     return write_completions(policy, prompts, sampling, settings.output, settings.cluster)
 
 
-def _kl(written: Written, origin: Policy, settings: Settings) -> KlSamples | None:
-    """KL to the reference of each completion; None for the reference as it is, whose KL is 0."""
-    if written.policy.model == origin.model and written.sampling.as_it_is:
-        return None
-    return measure_kl(written, origin, settings.output, settings.cluster)
+def _written(
+    policies: Sequence[Policy], prompts: Sequence[Any], settings: Settings
+) -> tuple[dict[str, Written], dict[str, Any]]:
+    """Name -> completions of the prompts that every policy completed, and what is left out."""
+    kept, left_out = on_same_prompts([_write(policy, prompts, settings) for policy in policies])
+    return {one.policy.name: one for one in kept}, left_out
 
 
-def _texts(written: Written) -> Texts:
-    tokens = [len(ids) for ids in written.table["token_ids"]]
-    return Texts(written.table["text"], tokens, written.table["finished"])
-
-
-def _samples(written: Mapping[str, Written], rewards: Mapping[str, np.ndarray], shown: int) -> list[dict[str, Any]]:
-    prompts = next(iter(written.values())).prompts
-    return first_samples(prompts, {name: found.table["text"] for name, found in written.items()}, rewards, shown)
-
-
-def _run(settings: Settings, policies: Sequence[Policy], drawn: Drawn, started: float) -> dict[str, Any]:
+def _run(
+    settings: Settings, policies: Sequence[Policy], drawn: Drawn, started: float, left_out: Mapping[str, Any]
+) -> dict[str, Any]:
     """Command, settings and duration of a part of the report."""
     sampling = settings.sampling
     return {
         "command": shlex.join(["align", *sys.argv[1:]]),
         "prompts": str(settings.prompts),
-        "n_prompts": len(drawn.prompts),
+        "n_prompts": len(drawn.prompts) - left_out.get("count", 0),
+        **({"left_out": dict(left_out)} if left_out else {}),
         "of_prompts": drawn.of,
         "judge": settings.judge,
         "policies": {policy.name: policy.model for policy in policies},

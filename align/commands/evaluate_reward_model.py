@@ -13,9 +13,10 @@ from datasets import Dataset
 
 from align.config import OodSection, PairsSection
 from align.data.pairs import fingerprint, load_pairs
-from align.data.readers import read_source
+from align.data.readers import stream_source
 from align.data.splits import clusters_of
 from align.data.training_pairs import margin_sources
+from align.data.votes import with_majority
 from align.errors import ConfigError
 from align.evaluation.reward_model import reward_model_metrics
 from align.evaluation.reward_pairs import finding_sentences, pair_findings
@@ -72,6 +73,7 @@ def evaluate(
     """
     check_files(output, [])
     pairs, chat = _load(source, model, chat, options)
+    pairs = with_majority(pairs, source.path)
     check_pairs_of(pairs, [model], trust_remote_code=options.trust_remote_code, text_pair=options.text_pair)
     log.info("scoring %d pairs of %s with %s%s -> %s", len(pairs), source.path, model,
              " as chat" if chat else "", output)  # fmt: skip
@@ -152,7 +154,7 @@ def _distances(
 
 def _load(source: PairsSection, model: str, chat: bool | None, options: LoadOptions) -> tuple[Dataset, bool]:
     """Load the pairs with their ``group``, as messages if asked; return whether they were turned into messages."""
-    rows, columns = read_source(source)
+    rows, columns = stream_source(source)
     plain = is_plain(sorted(columns), next((row.values for row in rows if not row.unreadable), {}))
     if "group" not in columns and "subset" in columns:
         source = source.model_copy(update={"columns": source.columns | {"group": "subset"}})

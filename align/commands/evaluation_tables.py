@@ -11,19 +11,21 @@ that another verb, another judge or a repeated command reuses it:
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, List, Value
+from datasets import Dataset, Features, List, Value
 
 from align.config import ClusterSection
 from align.errors import ModelError
-from align.evaluation.compare_policies import KlSamples
+from align.evaluation.compare_policies import KlSamples, first_samples
+from align.evaluation.left_out import completed_by_all
 from align.evaluation.policies import Policy
+from align.evaluation.text_statistics import Texts
 from align.generation.engines import choose_engine
 from align.generation.sampling_job import KL_BATCH_TOKENS, SamplingJob, completions_of, sample_prompts
 from align.generation.types import SAMPLING, Completion, Sampling, as_completion
@@ -61,7 +63,8 @@ class Written:
     prompts: Sequence[Any]
     sampling: Sampling
     table: Dataset
-    """``prompt`` (messages as JSON), ``text``, ``token_ids``, ``finished``."""
+    """``prompt`` (messages as JSON), ``text``, ``token_ids``, ``finished``; null, all but the prompt, where the policy
+    could not complete it, see ``on_same_prompts``."""
     key: str
     """Stage key of the table: sha256 of everything that it was made from."""
 
@@ -69,11 +72,15 @@ class Written:
         """The completions in the form of their prompts: text, or one assistant message."""
         return [as_completion(prompt, text) for prompt, text in zip(self.prompts, self.table["text"], strict=True)]
 
+    def texts(self) -> Texts:
+        """The completions as their statistics read them."""
+        return Texts(self.table["text"], [len(ids) for ids in self.table["token_ids"]], self.table["finished"])
+
 
 def write_completions(
     policy: Policy, prompts: Sequence[Any], sampling: Sampling, output: Path, cluster: ClusterSection | None = None
 ) -> Written:
-    """Sample one completion of each prompt by a policy.
+    """Sample one completion of each prompt by a policy; a prompt that it cannot take has none, see ``on_same_prompts``.
 
     Args:
         policy: the model.
@@ -108,22 +115,52 @@ def write_completions(
     def work(parts: Path) -> Dataset:
         what = f"completions of {policy.name}"
         sampled = sample_prompts(list(prompts), job, parts, size=PART, what=what, cluster=cluster)
-        return completions_table(prompts, [group[0] for group in completions_of(sampled)])
+        return completions_table(prompts, completions_of(sampled))
 
     table, key = _table_stage(output, COMPLETIONS, policy.name, inputs, work)
     return Written(policy, prompts, sampling, table, key)
 
 
-def completions_table(prompts: Sequence[Any], completions: Sequence[Completion]) -> Dataset:
-    """The table of a policy's completions, one of each of N prompts; see ``Written.table``."""
+def completions_table(prompts: Sequence[Any], groups: Sequence[Sequence[Completion]]) -> Dataset:
+    """The table of a policy's completions, one or none of each of N prompts; see ``Written.table``."""
+    first = [group[0] if group else None for group in groups]
     texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
     table = {
         "prompt": texts,
-        "text": [completion.text for completion in completions],
-        "token_ids": [completion.token_ids for completion in completions],
-        "finished": [completion.finish_reason == "stop" for completion in completions],
+        "text": [one and one.text for one in first],
+        "token_ids": [one and one.token_ids for one in first],
+        "finished": [one and one.finish_reason == "stop" for one in first],
     }
-    return Dataset.from_dict(table).cast_column("token_ids", List(Value("int64")))
+    types = {"token_ids": List(Value("int64")), "finished": Value("bool")}
+    return Dataset.from_dict(table, features=Features(dict.fromkeys(table, Value("string")) | types))
+
+
+def on_same_prompts(written: Sequence[Written]) -> tuple[list[Written], dict[str, Any]]:
+    """The completions of the prompts that every policy could complete, and what is left out (``Kept.left_out``).
+
+    Args:
+        written: completions of the same N prompts; a policy may be there several times.
+
+    Raises:
+        DataError: there is no such prompt.
+    """
+    completed: dict[str, list[bool]] = {}
+    for one in written:
+        done = [text is not None for text in one.table["text"]]
+        known = completed.setdefault(one.policy.name, done)
+        completed[one.policy.name] = [a and b for a, b in zip(known, done, strict=True)]
+    kept = completed_by_all(written[0].prompts, completed)
+    if not kept.left_out:
+        return list(written), {}
+    return [
+        replace(
+            one,
+            prompts=[one.prompts[k] for k in kept.rows],
+            table=one.table.select(kept.rows),
+            key=digest({"completions": one.key, "rows": kept.rows}),
+        )
+        for one in written
+    ], kept.left_out
 
 
 def measure_kl(written: Written, reference: Policy, output: Path, cluster: ClusterSection | None = None) -> KlSamples:
@@ -144,6 +181,19 @@ def measure_kl(written: Written, reference: Policy, output: Path, cluster: Clust
 
     table, _ = _table_stage(output, "log-probs", written.policy.name, inputs, work)
     return KlSamples.of_table(table)
+
+
+def kl_of(written: Written, reference: Policy, output: Path, cluster: ClusterSection | None = None) -> KlSamples | None:
+    """``measure_kl``; None for the reference as it is, whose KL is 0."""
+    if written.policy.model == reference.model and written.sampling.as_it_is:
+        return None
+    return measure_kl(written, reference, output, cluster)
+
+
+def samples_of(written: Mapping[str, Written], rewards: Mapping[str, np.ndarray], shown: int) -> list[dict[str, Any]]:
+    """The first prompts with what every policy wrote; see ``first_samples``."""
+    prompts = next(iter(written.values())).prompts
+    return first_samples(prompts, {name: found.table["text"] for name, found in written.items()}, rewards, shown)
 
 
 def score(written: Written, judge: Judge, output: Path, max_length: int | None = None) -> np.ndarray:

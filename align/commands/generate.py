@@ -142,7 +142,7 @@ def _work(prompts: list[PromptRow], job: SamplingJob, settings: GenerateSettings
         log.info("generate: %d of %d prompts are finished already", len(prompts) - len(left), len(prompts))
     loaded, new_tokens = start, 0
     if left and settings.cluster is not None:
-        new_tokens = _on_cluster(left, replace(job, leaves_out=True), settings.cluster, file)
+        new_tokens = _on_cluster(left, job, settings.cluster, file)
     elif left:
         engine = job.load()
         loaded = time.monotonic()

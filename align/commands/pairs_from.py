@@ -13,12 +13,17 @@ from align.data.pair_selection import ANY_BAND
 from align.data.pairs import FILE, table_of, write_pairs
 from align.data.response_table import SHAPES, Responses, Shape, counts_of, read_responses
 from align.data.response_views import (
+    DIFFERENT,
+    EQUAL,
+    EVEN,
+    MAJORITY,
     PAIRS,
     SCORED,
     VIEWS,
     View,
     Viewed,
     lists,
+    rated_pairs,
     scored_pairs,
     thumbs,
     tied_pairs,
@@ -34,6 +39,8 @@ from align.io.stage import check_files
 METRICS = "metrics.json"
 ROWS = {"lists": "lists.jsonl", "thumbs": "thumbs.jsonl"}
 """View -> the file that it is written to; views of pairs go to pairs.parquet."""
+IN_OTHER_VIEW = (EVEN, MAJORITY, EQUAL, DIFFERENT)
+"""Reasons for which a pair is left out of one view because it belongs to ``ties``, or out of ``ties``."""
 ONE_VOTE = {"votes_chosen": 1.0, "votes_rejected": 0.0, "votes_tie": 0.0, "vote_share": 1.0}
 
 
@@ -62,6 +69,8 @@ class ViewSettings:
             problems.append(f"--shape {self.shape}: not known{nearest(self.shape, list(SHAPES))}")
         if len(self.views) != len(set(self.views)) or (len(self.views) > 1 and not set(self.views) <= set(PAIRS)):
             problems.append(f"--view {' --view '.join(self.views)}: expected different views of pairs, or one view")
+        if {"votes", "raters"} <= set(self.views):
+            problems.append("--view votes --view raters: expected one of them, they make the same pairs")
         if sum(one in SCORED for one in self.views) > 1:
             problems.append(f"--view {' --view '.join(self.views)}: expected one of {', '.join(SCORED)}")
         if self.band is not None and ("band" not in self.views or not 0 <= self.band[0] <= self.band[1]):
@@ -100,7 +109,7 @@ def pairs_from(source: PairsSection, settings: ViewSettings, output: Path) -> di
     keep_source(source.path, [output / name])
     check_files(output, [])
     table = read_responses(source, shape=settings.shape, weights=settings.weights)
-    rows, left_out = make_view(table.prompts, settings)
+    rows, left_out, raters = make_view(table.prompts, settings)
     if not rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "no responses"
         raise DataError(
@@ -111,6 +120,7 @@ def pairs_from(source: PairsSection, settings: ViewSettings, output: Path) -> di
     output.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, Any] = {"view": list(settings.views), "rows": len(rows), "left_out": dict(left_out)}
     metrics["table"] = counts_of(table)
+    metrics |= {"raters": raters} if raters else {}
     if name == FILE:
         columns = list(dict.fromkeys(column for row in rows for column in row))
         kept = [column for column in columns if any(row.get(column) is not None for row in rows)]
@@ -131,12 +141,16 @@ def make_view(prompts: Sequence[Responses], settings: ViewSettings) -> Viewed:
     """The rows of the views, one after the other; with votes or ties, a pair of scores has one vote."""
     rows: list[dict[str, Any]] = []
     left_out: Counter[str] = Counter()
+    raters: dict[str, float] = {}
     voted = len(settings.views) > 1
     for view in settings.views:
         found = _one_view(prompts, view, settings)
         rows += [row | ({} if not voted or "votes_chosen" in row else ONE_VOTE) for row in found.rows]
         left_out += found.left_out
-    return Viewed(rows, left_out)
+        raters |= found.raters
+    if "ties" in settings.views and voted:
+        left_out = Counter({reason: count for reason, count in left_out.items() if reason not in IN_OTHER_VIEW})
+    return Viewed(rows, left_out, raters)
 
 
 def _one_view(prompts: Sequence[Responses], view: View, settings: ViewSettings) -> Viewed:
@@ -144,6 +158,8 @@ def _one_view(prompts: Sequence[Responses], view: View, settings: ViewSettings) 
         return lists(prompts)
     if view == "thumbs":
         return thumbs(prompts, threshold=settings.threshold)
+    if view == "raters":
+        return rated_pairs(prompts)
     if view == "votes":
         return voted_pairs(prompts)
     if view == "ties":

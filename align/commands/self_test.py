@@ -69,7 +69,7 @@ def self_test(device: str, dtype: str) -> Iterator[dict[str, Any]]:
     }
     with tempfile.TemporaryDirectory() as folder, _seeded():
         with _silent():
-            model = _make_model(Path(folder))
+            model = make_model(Path(folder))
         for name, check in checks.items():
             try:
                 with _silent():
@@ -100,7 +100,7 @@ def _seeded() -> Iterator[None]:
         yield
 
 
-def _make_model(folder: Path) -> Path:
+def make_model(folder: Path) -> Path:
     """A random Llama and a word tokenizer, saved as a model folder."""
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     vocabulary = {word: k for k, word in enumerate([*names.values(), *WORDS])}

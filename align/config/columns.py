@@ -67,6 +67,7 @@ COLUMNS = (
     Column("votes_rejected", "number", "raters who preferred the rejected", "pairs from or source", not_negative=True),
     Column("votes_tie", "number", "raters who preferred neither", "pairs from or source", not_negative=True),
     Column("trust", "number", "how far the margin of this pair is believed", "training", loaded=False, in_batch=True),
+    Column("label_share", "number", "share of votes for the chosen", "training", loaded=False, in_batch=True),
     Column("quality", "number", "quality of the worse response, also as quality_<scorer>", "filter", loaded=False),
     Column("diversity", "number", "entropy of the nearest neighbors of the prompt", "filter", loaded=False),
     Column("importance", "number", "weighted sum of standardized margin, quality, diversity", "filter", loaded=False),
@@ -94,6 +95,8 @@ NOT_NEGATIVE = frozenset(column.name for column in COLUMNS if column.not_negativ
 PAIR_COLUMNS = tuple(column.name for column in COLUMNS if column.in_batch)
 """Columns that the collator hands to the trainer, one float32 per pair."""
 
+VOTES = ("votes_chosen", "votes_rejected", "votes_tie")
+"""Numbers of raters who preferred the chosen response, the rejected one, neither."""
 SCORES = ("reward_chosen", "reward_rejected", "margin")
 """Columns that scoring writes."""
 SPREAD = "margin_std"

@@ -52,6 +52,8 @@ class WeightsSection(Section):
     """Moderate the margin by its ensemble spread ``margin_std`` (align/losses/pair_weights.py)."""
     trust_by_spread: bool = False
     """Loss ``trust``: trust a margin less, the larger its ``margin_std``; the mean trust does not change."""
+    votes: bool = False
+    """Label each pair by the votes of its raters: the mean of the loss over them, a tie half a vote for each."""
     ood: DistanceSection | None = None
     """Shrink the margin toward 0 for pairs far from the reward model's training pairs; default: no shrinking."""
     tilt: TiltSection | None = None
@@ -131,9 +133,12 @@ class TrainSection(Section):
     """Alignment of the policy: the same model, data and budget under each loss."""
 
     model: str
-    """Policy and reference: hub id or folder."""
+    """Policy, and its reference unless ``reference`` names another: hub id or folder."""
     methods: Annotated[dict[Name, LossSection], Field(min_length=1)]
     """Name of a method (its folder and its label in the report) -> its loss."""
+    reference: str | None = None
+    """Another reference of the losses: hub id or folder of a model, or of an adapter, with the policy's tokenizer.
+    Default: the model as it is before training."""
     peft: dict[str, Any] | None = None
     """Fields of peft.LoraConfig; default: full fine-tuning."""
     trust: Literal["auto"] | None = None

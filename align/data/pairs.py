@@ -5,8 +5,7 @@ align/config/columns.py describes the columns of a pair table; align/data/valida
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,16 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from align.config import PairsSection
-from align.config.columns import OPTIONAL, RESPONSES, TEXT
+from align.config.columns import RESPONSES, TEXT
 from align.data.messages import text_array
-from align.data.readers import Row, read_source
+from align.data.pair_chunks import PairSpool, one_type
+from align.data.readers import Row, stream_source
 from align.data.sampling import fair_sample, report_sample
 from align.data.seen_ids import SeenIds, content_id
 from align.data.user_columns import KNOWN, unused_columns, user_array, user_columns
-from align.data.validation import SHOWN_CHARACTERS, Problem, RowReader
+from align.data.validation import Problem, RowReader
 from align.errors import DataError, listed
+from align.io.arrow_tables import as_dataset
 from align.io.console import log
 from align.io.files import atomic_write
 
@@ -54,13 +55,13 @@ def check_pairs(source: PairsSection, *, carry: bool = False) -> CheckResult:
     Raises:
         DataError: the source is missing, unreadable or empty, or lacks a column.
     """
-    return check_rows(*read_source(source), source.path, limit=source.limit, carry=carry)
+    return check_rows(*stream_source(source), source.path, limit=source.limit, carry=carry)
 
 
 def check_rows(
-    rows: Sequence[Row], columns: set[str], source: str, *, limit: int | None = None, carry: bool = False
+    rows: Iterable[Row], columns: set[str], source: str, *, limit: int | None = None, carry: bool = False
 ) -> CheckResult:
-    """Validate rows that have been read.
+    """Validate rows, which may be read one by one; of the valid ones, ``PairSpool`` bounds the memory.
 
     Args:
         rows: their columns have the names of the pair table.
@@ -70,7 +71,7 @@ def check_rows(
         carry: keep the columns that the program does not read, unchanged; the rows have their ``raw`` values.
     """
     reader, own = RowReader(source, columns), user_columns(columns) if carry else []
-    valid, problems, invalid = [], [], []
+    valid, problems, invalid = PairSpool(source, own), [], []
     seen, first = SeenIds(), None
     for row in rows:
         pair, found = reader.read(row)
@@ -78,17 +79,16 @@ def check_rows(
             first = first or pair
             pair["id"] = identify(pair, row, seen, source, found)
             found += other_kind(pair, first, row, source)
-            valid.append(pair | {name: row.raw.get(name) for name in own})
         if found:
             problems += found
-            if pair is not None:
-                valid.pop()
             invalid.append({**row.values, "row": row.number, "reason": "; ".join(str(item) for item in found)})
+        elif pair is not None:
+            valid.add(pair | {name: row.raw.get(name) for name in own})
+    drawn = None
     if limit is not None:
         drawn, total = fair_sample((str(pair["id"]) for pair in valid), limit)
         report_sample(source, len(drawn), total, "pairs")
-        valid = [valid[k] for k in drawn]
-    return CheckResult(_table(valid, source, own), problems, invalid, unused_columns(columns))
+    return CheckResult(as_dataset(valid.table(drawn)), problems, invalid, unused_columns(columns))
 
 
 def load_pairs(source: PairsSection, *, side_file: Path | None = None, carry: bool = False) -> Dataset:
@@ -161,7 +161,7 @@ def read_pairs(folder: Path) -> Dataset:
         DataError: the file is missing or cannot be read.
     """
     try:
-        return Dataset(pq.read_table(folder / FILE, partitioning=None))
+        return as_dataset(pq.read_table(folder / FILE, partitioning=None))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{folder / FILE}: cannot be read ({error})", code="data-unreadable") from None
 
@@ -199,11 +199,6 @@ def other_kind(pair: dict[str, Any], first: dict[str, Any], row: Row, source: st
     return [Problem(row.file or source, row.number, "prompt", "pair-mixed", kinds[plain], expected)]
 
 
-def _table(valid: list[dict[str, Any]], source: str, own: Sequence[str]) -> Dataset:
-    columns = ["id", *TEXT, *(name for name in OPTIONAL if any(pair.get(name) is not None for pair in valid)), *own]
-    return table_of(valid, columns, source)
-
-
 def table_of(pairs: list[dict[str, Any]], columns: Sequence[str], source: str) -> Dataset:
     """These columns of the pairs as a table; ``source`` is for messages.
 
@@ -216,21 +211,4 @@ def table_of(pairs: list[dict[str, Any]], columns: Sequence[str], source: str) -
             values = [pair.get(name) for pair in pairs]
             make = text_array if name in TEXT else pa.array if name in KNOWN else user_array
             arrays[name] = make(values)
-    return Dataset(pa.table(arrays))
-
-
-@contextmanager
-def one_type(source: str, name: str) -> Iterator[None]:
-    """Convert Arrow's errors about values of two kinds in the column ``name`` into one message.
-
-    Raises:
-        DataError: see above.
-    """
-    try:
-        yield
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise DataError(
-            f"{source}:{name}: its rows do not fit one column ({' '.join(str(error).split())[:SHOWN_CHARACTERS]})",
-            code="pair-type",
-            hint="give every row the same kind of value",
-        ) from None
+    return as_dataset(pa.table(arrays))

@@ -270,7 +270,7 @@ class _Reader:
         value = values.get("votes")
         if value is None:
             return None
-        counts = value if isinstance(value, Mapping) else {}
+        counts = {key: one for key, one in value.items() if one is not None} if isinstance(value, Mapping) else {}
         whole = all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in counts.values())
         if not counts or not set(counts) <= set(Votes._fields) or not whole or not sum(counts.values()):
             expected = "{yes: 3, no: 1, tie: 0}, whole numbers of raters, not all 0"

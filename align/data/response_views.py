@@ -14,13 +14,16 @@ import numpy as np
 
 from align.data.messages import argument_cells, split_arguments
 from align.data.pair_selection import ANY_BAND, Guard, Mode, choose_pairs
+from align.data.rater_reliability import Reliability, Vote, rater_reliability
 from align.data.response_table import Response, Responses, Votes
 
-View = Literal["best_worst", "all", "adjacent", "band", "votes", "ties", "lists", "thumbs"]
+View = Literal["best_worst", "all", "adjacent", "band", "votes", "raters", "ties", "lists", "thumbs"]
 VIEWS: tuple[View, ...] = get_args(View)
 SCORED: tuple[Mode, ...] = ("best_worst", "all", "adjacent", "band")
 """Views that make pairs of scores."""
-PAIRS: tuple[View, ...] = (*SCORED, "votes", "ties")
+EQUAL, DIFFERENT = "pairs with equal scores", "pairs with different scores"
+EVEN, MAJORITY = "pairs without a majority", "pairs with a majority"
+PAIRS: tuple[View, ...] = (*SCORED, "votes", "raters", "ties")
 """Views that make pairs."""
 
 
@@ -30,6 +33,8 @@ class Viewed(NamedTuple):
     rows: list[dict[str, Any]]
     left_out: Counter[str]
     """Reason -> number of prompts, responses or pairs (the reason says which)."""
+    raters: dict[str, float] = {}  # noqa: RUF012  a NamedTuple's default, never changed
+    """``raters``: the reliability of each."""
 
 
 def merged(prompt: Responses) -> list[Response]:
@@ -76,7 +81,7 @@ def scored_pairs(prompts: Iterable[Responses], mode: Mode, *, band: tuple[float,
             continue
         scores = [float(one.score or 0.0) for _, one in responses]
         pairs, equal = choose_pairs(scores, mode, Guard(), band=band)
-        left["pairs with equal scores"] += equal
+        left[EQUAL] += equal
         left["prompts without a pair in the band"] += mode == "band" and not pairs and not equal
         for best, worst in pairs:
             numbers = {"score_chosen": scores[best], "score_rejected": scores[worst]}
@@ -100,7 +105,7 @@ def voted_pairs(prompts: Iterable[Responses]) -> Viewed:
     Votes on more than two responses do not say which two were compared: such prompts are left out. So are even votes,
     of which ``tied_pairs`` makes pairs.
     """
-    return _of_two(prompts, lambda votes: votes.yes != votes.no, "pairs without a majority")
+    return _of_two(prompts, lambda votes: votes.yes != votes.no, EVEN)
 
 
 def tied_pairs(prompts: Iterable[Responses]) -> Viewed:
@@ -111,7 +116,7 @@ def tied_pairs(prompts: Iterable[Responses]) -> Viewed:
     """
     prompts = list(prompts)
     voted = [prompt for prompt in prompts if any(one.votes is not None for one in prompt.responses)]
-    found = _of_two(voted, lambda votes: votes.yes == votes.no, "pairs with a majority")
+    found = _of_two(voted, lambda votes: votes.yes == votes.no, MAJORITY)
     rows, left = list(found.rows), found.left_out
     for prompt in prompts:
         if any(one.votes is not None for one in prompt.responses):
@@ -120,7 +125,7 @@ def tied_pairs(prompts: Iterable[Responses]) -> Viewed:
             if first[1].score == second[1].score:
                 rows.append(_pair(prompt, first, second) | _vote_cells(Votes(0, 0, 1)))
             else:
-                left["pairs with different scores"] += 1
+                left[DIFFERENT] += 1
     return Viewed(rows, +left)
 
 
@@ -141,6 +146,45 @@ def _of_two(prompts: Iterable[Responses], wanted: Callable[[Votes], bool], other
             first, second = found if votes.yes >= votes.no else found[::-1]
             rows.append(_pair(prompt, first, second) | _vote_cells(votes if votes.yes >= votes.no else against))
     return Viewed(rows, +left)
+
+
+def rated_pairs(prompts: Iterable[Responses]) -> Viewed:
+    """Pairs of the two responses of a prompt, from the votes of raters who are believed as far as they are reliable.
+
+    ``vote_share`` is the probability that ``chosen`` is the better response (align/data/rater_reliability.py), and
+    ``votes_chosen`` and ``votes_rejected`` are the number of votes, shared out by it. Ties say nothing about who is
+    right and do not count.
+
+    Raises:
+        DataError: the votes do not determine how reliable the raters are.
+    """
+    left = Counter[str]()
+    kept: list[tuple[Responses, list[tuple[int, Response]], int]] = []
+    votes: list[Vote] = []
+    for prompt in prompts:
+        different = list(enumerate(merged(prompt)))
+        if len(different) != 2:
+            left["prompts without votes on exactly two responses"] += 1
+            continue
+        first = different[0][1].key
+        of_first = [one for one in prompt.responses if one.key == first and one.votes is not None]
+        single = [one for one in of_first if one.rater is not None and one.votes and one.votes.total == 1]
+        left["votes without a rater, or of several at once"] += len(of_first) - len(single)
+        own = [Vote(prompt.id, str(one.rater), one.votes.yes == 1) for one in single if one.votes and not one.votes.tie]
+        left["votes for a tie"] += len(single) - len(own)
+        left["prompts without a vote of a rater"] += not own
+        if own:
+            votes += own
+            kept.append((prompt, different, len(own)))
+    found = rater_reliability(votes) if votes else Reliability({}, {})
+    rows = []
+    for prompt, (one, other), count in kept:
+        share = found.pairs[prompt.id]
+        pair = _pair(prompt, one, other) if share >= 0.5 else _pair(prompt, other, one)
+        share = max(share, 1 - share)
+        cells = {"votes_chosen": count * share, "votes_rejected": count * (1 - share), "votes_tie": 0.0}
+        rows.append(pair | cells | {"vote_share": share})
+    return Viewed(rows, +left, found.raters)
 
 
 def _vote_cells(votes: Votes) -> dict[str, float]:

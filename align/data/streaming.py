@@ -1,6 +1,6 @@
 """Pair tables larger than memory: read and validated row by row, kept in one memory-mapped Arrow file."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -11,12 +11,12 @@ from datasets import Dataset
 
 from align.config import PairsSection
 from align.config.columns import NUMBERS, OPTIONAL, SCORES, TEXT
-from align.data.messages import JSON_MESSAGES, text_array, text_type
-from align.data.pairs import describe_unused, identify, one_type, other_kind, unusable
+from align.data.pair_chunks import Types, record_batch, widened
+from align.data.pairs import describe_unused, identify, other_kind, unusable
 from align.data.readers import stream_source
 from align.data.sampling import fair_sample, report_sample
 from align.data.seen_ids import SeenIds
-from align.data.user_columns import KNOWN, unused_columns, user_array, user_columns, wider
+from align.data.user_columns import unused_columns, user_columns
 from align.data.validation import Problem, RowReader
 from align.errors import DataError
 from align.io.console import log
@@ -25,8 +25,6 @@ from align.io.files import atomic_write
 BATCH = 4096
 REVISION = 3
 """Raise it when the same source gives another table; part of the key of a kept table."""
-Types = dict[str, pa.DataType]
-"""Arrow types of the text columns and of the user's, as in ``load_pairs`` for the rows read so far."""
 
 
 def stream_pairs(source: PairsSection, file: Path, *, carry: bool = False) -> Dataset:
@@ -99,7 +97,7 @@ def _write(
     kept = 0
     if first is not None:
         batch = [first, *islice(pairs, BATCH - 1)]
-        types = types or _widened({}, batch, reader.own)
+        types = types or widened({}, batch, reader.own, source.path)
         given = reader.columns | ({"margin"} if set(SCORES[:2]) <= reader.columns else set())
         numbers = [name for name in OPTIONAL if name in given]
         fields = [("id", pa.string()), *((name, types[name]) for name in TEXT)]
@@ -107,9 +105,9 @@ def _write(
         schema = pa.schema(fields + [(name, types[name]) for name in reader.own])
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             while batch:
-                if (found := _widened(types, batch, reader.own)) != types:
+                if (found := widened(types, batch, reader.own, source.path)) != types:
                     return found
-                writer.write_batch(_record_batch(batch, schema, source.path))
+                writer.write_batch(record_batch(batch, schema, source.path))
                 kept += len(batch)
                 batch = list(islice(pairs, BATCH))
     if reader.problems and not source.drop_invalid:
@@ -121,29 +119,6 @@ def _write(
     if kept == 0:
         raise DataError(f"{source.path}: no valid pair", code="data-empty", hint="look at `align data check`")
     return None
-
-
-def _widened(types: Types, batch: list[dict[str, Any]], own: Sequence[str]) -> Types:
-    """The types of the texts and of the user's columns ``own``, given those of the rows before this batch: JSON
-    messages stay JSON messages."""
-    new = {name: text_type([pair[name] for pair in batch]) for name in TEXT}
-    found = {name: JSON_MESSAGES if JSON_MESSAGES in (kind, types.get(name)) else kind for name, kind in new.items()}
-    return found | {name: wider(types.get(name), user_array([pair[name] for pair in batch]).type) for name in own}
-
-
-def _record_batch(batch: list[dict[str, Any]], schema: pa.Schema, source: str) -> pa.RecordBatch:
-    """The pairs as Arrow.
-
-    Raises:
-        DataError: values of two kinds are in one column.
-    """
-    arrays = []
-    for field in schema:
-        values = [pair.get(field.name) for pair in batch]
-        with one_type(source, field.name):
-            make = text_array if field.name in TEXT else pa.array if field.name in KNOWN else user_array
-            arrays.append(make(values, field.type))
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def _is_empty(pairs: Dataset, name: str) -> bool:

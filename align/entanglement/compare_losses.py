@@ -82,7 +82,7 @@ def nll_weight(d_w: Tensor, d_l: Tensor, chosen_sq: Tensor, inner: Tensor, lengt
 
 
 def _incentive(loss: BoundLoss, table: Dataset, columns: dict[str, Tensor], noise: float) -> Incentive:
-    d_w, d_l = _weights(loss, table)
+    d_w, d_l = loss_weights_of(loss, table)
     step = changes(columns["chosen_sq"], columns["rejected_sq"], columns["inner"], d_w, d_l, noise=noise)
     falls = step.chosen < -step.noise_chosen
     needed = nll_weight(d_w, d_l, columns["chosen_sq"], columns["inner"], _column(table, "tokens_chosen"))
@@ -97,8 +97,8 @@ def _incentive(loss: BoundLoss, table: Dataset, columns: dict[str, Tensor], nois
     )
 
 
-def _weights(loss: BoundLoss, table: Dataset) -> tuple[Tensor, Tensor]:
-    """d_w and d_l [N] at the measured log-probs."""
+def loss_weights_of(loss: BoundLoss, table: Dataset) -> tuple[Tensor, Tensor]:
+    """d_w and d_l [N] of a loss at the measured log-probs; one that compares pairs sees all of them."""
     chosen, rejected = (_column(table, f"logp_{side}") for side in ("chosen", "rejected"))
     logps = PairLogps(
         chosen.requires_grad_(),

@@ -101,7 +101,8 @@ class SamplesWhileTraining:
             record = self.record(judged, judged if step == 0 else read_samples(folder / "step-0.jsonl"))
             for part in folder.glob("*.part-*"):
                 part.unlink()
-            return record | {"seconds": time.monotonic() - start}
+            judge = None if self._judge is None else self._judge.name
+            return record | {"judge": judge, "seconds": time.monotonic() - start}
 
         return from_main_process(finish)
 

@@ -38,6 +38,9 @@ class SamplingJob:
     Result: ``completions``, a list of n for each prompt; ``completions_of`` reads it. With a ``reference`` also
     ``logp_policy``, ``logp_reference`` and ``kl``, n of each (nats) for each prompt; see
     ``align.models.sample_kl.SampleScores``.
+
+    A prompt that the engine cannot take, such as one that fills the model's window, has no completions and none of
+    these. The engine logs its key; the caller counts it.
     """
 
     model: str
@@ -45,8 +48,6 @@ class SamplingJob:
     sampling: Sampling
     reference: str | None = None
     """Its tokenizer is then used for both models."""
-    leaves_out: bool = False
-    """Whether a prompt that the engine refuses has no completions; otherwise it is an error."""
 
     def load(self) -> Engine:
         """Load the engine.
@@ -71,11 +72,7 @@ class SamplingJob:
         def work(rows: Dataset) -> Dataset:
             prompts = [json.loads(prompt) for prompt in rows["prompt"]]
             keys = list(rows["key"])
-            if self.leaves_out:
-                by_index = dict(engine.stream(prompts, self.sampling, keys))
-                groups = [by_index[k] for k in range(len(prompts))]
-            else:
-                groups = engine.generate(prompts, self.sampling, keys)
+            groups = engine.generate(prompts, self.sampling, keys, leaves_out=True)
             table = {"completions": [[asdict(completion) for completion in group] for group in groups]}
             if log_probs is None:
                 return Dataset.from_dict(table, features=Features(FEATURES))

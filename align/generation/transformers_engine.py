@@ -1,6 +1,6 @@
 """Sampling with transformers, for machines without vLLM."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby, islice
@@ -62,6 +62,8 @@ class TransformersEngine(Engine):
         self.stops = stop_ids(tokenizer, model.generation_config)
         self._ignores_padding: bool | None = None
         """Whether padding on the left changes nothing; None before a batch needs it."""
+        self._shares_prompts: bool | None = None
+        """Whether several samples of a prompt continue one pass over it; None before a batch could."""
 
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt; see ``encode_prompt``."""
@@ -113,10 +115,24 @@ class TransformersEngine(Engine):
         return self.batch_size if self._ignores_padding else 1
 
     def padding_difference(self) -> float:
-        """Largest difference (nats) of a token's log-prob in a batch with padding on the left from that of a row alone.
+        """Largest difference (nats) of a token's log-prob between a batch padded on the left and its rows alone."""
+        rows, logprobs = self._trial()
+        return _apart(logprobs(rows), torch.cat([logprobs([row]) for row in rows]))
 
-        Rows of random tokens are completed by the same random tokens. The log-probs of the ``TRIAL_TOKENS`` that are
-        the most probable after each count; NaN is infinite.
+    def sharing_difference(self) -> float:
+        """Largest difference (nats) of a token's log-prob after a pass over a prompt that two rows share from that
+        after a pass of each row; infinite for a model whose cache cannot be copied.
+        """
+        rows, logprobs = self._trial()
+        twice = [rows[1], rows[1]] if self.batch_size < len(rows) + 1 else [rows[0], rows[1], rows[0]]
+        try:
+            return _apart(logprobs(twice, shared=True), logprobs(twice))
+        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            return torch.inf
+
+    def _trial(self) -> tuple[list[list[int]], Callable[..., torch.Tensor]]:
+        """Two rows of random tokens, and what gives the log-probs [B, steps, V] of rows that are completed by the same
+        random tokens.
         """
         generator = torch.Generator().manual_seed(0)
         vocabulary = min(base_model(self.model).get_input_embeddings().weight.shape[0], len(self.tokenizer))
@@ -125,22 +141,20 @@ class TransformersEngine(Engine):
         rows = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
         forced = torch.randint(vocabulary, (TRIAL_STEPS,), generator=generator).to(self.model.device)
 
-        def logprobs(batch: list[list[int]]) -> torch.Tensor:
+        def logprobs(batch: list[list[int]], *, shared: bool = False) -> torch.Tensor:
             choice = _Forced(forced)
-            self._generate(batch, choice, TRIAL_STEPS, stops=[])
+            self._generate(batch, choice, TRIAL_STEPS, stops=[], shared=shared)
             return torch.stack(choice.logprobs, dim=1)
 
-        alone = torch.cat([logprobs([row]) for row in rows])
-        top = alone.topk(min(TRIAL_TOKENS, vocabulary)).indices
-        apart = (logprobs(rows) - alone).abs().gather(-1, top)
-        return float(torch.nan_to_num(apart, nan=torch.inf).max())
+        return rows, logprobs
 
     def _sample(self, rows: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
         width = max(len(row) for row in rows)
         starts = [width - len(row) for row in rows]
         choice = DrawnToken(sampling, seeds, starts, self.stops, self._alone, self.model.device)
         criteria = [_StopTexts(self.tokenizer, rows, sampling.stop)] if sampling.stop else []
-        output = self._generate(rows, choice, sampling.max_new_tokens, self.stops, criteria)
+        shared = self._may_share(rows)
+        output = self._generate(rows, choice, sampling.max_new_tokens, self.stops, criteria, shared=shared)
         logprobs = torch.stack(choice.logprobs, dim=1).tolist() if sampling.logprobs else [None] * len(rows)
         return [
             to_completion(self.tokenizer, row, out[width:].tolist(), self.stops, logps, sampling.stop)
@@ -149,9 +163,12 @@ class TransformersEngine(Engine):
 
     def _generate(
         self, rows: list[list[int]], choice: LogitsProcessor, new: int, stops: list[int],
-        criteria: Sequence[StoppingCriteria] = (),
+        criteria: Sequence[StoppingCriteria] = (), *, shared: bool = False,
     ) -> torch.Tensor:  # fmt: skip
-        """Token ids of the rows, padded on the left, and of up to ``new`` tokens that ``choice`` draws."""
+        """Token ids of the rows, padded on the left, and of up to ``new`` tokens that ``choice`` draws.
+
+        ``shared``: equal rows continue one pass over their tokens but the last.
+        """
         token = self.tokenizer.pad_token_id
         ids, mask = (part.to(self.model.device) for part in pad(rows, token, left=True))
         with torch.inference_mode(), _empty_generation_config(self.model):
@@ -163,13 +180,52 @@ class TransformersEngine(Engine):
                 generation_config=GenerationConfig(
                     max_new_tokens=new, do_sample=False, eos_token_id=stops or None, pad_token_id=token
                 ),
+                **({"past_key_values": self._read_once(ids, mask)} if shared else {}),
             )
         return output
+
+    def _read_once(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+        """The cache of all tokens but the last of each row, after one pass over the different rows."""
+        _, places = torch.unique(torch.cat([ids, mask], dim=1), dim=0, return_inverse=True)
+        count = int(places.max()) + 1
+        firsts = torch.full((count,), len(ids), device=ids.device)
+        firsts.scatter_reduce_(0, places, torch.arange(len(ids), device=ids.device), "amin")
+        output = self.model.generate(
+            input_ids=ids[firsts, :-1],
+            attention_mask=mask[firsts, :-1],
+            generation_config=GenerationConfig(
+                max_new_tokens=1, do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
+                return_dict_in_generate=True,
+            ),
+        )  # fmt: skip
+        cache = output.past_key_values
+        cache.batch_select_indices(places)
+        return cache
+
+    def _may_share(self, rows: list[list[int]]) -> bool:
+        """Whether the rows repeat, and a trial has shown that this model can continue one pass over a prompt."""
+        if len({tuple(row) for row in rows}) == len(rows) or max(map(len, rows)) < 2:
+            return False
+        if self._shares_prompts is None:
+            difference = self.sharing_difference()
+            self._shares_prompts = difference <= PADDING_TOLERANCE.get(self.model.dtype, HALF_PADDING_TOLERANCE)
+            if not self._shares_prompts:
+                log.info("%s: each sample of a prompt reads the prompt again; in a trial its log-probs after a shared "
+                         "pass differ by %.2g nats", type(base_model(self.model)).__name__, difference)  # fmt: skip
+        return self._shares_prompts
 
     def _alone(self, row: torch.Tensor) -> torch.Tensor:
         """Logits [V] after one row of token ids, computed without the other rows."""
         ids = row[None]
         return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
+
+
+def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference of the log-probs of the ``TRIAL_TOKENS`` that are expected to be the most probable; NaN is
+    infinite.
+    """
+    top = expected.topk(min(TRIAL_TOKENS, expected.shape[-1])).indices
+    return float(torch.nan_to_num((found - expected).abs().gather(-1, top), nan=torch.inf).max())
 
 
 def _batches(jobs: list[tuple[int, int]], rooms: list[int], size: int) -> Iterator[list[tuple[int, int]]]:

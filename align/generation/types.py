@@ -114,9 +114,20 @@ class Engine(ABC):
         """
 
     def generate(
-        self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
+        self,
+        prompts: Sequence[Any],
+        sampling: Sampling,
+        keys: Sequence[str] | None = None,
+        *,
+        leaves_out: bool = False,
     ) -> list[list[Completion]]:
         """``sampling.n`` completions of each prompt, in the order of the prompts; see ``stream``.
+
+        Args:
+            prompts: text or messages.
+            sampling: how to sample.
+            keys: see ``stream``.
+            leaves_out: whether a prompt that the engine cannot take has no completions; otherwise it is an error.
 
         Raises:
             DataError: the engine cannot take a prompt, or does not yield what ``stream`` promises.
@@ -129,7 +140,7 @@ class Engine(ABC):
             missing = next(k for k in range(len(prompts)) if k not in by_index)
             raise _broken(self.name, f"nothing for prompt {missing}", f"each of {len(prompts)} prompts once")
         refused = [k for k, found in by_index.items() if not found]
-        if refused:
+        if refused and not leaves_out:
             raise DataError(
                 f"{len(refused)} of {len(prompts)} prompts are refused by the {self.name} engine, see the log:\n"
                 f"{listed([(prompt_keys(prompts) if keys is None else keys)[k][:80] for k in refused])}",

@@ -44,7 +44,7 @@ train:
 - trl averages `sft` over the tokens of a batch, `nll` here over those of each response, as every other loss.
 - Everything that is wrong with a sum (an unknown name, a weight that is missing or not above 0, a parameter that no
   term has) is named at once, by `--dry-run` as well. A sum needs margins if one of its terms does. All terms share one
-  reference, the model that the training starts from.
+  reference: the model that the training starts from, or `train.reference`.
 - A `weight` column multiplies the whole sum. `remedy`, `token_mask` and `align entangle` need a loss of the log-probs
   of one pair: not one that compares pairs or reads tokens, alone or in a sum.
 
@@ -57,6 +57,16 @@ processes do not change them. Where a step has several forward passes, each pair
 
 Losses that need the reference's tokens run the reference in every step: with an adapter it is the model without it,
 otherwise a second model in memory.
+
+## Another reference
+
+`train.reference` (in Python `ref_model=`) names another model, or the folder of an adapter: a policy that was trained
+once already (Pre-DPO, arXiv 2504.15843), another supervised model, one fixed model in every round of `align iterate`.
+Its tokens must have the policy's ids, which is checked before training. It is loaded with `model_init_kwargs`, as the
+policy is, and stays in memory; its log-probs are computed once unless `precompute_ref_log_probs: false`. With
+`sync_ref_model: true` and all weights trained, the reference starts there and follows the policy every
+`ref_model_sync_steps` steps; a resumed training goes on with the reference of its checkpoint. `align entangle trace`
+reads it from the run. A run's evaluation compares every policy with `train.model`, whatever the reference of its loss.
 """
 TABLE = ["", "| loss | of a pair | needs | defaults | source | what it is, and what for |", "|---|---|---|---|---|---|"]
 TAIL = """

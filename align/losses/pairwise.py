@@ -35,6 +35,13 @@ class PairLogps:
             raise ValueError(f"PairLogps: every tensor must be [B], got {shapes}")
 
     @property
+    def swapped(self) -> "PairLogps":
+        """The same pairs with chosen and rejected exchanged."""
+        return PairLogps(
+            self.rejected, self.chosen, self.ref_rejected, self.ref_chosen, self.rejected_length, self.chosen_length
+        )
+
+    @property
     def chosen_ratio(self) -> Tensor:
         """logp_w - ref_logp_w [B], float32 or better."""
         return at_least_float32(self.chosen) - at_least_float32(self.ref_chosen)

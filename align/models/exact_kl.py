@@ -11,10 +11,11 @@ Legend: M scored positions, D hidden size, V vocabulary.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from align.models.lm_head import LogitForm, chunk_rows
+from align.models.lm_head import TILE_LOGITS, LogitForm, chunk_rows
+
+FEWEST_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,31 +29,58 @@ class ReferenceStates:
 
 
 @torch.no_grad()
-def exact_kl(states: Tensor, head: nn.Module, form: LogitForm, reference: ReferenceStates) -> Tensor:
-    """KL(policy || reference) of the next token at M positions, nats, [M], at least 0.
+def exact_kl(
+    states: Tensor, head: nn.Module, targets: Tensor, form: LogitForm, reference: ReferenceStates
+) -> tuple[Tensor, Tensor]:
+    """Return log p(target) and KL(policy || reference) of the next token at M positions, [M] each, nats.
+
+    The logits of a few positions at a time are in memory, of both models; two exponentials per logit are computed.
 
     Args:
         states: last hidden states [M, D] of the policy.
         head: its output embeddings.
+        targets: token ids [M].
         form: how it makes logits from the head's output, at the temperature that is sampled at.
-        reference: the same of the reference at these positions.
+        reference: states and head of the reference at these positions.
     """
-    size = chunk_rows(head_rows(head), states.device)
+    size = _rows(head_rows(head), states.device)
     parts = [
-        _kl(
+        _logps_and_kl(
             form.apply(head(states[start : start + size])),
             reference.form.apply(reference.head(reference.states[start : start + size])),
+            targets[start : start + size],
         )
         for start in range(0, max(len(states), 1), size)
     ]
-    return torch.cat(parts)
+    logps, kl = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return logps, kl
 
 
-def _kl(logits: Tensor, reference: Tensor) -> Tensor:
-    width = min(logits.shape[1], reference.shape[1])  # one of them may be padded to a round number of rows
-    logps = F.log_softmax(logits[:, :width], dim=-1)
-    apart = logps - F.log_softmax(reference[:, :width], dim=-1)
-    return (logps.exp() * apart).sum(dim=-1).clamp_min(0)
+def _logps_and_kl(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``exact_kl``; logits [m, V] of both models.
+
+    KL = sum_v p(v) (l(v) - r(v)) - log Z + log Z_r, for logits l and r relative to their maxima. Tokens that only one
+    of two vocabularies has, to pad it to a round number, are left out of the KL.
+    """
+    width = min(logits.shape[1], reference.shape[1])
+    log_total = torch.logsumexp(logits, dim=1) if width < logits.shape[1] else None
+    target = logits.gather(1, targets[:, None])[:, 0]
+    top = logits[:, :width].amax(dim=1)
+    ours = logits[:, :width] - top[:, None]
+    theirs = reference[:, :width] - reference[:, :width].amax(dim=1, keepdim=True)
+    apart = ours - theirs
+    weights = ours.exp_()
+    total, their_total = weights.sum(dim=1), theirs.exp_().sum(dim=1)
+    mean = apart.mul_(weights).sum(dim=1) / total
+    kl = (mean - total.log() + their_total.log()).clamp_min(0)
+    return target - (top + total.log() if log_total is None else log_total), kl
+
+
+def _rows(vocabulary: int, device: torch.device) -> int:
+    """Positions per chunk: on a CPU few enough for its caches, many enough for its matrix products."""
+    if device.type != "cpu":
+        return chunk_rows(vocabulary, device)
+    return max(FEWEST_ROWS, TILE_LOGITS["cpu"] // (2 * vocabulary))
 
 
 def head_rows(head: nn.Module) -> int:
@@ -69,11 +97,12 @@ def frozen_head(head: nn.Module, size: int) -> nn.Linear:
         size: D.
     """
     some = next(head.parameters())
+    dtype = some.dtype if some.is_floating_point() else torch.float32  # quantized weights are integers
     if type(head) is nn.Linear:
         weight, bias = head.weight.detach().clone(), None if head.bias is None else head.bias.detach().clone()
     else:
-        zero = head(torch.zeros(1, size, device=some.device, dtype=some.dtype))
-        weight = (head(torch.eye(size, device=some.device, dtype=some.dtype)) - zero).T.contiguous()
+        zero = head(torch.zeros(1, size, device=some.device, dtype=dtype))
+        weight = (head(torch.eye(size, device=some.device, dtype=dtype)) - zero).T.contiguous()
         bias = zero[0].clone()
     made = nn.Linear(size, len(weight), bias=bias is not None, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)

@@ -19,6 +19,7 @@ from align.errors import ModelError
 from align.models import attention
 from align.models.collator import REAL, ROW
 from align.models.exact_kl import ReferenceStates, exact_kl
+from align.models.expert_balance import balance_loss
 from align.models.lm_head import LogitForm, TokenScores, score_tokens
 from align.models.packing import pack
 
@@ -46,6 +47,8 @@ class SequenceLogps(NamedTuple):
     """Scores of the completion tokens, each [2B, T - 1], at index t - 1 for the token at t; 0 elsewhere."""
     kl: Tensor | None = None
     """KL(policy || reference) summed over the completion tokens, nats, [2B]; None unless asked for."""
+    balance: Tensor | None = None
+    """Load-balancing loss of a mixture of experts; None unless asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class Scored:
     """The reference at these places, if the KL to it is computed."""
     keep_states: bool = False
     """Whether the hidden states [M, D] are returned."""
+    balanced: Tensor | None = None
+    """Mask [2B, T] of the tokens over which experts are balanced, if their loss is computed."""
 
 
 @dataclass
@@ -77,6 +82,7 @@ class ScoredOutput(ModelOutput):
     log_sum_squares: Tensor | None = None
     kl: Tensor | None = None
     states: Tensor | None = None
+    balance: Tensor | None = None
 
 
 def add_completion_head(model: PreTrainedModel) -> None:
@@ -129,13 +135,26 @@ def _forward(self: PreTrainedModel, *args: Any, scored: Scored | None = None, **
     """``model.forward`` with a completion head; a bound method, so that a copy of the model runs its own weights."""
     if scored is None:
         return getattr(self, FORWARD_BEFORE)(*args, **kwargs)
-    hidden = self.base_model(*args, **kwargs).last_hidden_state[:, -scored.width :]
+    if scored.balanced is not None:
+        kwargs["output_router_logits"] = True
+    found = self.base_model(*args, **kwargs)
+    hidden = found.last_hidden_state[:, -scored.width :]
     picked = hidden.flatten(0, 1).index_select(0, scored.places)
     form = replace(LogitForm.of(self.config), temperature=scored.temperature)
     head = self.get_output_embeddings()
-    scores = score_tokens(picked, head, scored.targets, form, metrics=scored.metrics)
-    kl = None if scored.reference is None else exact_kl(picked, head, form, scored.reference)
-    return ScoredOutput(*scores, kl=kl, states=picked if scored.keep_states else None)
+    states = picked if scored.keep_states else None
+    balance = None
+    if scored.balanced is not None:
+        packed = kwargs.get("packed_pairs")
+        source = None if packed is None else packed.source
+        balance = balance_loss(found.router_logits, self.config, scored.balanced, source)
+    if scored.reference is None or scored.metrics:
+        scores = score_tokens(picked, head, scored.targets, form, metrics=scored.metrics)
+        kl = None if scored.reference is None else exact_kl(picked, head, scored.targets, form, scored.reference)[1]
+        return ScoredOutput(*scores, kl=kl, states=states, balance=balance)
+    logps, kl = exact_kl(picked, head, scored.targets, form, scored.reference)
+    empty = torch.full_like(logps, float("nan")).repeat(4, 1)
+    return ScoredOutput(logps, *empty, kl=kl, states=states, balance=balance)
 
 
 def pair_logps(
@@ -145,6 +164,7 @@ def pair_logps(
     *,
     metrics: bool = True,
     reference: ReferenceStates | None = None,
+    balance: bool = False,
 ) -> SequenceLogps:
     """Log-probabilities of a batch of pairs.
 
@@ -156,9 +176,11 @@ def pair_logps(
             holds the common prefix of each pair once. Both give the same numbers up to rounding.
         metrics: whether entropy, mean logit and top-1 of the tokens are computed; without, they may be NaN.
         reference: ``pair_states`` of the reference for this batch and layout, if the KL to it is computed.
+        balance: whether the load-balancing loss of a mixture of experts is computed, over all tokens of the 2B rows.
     """
     run = _shared_prefix if layout == "shared_prefix" else _concatenated
-    return _collect(*run(model, batch, metrics=metrics, reference=reference))
+    balanced = batch["attention_mask"] if balance else None
+    return _collect(*run(model, batch, metrics=metrics, reference=reference, balanced=balanced))
 
 
 def pair_states(model: torch.nn.Module, batch: dict[str, Any], layout: Layout) -> Tensor:
@@ -219,4 +241,4 @@ def _collect(output: Any, ends: Tensor, mask: Tensor, shared: Tensor | None) -> 
     chosen, rejected = tokens.logps.sum(dim=1).chunk(2)
     chosen_length, rejected_length = scored.sum(dim=1).chunk(2)
     kl = None if output.kl is None else placed(output.kl).sum(dim=1)
-    return SequenceLogps(chosen, rejected, chosen_length, rejected_length, tokens, kl)
+    return SequenceLogps(chosen, rejected, chosen_length, rejected_length, tokens, kl, output.balance)

@@ -133,6 +133,8 @@ def response_mask(
 def _span(talk: _Conversation, whole: str, k: int, side: str) -> tuple[int, int]:
     """First character of message ``k`` in the text ``whole``, and the character after its last."""
     first, last = _start(talk, whole, k), _end(talk, whole, k)
+    if first is not None and last is None:
+        last = _end_of_calls(talk, whole, k, first)
     if first is None or last is None or last <= first:
         raise _not_told(talk, side, k)
     return first, last
@@ -163,6 +165,25 @@ def _end(talk: _Conversation, whole: str, k: int) -> int | None:
         return None
     alone = talk.text(_with_mark(talk.messages[: k + 1], k, at_end=True))
     return place + shared_length(alone.partition(END_MARK)[2], whole[place:])  # such as the end of a message
+
+
+def _end_of_calls(talk: _Conversation, whole: str, k: int, first: int) -> int | None:
+    """End of message ``k`` that calls tools, where its template writes thoughts before the last message alone.
+
+    Its text as the last message, without what may stand before the calls, has to follow ``first`` in the whole text.
+    """
+    calls = talk.messages[k].get("tool_calls") or []
+    names = [str((call.get("function") or call).get("name")) for call in calls]
+    if not names:
+        return None
+    alone = talk.text(talk.messages[: k + 1])
+    text = alone[shared_length(talk.text(talk.messages[:k], ask=True), alone) :]
+    for place in range(len(text)):
+        if not all(name in text[place:] for name in names):
+            return None
+        if whole.startswith(text[place:], first):
+            return first + len(text) - place
+    return None
 
 
 def _marked(talk: _Conversation, whole: str, k: int, *, at_end: bool) -> int | None:

@@ -48,6 +48,7 @@ def _plots(report: dict[str, Any]) -> dict[str, Any]:
         methods = report["training"]["methods"]
         made["curves"] = training_section.curves(methods)
         made["samples"] = training_section.sample_curves(methods)
+        made["judged"] = training_section.judged(methods)
         made["kept"] = training_section.kept_rows(methods)
         made["costs"] = training_section.costs(methods)
         made["entanglement"] = _entanglement(methods)

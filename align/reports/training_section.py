@@ -69,6 +69,16 @@ def sample_curves(methods: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return made
 
 
+def judged(methods: Mapping[str, Any]) -> str:
+    """A sentence on how many prompts were sampled for, and who judged the samples."""
+    found = [one["samples"] for held_out in _watched(methods).values() for one in held_out["steps"] if "samples" in one]
+    if not found:
+        return ""
+    name = found[0]["judge"]
+    judge = f"judge: {name}" if name else "no judge: the run has no section `evaluate`"
+    return f"{found[0]['samples']} samples for {found[0]['prompts']} held-out prompts in each step; {judge}."
+
+
 def kept_rows(methods: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each method that chose a step: which, why, and its numbers on the prompts that chose it and that did not."""
     made = []

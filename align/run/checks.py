@@ -13,6 +13,7 @@ from align.run.row_checks import check_prompt_rows, check_table_rows
 from align.run.watch import check_watch
 from align.training.adapters import check_adapter, check_reward_adapter
 from align.training.base.arguments import build_lora, build_trainer_args
+from align.training.given_reference import check_reference
 from align.training.loss_choice import bind
 from align.training.settings import check_settings, policy_args
 from reward_models.loading import check_class
@@ -69,9 +70,10 @@ def check_train(train: TrainSection, forced: dict[str, Any]) -> None:
     """
     build_lora(train.peft, path="train.peft", task_type="CAUSAL_LM")
     check_adapter(train)
-    for method, options in train.methods.items():
-        loss = bind(method, options)
+    losses = {method: bind(method, options) for method, options in train.methods.items()}
+    for method, loss in losses.items():
         check_settings(train, loss, policy_args(train, method, loss, forced))
+    check_reference(train, losses.values())
 
 
 def check_models(config: RunConfig, *, conversational: bool) -> None:

@@ -8,7 +8,6 @@ only. The policy is optimized for the scorer that makes the pairs, so judge the 
 """
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,12 +121,14 @@ def _round(config: IterateConfig, prompts: list[PromptRow], policy: str, root: P
     complete_prompts(prompts, config.prompts.path, GenerateSettings(policy, sampling), root / "generate")
     build_pairs(root / "generate", build_settings(config.pairs), root / "pairs")
     (method,) = config.train.methods
-    inputs: Mapping[str, Any] = {
+    inputs: dict[str, Any] = {
         "pairs": fingerprint_source(str(root / "pairs" / "pairs.parquet")),
         "model": fingerprint_model(policy),
         "settings": config.train.made_from(without={"model"}),
         "seed": config.seed,
     }
+    if config.train.reference is not None:
+        inputs["reference"] = fingerprint_model(config.train.reference)
 
     def work(folder: Path) -> None:
         from align.training.base.tracked_runs import tracked_run

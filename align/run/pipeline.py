@@ -189,6 +189,8 @@ class _Runner:
         if kind == "filter" and config.filter:
             inputs |= _of_filter(config.filter)
         if kind == "train" and config.train:
+            if config.train.reference is not None:
+                inputs["reference"] = fingerprint_model(config.train.reference)
             method = config.train.methods[name.removeprefix("train-")]
             inputs["loss"] = method.made_from(without=set())
             revised = {loss: LOSS_REVISIONS[loss] for loss in method.names if loss in LOSS_REVISIONS}

@@ -5,8 +5,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from align.config import RewardSection, RunConfig, TrainSection
+from align.config import PairsSection, RewardSection, RunConfig, TrainSection
 from align.data.pairs import load_pairs
+from align.data.splits import folds_by_prompt, split_by_prompt
+from align.errors import DataError
 from align.models.message_checks import check_pairs_of, check_prompts_of, check_turns_of
 from align.run.watch import split_share, without_trained
 from align.training.held_out import HeldOut
@@ -28,18 +30,60 @@ def check_prompt_rows(config: RunConfig, prompts: Sequence[Any]) -> None:
 
 
 def check_table_rows(config: RunConfig) -> None:
-    """Read the pair tables of a run and check them.
+    """Read the pair tables of a run and check them, also whether they can be split as the run will.
 
     Raises:
-        DataError: a table cannot be used; see also ``check_pair_rows``.
+        DataError: a table cannot be used; see also ``check_pair_rows`` and ``split_for_reward``.
     """
-    pairs = None if config.pairs is None else load_pairs(config.pairs)
-    if pairs is not None:
-        check_pair_rows(config, pairs)
-    _check_held_out(config, pairs)
-    for source in (config.reward.pairs, config.reward.eval_pairs) if config.reward is not None else ():
-        if source is not None:
-            check_pair_rows(config, load_pairs(source), rewards=True)
+    reward = config.reward
+    heldout = None if reward is None or reward.eval_pairs is None else load_pairs(reward.eval_pairs)
+    if heldout is not None:
+        check_pair_rows(config, heldout, rewards=True)
+    policy_pairs = None if config.pairs is None else load_pairs(config.pairs)
+    _check_held_out(config, policy_pairs)
+    for source, rewards in ((config.pairs, False), (None if reward is None else reward.pairs, True)):
+        if source is None:
+            continue
+        pairs = policy_pairs if policy_pairs is not None and not rewards else load_pairs(source)
+        check_pair_rows(config, pairs, rewards=rewards)
+        if reward is not None and (rewards or reward.pairs is None):
+            split_for_reward(config, source, pairs, heldout)
+
+
+def split_for_reward(
+    config: RunConfig, source: PairsSection, pairs: Dataset, heldout: Dataset | None
+) -> tuple[Dataset, Dataset]:
+    """The pairs that a reward model is trained on and those that are held out.
+
+    Args:
+        config: the run.
+        source: of the pairs, for messages.
+        pairs: of the reward model.
+        heldout: those of ``reward.eval_pairs``; None: held out of ``pairs``.
+
+    Raises:
+        DataError: too few pairs are left to train on, to hold out, or for the folds.
+    """
+    reward = config.reward
+    assert reward is not None
+    train = pairs
+    if heldout is None:
+        train, heldout = split_by_prompt(pairs, reward.eval_fraction, config.seed)
+    if len(train) == 0 or len(heldout) == 0:
+        raise DataError(
+            f"{source.path}: {len(pairs)} pairs leave {len(train)} to train on and {len(heldout)} held out",
+            code="data-too-few",
+            hint="give more prompts, another reward.eval_fraction, or reward.eval_pairs",
+        )
+    filled = len(set(folds_by_prompt(train, reward.folds, config.seed))) if reward.folds else 0
+    if filled < reward.folds:
+        raise DataError(
+            f"{source.path}: {len(train)} pairs to train on fill {filled} parts, fewer than reward.folds: "
+            f"{reward.folds}, because pairs that share texts stay together",
+            code="data-too-few",
+            hint="give pairs of more prompts, or fewer folds",
+        )
+    return train, heldout
 
 
 def _check_held_out(config: RunConfig, pairs: Dataset | None) -> None:

@@ -9,13 +9,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.config import LossSection, WeightsSection
-from align.config.columns import ID_COLUMNS, MASK_COLUMNS
+from align.config.columns import ID_COLUMNS, MASK_COLUMNS, RESPONSES
 from align.data.pairs import with_columns
 from align.data.statistics import missing_values
+from align.data.votes import label_shares, refuse_without_majority
 from align.errors import ConfigError, DataError
 from align.io.console import log
 from align.losses.margin_weights import madpo_weight, trust_of_each
 from align.losses.pair_weights import mean_one, moderate, shrink_by_distance
+from align.losses.pairwise import PairLogps
 from align.losses.registry import BoundLoss, resolve
 from align.models.collator import ROW
 from align.models.tokenization import encode_table, report_same_tokens
@@ -35,7 +37,12 @@ def prepare_pairs(pairs: Dataset, weights: WeightsSection | None, loss: BoundLos
     require_margin(pairs, loss)
     pairs = without_missing_margins(pairs)
     pairs = add_trust(pairs, weights, loss)
-    pairs, loss = add_weight(adjust_margins(pairs, weights), loss)
+    if weights is not None and weights.votes:
+        pairs = with_columns(adjust_margins(pairs, weights), {"label_share": label_shares(pairs, "weights.votes")})
+    else:
+        if not ignores_label(loss):
+            refuse_without_majority(pairs, f"the loss {loss.spec.name} reads no votes", "`weights: {votes: true}`")
+        pairs, loss = add_weight(adjust_margins(pairs, weights), loss)
     pairs = normalize_weights(pairs, weights)
     if len(pairs) and "weight" in pairs.column_names and not np.any(pairs["weight"]):
         raise DataError(
@@ -129,7 +136,7 @@ def check_weights(method: str, config: LossSection, loss: BoundLoss) -> None:
 
     Raises:
         ConfigError: a tilt of a loss that has no value for a single pair, a shrunken margin for a loss that reads no
-            margin, a trust of each pair for a loss without trust.
+            margin, a trust of each pair for a loss without trust, votes for a loss of several pairs or of tokens.
     """
     weights = config.weights
     if weights is None:
@@ -139,6 +146,12 @@ def check_weights(method: str, config: LossSection, loss: BoundLoss) -> None:
             f"train.methods.{method}.weights.tilt: {loss.spec.name} has no loss for a single pair",
             code="weights-loss",
             hint="use it with another loss, and without a token mask",
+        )
+    if weights.votes and (not loss.spec.from_logps or config.token_mask is not None or config.remedy is not None):
+        raise ConfigError(
+            f"train.methods.{method}.weights.votes: {loss.spec.name} has no mean over the labels of a single pair",
+            code="weights-loss",
+            hint="use it with a loss of the log-probs of a pair, such as dpo or madpo, without token_mask and remedy",
         )
     if (weights.ood is not None or weights.spread) and not loss.spec.needs_margin:
         raise ConfigError(
@@ -257,9 +270,24 @@ def without_missing_margins(pairs: Dataset) -> Dataset:
     return pairs.remove_columns("margin")
 
 
-def trained_loss(loss: BoundLoss) -> BoundLoss:
-    """The loss that remains to be trained once ``add_weight`` has put a weight of the margin into the table."""
-    return resolve("dpo", {"beta": loss.beta}) if loss.spec.name == "madpo" else loss
+def trained_loss(loss: BoundLoss, weights: WeightsSection | None = None) -> BoundLoss:
+    """The loss that remains to be trained once ``add_weight`` has put a weight of the margin into the table.
+
+    With votes it stays as it is: the two labels of a pair have different weights.
+    """
+    voted = weights is not None and weights.votes
+    return resolve("dpo", {"beta": loss.beta}) if loss.spec.name == "madpo" and not voted else loss
+
+
+def ignores_label(loss: BoundLoss) -> bool:
+    """Whether the loss is the same if chosen and rejected are exchanged and the margin is turned: it reads no label."""
+    if not loss.spec.from_logps or not loss.spec.needs_margin:
+        return False
+    values = [
+        torch.tensor(row, dtype=torch.float64) for row in ([-9.0, -7.0], [-8.5, -9.5], [-9.5, -8.0], [-8.0, -9.0])
+    ]
+    logps, margin = PairLogps(*values, *(torch.tensor([5.0, 6.0]) for _ in RESPONSES)), torch.tensor([1.5, -0.5])
+    return bool(torch.allclose(loss(logps, margin), loss(logps.swapped, -margin)))
 
 
 def add_weight(pairs: Dataset, loss: BoundLoss) -> tuple[Dataset, BoundLoss]:

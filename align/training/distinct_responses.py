@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from align.config.columns import ID_COLUMNS
+from align.config.columns import ID_COLUMNS, MASK_COLUMNS
 
 ROWS = 1024
 """Rows of a table that are read at a time."""
@@ -35,12 +35,16 @@ class Passes:
         return len(self.places) != len(self.source) or bool((self.places.ravel() != np.arange(self.places.size)).any())
 
     def example(self, dataset: Dataset, index: int) -> dict[str, Any]:
-        """The example of one pass: token ids of its prompt and its two responses."""
+        """The example of one pass: token ids of its prompt and its two responses, and which of these tokens count."""
         (first, chosen), (second, rejected) = (divmod(int(place), 2) for place in self.places[index])
         row, other = dataset[first], dataset[second] if second != first else None
         prompt, *sides = ID_COLUMNS
         ids = row[prompt], row[sides[chosen]], (other or row)[sides[rejected]]
-        return dict(zip(ID_COLUMNS, ids, strict=True))
+        example = dict(zip(ID_COLUMNS, ids, strict=True))
+        if MASK_COLUMNS[0] in row:
+            masks = row[MASK_COLUMNS[chosen]], (other or row)[MASK_COLUMNS[rejected]]
+            example |= dict(zip(MASK_COLUMNS, masks, strict=True))
+        return example
 
     def lengths(self, dataset: Dataset) -> list[int]:
         """Tokens of each pass, its prompt counted once, [P]."""
@@ -85,11 +89,15 @@ def _in_order(places: np.ndarray, source: np.ndarray) -> Passes:
 
 
 def _keys(dataset: Dataset) -> Iterator[tuple[bytes, ...]]:
-    """Keys of prompt, chosen and rejected response of every row."""
-    ids = dataset.select_columns(list(ID_COLUMNS))
+    """Keys of prompt, chosen and rejected response of every row; the tokens of a response that count are part of it."""
+    masks = [name for name in MASK_COLUMNS if name in dataset.column_names]
+    ids = dataset.select_columns([*ID_COLUMNS, *masks])
     for start in range(0, len(ids), ROWS):
         part = ids[start : start + ROWS]
-        yield from zip(*([_key(row) for row in part[name]] for name in ID_COLUMNS), strict=True)
+        columns = [[_key(row) for row in part[name]] for name in ID_COLUMNS]
+        for side, name in enumerate(masks, 1):
+            columns[side] = [key + _key(mask) for key, mask in zip(columns[side], part[name], strict=True)]
+        yield from zip(*columns, strict=True)
 
 
 def _key(ids: list[int]) -> bytes:

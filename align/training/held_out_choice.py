@@ -10,8 +10,8 @@ from align.config import KeepSection
 from align.io.console import log
 from align.training.held_out import ALL, PARTS
 
-OVER_LIMIT, UNDEFINED = 1e9, 1e12
-"""Added to the score of a step whose KL is above the limit; score of a step whose value is not defined."""
+UNDEFINED, OVER_LIMIT = 1e15, 1e18
+"""Scores of steps whose value is not defined begin near the former, those of steps beyond the limit at the latter."""
 EVAL = "eval_"
 KINDS = ("pairs", "samples")
 NAMES = {
@@ -31,18 +31,18 @@ def measured(record: Mapping[str, Any], rule: str, part: str) -> Mapping[str, An
 def keep_score(record: Mapping[str, Any], keep: KeepSection) -> float | None:
     """What orders steps under a rule, the smallest first; None if the step was not measured for it.
 
-    A step within the KL limit comes before any other, those beyond it are ordered by their KL, and a step whose value
-    is not defined comes last.
+    First come the steps within the KL limit, by their value; among those whose value is not defined the last comes
+    first. Steps beyond the limit follow, by their KL.
     """
     found = measured(record, keep.rule, PARTS[0])
     name = NAMES[keep.rule][0]
     if name not in found:
         return None
-    if found[name] is None:
-        return UNDEFINED
     kl = found.get("kl")
-    if keep.kl_at_most is not None and (kl is None or kl["value"] > keep.kl_at_most):
-        return OVER_LIMIT + (kl["value"] if kl else OVER_LIMIT)
+    if keep.kl_at_most is not None and kl is not None and kl["value"] > keep.kl_at_most:
+        return float(OVER_LIMIT * (1 + kl["value"]))
+    if found[name] is None:
+        return UNDEFINED - float(record["step"])
     value = float(found[name]["value"])
     return value if keep.rule == "held_out_loss" else -value
 
@@ -65,15 +65,15 @@ def kept_step(records: Sequence[Mapping[str, Any]], keep: KeepSection, step: int
         return {"rule": keep.rule, "kl_at_most": keep.kl_at_most, "step": last, "last": last, "why": why}
     score, limit = scores[step], keep.kl_at_most
     within = "" if limit is None else f" with a KL of at most {limit:g} nats"
-    count = sum(one < OVER_LIMIT for one in trained.values())
+    count = sum(one < UNDEFINED / 2 for one in trained.values())
     why = f"the {better} {words} among {count} evaluated steps{within}"
-    if score >= UNDEFINED:
-        why = f"no step has a defined {words}: the first is kept"
-    elif score >= OVER_LIMIT:
+    if score >= OVER_LIMIT:
         why = f"no step has a KL of at most {limit:g} nats: the one with the smallest is kept"
+    elif score > UNDEFINED / 2:
+        why = f"no step{within} has a defined {words}: the last of them is kept"
     elif 0 in scores and scores[0] <= score:
         why += ", though the start is not worse"
-    if score >= OVER_LIMIT or why.endswith("not worse"):
+    if score > UNDEFINED / 2 or why.endswith("not worse"):
         log.warning("keep: step %d: %s", step, why)
     return {"rule": keep.rule, "kl_at_most": limit, "step": step, "last": last, "why": why} | _halves(records, step)
 

@@ -4,7 +4,6 @@ They draw no random number and change no state of the training, so a training th
 that does not.
 """
 
-import math
 from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +23,7 @@ from align.io.files import atomic_write, read_json, write_json
 from align.losses.pairwise import PairLogps
 from align.models.batching import token_batches
 from align.models.exact_kl import ReferenceStates, frozen_head
-from align.models.layout import base_model
+from align.models.layout import base_model, has_adapter
 from align.models.lm_head import LogitForm
 from align.models.logps import SequenceLogps, pair_logps, pair_states
 from align.training.pair_losses import PairLosses
@@ -46,9 +45,10 @@ KL_FIELDS = ("kl_chosen", "kl_rejected")
 class HeldOutPass:
     """Measures a table of pairs under the policy of a trainer as it is.
 
-    For the exact KL the last hidden states of the reference are written to disk once, before the first step; a policy
-    then needs one forward pass per pair, and the vocabulary a second time. Where the model is sharded over processes
-    there is no KL.
+    Log-probs of the reference and, for the exact KL, its last hidden states are written to disk once, before the first
+    step; a policy then needs one forward pass per pair, and the vocabulary a second time. They come from the same pass,
+    in the same batches, as those of the policy, so that a policy that has not moved differs by nothing, not even by
+    rounding. Where the model is sharded over processes there is no KL.
 
     Args:
         trainer: prepared by ``train``, or about to be.
@@ -71,6 +71,8 @@ class HeldOutPass:
         self.batches += self._batches(sorted({*range(len(table))} - {*chosen}))
         self.tokens = sum(row[0] + sum(row) for row in self._lengths)
         """Tokens of both sequences of every pair, each with the prompt."""
+        self.reads = trainer.loss.spec.tokens != "none" or trainer.token_mask is not None
+        """Whether the loss reads more of the tokens than their log-probs."""
         self.compares = trainer.loss.spec.coupled and trainer.loss.spec.tokens == "none" and trainer.token_mask is None
         """Whether the losses are computed when all pairs have been measured."""
         self._head: nn.Module | None = None
@@ -81,12 +83,11 @@ class HeldOutPass:
         Raises:
             ConfigError: the states are gone, and the policy is no longer the reference.
         """
-        complete = self.folder / COMPLETE
-        made = {"layout": self.trainer.layout, "batches": self.kl_batches}
-        if not self.kl_batches or (complete.exists() and read_json(complete) == made):
+        complete, trainer = self.folder / COMPLETE, self.trainer
+        made = {"layout": trainer.layout, "batches": len(self.batches), "kl": self.kl_batches}
+        if trainer.is_deepspeed_enabled or (complete.exists() and read_json(complete) == made):
             return
-        trainer = self.trainer
-        live = trainer.ref_model is not None or hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
+        live = trainer.ref_model is not None or has_adapter(trainer.accelerator.unwrap_model(trainer.model))
         if trainer.state.global_step and not live:
             raise ConfigError(
                 f"{self.folder}: found no complete states of the reference, which the first step has changed",
@@ -95,11 +96,12 @@ class HeldOutPass:
             )
         accelerator = trainer.accelerator
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._reference() as model:
-            for k in range(accelerator.process_index, self.kl_batches, accelerator.num_processes):
-                states = pair_states(model, self._batch(self.batches[k]), trainer.layout)
-                self._save(self._file(k), {"states": states})
-            if accelerator.is_main_process and self._changes(_head_of(model)):
+        with self._reference() as model, trainer.compute_loss_context_manager():
+            for k, own in self._shares():
+                found = self._of_reference(model, k)
+                if own:
+                    self._save(self._file(k), found)
+            if self.kl_batches and accelerator.is_main_process and self._changes(_head_of(model)):
                 head = frozen_head(_head_of(model), base_model(model).config.get_text_config().hidden_size)
                 self._save(self.folder / HEAD, dict(head.state_dict()))
         accelerator.wait_for_everyone()
@@ -107,18 +109,33 @@ class HeldOutPass:
             write_json(complete, made)
         accelerator.wait_for_everyone()
 
+    def _of_reference(self, model: nn.Module, k: int) -> dict[str, Tensor]:
+        """Log-probs of a batch under the reference, computed as those of the policy will be, and its states."""
+        batch, layout, said = self._batch(self.batches[k]), self.trainer.layout, None
+        if k < self.kl_batches:
+            states = pair_states(model, batch, layout)
+            said = ReferenceStates(states, _head_of(model), LogitForm.of(base_model(model).config))
+        found = pair_logps(model, batch, layout, metrics=self.reads, reference=said)
+        logps = {"chosen": found.chosen, "rejected": found.rejected}
+        return logps if said is None else logps | {"states": said.states}
+
+    def _shares(self) -> "Iterator[tuple[int, bool]]":
+        """Batches of this process, and whether it keeps the result: processes of a sharded model run equally many."""
+        accelerator = self.trainer.accelerator
+        for start in range(0, len(self.batches), accelerator.num_processes):
+            k = start + accelerator.process_index
+            if k < len(self.batches) or self.sharded:
+                yield (k, True) if k < len(self.batches) else (0, False)
+
     def __call__(self) -> dict[str, np.ndarray]:
         """Numbers of every pair, float64 [N]; every process calls this and gets them all."""
         accelerator, rows = self.trainer.accelerator, len(self.table)
         losses = self._losses()
         values: dict[str, np.ndarray] = defaultdict(lambda: np.full(rows, np.nan))
         computed = []
-        for start in range(0, math.ceil(len(self.batches) / accelerator.num_processes)):
-            k = start * accelerator.num_processes + accelerator.process_index
-            if k < len(self.batches):
-                computed.append((self.batches[k], self._measure(k, losses)))
-            elif self.sharded:  # each forward pass gathers parameters from all processes
-                self._measure(0, losses)
+        for k, own in self._shares():
+            columns = self._measure(k, losses)
+            computed += [(self.batches[k], columns)] if own else []
         for batch, columns in gather_object(computed) if accelerator.num_processes > 1 else computed:
             for name, column in columns.items():
                 values[name][batch] = column
@@ -131,14 +148,12 @@ class HeldOutPass:
 
     def _measure(self, k: int, losses: PairLosses) -> dict[str, np.ndarray]:
         trainer, batch = self.trainer, self._batch(self.batches[k])
-        reads = trainer.loss.spec.tokens != "none" or trainer.token_mask is not None
         model = trainer.model_wrapped if self.sharded else trainer.model
+        kept = {} if trainer.is_deepspeed_enabled else self._read(self._file(k))
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            if trainer.precompute_ref_logps:
-                reference = tuple(batch[name] for name in REFERENCE_COLUMNS)
-            else:
-                reference = trainer.compute_ref_log_probs(trainer._reference, batch)
-            policy = pair_logps(model, batch, trainer.layout, metrics=reads, reference=self._states(k))
+            reference = self._reference_logps(batch, kept)
+            said = self._states(kept["states"]) if "states" in kept else None
+            policy = pair_logps(model, batch, trainer.layout, metrics=self.reads, reference=said)
             columns = self._columns(policy, *reference)
             if not self.compares:
                 logps = PairLogps(
@@ -147,6 +162,15 @@ class HeldOutPass:
                 )  # fmt: skip
                 columns |= _weighted(*losses(policy, logps, batch, step=0, training=False), batch.get("weight"))
         return {name: column.double().cpu().numpy() for name, column in columns.items()}
+
+    def _reference_logps(self, batch: dict[str, Any], kept: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Log-probs of a batch under the reference: kept before the first step, or as it is now if it moves."""
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled and trainer.precompute_ref_logps:
+            return batch[REFERENCE_COLUMNS[0]], batch[REFERENCE_COLUMNS[1]]
+        if trainer.is_deepspeed_enabled or trainer.args.sync_ref_model:
+            return trainer.compute_ref_log_probs(trainer._reference, batch)
+        return kept["chosen"], kept["rejected"]
 
     def _columns(self, policy: SequenceLogps, ref_chosen: Tensor, ref_rejected: Tensor) -> dict[str, Tensor]:
         numbers = (
@@ -181,16 +205,13 @@ class HeldOutPass:
         made.load_state_dict(trainer.pair_losses.state_dict())
         return made
 
-    def _states(self, k: int) -> ReferenceStates | None:
-        """What the reference says about a batch; None if its KL is not computed."""
-        if k >= self.kl_batches:
-            return None
-        states = load_file(self._file(k), device=str(self.trainer.accelerator.device))["states"]
+    def _states(self, states: Tensor) -> ReferenceStates:
+        """The reference at the places of a batch, from its states there."""
         reference = base_model(self.trainer._reference)
         if self._head is None:
             self._head = _head_of(reference)
             if (file := self.folder / HEAD).exists():
-                weights = load_file(file, device=str(self.trainer.accelerator.device))
+                weights = self._read(file)
                 vocabulary, width = weights["weight"].shape
                 self._head = nn.Linear(width, vocabulary, bias="bias" in weights, device="meta")
                 self._head.load_state_dict(weights, assign=True)
@@ -236,6 +257,9 @@ class HeldOutPass:
 
     def _file(self, k: int) -> Path:
         return self.folder / f"batch-{k}.safetensors"
+
+    def _read(self, file: Path) -> dict[str, Tensor]:
+        return {name: value.to(self.trainer.accelerator.device) for name, value in load_file(file).items()}
 
     def _save(self, file: Path, tensors: dict[str, Tensor]) -> None:
         with atomic_write(file) as temporary:

@@ -23,6 +23,8 @@ DIRECTED = ("loss", "rewards/accuracies", "rewards/margins")
 OF_CHOICE = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better")
 BY_SAMPLES = ("win_rate", "gold_per_root_kl")
 """Rules of ``keep`` that read samples."""
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+"""Schedules of the learning rate that read the metric of every evaluation."""
 NO_END = 10**9
 """Steps between checkpoints of a training that only saves what its rule may keep."""
 
@@ -38,14 +40,18 @@ def evaluation_fields(config: TrainSection) -> dict[str, Any]:
     """Defaults of the trainer's fields for a training that evaluates."""
     if config.eval_pairs is None:
         return {}
-    fields: dict[str, Any] = {"eval_strategy": "steps", "eval_on_start": True}
+    fields: dict[str, Any] = {"eval_strategy": "steps"}
     if config.trainer.get("eval_strategy", "steps") == "steps":
         fields["eval_steps"] = EVALUATIONS
     return fields
 
 
 def set_choice(args: PreferenceConfig, config: TrainSection) -> None:
-    """Set the fields by which transformers loads the checkpoint that ``keep`` chooses, or knows when to stop."""
+    """Set the fields by which transformers loads the checkpoint that ``keep`` chooses, or knows when to stop.
+
+    The start is always evaluated: there the log-probs of the reference are computed.
+    """
+    args.eval_on_start = config.eval_pairs is not None
     if config.early_stopping is not None and args.metric_for_best_model is None:
         args.metric_for_best_model, args.greater_is_better = "loss", False
     if config.keep is None:
@@ -105,8 +111,13 @@ def _wrong_fields(config: TrainSection, loss: BoundLoss) -> list[str]:
     if config.keep is not None:
         problems += [
             f"train.trainer.{name}: found it together with train.keep, which decides it" for name in OF_CHOICE
-            if name in fields
+            if fields.get(name) not in (None, False)
         ]  # fmt: skip
+        if config.keep.rule in BY_SAMPLES and fields.get("lr_scheduler_type") in BY_METRIC:
+            problems.append(
+                f"train.trainer.lr_scheduler_type: found {fields['lr_scheduler_type']} and keep.rule "
+                f"{config.keep.rule}, whose metric evaluations without samples lack"
+            )
         if fields.get("save_strategy") == "best":
             problems.append("train.trainer.save_strategy: found best together with train.keep, which saves by its rule")
     elif (metric := fields.get("metric_for_best_model")) is not None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -71,17 +72,34 @@ class HeldOutTrainer(PreferenceTrainer):
         kwargs: those of ``PreferenceTrainer``.
     """
 
-    def __init__(self, model: Any, *, watch: Watch, folder: Path, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        *,
+        watch: Watch,
+        folder: Path,
+        **others: Any,
+    ) -> None:
         self.watch = watch
         self.records_folder = folder / FOLDER
         table = None if watch.pairs is None else watch.pairs.pairs
-        super().__init__(model, eval_dataset=table, **kwargs)
+        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset=table, **others)
         self._pass: HeldOutPass | None = None
         if watch.sampler is not None:
             self.add_callback(_Samples(watch.sampler.every, self))
         if watch.early_stopping is not None:
             stopping = watch.early_stopping
             self.add_callback(EarlyStopping(stopping.patience, stopping.threshold))
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """As for every trainer; but the evaluation computes those of its own table, see ``HeldOutPass``."""
+        if name == "eval" and not hasattr(self, "_pass") and not self.is_deepspeed_enabled:
+            return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     @property
     def records(self) -> list[dict[str, Any]]:

@@ -85,6 +85,8 @@ class PairLosses:
         columns = inputs.get("margin"), inputs.get("trust")
         if self.token_mask is not None:
             return self._masked(self.token_mask, policy, inputs, training=training)
+        if "label_share" in inputs:
+            return self._voted(logps, *columns, share=inputs["label_share"])
         statistics = tokens = None
         self.own_weight = own_weight(self.loss, *columns)
         if self.loss.spec.coupled:
@@ -95,6 +97,18 @@ class PairLosses:
             reference = self._run_reference(inputs) if self.loss.spec.tokens == "reference" else None
             tokens = pair_tokens(policy, reference, inputs, vocabulary=self._vocabulary, seed=self._seed, step=step)
         return self.loss.with_terms(logps, *columns, tokens=tokens, statistics=statistics)
+
+    def _voted(
+        self, logps: PairLogps, margin: Tensor | None, trust: Tensor | None, *, share: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean of the loss over both labels, ``share`` [B] for the label as it is; and so for the terms of a sum."""
+        turned = None if margin is None else -margin
+        weights = own_weight(self.loss, margin, trust), own_weight(self.loss, turned, trust)
+        self.own_weight = share * weights[0] + (1 - share) * weights[1]
+        one, terms = self.loss.with_terms(logps, margin, trust)
+        other, others = self.loss.with_terms(logps.swapped, turned, trust)
+        mixed = {name: share * value + (1 - share) * others[name] for name, value in terms.items()}
+        return share * one + (1 - share) * other, mixed
 
     def _masked(
         self, mask: TokenMask, policy: SequenceLogps, inputs: dict[str, Any], *, training: bool

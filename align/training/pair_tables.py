@@ -23,7 +23,7 @@ from align.config.columns import (
     TEXT,
 )
 from align.data.messages import exact_messages
-from align.data.pairs import one_type
+from align.data.pair_chunks import one_type
 from align.data.validation import argument_text
 from align.errors import DataError
 from align.io.console import log
@@ -32,7 +32,7 @@ from align.models.tokenization import encode_table
 from align.models.turns import Turns, counted
 from align.training.columns import NO_TOKEN, told_apart
 
-WRITTEN = (ROW, REAL, "trust", *ID_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS)
+WRITTEN = (ROW, REAL, "trust", "label_share", *ID_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS)
 """Columns that the trainer writes itself; those of a given table are dropped."""
 IMAGES = ("image", "images")
 TABLES = "a datasets.Dataset, a list of dicts or a pandas.DataFrame"

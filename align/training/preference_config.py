@@ -51,7 +51,7 @@ class PreferenceConfig(DPOConfig):
         async_checkpoints: write sharded checkpoints (FSDP2, ``SHARDED_STATE_DICT``) while training continues.
         reference_cache: folder that keeps precomputed reference log-probs for the next training of the same model and
             pairs; needs ``precompute_ref_log_probs``.
-        pair_weights: fields of ``align.config.WeightsSection``: spread, trust_by_spread, ood, tilt, normalise.
+        pair_weights: fields of ``align.config.WeightsSection``: spread, trust_by_spread, votes, ood, tilt, normalise.
         gradient_remedy: fields of ``align.config.RemedySection``: kind, keep, decay, parameters.
         token_mask: fields of ``align.config.TokenMaskSection``: sparsity, rate; ``{}`` takes their defaults.
 

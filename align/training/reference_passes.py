@@ -9,6 +9,7 @@ from torch import Tensor
 from trl import DPOTrainer
 
 from align.config.columns import PAIR_COLUMNS
+from align.errors import ConfigError
 from align.io.console import log
 from align.models.adapter_folders import FIRST_ADAPTER
 from align.models.adapters import copy_adapter, starts_from_adapter
@@ -85,8 +86,23 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
             choice = "concatenated"
         self.layout = choose_layout(self.model, sample, choice, longest=longest, training=True)
         if self.ref_model is not None:
+            self._check_rows(self.ref_model)
             choice = choice if self.layout == "shared_prefix" else "concatenated"
             self.layout = choose_layout(self.ref_model, sample, choice, longest=longest)
+
+    def _check_rows(self, reference: torch.nn.Module) -> None:
+        """Refuse a reference that embeds fewer tokens than the tokenizer has.
+
+        Raises:
+            ConfigError: it is a model of another vocabulary.
+        """
+        rows, tokens = base_model(reference).config.get_text_config().vocab_size, len(self.processing_class)
+        if rows < tokens:
+            raise ConfigError(
+                f"ref_model: embeds {rows} tokens, and the policy's tokenizer has {tokens}",
+                code="train-reference",
+                hint="take a reference with the policy's tokenizer",
+            )
 
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Log-probs [B], [B] of the chosen and rejected responses under the reference, without gradient."""

@@ -9,7 +9,6 @@ from trl import DPOConfig
 from align.config import Section, TrainSection
 from align.distributed import world_size
 from align.errors import ConfigError
-from align.io.console import log
 from align.losses.registry import BoundLoss
 from align.models.folders import is_adapter
 from align.training.base.arguments import build_trainer_args
@@ -89,6 +88,12 @@ def check_settings(config: TrainSection, loss: BoundLoss, args: PreferenceConfig
     if args.learning_rate == 0:
         raise ConfigError(
             "train.trainer.learning_rate: found 0, expected more than 0: no weight would move", code="trainer-key"
+        )
+    if config.entanglement is not None and isinstance(args.pair_weights, dict) and args.pair_weights.get("votes"):
+        raise ConfigError(
+            "train.entanglement: found it together with weights.votes, whose loss has two labels for a pair",
+            code="weights-loss",
+            hint="measure the trained policy: `align entangle report`",
         )
     if config.entanglement is not None:
         check_probe(loss, processes=world_size(), precomputed=args.precompute_ref_log_probs)
@@ -198,23 +203,3 @@ def refuse_split_batches() -> None:
 def launched(kind: str) -> bool:
     """Whether ``accelerate launch`` started this process with a plugin: FSDP or DEEPSPEED."""
     return os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in ("1", "true")
-
-
-def refuse_expert_balancing(args: DPOConfig, coefficient: float) -> None:
-    """Refuse, or report, that the load-balancing loss of a mixture of experts, which trl adds, is not added here.
-
-    Args:
-        args: trl's arguments.
-        coefficient: of the load-balancing loss, from ``args`` or the model's config.
-
-    Raises:
-        ConfigError: the arguments ask for it.
-    """
-    if args.router_aux_loss_coef is not None:
-        raise ConfigError(
-            f"train.trainer.router_aux_loss_coef: found {coefficient:g}, expected 0 or none: the losses of this "
-            "program do not balance experts",
-            code="trainer-key",
-            hint="leave it out, and train an adapter that leaves the routers as they are",
-        )
-    log.warning("the experts' load-balancing loss of this model (%g in its config) is not added", coefficient)

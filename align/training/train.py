@@ -26,6 +26,7 @@ from align.training.base.checkpoints import OPTIMIZER_SHARDS
 from align.training.base.resume import STEP
 from align.training.base.tracked_runs import tracked
 from align.training.base.trackers import TrackedRun
+from align.training.given_reference import load_given_reference
 from align.training.held_out_choice import best_step, kept_step
 from align.training.held_out_pass import FOLDER as STATES
 from align.training.held_out_trainer import FOLDER as HELD_OUT
@@ -136,14 +137,18 @@ def make_trainer(
         args = policy_args(config, method, loss, forced, reference_cache=reference_cache)
         check_settings(config, loss, args)
         pairs = pairs.select_columns([name for name in pairs.column_names if name in KNOWN])
+        reference = load_given_reference(config, loss)
         with refusals("train"):
             adapter = build_lora(config.peft, path="train.peft", task_type="CAUSAL_LM")
-            if watch is not None:
-                return HeldOutTrainer(
-                    config.model, args=args, train_dataset=pairs, peft_config=adapter, loss=loss, watch=watch,
-                    folder=output,
+            if watch is None:
+                return PreferenceTrainer(
+                    config.model, ref_model=reference, args=args, data_collator=None, train_dataset=pairs,
+                    peft_config=adapter, loss=loss,
                 )  # fmt: skip
-            return PreferenceTrainer(config.model, args=args, train_dataset=pairs, peft_config=adapter, loss=loss)
+            return HeldOutTrainer(
+                config.model, ref_model=reference, args=args, data_collator=None, train_dataset=pairs,
+                peft_config=adapter, loss=loss, watch=watch, folder=output,
+            )  # fmt: skip
 
 
 def _history(

@@ -24,6 +24,7 @@ from align.losses.registry import BoundLoss
 from align.models.adapters import starts_from_adapter
 from align.models.batching import in_so_many, pair_batches
 from align.models.collator import REAL, ROW, PairCollator, only_real
+from align.models.expert_balance import check_balanced
 from align.models.layout import has_adapter, trim
 from align.models.logps import SequenceLogps, pair_logps
 from align.models.template_arguments import write_record
@@ -39,7 +40,6 @@ from align.training.preference_config import PreferenceConfig, check_own_fields,
 from align.training.reference import load_reference, save_reference
 from align.training.settings import (
     check_training,
-    refuse_expert_balancing,
     refuse_precomputed_tokens,
     refuse_split_batches,
 )
@@ -148,7 +148,7 @@ class PreferenceTrainer(TrainedTables):
         for warning in self._given_loss.warnings:
             log.warning("%s", warning)
         bound = self._given_loss
-        self.loss = trained_loss(bound)
+        self.loss = trained_loss(bound, self._section.weights)
         config = own_copy(args, loss=bound.spec.name, loss_kwargs=dict(bound.parameters), beta=bound.beta)
         check_own_fields(config)
         check_given_adapter(peft_config)
@@ -172,7 +172,7 @@ class PreferenceTrainer(TrainedTables):
         """Prepare what needs the model."""
         args = self.args
         if self.aux_loss_enabled:
-            refuse_expert_balancing(args, self.router_aux_loss_coef)
+            check_balanced(self.model.config, self.router_aux_loss_coef)
         if self.max_tokens is not None and self.is_deepspeed_enabled:
             refuse_split_batches()
         if starts_from_adapter(self.model):
@@ -300,6 +300,11 @@ class PreferenceTrainer(TrainedTables):
             if num_items_in_batch is not None:
                 pairs = num_items_in_batch / self.accelerator.num_processes
         loss = (weight * per_pair).sum() / pairs
+        if policy.balance is not None:
+            mean = self.accelerator.gather(policy.balance.detach()).mean()
+            self._metrics["train" if training else "eval"]["aux_loss"].append(float(mean))
+            counted = len(per_pair) if real is None else real.sum()
+            loss = loss + self.router_aux_loss_coef * policy.balance * counted / pairs
         for name, values in terms.items():
             self._step_values[f"loss/{name}"].append(only_real((weight * values).detach(), real))
         self._pair_metrics.add(policy, logps, weight * self.pair_losses.own_weight, margin, real)
@@ -324,7 +329,7 @@ class PreferenceTrainer(TrainedTables):
             touched = ((factors[0] != 1) | (factors[1] != 1)).float()
             for name, values in (("chosen", factors[0]), ("rejected", factors[1]), ("touched", touched)):
                 self._step_values[f"remedy/{name}"].append(only_real(values, inputs.get(REAL)))
-        policy = pair_logps(model, inputs, self.layout)
+        policy = pair_logps(model, inputs, self.layout, balance=self.aux_loss_enabled)
         return policy, PairLogps(
             chosen=policy.chosen if factors is None else scale_gradient(policy.chosen, factors[0]),
             rejected=policy.rejected if factors is None else scale_gradient(policy.rejected, factors[1]),

@@ -10,6 +10,7 @@ from datasets import Dataset
 from align.data.splits import clusters_of, folds_of_clusters
 from align.data.text import count_words
 from align.data.training_pairs import SOURCE, SOURCES, UNKNOWN, report_in_sample, source_of
+from align.data.votes import refuse_without_majority
 from align.errors import DataError
 from align.io.console import log
 from align.io.files import read_json
@@ -192,6 +193,7 @@ def check_margins(pairs: Dataset, origin: str, where: str, *, allow_in_sample: b
             code="trust-margins",
             hint="score them with `align reward score`, or leave them out",
         )
+    refuse_without_majority(pairs, "trust compares margins with labels", "pairs with a majority alone")
     if len(values) < FEWEST:
         raise DataError(
             f"{where}: found {len(values)} pairs, expected at least {FEWEST}: fewer labels cannot tell settings apart",

@@ -1,5 +1,6 @@
 """Write docs/reference/ from the code: `python -m scripts.docs.reference`; a test holds the pages to it."""
 
+import argparse
 import inspect
 import re
 import typing
@@ -192,7 +193,13 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the pages."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     FOLDER.mkdir(exist_ok=True)
     for name, text in pages().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

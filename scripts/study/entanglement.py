@@ -24,7 +24,7 @@ from datasets import Dataset
 from torch import nn
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from align.config import EntanglementSection, LossSection, RemedySection, TokenMaskSection, TrainSection
+from align.config import EntanglementSection, LossSection, LossTerms, RemedySection, TokenMaskSection, TrainSection
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.types import Sampling
 from align.io.console import configure, log
@@ -40,6 +40,8 @@ from scripts.assets.demo_data import Snippet, openings, read_snippets
 from scripts.reproduce.policy_protocol.report import crossed, shown
 from scripts.tables import table
 
+NLL = (0.2, 1.0, 5.0)
+"""Weights of the nll term: Llama 3's (arXiv 2407.21783), that of iterative RPO (arXiv 2404.19733) and five times it."""
 METHODS: dict[str, LossSection] = {
     "dpo": LossSection(loss="dpo"),
     "ipo": LossSection(loss="ipo"),
@@ -49,6 +51,8 @@ METHODS: dict[str, LossSection] = {
     "dpo_shift": LossSection(loss="dpo_shift"),
     "gated_dpo": LossSection(loss="gated_dpo"),
     "cal_dpo": LossSection(loss="cal_dpo"),
+    "ln_dpo": LossSection(loss="ln_dpo"),
+    **{f"dpo_nll_{weight:g}": LossSection(loss=LossTerms(terms={"dpo": 1.0, "nll": weight})) for weight in NLL},
     "normalise": LossSection(loss="dpo", remedy=RemedySection(kind="normalise")),
     "calibrate": LossSection(loss="dpo", remedy=RemedySection(kind="calibrate")),
     "token_mask": LossSection(loss="dpo", token_mask=TokenMaskSection()),

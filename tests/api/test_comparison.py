@@ -173,7 +173,7 @@ def test_an_engine_of_your_own_is_a_policy() -> None:
     [
         (lambda k: said("a", "b"), "found 2 completions for prompt 3, expected 1"),
         (lambda k: [Completion("a", [], "stop")], "found a text without token_ids for prompt 3"),
-        (lambda k: [], "4 of 4 prompts are refused by the odd engine"),
+        (lambda k: [], r"none of 4 prompts was completed by every policy \(not completed: odd 4\)"),
     ],
 )
 def test_what_an_engine_must_yield(items: Any, words: str) -> None:

@@ -4,16 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.api import advice, advise, measure_entanglement, measure_trust
+from align.api import advice, advise, compare_losses, measure_entanglement, measure_trust
 from align.commands.trust import trust
 from align.config import PairsSection
 from align.entanglement.measure import MeasureJob
-from align.errors import AlignError
+from align.errors import AlignError, ConfigError
 from align.io.files import read_json
 from align.losses.registry import resolve
 from align.models.tokenization import tokenize_pairs
@@ -144,3 +145,18 @@ def test_trust_refuses(call: Any, arguments: dict[str, Any], code: str, words: s
         call(**({"pairs": rows(60), "model": tiny_policy, "margins": "outside"} | arguments))
     assert caught.value.code == code and words in str(caught.value)
     in_python(caught.value)
+
+
+def test_losses_are_compared_on_one_measurement(tiny_policy: Path) -> None:
+    table = compare_losses(str(tiny_policy), None, rows(8), losses=["dpo", {"dpo": 1.0, "nll": 2.0}, "madpo", "ld_dpo"])
+    by_name = {row["loss"]: row for row in table}
+    assert set(by_name) == {"dpo", "dpo + 2 nll", "madpo"}
+    measured = measure_entanglement(str(tiny_policy), None, rows(8))
+    falls = np.mean([verdict in ("both fall", "reversed") for verdict in measured["verdict"]])
+    assert by_name["dpo"]["falls"] == pytest.approx(falls)
+    assert by_name["dpo + 2 nll"]["falls"] <= by_name["dpo"]["falls"]
+    without = [{key: value for key, value in row.items() if key != "margin"} for row in rows(8)]
+    assert "madpo" not in compare_losses(str(tiny_policy), None, without)["loss"]
+    for wrong in ([], "dpo", ["dpoo"], [{"dpo": -1.0}]):
+        with pytest.raises(ConfigError):
+            compare_losses(str(tiny_policy), None, rows(8), losses=wrong)

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from align.config import PairsSection
@@ -124,3 +126,13 @@ def test_rows_of_no_shape_are_refused(tmp_path: Path) -> None:
         read(tmp_path, {"conversation_a": talk("q", "a"), "conversation_b": talk("q", "b"), "winner": "both"})
     with pytest.raises(DataError, match="conversation_b: found another first message"):
         read(tmp_path, {"conversation_a": talk("q", "a"), "conversation_b": talk("p", "b"), "winner": "a"})
+
+
+def test_parquet_structs_hold_nulls_for_keys_of_other_rows(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "q", "response": "a", "votes": {"yes": 2, "no": 1, "tie": None}, "label": None, "score": None},
+        {"prompt": "q", "response": "ü😀", "votes": {"yes": 1, "no": 2, "tie": None}, "label": None, "score": 2.5},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    (prompt,) = read_responses(PairsSection(path=str(tmp_path / "t.parquet"))).prompts
+    assert prompt.responses == (Response("a", votes=Votes(2, 1)), Response("ü😀", 2.5, Votes(1, 2)))

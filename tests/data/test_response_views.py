@@ -119,7 +119,7 @@ def test_a_view_is_a_pair_table(tmp_path: Path) -> None:
     ]}  # fmt: skip
     even = {"id": "e", "prompt": ask, "responses": [{"response": [say], "votes": {"tie": 2}}, {"response": [call]}]}
     metrics = pairs_from(written(tmp_path, votes, even), ViewSettings(("votes", "ties")), tmp_path / "out")
-    assert metrics["rows"] == 2 and metrics["left_out"] == {"pairs without a majority": 1, "pairs with a majority": 1}
+    assert metrics["rows"] == 2 and metrics["left_out"] == {}
     first, second = load_pairs(PairsSection(path=str(tmp_path / "out" / "pairs.parquet")))
     assert first["chosen"] == [call] and json.loads(first["tools"]) == [{"name": "f"}]
     assert (first["votes_chosen"], first["votes_rejected"], second["votes_tie"]) == (3, 1, 2)

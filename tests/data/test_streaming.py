@@ -68,6 +68,7 @@ def test_a_streamed_table_keeps_every_key_of_a_message(
 ) -> None:
     """A chat template may read any key, whichever row has it first."""
     monkeypatch.setattr("align.data.streaming.BATCH", batch)
+    monkeypatch.setattr("align.data.pair_chunks.SPOOLED", batch)
     turns: list[dict[str, Any]] = [
         {"role": "assistant", "content": "fine"},
         {"content": "good", "role": "assistant", "reasoning_content": "very fine"},

@@ -41,6 +41,7 @@ def own(table: Any) -> dict[str, list[Any]]:
 def test_they_are_carried_unchanged(batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loaded and streamed, whatever rows come first; written and read again, objects are JSON texts."""
     monkeypatch.setattr("align.data.streaming.BATCH", batch)
+    monkeypatch.setattr("align.data.pair_chunks.SPOOLED", batch)
     for name, table in (("there", given()), ("back", given()[::-1])):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in table))

@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from align.config import RunConfig
@@ -100,11 +101,14 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(
     assert asked == [trusted] * 3
 
 
-def test_a_prompt_beyond_the_window_leaves_no_completions_or_is_an_error(tiny_policy: Path) -> None:
-    """`align generate` on a cluster leaves it out; an evaluation needs a completion of each prompt."""
-    job = SamplingJob(str(tiny_policy), SAMPLING)
-    rows = keyed_prompts(["good", "very " * 128], keys=["a", "too-long"])
-    found = completions_of(decode(encode(replace(job, leaves_out=True).start()(rows))))
-    assert [len(group) for group in found] == [3, 0]
+def test_a_prompt_beyond_the_window_has_no_completions_and_no_log_probs(tiny_policy: Path) -> None:
+    rows = keyed_prompts(["good", "very " * 128, "film"], keys=["a", "too-long", "b"])
+    job = SamplingJob(str(tiny_policy), replace(SAMPLING, top_p=1.0), str(tiny_policy))
+    found = decode(encode(job.start()(rows)))
+    assert [len(group) for group in completions_of(found)] == [3, 0, 3]
+    alone = job.start()(keyed_prompts(["good", "film"], keys=["a", "b"]))
+    for name in ("logp_policy", "logp_reference"):
+        assert [len(group) for group in found[name]] == [3, 0, 3]
+        assert np.allclose(found[name][0] + found[name][2], alone[name][0] + alone[name][1], atol=1e-5)
     with pytest.raises(DataError, match="too-long"):
-        job.start()(rows)
+        job.load().generate(["good", "very " * 128], SAMPLING, ["a", "too-long"])

@@ -1,22 +1,24 @@
 """Every stage reads the same ids of the same pair, which are trl's; crossed over tokenizers and chat templates."""
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase, RobertaConfig
 from trl import DPOTrainer, RewardTrainer
 
 from align.config.columns import ID_COLUMNS
 from align.errors import AlignError, DataError, ModelError
 from align.models.chat_template import templated
-from align.models.tokenization import encode_pair, encode_prompt, encode_reward_texts, tokenize_pairs
+from align.models.tokenization import encode_pair, encode_prompt, encode_reward_texts, render, tokenize_pairs
 from align.training.pair_tables import tokenize_table
 from align.training.trainer import PreferenceTrainer
-from reward_models.tokenization import pair_texts, told_apart
+from reward_models.tokenization import pair_tokens, told_apart
 from tests.helpers.builders import rows, tokenizer
 
 SPECIAL = ["<bos>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<think>", "</think>", "system", "tool", "\n"]
@@ -91,7 +93,8 @@ def as_expected(pairs: Dataset, found: PreTrainedTokenizerBase, *, by_trl: bool 
     training = trained(pairs, found)
     measured = tokenize_pairs(pairs, found)
     assert training == list(zip(*(measured[name] for name in ID_COLUMNS), strict=True))
-    scored, count = pair_texts(pairs, found, 128).ids, len(pairs)
+    read, count = pair_tokens(pairs, found, 128), len(pairs)
+    scored = [*read.chosen, *read.rejected]
     for k, (prompt, chosen, rejected) in enumerate(training):
         settings = {} if isinstance(pairs[k]["prompt"], str) else {"settings": arguments(pairs[k])}
         assert encode_prompt(pairs[k]["prompt"], found, **settings)[: len(prompt)] == prompt
@@ -227,7 +230,7 @@ def test_what_cannot_be_right_is_refused_in_every_way(
     template: Any, prompt: list[dict[str, str]], kind: type[AlignError], words: str
 ) -> None:
     found, pairs = made("bos", template), Dataset.from_list([{**CHAT[0], "prompt": prompt}])
-    for read in (trained, tokenize_pairs, lambda table, its: pair_texts(table, its, 64)):
+    for read in (trained, tokenize_pairs, lambda table, its: pair_tokens(table, its, 64)):
         with pytest.raises(kind, match=words):
             read(pairs, found)
 
@@ -238,6 +241,26 @@ def test_pairs_that_a_template_makes_the_same_are_left_out_of_reward_training(ca
     same = {"id": "s", "prompt": ASKED, "chosen": thought[:1], "rejected": thought[1:]}
     found = made("neither", GOOD_TEMPLATES["strips"])
     table = Dataset.from_list([CHAT[0], same])
-    read = pair_texts(table, found, 64)
+    read = pair_tokens(table, found, 64)
     assert read.alike.tolist() == [False, True] and told_apart(table, read.alike, 64).tolist() == [0]
     assert "1 of 2 pairs are left out: their two responses are the same tokens within max_length 64: s" in caplog.text
+
+
+@pytest.mark.parametrize("added", ADDED)
+def test_the_architecture_decides_whether_a_cls_token_is_an_encoder_s(added: str, tmp_path: Path) -> None:
+    """RoBERTa's tokenizer also has cls = bos and sep = eos, and adds both; an adapter's is read as that of its base."""
+    words = made(added, GOOD_TEMPLATES["llama"])
+    words.add_special_tokens({"cls_token": "<bos>", "sep_token": "<eos>"})
+    folders = {name: tmp_path / name for name in ("llama", "roberta", "adapter")}
+    RobertaConfig(vocab_size=len(words)).save_pretrained(folders["roberta"])
+    LlamaConfig(vocab_size=len(words)).save_pretrained(folders["llama"])
+    LoraConfig(base_model_name_or_path=str(folders["llama"])).save_pretrained(folders["adapter"])
+    read = {}
+    for name, folder in folders.items():
+        words.save_pretrained(folder)
+        found = AutoTokenizer.from_pretrained(folder)
+        assert found.cls_token_id == words.bos_token_id
+        if name != "roberta":
+            as_expected(Dataset.from_list(CHAT), found)
+        read[name] = encode_reward_texts([render(ASKED, GOOD, found)], found, 99)
+    assert (read["roberta"] == read["llama"]) == (added in ("neither", "eos")) and read["adapter"] == read["llama"]

@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from align.models import exact_kl as module
-from align.models import lm_head
 from align.models.completion_logps import completion_kl, completion_logps
 from align.models.exact_kl import ReferenceStates, exact_kl, frozen_head
 from align.models.layout import choose_layout
@@ -40,7 +39,8 @@ def token_kl(policy: nn.Module, reference: nn.Module, ids: Tensor, temperature: 
 @pytest.mark.parametrize("layout", ["concatenated", "shared_prefix"])
 def test_kl_of_pairs(family: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """Summed over the tokens of each response; a token that both responses begin with counts in both."""
-    monkeypatch.setitem(lm_head.CHUNK_LOGITS, "cpu", 61 * 3)
+    monkeypatch.setattr(module, "FEWEST_ROWS", 3)
+    monkeypatch.setitem(module.TILE_LOGITS, "cpu", 61)
     plain, batch = tiny(family), make_batch([(4, 3, 5), (6, 2, 2)], same_start=1)
     reference, policy = plain, moved(plain)
     for model in (reference, policy):
@@ -48,7 +48,8 @@ def test_kl_of_pairs(family: str, layout: Layout, monkeypatch: pytest.MonkeyPatc
     with torch.no_grad():
         states = pair_states(reference, batch, layout)
         said = ReferenceStates(states, reference.get_output_embeddings(), LogitForm.of(reference.config))
-        found = pair_logps(policy, batch, layout, reference=said)
+        found = pair_logps(policy, batch, layout, reference=said, metrics=False)
+        with_metrics = pair_logps(policy, batch, layout, reference=said)
         itself = pair_logps(reference, batch, layout, reference=said)
     assert found.kl is not None and itself.kl is not None
     for row in range(4):
@@ -57,6 +58,8 @@ def test_kl_of_pairs(family: str, layout: Layout, monkeypatch: pytest.MonkeyPatc
         expected = token_kl(policy, reference, batch["input_ids"][row, :length])[:-1][scored].sum()
         assert found.kl[row].item() == pytest.approx(expected.item(), rel=1e-9) and expected > 1e-4
     assert itself.kl.tolist() == [0.0] * 4
+    for name in ("chosen", "rejected", "kl"):
+        assert torch.allclose(getattr(found, name), getattr(with_metrics, name), rtol=1e-9)
 
 
 def test_kl_of_completions_with_a_switched_adapter() -> None:
@@ -116,5 +119,9 @@ def test_a_frozen_head_and_a_padded_vocabulary() -> None:
     wide = nn.Linear(8, 20)
     with torch.no_grad():
         wide.weight[:16], wide.bias[:16] = head.weight, head.bias
-    found = exact_kl(states, head, LogitForm(), ReferenceStates(states, wide, LogitForm()))
-    assert torch.allclose(found, torch.zeros(5), atol=1e-6) and module.head_rows(wide) == 20
+    targets = torch.tensor([0, 3, 15, 2, 1])
+    for policy, reference in ((head, wide), (wide, head)):
+        logps, kl = exact_kl(states, policy, targets, LogitForm(), ReferenceStates(states, reference, LogitForm()))
+        assert torch.allclose(kl, torch.zeros(5), atol=1e-6) and module.head_rows(wide) == 20
+        expected = policy(states).log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
+        assert torch.allclose(logps, expected, atol=1e-6)

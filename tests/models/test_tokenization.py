@@ -23,7 +23,7 @@ from align.models.tokenization import (
     render,
     tokenize_pairs,
 )
-from reward_models.tokenization import pair_texts
+from reward_models.tokenization import pair_tokens
 from tests.helpers.builders import TEMPLATE, beginning, rows, tokenizer
 
 ASKED = [{"role": "user", "content": "is the film good"}]
@@ -114,7 +114,7 @@ def test_a_template_that_fails_is_named_with_its_words(
     for call in (
         lambda: encode_pair(CHAT, made),
         lambda: tokenize_pairs(pairs, made),
-        lambda: pair_texts(pairs, made, 64),
+        lambda: pair_tokens(pairs, made, 64),
         lambda: encode_prompt(ASKED, made, row="pair c1"),
     ):
         with pytest.raises(kind) as caught:

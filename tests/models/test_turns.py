@@ -86,6 +86,16 @@ def test_a_message_is_found_by_its_content_where_everything_else_changes() -> No
     assert words(ROW, made("neither", COUNTS), "assistant") == "very good not very good"
 
 
+def test_a_call_is_found_where_only_the_last_message_has_thoughts() -> None:
+    """As in Qwen3: no rendered prefix ends the call, and it has no content to put a mark into."""
+    calls = "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+    found = made("neither", LAST_THINKS.replace("{{ m.content }}", calls))
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "plot", "arguments": {}}}]}
+    row = {**ROW, "chosen": [call, {"role": "tool", "content": "the film is good"}, *BAD]}
+    expected = "plot <|im_end|> <think> </think> not very good <|im_end|>"
+    assert words(row, found, "assistant") == expected
+
+
 def test_what_cannot_be_told_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = Dataset.from_list([{**ROW, "chosen": [{"role": "assistant", "content": ""}, *FOLLOWED[1:]]}])
     found = made("neither", COUNTS)

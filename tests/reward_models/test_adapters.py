@@ -21,6 +21,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -33,7 +34,7 @@ from align.io.files import write_json
 from align.models.loading import load_policy
 from align.run.checks import check_config
 from align.run.iterate import load_iterate
-from reward_models.loading import load_reward_model
+from reward_models.loading import LoadOptions, load_reward_model
 from reward_models.pairwise_judges import make_score_judge
 from reward_models.scorers import ScorerSpec
 from reward_models.tokenization import reward_ids
@@ -108,6 +109,42 @@ def test_every_kind_of_adapter_that_changes_weights(kind: str, tmp_path: Path) -
     expected = by_transformers(tmp_path / "merged", ids)
     assert np.ptp(expected) > 1e-2
     assert np.allclose(scorer.rewards(ids), expected, atol=1e-4)
+
+
+IN_16_BITS: dict[str, PeftConfig] = {
+    "lora": LoraConfig(**LORA, task_type="SEQ_CLS"),
+    "dora": LoraConfig(**LORA, use_dora=True, task_type="SEQ_CLS"),
+    "ia3": IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="SEQ_CLS"),
+    "tokens": LoraConfig(**LORA, trainable_token_indices=[3, 4], task_type="SEQ_CLS"),
+    "embedding": LoraConfig(**LORA, modules_to_save=["embed_tokens"], task_type="SEQ_CLS"),
+}
+
+
+@pytest.mark.parametrize("kind", IN_16_BITS)
+def test_in_16_bits_an_adapter_stays_beside_its_base(kind: str, tmp_path: Path) -> None:
+    """The sum of weight and update is not rounded, and the rewards are those of 32 bits up to rounding."""
+    base = foreign(tmp_path / "base")
+    folder, _ = adapter_of(base, tmp_path / "adapter", copy.deepcopy(IN_16_BITS[kind]))
+    ids = [[5, 6, 7, 8, 9], [9, 4, 3, 8]]
+    exact, rounded, without = (
+        scorer_of(model, options=LoadOptions(dtype=dtype)).rewards(ids)
+        for model, dtype in ((folder, "float32"), (folder, "bfloat16"), (base, "bfloat16"))
+    )
+    effect = np.abs(exact - without).max()
+    assert effect > 0.5 and np.abs(rounded - exact).max() < 0.1 * effect
+    made = load_reward_model(folder, dtype="bfloat16")[0]
+    assert isinstance(made, PreTrainedModel) and any(isinstance(part, BaseTunerLayer) for part in made.modules())
+
+
+def test_an_adapter_on_an_adapter_is_refused_in_16_bits(tmp_path: Path) -> None:
+    first, _ = adapter_of(foreign(tmp_path / "base"), tmp_path / "first")
+    second = tmp_path / "second"
+    shutil.copytree(first, second)
+    config = json.loads((second / "adapter_config.json").read_text())
+    write_json(second / "adapter_config.json", config | {"base_model_name_or_path": str(first)})
+    with pytest.raises(ModelError, match=r"an adapter on an adapter .* which is not merged in 16 bits, expected dtype"):
+        load_reward_model(second, dtype="bfloat16")
+    load_reward_model(second)
 
 
 def test_an_adapter_that_is_a_prompt_is_refused(tmp_path: Path) -> None:

@@ -52,6 +52,9 @@ def columns(count: int) -> dict[str, Tensor]:
         "bag": torch.arange(count) // 2,
         "vote_share": torch.full((count,), 0.75, dtype=torch.float64),
         "group": torch.arange(count) % 2,
+        "votes_chosen": torch.arange(count) % 3 + 1.0,
+        "votes_rejected": torch.arange(count) % 2 * 1.0,
+        "votes_tie": torch.arange(count) % 2 * 2.0,
     }
 
 
@@ -244,6 +247,7 @@ def table(count: int = 16) -> Dataset:
     pairs = rows(count)
     for k, row in enumerate(pairs):
         row |= {"teacher_margin": 2.0 + k % 3, "bag": f"b{k // 4}", "vote_share": 0.9, "group": f"g{k % 2}"}
+        row |= {"votes_chosen": 4.0, "votes_rejected": 1.0 * (k % 2), "votes_tie": 1.0 * (k % 3)}
     return Dataset.from_list(pairs)
 
 

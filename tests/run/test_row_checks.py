@@ -133,3 +133,43 @@ def test_a_date_that_the_template_writes_is_in_the_key(tmp_path: Path, monkeypat
     assert rendered_today(str(model(tmp_path / "plain", TEMPLATE)), lambda: True) == {}
     monkeypatch.setattr(chat_template, "_rendered", lambda *given: "another day")
     assert rendered_today(str(dated), lambda: True) != today
+
+
+@pytest.mark.parametrize(("count", "prompts", "folds", "words"), [
+    (1, 1, 0, "1 pairs leave"),
+    (9, 1, 2, None),
+    (3, 3, 4, "pairs to train on fill"),
+    (40, 40, 4, ""),
+])  # fmt: skip
+def test_the_dry_run_splits_as_the_run_will(
+    count: int, prompts: int, folds: int, words: str | None, tmp_path: Path
+) -> None:
+    """What its first stage refuses for want of pairs, the dry run refuses with the same numbers."""
+    table = [
+        {
+            "id": f"p{k}",
+            "prompt": f"the film {'very ' * (k % prompts)}is",
+            "chosen": f" good {k}",
+            "rejected": f" bad {k}",
+        }
+        for k in range(count)
+    ]
+    file = run_file(tmp_path, table, TEMPLATE)
+    run = yaml.safe_load(file.read_text())
+    run["reward"] = {"model": run["train"]["model"], "folds": folds}
+    file.write_text(yaml.safe_dump(run))
+    config = load_config(file, None)
+    found = []
+    for act in (
+        lambda: pipeline.check(config, tables=True),
+        lambda: pipeline.run_pipeline(config, command="", until=("pairs",)),
+    ):
+        try:
+            act()
+            found.append("")
+        except DataError as error:
+            assert error.code == "data-too-few"
+            found.append(error.message)
+    assert found[0] == found[1]
+    if words is not None:
+        assert words in found[0] and bool(words) == bool(found[0])

@@ -48,11 +48,11 @@ def stopped(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
     seen: list[str] = []
     generate = TransformersEngine.generate
 
-    def counted(self: TransformersEngine, prompts: Any, *more: Any) -> Any:
+    def counted(self: TransformersEngine, prompts: Any, *more: Any, **settings: Any) -> Any:
         if len(seen) >= after:
             raise KeyboardInterrupt
         seen.extend(prompts)
-        return generate(self, prompts, *more)
+        return generate(self, prompts, *more, **settings)
 
     monkeypatch.setattr(TransformersEngine, "generate", counted)
     return seen

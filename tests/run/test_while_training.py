@@ -87,12 +87,17 @@ def test_a_killed_sampling_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     whole = run(file)
     assert without_seconds(killed) == without_seconds(whole) and len(asked) == 6 * 8
     assert samples == [(folder / f"step-{step}.jsonl").read_text() for step in (0, 2, 4)]
+    plain = write(tmp_path, eval_pairs={"share": 0.34}, trainer={"eval_strategy": "epoch"})
+    history = tmp_path / "runs" / "w" / "train-dpo" / "history.json"
+    losses = read_json(history)["history"]
+    run(plain)
+    assert losses == read_json(history)["history"]  # sampling changes nothing in the training
     start = killed["steps"][0]["samples"]
     assert start["all"]["win_rate"]["value"] == 0.5 and start["all"]["same_text"]["value"] == 1
     assert start["all"]["kl"]["value"] == 0 and start["all"]["gain"]["value"] == 0
     assert killed["steps"][-1]["samples"]["all"]["kl"]["value"] > 0
     assert start["samples"] == 16
-    assert start["tokens"] == sum(row["tokens"] for row in read_samples(folder / "step-0.jsonl"))
+    assert start["tokens"] == sum(json.loads(line)["tokens"] for line in samples[0].splitlines())
     assert {"pairs", "samples"} == {*killed["kept"]["reporting"]}
 
 
@@ -213,3 +218,20 @@ def test_samples_on_disk(tmp_path: Path) -> None:
     shown = while_training.shown_samples(tmp_path, 3)
     assert shown == [{"prompt": "q", "steps": [{"step": 0, "text": text, "reward": None, "finish_reason": "stop"}]}]
     assert while_training.shown_samples(tmp_path / "none", 3) == []
+
+
+def test_the_start_is_always_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the fields say; a schedule that reads the metric of every evaluation needs one that is there."""
+    monkeypatch.chdir(tmp_path)
+    found = run(write(tmp_path, trainer={"eval_on_start": False, "eval_strategy": "epoch", "max_steps": 2}))
+    assert [one["step"] for one in found["steps"]] == [0, 2]
+    config = load_config(
+        write(
+            tmp_path,
+            trainer={"lr_scheduler_type": "reduce_lr_on_plateau"},
+            eval_samples=SAMPLES,
+            keep={"rule": "win_rate"},
+        )
+    )
+    with pytest.raises(ConfigError, match=r"lr_scheduler_type: found reduce_lr_on_plateau and keep\.rule win_rate"):
+        check(config)

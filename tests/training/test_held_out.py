@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from align.config import KeepSection, LossSection, TrainSection
 from align.data.splits import clusters_of
@@ -17,7 +18,7 @@ from align.io.files import read_json
 from align.losses.pairwise import PairLogps
 from align.losses.registry import resolve
 from align.training.held_out import HeldOut, pair_metrics
-from align.training.held_out_choice import OVER_LIMIT, UNDEFINED, keep_score, kept_step
+from align.training.held_out_choice import OVER_LIMIT, UNDEFINED, EarlyStopping, keep_score, kept_step
 from align.training.held_out_pass import HeldOutPass
 from align.training.held_out_settings import chooses
 from align.training.held_out_trainer import Watch
@@ -112,7 +113,9 @@ def test_an_evaluation_does_not_change_the_training(
     assert histories[0] == histories[1]
     assert [one["step"] for one in found["steps"]] == [0, 2, 4, 6] and "kept" not in found
     start, end = found["steps"][0]["pairs"]["all"], found["steps"][-1]["pairs"]["all"]
-    assert start["kl"]["value"] == 0 and start["logps/chosen_change"]["value"] == pytest.approx(0, abs=1e-5)
+    for name in ("kl", "logps/chosen_change", "logps/rejected_change", "rewards/margins"):
+        assert start[name]["value"] == 0, name  # not even by rounding
+    assert start["rewards/accuracies"]["value"] == 0.5
     assert start["loss"]["value"] == pytest.approx(np.log(2), abs=1e-5)
     assert end["loss"]["value"] < start["loss"]["value"] and end["kl"]["value"] > 0
     assert not (tmp_path / "watched" / "held-out" / "reference").exists()
@@ -217,10 +220,12 @@ def score(loss: float | None, kl: float, limit: float | None) -> float | None:
 
 
 def test_the_order_of_steps() -> None:
-    """Within the limit by the loss, beyond it by the KL, undefined last, not measured not at all."""
-    order = [score(0.2, 3.0, 4.0), score(0.5, 1.0, 4.0), score(0.1, 5.0, 4.0), score(0.05, 6.0, 4.0), score(None, 1, 4)]
+    """Within the limit by the loss, then undefined ones, beyond it by the KL; not measured not at all."""
+    order = [score(0.2, 3.0, 4.0), score(1e6, 1.0, 4.0), score(None, 1, 4), score(0.1, 5.0, 4.0), score(0.05, 5.1, 4.0)]
     assert order == sorted(order, key=lambda one: one if one is not None else np.nan)
-    assert order[2] == OVER_LIMIT + 5 and order[4] == UNDEFINED
+    assert len({*order}) == 5 and order[2] == UNDEFINED - 2 and order[3] == OVER_LIMIT * 6
+    later = {"step": 4, "pairs": {"choosing": {"loss": None, "kl": {"value": 1.0}}}}
+    assert keep_score(later, KeepSection(rule="held_out_loss", kl_at_most=4.0)) == UNDEFINED - 4
     assert keep_score({"step": 2, "pairs": {}}, KeepSection(rule="win_rate")) is None
     win = {"step": 2, "samples": {"choosing": {"win_rate": {"value": 0.75}, "kl": {"value": 1.0}}}}
     assert keep_score(win, KeepSection(rule="win_rate", kl_at_most=2.0)) == -0.75
@@ -261,3 +266,25 @@ def test_transformers_own_choice(tiny_policy: Path, tmp_path: Path) -> None:
     best = max(steps, key=lambda step: steps[step]["choosing"]["rewards/margins"]["value"])
     assert found["kept"]["step"] == best and found["kept"]["reporting"]["pairs"] == steps[best]["reporting"]
     assert json.loads((tmp_path / "held-out" / f"step-{best}.json").read_text())["pairs"] == steps[best]
+
+
+@pytest.mark.parametrize("losses", [[0.5, 0.4, 0.45, 0.39, 0.5], [0.5, 0.6], []])
+def test_early_stopping_counts_again_after_a_resume(tmp_path: Path, losses: list[float]) -> None:
+    """Over the evaluations in the log, as in a training that was not stopped; the start does not count."""
+    args = TrainingArguments(
+        str(tmp_path), metric_for_best_model="loss", greater_is_better=False, eval_strategy="steps", report_to="none",
+        use_cpu=True,
+    )  # fmt: skip
+    live, state, control = EarlyStopping(9), TrainerState(), TrainerControl()
+    live.on_evaluate(args, state, control, {"eval_loss": 0.1})
+    for step, loss in enumerate(losses, 1):
+        state.global_step = step
+        live.on_evaluate(args, state, control, {"eval_loss": loss})
+        live.on_evaluate(args, state, control, {"eval_samples/reward": 0.0})  # has not the metric
+        state.best_metric = loss if state.best_metric is None else min(loss, state.best_metric)
+    resumed = EarlyStopping(9)
+    state.log_history = [{"step": 0, "eval_loss": 0.1}, {"step": 1, "loss": 0.3}]
+    state.log_history += [{"step": step, "eval_loss": loss} for step, loss in enumerate(losses, 1)]
+    resumed.on_train_begin(args, state, control)
+    assert resumed.early_stopping_patience_counter == live.early_stopping_patience_counter
+    assert live.early_stopping_patience_counter == (1 if losses else 0)

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from packaging import version
 from peft import PromptTuningConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from align.config import LossSection, TrainSection
@@ -22,7 +22,7 @@ from align.training.columns import add_weight
 from align.training.preference_config import PreferenceConfig
 from align.training.train import make_trainer
 from align.training.trainer import PreferenceTrainer
-from tests.helpers.builders import rows, tokenizer
+from tests.helpers.builders import rows
 
 BASE: dict[str, Any] = {
     "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1, "bf16": False,
@@ -80,6 +80,7 @@ def compare_with_trl(
     trl_loss: str,
     table: list[dict[str, Any]],
     metrics_rtol: float = 1e-5,
+    layout: LayoutChoice = "auto",
     **fields: Any,
 ) -> None:
     theirs = DPOTrainer(
@@ -88,7 +89,7 @@ def compare_with_trl(
         train_dataset=Dataset.from_list(table).remove_columns(["id", "margin"]),
         processing_class=AutoTokenizer.from_pretrained(policy),
     )
-    mine = ours(policy, tmp_path / "ours", loss, Dataset.from_list(table), **fields)
+    mine = ours(policy, tmp_path / "ours", loss, Dataset.from_list(table), layout, **fields)
     runs = []
     for trainer in (theirs, mine):
         gradients = Gradients()
@@ -187,25 +188,6 @@ def test_settings_that_cannot_be_trained_are_refused(tiny_policy: Path, tmp_path
         ours(tiny_policy, tmp_path, learning_rte=1.0)
     with pytest.raises(ConfigError, match="loss madpo needs a `margin` column"):
         ours(tiny_policy, tmp_path, "madpo", Dataset.from_list(rows(4)).remove_columns("margin"))
-
-
-def test_a_mixture_of_experts_warns_that_nothing_balances_them(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "eos_token_id": 1}
-    experts = {"num_experts": 4, "num_experts_per_tok": 2}
-    vocabulary = tokenizer()
-    config = Qwen3MoeConfig(vocab_size=len(vocabulary), bos_token_id=None, **sizes, **heads, **experts)
-    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
-    vocabulary.save_pretrained(tmp_path / "moe")
-    ours(tmp_path / "moe", tmp_path)
-    assert "load-balancing loss of this model (0.001 in its config) is not added" in caplog.text
-    with pytest.raises(ConfigError, match=r"train.trainer.router_aux_loss_coef: found 0.01, expected 0 or none"):
-        ours(tmp_path / "moe", tmp_path, router_aux_loss_coef=0.01)
-    caplog.clear()
-    ours(tmp_path / "moe", tmp_path, router_aux_loss_coef=0.0)
-    assert "load-balancing" not in caplog.text
 
 
 def test_prompts_that_fill_the_length_are_counted(

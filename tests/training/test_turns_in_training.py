@@ -8,7 +8,11 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from align.commands.entangle import MEASURED, tokenized
+from align.data.pairs import fingerprint
 from align.errors import ConfigError
+from align.models.loading import load_tokenizer
+from align.models.turns import TURNS
 from align.training.preference_config import PreferenceConfig
 from align.training.trainer import PreferenceTrainer
 from tests.helpers.builders import causal
@@ -19,6 +23,7 @@ TALK = [*GOOD, {"role": "user", "content": "the plot is not good"}, *BAD]
 PAIRS = [
     {"id": "a", "prompt": ASKED, "chosen": TALK, "rejected": BAD},
     {"id": "b", "prompt": ASKED, "chosen": GOOD, "rejected": [*TALK, *TALK[1:]]},
+    {"id": "c", "prompt": ASKED, "chosen": TALK, "rejected": GOOD},
 ]
 
 
@@ -53,3 +58,11 @@ def test_other_names_are_refused(tmp_path: Path) -> None:
         ConfigError, match=r"PreferenceConfig\.turns: found 'user', expected one of assistant, all, last"
     ):
         PreferenceConfig(str(tmp_path), turns="user", **BASE)
+
+
+def test_the_key_of_a_measurement_knows_which_tokens_count(tmp_path: Path) -> None:
+    """The token ids are the same whatever counts."""
+    pairs, found = Dataset.from_list(PAIRS), load_tokenizer(str(causal(tmp_path / "policy")))
+    tables = [tokenized(pairs, found, 64, turns)[0] for turns in TURNS]
+    keys = [fingerprint(one.select_columns([name for name in MEASURED if name in one.column_names])) for one in tables]
+    assert len(set(keys)) == len(TURNS)

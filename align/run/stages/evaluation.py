@@ -22,6 +22,7 @@ from align.evaluation.compare_policies import (
     mean_of_clusters,
     prompt_ids,
 )
+from align.evaluation.left_out import completed_by_all
 from align.evaluation.rewards import reward_differences
 from align.generation.sampling_job import LOGP_FEATURES, SamplingJob, completions_of
 from align.generation.types import as_completion
@@ -38,7 +39,10 @@ COMPLETIONS = "completions.parquet"
 
 
 def stage_generate(config: RunConfig, folder: Path, policy: str) -> None:
-    """Write one completion of each held-out prompt by a policy, and its log-probs under policy and reference."""
+    """Write one completion of each held-out prompt by a policy, and its log-probs under policy and reference.
+
+    A prompt that the policy cannot complete, such as one that fills its window, has null values.
+    """
     assert config.evaluate is not None and config.train is not None
     prompts = load_prompts(config.evaluate.prompts, config.evaluate.chat_template_kwargs)
     reference = config.train.model
@@ -46,12 +50,13 @@ def stage_generate(config: RunConfig, folder: Path, policy: str) -> None:
     report_other_arguments(prompts, model, trust_remote_code=config.train.trusts_remote_code)
     job = SamplingJob(model, run_sampling(config, config.evaluate), reference)
     sampled = sample_in_stage(config, prompts, job, folder, what=f"completions of {policy}")
-    completions = [group[0] for group in completions_of(sampled)]
+    groups = completions_of(sampled)
+    completed_by_all(prompts, {policy: [bool(group) for group in groups]})
     table = {
         "prompt": [split_arguments(prompt)[0] for prompt in prompts],
-        "text": [completion.text for completion in completions],
-        "tokens": [len(completion.token_ids) for completion in completions],
-    } | {name: [group[0] for group in sampled[name]] for name in LOGP_FEATURES}
+        "text": [group[0].text if group else None for group in groups],
+        "tokens": [len(group[0].token_ids) if group else None for group in groups],
+    } | {name: [group[0] if group else None for group in sampled[name]] for name in LOGP_FEATURES}
     cells = [argument_cells(prompt) for prompt in prompts]
     table |= {name: [row.get(name) for row in cells] for name in TEMPLATE_COLUMNS if any(name in row for row in cells)}
     Dataset.from_dict(table).to_parquet(str(folder / COMPLETIONS))
@@ -67,6 +72,11 @@ def stage_evaluate(config: RunConfig, folder: Path) -> None:
         for name in (REFERENCE, *config.train.methods)
     }
     asked = [with_arguments(row["prompt"], row) for row in tables[REFERENCE]]
+    kept = completed_by_all(
+        asked, {name: [text is not None for text in table["text"]] for name, table in tables.items()}
+    )
+    asked = [asked[k] for k in kept.rows]
+    tables = {name: table.select(kept.rows) for name, table in tables.items()}
     rewards = {name: judge.score(asked, table["text"]) for name, table in tables.items()}
     as_it_is = run_sampling(config, config.evaluate).as_it_is
     samples = {
@@ -95,6 +105,7 @@ def stage_evaluate(config: RunConfig, folder: Path) -> None:
         "comparisons": found.differences,
         "judge": judge.name,
         "n_prompts": len(prompts),
+        **({"left_out": kept.left_out} if kept.left_out else {}),
         "gold_correlation": _gold_correlation(read_pairs(config.folder / "margins" / "pairs"), judge),
         "samples": first_samples(prompts, texts, rewards, config.evaluate.samples_shown),
     }

@@ -16,21 +16,23 @@ from align.data.pair_selection import draw_pair
 from align.data.pairs import FILE as PAIRS_FILE
 from align.data.pairs import load_pairs, read_pairs, table_of, write_pairs
 from align.data.prompts import load_prompts
-from align.data.splits import clusters_of, folds_by_prompt, split_by_prompt
+from align.data.splits import clusters_of
 from align.data.statistics import summarize
 from align.data.training_pairs import report_in_sample, source_of, with_source
-from align.distributed import process_rank
+from align.distributed import local_device, process_rank
 from align.errors import DataError
+from align.evaluation.left_out import completed_by_all
 from align.filtering.tables import KEPT
 from align.generation.sampling_job import SamplingJob, completions_of
 from align.generation.types import Completion, as_completion
+from align.io.allocator import keep_freed_memory
 from align.io.console import log
 from align.io.files import read_json, write_json
 from align.models.loading import load_tokenizer
 from align.models.tokenization import MAX_LENGTH
 from align.run.checks import check_models
 from align.run.plan import HELD_OUT, REFERENCE_CACHE, TRUST, TRUST_NUMBERS, holds_out, measures_trust
-from align.run.row_checks import check_pair_rows
+from align.run.row_checks import check_pair_rows, split_for_reward
 from align.run.stages.reward import METRICS, make_scorer, scored_by
 from align.run.stages.sampling import PARTS, run_sampling, sample_in_stage
 from align.run.watch import EVAL, make_watch, split_share, without_trained
@@ -83,24 +85,12 @@ def _write_split(config: RunConfig, source: PairsSection, pairs: Dataset, folder
     """
     reward = config.reward
     assert reward is not None
+    heldout = None
     if reward.eval_pairs is not None:
         side_file = folder / "dropped_heldout.jsonl"
-        train, heldout = pairs, load_pairs(reward.eval_pairs, side_file=side_file, carry=True)
+        heldout = load_pairs(reward.eval_pairs, side_file=side_file, carry=True)
         check_pair_rows(config, heldout, rewards=True)
-    else:
-        train, heldout = split_by_prompt(pairs, reward.eval_fraction, config.seed)
-    if len(train) == 0 or len(heldout) == 0:
-        raise DataError(
-            f"{source.path}: {len(pairs)} pairs leave {len(train)} to train on and {len(heldout)} held out",
-            code="data-too-few",
-            hint="give more prompts, another reward.eval_fraction, or reward.eval_pairs",
-        )
-    if reward.folds and len(set(folds_by_prompt(train, reward.folds, config.seed))) < reward.folds:
-        raise DataError(
-            f"{source.path}: {len(train)} pairs to train on fill fewer parts than reward.folds: {reward.folds}",
-            code="data-too-few",
-            hint="give pairs of more prompts, or fewer folds",
-        )
+    train, heldout = split_for_reward(config, source, pairs, heldout)
     objective_columns(train, resolve_objective(reward.objective))
     write_pairs(train, folder / "train")
     write_pairs(heldout, folder / "heldout")
@@ -110,6 +100,7 @@ def _write_split(config: RunConfig, source: PairsSection, pairs: Dataset, folder
 def stage_sample(config: RunConfig, folder: Path) -> None:
     """Sample continuations of each prompt and pair the best with the worst; Bradley-Terry draws the chosen one.
 
+    A prompt that the policy cannot complete, such as one that fills its window, is left out and counted.
     With cross-fitted folds the label comes from fold 0's model and the margins (stage ``margins``) from the others.
     With two folds, the model of the labels and that of the margins share no training pair; with more they share some.
     """
@@ -117,7 +108,9 @@ def stage_sample(config: RunConfig, folder: Path) -> None:
     prompts = load_prompts(config.sample.prompts, config.sample.chat_template_kwargs)
     job = SamplingJob(config.train.model, run_sampling(config, config.sample, config.sample.num_generations))
     sampled = sample_in_stage(config, prompts, job, folder, what="sampling")
-    different = {k: found for k, group in enumerate(completions_of(sampled)) if len(found := _different(group)) > 1}
+    groups = completions_of(sampled)
+    kept = completed_by_all(prompts, {config.train.model: [bool(group) for group in groups]})
+    different = {k: found for k in kept.rows if len(found := _different(groups[k])) > 1}
     log.info("sample: %d of %d prompts gave two different completions", len(different), len(prompts))
     if not different:
         raise DataError(
@@ -129,7 +122,8 @@ def stage_sample(config: RunConfig, folder: Path) -> None:
     write_pairs(pairs, folder / "train")
     write_json(
         folder / METRICS,
-        {"train": summarize(pairs), "prompts": len(prompts), "labels_against_labeller": against / len(pairs)},
+        {"train": summarize(pairs), "prompts": len(prompts), "labels_against_labeller": against / len(pairs)}
+        | ({"left_out": kept.left_out} if kept.left_out else {}),
     )
     shutil.rmtree(folder / PARTS)
 
@@ -296,6 +290,8 @@ def stage_filter(config: RunConfig, folder: Path) -> None:
 def stage_train(config: RunConfig, folder: Path, policy: str) -> None:
     """Train the policy by the method of this name; a method with the loss ``trust`` gets the run's measured trust."""
     assert config.train is not None
+    if local_device() == "cpu":
+        keep_freed_memory()
     root, train = config.folder, config.train
     if config.filter is None:
         pairs = read_pairs(_policy_pairs(config))

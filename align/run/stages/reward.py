@@ -11,7 +11,9 @@ from align.config import RewardSection, RunConfig
 from align.data.pairs import FILE, read_pairs, write_pairs
 from align.data.splits import clusters_of, folds_by_prompt
 from align.data.training_pairs import source_of
-from align.distributed import process_rank
+from align.data.votes import with_majority
+from align.distributed import local_device, process_rank
+from align.io.allocator import keep_freed_memory
 from align.io.console import log
 from align.io.files import write_json
 from align.training.base.tracked_runs import tracked_run
@@ -19,6 +21,7 @@ from align.training.train import MODEL
 from reward_models.calibration import MarginMap, calibrated_out_of_fold, fit_map
 from reward_models.crossfit import FOLD, cross_fit
 from reward_models.ensemble import EnsembleScorer, members, score_with, train_members
+from reward_models.features import features_folder, remove_features
 from reward_models.length_bias import length_probe, word_difference
 from reward_models.loading import load_options
 from reward_models.margin_metrics import evaluate_margins
@@ -33,24 +36,29 @@ def stage_reward(config: RunConfig, folder: Path) -> None:
     assert config.reward is not None
     source = reward_pairs_folder(config.reward, config.folder)
     train, heldout = read_pairs(source / "train"), read_pairs(source / "heldout")
-    model = folder / MODEL
-    train_members(train, config.reward, model, seed=config.seed, run=tracked_run(config.folder, config.name, "reward"))
+    if local_device() == "cpu":
+        keep_freed_memory()
+    model, features = folder / MODEL, features_folder(config.reward, folder)
+    run = tracked_run(config.folder, config.name, "reward")
+    train_members(train, config.reward, model, seed=config.seed, run=run, features=features)
     metrics: dict[str, Any] = {"backbone": config.reward.model, "ensemble": config.reward.ensemble}
     tables = {
-        name: scored_by(members(model), pairs, config, folder)
+        name: scored_by(members(model), pairs, config, folder, features=features)
         for name, pairs in (("heldout", heldout), ("in_sample", train))
     }
+    remove_features(features)
     if process_rank() > 0:
         return
-    for name, scored in tables.items():
+    for name, table in tables.items():
+        write_pairs(table, folder / name)
+        scored = with_majority(table, f"metrics of the reward model, {name}")
         margins = np.asarray(scored["margin"])
-        write_pairs(scored, folder / name)
         clusters = clusters_of(scored)
         metrics[name] = {"margins": source_of(scored), **evaluate_margins(margins, clusters=clusters).to_dict()}
         if name == "heldout":
-            words = word_difference(heldout)
+            words = word_difference(scored)
             metrics["length"] = length_probe(margins, words, clusters=clusters)
-            fold = folds_by_prompt(heldout, FOLDS, config.seed)
+            fold = folds_by_prompt(scored, FOLDS, config.seed)
             metrics |= _fit_calibration(margins, words, fold, clusters, config.reward, model)
     write_json(folder / METRICS, metrics)
 
@@ -82,7 +90,8 @@ def stage_crossfit(config: RunConfig, folder: Path) -> None:
     if process_rank() > 0:
         return
     write_pairs(scored.remove_columns(FOLD), folder / "pairs")
-    found = evaluate_margins(np.asarray(scored["margin"]), clusters=clusters_of(scored), cross_fitted=True)
+    judged = with_majority(scored, "metrics of the cross-fitted margins")
+    found = evaluate_margins(np.asarray(judged["margin"]), clusters=clusters_of(judged), cross_fitted=True)
     write_json(folder / METRICS, {"margins": source_of(scored), **found.to_dict()})
     log.info("cross-fitted margins: %s; train, filter and `align trust` with this table", folder / "pairs" / FILE)
 
@@ -93,6 +102,7 @@ def scored_by(
     config: RunConfig,
     folder: Path,
     calibration: MarginMap | None = None,
+    features: Path | None = None,
 ) -> Dataset:
     """Score pairs by the mean of the models, with the batch size and length of the run's reward section.
 
@@ -108,6 +118,7 @@ def scored_by(
         options=load_options(config.reward),
         calibration=calibration,
         cluster=config.cluster,
+        features=features,
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from align.commands.evaluation_tables import measure_kl, score, write_completions
+from align.errors import DataError
 from align.evaluation.policies import Policy
 from align.generation.types import Sampling
 from align.models.loading import load_policy, load_tokenizer
@@ -34,6 +35,8 @@ def judge_policy(
     made: Decoded = {}
     for decoding in decodings:
         written = write_completions(policy, prompts, decoding, folder)
+        if None in written.table["text"]:
+            raise DataError(f"{policy.name}: some prompts do not fit its window, see the log", code="prompt-refused")
         kl = np.zeros(len(prompts))
         if policy.model != reference.model or decoding.temperature != 1:
             kl = measure_kl(written, reference, folder).log_ratios
