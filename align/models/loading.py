@@ -1,5 +1,6 @@
 """Loading a policy and its tokenizer from a folder or hub id."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.errors import ModelError
+from align.io.console import log
 from align.models.adapter_folders import base_loading, is_quantized, saved_dtypes
 from align.models.adapters import merge_adapter
 from align.models.folders import (
@@ -74,6 +76,7 @@ def load_policy(
             policy = _load_adapter(model, trust_remote_code, trainable, kwargs)
             if trainable:
                 _check_gradients(model, policy)
+            _tell_of_outliers(model, policy)
             return policy
         loaded, found = AutoModelForCausalLM.from_pretrained(
             model, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **kwargs
@@ -85,7 +88,28 @@ def load_policy(
             hint=f"download it: hf download {model} --local-dir FOLDER, and give that folder",
         )
     refuse_new_weights(model, loaded, found["missing_keys"], "a causal language model")
+    _tell_of_outliers(model, loaded)
     return loaded
+
+
+def _tell_of_outliers(model: str, policy: nn.Module) -> None:
+    """Warn, once for each model, of a base in 8 bits whose log-probs depend on the other rows of a batch.
+
+    bitsandbytes (LLM.int8, arXiv 2208.07339) multiplies a column of the inputs in 16 bits if any row of the batch has a
+    value of at least ``llm_int8_threshold`` there, and in 8 bits otherwise; at 0 all columns are in 8 bits.
+    """
+    base: Any = base_model(policy)
+    config = getattr(getattr(base, "hf_quantizer", None), "quantization_config", None)
+    threshold = getattr(config, "llm_int8_threshold", 0.0)
+    if getattr(base, "is_loaded_in_8bit", False) and threshold:
+        _warn_of_outliers(model, float(threshold))
+
+
+@functools.cache
+def _warn_of_outliers(model: str, threshold: float) -> None:
+    log.warning("%s: quantized to 8 bits with llm_int8_threshold %g: which columns are computed in 8 bits depends on "
+                "all rows of a batch, so the log-probs of a token differ between batches (0.07 nats on a tiny model); "
+                "with llm_int8_threshold: 0 in quantization_config they do not", model, threshold)  # fmt: skip
 
 
 def _check_gradients(model: str, policy: nn.Module) -> None:

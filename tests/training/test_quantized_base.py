@@ -126,6 +126,31 @@ def test_an_adapter_on_a_quantized_base_computes_as_it_was_trained(tmp_path: Pat
     assert copied and all(parameter.dtype == wanted[name] for name, parameter in copied.items())
 
 
+@pytest.mark.parametrize(("bits", "threshold", "told"), [(8, 6.0, True), (8, 0.0, False), (4, 6.0, False)])
+def test_log_probs_that_depend_on_the_batch_are_told(
+    bits: int, threshold: float, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured with bitsandbytes: a row alone and in a batch differ by 0.07 nats at 6, and by 0.0 at 0."""
+    base, load = str(make_base(tmp_path / "base", tied=False)), AutoModelForCausalLM.from_pretrained
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        found = load(*args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        if model.__dict__.get("hf_quantizer") is not None:
+            model.hf_quantizer.quantization_config.llm_int8_threshold = threshold
+            setattr(model, f"is_loaded_in_{bits}bit", True)
+        return found
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", marked)
+    said: list[str] = []
+    monkeypatch.setattr(log, "warning", lambda text, *values: said.append(text % values))
+    load_policy(base, dtype="float32")
+    assert not said, "not quantized"
+    for _ in range(2):
+        load_policy(base, dtype="float32", **GIVEN)
+    assert len(said) == told and all("llm_int8_threshold 6" in text and base in text for text in said)
+
+
 def test_a_run_samples_and_evaluates_on_the_quantized_base(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=False)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "the film"}\n')
