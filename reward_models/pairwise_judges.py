@@ -1,13 +1,14 @@
 """Pairwise judges, which prefer one of two responses; a judge that gives scores is one as well.
 
 Names of judges: ``vader`` is the sentiment lexicon; a folder or hub id is a reward model; ``llm:MODEL`` is a language
-model that is asked which of two responses is better; ``yes-no:MODEL`` is asked for each response whether it is good.
+model that is asked which of two responses is better, ``server:MODEL`` the same by an OpenAI-compatible server;
+``yes-no:MODEL`` is asked for each response whether it is good.
 """
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,21 +19,18 @@ from align.models.batching import token_batches
 from align.models.folders import fingerprint_model
 from reward_models.judges import JUDGES, YES_NO, Judge, make_judge
 from reward_models.loading import DEFAULTS, LoadOptions, not_of_a_judge
+from reward_models.questions import LANGUAGE_MODEL, QUESTION, SERVER
 from reward_models.score import REWARDS
 
-LANGUAGE_MODEL = "llm:"
 BATCH_TOKENS = 4096
 MAX_LENGTH = 1024
 LABELS = (" A", " B")
-QUESTION = (
-    "Which of two responses to the same prompt is better?\n\nPrompt: {prompt}\n\nResponse A: {first}\n\n"
-    "Response B: {second}\n\n"
-)
 FIELDS = r"\{prompt\}|\{first\}|\{second\}"
 ANSWER = "The better response is Response"
 """Start of the judge's answer; the next token is a label."""
 
 
+@runtime_checkable
 class PairwiseJudge(Protocol):
     """Prefers one of two responses; it is asked in both orders, to cancel position bias."""
 
@@ -89,13 +87,14 @@ class LanguageModelJudge:
     Args:
         model: folder or hub id.
         max_length: tokens of one question.
+        dtype: dtype of the weights.
 
     Raises:
         ModelError: it cannot be loaded.
         ConfigError: the two labels end in the same token, or the chat template changes the question.
     """
 
-    def __init__(self, model: str, *, max_length: int = MAX_LENGTH) -> None:
+    def __init__(self, model: str, *, max_length: int = MAX_LENGTH, dtype: str = "float32") -> None:
         import torch
 
         from align.models.loading import load_policy, load_tokenizer
@@ -111,7 +110,7 @@ class LanguageModelJudge:
             )
         self._frame = self._pieces()
         self._room = max_length - sum(len(piece) for piece in self._frame)
-        self._model = load_policy(model, dtype="float32").to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self._model = load_policy(model, dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def prefer(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> np.ndarray:
         """Probability of the label of the first response relative to both labels, [N]."""
@@ -174,13 +173,16 @@ def prefer_in_both_orders(
     return first, first if isinstance(judge, ByScore) else 1 - np.asarray(judge.prefer(prompts, theirs, ours))
 
 
-def make_pairwise(name: str, max_length: int | None = None, options: LoadOptions = DEFAULTS) -> PairwiseJudge:
-    """The pairwise judge with this name: ``llm:MODEL``, or a judge that gives scores.
+def make_pairwise(
+    name: str, max_length: int | None = None, options: LoadOptions = DEFAULTS, dtype: str = "float32"
+) -> PairwiseJudge:
+    """The pairwise judge with this name: ``llm:MODEL``, ``server:MODEL`` or a judge that gives scores.
 
     Args:
         name: name of the judge, see the module.
         max_length: tokens per text of a reward model, or per question of an ``llm:`` judge; None: 1024.
         options: how a reward model is loaded and reads texts.
+        dtype: dtype of the weights of an ``llm:`` judge.
 
     Raises:
         ConfigError: there is no such judge, or it takes no ``max_length``.
@@ -189,7 +191,13 @@ def make_pairwise(name: str, max_length: int | None = None, options: LoadOptions
     if name.startswith(LANGUAGE_MODEL):
         if options != DEFAULTS:
             raise not_of_a_judge(name)
-        return LanguageModelJudge(name.removeprefix(LANGUAGE_MODEL), max_length=max_length or MAX_LENGTH)
+        return LanguageModelJudge(name.removeprefix(LANGUAGE_MODEL), max_length=max_length or MAX_LENGTH, dtype=dtype)
+    if name.startswith(SERVER):
+        from reward_models.server_judge import ServerJudge
+
+        if options != DEFAULTS or max_length is not None:
+            raise not_of_a_judge(name)
+        return ServerJudge(name.removeprefix(SERVER))
     return ByScore(make_score_judge(name, max_length, options))
 
 
@@ -205,7 +213,7 @@ def make_score_judge(name: str, max_length: int | None = None, options: LoadOpti
         ConfigError: there is no such judge, it gives no scores, or it takes no ``max_length``.
         ModelError: the model cannot be loaded.
     """
-    if name.startswith(LANGUAGE_MODEL):
+    if name.startswith((LANGUAGE_MODEL, SERVER)):
         raise ConfigError(
             f"judge {name}: only says which of two is better, expected a judge that gives scores",
             code="eval-judge",
@@ -227,7 +235,7 @@ def make_score_judge(name: str, max_length: int | None = None, options: LoadOpti
 
 def judge_key(name: str, options: LoadOptions = DEFAULTS) -> str:
     """Cache key of the verdicts of a judge: its name, content of its model, revision of the scoring."""
-    if name in JUDGES:
+    if name in JUDGES or name.startswith(SERVER):
         return name
     kind = next((kind for kind in (LANGUAGE_MODEL, f"{YES_NO}:") if name.startswith(kind)), "")
     return f"{kind}{REWARDS}:{fingerprint_model(name.removeprefix(kind))}{options.suffix}"

@@ -18,6 +18,7 @@ from align.cli.options import (
     pair_source,
     template_kwargs,
 )
+from align.errors import ConfigError
 
 if TYPE_CHECKING:
     from align.commands.evaluate import Settings
@@ -35,9 +36,11 @@ class EvaluateOptions(LoadingOptions):
 
     prompts: Annotated[str, typer.Option(help="Held-out prompts: a file with one `prompt` per row.")]
     output: Annotated[Path, output_folder("Folder to write into; several commands share one page there.")]
-    judge: Annotated[str, typer.Option(help="vader, yes-no:MODEL, a reward model, or llm:MODEL (compare only).")] = (
-        "vader"
-    )
+    judge: Annotated[
+        str | None,
+        typer.Option(help="A reward model, yes-no:MODEL, vader; to compare also llm:MODEL, server:MODEL. No default."),
+    ] = None
+    base_url: Annotated[str | None, typer.Option(help="Address of a server: judge, ending in /v1.")] = None
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of a completion.")] = 64
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto"
     batch_size: Annotated[int, typer.Option(min=1, help="Completions per forward pass.")] = 64
@@ -52,8 +55,17 @@ class EvaluateOptions(LoadingOptions):
     def settings(self, *, temperature: float = 1.0, shown: int = 0) -> "Settings":
         """The options as ``align.commands.evaluate`` takes them."""
         from align.commands.evaluate import Settings
+        from align.config.judging import CHOICES
         from align.generation.types import Sampling
 
+        if not self.judge:
+            raise ConfigError("--judge: missing; there is no default judge", code="eval-judge", hint=f"name {CHOICES}")
+        if self.base_url is not None and not self.judge.startswith("server:"):
+            raise ConfigError(
+                f"--base-url: found one with the judge {self.judge}, expected server:MODEL",
+                code="eval-judge",
+                hint="leave it out",
+            )
         sampling = Sampling(
             self.max_new_tokens, temperature, seed=self.seed, engine=cast("EngineName", self.engine),
             batch_size=self.batch_size,
@@ -70,6 +82,7 @@ class EvaluateOptions(LoadingOptions):
             cluster,
             options,
             template_kwargs(self.chat_template_kwargs),
+            self.base_url,
         )
 
 
@@ -160,6 +173,6 @@ def reward_model(
 @app.command("page")
 def page(output: Annotated[Path, typer.Argument(help="Folder of an evaluation.")]) -> None:
     """Render report.html of an evaluation again from its report.json."""
-    from align.commands import evaluate as commands
+    from align.commands import evaluation_report
 
-    commands.page(output)
+    evaluation_report.page(output)

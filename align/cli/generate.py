@@ -27,6 +27,12 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of a completion.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Mass of the nucleus; 1: all tokens.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k most probable tokens; 0: all.")] = 0,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least probability relative to the top token.")] = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion before it, repeatable.")] = None,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="First message of prompts without one by the system.")
+    ] = None,
     seed: Seed = 0,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Also write token ids and log-probs.")] = False,
     engine: Annotated[str, typer.Option(help="auto, vllm, server or transformers.")] = "auto",
@@ -50,15 +56,17 @@ def generate(
         raise ConfigError(f"--format {write}: expected parquet or jsonl", code="config-option")
     if top_p == 0:
         raise ConfigError("--top-p 0: expected a number above 0", code="config-option", hint="greedy: --temperature 0")
+    if stop and not all(stop):
+        raise ConfigError("--stop: found an empty text, expected one that ends a completion", code="config-option")
     source = pair_source(prompts, column, split).model_copy(update={"limit": limit})
     settings = GenerateSettings(
         model=model,
         sampling=Sampling(
             max_new_tokens, temperature, top_p, n, seed, logprobs,
-            cast(EngineName, engine), batch_size, base_url, parse_options(option),
+            cast(EngineName, engine), batch_size, base_url, parse_options(option), top_k, min_p, tuple(stop or ()),
         ),
         format=cast(Format, write), cluster=cluster_section(cluster),
-        chat_template_kwargs=template_kwargs(chat_template_kwargs),
+        chat_template_kwargs=template_kwargs(chat_template_kwargs), system_prompt=system_prompt,
     )  # fmt: skip
     generate_completions(source, settings, output)
     file = find_completions(output)

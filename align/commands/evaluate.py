@@ -1,6 +1,5 @@
 """The work of `align eval reward`, `compare` and `frontier`: each adds its part to OUTPUT/report.json and its page."""
 
-import json
 import shlex
 import sys
 import time
@@ -11,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from align.commands.evaluation_report import PAGE, REPORT, check_report_folder, publish
 from align.commands.evaluation_tables import (
-    COMPLETIONS,
     Written,
+    comparing_judge,
     judge_pairs,
     kl_of,
     on_same_prompts,
@@ -23,21 +23,20 @@ from align.commands.evaluation_tables import (
 )
 from align.config import ClusterSection
 from align.data.prompts import draw_prompts
-from align.errors import ConfigError, DataError
-from align.evaluation.compare_policies import PolicySamples, compare_policies, kl_statistics, prompt_ids
+from align.errors import ConfigError
+from align.evaluation.compare_policies import (
+    PolicySamples,
+    compare_policies,
+    identical_texts,
+    kl_statistics,
+    prompt_ids,
+)
 from align.evaluation.policies import REFERENCE, Policy, checkpoints, find_reference, parse_policies
 from align.generation.types import Sampling
-from align.io.console import log, out
-from align.io.files import read_json, write_json
-from align.io.stage import check_files
+from align.io.console import log
 from align.stats import interval, mean_interval
 from reward_models.loading import DEFAULTS, LoadOptions
-from reward_models.pairwise_judges import ByScore, PairwiseJudge, make_pairwise, make_score_judge
-
-REPORT = "report.json"
-PAGE = "report.html"
-PARTS = frozenset({"reward", "comparisons", "frontier"})
-"""Keys of an evaluation's report."""
+from reward_models.pairwise_judges import ByScore, PairwiseJudge, make_score_judge
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +64,8 @@ class Settings:
     """How a reward model that judges is loaded and reads texts."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the chat template for all prompts; those of a row come first."""
+    base_url: str | None = None
+    """Address of a ``server:`` judge."""
 
     def __post_init__(self) -> None:
         if self.sampling.engine == "server":
@@ -107,7 +108,7 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
         "run": _run(settings, everyone, drawn, started, left_out),
         "samples": samples_of(written, rewards, settings.shown),
     }
-    _publish(settings.output, {"reward": section}, section)
+    publish(settings.output, {"reward": section}, section)
     for name, numbers in found.policies.items():
         gain = f", gain {interval(numbers['gain'])}" if numbers["gain"] else ""
         distance = f", KL {interval(numbers['kl'])} nats" if numbers["kl"] else ""
@@ -129,12 +130,12 @@ def write_comparison(first: str, second: str, settings: Settings) -> None:
     a, b = parse_policies([first, second])
     started = _start(settings, [a, b])
     drawn = _prompts(settings, [a, b])
-    judge = make_pairwise(settings.judge, settings.max_length, settings.options)
+    judge = comparing_judge(settings.judge, settings.output, settings.max_length, settings.options, settings.base_url)
     written, left_out = _written([a, b], drawn.prompts, settings)
     preferences = judge_pairs(written[a.name], written[b.name], judge, settings.output, settings.max_length)
     run = _run(settings, [a, b], drawn, started, left_out)
     section = compare_written(written, judge, preferences, shown=settings.shown, run=run)
-    _publish(settings.output, {"comparisons": {f"{a.name} against {b.name}, {judge.name}": section}}, section)
+    publish(settings.output, {"comparisons": {f"{a.name} against {b.name}, {judge.name}": section}}, section)
     log.info("%s", win_sentence(section))
     _finish(settings.output)
 
@@ -169,6 +170,8 @@ def compare_written(
         "b": b,
         "judge": judge.name,
         "both_orders": not isinstance(judge, ByScore),
+        "cost": getattr(judge, "cost", None),
+        "identical_texts": identical_texts({name: found.table["text"][:] for name, found in written.items()}),
         "win_rate": found.win_rate.to_dict(),
         "texts": found.texts,
         "changed": found.changes,
@@ -228,32 +231,8 @@ def frontier(
         named = {"policy": policy.name, "temperature": heat, "step": step}
         points.append(named | _point(samples, base))
     section = {"points": points, "run": _run(settings, [origin, *policies], drawn, started, left_out)}
-    _publish(settings.output, {"frontier": section}, section)
+    publish(settings.output, {"frontier": section}, section)
     _finish(settings.output)
-
-
-def page(output: Path) -> None:
-    """Render OUTPUT/report.html from OUTPUT/report.json again.
-
-    Raises:
-        DataError: there is no report.json.
-    """
-    from jinja2 import TemplateError
-
-    from align.reports.comparison_page import write_comparison_page
-
-    if not (output / REPORT).exists():
-        raise DataError(
-            f"{output}: holds no {REPORT}",
-            code="report-missing",
-            hint="run `align eval reward` or `compare` first",
-        )
-    report = _read_report(output)
-    try:
-        write_comparison_page(output / PAGE, report)
-    except (LookupError, TypeError, AttributeError, TemplateError) as error:
-        raise _no_report(output, " ".join(str(error).split())) from None
-    log.info("look at it: open %s", output / PAGE)
 
 
 def _point(samples: PolicySamples, base: PolicySamples) -> dict[str, Any]:
@@ -338,56 +317,10 @@ def _start(settings: Settings, policies: Sequence[Policy]) -> float:
         ConfigError: the output is a file, or holds a report or a page of something else.
         DataError: its report.json is not a report.
     """
-    if settings.output.is_file():
-        raise ConfigError(
-            f"{settings.output}: found a file, expected a folder", code="output-folder", hint="give another --output"
-        )
-    check_files(settings.output, [PAGE], own=[REPORT, COMPLETIONS])
-    if (settings.output / REPORT).exists() and not _read_report(settings.output).keys() <= PARTS:
-        raise ConfigError(
-            f"{settings.output / REPORT}: found another report, expected none or that of an evaluation",
-            code="output-folder",
-            hint="give another --output",
-        )
+    check_report_folder(settings.output)
     named = ", ".join(f"{policy.name} ({policy.model})" for policy in policies)
     log.info("evaluating %s on %s, judge %s -> %s", named, settings.prompts, settings.judge, settings.output)
     return time.monotonic()
-
-
-def _publish(output: Path, part: dict[str, Any], section: dict[str, Any]) -> None:
-    """Add a part to the report of all commands, render the page, and print the part's section without its samples."""
-    from align.reports.comparison_page import write_comparison_page
-
-    file = output / REPORT
-    report = _read_report(output) if file.exists() else {}
-    if "comparisons" in part:
-        part = {"comparisons": report.get("comparisons", {}) | part["comparisons"]}
-    write_json(file, report | part)
-    write_comparison_page(output / PAGE, report | part)
-    out.print_json(json.dumps({key: value for key, value in section.items() if key != "samples"}))
-
-
-def _read_report(output: Path) -> dict[str, Any]:
-    """The report in OUTPUT/report.json.
-
-    Raises:
-        DataError: the file is not JSON, or not an object.
-    """
-    try:
-        report = read_json(output / REPORT)
-    except ValueError as error:
-        raise _no_report(output, str(error)) from None
-    if not isinstance(report, dict):
-        raise _no_report(output, f"found a {type(report).__name__}")
-    return report
-
-
-def _no_report(output: Path, why: str) -> DataError:
-    return DataError(
-        f"{output / REPORT}: not the report of an evaluation ({why})",
-        code="report-missing",
-        hint="give another --output, or delete the file and evaluate again: completions and scores are kept",
-    )
 
 
 def _finish(output: Path) -> None:

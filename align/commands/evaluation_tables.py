@@ -21,30 +21,32 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from align.config import ClusterSection
-from align.errors import ModelError
 from align.evaluation.compare_policies import KlSamples, first_samples
 from align.evaluation.left_out import completed_by_all
 from align.evaluation.policies import Policy
 from align.evaluation.text_statistics import Texts
 from align.generation.engines import choose_engine
-from align.generation.sampling_job import KL_BATCH_TOKENS, SamplingJob, completions_of, sample_prompts
+from align.generation.logp_job import LogpJob
+from align.generation.sampling_job import SamplingJob, completions_of, sample_prompts
 from align.generation.types import SAMPLING, Completion, Sampling, as_completion
 from align.generation.vllm_adapters import check_vllm_adapter, served_otherwise
 from align.io.hashing import digest
 from align.io.stage import run_stage
 from align.models.folders import adapter_base, fingerprint_model
-from align.sharding.jobs import Work, read_table
+from align.sharding.jobs import read_table
 from align.sharding.shards import in_parts, map_shards
 from reward_models.judges import Judge
-from reward_models.loading import DEFAULTS
+from reward_models.loading import DEFAULTS, LoadOptions, not_of_a_judge
 from reward_models.pairwise_judges import (
     ByScore,
     PairwiseJudge,
     RewardModelJudge,
     from_scores,
     judge_key,
+    make_pairwise,
     prefer_in_both_orders,
 )
+from reward_models.questions import SERVER
 
 PART = 64
 """Prompts per shard; a stopped evaluation repeats at most one shard."""
@@ -213,6 +215,25 @@ def score(written: Written, judge: Judge, output: Path, max_length: int | None =
     return np.asarray(_table_stage(output, "scores", written.policy.name, inputs, work)[0]["score"])
 
 
+def comparing_judge(
+    name: str, output: Path, max_length: int | None, options: LoadOptions, base_url: str | None
+) -> PairwiseJudge:
+    """The judge of a comparison; a server's answers are kept in ``output``, so that none is asked for twice.
+
+    Raises:
+        ConfigError, ModelError: see ``make_pairwise``.
+    """
+    if not name.startswith(SERVER):
+        return make_pairwise(name, max_length, options)
+    from reward_models.server_judge import ServerJudge
+
+    if max_length is not None or options != DEFAULTS:
+        raise not_of_a_judge(name)
+    model = name.removeprefix(SERVER)
+    cache = output / "judgements" / f"answers-{digest([model, base_url])[:KEY_DIGITS]}.jsonl"
+    return ServerJudge(model, base_url=base_url, cache=cache)
+
+
 def judge_pairs(
     first: Written, second: Written, judge: PairwiseJudge, output: Path, max_length: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -238,47 +259,6 @@ def judge_pairs(
 
     table, _ = _table_stage(output, "judgements", f"{first.policy.name}-{second.policy.name}", inputs, work)
     return np.asarray(table["shown_first"]), np.asarray(table["shown_second"])
-
-
-@dataclass(frozen=True, slots=True)
-class LogpJob:
-    """Log-probs and KL of the completions (``token_ids``) of a shard: the policy as it was sampled, the reference."""
-
-    policy: str
-    reference: str
-    sampling: Sampling
-
-    def start(self) -> Work:
-        """Load both models."""
-        import torch
-
-        from align.models.loading import load_policy, place
-        from align.models.sample_kl import score_samples
-        from align.models.tokenization import encode_prompt
-
-        tokenizer = _tokenizer(self.policy)
-        if tokenizer.get_vocab() != _tokenizer(self.reference).get_vocab():
-            raise ModelError(
-                f"{self.policy} and {self.reference}: found two vocabularies, expected one",
-                code="eval-tokenizer",
-                hint="give the reference that the policy was trained from",
-            )
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        policy = place(load_policy(self.policy, dtype="float32"), device).eval()
-        reference = policy
-        if self.reference != self.policy:
-            reference = place(load_policy(self.reference, dtype="float32"), device).eval()
-
-        def work(rows: Dataset) -> Dataset:
-            ids = [encode_prompt(json.loads(prompt), tokenizer) for prompt in rows["prompt"]]
-            found = score_samples(
-                policy, reference, ids, rows["token_ids"][:], batch_tokens=KL_BATCH_TOKENS,
-                pad_token_id=tokenizer.pad_token_id, temperature=self.sampling.temperature,
-                truncation=self.sampling.truncation,
-            )  # fmt: skip
-            return Dataset.from_dict(found._asdict())
-
-        return work
 
 
 def _table_stage(

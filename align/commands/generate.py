@@ -14,7 +14,7 @@ from align.config import ClusterSection, PairsSection
 from align.config.columns import TEMPLATE_COLUMNS
 from align.data.completions import completion_table
 from align.data.messages import argument_cells, split_arguments
-from align.data.prompts import PromptRow, read_prompts
+from align.data.prompts import PromptRow, read_prompts, rows_with_system
 from align.errors import DataError
 from align.generation.engines import choose_engine
 from align.generation.sampling_job import SamplingJob, completions_of
@@ -62,6 +62,8 @@ class GenerateSettings:
     """The cluster whose workers share the prompts; no result depends on it."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the chat template for all prompts; those of a row come first."""
+    system_prompt: str | None = None
+    """First message of all prompts that have no system message of their own."""
 
 
 def generate_completions(source: PairsSection, settings: GenerateSettings, output: Path) -> Stage:
@@ -77,7 +79,9 @@ def generate_completions(source: PairsSection, settings: GenerateSettings, outpu
     Raises:
         AlignError: the prompts, the model, the engine or an option cannot be used.
     """
-    return complete_prompts(read_prompts(source, settings.chat_template_kwargs), source.path, settings, output)
+    prompts = read_prompts(source, settings.chat_template_kwargs)
+    prompts = rows_with_system(prompts, settings.system_prompt, source.path)
+    return complete_prompts(prompts, source.path, settings, output)
 
 
 def complete_prompts(prompts: list[PromptRow], source: str, settings: GenerateSettings, output: Path) -> Stage:

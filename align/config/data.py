@@ -1,11 +1,12 @@
 """Where pairs come from, how they are sampled, and which of them are kept."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from align.config.base import Count, Fraction, Positive, Section
 from align.config.columns import LOADED
+from align.config.decoding import DecodingSection
 from align.config.reading import nearest
 
 
@@ -39,23 +40,11 @@ class PairsSection(Section):
         return columns
 
 
-class SampleSection(Section):
+class SampleSection(DecodingSection):
     """Building pairs by sampling continuations of each prompt and drawing the label by Bradley-Terry."""
 
-    prompts: str
-    """A file with one ``prompt`` per row, as in ``pairs.path``."""
     num_generations: Annotated[int, Field(ge=2)] = 2
     """Continuations per prompt; the pair is the best and the worst of them by the labeling reward."""
-    max_new_tokens: Count = 24
-    """Tokens per continuation, at most."""
-    temperature: Positive = 1.0
-    """Divisor of the logits."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Nucleus sampling: probability that the tokens sampled from hold together; 1 keeps all."""
-    batch_size: Count = 64
-    """Continuations per forward pass."""
-    chat_template_kwargs: dict[str, Any] = Field(default={})
-    """Arguments of the chat template for all prompts, e.g. {enable_thinking: false}; a prompt's own come first."""
     label_scale: Positive = 1.0
     """P(the better one is chosen) = sigmoid(label_scale * difference of the labeling reward)."""
 

@@ -1,37 +1,45 @@
 """One run, from pairs to report."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from align.config.base import Count, Name, OutputFolder, Positive, Section, Seed
+from align.config.base import Name, OutputFolder, Section, Seed
 from align.config.cluster import ClusterSection
 from align.config.data import FilterSection, PairsSection, SampleSection
+from align.config.decoding import DecodingSection
+from align.config.judging import Judges, JudgeSection
 from align.config.reading import load_section
 from align.config.reward import RewardSection
 from align.config.train import TrainSection
 
 
-class EvaluateSection(Section):
+class EvaluateSection(DecodingSection):
     """Evaluation of the policies on held-out prompts."""
 
     prompts: str
     """A file with one ``prompt`` per row, as in ``pairs.path``; none of them may have been trained on."""
-    judge: Literal["vader"] = "vader"
-    """Independent judge, never trained and never used for labels."""
-    max_new_tokens: Count = 24
-    """Tokens per completion, at most."""
-    temperature: Positive = 1.0
-    """Divisor of the logits."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Nucleus sampling: probability that the tokens sampled from hold together; below 1 no KL is measured."""
-    batch_size: Count = 64
-    """Completions per forward pass."""
-    chat_template_kwargs: dict[str, Any] = Field(default={})
-    """Arguments of the chat template for all prompts, e.g. {enable_thinking: false}; a prompt's own come first."""
+    judge: Judges = []
+    """The judge, or a list of judges of which the first is the main one: the folder or hub id of a reward model,
+    ``yes-no:MODEL``, ``llm:MODEL``, ``server:MODEL`` or ``vader``. There is no default. A judge should be independent:
+    neither trained on the pairs nor used for their labels."""
     samples_shown: Annotated[int, Field(ge=0)] = 20
     """Prompts whose completions the report shows."""
+
+    @model_validator(mode="after")
+    def _no_server(self) -> "EvaluateSection":
+        if self.engine == "server" or self.base_url is not None or self.served_as is not None:
+            raise ValueError(
+                "engine: found a server, expected auto, vllm or transformers: the policies are those that this run "
+                "trains, and no server has them"
+            )
+        return self
+
+    @property
+    def scoring(self) -> JudgeSection | None:
+        """The first judge that gives scores, which also judges samples while a policy trains; None if all compare."""
+        return next((judge for judge in self.judge if not judge.compares), None)
 
 
 class RunConfig(Section):

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.config import PairsSection
 from align.config.columns import TEMPLATE_COLUMNS, TEMPLATE_KWARGS
+from align.config.decoding import DecodingSection
 from align.data.messages import content_text, split_arguments, with_arguments
 from align.data.readers import Row, read_files, read_rows
 from align.data.sampling import fair_sample, report_sample
@@ -176,6 +177,45 @@ def load_prompts(source: str, kwargs: Mapping[str, Any] | None = None) -> list[A
     if all(isinstance(prompt, str) for prompt in prompts):
         _no_arguments(source, rows, kwargs)
     return prompts
+
+
+def section_prompts(section: DecodingSection) -> list[Any]:
+    """The prompts of a section of a run, with its system prompt and its arguments of the chat template.
+
+    Raises:
+        ConfigError: ``system_prompt`` or ``chat_template_kwargs`` for plain text.
+        DataError: see ``load_prompts``.
+    """
+    prompts = load_prompts(section.prompts, section.chat_template_kwargs)
+    return prompts if section.system_prompt is None else with_system(prompts, section.system_prompt, section.prompts)
+
+
+def with_system(prompts: list[Any], text: str, source: str) -> list[Any]:
+    """The prompts, each that has no system message after one with this text.
+
+    Raises:
+        ConfigError: a prompt is plain text.
+    """
+    made = []
+    for prompt in prompts:
+        messages, arguments = split_arguments(prompt)
+        if isinstance(messages, str):
+            raise ConfigError(
+                f"system_prompt: found plain text in {source}, expected messages",
+                code="config-option",
+                hint="write it into the text, or give prompts as messages",
+            )
+        own = messages[0]["role"] in ("system", "developer")
+        made.append(with_arguments(messages if own else [{"role": "system", "content": text}, *messages], arguments))
+    return made
+
+
+def rows_with_system(rows: list[PromptRow], text: str | None, source: str) -> list[PromptRow]:
+    """``with_system`` of prompts to complete; None: as they are."""
+    if text is None:
+        return rows
+    prompts = with_system([row.prompt for row in rows], text, source)
+    return [replace(row, prompt=prompt) for row, prompt in zip(rows, prompts, strict=True)]
 
 
 def draw_prompts(source: str, limit: int | None, kwargs: Mapping[str, Any] | None = None) -> tuple[list[Any], int]:

@@ -3,8 +3,10 @@
 rewards [N], log-ratios [N], texts of each policy -> compare_policies -> Comparison: estimates with 95% intervals
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,6 +126,22 @@ def mean_of_clusters(values: ArrayLike, clusters: np.ndarray | None) -> np.ndarr
     """Mean of ``values`` [N] in each cluster, [G]; the values themselves without clusters."""
     array = np.asarray(values, dtype=np.float64)
     return array if clusters is None else np.bincount(clusters, weights=array) / np.bincount(clusters)
+
+
+def by_prompt(values: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
+    """``mean_of_clusters`` of each row of ``values`` [K, N], [K, G]."""
+    return np.stack([mean_of_clusters(row, clusters) for row in values])
+
+
+def identical_texts(texts: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """Number of prompts for which two policies wrote the same text: ``[{"a", "b", "identical", "n"}]``.
+
+    Policies are sampled with the same random numbers for each prompt, so near policies write many equal texts.
+    """
+    return [
+        {"a": a, "b": b, "identical": sum(map(operator.eq, texts[a], texts[b])), "n": len(texts[a])}
+        for b, a in combinations(texts, 2)
+    ]
 
 
 def kl_statistics(samples: PolicySamples, baseline: PolicySamples) -> dict[str, Any]:

@@ -1,27 +1,20 @@
 """Sampling by a running OpenAI-compatible server, such as ``vllm serve MODEL``."""
 
 import json
-import os
 import queue
-import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-import httpx
-
-from align.config import nearest
 from align.config.columns import TEMPLATE_KWARGS
 from align.data.messages import split_arguments, with_arguments
-from align.errors import ConfigError, DataError, EnvironmentProblem, ModelError
+from align.errors import DataError, EnvironmentProblem
+from align.generation.server_client import DEFAULT_URL, ServerClient
 from align.generation.types import REPLACEMENT, Completion, Engine, Sampling, prompt_keys, sample_seed
 from align.io.console import log
 
-DEFAULT_URL = "http://localhost:8000/v1"
-KEY_VARIABLE = "OPENAI_API_KEY"
-RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-LONGEST_WAIT_SECONDS = 60.0
+T = TypeVar("T")
 ENDS = ("stop", "length")
 ABORTED = ("abort", "error", None)
 """Finish reasons of a completion that the server gave up; it is asked for again."""
@@ -60,30 +53,14 @@ class ServerEngine(Engine):
         first_wait: float = 0.5,
         timeout: float = 600.0,
     ) -> None:
-        if concurrency < 1 or attempts < 1:
-            raise ConfigError(
-                f"server engine: found concurrency {concurrency} and attempts {attempts}, expected 1 or more",
-                code="engine-option",
-            )
         self.model = model
-        self.base_url = base_url.rstrip("/")
         self.concurrency = concurrency
-        self.attempts = attempts
-        self.first_wait = first_wait
-        key = os.environ.get(KEY_VARIABLE)
-        self.client = httpx.Client(
+        self.client = ServerClient(
+            model, base_url=base_url, concurrency=concurrency, attempts=attempts, first_wait=first_wait,
             timeout=timeout,
-            limits=httpx.Limits(max_connections=concurrency),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-        )
-        self._stopping = threading.Event()
-        served = [str(entry.get("id")) for entry in self._request("GET", "/models").get("data", [])]
-        if model not in served:
-            raise ModelError(
-                f"{self.base_url} does not serve {model!r}{nearest(model, served)}",
-                code="server-model",
-                hint="give --model the name that the server uses",
-            )
+        )  # fmt: skip
+        self.base_url, self.attempts = self.client.base_url, attempts
+        self.client.check_model()
 
     def stream(
         self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
@@ -101,9 +78,9 @@ class ServerEngine(Engine):
             for prompt, key in zip(prompts, keys, strict=True)
             for sample in range(sampling.n)
         ]
-        self._stopping = threading.Event()
+        stopping = self.client.stopping = threading.Event()
         self._check_arguments(prompts)
-        for number, completion in in_threads(jobs, self.concurrency, self._stopping):
+        for number, completion in in_threads(jobs, self.concurrency, stopping):
             k, sample = divmod(number, sampling.n)
             if completion is None:
                 if k not in refused:
@@ -121,7 +98,7 @@ class ServerEngine(Engine):
         path, body, reader = self._body(prompt, seed, sampling)
         for attempt in range(1, self.attempts + 1):
             try:
-                answer = self._request("POST", path, body)
+                answer = self.client.request("POST", path, body)
             except DataError as error:
                 log.warning("prompt %s is left out: %s", key, error.message)
                 return None
@@ -129,9 +106,9 @@ class ServerEngine(Engine):
             if completion is not None:
                 return completion
             log.debug("%s: prompt %s was aborted, try %d of %d", self.base_url, key, attempt, self.attempts)
-            if self._stopping.wait(min(LONGEST_WAIT_SECONDS, self.first_wait * 2 ** (attempt - 1))):
+            if self.client.wait(attempt):
                 break
-        raise self._unreachable(f"prompt {key} was aborted by the server, {attempt} times")
+        raise self.client.unreachable(f"prompt {key} was aborted by the server, {attempt} times")
 
     def _body(self, prompt: Any, seed: int, sampling: Sampling) -> tuple[str, dict[str, Any], Any]:
         """Path and body of a request, and the reader of its answer.
@@ -184,7 +161,7 @@ class ServerEngine(Engine):
     def _prompt_ids(self, prompt: Any) -> list[int] | None:
         """Token ids of a prompt as the server renders it; None if it does not say."""
         path, body, _ = self._body(prompt, 0, Sampling(1))
-        found = self._request("POST", path, body).get("prompt_token_ids")
+        found = self.client.request("POST", path, body).get("prompt_token_ids")
         return [int(token) for token in found] if isinstance(found, list) else None
 
     def _read(self, answer: dict[str, Any], reader: Any, sampling: Sampling, key: str) -> Completion | None:
@@ -219,63 +196,8 @@ class ServerEngine(Engine):
         whole = text.rstrip(REPLACEMENT) if reason == "length" else text  # it was cut off inside a character
         return Completion(whole, token_ids, reason, logprobs)
 
-    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The JSON object in the server's answer, after up to ``attempts`` tries."""
-        for attempt in range(1, self.attempts + 1):
-            wait = min(LONGEST_WAIT_SECONDS, self.first_wait * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
-            try:
-                response = self.client.request(method, self.base_url + path, json=body)
-            except httpx.HTTPError as error:
-                problem = f"no answer ({type(error).__name__}: {error})"
-            except httpx.InvalidURL as error:
-                raise self._unreachable(f"not an address ({error})") from None
-            else:
-                if response.is_success:
-                    return self._object(response)
-                problem = f"status {response.status_code}: {_text(response)}"
-                if response.status_code not in RETRIED:
-                    raise self._refused(response.status_code, problem)
-                wait = max(wait, _retry_after(response))
-            if attempt < self.attempts:
-                log.debug("%s%s: %s; again in %.1f s", self.base_url, path, problem, wait)
-                if self._stopping.wait(wait):
-                    break
-        raise self._unreachable(f"{problem}, after {attempt} tries")
 
-    def _object(self, response: httpx.Response) -> dict[str, Any]:
-        try:
-            answer = response.json()
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise EnvironmentProblem(
-                f"{self.base_url}: found {_text(response)!r}, expected a JSON object",
-                code="server-response",
-                hint="is this the address of an OpenAI-compatible server, ending in /v1?",
-            )
-        return answer
-
-    def _refused(self, status: int, problem: str) -> EnvironmentProblem | DataError:
-        if status in (400, 413, 422):
-            return DataError(
-                f"{self.base_url} refuses a request ({problem})",
-                code="prompt-refused",
-                hint="shorten the prompt, or raise the server's --max-model-len",
-            )
-        hint = f"set {KEY_VARIABLE}" if status in (401, 403) else "check --base-url; it ends in /v1"
-        return EnvironmentProblem(f"{self.base_url} refuses a request ({problem})", code="server-refused", hint=hint)
-
-    def _unreachable(self, problem: str) -> EnvironmentProblem:
-        return EnvironmentProblem(
-            f"{self.base_url}: {problem}",
-            code="server-unreachable",
-            hint=f"start it with `vllm serve {self.model}`, or give its --base-url",
-        )
-
-
-def in_threads(
-    jobs: Sequence[Callable[[], Completion | None]], threads: int, stopping: threading.Event
-) -> Iterator[tuple[int, Completion | None]]:
+def in_threads(jobs: Sequence[Callable[[], T]], threads: int, stopping: threading.Event) -> Iterator[tuple[int, T]]:
     """Yield (index of a job, its result) as jobs end; raise the first failure.
 
     Once the iterator is closed, nothing waits for running jobs, not even the end of the program: a request may take
@@ -287,7 +209,7 @@ def in_threads(
         stopping: set when a job fails or the iterator is closed; no further job is started then.
     """
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    ended: queue.SimpleQueue[tuple[int, Completion | BaseException | None]] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[tuple[int, T | BaseException]] = queue.SimpleQueue()
     for number in range(len(jobs)):
         todo.put(number)
 
@@ -329,12 +251,3 @@ def _from_chat(choice: dict[str, Any]) -> tuple[str, list[float] | None]:
     if message["content"] is None and choice["finish_reason"] in ENDS:
         raise ValueError("found no content in the message; start the server without reasoning and tool parsers")
     return message["content"] or "", values
-
-
-def _text(response: httpx.Response) -> str:
-    return " ".join(response.text.split())[:300]
-
-
-def _retry_after(response: httpx.Response) -> float:
-    value = response.headers.get("Retry-After", "")
-    return min(LONGEST_WAIT_SECONDS, float(value)) if value.isdigit() else 0.0

@@ -60,7 +60,7 @@ def collect(config: RunConfig, *, seconds: dict[str, float], command: str) -> di
     if "evaluation" in report:
         report["samples"] = report["evaluation"].pop("samples")
         if "margins" in report:
-            report["margins"]["gold_correlation"] = report["evaluation"]["gold_correlation"]
+            report["margins"]["judge_correlation"] = report["evaluation"]["judge_correlation"]
     report["summary"] = _summary(report)
     return report
 
@@ -148,14 +148,15 @@ def _summary(report: dict[str, Any]) -> dict[str, Any]:
         _put(summary, "reward_model_accuracy", report["reward_model"]["heldout"]["accuracy"])
         if "out_of_fold" in report["reward_model"]:
             _put(summary, "reward_model_accuracy_out_of_fold", report["reward_model"]["out_of_fold"]["accuracy"])
-    if report.get("margins", {}).get("gold_correlation"):
-        _put(summary, "margin_gold_correlation", report["margins"]["gold_correlation"])
+    kind = "gold" if report.get("evaluation", {}).get("truth") else "judge"
+    if report.get("margins", {}).get("judge_correlation"):
+        _put(summary, f"margin_{kind}_correlation", report["margins"]["judge_correlation"])
     policies = report.get("evaluation", {}).get("policies", {})
     for name, policy in policies.items():
         key = "before" if name == "reference" else f"after_{name}"
-        _put(summary, f"gold_reward_{key}", policy["reward"])
+        _put(summary, f"{kind}_reward_{key}", policy["reward"])
         if name != "reference":
-            _put(summary, f"gold_gain_{name}", policy["gain"])
+            _put(summary, f"{kind}_gain_{name}", policy["gain"])
             if "reward_model_gain" in policy:
                 _put(summary, f"reward_model_gain_{name}", policy["reward_model_gain"])
             for key in ("kl", "gain_per_root_kl"):

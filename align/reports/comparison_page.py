@@ -12,7 +12,7 @@ from markupsafe import Markup
 from align.data.text import plain
 from align.io.files import write_text
 from align.reports import plots
-from align.reports.html import environment
+from align.reports.html import environment, percent
 from align.reports.verdict import name
 from align.stats import ends, excludes, interval
 
@@ -37,7 +37,6 @@ def render_comparison_page(report: dict[str, Any]) -> str:
     script = (files("align.reports") / "templates" / SCRIPT).read_text(encoding="utf-8")
     sentence, details = headline(complete)
     made = environment()
-    made.filters["percent"] = percent
     return made.get_template("comparison.html.j2").render(
         report=complete,
         names=names,
@@ -58,13 +57,6 @@ def render_comparison_page(report: dict[str, Any]) -> str:
 def script_hash(script: str) -> str:
     """Source expression of a content security policy that allows this script and no other."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def percent(estimate: dict[str, Any]) -> str:
-    """``58.3% (52.1 to 64.4)``: a share and its 95% interval, in percent; ``50% (all equal)`` without one."""
-    ends = {key: None if estimate[key] is None else 100 * estimate[key] for key in ("value", "low", "high")}
-    value, rest = interval(estimate | ends).split(" ", maxsplit=1)
-    return f"{value}% {rest}"
 
 
 def headline(report: dict[str, Any]) -> tuple[str, list[str]]:

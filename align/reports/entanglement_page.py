@@ -49,7 +49,9 @@ def _trajectory(points: list[dict[str, float]]) -> list[tuple[str, Any]]:
     def drawn(title: str, y_title: str, names: dict[str, str], zero: bool = False) -> tuple[str, Any]:
         steps = [point["step"] for point in points]
         series = {label: (steps, [point[key] for point in points]) for key, label in names.items()}
-        return title, plots.lines(series, x_title="optimizer step", y_title=y_title, zero=zero)
+        return title, plots.lines(
+            series, x_title="optimizer step", y_title=y_title, zero=zero, share=y_title == "share"
+        )
 
     sides = {"chosen_change": "logp chosen", "rejected_change": "logp rejected"}
     return [

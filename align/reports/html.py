@@ -18,8 +18,15 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update({"interval": interval, "number": number, "method": name, "json": _json})
+    made.filters.update({"interval": interval, "number": number, "method": name, "json": _json, "percent": percent})
     return made
+
+
+def percent(estimate: dict[str, Any]) -> str:
+    """``58.3% (52.1 to 64.4)``: a share and its 95% interval, in percent; ``50% (all equal)`` without one."""
+    ends = {key: None if estimate[key] is None else 100 * estimate[key] for key in ("value", "low", "high")}
+    value, rest = interval(estimate | ends).split(" ", maxsplit=1)
+    return f"{value}% {rest}"
 
 
 def _json(value: Any) -> str:

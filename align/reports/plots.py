@@ -8,6 +8,8 @@ from markupsafe import Markup, escape
 
 from align.reports.verdict import name as written
 
+FEW_POINTS = 12
+"""Points of a curve, at most, that are drawn as dots: a line alone would look measured everywhere."""
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 46
 TICKS = 5
@@ -92,22 +94,24 @@ def histogram(
 
 
 def lines(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_title: str, y_title: str, zero: bool = False
-) -> Markup:
-    """One curve per series of (x, y)."""
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_title: str, y_title: str, zero: bool = False,
+    share: bool = False,
+) -> Markup:  # fmt: skip
+    """One curve per series of (x, y), with a dot at each point if there are few; ``share``: y is from 0 to 1."""
     names = list(series)
     xs = np.concatenate([np.asarray(x, dtype=float) for x, _ in series.values()])
     ys = np.concatenate([np.asarray(y, dtype=float) for _, y in series.values()])
     ys = np.append(ys, 0.0) if zero else ys
-    axes = Axes(_range(xs, 0.0), _range(ys), x_title, y_title)
+    axes = Axes(_range(xs, 0.0), (0.0, 1.0) if share else _range(ys), x_title, y_title)
     body = [_horizontal(axes, 0.0)] if zero else []
+    mark = "dot" if max(len(x) for x, _ in series.values()) <= FEW_POINTS else "hit"
     for name, (x, y) in series.items():
         path = " ".join(f"{axes.px(a):.1f},{axes.py(b):.1f}" for a, b in zip(x, y, strict=True))
         body.append(
             f'<polyline class="{color(_method(name), [_method(n) for n in names])} line{_dash(name)}" points="{path}"/>'
         )
         body += [
-            f'<circle class="{color(_method(name), [_method(n) for n in names])} hit" cx="{axes.px(a):.1f}" '
+            f'<circle class="{color(_method(name), [_method(n) for n in names])} {mark}" cx="{axes.px(a):.1f}" '
             f'cy="{axes.py(b):.1f}" r="3"><title>{escape(name)}: {a:g}, {b:.4g}</title></circle>'
             for a, b in _thin(list(zip(x, y, strict=True)))
         ]
@@ -359,7 +363,7 @@ def _legend(name: str) -> str:
 
 
 def _dash(name: str) -> str:
-    return " dash" if name.endswith(("rejected", "checkpoints", "held out")) else ""
+    return " dash" if name.endswith(("rejected", "checkpoints", "held out", "predicted")) else ""
 
 
 def _thin(points: list) -> list:

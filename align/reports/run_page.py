@@ -90,4 +90,7 @@ def _entanglement(methods: dict[str, Any]) -> list[tuple[str, Any]]:
         ("change of log p(chosen) of the probes by one step", both, "nats"),
         ("chosen responses of the batch of a step that the step lowered", {"batch_fell": ""}, "share"),
     ]
-    return [(title, plots.lines(series(keys), x_title="optimizer step", y_title=y)) for title, keys, y in titles]
+    return [
+        (title, plots.lines(series(keys), x_title="optimizer step", y_title=y, share=y == "share"))
+        for title, keys, y in titles
+    ]

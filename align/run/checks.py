@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from align.config import RunConfig, TrainSection
-from align.data.prompts import load_prompts
+from align.data.prompts import load_prompts, section_prompts
 from align.errors import ConfigError, ModelError
 from align.filtering.options import check_options
 from align.models.folders import check_model_folder, reads_sentence_pairs
 from align.models.loading import load_tokenizer
+from align.run.engines import engine_of
 from align.run.row_checks import check_prompt_rows, check_table_rows
 from align.run.watch import check_watch
 from align.training.adapters import check_adapter, check_reward_adapter
@@ -17,6 +18,7 @@ from align.training.given_reference import check_reference
 from align.training.loss_choice import bind
 from align.training.settings import check_settings, policy_args
 from reward_models.loading import check_class
+from reward_models.named_judges import check_judge
 from reward_models.registry import resolve_objective
 
 
@@ -33,6 +35,8 @@ def check_config(config: RunConfig, *, tables: bool = False) -> None:
     """
     if config.filter is not None:
         check_options(config.filter)
+    for judge in config.evaluate.judge if config.evaluate is not None else ():
+        check_judge(judge)
     from trl import RewardConfig as TrlRewardConfig
 
     forced = {"output_dir": str(config.folder / "check")}
@@ -47,11 +51,12 @@ def check_config(config: RunConfig, *, tables: bool = False) -> None:
             TrlRewardConfig, config.reward.trainer, path="reward.trainer", forced=forced,
             pairs_per_step=config.reward.pairs_per_step,
         )  # fmt: skip
+    if config.train is not None:
+        for section in (config.sample, config.evaluate):
+            if section is not None:
+                engine_of(config, section)
     prompts = [
-        prompt
-        for part in (config.sample, config.evaluate)
-        if part is not None
-        for prompt in load_prompts(part.prompts, part.chat_template_kwargs)
+        prompt for part in (config.sample, config.evaluate) if part is not None for prompt in section_prompts(part)
     ]
     samples = config.train.eval_samples if config.train is not None else None
     if samples is not None and samples.prompts is not None:

@@ -15,7 +15,7 @@ from align.commands.build_pairs import METRICS, BuildSettings, build_pairs
 from align.commands.generate import GenerateSettings, complete_prompts
 from align.config import TrainSection, load_section
 from align.config.iterate import BuildSection, IterateConfig
-from align.data.prompts import PromptRow, read_prompts
+from align.data.prompts import PromptRow, read_prompts, rows_with_system
 from align.distributed import process_rank
 from align.errors import ConfigError, DataError, ModelError
 from align.generation.engines import choose_engine
@@ -88,6 +88,7 @@ def iterate(config: IterateConfig) -> Path:
         AlignError: an error that the user can fix; finished stages stay as they are.
     """
     prompts = read_prompts(config.prompts, config.generate.chat_template_kwargs)
+    prompts = rows_with_system(prompts, config.generate.system_prompt, config.prompts.path)
     if len(prompts) < config.rounds:
         raise DataError(
             f"{config.prompts.path}: found {len(prompts)} prompts, expected one for each of {config.rounds} rounds",
@@ -116,7 +117,8 @@ def _round(config: IterateConfig, prompts: list[PromptRow], policy: str, root: P
     section = config.generate
     sampling = Sampling(
         section.max_new_tokens, section.temperature, section.top_p, section.n, config.seed,
-        engine=section.engine, batch_size=section.batch_size, options=section.options,
+        engine=section.engine, batch_size=section.batch_size, options=section.options, top_k=section.top_k,
+        min_p=section.min_p, stop=tuple(section.stop),
     )  # fmt: skip
     complete_prompts(prompts, config.prompts.path, GenerateSettings(policy, sampling), root / "generate")
     build_pairs(root / "generate", build_settings(config.pairs), root / "pairs")

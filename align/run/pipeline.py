@@ -13,9 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align.config import EvalSamplesSection, FilterSection, PairsSection, RewardSection, RunConfig, TrainSection
+from align.config import (
+    EvalSamplesSection,
+    EvaluateSection,
+    FilterSection,
+    PairsSection,
+    RewardSection,
+    RunConfig,
+    TrainSection,
+)
+from align.config.decoding import LATER, DecodingSection
 from align.data.pairs import read_pairs
-from align.data.prompts import load_prompts
+from align.data.prompts import section_prompts
 from align.distributed import process_rank, world_size
 from align.errors import ConfigError, EnvironmentProblem
 from align.generation.types import SAMPLING
@@ -27,6 +36,7 @@ from align.io.stage import Stage, finished_stage, read_manifest, run_stage
 from align.models.chat_template import rendered_today
 from align.models.folders import fingerprint_model
 from align.models.message_checks import is_conversational
+from align.run.engines import engine_of
 from align.run.log import run_log
 from align.run.manifest import write_run_manifest
 from align.run.plan import (
@@ -199,10 +209,7 @@ class _Runner:
             inputs |= self._sampled_from(config.train.eval_samples)
             inputs |= {"probes": PROBES_REVISION} if config.train.entanglement else {}
         if kind == "trust" and config.train:
-            inputs["allow_in_sample"] = config.train.allow_in_sample
-            inputs["max_length"] = config.train.trainer.get("max_length", "default")
-            inputs["truncation"] = config.train.trainer.get("truncation_mode")
-            inputs["turns"] = config.train.turns
+            inputs |= _of_trust(config.train)
         if self._is_trusted(name):
             inputs["trust"] = read_json(self.root / TRUST / TRUST_NUMBERS)
         if kind in ("sample", "generate", TRUST) and config.train and config.train.quantization:
@@ -211,9 +218,11 @@ class _Runner:
         trusting = [part for part in (config.train, config.reward) if part is not None and part.trusts_remote_code]
         if trusting:
             inputs["trust_remote_code"] = [part.model for part in trusting]
+        if kind == "evaluate" and config.evaluate:
+            inputs |= _judging(config.evaluate)
         settings = {"sample": config.sample, "generate": config.evaluate}.get(kind)
         if settings is not None:
-            inputs["settings"] = settings.model_dump()
+            inputs["settings"] = _decoding(config, settings)
             inputs["prompts"] = fingerprint_source(settings.prompts)
         return inputs
 
@@ -225,7 +234,7 @@ class _Runner:
         if samples.prompts is not None:
             made["prompts"] = fingerprint_source(samples.prompts)
         if self.config.evaluate is not None:
-            made |= self.config.evaluate.model_dump(include={"judge"})
+            made |= _judging(self.config.evaluate, while_training=True)
         return made
 
     def _rendered(self, kind: str) -> dict[str, str]:
@@ -245,11 +254,7 @@ class _Runner:
         if any(is_conversational(read_pairs(table)) for table in tables if table.exists()):
             return True
         sections = [section for section in (self.config.sample, self.config.evaluate) if section is not None]
-        return any(
-            not isinstance(prompt, str)
-            for section in sections
-            for prompt in load_prompts(section.prompts, section.chat_template_kwargs)
-        )
+        return any(not isinstance(prompt, str) for section in sections for prompt in section_prompts(section))
 
     def _is_trusted(self, name: str) -> bool:
         """Whether ``name`` trains a method with the loss ``trust``, and the run measures the trust."""
@@ -274,6 +279,34 @@ def _of_filter(chosen: FilterSection) -> dict[str, Any]:
         "settings": chosen.model_dump(exclude={"processes"}),
         "read": [fingerprint_model(name) for name in read if name is not None],
     }
+
+
+def _of_trust(train: TrainSection) -> dict[str, Any]:
+    """Settings that the measurement of the trust reads."""
+    return {
+        "allow_in_sample": train.allow_in_sample,
+        "max_length": train.trainer.get("max_length", "default"),
+        "truncation": train.trainer.get("truncation_mode"),
+        "turns": train.turns,
+    }
+
+
+def _decoding(config: RunConfig, section: DecodingSection) -> dict[str, Any]:
+    """What a stage that samples depends on: keys that were added later, and the engine, only where they differ."""
+    later = section.model_dump(include=set(LATER), exclude_defaults=True, exclude={"engine"})
+    engine = engine_of(config, section)
+    made = section.model_dump(exclude={"judge", "samples_shown", *LATER}) | later
+    return made | ({} if engine == "transformers" else {"engine": engine})
+
+
+def _judging(section: EvaluateSection, *, while_training: bool = False) -> dict[str, Any]:
+    """What the stage `evaluate`, or the samples of a training, depend on besides the completions."""
+    from reward_models.named_judges import made_from
+
+    if while_training:
+        return {} if section.scoring is None else {"judge": made_from(section.scoring)}
+    judges = [made_from(judge) | {"truth": judge.truth} for judge in section.judge]
+    return {"judges": judges, "samples_shown": section.samples_shown}
 
 
 def _source(pairs: PairsSection | None) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from align.training.held_out import HeldOut
 from align.training.held_out_settings import BY_SAMPLES, chooses
 from align.training.held_out_trainer import Watch
 from align.training.settings import launched
-from reward_models.judges import make_judge
+from reward_models.named_judges import make_scoring
 
 EVAL = "eval"
 """Folder of the held-out pairs in the stage of that name."""
@@ -40,11 +40,11 @@ def check_watch(config: RunConfig) -> None:
     if train is None:
         return
     keep = train.keep
-    if keep is not None and keep.rule in BY_SAMPLES and config.evaluate is None:
+    if keep is not None and keep.rule in BY_SAMPLES and (config.evaluate is None or config.evaluate.scoring is None):
         raise ConfigError(
-            f"train.keep.rule: found {keep.rule} and no judge, by whose rewards it goes",
+            f"train.keep.rule: found {keep.rule} and no judge that gives rewards, by which it goes",
             code="eval-config",
-            hint="add a section `evaluate` with its `judge`",
+            hint="add a section `evaluate` with a `judge` that scores: a reward model, yes-no:MODEL or vader",
         )
     sharded = next((kind for kind in ("FSDP", "DEEPSPEED") if launched(kind)), None)
     if sharded is None:
@@ -126,7 +126,8 @@ def make_watch(config: RunConfig, trained: Dataset) -> Watch | None:
         pairs = HeldOut.of(read_pairs(config.folder / HELD_OUT / EVAL), seed=config.seed, choose=choose)
     if train.eval_samples is not None:
         prompts = sampled_prompts(train.eval_samples, pairs, trained, seed=config.seed, choose=choose)
-        judge = None if config.evaluate is None else partial(make_judge, config.evaluate.judge)
+        scoring = None if config.evaluate is None else config.evaluate.scoring
+        judge = None if scoring is None else partial(make_scoring, scoring)
         sampler = SamplesWhileTraining(train.eval_samples, prompts, judge, config.seed)
     return Watch(pairs, sampler, train.keep, train.early_stopping)
 

@@ -84,7 +84,7 @@ def read_study(arguments: argparse.Namespace) -> Study:
         config.train,
         config.reward,
         arguments.margins,
-        config.evaluate.judge,
+        config.evaluate.judge[0].name,
         read_known(arguments.known),
     )
 

@@ -48,7 +48,7 @@ WHOLE: dict[str, Any] = {
     "name": "x", "seed": 1, "pairs": {"path": "p.jsonl", "columns": {}, "limit": 3},
     "reward": {"model": "b", "folds": 2, "eval_fraction": 0.1, "trainer": {}},
     "train": {"model": "p", "methods": {"a": {"loss": "madpo", "parameters": {"beta": 0.1}}}, "peft": {"r": 4}},
-    "evaluate": {"prompts": "q.jsonl", "temperature": 1.0},
+    "evaluate": {"prompts": "q.jsonl", "temperature": 1.0, "judge": "vader"},
 }  # fmt: skip
 PATHS = """
     name seed output_dir sample pairs pairs.limit pairs.columns reward.folds reward.trainer train.methods

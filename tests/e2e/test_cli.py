@@ -17,8 +17,8 @@ def test_whole_run_then_nothing_to_do_then_only_what_changed(workspace: Path) ->
     assert first.returncode == 0, first.stderr
     root = workspace / "runs" / "tiny"
     summary = json.loads((root / "summary.json").read_text())
-    wanted = {"reward_model_accuracy", "reward_model_accuracy_ci", "gold_reward_before", "gold_reward_after_dpo",
-              "gold_reward_after_madpo_ci", "reward_model_gain_madpo_ci", "kl_dpo", "kl_madpo",
+    wanted = {"reward_model_accuracy", "reward_model_accuracy_ci", "judge_reward_before", "judge_reward_after_dpo",
+              "judge_reward_after_madpo_ci", "reward_model_gain_madpo_ci", "kl_dpo", "kl_madpo",
               "seconds_per_stage"}  # fmt: skip
     assert wanted <= set(summary)
     page = (root / "report.html").read_text()
@@ -95,7 +95,19 @@ def test_commands_that_would_do_nothing_or_too_much_say_so(workspace: Path) -> N
             "file: found a file, expected a folder",
         ),
         (
-            ("eval", "reward", "a=policy", "--reference", "policy", "--prompts", "prompts.jsonl", "--output", "run"),
+            (
+                "eval",
+                "reward",
+                "a=policy",
+                "--reference",
+                "policy",
+                "--prompts",
+                "prompts.jsonl",
+                "--output",
+                "run",
+                "--judge",
+                "vader",
+            ),
             "report.json: found another report",
         ),
     ]
@@ -246,7 +258,7 @@ def test_real_models(assets: Path, tmp_path: Path) -> None:
         "train": {"model": str(assets / "smollm2"), "methods": {"madpo": {"loss": "madpo"}},
                   "trainer": small | {"max_steps": 3, "learning_rate": 2e-4},
                   "peft": {"r": 8, "target_modules": ["q_proj", "v_proj"]}},
-        "evaluate": {"prompts": "prompts.jsonl", "max_new_tokens": 8},
+        "evaluate": {"prompts": "prompts.jsonl", "max_new_tokens": 8, "judge": "vader"},
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     done = align("run", "run.yaml", cwd=tmp_path, OMP_NUM_THREADS="2")

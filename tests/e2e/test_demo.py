@@ -26,5 +26,5 @@ def test_the_demo_on_less_data(assets: Path, tmp_path: Path, monkeypatch: pytest
     run = tmp_path / "runs" / "demo"
     assert json.loads((run / "crossfit" / "metrics.json").read_text())["n"] == 64
     summary = json.loads((run / "summary.json").read_text())
-    assert {"gold_gain_dpo", "gold_gain_madpo", "kl_madpo", "reward_model_accuracy_out_of_fold"} <= set(summary)
+    assert {"judge_gain_dpo", "judge_gain_madpo", "kl_madpo", "reward_model_accuracy_out_of_fold"} <= set(summary)
     assert {"report.html", "log.txt"} <= {file.name for file in run.iterdir()}

@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-SHARED = ["--prompts", "prompts.jsonl", "--output", "out", "--max-new-tokens", "6"]
+SHARED = ["--prompts", "prompts.jsonl", "--output", "out", "--max-new-tokens", "6", "--judge", "vader"]
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -117,7 +117,8 @@ def test_killed_evaluations_go_on_and_repeat_no_finished_prompt(tmp_path: Path) 
     causal(tmp_path / "one", seed=1)
     causal(tmp_path / "two", seed=2)
     write_prompts(tmp_path, 500)
-    shared = ["eval", "compare", "one", "two", "--prompts", "prompts.jsonl", "--max-new-tokens", "48"]
+    shared = ["eval", "compare", "one", "two", "--judge", "vader", "--prompts", "prompts.jsonl"]
+    shared += ["--max-new-tokens", "48"]
     command = [sys.executable, "-m", "align.cli", *shared, "--output", "out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     finished: dict[Path, int] = {}
@@ -242,7 +243,7 @@ def test_the_real_model_judges_in_both_orders(assets: Path, tmp_path: Path) -> N
     lines = (json.dumps({"prompt": text}) + "\n" for text in texts)
     (tmp_path / "prompts.jsonl").write_text("".join(lines))
     model = str(assets / "smollm2")
-    done = align("eval", "compare", f"warm={model}", f"again={model}", "--judge", f"llm:{model}", *SHARED,
+    done = align("eval", "compare", f"warm={model}", f"again={model}", *SHARED, "--judge", f"llm:{model}",
                  folder=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["win_rate"]

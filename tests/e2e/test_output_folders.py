@@ -11,7 +11,7 @@ from tests.helpers.bad_input_makers import message, run_command, snapshot
 from tests.helpers.builders import causal, llama_reward, rows
 
 TABLE = "pairs.jsonl"
-POLICY = ("one", "--reference", "base", "--prompts", "prompts.jsonl", "--max-new-tokens", "3")
+POLICY = ("one", "--reference", "base", "--prompts", "prompts.jsonl", "--judge", "vader", "--max-new-tokens", "3")
 WRITERS = {
     "reward score": ("reward", "score", TABLE, "--model", "rm"),
     "data check": ("data", "check", TABLE, "--drop-invalid"),

@@ -93,7 +93,8 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(
 
         monkeypatch.setattr(loading, name, recorded)
     train = {"model": str(tiny_policy), "methods": {"dpo": {"loss": "dpo"}}, "trainer": {"trust_remote_code": trusted}}
-    tree = {"name": "r", "pairs": {"path": "p"}, "train": train, "evaluate": {"prompts": "q", "max_new_tokens": 2}}
+    evaluate = {"prompts": "q", "max_new_tokens": 2, "judge": "vader"}
+    tree = {"name": "r", "pairs": {"path": "p"}, "train": train, "evaluate": evaluate}
     config = RunConfig.model_validate(tree)
     assert config.evaluate is not None
     sampling = run_sampling(config, config.evaluate)

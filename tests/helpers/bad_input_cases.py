@@ -50,6 +50,11 @@ def setting(*overrides: str) -> tuple[str, ...]:
     return (*RUN, *(part for override in overrides for part in ("--set", override)))
 
 
+def asked(prompts: str) -> tuple[str, ...]:
+    """The run command with an evaluation on these prompts."""
+    return setting(f"evaluate.prompts={prompts}", "evaluate.judge=vader")
+
+
 def nothing(folder: Path) -> None:
     """Change nothing: the command itself is wrong."""
 
@@ -130,16 +135,16 @@ def pair_cases() -> Iterator[BadInput]:
         ("Parquet text that is not UTF-8", not_text, table, "data-encoding", "not UTF-8"),
         ("bytes in a Parquet column", parquet({**{k: [v] for k, v in GOOD.items()}, "chosen": [b"\x01"]}), table, "pair-type",
          "row 1:chosen: found b'\\x01'"),
-        ("no prompts file", nothing, setting("evaluate.prompts=nowhere.jsonl"), "data-missing", "nowhere.jsonl: no such file"),
-        ("prompts that are numbers", lambda f: write_lines(f / "p.jsonl", {"prompt": 3}), setting("evaluate.prompts=p.jsonl"),
+        ("no prompts file", nothing, asked("nowhere.jsonl"), "data-missing", "nowhere.jsonl: no such file"),
+        ("prompts that are numbers", lambda f: write_lines(f / "p.jsonl", {"prompt": 3}), asked("p.jsonl"),
          "prompt-row", "p.jsonl:row 1:prompt: found 3"),
-        ("prompts with broken messages", lambda f: write_lines(f / "p.jsonl", {"prompt": [1]}), setting("evaluate.prompts=p.jsonl"),
+        ("prompts with broken messages", lambda f: write_lines(f / "p.jsonl", {"prompt": [1]}), asked("p.jsonl"),
          "prompt-row", "p.jsonl:row 1:prompt[1]"),
-        ("an empty prompts file", raw("p.jsonl", b""), setting("evaluate.prompts=p.jsonl"), "data-empty", "p.jsonl: holds no rows"),
+        ("an empty prompts file", raw("p.jsonl", b""), asked("p.jsonl"), "data-empty", "p.jsonl: holds no rows"),
         ("a margin that a loss needs and no pair has", lines(), jsonl, "loss-needs-margin", "needs a `margin` column"),
         ("a margin that a loss needs and one pair lacks", lines({**GOOD, "margin": 1.0}), jsonl, "loss-needs-margin",
          "margin: 1 of 2 pairs have none"),
-        ("prompts with a lone surrogate", raw("p.jsonl", b'{"prompt": "a \\ud83d b"}\n'), setting("evaluate.prompts=p.jsonl"),
+        ("prompts with a lone surrogate", raw("p.jsonl", b'{"prompt": "a \\ud83d b"}\n'), asked("p.jsonl"),
          "prompt-row", "a lone surrogate"),
     ]  # fmt: skip
     yield from (BadInput(*case) for case in made)
@@ -188,6 +193,9 @@ def config_cases() -> Iterator[BadInput]:
         ("pairs that a reward model's training would hold back", nothing,
          setting("reward={model: policy, trainer: {eval_strategy: steps}}"), "trainer-key",
          "reward.trainer.eval_strategy: found 'steps', which has no effect here: a training here holds no pairs back"),
+        ("an evaluation without a judge", nothing, setting("evaluate.prompts=p.jsonl"), "config-key", "there is no default judge"),
+        ("a judge that does not exist", nothing, setting("evaluate.prompts=p.jsonl", "evaluate.judge=vadr"), "judge-name",
+         "judge 'vadr' is not known (did you mean `vader`?)"),
         ("held-out pairs that are not evaluated", nothing,
          setting("train.eval_pairs={share: 0.3}", "train.trainer.eval_strategy=no"), "eval-config",
          "train.trainer.eval_strategy: found no together with train.eval_pairs, expected steps or epoch"),

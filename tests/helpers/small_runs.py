@@ -39,7 +39,7 @@ def write_run(folder: Path, methods: Sequence[str], trainer: dict[str, Any], **s
             "model": "policy", "methods": {name: {"loss": name} for name in methods},
             "trainer": fields | {"learning_rate": 1e-2}, "peft": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
         },
-        "evaluate": {"prompts": "prompts.jsonl", "max_new_tokens": 6},
+        "evaluate": {"prompts": "prompts.jsonl", "max_new_tokens": 6, "judge": "vader"},
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     return folder / "run.yaml"

@@ -60,7 +60,7 @@ def report(gain: float = 0.4, half: float = 0.1, accuracy: float = 0.75, pairs: 
                          "out_of_fold": metrics(0.7, 0.02), "folds": 2,
                          "margins": {"heldout": margins, "in_sample": margins, "out_of_fold": margins}},
         "margins": {"values": margins, "weights": {"madpo": [1.0] * pairs}, "tau": 6.9, "summary": {"madpo": summary},
-                    "parameters": {"madpo": {"tau": 6.9}}, "gold_correlation": est(0.4, 0.1), "note": "", "warnings": []},
+                    "parameters": {"madpo": {"tau": 6.9}}, "judge_correlation": est(0.4, 0.1), "note": "", "warnings": []},
         "training": {"methods": {m: {"loss": {"loss": m, "parameters": {}}, "seconds": 9.0, "history": history} for m in ("dpo", "madpo")}},
         "evaluation": {"judge": "vader", "n_prompts": 200, "policies": policies,
                        "comparisons": [{"a": "madpo", "b": "dpo", "difference": est(gain - 0.2, half)}]},

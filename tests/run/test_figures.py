@@ -21,7 +21,7 @@ def test_figures_of_a_report_reach_card_and_tracker(tmp_path: Path) -> None:
         name="run", output_dir=str(tmp_path), pairs=PairsSection(path="pairs.jsonl"),
         reward=RewardSection(model="m", trainer=fields),
         train=TrainSection(model="m", methods={name: LossSection(loss="dpo") for name in "ab"}, trainer=fields),
-        evaluate=EvaluateSection(prompts="prompts.jsonl"),
+        evaluate=EvaluateSection(prompts="prompts.jsonl", judge="vader"),
     )  # fmt: skip
     for folder in ("train-a/model", "train-b/model", "reward/model"):
         (config.folder / folder).mkdir(parents=True)

@@ -35,7 +35,8 @@ def write(folder: Path, trainer: dict[str, Any] | None = None, **train: Any) -> 
     fields = {"bf16": False, "gradient_checkpointing": False, "max_steps": 4, "learning_rate": 3e-3,
               "per_device_train_batch_size": 4}  # fmt: skip
     run = {
-        "name": "w", "pairs": {"path": "pairs.jsonl"}, "evaluate": {"prompts": "prompts.jsonl", "max_new_tokens": 4},
+        "name": "w", "pairs": {"path": "pairs.jsonl"},
+        "evaluate": {"prompts": "prompts.jsonl", "max_new_tokens": 4, "judge": "vader"},
         "train": {"model": "policy", "methods": {"dpo": {"loss": "dpo"}}, "eval_pairs": {"share": 0.34},
                   "trainer": fields | (trainer or {})} | train,
     }  # fmt: skip

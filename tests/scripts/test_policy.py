@@ -37,7 +37,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "train": {"model": str(causal(folder / "policy")), "methods": {"dpo": {"loss": "dpo"}},
                   "peft": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
                   "trainer": small | {"learning_rate": 0.05}},
-        "evaluate": {"prompts": "unused.jsonl", "max_new_tokens": 6},
+        "evaluate": {"prompts": "unused.jsonl", "max_new_tokens": 6, "judge": "vader"},
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     sizes = {"reward-pairs": 12, "train-prompts": 16, "validation-prompts": 8, "test-prompts": 10, "seeds": 0}

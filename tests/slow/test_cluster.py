@@ -81,7 +81,8 @@ def test_verbs_give_the_same_tables(cluster: Any, tmp_path: Path, machines: int)
         sampling = ["-n", "2", "--max-new-tokens", "6", "--engine", "transformers"]
         align("generate", "prompts.jsonl", "--model", "policy", "--output", f"made-{name}", *sampling, *more)
         sampling = ["--max-new-tokens", "6", "--engine", "transformers", "--reference", "other"]
-        align("eval", "reward", "p=policy", "--prompts", "prompts.jsonl", "--output", f"eval-{name}", *sampling, *more)
+        judged = ["--judge", "vader", "--prompts", "prompts.jsonl", "--output", f"eval-{name}"]
+        align("eval", "reward", "p=policy", *judged, *sampling, *more)
     here, there = (read_pairs(tmp_path / f"scored-{name}") for name in ("here", "there"))
     assert here["id"][:] == there["id"][:] and here.column_names == there.column_names
     assert np.allclose(here["margin"], there["margin"], atol=1e-5)

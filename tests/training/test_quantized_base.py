@@ -156,7 +156,8 @@ def test_a_run_samples_and_evaluates_on_the_quantized_base(tmp_path: Path) -> No
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "the film"}\n')
     tree = {
         "name": "r", "output_dir": str(tmp_path), "pairs": {"path": str(tmp_path / "pairs.jsonl")},
-        "evaluate": {"prompts": str(tmp_path / "prompts.jsonl")}, "train": quantized(base).model_dump(),
+        "evaluate": {"prompts": str(tmp_path / "prompts.jsonl"), "judge": "vader"},
+        "train": quantized(base).model_dump(),
     }  # fmt: skip
     config = RunConfig.model_validate(tree)
     assert config.evaluate is not None and config.train is not None

@@ -15,7 +15,7 @@ from align.data.messages import argument_cells, split_arguments
 from align.data.pair_selection import draw_pair
 from align.data.pairs import FILE as PAIRS_FILE
 from align.data.pairs import load_pairs, read_pairs, table_of, write_pairs
-from align.data.prompts import load_prompts
+from align.data.prompts import section_prompts
 from align.data.splits import clusters_of
 from align.data.statistics import summarize
 from align.data.training_pairs import report_in_sample, source_of, with_source
@@ -34,7 +34,7 @@ from align.run.checks import check_models
 from align.run.plan import HELD_OUT, REFERENCE_CACHE, TRUST, TRUST_NUMBERS, holds_out, measures_trust
 from align.run.row_checks import check_pair_rows, split_for_reward
 from align.run.stages.reward import METRICS, make_scorer, scored_by
-from align.run.stages.sampling import PARTS, run_sampling, sample_in_stage
+from align.run.stages.sampling import PARTS, run_sampling, sample_in_stage, sampled_model
 from align.run.watch import EVAL, make_watch, split_share, without_trained
 from align.training.base.tracked_runs import tracked_run
 from align.training.columns import require_margin, trained_pairs
@@ -105,8 +105,9 @@ def stage_sample(config: RunConfig, folder: Path) -> None:
     With two folds, the model of the labels and that of the margins share no training pair; with more they share some.
     """
     assert config.sample is not None and config.train is not None
-    prompts = load_prompts(config.sample.prompts, config.sample.chat_template_kwargs)
-    job = SamplingJob(config.train.model, run_sampling(config, config.sample, config.sample.num_generations))
+    prompts = section_prompts(config.sample)
+    model = sampled_model(config, config.sample)
+    job = SamplingJob(model, run_sampling(config, config.sample, config.sample.num_generations))
     sampled = sample_in_stage(config, prompts, job, folder, what="sampling")
     groups = completions_of(sampled)
     kept = completed_by_all(prompts, {config.train.model: [bool(group) for group in groups]})

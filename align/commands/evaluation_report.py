@@ -1,0 +1,96 @@
+"""The report of an evaluation, which `align eval reward`, `compare` and `frontier` share: report.json and its page."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from align.commands.evaluation_tables import COMPLETIONS
+from align.errors import ConfigError, DataError
+from align.io.console import log, out
+from align.io.files import read_json, write_json
+from align.io.stage import check_files
+
+REPORT = "report.json"
+PAGE = "report.html"
+PARTS = frozenset({"reward", "comparisons", "frontier"})
+"""Keys of an evaluation's report."""
+
+
+def check_report_folder(output: Path) -> None:
+    """Check that a report of an evaluation can be written.
+
+    Raises:
+        ConfigError: the output is a file, or holds a report or a page of something else.
+        DataError: its report.json is not a report.
+    """
+    if output.is_file():
+        raise ConfigError(
+            f"{output}: found a file, expected a folder", code="output-folder", hint="give another --output"
+        )
+    check_files(output, [PAGE], own=[REPORT, COMPLETIONS])
+    if (output / REPORT).exists() and not _read_report(output).keys() <= PARTS:
+        raise ConfigError(
+            f"{output / REPORT}: found another report, expected none or that of an evaluation",
+            code="output-folder",
+            hint="give another --output",
+        )
+
+
+def page(output: Path) -> None:
+    """Render OUTPUT/report.html from OUTPUT/report.json again.
+
+    Raises:
+        DataError: there is no report.json.
+    """
+    from jinja2 import TemplateError
+
+    from align.reports.comparison_page import write_comparison_page
+
+    if not (output / REPORT).exists():
+        raise DataError(
+            f"{output}: holds no {REPORT}",
+            code="report-missing",
+            hint="run `align eval reward` or `compare` first",
+        )
+    report = _read_report(output)
+    try:
+        write_comparison_page(output / PAGE, report)
+    except (LookupError, TypeError, AttributeError, TemplateError) as error:
+        raise _no_report(output, " ".join(str(error).split())) from None
+    log.info("look at it: open %s", output / PAGE)
+
+
+def publish(output: Path, part: dict[str, Any], section: dict[str, Any]) -> None:
+    """Add a part to the report of all commands, render the page, and print the part's section without its samples."""
+    from align.reports.comparison_page import write_comparison_page
+
+    file = output / REPORT
+    report = _read_report(output) if file.exists() else {}
+    if "comparisons" in part:
+        part = {"comparisons": report.get("comparisons", {}) | part["comparisons"]}
+    write_json(file, report | part)
+    write_comparison_page(output / PAGE, report | part)
+    out.print_json(json.dumps({key: value for key, value in section.items() if key != "samples"}))
+
+
+def _read_report(output: Path) -> dict[str, Any]:
+    """The report in OUTPUT/report.json.
+
+    Raises:
+        DataError: the file is not JSON, or not an object.
+    """
+    try:
+        report = read_json(output / REPORT)
+    except ValueError as error:
+        raise _no_report(output, str(error)) from None
+    if not isinstance(report, dict):
+        raise _no_report(output, f"found a {type(report).__name__}")
+    return report
+
+
+def _no_report(output: Path, why: str) -> DataError:
+    return DataError(
+        f"{output / REPORT}: not the report of an evaluation ({why})",
+        code="report-missing",
+        hint="give another --output, or delete the file and evaluate again: completions and scores are kept",
+    )
