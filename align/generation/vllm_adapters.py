@@ -65,6 +65,8 @@ def served_otherwise(folder: str) -> str | None:
         return f"peft_type: {kind}"
     if not 0 < rank <= RANKS[-1]:
         return f"r: {rank}"
+    if is_adapter(str(config.get("base_model_name_or_path"))):
+        return "an adapter as the base of an adapter"
     if changes_base(config.get("init_lora_weights")):
         return f"init_lora_weights: {config['init_lora_weights']!r}"
     plain = LoraConfig().to_dict()

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from align.io.files import read_json
 from align.models.folders import CONFIG, adapter_base, adapter_config, is_adapter
 
@@ -58,3 +60,12 @@ def is_quantized(model: str) -> bool:
         return bool(base_loading(model)) or is_quantized(str(adapter_base(model)))
     config = Path(model) / CONFIG
     return config.is_file() and "quantization_config" in read_json(config)
+
+
+def saved_dtypes(folder: str) -> dict[str, str]:
+    """Name of a weight in an adapter folder -> its dtype, as safetensors writes it (``BF16``)."""
+    found: dict[str, str] = {}
+    for file in sorted(Path(folder).glob("adapter_model*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            found |= {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 - no mapping
+    return found

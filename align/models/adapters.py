@@ -123,8 +123,8 @@ def adapter_of_the_start(policy: nn.Module) -> Iterator[None]:
 def copy_adapter(model: nn.Module, source: str, target: str) -> None:
     """Make one adapter of a model an exact copy of another of the same configuration.
 
-    Every parameter and buffer counts whose name has the adapter's among its parts, at its end too (``ia3_l.default``,
-    ``lora_embedding_A.default``).
+    The copy has the same dtypes. Every parameter and buffer counts whose name has the adapter's among its parts, at its
+    end too (``ia3_l.default``, ``lora_embedding_A.default``).
 
     Raises:
         ConfigError: the copy computes something else, so it has a state that is not in its tensors.
@@ -136,7 +136,7 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
             parts = name.split(".")
             copied = tensors.get(".".join(target if part == source else part for part in parts))
             if source in parts and copied is not None:
-                copied.copy_(value)
+                copied.data = value.detach().clone()  # in its dtype, which may not be the one peft has made it in
     ids, training = trial_ids(model), model.training
     model.eval()
     found = []

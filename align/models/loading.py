@@ -1,5 +1,6 @@
 """Loading a policy and its tokenizer from a folder or hub id."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.errors import ModelError
-from align.models.adapter_folders import base_loading
+from align.io.console import log
+from align.models.adapter_folders import base_loading, is_quantized, saved_dtypes
 from align.models.adapters import merge_adapter
 from align.models.folders import (
     check_model_folder,
@@ -19,6 +21,8 @@ from align.models.folders import (
     vocabulary_rows,
 )
 from align.models.layout import base_model, has_adapter
+
+SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def load_tokenizer(
@@ -72,12 +76,40 @@ def load_policy(
             policy = _load_adapter(model, trust_remote_code, trainable, kwargs)
             if trainable:
                 _check_gradients(model, policy)
+            _tell_of_outliers(model, policy)
             return policy
         loaded, found = AutoModelForCausalLM.from_pretrained(
             model, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **kwargs
         )
+    if trainable and _holds_adapter(loaded):
+        raise ModelError(
+            f"{model}: is an adapter on the hub, expected a folder to train or measure it",
+            code="adapter",
+            hint=f"download it: hf download {model} --local-dir FOLDER, and give that folder",
+        )
     refuse_new_weights(model, loaded, found["missing_keys"], "a causal language model")
+    _tell_of_outliers(model, loaded)
     return loaded
+
+
+def _tell_of_outliers(model: str, policy: nn.Module) -> None:
+    """Warn, once for each model, of a base in 8 bits whose log-probs depend on the other rows of a batch.
+
+    bitsandbytes (LLM.int8, arXiv 2208.07339) multiplies a column of the inputs in 16 bits if any row of the batch has a
+    value of at least ``llm_int8_threshold`` there, and in 8 bits otherwise; at 0 all columns are in 8 bits.
+    """
+    base: Any = base_model(policy)
+    config = getattr(getattr(base, "hf_quantizer", None), "quantization_config", None)
+    threshold = getattr(config, "llm_int8_threshold", 0.0)
+    if getattr(base, "is_loaded_in_8bit", False) and threshold:
+        _warn_of_outliers(model, float(threshold))
+
+
+@functools.cache
+def _warn_of_outliers(model: str, threshold: float) -> None:
+    log.warning("%s: quantized to 8 bits with llm_int8_threshold %g: which columns are computed in 8 bits depends on "
+                "all rows of a batch, so the log-probs of a token differ between batches (0.07 nats on a tiny model); "
+                "with llm_int8_threshold: 0 in quantization_config they do not", model, threshold)  # fmt: skip
 
 
 def _check_gradients(model: str, policy: nn.Module) -> None:
@@ -121,14 +153,57 @@ def _load_adapter(model: str, trust_remote_code: bool, trainable: bool, kwargs: 
     kwargs = kwargs | base_loading(model)
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(f"its adapter was trained for the task {config.task_type}, expected CAUSAL_LM")
-    base = AutoModelForCausalLM.from_pretrained(
-        config.base_model_name_or_path, trust_remote_code=trust_remote_code, use_safetensors=True,
-        **({"revision": config.revision} | kwargs),
-    )  # fmt: skip
+    base = _load_base(model, config, trust_remote_code, kwargs)
     rows = saved_vocabulary(model)
     if rows is not None and rows != base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(rows, mean_resizing=False)  # the adapter's own rows replace the new ones
-    return PeftModelForCausalLM.from_pretrained(base, model, config=config, is_trainable=trainable)
+    policy = PeftModelForCausalLM.from_pretrained(base, model, config=config, is_trainable=trainable)
+    if is_quantized(model) or getattr(base, "is_quantized", False):
+        _as_saved(policy, model)
+    return policy
+
+
+def _as_saved(policy: nn.Module, folder: str) -> None:
+    """Give the low-rank updates of an adapter the dtype that they have in its folder, which is that of their training.
+
+    peft widens them to float32, and an adapter on a quantized base is trained in bfloat16 (QLoRA, arXiv 2305.14314, as
+    trl has it): what it adds to a layer was rounded. A layer of peft computes an update in the dtype of its weights.
+    """
+    dtypes = saved_dtypes(folder)
+    for name, parameter in policy.named_parameters():
+        dtype = dtypes.get(name.replace(".default", ""), "")
+        if ".lora_" in name and dtype in SAFETENSORS_DTYPES:
+            parameter.data = parameter.data.to(SAFETENSORS_DTYPES[dtype])
+
+
+def _load_base(model: str, config: Any, trust_remote_code: bool, kwargs: dict[str, Any]) -> Any:
+    """The base of an adapter; one that is an adapter itself is merged, since another of the same name would replace it.
+
+    Raises:
+        ModelError: the base is an adapter that cannot be merged exactly, or one on the hub.
+    """
+    name = str(config.base_model_name_or_path)
+    if is_adapter(name):
+        merged = load_merged_policy(name, trust_remote_code=trust_remote_code, **kwargs)
+        if not has_adapter(merged):
+            return merged
+    else:
+        base = AutoModelForCausalLM.from_pretrained(
+            name, trust_remote_code=trust_remote_code, use_safetensors=True, **({"revision": config.revision} | kwargs)
+        )
+        if not _holds_adapter(base):
+            return base
+    raise ModelError(
+        f"{model}: its base, {name}, is an adapter that cannot be merged here, expected a model",
+        code="adapter",
+        hint="load it in float32 without quantization, or merge that adapter into its base model and name the folder "
+        "of the result as base_model_name_or_path in adapter_config.json",
+    )
+
+
+def _holds_adapter(model: Any) -> bool:
+    """Whether transformers has put an adapter into a model that it has loaded, as it does for an adapter on the hub."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def place(model: nn.Module, device: torch.device | str) -> Any:

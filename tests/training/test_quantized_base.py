@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +22,8 @@ from align.errors import ConfigError
 from align.evaluation.policies import Policy, find_reference
 from align.io.console import log
 from align.losses.registry import resolve
-from align.models.adapter_folders import QUANTIZATION, base_loading, is_quantized
+from align.models.adapter_folders import FIRST_ADAPTER, QUANTIZATION, base_loading, is_quantized
+from align.models.adapters import copy_adapter
 from align.models.loading import load_merged_policy, load_policy, load_tokenizer
 from align.run.pipeline import _Runner
 from align.run.stages.policy import stage_trust
@@ -96,6 +98,57 @@ def test_the_base_is_loaded_in_its_dtype_of_training(tmp_path: Path, monkeypatch
     folder = str(tmp_path / "out" / "model")
     assert base_loading(folder) == {"dtype": "bfloat16"} | GIVEN and is_quantized(folder)
     assert load_policy(folder, dtype="float32").get_base_model().dtype == torch.bfloat16
+
+
+def test_an_adapter_on_a_quantized_base_computes_as_it_was_trained(tmp_path: Path) -> None:
+    """In 16 bits, but for DoRA's magnitudes; in float32, as peft loads it, its log-probs are others."""
+    base = make_base(tmp_path / "base", tied=False)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], use_dora=True)
+    policy = get_peft_model(load_policy(str(base), dtype="float32", **GIVEN), lora)
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad and "lora_magnitude_vector" not in name:  # as trl.DPOTrainer does
+            parameter.data = (parameter.data + 0.1 * torch.randn_like(parameter)).to(torch.bfloat16)
+    folder = str(tmp_path / "adapter")
+    policy.save_pretrained(folder)
+    wanted = {name: parameter.dtype for name, parameter in policy.named_parameters()}
+    assert set(wanted.values()) == {torch.float32, torch.bfloat16}
+    loaded = {name: parameter.dtype for name, parameter in load_policy(folder, dtype="float32").named_parameters()}
+    assert set(loaded.values()) == {torch.float32}, "a base in full precision"
+    (Path(folder) / QUANTIZATION).write_text(json.dumps(GIVEN))
+    for trainable in (False, True):
+        policy = load_policy(folder, dtype="float32", trainable=trainable)
+        assert {name: parameter.dtype for name, parameter in policy.named_parameters()} == wanted
+    policy.add_adapter(FIRST_ADAPTER, policy.peft_config["default"])
+    copy_adapter(policy, "default", FIRST_ADAPTER)
+    copied = {
+        n.replace(f".{FIRST_ADAPTER}.", ".default."): p for n, p in policy.named_parameters() if FIRST_ADAPTER in n
+    }
+    assert copied and all(parameter.dtype == wanted[name] for name, parameter in copied.items())
+
+
+@pytest.mark.parametrize(("bits", "threshold", "told"), [(8, 6.0, True), (8, 0.0, False), (4, 6.0, False)])
+def test_log_probs_that_depend_on_the_batch_are_told(
+    bits: int, threshold: float, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured with bitsandbytes: a row alone and in a batch differ by 0.07 nats at 6, and by 0.0 at 0."""
+    base, load = str(make_base(tmp_path / "base", tied=False)), AutoModelForCausalLM.from_pretrained
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        found = load(*args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        if model.__dict__.get("hf_quantizer") is not None:
+            model.hf_quantizer.quantization_config.llm_int8_threshold = threshold
+            setattr(model, f"is_loaded_in_{bits}bit", True)
+        return found
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", marked)
+    said: list[str] = []
+    monkeypatch.setattr(log, "warning", lambda text, *values: said.append(text % values))
+    load_policy(base, dtype="float32")
+    assert not said, "not quantized"
+    for _ in range(2):
+        load_policy(base, dtype="float32", **GIVEN)
+    assert len(said) == told and all("llm_int8_threshold 6" in text and base in text for text in said)
 
 
 def test_a_run_samples_and_evaluates_on_the_quantized_base(tmp_path: Path) -> None:
