@@ -64,6 +64,9 @@ def test_yaml_blocks_are_valid(text: str, tmp_path: Path) -> None:
     if "name" not in tree:
         tree = {"name": "part", "pairs": {"path": "pairs.jsonl"}, **tree}
         tree["train"] = {"model": "some/model", "methods": {"dpo": {"loss": "dpo"}}, **tree.get("train", {})}
+    if "evaluate" in tree:  # a page names a file of its reader's
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "a film"}\n')
+        tree["evaluate"]["prompts"] = str(tmp_path / "prompts.jsonl")
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tree))
     check_config(load_config(file))
