@@ -1,4 +1,4 @@
-"""The Adam state and the learning rate that a checkpoint of a training holds."""
+"""The Adam state that a checkpoint holds, and the learning rates that its training logged."""
 
 import pickle
 from pathlib import Path
@@ -12,7 +12,7 @@ from align.entanglement.influence import AdamState
 from align.errors import ModelError
 from align.io.files import read_json
 
-OPTIMIZER, TRAINER_STATE = "optimizer.pt", "trainer_state.json"
+OPTIMIZER, HISTORY = "optimizer.pt", "history.json"
 
 
 def read_adam_state(folder: Path, model: nn.Module, measured: dict[str, nn.Parameter]) -> AdamState | str:
@@ -71,10 +71,20 @@ def _other(file: Path, found: str) -> ModelError:
     )
 
 
-def learning_rate(folder: Path, since: int, step: int) -> float | None:
-    """The mean learning rate that a training logged in the steps after ``since`` up to ``step``; None without any."""
-    file = folder / TRAINER_STATE
-    logged = read_json(file).get("log_history", []) if file.is_file() else []
-    rates = [float(row["learning_rate"]) for row in logged
-             if "learning_rate" in row and since < row.get("step", 0) <= step]  # fmt: skip
-    return sum(rates) / len(rates) if rates else None
+def learning_rate(training: Path, since: int, step: int) -> float | None:
+    """The mean learning rate that a training logged in the steps after ``since`` up to ``step``.
+
+    Where it logged none there, the one logged nearest to ``step``; None without any.
+
+    Args:
+        training: folder of a finished ``train-<method>`` stage.
+        since: optimizer step of the checkpoint before, or 0.
+        step: optimizer step of the checkpoint.
+    """
+    file = training / HISTORY
+    entries = read_json(file)["history"] if file.is_file() else []
+    logged = [(int(row["step"]), float(row["learning_rate"])) for row in entries if "learning_rate" in row]
+    within = [rate for at, rate in logged if since < at <= step]
+    if within or not logged:
+        return sum(within) / len(within) if within else None
+    return min(logged, key=lambda entry: abs(entry[0] - step))[1]

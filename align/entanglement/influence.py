@@ -17,14 +17,13 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from align.data.held_out_pairs import WHOLE
 from align.entanglement.conditions import loss_weights
 from align.entanglement.directional import Direction, gradient_of
 from align.entanglement.measure_pairs import PairMeasurement
 from align.losses.pairwise import PairLogps
 from align.models.logps import pair_logps
 
-WHOLE = "all"
-"""Group of all held-out pairs."""
 SGD, ADAMW = "influence", "adamw"
 """Kinds of influence: along the plain gradient of the held-out loss, and along that preconditioned as AdamW does."""
 PARTS = ("", "_chosen", "_rejected")

@@ -10,11 +10,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from align.data.held_out_pairs import WHOLE
 from align.entanglement.directional import Direction, gradient_of
 from align.entanglement.influence import (
     ADAMW,
     SGD,
-    WHOLE,
     AdamState,
     InfluenceMeasurement,
     directions_of,
