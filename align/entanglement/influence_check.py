@@ -72,9 +72,7 @@ def check_influence(
     state = state or _long_training(gradients)
     groups = held_out(target, held, [WHOLE] * len(held))
     found = InfluenceMeasurement(training, directions_of(groups, state))(tokens)
-    loss = _HeldOutLoss(target, held)
-    noise = abs(_HeldOutLoss(replace(target, batch_tokens=1), held)() - loss())
-    noise = max(noise, float(np.finfo(np.float32).eps) * abs(loss()))
+    loss, noise = _with_noise(target, held)
     parameters = training.products.measured
     none = {name: torch.zeros_like(value) for name, value in parameters.items()}
     result: dict[str, Any] = {"pairs": len(tokens), "held_out": len(held), "held_out_loss": loss(), "noise": noise,
@@ -137,6 +135,13 @@ class _HeldOutLoss:
             pairs = PairLogps(chosen, rejected, ref_chosen, ref_rejected, *lengths)
             total += float(self.loss(pairs, None if margin is None else margin.double()).sum())
         return total / self.count
+
+
+def _with_noise(target: PairMeasurement, held: Dataset) -> tuple[_HeldOutLoss, float]:
+    """The held-out loss, and by how much it changes when the same pairs are computed one by one."""
+    loss = _HeldOutLoss(target, held)
+    noise = abs(_HeldOutLoss(replace(target, batch_tokens=1), held)() - loss())
+    return loss, max(noise, float(np.finfo(np.float32).eps) * abs(loss()))
 
 
 def _after(
