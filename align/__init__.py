@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from align.api import diagnose_pairs as diagnose_pairs
     from align.api import filter_pairs as filter_pairs
     from align.api import measure_entanglement as measure_entanglement
+    from align.api import measure_influence as measure_influence
     from align.api import measure_trust as measure_trust
     from align.api import pairs_from_dataset as pairs_from_dataset
     from align.errors import AlignError as AlignError
@@ -37,6 +38,7 @@ _NAMES = {
     "diagnose_pairs": "align.api",
     "filter_pairs": "align.api",
     "measure_entanglement": "align.api",
+    "measure_influence": "align.api",
     "measure_trust": "align.api",
     "pairs_from_dataset": "align.api",
 }
@@ -53,6 +55,7 @@ __all__ = [
     "diagnose_pairs",
     "filter_pairs",
     "measure_entanglement",
+    "measure_influence",
     "measure_trust",
     "pairs_from_dataset",
 ]

@@ -2,8 +2,8 @@
 
     pairs_from_dataset   table -> checked pair table          filter_pairs       which pairs to train on
     diagnose_pairs       what the pairs can teach             measure_entanglement   gradients of each pair
-    measure_trust, advise   labels against margins            compare_policies   which of two policies writes better
-    compare_losses       what each loss does to the pairs
+    measure_trust, advise   labels against margins            measure_influence  which pairs moved a held-out loss
+    compare_policies     which of two policies writes better     compare_losses       what each loss does to the pairs
 
 Each takes a ``datasets.Dataset``, a list of dicts or a DataFrame, returns an object, and raises the errors of the
 command line in the words of Python. A name is imported on first use.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from align.api.comparison import Comparison, compare_policies
     from align.api.diagnosis import diagnose_pairs
     from align.api.filtering import FilterResult, filter_pairs
-    from align.api.gradients import compare_losses, measure_entanglement
+    from align.api.gradients import compare_losses, measure_entanglement, measure_influence
     from align.data.in_memory import pairs_from_dataset
 
 WHERE = {
@@ -28,6 +28,7 @@ WHERE = {
     "FilterResult": "align.api.filtering",
     "compare_losses": "align.api.gradients",
     "measure_entanglement": "align.api.gradients",
+    "measure_influence": "align.api.gradients",
     "compare_policies": "align.api.comparison",
     "Comparison": "align.api.comparison",
     "measure_trust": "align.api.advice",
@@ -46,6 +47,7 @@ __all__ = [
     "diagnose_pairs",
     "filter_pairs",
     "measure_entanglement",
+    "measure_influence",
     "measure_trust",
     "pairs_from_dataset",
 ]

@@ -1,7 +1,8 @@
-"""``measure_entanglement``: how the gradients of the two responses of each pair interact."""
+"""``measure_entanglement`` and ``measure_influence``: what a step on each pair does, to itself and to others."""
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,19 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from align.data.held_out_pairs import distinct, groups_of
 from align.data.in_memory import pairs_from_dataset
 from align.entanglement import compare_losses as incentives
-from align.entanglement import measure_pairs
+from align.entanglement import influence, measure_pairs
+from align.entanglement.adam_states import read_adam_state
 from align.entanglement.measure import load_measured, load_reference
-from align.errors import ConfigError, python_words
+from align.entanglement.products import GradientProducts
+from align.errors import ConfigError, ModelError, python_words
 from align.io.console import log
 from align.losses.registry import LOSSES, BoundLoss, resolve
 from align.losses.sums import resolve_sum
 from align.models.loading import load_tokenizer
-from align.models.tokenization import MAX_LENGTH
+from align.models.tokenization import MAX_LENGTH, tokenize_pairs
 
 NAMES = {"step_chosen": "chosen_change", "step_rejected": "rejected_change"}
 """Columns of the command's table -> their names here."""
@@ -138,6 +142,68 @@ def _bound(loss: str | Mapping[str, Any] | BoundLoss) -> BoundLoss:
     if isinstance(loss, Mapping):
         return resolve_sum(dict(loss), {})
     return resolve(loss, {})
+
+
+def measure_influence(
+    model: str | Path | nn.Module,
+    tokenizer: PreTrainedTokenizerBase | str | None,
+    pairs: Any,
+    held_out: Any,
+    *,
+    loss: str | BoundLoss = "dpo",
+    target: str | BoundLoss | None = None,
+    adam_state: str | Path | None = None,
+    max_length: int = MAX_LENGTH,
+) -> Dataset:
+    """Measure what a training step on each pair alone does to a held-out loss, to first order.
+
+    It explains which pairs moved a model; it is not a filter score and not a weight (docs/influence.md). `align
+    entangle influence` measures the same, sums it over the checkpoints of a run, and writes a page.
+
+    Args:
+        model: see ``measure_entanglement``.
+        tokenizer: see there.
+        pairs: training pairs.
+        held_out: held-out pairs, with ``group`` for an influence on each group. Those that are in ``pairs`` too are
+            left out, with a warning.
+        loss: training loss; see ``measure_entanglement``.
+        target: held-out loss; None: the training loss. ``"nll"`` reads the chosen responses alone.
+        adam_state: folder of a checkpoint of transformers' ``Trainer`` with the state of AdamW.
+        max_length: tokens of prompt and response together; the rest is truncated.
+
+    Returns:
+        One row per pair, in their order: ``id``; ``influence``, the change of the mean held-out loss per unit of
+        learning rate by a plain gradient step on the pair, ``influence_chosen`` and ``influence_rejected``, what of it
+        came from the two responses; the same for each held-out group as ``influence@GROUP``, ...; with ``adam_state``
+        ``adamw``, ... for steps scaled as AdamW scales them; ``d_w`` and ``d_l``. Negative: the step lowers the loss.
+
+    Raises:
+        ConfigError, DataError, ModelError: see ``measure_entanglement``; all held-out pairs are training pairs, or the
+            optimizer's state is missing or that of another model.
+    """
+    table, held = pairs_from_dataset(pairs), pairs_from_dataset(held_out)
+    with python_words(HINTS):
+        bound = measure_pairs.checked_loss(loss, table)
+        target_loss = bound if target is None else measure_pairs.checked_loss(target, held)
+        if target is None:
+            measure_pairs.checked_loss(bound, held)
+        held, told = distinct(held, table, "held_out")
+        groups, more = groups_of(held)
+        for line in told + more:
+            log.warning("measure_influence: %s", line)
+        loaded = load_measured(str(model)) if isinstance(model, str | Path) else _in_float32(model)
+        reads = _tokenizer(tokenizer, model)
+        products = GradientProducts(loaded)
+        state = None if adam_state is None else read_adam_state(Path(adam_state), loaded, products.measured)
+        if isinstance(state, str):
+            raise ModelError(f"adam_state: {state}", code="influence-checkpoint", hint="give the checkpoint's folder")
+        reference = load_reference(str(model)) if isinstance(model, str | Path) else None
+        padding = reads.eos_token_id if reads.pad_token_id is None else reads.pad_token_id
+        training = measure_pairs.PairMeasurement(products, bound, padding or 0, reference, max_length=max_length)
+        tokens, held_tokens = (tokenize_pairs(rows, reads, max_length=max_length) for rows in (table, held))
+        found = influence.held_out(replace(training, loss=target_loss), held_tokens, groups)
+        measured = influence.InfluenceMeasurement(training, influence.directions_of(found, state))(tokens)
+        return influence.with_whole(measured, {group.name: group.pairs for group in found})
 
 
 def _in_float32(model: nn.Module) -> nn.Module:

@@ -1,5 +1,6 @@
 """`align entangle`: measure gradient entanglement, follow it over checkpoints, check its predictions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,25 +38,34 @@ class MeasureOptions:
         Raises:
             ConfigError: one is not ``name=value``, or its value is no number and no boolean.
         """
-        from pydantic import ValidationError
-        from yaml import YAMLError
+        return loss_parameters(self.parameter or [])
 
-        from align.config import LossSection
-        from align.config.safe_yaml import load_yaml
-        from align.errors import ConfigError
 
-        found: dict[str, float | bool] = {}
-        for item in self.parameter or []:
-            name, sign, value = item.partition("=")
-            if not (name and sign and value):
-                raise ConfigError(f"--parameter {item}: expected name=number", code="config-option")
-            try:
-                read = LossSection.model_validate({"loss": "", "parameters": {name: load_yaml(value)}})
-            except (ValidationError, YAMLError, ValueError):
-                expected = "expected a finite number, or true or false"
-                raise ConfigError(f"--parameter {item}: found {value!r}, {expected}", code="config-option") from None
-            found |= read.parameters
-        return found
+def loss_parameters(given: Sequence[str]) -> "dict[str, float | bool]":
+    """Parameters of a loss by name from options ``name=value``, each value read as in the YAML of a run.
+
+    Raises:
+        ConfigError: one is not ``name=value``, or its value is no number and no boolean.
+    """
+    from pydantic import ValidationError
+    from yaml import YAMLError
+
+    from align.config import LossSection
+    from align.config.safe_yaml import load_yaml
+    from align.errors import ConfigError
+
+    found: dict[str, float | bool] = {}
+    for item in given:
+        name, sign, value = item.partition("=")
+        if not (name and sign and value):
+            raise ConfigError(f"--parameter {item}: expected name=number", code="config-option")
+        try:
+            read = LossSection.model_validate({"loss": "", "parameters": {name: load_yaml(value)}})
+        except (ValidationError, YAMLError, ValueError):
+            expected = "expected a finite number, or true or false"
+            raise ConfigError(f"--parameter {item}: found {value!r}, {expected}", code="config-option") from None
+        found |= read.parameters
+    return found
 
 
 @app.command("report")
@@ -142,3 +152,40 @@ def check(
         options.source(), options.model, options.output, loss=options.loss, parameters=options.parameters(),
         rates={"sgd": sgd, "adamw": adamw}, limit=limit, max_length=options.max_length,
     )  # fmt: skip
+
+
+@app.command("influence")
+def influence(
+    pairs: Annotated[str, typer.Argument(help="Pairs whose influence is measured: file, saved dataset or hub id.")],
+    held_out: Annotated[str, typer.Option(help="Held-out pairs whose loss is explained.")],
+    model: Annotated[str, typer.Option(help="Policy: folder (may be an adapter) or hub id; of a run, its start.")],
+    output: Annotated[Path, output_folder("Folder to write into.")],
+    run: Annotated[Path | None, typer.Option(help="Folder of a run: sum over its checkpoints.")] = None,
+    method: Annotated[str | None, typer.Option(help="Method of the run.")] = None,
+    loss: Annotated[str | None, typer.Option(help="Training loss [of the run, or dpo].")] = None,
+    parameter: Annotated[list[str] | None, typer.Option(help="Parameter of the loss: --parameter beta=0.1")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Held-out loss: a loss, or likelihood (of given responses) [the training loss].")
+    ] = None,
+    reference: Annotated[str | None, typer.Option(help="Reference model [the model without its adapter].")] = None,
+    by: Annotated[list[str] | None, typer.Option(help="Column of the pairs to sum over, beside source, group.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Compare predictions with real steps instead (JSON).")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Number of pairs to measure.")] = 256,
+    shown: Annotated[int, typer.Option(min=0, help="Number of pairs at either end to show as text.")] = 10,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per batch.")] = 2048,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a pair [as trained, or 1024].")] = None,
+    column: Columns = None,
+    held_out_column: Annotated[list[str] | None, typer.Option(help="Column mapping of the held-out pairs.")] = None,
+    split: Split = "train",
+) -> None:
+    """Which pairs raised or lowered a held-out loss? A table, JSON and a page: an explanation, not a filter score."""
+    from align.commands.influence import InfluenceSettings
+    from align.commands.influence import influence as measure
+
+    settings = InfluenceSettings(
+        model, loss, loss_parameters(parameter or []), target, reference, run, method, tuple(by or ()), limit, shown,
+        batch_tokens, max_length,
+    )  # fmt: skip
+    measure(
+        pair_source(pairs, column, split), pair_source(held_out, held_out_column, split), settings, output, check=check
+    )

@@ -13,9 +13,10 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from align.config import ClusterSection, LossSection, PairsSection
+from align.commands.trained_run import read_training
+from align.config import ClusterSection, PairsSection
 from align.config.columns import ID_COLUMNS, MASK_COLUMNS
-from align.data.pairs import fingerprint, load_pairs, read_pairs
+from align.data.pairs import fingerprint, load_pairs
 from align.data.sampling import fair_sample, report_sample
 from align.data.statistics import missing_values
 from align.distributed import process_rank
@@ -24,18 +25,16 @@ from align.entanglement.measure import SHARD, MeasureJob, load_measured, measuri
 from align.entanglement.products import GradientProducts
 from align.entanglement.summary import advice, share_text, summarize
 from align.entanglement.token_products import token_matrix, token_products
-from align.entanglement.trace import START, checkpoints_of, sentence, trajectory
+from align.entanglement.trace import START, sentence, trajectory
 from align.errors import ConfigError, DataError
-from align.filtering.tables import KEPT
 from align.io.console import log, out
 from align.io.files import write_json
-from align.io.stage import Stage, check_files, read_manifest, run_stage
+from align.io.stage import Stage, check_files, run_stage
 from align.losses.registry import resolve
 from align.losses.spec import BoundLoss
-from align.losses.sums import bind_section
 from align.models.folders import adapter_config, fingerprint_model, is_adapter
 from align.models.loading import load_tokenizer
-from align.models.tokenization import MAX_LENGTH, collate, tokenize_pairs
+from align.models.tokenization import collate, tokenize_pairs
 from align.models.turns import Turns, counted
 from align.reports.entanglement_page import shade, write_entanglement_page, write_trace_page
 from align.sharding.jobs import Work
@@ -141,28 +140,15 @@ def trace(run: Path, method: str, *, limit: int, batch_tokens: int, max_length: 
     Raises:
         AlignError: no such training, no checkpoint, or a loss that has no verdict for one pair.
     """
-    training = run / f"train-{method}"
-    manifest = read_manifest(training)
-    if manifest is None:
-        trained = ", ".join(sorted(path.name.removeprefix("train-") for path in run.glob("train-*"))) or "none"
-        raise DataError(f"{training}: no finished training (methods here: {trained})", code="trace-missing")
-    inputs = manifest["inputs"]
-    parameters = inputs.get("trust", {}) | inputs["loss"]["parameters"]  # trust: parameters that the run measured
-    section = LossSection(**inputs["loss"] | {"parameters": parameters})
-    checkpoints, bound = checkpoints_of(training), _of_one_pair(bind_section(section))
-    base = inputs["settings"]["model"]
-    length = max_length or inputs["settings"]["trainer"].get("max_length") or MAX_LENGTH
-    unfiltered = run / ("heldout/train" if "heldout" in inputs["after"] else "margins/pairs")
-    table = run / "filter" / KEPT if "filter" in inputs["after"] else unfiltered
-    every = load_pairs(PairsSection(path=str(table))) if table.is_file() else read_pairs(table)
-    pairs = sample_pairs(every, bound, limit, str(run))
-    turns = inputs["settings"].get("turns", "all")  # a training before there was a choice
-    tokens, _ = tokenized(pairs, load_tokenizer(base), length, turns)
+    trained = read_training(run, method, max_length)
+    training, base, checkpoints, length = trained.folder, trained.base, trained.checkpoints, trained.max_length
+    bound = of_one_pair(trained.loss)
+    pairs = sample_pairs(trained.table(), bound, limit, str(run))
+    tokens, _ = tokenized(pairs, load_tokenizer(base), length, trained.turns)
     output, tables = run / f"trace-{method}", []
     start = _start(training, base, checkpoints[0][1])
-    given = inputs["settings"].get("reference")
-    reference = given or (None if is_adapter(checkpoints[0][1]) and not is_adapter(base) else base)
-    measured: list[tuple[int, str, str | None]] = [] if start is None else [(0, start, given or start)]
+    reference = trained.reference
+    measured: list[tuple[int, str, str | None]] = [] if start is None else [(0, start, trained.given or start)]
     measured += [(step, str(folder), reference) for step, folder in checkpoints]
     for step, folder, compared in measured:
         job = MeasureJob(folder, compared, bound, None, batch_tokens, length)
@@ -231,10 +217,10 @@ def check(
 
 
 def _bound(loss: str, parameters: Mapping[str, float]) -> BoundLoss:
-    return _of_one_pair(resolve(loss, dict(parameters)))
+    return of_one_pair(resolve(loss, dict(parameters)))
 
 
-def _of_one_pair(bound: BoundLoss) -> BoundLoss:
+def of_one_pair(bound: BoundLoss) -> BoundLoss:
     if not bound.spec.from_logps:
         raise ConfigError(
             f"--loss {bound.spec.name}: compares the pairs of a step or reads tokens: a pair alone has no verdict",

@@ -1,5 +1,6 @@
 """Gradient products, loss weights, first-order changes and verdict of every pair, under a model that is loaded."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -109,20 +110,28 @@ class PairMeasurement:
             if model is not None:
                 add_completion_head(base_model(model))
 
-    def __call__(self, rows: Dataset) -> Dataset:
-        """Measure rows of ``tokenize_pairs``, with ``margin`` where the loss needs one."""
+    def batches(self, rows: Dataset) -> Iterator[tuple[list[int], dict[str, Tensor], Tensor | None]]:
+        """Rows of ``tokenize_pairs`` in batches of like lengths: their places, a batch in trl's layout, margins [B].
+
+        Raises:
+            ModelError: the longest pair has more tokens than a model has positions.
+        """
         lengths = [2 * (len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"]))) for r in rows]
         longest = max((min(length // 2, self.max_length) for length in lengths), default=0)
         for model in (self.products.model, self.reference):
             if model is not None:
                 check_positions(base_model(model), longest, "the longest pair", "lower --max-length")
-        columns: dict[str, np.ndarray] = {}
         device = next(self.products.model.parameters()).device
         for index in token_batches(lengths, self.batch_tokens):
             selected = rows.select(index)
             batch = collate(selected, self.pad_token_id, max_length=self.max_length)
             batch = {name: value.to(device) for name, value in batch.items()}
-            margin = torch.tensor(selected["margin"]) if self.loss.spec.needs_margin else None
+            yield index, batch, torch.tensor(selected["margin"]) if self.loss.spec.needs_margin else None
+
+    def __call__(self, rows: Dataset) -> Dataset:
+        """Measure rows of ``tokenize_pairs``, with ``margin`` where the loss needs one."""
+        columns: dict[str, np.ndarray] = {}
+        for index, batch, margin in self.batches(rows):
             for name, values in self._columns(batch, margin).items():
                 columns.setdefault(name, np.zeros(len(rows), dtype=values.dtype))[index] = values
         table: dict[str, Any] = {"id": rows["id"], **columns}
@@ -134,7 +143,7 @@ class PairMeasurement:
     def _columns(self, batch: dict[str, Tensor], margin: Tensor | None) -> dict[str, np.ndarray]:
         """Columns [B] of one batch in trl's layout."""
         model, products = self.products.model, self.products(batch)
-        ref_chosen, ref_rejected = self._reference_logps(batch) or (products.chosen_logps, products.rejected_logps)
+        ref_chosen, ref_rejected = self.reference_logps(batch) or (products.chosen_logps, products.rejected_logps)
         d_w, d_l = loss_weights(self.loss, products.with_reference(ref_chosen, ref_rejected), margin)
         squares = (products.chosen_sq, products.rejected_sq, products.inner)
         step = changes(*squares, d_w, d_l, noise=products_noise(model))
@@ -164,7 +173,7 @@ class PairMeasurement:
             **{name: values.numpy() for name, values in screening_scores(model, batch)._asdict().items()},
         }
 
-    def _reference_logps(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    def reference_logps(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """Log-probs [B] of the chosen and of the rejected responses under the reference, nats, float64 on the CPU.
 
         None if the model is its own reference: its log-probs have not changed, to the bit.

@@ -127,7 +127,9 @@ class GradientProducts:
         if has_adapter(model):
             compare_with_autograd(model, self._squares_and_inner, self.measured)
 
-    def __call__(self, batch: dict[str, Tensor], direction: Direction | None = None) -> PairProducts:
+    def __call__(
+        self, batch: dict[str, Tensor], direction: Direction | None = None, *, squares: bool = True
+    ) -> PairProducts:
         """Measure a right-padded batch in trl's layout.
 
         Pairs go through the model ``MAX_TOKENS`` at a time: more at once would be no faster and need more memory.
@@ -136,25 +138,29 @@ class GradientProducts:
             batch: the pairs.
             direction: measured parameter -> tensor of its shape, such as an optimizer's update: <gw, u> and <gl, u>
                 are the first-order changes of the log-probs by it. Parameters that are left out do not move.
+            squares: compute |gw|^2, |gl|^2 and <gw, gl>; without, they are NaN and the pass is cheaper.
         """
         pairs, width = batch["input_ids"].shape[0] // 2, batch["input_ids"].shape[1]
         size = max(1, MAX_TOKENS // (2 * width))
         parts = (_select_pairs(batch, range(k, min(k + size, pairs))) for k in range(0, pairs, size))
-        return _concatenate([self._measure_part(part, direction) for part in parts])
+        return _concatenate([self._measure_part(part, direction, squares) for part in parts])
 
     def _squares_and_inner(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         found = self(batch)
         return found.chosen_sq, found.rejected_sq, found.inner
 
-    def _measure_part(self, batch: dict[str, Tensor], direction: Direction | None) -> PairProducts:
+    def _measure_part(self, batch: dict[str, Tensor], direction: Direction | None, squares: bool) -> PairProducts:
         """Products of all pairs of a batch in one forward and one backward pass."""
         pairs = batch["input_ids"].shape[0] // 2
         totals = torch.zeros(3, pairs, dtype=torch.float64, device=batch["input_ids"].device)
+        groups = list(torch.arange(2 * pairs, device=totals.device).view(2, pairs).T)
+        if not squares:
+            logps, jvp = self._measure(batch, groups, lambda rule, call: None, lambda grads: None, direction)
+            return _pair_products(torch.full_like(totals, torch.nan).cpu(), logps, jvp, batch)
 
         def visit(rule: Rule, call: Call) -> None:
             totals.add_(products_of_grads(rule.sample_grads(call)) if rule.products is None else rule.products(call))
 
-        groups = list(torch.arange(2 * pairs, device=totals.device).view(2, pairs).T)
         logps, jvp = self._measure(batch, groups, visit, lambda grads: totals.add_(products_of_grads(grads)), direction)
         for k, gram in enumerate(self._head.take()):
             totals[:, k] += torch.stack([gram[0, 0], gram[1, 1], gram[0, 1]])

@@ -188,7 +188,7 @@ def measured_like(folder: str, trained: Tensor, first: Tensor) -> None:
     logps = torch.cat([gradients.chosen_logps, gradients.rejected_logps])
     assert difference(logps, completions(trained).sum(dim=1)) < 10 * CLOSE
     with torch.no_grad():
-        changes = torch.cat(work._reference_logps(own))  # type: ignore[attr-defined]
+        changes = torch.cat(work.reference_logps(own))  # type: ignore[attr-defined]
     assert difference(changes, first.sum(dim=1)) < 10 * CLOSE and len(found) == 2
     add_completion_head(base_model(policy))
     parameters = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
