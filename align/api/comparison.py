@@ -94,8 +94,7 @@ def compare_policies(
             ``RewardModel``, or an object with a ``name`` and ``score(prompts, completions)`` -> [N] or
             ``prefer(prompts, first, second)`` -> [N] in [0, 1]. There is no default.
         max_new_tokens: tokens of a completion, at most.
-        n: completions of each policy per prompt. A prompt counts once, also if it is given twice, with their mean
-            preference.
+        n: completions of each policy per prompt, which counts once, also if it is given twice, with their mean.
         seed: seed of the sampling.
         temperature: temperature of the sampling; 0 is greedy.
         batch_size: completions per forward pass; no completion depends on it.
@@ -115,15 +114,13 @@ def compare_policies(
         texts = _checked_prompts(prompts)
         first, second = _named(a, b)
         check_prompts_of(texts, [policy.model for policy, _ in (first, second) if policy.model])
-        if isinstance(judge, str) and Path(judge).is_dir():
-            check_prompts_of(texts, [judge], answered=True)
+        check_prompts_of(texts, [judge] if isinstance(judge, str) and Path(judge).is_dir() else [], answered=True)
         asked = _judge(judge, max_length)
         sampling = Sampling(max_new_tokens, temperature, seed=seed, batch_size=batch_size)
         with TemporaryDirectory(prefix="compare-") as folder:
             given = (texts * n, sampling, Path(folder), tokenizer)
-            every = [_written(policy, loaded, *given) for policy, loaded in (first, second)]
-            kept, left_out = on_same_prompts(every)
-            written = {one.policy.name: one for one in kept}
+            kept, left_out = on_same_prompts([_written(*one, *given) for one in (first, second)])
+        written = {one.policy.name: one for one in kept}
         preferences = _preferences(asked, *written.values())
         run = _run(asked, texts, (first, second), sampling, n, started, left_out)
         details = compare_written(written, asked, preferences, shown=SHOWN, run=run)

@@ -92,8 +92,7 @@ def filter_pairs(
         rules: names of the rules to apply (``align.filtering.rules.RULES``). Empty: all but ``label_noise``, as on the
             command line. None: no rule.
         model: encoder of the prompts: folder or hub id; None: all-MiniLM-L6-v2.
-        cache: folder that keeps embeddings and scores, so that the same pairs are filtered again in seconds; None: they
-            are not kept.
+        cache: folder that keeps embeddings and scores for the next filtering of the same pairs; None: none are kept.
         seed: seed of the nearest-neighbor index.
         held_out: evaluation pairs, in any form that ``pairs_from_dataset`` takes; a pair that shares a prompt or
             response with them, or eight consecutive words of a prompt, is dropped.

@@ -1,6 +1,6 @@
 """Valid pairs on their way from rows to Arrow, a few thousand at a time, so that the table is in memory about twice."""
 
-import pickle
+import pickle  # nosec B403 - of this process for itself, never of a file
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -102,7 +102,7 @@ def _packed(batch: list[dict[str, Any]]) -> bytes:
 
 def _unpacked(part: tuple[int, bytes]) -> list[dict[str, Any]]:
     size, packed = part
-    found: list[dict[str, Any]] = pickle.loads(CODEC.decompress(packed, size, asbytes=True))
+    found: list[dict[str, Any]] = pickle.loads(CODEC.decompress(packed, size, asbytes=True))  # nosec B301
     return found
 
 

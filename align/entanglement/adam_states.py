@@ -1,7 +1,7 @@
 """The Adam state that a checkpoint holds, and the learning rates that its training logged."""
 
-import pickle
 from pathlib import Path
+from pickle import UnpicklingError  # nosec B403 - what torch.load raises with weights_only
 from typing import Any, cast
 
 import torch
@@ -27,7 +27,7 @@ def read_adam_state(folder: Path, model: nn.Module, measured: dict[str, nn.Param
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         groups, moments = state["param_groups"], state["state"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         return f"{file} cannot be read ({type(error).__name__})"
     order = _order(model, len(groups))
     numbers = [number for group in groups for number in group["params"]]

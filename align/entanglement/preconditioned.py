@@ -10,7 +10,7 @@ Two backward passes per pair with gradients of all weights, for any number of lo
 
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import UnpicklingError  # nosec B403 - what torch.load raises with weights_only
 from typing import Any
 
 import torch

@@ -157,8 +157,7 @@ def reference_logps(
             values.flush()
     accelerator.wait_for_everyone()
     if file is None or partial is None:
-        found: np.ndarray = values.ravel()[passes.source]
-        return found
+        return np.asarray(values.ravel()[passes.source])
     if accelerator.is_main_process:
         if passes.repeats:
             with atomic_write(file) as temporary, temporary.open("wb") as stream:

@@ -53,12 +53,10 @@ def pair_features(
         max_length: tokens of prompt and response together; None: all.
         truncation: ``keep_start`` or ``keep_end``, as in trl.DPOConfig.
         turns: whose words count in responses of several messages.
-        loading: arguments of ``from_pretrained``, so that a reference is quantized as in training. An adapter's base
-            is loaded as its folder says.
+        loading: arguments of ``from_pretrained``, as in training; an adapter's base is loaded as its folder says.
 
     Raises:
-        ModelError: the model cannot be loaded, its tokenizer has ids without an embedding, or the pairs are
-            conversations and it has no chat template.
+        ModelError: the model cannot be loaded, or its tokenizer has ids without an embedding, or no chat template.
         DataError: truncation to ``max_length`` leaves nothing of a response.
     """
     options = {"dtype": "float32"} | dict(loading or {})

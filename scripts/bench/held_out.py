@@ -40,13 +40,11 @@ def write_model(folder: Path, width: int, layers: int, vocabulary: int) -> str:
         bos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    words = {word: k for k, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    words = {word: k for k, word in enumerate([*names.values(), *WORDS])}
+    inner = Tokenizer(models.WordLevel(words, unk_token=names["unk_token"]))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
-    )  # fmt: skip
-    tokenizer.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder)
     return str(folder)
 
 
