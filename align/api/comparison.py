@@ -119,7 +119,7 @@ def compare_policies(
         sampling = Sampling(max_new_tokens, temperature, seed=seed, batch_size=batch_size)
         with TemporaryDirectory(prefix="compare-") as folder:
             given = (texts * n, sampling, Path(folder), tokenizer)
-            kept, left_out = on_same_prompts([_written(*one, *given) for one in (first, second)])
+            kept, left_out = on_same_prompts([_written(one, loaded, *given) for one, loaded in (first, second)])
         written = {one.policy.name: one for one in kept}
         preferences = _preferences(asked, *written.values())
         run = _run(asked, texts, (first, second), sampling, n, started, left_out)

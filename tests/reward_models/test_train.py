@@ -121,7 +121,7 @@ def test_training_resumed_anywhere_ends_in_the_same_weights(tmp_path: Path, monk
     pairs = Dataset.from_list(rows(24))
     train_reward_model(pairs, config, tmp_path / "full", seed=0)
 
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
