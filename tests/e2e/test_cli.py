@@ -85,7 +85,7 @@ def test_commands_that_would_do_nothing_or_too_much_say_so(workspace: Path) -> N
     (workspace / "run" / "report.json").write_text('{"run": {}}')
     cases = [
         (("train", "own.yaml"), "own: has no section `train`"),
-        (("reward", "train", "own.yaml"), "3 pairs to train on fill fewer parts than reward.folds: 4"),
+        (("reward", "train", "own.yaml"), "3 pairs to train on fill 3 parts, fewer than reward.folds: 4"),
         (
             ("data", "check", "own.jsonl", "--column", "weigth=w"),
             "--column: 'weigth' is not a column of the pair table",
