@@ -201,7 +201,7 @@ MISTAKES = [
     ("train.peft.rr=1", "train.peft.rr: not a field of peft.LoraConfig"),
     ("reward.trainer.num_train_epochs=many", "reward.trainer.num_train_epochs: found 'many', expected a number"),
     ("evaluate.prompts=nowhere.jsonl", "nowhere.jsonl: no such file"),
-    ("evaluate.judge=taste", "evaluate.judge: expected 'vader', found 'taste'"),
+    ("evaluate.judge=taste", "judge 'taste' is not known"),
 ]
 
 
