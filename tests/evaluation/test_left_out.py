@@ -104,7 +104,7 @@ def test_stages_of_a_run_leave_it_out(models: tuple[Path, Path, Path], tmp_path:
         tree = {
             "name": name, "output_dir": str(tmp_path), "pairs": {"path": "unread"},
             "train": {"model": str(wide), "methods": {"dpo": {"loss": "dpo"}}},
-            "evaluate": {"prompts": table(tmp_path / name / "in", prompts), "max_new_tokens": 4},
+            "evaluate": {"prompts": table(tmp_path / name / "in", prompts), "max_new_tokens": 4, "judge": "vader"},
         }  # fmt: skip
         config = RunConfig.model_validate(tree)
         trained = config.folder / "train-dpo" / "model"
