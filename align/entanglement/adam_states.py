@@ -29,7 +29,7 @@ def read_adam_state(folder: Path, model: nn.Module, measured: dict[str, nn.Param
         groups, moments = state["param_groups"], state["state"]
     except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         return f"{file} cannot be read ({type(error).__name__})"
-    order = _order(model, len(groups))
+    order = optimizer_order(model, len(groups))
     numbers = [number for group in groups for number in group["params"]]
     if len(order) != len(numbers):
         raise _other(file, f"found the state of {len(numbers)} parameters, expected {len(order)}")
@@ -54,8 +54,13 @@ def _moments(entries: dict[str, Any], measured: dict[str, nn.Parameter], file: P
     return made
 
 
-def _order(model: nn.Module, groups: int) -> list[str]:
-    """Names of the trained parameters in the order of the optimizer of transformers' ``Trainer``."""
+def optimizer_order(model: nn.Module, groups: int = 2) -> list[str]:
+    """Names of the trained parameters in the order of the optimizer of transformers' ``Trainer``.
+
+    Args:
+        model: as it was trained.
+        groups: number of its parameter groups; of two, the first has the parameters with weight decay.
+    """
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if groups == 1:
         return trained

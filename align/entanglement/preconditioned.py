@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer
 
+from align.entanglement.adam_states import OPTIMIZER, optimizer_order
 from align.entanglement.products import GradientProducts
 from align.errors import DataError
 from align.models.layout import base_model
@@ -26,7 +26,6 @@ from align.models.tokenization import collate
 
 FIRST_STEP = "first-step"
 """In place of a checkpoint: AdamW's first step on the measured pairs."""
-STATE = "optimizer.pt"
 EPS = 1e-8
 MAX_GRAD_NORM = 1.0
 """Of a training's first step."""
@@ -44,7 +43,7 @@ def of_checkpoint(model: nn.Module, checkpoint: Path) -> Scale:
     Raises:
         DataError: there is no such file, it is not AdamW's, or it is that of another model.
     """
-    file = checkpoint / STATE
+    file = checkpoint / OPTIMIZER
     if not file.is_file():
         raise _unusable(file, "not found", "a checkpoint of a training that is not finished has it")
     try:
@@ -52,7 +51,7 @@ def of_checkpoint(model: nn.Module, checkpoint: Path) -> Scale:
         groups, states = saved["param_groups"], saved["state"]
     except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
         raise _unusable(file, f"cannot be read ({type(error).__name__})", "copy the checkpoint again") from None
-    names = _in_order(model)
+    names = optimizer_order(model)
     numbers = [number for group in groups for number in group["params"]]
     trained = dict(model.named_parameters())
     found = [states.get(number, {}).get("exp_avg_sq") for number in numbers]
@@ -136,13 +135,6 @@ def measured_by(model: nn.Module, parameters: str | None) -> GradientProducts:
 def _grads(value: Tensor, products: GradientProducts, keep: bool = False) -> list[Tensor]:
     weights = list(products.measured.values())
     return list(torch.autograd.grad(value, weights, retain_graph=keep, materialize_grads=True))
-
-
-def _in_order(model: nn.Module) -> list[str]:
-    """Names of the trained parameters in the order of transformers' optimizer: first those with weight decay."""
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = set(Trainer.get_decay_parameter_names(None, model))
-    return [name for name in trained if name in decayed] + [name for name in trained if name not in decayed]
 
 
 def _unusable(file: Path, found: str, hint: str) -> DataError:

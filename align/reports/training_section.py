@@ -139,7 +139,7 @@ def _of_steps(methods: Mapping[str, Any], key: str) -> dict[str, Points]:
 
 
 def _of_pairs(methods: Mapping[str, Any], key: str) -> dict[str, Points]:
-    """Over all held-out pairs, whether they choose or report."""
+    """Return the curve of each method over all held-out pairs, whether they choose or report."""
     found = {}
     for name, held_out in _watched(methods).items():
         points = [(one["step"], one["pairs"]["all"][key]["value"]) for one in held_out["steps"] if _has(one, key)]
