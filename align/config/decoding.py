@@ -11,13 +11,9 @@ LATER = ("top_k", "min_p", "stop", "system_prompt", "engine", "base_url", "serve
 """Keys added after the first release, which are part of a stage key only where they are given."""
 
 
-class DecodingSection(Section):
-    """What completions are sampled from, and by which engine."""
+class CutsSection(Section):
+    """Which tokens a completion is sampled from, where it ends, and how its prompt is written."""
 
-    prompts: str
-    """A file with one ``prompt`` per row, as in ``pairs.path``."""
-    max_new_tokens: Count = 24
-    """Tokens per completion, at most."""
     temperature: Positive = 1.0
     """Divisor of the logits."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -30,10 +26,19 @@ class DecodingSection(Section):
     """Texts that end a completion, which ends before the first of them."""
     system_prompt: str | None = None
     """First message of all prompts that have no system message of their own; the prompts must be messages."""
-    batch_size: Count = 64
-    """Completions per forward pass of the transformers engine."""
     chat_template_kwargs: dict[str, Any] = Field(default={})
     """Arguments of the chat template for all prompts, e.g. {enable_thinking: false}; a prompt's own come first."""
+
+
+class DecodingSection(CutsSection):
+    """What completions are sampled from, and by which engine."""
+
+    prompts: str
+    """A file with one ``prompt`` per row, as in ``pairs.path``."""
+    max_new_tokens: Count = 24
+    """Tokens per completion, at most."""
+    batch_size: Count = 64
+    """Completions per forward pass of the transformers engine."""
     engine: Literal["auto", "vllm", "server", "transformers"] = "auto"
     """``auto``: the server if ``base_url`` is given, else vLLM if it is installed and there is a GPU, else
     transformers."""

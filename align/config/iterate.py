@@ -7,31 +7,18 @@ from pydantic import Field, field_validator, model_validator
 
 from align.config import Count, OutputFolder, PairsSection, Positive, Section, Seed, TrainSection
 from align.config.data import LoadingSection
+from align.config.decoding import CutsSection
 
 
-class GenerateSection(Section):
+class GenerateSection(CutsSection):
     """Sampling in each round."""
 
     n: Annotated[int, Field(ge=2)] = 4
     """Completions per prompt."""
     max_new_tokens: Count = 256
     """Tokens per completion, at most."""
-    temperature: Positive = 1.0
-    """Divisor of the logits."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Nucleus sampling: probability that the tokens sampled from hold together; 1 keeps all."""
-    top_k: Annotated[int, Field(ge=0)] = 0
-    """Number of the most probable tokens that are sampled from; 0 keeps all."""
-    min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Smallest probability of a token that is sampled, relative to the most probable one; 0 keeps all."""
-    stop: list[Annotated[str, Field(min_length=1)]] = []
-    """Texts that end a completion, which ends before the first of them."""
-    system_prompt: str | None = None
-    """First message of all prompts that have no system message of their own; the prompts must be messages."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """``auto``: vLLM if it is installed and there is a GPU, else transformers."""
-    chat_template_kwargs: dict[str, Any] = Field(default={})
-    """Arguments of the chat template for all prompts, e.g. {enable_thinking: false}; a prompt's own come first."""
     batch_size: Count = 32
     """Completions per forward pass of the transformers engine."""
     options: dict[str, Any] = Field(default={})
