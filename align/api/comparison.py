@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from align.commands.evaluate import compare_written, win_sentence
+from align.commands.compare import compare_written, win_sentence
 from align.commands.evaluation_tables import Written, completions_table, on_same_prompts, write_completions
 from align.data.messages import as_messages
 from align.data.readers import Row
@@ -78,6 +78,7 @@ def compare_policies(
     batch_size: int = 64,
     max_length: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    independent_seeds: bool = False,
 ) -> Comparison:
     """Let two policies complete the same prompts and ask a judge, in both orders, which completion is better.
 
@@ -100,6 +101,8 @@ def compare_policies(
         batch_size: completions per forward pass; no completion depends on it.
         max_length: tokens that a reward model or ``llm:`` judge reads; None: 1024.
         tokenizer: tokenizer of the loaded models; None: that of the folder or hub id they were loaded from.
+        independent_seeds: B samples with ``seed + 1``; by default both have the same random numbers, which makes the
+            interval narrower where the policies are close, and many of their texts identical.
 
     Raises:
         ConfigError: a policy, a number or the judge is none that can be used.
@@ -118,11 +121,16 @@ def compare_policies(
         asked = _judge(judge, max_length)
         sampling = Sampling(max_new_tokens, temperature, seed=seed, batch_size=batch_size)
         with TemporaryDirectory(prefix="compare-") as folder:
-            given = (texts * n, sampling, Path(folder), tokenizer)
-            kept, left_out = on_same_prompts([_written(one, loaded, *given) for one, loaded in (first, second)])
+            seeds = (seed, seed + independent_seeds)
+            drawn = [
+                _written(one, loaded, texts * n, replace(sampling, seed=own), Path(folder), tokenizer)
+                for (one, loaded), own in zip((first, second), seeds, strict=True)
+            ]
+            kept, left_out = on_same_prompts(drawn)
         written = {one.policy.name: one for one in kept}
         preferences = _preferences(asked, *written.values())
         run = _run(asked, texts, (first, second), sampling, n, started, left_out)
+        run["decoding"] |= {"seeds": "independent"} if independent_seeds else {}
         details = compare_written(written, asked, preferences, shown=SHOWN, run=run)
     return _result(details, written, (preferences[0] + preferences[1]) / 2)
 

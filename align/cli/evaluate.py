@@ -1,6 +1,6 @@
 """`align eval`: whether an aligned model is better, by how much, and at what KL."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -21,7 +21,7 @@ from align.cli.options import (
 from align.errors import ConfigError
 
 if TYPE_CHECKING:
-    from align.commands.evaluate import Settings
+    from align.commands.evaluation_job import Settings
     from align.generation.types import EngineName
 
 app = typer.Typer(help="Rewards, win rates and KL of policies; accuracy of reward models.", no_args_is_help=True)
@@ -54,7 +54,7 @@ class EvaluateOptions(LoadingOptions):
 
     def settings(self, *, temperature: float = 1.0, shown: int = 0) -> "Settings":
         """The options as ``align.commands.evaluate`` takes them."""
-        from align.commands.evaluate import Settings
+        from align.commands.evaluation_job import Settings
         from align.config.judging import CHOICES
         from align.generation.types import Sampling
 
@@ -92,6 +92,14 @@ class SampleOptions:
 
     temperature: Annotated[float, typer.Option(min=0.0, help="Decoding temperature; 0 is greedy.")] = 1.0
     shown: Annotated[int, typer.Option(min=0, help="Number of prompts whose completions the page shows.")] = 100
+    independent_seeds: Annotated[
+        bool, typer.Option("--independent-seeds", help="Other random numbers for each policy; default: the same.")
+    ] = False
+
+    def settings(self, options: EvaluateOptions) -> "Settings":
+        """The options of one evaluation, with these."""
+        given = options.settings(temperature=self.temperature, shown=self.shown)
+        return replace(given, independent_seeds=self.independent_seeds)
 
 
 @app.command("reward")
@@ -100,23 +108,16 @@ def reward(policies: Policies, options: EvaluateOptions, samples: SampleOptions,
     """Reward of policies on held-out prompts, gain over the reference, KL, gain per sqrt(2 KL), text statistics."""
     from align.commands import evaluate as commands
 
-    settings = options.settings(temperature=samples.temperature, shown=samples.shown)
-    commands.reward(policies, reference, settings)
+    commands.reward(policies, reference, samples.settings(options))
 
 
 @app.command("compare")
 @expand_options
-def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="Policy: NAME=FOLDER or FOLDER.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="The other policy.")],
-    options: EvaluateOptions,
-    samples: SampleOptions,
-) -> None:
-    """Win rate of A over B in both orders, ties count half, length-controlled, with intervals over prompts."""
-    from align.commands import evaluate as commands
+def compare(policies: Policies, options: EvaluateOptions, samples: SampleOptions) -> None:
+    """Win rates of two or more policies, each pair in both orders, ties count half, length-controlled, intervals."""
+    from align.commands.compare import write_comparisons
 
-    settings = options.settings(temperature=samples.temperature, shown=samples.shown)
-    commands.write_comparison(a, b, settings)
+    write_comparisons(policies, samples.settings(options))
 
 
 @app.command("frontier")

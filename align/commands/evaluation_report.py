@@ -12,8 +12,10 @@ from align.io.stage import check_files
 
 REPORT = "report.json"
 PAGE = "report.html"
-PARTS = frozenset({"reward", "comparisons", "frontier"})
+PARTS = frozenset({"reward", "comparisons", "win_tables", "frontier"})
 """Keys of an evaluation's report."""
+MERGED = frozenset({"comparisons", "win_tables"})
+"""Those that hold one entry per comparison, which another command adds to."""
 
 
 def check_report_folder(output: Path) -> None:
@@ -66,8 +68,8 @@ def publish(output: Path, part: dict[str, Any], section: dict[str, Any]) -> None
 
     file = output / REPORT
     report = _read_report(output) if file.exists() else {}
-    if "comparisons" in part:
-        part = {"comparisons": report.get("comparisons", {}) | part["comparisons"]}
+    for key in MERGED & part.keys():
+        part = part | {key: report.get(key, {}) | part[key]}
     write_json(file, report | part)
     write_comparison_page(output / PAGE, report | part)
     out.print_json(json.dumps({key: value for key, value in section.items() if key != "samples"}))

@@ -24,14 +24,14 @@ def write_comparison_page(target: Path, report: dict[str, Any]) -> None:
 
     Args:
         target: the file.
-        report: ``reward``, ``comparisons`` and ``frontier``; each may be missing.
+        report: ``reward``, ``comparisons``, ``win_tables`` and ``frontier``; each may be missing.
     """
     write_text(target, render_comparison_page(report))
 
 
 def render_comparison_page(report: dict[str, Any]) -> str:
     """The page as text; a part that was not measured is one line with the command that measures it."""
-    complete = {"reward": None, "comparisons": {}, "frontier": None} | report
+    complete = {"reward": None, "comparisons": {}, "win_tables": {}, "frontier": None} | report
     runs = [part["run"] for part in _parts(complete)]
     names = list(dict.fromkeys(key for run in runs for key in run["policies"]))
     script = (files("align.reports") / "templates" / SCRIPT).read_text(encoding="utf-8")

@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.api import compare_policies
-from align.commands.evaluate import Settings, write_comparison
+from align.commands.compare import write_comparisons
+from align.commands.evaluation_job import Settings
 from align.errors import AlignError
 from align.generation.types import Completion, Engine, Sampling
 from align.io.files import read_json
@@ -48,8 +49,8 @@ def test_numbers_and_page_are_those_of_the_verb(models: tuple[Path, Path, Path],
     one, two, judge = map(str, models)
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in PROMPTS))
     sampling = Sampling(6, 1.0, seed=2, batch_size=64)
-    write_comparison(
-        one, two, Settings(str(tmp_path / "prompts.jsonl"), tmp_path / "out", judge, sampling, limit=None, shown=100)
+    write_comparisons(
+        [one, two], Settings(str(tmp_path / "prompts.jsonl"), tmp_path / "out", judge, sampling, limit=None, shown=100)
     )
     (expected,) = read_json(tmp_path / "out" / "report.json")["comparisons"].values()
     found = compare_policies(one, two, PROMPTS, judge=judge, max_new_tokens=6, seed=2)
