@@ -60,7 +60,6 @@ def checked(tmp_path: Path, **options: Any) -> None:
         ("optim", "adamw_bnb_8bit", "You need to install `bitsandbytes`"),
         ("lr_scheduler_type", "cosine_with_min_lr", "lr_scheduler_kwargs: found None: One of min_lr"),
         ("push_to_hub", True, "a run uploads nothing; `align push FOLDER"),
-        ("hub_token", "secret", "a run uploads nothing"),
         ("train_sampling_strategy", "group_by_lenght", "expected one of random, .*did you mean `group_by_length`"),
         ("log_level", "loud", "expected one of detail, debug"),
         ("dataloader_multiprocessing_context", "thread", "expected one of fork, spawn, forkserver"),

@@ -38,10 +38,7 @@ NEVER_READ: dict[str, str] = dict.fromkeys(
     "remove_unused_columns": "the columns that a training reads are chosen by the program",
     "padding_free": "trl does not have it at present; `train.layout: shared_prefix` packs the pairs",
     **dict.fromkeys(
-        (
-            "push_to_hub", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "hub_token",
-            "hub_private_repo",
-        ),
+        ("push_to_hub", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
         "a run uploads nothing; `align push FOLDER hf://user/name` uploads a trained model",
     ),
     **dict.fromkeys(
