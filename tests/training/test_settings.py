@@ -123,6 +123,13 @@ def test_values_that_are_obeyed_pass(fields: dict[str, Any], tmp_path: Path) -> 
     build_trainer_args(DPOConfig, fields, path="x.trainer", forced={"output_dir": str(tmp_path)})
 
 
+def test_rewards_are_not_pushed_away_from_zero(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"center_rewards_coefficient: found -0.5, expected at least 0"):
+        build_trainer_args(
+            RewardConfig, {"center_rewards_coefficient": -0.5}, path="x.trainer", forced={"output_dir": str(tmp_path)}
+        )
+
+
 def test_fields_at_their_defaults_pass(tmp_path: Path) -> None:
     neutral = {"do_eval": False, "include_for_metrics": [], "label_smoothing_factor": 0.0, "save_only_model": False}
     args = build_trainer_args(DPOConfig, neutral, path="x.trainer", forced={"output_dir": str(tmp_path)})

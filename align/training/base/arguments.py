@@ -26,6 +26,7 @@ LEAST = {
     "adam_epsilon": 0, "seed": 0, "data_seed": 0, "dataset_num_proc": 1, "pad_to_multiple_of": 1,
     "precompute_ref_batch_size": 1, "neftune_noise_alpha": 0, "save_total_limit": 1, "ref_model_mixup_alpha": 0,
     "ref_model_sync_steps": 1, "router_aux_loss_coef": 0, "dataloader_prefetch_factor": 1, "max_steps": -1,
+    "center_rewards_coefficient": 0,
 }  # fmt: skip
 """Smallest allowed values of fields that the libraries check late or not at all."""
 BELOW_ONE = ("adam_beta1", "adam_beta2")
