@@ -89,6 +89,11 @@ def check_field_types(args: TrainingArguments, owner: str) -> None:
         known = [str(one.value) for one in kind]
         if value is not None and not isinstance(value, Enum) and value not in known:
             problems.append(f"{owner}.{name}: found {value!r:.60}, expected one of {', '.join(known[:12])}")
+    for field in fields(config):
+        known = list(field.metadata.get("choices") or ())
+        value = getattr(args, field.name)
+        if known and field.name not in CHOICES and value is not None and value not in known:
+            problems.append(f"{owner}.{field.name}: found {value!r:.60}, expected one of {', '.join(known)}")
     for name in AT_LEAST_ONE:
         value = getattr(args, name)
         if isinstance(value, Integral) and value < 1:

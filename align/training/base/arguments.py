@@ -22,9 +22,15 @@ WITHOUT_GPU = {"bf16": False, "dataloader_pin_memory": False, "gradient_checkpoi
 LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "learning_rate": 0, "num_train_epochs": 0, "max_grad_norm": 0, "weight_decay": 0, "warmup_steps": 0,
-    "dataloader_num_workers": 0, "logging_steps": 0, "save_steps": 0, "max_length": 2,
+    "dataloader_num_workers": 0, "logging_steps": 0, "save_steps": 0, "max_length": 2, "adam_beta1": 0, "adam_beta2": 0,
+    "adam_epsilon": 0, "seed": 0, "data_seed": 0, "dataset_num_proc": 1, "pad_to_multiple_of": 1,
+    "precompute_ref_batch_size": 1, "neftune_noise_alpha": 0, "save_total_limit": 1, "ref_model_mixup_alpha": 0,
+    "ref_model_sync_steps": 1, "router_aux_loss_coef": 0, "dataloader_prefetch_factor": 1, "max_steps": -1,
+    "center_rewards_coefficient": 0,
 }  # fmt: skip
 """Smallest allowed values of fields that the libraries check late or not at all."""
+BELOW_ONE = ("adam_beta1", "adam_beta2")
+MOST = {"ref_model_mixup_alpha": 1, "seed": 2**32 - 1, "data_seed": 2**32 - 1}
 
 
 OF_THE_LOSS = ("loss_type", "beta", "label_smoothing", "loss_weights", "discopop_tau")
@@ -97,11 +103,14 @@ def _checked(kind: type, fields: dict[str, Any], path: str, forced: dict[str, An
     }
     known = list(defaults)
     hints = typing.get_type_hints(kind)
+    choices = {field.name: list(field.metadata.get("choices") or ()) for field in dataclasses.fields(kind)}
     values, problems = {}, []
     for name, value in fields.items():
         problem = _refusal(name, path, kind.__name__, known, forced)
         if not problem:
             values[name], expected = _convert(name, value, hints[name])
+            if not expected and choices[name] and values[name] not in (*choices[name], None):
+                expected = f"one of {', '.join(choices[name])}{nearest(str(value), choices[name])}"
             problem = f": found {value!r}, expected {expected}" if expected else ""
         if problem:
             problems.append(f"{path}.{name}{problem}")
@@ -193,6 +202,10 @@ def _in_range(name: str, value: Any) -> str:
         return "a finite number"
     if name in LEAST and isinstance(value, int | float) and value < LEAST[name]:
         return f"at least {LEAST[name]}"
+    if name in BELOW_ONE and isinstance(value, int | float) and value >= 1:
+        return "a number below 1"
+    if name in MOST and isinstance(value, int | float) and value > MOST[name]:
+        return f"at most {MOST[name]}"
     return ""
 
 
