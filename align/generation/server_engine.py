@@ -11,11 +11,10 @@ from align.config.columns import TEMPLATE_KWARGS
 from align.data.messages import split_arguments, with_arguments
 from align.errors import DataError, EnvironmentProblem
 from align.generation.server_client import DEFAULT_URL, TOO_LONG, ServerClient
-from align.generation.types import REPLACEMENT, Completion, Engine, Sampling, prompt_keys, sample_seed
+from align.generation.types import ENDS, REPLACEMENT, Completion, Engine, Sampling, prompt_keys, sample_seed
 from align.io.console import log
 
 T = TypeVar("T")
-ENDS = ("stop", "length")
 ABORTED = ("abort", "error", None)
 """Finish reasons of a completion that the server gave up; it is asked for again."""
 TAKEN = ("reason", "think", "thought", "tool_call", "function_call", "refusal")
