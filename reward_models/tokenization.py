@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.columns import RESPONSES
 from align.data.text import plain
+from align.errors import ModelError
 from align.models.chat_template import template_settings
 from align.models.pair_rows import pair_name
 from align.models.tokenization import encode_reward_texts, render, report_same_tokens, truncated
@@ -78,6 +79,9 @@ def reward_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_len
 
     A ``SentencePair`` gets what the tokenizer puts around two texts, of which the longer is truncated first, on the
     right; its ids are ``SegmentedIds``.
+
+    Raises:
+        ModelError: the tokenizer marks the two texts otherwise than BERT's (XLNet's has a third kind of token).
     """
     paired = {k: text for k, text in enumerate(texts) if isinstance(text, SentencePair)}
     if not paired:
@@ -92,6 +96,13 @@ def reward_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_len
     for k, ids, types in zip(paired, rows["input_ids"], every, strict=True):
         found[k] = segmented = SegmentedIds(ids)
         segmented.second = types.index(1) if 1 in types else len(ids)
+        if any(kind != (place >= segmented.second) for place, kind in enumerate(types)):
+            raise ModelError(
+                f"{tokenizer.name_or_path}: found token types {sorted(set(types))} of a sentence pair, expected 0 in "
+                "the first text and 1 from where the second begins",
+                code="reward-text-pair",
+                hint="take a model whose tokenizer marks sentence pairs as BERT's does",
+            )
     return [found[k] for k in range(len(texts))]
 
 

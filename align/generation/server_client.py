@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import threading
 from typing import Any
 
@@ -15,6 +16,10 @@ DEFAULT_URL = "http://localhost:8000/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 LONGEST_WAIT_SECONDS = 60.0
+REFUSED = frozenset({400, 413, 422})
+"""Statuses of a request that is itself at fault."""
+TOO_LONG = re.compile(r"context.{0,9}(length|size|window)|too (long|large|many tokens)|max_model_len", re.I)
+"""What servers write of a request that is longer than their window, some of them under another status."""
 
 
 class ServerClient:
@@ -48,6 +53,8 @@ class ServerClient:
         self.first_wait = first_wait
         self.stopping = threading.Event()
         """Set when no further try is to be made."""
+        self.window: int | None = None
+        """Tokens of a prompt and its completion at most; None if the server does not say."""
         key = os.environ.get(KEY_VARIABLE)
         self._client = httpx.Client(
             timeout=timeout,
@@ -62,13 +69,16 @@ class ServerClient:
             EnvironmentProblem: the server cannot be reached.
             ModelError: it does not serve the model.
         """
-        served = [str(entry.get("id")) for entry in self.request("GET", "/models").get("data", [])]
+        entries = {str(entry.get("id")): entry for entry in self.request("GET", "/models").get("data", [])}
+        served = list(entries)
         if self.model not in served:
             raise ModelError(
                 f"{self.base_url} does not serve {self.model!r}{nearest(self.model, served)}",
                 code="server-model",
                 hint="give --model the name that the server uses",
             )
+        window = entries[self.model].get("max_model_len")
+        self.window = window if isinstance(window, int) else None
 
     def wait(self, attempt: int) -> bool:
         """Wait after try number ``attempt``; True if no further one is to be made."""
@@ -90,11 +100,12 @@ class ServerClient:
             except httpx.InvalidURL as error:
                 raise self.unreachable(f"not an address ({error})") from None
             else:
-                if response.is_success:
+                status = _status(response)
+                if status < 400:
                     return self._object(response)
                 problem = f"status {response.status_code}: {_text(response)}"
-                if response.status_code not in RETRIED:
-                    raise self._refused(response.status_code, problem)
+                if status not in RETRIED:
+                    raise self._refused(status, problem)
                 wait = max(wait, _retry_after(response))
             if attempt < self.attempts:
                 log.debug("%s%s: %s; again in %.1f s", self.base_url, path, problem, wait)
@@ -116,7 +127,7 @@ class ServerClient:
         return answer
 
     def _refused(self, status: int, problem: str) -> EnvironmentProblem | DataError:
-        if status in (400, 413, 422):
+        if status in REFUSED:
             return DataError(
                 f"{self.base_url} refuses a request ({problem})",
                 code="prompt-refused",
@@ -132,6 +143,22 @@ class ServerClient:
             code="server-unreachable",
             hint=f"start it with `vllm serve {self.model}`, or give its --base-url",
         )
+
+
+def _status(response: httpx.Response) -> int:
+    """The status that an answer means: that of an error in its body, and 400 for a prompt that is too long, for which
+    some servers answer 500, or 200.
+    """
+    status = response.status_code
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
+    error = answer.get("error") if isinstance(answer, dict) and "choices" not in answer else None
+    if response.is_success and error:
+        code = str(error.get("code")) if isinstance(error, dict) else ""
+        status = int(code) if re.fullmatch("[45][0-9][0-9]", code) else 500
+    return 400 if status >= 500 and TOO_LONG.search(response.text) else status
 
 
 def _text(response: httpx.Response) -> str:

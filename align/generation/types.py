@@ -22,6 +22,8 @@ SEED_BYTES = 4
 """A 32-bit seed: torch's CPU generator reads no more of any seed."""
 REPLACEMENT = "\ufffd"
 """Stands in decoded text for bytes that are no character."""
+ENDS = ("stop", "length")
+"""Finish reasons of a completion."""
 EngineName = Literal["auto", "vllm", "server", "transformers"]
 
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from align.config.columns import ID_COLUMNS
-from align.errors import ConfigError
+from align.errors import ConfigError, ModelError
 from align.io.console import log
 from align.models import attention
 from align.models.logps import Layout, add_completion_head, pair_logps
@@ -78,8 +78,24 @@ def longest_sequence(dataset: Dataset, max_length: int | None) -> int:
 
 
 def base_model(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model; any other model itself."""
-    return model.get_base_model() if has_adapter(model) else model  # type: ignore[operator]
+    """The transformers model inside a PEFT model; any other model itself.
+
+    Raises:
+        ModelError: the adapter keeps the forward that the model had when it was added (adaption prompts), so nothing
+            can be measured through it.
+    """
+    if not has_adapter(model):
+        return model
+    base: PreTrainedModel = model.get_base_model()  # type: ignore[operator]
+    tuner: Any = model.base_model
+    if tuner is not base and "forward" in vars(tuner):
+        raise ModelError(
+            f"adapter of the kind {next(iter(model.peft_config.values())).peft_type.value}: it calls the forward that "  # type: ignore[operator]
+            "the model had before it, expected one that calls the model's own",
+            code="adapter",
+            hint="use another kind of adapter, such as LoRA",
+        )
+    return base
 
 
 def has_adapter(model: torch.nn.Module) -> bool:

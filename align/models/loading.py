@@ -153,6 +153,13 @@ def _load_adapter(model: str, trust_remote_code: bool, trainable: bool, kwargs: 
     kwargs = kwargs | base_loading(model)
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(f"its adapter was trained for the task {config.task_type}, expected CAUSAL_LM")
+    if trainable and config.is_prompt_learning:
+        raise ModelError(
+            f"{model}: found an adapter of the kind {config.peft_type.value}, which puts tokens of its own before each "
+            "sequence, expected one whose gradients are measured and trained",
+            code="adapter",
+            hint="sample and evaluate it as it is; to measure or to train it further, take another kind of adapter",
+        )
     base = _load_base(model, config, trust_remote_code, kwargs)
     rows = saved_vocabulary(model)
     if rows is not None and rows != base.get_input_embeddings().weight.shape[0]:

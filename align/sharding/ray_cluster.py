@@ -195,7 +195,10 @@ class _Pool:
                 code="cluster-room",
                 hint="run the same command again when machines are back; finished shards are kept",
             )
-        log.warning("cluster %s: waiting for room for a worker; other jobs may be using it", self.cluster.address)
+        log.warning(
+            "cluster %s: no worker is at work: it still loads, or waits for room that others use",
+            self.cluster.address,
+        )
 
 
 def _connected(cluster: ClusterSection) -> Any:

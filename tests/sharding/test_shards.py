@@ -14,6 +14,7 @@ from align.cli.options import cluster_section
 from align.config import ClusterSection
 from align.errors import AlignError, ConfigError
 from align.sharding.jobs import Work, decode, encode
+from align.sharding.ray_cluster import _Pool
 from align.sharding.shards import map_shards
 from tests.helpers.cluster_jobs import finished
 
@@ -95,3 +96,12 @@ def test_nothing_of_a_cluster_is_imported_without_one(tmp_path: Path) -> None:
     modules += ", align.sharding.shards"
     code = f"import {modules}, sys; sys.exit(any(name.partition('.')[0] == 'ray' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path).returncode == 0
+
+
+def test_a_worker_that_loads_is_not_said_to_lack_room(caplog: pytest.LogCaptureFixture) -> None:
+    pool = _Pool.__new__(_Pool)
+    pool.cluster, pool.working, pool.starting = ClusterSection(address="local"), {}, {object(): object()}
+    with pytest.MonkeyPatch.context() as patched, caplog.at_level("WARNING"):
+        patched.setattr(_Pool, "_room", lambda self: 1)
+        pool._warn_of_no_progress()
+    assert "no worker is at work: it still loads, or waits for room" in caplog.text
