@@ -188,11 +188,17 @@ def data_check(
 
 
 @app.command("report")
-def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run, e.g. runs/demo.")]) -> None:
-    """Render report.html of a run again from its report.json."""
-    from align.commands.report import render_report
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, e.g. runs/demo.")],
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Page of several runs, e.g. runs.html.")] = None,
+) -> None:
+    """Render report.html of a run again from its report.json, or one page of several runs side by side."""
+    from align.commands.report import render_report, render_runs
 
-    render_report(run_folder)
+    if len(runs) == 1 and output is None:
+        render_report(runs[0])
+    else:
+        render_runs(runs, output)
 
 
 @app.command("push")

@@ -118,15 +118,27 @@ def lines(
     return _figure(axes, body, names)
 
 
-def intervals(points: Mapping[str, tuple[float, tuple[float, float, float]]], *, x_title: str, y_title: str) -> Markup:
-    """One point per series: x, and (low, value, high) in y with its interval drawn."""
-    names = list(points)
+def intervals(
+    points: Mapping[str, tuple[float, tuple[float, float, float]]],
+    *,
+    x_title: str,
+    y_title: str,
+    groups: Mapping[str, tuple[str, str]] | None = None,
+) -> Markup:
+    """One point per series: x, and (low, value, high) in y with its interval drawn.
+
+    ``groups``: series -> the group whose color and legend it has, and the label beside its point; None: a color each.
+    """
+    names = list(points) if groups is None else list(dict.fromkeys(group for group, _ in groups.values()))
     xs = np.array([x for x, _ in points.values()])
     ys = np.array([y for _, y in points.values()])
     axes = Axes(_range(np.append(xs, 0.0), 0.12), _range(ys.ravel()), x_title, y_title)
     body = []
     for name, (x, (low, value, high)) in points.items():
-        shade, at = color(name, names), axes.px(x)
+        group, label = (name, "") if groups is None else groups[name]
+        shade, at = color(group, names), axes.px(x)
+        if label:
+            body.append(f'<text class="mark" x="{at + 7:.1f}" y="{axes.py(value) - 6:.1f}">{escape(label)}</text>')
         body.append(
             f'<line class="{shade} line" x1="{at:.1f}" x2="{at:.1f}" y1="{axes.py(low):.1f}" y2="{axes.py(high):.1f}"/>'
         )

@@ -55,18 +55,16 @@ def _plots(report: dict[str, Any]) -> dict[str, Any]:
     if "evaluation" in report:
         policies = report["evaluation"]["policies"]
         made["frontier"] = plots.intervals(
-            {
-                key: (
-                    policy["kl"]["value"] if policy["kl"] else 0.0,
-                    ends(policy["reward"]),
-                )
-                for key, policy in policies.items()
-                if policy["kl"] or key == "reference"
-            },
+            {key: policy_mark(policy) for key, policy in policies.items() if policy["kl"] or key == "reference"},
             x_title="KL to the reference (nats per completion)",
             y_title="judge's reward",
         )
     return made
+
+
+def policy_mark(policy: dict[str, Any]) -> tuple[float, tuple[float, float, float]]:
+    """KL of a policy, 0 for the reference, and its reward with its interval, as ``plots.intervals`` takes them."""
+    return (policy["kl"]["value"] if policy["kl"] else 0.0, ends(policy["reward"]))
 
 
 def _entanglement(methods: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -1,0 +1,119 @@
+"""Page of several runs, from their report.json files: one file, without script or request, with every text escaped."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from align.io.files import write_text
+from align.reports import plots
+from align.reports.html import environment
+from align.reports.run_page import policy_mark
+from align.reports.verdict import name
+
+MISSING = "not set"
+UNTOLD = frozenset({"name", "output_dir"})
+"""Keys in which runs differ by their nature."""
+
+
+def write_runs_page(target: Path, reports: Mapping[str, dict[str, Any]]) -> None:
+    """Render the page of ``reports``, name of the run -> its report.json, to ``target``."""
+    write_text(target, render_runs_page(reports))
+
+
+def render_runs_page(reports: Mapping[str, dict[str, Any]]) -> str:
+    """The page as text. Rewards stand in one table only where judge, prompts and decoding are equal."""
+    groups = [
+        {"judged_by": dict(key), "rows": _rows(members), "plot": _plot(members)}
+        for key, members in _evaluated_alike(reports).items()
+    ]
+    return (
+        environment()
+        .get_template("runs.html.j2")
+        .render(
+            reports=reports,
+            groups=groups,
+            unevaluated=[run for run, report in reports.items() if not report.get("evaluation")],
+            differences=differences({run: report["run"]["config"] for run, report in reports.items()}),
+            models={run: report["reward_model"] for run, report in reports.items() if report.get("reward_model")},
+            seconds={run: sum(report["run"]["seconds_per_stage"].values()) for run, report in reports.items()},
+        )
+    )
+
+
+def differences(configs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The keys of run files whose values are not the same in all of them.
+
+    Args:
+        configs: run -> its whole configuration.
+
+    Returns:
+        ``key`` (dotted) and ``values`` (run -> value, ``not set`` where it has none), sorted by key.
+    """
+    flat: dict[str, dict[str, Any]] = {run: _flat(config) for run, config in configs.items()}
+    keys = sorted({key for values in flat.values() for key in values} - UNTOLD)
+    found = []
+    for key in keys:
+        values = {run: own.get(key, MISSING) for run, own in flat.items()}
+        if len({repr(value) for value in values.values()}) > 1:
+            found.append({"key": key, "values": values})
+    return found
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {path: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _flat(inner, f"{path}.{key}" if path else str(key))
+    return found
+
+
+def _evaluated_alike(
+    reports: Mapping[str, dict[str, Any]],
+) -> dict[tuple[tuple[str, Any], ...], dict[str, dict[str, Any]]]:
+    """What rewards depend on beside the policy -> the runs that have it in common."""
+    found: dict[tuple[tuple[str, Any], ...], dict[str, dict[str, Any]]] = {}
+    for run, report in reports.items():
+        evaluation = report.get("evaluation")
+        if not evaluation:
+            continue
+        asked = report["run"]["config"].get("evaluate") or {}
+        key = {
+            "judge": evaluation["judge"],
+            "prompts": asked.get("prompts"),
+            "number of prompts": evaluation["n_prompts"],
+            "max_new_tokens": asked.get("max_new_tokens"),
+            "temperature": asked.get("temperature"),
+            "top_p": asked.get("top_p"),
+            "top_k": asked.get("top_k"),
+            "min_p": asked.get("min_p"),
+            "base model": (report["run"]["config"].get("train") or {}).get("model"),
+        }
+        found.setdefault(tuple(key.items()), {})[run] = report
+    return found
+
+
+def _rows(reports: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per policy of each run; references with equal numbers stand once."""
+    rows: list[dict[str, Any]] = []
+    for run, report in reports.items():
+        seconds = report["run"]["seconds_per_stage"]
+        for policy, numbers in report["evaluation"]["policies"].items():
+            if policy == "reference" and any(row["numbers"] == numbers for row in rows):
+                continue
+            rows.append(
+                {"run": run, "policy": policy, "numbers": numbers, "seconds": seconds.get(f"train-{policy}")},
+            )
+    return rows
+
+
+def _plot(reports: Mapping[str, dict[str, Any]]) -> Any:
+    """Reward against KL of all policies, in the colors of their runs."""
+    marks, groups = {}, {}
+    for row in _rows(reports):
+        if row["numbers"]["kl"] or row["policy"] == "reference":
+            series = f"{row['run']}: {name(row['policy'])}"
+            marks[series] = policy_mark(row["numbers"])
+            groups[series] = (row["run"], name(row["policy"]))
+    titles = {"x_title": "KL to the reference (nats per completion)", "y_title": "judge's reward"}
+    return plots.intervals(marks, groups=groups, **titles)
