@@ -75,7 +75,7 @@ def not_of_a_judge(judge: str) -> ConfigError:
 
 def load_options(config: RewardSection) -> LoadOptions:
     """How the models of a run are loaded."""
-    return LoadOptions(trust_remote_code=config.trusts_remote_code, text_pair=config.text_pair)
+    return LoadOptions(config.dtype or "float32", config.trusts_remote_code, config.text_pair)
 
 
 def load_reward_model(
