@@ -41,6 +41,8 @@ def test_the_best_samples_of_a_server(tmp_path: Path) -> None:
     rows = pq.read_table(tmp_path / "best" / "completions.parquet").to_pylist()
     assert [row["id"] for row in rows] == [f"p{k}" for k in range(30)]
     assert sum(row["score"] for row in rows) / 30 == pytest.approx(values[-1])
+    page = (tmp_path / "best" / "report.html").read_text()
+    assert "./reward" in page and f"{values[-1]:.2f}"[:3] in page and page.count("<article>") == 30
     again = align("best-of-n", "n", "--judge", "vader", "--gold", "./reward", "--output", "best", cwd=tmp_path)
     assert "up to date, skipped" in again.stderr and json.loads(again.stdout) == found
 
