@@ -86,16 +86,23 @@ class EnsembleScorer:
         batch_tokens: padded tokens per batch.
         max_length: tokens per text; longer ones are cut from the right.
         options: how the members are loaded and read texts.
+        device: where they compute; None: see ``local_device``.
 
     Raises:
         ModelError: a member cannot be used.
     """
 
     def __init__(
-        self, model: Path | str, *, batch_tokens: int, max_length: int, options: LoadOptions = DEFAULTS
+        self,
+        model: Path | str,
+        *,
+        batch_tokens: int,
+        max_length: int,
+        options: LoadOptions = DEFAULTS,
+        device: str | None = None,
     ) -> None:
         self.scorers = [
-            RewardScorer(member, batch_tokens=batch_tokens, max_length=max_length, options=options)
+            RewardScorer(member, batch_tokens=batch_tokens, max_length=max_length, options=options, device=device)
             for member in members(model)
         ]
 

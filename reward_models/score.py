@@ -58,6 +58,7 @@ class RewardScorer:
         padding_side: padding side of a decoder; rewards do not depend on it. Encoders are padded on the right.
         options: how the model is loaded and reads texts.
         new_head: the model may be a backbone without a head, used for its features only.
+        device: where it computes; None: see ``local_device``.
 
     Raises:
         ModelError: the model cannot be used.
@@ -73,13 +74,14 @@ class RewardScorer:
         padding_side: Literal["left", "right"] = "right",
         options: LoadOptions = DEFAULTS,
         new_head: bool = False,
+        device: str | None = None,
     ) -> None:
         self.name = str(model)
         loaded, self.tokenizer = load_reward_model(
             model, dtype=options.dtype, trust_remote_code=options.trust_remote_code, new_head=new_head
         )
         self.text_pair = reads_text_pairs(loaded, asked=options.text_pair, told=not new_head)
-        self.device = torch.device(local_device())
+        self.device = torch.device(device or local_device())
         self.model = loaded.to(self.device).eval()
         self.batch_tokens = batch_tokens
         self.max_length = fitting_length(loaded, max_length)

@@ -78,19 +78,20 @@ def longest_sequence(dataset: Dataset, max_length: int | None) -> int:
 
 
 def base_model(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model; any other model itself.
+    """The transformers model inside a PEFT model and inside ``torch.compile``; any other model itself.
 
     Raises:
         ModelError: the adapter keeps the forward that the model had when it was added (adaption prompts), so nothing
             can be measured through it.
     """
-    if not has_adapter(model):
-        return model
-    base: PreTrainedModel = model.get_base_model()  # type: ignore[operator]
-    tuner: Any = model.base_model
+    plain: Any = getattr(model, "_orig_mod", model)
+    if not has_adapter(plain):
+        return plain
+    base: PreTrainedModel = plain.get_base_model()
+    tuner: Any = plain.base_model
     if tuner is not base and "forward" in vars(tuner):
         raise ModelError(
-            f"adapter of the kind {next(iter(model.peft_config.values())).peft_type.value}: it calls the forward that "  # type: ignore[operator]
+            f"adapter of the kind {next(iter(plain.peft_config.values())).peft_type.value}: it calls the forward that "
             "the model had before it, expected one that calls the model's own",
             code="adapter",
             hint="use another kind of adapter, such as LoRA",

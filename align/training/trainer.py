@@ -30,6 +30,8 @@ from align.models.logps import SequenceLogps, pair_logps
 from align.models.template_arguments import write_record
 from align.training.adapters import Use, check_given_adapter, check_started, head_adapter_allowed
 from align.training.base.argument_types import check_arguments
+from align.training.base.arguments import refusals
+from align.training.base.settings import check_machine
 from align.training.columns import trained_loss
 from align.training.finite_guard import FiniteGuard
 from align.training.gradient_remedy import GradientRemedy
@@ -118,6 +120,8 @@ class PreferenceTrainer(TrainedTables):
         with python_words(), head_adapter_allowed():
             check_kinds(model, args, ref_model, peft_config)
             check_arguments(callbacks, optimizers, compute_metrics, type(self).__name__)
+            if args is not None and not FROM_YAML.get():
+                check_machine(args, type(args).__name__)
             config = self._configure(model, args, loss, peft_config)
             train_dataset, eval_dataset = self._tables(train_dataset, eval_dataset, config)
             collate, named = collator_fields(data_collator), isinstance(model, str)
@@ -131,7 +135,7 @@ class PreferenceTrainer(TrainedTables):
                 quantization_config = None
             elif ref_model is None:
                 ref_model = reference_of(model, config, peft_config)
-            with without_ignored_kwargs() if named else nullcontext():
+            with refusals(type(self).__name__), without_ignored_kwargs() if named else nullcontext():
                 super().__init__(
                     model=model, ref_model=ref_model, args=config, train_dataset=train_dataset,
                     eval_dataset=eval_dataset, processing_class=processing_class, compute_metrics=compute_metrics,

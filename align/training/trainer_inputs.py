@@ -191,9 +191,9 @@ def finish_adapter(folder: Path, policy: nn.Module) -> None:
 
 
 @contextmanager
-def without_ignored_kwargs() -> Iterator[None]:
+def without_ignored_kwargs(trainer: type = DPOTrainer) -> Iterator[None]:
     """Keep a warning of trl's that does not hold here from the log, see ``IGNORED_KWARGS``."""
-    logger = logging.getLogger(DPOTrainer.__module__)
+    logger = logging.getLogger(trainer.__module__)
 
     def other(record: logging.LogRecord) -> bool:
         return IGNORED_KWARGS not in record.getMessage()

@@ -171,7 +171,7 @@ def refusals(path: str) -> Iterator[None]:
         raise
     except (TypeError, ValueError, ImportError, NotImplementedError, ConnectionError, HfHubHTTPError) as error:
         log.debug("%s", path, exc_info=True)
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}", code="trainer-key") from None
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}", code="trainer-key") from error
 
 
 def build_lora(fields: dict[str, Any] | None, *, path: str, task_type: str) -> Any:

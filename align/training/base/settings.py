@@ -98,6 +98,21 @@ def check_arguments(args: Any, path: str) -> None:
     check_trackers(args, f"{path}.report_to")
 
 
+def check_machine(args: Any, owner: str) -> None:
+    """Refuse arguments of a trainer made in Python that need a package or a device that is not here.
+
+    Args:
+        args: an instance of transformers.TrainingArguments.
+        owner: name of its class, for messages.
+
+    Raises:
+        ConfigError: every problem at once.
+    """
+    problems = [f"{owner}.{problem}" for check in _NEEDED if (problem := check(args))]
+    if problems:
+        raise ConfigError(problems[0] if len(problems) == 1 else listed(problems).lstrip(), code="trainer-key")
+
+
 def _no_step(args: Any) -> str:
     if args.max_steps > 0 or args.num_train_epochs > 0:
         return ""
@@ -270,7 +285,8 @@ def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-_CHECKS: tuple[Callable[[Any], str], ...] = (
-    _no_step, _optimizer, _schedule, _liger, _offloading, _checkpointing, _workers, _saved_steps, _smaller_batches,
-    _moving_reference, _compiled, _tokens_seen,
+_NEEDED: tuple[Callable[[Any], str], ...] = (_optimizer, _schedule, _liger, _offloading)
+_CHECKS = (
+    _no_step, *_NEEDED, _checkpointing, _workers, _saved_steps, _smaller_batches, _moving_reference, _compiled,
+    _tokens_seen,
 )  # fmt: skip

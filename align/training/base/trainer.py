@@ -33,6 +33,8 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
     |---|---|---|
     | `train` | ReliableTrainer | `"auto"` resumes from the last complete checkpoint, if there is one. |
     | `_get_train_sampler` | ExactResume, WholeEpochs | The order depends on seed and epoch alone; length groups span processes. |
+    | `get_eval_dataloader` | ReliableTrainer | An evaluation without a table is refused. |
+    | `hyperparameter_search` | ReliableTrainer | It is refused: the model is given, not made for each trial. |
     | `get_train_dataloader` | WholeEpochs | Settings that would lose or repeat pairs are refused. |
     | `get_batch_samples` | ExactResume | No step is made beyond the last one. |
     | `_get_num_items_in_batch` | WholeEpochs | Duplicates that only fill the last batch are marked and not counted. |
@@ -122,6 +124,32 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
             self.train(resume_from_checkpoint="auto")
             stop.check()
             yield
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the batches of an evaluation as transformers does.
+
+        Raises:
+            ConfigError: there is no table to evaluate on.
+        """
+        if eval_dataset is None and self.eval_dataset is None:
+            raise ConfigError(
+                "eval_dataset: found None, expected a table of pairs",
+                code="data-type",
+                hint="give it to the trainer, or to evaluate()",
+            )
+        return super().get_eval_dataloader(eval_dataset)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a search, for which transformers makes the model anew in each trial; trl's trainers take it once.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "hyperparameter_search: found a trainer that is given its model, expected one that makes it for each trial",
+            code="trainer-key",
+            hint="make a trainer for each trial, in the objective of the search",
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
