@@ -1,22 +1,15 @@
 """report.json of `align eval` -> one HTML file: no request, every text escaped, one script (the search) by its hash."""
 
-import base64
-import hashlib
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-from markupsafe import Markup
 
 from align.data.text import plain
 from align.io.files import write_text
 from align.reports import plots
-from align.reports.html import environment, percent
+from align.reports.html import environment, percent, search_script
 from align.reports.verdict import name
 from align.stats import ends, excludes, interval
-
-SCRIPT = "search.js"
 
 
 def write_comparison_page(target: Path, report: dict[str, Any]) -> None:
@@ -34,7 +27,6 @@ def render_comparison_page(report: dict[str, Any]) -> str:
     complete = {"reward": None, "comparisons": {}, "win_tables": {}, "frontier": None} | report
     runs = [part["run"] for part in _parts(complete)]
     names = list(dict.fromkeys(key for run in runs for key in run["policies"]))
-    script = (files("align.reports") / "templates" / SCRIPT).read_text(encoding="utf-8")
     sentence, details = headline(complete)
     made = environment()
     return made.get_template("comparison.html.j2").render(
@@ -49,14 +41,8 @@ def render_comparison_page(report: dict[str, Any]) -> str:
         samples=_samples(complete, names),
         prompts=max((run["n_prompts"] for run in runs), default=0),
         runs=runs,
-        script=Markup(script),
-        script_hash=script_hash(script),
+        **search_script(),
     )
-
-
-def script_hash(script: str) -> str:
-    """Source expression of a content security policy that allows this script and no other."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def headline(report: dict[str, Any]) -> tuple[str, list[str]]:

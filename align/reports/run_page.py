@@ -1,11 +1,11 @@
-"""Page of a run, report.html from report.json: one file, without script or request, with every text escaped."""
+"""Page of a run, report.html from report.json: no request, every text escaped, one script (the search) by its hash."""
 
 from pathlib import Path
 from typing import Any
 
 from align.io.files import read_json, write_text
 from align.reports import plots, training_section
-from align.reports.html import environment
+from align.reports.html import environment, search_script
 from align.reports.verdict import verdict
 from align.stats import ends
 
@@ -24,7 +24,8 @@ def render_run_page(report: dict[str, Any]) -> str:
     """The page as text; a section that the report lacks is one line that says so."""
     sections = dict.fromkeys(SECTIONS) | report
     template = environment().get_template("report.html.j2")
-    return template.render(report=sections, verdict=verdict(report), plots=_plots(report), color=plots.color)
+    found = {"verdict": verdict(report), "plots": _plots(report), "color": plots.color}
+    return template.render(report=sections, **found, **search_script())
 
 
 def _plots(report: dict[str, Any]) -> dict[str, Any]:
