@@ -135,7 +135,8 @@ class PreferenceTrainer(TrainedTables):
                 quantization_config = None
             elif ref_model is None:
                 ref_model = reference_of(model, config, peft_config)
-            with refusals(type(self).__name__), without_ignored_kwargs() if named else nullcontext():
+            refused = nullcontext() if FROM_YAML.get() else refusals(type(self).__name__)
+            with refused, without_ignored_kwargs() if named else nullcontext():
                 super().__init__(
                     model=model, ref_model=ref_model, args=config, train_dataset=train_dataset,
                     eval_dataset=eval_dataset, processing_class=processing_class, compute_metrics=compute_metrics,

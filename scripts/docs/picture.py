@@ -1,4 +1,7 @@
-"""Photograph the first screen of a report: ``python -m scripts.docs.picture runs/demo/report.html docs/report.png``."""
+"""Photograph the first screen of a report.
+
+python -m scripts.docs.picture runs/demo/report.html docs/report.png
+"""
 
 import argparse
 import shutil
@@ -26,9 +29,14 @@ def photograph(page: Path, image: Path, width: int = 1000, height: int = 1040) -
         raise SystemExit(f"{browser} wrote no picture of {page}")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> None:
+    """Read the command line and take the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path)
     parser.add_argument("image", type=Path)
     arguments = parser.parse_args()
     photograph(arguments.page, arguments.image)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from align import PreferenceConfig, PreferenceTrainer
@@ -174,3 +174,19 @@ def test_names_of_trackers(tmp_path: Path, tiny_policy: Path, monkeypatch: pytes
     args = PreferenceConfig(str(tmp_path), **BASE | {"report_to": "comet_ml"})
     with pytest.raises(ConfigError, match=r"found comet_ml, which is not installed\n  do: pip install comet-ml>=3\.\d"):
         PreferenceTrainer(str(tiny_policy), args=args, train_dataset=PAIRS)
+
+
+class Broken(TrainerCallback):
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("a fault of the user's own code")
+
+
+def test_a_fault_in_a_callback_is_not_called_a_setting(tiny_policy: Path, backbone: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^a fault of the user's own code$"):
+        PreferenceTrainer(
+            str(tiny_policy), args=PreferenceConfig(str(tmp_path), **BASE), train_dataset=PAIRS, callbacks=[Broken()]
+        )
+    with pytest.raises(ValueError, match=r"^a fault of the user's own code$"):
+        RewardTrainer(
+            str(backbone), args=RewardConfig(str(tmp_path), **BASE), train_dataset=PAIRS, callbacks=[Broken()]
+        )

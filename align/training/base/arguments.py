@@ -2,9 +2,12 @@
 
 import dataclasses
 import math
+import sysconfig
+import traceback
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
 
@@ -17,6 +20,10 @@ from align.io.console import log
 from align.training.base.settings import check_arguments, check_fields
 
 Args = TypeVar("Args")
+ROOT = Path(__file__).parents[3]
+INSTALLED = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
+HOMES = (ROOT / "align", ROOT / "reward_models", *INSTALLED)
+"""Folders of this program, of Python and of installed packages; other code is the user's."""
 DEFAULTS = {"report_to": "none"}
 WITHOUT_GPU = {"bf16": False, "dataloader_pin_memory": False, "gradient_checkpointing": False}
 LEAST = {
@@ -162,6 +169,8 @@ def _set_accumulation(args: Any, fields: dict[str, Any], pairs: int, path: str) 
 def refusals(path: str) -> Iterator[None]:
     """Turn an error of trl, transformers or peft about a setting into one that names its YAML path.
 
+    An error in code of the user's own, such as a callback, stays what it is.
+
     Raises:
         ConfigError: a value is refused, or a package that it needs is not installed.
     """
@@ -170,8 +179,17 @@ def refusals(path: str) -> Iterator[None]:
     except AlignError:
         raise
     except (TypeError, ValueError, ImportError, NotImplementedError, ConnectionError, HfHubHTTPError) as error:
+        if _in_other_code(error):
+            raise
         log.debug("%s", path, exc_info=True)
         raise ConfigError(f"{path}: {' '.join(str(error).split())}", code="trainer-key") from error
+
+
+def _in_other_code(error: BaseException) -> bool:
+    """Whether an error passed through code that belongs neither to this program nor to an installed package."""
+    names = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    paths = (Path(name).absolute() for name in names if not name.startswith("<"))
+    return any(not any(path.is_relative_to(home) for home in HOMES) for path in paths)
 
 
 def build_lora(fields: dict[str, Any] | None, *, path: str, task_type: str) -> Any:
