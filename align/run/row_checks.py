@@ -10,6 +10,8 @@ from align.data.pairs import load_pairs
 from align.data.splits import folds_by_prompt, split_by_prompt
 from align.errors import DataError
 from align.models.message_checks import check_pairs_of, check_prompts_of, check_turns_of
+from align.models.row_lengths import check_lengths_of
+from align.models.tokenization import MAX_LENGTH
 from align.run.watch import split_share, without_trained
 from align.training.held_out import HeldOut
 from align.training.held_out_settings import chooses
@@ -123,6 +125,9 @@ def check_pair_rows(config: RunConfig, pairs: Dataset, *, rewards: bool = False)
             check_pairs_of(pairs, [part.model], trust_remote_code=part.trusts_remote_code, text_pair=text_pair)
         if isinstance(part, TrainSection):
             check_turns_of(pairs, part.model, part.turns, trust_remote_code=part.trusts_remote_code)
+            if config.filter is None:  # a filter may drop the long ones; training then counts the rest
+                longest = part.trainer.get("max_length", MAX_LENGTH)
+                check_lengths_of(pairs, part.model, longest, trust_remote_code=part.trusts_remote_code)
     if config.filter is not None and config.filter.ood is not None and not rewards:
         ood = config.filter.ood
         check_pairs_of(pairs, [ood.model], trust_remote_code=ood.trust_remote_code, text_pair=ood.text_pair)

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import yaml
+from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from align.commands.data import check_data
-from align.config import PairsSection, load_config
+from align.config import PairsSection, RunConfig, load_config
 from align.data.pairs import load_pairs
 from align.data.prompts import read_prompts
 from align.data.text import count_words, plain
@@ -17,7 +19,9 @@ from align.errors import DataError, ModelError
 from align.models import chat_template
 from align.models.chat_template import rendered_today
 from align.models.message_checks import AsTokens, check_prompts_of, survey_pairs
+from align.models.row_lengths import beyond_positions
 from align.run import pipeline
+from align.run.row_checks import check_table_rows
 from tests.helpers.builders import TEMPLATE, causal, rows, tokenizer
 from tests.helpers.command_line import jsonl
 
@@ -173,3 +177,38 @@ def test_the_dry_run_splits_as_the_run_will(
     assert found[0] == found[1]
     if words is not None:
         assert words in found[0] and bool(words) == bool(found[0])
+
+
+def learned(folder: Path, positions: int) -> str:
+    """A GPT-2 with few positions."""
+    made = tokenizer()
+    ends = {"bos_token_id": 1, "eos_token_id": 1}
+    config = GPT2Config(n_positions=positions, n_embd=32, n_layer=2, n_head=4, vocab_size=len(made), **ends)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    made.save_pretrained(folder)
+    return str(folder)
+
+
+def test_pairs_beyond_the_learned_positions_are_named_before_a_model_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Long pairs are refused with their ids at --dry-run; what max_length cuts, and a filter may drop, is not."""
+    table = [{"id": str(k), "prompt": "the film is", "chosen": " good", "rejected": " bad"} for k in range(6)]
+    table[2]["chosen"] = table[4]["rejected"] = " good" * 40
+    table[5]["chosen"] = table[5]["rejected"] = " good" * 50
+    file = saved(tmp_path / "pairs.jsonl", table[:5])
+    policy = learned(tmp_path / "gpt2", 24)
+    tree: dict[str, Any] = {
+        "name": "r", "output_dir": str(tmp_path / "runs"), "pairs": {"path": str(file)},
+        "train": {"model": policy, "methods": {"dpo": {"loss": "dpo"}}},
+    }  # fmt: skip
+    with pytest.raises(DataError, match=r"2 of 5 pairs are longer than the 24 positions") as refused:
+        check_table_rows(RunConfig.model_validate(tree))
+    assert "2: found" in str(refused.value) and "4: found" in str(refused.value)
+    tree["train"]["trainer"] = {"max_length": 24}
+    check_table_rows(RunConfig.model_validate(tree))
+    tree["train"] |= {"trainer": {"max_length": None}, "model": str(causal(tmp_path / "llama"))}
+    check_table_rows(RunConfig.model_validate(tree))
+    assert beyond_positions(Dataset.from_list(table), policy, None)[0][-1].startswith("pair 4: found")  # 5 is left out
+    check_data(PairsSection(path=str(file)), drop_to=None, model=policy)
+    assert "2 of 5 pairs are longer than the 24 positions" in " ".join(capsys.readouterr().out.split())
