@@ -16,6 +16,7 @@ from align.training.adapters import check_adapter, check_reward_adapter
 from align.training.base.arguments import build_lora, build_trainer_args
 from align.training.given_reference import check_reference
 from align.training.loss_choice import bind
+from align.training.model_arguments import check_model_arguments
 from align.training.settings import check_settings, policy_args
 from reward_models.loading import check_class
 from reward_models.named_judges import check_judge
@@ -102,6 +103,8 @@ def check_models(config: RunConfig, *, conversational: bool) -> None:
             check_class(part.model, part.trusts_remote_code)
         if not Path(part.model).is_dir():
             continue
+        if isinstance(part, TrainSection):
+            check_model_arguments(part)
         tokenizer = load_tokenizer(part.model, trust_remote_code=part.trusts_remote_code)
         pad_token = part.trainer.get("pad_token")
         if pad_token is not None and pad_token not in tokenizer.get_vocab():

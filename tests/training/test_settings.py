@@ -175,6 +175,8 @@ def test_settings_are_refused_when_the_run_is_checked(tmp_path: Path, options: A
     ("field", "value", "message"),
     [
         ("activation_offloading", True, "expected a GPU"),
+        ("fp16", True, "fp16: found true, expected a GPU"),
+        ("model_init_kwargs", {"attn_implementation": "spda"}, "found 'spda', expected one of eager, sdpa"),
         ("model_init_kwargs", {"attn_implementation": "flex_attention"}, "expected sdpa or eager: there is no GPU"),
     ],
 )

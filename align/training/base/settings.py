@@ -53,7 +53,8 @@ PROJECTED = ("galore", "apollo")
 """Parts of the names of optimizers that read ``optim_target_modules``."""
 OTHER_VALUES = ("7", "8", "true", "false")
 """Values of an ``optim_args`` key, two of each type, so that one of them is not its default."""
-NEEDS_A_GPU = ("flash_attention_2", "flash_attention_3", "flex_attention")
+ATTENTION = ("eager", "sdpa")
+NEEDS_A_GPU = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 CHOOSE_WEIGHTS = (
     "revision", "code_revision", "subfolder", "variant", "gguf_file", "state_dict", "config", "adapter_kwargs",
 )  # fmt: skip
@@ -241,6 +242,13 @@ def _liger(args: Any) -> str:
     return ""
 
 
+def _half_precision(args: Any) -> str:
+    """Nothing computes in float16 on a CPU: accelerate goes on in float32 without a word."""
+    if args.fp16 and not torch.cuda.is_available():
+        return "fp16: found true, expected a GPU; on a CPU bf16 computes in 16 bits, slowly"
+    return ""
+
+
 def _offloading(args: Any) -> str:
     if getattr(args, "activation_offloading", False) and not torch.cuda.is_available():
         return "activation_offloading: found true, expected a GPU, from which activations are moved"
@@ -266,6 +274,9 @@ def _model_problems(args: Any) -> list[str]:
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         problems.append(f"dtype: found {dtype!r}, expected a dtype of torch, such as float32 or bfloat16")
     attention = keys.get("attn_implementation")
+    if isinstance(attention, str) and "/" not in attention and attention not in (*ATTENTION, *NEEDS_A_GPU):
+        problems.append(f"attn_implementation: found {attention!r}, expected one of {', '.join(ATTENTION)}, "
+                        f"{', '.join(NEEDS_A_GPU)}, or a kernel's name on the hub")  # fmt: skip
     if attention in NEEDS_A_GPU and not torch.cuda.is_available():
         problems.append(f"attn_implementation: found {attention}, expected sdpa or eager: there is no GPU")
     quantization = keys.get("quantization_config")
@@ -285,7 +296,7 @@ def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-_NEEDED: tuple[Callable[[Any], str], ...] = (_optimizer, _schedule, _liger, _offloading)
+_NEEDED: tuple[Callable[[Any], str], ...] = (_optimizer, _schedule, _liger, _offloading, _half_precision)
 _CHECKS = (
     _no_step, *_NEEDED, _checkpointing, _workers, _saved_steps, _smaller_batches, _moving_reference, _compiled,
     _tokens_seen,

@@ -1,0 +1,73 @@
+"""Fields of the trainer that depend on the model's configuration, checked before its weights load."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from align.config import TrainSection
+from align.config.reading import nearest
+from align.errors import ConfigError
+from align.models.expert_balance import check_balanced
+from align.models.folders import adapter_base
+
+READ = (
+    "adapter_kwargs", "adapter_name", "allow_all_kernels", "attn_implementation", "code_revision", "device_map",
+    "device_mesh", "distributed_config", "dtype", "experts_implementation", "generation_config", "gguf_file",
+    "kernel_config", "key_mapping", "load_in_4bit", "load_in_8bit", "low_cpu_mem_usage", "max_memory",
+    "offload_buffers", "offload_folder", "offload_state_dict", "output_loading_info", "proxies",
+    "quantization_config", "state_dict", "subfolder", "torch_dtype", "tp_plan", "tp_size", "tqdm_class",
+    "trust_remote_code", "use_kernels", "variant",
+)  # fmt: skip
+"""Keyword arguments of ``from_pretrained`` that transformers reads without having them in its signature."""
+
+
+def check_model_arguments(train: TrainSection) -> None:
+    """Check ``model_init_kwargs`` and ``router_aux_loss_coef`` against the configuration of a model in a folder.
+
+    Any key that ``from_pretrained`` does not read sets a value of the model's configuration, if it has one.
+
+    Raises:
+        ConfigError: a key that neither knows, or experts to balance in a model that does not say how many it has.
+    """
+    from transformers import AutoConfig
+
+    source = adapter_base(train.model) or train.model
+    if not Path(source).is_dir():
+        return
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=train.trusts_remote_code)
+    except (OSError, ValueError, ImportError):
+        return  # the check of the folder says what is wrong with it
+    path = "train.trainer.model_init_kwargs"
+    for name in train.trainer.get("model_init_kwargs") or {}:
+        if name not in _known() and not hasattr(config, name):
+            raise ConfigError(
+                f"{path}.{name}: neither an argument of from_pretrained nor a value of {type(config).__name__}"
+                f"{nearest(name, sorted(_known()))}",
+                code="trainer-key",
+            )
+    _check_experts(config.get_text_config(), train.trainer.get("router_aux_loss_coef"))
+
+
+def _check_experts(config: Any, given: float | None) -> None:
+    """Check the weight of the load-balancing loss as trl reads it: the configuration's own where none is given."""
+    routes = hasattr(config, "output_router_logits")
+    if given and not routes:
+        raise ConfigError(
+            f"train.trainer.router_aux_loss_coef: found {given:g}, and a {type(config).__name__} is of a model that "
+            "gives no router's logits, so there is nothing to weigh",
+            code="trainer-key",
+            hint="leave it out",
+        )
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if given is None else given
+    if routes and coefficient:
+        check_balanced(config, coefficient)
+
+
+def _known() -> set[str]:
+    from transformers import PreTrainedModel
+
+    signature = inspect.signature(PreTrainedModel.from_pretrained).parameters
+    return set(READ) | {
+        name for name in signature if name not in ("pretrained_model_name_or_path", "model_args", "kwargs")
+    }
