@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.bad_input_makers import run_command
 from tests.helpers.builders import WORDS, causal, llama_reward, rows
 
 BAD = "<script>alert(1)</script>"
@@ -260,8 +261,8 @@ def test_mistakes_are_told_in_one_message(folder: Path, arguments: list[str], me
         (folder / name / "report.json").write_text(text)
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{")
-    done = align("eval", *arguments, folder=folder)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    code, _, errors = run_command(("eval", *arguments), folder)
+    assert code == 2 and message in errors and "Traceback" not in errors, errors
 
 
 @pytest.mark.model

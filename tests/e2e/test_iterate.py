@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from align.data.pairs import read_pairs
 from align.run.iterate import load_iterate
+from tests.helpers.bad_input_makers import run_command
 from tests.helpers.builders import bert_reward, causal
 from tests.helpers.command_line import align, jsonl
 
@@ -94,8 +95,8 @@ def test_mistakes_cost_one_line(workspace: Path) -> None:
         ("rounds=26", "found 25 prompts, expected one for each of 26 rounds"),
     ]
     for override, said in cases:
-        failed = align("iterate", "it.yaml", "--set", override, cwd=workspace)
-        assert failed.returncode == 2 and said in failed.stderr, failed.stderr
+        code, _, errors = run_command(("iterate", "it.yaml", "--set", override), workspace)
+        assert code == 2 and said in errors, errors
     assert not (workspace / "runs").exists()
 
 
