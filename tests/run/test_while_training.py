@@ -9,7 +9,7 @@ import yaml
 from datasets import Dataset
 
 from align.config import EvalPairsSection, load_config
-from align.data.overlap import trained_on
+from align.data.overlap import shares_prompt, trained_on
 from align.data.pairs import read_pairs
 from align.data.splits import clusters_of
 from align.errors import ConfigError, DataError
@@ -144,8 +144,12 @@ def test_overlap() -> None:
         new,
         {"id": "e", **new},
         {"prompt": "another", **new},
+        {"prompt": f"\ufeff{rows(7)[6]['prompt'].upper()}", **new},
     )
-    assert trained_on(held_out, trained).tolist() == [True, True, True, True, False, False]
+    assert trained_on(held_out, trained).tolist() == [True, True, True, True, False, False, True]
+    copies = [{**row, "id": str(k), "prompt": row["prompt"].upper()} for k, row in enumerate(rows(2))]
+    strange = {"id": "x", "prompt": "another", **new}
+    assert shares_prompt(Dataset.from_list([*copies, strange]), trained).tolist() == [True, True, False]
 
 
 def test_overlap_is_refused_or_removed(caplog: pytest.LogCaptureFixture) -> None:

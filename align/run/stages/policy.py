@@ -15,7 +15,7 @@ from align.data.messages import argument_cells, split_arguments
 from align.data.pair_selection import draw_pair
 from align.data.pairs import FILE as PAIRS_FILE
 from align.data.pairs import load_pairs, read_pairs, table_of, write_pairs
-from align.data.prompts import section_prompts
+from align.data.prompts import prompt_cells, section_prompts
 from align.data.splits import clusters_of
 from align.data.statistics import summarize
 from align.data.training_pairs import report_in_sample, source_of, with_source
@@ -152,6 +152,7 @@ def _draw_pairs(config: RunConfig, prompts: list[Any], different: dict[int, list
     scorer = make_scorer(labeler, config.reward)
     rewards = scorer.score_completions([prompt for prompt, _ in flat], [completion for _, completion in flat])
     rng = np.random.default_rng(config.seed)
+    cells = prompt_cells(config.sample.prompts)
     rows, against, start = [], 0, 0
     for k, group in different.items():
         values = rewards[start : start + len(group)]
@@ -161,7 +162,7 @@ def _draw_pairs(config: RunConfig, prompts: list[Any], different: dict[int, list
         completions = {side: as_completion(prompts[k], one.text) for side, one in sides.items()}
         ends = {FINISH_COLUMNS[side]: one.finish_reason for side, one in sides.items()}
         messages, arguments = split_arguments(prompts[k])[0], argument_cells(prompts[k])
-        rows.append({"id": str(k), "prompt": messages, **completions, **ends, **arguments})
+        rows.append(cells[k] | {"id": str(k), "prompt": messages, **completions, **ends, **arguments})
         against += int(values[chosen] < values[rejected])
     columns = dict.fromkeys(name for row in rows for name in row)
     return table_of(rows, list(columns), config.sample.prompts), against
