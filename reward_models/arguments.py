@@ -125,5 +125,5 @@ def as_reward_config(args: trl.RewardConfig | None, model: str) -> trl.RewardCon
         )
     check_config(args)
     with python_words():
-        check_machine(args, type(args).__name__)
+        check_machine(args)
     return args

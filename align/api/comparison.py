@@ -120,19 +120,29 @@ def compare_policies(
         check_prompts_of(texts, [judge] if isinstance(judge, str) and Path(judge).is_dir() else [], answered=True)
         asked = _judge(judge, max_length)
         sampling = Sampling(max_new_tokens, temperature, seed=seed, batch_size=batch_size)
-        with TemporaryDirectory(prefix="compare-") as folder:
-            seeds = (seed, seed + independent_seeds)
-            drawn = [
-                _written(one, loaded, texts * n, replace(sampling, seed=own), Path(folder), tokenizer)
-                for (one, loaded), own in zip((first, second), seeds, strict=True)
-            ]
-            kept, left_out = on_same_prompts(drawn)
+        samplings = [replace(sampling, seed=seed + number * independent_seeds) for number in range(2)]
+        kept, left_out = _both_written((first, second), texts * n, samplings, tokenizer)
         written = {one.policy.name: one for one in kept}
         preferences = _preferences(asked, *written.values())
         run = _run(asked, texts, (first, second), sampling, n, started, left_out)
         run["decoding"] |= {"seeds": "independent"} if independent_seeds else {}
         details = compare_written(written, asked, preferences, shown=SHOWN, run=run)
     return _result(details, written, (preferences[0] + preferences[1]) / 2)
+
+
+def _both_written(
+    policies: Sequence[tuple[Policy, Any]],
+    prompts: list[Any],
+    samplings: Sequence[Sampling],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[list[Written], dict[str, Any]]:
+    """The completions of both policies where both have one, and what is left out, see ``on_same_prompts``."""
+    with TemporaryDirectory(prefix="compare-") as folder:
+        drawn = [
+            _written(policy, loaded, prompts, sampling, Path(folder), tokenizer)
+            for (policy, loaded), sampling in zip(policies, samplings, strict=True)
+        ]
+        return on_same_prompts(drawn)
 
 
 def _run(

@@ -8,6 +8,7 @@ from align.data.text import plain
 from align.io.files import write_text
 from align.reports import plots
 from align.reports.html import environment, percent, search_script
+from align.reports.share_bar import shares
 from align.reports.verdict import name
 from align.stats import ends, excludes, interval
 
@@ -147,7 +148,7 @@ def _plots(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
         made["reward"] = plots.frontier(dots, methods=names, **titles)
     for key, found in report["comparisons"].items():
         wins = found["win_rate"]
-        made["wins"][key] = plots.shares(
+        made["wins"][key] = shares(
             {
                 f"{name(found['a'])} wins": (wins["wins"], plots.color(found["a"], names)),
                 "ties": (wins["ties"], "tie"),

@@ -120,8 +120,7 @@ class PreferenceTrainer(TrainedTables):
         with python_words(), head_adapter_allowed():
             check_kinds(model, args, ref_model, peft_config)
             check_arguments(callbacks, optimizers, compute_metrics, type(self).__name__)
-            if args is not None and not FROM_YAML.get():
-                check_machine(args, type(args).__name__)
+            check_machine(args)
             config = self._configure(model, args, loss, peft_config)
             train_dataset, eval_dataset = self._tables(train_dataset, eval_dataset, config)
             collate, named = collator_fields(data_collator), isinstance(model, str)

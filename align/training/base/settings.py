@@ -12,7 +12,7 @@ import torch.utils.checkpoint
 from transformers import Trainer, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
-from align.errors import ConfigError, listed
+from align.errors import FROM_YAML, ConfigError, listed
 from align.training.base.tracked_runs import check_trackers
 
 NOTHING_HELD_BACK = "a training here holds no pairs back; evaluate the trained model"
@@ -99,17 +99,20 @@ def check_arguments(args: Any, path: str) -> None:
     check_trackers(args, f"{path}.report_to")
 
 
-def check_machine(args: Any, owner: str) -> None:
+def check_machine(args: Any) -> None:
     """Refuse arguments of a trainer made in Python that need a package or a device that is not here.
 
+    Those of a run file are checked with the run.
+
     Args:
-        args: an instance of transformers.TrainingArguments.
-        owner: name of its class, for messages.
+        args: an instance of transformers.TrainingArguments, or None.
 
     Raises:
         ConfigError: every problem at once.
     """
-    problems = [f"{owner}.{problem}" for check in _NEEDED if (problem := check(args))]
+    if args is None or FROM_YAML.get():
+        return
+    problems = [f"{type(args).__name__}.{problem}" for check in _NEEDED if (problem := check(args))]
     if problems:
         raise ConfigError(problems[0] if len(problems) == 1 else listed(problems).lstrip(), code="trainer-key")
 
