@@ -23,6 +23,7 @@ from align.data.statistics import missing_values
 from align.distributed import process_rank
 from align.entanglement.check import check_predictions
 from align.entanglement.measure import SHARD, MeasureJob, load_measured, measuring
+from align.entanglement.padding_lookups import report_padding_lookups
 from align.entanglement.products import GradientProducts
 from align.entanglement.summary import advice, share_text, summarize
 from align.entanglement.token_products import token_matrix, token_products
@@ -94,6 +95,7 @@ def report(source: PairsSection, settings: ReportSettings, output: Path) -> None
     pairs = sample_pairs(every, bound, settings.limit, source.path)
     tokens, left_out = tokenized(pairs, load_tokenizer(settings.model), settings.max_length)
     policy = load_measured(settings.model)
+    padding_pairs = report_padding_lookups(policy, tokens)
     job = MeasureJob(settings.model, settings.reference, bound, settings.parameter_names, settings.batch_tokens,
                      settings.max_length)  # fmt: skip
     stage, table = measure_tokens(output / MEASUREMENTS, tokens, policy, job, settings.cluster)
@@ -106,6 +108,7 @@ def report(source: PairsSection, settings: ReportSettings, output: Path) -> None
     shown = _shown_pairs(policy, tokens, table, settings)
     page: dict[str, Any] = {
         "run": {
+            "padding_pairs": padding_pairs,
             "shown_seconds": round(time.monotonic() - started, 1),
             "pairs": source.path, "of": len(every), "left_out": left_out, "model": settings.model,
             "loss": settings.loss, "seconds": stage.seconds,
@@ -211,6 +214,7 @@ def check(
     half = tokens.select(range(max(1, len(tokens) // 2)))
     batch, probes = (collate(rows, tokenizer.pad_token_id, max_length=max_length) for rows in (half, tokens))
     policy = load_measured(model)
+    report_padding_lookups(policy, tokens)
     device = next(policy.parameters()).device
     batch, probes = ({name: value.to(device) for name, value in rows.items()} for rows in (batch, probes))
     margin = torch.tensor(half["margin"], device=device) if bound.spec.needs_margin else None
