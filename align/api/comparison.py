@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from align.commands.compare import compare_written, win_sentence
+from align.commands.evaluation_job import decoding_of
 from align.commands.evaluation_tables import Written, completions_table, on_same_prompts, write_completions
 from align.data.messages import as_messages
 from align.data.readers import Row
@@ -111,21 +112,18 @@ def compare_policies(
     """
     started = time.monotonic()
     with python_words(HINTS):
-        _check_numbers(max_new_tokens=max_new_tokens, n=n, batch_size=batch_size)
-        if temperature < 0:
-            raise ConfigError(f"temperature: found {temperature}, expected 0 or more", code="config-option")
+        _check_numbers(temperature, max_new_tokens=max_new_tokens, n=n, batch_size=batch_size)
         texts = _checked_prompts(prompts)
         first, second = _named(a, b)
-        check_prompts_of(texts, [policy.model for policy, _ in (first, second) if policy.model])
-        check_prompts_of(texts, [judge] if isinstance(judge, str) and Path(judge).is_dir() else [], answered=True)
+        _check_templates(texts, (first, second), judge)
         asked = _judge(judge, max_length)
         sampling = Sampling(max_new_tokens, temperature, seed=seed, batch_size=batch_size)
-        samplings = [replace(sampling, seed=seed + number * independent_seeds) for number in range(2)]
-        kept, left_out = _both_written((first, second), texts * n, samplings, tokenizer)
+        seeds = (seed, seed + independent_seeds)
+        kept, left_out = _both_written((first, second), texts * n, sampling, seeds, tokenizer)
         written = {one.policy.name: one for one in kept}
         preferences = _preferences(asked, *written.values())
-        run = _run(asked, texts, (first, second), sampling, n, started, left_out)
-        run["decoding"] |= {"seeds": "independent"} if independent_seeds else {}
+        decoding = decoding_of(sampling, independent_seeds=independent_seeds)
+        run = _run(asked, texts, (first, second), decoding, n, started, left_out)
         details = compare_written(written, asked, preferences, shown=SHOWN, run=run)
     return _result(details, written, (preferences[0] + preferences[1]) / 2)
 
@@ -133,14 +131,15 @@ def compare_policies(
 def _both_written(
     policies: Sequence[tuple[Policy, Any]],
     prompts: list[Any],
-    samplings: Sequence[Sampling],
+    sampling: Sampling,
+    seeds: tuple[int, int],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[list[Written], dict[str, Any]]:
     """The completions of both policies where both have one, and what is left out, see ``on_same_prompts``."""
     with TemporaryDirectory(prefix="compare-") as folder:
         drawn = [
-            _written(policy, loaded, prompts, sampling, Path(folder), tokenizer)
-            for (policy, loaded), sampling in zip(policies, samplings, strict=True)
+            _written(policy, loaded, prompts, replace(sampling, seed=seed), Path(folder), tokenizer)
+            for (policy, loaded), seed in zip(policies, seeds, strict=True)
         ]
         return on_same_prompts(drawn)
 
@@ -149,7 +148,7 @@ def _run(
     judge: PairwiseJudge,
     prompts: list[Any],
     policies: Sequence[tuple[Policy, Any]],
-    sampling: Sampling,
+    decoding: dict[str, Any],
     n: int,
     started: float,
     left_out: dict[str, Any],
@@ -162,13 +161,7 @@ def _run(
         **({"left_out": left_out} if left_out else {}),
         "judge": judge.name,
         "policies": {policy.name: policy.model or _described(loaded) for policy, loaded in policies},
-        "decoding": {
-            "max_new_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "seed": sampling.seed,
-            "batch_size": sampling.batch_size,
-            "engine": sampling.engine,
-        },
+        "decoding": decoding,
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -186,10 +179,22 @@ def _result(details: dict[str, Any], written: dict[str, Written], preference: np
     return Comparison(rate["value"], interval, table, details)
 
 
-def _check_numbers(**numbers: int) -> None:
+def _check_templates(prompts: list[Any], policies: Sequence[tuple[Policy, Any]], judge: Any) -> None:
+    """Check that the chat templates of models in folders take the prompts, a judge's with an answer.
+
+    Raises:
+        ModelError, DataError: see ``check_prompts_of``.
+    """
+    check_prompts_of(prompts, [policy.model for policy, _ in policies if policy.model])
+    check_prompts_of(prompts, [judge] if isinstance(judge, str) and Path(judge).is_dir() else [], answered=True)
+
+
+def _check_numbers(temperature: float, **numbers: int) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}: found {value!r}, expected a whole number of at least 1", code="config-option")
+    if temperature < 0:
+        raise ConfigError(f"temperature: found {temperature}, expected 0 or more", code="config-option")
 
 
 def _checked_prompts(prompts: Any) -> list[Any]:

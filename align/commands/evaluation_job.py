@@ -108,7 +108,6 @@ def how_made(
     settings: Settings, policies: Sequence[Policy], drawn: Drawn, started: float, left_out: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Command, settings and duration of a part of the report."""
-    sampling = settings.sampling
     return {
         "command": shlex.join(["align", *sys.argv[1:]]),
         "prompts": str(settings.prompts),
@@ -117,16 +116,21 @@ def how_made(
         "of_prompts": drawn.of,
         "judge": settings.judge,
         "policies": {policy.name: policy.model for policy in policies},
-        "decoding": {
-            "max_new_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "seed": sampling.seed,
-            **({"seeds": "independent"} if settings.independent_seeds else {}),
-            "batch_size": sampling.batch_size,
-            "engine": sampling.engine,
-            "chat_template_kwargs": dict(settings.chat_template_kwargs),
-        },
+        "decoding": decoding_of(settings.sampling, independent_seeds=settings.independent_seeds)
+        | {"chat_template_kwargs": dict(settings.chat_template_kwargs)},
         "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def decoding_of(sampling: Sampling, *, independent_seeds: bool) -> dict[str, Any]:
+    """How completions were sampled, for a page."""
+    return {
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "seed": sampling.seed,
+        **({"seeds": "independent"} if independent_seeds else {}),
+        "batch_size": sampling.batch_size,
+        "engine": sampling.engine,
     }
 
 

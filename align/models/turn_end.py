@@ -3,9 +3,9 @@
 from transformers import PreTrainedTokenizerBase
 
 from align.errors import AlignError
-from align.models.chat_template import templated
+from align.models.chat_template import ANSWERED, ASKED, templated
 
-ANSWERED = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+TALK = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -20,8 +20,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if tokenizer.chat_template is None:
         return None
     try:
-        whole = templated(ANSWERED, tokenizer, generation_prompt=False, tokenize=False)
-        cut = templated(ANSWERED, tokenizer, generation_prompt=False, tokenize=False, cut_off=True)
+        whole = templated(TALK, tokenizer, generation_prompt=False, tokenize=False)
+        cut = templated(TALK, tokenizer, generation_prompt=False, tokenize=False, cut_off=True)
     except AlignError:
         return None
     if not whole.startswith(cut):

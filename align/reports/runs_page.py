@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from align.config.leaves import leaves
 from align.io.files import write_text
 from align.reports import plots
 from align.reports.html import environment
@@ -49,22 +50,13 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
     Returns:
         ``key`` (dotted) and ``values`` (run -> value, ``not set`` where it has none), sorted by key.
     """
-    flat: dict[str, dict[str, Any]] = {run: _flat(config) for run, config in configs.items()}
+    flat = {run: dict(leaves(config)) for run, config in configs.items()}
     keys = sorted({key for values in flat.values() for key in values} - UNTOLD)
     found = []
     for key in keys:
         values = {run: own.get(key, MISSING) for run, own in flat.items()}
         if len({repr(value) for value in values.values()}) > 1:
             found.append({"key": key, "values": values})
-    return found
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not value:
-        return {path: value}
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found |= _flat(inner, f"{path}.{key}" if path else str(key))
     return found
 
 

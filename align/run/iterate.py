@@ -103,19 +103,21 @@ def iterate(config: IterateConfig) -> Path:
         )
     policy = config.train.model
     check_prompts_of([row.prompt for row in prompts], [policy])
+    found = {"name": config.name, "start": policy, "scorer": build_settings(config.pairs).scorer.name}
     summary = []
     for number in range(1, config.rounds + 1):
         root = config.folder / f"round-{number}"
         log.info("round %d of %d: from %s", number, config.rounds, policy)
-        before, policy = policy, _round(config, prompts[number - 1 :: config.rounds], policy, root)
+        own = prompts[number - 1 :: config.rounds]
+        before, policy = policy, _round(config, own, policy, root)
         if process_rank() > 0:
             continue
         metrics = {name: read_json(root / name / METRICS) for name in ("generate", "pairs")}
-        kl = _kl_to_start(config, prompts[number - 1 :: config.rounds], before, root / KL)
+        kl = _kl_to_start(config, own, before, root / KL)
         summary.append({"round": number, "sampled_from": before, "trained": policy, "kl_to_start": kl, **metrics})
-        found = {"name": config.name, "start": config.train.model, "scorer": build_settings(config.pairs).scorer.name}
-        write_json(config.folder / SUMMARY, found | {"rounds": summary})
-        write_rounds_page(config.folder / PAGE, found | {"rounds": summary})
+        so_far = found | {"rounds": summary}
+        write_json(config.folder / SUMMARY, so_far)
+        write_rounds_page(config.folder / PAGE, so_far)
         reward = metrics["pairs"]["mean_reward"]
         log.info("round %d: reward of its samples, before training on them: %s", number, interval(reward))
     if process_rank() == 0:
