@@ -171,6 +171,44 @@ def reward_model(
     )  # fmt: skip
 
 
+@app.command("benchmarks")
+def benchmarks(
+    policies: Annotated[
+        list[str],
+        typer.Argument(metavar="POLICY...", help="NAME=FOLDER or FOLDER; with --results, NAME=RESULTS of lm_eval."),
+    ],
+    output: Annotated[Path, output_folder("Folder to write into; several commands share one page there.")],
+    task: Annotated[list[str] | None, typer.Option(help="Task or group of lm-evaluation-harness, repeatable.")] = None,
+    reference: Reference = None,
+    results: Annotated[
+        bool, typer.Option("--results", help="Policies and --reference are results files or folders of lm_eval.")
+    ] = False,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt; default: the task's.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first LIMIT documents of each task.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask through the models' chat templates.")
+    ] = False,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass.")] = 8,
+) -> None:
+    """Benchmark scores before and after training, through lm-evaluation-harness, with paired intervals."""
+    from align.commands import benchmarks as commands
+
+    asked = {"--task": task, "--num-fewshot": num_fewshot, "--limit": limit, "--include-path": include_path}
+    if results:
+        given = [name for name, value in asked.items() if value is not None]
+        if given or reference is None:
+            problem = f"--results: found {', '.join(given)} as well" if given else "--reference: missing"
+            raise ConfigError(
+                f"{problem}, expected results of lm_eval alone, those before training as --reference",
+                code="benchmark-task",
+            )
+        commands.read(policies, reference, output)
+        return
+    settings = commands.Benchmarks(tuple(task or ()), num_fewshot, limit, apply_chat_template, include_path, batch_size)
+    commands.measure(policies, reference, settings, output)
+
+
 @app.command("page")
 def page(output: Annotated[Path, typer.Argument(help="Folder of an evaluation.")]) -> None:
     """Render report.html of an evaluation again from its report.json."""

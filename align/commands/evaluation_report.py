@@ -1,4 +1,4 @@
-"""The report of an evaluation, which `align eval reward`, `compare` and `frontier` share: report.json and its page."""
+"""The report of an evaluation, one JSON file and one page, which the verbs of `align eval` share."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from align.io.stage import check_files
 
 REPORT = "report.json"
 PAGE = "report.html"
-PARTS = frozenset({"reward", "comparisons", "win_tables", "frontier"})
+PARTS = frozenset({"reward", "comparisons", "win_tables", "frontier", "benchmarks"})
 """Keys of an evaluation's report."""
 MERGED = frozenset({"comparisons", "win_tables"})
 """Those that hold one entry per comparison, which another command adds to."""

@@ -7,6 +7,7 @@ from typing import Any
 from align.data.text import plain
 from align.io.files import write_text
 from align.reports import plots
+from align.reports.benchmark_tables import benchmark_sentences, benchmark_tables
 from align.reports.html import environment, percent, search_script
 from align.reports.share_bar import shares
 from align.reports.verdict import name
@@ -18,16 +19,18 @@ def write_comparison_page(target: Path, report: dict[str, Any]) -> None:
 
     Args:
         target: the file.
-        report: ``reward``, ``comparisons``, ``win_tables`` and ``frontier``; each may be missing.
+        report: ``reward``, ``comparisons``, ``win_tables``, ``frontier`` and ``benchmarks``; each may be missing.
     """
     write_text(target, render_comparison_page(report))
 
 
 def render_comparison_page(report: dict[str, Any]) -> str:
     """The page as text; a part that was not measured is one line with the command that measures it."""
-    complete = {"reward": None, "comparisons": {}, "win_tables": {}, "frontier": None} | report
+    empty: dict[str, Any] = {"reward": None, "comparisons": {}, "win_tables": {}, "frontier": None, "benchmarks": None}
+    complete = empty | report
     runs = [part["run"] for part in _parts(complete)]
-    names = list(dict.fromkeys(key for run in runs for key in run["policies"]))
+    everyone = runs + ([complete["benchmarks"]["run"]] if complete["benchmarks"] else [])
+    names = list(dict.fromkeys(key for run in everyone for key in run["policies"]))
     sentence, details = headline(complete)
     made = environment()
     return made.get_template("comparison.html.j2").render(
@@ -40,6 +43,7 @@ def render_comparison_page(report: dict[str, Any]) -> str:
         changes=_changes(complete),
         text_tables=_text_tables(complete),
         samples=_samples(complete, names),
+        benchmarks=benchmark_tables(complete["benchmarks"]),
         prompts=max((run["n_prompts"] for run in runs), default=0),
         runs=runs,
         **search_script(),
@@ -52,6 +56,8 @@ def headline(report: dict[str, Any]) -> tuple[str, list[str]]:
     if report["reward"]:
         policies = report["reward"]["policies"]
         sentences = [_gained(key, policy) for key, policy in policies.items() if policy["gain"]] + sentences
+    if report.get("benchmarks"):
+        sentences += benchmark_sentences(report["benchmarks"])
     if not sentences:
         return ("Reward against KL was measured." if report["frontier"] else "Nothing has been evaluated yet."), []
     return sentences[0], sentences[1:] + _changes(report)
