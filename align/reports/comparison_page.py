@@ -8,6 +8,7 @@ from align.data.text import plain
 from align.io.files import write_text
 from align.reports import plots
 from align.reports.benchmark_tables import benchmark_sentences, benchmark_tables
+from align.reports.frontier import Mark, frontier
 from align.reports.html import environment, percent, search_script
 from align.reports.share_bar import shares
 from align.reports.verdict import name
@@ -151,7 +152,7 @@ def _plots(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
     titles: dict[str, Any] = {"x_title": "KL to the reference (nats per completion)", "y_title": "reward"}
     if report["reward"]:
         dots = {key: [_mark(policy, key)] for key, policy in report["reward"]["policies"].items()}
-        made["reward"] = plots.frontier(dots, methods=names, **titles)
+        made["reward"] = frontier(dots, methods=names, **titles)
     for key, found in report["comparisons"].items():
         wins = found["win_rate"]
         made["wins"][key] = shares(
@@ -162,13 +163,13 @@ def _plots(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
             }
         )
     if report["frontier"]:
-        made["frontier"] = plots.frontier(_curves(report["frontier"]["points"]), methods=names, **titles)
+        made["frontier"] = frontier(_curves(report["frontier"]["points"]), methods=names, **titles)
     return made
 
 
-def _curves(points: list[dict[str, Any]]) -> dict[str, list[plots.Mark]]:
+def _curves(points: list[dict[str, Any]]) -> dict[str, list[Mark]]:
     """Marks of each policy by temperature, and of its checkpoints by step, from the reference on."""
-    curves: dict[str, list[plots.Mark]] = {}
+    curves: dict[str, list[Mark]] = {}
     start = points[0]
     for policy in dict.fromkeys(point["policy"] for point in points):
         own = [point for point in points if point["policy"] == policy]
@@ -179,15 +180,18 @@ def _curves(points: list[dict[str, Any]]) -> dict[str, list[plots.Mark]]:
         steps = sorted((p for p in own if p["step"] is not None), key=lambda p: p["step"])
         if steps:
             last = steps[-1]["step"]
-            marks = [_mark(p, f"{policy}, step {p['step']}", f"step {last}" * (p["step"] == last)) for p in steps]
+            marks = [
+                _mark(p, f"{policy}, step {p['step']}", f"step {p['step']}" if p["step"] == last else str(p["step"]))
+                for p in steps
+            ]
             curves[f"{policy} checkpoints"] = [_mark(start, "reference, step 0"), *marks]
     return curves
 
 
-def _mark(point: dict[str, Any], title: str, label: str = "") -> plots.Mark:
+def _mark(point: dict[str, Any], title: str, label: str = "") -> Mark:
     kl = f"KL {interval(point['kl'])}" if point["kl"] else "KL 0"
     hover = f"{title}: {kl}, reward {interval(point['reward'])}"
-    return plots.Mark(_kl(point), ends(point["reward"]), hover, label)
+    return Mark(_kl(point), ends(point["reward"]), hover, label)
 
 
 def _kl(point: dict[str, Any]) -> float:
