@@ -21,13 +21,13 @@ from align.losses.margin_weights import MADPO_TAU
 from align.losses.pair_weights import LossTilt
 from align.losses.pairwise import PairLogps, scale_gradient
 from align.losses.registry import BoundLoss
-from align.models.adapters import starts_from_adapter
 from align.models.batching import in_so_many, pair_batches
 from align.models.collator import REAL, ROW, PairCollator, only_real
 from align.models.expert_balance import check_balanced
 from align.models.layout import has_adapter, trim
 from align.models.logps import SequenceLogps, pair_logps
 from align.models.template_arguments import write_record
+from align.training.adapter_start import begin_adapter
 from align.training.adapters import Use, check_given_adapter, check_started, head_adapter_allowed
 from align.training.base.argument_types import check_arguments
 from align.training.base.arguments import refusals
@@ -179,8 +179,7 @@ class PreferenceTrainer(TrainedTables):
             check_balanced(self.model.config, self.router_aux_loss_coef)
         if self.max_tokens is not None and self.is_deepspeed_enabled:
             refuse_split_batches()
-        if starts_from_adapter(self.model):
-            self.model.set_adapter("default")  # train this one; trl's frozen copy of it is the reference
+        begin_adapter(self.model)
         fields = {name: getattr(args, name) for name in ("max_length", "truncation_mode", "pad_to_multiple_of")}
         self.data_collator = PairCollator(**{"pad_token_id": self.data_collator.pad_token_id} | fields | collate)
         self._prepare_layout(self.train_dataset)

@@ -170,6 +170,24 @@ def test_settings_are_refused_when_the_run_is_checked(tmp_path: Path, options: A
         checked(tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("fsdp", True, "fsdp: found True and one process, expected a launcher"),
+        ("fsdp_config", {"fsdp_version": 2}, "fsdp_config: found .*, which has no effect without fsdp"),
+    ],
+)
+def test_sharding_needs_processes(
+    tmp_path: Path, field: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+        monkeypatch.setenv(name, "")  # transformers sets some, which would outlive this test
+    with pytest.raises(ConfigError, match=message):
+        checked(tmp_path, trainer={field: value})
+    monkeypatch.setattr("align.training.base.settings.world_size", lambda: 2)
+    checked(tmp_path, trainer={field: value})
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
     ("field", "value", "message"),

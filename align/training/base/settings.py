@@ -12,6 +12,7 @@ import torch.utils.checkpoint
 from transformers import Trainer, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
+from align.distributed import world_size
 from align.errors import FROM_YAML, ConfigError, listed
 from align.training.base.tracked_runs import check_trackers
 
@@ -245,6 +246,20 @@ def _liger(args: Any) -> str:
     return ""
 
 
+def _sharding(args: Any) -> str:
+    """Check that FSDP has processes to shard over, and that its settings are read."""
+    if world_size() > 1:
+        return ""
+    if args.fsdp:
+        return (
+            f"fsdp: found {args.fsdp!r} and one process, expected a launcher with several: `accelerate launch` or "
+            "`torchrun`, for --dry-run too"
+        )
+    if args.fsdp_config and not args.fsdp:
+        return f"fsdp_config: found {args.fsdp_config!r}, which has no effect without fsdp: true"
+    return ""
+
+
 def _half_precision(args: Any) -> str:
     """Nothing computes in float16 on a CPU: accelerate goes on in float32 without a word."""
     if args.fp16 and not torch.cuda.is_available():
@@ -299,7 +314,9 @@ def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-_NEEDED: tuple[Callable[[Any], str], ...] = (_optimizer, _schedule, _liger, _offloading, _half_precision)
+_NEEDED: tuple[Callable[[Any], str], ...] = (
+    _optimizer, _schedule, _liger, _offloading, _half_precision, _sharding,
+)  # fmt: skip
 _CHECKS = (
     _no_step, *_NEEDED, _checkpointing, _workers, _saved_steps, _smaller_batches, _moving_reference, _compiled,
     _tokens_seen,
