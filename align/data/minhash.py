@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from align.filtering.word_hashes import Hashes, mixed
+from align.data.word_hashes import Hashes, mixed
 
 BANDS, ROWS = 10, 6
 CHECKED = 16_384
