@@ -24,6 +24,7 @@ from align.cli.options import (
     Cluster,
     Columns,
     LoadingOptions,
+    NearCopies,
     Split,
     cluster_section,
     expand_options,
@@ -166,6 +167,7 @@ def data_check(
     output: Annotated[Path, output_folder("Folder for --drop-invalid.")] = Path("checked"),
     column: Columns = None,
     split: Split = "train",
+    near_copies: NearCopies = False,
     model: Annotated[str | None, typer.Option(help="Also read every pair as this model's tokenizer does.")] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Also: what can these pairs teach? A page in --output.")] = False,
     loss: Annotated[str, typer.Option(help="--deep: loss whose first step is predicted.")] = "dpo",
@@ -176,7 +178,7 @@ def data_check(
     """Validate every row; print a summary and the offending rows. --deep: shortcuts, noise, distance, cost."""
     from align.commands.data import check_data
 
-    source = pair_source(pairs, column, split)
+    source = pair_source(pairs, column, split, near_copies=near_copies)
     if deep:
         from align.commands.diagnose import diagnose_source
 

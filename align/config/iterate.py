@@ -86,6 +86,8 @@ class IterateConfig(Section):
     def _one_method(self) -> "IterateConfig":
         if len(self.train.methods) != 1:
             raise ValueError(f"train.methods: found {len(self.train.methods)} methods, expected one")
+        if self.prompts.near_copies:
+            raise ValueError("prompts.near_copies: found true, which has no effect on prompts; leave it out")
         return self
 
     @property
