@@ -109,6 +109,11 @@ def test_what_length_control_cannot_tell() -> None:
     assert length_control(outcome, np.full(4, 7.0)) is None
     longer = length_control(outcome, np.array([1.0, 2.0, 3.0, 4.0]))
     assert longer is not None and longer.extrapolated
+    shorter = length_control(outcome, -np.array([1.0, 2.0, 3.0, 4.0]))
+    assert shorter is not None and shorter.extrapolated
+    for within in ([-1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 2.0, 3.0], [-0.5, 0.5, 1.0, 2.0]):
+        both = length_control(outcome, np.array(within))
+        assert both is not None and not both.extrapolated
     always = length_control(np.ones(50), np.linspace(-1, 1, 50))
     assert always is not None and 0.99 < always.rate.value < 1 and np.isfinite(always.slope)
 
