@@ -16,7 +16,7 @@ from align.io.console import log, progress
 if TYPE_CHECKING:
     from align.models.truncation import Truncation
 
-SAMPLING = 6
+SAMPLING = 7
 """Revision in the stage keys; raise it when an engine gives other completions from the same seed."""
 SEED_BYTES = 4
 """A 32-bit seed: torch's CPU generator reads no more of any seed."""

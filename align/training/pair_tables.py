@@ -29,6 +29,7 @@ from align.errors import DataError
 from align.io.console import log
 from align.models.collator import REAL, ROW
 from align.models.tokenization import encode_table
+from align.models.turn_end import report_no_end
 from align.models.turns import Turns, counted
 from align.training.columns import NO_TOKEN, told_apart
 
@@ -204,6 +205,8 @@ def tokenize_table(
     """
     if "prompt" not in dataset.column_names:
         dataset = dataset.map(extract_prompt)
+    if len(dataset) and not isinstance(dataset[0]["prompt"], str):
+        report_no_end(tokenizer)
     prepared = encode_table(dataset, tokenizer, turns=turns, processes=args.dataset_num_proc)
     read = prepared.select_columns([n for n in (*ID_COLUMNS, *MASK_COLUMNS) if n in prepared.column_names])
     left = [k for k, row in enumerate(read) if counted(row, args.max_length, args.truncation_mode)]
