@@ -91,22 +91,24 @@ def test_the_card_of_a_script_has_its_last_held_out_numbers(tiny_policy: Path, t
     def trained(**more: Any) -> PreferenceTrainer:
         args = PreferenceConfig(
             str(tmp_path / "out"), per_device_train_batch_size=4, bf16=False, use_cpu=True, report_to="none",
-            disable_tqdm=True, save_strategy="no", gradient_checkpointing=False, max_steps=2, **more,
+            disable_tqdm=True, save_strategy="no", gradient_checkpointing=False, **more,
         )  # fmt: skip
-        held = {"near": PAIRS.select(range(3)), "far": PAIRS.select(range(3, 8))} if more else None
+        held = {"near": PAIRS.select(range(3)), "far": PAIRS.select(range(3, 8))} if "eval_steps" in more else None
         trainer = PreferenceTrainer(str(tiny_policy), args=args, train_dataset=PAIRS, eval_dataset=held)
         trainer.train()
         trainer.save_model()
         return trainer
 
-    logged = trained(eval_strategy="steps", eval_steps=1).state.log_history
+    logged = trained(max_steps=2, eval_strategy="steps", eval_steps=1).state.log_history
     text = card(tmp_path / "out")
     for name in ("near", "far"):
         last = [row for row in logged if f"eval_{name}_loss" in row][-1]
         assert last["step"] == 2 and f"| loss, {name} | {last[f'eval_{name}_loss']:.4g} |" in text
         assert f"| accuracy, {name} | {last['eval_rewards/accuracies']:.4g} |" in text
     assert NO_RESULTS not in text and "without intervals" in text
-    trained()
+    trained(max_steps=2)
+    assert text == card(tmp_path / "out"), "the same training, whose results stay"
+    trained(max_steps=3)
     assert NO_RESULTS in card(tmp_path / "out")
 
 
