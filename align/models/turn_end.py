@@ -14,7 +14,7 @@ TALK: Talk = [{"role": "user", "content": ASKED}, {"role": "assistant", "content
 TALKS: tuple[Talk, ...] = (
     TALK,
     [{"role": "system", "content": "be brief"}, *TALK],
-    [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in TALK],
+    [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in TALK],
 )
 """The same question and answer for templates that need a system message, or contents in parts."""
 
