@@ -14,7 +14,7 @@ TALK: Talk = [{"role": "user", "content": ASKED}, {"role": "assistant", "content
 TALKS: tuple[Talk, ...] = (
     TALK,
     [{"role": "system", "content": "be brief"}, *TALK],
-    [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in TALK],
+    [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in TALK],
 )
 """The same question and answer for templates that need a system message, or contents in parts."""
 
@@ -38,7 +38,8 @@ def report_no_end(tokenizer: PreTrainedTokenizerBase) -> None:
     if any(_first_special(tokenizer, text) is None for text in _after_answers(tokenizer)):
         log.warning(
             "%s: its chat template writes no special token after an answer, so nothing teaches where a response ends: "
-            "sampling goes on to its limit of tokens, or to a text that it is told to stop at", tokenizer.name_or_path or "the tokenizer",
+            "sampling goes on to its limit of tokens, or to a text that it is told to stop at",
+            tokenizer.name_or_path or "the tokenizer",
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import inspect
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
@@ -262,8 +263,9 @@ def _sharding(args: Any) -> str:
 
 def _half_precision(args: Any) -> str:
     """Nothing computes in float16 on a CPU: accelerate goes on in float32 without a word."""
-    if args.fp16 and not torch.cuda.is_available():
-        return "fp16: found true, expected a GPU; on a CPU bf16 computes in 16 bits, slowly"
+    if args.mixed_precision == "fp16" and (args.use_cpu or not torch.cuda.is_available()):
+        asked = "found true" if args.fp16 else "found it in ACCELERATE_MIXED_PRECISION, which a launcher sets"
+        return f"fp16: {asked}, expected a GPU; on a CPU bf16 computes in 16 bits, slowly"
     return ""
 
 
@@ -288,14 +290,17 @@ def _model_problems(args: Any) -> list[str]:
     for name in ("use_safetensors", "output_loading_info"):
         if name in keys:
             problems.append(f"{name}: set by the program, leave it out")
-    dtype = keys.get("dtype", "auto")
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        problems.append(f"dtype: found {dtype!r}, expected a dtype of torch, such as float32 or bfloat16")
+    if keys.get("ignore_mismatched_sizes"):
+        problems.append("ignore_mismatched_sizes: found true, with which weights that do not fit are drawn at random")
+    if not _is_dtype(keys.get("dtype", "auto")):
+        problems.append(f"dtype: found {keys['dtype']!r}, expected a dtype of torch, such as float32 or bfloat16")
     attention = keys.get("attn_implementation")
-    if isinstance(attention, str) and "/" not in attention and attention not in (*ATTENTION, *NEEDS_A_GPU):
+    if not isinstance(attention, str | dict | NoneType) or (
+        isinstance(attention, str) and "/" not in attention and attention not in (*ATTENTION, *NEEDS_A_GPU)
+    ):
         problems.append(f"attn_implementation: found {attention!r}, expected one of {', '.join(ATTENTION)}, "
                         f"{', '.join(NEEDS_A_GPU)}, or a kernel's name on the hub")  # fmt: skip
-    if attention in NEEDS_A_GPU and not torch.cuda.is_available():
+    if isinstance(attention, str) and attention in NEEDS_A_GPU and not torch.cuda.is_available():
         problems.append(f"attn_implementation: found {attention}, expected sdpa or eager: there is no GPU")
     quantization = keys.get("quantization_config")
     loads_few_bits = isinstance(quantization, dict) and any(name.startswith("load_in_") for name in quantization)
@@ -308,6 +313,12 @@ def _model_problems(args: Any) -> list[str]:
             "with kernels that pass back no gradient, after its first evaluation"
         )
     return problems
+
+
+def _is_dtype(given: Any) -> bool:
+    """Whether weights can be loaded in this dtype, or its name; None and auto leave the choice to transformers."""
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    return given in (None, "auto") or (isinstance(found, torch.dtype) and found.is_floating_point)
 
 
 def _has(package: str) -> bool:
