@@ -14,6 +14,7 @@ from align.config import TrainSection
 from align.errors import ConfigError, ModelError
 from align.models.loading import load_policy
 from align.training.base.arguments import build_trainer_args
+from align.training.base.settings import tell_of_one_process
 from align.training.model_arguments import check_model_arguments
 from tests.helpers.builders import causal, rows, trained_adapter
 
@@ -78,6 +79,20 @@ def test_float16_that_a_launcher_asks_for(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ConfigError, match="fp16: found it in ACCELERATE_MIXED_PRECISION"):
         build_trainer_args(DPOConfig, {"use_cpu": True}, path="x", forced={"output_dir": str(tmp_path)})
+
+
+def test_a_launcher_that_starts_one_process_of_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``accelerate launch --cpu --num_processes 2`` does; these are the variables that it sets."""
+    told = "accelerate was asked for several processes and has started one"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    for name, value, expected in (("MASTER_ADDR", "127.0.0.1", 0), ("MASTER_PORT", "29500", 1), ("WORLD_SIZE", "1", 1)):
+        monkeypatch.setenv(name, value)
+        tell_of_one_process.cache_clear()
+        build_trainer_args(DPOConfig, {}, path="x", forced={"output_dir": str(tmp_path)})
+        assert caplog.text.count(told) == expected
+    tell_of_one_process.cache_clear()
 
 
 def test_experts(tmp_path: Path) -> None:

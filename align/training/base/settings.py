@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import functools
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable
 from types import NoneType
 from typing import Any
@@ -15,6 +17,7 @@ from transformers.utils import is_liger_kernel_available
 
 from align.distributed import world_size
 from align.errors import FROM_YAML, ConfigError, listed
+from align.io.console import log
 from align.training.base.tracked_runs import check_trackers
 
 NOTHING_HELD_BACK = "a training here holds no pairs back; evaluate the trained model"
@@ -57,6 +60,7 @@ OTHER_VALUES = ("7", "8", "true", "false")
 """Values of an ``optim_args`` key, two of each type, so that one of them is not its default."""
 ATTENTION = ("eager", "sdpa")
 NEEDS_A_GPU = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+LAUNCHED_BY_ACCELERATE = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"}
 CHOOSE_WEIGHTS = (
     "revision", "code_revision", "subfolder", "variant", "gguf_file", "state_dict", "config", "adapter_kwargs",
 )  # fmt: skip
@@ -94,6 +98,7 @@ def check_arguments(args: Any, path: str) -> None:
     Raises:
         ConfigError: every problem at once, or a tracker that cannot be used.
     """
+    tell_of_one_process()
     problems = [f"{path}.{problem}" for check in _CHECKS if (problem := check(args))]
     problems += [f"{path}.model_init_kwargs.{problem}" for problem in _model_problems(args)]
     if problems:
@@ -114,9 +119,23 @@ def check_machine(args: Any) -> None:
     """
     if args is None or FROM_YAML.get():
         return
+    tell_of_one_process()
     problems = [f"{type(args).__name__}.{problem}" for check in _NEEDED if (problem := check(args))]
     if problems:
         raise ConfigError(problems[0] if len(problems) == 1 else listed(problems).lstrip(), code="trainer-key")
+
+
+@functools.cache
+def tell_of_one_process() -> None:
+    """Warn, once, where accelerate was asked for several processes and has started one, as it does with ``--cpu``.
+
+    It sets a port for processes to meet only where several are asked for.
+    """
+    if os.environ.keys() >= LAUNCHED_BY_ACCELERATE and "WORLD_SIZE" not in os.environ:
+        log.warning(
+            "accelerate was asked for several processes and has started one, so a step has only the pairs of one; "
+            "on CPUs it starts them with --multi_gpu"
+        )
 
 
 def _no_step(args: Any) -> str:
