@@ -18,8 +18,9 @@ def learned_positions(model: PreTrainedModel) -> int | None:
     """Number of positions of a model with learned absolute positions (GPT-2, OPT, ...); None for any other model.
 
     Beyond it the look-up fails: with an IndexError on a CPU, with an assertion that ends the process on a GPU.
+    Positions of patches, in the vision part of a model that reads images too, are none of its text.
     """
-    for name, module in model.named_modules():
+    for name, module in model.get_decoder().named_modules():
         if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in LEARNED:
             return int(module.num_embeddings - getattr(module, "offset", 0))
     return None

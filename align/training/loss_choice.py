@@ -300,6 +300,8 @@ def _try(function: PairLoss, name: str, with_margin: bool, device: torch.device 
         problem = f"returned {found}, expected one loss per pair: a float tensor [3] for three pairs"
     elif not both.requires_grad:
         problem = "does not depend on the policy's log-probs (chosen, rejected), so that nothing would be trained"
+    elif not bool(both.isfinite().all()):
+        problem = f"returned {both.detach().tolist()} for three pairs of ordinary log-probs, expected finite losses"
     elif not all(_is_loss(one, 1) for one in single) or not torch.allclose(
         both, torch.cat(single), rtol=1e-3, atol=1e-5
     ):

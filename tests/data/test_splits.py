@@ -161,6 +161,10 @@ def test_a_bootstrap_sample_holds_clusters_complete() -> None:
     counts = np.bincount(draw_clusters(pairs, 0), minlength=120).reshape(30, 4)
     assert (counts == counts[:, :1]).all() and counts.sum() == 120 and len(set(counts[:, 0])) > 1
     assert len(of) == 120
+    assert np.array_equal(draw_clusters(pairs, 0), draw_clusters(pairs, 0))
+    bags = [set(draw_clusters(pairs, seed).tolist()) for seed in range(20)]
+    assert set.union(*bags) == set(range(120)), "every cluster can be drawn, the first and the last too"
+    assert len({frozenset(bag) for bag in bags}) == 20
 
 
 def test_a_bag_chooses_the_penalty_without_leak() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from align import PreferenceConfig, PreferenceTrainer
 from align.config import LossSection, RewardSection, TrainSection
 from align.data.table_facts import table_facts
 from align.models.model_card import LOCAL, NO_RESULTS, add_results, base_model_id, copy_as_merged
@@ -82,6 +83,33 @@ def test_the_card_of_a_reward_model(
     monkeypatch.chdir(tmp_path / "model")
     exec(snippet(tmp_path / "model"), {})  # noqa: S102, RUF100  what a reader of the card does
     assert re.fullmatch(r"\[-?\d.*\]\n", capsys.readouterr().out)
+
+
+def test_the_card_of_a_script_has_its_last_held_out_numbers(tiny_policy: Path, tmp_path: Path) -> None:
+    """Of each table, at the step that was saved; another training into the same folder does not inherit them."""
+
+    def trained(**more: Any) -> PreferenceTrainer:
+        args = PreferenceConfig(
+            str(tmp_path / "out"), per_device_train_batch_size=4, bf16=False, use_cpu=True, report_to="none",
+            disable_tqdm=True, save_strategy="no", gradient_checkpointing=False, **more,
+        )  # fmt: skip
+        held = {"near": PAIRS.select(range(3)), "far": PAIRS.select(range(3, 8))} if "eval_steps" in more else None
+        trainer = PreferenceTrainer(str(tiny_policy), args=args, train_dataset=PAIRS, eval_dataset=held)
+        trainer.train()
+        trainer.save_model()
+        return trainer
+
+    logged = trained(max_steps=2, eval_strategy="steps", eval_steps=1).state.log_history
+    text = card(tmp_path / "out")
+    for name in ("near", "far"):
+        last = [row for row in logged if f"eval_{name}_loss" in row][-1]
+        assert last["step"] == 2 and f"| loss, {name} | {last[f'eval_{name}_loss']:.4g} |" in text
+        assert f"| accuracy, {name} | {last['eval_rewards/accuracies']:.4g} |" in text
+    assert NO_RESULTS not in text and "without intervals" in text
+    trained(max_steps=2)
+    assert text == card(tmp_path / "out"), "the same training, whose results stay"
+    trained(max_steps=3)
+    assert NO_RESULTS in card(tmp_path / "out")
 
 
 def test_results_are_replaced_and_a_foreign_card_is_left_alone(tmp_path: Path) -> None:

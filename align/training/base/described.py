@@ -1,5 +1,6 @@
 """What a trainer knows about its own training: for the model card of every folder it saves, and for trackers."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,26 @@ from peft import PeftModel
 from align.data.table_facts import TableFacts
 from align.io.console import log
 from align.io.stage import versions
-from align.models.model_card import POLICY, REWARD_MODEL, TrainingFacts, base_model_id, papers_of, write_card
+from align.models.model_card import (
+    POLICY,
+    REWARD_MODEL,
+    TrainingFacts,
+    add_results,
+    base_model_id,
+    papers_of,
+    write_card,
+)
 from align.training.base.tracked_runs import ShowConfig, missing_tracker
 
 PARTS = ("pair_weights", "gradient_remedy", "token_mask", "tilt", "sharpness")
 """Fields of a trainer's arguments that change the loss of a pair or its gradient."""
+
+
+HELD_OUT = {
+    "loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "reward margin", "accuracy": "accuracy",
+    "margin": "reward margin",
+}  # fmt: skip
+"""Key of a held-out number in the log -> its name on the card."""
 
 
 class Described:
@@ -126,6 +142,10 @@ class Described:
     def _write_card(self, folder: Path) -> None:
         if self.args.should_save and folder.is_dir():
             write_card(folder, self.facts, adapter=isinstance(self.model, PeftModel))
+            rows = list(_held_out_rows(self.state.log_history, self.state.global_step))
+            if rows:
+                note = "On held-out pairs at the last step, without intervals; `align eval` measures with them."
+                add_results(folder, rows, note)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository on the hub as transformers does, private unless ``hub_private_repo`` is false."""
@@ -133,6 +153,18 @@ class Described:
             private = True
             log.info("push_to_hub: a new repository is private; hub_private_repo: false makes it public")
         super().init_hf_repo(token, private)  # type: ignore[misc]
+
+
+def _held_out_rows(history: Sequence[Mapping[str, Any]], step: int) -> Iterator[tuple[str, str]]:
+    """Loss, accuracy and reward margin of each held-out table that was evaluated at this step, as a card shows them."""
+    for entry in history:
+        losses = [name for name in entry if name.startswith("eval_") and name.endswith("loss")]
+        for name in losses if entry.get("step") == step else ():
+            table = name.removeprefix("eval_").removesuffix("loss").strip("_")
+            for key, shown in HELD_OUT.items():
+                value = entry.get(name.removesuffix("loss") + key, entry.get(f"eval_{key}"))
+                if isinstance(value, float):
+                    yield f"{shown}, {table}" if table else shown, f"{value:.4g}"
 
 
 def _lora(config: Any) -> list[str]:
