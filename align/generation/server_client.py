@@ -69,7 +69,8 @@ class ServerClient:
             EnvironmentProblem: the server cannot be reached.
             ModelError: it does not serve the model.
         """
-        entries = {str(entry.get("id")): entry for entry in self.request("GET", "/models").get("data", [])}
+        listed = self.request("GET", "/models").get("data")
+        entries = {str(entry.get("id")): entry for entry in listed or () if isinstance(entry, dict)}
         served = list(entries)
         if self.model not in served:
             raise ModelError(
