@@ -48,6 +48,27 @@ def _scales_positions(config: Any) -> bool:
     return any((part.get("rope_type") or part.get("type") or "default") != "default" for part in parts)
 
 
+def check_padding(limit: int | None, longest: int, multiple: int | None) -> None:
+    """Refuse rows that padding makes longer than the learned positions of a model.
+
+    Args:
+        limit: ``learned_positions``.
+        longest: tokens of the longest row.
+        multiple: trl's ``pad_to_multiple_of``.
+
+    Raises:
+        DataError: see above.
+    """
+    padded = -(-longest // multiple) * multiple if multiple else longest
+    if limit is not None and padded > limit:
+        raise DataError(
+            f"train.trainer.pad_to_multiple_of: found {multiple}, with which a row of {longest} tokens gets {padded}, "
+            f"expected at most {limit}: the model has no more positions",
+            code="positions",
+            hint="leave it out, or lower train.trainer.max_length",
+        )
+
+
 def check_positions(model: PreTrainedModel, longest: int, what: str, hint: str) -> None:
     """Refuse sequences that a model has no positions for; warn once about those beyond what it was trained on.
 

@@ -10,6 +10,7 @@ from align.config.reading import nearest
 from align.errors import ConfigError
 from align.models.expert_balance import check_balanced
 from align.models.folders import adapter_base
+from align.training.adapter_trial import try_adapter
 
 READ = (
     "adapter_kwargs", "adapter_name", "allow_all_kernels", "attn_implementation", "code_revision", "device_map",
@@ -31,8 +32,9 @@ def check_model_arguments(train: TrainSection) -> None:
     Any key that ``from_pretrained`` does not read sets a value of the model's configuration, if it has one.
 
     Raises:
-        ConfigError: a key that neither knows, a value that makes another model of the weights (``check_values``), or
-            experts to balance in a model that does not say how many it has.
+        ConfigError: a key that neither knows, a value that makes another model of the weights (``check_values``), an
+            adapter that does not fit the model (``try_adapter``), or experts to balance in a model that does not say
+            how many it has.
     """
     from transformers import AutoConfig
 
@@ -52,6 +54,8 @@ def check_model_arguments(train: TrainSection) -> None:
                 code="trainer-key",
             )
     check_values(config, train.trainer.get("model_init_kwargs") or {}, path)
+    if train.peft is not None and not train.quantization and not train.trusts_remote_code:
+        try_adapter(config, train.peft)
     _check_experts(config.get_text_config(), train.trainer.get("router_aux_loss_coef"))
 
 
