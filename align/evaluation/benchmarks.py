@@ -20,7 +20,8 @@ class Score:
     """One metric of one task, or of a group of tasks."""
 
     value: float
-    higher_is_better: bool
+    higher_is_better: bool | None
+    """None: not known."""
     documents: Mapping[str, float] | None
     """Document -> its score; None if the documents were not kept, or ``value`` is not their mean."""
 
@@ -32,16 +33,29 @@ class Suite:
     scores: Mapping[str, Mapping[str, Score]]
     """Task or group -> metric -> score, in the harness's order."""
     groups: Mapping[str, tuple[str, ...]]
-    """Group -> the tasks and groups in it."""
+    """Group -> the tasks and groups in it, also of groups without a score."""
     made_with: Mapping[str, Any]
     """What two suites must share to be compared: ``task: version``, ``task: shots`` and the like."""
     documents: Mapping[str, Mapping[str, str]]
     """Task -> document -> hash of its content."""
 
+    def inside(self) -> dict[str, str]:
+        """Task or group -> the nearest group with a score that it belongs to; those in none are left out."""
+        above = {inner: group for group, names in self.groups.items() for inner in names}
+        found = {}
+        for name in self.scores:
+            group, seen = above.get(name), {name}
+            while group is not None and group not in self.scores and group not in seen:
+                seen.add(group)
+                group = above.get(group)
+            if group is not None and group in self.scores and group != name:
+                found[name] = group
+        return found
+
     def top(self) -> list[str]:
-        """The tasks and groups that are in no other group."""
-        inner = {name for names in self.groups.values() for name in names}
-        return [name for name in self.scores if name not in inner]
+        """The tasks and groups that are in no other group with a score."""
+        inside = self.inside()
+        return [name for name in self.scores if name not in inside]
 
 
 def mean_of(value: float, documents: Mapping[str, float]) -> Mapping[str, float] | None:
@@ -70,13 +84,13 @@ def compare_suites(before: Suite, after: Suite, *, names: tuple[str, str]) -> di
         ``rows``: one per task or group and metric, with ``task``, ``group`` (whether it is one), ``inside`` (the group
         that it belongs to, or None), ``metric``, ``main``, ``before``, ``after``, ``change`` (an estimate),
         ``higher_is_better``. ``mean``: the mean change of the main metrics, with the sign turned where lower is better,
-        over the tasks and groups that are in no other group; None if one of them has no interval. ``tasks``: how many.
+        over the tasks and groups that are in no other group, or None, and ``no_mean`` says why. ``tasks``: how many.
 
     Raises:
         DataError: the two suites did not answer the same documents in the same way.
     """
     _check_same(before, after, names)
-    inside = {inner: group for group, all_inner in before.groups.items() for inner in all_inner}
+    inside = before.inside()
     rows = []
     for task, scores in before.scores.items():
         main = main_metric(scores)
@@ -95,7 +109,9 @@ def compare_suites(before: Suite, after: Suite, *, names: tuple[str, str]) -> di
                     "higher_is_better": old.higher_is_better,
                 }
             )
-    return {"rows": rows, "mean": _mean_change(before, after), "tasks": len(before.top())}
+    reason = _no_mean(before, after)
+    mean = None if reason else _mean_change(before, after)
+    return {"rows": rows, "mean": mean, "no_mean": reason, "tasks": len(before.top())}
 
 
 def _differences(old: Score, new: Score) -> np.ndarray | None:
@@ -112,19 +128,37 @@ def _change(old: Score, new: Score) -> dict[str, Any]:
     return mean_interval(differences).to_dict()
 
 
-def _mean_change(before: Suite, after: Suite) -> dict[str, Any] | None:
+def _main_scores(before: Suite, after: Suite) -> Iterator[tuple[str, Score, Score]]:
+    """Each task or group in no other group, with its main metric before and after."""
+    for task in before.top():
+        metric = main_metric(before.scores[task])
+        yield f"{metric} of {task}", before.scores[task][metric], after.scores[task][metric]
+
+
+def _no_mean(before: Suite, after: Suite) -> str | None:
+    """Why the changes of the main metrics have no mean; None if they have one."""
+    several = len(before.top()) > 1
+    for name, old, new in _main_scores(before, after):
+        if old.documents is None or new.documents is None:
+            return f"{name} is no mean over documents, or its documents were not kept"
+        if old.higher_is_better is None:
+            return f"the results do not say whether a higher {name} is better"
+        values = [*old.documents.values(), *new.documents.values()]
+        if several and not (min(values) >= 0 and max(values) <= 1):
+            return f"{name} is not on the scale of 0 to 1 of the others"
+    return None
+
+
+def _mean_change(before: Suite, after: Suite) -> dict[str, Any]:
     """Mean over tasks of the change of their main metric; documents of different tasks are independent.
 
     A document of task t with n_t documents has the influence (d - mean_t) * N / (T n_t) on the mean of T tasks, where N
     is the number of all documents.
     """
     found = []
-    for task in before.top():
-        metric = main_metric(before.scores[task])
-        old, new = before.scores[task][metric], after.scores[task][metric]
+    for _, old, new in _main_scores(before, after):
         differences = _differences(old, new)
-        if differences is None:
-            return None
+        assert differences is not None
         found.append(differences if old.higher_is_better else -differences)
     total = sum(one.size for one in found)
     influence = [(one - one.mean()) * total / (len(found) * one.size) for one in found]
@@ -149,6 +183,8 @@ def _problems(before: Suite, after: Suite) -> Iterator[str]:
             yield f"{task} is in one of them only"
         elif old.keys() != new.keys():
             yield f"{task} has the metrics {sorted(old)} and {sorted(new)}"
+        else:
+            yield from (f"{task} has other documents of {key}" for key in old if _other_documents(old[key], new[key]))
     for key in dict.fromkeys([*before.made_with, *after.made_with]):
         old_value, new_value = before.made_with.get(key), after.made_with.get(key)
         if old_value != new_value:
@@ -156,3 +192,7 @@ def _problems(before: Suite, after: Suite) -> Iterator[str]:
     for task in before.documents.keys() & after.documents.keys():
         if before.documents[task] != after.documents[task]:
             yield f"{task} has other documents"
+
+
+def _other_documents(old: Score, new: Score) -> bool:
+    return old.documents is not None and new.documents is not None and old.documents.keys() != new.documents.keys()

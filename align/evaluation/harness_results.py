@@ -11,6 +11,11 @@ from align.errors import DataError
 from align.evaluation.benchmarks import CODE, Score, Suite, mean_of
 from align.io.files import read_json
 
+LOWER = frozenset({"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter"})
+HIGHER = frozenset({"acc", "acc_norm", "acc_mutual_info", "exact_match", "f1", "mcc", "bleu", "chrf"})
+"""Metrics of the harness, for results of versions that do not say which way is better."""
+NO_METRIC = "bypass"
+"""What ``--predict_only`` writes in place of metrics."""
 RESULTS_FILE = re.compile(r"results(?P<suffix>_.+)?\.json")
 
 
@@ -25,8 +30,8 @@ def read_suite(path: Path) -> Suite:
     file = _results_file(path)
     try:
         found = read_json(file)
-        results, groups = found["results"], found.get("group_subtasks") or {}
-        groups = {group: tuple(inner) for group, inner in groups.items() if inner and group in results}
+        results = found["results"]
+        groups = {group: tuple(inner) for group, inner in (found.get("group_subtasks") or {}).items() if inner}
         matched = RESULTS_FILE.fullmatch(file.name)
         suffix = (matched["suffix"] or "") if matched else ""
         samples = {task: _samples(file.with_name(f"samples_{task}{suffix}.jsonl")) for task in results}
@@ -46,7 +51,7 @@ def read_suite(path: Path) -> Suite:
         ) from None
     if not scores:
         raise DataError(f"{file}: found no metric, expected the results of a task", code=CODE)
-    return Suite(scores, {group: inner for group, inner in groups.items() if group in scores}, made_with, hashes)
+    return Suite(scores, groups, made_with, hashes)
 
 
 def _results_file(path: Path) -> Path:
@@ -76,29 +81,47 @@ def _scores(
     groups: Mapping[str, tuple[str, ...]],
     samples: Mapping[str, list[dict[str, Any]] | None],
 ) -> dict[str, Score]:
-    better = found.get("higher_is_better", {}).get(task, {})
     results = found["results"]
     scores = {}
     for key, value in results[task].items():
         metric, comma, chosen = key.partition(",")
-        if not comma or metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, int | float):
+        if not comma or metric == NO_METRIC or metric.endswith("_stderr"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not math.isfinite(value):
             raise ValueError(f"{task} has {key} = {value}")
         documents: dict[str, float] | None = {}
-        for leaf in (one for one in _leaves(task, groups) if key in results.get(one, {})):
+        leaves = list(dict.fromkeys(_leaves(task, groups)))
+        for leaf in (one for one in leaves if key in results.get(one, {})):
             own = _values(samples.get(leaf), metric, chosen)
             documents = None if own is None or documents is None else documents | {f"{leaf}/{k}": own[k] for k in own}
         kept = None if not documents else mean_of(float(value), documents)
-        scores[key] = Score(float(value), better.get(metric) is not False, kept)
+        scores[key] = Score(float(value), _higher_is_better(found, leaves, task, metric), kept)
     return scores
 
 
-def _leaves(task: str, groups: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+def _higher_is_better(found: Mapping[str, Any], leaves: list[str], task: str, metric: str) -> bool | None:
+    """Which way is better: as the results say, their tasks' files, or the metric's name; None if none does."""
+    stated, configs = found.get("higher_is_better") or {}, found.get("configs") or {}
+    ways = [(stated.get(task) or {}).get(metric)]
+    if ways == [None]:
+        lists = [(configs.get(leaf) or {}).get("metric_list") or [] for leaf in leaves]
+        ways = [one.get("higher_is_better") for own in lists for one in own if one.get("metric") == metric]
+        ways += [(stated.get(leaf) or {}).get(metric) for leaf in leaves]
+    known = {way for way in ways if isinstance(way, bool)}
+    if len(known) == 1:
+        return known.pop()
+    return None if known or metric not in LOWER | HIGHER else metric in HIGHER
+
+
+def _leaves(task: str, groups: Mapping[str, tuple[str, ...]], above: tuple[str, ...] = ()) -> Iterator[str]:
+    if task in above:
+        raise ValueError(f"the group {task} is in itself")
     if task not in groups:
         yield task
     for inner in groups.get(task, ()):
-        yield from _leaves(inner, groups)
+        yield from _leaves(inner, groups, (*above, task))
 
 
 def _values(rows: list[dict[str, Any]] | None, metric: str, chosen: str) -> dict[str, float] | None:
@@ -115,7 +138,7 @@ def _made_with(found: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str,
     config = found.get("config", {})
     per_task = {
         f"{what} of {task}": found.get(key, {}).get(task)
-        for what, key in (("version", "versions"), ("shots", "n-shot"))
+        for what, key in (("version", "versions"), ("shots", "n-shot"), ("documents", "n-samples"))
         for task in scores
     }
     return per_task | {
@@ -123,5 +146,6 @@ def _made_with(found: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str,
         "gen_kwargs": config.get("gen_kwargs") or None,
         "fewshot_seed": config.get("fewshot_seed"),
         "system_instruction": found.get("system_instruction"),
+        "fewshot_as_multiturn": bool(found.get("fewshot_as_multiturn")),
         "chat template": bool(found.get("chat_template")),
     }
