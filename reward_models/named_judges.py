@@ -57,7 +57,11 @@ def check_judge(judge: JudgeSection) -> None:
             code="eval-judge",
             hint="leave them out",
         )
-    if kind in ("reward model", "reward-server"):
+    if kind == "reward-server" and Path(model_of(judge.name)).is_dir():
+        from reward_models.reward_server import check_served
+
+        check_served(model_of(judge.name))
+    elif kind in ("reward model", "reward-server"):
         check_model_folder(model_of(judge.name), rewards=True, head=True)
     elif kind in ("yes-no", "llm"):
         check_model_folder(model_of(judge.name), rewards=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from align.errors import ModelError, NumericsError
 from align.generation.server_client import DEFAULT_URL, ServerClient
@@ -17,9 +17,10 @@ from align.io.console import progress
 from align.io.hashing import digest
 from align.models.folders import check_model_folder, is_adapter, loading
 from reward_models.answers import Answers
-from reward_models.loading import fitting_length, is_decoder
+from reward_models.ensemble import members
+from reward_models.loading import KIND, fitting_length, is_decoder
 from reward_models.questions import REWARD_SERVER
-from reward_models.tokenization import reward_ids, reward_text
+from reward_models.tokenization import reward_ids, reward_text, warn_of_unread
 
 MAX_LENGTH = 1024
 ROWS = 16
@@ -45,7 +46,7 @@ class RewardServerJudge:
         first_wait: seconds before the second try.
 
     Raises:
-        ModelError: the folder holds no reward model of one output, an adapter, or an encoder.
+        ModelError: see ``check_served``.
     """
 
     def __init__(
@@ -53,21 +54,10 @@ class RewardServerJudge:
         max_length: int | None = None, cache: Path | None = None, first_wait: float = 0.5,
     ) -> None:  # fmt: skip
         self.name = REWARD_SERVER + model
-        check_model_folder(model, rewards=True, head=True)
-        with loading(model, "cannot be used as a reward model"):
+        shape = check_served(model)
+        with loading(model, KIND):
             self._tokenizer = AutoTokenizer.from_pretrained(model)
-            config = AutoConfig.from_pretrained(model)
-            with torch.device("meta"):
-                shape = AutoModelForSequenceClassification.from_config(config)
-        if is_adapter(model) or not is_decoder(shape):
-            found = "an adapter" if is_adapter(model) else f"an encoder ({type(shape).__name__})"
-            raise ModelError(
-                f"judge {self.name}: found {found}, expected a decoder with one output, which the server reads at the "
-                "last token",
-                code="eval-judge",
-                hint=f"name {model} as a local reward model",
-            )
-        self._pad = config.get_text_config().pad_token_id
+        self._pad = shape.config.get_text_config().pad_token_id
         self.max_length = fitting_length(shape, max_length or MAX_LENGTH)
         self.client = ServerClient(
             model, base_url=base_url or DEFAULT_URL, concurrency=concurrency, attempts=attempts, first_wait=first_wait
@@ -84,6 +74,7 @@ class RewardServerJudge:
             ModelError: it does not serve the model, or does not give one output without activation.
             NumericsError: a reward is not a finite number.
         """
+        warn_of_unread(prompts, completions, self._tokenizer, self.max_length)
         texts = [reward_text(*row, self._tokenizer, text_pair=False) for row in zip(prompts, completions, strict=True)]
         rows = [self._until_padding(ids) for ids in reward_ids(texts, self._tokenizer, self.max_length)]
         keys = [digest([self.client.model, REVISION, ids]) for ids in rows]
@@ -102,7 +93,7 @@ class RewardServerJudge:
         if not left:
             return
         if not self._checked:
-            self.client.check_model()
+            self.client.check_model(hint=f"serve it with `--served-model-name {self.client.model}`")
             self._check_activation(list(left.values())[:2])
             self._checked = True
         self.client.stopping = stopping = Event()
@@ -117,7 +108,7 @@ class RewardServerJudge:
     def _check_activation(self, rows: list[list[int]]) -> None:
         """Refuse a server whose answers without activation are those with one: probabilities are no rewards."""
         plain, activated = self._values(rows), self._values(rows, activation=True)
-        if plain == activated and all(0 < value < 1 for value in plain):
+        if plain == activated and all(0 <= value <= 1 for value in plain):
             raise ModelError(
                 f"judge {self.name}: {self.client.base_url} gives {plain[0]:g} with and without activation, expected "
                 "the head's own output",
@@ -131,6 +122,8 @@ class RewardServerJudge:
         answer = self.client.request("POST", "/classify", body, at_root=True)
         try:
             found = {int(one["index"]): [float(value) for value in one["probs"]] for one in answer["data"]}
+            if len(answer["data"]) != len(rows):
+                raise ValueError(f"found {len(answer['data'])} answers to {len(rows)} texts")
             values = [found[k] for k in range(len(rows))]
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
@@ -141,7 +134,7 @@ class RewardServerJudge:
             ) from None
         if any(len(value) != 1 for value in values):
             raise ModelError(
-                f"judge {self.name}: found {len(values[0])} outputs, expected one", code="eval-judge",
+                f"judge {self.name}: found {max(map(len, values))} outputs, expected one", code="eval-judge",
                 hint="use a reward model with one output",
             )  # fmt: skip
         if not np.isfinite(values).all():
@@ -150,3 +143,31 @@ class RewardServerJudge:
                 hint="serve the model with --dtype float32",
             )  # fmt: skip
         return [value[0] for value in values]
+
+
+def check_served(model: str) -> PreTrainedModel:
+    """Refuse a reward model that no server computes as it is computed here; returns it without its weights.
+
+    Args:
+        model: folder or hub id.
+
+    Raises:
+        ModelError: the folder holds no reward model of one output, an adapter, an ensemble, or an encoder.
+    """
+    check_model_folder(model, rewards=True, head=True)
+    count = len(members(model))
+    found = "an adapter" if is_adapter(model) else f"an ensemble of {count} models" if count > 1 else ""
+    if not found:
+        with loading(model, KIND):
+            config = AutoConfig.from_pretrained(model)
+            with torch.device("meta"):
+                shape = AutoModelForSequenceClassification.from_config(config)
+        found = "" if is_decoder(shape) else f"an encoder ({type(shape).__name__})"
+    if found:
+        raise ModelError(
+            f"judge {REWARD_SERVER}{model}: found {found}, expected one decoder with one output, which the server "
+            "reads at the last token",
+            code="eval-judge",
+            hint=f"name {model} as a local reward model",
+        )
+    return shape

@@ -31,7 +31,6 @@ from reward_models.loading import (
 )
 from reward_models.token_rows import SegmentedIds, first_of_equals, row_key
 from reward_models.tokenization import (
-    cut_alike,
     pair_text,
     pair_tokens,
     reward_ids,
@@ -145,13 +144,6 @@ class RewardScorer:
 
         rewards = self._score([*read.chosen, *read.rejected], text)
         return with_rewards(pairs, *rewards.reshape(2, len(pairs))), read.alike
-
-    def unread(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
-        """Whether the prompt leaves no room for its completion within ``max_length``, bool [N]."""
-        rows = list(zip(prompts, completions, strict=True))
-        whole = [self.text(prompt, completion) for prompt, completion in rows]
-        asked = [self.text(prompt, "" if isinstance(prompt, str) else []) for prompt, _ in rows]
-        return cut_alike(whole, asked, self.tokenizer, self.max_length)
 
     def rewards(self, rows: list[list[int]]) -> np.ndarray:
         """Reward of each row of token ids, float64 [N]: what the model gives each alone.

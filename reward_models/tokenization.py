@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from align.config.columns import RESPONSES
 from align.data.text import plain
 from align.errors import ModelError
+from align.io.console import log
 from align.models.chat_template import template_settings
 from align.models.pair_rows import pair_name
 from align.models.tokenization import encode_reward_texts, render, report_same_tokens, truncated
@@ -158,6 +159,39 @@ def cut_alike(
     for k, other in zip(places, others, strict=True):
         found[k] = _alike(first[k], second[k], ids[k], other, full)
     return found
+
+
+def unread(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    text_pair: bool = False,
+) -> np.ndarray:
+    """Whether the prompt leaves no room for its completion within ``max_length``, bool [N]."""
+    rows = list(zip(prompts, completions, strict=True))
+    whole = [reward_text(prompt, completion, tokenizer, text_pair=text_pair) for prompt, completion in rows]
+    nothing = ["" if isinstance(prompt, str) else [] for prompt, _ in rows]
+    asked = [
+        reward_text(prompt, empty, tokenizer, text_pair=text_pair)
+        for (prompt, _), empty in zip(rows, nothing, strict=True)
+    ]
+    return cut_alike(whole, asked, tokenizer, max_length)
+
+
+def warn_of_unread(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    text_pair: bool = False,
+) -> None:
+    """Warn of completions that are not read because their prompts fill ``max_length``; see ``unread``."""
+    count = unread(prompts, completions, tokenizer, max_length, text_pair=text_pair).sum()
+    if count:
+        log.warning("%d of %d completions are not read: their prompts fill max_length", count, len(prompts))
 
 
 def told_apart(pairs: Dataset, alike: np.ndarray, max_length: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from align.evaluation.policies import Policy
 from align.generation.types import Sampling
 from align.io.console import log
 from reward_models.loading import DEFAULTS, LoadOptions
+from reward_models.questions import REWARD_SERVER
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +80,10 @@ def draw_for(settings: Settings, policies: Sequence[Policy]) -> Drawn:
     message_checks.check_prompts_of(prompts, models)
     for model in models:
         template_arguments.report_other_arguments(prompts, model)
-    if Path(settings.judge).is_dir():
+    scorer = settings.judge.removeprefix(REWARD_SERVER)
+    if Path(scorer).is_dir():
         options = {"trust_remote_code": settings.options.trust_remote_code, "text_pair": settings.options.text_pair}
-        message_checks.check_prompts_of(prompts, [settings.judge], answered=True, **options)
+        message_checks.check_prompts_of(prompts, [scorer], answered=True, **options)
     return Drawn(prompts, total)
 
 

@@ -62,8 +62,11 @@ class ServerClient:
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )
 
-    def check_model(self) -> None:
+    def check_model(self, *, hint: str = "give --model the name that the server uses") -> None:
         """Ask the server whether it serves the model.
+
+        Args:
+            hint: what to do if it does not.
 
         Raises:
             EnvironmentProblem: the server cannot be reached.
@@ -76,7 +79,7 @@ class ServerClient:
             raise ModelError(
                 f"{self.base_url} does not serve {self.model!r}{nearest(self.model, served)}",
                 code="server-model",
-                hint="give --model the name that the server uses",
+                hint=hint,
             )
         window = entries[self.model].get("max_model_len")
         self.window = window if isinstance(window, int) else None

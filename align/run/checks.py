@@ -56,14 +56,13 @@ def check_config(config: RunConfig, *, tables: bool = False) -> None:
         for section in (config.sample, config.evaluate):
             if section is not None:
                 engine_of(config, section)
-    prompts = [
-        prompt for part in (config.sample, config.evaluate) if part is not None for prompt in section_prompts(part)
-    ]
+    judged = [] if config.evaluate is None else section_prompts(config.evaluate)
     samples = config.train.eval_samples if config.train is not None else None
     if samples is not None and samples.prompts is not None:
-        prompts += load_prompts(samples.prompts, samples.chat_template_kwargs)
+        judged = [*judged, *load_prompts(samples.prompts, samples.chat_template_kwargs)]
+    prompts = [*([] if config.sample is None else section_prompts(config.sample)), *judged]
     check_models(config, conversational=not all(isinstance(prompt, str) for prompt in prompts))
-    check_prompt_rows(config, prompts)
+    check_prompt_rows(config, prompts, judged)
     if tables:
         check_table_rows(config)
 

@@ -1,6 +1,7 @@
 """Checks of a run that need its rows: whether the chat templates take the messages of every pair and prompt."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -15,10 +16,16 @@ from align.models.tokenization import MAX_LENGTH
 from align.run.watch import split_share, without_trained
 from align.training.held_out import HeldOut
 from align.training.held_out_settings import chooses
+from reward_models.named_judges import kind_of, model_of
 
 
-def check_prompt_rows(config: RunConfig, prompts: Sequence[Any]) -> None:
+def check_prompt_rows(config: RunConfig, prompts: Sequence[Any], judged: Sequence[Any]) -> None:
     """Check the prompts that the policy completes; with a reward model, also followed by an answer.
+
+    Args:
+        config: the run.
+        prompts: all that the policy completes.
+        judged: those of them whose completions the judges of the run see.
 
     Raises:
         ModelError, DataError: see ``check_prompts_of``.
@@ -28,6 +35,12 @@ def check_prompt_rows(config: RunConfig, prompts: Sequence[Any]) -> None:
             check_prompts_of(
                 prompts, [part.model], answered=part is config.reward, trust_remote_code=part.trusts_remote_code,
                 text_pair=isinstance(part, RewardSection) and part.text_pair,
+            )  # fmt: skip
+    for judge in config.evaluate.judge if config.evaluate is not None else ():
+        if kind_of(judge.name) in ("reward model", "reward-server") and Path(model_of(judge.name)).is_dir():
+            check_prompts_of(
+                judged, [model_of(judge.name)], answered=True, trust_remote_code=judge.trust_remote_code,
+                text_pair=judge.text_pair,
             )  # fmt: skip
 
 

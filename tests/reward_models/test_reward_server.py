@@ -1,6 +1,7 @@
 """A reward model behind a vLLM server: the rewards of the local model on the same ids, or a refusal by name."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align.config.judging import JudgeSection
+from align.data.messages import with_arguments
 from align.errors import AlignError, ConfigError, EnvironmentProblem, ModelError, NumericsError
 from reward_models.named_judges import check_judge, kind_of, make_named
 from reward_models.pairwise_judges import RewardModelJudge, judge_key, make_score_judge
@@ -114,6 +116,10 @@ def test_probabilities_are_no_rewards(folder: Path) -> None:
     [
         ({"data": []}, ModelError, "lacks what is needed"),
         ({"choices": []}, ModelError, "lacks what is needed"),
+        ({"data": [{"index": k, "probs": [k]} for k in (0, 1, 1)]}, ModelError, "found 3 answers to 2 texts"),
+        ({"data": [{"index": k, "probs": [k]} for k in (1, 1)]}, ModelError, "lacks what is needed"),
+        ({"data": [{"index": 0, "probs": [0.1]}, {"index": 1, "probs": [0.1, 0.2]}]}, ModelError, "2 outputs"),
+        ({"data": [{"index": k, "probs": [1.0]} for k in (0, 1)]}, ModelError, "with and without activation"),
         ({"data": [{"index": 0, "probs": [0.1, 0.2]}, {"index": 1, "probs": [0.1, 0.2]}]}, ModelError, "2 outputs"),
         ('{"data": [{"index": 0, "probs": [NaN]}, {"index": 1, "probs": [1.0]}]}', NumericsError, "not finite"),
     ],
@@ -133,6 +139,40 @@ def test_what_a_server_cannot_score(folder: Path, tmp_path: Path) -> None:
         pytest.raises(ModelError, match="does not serve"),
     ):
         RewardServerJudge(str(folder), base_url=address).score(["a"], ["b"])
+
+
+def test_an_ensemble_is_not_what_its_first_member_gives(folder: Path, tmp_path: Path) -> None:
+    """The local judge is the mean of the members; a server would compute the first one only."""
+    shutil.copytree(folder, tmp_path / "model")
+    shutil.copytree(folder, tmp_path / "model/members/1")
+    name = f"reward-server:{tmp_path / 'model'}"
+    for make in (lambda: RewardServerJudge(str(tmp_path / "model")), lambda: check_judge(JudgeSection(name=name))):
+        with pytest.raises(ModelError, match="an ensemble of 2 models"):
+            make()
+    with pytest.raises(ModelError, match="an encoder"):
+        check_judge(JudgeSection(name=f"reward-server:{bert_reward(tmp_path / 'bert')}"))
+
+
+def test_completions_that_are_not_read_are_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prompts, completions = ["the film is very", "the"] * 2, [" good", " bad"] * 2
+    with Server(folder).running() as address:
+        found = RewardServerJudge(str(folder), base_url=address, max_length=3).score(prompts, completions)
+    assert caplog.messages == ["2 of 4 completions are not read: their prompts fill max_length"]
+    assert found == pytest.approx(RewardModelJudge(str(folder), max_length=3).score(prompts, completions), abs=1e-5)
+
+
+def test_empty_texts_and_arguments_of_the_template(folder: Path) -> None:
+    prompts = ["the film", "the film", with_arguments(CHAT[0][0], {"chat_template_kwargs": {"shout": True}})]
+    completions = ["", " good", [{"role": "assistant", "content": ""}]]
+    with Server(folder).running() as address:
+        found = RewardServerJudge(str(folder), base_url=address).score(prompts, completions)
+    assert found == pytest.approx(RewardModelJudge(str(folder)).score(prompts, completions), abs=1e-5)
+
+
+def test_another_served_name_says_how_to_serve_it(folder: Path) -> None:
+    with Fake(lambda path, body, number: (200, {})).running() as address, pytest.raises(ModelError) as caught:
+        RewardServerJudge(str(folder), base_url=address).score(["a"], ["b"])
+    assert f"--served-model-name {folder}" in str(caught.value)
 
 
 def test_by_name(folder: Path) -> None:

@@ -23,7 +23,7 @@ from align.models.message_checks import AsTokens, check_prompts_of, survey_pairs
 from align.models.row_lengths import beyond_positions
 from align.run import pipeline
 from align.run.row_checks import check_table_rows
-from tests.helpers.builders import TEMPLATE, causal, rows, tokenizer
+from tests.helpers.builders import TEMPLATE, causal, llama_reward, rows, tokenizer
 from tests.helpers.command_line import jsonl
 
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + TEMPLATE
@@ -231,3 +231,19 @@ def test_padding_beyond_the_learned_positions_is_refused_too(tmp_path: Path) -> 
     args = PreferenceConfig(str(tmp_path), report_to="none", bf16=False, **fields)
     with pytest.raises(DataError, match=message):
         PreferenceTrainer(train["model"], args=args, train_dataset=Dataset.from_list(table))
+
+
+@pytest.mark.parametrize("prefix", ["", "reward-server:"])
+def test_prompts_that_a_judge_cannot_read_are_found_before_training(tmp_path: Path, prefix: str) -> None:
+    judge = llama_reward(tmp_path / "judge")
+    made = tokenizer()
+    made.chat_template = NO_SYSTEM
+    made.save_pretrained(judge)
+    run = yaml.safe_load(run_file(tmp_path, [pair("p0")], TEMPLATE).read_text())
+    asked = saved(tmp_path / "prompts.jsonl", [{"prompt": SYSTEM}, {"prompt": ASKED}])
+    run["evaluate"] = {"prompts": str(asked), "judge": f"{prefix}{judge}"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    with pytest.raises(DataError, match=f"the chat template of {judge} does not take"):
+        pipeline.check(load_config(tmp_path / "run.yaml", None), tables=False)
+    saved(asked, [{"prompt": ASKED}])
+    pipeline.check(load_config(tmp_path / "run.yaml", None), tables=False)
