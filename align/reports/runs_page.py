@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from align.config import EvaluateSection
+from align.config.base import Section
+from align.config.judging import JudgeSection
 from align.config.leaves import leaves
 from align.io.files import write_text
 from align.reports import plots
@@ -12,6 +15,10 @@ from align.reports.run_page import policy_mark
 from align.reports.verdict import name
 
 MISSING = "not set"
+WITHOUT_EFFECT = frozenset({"judge", "batch_size", "engine", "options", "samples_shown"})
+"""Keys of ``evaluate`` on which no reward of its main judge depends but by rounding, or that stand in the table."""
+OF_THE_SERVER = frozenset({"name", "truth", "base_url", "concurrency", "attempts"})
+"""Keys of a judge on which no reward depends."""
 UNTOLD = frozenset({"name", "output_dir"})
 """Keys in which runs differ by their nature."""
 
@@ -70,19 +77,33 @@ def _evaluated_alike(
         if not evaluation:
             continue
         asked = report["run"]["config"].get("evaluate") or {}
+        made_from = evaluation.get("made_from") or {}
         key = {
             "judge": evaluation["judge"],
-            "prompts": asked.get("prompts"),
             "number of prompts": evaluation["n_prompts"],
-            "max_new_tokens": asked.get("max_new_tokens"),
-            "temperature": asked.get("temperature"),
-            "top_p": asked.get("top_p"),
-            "top_k": asked.get("top_k"),
-            "min_p": asked.get("min_p"),
             "base model": (report["run"]["config"].get("train") or {}).get("model"),
+            "content of the prompts": made_from.get("prompts"),
+            "content of the judge": made_from.get("judge"),
+            **_changed(asked, EvaluateSection, WITHOUT_EFFECT),
+            **_changed(_judge(asked, evaluation["judge"]), JudgeSection, OF_THE_SERVER),
         }
         found.setdefault(tuple(key.items()), {})[run] = report
     return found
+
+
+def _changed(given: Mapping[str, Any], section: type[Section], without: frozenset[str]) -> dict[str, str]:
+    """The keys of a section that do not have their defaults, as text, which older versions may not have known."""
+    defaults = {key: field.get_default(call_default_factory=True) for key, field in section.model_fields.items()}
+    return {
+        key: str(value) for key, value in sorted(given.items()) if key not in without and value != defaults.get(key)
+    }
+
+
+def _judge(asked: Mapping[str, Any], judge: str) -> Mapping[str, Any]:
+    """The section of a judge in a run file, empty where it is only named."""
+    judges = asked.get("judge") or []
+    sections = [one for one in (judges if isinstance(judges, list) else [judges]) if isinstance(one, Mapping)]
+    return next((one for one in sections if one.get("name") == judge), {})
 
 
 def _rows(reports: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from align.config import EarlyStoppingSection, KeepSection
 from align.distributed import from_main_process
@@ -93,6 +94,8 @@ class HeldOutTrainer(PreferenceTrainer):
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset=table, **others)
         self._pass: HeldOutPass | None = None
         self._start = _parameter_sums(self.model) if self._reloads_reference() else {}
+        if watch.pairs is not None:
+            self.add_callback(_End())
         if watch.sampler is not None:
             self.add_callback(_Samples(watch.sampler.every, self))
         if watch.early_stopping is not None:
@@ -267,6 +270,16 @@ def _finished(file: Path, step: int, weights: str) -> dict[str, Any]:
     """What a stopped training measured in this step on these weights; else an empty record of the step."""
     record = read_json(file) if file.exists() else {}
     return record if record.get("weights") == weights else {"step": step, "weights": weights}
+
+
+class _End(TrainerCallback):
+    """Requests the evaluation of the end where ``eval_delay`` leaves it out."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Request it after the last step."""
+        passed = (state.epoch or 0) if args.eval_strategy == IntervalStrategy.EPOCH else state.global_step
+        if state.global_step >= state.max_steps and args.eval_delay > passed:
+            control.should_evaluate = True
 
 
 class _Samples(TrainerCallback):

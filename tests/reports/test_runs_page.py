@@ -48,9 +48,22 @@ def test_runs_that_were_judged_alike_share_a_table_and_others_do_not() -> None:
         {"run__config__evaluate__max_new_tokens": 25},
         {"run__config__evaluate__prompts": "other.jsonl"},
         {"run__config__train__model": "another"},
+        {"run__config__evaluate__stop": ["\n"]},
+        {"run__config__evaluate__system_prompt": "be kind"},
+        {"run__config__evaluate__chat_template_kwargs": {"enable_thinking": False}},
+        {"run__config__evaluate__judge": [{"name": "vader", "max_length": 64}]},
+        {"evaluation__made_from": {"prompts": "other texts of the same path", "judge": None}},
+        {"evaluation__made_from": {"prompts": None, "judge": "trained again"}},
     ):
         apart = render_runs_page({"one": of_run(), "two": of_run(**change)})
         assert tables(apart) == 2 and apart.count("<td>reference</td>") == 2
+
+
+def test_keys_that_an_older_version_did_not_know_have_their_defaults() -> None:
+    new = {"min_p": 0.0, "top_k": 0, "engine": "vllm", "judge": [{"name": "vader", "dtype": "float32", "truth": True}]}
+    changes = {f"run__config__evaluate__{key}": value for key, value in new.items()}
+    old = of_run(run__config__evaluate__judge="vader")
+    assert tables(render_runs_page({"one": old, "two": of_run(**changes)})) == 1
 
 
 def test_keys_that_differ() -> None:
