@@ -39,7 +39,7 @@ def main() -> None:
         file.parent.name.removeprefix("generate-"): Dataset.from_parquet(str(file))
         for file in sorted(parser.parse_args().run.glob("generate-*/completions.parquet"))
     }
-    print(json.dumps({name: noise(table) for name, table in tables.items() if "kl" in table.column_names}, indent=2))
+    print(json.dumps({name: noise(table) for name, table in tables.items() if any(table["kl"][:])}, indent=2))
 
 
 if __name__ == "__main__":
