@@ -19,7 +19,7 @@ from align.models.batching import token_batches
 from align.models.folders import fingerprint_model
 from reward_models.judges import JUDGES, YES_NO, Judge, make_judge
 from reward_models.loading import DEFAULTS, LoadOptions, not_of_a_judge
-from reward_models.questions import LANGUAGE_MODEL, QUESTION, SERVER
+from reward_models.questions import LANGUAGE_MODEL, QUESTION, REWARD_SERVER, SERVER
 from reward_models.score import REWARDS
 
 BATCH_TOKENS = 4096
@@ -239,13 +239,16 @@ def make_pairwise(
     return ByScore(make_score_judge(name, max_length, options))
 
 
-def make_score_judge(name: str, max_length: int | None = None, options: LoadOptions = DEFAULTS) -> Judge:
-    """The judge with this name that gives scores: ``vader``, ``yes-no:MODEL`` or a reward model.
+def make_score_judge(
+    name: str, max_length: int | None = None, options: LoadOptions = DEFAULTS, base_url: str | None = None
+) -> Judge:
+    """The judge with this name that gives scores: ``vader``, ``yes-no:MODEL`` or a reward model, here or on a server.
 
     Args:
         name: name of the judge, see the module.
         max_length: tokens per text of a reward model; None: 1024.
         options: how a reward model is loaded and reads texts.
+        base_url: address of the server of a ``reward-server:`` judge.
 
     Raises:
         ConfigError: there is no such judge, it gives no scores, or it takes no ``max_length``.
@@ -257,6 +260,12 @@ def make_score_judge(name: str, max_length: int | None = None, options: LoadOpti
             code="eval-judge",
             hint="use `align eval compare` with it, or a reward model here",
         )
+    if name.startswith(REWARD_SERVER):
+        from reward_models.reward_server import RewardServerJudge
+
+        if options != DEFAULTS:
+            raise not_of_a_judge(name)
+        return RewardServerJudge(name.removeprefix(REWARD_SERVER), base_url=base_url, max_length=max_length)
     asks = name.startswith(f"{YES_NO}:")
     if name not in JUDGES and not asks and ("/" in name or Path(name).is_dir()):
         return RewardModelJudge(name, max_length=max_length or MAX_LENGTH, options=options)
@@ -275,7 +284,7 @@ def judge_key(name: str, options: LoadOptions = DEFAULTS) -> str:
     """Cache key of the verdicts of a judge: its name, content of its model, revision of the scoring."""
     if name in JUDGES or name.startswith(SERVER):
         return name
-    kind = next((kind for kind in (LANGUAGE_MODEL, f"{YES_NO}:") if name.startswith(kind)), "")
+    kind = next((kind for kind in (LANGUAGE_MODEL, REWARD_SERVER, f"{YES_NO}:") if name.startswith(kind)), "")
     return f"{kind}{REWARDS}:{fingerprint_model(name.removeprefix(kind))}{options.suffix}"
 
 

@@ -1,10 +1,8 @@
 """A language model behind an OpenAI-compatible server as a judge of two responses."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -18,6 +16,7 @@ from align.generation.server_client import DEFAULT_URL, ServerClient
 from align.generation.server_engine import in_threads
 from align.io.console import log, progress
 from align.io.hashing import digest
+from reward_models.answers import Answers
 from reward_models.questions import QUESTION, SERVER
 
 INSTRUCTION = "Answer with one letter only: A or B."
@@ -67,8 +66,7 @@ class ServerJudge:
         self.client = ServerClient(
             model, base_url=base_url or DEFAULT_URL, concurrency=concurrency, attempts=attempts, first_wait=first_wait
         )
-        self.cache = cache
-        self._answers = _read(cache)
+        self._answers = Answers(cache)
         self._used: set[str] = set()
         self._optional = dict(OPTIONAL)
         self._checked = False
@@ -110,14 +108,9 @@ class ServerJudge:
             self._checked = True
         self.client.stopping = stopping = Event()
         keys, jobs = list(left), [partial(self._answer, text) for text in left.values()]
-        if self.cache is not None:
-            self.cache.parent.mkdir(parents=True, exist_ok=True)
         asked = in_threads(jobs, self.client.concurrency, stopping)
         for number, answer in progress(asked, what="judging", total=len(jobs), unit="questions"):
-            self._answers[keys[number]] = answer
-            if self.cache is not None:
-                with self.cache.open("a", encoding="utf-8") as lines:
-                    lines.write("\n" + json.dumps({"key": keys[number], **answer}) + "\n")
+            self._answers.add(keys[number], answer)
 
     def _answer(self, text: str) -> dict[str, Any]:
         """Preference for the first response (None if unreadable) and tokens of one question."""
@@ -183,14 +176,3 @@ def _preference(choice: dict[str, Any]) -> float | None:
 def _letter(token: Any) -> str | None:
     text = str(token).strip().strip("*\"'().:")
     return text if text in LABELS else None
-
-
-def _read(cache: Path | None) -> dict[str, dict[str, Any]]:
-    """Answers of earlier calls by key; a line that a killed process left unfinished is skipped."""
-    found: dict[str, dict[str, Any]] = {}
-    if cache is not None and cache.exists():
-        for line in cache.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
-                answer = json.loads(line)
-                found[answer.pop("key")] = answer
-    return found

@@ -38,9 +38,13 @@ class EvaluateOptions(LoadingOptions):
     output: Annotated[Path, output_folder("Folder to write into; several commands share one page there.")]
     judge: Annotated[
         str | None,
-        typer.Option(help="A reward model, yes-no:MODEL, vader; to compare also llm:MODEL, server:MODEL. No default."),
+        typer.Option(
+            help="A reward model, reward-server:MODEL, yes-no:MODEL, vader; to compare also llm:MODEL, server:MODEL."
+        ),
     ] = None
-    base_url: Annotated[str | None, typer.Option(help="Address of a server: judge, ending in /v1.")] = None
+    base_url: Annotated[
+        str | None, typer.Option(help="Address of a server: or reward-server: judge, ending in /v1.")
+    ] = None
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of a completion.")] = 64
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto"
     batch_size: Annotated[int, typer.Option(min=1, help="Completions per forward pass.")] = 64
@@ -60,9 +64,9 @@ class EvaluateOptions(LoadingOptions):
 
         if not self.judge:
             raise ConfigError("--judge: missing; there is no default judge", code="eval-judge", hint=f"name {CHOICES}")
-        if self.base_url is not None and not self.judge.startswith("server:"):
+        if self.base_url is not None and not self.judge.startswith(("server:", "reward-server:")):
             raise ConfigError(
-                f"--base-url: found one with the judge {self.judge}, expected server:MODEL",
+                f"--base-url: found one with the judge {self.judge}, expected server:MODEL or reward-server:MODEL",
                 code="eval-judge",
                 hint="leave it out",
             )

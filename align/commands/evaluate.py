@@ -29,7 +29,7 @@ def reward(items: Sequence[str], reference: str | None, settings: Settings) -> N
     everyone = [origin, *policies]
     started = start(settings, everyone)
     drawn = draw_for(settings, everyone)
-    judge = make_score_judge(settings.judge, settings.max_length, settings.options)
+    judge = make_score_judge(settings.judge, settings.max_length, settings.options, settings.base_url)
     written, left_out = written_by(everyone, drawn.prompts, settings)
     kl = {name: kl_of(found, origin, settings.output, settings.cluster) for name, found in written.items()}
     rewards = {name: score(found, judge, settings.output, settings.max_length) for name, found in written.items()}
@@ -77,7 +77,7 @@ def frontier(
     origin = find_reference([*policies, *(policy for _, policy in steps)], reference)
     started = start(settings, [origin, *policies, *parse_policies(trained)])
     drawn = draw_for(settings, [origin, *policies, *(policy for _, policy in steps)])
-    judge = make_score_judge(settings.judge, settings.max_length, settings.options)
+    judge = make_score_judge(settings.judge, settings.max_length, settings.options, settings.base_url)
     jobs: list[tuple[Policy, float, int | None]] = [(origin, 1.0, None)]
     heats = list(dict.fromkeys(temperatures))
     jobs += [(policy, heat, None) for policy in (origin, *policies) for heat in heats if policy != origin or heat != 1]

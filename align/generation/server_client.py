@@ -69,7 +69,8 @@ class ServerClient:
             EnvironmentProblem: the server cannot be reached.
             ModelError: it does not serve the model.
         """
-        entries = {str(entry.get("id")): entry for entry in self.request("GET", "/models").get("data", [])}
+        listed = self.request("GET", "/models").get("data")
+        entries = {str(entry.get("id")): entry for entry in listed or () if isinstance(entry, dict)}
         served = list(entries)
         if self.model not in served:
             raise ModelError(
@@ -84,17 +85,26 @@ class ServerClient:
         """Wait after try number ``attempt``; True if no further one is to be made."""
         return self.stopping.wait(min(LONGEST_WAIT_SECONDS, self.first_wait * 2 ** (attempt - 1)))
 
-    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, at_root: bool = False
+    ) -> dict[str, Any]:
         """The JSON object in the server's answer, after up to ``attempts`` tries.
+
+        Args:
+            method: GET or POST.
+            path: what follows the address.
+            body: sent as JSON.
+            at_root: the path follows the address without its ``/v1``.
 
         Raises:
             EnvironmentProblem: the server cannot be reached or refuses every request, or the answer is no object.
             DataError: it refuses this request.
         """
+        url = (self.base_url.removesuffix("/v1") if at_root else self.base_url) + path
         for attempt in range(1, self.attempts + 1):
             wait = min(LONGEST_WAIT_SECONDS, self.first_wait * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
             try:
-                response = self._client.request(method, self.base_url + path, json=body)
+                response = self._client.request(method, url, json=body)
             except httpx.HTTPError as error:
                 problem = f"no answer ({type(error).__name__}: {error})"
             except httpx.InvalidURL as error:
@@ -108,7 +118,7 @@ class ServerClient:
                     raise self._refused(status, problem)
                 wait = max(wait, _retry_after(response))
             if attempt < self.attempts:
-                log.debug("%s%s: %s; again in %.1f s", self.base_url, path, problem, wait)
+                log.debug("%s: %s; again in %.1f s", url, problem, wait)
                 if self.stopping.wait(wait):
                     break
         raise self.unreachable(f"{problem}, after {attempt} tries")

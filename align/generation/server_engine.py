@@ -17,6 +17,8 @@ from align.io.console import log
 T = TypeVar("T")
 ABORTED = ("abort", "error", None)
 """Finish reasons of a completion that the server gave up; it is asked for again."""
+LEAST_LOGPROB, LOGPROB_ROUNDING = -9999.0, 1e-3
+"""Nats between which log-probs of sampled tokens lie; servers send the first for tokens of probability 0."""
 TAKEN = ("reason", "think", "thought", "tool_call", "function_call", "refusal")
 """Beginnings of the names of fields into which a server's parsers move what the model wrote."""
 SHORT = "a"
@@ -207,12 +209,12 @@ class ServerEngine(Engine):
         """
         try:
             choice = answer["choices"][0]
-            token_ids = [int(token) for token in choice["token_ids"]]
+            token_ids = list(choice["token_ids"])
             text, logprobs = reader(choice)
             reason = choice["finish_reason"]
-            if sampling.logprobs and (logprobs is None or len(logprobs) != len(token_ids)):
-                raise ValueError("no log-prob for each token, which were asked for")
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            if reason not in ABORTED:
+                check_answer(text, token_ids, logprobs, sampling)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise EnvironmentProblem(
                 f"{self.base_url}: prompt {key}: the answer lacks what is needed ({type(error).__name__}: {error})",
                 code="server-response",
@@ -237,9 +239,10 @@ class ServerEngine(Engine):
 
         vLLM takes ``max_new_tokens`` of the model's generation config as a limit for all requests.
         """
-        prompt = (answer.get("usage") or {}).get("prompt_tokens")
+        usage = answer.get("usage")
+        prompt = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         cut = f"{self.base_url}: prompt {key}: cut off after {tokens} of {wanted} tokens"
-        if prompt is not None and self.client.window is not None:
+        if isinstance(prompt, int) and self.client.window is not None:
             if prompt + tokens < self.client.window - 1:
                 raise EnvironmentProblem(
                     f"{cut} and a prompt of {prompt}, expected all of them within the window of {self.client.window}",
@@ -250,6 +253,35 @@ class ServerEngine(Engine):
             self._told_short = True
             log.warning("%s: by the end of the window, or by a limit of the server's own, such as max_new_tokens in "
                         "the model's generation config", cut)  # fmt: skip
+
+
+def check_answer(text: str, token_ids: list[Any], logprobs: list[float] | None, sampling: Sampling) -> None:
+    """Check that an answer is what was asked for.
+
+    Args:
+        text: of the completion.
+        token_ids: of the completion, as the server sent them.
+        logprobs: of its tokens in nats, None where they were not sent.
+        sampling: what was asked for.
+
+    Raises:
+        ValueError: token ids that are none, text without tokens, a stop or a limit of tokens that was not obeyed, or
+            values that are no log-probs of sampled tokens.
+    """
+    if not all(type(token) is int and token >= 0 for token in token_ids):
+        raise ValueError(f"found token ids {token_ids[:8]!r:.60}, expected whole numbers of at least 0")
+    if text and not token_ids:
+        raise ValueError(f"found the text {text[:40]!r} and no token ids")
+    if len(token_ids) > sampling.max_new_tokens:
+        raise ValueError(f"found {len(token_ids)} tokens, and {sampling.max_new_tokens} were asked for at most")
+    kept = next((stop for stop in sampling.stop if stop in text), None)
+    if kept is not None:
+        raise ValueError(f"its text holds {kept!r}, before which it was to stop")
+    if sampling.logprobs and (logprobs is None or len(logprobs) != len(token_ids)):
+        raise ValueError("no log-prob for each token, which were asked for")
+    wrong = [value for value in logprobs or () if not LEAST_LOGPROB < value <= LOGPROB_ROUNDING]
+    if sampling.logprobs and wrong:
+        raise ValueError(f"found {wrong[0]:g}, expected the log-prob of a token that was sampled")
 
 
 def in_threads(jobs: Sequence[Callable[[], T]], threads: int, stopping: threading.Event) -> Iterator[tuple[int, T]]:
@@ -333,4 +365,4 @@ def _written(content: Any) -> str:
     if not isinstance(content, str):
         found = "no content" if content is None else f"content {json.dumps(content)[:60]}"
         raise ValueError(f"found {found} in the message; start the server without reasoning and tool parsers")
-    return content
+    return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of a character have no UTF-8

@@ -9,7 +9,7 @@ from align.errors import DataError, ModelError, listed
 from align.models.folders import adapter_base
 from align.models.loading import load_tokenizer
 from align.models.pair_rows import pair_name
-from align.models.positions import learned_positions
+from align.models.positions import check_padding, learned_positions
 from align.models.tokenization import encode_pair
 
 
@@ -28,7 +28,7 @@ def positions_of(model: str, trust_remote_code: bool = False) -> int | None:
 
 
 def beyond_positions(
-    pairs: Dataset, model: str, max_length: int | None, *, trust_remote_code: bool = False
+    pairs: Dataset, model: str, max_length: int | None, *, trust_remote_code: bool = False, multiple: int | None = None
 ) -> tuple[list[str], int]:
     """The pairs that a model has no positions for, with their tokens, and its number of positions.
 
@@ -39,15 +39,19 @@ def beyond_positions(
         model: folder (an adapter's too) or hub id.
         max_length: tokens of prompt and response that are kept; None: all.
         trust_remote_code: whether code that comes with the model may run.
+        multiple: trl's ``pad_to_multiple_of``.
 
     Returns:
         ``["pair 3: found 1100 tokens", ...]`` in the order of the table, and the positions, 0 if the model sets none.
+
+    Raises:
+        DataError: see ``check_padding``.
     """
     limit = positions_of(model, trust_remote_code)
-    if limit is None or (max_length is not None and max_length <= limit):
+    if limit is None or (max_length is not None and max_length <= limit and not multiple):
         return [], limit or 0
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    found = []
+    found, longest = [], 0
     for row in pairs:
         try:
             ids = encode_pair(row, tokenizer)
@@ -55,18 +59,25 @@ def beyond_positions(
             continue  # named by the check of the templates
         length = len(ids.prompt) + max(len(ids.chosen), len(ids.rejected))
         length = length if max_length is None else min(length, max_length)
-        if length > limit and ids.chosen != ids.rejected:
+        if ids.chosen == ids.rejected:
+            continue
+        longest = max(longest, length)
+        if length > limit:
             found.append(f"{pair_name(row)}: found {length} tokens")
+    if not found:
+        check_padding(limit, longest, multiple)
     return found, limit
 
 
-def check_lengths_of(pairs: Dataset, model: str, max_length: int | None, *, trust_remote_code: bool = False) -> None:
+def check_lengths_of(
+    pairs: Dataset, model: str, max_length: int | None, *, trust_remote_code: bool = False, multiple: int | None = None
+) -> None:
     """Refuse pairs that a model has no positions for before it loads; see ``beyond_positions``.
 
     Raises:
-        DataError: some are too long (the first 20 and a count).
+        DataError: some are too long (the first 20 and a count), or padding makes them so.
     """
-    found, limit = beyond_positions(pairs, model, max_length, trust_remote_code=trust_remote_code)
+    found, limit = beyond_positions(pairs, model, max_length, trust_remote_code=trust_remote_code, multiple=multiple)
     if found:
         raise DataError(
             f"{len(found)} of {len(pairs)} pairs are longer than the {limit} positions of {model}:\n{listed(found)}",

@@ -127,7 +127,10 @@ def check_pair_rows(config: RunConfig, pairs: Dataset, *, rewards: bool = False)
             check_turns_of(pairs, part.model, part.turns, trust_remote_code=part.trusts_remote_code)
             if config.filter is None:  # a filter may drop the long ones; training then counts the rest
                 longest = part.trainer.get("max_length", MAX_LENGTH)
-                check_lengths_of(pairs, part.model, longest, trust_remote_code=part.trusts_remote_code)
+                multiple = part.trainer.get("pad_to_multiple_of")
+                check_lengths_of(
+                    pairs, part.model, longest, trust_remote_code=part.trusts_remote_code, multiple=int(multiple or 0)
+                )
     if config.filter is not None and config.filter.ood is not None and not rewards:
         ood = config.filter.ood
         check_pairs_of(pairs, [ood.model], trust_remote_code=ood.trust_remote_code, text_pair=ood.text_pair)

@@ -35,7 +35,8 @@ def check_start(model: Any) -> None:
         model: the policy with one adapter.
 
     Raises:
-        ConfigError: the model does not run with the adapter, for example because it reads task ids.
+        ConfigError: the model does not run with the adapter, for example because it reads task ids, or gives values
+            that are no numbers (DoRA divides by the norm of each row of weights).
     """
     if launched("FSDP") or launched("DEEPSPEED"):
         return
@@ -57,6 +58,13 @@ def check_start(model: Any) -> None:
         ) from error
     finally:
         model.train(was)
+    if not bool(start.isfinite().all()):
+        raise ConfigError(
+            f"train.peft: an adapter of the kind {kind}: with it the model gives log-probs that are no numbers",
+            code="adapter",
+            hint="leave out use_dora on layers with a row of zeros, such as a head tied to an embedding with padding, "
+            "or use another kind of adapter",
+        )
     distance = float((start - reference).abs().max())
     if not distance <= (NOTICED if model.get_base_model().dtype == torch.float32 else HALF_NOTICED):
         log.warning(

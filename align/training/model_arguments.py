@@ -1,6 +1,7 @@
 """Fields of the trainer that depend on the model's configuration, checked before its weights load."""
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from align.config.reading import nearest
 from align.errors import ConfigError
 from align.models.expert_balance import check_balanced
 from align.models.folders import adapter_base
+from align.training.adapter_trial import try_adapter
 
 READ = (
     "adapter_kwargs", "adapter_name", "allow_all_kernels", "attn_implementation", "code_revision", "device_map",
@@ -20,6 +22,9 @@ READ = (
 )  # fmt: skip
 """Keyword arguments of ``from_pretrained`` that transformers reads without having them in its signature."""
 
+ONLY_IN_TRAINING = ("drop", "jitter", "router_aux_loss_coef", "initializer", "use_cache", "output_")
+"""Parts of the names of values of a configuration that change nothing that a model computes outside of training."""
+
 
 def check_model_arguments(train: TrainSection) -> None:
     """Check ``model_init_kwargs`` and ``router_aux_loss_coef`` against the configuration of a model in a folder.
@@ -27,7 +32,9 @@ def check_model_arguments(train: TrainSection) -> None:
     Any key that ``from_pretrained`` does not read sets a value of the model's configuration, if it has one.
 
     Raises:
-        ConfigError: a key that neither knows, or experts to balance in a model that does not say how many it has.
+        ConfigError: a key that neither knows, a value that makes another model of the weights (``check_values``), an
+            adapter that does not fit the model (``try_adapter``), or experts to balance in a model that does not say
+            how many it has.
     """
     from transformers import AutoConfig
 
@@ -46,7 +53,37 @@ def check_model_arguments(train: TrainSection) -> None:
                 f"{nearest(name, sorted(_known()))}",
                 code="trainer-key",
             )
+    check_values(config, train.trainer.get("model_init_kwargs") or {}, path)
+    if train.peft is not None and not train.quantization and not train.trusts_remote_code:
+        try_adapter(config, train.peft)
     _check_experts(config.get_text_config(), train.trainer.get("router_aux_loss_coef"))
+
+
+def check_values(config: Any, given: Mapping[str, Any], path: str) -> None:
+    """Refuse values of the model's configuration with which the weights compute something else.
+
+    Whatever loads the model from its folder again reads its config.json: the other stages of a run, and an adapter's
+    folder, which holds no configuration of its base.
+
+    Args:
+        config: the configuration in the folder of the model.
+        given: ``model_init_kwargs``.
+        path: what messages call them.
+
+    Raises:
+        ConfigError: names the first such value.
+    """
+    for name, value in given.items():
+        if name in _known() or not hasattr(config, name) or any(part in name for part in ONLY_IN_TRAINING):
+            continue
+        own = getattr(config, name)
+        if value != own:
+            raise ConfigError(
+                f"{path}.{name}: found {value!r:.60}, and {own!r:.60} in the configuration of the model, which is what "
+                "sampling, evaluation and the loading of a trained adapter would read",
+                code="trainer-key",
+                hint="write the value into config.json of a copy of the model's folder, and name that as the model",
+            )
 
 
 def _check_experts(config: Any, given: float | None) -> None:

@@ -131,7 +131,7 @@ class PreferenceTrainer(TrainedTables):
                 check_tokenizer_found(model)
             self._given_reference = ref_model is not None
             if named:
-                model, processing_class = load_named(model, config, processing_class, quantization_config)
+                model, processing_class = load_named(model, config, processing_class, quantization_config, peft_config)
                 quantization_config = None
             elif ref_model is None:
                 ref_model = reference_of(model, config, peft_config)

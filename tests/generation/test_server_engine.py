@@ -216,7 +216,7 @@ def test_nobody_there_and_unknown_model(monkeypatch: pytest.MonkeyPatch) -> None
             make_engine("server", "policies", batch_size=1, base_url=address)
         with pytest.raises(ConfigError, match="unexpected keyword argument 'tries'"):
             make_engine("server", "policy", batch_size=1, base_url=address, options={"tries": 3})
-        make_engine("auto", "policy", batch_size=1, base_url=address).generate(["a"], Sampling(1))
+        make_engine("auto", "policy", batch_size=1, base_url=address).generate(["a"], Sampling(2))
     assert fake.key == "Bearer secret"
 
 

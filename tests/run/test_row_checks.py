@@ -10,6 +10,7 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from align import PreferenceConfig, PreferenceTrainer
 from align.commands.data import check_data
 from align.config import PairsSection, RunConfig, load_config
 from align.data.pairs import load_pairs
@@ -212,3 +213,21 @@ def test_pairs_beyond_the_learned_positions_are_named_before_a_model_loads(
     assert beyond_positions(Dataset.from_list(table), policy, None)[0][-1].startswith("pair 4: found")  # 5 is left out
     check_data(PairsSection(path=str(file)), drop_to=None, model=policy)
     assert "2 of 5 pairs are longer than the 24 positions" in " ".join(capsys.readouterr().out.split())
+
+
+def test_padding_beyond_the_learned_positions_is_refused_too(tmp_path: Path) -> None:
+    """The look-up of a position fails for padding as it does for a token."""
+    table = [{"id": str(k), "prompt": "the film is", "chosen": " good", "rejected": " bad"} for k in range(4)]
+    file = saved(tmp_path / "pairs.jsonl", table)
+    train: dict[str, Any] = {"model": learned(tmp_path / "gpt2", 24), "methods": {"dpo": {"loss": "dpo"}}}
+    tree: dict[str, Any] = {"name": "r", "output_dir": str(tmp_path / "runs"), "pairs": {"path": str(file)}}
+    for multiple, limit in ((8, 1024), (24, 1024), (8, 20)):
+        fields = {"pad_to_multiple_of": multiple, "max_length": limit}
+        check_table_rows(RunConfig.model_validate(tree | {"train": train | {"trainer": fields}}))
+    message = r"pad_to_multiple_of: found 32, with which a row of 5 tokens gets 32, expected at most 24"
+    fields = {"pad_to_multiple_of": 32, "max_length": 20}
+    with pytest.raises(DataError, match=message):
+        check_table_rows(RunConfig.model_validate(tree | {"train": train | {"trainer": fields}}))
+    args = PreferenceConfig(str(tmp_path), report_to="none", bf16=False, **fields)
+    with pytest.raises(DataError, match=message):
+        PreferenceTrainer(train["model"], args=args, train_dataset=Dataset.from_list(table))

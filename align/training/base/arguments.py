@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, TypeVar
 
 from huggingface_hub.errors import HfHubHTTPError
@@ -37,6 +37,16 @@ LEAST = {
 }  # fmt: skip
 """Smallest allowed values of fields that the libraries check late or not at all."""
 BELOW_ONE = ("adam_beta1", "adam_beta2")
+WIDER = {"fsdp": (bool, list)}
+"""Fields that are declared as text only -> the types that transformers takes as well."""
+WORDS = {
+    dict: "a mapping",
+    list: "a list",
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+}
 MOST = {"ref_model_mixup_alpha": 1, "seed": 2**32 - 1, "data_seed": 2**32 - 1}
 
 
@@ -89,7 +99,10 @@ def build_trainer_args(
     if world_size() > 1 and arguments.get("use_cpu"):
         init_process_group(arguments.get("ddp_timeout"))
     with refusals(path):
-        args = kind(**arguments)
+        try:
+            args = kind(**arguments)
+        except FileNotFoundError as error:
+            raise ValueError(f"no such file: {error.filename}") from error
         get_reporting_integration_callbacks(args.report_to)  # type: ignore[attr-defined]
     check_arguments(args, path)
     if pairs_per_step is not None:
@@ -140,10 +153,20 @@ def _refusal(name: str, path: str, kind: str, known: list[str], forced: dict[str
 
 def _convert(name: str, value: Any, hint: Any) -> tuple[Any, str]:
     """Return the value in the type of its field, and what was expected; the latter is empty if the value is allowed."""
+    if isinstance(value, WIDER.get(name, ())):
+        return value, ""
     if name.endswith("_strategy") and value is False:
         value = "no"  # YAML reads a bare no as false
     converted, expected = _typed(value, hint)
-    return converted, expected or _in_range(name, converted)
+    return converted, _keys(name, converted) or expected or _in_range(name, converted)
+
+
+def _keys(name: str, value: Any) -> str:
+    """Return an empty string if a mapping is allowed as the value of a field, else what was expected."""
+    by_name = "a mapping from names to values"
+    if name == "model_init_kwargs" and not isinstance(value, dict | NoneType):
+        return by_name
+    return by_name if isinstance(value, dict) and not all(isinstance(key, str) for key in value) else ""
 
 
 def _set_accumulation(args: Any, fields: dict[str, Any], pairs: int, path: str) -> None:
@@ -239,8 +262,10 @@ def _in_range(name: str, value: Any) -> str:
 def _typed(value: Any, hint: Any) -> tuple[Any, str]:
     """Return the value in the hint's type and an empty string, or the value and what was expected."""
     allowed = set(_members(hint))
-    if str in allowed or not allowed & {int, float, bool} or (value is None and NoneType in allowed):
+    if value is None and NoneType in allowed:
         return value, ""
+    if str in allowed or not allowed & {int, float, bool}:
+        return value, _of_kinds(value, allowed)
     if bool in allowed and isinstance(value, bool):
         return value, ""
     if isinstance(value, str) and float in allowed:
@@ -259,8 +284,18 @@ def _typed(value: Any, hint: Any) -> tuple[Any, str]:
     return value, "true or false" if allowed <= {bool, NoneType} else "a whole number" if int in allowed else "a number"
 
 
+def _of_kinds(value: Any, allowed: set[Any]) -> str:
+    """Return an empty string if the value is of an allowed type, else what was expected."""
+    kinds = {typing.get_origin(kind) or kind for kind in allowed}
+    kinds |= {int} if float in kinds else set()
+    if Any in kinds or any(isinstance(value, kind) for kind in kinds):
+        return ""
+    return " or ".join(sorted(WORDS.get(kind, kind.__name__) for kind in kinds if kind is not NoneType))
+
+
 def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) or (hint,)
+    """The types of a union; any other type by itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
 
 
 def _has_gpu() -> bool:

@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
+import functools
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from transformers.utils import is_liger_kernel_available
 
 from align.distributed import world_size
 from align.errors import FROM_YAML, ConfigError, listed
+from align.io.console import log
 from align.training.base.tracked_runs import check_trackers
 
 NOTHING_HELD_BACK = "a training here holds no pairs back; evaluate the trained model"
@@ -56,6 +60,7 @@ OTHER_VALUES = ("7", "8", "true", "false")
 """Values of an ``optim_args`` key, two of each type, so that one of them is not its default."""
 ATTENTION = ("eager", "sdpa")
 NEEDS_A_GPU = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+LAUNCHED_BY_ACCELERATE = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"}
 CHOOSE_WEIGHTS = (
     "revision", "code_revision", "subfolder", "variant", "gguf_file", "state_dict", "config", "adapter_kwargs",
 )  # fmt: skip
@@ -93,6 +98,7 @@ def check_arguments(args: Any, path: str) -> None:
     Raises:
         ConfigError: every problem at once, or a tracker that cannot be used.
     """
+    tell_of_one_process()
     problems = [f"{path}.{problem}" for check in _CHECKS if (problem := check(args))]
     problems += [f"{path}.model_init_kwargs.{problem}" for problem in _model_problems(args)]
     if problems:
@@ -113,9 +119,23 @@ def check_machine(args: Any) -> None:
     """
     if args is None or FROM_YAML.get():
         return
+    tell_of_one_process()
     problems = [f"{type(args).__name__}.{problem}" for check in _NEEDED if (problem := check(args))]
     if problems:
         raise ConfigError(problems[0] if len(problems) == 1 else listed(problems).lstrip(), code="trainer-key")
+
+
+@functools.cache
+def tell_of_one_process() -> None:
+    """Warn, once, where accelerate was asked for several processes and has started one, as it does with ``--cpu``.
+
+    It sets a port for processes to meet only where several are asked for.
+    """
+    if os.environ.keys() >= LAUNCHED_BY_ACCELERATE and "WORLD_SIZE" not in os.environ:
+        log.warning(
+            "accelerate was asked for several processes and has started one, so a step has only the pairs of one; "
+            "on CPUs it starts them with --multi_gpu"
+        )
 
 
 def _no_step(args: Any) -> str:
@@ -262,8 +282,9 @@ def _sharding(args: Any) -> str:
 
 def _half_precision(args: Any) -> str:
     """Nothing computes in float16 on a CPU: accelerate goes on in float32 without a word."""
-    if args.fp16 and not torch.cuda.is_available():
-        return "fp16: found true, expected a GPU; on a CPU bf16 computes in 16 bits, slowly"
+    if args.mixed_precision == "fp16" and (args.use_cpu or not torch.cuda.is_available()):
+        asked = "found true" if args.fp16 else "found it in ACCELERATE_MIXED_PRECISION, which a launcher sets"
+        return f"fp16: {asked}, expected a GPU; on a CPU bf16 computes in 16 bits, slowly"
     return ""
 
 
@@ -288,14 +309,17 @@ def _model_problems(args: Any) -> list[str]:
     for name in ("use_safetensors", "output_loading_info"):
         if name in keys:
             problems.append(f"{name}: set by the program, leave it out")
-    dtype = keys.get("dtype", "auto")
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        problems.append(f"dtype: found {dtype!r}, expected a dtype of torch, such as float32 or bfloat16")
+    if keys.get("ignore_mismatched_sizes"):
+        problems.append("ignore_mismatched_sizes: found true, with which weights that do not fit are drawn at random")
+    if not _is_dtype(keys.get("dtype", "auto")):
+        problems.append(f"dtype: found {keys['dtype']!r}, expected a dtype of torch, such as float32 or bfloat16")
     attention = keys.get("attn_implementation")
-    if isinstance(attention, str) and "/" not in attention and attention not in (*ATTENTION, *NEEDS_A_GPU):
+    if not isinstance(attention, str | dict | NoneType) or (
+        isinstance(attention, str) and "/" not in attention and attention not in (*ATTENTION, *NEEDS_A_GPU)
+    ):
         problems.append(f"attn_implementation: found {attention!r}, expected one of {', '.join(ATTENTION)}, "
                         f"{', '.join(NEEDS_A_GPU)}, or a kernel's name on the hub")  # fmt: skip
-    if attention in NEEDS_A_GPU and not torch.cuda.is_available():
+    if isinstance(attention, str) and attention in NEEDS_A_GPU and not torch.cuda.is_available():
         problems.append(f"attn_implementation: found {attention}, expected sdpa or eager: there is no GPU")
     quantization = keys.get("quantization_config")
     loads_few_bits = isinstance(quantization, dict) and any(name.startswith("load_in_") for name in quantization)
@@ -308,6 +332,12 @@ def _model_problems(args: Any) -> list[str]:
             "with kernels that pass back no gradient, after its first evaluation"
         )
     return problems
+
+
+def _is_dtype(given: Any) -> bool:
+    """Whether weights can be loaded in this dtype, or its name; None and auto leave the choice to transformers."""
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    return given in (None, "auto") or (isinstance(found, torch.dtype) and found.is_floating_point)
 
 
 def _has(package: str) -> bool:
