@@ -22,6 +22,8 @@ from reward_models import objectives, vote_objectives
 
 SHARE: Range = (-1e-12, 1.0 + 1e-12)
 NOT_NEGATIVE: Range = (-1e-12, math.inf)
+OWN = "own_objective"
+"""Name of an objective that is a function without a name."""
 VOTE_OBJECTIVES = "reward.objective: {name: davidson}, rao_kupper or binomial"
 """What reads votes, for messages."""
 
@@ -196,6 +198,7 @@ def own_objective(function: Callable[..., Tensor], parameters: Mapping[str, Any]
             per pair with a gradient.
     """
     name = getattr(function, "__name__", type(function).__name__)
+    name = name if name.isidentifier() else OWN
     try:
         found = list(inspect.signature(function).parameters.values())[2:]
     except (TypeError, ValueError):
@@ -220,7 +223,7 @@ def own_objective(function: Callable[..., Tensor], parameters: Mapping[str, Any]
         losses = function(reward_chosen, reward_rejected, **inputs)
         return _one_per_pair(losses, name, len(reward_chosen))
 
-    spec = ObjectiveSpec(f"function {name}", checked, defaults, "the caller's", columns=columns)
+    spec = ObjectiveSpec(name, checked, defaults, "a function given to the trainer", columns=columns)
     bound = BoundObjective(spec, defaults | dict(parameters))
     return replace(bound, spec=replace(spec, coupled=_try(bound, name)))
 
