@@ -63,7 +63,10 @@ def as_table(given: Any, name: str) -> Dataset | IterableDataset:
     elif isinstance(given, IterableDataset):
         table = given
     elif isinstance(given, pd.DataFrame):
-        table = Dataset.from_pandas(given, preserve_index=False)
+        if twice := [str(column) for column in given.columns[given.columns.duplicated()]]:
+            raise DataError(f"{name}: column {twice[0]!r} is there twice", code="data-column")
+        with one_type(name, "(rows)"):
+            table = Dataset.from_pandas(given, preserve_index=False)
     elif isinstance(given, Sequence) and not isinstance(given, str | bytes):
         wrong = next((k for k, row in enumerate(given) if not isinstance(row, Mapping)), None)
         if wrong is not None:

@@ -41,6 +41,7 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
     | `_set_signature_columns_if_needed` | ReliableTrainer | `extra_columns` reach the collator. |
     | `_get_grad_norm` | ReliableTrainer | A gradient that is not finite never reaches the weights. |
     | `_save_checkpoint` | ReliableTrainer, BackgroundSaves | The checkpoint holds `save_extra_state`; older ones outlive an incomplete one. |
+    | `_save` | ReliableTrainer | The saved arguments hold no token of the hub. |
     | `_save_optimizer_and_scheduler` | BackgroundSaves | Shards are written while training goes on, if `async_checkpoints`. |
     | `_save_rng_state` | ExactResume | Every process has saved before trainer_state.json completes the checkpoint. |
     | `save_model` | Described | A saved folder has a model card that is true. |
@@ -166,6 +167,13 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
             folder.mkdir(parents=True, exist_ok=True)
             self.save_extra_state(folder)
         super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_resumable(Path(resume_from_checkpoint))
