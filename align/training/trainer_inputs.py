@@ -153,11 +153,11 @@ def load_named(
                 code="trainer-key",
             )
         kwargs["quantization_config"] = quantization
+    policy = load_policy(model, trust_remote_code=trusted, trainable=True, **kwargs)
     if peft_config is not None or starts_as_adapter(model) or FROM_YAML.get():
         own = AutoConfig.from_pretrained(adapter_base(model) or model, trust_remote_code=trusted)
         path = "train.trainer" if FROM_YAML.get() else type(args).__name__
         check_values(own, kwargs, f"{path}.model_init_kwargs")
-    policy = load_policy(model, trust_remote_code=trusted, trainable=True, **kwargs)
     if tokenizer is None:
         tokenizer = load_tokenizer(model, trust_remote_code=trusted, revision=kwargs.get("revision"))
     return policy, tokenizer
