@@ -208,6 +208,9 @@ def tokenize_table(
     """
     if "prompt" not in dataset.column_names:
         dataset = dataset.map(extract_prompt)
+        if empty := sum(not prompt for prompt in dataset["prompt"]):
+            log.warning("prompt: found no such column, and the responses of %d of %d pairs have no common beginning: "
+                        "they are trained without a prompt", empty, len(dataset))  # fmt: skip
     if len(dataset) and not isinstance(dataset[0]["prompt"], str):
         report_no_end(tokenizer)
     prepared = encode_table(dataset, tokenizer, turns=turns, processes=args.dataset_num_proc)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from align import PairLogps, PreferenceConfig, PreferenceTrainer
 from align.errors import ConfigError
@@ -133,6 +134,19 @@ def test_frames_that_are_no_table(tiny_policy: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(Exception, match=words):
             trainer(tiny_policy, tmp_path, train_dataset=wrong)
+
+
+def test_what_is_trained_otherwise_than_meant_is_said(
+    tiny_policy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights in 16 bits, and responses without a prompt column that have no common beginning."""
+    args = PreferenceConfig(str(tmp_path), **BASE)
+    PreferenceTrainer(str(tiny_policy), args=args, train_dataset=table(4))
+    assert not [text for text in caplog.messages if "weights in" in text or "prompt" in text]
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype="bfloat16")
+    PreferenceTrainer(model, args=args, train_dataset=table(4).remove_columns("prompt"))
+    assert any("model: weights in bfloat16 are trained" in text for text in caplog.messages)
+    assert any("prompt: found no such column, and the responses of" in text for text in caplog.messages)
 
 
 def test_saved_arguments_hold_no_token(tiny_policy: Path, tmp_path: Path) -> None:

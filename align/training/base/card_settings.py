@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from align.models.adapters import quantization_of
@@ -26,14 +25,18 @@ def changed_fields(args: Any) -> dict[str, Any]:
     return {name: getattr(args, name) for name in FURTHER if name in defaults and getattr(args, name) != defaults[name]}
 
 
-def precision_of(args: Any, model: nn.Module) -> str:
-    """In what a training computes, and in what its weights are kept where that is not float32."""
-    computed = "bf16" if args.bf16 else "fp16" if args.fp16 else ""
+def low_precision(model: nn.Module) -> str:
+    """The dtypes of the trained weights other than float32; empty if there is none."""
     kept = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters() if weight.requires_grad}
-    kept -= {str(torch.float32).removeprefix("torch.")}
+    return ", ".join(sorted(kept - {"float32", "float64"}))
+
+
+def precision_of(args: Any, model: nn.Module) -> str:
+    """In what a training computes, and in what its weights are kept where that is 16 bits."""
+    computed, kept = "bf16" if args.bf16 else "fp16" if args.fp16 else "", low_precision(model)
     if not kept:
         return computed or "float32"
-    return f"{computed}, weights in {', '.join(sorted(kept))}".removeprefix(", ")
+    return f"{computed}, weights in {kept}".removeprefix(", ")
 
 
 def base_of(model: nn.Module) -> dict[str, str]:

@@ -13,6 +13,7 @@ from align.errors import ConfigError
 from align.io.console import log
 from align.training.base.argument_types import check_checkpoint_argument
 from align.training.base.async_checkpoints import BackgroundSaves
+from align.training.base.card_settings import low_precision
 from align.training.base.checkpoints import check_resumable, last_complete_checkpoint
 from align.training.base.described import Described
 from align.training.base.epochs import WholeEpochs
@@ -64,6 +65,9 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
                 code="trainer-key",
                 hint="name modules that the model has, or train all weights",
             )
+        if kept := low_precision(self.model):
+            log.warning("model: weights in %s are trained, where steps far smaller than a weight are lost; load "
+                        'it with dtype="float32" and set bf16=True to compute in 16 bits', kept)  # fmt: skip
         self.guard = self.make_guard(scaled=self.accelerator.scaler is not None)
         self.add_callback(self.guard)
 
