@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from align.data.text import plain
-from align.errors import ConfigError
+from align.errors import ConfigError, DataError
 from align.io.console import progress
 from align.models.batching import token_batches
 from align.models.folders import fingerprint_model
@@ -49,7 +49,8 @@ class ByScore:
 
     def prefer(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> np.ndarray:
         """1 if the first scores higher, 0 if lower, 0.5 if equal, [N]."""
-        return from_scores(self.judge.score(prompts, first), self.judge.score(prompts, second))
+        found = [numbers_of(self.judge, self.judge.score(prompts, texts), len(texts)) for texts in (first, second)]
+        return from_scores(*found)
 
 
 class RewardModelJudge:
@@ -168,9 +169,46 @@ def prefer_in_both_orders(
     """Preference for ours when it is shown first and when it is shown second, [N] each, in [0, 1].
 
     A judge that scores single responses does not see the order and is asked once.
+
+    Raises:
+        DataError: the judge gives something else than N numbers in [0, 1].
     """
-    first = np.asarray(judge.prefer(prompts, ours, theirs))
-    return first, first if isinstance(judge, ByScore) else 1 - np.asarray(judge.prefer(prompts, theirs, ours))
+    first = _preferences(judge, judge.prefer(prompts, ours, theirs), len(ours))
+    return first, first if isinstance(judge, ByScore) else 1 - _preferences(
+        judge, judge.prefer(prompts, theirs, ours), len(ours)
+    )
+
+
+def _preferences(judge: PairwiseJudge, given: Any, count: int) -> np.ndarray:
+    values = numbers_of(judge, given, count)
+    if (outside := ~((values >= 0) & (values <= 1))).any():
+        raise _no_verdict(judge, f"the preference {values[outside][0]} for completion {int(outside.argmax())}", count)
+    return values
+
+
+def numbers_of(judge: Judge | PairwiseJudge, given: Any, count: int) -> np.ndarray:
+    """What a judge returned, one number each, float64 [count].
+
+    Raises:
+        DataError: it is something else.
+    """
+    try:
+        values = np.asarray(given.detach().cpu() if hasattr(given, "detach") else given)
+    except (TypeError, ValueError) as error:
+        raise _no_verdict(judge, f"a {type(given).__name__} that is no array", count) from error
+    if values.dtype.kind not in "biuf":
+        raise _no_verdict(judge, f"{given!r:.60}", count)
+    if values.shape != (count,):
+        raise _no_verdict(judge, f"an array of shape {values.shape}", count)
+    return values.astype(np.float64)
+
+
+def _no_verdict(judge: Judge | PairwiseJudge, found: str, count: int) -> DataError:
+    return DataError(
+        f"judge {judge.name}: found {found}, expected {count} preferences in [0, 1], or finite scores",
+        code="eval-judge",
+        hint="return a list or an array with one number for each completion",
+    )
 
 
 def make_pairwise(

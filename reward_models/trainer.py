@@ -138,6 +138,7 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
         check_arguments(callbacks, optimizers, compute_metrics, type(self).__name__)
         check_optimizer_class(optimizer_cls_and_kwargs, optimizers)
         check_function(preprocess_logits_for_metrics, "preprocess_logits_for_metrics", "of logits and labels")
+        model = str(model) if isinstance(model, Path) else model
         inputs = TrainerInputs.read(model, args, train_dataset, eval_dataset, processing_class, peft_config, objective)
         self.objective = inputs.objective
         self._names = PairNames(inputs.train)

@@ -1,6 +1,7 @@
 """``compare_policies``: which of two policies writes the better completions, by a judge."""
 
 import copy
+import inspect
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -121,7 +122,8 @@ def compare_policies(
         seeds = (seed, seed + independent_seeds)
         kept, left_out = _both_written((first, second), texts * n, sampling, seeds, tokenizer)
         written = {one.policy.name: one for one in kept}
-        preferences = _preferences(asked, *written.values())
+        ours, theirs = written.values()
+        preferences = prefer_in_both_orders(asked, list(ours.prompts), ours.answers(), theirs.answers())
         decoding = decoding_of(sampling, independent_seeds=independent_seeds)
         run = _run(asked, texts, (first, second), decoding, n, started, left_out)
         details = compare_written(written, asked, preferences, shown=SHOWN, run=run)
@@ -238,6 +240,8 @@ def _named(a: Any, b: Any) -> tuple[tuple[Policy, Any], tuple[Policy, Any]]:
             )
         if isinstance(policy, Engine) and not isinstance(getattr(policy, "name", None), str):
             raise ConfigError(f"{name}: found an engine without a name, expected one", code="eval-policy")
+        if isinstance(policy, Engine):
+            _check_call(name, policy.stream, ("prompts", "sampling", "keys"), "eval-policy")
     sources = [_source(one) for one in (a, b)]
     paths = [Path(source) for source in sources]
     names = [(path.parent.name if path.name == "model" else path.name).removeprefix("train-") for path in paths]
@@ -262,34 +266,32 @@ def _judge(judge: Any, max_length: int | None) -> PairwiseJudge:
         return make_pairwise(judge, max_length)
     name = getattr(judge, "name", None)
     if isinstance(name, str) and callable(getattr(judge, "prefer", None)):
+        _check_call("judge", judge.prefer, ("prompts", "first", "second"), "judge-name")
         chosen: PairwiseJudge = judge
         return chosen
     if isinstance(name, str) and callable(getattr(judge, "score", None)):
+        _check_call("judge", judge.score, ("prompts", "completions"), "judge-name")
         return ByScore(judge)
     raise ConfigError(f"judge: found {judge!r}, expected a name, or an object that judges", code="judge-name")
 
 
-def _preferences(judge: PairwiseJudge, ours: Written, theirs: Written) -> tuple[np.ndarray, np.ndarray]:
-    """Preferences for ours, [N] each.
+def _check_call(name: str, method: Any, taken: tuple[str, ...], code: str) -> None:
+    """Check that a method of an object of the caller's takes these arguments, before anything is sampled.
 
     Raises:
-        DataError: the judge gives another number of them, or one that is not in [0, 1].
+        ConfigError: it takes others, or it is a method of a class that was given in place of an object.
     """
-    found = prefer_in_both_orders(judge, list(ours.prompts), ours.answers(), theirs.answers())
-    first, second = (np.asarray(values, dtype=np.float64) for values in found)
-    count = len(ours.prompts)
-    for values in (first, second):
-        if values.shape != (count,):
-            found_instead = f"an array of shape {values.shape}"
-        elif (outside := ~((values >= 0) & (values <= 1))).any():
-            found_instead = f"the preference {values[outside][0]} for completion {int(outside.argmax())}"
-        else:
-            continue
-        raise DataError(
-            f"judge {judge.name}: found {found_instead}, expected {count} preferences in [0, 1], or finite scores",
-            code="eval-judge",
-        )
-    return first, second
+    try:
+        inspect.signature(method).bind(*taken)
+    except TypeError as error:
+        called = f"{getattr(method, '__qualname__', method)}({', '.join(taken)})"
+        raise ConfigError(
+            f"{name}: {called} cannot be called: {error}",
+            code=code,
+            hint="see docs/python.md; give an object, no class",
+        ) from None
+    except ValueError:
+        return  # a method of C without a signature
 
 
 def _written(

@@ -161,6 +161,7 @@ def check_reward_adapter(fields: Mapping[str, Any] | None) -> None:
 
 
 def _reward_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
+    yield from _no_update(fields, "reward.peft.")
     merged = "a trained reward model is saved with its adapter merged"
     for field, reason in UNMERGED.items():
         if fields.get(field):
@@ -217,12 +218,16 @@ def _own_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
             )
 
 
-def _fresh_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
+def _no_update(fields: Mapping[str, Any], path: str) -> Iterator[Problem]:
     if fields.get("lora_alpha") == 0:
         yield (
-            "train.peft.lora_alpha: found 0, which multiplies the adapter, so nothing would be trained",
+            f"{path}lora_alpha: found 0, which multiplies the adapter, so nothing would be trained",
             "leave it out, or set a number above 0",
         )
+
+
+def _fresh_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
+    yield from _no_update(fields, "train.peft.")
     if fields.get("init_lora_weights") == "eva":
         yield (
             "train.peft.init_lora_weights: 'eva' needs activations that are not collected here; without them peft "

@@ -117,6 +117,7 @@ class PreferenceTrainer(TrainedTables):
         *,
         loss: str | dict[str, Any] | PairLoss | BoundLoss | None = None,
     ) -> None:
+        model = str(model) if isinstance(model, Path) else model
         with python_words(), head_adapter_allowed():
             check_kinds(model, args, ref_model, peft_config)
             check_arguments(callbacks, optimizers, compute_metrics, type(self).__name__)

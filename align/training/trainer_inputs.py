@@ -57,6 +57,12 @@ def check_kinds(model: Any, args: Any, ref_model: Any = None, peft_config: Any =
             f"peft_config: found {type(peft_config).__name__}, expected a peft.PeftConfig, such as peft.LoraConfig",
             code="trainer-key",
         )
+    if peft_config is not None and starts_as_adapter(model):
+        raise ConfigError(
+            "peft_config: found one, and a model that is an adapter already, expected one of them",
+            code="trainer-key",
+            hint="leave peft_config out to train the adapter further, or merge it into its base first",
+        )
 
 
 def reference_of(model: Any, args: DPOConfig, peft_config: Any) -> nn.Module | None:
@@ -147,11 +153,11 @@ def load_named(
                 code="trainer-key",
             )
         kwargs["quantization_config"] = quantization
+    policy = load_policy(model, trust_remote_code=trusted, trainable=True, **kwargs)
     if peft_config is not None or starts_as_adapter(model) or FROM_YAML.get():
         own = AutoConfig.from_pretrained(adapter_base(model) or model, trust_remote_code=trusted)
         path = "train.trainer" if FROM_YAML.get() else type(args).__name__
         check_values(own, kwargs, f"{path}.model_init_kwargs")
-    policy = load_policy(model, trust_remote_code=trusted, trainable=True, **kwargs)
     if tokenizer is None:
         tokenizer = load_tokenizer(model, trust_remote_code=trusted, revision=kwargs.get("revision"))
     return policy, tokenizer

@@ -167,7 +167,7 @@ ANSWER = [{"role": "assistant", "content": "b"}]
     [
         ({"objective": "bradley"}, "objective-name", "did you mean `bradley_terry`?"),
         ({"objective": 3}, "objective-name", "objective: found 3, expected a name or a function"),
-        ({"objective": lambda c, r: (c - r).mean()}, "objective-parameter", "found a result () for 2 pairs"),
+        ({"objective": lambda c, r: (c - r).mean()}, "objective-parameter", "found a result () of torch.float32"),
         ({"objective": lambda c, r: (c - r).detach()}, "objective-parameter", "without a gradient"),
         ({"objective": lambda c, r: c @ r[:1]}, "objective-parameter", "raised RuntimeError"),
         ({"objective": lambda c, r, margn: c - r}, "objective-column", "reads 'margn'"),

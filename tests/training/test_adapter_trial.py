@@ -11,6 +11,7 @@ from peft import LoraConfig
 from align import PreferenceConfig, PreferenceTrainer
 from align.errors import ConfigError
 from align.run.checks import check_train
+from align.training.adapters import check_reward_adapter
 from align.training.model_arguments import check_model_arguments
 from tests.helpers.builders import make_base, rows
 from tests.training.test_adapters import LAYERS, section
@@ -58,6 +59,12 @@ def test_what_trains_nothing_or_names_another_base(base: Path, fields: dict[str,
     """The adapter had no effect, or its folder would have been loaded on other weights than it was trained on."""
     with pytest.raises(ConfigError, match=rf"train\.peft\.{told}"):
         check_train(section(base, LAYERS | fields), {"output_dir": "unused"})
+
+
+def test_an_adapter_of_a_reward_model_trains_something() -> None:
+    with pytest.raises(ConfigError, match=r"reward\.peft\.lora_alpha: found 0"):
+        check_reward_adapter({"r": 2, "lora_alpha": 0})
+    check_reward_adapter({"r": 2, "lora_alpha": 4})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 from align import PreferenceConfig, PreferenceTrainer
 from align.config import LossSection, RewardSection, TrainSection
@@ -151,3 +153,35 @@ def test_the_fingerprint_is_that_of_texts_and_margins() -> None:
     changed = PAIRS.map(lambda row: row | {"margin": row["margin"] + (row["id"] == "p3")})
     assert table_facts(changed).fingerprint != table_facts(PAIRS).fingerprint
     assert table_facts(PAIRS.select(range(8)[::-1])).fingerprint != table_facts(PAIRS).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("fields", "more", "lines"),
+    [
+        ({"token_mask": {}, "turns": "last"}, {}, ["| token_mask | {} |", "| turns | last |"]),
+        ({"sync_ref_model": True, "weight_decay": 0.1}, {}, ["| sync_ref_model | True |", "| weight_decay | 0.1 |"]),
+        ({}, {"ref_model": "given"}, ["| reference | another model, which was given |"]),
+        ({}, {"weight": True}, ["| weights | the column `weight` of the pairs |"]),
+        ({}, {"copies": True}, ["9 preference pairs", "| pairs left out | 1 (equal responses, or no room for one) |"]),
+        ({}, {"bf16": True}, ["| precision | weights in bfloat16 |"]),
+        ({}, {"dora": True}, ["| adapter | LORA r=2 lora_alpha=8 lora_dropout=0.1 use_dora=True on down_proj, "
+                              "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj (14 modules) |"]),
+    ],
+    ids=lambda given: "-".join(given) if isinstance(given, dict) else "",
+)  # fmt: skip
+def test_a_card_says_what_is_not_the_default(
+    tiny_policy: Path, tmp_path: Path, fields: dict[str, Any], more: dict[str, Any], lines: list[str]
+) -> None:
+    args = PreferenceConfig(
+        str(tmp_path), max_steps=1, bf16=False, use_cpu=True, report_to="none", save_strategy="no", **fields
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype="bfloat16" if "bf16" in more else "float32")
+    pairs = PAIRS.add_column("weight", [1.0 + k % 2 for k in range(8)]) if "weight" in more else PAIRS
+    table = pairs.to_list() + [PAIRS[0] | {"id": "copy", "rejected": PAIRS[0]["chosen"]}] * ("copies" in more)
+    lora = LoraConfig(r=2, lora_dropout=0.1, use_dora=True, target_modules="all-linear") if "dora" in more else None
+    reference = AutoModelForCausalLM.from_pretrained(tiny_policy) if "ref_model" in more else None
+    PreferenceTrainer(loaded, reference, args, train_dataset=table, peft_config=lora).save_model()
+    assert [line for line in lines if line not in card(tmp_path)] == []
+    usual = ("token_mask", "turns", "sync_ref_model", "weight_decay", "reference", "weights", "pairs left out")
+    rows = [f"| {name} |" for name in usual if f"| {name} |" in card(tmp_path)]
+    assert [row for row in rows if row not in "".join(lines)] == []

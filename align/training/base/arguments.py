@@ -209,10 +209,19 @@ def refusals(path: str) -> Iterator[None]:
 
 
 def _in_other_code(error: BaseException) -> bool:
-    """Whether an error passed through code that belongs neither to this program nor to an installed package."""
-    names = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
-    paths = (Path(name).absolute() for name in names if not name.startswith("<"))
-    return any(not any(path.is_relative_to(home) for home in HOMES) for path in paths)
+    """Whether an error passed through code that belongs neither to this program nor to an installed package.
+
+    Code without a file, such as what is typed at a prompt, is the user's if its module is ``__main__``.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = frame.f_code.co_filename
+        if name.startswith("<"):
+            other = frame.f_globals.get("__name__") == "__main__"
+        else:
+            other = not any(Path(name).absolute().is_relative_to(home) for home in HOMES)
+        if other:
+            return True
+    return False
 
 
 def build_lora(fields: dict[str, Any] | None, *, path: str, task_type: str) -> Any:

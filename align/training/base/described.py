@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel
 
 from align.data.table_facts import TableFacts
@@ -18,6 +19,7 @@ from align.models.model_card import (
     papers_of,
     write_card,
 )
+from align.training.base.card_settings import adapter_text, base_of, changed_fields, precision_of
 from align.training.base.tracked_runs import ShowConfig, missing_tracker
 
 PARTS = ("pair_weights", "gradient_remedy", "token_mask", "tilt", "sharpness")
@@ -64,8 +66,8 @@ class Described:
     def facts(self) -> TrainingFacts:
         """What the model card says."""
         bound, data, args = self._bound, self.data_facts, self.args
-        parts = {name: getattr(args, name) for name in PARTS if getattr(args, name, None)}
-        parts |= {name: value for name, value in self.extra_config.items() if name in PARTS and value}
+        parts = {name: getattr(args, name) for name in PARTS if getattr(args, name, None) is not None}
+        parts |= {name: value for name, value in self.extra_config.items() if name in PARTS and value is not None}
         return TrainingFacts(
             kind=REWARD_MODEL if hasattr(self, "objective") else POLICY,
             method=bound.spec.name,
@@ -91,13 +93,26 @@ class Described:
             "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
             "optimizer": str(getattr(args.optim, "value", args.optim)),
             "max_length": args.max_length,
-            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+            "precision": precision_of(args, self.model),
             "seed": args.seed,
         }
         if isinstance(self.model, PeftModel):
-            config = self.model.peft_config[self.model.active_adapter]
-            settings["adapter"] = " ".join([str(getattr(config.peft_type, "value", config.peft_type)), *_lora(config)])
-        return settings
+            settings["adapter"] = adapter_text(self.model.peft_config[self.model.active_adapter])
+        return settings | base_of(self.model) | changed_fields(args) | self._of_pairs()
+
+    def _of_pairs(self) -> dict[str, Any]:
+        """What a card says about the reference and the pairs, where that is not the usual."""
+        found: dict[str, Any] = {}
+        if getattr(self, "_given_reference", False):
+            found["reference"] = "another model, which was given"
+        table, data = getattr(self, "train_dataset", None), self.data_facts
+        if not isinstance(table, Dataset) or data is None:
+            return found
+        if len(table) < data.pairs:
+            found["pairs left out"] = f"{data.pairs - len(table)} (equal responses, or no room for one)"
+        if data.weighted and not hasattr(self, "objective"):
+            found["weights"] = "the column `weight` of the pairs"
+        return found
 
     @property
     def tracked_config(self) -> dict[str, Any]:
@@ -118,7 +133,7 @@ class Described:
         Pairs that are read in their order may have become more: a stream gives as many as ``max_steps`` takes.
         """
         bound, data = self._bound, self.data_facts
-        parts = {name: getattr(self.args, name) for name in PARTS if getattr(self.args, name, None)}
+        parts = {name: getattr(self.args, name) for name in PARTS if getattr(self.args, name, None) is not None}
         shown: dict[str, Any] = {"loss": bound.spec.name, "parameters": dict(bound.parameters), "parts": parts}
         if data is not None and self.args.train_sampling_strategy != "sequential":
             shown["data"] = f"{data.pairs} pairs, fingerprint {data.fingerprint}"
@@ -165,10 +180,3 @@ def _held_out_rows(history: Sequence[Mapping[str, Any]], step: int) -> Iterator[
                 value = entry.get(name.removesuffix("loss") + key, entry.get(f"eval_{key}"))
                 if isinstance(value, float):
                     yield f"{shown}, {table}" if table else shown, f"{value:.4g}"
-
-
-def _lora(config: Any) -> list[str]:
-    """Rank, scale and modules of an adapter, as far as its kind has them."""
-    modules = getattr(config, "target_modules", None)
-    shown = [f"{name}={getattr(config, name)}" for name in ("r", "lora_alpha") if hasattr(config, name)]
-    return [*shown, f"on {', '.join(sorted(modules))}"] if isinstance(modules, set | list) else shown

@@ -13,6 +13,7 @@ from align.errors import ConfigError
 from align.io.console import log
 from align.training.base.argument_types import check_checkpoint_argument
 from align.training.base.async_checkpoints import BackgroundSaves
+from align.training.base.card_settings import low_precision
 from align.training.base.checkpoints import check_resumable, last_complete_checkpoint
 from align.training.base.described import Described
 from align.training.base.epochs import WholeEpochs
@@ -41,6 +42,7 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
     | `_set_signature_columns_if_needed` | ReliableTrainer | `extra_columns` reach the collator. |
     | `_get_grad_norm` | ReliableTrainer | A gradient that is not finite never reaches the weights. |
     | `_save_checkpoint` | ReliableTrainer, BackgroundSaves | The checkpoint holds `save_extra_state`; older ones outlive an incomplete one. |
+    | `_save` | ReliableTrainer | The saved arguments hold no token of the hub. |
     | `_save_optimizer_and_scheduler` | BackgroundSaves | Shards are written while training goes on, if `async_checkpoints`. |
     | `_save_rng_state` | ExactResume | Every process has saved before trainer_state.json completes the checkpoint. |
     | `save_model` | Described | A saved folder has a model card that is true. |
@@ -63,6 +65,9 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
                 code="trainer-key",
                 hint="name modules that the model has, or train all weights",
             )
+        if kept := low_precision(self.model):
+            log.warning("model: weights in %s are trained, where steps far smaller than a weight are lost; load "
+                        'it with dtype="float32" and set bf16=True to compute in 16 bits', kept)  # fmt: skip
         self.guard = self.make_guard(scaled=self.accelerator.scaler is not None)
         self.add_callback(self.guard)
 
@@ -166,6 +171,13 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
             folder.mkdir(parents=True, exist_ok=True)
             self.save_extra_state(folder)
         super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_resumable(Path(resume_from_checkpoint))
