@@ -47,7 +47,7 @@ class ServerClient:
                 code="engine-option",
             )
         self.model = model
-        self.base_url = base_url.rstrip("/")
+        self.base_url = base_url.strip().rstrip("/")
         self.concurrency = concurrency
         self.attempts = attempts
         self.first_wait = first_wait

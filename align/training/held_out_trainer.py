@@ -22,8 +22,8 @@ from align.io.files import read_json, write_json
 from align.io.hashing import digest
 from align.models.collator import ROW
 from align.models.layout import has_adapter
-from align.training.held_out import HeldOut, pair_metrics
-from align.training.held_out_choice import EVAL, EarlyStopping, flat_metrics
+from align.training.held_out import HeldOut, check_values, pair_metrics
+from align.training.held_out_choice import EVAL, EarlyStopping, check_limit, flat_metrics
 from align.training.held_out_pass import HeldOutPass
 from align.training.reference import reference_model
 from align.training.trainer import PreferenceTrainer
@@ -167,11 +167,15 @@ class HeldOutTrainer(PreferenceTrainer):
             self._pass.prepare()
         values = self._pass()
         rows = np.asarray(self.eval_dataset[ROW])
+        ids = held_out.pairs["id"] if "id" in held_out.pairs.column_names else range(len(held_out.pairs))
+        check_values(values, [str(ids[row]) for row in rows.tolist()])
         found = {}
         for name, part in held_out.parts().items():
             of = part[rows]
             chosen = {key: column[of] for key, column in values.items()}
             found[name] = pair_metrics(chosen, held_out.clusters[rows][of], beta=self.loss.beta) if of.any() else {}
+        if self.watch.keep is not None:
+            check_limit(found, self.watch.keep)
         cost = {"seconds": time.monotonic() - start, "tokens": self._pass.tokens, "pairs": len(rows)}
         return {"pairs": found, "cost": cost}
 
