@@ -27,7 +27,7 @@ def _sentence(key: str, found: Mapping[str, Any]) -> str:
     beyond = [row for row in main if _seen(row)]
     worse = [row["task"] for row in beyond if _is_worse(row)]
     better = [row["task"] for row in beyond if not _is_worse(row)]
-    counted = f"{_listed(worse)} lower, {_listed(better)} higher, of {len(main)} benchmarks"
+    counted = f"{_listed(worse)} lower, {_listed(better)} higher, of {len(main)} benchmark{'s' * (len(main) != 1)}"
     mean = found["mean"]
     if mean is None:
         return f"{name(key)}: {counted}; no mean change, because {found.get('no_mean') or NO_MEAN}."
@@ -54,4 +54,5 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
     change = row["change"]
     verdict = ("worse" if _is_worse(row) else "better") if _seen(row) else ""
     shown = f"{change['value']:+.3f} (no interval)" if change["n"] is None else interval(change)
-    return {**row, "shown": shown, "documents": change["n"], "verdict": verdict}
+    metric = row["metric"].removesuffix(",none")  # the harness's word for answers that are not filtered
+    return {**row, "metric": metric, "shown": shown, "documents": change["n"], "verdict": verdict}
