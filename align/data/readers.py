@@ -215,6 +215,11 @@ def _no_table(path: str, reason: str) -> DataError:
     if parts:
         problem = f"found a folder of {', '.join(parts[:3])}, expected Parquet files, or files named by split"
         hint = f"give a pattern for the parts of one table: '{folder}/*{table_suffix(parts[0])}'"
+    elif path and (inner := sorted(file for file in folder.glob("*/*") if table_suffix(file.name) in known)):
+        names = sorted({file.parent.name for file in inner})
+        first = next((file for file in inner if file.parent.name == "train"), inner[0])
+        problem = f"found folders with tables ({', '.join(names[:3])}), expected one table"
+        hint = f"name one of them: '{first.parent}/*{table_suffix(first.name)}'"
     return DataError(f"{path or repr(path)}: {problem}", code="data-unreadable", hint=hint)
 
 

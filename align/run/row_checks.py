@@ -14,8 +14,10 @@ from align.models.message_checks import check_pairs_of, check_prompts_of, check_
 from align.models.row_lengths import check_lengths_of
 from align.models.tokenization import MAX_LENGTH
 from align.run.watch import split_share, without_trained
+from align.training.columns import refuse_no_weight, require_margin
 from align.training.held_out import HeldOut
 from align.training.held_out_settings import chooses
+from align.training.loss_choice import bind
 from reward_models.named_judges import kind_of, model_of
 
 
@@ -55,6 +57,8 @@ def check_table_rows(config: RunConfig) -> None:
     if heldout is not None:
         check_pair_rows(config, heldout, rewards=True)
     policy_pairs = None if config.pairs is None else load_pairs(config.pairs)
+    if policy_pairs is not None:
+        check_loss_columns(config, policy_pairs)
     _check_held_out(config, policy_pairs)
     for source, rewards in ((config.pairs, False), (None if reward is None else reward.pairs, True)):
         if source is None:
@@ -118,11 +122,27 @@ def _check_held_out(config: RunConfig, pairs: Dataset | None) -> None:
     if section.path:
         held_out = load_pairs(section)
         check_pair_rows(config, held_out)
+        check_loss_columns(config, held_out)
         held_out = held_out if pairs is None else without_trained(held_out, pairs, section)
     elif pairs is not None:
         held_out = split_share(pairs, section, config.seed)[1]
     if held_out is not None:
         HeldOut.of(held_out, seed=config.seed, choose=chooses(config.train))
+
+
+def check_loss_columns(config: RunConfig, pairs: Dataset) -> None:
+    """Check that pairs have the margins that the losses need, unless a reward model of the run gives them, and weights.
+
+    Raises:
+        ConfigError: there is no column ``margin``.
+        DataError: a pair has no margin, or every pair has the weight 0.
+    """
+    if config.train is None:
+        return
+    refuse_no_weight(pairs)
+    if config.reward is None:
+        for method, loss in config.train.methods.items():
+            require_margin(pairs, bind(method, loss))
 
 
 def check_pair_rows(config: RunConfig, pairs: Dataset, *, rewards: bool = False) -> None:

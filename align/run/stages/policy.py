@@ -32,7 +32,7 @@ from align.models.loading import load_tokenizer
 from align.models.tokenization import MAX_LENGTH
 from align.run.checks import check_models
 from align.run.plan import HELD_OUT, REFERENCE_CACHE, TRUST, TRUST_NUMBERS, holds_out, measures_trust
-from align.run.row_checks import check_pair_rows, split_for_reward
+from align.run.row_checks import check_loss_columns, check_pair_rows, split_for_reward
 from align.run.stages.reward import METRICS, make_scorer, scored_by
 from align.run.stages.sampling import PARTS, run_sampling, sample_in_stage, sampled_model
 from align.run.watch import EVAL, make_watch, split_share, without_trained
@@ -56,9 +56,7 @@ def stage_pairs(config: RunConfig, folder: Path) -> None:
     if config.reward is not None and config.reward.pairs is None:
         _write_split(config, config.pairs, pairs, folder)
         return
-    if config.reward is None and config.train is not None:
-        for method, loss in config.train.methods.items():
-            require_margin(pairs, bind(method, loss))
+    check_loss_columns(config, pairs)
     write_pairs(pairs, folder / "train")
     write_json(folder / METRICS, {"train": summarize(pairs)})
 
