@@ -1,6 +1,7 @@
 """A run marks the margins of its stages: held-out, in-sample, cross-fitted, and those of a table trained on twice."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,12 @@ def run(folder: Path, **reward: Any) -> Path:
     return folder / "r"
 
 
-def test_each_table_of_a_run_says_where_its_margins_come_from(tmp_path: Path) -> None:
+def test_each_table_of_a_run_says_where_its_margins_come_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In the table and its metrics; the path of the cross-fitted one that the log names is there after the run."""
+    caplog.set_level(logging.INFO, "align")
     root = run(tmp_path, folds=2)
+    (named,) = [message for message in caplog.messages if message.startswith("cross-fitted margins: ")]
+    assert set(read_pairs(Path(named.split()[2].rstrip(";")).parent)["margin_source"]) == {"cross-fitted"}
     expected = {
         "reward/heldout": "outside", "reward/in_sample": "in-sample", "crossfit/pairs": "cross-fitted",
         "margins/pairs": "cross-fitted",
