@@ -92,7 +92,7 @@ def memory_rows(table: Any, name: str) -> Iterator[Row]:
 
     Args:
         table: ``datasets.Dataset``, sequence of dictionaries or ``pandas.DataFrame``. NaN and NA in a DataFrame are
-            missing values.
+            missing values, and an index with a name is a column (``set_index("id")``).
         name: name of the table, for messages.
 
     Raises:
@@ -116,6 +116,8 @@ def _sequence_rows(table: Sequence[Any]) -> Iterator[Row]:
 
 
 def _frame_rows(frame: pd.DataFrame, name: str) -> Iterator[Row]:
+    named = [level for level in frame.index.names if level is not None and level not in frame.columns]
+    frame = frame.reset_index(level=named) if named else frame
     names = [str(column) for column in frame.columns]
     twice = [column for column in names if names.count(column) > 1]
     if twice:
