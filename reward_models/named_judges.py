@@ -128,7 +128,9 @@ def make_scoring(judge: JudgeSection) -> Judge:
 
 def made_from(judge: JudgeSection) -> dict[str, Any]:
     """What the verdicts of a judge depend on, part of a stage key: options, content of the model, revision."""
-    inputs = judge.model_dump(exclude={"truth", "concurrency", "attempts"}) | {"revision": REWARDS}
-    if kind_of(judge.name) in ("rule", "server"):
+    kind = kind_of(judge.name)
+    anywhere = {"base_url"} if kind == "reward-server" else set()
+    inputs = judge.model_dump(exclude={"truth", "concurrency", "attempts", *anywhere}) | {"revision": REWARDS}
+    if kind in ("rule", "server"):
         return inputs
     return inputs | {"model": fingerprint_model(model_of(judge.name))}

@@ -115,17 +115,16 @@ def compare_policies(
     with python_words(HINTS):
         _check_numbers(temperature, max_new_tokens=max_new_tokens, n=n, batch_size=batch_size)
         texts = _checked_prompts(prompts)
-        first, second = _named(a, b)
-        _check_templates(texts, (first, second), judge)
+        both = _named(a, b)
+        _check_templates(texts, both, judge)
         asked = _judge(judge, max_length)
         sampling = Sampling(max_new_tokens, temperature, seed=seed, batch_size=batch_size)
-        seeds = (seed, seed + independent_seeds)
-        kept, left_out = _both_written((first, second), texts * n, sampling, seeds, tokenizer)
+        kept, left_out = _both_written(both, texts * n, sampling, (seed, seed + independent_seeds), tokenizer)
         written = {one.policy.name: one for one in kept}
         ours, theirs = written.values()
         preferences = prefer_in_both_orders(asked, list(ours.prompts), ours.answers(), theirs.answers())
         decoding = decoding_of(sampling, independent_seeds=independent_seeds)
-        run = _run(asked, texts, (first, second), decoding, n, started, left_out)
+        run = _run(asked, texts, both, decoding, n, started, left_out)
         details = compare_written(written, asked, preferences, shown=SHOWN, run=run)
     return _result(details, written, (preferences[0] + preferences[1]) / 2)
 

@@ -70,9 +70,9 @@ def publish(output: Path, part: dict[str, Any], section: dict[str, Any]) -> None
 
     file = output / REPORT
     report = _read_report(output) if file.exists() else {}
-    if "comparisons" in part:
+    if "comparisons" in part and "win_tables" in report:
         made = part.get("win_tables", {})
-        older = {judge: rows for judge, rows in report.get("win_tables", {}).items() if judge not in made}
+        older = {judge: rows for judge, rows in report["win_tables"].items() if judge not in made}
         report = report | {"win_tables": _valid_tables(older, part["comparisons"])}
     for key in MERGED & part.keys():
         part = part | {key: report.get(key, {}) | part[key]}

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from align.config.judging import JudgeSection
 from align.data.messages import with_arguments
 from align.errors import AlignError, ConfigError, EnvironmentProblem, ModelError, NumericsError
-from reward_models.named_judges import check_judge, kind_of, make_named
+from reward_models.named_judges import check_judge, kind_of, made_from, make_named
 from reward_models.pairwise_judges import RewardModelJudge, judge_key, make_score_judge
 from reward_models.reward_server import ROWS, RewardServerJudge
 from tests.generation.test_server_engine import Fake, Reply
@@ -173,6 +173,16 @@ def test_another_served_name_says_how_to_serve_it(folder: Path) -> None:
     with Fake(lambda path, body, number: (200, {})).running() as address, pytest.raises(ModelError) as caught:
         RewardServerJudge(str(folder), base_url=address).score(["a"], ["b"])
     assert f"--served-model-name {folder}" in str(caught.value)
+
+
+def test_rewards_do_not_depend_on_where_the_model_is_served(folder: Path) -> None:
+    """A run whose server comes back at another address goes on; another length or another model is another judge."""
+    name = f"reward-server:{folder}"
+    here, there = (JudgeSection(name=name, base_url=f"http://{host}/v1") for host in ("a", "b"))
+    assert made_from(here) == made_from(there) != made_from(JudgeSection(name=name, max_length=9))
+    assert made_from(here)["model"] == made_from(JudgeSection(name=str(folder)))["model"]
+    asked = [made_from(JudgeSection(name="server:m", base_url=f"http://{host}/v1")) for host in ("a", "b")]
+    assert asked[0] != asked[1], "a name on another server may be another model"
 
 
 def test_by_name(folder: Path) -> None:
