@@ -391,3 +391,12 @@ def test_a_finished_training_moved_its_weights(tiny_policy: Path, tmp_path: Path
     assert len(read_json(tmp_path / "history.json")["history"]) == 3
     trained, start = load_file(tmp_path / "model" / "model.safetensors"), load_file(tiny_policy / "model.safetensors")
     assert any(not torch.equal(value, trained[name]) for name, value in start.items())
+
+
+def test_zero_3_is_refused_before_a_model_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.training.settings.launched", lambda name: name == "DEEPSPEED")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    check_train(section(), {"output_dir": str(tmp_path)})
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(ConfigError, match="found ZeRO stage 3, which loads the model in parts"):
+        check_train(section(), {"output_dir": str(tmp_path)})
