@@ -71,8 +71,7 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
         """Reference log-probs [B, 2] of collated examples."""
         batch = self.data_collator(examples)
         batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
-        logps = self.run_reference(batch)
-        return torch.stack((logps.chosen, logps.rejected), dim=1)
+        return torch.stack(self.compute_ref_log_probs(self._reference, batch), dim=1)
 
     @property
     def _reference(self) -> torch.nn.Module:
@@ -121,7 +120,7 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
 
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Log-probs [B], [B] of the chosen and rejected responses under the reference, without gradient."""
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled and self._given_reference:
             inputs = {name: value for name, value in inputs.items() if name not in (*PAIR_COLUMNS, ROW, REAL)}
             return super().compute_ref_log_probs(model, inputs)
         logps = self.run_reference(inputs)
