@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    "scripts", "align.cli", "align.run", "align.api", "align.commands", "align.reports", "align.diagnosis",
+    "scripts", "align.cli", "align.run", "align.api", "align.commands", "align.viewer", "align.reports", "align.diagnosis",
     "align.evaluation", "align.filtering", "reward_models", "align.training", "align.entanglement", "align.trust",
     "align.generation", "align.models", "align.data", "align.sharding", "align.losses", "align.config", "align.io",
     "align.distributed", "align.stats", "align.errors",

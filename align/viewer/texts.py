@@ -1,0 +1,234 @@
+"""The texts of a table: one pair, the beginnings of many, and search; by the text cache once it is there."""
+
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from align.config.columns import TEXT
+from align.data.messages import as_messages
+from align.viewer.table import AT_ONCE, PairTable
+from align.viewer.text_cache import cell_values, plain_text, searched, text_batches
+
+ROOM = 3
+"""Times the size of the texts that must be free on the disk of the cache."""
+BEGINNING = 160
+"""Characters of a text that the list of pairs shows."""
+KEPT_SEARCHES = 8
+COPIES = 50
+SETTINGS: dict[str, Any] = {"memory_limit": "200MB", "threads": 2, "access_mode": "READ_ONLY"}
+
+
+class Texts:
+    """The texts of one table.
+
+    Args:
+        table: the table.
+        scratch: folder for the cache, removed with the viewer.
+        cache: whether a cache is built at all.
+    """
+
+    def __init__(self, table: PairTable, scratch: Path, *, cache: bool = True) -> None:
+        self.table = table
+        self._file = scratch / f"texts-{id(table):x}.duckdb"
+        self._database: duckdb.DuckDBPyConnection | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self._turns = threading.BoundedSemaphore(AT_ONCE)
+        self._lock = threading.Lock()
+        self._found: OrderedDict[tuple[str, bool], np.ndarray] = OrderedDict()
+        self._done, self._why = 0, ""
+        if not cache:
+            self._why = "switched off by --no-text-cache"
+        elif (needed := ROOM * self._size()) > (free := shutil.disk_usage(scratch).free):
+            self._why = f"too little room in {scratch}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed"
+        else:
+            threading.Thread(target=self._build, daemon=True).start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the cache is there."""
+        return self._database is not None
+
+    def state(self) -> dict[str, Any]:
+        """What the page says about the cache."""
+        state = "ready" if self.ready else "none" if self._why else "building"
+        return {"state": state, "done": self._done, "of": self.table.count, "why": self._why}
+
+    def close(self) -> None:
+        """Stop building and free what there is."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        if self._database is not None:
+            self._database.close()
+
+    def search(self, text: str, any_case: bool) -> np.ndarray:
+        """Ascending numbers (int32) of the rows with ``text`` in one of their three texts.
+
+        Args:
+            text: what is looked for, as it is; no pattern.
+            any_case: whether capital and small letters are the same.
+        """
+        key = (text, any_case)
+        with self._lock:
+            if key in self._found:
+                self._found.move_to_end(key)
+                return self._found[key]
+        self.table.check_unchanged()
+        found = self._search_cache(text, any_case) if self.ready else self._search_files(text, any_case)
+        self.table.check_unchanged()
+        with self._lock:
+            self._found[key] = found
+            while len(self._found) > KEPT_SEARCHES:
+                self._found.popitem(last=False)
+        return found
+
+    def beginnings(self, rows: Sequence[int]) -> list[list[str]] | None:
+        """The first characters of the three texts of these rows; None until the cache is there."""
+        if not self.ready:
+            return None
+        parts = ", ".join(f"left({name}, {BEGINNING})" for name in TEXT)
+        with self._cursor() as cursor:
+            found = []
+            for row in rows:
+                one = cursor.execute(f"select {parts} from texts where rowid = ?", [int(row)]).fetchone()
+                assert one is not None
+                found.append([" ".join(text.split()) for text in one])
+        return found
+
+    def pair(self, row: int) -> dict[str, Any]:
+        """One pair: ``values`` (text or messages of each of the three), ``plain`` (each as text), ``others`` (columns
+        that are not in memory).
+
+        Raises:
+            DataError: the file has changed since it was opened.
+        """
+        self.table.check_unchanged()
+        others = [name for name, column in self.table.columns.items() if column.kind == "long"]
+        values = self.values(row)
+        raw = self._from_files(row, others) if others else {}
+        self.table.check_unchanged()
+        return {
+            "values": values,
+            "plain": {name: plain_text(value) for name, value in values.items()},
+            "others": {name: raw.get(name) for name in others},
+        }
+
+    def values(self, row: int) -> dict[str, Any]:
+        """Text or messages of each of the three texts of a row; a missing one is an empty text."""
+        if not self.ready:
+            found = self._from_files(row, TEXT)
+            return {name: "" if found.get(name) is None else found[name] for name in TEXT}
+        with self._cursor() as cursor:
+            one = cursor.execute(f"select {', '.join(TEXT)}, raw from texts where rowid = ?", [row]).fetchone()
+        assert one is not None
+        cells = json.loads(one[-1]) if one[-1] is not None else [as_messages(text) for text in one[:-1]]
+        return {name: "" if cell is None else cell for name, cell in zip(TEXT, cells, strict=True)}
+
+    def copies(self, row: int) -> dict[str, list[int]] | None:
+        """Other rows with the same prompt, with the same responses, and with them the other way around; None until the
+        cache is there. At most ``COPIES`` of each."""
+        if not self.ready:
+            return None
+        conditions = {
+            "same": "t.prompt = o.prompt and t.chosen = o.chosen and t.rejected = o.rejected",
+            "flipped": "t.prompt = o.prompt and t.chosen = o.rejected and t.rejected = o.chosen",
+            "prompt": "t.prompt = o.prompt",
+        }
+        with self._cursor() as cursor:
+            return {
+                name: [
+                    found
+                    for (found,) in cursor.execute(
+                        f"select t.rowid from texts t, (select * from texts where rowid = ?) o "
+                        f"where t.rowid <> ? and {condition} order by 1 limit {COPIES}",
+                        [row, row],
+                    ).fetchall()
+                ]
+                for name, condition in conditions.items()
+            }
+
+    @contextlib.contextmanager
+    def _cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        assert self._database is not None
+        with self._turns, self._database.cursor() as cursor:
+            yield cursor
+
+    def _search_cache(self, text: str, any_case: bool) -> np.ndarray:
+        what = f"(?i){re.escape(text)}" if any_case else text
+        test = "regexp_matches" if any_case else "contains"
+        condition = " or ".join(f"{test}({name}, ?)" for name in TEXT)
+        with self._cursor() as cursor:
+            found = cursor.execute(
+                f"select rowid::integer as n from texts where {condition} order by 1", [what] * len(TEXT)
+            ).fetchnumpy()["n"]
+        return np.asarray(found, dtype=np.int32)
+
+    def _search_files(self, text: str, any_case: bool) -> np.ndarray:
+        found, start = [], 0
+        for batch in text_batches(self.table.source.files):
+            hit = np.zeros(batch.num_rows, dtype=bool)
+            for name in TEXT:
+                match = pc.match_substring(searched(batch.column(name)), text, ignore_case=any_case)
+                hit |= match.to_numpy(zero_copy_only=False)
+            found.append(start + np.flatnonzero(hit))
+            start += batch.num_rows
+        return np.concatenate(found).astype(np.int32) if found else np.zeros(0, dtype=np.int32)
+
+    def _from_files(self, row: int, names: Sequence[str]) -> dict[str, Any]:
+        for file in self.table.source.files:
+            with pq.ParquetFile(file) as table:
+                if row >= table.metadata.num_rows:
+                    row -= table.metadata.num_rows
+                    continue
+                group = 0
+                while row >= (size := table.metadata.row_group(group).num_rows):
+                    row, group = row - size, group + 1
+                there = [name for name in names if name in table.schema_arrow.names]
+                for batch in table.iter_batches(1024, row_groups=[group], columns=there):
+                    if row < batch.num_rows:
+                        one = batch.slice(row, 1)
+                        return {name: cell_values(one.column(name))[0] for name in there}
+                    row -= batch.num_rows
+        raise IndexError(f"row {row} is beyond the table")
+
+    def _size(self) -> int:
+        """Bytes of the texts, unpacked."""
+        size = 0
+        for file in self.table.source.files:
+            with pq.ParquetFile(file) as table:
+                for group in range(table.metadata.num_row_groups):
+                    part = table.metadata.row_group(group)
+                    columns = (part.column(index) for index in range(part.num_columns))
+                    size += sum(
+                        one.total_uncompressed_size for one in columns if one.path_in_schema.split(".")[0] in TEXT
+                    )
+        return size
+
+    def _build(self) -> None:
+        command = [sys.executable, "-m", "align.viewer.text_cache", str(self._file), *map(str, self.table.source.files)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None and self._process.stderr is not None
+        for line in self._process.stdout:
+            self._done = int(line)
+        error = self._process.stderr.read()
+        if self._process.wait() != 0 or self._done != self.table.count:
+            reason = (error.strip().splitlines() or ["it was stopped"])[-1]
+            self._why = f"it could not be made: {reason}"
+            return
+        database = duckdb.connect(str(self._file), config=SETTINGS)
+        database.execute("set enable_external_access = false")
+        database.execute("set lock_configuration = true")
+        self._database = database
