@@ -47,7 +47,7 @@ test: assets
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(WORKERS) --dist worksteal
 
 test-slow: assets vllm
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray,benchmarks]'
 	$(BIN)/python -m pytest
 	.venv-vllm/bin/python -m pytest tests/slow/test_vllm.py
 

@@ -259,10 +259,13 @@ def correlation(first: ArrayLike, second: ArrayLike, *, clusters: ArrayLike | No
 
 
 def _fisher(sums: np.ndarray) -> np.ndarray:
-    """Fisher's z [G] from sums [6, G] of 1, x, y, x^2, y^2, x y."""
+    """Fisher's z [G] from sums [6, G] of 1, x, y, x^2, y^2, x y; NaN where x or y does not vary but by rounding."""
     n, x, y, xx, yy, xy = sums
     with np.errstate(divide="ignore", invalid="ignore"):
-        r = (xy - x * y / n) / np.sqrt((xx - x * x / n) * (yy - y * y / n))
+        squares = [
+            np.where(left > 1e-12 * whole, left, np.nan) for left, whole in ((xx - x * x / n, xx), (yy - y * y / n, yy))
+        ]
+        r = (xy - x * y / n) / np.sqrt(squares[0] * squares[1])
         return np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
 
 

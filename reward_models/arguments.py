@@ -9,22 +9,20 @@ import trl
 from pydantic import BaseModel, ValidationError
 
 from align.config import SharpnessSection, TiltSection
-from align.errors import ConfigError, listed
-from align.training.base.argument_types import check_field_types
+from align.errors import ConfigError, listed, python_words
+from align.training.base.argument_types import OpenConfig, check_field_types
 from align.training.base.arguments import WITHOUT_GPU, refusals
+from align.training.base.settings import check_machine
 
 S = TypeVar("S", bound=BaseModel)
-SET_BY_CALLER = {
-    "chat_template_path": "set processing_class.chat_template",
-    "eos_token": "set processing_class.eos_token",
-    "pad_token": "set processing_class.pad_token",
-    "model_init_kwargs": "load the model, and give it in place of its name",
-}
+SET_BY_CALLER = {"chat_template_path": "set processing_class.chat_template"}
 """Fields of trl.RewardConfig that are refused, because pairs are tokenized before trl reads them -> what to do."""
+INIT_KWARGS = ("attn_implementation", "dtype", "revision", "trust_remote_code")
+"""Keys of ``model_init_kwargs`` that are taken."""
 
 
 @dataclass
-class RewardConfig(trl.RewardConfig):
+class RewardConfig(OpenConfig, trl.RewardConfig):
     """trl's RewardConfig with the parameters of the objective.
 
     Every field of trl's keeps its meaning, but ``max_length``: a longer text is truncated on the right, as scoring
@@ -81,6 +79,14 @@ def check_config(args: trl.RewardConfig) -> None:
         for name, instead in SET_BY_CALLER.items()
         if getattr(args, name, None) is not None
     ]
+    given = getattr(args, "model_init_kwargs", None)
+    keys: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    problems += [
+        f"model_init_kwargs.{name}: found {keys[name]!r:.60}, expected only {', '.join(INIT_KWARGS)}; a model that is "
+        "loaded with others can be given in place of its name"
+        for name in keys
+        if name not in INIT_KWARGS
+    ]
     if problems:
         raise ConfigError(listed(problems), code="trainer-key")
 
@@ -118,4 +124,6 @@ def as_reward_config(args: trl.RewardConfig | None, model: str) -> trl.RewardCon
             hint="reward_models.RewardConfig(output_dir) has trl's fields and the parameters of the objective",
         )
     check_config(args)
+    with python_words():
+        check_machine(args)
     return args

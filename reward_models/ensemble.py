@@ -18,7 +18,6 @@ from align.data.pairs import fingerprint, with_columns
 from align.data.splits import draw_clusters
 from align.data.training_pairs import margin_sources, with_source
 from align.distributed import all_gather_objects, from_main_process, process_rank
-from align.io.console import log
 from align.io.hashing import digest
 from align.models.folders import fingerprint_model
 from align.sharding.shards import map_shards
@@ -27,6 +26,7 @@ from reward_models.calibration import MarginMap
 from reward_models.features import FeatureScoreJob
 from reward_models.loading import DEFAULTS, LoadOptions
 from reward_models.score import ALIKE, REWARDS, RewardScorer, ScoreJob, tell_alike, with_rewards
+from reward_models.tokenization import warn_of_unread
 from reward_models.train import train_reward_model
 
 MEMBERS = "members"
@@ -86,16 +86,23 @@ class EnsembleScorer:
         batch_tokens: padded tokens per batch.
         max_length: tokens per text; longer ones are cut from the right.
         options: how the members are loaded and read texts.
+        device: where they compute; None: see ``local_device``.
 
     Raises:
         ModelError: a member cannot be used.
     """
 
     def __init__(
-        self, model: Path | str, *, batch_tokens: int, max_length: int, options: LoadOptions = DEFAULTS
+        self,
+        model: Path | str,
+        *,
+        batch_tokens: int,
+        max_length: int,
+        options: LoadOptions = DEFAULTS,
+        device: str | None = None,
     ) -> None:
         self.scorers = [
-            RewardScorer(member, batch_tokens=batch_tokens, max_length=max_length, options=options)
+            RewardScorer(member, batch_tokens=batch_tokens, max_length=max_length, options=options, device=device)
             for member in members(model)
         ]
 
@@ -105,9 +112,8 @@ class EnsembleScorer:
         Raises:
             ModelError: the texts are messages, and the model's tokenizer has no chat template.
         """
-        unread = self.scorers[0].unread(prompts, completions).sum()
-        if unread:
-            log.warning("%d of %d completions are not read: their prompts fill max_length", unread, len(prompts))
+        first = self.scorers[0]
+        warn_of_unread(prompts, completions, first.tokenizer, first.max_length, text_pair=first.text_pair)
         rewards = [scorer.score_completions(prompts, completions) for scorer in self.scorers]
         return np.asarray(np.mean(rewards, axis=0))
 

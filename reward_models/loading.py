@@ -75,11 +75,17 @@ def not_of_a_judge(judge: str) -> ConfigError:
 
 def load_options(config: RewardSection) -> LoadOptions:
     """How the models of a run are loaded."""
-    return LoadOptions(trust_remote_code=config.trusts_remote_code, text_pair=config.text_pair)
+    return LoadOptions(config.dtype or "float32", config.trusts_remote_code, config.text_pair)
 
 
 def load_reward_model(
-    model: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False, new_head: bool = False
+    model: str | Path,
+    *,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    new_head: bool = False,
+    revision: str | None = None,
+    attention: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model with one output and its tokenizer; an adapter is merged into its base.
 
@@ -92,6 +98,8 @@ def load_reward_model(
         dtype: dtype of the backbone's weights, see ``LoadOptions``.
         trust_remote_code: whether code that comes with the model may run.
         new_head: the model may be a backbone without a head; it gets a random one, to train or to ignore.
+        revision: branch, tag or commit of a hub id; None: its main branch.
+        attention: ``attn_implementation`` of transformers; None: its default.
 
     Raises:
         ModelError: model or tokenizer cannot be loaded, it has weights that would not be used, or lacks some, or the
@@ -100,8 +108,11 @@ def load_reward_model(
     name = str(model)
     check_model_folder(name, rewards=True, head=not new_head)
     with loading(name, KIND):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        loaded, found = _load(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        at = {} if revision is None else {"revision": revision}
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **at)
+        loaded, found = _load(
+            name, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, attention=attention
+        )
     check_weights(name, loaded, found, new_head=new_head)
     check_vocabulary(name, len(tokenizer), loaded.get_input_embeddings().weight.shape[0])
     own_padding = tokenizer.pad_token_id is not None
@@ -192,7 +203,7 @@ def fitting_length(model: PreTrainedModel, max_length: int) -> int:
 
 
 def _load(
-    name: str, *, dtype: str, trust_remote_code: bool, revision: str | None = None
+    name: str, *, dtype: str, trust_remote_code: bool, revision: str | None = None, attention: str | None = None
 ) -> tuple[PreTrainedModel, FoundWeights]:
     """The model of a folder or hub id and what became of its weights; an adapter's base may be an adapter itself."""
     at = {} if revision is None else {"revision": revision}
@@ -202,15 +213,16 @@ def _load(
         config = PeftConfig.from_pretrained(name, **at)
         base, found = _load(
             str(config.base_model_name_or_path), dtype=dtype, trust_remote_code=trust_remote_code,
-            revision=config.revision,
+            revision=config.revision, attention=attention,
         )  # fmt: skip
         return merged(name, base, config, found, **at)
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **at)
     _check_class(name, config, trust_remote_code)
+    attends = {} if attention is None else {"attn_implementation": attention}
     with _heads_in_float32():
         loaded, info = AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=1, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
-            output_loading_info=True, ignore_mismatched_sizes=True, **at,
+            output_loading_info=True, ignore_mismatched_sizes=True, **attends, **at,
         )  # fmt: skip
     return loaded, FoundWeights.of(loaded, info)
 

@@ -20,7 +20,7 @@ OF_A_REWARD_MODEL = ("trust_remote_code", "text_pair")
 
 
 def kind_of(name: str) -> str:
-    """``rule``, ``reward model``, ``yes-no``, ``llm`` or ``server``.
+    """``rule``, ``reward model``, ``yes-no``, ``llm``, ``server`` or ``reward-server``.
 
     Raises:
         ConfigError: there is no such judge.
@@ -47,7 +47,7 @@ def check_judge(judge: JudgeSection) -> None:
     kind = kind_of(judge.name)
     takes = {
         "rule": (), "reward model": ("dtype", "max_length", *OF_A_REWARD_MODEL), "yes-no": ("dtype", "max_length"),
-        "llm": ("dtype", "max_length"), "server": OF_A_SERVER,
+        "llm": ("dtype", "max_length"), "server": OF_A_SERVER, "reward-server": ("max_length", *OF_A_SERVER),
     }[kind]  # fmt: skip
     given = judge.model_dump(exclude_defaults=True).keys() - {"name", "truth"}
     if wrong := sorted(given - {*takes}):
@@ -57,8 +57,12 @@ def check_judge(judge: JudgeSection) -> None:
             code="eval-judge",
             hint="leave them out",
         )
-    if kind == "reward model":
-        check_model_folder(judge.name, rewards=True, head=True)
+    if kind == "reward-server" and Path(model_of(judge.name)).is_dir():
+        from reward_models.reward_server import check_served
+
+        check_served(model_of(judge.name))
+    elif kind in ("reward model", "reward-server"):
+        check_model_folder(model_of(judge.name), rewards=True, head=True)
     elif kind in ("yes-no", "llm"):
         check_model_folder(model_of(judge.name), rewards=False)
 
@@ -86,6 +90,13 @@ def make_named(judge: JudgeSection, cache: Path | None = None) -> AnyJudge:
         return ServerJudge(
             model_of(judge.name), base_url=judge.base_url, concurrency=judge.concurrency, attempts=judge.attempts,
             cache=cache,
+        )  # fmt: skip
+    if kind == "reward-server":
+        from reward_models.reward_server import RewardServerJudge
+
+        return RewardServerJudge(
+            model_of(judge.name), base_url=judge.base_url, concurrency=judge.concurrency, attempts=judge.attempts,
+            max_length=judge.max_length, cache=cache,
         )  # fmt: skip
     if kind == "llm":
         return make_pairwise(judge.name, judge.max_length, dtype=judge.dtype)
@@ -117,7 +128,9 @@ def make_scoring(judge: JudgeSection) -> Judge:
 
 def made_from(judge: JudgeSection) -> dict[str, Any]:
     """What the verdicts of a judge depend on, part of a stage key: options, content of the model, revision."""
-    inputs = judge.model_dump(exclude={"truth", "concurrency", "attempts"}) | {"revision": REWARDS}
-    if kind_of(judge.name) in ("rule", "server"):
+    kind = kind_of(judge.name)
+    anywhere = {"base_url"} if kind == "reward-server" else set()
+    inputs = judge.model_dump(exclude={"truth", "concurrency", "attempts", *anywhere}) | {"revision": REWARDS}
+    if kind in ("rule", "server"):
         return inputs
     return inputs | {"model": fingerprint_model(model_of(judge.name))}

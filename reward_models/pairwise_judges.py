@@ -13,13 +13,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from align.data.text import plain
-from align.errors import ConfigError
+from align.errors import ConfigError, DataError
 from align.io.console import progress
 from align.models.batching import token_batches
 from align.models.folders import fingerprint_model
 from reward_models.judges import JUDGES, YES_NO, Judge, make_judge
 from reward_models.loading import DEFAULTS, LoadOptions, not_of_a_judge
-from reward_models.questions import LANGUAGE_MODEL, QUESTION, SERVER
+from reward_models.questions import LANGUAGE_MODEL, QUESTION, REWARD_SERVER, SERVER
 from reward_models.score import REWARDS
 
 BATCH_TOKENS = 4096
@@ -49,7 +49,8 @@ class ByScore:
 
     def prefer(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> np.ndarray:
         """1 if the first scores higher, 0 if lower, 0.5 if equal, [N]."""
-        return from_scores(self.judge.score(prompts, first), self.judge.score(prompts, second))
+        found = [numbers_of(self.judge, self.judge.score(prompts, texts), len(texts)) for texts in (first, second)]
+        return from_scores(*found)
 
 
 class RewardModelJudge:
@@ -168,9 +169,46 @@ def prefer_in_both_orders(
     """Preference for ours when it is shown first and when it is shown second, [N] each, in [0, 1].
 
     A judge that scores single responses does not see the order and is asked once.
+
+    Raises:
+        DataError: the judge gives something else than N numbers in [0, 1].
     """
-    first = np.asarray(judge.prefer(prompts, ours, theirs))
-    return first, first if isinstance(judge, ByScore) else 1 - np.asarray(judge.prefer(prompts, theirs, ours))
+    first = _preferences(judge, judge.prefer(prompts, ours, theirs), len(ours))
+    return first, first if isinstance(judge, ByScore) else 1 - _preferences(
+        judge, judge.prefer(prompts, theirs, ours), len(ours)
+    )
+
+
+def _preferences(judge: PairwiseJudge, given: Any, count: int) -> np.ndarray:
+    values = numbers_of(judge, given, count)
+    if (outside := ~((values >= 0) & (values <= 1))).any():
+        raise _no_verdict(judge, f"the preference {values[outside][0]} for completion {int(outside.argmax())}", count)
+    return values
+
+
+def numbers_of(judge: Judge | PairwiseJudge, given: Any, count: int) -> np.ndarray:
+    """What a judge returned, one number each, float64 [count].
+
+    Raises:
+        DataError: it is something else.
+    """
+    try:
+        values = np.asarray(given.detach().cpu() if hasattr(given, "detach") else given)
+    except (TypeError, ValueError) as error:
+        raise _no_verdict(judge, f"a {type(given).__name__} that is no array", count) from error
+    if values.dtype.kind not in "biuf":
+        raise _no_verdict(judge, f"{given!r:.60}", count)
+    if values.shape != (count,):
+        raise _no_verdict(judge, f"an array of shape {values.shape}", count)
+    return values.astype(np.float64)
+
+
+def _no_verdict(judge: Judge | PairwiseJudge, found: str, count: int) -> DataError:
+    return DataError(
+        f"judge {judge.name}: found {found}, expected {count} preferences in [0, 1], or finite scores",
+        code="eval-judge",
+        hint="return a list or an array with one number for each completion",
+    )
 
 
 def make_pairwise(
@@ -201,13 +239,16 @@ def make_pairwise(
     return ByScore(make_score_judge(name, max_length, options))
 
 
-def make_score_judge(name: str, max_length: int | None = None, options: LoadOptions = DEFAULTS) -> Judge:
-    """The judge with this name that gives scores: ``vader``, ``yes-no:MODEL`` or a reward model.
+def make_score_judge(
+    name: str, max_length: int | None = None, options: LoadOptions = DEFAULTS, base_url: str | None = None
+) -> Judge:
+    """The judge with this name that gives scores: ``vader``, ``yes-no:MODEL`` or a reward model, here or on a server.
 
     Args:
         name: name of the judge, see the module.
         max_length: tokens per text of a reward model; None: 1024.
         options: how a reward model is loaded and reads texts.
+        base_url: address of the server of a ``reward-server:`` judge.
 
     Raises:
         ConfigError: there is no such judge, it gives no scores, or it takes no ``max_length``.
@@ -219,6 +260,12 @@ def make_score_judge(name: str, max_length: int | None = None, options: LoadOpti
             code="eval-judge",
             hint="use `align eval compare` with it, or a reward model here",
         )
+    if name.startswith(REWARD_SERVER):
+        from reward_models.reward_server import RewardServerJudge
+
+        if options != DEFAULTS:
+            raise not_of_a_judge(name)
+        return RewardServerJudge(name.removeprefix(REWARD_SERVER), base_url=base_url, max_length=max_length)
     asks = name.startswith(f"{YES_NO}:")
     if name not in JUDGES and not asks and ("/" in name or Path(name).is_dir()):
         return RewardModelJudge(name, max_length=max_length or MAX_LENGTH, options=options)
@@ -237,7 +284,7 @@ def judge_key(name: str, options: LoadOptions = DEFAULTS) -> str:
     """Cache key of the verdicts of a judge: its name, content of its model, revision of the scoring."""
     if name in JUDGES or name.startswith(SERVER):
         return name
-    kind = next((kind for kind in (LANGUAGE_MODEL, f"{YES_NO}:") if name.startswith(kind)), "")
+    kind = next((kind for kind in (LANGUAGE_MODEL, REWARD_SERVER, f"{YES_NO}:") if name.startswith(kind)), "")
     return f"{kind}{REWARDS}:{fingerprint_model(name.removeprefix(kind))}{options.suffix}"
 
 

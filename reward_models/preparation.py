@@ -198,9 +198,18 @@ def _tables(given: Any) -> dict[str, Dataset]:
         return {}
     named = given if isinstance(given, dict) else {"eval_dataset": given}
     return {
-        name: checked_table(table, name if table is given else f"eval_dataset[{name!r}]")
+        name: held_out_table(table, name if table is given else f"eval_dataset[{name!r}]")
         for name, table in named.items()
     }
+
+
+def held_out_table(given: Any, name: str) -> Dataset:
+    """The pairs of an evaluation, checked; a stream is read to its end.
+
+    Raises:
+        DataError: see ``align.pairs_from_dataset``.
+    """
+    return checked_table(list(given) if isinstance(given, IterableDataset) else given, name)
 
 
 def _name(model: Any) -> str:
@@ -212,7 +221,15 @@ def _loaded(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model with its tokenizer; its configuration says how it is trained to read."""
     if isinstance(model, str):
-        model, own = load_reward_model(model, trust_remote_code=args.trust_remote_code, new_head=True)
+        kwargs = {name: value for name, value in (args.model_init_kwargs or {}).items() if value is not None}
+        model, own = load_reward_model(
+            model,
+            dtype=str(kwargs.get("dtype", "float32")).removeprefix("torch."),
+            trust_remote_code=bool(kwargs.get("trust_remote_code", args.trust_remote_code)),
+            new_head=True,
+            revision=kwargs.get("revision"),
+            attention=kwargs.get("attn_implementation"),
+        )
         tokenizer = own if tokenizer is None else tokenizer
     if not hasattr(model, "config"):
         raise ConfigError(
@@ -229,11 +246,28 @@ def _loaded(
             )
         with loading(name, "no tokenizer can be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    for name in ("eos_token", "pad_token"):
+        _set_token(tokenizer, name, getattr(args, name, None))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     pad_as_trained(model, tokenizer)
     note_text_pair(model, reads_text_pairs(model, asked=False))
     return model, tokenizer
+
+
+def _set_token(tokenizer: PreTrainedTokenizerBase, name: str, token: str | None) -> None:
+    """Let the tokenizer end or pad texts with another of its tokens; it is saved with the model.
+
+    Raises:
+        ConfigError: it has no such token.
+    """
+    if token is None:
+        return
+    if token not in tokenizer.get_vocab():
+        raise ConfigError(
+            f"RewardConfig.{name}: found {token!r}, which is no token of the model's tokenizer", code="trainer-key"
+        )
+    setattr(tokenizer, name, token)
 
 
 def with_head(config: Any) -> Any:

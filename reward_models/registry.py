@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,15 @@ from align.config import ObjectiveSection, nearest
 from align.config.columns import NAMES, NUMBERS, VOTES
 from align.config.parameters import ANY, POSITIVE, Range
 from align.data.votes import refuse_without_majority
-from align.errors import ConfigError, DataError
+from align.errors import AlignError, ConfigError, DataError
 from align.io.console import log
 from align.losses.registry_base import BoundFunction, FunctionSpec, Registry
 from reward_models import objectives, vote_objectives
 
 SHARE: Range = (-1e-12, 1.0 + 1e-12)
 NOT_NEGATIVE: Range = (-1e-12, math.inf)
+OWN = "own_objective"
+"""Name of an objective that is a function without a name."""
 VOTE_OBJECTIVES = "reward.objective: {name: davidson}, rao_kupper or binomial"
 """What reads votes, for messages."""
 
@@ -188,16 +190,18 @@ def own_objective(function: Callable[..., Tensor], parameters: Mapping[str, Any]
     """An objective of the caller: (reward_chosen [B], reward_rejected [B], *columns [B], **parameters) -> loss [B].
 
     A parameter of the function after the first two is a column of the pair table if it has no default (``margin``,
-    ``group``: names become numbers), else a parameter of the objective. The function is tried on two pairs.
+    ``group``: names become numbers), else a parameter of the objective. The function is tried on two pairs, together
+    and one by one: if the loss of a pair depends on the others, it sees those of all processes in one forward pass.
 
     Raises:
-        ConfigError: a column is none of the pair table, a parameter is unknown, or the result is not one loss per
-            pair with a gradient.
+        ConfigError: a column is none of the pair table, a parameter is unknown, or the result is not one finite loss
+            per pair with a gradient.
     """
     name = getattr(function, "__name__", type(function).__name__)
+    name = name if name.isidentifier() else OWN
     try:
         found = list(inspect.signature(function).parameters.values())[2:]
-    except ValueError:
+    except (TypeError, ValueError):
         found = []  # a function of C without a signature: rewards alone
     found = [one for one in found if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
     columns = tuple(one.name for one in found if one.default is one.empty)
@@ -214,31 +218,69 @@ def own_objective(function: Callable[..., Tensor], parameters: Mapping[str, Any]
             f"objective_kwargs: {unknown[0]}: not a parameter of {name}{nearest(unknown[0], list(defaults))}",
             code="objective-parameter",
         )
-    spec = ObjectiveSpec(f"function {name}", function, defaults, "the caller's", columns=columns)
+
+    def checked(reward_chosen: Tensor, reward_rejected: Tensor, **inputs: Any) -> Tensor:
+        losses = function(reward_chosen, reward_rejected, **inputs)
+        return _one_per_pair(losses, name, len(reward_chosen))
+
+    spec = ObjectiveSpec(name, checked, defaults, "a function given to the trainer", columns=columns)
     bound = BoundObjective(spec, defaults | dict(parameters))
-    _try(bound, name)
-    return bound
+    return replace(bound, spec=replace(spec, coupled=_try(bound, name)))
 
 
-def _try(objective: BoundObjective, name: str) -> None:
-    """Call an objective on the rewards of two pairs."""
-    rewards = torch.tensor([0.5, -0.5], requires_grad=True), torch.zeros(2, requires_grad=True)
+def _try(objective: BoundObjective, name: str) -> bool:
+    """Call an objective on the rewards of two pairs; return whether the loss of a pair depends on the other one.
+
+    Raises:
+        ConfigError: it fails, or its result is not one finite loss per pair with a gradient.
+    """
+    rewards = torch.tensor([0.5, -0.5], requires_grad=True), torch.tensor([0.0, 0.25], requires_grad=True)
     columns = {
         column: torch.arange(2, dtype=torch.int64 if column in NAMES else torch.float32) for column in objective.columns
     }
-    try:
+
+    def at(pairs: slice) -> Tensor:
         with torch.enable_grad():
-            losses = objective(*rewards, columns)
+            return objective(rewards[0][pairs], rewards[1][pairs], {key: one[pairs] for key, one in columns.items()})
+
+    try:
+        losses = at(slice(None))
+    except AlignError:
+        raise
     except Exception as error:
         raise ConfigError(f"objective {name}: raised {error!r} on two pairs", code="objective-parameter") from error
-    shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-    if shape != (2,) or not losses.requires_grad:
-        without = "" if shape != (2,) else " without a gradient"
+    if not bool(losses.isfinite().all()):
         raise ConfigError(
-            f"objective {name}: found a result {shape}{without} for 2 pairs, expected one loss per pair, shape (2,)",
+            f"objective {name}: returned {losses.tolist()} for two pairs of ordinary rewards, expected finite losses",
             code="objective-parameter",
-            hint="return the loss of each pair; the trainer takes the mean",
         )
+    if not losses.requires_grad:
+        raise ConfigError(
+            f"objective {name}: returned losses without a gradient, expected them to depend on the rewards",
+            code="objective-parameter",
+            hint="compute them with torch's functions from the rewards that it is given",
+        )
+    try:
+        single = torch.cat([at(slice(k, k + 1)) for k in range(2)])
+    except Exception:  # one pair alone has no loss under it
+        return True
+    return not torch.allclose(losses, single, rtol=1e-4, atol=1e-6)
+
+
+def _one_per_pair(losses: Any, name: str, pairs: int) -> Tensor:
+    """Return the losses of an objective of the caller's.
+
+    Raises:
+        ConfigError: they are not one number per pair.
+    """
+    if isinstance(losses, Tensor) and losses.shape == (pairs,) and losses.is_floating_point():
+        return losses
+    found = f"{tuple(losses.shape)} of {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+    raise ConfigError(
+        f"objective {name}: found a result {found} for {pairs} pairs, expected one loss per pair, shape ({pairs},)",
+        code="objective-parameter",
+        hint="return the loss of each pair; the trainer takes the mean",
+    )
 
 
 def objective_columns(pairs: Dataset, objective: BoundObjective) -> dict[str, list[float] | list[int]]:

@@ -1,16 +1,21 @@
 """RewardModel: a finished reward model, or an ensemble of them, that scores pairs and completions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
 from datasets import Dataset
 from transformers.trainer_callback import TrainerState
 
+from align.data.completions import ALLOWED
 from align.data.in_memory import pairs_from_dataset
 from align.data.messages import as_messages
+from align.data.readers import Row
 from align.data.training_pairs import margin_sources, report_in_sample, with_source
+from align.data.validation import RowReader
 from align.errors import ConfigError, DataError, ModelError, NumericsError, python_words
 from align.io.console import log
 from align.models.message_checks import check_pairs_of
@@ -46,6 +51,7 @@ class RewardModel:
         batch_tokens: int = 8192,
         max_length: int = 2048,
         trust_remote_code: bool = False,
+        device: str | None = None,
     ) -> "RewardModel":
         """Load a reward model in float32, an ensemble with all its members.
 
@@ -55,9 +61,10 @@ class RewardModel:
             batch_tokens: padded tokens per batch; no reward depends on it.
             max_length: tokens per text; longer ones are truncated on the right.
             trust_remote_code: code that comes with the model may run.
+            device: where it computes, such as ``cpu`` or ``cuda:1``; None: on a GPU if there is one.
 
         Raises:
-            ConfigError: a number is out of range.
+            ConfigError: a number is out of range, or the device or the path is none.
             ModelError: it cannot be loaded as a reward model, or its training has not finished.
         """
         for name, value in {"batch_tokens": batch_tokens, "max_length": max_length}.items():
@@ -65,9 +72,14 @@ class RewardModel:
                 raise ConfigError(
                     f"{name}: found {value!r}, expected a whole number of at least 1", code="config-option"
                 )
+        if not isinstance(path, str | Path):
+            raise ConfigError(f"path: found {type(path).__name__}, expected a folder or a hub id", code="config-option")
+        check_device(device)
         with python_words():
             model, options = finished(str(path)), LoadOptions(trust_remote_code=trust_remote_code)
-            scorer = EnsembleScorer(model, batch_tokens=batch_tokens, max_length=max_length, options=options)
+            scorer = EnsembleScorer(
+                model, batch_tokens=batch_tokens, max_length=max_length, options=options, device=device
+            )
         return cls(model, scorer, options)
 
     def score_pairs(self, pairs: Any) -> Dataset:
@@ -103,7 +115,8 @@ class RewardModel:
             completions: in the form of their prompts: texts, or lists of messages by the assistant, [N].
 
         Raises:
-            DataError: their numbers or forms differ, or one is neither text nor messages.
+            DataError: their numbers or forms differ, or one is neither text nor valid messages, of which a completion
+                ends with the assistant's.
             NumericsError: a reward is not finite.
         """
         given = [_texts(name, values) for name, values in (("prompts", prompts), ("completions", completions))]
@@ -119,6 +132,7 @@ class RewardModel:
                     "the form of its prompt",
                     code="pair-mixed",
                 )
+        _check_messages(*given)
         with python_words():
             rewards = self._scorer.score_completions(*given) if given[0] else np.empty(0)
         for place in np.flatnonzero(~np.isfinite(rewards))[:1]:
@@ -149,21 +163,68 @@ def finished(path: str) -> str:
     return str(last)
 
 
+def check_device(device: Any) -> None:
+    """Raise if a device has no such name, or is not here.
+
+    Raises:
+        ConfigError: says what it is.
+    """
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=torch.device(device))
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"device: found {device!r:.60}, expected cpu or a GPU of this machine, such as cuda:0 ({reason:.120})",
+            code="config-option",
+        ) from None
+
+
 def _texts(name: str, values: Any) -> list[Any]:
     """The values as texts or messages.
 
     Raises:
         DataError: not a sequence of such.
     """
-    if isinstance(values, str | bytes | dict) or not hasattr(values, "__iter__"):
+    table = isinstance(values, pd.DataFrame | Dataset)  # iterates over names of columns, or over rows
+    if table or isinstance(values, str | bytes | Mapping | Set) or not hasattr(values, "__iter__"):
         raise DataError(
             f"{name}: found a {type(values).__name__}, expected a list of texts or of lists of messages",
             code="data-type",
+            hint="take its column: table[...]" if table else "",
         )
-    found = [as_messages(value) for value in values]
+    found = [as_messages(list(value) if isinstance(value, tuple | np.ndarray) else value) for value in values]
     for number, value in enumerate(found):
         if not isinstance(value, str | list):
             raise DataError(
                 f"{name}[{number}]: found {value!r}, expected text or a list of messages", code="completion-row"
             )
     return found
+
+
+def _check_messages(prompts: list[Any], completions: list[Any]) -> None:
+    """Raise if a list of messages is not valid; texts may be anything.
+
+    Raises:
+        DataError: names the first message that has no role or content, an unknown role, or a wrong turn.
+    """
+    reader = RowReader("score", {"prompt"})
+    for name, values in (("prompts", prompts), ("completions", completions)):
+        for number, value in enumerate(values):
+            if isinstance(value, str):
+                continue
+            cell = f"{name}[{number}]"
+            problems = [
+                one for one in reader.text(Row(number, {cell: value}), cell) if one.code not in ALLOWED or not value
+            ]
+            for problem in problems[:1]:
+                message = problem.column.removeprefix(cell).strip("[]")
+                raise DataError(
+                    f"{cell}{message and f', message {message}'}: found {problem.found}, expected {problem.expected}",
+                    code=problem.code,
+                )
+            if name == "completions" and value[-1]["role"] != "assistant":
+                raise DataError(
+                    f"{cell}: found a last message by {value[-1]['role']}, expected one by assistant", code="pair-role"
+                )

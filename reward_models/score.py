@@ -31,7 +31,6 @@ from reward_models.loading import (
 )
 from reward_models.token_rows import SegmentedIds, first_of_equals, row_key
 from reward_models.tokenization import (
-    cut_alike,
     pair_text,
     pair_tokens,
     reward_ids,
@@ -58,6 +57,7 @@ class RewardScorer:
         padding_side: padding side of a decoder; rewards do not depend on it. Encoders are padded on the right.
         options: how the model is loaded and reads texts.
         new_head: the model may be a backbone without a head, used for its features only.
+        device: where it computes; None: see ``local_device``.
 
     Raises:
         ModelError: the model cannot be used.
@@ -73,13 +73,14 @@ class RewardScorer:
         padding_side: Literal["left", "right"] = "right",
         options: LoadOptions = DEFAULTS,
         new_head: bool = False,
+        device: str | None = None,
     ) -> None:
         self.name = str(model)
         loaded, self.tokenizer = load_reward_model(
             model, dtype=options.dtype, trust_remote_code=options.trust_remote_code, new_head=new_head
         )
         self.text_pair = reads_text_pairs(loaded, asked=options.text_pair, told=not new_head)
-        self.device = torch.device(local_device())
+        self.device = torch.device(device or local_device())
         self.model = loaded.to(self.device).eval()
         self.batch_tokens = batch_tokens
         self.max_length = fitting_length(loaded, max_length)
@@ -143,13 +144,6 @@ class RewardScorer:
 
         rewards = self._score([*read.chosen, *read.rejected], text)
         return with_rewards(pairs, *rewards.reshape(2, len(pairs))), read.alike
-
-    def unread(self, prompts: Sequence[Any], completions: Sequence[Any]) -> np.ndarray:
-        """Whether the prompt leaves no room for its completion within ``max_length``, bool [N]."""
-        rows = list(zip(prompts, completions, strict=True))
-        whole = [self.text(prompt, completion) for prompt, completion in rows]
-        asked = [self.text(prompt, "" if isinstance(prompt, str) else []) for prompt, _ in rows]
-        return cut_alike(whole, asked, self.tokenizer, self.max_length)
 
     def rewards(self, rows: list[list[int]]) -> np.ndarray:
         """Reward of each row of token ids, float64 [N]: what the model gives each alone.

@@ -1,10 +1,8 @@
 """A language model behind an OpenAI-compatible server as a judge of two responses."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -18,6 +16,7 @@ from align.generation.server_client import DEFAULT_URL, ServerClient
 from align.generation.server_engine import in_threads
 from align.io.console import log, progress
 from align.io.hashing import digest
+from reward_models.answers import Answers
 from reward_models.questions import QUESTION, SERVER
 
 INSTRUCTION = "Answer with one letter only: A or B."
@@ -27,7 +26,20 @@ TOP = 10
 ANSWER_TOKENS = 8
 UNREADABLE = 0.1
 """Share of answers that name neither response above which a warning is given."""
-REVISION = 1
+NEUTRAL: dict[str, Any] = {
+    "temperature": 0.0, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "seed": 0,
+}  # fmt: skip
+"""Fields that a server fills from the model's generation config, at values that change nothing."""
+OPTIONAL: dict[str, dict[str, Any]] = {
+    "logprob": {"logprobs": True, "top_logprobs": TOP},
+    "repetition_penalty": {"repetition_penalty": 1.0},
+}
+"""Word in a server's refusal -> the fields that it refuses; not every OpenAI-compatible server has them."""
+WITHOUT = {
+    "logprob": "the server gives no log-probs: its verdicts are letters",
+    "repetition_penalty": "the server knows no repetition_penalty, so none is asked for",
+}
+REVISION = 2
 """Revision of question and reading, part of the key of an answer."""
 
 
@@ -54,10 +66,9 @@ class ServerJudge:
         self.client = ServerClient(
             model, base_url=base_url or DEFAULT_URL, concurrency=concurrency, attempts=attempts, first_wait=first_wait
         )
-        self.cache = cache
-        self._answers = _read(cache)
+        self._answers = Answers(cache)
         self._used: set[str] = set()
-        self._logprobs = True
+        self._optional = dict(OPTIONAL)
         self._checked = False
 
     def prefer(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> np.ndarray:
@@ -97,32 +108,16 @@ class ServerJudge:
             self._checked = True
         self.client.stopping = stopping = Event()
         keys, jobs = list(left), [partial(self._answer, text) for text in left.values()]
-        if self.cache is not None:
-            self.cache.parent.mkdir(parents=True, exist_ok=True)
         asked = in_threads(jobs, self.client.concurrency, stopping)
         for number, answer in progress(asked, what="judging", total=len(jobs), unit="questions"):
-            self._answers[keys[number]] = answer
-            if self.cache is not None:
-                with self.cache.open("a", encoding="utf-8") as lines:
-                    lines.write("\n" + json.dumps({"key": keys[number], **answer}) + "\n")
+            self._answers.add(keys[number], answer)
 
     def _answer(self, text: str) -> dict[str, Any]:
         """Preference for the first response (None if unreadable) and tokens of one question."""
         body = {
-            "model": self.client.model, "messages": [{"role": "user", "content": text}], "temperature": 0.0,
-            "max_tokens": ANSWER_TOKENS, "seed": 0,
-        }  # fmt: skip
-        if self._logprobs:
-            try:
-                asked = body | {"logprobs": True, "top_logprobs": TOP}
-                answer = self.client.request("POST", "/chat/completions", asked)
-            except DataError as error:
-                if "logprob" not in error.message:
-                    raise
-                self._logprobs = False
-                log.info("%s gives no log-probs: its verdicts are letters", self.name)
-        if not self._logprobs:
-            answer = self.client.request("POST", "/chat/completions", body)
+            "model": self.client.model, "messages": [{"role": "user", "content": text}], "max_tokens": ANSWER_TOKENS,
+        } | NEUTRAL  # fmt: skip
+        answer = self._asked(body)
         try:
             choice, usage = answer["choices"][0], answer.get("usage") or {}
             preference = _preference(choice)
@@ -135,6 +130,23 @@ class ServerJudge:
             ) from None
         tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
         return {"preference": preference, **tokens}
+
+    def _asked(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The server's answer, without the optional fields that it does not know."""
+        while True:
+            left = dict(self._optional)
+            try:
+                found: dict[str, Any] = self.client.request(
+                    "POST", "/chat/completions", body | {k: v for one in left.values() for k, v in one.items()}
+                )
+            except DataError as error:
+                refused = next((name for name in left if name in error.message), None)
+                if refused is None:
+                    raise
+                if self._optional.pop(refused, None) is not None:  # else another question has found it out
+                    log.info("%s: %s", self.name, WITHOUT[refused])
+            else:
+                return found
 
     def _report(self, unreadable: int, count: int) -> None:
         if unreadable == count and count:
@@ -164,14 +176,3 @@ def _preference(choice: dict[str, Any]) -> float | None:
 def _letter(token: Any) -> str | None:
     text = str(token).strip().strip("*\"'().:")
     return text if text in LABELS else None
-
-
-def _read(cache: Path | None) -> dict[str, dict[str, Any]]:
-    """Answers of earlier calls by key; a line that a killed process left unfinished is skipped."""
-    found: dict[str, dict[str, Any]] = {}
-    if cache is not None and cache.exists():
-        for line in cache.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
-                answer = json.loads(line)
-                found[answer.pop("key")] = answer
-    return found

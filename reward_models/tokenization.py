@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.columns import RESPONSES
 from align.data.text import plain
+from align.errors import ModelError
+from align.io.console import log
 from align.models.chat_template import template_settings
 from align.models.pair_rows import pair_name
 from align.models.tokenization import encode_reward_texts, render, report_same_tokens, truncated
@@ -78,6 +80,9 @@ def reward_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_len
 
     A ``SentencePair`` gets what the tokenizer puts around two texts, of which the longer is truncated first, on the
     right; its ids are ``SegmentedIds``.
+
+    Raises:
+        ModelError: the tokenizer marks the two texts otherwise than BERT's (XLNet's has a third kind of token).
     """
     paired = {k: text for k, text in enumerate(texts) if isinstance(text, SentencePair)}
     if not paired:
@@ -92,6 +97,13 @@ def reward_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_len
     for k, ids, types in zip(paired, rows["input_ids"], every, strict=True):
         found[k] = segmented = SegmentedIds(ids)
         segmented.second = types.index(1) if 1 in types else len(ids)
+        if any(kind != (place >= segmented.second) for place, kind in enumerate(types)):
+            raise ModelError(
+                f"{tokenizer.name_or_path}: found token types {sorted(set(types))} of a sentence pair, expected 0 in "
+                "the first text and 1 from where the second begins",
+                code="reward-text-pair",
+                hint="take a model whose tokenizer marks sentence pairs as BERT's does",
+            )
     return [found[k] for k in range(len(texts))]
 
 
@@ -147,6 +159,39 @@ def cut_alike(
     for k, other in zip(places, others, strict=True):
         found[k] = _alike(first[k], second[k], ids[k], other, full)
     return found
+
+
+def unread(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    text_pair: bool = False,
+) -> np.ndarray:
+    """Whether the prompt leaves no room for its completion within ``max_length``, bool [N]."""
+    rows = list(zip(prompts, completions, strict=True))
+    whole = [reward_text(prompt, completion, tokenizer, text_pair=text_pair) for prompt, completion in rows]
+    nothing = ["" if isinstance(prompt, str) else [] for prompt, _ in rows]
+    asked = [
+        reward_text(prompt, empty, tokenizer, text_pair=text_pair)
+        for (prompt, _), empty in zip(rows, nothing, strict=True)
+    ]
+    return cut_alike(whole, asked, tokenizer, max_length)
+
+
+def warn_of_unread(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    text_pair: bool = False,
+) -> None:
+    """Warn of completions that are not read because their prompts fill ``max_length``; see ``unread``."""
+    count = unread(prompts, completions, tokenizer, max_length, text_pair=text_pair).sum()
+    if count:
+        log.warning("%d of %d completions are not read: their prompts fill max_length", count, len(prompts))
 
 
 def told_apart(pairs: Dataset, alike: np.ndarray, max_length: int) -> np.ndarray:

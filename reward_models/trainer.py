@@ -19,21 +19,27 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from align.config import SharpnessSection, TiltSection
 from align.config.columns import NAMES
-from align.data.in_memory import checked_table
 from align.data.table_facts import table_facts
 from align.data.training_pairs import record_of, write_digests
 from align.errors import python_words
 from align.io.files import read_json, write_json
 from align.losses.pair_weights import LossTilt
 from align.models.collator import REAL, counted, only_real
-from align.training.base.argument_types import check_arguments, check_named_table
+from align.training.base.argument_types import (
+    check_arguments,
+    check_function,
+    check_named_table,
+    check_optimizer_class,
+)
 from align.training.base.arguments import refusals
 from align.training.base.trainer import ReliableTrainer
+from align.training.trainer_inputs import without_ignored_kwargs
 from reward_models.arguments import read_section
 from reward_models.preparation import (
     SEGMENTS,
     UNBOUNDED,
     TrainerInputs,
+    held_out_table,
     is_tokenized,
     prepare_pairs,
     refuse_without_effect,
@@ -130,12 +136,16 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
     ) -> None:
         refuse_without_effect(data_collator=data_collator, quantization_config=quantization_config)
         check_arguments(callbacks, optimizers, compute_metrics, type(self).__name__)
+        check_optimizer_class(optimizer_cls_and_kwargs, optimizers)
+        check_function(preprocess_logits_for_metrics, "preprocess_logits_for_metrics", "of logits and labels")
+        model = str(model) if isinstance(model, Path) else model
         inputs = TrainerInputs.read(model, args, train_dataset, eval_dataset, processing_class, peft_config, objective)
         self.objective = inputs.objective
         self._names = PairNames(inputs.train)
         self._pairs = inputs.pairs
         self.data_facts = None if inputs.pairs is None else table_facts(inputs.pairs)
-        with refusals("RewardTrainer") if inputs.pairs is not None else nullcontext():
+        applied = without_ignored_kwargs(trl.RewardTrainer) if isinstance(model, str) else nullcontext()
+        with refusals("RewardTrainer") if inputs.pairs is not None else nullcontext(), applied:
             super().__init__(
                 model=inputs.model, args=inputs.args, train_dataset=inputs.train, eval_dataset=inputs.evaluation,
                 processing_class=inputs.tokenizer, compute_metrics=compute_metrics, callbacks=callbacks,
@@ -211,7 +221,7 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
         model, args = self.accelerator.unwrap_model(self.model), self.args
         with python_words():
             return prepare_pairs(
-                checked_table(table, name),
+                held_out_table(table, name),
                 model.get_base_model() if isinstance(model, PeftModel) else model,
                 self.processing_class,
                 self.objective,

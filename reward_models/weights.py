@@ -14,11 +14,16 @@ from align.models.folders import HEADS, no_head, several_outputs
 NAMED = 3
 """Names of weights that a message gives."""
 NOT_READ = re.compile(
-    r"(^|\.)(lm_head|embed_out|cls|lm_predictions|mask_predictions|generator_predictions|discriminator_predictions"
-    r"|vocab_(transform|layer_norm|projector)|mtp(_layers)?|pooler)\.|^decoder\."
+    r"(^|\.)(lm_head|embed_out|mtp(_layers)?)\."
     r"|(^|\.)(lm_head|(attn|attention)\.(masked_)?bias|position_ids|token_type_ids|\w*inv_freq|(cos|sin)_cached)$"
 )
-"""Heads of pretraining, poolers that the head does not read, and buffers: a reward does not depend on them."""
+"""Heads that predict tokens, and buffers: a reward does not depend on them."""
+NOT_READ_BY_ENCODERS = re.compile(
+    r"^(cls\.(predictions|seq_relationship)|lm_predictions|mask_predictions|generator_predictions|decoder"
+    r"|discriminator_predictions|vocab_(transform|layer_norm|projector))\.|(^|\.)pooler\.dense\.(weight|bias)$"
+)
+"""Heads of an encoder's pretraining, and poolers that its head does not read. Nothing in a decoder has these names, so
+there they are of a head of its own."""
 POOLER = "pooler"
 """Part of a backbone that models pretrained without it lack; it is trained with the head."""
 
@@ -77,7 +82,8 @@ def check_weights(name: str, model: PreTrainedModel, found: FoundWeights, *, new
             code="model-load",
             hint="copy the model again",
         )
-    unused = {weight for weight in found.unexpected if not NOT_READ.search(weight)}
+    harmless = [NOT_READ] if hasattr(model, "score") else [NOT_READ, NOT_READ_BY_ENCODERS]
+    unused = {weight for weight in found.unexpected if not any(names.search(weight) for names in harmless)}
     lacking = {weight for weight in found.missing if not new_head or _in_backbone(model, weight)}
     if lacking:
         also = f"; it has {listed_names(unused)}, which would not be read" if unused else ""

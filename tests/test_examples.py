@@ -1,12 +1,16 @@
 """Each script of examples/ does its job, on tiny models under the names of docs/python.md."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from tests.helpers.builders import llama_reward
 from tests.helpers.python_page import write_page_folder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -53,6 +57,27 @@ def test_reward_model_is_trained_and_saved(folder: Path) -> None:
     card = (folder / "trained" / "README.md").read_text()
     assert "`bradley_terry`" in card and "preference pairs, fingerprint" in card
     assert (folder / "trained" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("name", "model", "lines"), [("dpo.py", POLICY, 2), ("reward_model.py", "backbone", 1)])
+def test_a_script_with_trl_s_imports_trains_the_same_weights(folder: Path, name: str, model: str, lines: int) -> None:
+    """Each changed line says what it was; with these lines the script is trl's."""
+    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    texts = [json.dumps({key: pair[key] for key in ("prompt", "chosen", "rejected")}) for pair in pairs]
+    (folder / "texts.jsonl").write_text("\n".join(texts))
+    text = (EXAMPLES / name).read_text(encoding="utf-8")
+    theirs, changed = re.subn(r"^from .*# was: (from trl import .*)$", r"\1", text, flags=re.MULTILINE)
+    assert changed == lines and not re.search(r"^from (align|reward_models)", theirs, flags=re.MULTILINE)
+    (folder / "trl.py").write_text(theirs)
+    llama_reward(folder / "backbone")
+    given = ["--model_name_or_path", model, "--dataset_name", "texts.jsonl", "--max_length", "64", *SHORT]
+    for script, output in ((EXAMPLES / name, "ours"), (folder / "trl.py", "theirs")):
+        sys.argv = [name, *given, "--output_dir", output, "--optim", "sgd", "--learning_rate", "0.1"]
+        runpy.run_path(str(script), run_name="__main__")
+    ours, others = (load_file(folder / output / "model.safetensors") for output in ("ours", "theirs"))
+    assert ours.keys() == others.keys()
+    for key, value in ours.items():
+        torch.testing.assert_close(value, others[key], rtol=1e-4, atol=1e-6)
 
 
 def test_filter_keeps_a_share(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """The face of the package: what `import align` costs, which names it has, that type checkers read it."""
 
+import ast
 import importlib
 import importlib.util
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import align
+import reward_models
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "datasets", "transformers", "trl", "pydantic")
@@ -48,6 +50,15 @@ def test_other_names_are_no_attributes() -> None:
     with pytest.raises(AttributeError, match="module 'align' has no attribute 'PreferenceTrainr'"):
         getattr(align, "PreferenceTrainr")  # noqa: B009
     assert importlib.util.find_spec("align.training") is not None
+
+
+def test_the_typed_script_uses_every_public_name() -> None:
+    """mypy, which reads that script, then sees the types of each."""
+    tree = ast.parse((ROOT / "tests" / "helpers" / "typed_script.py").read_text(encoding="utf-8"))
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert {*align.__all__, *reward_models.__all__} - used == set()
+    checked = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert "tests/helpers/typed_script.py" in checked["files"] and checked["strict"]
 
 
 def test_both_packages_are_typed() -> None:

@@ -15,10 +15,13 @@ from align.stats import (
     Estimate,
     correlation,
     disjoint,
+    ends,
     excludes,
     influence_interval,
     interval,
+    jackknife_interval,
     mean_interval,
+    number,
     share_among,
     share_interval,
 )  # fmt: skip
@@ -102,6 +105,8 @@ def test_nothing_is_claimed_from_few_units() -> None:
     assert not excludes(clustered, 0.0) and not excludes(clustered.to_dict(), 0.0)
     high, low = Estimate(1.0, 0.9, 1.1, 20).to_dict(), Estimate(0.0, -0.1, 0.1, 20).to_dict()
     assert disjoint(high, low) and not disjoint(low, high) and not disjoint(high, low | {"units": 3})
+    assert disjoint(high, low | {"n": FEWEST_UNITS}) and not disjoint(high | {"n": FEWEST_UNITS - 1}, low)
+    assert not disjoint(high, low | {"high": 0.9}), "ends that touch are not apart"
 
 
 def test_correlation_of_normal_values_is_near_fisher_s() -> None:
@@ -116,6 +121,62 @@ def test_correlation_of_normal_values_is_near_fisher_s() -> None:
     four = correlation([1.0, 2.0, 3.0, 4.0], [1.0, 2.5, 2.0, 4.0])
     assert four is not None and four["value"] == pytest.approx(np.corrcoef([1, 2, 3, 4], [1, 2.5, 2, 4])[0, 1])
     assert correlation([1.0, 2.0], [1.0, 2.0]) is None and correlation([1.0] * 9, range(9)) is None
+
+
+@pytest.mark.parametrize("sizes", [[1] * 12, [3] * 12, [1, 1, 2, 5, 1, 3, 1, 1, 2, 4, 1, 2]])
+def test_correlation_leaves_out_one_cluster_after_the_other(sizes: list[int]) -> None:
+    """Against numpy's correlation of what is left; far from 0 and with unequal means, where sums would not do."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(5.0, 1.0, sum(sizes)) ** 2
+    y = -0.7 * x + rng.normal(-9.0, 4.0, sum(sizes))
+    clusters = np.repeat(np.arange(12), sizes)
+    left = [np.arctanh(np.corrcoef(x[clusters != k], y[clusters != k])[0, 1]) for k in range(12)]
+    r = np.corrcoef(x, y)[0, 1]
+    expected = jackknife_interval(float(np.arctanh(r)), left, n=sum(sizes), sizes=sizes)
+    found = correlation(x, y, clusters=clusters)
+    assert found is not None and expected.low is not None and expected.high is not None
+    assert (found["value"], found["low"], found["high"]) == pytest.approx(
+        (r, np.tanh(expected.low), np.tanh(expected.high)), abs=1e-9
+    )
+    assert (found["n"], found.get("units") or found["n"]) == (sum(sizes), 12)
+
+
+def test_copies_do_not_narrow_a_correlation() -> None:
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(2, 20))
+    once, often = correlation(x, y), correlation(np.repeat(x, 5), np.repeat(y, 5), clusters=np.repeat(np.arange(20), 5))
+    assert once is not None and often is not None
+    assert [often[key] for key in ("value", "low", "high")] == pytest.approx(
+        [once[key] for key in ("value", "low", "high")]
+    )
+    assert (often["n"], often["units"]) == (100, 20)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_correlations_without_an_interval(sign: float) -> None:
+    """A line has none, nor have values of which one alone differs: without it there is no correlation."""
+    line = correlation(np.arange(6.0), sign * np.arange(6.0))
+    assert line is not None and line["value"] == pytest.approx(sign) and line["low"] is None and line["n"] == 6
+    one = correlation([0.0, 0.0, 0.0, 0.0, 1.0], sign * np.array([0.1, 0.3, 0.2, 0.0, 5.0]))
+    assert one is not None and one["low"] is None and one["high"] is None and one["n"] == 5
+    assert one["value"] == pytest.approx(sign * np.corrcoef([0, 0, 0, 0, 1], [0.1, 0.3, 0.2, 0.0, 5.0])[0, 1])
+
+
+def test_numbers_have_two_digits_of_their_spread() -> None:
+    assert [number(1234.5678), number(0.123456), number(0.5, 0.0)] == ["1.23e+03", "0.123", "0.5"]
+    assert [number(1.23456, spread) for spread in (30.0, 3.0, 0.3, 0.03, 0.0003)] == [
+        "1", "1.2", "1.23", "1.235", "1.2346",
+    ]  # fmt: skip
+    assert number(1234.56, 30.0) == "1235" and number(1.5, 1.0) == "1.5"
+
+
+def test_intervals_in_words() -> None:
+    found = Estimate(0.8249, 0.7, 0.95, 30).to_dict()
+    assert interval(found) == "0.82 (0.70 to 0.95)"
+    assert interval(Estimate(0.5, None, None, 2).to_dict()) == "0.5 (all equal)"
+    assert interval(Estimate(0.5, None, None, 1).to_dict()) == "0.5 (a single value)"
+    assert interval(Estimate(0.5, None, None, 40, 1).to_dict()) == "0.5 (a single value)"
+    assert ends(found) == (0.7, 0.8249, 0.95) and ends(Estimate(0.5, None, None, 2).to_dict()) == (0.5, 0.5, 0.5)
 
 
 def test_influence_of_linear_estimates() -> None:

@@ -1,10 +1,11 @@
 """``compare_policies``: which of two policies writes the better completions, by a judge."""
 
 import copy
+import inspect
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +15,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from align.commands.evaluate import compare_written, win_sentence
+from align.commands.compare import compare_written, win_sentence
+from align.commands.evaluation_job import decoding_of
 from align.commands.evaluation_tables import Written, completions_table, on_same_prompts, write_completions
 from align.data.messages import as_messages
 from align.data.readers import Row
@@ -78,6 +80,7 @@ def compare_policies(
     batch_size: int = 64,
     max_length: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    independent_seeds: bool = False,
 ) -> Comparison:
     """Let two policies complete the same prompts and ask a judge, in both orders, which completion is better.
 
@@ -100,6 +103,8 @@ def compare_policies(
         batch_size: completions per forward pass; no completion depends on it.
         max_length: tokens that a reward model or ``llm:`` judge reads; None: 1024.
         tokenizer: tokenizer of the loaded models; None: that of the folder or hub id they were loaded from.
+        independent_seeds: B samples with ``seed + 1``; by default both have the same random numbers, which makes the
+            interval narrower where the policies are close, and many of their texts identical.
 
     Raises:
         ConfigError: a policy, a number or the judge is none that can be used.
@@ -108,30 +113,43 @@ def compare_policies(
     """
     started = time.monotonic()
     with python_words(HINTS):
-        _check_numbers(max_new_tokens=max_new_tokens, n=n, batch_size=batch_size)
-        if temperature < 0:
-            raise ConfigError(f"temperature: found {temperature}, expected 0 or more", code="config-option")
+        _check_numbers(temperature, max_new_tokens=max_new_tokens, n=n, batch_size=batch_size)
         texts = _checked_prompts(prompts)
-        first, second = _named(a, b)
-        check_prompts_of(texts, [policy.model for policy, _ in (first, second) if policy.model])
-        check_prompts_of(texts, [judge] if isinstance(judge, str) and Path(judge).is_dir() else [], answered=True)
+        both = _named(a, b)
+        _check_templates(texts, both, judge)
         asked = _judge(judge, max_length)
         sampling = Sampling(max_new_tokens, temperature, seed=seed, batch_size=batch_size)
-        with TemporaryDirectory(prefix="compare-") as folder:
-            given = (texts * n, sampling, Path(folder), tokenizer)
-            kept, left_out = on_same_prompts([_written(one, loaded, *given) for one, loaded in (first, second)])
+        kept, left_out = _both_written(both, texts * n, sampling, (seed, seed + independent_seeds), tokenizer)
         written = {one.policy.name: one for one in kept}
-        preferences = _preferences(asked, *written.values())
-        run = _run(asked, texts, (first, second), sampling, n, started, left_out)
+        ours, theirs = written.values()
+        preferences = prefer_in_both_orders(asked, list(ours.prompts), ours.answers(), theirs.answers())
+        decoding = decoding_of(sampling, independent_seeds=independent_seeds)
+        run = _run(asked, texts, both, decoding, n, started, left_out)
         details = compare_written(written, asked, preferences, shown=SHOWN, run=run)
     return _result(details, written, (preferences[0] + preferences[1]) / 2)
+
+
+def _both_written(
+    policies: Sequence[tuple[Policy, Any]],
+    prompts: list[Any],
+    sampling: Sampling,
+    seeds: tuple[int, int],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[list[Written], dict[str, Any]]:
+    """The completions of both policies where both have one, and what is left out, see ``on_same_prompts``."""
+    with TemporaryDirectory(prefix="compare-") as folder:
+        drawn = [
+            _written(policy, loaded, prompts, replace(sampling, seed=seed), Path(folder), tokenizer)
+            for (policy, loaded), seed in zip(policies, seeds, strict=True)
+        ]
+        return on_same_prompts(drawn)
 
 
 def _run(
     judge: PairwiseJudge,
     prompts: list[Any],
     policies: Sequence[tuple[Policy, Any]],
-    sampling: Sampling,
+    decoding: dict[str, Any],
     n: int,
     started: float,
     left_out: dict[str, Any],
@@ -144,13 +162,7 @@ def _run(
         **({"left_out": left_out} if left_out else {}),
         "judge": judge.name,
         "policies": {policy.name: policy.model or _described(loaded) for policy, loaded in policies},
-        "decoding": {
-            "max_new_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "seed": sampling.seed,
-            "batch_size": sampling.batch_size,
-            "engine": sampling.engine,
-        },
+        "decoding": decoding,
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -168,10 +180,22 @@ def _result(details: dict[str, Any], written: dict[str, Written], preference: np
     return Comparison(rate["value"], interval, table, details)
 
 
-def _check_numbers(**numbers: int) -> None:
+def _check_templates(prompts: list[Any], policies: Sequence[tuple[Policy, Any]], judge: Any) -> None:
+    """Check that the chat templates of models in folders take the prompts, a judge's with an answer.
+
+    Raises:
+        ModelError, DataError: see ``check_prompts_of``.
+    """
+    check_prompts_of(prompts, [policy.model for policy, _ in policies if policy.model])
+    check_prompts_of(prompts, [judge] if isinstance(judge, str) and Path(judge).is_dir() else [], answered=True)
+
+
+def _check_numbers(temperature: float, **numbers: int) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}: found {value!r}, expected a whole number of at least 1", code="config-option")
+    if temperature < 0:
+        raise ConfigError(f"temperature: found {temperature}, expected 0 or more", code="config-option")
 
 
 def _checked_prompts(prompts: Any) -> list[Any]:
@@ -215,6 +239,8 @@ def _named(a: Any, b: Any) -> tuple[tuple[Policy, Any], tuple[Policy, Any]]:
             )
         if isinstance(policy, Engine) and not isinstance(getattr(policy, "name", None), str):
             raise ConfigError(f"{name}: found an engine without a name, expected one", code="eval-policy")
+        if isinstance(policy, Engine):
+            _check_call(name, policy.stream, ("prompts", "sampling", "keys"), "eval-policy")
     sources = [_source(one) for one in (a, b)]
     paths = [Path(source) for source in sources]
     names = [(path.parent.name if path.name == "model" else path.name).removeprefix("train-") for path in paths]
@@ -239,34 +265,32 @@ def _judge(judge: Any, max_length: int | None) -> PairwiseJudge:
         return make_pairwise(judge, max_length)
     name = getattr(judge, "name", None)
     if isinstance(name, str) and callable(getattr(judge, "prefer", None)):
+        _check_call("judge", judge.prefer, ("prompts", "first", "second"), "judge-name")
         chosen: PairwiseJudge = judge
         return chosen
     if isinstance(name, str) and callable(getattr(judge, "score", None)):
+        _check_call("judge", judge.score, ("prompts", "completions"), "judge-name")
         return ByScore(judge)
     raise ConfigError(f"judge: found {judge!r}, expected a name, or an object that judges", code="judge-name")
 
 
-def _preferences(judge: PairwiseJudge, ours: Written, theirs: Written) -> tuple[np.ndarray, np.ndarray]:
-    """Preferences for ours, [N] each.
+def _check_call(name: str, method: Any, taken: tuple[str, ...], code: str) -> None:
+    """Check that a method of an object of the caller's takes these arguments, before anything is sampled.
 
     Raises:
-        DataError: the judge gives another number of them, or one that is not in [0, 1].
+        ConfigError: it takes others, or it is a method of a class that was given in place of an object.
     """
-    found = prefer_in_both_orders(judge, list(ours.prompts), ours.answers(), theirs.answers())
-    first, second = (np.asarray(values, dtype=np.float64) for values in found)
-    count = len(ours.prompts)
-    for values in (first, second):
-        if values.shape != (count,):
-            found_instead = f"an array of shape {values.shape}"
-        elif (outside := ~((values >= 0) & (values <= 1))).any():
-            found_instead = f"the preference {values[outside][0]} for completion {int(outside.argmax())}"
-        else:
-            continue
-        raise DataError(
-            f"judge {judge.name}: found {found_instead}, expected {count} preferences in [0, 1], or finite scores",
-            code="eval-judge",
-        )
-    return first, second
+    try:
+        inspect.signature(method).bind(*taken)
+    except TypeError as error:
+        called = f"{getattr(method, '__qualname__', method)}({', '.join(taken)})"
+        raise ConfigError(
+            f"{name}: {called} cannot be called: {error}",
+            code=code,
+            hint="see docs/python.md; give an object, no class",
+        ) from None
+    except ValueError:
+        return  # a method of C without a signature
 
 
 def _written(

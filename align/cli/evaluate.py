@@ -1,6 +1,6 @@
 """`align eval`: whether an aligned model is better, by how much, and at what KL."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -21,7 +21,7 @@ from align.cli.options import (
 from align.errors import ConfigError
 
 if TYPE_CHECKING:
-    from align.commands.evaluate import Settings
+    from align.commands.evaluation_job import Settings
     from align.generation.types import EngineName
 
 app = typer.Typer(help="Rewards, win rates and KL of policies; accuracy of reward models.", no_args_is_help=True)
@@ -38,9 +38,13 @@ class EvaluateOptions(LoadingOptions):
     output: Annotated[Path, output_folder("Folder to write into; several commands share one page there.")]
     judge: Annotated[
         str | None,
-        typer.Option(help="A reward model, yes-no:MODEL, vader; to compare also llm:MODEL, server:MODEL. No default."),
+        typer.Option(
+            help="A reward model, reward-server:MODEL, yes-no:MODEL, vader; to compare also llm:MODEL, server:MODEL."
+        ),
     ] = None
-    base_url: Annotated[str | None, typer.Option(help="Address of a server: judge, ending in /v1.")] = None
+    base_url: Annotated[
+        str | None, typer.Option(help="Address of a server: or reward-server: judge, ending in /v1.")
+    ] = None
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of a completion.")] = 64
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto"
     batch_size: Annotated[int, typer.Option(min=1, help="Completions per forward pass.")] = 64
@@ -54,15 +58,15 @@ class EvaluateOptions(LoadingOptions):
 
     def settings(self, *, temperature: float = 1.0, shown: int = 0) -> "Settings":
         """The options as ``align.commands.evaluate`` takes them."""
-        from align.commands.evaluate import Settings
+        from align.commands.evaluation_job import Settings
         from align.config.judging import CHOICES
         from align.generation.types import Sampling
 
         if not self.judge:
             raise ConfigError("--judge: missing; there is no default judge", code="eval-judge", hint=f"name {CHOICES}")
-        if self.base_url is not None and not self.judge.startswith("server:"):
+        if self.base_url is not None and not self.judge.startswith(("server:", "reward-server:")):
             raise ConfigError(
-                f"--base-url: found one with the judge {self.judge}, expected server:MODEL",
+                f"--base-url: found one with the judge {self.judge}, expected server:MODEL or reward-server:MODEL",
                 code="eval-judge",
                 hint="leave it out",
             )
@@ -92,6 +96,14 @@ class SampleOptions:
 
     temperature: Annotated[float, typer.Option(min=0.0, help="Decoding temperature; 0 is greedy.")] = 1.0
     shown: Annotated[int, typer.Option(min=0, help="Number of prompts whose completions the page shows.")] = 100
+    independent_seeds: Annotated[
+        bool, typer.Option("--independent-seeds", help="Other random numbers for each policy; default: the same.")
+    ] = False
+
+    def settings(self, options: EvaluateOptions) -> "Settings":
+        """The options of one evaluation, with these."""
+        given = options.settings(temperature=self.temperature, shown=self.shown)
+        return replace(given, independent_seeds=self.independent_seeds)
 
 
 @app.command("reward")
@@ -100,23 +112,16 @@ def reward(policies: Policies, options: EvaluateOptions, samples: SampleOptions,
     """Reward of policies on held-out prompts, gain over the reference, KL, gain per sqrt(2 KL), text statistics."""
     from align.commands import evaluate as commands
 
-    settings = options.settings(temperature=samples.temperature, shown=samples.shown)
-    commands.reward(policies, reference, settings)
+    commands.reward(policies, reference, samples.settings(options))
 
 
 @app.command("compare")
 @expand_options
-def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="Policy: NAME=FOLDER or FOLDER.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="The other policy.")],
-    options: EvaluateOptions,
-    samples: SampleOptions,
-) -> None:
-    """Win rate of A over B in both orders, ties count half, length-controlled, with intervals over prompts."""
-    from align.commands import evaluate as commands
+def compare(policies: Policies, options: EvaluateOptions, samples: SampleOptions) -> None:
+    """Win rates of two or more policies, each pair in both orders, ties count half, length-controlled, intervals."""
+    from align.commands.compare import write_comparisons
 
-    settings = options.settings(temperature=samples.temperature, shown=samples.shown)
-    commands.write_comparison(a, b, settings)
+    write_comparisons(policies, samples.settings(options))
 
 
 @app.command("frontier")
@@ -168,6 +173,44 @@ def reward_model(
         source, model, output, chat=chat, batch_tokens=batch_tokens, max_length=max_length, seed=seed,
         trained_on=trained_on, options=loading.load_options(),
     )  # fmt: skip
+
+
+@app.command("benchmarks")
+def benchmarks(
+    policies: Annotated[
+        list[str],
+        typer.Argument(metavar="POLICY...", help="NAME=FOLDER or FOLDER; with --results, NAME=RESULTS of lm_eval."),
+    ],
+    output: Annotated[Path, output_folder("Folder to write into; several commands share one page there.")],
+    task: Annotated[list[str] | None, typer.Option(help="Task or group of lm-evaluation-harness, repeatable.")] = None,
+    reference: Reference = None,
+    results: Annotated[
+        bool, typer.Option("--results", help="Policies and --reference are results files or folders of lm_eval.")
+    ] = False,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt; default: the task's.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first LIMIT documents of each task.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask through the models' chat templates.")
+    ] = False,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass.")] = 8,
+) -> None:
+    """Benchmark scores before and after training, through lm-evaluation-harness, with paired intervals."""
+    from align.commands import benchmarks as commands
+
+    asked = {"--task": task, "--num-fewshot": num_fewshot, "--limit": limit, "--include-path": include_path}
+    if results:
+        given = [name for name, value in asked.items() if value is not None]
+        if given or reference is None:
+            problem = f"--results: found {', '.join(given)} as well" if given else "--reference: missing"
+            raise ConfigError(
+                f"{problem}, expected results of lm_eval alone, those before training as --reference",
+                code="benchmark-task",
+            )
+        commands.read(policies, reference, output)
+        return
+    settings = commands.Benchmarks(tuple(task or ()), num_fewshot, limit, apply_chat_template, include_path, batch_size)
+    commands.measure(policies, reference, settings, output)
 
 
 @app.command("page")

@@ -116,8 +116,6 @@ def run(
     from align.commands.filter import CACHE, filter_source
     from align.io.console import log
 
-    kept = f"{settings.share:g}" if settings.method != "threshold" else f"importance of {settings.minimum} or more"
-    log.info("filter %s: keep %s of what passes the rules, seed %d, writes %s", pairs, kept, seed, output)
     filter_source(
         pair_source(pairs, column, split), settings, output, seed=seed, cache=output / CACHE,
         cluster=cluster_section(cluster),

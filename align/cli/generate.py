@@ -92,7 +92,7 @@ def best_of_n(
     """Choose the best completion of each prompt; print the gain and a KL bound of each smaller n (JSON)."""
     import json
 
-    from align.commands.best_of_n import BestSettings, choose_best
+    from align.commands.best_of_n import PAGE, BestSettings, choose_best
     from align.commands.generate import METRICS, Format, find_completions
     from align.errors import ConfigError
     from align.io.console import log, out
@@ -113,7 +113,7 @@ def best_of_n(
     )
     choose_best(completions, settings, output)
     out.print_json(json.dumps(read_json(output / METRICS)))
-    log.info("the best ones: %s", find_completions(output))
+    log.info("the best ones: %s; look at it: open %s", find_completions(output), output / PAGE)
 
 
 def iterate(

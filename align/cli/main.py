@@ -25,6 +25,7 @@ from align.cli.options import (
     Cluster,
     Columns,
     LoadingOptions,
+    NearCopies,
     Split,
     cluster_section,
     expand_options,
@@ -168,6 +169,7 @@ def data_check(
     output: Annotated[Path, output_folder("Folder for --drop-invalid.")] = Path("checked"),
     column: Columns = None,
     split: Split = "train",
+    near_copies: NearCopies = False,
     model: Annotated[str | None, typer.Option(help="Also read every pair as this model's tokenizer does.")] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Also: what can these pairs teach? A page in --output.")] = False,
     loss: Annotated[str, typer.Option(help="--deep: loss whose first step is predicted.")] = "dpo",
@@ -178,7 +180,7 @@ def data_check(
     """Validate every row; print a summary and the offending rows. --deep: shortcuts, noise, distance, cost."""
     from align.commands.data import check_data
 
-    source = pair_source(pairs, column, split)
+    source = pair_source(pairs, column, split, near_copies=near_copies)
     if deep:
         from align.commands.diagnose import diagnose_source
 
@@ -190,11 +192,17 @@ def data_check(
 
 
 @app.command("report")
-def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run, e.g. runs/demo.")]) -> None:
-    """Render report.html of a run again from its report.json."""
-    from align.commands.report import render_report
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, e.g. runs/demo.")],
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Page of several runs, e.g. runs.html.")] = None,
+) -> None:
+    """Render report.html of a run again from its report.json, or one page of several runs side by side."""
+    from align.commands.report import render_report, render_runs
 
-    render_report(run_folder)
+    if len(runs) == 1 and output is None:
+        render_report(runs[0])
+    else:
+        render_runs(runs, output)
 
 
 @app.command("push")

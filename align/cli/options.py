@@ -23,6 +23,9 @@ Cluster = Annotated[
 ]
 Columns = Annotated[list[str] | None, typer.Option("--column", help="Column mapping, e.g. chosen=preferred.")]
 Split = Annotated[str, typer.Option(help="Split of a hub dataset or saved dataset.")]
+NearCopies = Annotated[
+    bool, typer.Option("--near-copies", help="Keep pairs with nearly equal texts together in splits and intervals.")
+]
 TemplateKwargs = Annotated[
     str | None, typer.Option(help='Arguments of the chat template for all prompts: {"enable_thinking": false}.')
 ]
@@ -121,7 +124,7 @@ def template_kwargs(option: str | None) -> dict[str, Any]:
     return found
 
 
-def pair_source(path: str, columns: list[str] | None, split: str) -> "PairsSection":
+def pair_source(path: str, columns: list[str] | None, split: str, *, near_copies: bool = False) -> "PairsSection":
     """The options that name a table as a section of the configuration.
 
     Raises:
@@ -139,7 +142,7 @@ def pair_source(path: str, columns: list[str] | None, split: str) -> "PairsSecti
             raise ConfigError(f"--column {item}: expected name=source", code="config-option")
         mapping[name] = source
     try:
-        return PairsSection(path=path, columns=mapping, split=split)
+        return PairsSection(path=path, columns=mapping, split=split, near_copies=near_copies)
     except ValidationError as error:
         reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
         raise ConfigError(f"--column: {reason}", code="config-option") from None

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from align.cli.options import Seed, Split, expand_options, output_folder
+from align.cli.options import NearCopies, Seed, Split, expand_options, output_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,7 @@ class TrustOptions:
     seed: Seed = 0
     column: Annotated[list[str] | None, typer.Option(help="Column mapping, e.g. margin=score_gap.")] = None
     split: Split = "train"
+    near_copies: NearCopies = False
 
 
 @expand_options
@@ -57,7 +58,8 @@ def _run(options: TrustOptions, sentences: tuple[str, ...]) -> None:
         known = ", ".join(SOURCES)
         raise ConfigError(f"--margins {options.margins}: expected one of {known}", code="config-option")
     commands.trust(
-        pair_source(options.pairs, options.column, options.split), options.model, options.output,
+        pair_source(options.pairs, options.column, options.split, near_copies=options.near_copies), options.model,
+        options.output,
         margins=options.margins, allow_in_sample=options.allow_in_sample, max_length=options.max_length,
         seed=options.seed, printed=sentences,
     )  # fmt: skip

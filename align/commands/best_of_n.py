@@ -19,12 +19,16 @@ from align.io.files import write_json
 from align.io.hashing import fingerprint_source
 from align.io.stage import Stage, check_output, run_stage
 from align.models.message_checks import check_prompts_of
+from align.reports.best_of_n_page import shown_samples, write_best_of_n_page
 from align.stats import interval, mean_interval
 from reward_models.scorers import ScorerSpec, score_in_chunks
 
 STAGE = "best-of-n"
 SCORES = "scores"
 CACHE = "parts-"
+PAGE = "report.html"
+SHOWN = 50
+"""Prompts that the page shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +60,9 @@ def choose_best(completions: str | Path, settings: BestSettings, output: Path) -
     """Write the best completion of each prompt, all scores, and ``metrics.json``; skip this if up to date.
 
     ``completions.parquet`` (or ``.jsonl``) has the row of the best completion as ``align generate`` wrote it, with
-    ``score`` (and ``gold``); ``scores.parquet`` has ``id``, ``sample``, ``score`` (and ``gold``) of all completions. A
-    score is a reward, or P(yes) of a yes-no judge. ``best_of_n_curve`` describes ``metrics.json``. A stopped scoring
-    resumes.
+    ``score`` (and ``gold``); ``scores.parquet`` has ``id``, ``sample``, ``score`` (and ``gold``) of all completions;
+    ``report.html`` shows the gain over n. A score is a reward, or P(yes) of a yes-no judge. ``best_of_n_curve``
+    describes ``metrics.json``. A stopped scoring resumes.
 
     Raises:
         AlignError: the completions or a scorer cannot be used.
@@ -111,6 +115,25 @@ def best_of_n_curve(scores: np.ndarray, gold: np.ndarray | None, *, seed: int) -
     return found
 
 
+def second_half(scores: np.ndarray, gold: np.ndarray | None) -> dict[str, Any] | None:
+    """What the second half of the samples adds: paired changes from the best of N // 2 to the best of N.
+
+    The two ends do not depend on the scores, so the intervals are not those of a choice.
+
+    Returns:
+        ``{"from", "to", "score", "gold"}``, estimates with 95% intervals as JSON values; None below four samples.
+    """
+    count = scores.shape[1]
+    if count < 4:
+        return None
+    half = count // 2
+    found: dict[str, Any] = {"from": half, "to": count}
+    for name, values in (("score", scores), ("gold", gold)):
+        curve = None if values is None else expected_best(scores, values)
+        found[name] = None if curve is None else mean_interval(curve[:, -1] - curve[:, half - 1]).to_dict()
+    return found
+
+
 def _same_count(groups: Sequence[Group], file: str) -> int:
     """The number of completions that every prompt has.
 
@@ -157,20 +180,19 @@ def _work(groups: list[Group], count: int, settings: BestSettings, folder: Path)
         ],
         folder / f"{SCORES}.parquet",
     )
-    curve = best_of_n_curve(scores["score"], scores.get("gold"), seed=settings.seed)
-    write_json(
-        folder / METRICS,
-        {
-            "prompts": len(groups),
-            "n": count,
-            "scorer": settings.scorer.name,
-            "gold": settings.gold and settings.gold.name,
-            "curve": curve,
-        },
-    )
+    found: dict[str, Any] = {
+        "prompts": len(groups),
+        "n": count,
+        "scorer": settings.scorer.name,
+        "gold": settings.gold and settings.gold.name,
+        "curve": best_of_n_curve(scores["score"], scores.get("gold"), seed=settings.seed),
+        "second_half": second_half(scores["score"], scores.get("gold")),
+    }
+    write_json(folder / METRICS, found)
+    write_best_of_n_page(folder / PAGE, found, shown_samples(groups, best, scores, SHOWN))
     for name in scores:
         shutil.rmtree(folder / f"{CACHE}{name}")
-    _log_curve(curve)
+    _log_curve(found["curve"])
 
 
 def _log_curve(curve: list[dict[str, Any]]) -> None:

@@ -72,8 +72,16 @@ def check_data(source: PairsSection, *, drop_to: Path | None, model: str | None 
 def _print_as_tokens(pairs: "Dataset", model: str) -> None:
     """Print what becomes of the pairs as tokens of a model."""
     from align.models.message_checks import survey_pairs
+    from align.models.row_lengths import beyond_positions
 
     found = survey_pairs(pairs, model)
+    long, limit = beyond_positions(pairs, model, None)
+    if long:
+        out.print(
+            f"{len(long)} of {len(pairs)} pairs are longer than the {limit} positions of {model}: training needs "
+            f"max_length: {limit}, which cuts them off, or is refused: {_named(long)}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
     count = len(pairs)
     if found.same:
         out.print(

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +23,13 @@ from align.data.statistics import missing_values
 from align.distributed import process_rank
 from align.entanglement.check import check_predictions
 from align.entanglement.measure import SHARD, MeasureJob, load_measured, measuring
+from align.entanglement.padding_lookups import report_padding_lookups
 from align.entanglement.products import GradientProducts
 from align.entanglement.summary import advice, share_text, summarize
 from align.entanglement.token_products import token_matrix, token_products
 from align.entanglement.trace import START, sentence, trajectory
 from align.errors import ConfigError, DataError
-from align.io.console import log, out
+from align.io.console import log, out, progress
 from align.io.files import write_json
 from align.io.stage import Stage, check_files, run_stage
 from align.losses.registry import resolve
@@ -93,6 +95,7 @@ def report(source: PairsSection, settings: ReportSettings, output: Path) -> None
     pairs = sample_pairs(every, bound, settings.limit, source.path)
     tokens, left_out = tokenized(pairs, load_tokenizer(settings.model), settings.max_length)
     policy = load_measured(settings.model)
+    padding_pairs = report_padding_lookups(policy, tokens)
     job = MeasureJob(settings.model, settings.reference, bound, settings.parameter_names, settings.batch_tokens,
                      settings.max_length)  # fmt: skip
     stage, table = measure_tokens(output / MEASUREMENTS, tokens, policy, job, settings.cluster)
@@ -101,8 +104,12 @@ def report(source: PairsSection, settings: ReportSettings, output: Path) -> None
     summary = summarize(table)
     products = GradientProducts(policy, settings.parameter_names)
     covered = products.covered
+    started = time.monotonic()
+    shown = _shown_pairs(policy, tokens, table, settings)
     page: dict[str, Any] = {
         "run": {
+            "padding_pairs": padding_pairs,
+            "shown_seconds": round(time.monotonic() - started, 1),
             "pairs": source.path, "of": len(every), "left_out": left_out, "model": settings.model,
             "loss": settings.loss, "seconds": stage.seconds,
             "command": shlex.join(["align", *sys.argv[1:]]), "parameters": sum(covered.values()),
@@ -112,7 +119,7 @@ def report(source: PairsSection, settings: ReportSettings, output: Path) -> None
         "summary": summary,
         "entangled": share_text(summary["entangled"]),
         "advice": advice(summary, settings.loss),
-        "pairs": _shown_pairs(policy, tokens, table, settings),
+        "pairs": shown,
     }  # fmt: skip
     write_json(output / SUMMARY, {key: page[key] for key in ("run", "summary", "advice")})
     write_entanglement_page(output / PAGE, table, page)
@@ -125,9 +132,10 @@ def _shown_pairs(policy: nn.Module, tokens: Dataset, table: Dataset, settings: R
     """The most entangled pairs, token by token."""
     tokenizer = load_tokenizer(settings.model)
     rows = sorted(range(len(table)), key=lambda k: _worst(table[k]))[: settings.shown]
+    numbered = progress(enumerate(rows), what="colors of the tokens", total=len(rows), unit="pairs")
     return [
         _colored(policy, tokenizer, tokens[k], table[k], settings, matrix=number < settings.matrices)
-        for number, k in enumerate(rows)
+        for number, k in numbered
     ]
 
 
@@ -206,6 +214,7 @@ def check(
     half = tokens.select(range(max(1, len(tokens) // 2)))
     batch, probes = (collate(rows, tokenizer.pad_token_id, max_length=max_length) for rows in (half, tokens))
     policy = load_measured(model)
+    report_padding_lookups(policy, tokens)
     device = next(policy.parameters()).device
     batch, probes = ({name: value.to(device) for name, value in rows.items()} for rows in (batch, probes))
     margin = torch.tensor(half["margin"], device=device) if bound.spec.needs_margin else None

@@ -17,6 +17,7 @@ from align.distributed import local_device, process_rank
 from align.entanglement.compare_losses import Incentive, compare_losses, loss_weights_of
 from align.entanglement.conditions import products_noise
 from align.entanglement.measure import MeasureJob, load_measured
+from align.entanglement.padding_lookups import report_padding_lookups
 from align.entanglement.preconditioned import (
     FIRST_STEP,
     PairBatches,
@@ -73,6 +74,7 @@ def compare(source: PairsSection, settings: LossesSettings, output: Path) -> Non
     job = MeasureJob(settings.model, settings.reference, dpo, settings.parameter_names, settings.batch_tokens,
                      settings.max_length)  # fmt: skip
     policy = load_measured(settings.model)
+    report_padding_lookups(policy, tokens)
     stage, table = measure_tokens(output / MEASUREMENTS, tokens, policy, job, settings.cluster)
     if process_rank() > 0:
         return

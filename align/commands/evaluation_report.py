@@ -1,6 +1,8 @@
-"""The report of an evaluation, which `align eval reward`, `compare` and `frontier` share: report.json and its page."""
+"""The report of an evaluation, one JSON file and one page, which the verbs of `align eval` share."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from align.io.stage import check_files
 
 REPORT = "report.json"
 PAGE = "report.html"
-PARTS = frozenset({"reward", "comparisons", "frontier"})
+PARTS = frozenset({"reward", "comparisons", "win_tables", "frontier", "benchmarks"})
 """Keys of an evaluation's report."""
+MERGED = frozenset({"comparisons", "win_tables"})
+"""Those that hold one entry per comparison, which another command adds to."""
 
 
 def check_report_folder(output: Path) -> None:
@@ -66,11 +70,35 @@ def publish(output: Path, part: dict[str, Any], section: dict[str, Any]) -> None
 
     file = output / REPORT
     report = _read_report(output) if file.exists() else {}
-    if "comparisons" in part:
-        part = {"comparisons": report.get("comparisons", {}) | part["comparisons"]}
+    if "comparisons" in part and "win_tables" in report:
+        made = part.get("win_tables", {})
+        older = {judge: rows for judge, rows in report["win_tables"].items() if judge not in made}
+        report = report | {"win_tables": _valid_tables(older, part["comparisons"])}
+    for key in MERGED & part.keys():
+        part = part | {key: report.get(key, {}) | part[key]}
     write_json(file, report | part)
     write_comparison_page(output / PAGE, report | part)
     out.print_json(json.dumps({key: value for key, value in section.items() if key != "samples"}))
+
+
+def _valid_tables(tables: Mapping[str, Any], comparisons: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables of all against all, judge -> rows, without those in which two policies have another win rate now."""
+    stale = {
+        judge
+        for judge, rows in tables.items()
+        for row in rows
+        for one in comparisons.values()
+        if (one["judge"], one["a"]) == (judge, row["policy"])
+        and one["b"] in row["against"]
+        and _differ(one["win_rate"]["rate"], row["against"][one["b"]])
+    }
+    for judge in sorted(stale):
+        log.warning("the table of all against all by %s was of other prompts, decoding or policies: left out", judge)
+    return {judge: rows for judge, rows in tables.items() if judge not in stale}
+
+
+def _differ(rate: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return rate["n"] != other["n"] or not math.isclose(rate["value"], other["value"], abs_tol=1e-9)
 
 
 def _read_report(output: Path) -> dict[str, Any]:

@@ -44,9 +44,10 @@ from reward_models.pairwise_judges import (
     from_scores,
     judge_key,
     make_pairwise,
+    make_score_judge,
     prefer_in_both_orders,
 )
-from reward_models.questions import SERVER
+from reward_models.questions import REWARD_SERVER, SERVER
 
 PART = 64
 """Prompts per shard; a stopped evaluation repeats at most one shard."""
@@ -223,6 +224,8 @@ def comparing_judge(
     Raises:
         ConfigError, ModelError: see ``make_pairwise``.
     """
+    if name.startswith(REWARD_SERVER):
+        return ByScore(make_score_judge(name, max_length, options, base_url))
     if not name.startswith(SERVER):
         return make_pairwise(name, max_length, options)
     from reward_models.server_judge import ServerJudge

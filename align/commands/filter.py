@@ -46,6 +46,8 @@ def filter_source(
         AlignError: the pairs, the settings or a model cannot be used.
     """
     check_options(settings)
+    kept = f"{settings.share:g}" if settings.method != "threshold" else f"importance of {settings.minimum} or more"
+    log.info("filter %s: keep %s of what passes the rules, seed %d, writes %s", source.path, kept, seed, output)
     keep_source(source.path, [output / KEPT, output / DROPPED])
     check_files(output, [PAGE], own=[KEPT])
     seconds: dict[str, float] = {}

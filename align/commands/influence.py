@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from align.entanglement.influence_check import check_influence
 from align.entanglement.influence_summary import Point, combine, summarize
 from align.entanglement.measure import SHARD, load_measured, load_reference
 from align.entanglement.measure_pairs import PairMeasurement
+from align.entanglement.padding_lookups import report_padding_lookups
 from align.entanglement.products import GradientProducts
 from align.errors import ConfigError, ModelError
 from align.io.console import log, out
@@ -131,6 +132,7 @@ def influence(
         others = f", and {len(without) - 1} more likewise" if len(without) > 1 else ""
         told.append(f"no influence as AdamW scales steps: {without[0]}{others}")
     told += _not_counted(trained, pairs)
+    told += _padding_told(tables[-1][1].get("padding_lookups", (0, 0)))
     for line in told:
         log.warning("%s", line)
     table = combine(tables, points, pairs.select(_places(pairs, tokens)), tokens)
@@ -237,6 +239,16 @@ def _not_counted(trained: TrainedRun | None, pairs: Dataset) -> list[str]:
     return [f"not counted: {', '.join(used)}; the influence is that of plain steps on each pair"] if used else []
 
 
+def _padding_told(lookups: Sequence[int]) -> list[str]:
+    """What the page says of pairs and held-out pairs that hold the padding token of a model with tied embeddings."""
+    if not any(lookups):
+        return []
+    return [
+        f"{lookups[0]} pairs and {lookups[1]} held-out pairs hold the padding token of a model with tied embeddings, "
+        "whose look-ups gradients leave out: their influence in a full training is stated without that part"
+    ]
+
+
 def _measure(folder: Path, job: _Job, point: Point) -> tuple[Dataset, dict[str, Any]]:
     """Run the stage that measures one model; return its table and the held-out groups with their losses."""
     optimizer = Path(point.model) / OPTIMIZER
@@ -284,7 +296,8 @@ class _Start:
         if process_rank() == 0:
             found = [{"name": group.name, "pairs": group.pairs, "loss": group.loss} for group in groups]
             missing = self.point.adam if state is None else state if isinstance(state, str) else None
-            write_json(self.folder / HELD, {"groups": found, "adam": missing})
+            lookups = [report_padding_lookups(products.model, rows) for rows in (self.job.tokens, self.job.held)]
+            write_json(self.folder / HELD, {"groups": found, "adam": missing, "padding_lookups": lookups})
         return InfluenceMeasurement(training, directions_of(groups, None if isinstance(state, str) else state))
 
 
@@ -294,6 +307,8 @@ def _check(job: _Job, point: Point, settings: InfluenceSettings, output: Path) -
     training, target = job.measures(point.model, point.reference)
     products = training.products
     state = read_adam_state(Path(point.model), products.model, products.measured) if point.adam is None else None
+    for rows in (job.tokens, job.held):
+        report_padding_lookups(products.model, rows)
     found = check_influence(training, target, job.tokens, job.held, None if isinstance(state, str) else state)
     output.mkdir(parents=True, exist_ok=True)
     about = {"model": point.model, "loss": job.loss.spec.name, "target": settings.target or job.loss.spec.name}

@@ -16,6 +16,7 @@ import yaml
 
 from align.errors import ConfigError, DataError, EnvironmentProblem, ModelError
 from align.io.console import log
+from align.io.secrets import NAMES, SHAPES
 from align.models.model_card import HUB_ID, LOCAL, base_model_id
 
 SCHEME, TABLES = "hf://", "datasets/"
@@ -23,6 +24,14 @@ CARD, ADAPTER, CONFIG = "README.md", "adapter_config.json", "config.json"
 BASE = "base_model_name_or_path"
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".csv")
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".md", ".txt", ".model", ".npy", ".py")
+CHECKED_SUFFIXES = (".json", ".txt", ".md", ".jinja", ".py")
+INDEX = "model.safetensors.index.json"
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", INDEX)
+"""Text files of a model that hold no settings."""
+PRIVATE_KEY = "PRIVATE KEY-----"
+WEIGHTS, ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
+OF_TRAINING = ("optimizer", "scheduler", "rng_state", ".")
+"""Beginnings of names of files that belong to a training, or are hidden."""
 LEFT_OUT = ("trainer_state.json", "step.json", "loss_state.json", "token_mask.safetensors", "history.json")
 """Files of a checkpoint that only a resumed training reads."""
 MEMBERS = "members"
@@ -78,7 +87,8 @@ def plan_upload(folder: Path, address: str, *, public: bool = False, base_model:
         base_model: hub id of the model that an adapter belongs to, where the adapter names a local path.
 
     Raises:
-        AlignError: the address is malformed, the folder is of the other kind or of none, an adapter's base is local.
+        AlignError: the address is malformed, the folder is of the other kind or of none, an adapter's base is local,
+            weights are absent or not complete, a file holds a secret, a table cannot be read.
     """
     repository, kind = _repository(address)
     if not folder.is_dir():
@@ -95,14 +105,12 @@ def plan_upload(folder: Path, address: str, *, public: bool = False, base_model:
         expected = f"{SCHEME}{TABLES if found == 'dataset' else ''}{repository}"
         raise ConfigError(f"{address}: found a {found} in {folder}, expected {expected}", code="hub-address")
     chosen = tuple(name for name in names if _wanted(name, kind))
+    _check_secrets(folder, chosen)
     left_out = tuple(sorted({name.split("/")[0] for name in names if name not in chosen}))
     if kind == "dataset":
         written = {} if CARD in chosen else {CARD: _table_card(folder, chosen).encode()}
     else:
-        if not any(name.endswith(".safetensors") for name in chosen):
-            raise ModelError(
-                f"{folder}: holds no weights in safetensors", code="hub-content", hint="save the model again"
-            )
+        _check_weights(folder, chosen)
         written = _with_base(folder, chosen, base_model)
     return HubUpload(folder, repository, kind, public, chosen, left_out, written)
 
@@ -162,10 +170,81 @@ def _is_table(name: str) -> bool:
 def _wanted(name: str, kind: str) -> bool:
     """Whether a file belongs to the model or the tables; folders of checkpoints, logs and shards do not."""
     *folders, file = name.split("/")
+    if file.startswith(OF_TRAINING):
+        return False
     if kind == "dataset":
         return not folders and (_is_table(file) or file == CARD or file.endswith(".json"))
     inside = not folders or (folders[0] == MEMBERS and len(folders) == 2)
     return inside and file.endswith(MODEL_SUFFIXES) and file not in LEFT_OUT
+
+
+def _check_weights(folder: Path, names: tuple[str, ...]) -> None:
+    """Check that the weights that a model folder needs are there and can be opened.
+
+    Raises:
+        ModelError: a file is absent, or is no safetensors file, such as one that was not written to its end.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    needed = {ADAPTER_WEIGHTS} if ADAPTER in names else {WEIGHTS}
+    if INDEX in names and ADAPTER not in names:
+        needed = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    for name in sorted(needed):
+        if name not in names:
+            raise ModelError(
+                f"{folder}: holds no {name}, without which nobody can load it", code="hub-content",
+                hint="save the model again",
+            )  # fmt: skip
+    for name in names:
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(folder / name, framework="numpy"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise ModelError(
+                    f"{folder / name}: is no complete safetensors file ({error})", code="hub-content",
+                    hint="save the model again",
+                ) from None  # fmt: skip
+
+
+def _check_secrets(folder: Path, names: tuple[str, ...]) -> None:
+    """Check that no file of settings or notes holds a token, a key or a password.
+
+    Tables are data and are not searched.
+
+    Raises:
+        DataError: names the first file that does; the secret itself is not shown.
+    """
+    for name in names:
+        if not name.endswith(CHECKED_SUFFIXES) or name.rsplit("/", 1)[-1] in VOCABULARIES:
+            continue
+        text = (folder / name).read_text(encoding="utf-8", errors="replace")
+        if SHAPES.search(text) or PRIVATE_KEY in text or _names_secret(text):
+            raise DataError(
+                f"{folder / name}: holds what looks like a token, a key or a password, expected none in an upload",
+                code="hub-content", hint="remove it from the file, or the file from the folder",
+            )  # fmt: skip
+
+
+def _names_secret(text: str) -> bool:
+    """Whether JSON has a key such as ``api_key`` or ``aws_secret_access_key`` with a text as its value."""
+    try:
+        values = [json.loads(text)]
+    except ValueError:
+        return False
+    while values:
+        value = values.pop()
+        if isinstance(value, list):
+            values += value
+        elif isinstance(value, dict):
+            values += value.values()
+            if any(isinstance(item, str) and item and _of_secret(key.lower()) for key, item in value.items()):
+                return True
+    return False
+
+
+def _of_secret(key: str) -> bool:
+    return key in NAMES - {"token"} or key.endswith(("api_key", "secret", "password", "access_key", "auth_token"))
 
 
 def _with_base(folder: Path, names: tuple[str, ...], base_model: str | None) -> dict[str, bytes]:
@@ -201,6 +280,7 @@ def _with_base(folder: Path, names: tuple[str, ...], base_model: str | None) -> 
 def _table_card(folder: Path, names: tuple[str, ...]) -> str:
     """The card of tables of pairs: rows, columns, fingerprints, and how to load each of them."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     from align.config.columns import COLUMNS
     from align.data.table_facts import table_facts
@@ -218,7 +298,13 @@ def _table_card(folder: Path, names: tuple[str, ...]) -> str:
     lines = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", "# Preference pairs"]
     for name in tables:
         reader = readers[Path(name).suffix]
-        table = load_dataset(reader, data_files=str(folder / name), split="train", streaming=False)
+        try:
+            table = load_dataset(reader, data_files=str(folder / name), split="train", streaming=False)
+        except (ValueError, OSError, StopIteration, DatasetGenerationError) as error:
+            raise DataError(
+                f"{folder / name}: cannot be read as a table ({' '.join(str(error).split()) or 'no rows'})",
+                code="hub-content", hint="remove it, or write it again",
+            ) from None  # fmt: skip
         lines.append(f"## {name}")
         if {"chosen", "rejected"} <= set(table.column_names):
             facts = table_facts(table)

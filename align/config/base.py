@@ -7,7 +7,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from align.io.object_store import is_remote
 
 ADDED = frozenset(
-    {"pairs_per_step", "loss_type", "loss_weights", "eval_pairs", "eval_samples", "keep", "early_stopping", "reference"}
+    {
+        "pairs_per_step",
+        "loss_type",
+        "loss_weights",
+        "eval_pairs",
+        "eval_samples",
+        "keep",
+        "early_stopping",
+        "reference",
+        "dtype",
+    }
 )
 """Fields added after the first release. Left out of the stage key at None, so earlier stages stay up to date."""
 NAME = r"^\w[\w .+=-]{0,99}$"

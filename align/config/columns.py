@@ -53,6 +53,7 @@ COLUMNS = (
     ),
     Column("rejected_finish_reason", "name", "as chosen_finish_reason", "pairs build or source", values=FINISH_REASONS),
     Column("group", "name", "category of the pair, for metrics and objectives by group", "source"),
+    Column("split_group", "name", "pairs of one name are not divided by splits", "source or near_copies"),
     Column("reward_chosen", "number", "reward of the chosen response", "reward model"),
     Column("reward_rejected", "number", "reward of the rejected response", "reward model"),
     Column("margin", "number", "reward_chosen - reward_rejected", "reward model or source", in_batch=True),
@@ -95,6 +96,8 @@ NOT_NEGATIVE = frozenset(column.name for column in COLUMNS if column.not_negativ
 PAIR_COLUMNS = tuple(column.name for column in COLUMNS if column.in_batch)
 """Columns that the collator hands to the trainer, one float32 per pair."""
 
+SPLIT_GROUP = "split_group"
+"""Column whose names splits do not divide; near-copies on request."""
 VOTES = ("votes_chosen", "votes_rejected", "votes_tie")
 """Numbers of raters who preferred the chosen response, the rejected one, neither."""
 SCORES = ("reward_chosen", "reward_rejected", "margin")

@@ -1,8 +1,8 @@
 """Where pairs come from, how they are sampled, and which of them are kept."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from align.config.base import Count, Fraction, Positive, Section
 from align.config.columns import LOADED
@@ -27,6 +27,17 @@ class PairsSection(Section):
     """Drop invalid rows (they are counted and written to a side file) instead of stopping."""
     limit: Count | None = None
     """Number of pairs to keep, a fair sample drawn by a hash of their ids; default: all."""
+    near_copies: bool = False
+    """Keep pairs with nearly the same prompt or long response together in splits and intervals, as column
+    ``split_group``; equal texts always are."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``near_copies`` out at its default, so that stages made before this key existed stay up to date."""
+        found: dict[str, Any] = handler(self)
+        if not self.near_copies:
+            found.pop("near_copies", None)
+        return found
 
     @field_validator("columns")
     @classmethod

@@ -76,6 +76,9 @@ class IterateConfig(Section):
     """Sampling of completions from the policy."""
     pairs: BuildSection
     """Building of pairs from the completions."""
+    kl_prompts: Annotated[int, Field(ge=0)] = 32
+    """Prompts of each round, at most, on which the KL of the policy that it samples from to the first one is measured;
+    0: none. It takes one more sample of each prompt and one pass of both models. Not under a launcher."""
     train: TrainSection
     """Training with one method; ``model`` is the policy that the first round starts from."""
 
@@ -83,6 +86,8 @@ class IterateConfig(Section):
     def _one_method(self) -> "IterateConfig":
         if len(self.train.methods) != 1:
             raise ValueError(f"train.methods: found {len(self.train.methods)} methods, expected one")
+        if self.prompts.near_copies:
+            raise ValueError("prompts.near_copies: found true, which has no effect on prompts; leave it out")
         return self
 
     @property

@@ -9,12 +9,13 @@ from align.config.base import Count, Section
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 RULES = ("vader",)
 """Judges by rule."""
-PREFIXES = ("yes-no:", "llm:", "server:")
+PREFIXES = ("yes-no:", "llm:", "server:", "reward-server:")
 """Kinds of judges that are a language model; its folder, hub id or served name follows."""
 CHOICES = (
     "the folder or hub id of a reward model, yes-no:MODEL (a language model says of each response whether it is good), "
-    "llm:MODEL (a language model compares two responses), server:MODEL (the same by an OpenAI-compatible server), or "
-    "vader (a sentiment lexicon: only where the wish is a friendly text)"
+    "llm:MODEL (a language model compares two responses), server:MODEL (the same by an OpenAI-compatible server), "
+    "reward-server:MODEL (a reward model that a vLLM server computes), or vader (a sentiment lexicon: only where the "
+    "wish is a friendly text)"
 )
 
 
@@ -22,7 +23,8 @@ class JudgeSection(Section):
     """One judge of the policies. `judge: NAME` stands for `judge: {name: NAME}`."""
 
     name: str
-    """The folder or hub id of a reward model, ``yes-no:MODEL``, ``llm:MODEL``, ``server:MODEL`` or ``vader``."""
+    """The folder or hub id of a reward model, ``yes-no:MODEL``, ``llm:MODEL``, ``server:MODEL``,
+    ``reward-server:MODEL`` or ``vader``."""
     truth: bool = False
     """This judge is the truth that is aimed at: the report then calls its rewards gold."""
     dtype: Dtype = "float32"
@@ -35,11 +37,11 @@ class JudgeSection(Section):
     text_pair: bool = False
     """A reward model that is an encoder reads prompt and response as a sentence pair."""
     base_url: str | None = None
-    """``server:``: its address, ending in /v1; default: http://localhost:8000/v1."""
+    """``server:`` and ``reward-server:``: its address, ending in /v1; default: http://localhost:8000/v1."""
     concurrency: Count = 16
-    """``server:``: requests in flight at once."""
+    """A server: requests in flight at once."""
     attempts: Count = 6
-    """``server:``: tries for each request."""
+    """A server: tries for each request."""
 
     @field_validator("name")
     @classmethod

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from align.config.base import Count, Fraction, Positive, Section
 from align.config.data import PairsSection
+from align.config.judging import Dtype
 
 
 class TiltSection(Section):
@@ -79,6 +80,9 @@ class RewardSection(Section):
     """Padded tokens per scoring batch."""
     max_length: Count = 1024
     """Tokens per sequence; longer ones are truncated on the right in training and scoring."""
+    dtype: Dtype | None = None
+    """Dtype of the backbone's weights while it scores: pairs, samples, held-out pairs; the head is always in float32.
+    Default: float32, and in 16 bits a margin may depend on the batch. Training has ``trainer.bf16``."""
     text_pair: bool = False
     """Encoders only: read prompt and response as a sentence pair, ``tokenizer(prompt, response)``. It is kept in the
     model's config.json, and a model that has it there needs no word here."""

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from align.config import PairsSection
 from align.data.messages import without_nulls
+from align.data.near_copies import with_near_copies
 from align.data.pairs import check_rows
 from align.data.readers import Row, numbered_rows, read_table
 from align.data.user_columns import unused_columns
@@ -22,7 +23,7 @@ NAME = "pairs"
 HINTS = {"data-column": 'name it: columns={"chosen": "preferred"}', "data-empty": "give one pair per row"}
 
 
-def pairs_from_dataset(ds: Any, *, columns: Mapping[str, str] | None = None) -> Dataset:
+def pairs_from_dataset(ds: Any, *, columns: Mapping[str, str] | None = None, near_copies: bool = False) -> Dataset:
     """Check a table of preference pairs and bring it into the form that everything here takes.
 
     The result is what reading the same rows from a file gives: trl's explicit-prompt format, plain or conversational,
@@ -33,6 +34,8 @@ def pairs_from_dataset(ds: Any, *, columns: Mapping[str, str] | None = None) -> 
     Args:
         ds: ``datasets.Dataset``, list of dictionaries or ``pandas.DataFrame``; one pair per row.
         columns: name in the pair table -> name in ``ds``, for example ``{"chosen": "preferred"}``.
+        near_copies: keep pairs with nearly the same prompt or long response together in every split and interval, by
+            the column ``split_group``; equal texts always are.
 
     Returns:
         N pairs. ``id`` is the row's own as a string, else a hash of the three texts, the same whatever the container.
@@ -41,7 +44,8 @@ def pairs_from_dataset(ds: Any, *, columns: Mapping[str, str] | None = None) -> 
         DataError: ``ds`` is no such table, has no rows or lacks a column; or rows cannot be used, all of which are
             counted and the first 20 named, from row 0.
     """
-    return checked_table(ds, NAME, columns=columns)
+    pairs = checked_table(ds, NAME, columns=columns)
+    return with_near_copies(pairs) if near_copies else pairs
 
 
 def checked_table(ds: Any, name: str, *, columns: Mapping[str, str] | None = None, carry: bool = False) -> Dataset:
@@ -88,7 +92,7 @@ def memory_rows(table: Any, name: str) -> Iterator[Row]:
 
     Args:
         table: ``datasets.Dataset``, sequence of dictionaries or ``pandas.DataFrame``. NaN and NA in a DataFrame are
-            missing values.
+            missing values, and an index with a name is a column (``set_index("id")``).
         name: name of the table, for messages.
 
     Raises:
@@ -112,6 +116,8 @@ def _sequence_rows(table: Sequence[Any]) -> Iterator[Row]:
 
 
 def _frame_rows(frame: pd.DataFrame, name: str) -> Iterator[Row]:
+    named = [level for level in frame.index.names if level is not None and level not in frame.columns]
+    frame = frame.reset_index(level=named) if named else frame
     names = [str(column) for column in frame.columns]
     twice = [column for column in names if names.count(column) > 1]
     if twice:

@@ -1,18 +1,19 @@
 """Held-out pairs that are trained on as well."""
 
-import json
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
+from align.data.text import plain, text_key
 from align.data.training_pairs import pair_digests, record_of
 
 
 def trained_on(held_out: Dataset, trained: Dataset) -> np.ndarray:
     """Whether each held-out pair is among those that are trained on, bool [N].
 
-    It is if one of its responses is trained on after the same prompt, chosen or rejected, whatever the white space; or
-    if a pair of its id has its prompt. Equal ids of different prompts are two numberings.
+    It is if one of its responses is trained on after the same prompt, chosen or rejected, whatever their case, white
+    space and Unicode form; or if a pair of its id has its prompt. Equal ids of different prompts are two numberings.
     """
     by_text = np.isin(pair_digests(held_out), record_of(trained)).any(axis=1)
     named = dict(zip(trained["id"], map(_key, trained["prompt"]), strict=True))
@@ -27,5 +28,6 @@ def shares_prompt(held_out: Dataset, trained: Dataset) -> np.ndarray:
     return np.array([_key(prompt) in known for prompt in held_out["prompt"]], dtype=bool)
 
 
-def _key(prompt: object) -> str:
-    return json.dumps(prompt, sort_keys=True)
+def _key(prompt: Any) -> bytes:
+    """Equal for copies of a prompt, whatever their case, white space, Unicode form, or whether they are messages."""
+    return text_key(plain(prompt))

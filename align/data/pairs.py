@@ -6,7 +6,7 @@ align/config/columns.py describes the columns of a pair table; align/data/valida
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from datasets import Dataset
 from align.config import PairsSection
 from align.config.columns import RESPONSES, TEXT
 from align.data.messages import text_array
+from align.data.near_copies import with_near_copies
 from align.data.pair_chunks import PairSpool, one_type
 from align.data.readers import Row, stream_source
 from align.data.sampling import fair_sample, report_sample
@@ -55,7 +56,10 @@ def check_pairs(source: PairsSection, *, carry: bool = False) -> CheckResult:
     Raises:
         DataError: the source is missing, unreadable or empty, or lacks a column.
     """
-    return check_rows(*stream_source(source), source.path, limit=source.limit, carry=carry)
+    checked = check_rows(*stream_source(source), source.path, limit=source.limit, carry=carry)
+    if not source.near_copies:
+        return checked
+    return replace(checked, pairs=with_near_copies(checked.pairs))
 
 
 def check_rows(

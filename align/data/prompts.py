@@ -190,6 +190,22 @@ def section_prompts(section: DecodingSection) -> list[Any]:
     return prompts if section.system_prompt is None else with_system(prompts, section.system_prompt, section.prompts)
 
 
+def prompt_cells(source: str) -> list[dict[str, Any]]:
+    """What the rows of ``load_prompts`` have beside their prompts: ``group`` and the user's own columns, in its order.
+
+    A row's ``id`` is the user's here, ``prompt_id``: the pairs of a run have ids of their own.
+    """
+    rows = read_files(source)
+    own = user_cells(row.values for row in rows)
+    found = []
+    for row in rows:
+        cells = {"prompt_id": row.values["id"]} if row.values.get("id") is not None else {}
+        group = _group(row)
+        cells |= {} if group is None else {"group": group}
+        found.append(cells | {name: row.raw.get(name) for name in own})
+    return found
+
+
 def with_system(prompts: list[Any], text: str, source: str) -> list[Any]:
     """The prompts, each that has no system message after one with this text.
 

@@ -15,10 +15,13 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from align.config import PairsSection, nearest
 from align.data.messages import as_messages, without_nulls
 from align.errors import AlignError, DataError
+from align.io.console import log
 from align.io.object_store import store_problem
-from align.io.source_files import SUFFIXES, SourceFile, find_files
+from align.io.source_files import SUFFIXES, SourceFile, find_files, table_suffix
 
 READ_ROWS = 4096
+CONVERSATIONS = "conversations"
+"""Column of the prompt in ShareGPT's layout of pairs, next to one turn as chosen and one as rejected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,12 @@ def _mapped(source: PairsSection, columns: set[str]) -> dict[str, str]:
                 f"{source.path}: column {given!r}, mapped to {wanted!r}, is not there{nearest(given, sorted(columns))}",
                 code="data-column",
             )
-    return {given: wanted for wanted, given in source.columns.items()}
+    mapped = {given: wanted for wanted, given in source.columns.items()}
+    if "prompt" not in {*mapped.values(), *columns} and CONVERSATIONS in columns - mapped.keys():
+        log.info("%s: the column %r is the prompt (as in ShareGPT); another one: columns: {prompt: NAME}", source.path,
+                 CONVERSATIONS)  # fmt: skip
+        mapped[CONVERSATIONS] = "prompt"
+    return mapped
 
 
 def read_rows(source: PairsSection) -> list[Row]:
@@ -198,15 +206,29 @@ def _refuse_other_columns(files: Sequence[SourceFile]) -> None:
             )
 
 
+def _no_table(path: str, reason: str) -> DataError:
+    """The error for a folder that holds no table, or the parts of one, which a pattern has to name."""
+    folder = Path(path)
+    known = {*SUFFIXES} - {".json"}  # which may be a model's, or anything's
+    parts = sorted(file.name for file in folder.iterdir() if table_suffix(file.name) in known) if path else []
+    problem, hint = f"not a folder written by save_to_disk ({reason})", ""
+    if parts:
+        problem = f"found a folder of {', '.join(parts[:3])}, expected Parquet files, or files named by split"
+        hint = f"give a pattern for the parts of one table: '{folder}/*{table_suffix(parts[0])}'"
+    elif path and (inner := sorted(file for file in folder.glob("*/*") if table_suffix(file.name) in known)):
+        names = sorted({file.parent.name for file in inner})
+        first = next((file for file in inner if file.parent.name == "train"), inner[0])
+        problem = f"found folders with tables ({', '.join(names[:3])}), expected one table"
+        hint = f"name one of them: '{first.parent}/*{table_suffix(first.name)}'"
+    return DataError(f"{path or repr(path)}: {problem}", code="data-unreadable", hint=hint)
+
+
 def _saved(source: PairsSection) -> Dataset:
     try:
         loaded = load_from_disk(source.path)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{source.path}: not a folder written by save_to_disk ({reason})",
-            code="data-unreadable",
-        ) from None
+        raise _no_table(source.path, reason) from None
     if isinstance(loaded, DatasetDict):
         if source.split not in loaded:
             raise DataError(

@@ -8,7 +8,7 @@ from datasets import Dataset
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from align.config.columns import RESPONSES
+from align.config.columns import RESPONSES, SPLIT_GROUP
 from align.data.text import is_long, plain, text_key, without_system
 from align.io.console import log
 
@@ -86,7 +86,7 @@ def clusters_of(pairs: Dataset) -> np.ndarray:
     prompt; equal pairs share all three. A prompt of this length is the same under another system message. Texts that
     differ in case, white space or Unicode form are equal (``bare``). Such pairs are correlated, so splits keep clusters
     together and statistics resample clusters. A prompt of more than half of the pairs is an instruction common to the
-    dataset and connects none; its pairs are connected by their responses.
+    dataset and connects none; its pairs are connected by their responses. Pairs of one ``split_group`` are connected.
     """
     count = len(pairs)
     asked = [_prompt_keys(prompt) for prompt in pairs["prompt"]]
@@ -95,12 +95,13 @@ def clusters_of(pairs: Dataset) -> np.ndarray:
     sides = [[plain(text) for text in pairs[name]] for name in RESPONSES if name in pairs.column_names]
     nodes: dict[bytes, int] = {}
     links: list[tuple[int, int]] = []
-    for k, (keys, *responses) in enumerate(zip(asked, *sides, strict=True)):
-        shared = [key for key in keys if key not in common]
+    named = pairs[SPLIT_GROUP] if SPLIT_GROUP in pairs.column_names else [None] * count
+    for k, (keys, name, *responses) in enumerate(zip(asked, named, *sides, strict=True)):
+        shared = [key for key in keys if key not in common] + ([text_key(name) + b"named"] if name else [])
         for response in responses:
             answer = text_key(response)
             shared += [key + answer for key in keys] + ([answer] if is_long(response) else [])
-        links += [(k, count + nodes.setdefault(name, len(nodes))) for name in shared]
+        links += [(k, count + nodes.setdefault(node, len(nodes))) for node in shared]
     size = count + len(nodes)
     graph = coo_matrix((np.ones(len(links)), tuple(np.array(links, dtype=np.int64).reshape(-1, 2).T)), (size, size))
     found = connected_components(graph, directed=False)[1][:count]

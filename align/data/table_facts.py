@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from datasets import Dataset
 
@@ -23,6 +23,8 @@ class TableFacts:
     """First digits of the sha256 of prompt, chosen, rejected and margin of every pair, in order."""
     margins: str
     """in-sample, unknown, cross-fitted or outside; ``none`` without a margin column."""
+    weighted: bool = field(default=False, compare=False)
+    """Whether a column ``weight`` gives pairs other weights than 1."""
 
 
 def table_facts(pairs: Dataset) -> TableFacts:
@@ -32,4 +34,5 @@ def table_facts(pairs: Dataset) -> TableFacts:
     for row in pairs.select_columns(columns).with_format(None):
         state.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
     margins = source_of(pairs) if "margin" in columns else "none"
-    return TableFacts(len(pairs), state.hexdigest()[:DIGITS], margins or UNKNOWN)
+    weighted = "weight" in pairs.column_names and any(value != 1 for value in pairs["weight"])
+    return TableFacts(len(pairs), state.hexdigest()[:DIGITS], margins or UNKNOWN, weighted)

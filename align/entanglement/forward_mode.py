@@ -5,6 +5,7 @@ the other response it is the gradient product of every single token. For the sum
 optimizer's update, ``GradientProducts`` is cheaper.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from align.entanglement.directional import Direction
 from align.models.layout import base_model
@@ -34,7 +36,7 @@ def logps_and_jvp(model: nn.Module, batch: dict[str, Tensor], direction: Directi
         inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
         first = int(mask.any(dim=0).int().argmax())  # no row has a scored token before it
         kept = mask.shape[1] - first
-        with _replaced(model, dual):
+        with _replaced(model, dual), _PaddingStays():
             logits = model(**inputs, logits_to_keep=kept + 1).logits[:, :-1]
         targets = batch["input_ids"][:, -kept:, None]
         logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).gather(2, targets)[..., 0]
@@ -43,6 +45,20 @@ def logps_and_jvp(model: nn.Module, batch: dict[str, Tensor], direction: Directi
             tangent = torch.zeros_like(value)
     value, tangent = (F.pad(part, (first, 0)).masked_fill(~mask, 0) for part in (value, tangent))
     return value, tangent
+
+
+class _PaddingStays(TorchFunctionMode):
+    """Give look-ups of ``padding_idx`` no derivative, as gradients have none; forward mode alone gives them one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is not F.embedding:
+            return output
+        ids, weight, padding = inspect.signature(F.embedding).bind(*args, **(kwargs or {})).args[:3]
+        value, tangent = forward_ad.unpack_dual(output)
+        if padding is None or tangent is None:
+            return output
+        return forward_ad.make_dual(value, tangent.masked_fill((ids == padding % len(weight))[..., None], 0))
 
 
 @contextmanager

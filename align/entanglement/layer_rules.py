@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from align.errors import ModelError
+from align.errors import ConfigError, ModelError
 
 
 @dataclass(slots=True)
@@ -172,7 +172,21 @@ class Registry:
     types: dict[type[nn.Module], dict[str, Rule]] = field(default_factory=dict)
 
     def register(self, kind: type[nn.Module], **rules: Rule) -> None:
-        """Set the rules of the parameters of ``kind``, by name; not of its subclasses, which may compute otherwise."""
+        """Set the rules of the parameters of ``kind``, by name; not of its subclasses, which may compute otherwise.
+
+        A rule is compared with autograd on random inputs before it is used.
+
+        Raises:
+            ConfigError: ``kind`` is no class of layers or one that this program has rules for, or a rule is none.
+        """
+        if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+            raise _no_rule(f"found {kind!r:.60}, expected a class of layers")
+        if kind in BUILT_IN:
+            raise _no_rule(f"{kind.__name__} has rules already, expected a class of your own")
+        if wrong := next((name for name, rule in rules.items() if not isinstance(rule, Rule)), None):
+            raise _no_rule(f"{kind.__name__}: {wrong}={rules[wrong]!r:.60}, expected a Rule, such as LINEAR or BIAS")
+        if not rules:
+            raise _no_rule(f"{kind.__name__}: found no rule, expected one by the name of a parameter: weight=LINEAR")
         self.types[kind] = rules
 
     def find(self, module: nn.Module, name: str) -> Rule | None:
@@ -186,11 +200,20 @@ class Registry:
         return None
 
 
-RULES = Registry()
-RULES.register(nn.Linear, weight=LINEAR, bias=BIAS)
-RULES.register(Conv1D, weight=LINEAR, bias=BIAS)
-RULES.register(nn.Embedding, weight=EMBEDDING)
-RULES.register(nn.LayerNorm, weight=SCALE, bias=BIAS)
+def _no_rule(message: str) -> ConfigError:
+    return ConfigError(
+        f"RULES.register: {message}", code="entanglement-rule", hint="docs/python.md has an example of a layer rule"
+    )
+
+
+BUILT_IN: dict[type[nn.Module], dict[str, Rule]] = {
+    nn.Linear: {"weight": LINEAR, "bias": BIAS},
+    Conv1D: {"weight": LINEAR, "bias": BIAS},
+    nn.Embedding: {"weight": EMBEDDING},
+    nn.LayerNorm: {"weight": SCALE, "bias": BIAS},
+}
+"""Rules that this program brings."""
+RULES = Registry(dict(BUILT_IN))
 
 
 def check_measurable(parameters: dict[str, nn.Parameter]) -> None:

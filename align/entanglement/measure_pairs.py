@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.statistics import missing_values
 from align.entanglement.conditions import ENTANGLED, changes, loss_weights, products_noise, slack
+from align.entanglement.padding_lookups import report_padding_lookups
 from align.entanglement.products import GradientProducts
 from align.entanglement.screening import screening_scores
 from align.errors import ConfigError, DataError, ModelError
@@ -71,6 +72,7 @@ def measure_entanglement(
         pairs = pairs.add_column("id", [str(number) for number in range(len(pairs))])
     tokens = tokenize_pairs(pairs, tokenizer, max_length=max_length)
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    report_padding_lookups(model, tokens)
     return PairMeasurement(GradientProducts(model), bound, padding or 0, reference, max_length=max_length)(tokens)
 
 

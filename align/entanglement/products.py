@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from align.entanglement.directional import Direction, shifted_along
 from align.entanglement.head_products import HeadProducts
 from align.entanglement.layer_rules import RULES, Call, Input, Rule, check_measurable, products_of_grads
+from align.entanglement.own_rules import OwnRules
 from align.entanglement.trial import CODE, compare_with_autograd
 from align.errors import ModelError
 from align.io.console import log
@@ -298,13 +299,20 @@ class GradientProducts:
     def _trial_calls(self, modules: set[nn.Module]) -> dict[nn.Module, list[int]]:
         """Run a forward pass over ``TRIAL_ROWS`` rows; return the output rows of each call of each module."""
         calls: dict[nn.Module, list[int]] = {module: [] for module in modules}
-        hooks = [module.register_forward_hook(lambda m, _, out: calls[m].append(len(out))) for module in modules]
+        own = OwnRules()
+
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            calls[module].append(len(output))
+            own.see(module, args)
+
+        hooks = [module.register_forward_hook(keep) for module in modules]
         device = next(self.model.parameters()).device
         ids = torch.zeros((TRIAL_ROWS, TRIAL_TOKENS), dtype=torch.long, device=device)
         with torch.no_grad(), self._frozen():
             self.base.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         for hook in hooks:
             hook.remove()
+        own.check()
         return calls
 
     @contextmanager

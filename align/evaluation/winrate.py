@@ -16,6 +16,9 @@ from numpy.typing import ArrayLike
 
 from align.stats import Estimate, influence_interval, mean_interval, share_interval
 
+ROUNDING = 1e-5
+"""A preference over both orders this close to one half is a tie: probabilities in float32 differ by as much between
+batches."""
 RIDGE = (0.01, 0.1)
 """Penalties on a and b: too weak to change an estimate, strong enough to keep it finite if A always wins."""
 NEWTON_STEPS = 60
@@ -81,11 +84,12 @@ def win_rate(
     if not ((both >= 0) & (both <= 1)).all():
         raise ValueError("preferences must lie in [0, 1]")
     outcome = (first + second) / 2
+    lead = np.where(np.abs(outcome - 0.5) <= ROUNDING, 0.0, outcome - 0.5)
     return WinRate(
         rate=share_interval(outcome),
-        wins=int((outcome > 0.5).sum()),
-        ties=int((outcome == 0.5).sum()),
-        losses=int((outcome < 0.5).sum()),
+        wins=int((lead > 0).sum()),
+        ties=int((lead == 0).sum()),
+        losses=int((lead < 0).sum()),
         position_bias=mean_interval((first - second) / 2),
         consistent=float((np.sign(first - 0.5) == np.sign(second - 0.5)).mean()),
         length_controlled=length_control(outcome, difference),

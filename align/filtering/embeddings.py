@@ -120,7 +120,7 @@ def read_embeddings(file: str, count: int) -> np.ndarray:
             code="filter-embeddings",
         )
     for start in range(0, count, PART):
-        off = np.flatnonzero(np.abs(np.linalg.norm(vectors[start : start + PART], axis=1) - 1) > 1e-3)
+        off = np.flatnonzero(~(np.abs(np.linalg.norm(vectors[start : start + PART], axis=1) - 1) <= 1e-3))
         if len(off):
             row = start + int(off[0])
             length = float(np.linalg.norm(vectors[row]))

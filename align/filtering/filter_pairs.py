@@ -27,7 +27,7 @@ from align.filtering.own_scores import OwnScore
 from align.filtering.rules import RuleInput, apply_rules, by_id, place_type
 from align.filtering.score_columns import distances, margins, prompt_embeddings, qualities
 from align.filtering.scores import diversity, doubtful
-from align.filtering.selection import RobustScale, greedy, importance, top_k, without_effect
+from align.filtering.selection import RobustScale, greedy, importance, top_k, warn_if_unranked, without_effect
 from align.filtering.summary import summarize_filter
 from align.filtering.tables import Filtered, Reasons
 from align.filtering.text_survey import SURVEY, Survey, SurveyJob, take_survey
@@ -87,6 +87,7 @@ def filter_pairs(
         summary = summarize_filter(pairs, table, broken, search, kept, embedded, seed)
     parts = {name: (weights[name], RobustScale.fit(usable[name]), scores[name]) for name in scores}
     summary["no_effect"] = without_effect(usable, weights)
+    warn_if_unranked(values[passing], int(kept.sum()))
     reasons = Reasons(broken, parts, values, kept, settings.method)
     return Filtered(pairs, columns, reasons, embedded, summary | {"seconds": run.seconds})
 

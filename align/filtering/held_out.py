@@ -14,9 +14,9 @@ from datasets import Dataset
 
 from align.config.columns import TEXT as PARTS
 from align.data.text import plain, texts_of, without_system
+from align.data.word_hashes import Hashes, hash_words, ngrams, word_list
 from align.filtering.equal_keys import combined_key, isin_sorted
 from align.filtering.text_survey import OVERLAP, Survey, content_hashes, overlap_hashes
-from align.filtering.word_hashes import Hashes, hash_words, ngrams, word_list
 from align.io.console import log
 
 COMMON = 4

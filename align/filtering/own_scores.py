@@ -74,7 +74,7 @@ def read_scores(
     for name, given in scores.items():
         values = given(pairs) if callable(given) else given
         try:
-            numbers = np.asarray(values, dtype=np.float64)
+            numbers = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=np.float64)
         except (TypeError, ValueError):
             raise _unusable(name, f"a {type(values).__name__} that holds no numbers", len(pairs)) from None
         if numbers.shape != (len(pairs),):

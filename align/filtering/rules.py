@@ -13,10 +13,11 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from align.config.columns import TEXT as PARTS
+from align.data.minhash import near_duplicates
 from align.data.text import cells, texts_of
+from align.data.word_hashes import Hashes
 from align.filtering.equal_keys import combined_key, duplicated, isin_sorted
 from align.filtering.held_out import HeldOut, overlaps
-from align.filtering.minhash import near_duplicates
 from align.filtering.personal_data import PERSONAL
 from align.filtering.text_survey import (
     Survey,
@@ -25,7 +26,6 @@ from align.filtering.text_survey import (
     part_shingles,
     shingles,
 )
-from align.filtering.word_hashes import Hashes
 
 NEAR = 0.9
 """Jaccard similarity of near-duplicates."""

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from align.filtering.word_hashes import Hashes, distinct, hash_words, ngrams
+from align.data.word_hashes import Hashes, distinct, hash_words, ngrams
 
 NGRAM = 3
 UNREADABLE = r"[\p{Pc}\p{Pd}\p{Po}\p{Pi}\p{Pf}\p{Sm}\p{Sc}\p{Sk}]{4,}|[^\pL\pM\pN\pP\pZ\s\p{Sm}\p{Sc}\p{Sk}]"

@@ -64,6 +64,15 @@ def without_effect(columns: Mapping[str, np.ndarray], weights: Mapping[str, floa
     return names
 
 
+def warn_if_unranked(values: np.ndarray, kept: int) -> None:
+    """Warn that nothing but ids chose the pairs: all have the same importance, [L], and not all of them are kept."""
+    if kept < len(values) and np.ptp(values) == 0:
+        log.warning(
+            "importance: found the same value for all %d pairs that pass the rules, so the %d kept ones are those with "
+            "the smallest ids; give a score that differs, a positive weight, or --keep 1", len(values), kept,
+        )  # fmt: skip
+
+
 def top_k(
     values: np.ndarray, ids: Sequence[Any] | np.ndarray, count: int, groups: Sequence[str] | np.ndarray | None = None
 ) -> np.ndarray:

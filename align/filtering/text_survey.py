@@ -13,13 +13,13 @@ from datasets import Dataset
 
 from align.config import ClusterSection
 from align.config.columns import TEXT as PARTS
+from align.data.minhash import BANDS, band_keys
 from align.data.text import column, interleaved, texts_of
+from align.data.word_hashes import Hashes, hash_words, lowered, ngrams
 from align.errors import EnvironmentProblem
 from align.filtering.equal_keys import isin_sorted
-from align.filtering.minhash import BANDS, band_keys
 from align.filtering.personal_data import MAYBE_PERSONAL, personal
 from align.filtering.screen import readability
-from align.filtering.word_hashes import Hashes, hash_words, lowered, ngrams
 from align.sharding.arrays import Arrays, as_table, map_arrays
 from align.sharding.jobs import Work
 

@@ -7,15 +7,21 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from align.generation.types import REPLACEMENT, Completion
+from align.models.turn_end import turn_ends
 
 LONGEST_CHARACTER = 4
 """Bytes of a character in UTF-8, at most."""
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
-    """Ids of the tokens that end a completion: the tokenizer's end of sequence and the generation config's."""
+    """Ids of the tokens that end a completion: the tokenizer's end of sequence, the generation config's, and those
+    with which the chat template ends an answer."""
     configured = getattr(generation_config, "eos_token_id", None)
-    ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
+    ids = {
+        *(configured if isinstance(configured, list) else [configured]),
+        tokenizer.eos_token_id,
+        *turn_ends(tokenizer),
+    }
     return sorted(token for token in ids if token is not None)
 
 

@@ -63,7 +63,8 @@ def make_engine(
         AlignError: the engine or the model cannot be used, or an option is refused.
     """
     chosen, why = choose_engine(choice, base_url=base_url)
-    log.info("engine: %s (%s)", chosen, why)
+    if choice == "auto":
+        log.info("engine: %s (%s)", chosen, why)
     extra = dict(options or {})
     if chosen == "vllm":
         from align.generation.vllm_engine import VllmEngine

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import threading
 from typing import Any
 
@@ -15,6 +16,10 @@ DEFAULT_URL = "http://localhost:8000/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 LONGEST_WAIT_SECONDS = 60.0
+REFUSED = frozenset({400, 413, 422})
+"""Statuses of a request that is itself at fault."""
+TOO_LONG = re.compile(r"context.{0,9}(length|size|window)|too (long|large|many tokens)|max_model_len", re.I)
+"""What servers write of a request that is longer than their window, some of them under another status."""
 
 
 class ServerClient:
@@ -42,12 +47,14 @@ class ServerClient:
                 code="engine-option",
             )
         self.model = model
-        self.base_url = base_url.rstrip("/")
+        self.base_url = base_url.strip().rstrip("/")
         self.concurrency = concurrency
         self.attempts = attempts
         self.first_wait = first_wait
         self.stopping = threading.Event()
         """Set when no further try is to be made."""
+        self.window: int | None = None
+        """Tokens of a prompt and its completion at most; None if the server does not say."""
         key = os.environ.get(KEY_VARIABLE)
         self._client = httpx.Client(
             timeout=timeout,
@@ -55,49 +62,66 @@ class ServerClient:
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )
 
-    def check_model(self) -> None:
+    def check_model(self, *, hint: str = "give --model the name that the server uses") -> None:
         """Ask the server whether it serves the model.
+
+        Args:
+            hint: what to do if it does not.
 
         Raises:
             EnvironmentProblem: the server cannot be reached.
             ModelError: it does not serve the model.
         """
-        served = [str(entry.get("id")) for entry in self.request("GET", "/models").get("data", [])]
+        listed = self.request("GET", "/models").get("data")
+        entries = {str(entry.get("id")): entry for entry in listed or () if isinstance(entry, dict)}
+        served = list(entries)
         if self.model not in served:
             raise ModelError(
                 f"{self.base_url} does not serve {self.model!r}{nearest(self.model, served)}",
                 code="server-model",
-                hint="give --model the name that the server uses",
+                hint=hint,
             )
+        window = entries[self.model].get("max_model_len")
+        self.window = window if isinstance(window, int) else None
 
     def wait(self, attempt: int) -> bool:
         """Wait after try number ``attempt``; True if no further one is to be made."""
         return self.stopping.wait(min(LONGEST_WAIT_SECONDS, self.first_wait * 2 ** (attempt - 1)))
 
-    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, at_root: bool = False
+    ) -> dict[str, Any]:
         """The JSON object in the server's answer, after up to ``attempts`` tries.
+
+        Args:
+            method: GET or POST.
+            path: what follows the address.
+            body: sent as JSON.
+            at_root: the path follows the address without its ``/v1``.
 
         Raises:
             EnvironmentProblem: the server cannot be reached or refuses every request, or the answer is no object.
             DataError: it refuses this request.
         """
+        url = (self.base_url.removesuffix("/v1") if at_root else self.base_url) + path
         for attempt in range(1, self.attempts + 1):
             wait = min(LONGEST_WAIT_SECONDS, self.first_wait * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
             try:
-                response = self._client.request(method, self.base_url + path, json=body)
+                response = self._client.request(method, url, json=body)
             except httpx.HTTPError as error:
                 problem = f"no answer ({type(error).__name__}: {error})"
             except httpx.InvalidURL as error:
                 raise self.unreachable(f"not an address ({error})") from None
             else:
-                if response.is_success:
+                status = _status(response)
+                if status < 400:
                     return self._object(response)
                 problem = f"status {response.status_code}: {_text(response)}"
-                if response.status_code not in RETRIED:
-                    raise self._refused(response.status_code, problem)
+                if status not in RETRIED:
+                    raise self._refused(status, problem)
                 wait = max(wait, _retry_after(response))
             if attempt < self.attempts:
-                log.debug("%s%s: %s; again in %.1f s", self.base_url, path, problem, wait)
+                log.debug("%s: %s; again in %.1f s", url, problem, wait)
                 if self.stopping.wait(wait):
                     break
         raise self.unreachable(f"{problem}, after {attempt} tries")
@@ -116,7 +140,7 @@ class ServerClient:
         return answer
 
     def _refused(self, status: int, problem: str) -> EnvironmentProblem | DataError:
-        if status in (400, 413, 422):
+        if status in REFUSED:
             return DataError(
                 f"{self.base_url} refuses a request ({problem})",
                 code="prompt-refused",
@@ -132,6 +156,22 @@ class ServerClient:
             code="server-unreachable",
             hint=f"start it with `vllm serve {self.model}`, or give its --base-url",
         )
+
+
+def _status(response: httpx.Response) -> int:
+    """The status that an answer means: that of an error in its body, and 400 for a prompt that is too long, for which
+    some servers answer 500, or 200.
+    """
+    status = response.status_code
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
+    error = answer.get("error") if isinstance(answer, dict) and "choices" not in answer else None
+    if response.is_success and error:
+        code = str(error.get("code")) if isinstance(error, dict) else ""
+        status = int(code) if re.fullmatch("[45][0-9][0-9]", code) else 500
+    return 400 if status >= 500 and TOO_LONG.search(response.text) else status
 
 
 def _text(response: httpx.Response) -> str:

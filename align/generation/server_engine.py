@@ -10,14 +10,19 @@ from typing import Any, TypeVar
 from align.config.columns import TEMPLATE_KWARGS
 from align.data.messages import split_arguments, with_arguments
 from align.errors import DataError, EnvironmentProblem
-from align.generation.server_client import DEFAULT_URL, ServerClient
-from align.generation.types import REPLACEMENT, Completion, Engine, Sampling, prompt_keys, sample_seed
+from align.generation.server_client import DEFAULT_URL, TOO_LONG, ServerClient
+from align.generation.types import ENDS, REPLACEMENT, Completion, Engine, Sampling, prompt_keys, sample_seed
 from align.io.console import log
 
 T = TypeVar("T")
-ENDS = ("stop", "length")
 ABORTED = ("abort", "error", None)
 """Finish reasons of a completion that the server gave up; it is asked for again."""
+LEAST_LOGPROB, LOGPROB_ROUNDING = -9999.0, 1e-3
+"""Nats between which log-probs of sampled tokens lie; servers send the first for tokens of probability 0."""
+TAKEN = ("reason", "think", "thought", "tool_call", "function_call", "refusal")
+"""Beginnings of the names of fields into which a server's parsers move what the model wrote."""
+SHORT = "a"
+"""A prompt that no server refuses for its length."""
 
 
 class ServerEngine(Engine):
@@ -61,6 +66,10 @@ class ServerEngine(Engine):
         )  # fmt: skip
         self.base_url, self.attempts = self.client.base_url, attempts
         self.client.check_model()
+        self._first = threading.Lock()
+        self._takes_requests = False
+        """Whether a request has been answered with a completion."""
+        self._told_short = False
 
     def stream(
         self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
@@ -100,8 +109,11 @@ class ServerEngine(Engine):
             try:
                 answer = self.client.request("POST", path, body)
             except DataError as error:
+                if not TOO_LONG.search(error.message):
+                    self._check_refusal(path, body)
                 log.warning("prompt %s is left out: %s", key, error.message)
                 return None
+            self._takes_requests = True
             completion = self._read(answer, reader, sampling, key)
             if completion is not None:
                 return completion
@@ -109,6 +121,29 @@ class ServerEngine(Engine):
             if self.client.wait(attempt):
                 break
         raise self.client.unreachable(f"prompt {key} was aborted by the server, {attempt} times")
+
+    def _check_refusal(self, path: str, body: dict[str, Any]) -> None:
+        """After a prompt was refused for another reason than its length, and before any was completed: ask for the
+        completion of a short one.
+
+        Raises:
+            EnvironmentProblem: it is refused as well, so the prompt is not what the server refuses.
+        """
+        with self._first:
+            if self._takes_requests:
+                return
+            short: Any = SHORT if "prompt" in body else [{"role": "user", "content": SHORT}]
+            asked = {name: value for name, value in body.items() if name not in ("tools", "tool_choice")}
+            try:
+                self.client.request("POST", path, asked | {"prompt" if "prompt" in body else "messages": short})
+            except DataError as error:
+                raise EnvironmentProblem(
+                    f"{error.message}; it refuses a prompt of one letter too",
+                    code="server-refused",
+                    hint="see what it says: --max-new-tokens beyond its window, a field that it does not know, or no "
+                    "chat template",
+                ) from None
+            self._takes_requests = True
 
     def _body(self, prompt: Any, seed: int, sampling: Sampling) -> tuple[str, dict[str, Any], Any]:
         """Path and body of a request, and the reader of its answer.
@@ -169,16 +204,17 @@ class ServerEngine(Engine):
 
         Raises:
             EnvironmentProblem: the answer lacks something, or is not what the model wrote: a tool call or reasoning
-                that a parser of the server took out, or a text that a filter stopped.
+                that a parser of the server took out, a text that a filter stopped, or one that the server's own limit
+                of tokens cut off.
         """
         try:
             choice = answer["choices"][0]
-            token_ids = [int(token) for token in choice["token_ids"]]
+            token_ids = list(choice["token_ids"])
             text, logprobs = reader(choice)
             reason = choice["finish_reason"]
-            if sampling.logprobs and (logprobs is None or len(logprobs) != len(token_ids)):
-                raise ValueError("no log-prob for each token, which were asked for")
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            if reason not in ABORTED:
+                check_answer(text, token_ids, logprobs, sampling)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise EnvironmentProblem(
                 f"{self.base_url}: prompt {key}: the answer lacks what is needed ({type(error).__name__}: {error})",
                 code="server-response",
@@ -193,8 +229,59 @@ class ServerEngine(Engine):
                 code="server-response",
                 hint="start the server without tool parsers and content filters: they change what the model wrote",
             )
+        if reason == "length" and len(token_ids) < sampling.max_new_tokens:
+            self._check_cut(answer, len(token_ids), sampling.max_new_tokens, key)
         whole = text.rstrip(REPLACEMENT) if reason == "length" else text  # it was cut off inside a character
         return Completion(whole, token_ids, reason, logprobs)
+
+    def _check_cut(self, answer: dict[str, Any], tokens: int, wanted: int, key: str) -> None:
+        """Refuse a completion that the server cut off before its window ends; warn once where the window is unknown.
+
+        vLLM takes ``max_new_tokens`` of the model's generation config as a limit for all requests.
+        """
+        usage = answer.get("usage")
+        prompt = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        cut = f"{self.base_url}: prompt {key}: cut off after {tokens} of {wanted} tokens"
+        if isinstance(prompt, int) and self.client.window is not None:
+            if prompt + tokens < self.client.window - 1:
+                raise EnvironmentProblem(
+                    f"{cut} and a prompt of {prompt}, expected all of them within the window of {self.client.window}",
+                    code="server-response",
+                    hint="the server has a limit of its own: start it with --generation-config vllm",
+                )
+        elif not self._told_short:
+            self._told_short = True
+            log.warning("%s: by the end of the window, or by a limit of the server's own, such as max_new_tokens in "
+                        "the model's generation config", cut)  # fmt: skip
+
+
+def check_answer(text: str, token_ids: list[Any], logprobs: list[float] | None, sampling: Sampling) -> None:
+    """Check that an answer is what was asked for.
+
+    Args:
+        text: of the completion.
+        token_ids: of the completion, as the server sent them.
+        logprobs: of its tokens in nats, None where they were not sent.
+        sampling: what was asked for.
+
+    Raises:
+        ValueError: token ids that are none, text without tokens, a stop or a limit of tokens that was not obeyed, or
+            values that are no log-probs of sampled tokens.
+    """
+    if not all(type(token) is int and token >= 0 for token in token_ids):
+        raise ValueError(f"found token ids {token_ids[:8]!r:.60}, expected whole numbers of at least 0")
+    if text and not token_ids:
+        raise ValueError(f"found the text {text[:40]!r} and no token ids")
+    if len(token_ids) > sampling.max_new_tokens:
+        raise ValueError(f"found {len(token_ids)} tokens, and {sampling.max_new_tokens} were asked for at most")
+    kept = next((stop for stop in sampling.stop if stop in text), None)
+    if kept is not None:
+        raise ValueError(f"its text holds {kept!r}, before which it was to stop")
+    if sampling.logprobs and (logprobs is None or len(logprobs) != len(token_ids)):
+        raise ValueError("no log-prob for each token, which were asked for")
+    wrong = [value for value in logprobs or () if not LEAST_LOGPROB < value <= LOGPROB_ROUNDING]
+    if sampling.logprobs and wrong:
+        raise ValueError(f"found {wrong[0]:g}, expected the log-prob of a token that was sampled")
 
 
 def in_threads(jobs: Sequence[Callable[[], T]], threads: int, stopping: threading.Event) -> Iterator[tuple[int, T]]:
@@ -239,15 +326,43 @@ def in_threads(jobs: Sequence[Callable[[], T]], threads: int, stopping: threadin
 
 def _from_text(choice: dict[str, Any]) -> tuple[str, list[float] | None]:
     logprobs = choice.get("logprobs")
-    return str(choice["text"]), None if logprobs is None else [float(value) for value in logprobs["token_logprobs"]]
+    _check_taken(choice)
+    return _written(choice["text"]), None if logprobs is None else [float(v) for v in logprobs["token_logprobs"]]
 
 
 def _from_chat(choice: dict[str, Any]) -> tuple[str, list[float] | None]:
     logprobs = choice.get("logprobs")
     values = None if logprobs is None else [float(entry["logprob"]) for entry in logprobs["content"]]
-    message = choice["message"]
-    if message.get("reasoning_content") or message.get("reasoning"):
-        raise ValueError("the server's reasoning parser took the reasoning out of the text; start it without one")
-    if message["content"] is None and choice["finish_reason"] in ENDS:
-        raise ValueError("found no content in the message; start the server without reasoning and tool parsers")
-    return message["content"] or "", values
+    message, reason = choice["message"], choice["finish_reason"]
+    if reason in ENDS:
+        _check_taken(message)
+    content = message["content"]
+    if content is None and reason not in ENDS:
+        return "", values
+    return _written(content), values
+
+
+def _check_taken(found: dict[str, Any]) -> None:
+    """Refuse an answer of which a part stands in another field than its text.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name, value in found.items():
+        if name.startswith(TAKEN) and value:
+            what = "reasoning" if name.startswith(("reason", "think", "thought")) else name
+            raise ValueError(f"the server's {what} parser took text into {name}; start it without one")
+
+
+def _written(content: Any) -> str:
+    """The text of a completion, also where it comes in parts.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part["text"]) for part in content)
+    if not isinstance(content, str):
+        found = "no content" if content is None else f"content {json.dumps(content)[:60]}"
+        raise ValueError(f"found {found} in the message; start the server without reasoning and tool parsers")
+    return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of a character have no UTF-8

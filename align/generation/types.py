@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from datasets import Dataset
@@ -16,12 +17,15 @@ from align.io.console import log, progress
 if TYPE_CHECKING:
     from align.models.truncation import Truncation
 
-SAMPLING = 5
+SAMPLING = 7
 """Revision in the stage keys; raise it when an engine gives other completions from the same seed."""
 SEED_BYTES = 4
 """A 32-bit seed: torch's CPU generator reads no more of any seed."""
 REPLACEMENT = "\ufffd"
 """Stands in decoded text for bytes that are no character."""
+ENDS = ("stop", "length")
+"""Finish reasons of a completion."""
+COMPLETION = "a Completion: text, token_ids (a list of whole numbers, which are counted), finish_reason stop or length"
 EngineName = Literal["auto", "vllm", "server", "transformers"]
 
 
@@ -133,7 +137,10 @@ class Engine(ABC):
             DataError: the engine cannot take a prompt, or does not yield what ``stream`` promises.
         """
         by_index: dict[int, list[Completion]] = {}
-        for index, completions in show_tokens(self.stream(prompts, sampling, keys), len(prompts)):
+        stream = self.stream(prompts, sampling, keys)
+        if not isinstance(stream, Iterable):
+            raise _broken(self.name, f"{stream!r:.60}", "an iterator: write `yield` or return one")
+        for index, completions in show_tokens(checked_pairs(self.name, stream), len(prompts)):
             _check_yielded(self.name, index, completions, by_index, len(prompts), sampling)
             by_index[index] = completions
         if len(by_index) < len(prompts):
@@ -150,13 +157,43 @@ class Engine(ABC):
         return [by_index[k] for k in range(len(prompts))]
 
 
+def checked_pairs(name: str, stream: Iterable[Any]) -> Iterator[tuple[int, list[Completion]]]:
+    """Pass on the items of ``Engine.stream`` that are the number of a prompt and a list of its completions.
+
+    Raises:
+        DataError: an item is something else.
+    """
+    for item in stream:
+        pair = isinstance(item, tuple) and len(item) == 2
+        if not pair or not isinstance(item[0], Integral) or not isinstance(item[1], list | tuple):
+            raise _broken(name, f"{item!r:.80}", "(number of a prompt, list of its completions)")
+        if wrong := next((wrong for one in item[1] if (wrong := _wrong(one))), ""):
+            raise _broken(name, f"{wrong} for prompt {item[0]}", COMPLETION)
+        yield int(item[0]), list(item[1])
+
+
+def _wrong(completion: Any) -> str:
+    """What is wrong with a completion of an engine; empty if it can be used."""
+    if not isinstance(completion, Completion):
+        return f"a {type(completion).__name__}"
+    text: Any = completion.text
+    ids: Any = completion.token_ids
+    if not isinstance(text, str):
+        return f"the text {text!r:.40}"
+    if text and (ids is None or len(ids) == 0):
+        return "a text without token_ids"
+    if not isinstance(ids, list) or not all(isinstance(one, int) for one in ids):
+        return f"the token_ids {ids!r:.40}"
+    return "" if completion.finish_reason in ENDS else f"the finish_reason {completion.finish_reason!r:.40}"
+
+
 def _check_yielded(
     name: str, index: int, completions: list[Completion], earlier: Container[int], count: int, sampling: Sampling
 ) -> None:
     """Check one item of ``Engine.stream``; no completions stand for a prompt that the engine refuses.
 
     Raises:
-        DataError: an index that is none or is there twice, another number of completions, or one without token ids.
+        DataError: an index that is none or is there twice, or another number of completions.
     """
     if not 0 <= index < count or index in earlier:
         raise _broken(
@@ -164,8 +201,6 @@ def _check_yielded(
         )
     if completions and len(completions) != sampling.n:
         raise _broken(name, f"{len(completions)} completions for prompt {index}", f"{sampling.n}, or none if refused")
-    if any(completion.text and not completion.token_ids for completion in completions):
-        raise _broken(name, f"a text without token_ids for prompt {index}", "the ids of its tokens, which are counted")
 
 
 def _broken(name: str, found: str, expected: str) -> DataError:

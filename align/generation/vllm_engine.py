@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from align.errors import ConfigError, ModelError
+from align.errors import ConfigError, EnvironmentProblem, ModelError
 from align.generation.encoding import stop_ids, to_completion
-from align.generation.types import Completion, Engine, Sampling, prompt_keys, sample_seed
+from align.generation.types import ENDS, Completion, Engine, Sampling, prompt_keys, sample_seed
 from align.generation.vllm_adapters import vllm_model
 from align.generation.vllm_install import import_vllm
 from align.io.console import log
@@ -79,7 +79,11 @@ class VllmEngine(Engine):
     def stream(
         self, prompts: Sequence[Any], sampling: Sampling, keys: Sequence[str] | None = None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """Yield (index of a prompt, its completions) as vLLM finishes them; none for a prompt that vLLM refuses."""
+        """Yield (index of a prompt, its completions) as vLLM finishes them; none for a prompt that vLLM refuses.
+
+        Raises:
+            EnvironmentProblem: vLLM gave up a completion.
+        """
         keys = prompt_keys(prompts) if keys is None else keys
         ids = [encode_prompt(prompt, self.tokenizer) for prompt in prompts]
         self._calls += 1
@@ -104,6 +108,7 @@ class VllmEngine(Engine):
                     if not output.finished:
                         continue
                     k, sample = running.pop(output.request_id)
+                    _check_end(output.outputs[0], keys[k])
                     group = found.setdefault(k, {})
                     group[sample] = self._completion(ids[k], output.outputs[0], sampling)
                     if len(group) == sampling.n:
@@ -158,6 +163,21 @@ class VllmEngine(Engine):
         if output.logprobs is not None:
             logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True)]
         return to_completion(self.tokenizer, prompt, tokens, self.stops, logprobs, sampling.stop)
+
+
+def _check_end(output: Any, key: str) -> None:
+    """Refuse a completion that vLLM gave up, of which a part is there.
+
+    Raises:
+        EnvironmentProblem: names the prompt by its key.
+    """
+    reason = getattr(output, "finish_reason", None)
+    if reason not in (*ENDS, None):
+        raise EnvironmentProblem(
+            f"vLLM: prompt {key}: found finish_reason {reason!r}, expected {' or '.join(ENDS)}",
+            code="engine-output",
+            hint="run it again; what was completed is kept",
+        )
 
 
 def _generation_config(base: str) -> GenerationConfig | None:

@@ -62,6 +62,8 @@ def progress(
 ) -> Iterator[T]:
     """Yield ``items`` with a progress bar, or with a log line every 30 s if stderr is not a terminal.
 
+    Items may come in batches: a line is written where the next one comes, and tells of those before it.
+
     Args:
         items: what to iterate over.
         what: name of the work, e.g. ``scoring``.
@@ -73,21 +75,23 @@ def progress(
     if not log.isEnabledFor(logging.INFO):
         yield from items
         return
-    start = last = time.monotonic()
+    start = last = before = ended = time.monotonic()
     amount = 0.0
     with _bar() if err.is_terminal else nullcontext() as bar:
         task = None if bar is None else bar.add_task(what, total=total, rate="")
         for done, item in enumerate(items):
             now = time.monotonic()
-            rate = f"{amount / max(now - start, 1e-9):.3g} {unit if work is None else work_unit}/s"
+            rate = f"{amount / max(ended - start, 1e-9):.3g} {unit if work is None else work_unit}/s"
             if bar is not None and task is not None:
                 bar.update(task, completed=done, rate=rate)
-            elif done and now - last >= PLAIN_EVERY_SECONDS:
-                left = (total - done) * (now - start) / done
+            elif done and now - last >= PLAIN_EVERY_SECONDS and now - before >= (ended - start) / done / 2:
+                left = max((total - done) * (ended - start) / done - (now - ended), 0.0)
                 log.info("%s: %d of %d %s, %s, %.0f s left", what, done, total, unit, rate, left)
                 last = now
+            before = now
             yield item
             amount += 1 if work is None else work(item)
+            ended = time.monotonic()
 
 
 def _bar() -> Progress:

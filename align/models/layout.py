@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from align.config.columns import ID_COLUMNS
-from align.errors import ConfigError
+from align.errors import ConfigError, ModelError
 from align.io.console import log
 from align.models import attention
 from align.models.logps import Layout, add_completion_head, pair_logps
@@ -78,8 +78,25 @@ def longest_sequence(dataset: Dataset, max_length: int | None) -> int:
 
 
 def base_model(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model; any other model itself."""
-    return model.get_base_model() if has_adapter(model) else model  # type: ignore[operator]
+    """The transformers model inside a PEFT model and inside ``torch.compile``; any other model itself.
+
+    Raises:
+        ModelError: the adapter keeps the forward that the model had when it was added (adaption prompts), so nothing
+            can be measured through it.
+    """
+    plain: Any = getattr(model, "_orig_mod", model)
+    if not has_adapter(plain):
+        return plain
+    base: PreTrainedModel = plain.get_base_model()
+    tuner: Any = plain.base_model
+    if tuner is not base and "forward" in vars(tuner):
+        raise ModelError(
+            f"adapter of the kind {next(iter(plain.peft_config.values())).peft_type.value}: it calls the forward that "
+            "the model had before it, expected one that calls the model's own",
+            code="adapter",
+            hint="use another kind of adapter, such as LoRA",
+        )
+    return base
 
 
 def has_adapter(model: torch.nn.Module) -> bool:

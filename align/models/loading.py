@@ -78,17 +78,28 @@ def load_policy(
                 _check_gradients(model, policy)
             _tell_of_outliers(model, policy)
             return policy
-        loaded, found = AutoModelForCausalLM.from_pretrained(
-            model, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **kwargs
-        )
+        loaded = _load_whole(model, trust_remote_code, kwargs)
     if trainable and _holds_adapter(loaded):
         raise ModelError(
             f"{model}: is an adapter on the hub, expected a folder to train or measure it",
             code="adapter",
             hint=f"download it: hf download {model} --local-dir FOLDER, and give that folder",
         )
-    refuse_new_weights(model, loaded, found["missing_keys"], "a causal language model")
     _tell_of_outliers(model, loaded)
+    return loaded
+
+
+def _load_whole(model: str, trust_remote_code: bool, kwargs: dict[str, Any]) -> Any:
+    """A causal language model of which every weight is in its folder; the adapter of a hub id has its base's.
+
+    Raises:
+        ModelError: some weights would be drawn at random.
+    """
+    loaded, found = AutoModelForCausalLM.from_pretrained(
+        model, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **kwargs
+    )
+    drawn = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    refuse_new_weights(model, loaded, drawn, "a causal language model")
     return loaded
 
 
@@ -153,6 +164,13 @@ def _load_adapter(model: str, trust_remote_code: bool, trainable: bool, kwargs: 
     kwargs = kwargs | base_loading(model)
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(f"its adapter was trained for the task {config.task_type}, expected CAUSAL_LM")
+    if trainable and config.is_prompt_learning:
+        raise ModelError(
+            f"{model}: found an adapter of the kind {config.peft_type.value}, which puts tokens of its own before each "
+            "sequence, expected one whose gradients are measured and trained",
+            code="adapter",
+            hint="sample and evaluate it as it is; to measure or to train it further, take another kind of adapter",
+        )
     base = _load_base(model, config, trust_remote_code, kwargs)
     rows = saved_vocabulary(model)
     if rows is not None and rows != base.get_input_embeddings().weight.shape[0]:
@@ -188,9 +206,7 @@ def _load_base(model: str, config: Any, trust_remote_code: bool, kwargs: dict[st
         if not has_adapter(merged):
             return merged
     else:
-        base = AutoModelForCausalLM.from_pretrained(
-            name, trust_remote_code=trust_remote_code, use_safetensors=True, **({"revision": config.revision} | kwargs)
-        )
+        base = _load_whole(name, trust_remote_code, {"revision": config.revision} | kwargs)
         if not _holds_adapter(base):
             return base
     raise ModelError(

@@ -95,10 +95,15 @@ def papers_of(text: str | None) -> tuple[str, ...]:
 
 
 def write_card(folder: Path, facts: TrainingFacts, *, adapter: bool) -> None:
-    """Write the card of a saved folder, in place of one that peft or trl wrote; results that it has are kept."""
+    """Write the card of a saved folder, in place of one that peft, trl or another training wrote.
+
+    Results are kept if the card that has them is of the same training.
+    """
     text = render(facts, adapter=adapter)
-    earlier = _between((folder / FILE).read_text(encoding="utf-8"), RESULTS) if (folder / FILE).is_file() else None
-    write_text(folder / FILE, text if earlier is None else _replaced(text, RESULTS, earlier))
+    earlier = (folder / FILE).read_text(encoding="utf-8") if (folder / FILE).is_file() else ""
+    if _between(earlier, RESULTS) is not None and _replaced(earlier, RESULTS, NO_RESULTS) == text:
+        text = earlier
+    write_text(folder / FILE, text)
 
 
 def add_results(folder: Path, rows: Sequence[tuple[str, str]], note: str) -> None:

@@ -18,8 +18,9 @@ def learned_positions(model: PreTrainedModel) -> int | None:
     """Number of positions of a model with learned absolute positions (GPT-2, OPT, ...); None for any other model.
 
     Beyond it the look-up fails: with an IndexError on a CPU, with an assertion that ends the process on a GPU.
+    Positions of patches, in the vision part of a model that reads images too, are none of its text.
     """
-    for name, module in model.named_modules():
+    for name, module in model.get_decoder().named_modules():
         if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in LEARNED:
             return int(module.num_embeddings - getattr(module, "offset", 0))
     return None
@@ -45,6 +46,27 @@ def _scales_positions(config: Any) -> bool:
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     parts = [part for part in (found, *found.values()) if isinstance(part, Mapping)]
     return any((part.get("rope_type") or part.get("type") or "default") != "default" for part in parts)
+
+
+def check_padding(limit: int | None, longest: int, multiple: int | None) -> None:
+    """Refuse rows that padding makes longer than the learned positions of a model.
+
+    Args:
+        limit: ``learned_positions``.
+        longest: tokens of the longest row.
+        multiple: trl's ``pad_to_multiple_of``.
+
+    Raises:
+        DataError: see above.
+    """
+    padded = -(-longest // multiple) * multiple if multiple else longest
+    if limit is not None and padded > limit:
+        raise DataError(
+            f"train.trainer.pad_to_multiple_of: found {multiple}, with which a row of {longest} tokens gets {padded}, "
+            f"expected at most {limit}: the model has no more positions",
+            code="positions",
+            hint="leave it out, or lower train.trainer.max_length",
+        )
 
 
 def check_positions(model: PreTrainedModel, longest: int, what: str, hint: str) -> None:

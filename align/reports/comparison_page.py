@@ -1,22 +1,18 @@
 """report.json of `align eval` -> one HTML file: no request, every text escaped, one script (the search) by its hash."""
 
-import base64
-import hashlib
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-from markupsafe import Markup
 
 from align.data.text import plain
 from align.io.files import write_text
 from align.reports import plots
-from align.reports.html import environment, percent
+from align.reports.benchmark_tables import benchmark_sentences, benchmark_tables
+from align.reports.frontier import Mark, frontier
+from align.reports.html import environment, percent, search_script
+from align.reports.share_bar import shares
 from align.reports.verdict import name
 from align.stats import ends, excludes, interval
-
-SCRIPT = "search.js"
 
 
 def write_comparison_page(target: Path, report: dict[str, Any]) -> None:
@@ -24,17 +20,18 @@ def write_comparison_page(target: Path, report: dict[str, Any]) -> None:
 
     Args:
         target: the file.
-        report: ``reward``, ``comparisons`` and ``frontier``; each may be missing.
+        report: ``reward``, ``comparisons``, ``win_tables``, ``frontier`` and ``benchmarks``; each may be missing.
     """
     write_text(target, render_comparison_page(report))
 
 
 def render_comparison_page(report: dict[str, Any]) -> str:
     """The page as text; a part that was not measured is one line with the command that measures it."""
-    complete = {"reward": None, "comparisons": {}, "frontier": None} | report
+    empty: dict[str, Any] = {"reward": None, "comparisons": {}, "win_tables": {}, "frontier": None, "benchmarks": None}
+    complete = empty | report
     runs = [part["run"] for part in _parts(complete)]
-    names = list(dict.fromkeys(key for run in runs for key in run["policies"]))
-    script = (files("align.reports") / "templates" / SCRIPT).read_text(encoding="utf-8")
+    everyone = runs + ([complete["benchmarks"]["run"]] if complete["benchmarks"] else [])
+    names = list(dict.fromkeys(key for run in everyone for key in run["policies"]))
     sentence, details = headline(complete)
     made = environment()
     return made.get_template("comparison.html.j2").render(
@@ -47,16 +44,11 @@ def render_comparison_page(report: dict[str, Any]) -> str:
         changes=_changes(complete),
         text_tables=_text_tables(complete),
         samples=_samples(complete, names),
+        benchmarks=benchmark_tables(complete["benchmarks"]),
         prompts=max((run["n_prompts"] for run in runs), default=0),
         runs=runs,
-        script=Markup(script),
-        script_hash=script_hash(script),
+        **search_script(),
     )
-
-
-def script_hash(script: str) -> str:
-    """Source expression of a content security policy that allows this script and no other."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def headline(report: dict[str, Any]) -> tuple[str, list[str]]:
@@ -65,6 +57,8 @@ def headline(report: dict[str, Any]) -> tuple[str, list[str]]:
     if report["reward"]:
         policies = report["reward"]["policies"]
         sentences = [_gained(key, policy) for key, policy in policies.items() if policy["gain"]] + sentences
+    if report.get("benchmarks"):
+        sentences += benchmark_sentences(report["benchmarks"])
     if not sentences:
         return ("Reward against KL was measured." if report["frontier"] else "Nothing has been evaluated yet."), []
     return sentences[0], sentences[1:] + _changes(report)
@@ -158,10 +152,10 @@ def _plots(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
     titles: dict[str, Any] = {"x_title": "KL to the reference (nats per completion)", "y_title": "reward"}
     if report["reward"]:
         dots = {key: [_mark(policy, key)] for key, policy in report["reward"]["policies"].items()}
-        made["reward"] = plots.frontier(dots, methods=names, **titles)
+        made["reward"] = frontier(dots, methods=names, **titles)
     for key, found in report["comparisons"].items():
         wins = found["win_rate"]
-        made["wins"][key] = plots.shares(
+        made["wins"][key] = shares(
             {
                 f"{name(found['a'])} wins": (wins["wins"], plots.color(found["a"], names)),
                 "ties": (wins["ties"], "tie"),
@@ -169,13 +163,13 @@ def _plots(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
             }
         )
     if report["frontier"]:
-        made["frontier"] = plots.frontier(_curves(report["frontier"]["points"]), methods=names, **titles)
+        made["frontier"] = frontier(_curves(report["frontier"]["points"]), methods=names, **titles)
     return made
 
 
-def _curves(points: list[dict[str, Any]]) -> dict[str, list[plots.Mark]]:
+def _curves(points: list[dict[str, Any]]) -> dict[str, list[Mark]]:
     """Marks of each policy by temperature, and of its checkpoints by step, from the reference on."""
-    curves: dict[str, list[plots.Mark]] = {}
+    curves: dict[str, list[Mark]] = {}
     start = points[0]
     for policy in dict.fromkeys(point["policy"] for point in points):
         own = [point for point in points if point["policy"] == policy]
@@ -186,15 +180,18 @@ def _curves(points: list[dict[str, Any]]) -> dict[str, list[plots.Mark]]:
         steps = sorted((p for p in own if p["step"] is not None), key=lambda p: p["step"])
         if steps:
             last = steps[-1]["step"]
-            marks = [_mark(p, f"{policy}, step {p['step']}", f"step {last}" * (p["step"] == last)) for p in steps]
+            marks = [
+                _mark(p, f"{policy}, step {p['step']}", f"step {p['step']}" if p["step"] == last else str(p["step"]))
+                for p in steps
+            ]
             curves[f"{policy} checkpoints"] = [_mark(start, "reference, step 0"), *marks]
     return curves
 
 
-def _mark(point: dict[str, Any], title: str, label: str = "") -> plots.Mark:
+def _mark(point: dict[str, Any], title: str, label: str = "") -> Mark:
     kl = f"KL {interval(point['kl'])}" if point["kl"] else "KL 0"
     hover = f"{title}: {kl}, reward {interval(point['reward'])}"
-    return plots.Mark(_kl(point), ends(point["reward"]), hover, label)
+    return Mark(_kl(point), ends(point["reward"]), hover, label)
 
 
 def _kl(point: dict[str, Any]) -> float:

@@ -1,12 +1,29 @@
 """The jinja2 environment of all pages."""
 
+import base64
+import hashlib
 import json
+from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
 
 from align.reports.verdict import name
 from align.stats import interval, number
+
+SEARCH = "search.js"
+
+
+def search_script() -> dict[str, Any]:
+    """The script that searches the samples of a page, and its hash for the page's policy."""
+    script = (files("align.reports") / "templates" / SEARCH).read_text(encoding="utf-8")
+    return {"script": Markup(script), "script_hash": script_hash(script)}
+
+
+def script_hash(script: str) -> str:
+    """Source expression of a content security policy that allows this script and no other."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def environment() -> Environment:

@@ -14,7 +14,8 @@ WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 46
 TICKS = 5
 FIXED_COLORS = {"reference": 0, "dpo": 1, "madpo": 2, "soft_madpo": 3}
-COLORS = 8
+COLORS = 12
+"""Of the pages; methods beyond these share a color with another one."""
 MOST_POINTS = 400
 
 
@@ -36,18 +37,6 @@ class Axes:
         """Vertical pixel of a value."""
         low, high = self.y
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A point of a frontier."""
-
-    x: float
-    y: tuple[float, float, float]
-    """Lower end of its interval, value, upper end."""
-    hover: str
-    label: str = ""
-    """Drawn next to the point."""
 
 
 def color(name: str, names: Sequence[str]) -> str:
@@ -90,7 +79,7 @@ def histogram(
         )
     if low < 0 < high:
         body.append(_vertical(axes, 0.0))
-    return _figure(axes, body, names, shades)
+    return figure(axes, body, names, shades)
 
 
 def lines(
@@ -102,31 +91,43 @@ def lines(
     xs = np.concatenate([np.asarray(x, dtype=float) for x, _ in series.values()])
     ys = np.concatenate([np.asarray(y, dtype=float) for _, y in series.values()])
     ys = np.append(ys, 0.0) if zero else ys
-    axes = Axes(_range(xs, 0.0), (0.0, 1.0) if share else _range(ys), x_title, y_title)
+    axes = Axes(widened(xs, 0.0), (0.0, 1.0) if share else widened(ys), x_title, y_title)
     body = [_horizontal(axes, 0.0)] if zero else []
     mark = "dot" if max(len(x) for x, _ in series.values()) <= FEW_POINTS else "hit"
     for name, (x, y) in series.items():
         path = " ".join(f"{axes.px(a):.1f},{axes.py(b):.1f}" for a, b in zip(x, y, strict=True))
         body.append(
-            f'<polyline class="{color(_method(name), [_method(n) for n in names])} line{_dash(name)}" points="{path}"/>'
+            f'<polyline class="{color(method(name), [method(n) for n in names])} line{dash(name)}" points="{path}"/>'
         )
         body += [
-            f'<circle class="{color(_method(name), [_method(n) for n in names])} {mark}" cx="{axes.px(a):.1f}" '
+            f'<circle class="{color(method(name), [method(n) for n in names])} {mark}" cx="{axes.px(a):.1f}" '
             f'cy="{axes.py(b):.1f}" r="3"><title>{escape(name)}: {a:g}, {b:.4g}</title></circle>'
             for a, b in _thin(list(zip(x, y, strict=True)))
         ]
-    return _figure(axes, body, names)
+    return figure(axes, body, names)
 
 
-def intervals(points: Mapping[str, tuple[float, tuple[float, float, float]]], *, x_title: str, y_title: str) -> Markup:
-    """One point per series: x, and (low, value, high) in y with its interval drawn."""
-    names = list(points)
+def intervals(
+    points: Mapping[str, tuple[float, tuple[float, float, float]]],
+    *,
+    x_title: str,
+    y_title: str,
+    groups: Mapping[str, tuple[str, str]] | None = None,
+) -> Markup:
+    """One point per series: x, and (low, value, high) in y with its interval drawn.
+
+    ``groups``: series -> the group whose color and legend it has, and the label beside its point; None: a color each.
+    """
+    names = list(points) if groups is None else list(dict.fromkeys(group for group, _ in groups.values()))
     xs = np.array([x for x, _ in points.values()])
     ys = np.array([y for _, y in points.values()])
-    axes = Axes(_range(np.append(xs, 0.0), 0.12), _range(ys.ravel()), x_title, y_title)
+    axes = Axes(widened(np.append(xs, 0.0), 0.12), widened(ys.ravel()), x_title, y_title)
     body = []
     for name, (x, (low, value, high)) in points.items():
-        shade, at = color(name, names), axes.px(x)
+        group, label = (name, "") if groups is None else groups[name]
+        shade, at = color(group, names), axes.px(x)
+        if label:
+            body.append(f'<text class="mark" x="{at + 7:.1f}" y="{axes.py(value) - 6:.1f}">{escape(label)}</text>')
         body.append(
             f'<line class="{shade} line" x1="{at:.1f}" x2="{at:.1f}" y1="{axes.py(low):.1f}" y2="{axes.py(high):.1f}"/>'
         )
@@ -134,7 +135,7 @@ def intervals(points: Mapping[str, tuple[float, tuple[float, float, float]]], *,
             f'<circle class="{shade} dot" cx="{at:.1f}" cy="{axes.py(value):.1f}" r="5">'
             f"<title>{escape(name)}: {x:.3g}, {value:.3g} ({low:.3g} to {high:.3g})</title></circle>"
         )
-    return _figure(axes, body, names)
+    return figure(axes, body, names)
 
 
 def interval_lines(
@@ -144,12 +145,12 @@ def interval_lines(
     names = list(series)
     xs = np.array([x for points in series.values() for x, _ in points])
     ys = np.array([y for points in series.values() for _, y in points])
-    axes = Axes(_range(xs, 0.02), _range(ys.ravel()), x_title, y_title)
+    axes = Axes(widened(xs, 0.02), widened(ys.ravel()), x_title, y_title)
     body = []
     for name, points in series.items():
-        shade = color(_method(name), [_method(n) for n in names])
+        shade = color(method(name), [method(n) for n in names])
         path = " ".join(f"{axes.px(x):.1f},{axes.py(y[1]):.1f}" for x, y in points)
-        body.append(f'<polyline class="{shade} line{_dash(name)}" points="{path}"/>')
+        body.append(f'<polyline class="{shade} line{dash(name)}" points="{path}"/>')
         for x, (low, value, high) in points:
             at = axes.px(x)
             hover = escape(f"{name}: {x:g}, {value:.4g} ({low:.3g} to {high:.3g})")
@@ -158,58 +159,7 @@ def interval_lines(
                 f'y2="{axes.py(high):.1f}"/><circle class="{shade} dot" cx="{at:.1f}" cy="{axes.py(value):.1f}" r="4">'
                 f"<title>{hover}</title></circle>"
             )
-    return _figure(axes, body, names)
-
-
-def frontier(
-    curves: Mapping[str, Sequence[Mark]],
-    *,
-    methods: Sequence[str],
-    x_title: str,
-    y_title: str,
-) -> Markup:
-    """One path of marks per series.
-
-    A series called ``<method> checkpoints`` is a dashed line in the color of the method among all ``methods`` of the
-    page.
-    """
-    names = [name for name, points in curves.items() if points]
-    shades = {name: color(_method(name), methods) for name in names}
-    xs = np.array([mark.x for name in names for mark in curves[name]])
-    ys = np.array([mark.y for name in names for mark in curves[name]])
-    axes = Axes(_range(np.append(xs, 0.0), 0.08), _range(ys.ravel()), x_title, y_title)
-    body = []
-    for name, shade in shades.items():
-        path = " ".join(f"{axes.px(mark.x):.1f},{axes.py(mark.y[1]):.1f}" for mark in curves[name])
-        body.append(f'<polyline class="{shade} line{_dash(name)}" points="{path}"/>')
-        for mark in curves[name]:
-            at = axes.px(mark.x)
-            low, middle, high = (axes.py(value) for value in mark.y)
-            body.append(
-                f'<line class="{shade} line thin" x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
-                f'<circle class="{shade} dot" cx="{at:.1f}" cy="{middle:.1f}" r="4"><title>{escape(mark.hover)}</title></circle>'
-            )
-            if mark.label:
-                body.append(f'<text class="mark" x="{at + 6:.1f}" y="{middle - 6:.1f}">{escape(mark.label)}</text>')
-    return _figure(axes, body, names, shades)
-
-
-def shares(parts: Mapping[str, tuple[int, str]]) -> Markup:
-    """One stacked horizontal bar: label -> (count, CSS class of its color)."""
-    total = sum(count for count, _ in parts.values())
-    body, legend, at = [], [], 0.0
-    for label, (count, shade) in parts.items():
-        width = WIDTH * count / total
-        title = f"<title>{escape(label)}: {count} of {total}</title>"
-        body.append(f'<rect class="{shade} dot" x="{at:.1f}" y="0" width="{width:.1f}" height="26">{title}</rect>')
-        legend.append(
-            f'<li><svg viewBox="0 0 22 10" width="22" height="10"><rect class="{shade} dot" width="22" height="10"/></svg>'
-            f"{escape(label)}: {count}</li>"
-        )
-        at += width
-    label = escape(", ".join(f"{name}: {count}" for name, (count, _) in parts.items()))
-    svg = f'<svg class="plot" viewBox="0 0 {WIDTH} 26" role="img" aria-label="{label}">{"".join(body)}</svg>'
-    return Markup(f'{svg}<ul class="legend">{"".join(legend)}</ul>')
+    return figure(axes, body, names)
 
 
 def error_lines(
@@ -219,7 +169,7 @@ def error_lines(
     names = list(series)
     xs = np.concatenate([np.asarray(x, dtype=float) for x, *_ in series.values()])
     bounds = np.concatenate([np.asarray(y) + sign * np.asarray(e) for _, y, e in series.values() for sign in (-1, 1)])
-    axes = Axes(_range(xs, 0.02), _range(bounds), x_title, y_title)
+    axes = Axes(widened(xs, 0.02), widened(bounds), x_title, y_title)
     body = []
     for name, points in series.items():
         shade = color(name, names)
@@ -232,7 +182,7 @@ def error_lines(
                 f'<circle class="{shade} dot" cx="{at:.1f}" cy="{axes.py(b):.1f}" r="3.5">'
                 f"<title>{escape(name)}: {a:g}, {b:.4f} (standard error {error:.4f})</title></circle>"
             )
-    return _figure(axes, body, names)
+    return figure(axes, body, names)
 
 
 def trust_over_settings(grid: Sequence[Mapping[str, float]]) -> Markup:
@@ -253,7 +203,7 @@ def weight_curve(margins: Sequence[float], weights: Mapping[str, Sequence[float]
     names = list(weights)
     margin = np.asarray(margins)
     top = max(1.2, max(float(np.max(values)) for values in weights.values()) * 1.05)
-    axes = Axes(_range(margin), (0.0, top), "reward margin m", "weight w(m)")
+    axes = Axes(widened(margin), (0.0, top), "reward margin m", "weight w(m)")
     counts, edges = np.histogram(margin, 40)
     body = [
         f'<rect class="under" x="{axes.px(edges[k]):.1f}" width="{axes.px(edges[k + 1]) - axes.px(edges[k]):.1f}" '
@@ -269,7 +219,7 @@ def weight_curve(margins: Sequence[float], weights: Mapping[str, Sequence[float]
                 f'<circle class="{color(name, names)} dot" cx="{axes.px(margin[k]):.1f}" cy="{axes.py(weights[name][k]):.1f}" '
                 f'r="2"><title>m {margin[k]:.3g}, w {weights[name][k]:.3g}</title></circle>'
             )
-    return _figure(axes, body, names)
+    return figure(axes, body, names)
 
 
 def reliability(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> Markup:
@@ -288,7 +238,7 @@ def reliability(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> Markup:
             f"<title>{escape(name)}: confidence {x:.2f}, accuracy {y:.2f}, {count} pairs</title></circle>"
             for x, y, count in points
         ]
-    return _figure(axes, body, names)
+    return figure(axes, body, names)
 
 
 def scatter(
@@ -302,7 +252,7 @@ def scatter(
     """One dot per (x, y, hover text) of each series; dashed ``bounds`` are clipped to the range of the points."""
     names = [name for name, values in points.items() if values]
     found = np.array([(a, b) for name in names for a, b, _ in points[name]], dtype=float)
-    axes = Axes(x or _range(found[:, 0]), _range(found[:, 1]), x_title, y_title)
+    axes = Axes(x or widened(found[:, 0]), widened(found[:, 1]), x_title, y_title)
     body = []
     for bound in bounds:
         inside = [(a, b) for a, b in bound if axes.x[0] <= a <= axes.x[1] and axes.y[0] <= b <= axes.y[1]]
@@ -318,10 +268,10 @@ def scatter(
             f"<title>{escape(text)}</title></circle>"
             for a, b, text in _thin(list(points[name]))
         ]
-    return _figure(axes, body, names, {name: f"c{k + 1}" for k, name in enumerate(names)})
+    return figure(axes, body, names, {name: f"c{k + 1}" for k, name in enumerate(names)})
 
 
-def _figure(axes: Axes, body: Sequence[str], names: Sequence[str], shades: Mapping[str, str] | None = None) -> Markup:
+def figure(axes: Axes, body: Sequence[str], names: Sequence[str], shades: Mapping[str, str] | None = None) -> Markup:
     """The SVG with its axes and a legend; everything that is not a number is escaped."""
     parts = []
     for value in _ticks(*axes.x):
@@ -339,10 +289,10 @@ def _figure(axes: Axes, body: Sequence[str], names: Sequence[str], shades: Mappi
     parts.append(
         f'<text class="title" transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(axes.y_title)}</text>'
     )
-    methods = [_method(name) for name in names]
-    shades = shades or {name: color(_method(name), methods) for name in names}
+    methods = [method(name) for name in names]
+    shades = shades or {name: color(method(name), methods) for name in names}
     legend = "".join(
-        f'<li><svg viewBox="0 0 22 10" width="22" height="10"><line class="{shades[name]} line{_dash(name)}" '
+        f'<li><svg viewBox="0 0 22 10" width="22" height="10"><line class="{shades[name]} line{dash(name)}" '
         f'x1="0" x2="22" y1="5" y2="5"/></svg>{escape(_legend(name))}</li>'
         for name in names
     )
@@ -351,7 +301,7 @@ def _figure(axes: Axes, body: Sequence[str], names: Sequence[str], shades: Mappi
     return Markup(f'{svg}<ul class="legend">{legend}</ul>')
 
 
-def _method(name: str) -> str:
+def method(name: str) -> str:
     """The method in a series name such as ``madpo rejected``."""
     return name.split(" ", maxsplit=1)[0]
 
@@ -362,7 +312,7 @@ def _legend(name: str) -> str:
     return written(method) + blank + rest
 
 
-def _dash(name: str) -> str:
+def dash(name: str) -> str:
     return " dash" if name.endswith(("rejected", "checkpoints", "held out", "predicted")) else ""
 
 
@@ -375,7 +325,7 @@ def _thin(points: list) -> list:
     )
 
 
-def _range(values: np.ndarray, margin: float = 0.06) -> tuple[float, float]:
+def widened(values: np.ndarray, margin: float = 0.06) -> tuple[float, float]:
     low, high = float(np.min(values)), float(np.max(values))
     room = (high - low) * margin or (0.0 if high > low else 1.0)
     return low - room, high + room

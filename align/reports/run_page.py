@@ -1,11 +1,11 @@
-"""Page of a run, report.html from report.json: one file, without script or request, with every text escaped."""
+"""Page of a run, report.html from report.json: no request, every text escaped, one script (the search) by its hash."""
 
 from pathlib import Path
 from typing import Any
 
 from align.io.files import read_json, write_text
 from align.reports import plots, training_section
-from align.reports.html import environment
+from align.reports.html import environment, search_script
 from align.reports.verdict import verdict
 from align.stats import ends
 
@@ -24,7 +24,8 @@ def render_run_page(report: dict[str, Any]) -> str:
     """The page as text; a section that the report lacks is one line that says so."""
     sections = dict.fromkeys(SECTIONS) | report
     template = environment().get_template("report.html.j2")
-    return template.render(report=sections, verdict=verdict(report), plots=_plots(report), color=plots.color)
+    found = {"verdict": verdict(report), "plots": _plots(report), "color": plots.color}
+    return template.render(report=sections, **found, **search_script())
 
 
 def _plots(report: dict[str, Any]) -> dict[str, Any]:
@@ -55,18 +56,16 @@ def _plots(report: dict[str, Any]) -> dict[str, Any]:
     if "evaluation" in report:
         policies = report["evaluation"]["policies"]
         made["frontier"] = plots.intervals(
-            {
-                key: (
-                    policy["kl"]["value"] if policy["kl"] else 0.0,
-                    ends(policy["reward"]),
-                )
-                for key, policy in policies.items()
-                if policy["kl"] or key == "reference"
-            },
+            {key: policy_mark(policy) for key, policy in policies.items() if policy["kl"] or key == "reference"},
             x_title="KL to the reference (nats per completion)",
             y_title="judge's reward",
         )
     return made
+
+
+def policy_mark(policy: dict[str, Any]) -> tuple[float, tuple[float, float, float]]:
+    """KL of a policy, 0 for the reference, and its reward with its interval, as ``plots.intervals`` takes them."""
+    return (policy["kl"]["value"] if policy["kl"] else 0.0, ends(policy["reward"]))
 
 
 def _entanglement(methods: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -16,6 +16,7 @@ from align.training.adapters import check_adapter, check_reward_adapter
 from align.training.base.arguments import build_lora, build_trainer_args
 from align.training.given_reference import check_reference
 from align.training.loss_choice import bind
+from align.training.model_arguments import check_model_arguments
 from align.training.settings import check_settings, policy_args
 from reward_models.loading import check_class
 from reward_models.named_judges import check_judge
@@ -55,14 +56,13 @@ def check_config(config: RunConfig, *, tables: bool = False) -> None:
         for section in (config.sample, config.evaluate):
             if section is not None:
                 engine_of(config, section)
-    prompts = [
-        prompt for part in (config.sample, config.evaluate) if part is not None for prompt in section_prompts(part)
-    ]
+    judged = [] if config.evaluate is None else section_prompts(config.evaluate)
     samples = config.train.eval_samples if config.train is not None else None
     if samples is not None and samples.prompts is not None:
-        prompts += load_prompts(samples.prompts, samples.chat_template_kwargs)
+        judged = [*judged, *load_prompts(samples.prompts, samples.chat_template_kwargs)]
+    prompts = [*([] if config.sample is None else section_prompts(config.sample)), *judged]
     check_models(config, conversational=not all(isinstance(prompt, str) for prompt in prompts))
-    check_prompt_rows(config, prompts)
+    check_prompt_rows(config, prompts, judged)
     if tables:
         check_table_rows(config)
 
@@ -102,6 +102,8 @@ def check_models(config: RunConfig, *, conversational: bool) -> None:
             check_class(part.model, part.trusts_remote_code)
         if not Path(part.model).is_dir():
             continue
+        if isinstance(part, TrainSection):
+            check_model_arguments(part)
         tokenizer = load_tokenizer(part.model, trust_remote_code=part.trusts_remote_code)
         pad_token = part.trainer.get("pad_token")
         if pad_token is not None and pad_token not in tokenizer.get_vocab():

@@ -8,16 +8,19 @@ only. The policy is optimized for the scorer that makes the pairs, so judge the 
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.commands.build_pairs import METRICS, BuildSettings, build_pairs
+from align.commands.evaluation_tables import measure_kl, on_same_prompts, write_completions
 from align.commands.generate import GenerateSettings, complete_prompts
 from align.config import TrainSection, load_section
 from align.config.iterate import BuildSection, IterateConfig
 from align.data.prompts import PromptRow, read_prompts, rows_with_system
-from align.distributed import process_rank
+from align.distributed import process_rank, world_size
 from align.errors import ConfigError, DataError, ModelError
+from align.evaluation.policies import Policy
 from align.generation.engines import choose_engine
 from align.generation.types import Sampling
 from align.generation.vllm_adapters import check_vllm_adapter
@@ -27,7 +30,8 @@ from align.io.hashing import fingerprint_source
 from align.io.stage import run_stage
 from align.models.folders import check_model_folder, fingerprint_model
 from align.models.message_checks import check_prompts_of
-from align.stats import interval
+from align.reports.rounds_page import write_rounds_page
+from align.stats import interval, mean_interval
 from reward_models.loading import LoadOptions
 from reward_models.scorers import ScorerSpec
 
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
     from align.training.base.trackers import TrackedRun
 
 SUMMARY = "iterate.json"
+PAGE = "report.html"
+KL = "kl"
 MERGED = "policy"
 
 
@@ -97,30 +103,56 @@ def iterate(config: IterateConfig) -> Path:
         )
     policy = config.train.model
     check_prompts_of([row.prompt for row in prompts], [policy])
+    found = {"name": config.name, "start": policy, "scorer": build_settings(config.pairs).scorer.name}
     summary = []
     for number in range(1, config.rounds + 1):
         root = config.folder / f"round-{number}"
         log.info("round %d of %d: from %s", number, config.rounds, policy)
-        before, policy = policy, _round(config, prompts[number - 1 :: config.rounds], policy, root)
+        own = prompts[number - 1 :: config.rounds]
+        before, policy = policy, _round(config, own, policy, root)
         if process_rank() > 0:
             continue
         metrics = {name: read_json(root / name / METRICS) for name in ("generate", "pairs")}
-        summary.append({"round": number, "sampled_from": before, "trained": policy, **metrics})
-        write_json(config.folder / SUMMARY, {"rounds": summary})
+        kl = _kl_to_start(config, own, before, root / KL)
+        summary.append({"round": number, "sampled_from": before, "trained": policy, "kl_to_start": kl, **metrics})
+        so_far = found | {"rounds": summary}
+        write_json(config.folder / SUMMARY, so_far)
+        write_rounds_page(config.folder / PAGE, so_far)
         reward = metrics["pairs"]["mean_reward"]
         log.info("round %d: reward of its samples, before training on them: %s", number, interval(reward))
+    if process_rank() == 0:
+        log.info("look at it: open %s", config.folder / PAGE)
     return Path(policy)
 
 
-def _round(config: IterateConfig, prompts: list[PromptRow], policy: str, root: Path) -> str:
-    """Run one round and return the folder of the policy that it trained."""
+def _kl_to_start(config: IterateConfig, prompts: list[PromptRow], policy: str, folder: Path) -> dict[str, Any] | None:
+    """KL(policy || first policy) over the first prompts of a round, an estimate as JSON values; None if not measured.
+
+    The prompts are of the round that samples from the policy, which has not been trained on them.
+    """
+    start = config.train.model
+    if policy == start or not config.kl_prompts or world_size() > 1 or config.train.trusts_remote_code:
+        return None
+    sampling = replace(_sampling(config), n=1)
+    texts = [row.prompt for row in prompts[: config.kl_prompts]]
+    kept, _ = on_same_prompts([write_completions(Policy("policy", policy), texts, sampling, folder)])
+    (written,) = kept
+    return mean_interval(measure_kl(written, Policy("start", start), folder).exact).to_dict()
+
+
+def _sampling(config: IterateConfig) -> Sampling:
+    """The sampling of every round."""
     section = config.generate
-    sampling = Sampling(
+    return Sampling(
         section.max_new_tokens, section.temperature, section.top_p, section.n, config.seed,
         engine=section.engine, batch_size=section.batch_size, options=section.options, top_k=section.top_k,
         min_p=section.min_p, stop=tuple(section.stop),
     )  # fmt: skip
-    complete_prompts(prompts, config.prompts.path, GenerateSettings(policy, sampling), root / "generate")
+
+
+def _round(config: IterateConfig, prompts: list[PromptRow], policy: str, root: Path) -> str:
+    """Run one round and return the folder of the policy that it trained."""
+    complete_prompts(prompts, config.prompts.path, GenerateSettings(policy, _sampling(config)), root / "generate")
     build_pairs(root / "generate", build_settings(config.pairs), root / "pairs")
     (method,) = config.train.methods
     inputs: dict[str, Any] = {

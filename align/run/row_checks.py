@@ -1,6 +1,7 @@
 """Checks of a run that need its rows: whether the chat templates take the messages of every pair and prompt."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -10,13 +11,23 @@ from align.data.pairs import load_pairs
 from align.data.splits import folds_by_prompt, split_by_prompt
 from align.errors import DataError
 from align.models.message_checks import check_pairs_of, check_prompts_of, check_turns_of
+from align.models.row_lengths import check_lengths_of
+from align.models.tokenization import MAX_LENGTH
 from align.run.watch import split_share, without_trained
+from align.training.columns import refuse_no_weight, require_margin
 from align.training.held_out import HeldOut
 from align.training.held_out_settings import chooses
+from align.training.loss_choice import bind
+from reward_models.named_judges import kind_of, model_of
 
 
-def check_prompt_rows(config: RunConfig, prompts: Sequence[Any]) -> None:
+def check_prompt_rows(config: RunConfig, prompts: Sequence[Any], judged: Sequence[Any]) -> None:
     """Check the prompts that the policy completes; with a reward model, also followed by an answer.
+
+    Args:
+        config: the run.
+        prompts: all that the policy completes.
+        judged: those of them whose completions the judges of the run see.
 
     Raises:
         ModelError, DataError: see ``check_prompts_of``.
@@ -26,6 +37,12 @@ def check_prompt_rows(config: RunConfig, prompts: Sequence[Any]) -> None:
             check_prompts_of(
                 prompts, [part.model], answered=part is config.reward, trust_remote_code=part.trusts_remote_code,
                 text_pair=isinstance(part, RewardSection) and part.text_pair,
+            )  # fmt: skip
+    for judge in config.evaluate.judge if config.evaluate is not None else ():
+        if kind_of(judge.name) in ("reward model", "reward-server") and Path(model_of(judge.name)).is_dir():
+            check_prompts_of(
+                judged, [model_of(judge.name)], answered=True, trust_remote_code=judge.trust_remote_code,
+                text_pair=judge.text_pair,
             )  # fmt: skip
 
 
@@ -40,6 +57,8 @@ def check_table_rows(config: RunConfig) -> None:
     if heldout is not None:
         check_pair_rows(config, heldout, rewards=True)
     policy_pairs = None if config.pairs is None else load_pairs(config.pairs)
+    if policy_pairs is not None:
+        check_loss_columns(config, policy_pairs)
     _check_held_out(config, policy_pairs)
     for source, rewards in ((config.pairs, False), (None if reward is None else reward.pairs, True)):
         if source is None:
@@ -103,11 +122,27 @@ def _check_held_out(config: RunConfig, pairs: Dataset | None) -> None:
     if section.path:
         held_out = load_pairs(section)
         check_pair_rows(config, held_out)
+        check_loss_columns(config, held_out)
         held_out = held_out if pairs is None else without_trained(held_out, pairs, section)
     elif pairs is not None:
         held_out = split_share(pairs, section, config.seed)[1]
     if held_out is not None:
         HeldOut.of(held_out, seed=config.seed, choose=chooses(config.train))
+
+
+def check_loss_columns(config: RunConfig, pairs: Dataset) -> None:
+    """Check that pairs have the margins that the losses need, unless a reward model of the run gives them, and weights.
+
+    Raises:
+        ConfigError: there is no column ``margin``.
+        DataError: a pair has no margin, or every pair has the weight 0.
+    """
+    if config.train is None:
+        return
+    refuse_no_weight(pairs)
+    if config.reward is None:
+        for method, loss in config.train.methods.items():
+            require_margin(pairs, bind(method, loss))
 
 
 def check_pair_rows(config: RunConfig, pairs: Dataset, *, rewards: bool = False) -> None:
@@ -123,6 +158,12 @@ def check_pair_rows(config: RunConfig, pairs: Dataset, *, rewards: bool = False)
             check_pairs_of(pairs, [part.model], trust_remote_code=part.trusts_remote_code, text_pair=text_pair)
         if isinstance(part, TrainSection):
             check_turns_of(pairs, part.model, part.turns, trust_remote_code=part.trusts_remote_code)
+            if config.filter is None:  # a filter may drop the long ones; training then counts the rest
+                longest = part.trainer.get("max_length", MAX_LENGTH)
+                multiple = part.trainer.get("pad_to_multiple_of")
+                check_lengths_of(
+                    pairs, part.model, longest, trust_remote_code=part.trusts_remote_code, multiple=int(multiple or 0)
+                )
     if config.filter is not None and config.filter.ood is not None and not rewards:
         ood = config.filter.ood
         check_pairs_of(pairs, [ood.model], trust_remote_code=ood.trust_remote_code, text_pair=ood.text_pair)

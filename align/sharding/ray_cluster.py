@@ -30,26 +30,50 @@ MESSAGE_CHARACTERS = 200
 """Largest number of characters of Ray's message in a message of ours."""
 
 
+class _Kept(logging.Handler):
+    """Keeps warnings of this program, which a worker would write where nobody reads them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one message."""
+        self.messages.append(record.getMessage())
+
+    def take(self) -> list[str]:
+        """The messages since the last call."""
+        taken, self.messages = self.messages, []
+        return taken
+
+
 class Worker:
-    """The Ray actor that runs a job."""
+    """The Ray actor that runs a job; what it warns of goes to the calling process with its results."""
 
     def __init__(self, job: Job, folder: str, threads: int) -> None:
         self.job, self.threads = job, threads
         if Path(folder).is_dir():  # so that relative paths of the user are valid here
             os.chdir(folder)
         self.work: Callable[[Dataset], Dataset] | None = None
+        self.warnings = _Kept()
+        log.addHandler(self.warnings)
 
-    def start(self) -> None:
-        """Load the model; use one thread per CPU of the worker, regardless of the environment."""
+    def start(self) -> tuple[bytes, list[str]]:
+        """Load the model; use one thread per CPU of the worker, regardless of the environment.
+
+        Returns:
+            Nothing and the warnings.
+        """
         import torch
 
         torch.set_num_threads(self.threads)
         self.work = self.job.start()
+        return b"", self.warnings.take()
 
-    def __call__(self, shard: bytes) -> bytes:
-        """The result of a shard, as Parquet bytes."""
+    def __call__(self, shard: bytes) -> tuple[bytes, list[str]]:
+        """The result of a shard, as Parquet bytes, and the warnings."""
         assert self.work is not None
-        return encode(self.work(decode(shard)))
+        return encode(self.work(decode(shard))), self.warnings.take()
 
 
 def map_on_cluster(
@@ -103,6 +127,8 @@ class _Pool:
         self.starting: dict[Any, Any] = {}
         self.working: dict[Any, tuple[Any, int]] = {}
         self.idle: list[Any] = []
+        self.told: set[str] = set()
+        """What workers have warned of; each has the same model, so each would say the same."""
         room = self._room()
         wanted = cluster.workers or room
         if room < max(1, wanted):
@@ -139,7 +165,7 @@ class _Pool:
                 continue
             worker, number = self.working.pop(done[0], (self.starting.pop(done[0], None), None))
             try:
-                result = self.ray.get(done[0])
+                result, warnings = self.ray.get(done[0])
             except self.ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, AlignError):
                     raise error.cause from None
@@ -149,6 +175,7 @@ class _Pool:
                 if number is not None:
                     waiting.append(number)
             else:
+                self._tell(warnings)
                 self.idle.append(worker)
                 if number is None:
                     losses[None] = 0
@@ -160,6 +187,13 @@ class _Pool:
                 self.working[worker.__call__.remote(encode(rows(following)))] = (worker, following)
             if waiting and not self.starting and not self.working:
                 self._add()
+
+    def _tell(self, warnings: Sequence[str]) -> None:
+        """Log what a worker warned of, each message once."""
+        for message in warnings:
+            if message not in self.told:
+                self.told.add(message)
+                log.warning("%s", message)
 
     def _handle_loss(self, error: Exception, number: int | None, losses: dict[int | None, int]) -> None:
         """Start another worker for a lost one unless a worker is idle.
@@ -195,7 +229,10 @@ class _Pool:
                 code="cluster-room",
                 hint="run the same command again when machines are back; finished shards are kept",
             )
-        log.warning("cluster %s: waiting for room for a worker; other jobs may be using it", self.cluster.address)
+        log.warning(
+            "cluster %s: no worker is at work: it still loads, or waits for room that others use",
+            self.cluster.address,
+        )
 
 
 def _connected(cluster: ClusterSection) -> Any:

@@ -37,6 +37,7 @@ TIED = ("embed_tokens", "lm_head")
 """Modules whose adapters ``ensure_weight_tying`` ties, as peft names them."""
 OTHER_WEIGHTS = ("revision", "gguf_file", "subfolder", "variant", "config", "state_dict", "key_mapping")
 """Arguments of ``from_pretrained`` that choose which weights are loaded."""
+WRITTEN_BY_PEFT = ("peft_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
 PLAIN = "leave it out, or use gaussian, orthogonal or mica"
 MERGE = "merge the adapter into its base model, and train from that with a train.peft"
 
@@ -75,6 +76,7 @@ def check_adapter(train: TrainSection) -> None:
         _raise_first(_continued_problems(config, path, lambda: _is_tied(str(adapter_base(train.model)))))
         _raise_first(_use_problems(config, path, _use_of(train)))
     elif train.peft is not None:
+        _raise_first(_own_problems(train.peft))
         _raise_first(_base_problems(train.peft, "train.peft."))
         _raise_first(_fresh_problems(train.peft))
         _raise_first(_use_problems(train.peft, "train.peft.", _use_of(train)))
@@ -159,6 +161,7 @@ def check_reward_adapter(fields: Mapping[str, Any] | None) -> None:
 
 
 def _reward_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
+    yield from _no_update(fields, "reward.peft.")
     merged = "a trained reward model is saved with its adapter merged"
     for field, reason in UNMERGED.items():
         if fields.get(field):
@@ -205,7 +208,26 @@ def _base_problems(config: Mapping[str, Any], path: str) -> Iterator[Problem]:
             )
 
 
+def _own_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
+    """Fields that peft writes itself; the folder of an adapter would name another base with some of them."""
+    for name in WRITTEN_BY_PEFT:
+        if fields.get(name) is not None:
+            yield (
+                f"train.peft.{name}: found {fields[name]!r}, expected none: it is set when the adapter is saved",
+                "leave it out",
+            )
+
+
+def _no_update(fields: Mapping[str, Any], path: str) -> Iterator[Problem]:
+    if fields.get("lora_alpha") == 0:
+        yield (
+            f"{path}lora_alpha: found 0, which multiplies the adapter, so nothing would be trained",
+            "leave it out, or set a number above 0",
+        )
+
+
 def _fresh_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
+    yield from _no_update(fields, "train.peft.")
     if fields.get("init_lora_weights") == "eva":
         yield (
             "train.peft.init_lora_weights: 'eva' needs activations that are not collected here; without them peft "

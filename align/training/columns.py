@@ -44,13 +44,22 @@ def prepare_pairs(pairs: Dataset, weights: WeightsSection | None, loss: BoundLos
             refuse_without_majority(pairs, f"the loss {loss.spec.name} reads no votes", "`weights: {votes: true}`")
         pairs, loss = add_weight(adjust_margins(pairs, weights), loss)
     pairs = normalize_weights(pairs, weights)
-    if len(pairs) and "weight" in pairs.column_names and not np.any(pairs["weight"]):
+    refuse_no_weight(pairs)
+    return pairs, loss
+
+
+def refuse_no_weight(pairs: Dataset) -> None:
+    """Raise if every pair has the weight 0, or if some have none.
+
+    Raises:
+        DataError: nothing would be trained, or a pair has no weight.
+    """
+    if len(pairs) and "weight" in pairs.column_names and not numbers(pairs, "weight", "the loss").any():
         raise DataError(
             f"weight: found 0 for each of {len(pairs)} pairs, expected more for some of them: nothing would be trained",
             code="weights-column",
             hint="give pairs a weight above 0, or leave the column out",
         )
-    return pairs, loss
 
 
 def told_apart(pairs: Dataset, ids: Sequence[str], max_length: int | None, truncation: str) -> list[int]:

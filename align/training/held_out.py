@@ -1,6 +1,6 @@
 """The held-out pairs of a training: their clusters, the halves that choose and report, and their metrics. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +8,11 @@ import numpy as np
 from datasets import Dataset
 
 from align.data.splits import clusters_of, folds_of_clusters
-from align.errors import DataError
+from align.errors import DataError, NumericsError
 from align.stats import mean_interval, share_interval
 
+KL_FIELDS = ("kl_chosen", "kl_rejected")
+"""Numbers of a pair that are measured of a part of the pairs, see ``HeldOutPass``."""
 PARTS = ("choosing", "reporting")
 """Halves of the held-out prompts where an evaluation chooses a step: one decides, the other is what is reported."""
 ALL = "all"
@@ -54,6 +56,28 @@ class HeldOut:
         if self.choosing is None:
             return everything
         return {PARTS[0]: self.choosing, PARTS[1]: ~self.choosing} | everything
+
+
+def check_values(values: Values, ids: Sequence[str]) -> None:
+    """Refuse numbers of N pairs of which some are not finite: no mean and no choice of a step can follow from them.
+
+    Args:
+        values: numbers of N pairs; the KL is NaN where it is not measured.
+        ids: their names, [N].
+
+    Raises:
+        NumericsError: names the first such pair.
+    """
+    finite = {name: np.isfinite(column) for name, column in values.items() if name not in KL_FIELDS}
+    bad = np.flatnonzero(~np.logical_and.reduce(list(finite.values())))
+    if bad.size:
+        first = int(bad[0])
+        shown = ", ".join(f"{name} {values[name][first]:.6g}" for name in finite)
+        raise NumericsError(
+            f"held-out pair {ids[first]}: found {shown}, expected finite numbers ({bad.size} of {len(ids)} such pairs)",
+            code="non-finite",
+            hint="look at the pair; a smaller learning_rate, or train.trainer.bf16",
+        )
 
 
 def pair_metrics(values: Values, clusters: np.ndarray, *, beta: float) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ import numpy as np
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.config import KeepSection
+from align.errors import ConfigError
 from align.io.console import log
 from align.training.held_out import ALL, PARTS
 
@@ -45,6 +46,25 @@ def keep_score(record: Mapping[str, Any], keep: KeepSection) -> float | None:
         return UNDEFINED - float(record["step"])
     value = float(found[name]["value"])
     return value if keep.rule == "held_out_loss" else -value
+
+
+def check_limit(pairs: Mapping[str, Mapping[str, Any]], keep: KeepSection) -> None:
+    """Refuse a limit on a KL that was not measured on the pairs that choose: every step would be within it.
+
+    Args:
+        pairs: part -> metrics of the held-out pairs of a step.
+        keep: the rule.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if keep.rule == "held_out_loss" and keep.kl_at_most is not None and "kl" not in pairs.get(PARTS[0], {}):
+        raise ConfigError(
+            f"train.keep.kl_at_most: found {keep.kl_at_most:g}, and no KL is measured on the pairs that choose a step, "
+            "because the reference's states for all of them take too much space",
+            code="eval-config",
+            hint="leave kl_at_most out, or hold out shorter pairs",
+        )
 
 
 def kept_step(records: Sequence[Mapping[str, Any]], keep: KeepSection, step: int | None, last: int) -> dict[str, Any]:

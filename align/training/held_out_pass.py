@@ -26,6 +26,7 @@ from align.models.exact_kl import ReferenceStates, frozen_head
 from align.models.layout import base_model, has_adapter
 from align.models.lm_head import LogitForm
 from align.models.logps import SequenceLogps, pair_logps, pair_states
+from align.training.held_out import KL_FIELDS
 from align.training.pair_losses import PairLosses
 from align.training.reference import reference_model
 
@@ -39,7 +40,6 @@ STATES_BYTES = 2**29
 FOLDER = "reference"
 COMPLETE, HEAD = "complete.json", "head.safetensors"
 FIELDS = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_tokens", "rejected_tokens")
-KL_FIELDS = ("kl_chosen", "kl_rejected")
 
 
 class HeldOutPass:

@@ -99,6 +99,15 @@ def _missing(config: TrainSection) -> list[str]:
     return problems
 
 
+def _wrong_direction(fields: dict[str, Any]) -> list[str]:
+    """The problem of a ``greater_is_better`` under which the worst step is the best one."""
+    name = str(fields.get("metric_for_best_model") or DIRECTED[0]).removeprefix("eval_")
+    given, right = fields.get("greater_is_better"), name != DIRECTED[0]
+    if name not in DIRECTED or not isinstance(given, bool) or given == right:
+        return []
+    return [f"train.trainer.greater_is_better: found {given} for the metric {name}, expected {right} or nothing"]
+
+
 def _wrong_fields(config: TrainSection, loss: BoundLoss) -> list[str]:
     fields, problems = config.trainer, []
     if fields.get("eval_strategy", "steps") in ("no", False):
@@ -120,7 +129,9 @@ def _wrong_fields(config: TrainSection, loss: BoundLoss) -> list[str]:
             )
         if fields.get("save_strategy") == "best":
             problems.append("train.trainer.save_strategy: found best together with train.keep, which saves by its rule")
-    elif (metric := fields.get("metric_for_best_model")) is not None:
+        return problems
+    problems += _wrong_direction(fields)
+    if (metric := fields.get("metric_for_best_model")) is not None:
         known = [*METRICS, *(f"loss/{part.spec.name}" for part in loss.parts if len(loss.parts) > 1)]
         name = str(metric).removeprefix("eval_")
         if name not in known:

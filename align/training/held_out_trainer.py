@@ -13,15 +13,17 @@ from datasets import Dataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from align.config import EarlyStoppingSection, KeepSection
 from align.distributed import from_main_process
+from align.errors import ModelError
 from align.io.files import read_json, write_json
 from align.io.hashing import digest
 from align.models.collator import ROW
 from align.models.layout import has_adapter
-from align.training.held_out import HeldOut, pair_metrics
-from align.training.held_out_choice import EVAL, EarlyStopping, flat_metrics
+from align.training.held_out import HeldOut, check_values, pair_metrics
+from align.training.held_out_choice import EVAL, EarlyStopping, check_limit, flat_metrics
 from align.training.held_out_pass import HeldOutPass
 from align.training.reference import reference_model
 from align.training.trainer import PreferenceTrainer
@@ -29,6 +31,8 @@ from align.training.trainer import PreferenceTrainer
 FOLDER = "held-out"
 """Folder of a training with the records of its evaluations."""
 SAMPLES = "samples"
+SAME_SUMS = 1e-9
+"""Relative difference of two float64 sums of the same weights, at most; a training step makes far more."""
 
 
 class Sampler(Protocol):
@@ -89,6 +93,9 @@ class HeldOutTrainer(PreferenceTrainer):
         table = None if watch.pairs is None else watch.pairs.pairs
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset=table, **others)
         self._pass: HeldOutPass | None = None
+        self._start = _parameter_sums(self.model) if self._reloads_reference() else {}
+        if watch.pairs is not None:
+            self.add_callback(_End())
         if watch.sampler is not None:
             self.add_callback(_Samples(watch.sampler.every, self))
         if watch.early_stopping is not None:
@@ -160,11 +167,15 @@ class HeldOutTrainer(PreferenceTrainer):
             self._pass.prepare()
         values = self._pass()
         rows = np.asarray(self.eval_dataset[ROW])
+        ids = held_out.pairs["id"] if "id" in held_out.pairs.column_names else range(len(held_out.pairs))
+        check_values(values, [str(ids[row]) for row in rows.tolist()])
         found = {}
         for name, part in held_out.parts().items():
             of = part[rows]
             chosen = {key: column[of] for key, column in values.items()}
             found[name] = pair_metrics(chosen, held_out.clusters[rows][of], beta=self.loss.beta) if of.any() else {}
+        if self.watch.keep is not None:
+            check_limit(found, self.watch.keep)
         cost = {"seconds": time.monotonic() - start, "tokens": self._pass.tokens, "pairs": len(rows)}
         return {"pairs": found, "cost": cost}
 
@@ -190,11 +201,37 @@ class HeldOutTrainer(PreferenceTrainer):
         sums = [part.sum(dtype=torch.float64) for whole in local for part in (whole, whole.abs())]
         return from_main_process(lambda: digest([value.hex() for value in torch.stack(sums).tolist()])[:16])
 
+    def _reloads_reference(self) -> bool:
+        """Whether the start of the training is no longer in memory once the policy has moved, and samples need it.
+
+        Under DeepSpeed no process holds the whole model, so that its start cannot be compared.
+        """
+        sampled = self.watch.sampler is not None and self.ref_model is None and not has_adapter(self.model)
+        return sampled and self.is_world_process_zero() and not self.is_deepspeed_enabled
+
+    def _check_start(self, loaded: nn.Module) -> None:
+        """Raise ModelError if ``loaded`` is not the model that this training started from."""
+        found = _parameter_sums(loaded) if self._start else {}
+        other = [name for name in {**self._start, **found} if not _close(self._start.get(name), found.get(name))]
+        if other:
+            raise ModelError(
+                f"{self.model.config._name_or_path}: found other weights than those that the training started from "
+                f"({other[0]}, {len(other)} of {len(self._start)}), expected its reference: the KL of samples would be "
+                "to another model",
+                code="train-reference",
+                hint="leave the folder as it is while a run trains; save a model that was changed in memory into a "
+                "folder, and train from that",
+            )
+
     @contextmanager
     def sampling_reference(self) -> Iterator[nn.Module]:
         """Yield the model that the policy is trained from, for forward passes without gradient on samples.
 
         If a full training has its log-probs precomputed, there is none in memory: it is loaded for the block.
+
+        Raises:
+            ModelError: the weights of the loaded model are not those of the start, because the folder or the model in
+                memory was changed.
         """
         if self.ref_model is None and not has_adapter(self.model) and self.state.global_step:
             from align.models.loading import load_policy, place
@@ -202,6 +239,7 @@ class HeldOutTrainer(PreferenceTrainer):
             kwargs: dict[str, Any] = {"dtype": "float32"} | dict(self.args.model_init_kwargs or {})
             trusted = bool(kwargs.pop("trust_remote_code", self.args.trust_remote_code))
             loaded = load_policy(self.model.config._name_or_path, trust_remote_code=trusted, **kwargs)
+            from_main_process(lambda: self._check_start(loaded))
             with torch.no_grad(), self.accelerator.autocast():
                 yield place(loaded, self.accelerator.device).eval()
             return
@@ -217,10 +255,35 @@ def _local(parameter: nn.Parameter) -> torch.Tensor:
     return local
 
 
+def _parameter_sums(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Sum of each parameter and of its absolute values, in float64."""
+    return {
+        name: (float(value.sum(dtype=torch.float64)), float(value.abs().sum(dtype=torch.float64)))
+        for name, value in ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    }
+
+
+def _close(one: tuple[float, float] | None, other: tuple[float, float] | None) -> bool:
+    """Whether two parameters have the same sums but for the rounding of another device."""
+    if one is None or other is None:
+        return False
+    return max(abs(a - b) for a, b in zip(one, other, strict=True)) <= SAME_SUMS * max(one[1], other[1])
+
+
 def _finished(file: Path, step: int, weights: str) -> dict[str, Any]:
     """What a stopped training measured in this step on these weights; else an empty record of the step."""
     record = read_json(file) if file.exists() else {}
     return record if record.get("weights") == weights else {"step": step, "weights": weights}
+
+
+class _End(TrainerCallback):
+    """Requests the evaluation of the end where ``eval_delay`` leaves it out."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Request it after the last step."""
+        passed = (state.epoch or 0) if args.eval_strategy == IntervalStrategy.EPOCH else state.global_step
+        if state.global_step >= state.max_steps and args.eval_delay > passed:
+            control.should_evaluate = True
 
 
 class _Samples(TrainerCallback):

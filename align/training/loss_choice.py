@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from trl import DPOConfig
 
 from align.config import LossSection, RemedySection, Section, TokenMaskSection, WeightsSection
@@ -17,8 +17,8 @@ from align.losses.spec import BoundLoss, LossSpec
 from align.losses.sums import TRL_DEFAULTS, bind_section, resolve_sum, resolve_trl
 from align.training.columns import check_weights
 
-PairLoss = Callable[[PairLogps, Tensor], Tensor]
-"""(log-probs of B pairs, margins [B]) -> one loss per pair [B]."""
+PairLoss = Callable[[PairLogps, Tensor], Tensor] | Callable[[PairLogps], Tensor]
+"""(log-probs of B pairs, margins [B]) -> one loss per pair [B]; or of the log-probs alone."""
 DEFAULT = "dpo"
 DEFAULT_TYPE = ["sigmoid"]
 OWNER = "PreferenceConfig"
@@ -108,14 +108,26 @@ def own_loss(function: PairLoss, beta: float, device: torch.device | str = "cpu"
         device: where the trial runs.
 
     Raises:
-        ConfigError: it fails, returns something else, or does not depend on the policy.
+        ConfigError: it fails, returns something else there or in a step of the training, does not depend on the
+            policy, or holds weights of its own, which no optimizer would train.
     """
     name = getattr(function, "__name__", OWN)
     name = name if name.isidentifier() else OWN
     with_margin = _positional(function) != 1
+    if isinstance(function, nn.Module) and any(weight.requires_grad for weight in function.parameters()):
+        raise ConfigError(
+            f"loss: {type(function).__name__} holds weights that no optimizer would train",
+            code="loss-function",
+            hint="freeze them: loss.requires_grad_(False)",
+        )
+
+    given: Callable[..., Tensor] = function
 
     def call(logps: PairLogps, *margin: Tensor, beta: float) -> Tensor:
-        return function(logps, *margin)
+        losses = given(logps, *margin)
+        if not _is_loss(losses, len(logps.chosen)):
+            raise _no_loss(name, losses, len(logps.chosen))
+        return losses
 
     _try(function, name, with_margin, device)
     columns = ("margin",) if with_margin else ()
@@ -264,9 +276,10 @@ def _beta_of_own(args: DPOConfig) -> float:
 
 
 def _positional(function: PairLoss) -> int:
-    """Number of positional arguments that a function takes; 2 if it does not say."""
+    """Number of positional arguments that a function, or the ``forward`` of a module, takes; 2 if it does not say."""
     try:
-        parameters = inspect.signature(function).parameters.values()
+        called = function.forward if isinstance(function, nn.Module) else function
+        parameters = inspect.signature(called).parameters.values()
     except (TypeError, ValueError):
         return 2
     if any(one.kind is one.VAR_POSITIONAL for one in parameters):
@@ -283,9 +296,11 @@ def _try(function: PairLoss, name: str, with_margin: bool, device: torch.device 
     rows = torch.tensor(TRIAL, device=device)
     policy, reference, (lengths, margin) = rows[:2].requires_grad_(), rows[2:4], rows[4:]
 
+    call: Callable[..., Any] = function
+
     def at(pairs: slice) -> Any:
         sides = (*policy[:, pairs], *reference[:, pairs], lengths[pairs], lengths[pairs] + 1)
-        return function(PairLogps(*sides), *((margin[pairs],) if with_margin else ()))
+        return call(PairLogps(*sides), *((margin[pairs],) if with_margin else ()))
 
     try:
         both = at(slice(None))
@@ -296,10 +311,11 @@ def _try(function: PairLoss, name: str, with_margin: bool, device: torch.device 
             hint="it gets align.PairLogps and, as a second argument, the margins [B]",
         ) from error  # fmt: skip
     if not _is_loss(both, 3):
-        found = f"a tensor {list(both.shape)} of {both.dtype}" if isinstance(both, Tensor) else type(both).__name__
-        problem = f"returned {found}, expected one loss per pair: a float tensor [3] for three pairs"
-    elif not both.requires_grad:
+        raise _no_loss(name, both, 3)
+    if not both.requires_grad:
         problem = "does not depend on the policy's log-probs (chosen, rejected), so that nothing would be trained"
+    elif not bool(both.isfinite().all()):
+        problem = f"returned {both.detach().tolist()} for three pairs of ordinary log-probs, expected finite losses"
     elif not all(_is_loss(one, 1) for one in single) or not torch.allclose(
         both, torch.cat(single), rtol=1e-3, atol=1e-5
     ):
@@ -307,6 +323,15 @@ def _try(function: PairLoss, name: str, with_margin: bool, device: torch.device 
     else:
         return
     raise ConfigError(f"loss: {name} {problem}", code="loss-function", hint="the trainer takes the mean over the pairs")
+
+
+def _no_loss(name: str, value: Any, pairs: int) -> ConfigError:
+    found = f"a tensor {list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    return ConfigError(
+        f"loss: {name} returned {found}, expected one loss per pair: a float tensor [{pairs}] for {pairs} pairs",
+        code="loss-function",
+        hint="the trainer takes the mean over the pairs",
+    )
 
 
 def _is_loss(value: Any, pairs: int) -> bool:

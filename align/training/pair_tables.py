@@ -29,6 +29,7 @@ from align.errors import DataError
 from align.io.console import log
 from align.models.collator import REAL, ROW
 from align.models.tokenization import encode_table
+from align.models.turn_end import report_no_end
 from align.models.turns import Turns, counted
 from align.training.columns import NO_TOKEN, told_apart
 
@@ -62,7 +63,10 @@ def as_table(given: Any, name: str) -> Dataset | IterableDataset:
     elif isinstance(given, IterableDataset):
         table = given
     elif isinstance(given, pd.DataFrame):
-        table = Dataset.from_pandas(given, preserve_index=False)
+        if twice := [str(column) for column in given.columns[given.columns.duplicated()]]:
+            raise DataError(f"{name}: column {twice[0]!r} is there twice", code="data-column")
+        with one_type(name, "(rows)"):
+            table = Dataset.from_pandas(given, preserve_index=False)
     elif isinstance(given, Sequence) and not isinstance(given, str | bytes):
         wrong = next((k for k, row in enumerate(given) if not isinstance(row, Mapping)), None)
         if wrong is not None:
@@ -204,6 +208,11 @@ def tokenize_table(
     """
     if "prompt" not in dataset.column_names:
         dataset = dataset.map(extract_prompt)
+        if empty := sum(not prompt for prompt in dataset["prompt"]):
+            log.warning("prompt: found no such column, and the responses of %d of %d pairs have no common beginning: "
+                        "they are trained without a prompt", empty, len(dataset))  # fmt: skip
+    if len(dataset) and not isinstance(dataset[0]["prompt"], str):
+        report_no_end(tokenizer)
     prepared = encode_table(dataset, tokenizer, turns=turns, processes=args.dataset_num_proc)
     read = prepared.select_columns([n for n in (*ID_COLUMNS, *MASK_COLUMNS) if n in prepared.column_names])
     left = [k for k, row in enumerate(read) if counted(row, args.max_length, args.truncation_mode)]

@@ -11,7 +11,7 @@ from trl import DPOConfig
 from align.distributed import world_size
 from align.errors import ConfigError, python_words
 from align.models.turns import TURNS
-from align.training.base.argument_types import check_field_types
+from align.training.base.argument_types import OpenConfig, check_field_types
 from align.training.base.arguments import refusals
 from align.training.loss_choice import choose_loss
 
@@ -30,7 +30,7 @@ UNUSED_FIELDS = {
 
 
 @dataclass
-class PreferenceConfig(DPOConfig):
+class PreferenceConfig(OpenConfig, DPOConfig):
     """Arguments of ``PreferenceTrainer``: every field of ``trl.DPOConfig``, with its meaning, and those below.
 
     Without a GPU for it ``bf16`` is off unless ``use_cpu`` or ``bf16`` is set, where trl's default could not be made.

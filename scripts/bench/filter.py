@@ -33,12 +33,12 @@ from scipy.stats import spearmanr
 from align.cli.options import cluster_section
 from align.commands.filter import filter_source
 from align.config import ClusterSection, FilterSection, PairsSection
+from align.data.minhash import band_keys
 from align.data.streaming import stream_pairs
 from align.data.text import texts
 from align.filtering.knn.exact import exact_distance
 from align.filtering.knn.row_view import View
 from align.filtering.knn.search import kth_distance
-from align.filtering.minhash import band_keys
 from align.filtering.scores import diversity, effective_number
 from align.filtering.selection import greedy, robust_scale, top_k
 from align.filtering.tables import SUMMARY

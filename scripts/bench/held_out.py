@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 
 from align.config import EvalPairsSection, LossSection, TrainSection
 from align.training.held_out import HeldOut
@@ -82,6 +82,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         trainer.__class__, trainer.seconds = Timed, []
         clock = Clock()
         trainer.add_callback(clock)
+        trainer.remove_callback(PrinterCallback)  # standard output is for the JSON
         trainer.train()
         records = trainer.records
         read = int(trainer._total_train_tokens)

@@ -162,6 +162,7 @@ def run(arguments: argparse.Namespace, study: Study) -> None:
                 table = {
                     "chosen": chosen, "tried": runner.tried, "rows": rows, "primary": first,
                     "references": [cell["key"] for cell in references],
+                    "left_out": references[0]["decoded"]["1"].get("left_out", {}),
                 }  # fmt: skip
                 write_json(study.margins_root / "table.json", table)
                 write_table([*references, *runner.cells], study.margins_root / "cells.jsonl")

@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.api import compare_policies
-from align.commands.evaluate import Settings, write_comparison
+from align.commands.compare import write_comparisons
+from align.commands.evaluation_job import Settings
 from align.errors import AlignError
 from align.generation.types import Completion, Engine, Sampling
 from align.io.files import read_json
@@ -48,8 +49,8 @@ def test_numbers_and_page_are_those_of_the_verb(models: tuple[Path, Path, Path],
     one, two, judge = map(str, models)
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in PROMPTS))
     sampling = Sampling(6, 1.0, seed=2, batch_size=64)
-    write_comparison(
-        one, two, Settings(str(tmp_path / "prompts.jsonl"), tmp_path / "out", judge, sampling, limit=None, shown=100)
+    write_comparisons(
+        [one, two], Settings(str(tmp_path / "prompts.jsonl"), tmp_path / "out", judge, sampling, limit=None, shown=100)
     )
     (expected,) = read_json(tmp_path / "out" / "report.json")["comparisons"].values()
     found = compare_policies(one, two, PROMPTS, judge=judge, max_new_tokens=6, seed=2)
@@ -173,6 +174,11 @@ def test_an_engine_of_your_own_is_a_policy() -> None:
     [
         (lambda k: said("a", "b"), "found 2 completions for prompt 3, expected 1"),
         (lambda k: [Completion("a", [], "stop")], "found a text without token_ids for prompt 3"),
+        (lambda k: [Completion(None, [1], "stop")], "found the text None for prompt 3"),  # type: ignore[arg-type]
+        (lambda k: [Completion("a", (1,), "stop")], r"found the token_ids \(1,\) for prompt 3"),  # type: ignore[arg-type]
+        (lambda k: [Completion("a", [1], "eos")], "found the finish_reason 'eos' for prompt 3"),  # type: ignore[arg-type]
+        (lambda k: ["a"], "found a str for prompt 3, expected a Completion"),
+        (lambda k: Completion("a", [1], "stop"), r"expected \(number of a prompt, list of its completions\)"),
         (lambda k: [], r"none of 4 prompts was completed by every policy \(not completed: odd 4\)"),
     ],
 )
@@ -195,6 +201,54 @@ def test_an_engine_yields_each_prompt_once(numbers: list[int], words: str) -> No
     with pytest.raises(AlignError, match=f"engine odd: found {words}") as caught:
         compare_policies(Odd("odd", None), Fixed("good", lambda k: said("a")), PROMPTS, judge=Longer())
     assert caught.value.code == "engine-output"
+
+
+def test_an_engine_that_returns_nothing_or_takes_others_arguments() -> None:
+    """The second is refused before anything is sampled."""
+
+    class Nothing(Fixed):
+        def stream(self, prompts: Any, sampling: Sampling, keys: Any = None) -> Any:
+            return None
+
+    class Fewer(Fixed):
+        def stream(self, prompts: Any) -> Any:  # type: ignore[override]
+            raise AssertionError
+
+    good = Fixed("good", lambda k: said("a"))
+    with pytest.raises(AlignError, match=r"\[engine-output\] engine odd: found None, expected an iterator"):
+        compare_policies(Nothing("odd", None), good, PROMPTS, judge=Longer())
+    with pytest.raises(AlignError, match=r"b: .*stream\(prompts, sampling, keys\) cannot be called: too many"):
+        compare_policies(good, Fewer("odd", None), PROMPTS, judge=Longer())
+
+
+@pytest.mark.parametrize("kind", ["score", "prefer"])
+@pytest.mark.parametrize(
+    "given",
+    [None, ["a"] * 4, [None] * 4, (x for x in ()), [[1.0]] * 4, 1.0, [1.0, [2.0]]],
+    ids=lambda given: f"{given!r:.12}",
+)
+def test_what_a_judge_must_return(kind: str, given: Any) -> None:
+    judge = type("Odd", (), {"name": "odd", kind: lambda *_: given})()
+    good = Fixed("good", lambda k: said("a"))
+    with pytest.raises(AlignError, match=r"\[eval-judge\] judge odd: found .*, expected 4 ") as caught:
+        compare_policies(good, Fixed("other", lambda k: said("b")), PROMPTS, judge=judge)
+    in_python(caught.value)
+
+
+def test_judges_that_cannot_be_called_are_refused_before_anything_is_sampled() -> None:
+    class Never(Fixed):
+        def stream(self, prompts: Any, sampling: Sampling, keys: Any = None) -> Any:
+            raise AssertionError
+
+    class Fewer:
+        name = "odd"
+
+        def score(self, completions: Any) -> Any:
+            raise AssertionError
+
+    for judge in (Fewer(), Longer):
+        with pytest.raises(AlignError, match=r"\[judge-name\] judge: .*score\(prompts, completions\) cannot be called"):
+            compare_policies(Never("a", None), Never("b", None), PROMPTS, judge=judge)
 
 
 def test_there_is_no_default_judge(models: tuple[Path, Path, Path]) -> None:

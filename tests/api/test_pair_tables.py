@@ -67,6 +67,16 @@ def test_a_frame_with_arrays_and_missing_numbers() -> None:
     assert len(set(found["id"])) == 2, "equal pairs have different ids"
 
 
+def test_an_index_with_a_name_is_a_column() -> None:
+    """``set_index("id")`` loses no ids; a level that is a column already, or has no name, is left out."""
+    table = [{"id": f"p{k}", "prompt": f"q {k}", "chosen": "a", "rejected": "b", "margin": k} for k in range(3)]
+    expected = pairs_from_dataset(table).to_list()
+    frame = pd.DataFrame(table)
+    for index in ("id", ["id"], ["prompt", "id"]):
+        assert pairs_from_dataset(frame.set_index(index)).to_list() == expected
+    assert pairs_from_dataset(frame.set_index("id", drop=False)).to_list() == expected
+
+
 def test_columns_are_mapped() -> None:
     table = [{"question": "a b c", "best": "x", "worst": "y", "score_gap": 2}]
     names = {"prompt": "question", "chosen": "best", "rejected": "worst", "margin": "score_gap"}

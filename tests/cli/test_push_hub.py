@@ -54,6 +54,55 @@ def test_a_dry_run_lists_files_and_sizes_without_network(adapter: Path, hub: Hub
     assert planned["bytes"] == sum(planned["files"].values())
 
 
+def test_what_is_planned_is_what_is_uploaded(adapter: Path, tmp_path: Path, hub: Hub) -> None:
+    """To the byte, for an adapter with another base in its config and a table with a written card."""
+    write_pairs(PAIRS, tmp_path / "table")
+    for folder, place, more in (
+        (adapter, "models/user/mine", {"base_model": "org/base"}),
+        (tmp_path / "table", "datasets/user/mine", {}),
+    ):
+        (folder / ".hidden.json").write_text("{}")
+        (folder / "optimizer.safetensors").write_bytes(b"state")
+        address = f"hf://{place.removeprefix('models/')}"
+        planned = push(folder, address, dry_run=True, **more)
+        push(folder, address, **more)
+        assert planned is not None
+        assert planned["files"] == {name: len(content) for name, content in hub.files[place].items()}
+        assert {".hidden.json", "optimizer.safetensors"} <= set(planned["left_out"])
+
+
+def test_secrets_and_weights_that_are_not_there(adapter: Path, tmp_path: Path, hub: Hub) -> None:
+    key = "sk-" + "a" * 20
+    for name, text in (
+        ("notes.txt", f"key {key}"),
+        ("settings.json", '{"a": [{"aws_secret_access_key": "wJalr"}]}'),
+        ("x.md", "-----BEGIN OPENSSH PRIVATE KEY-----"),
+    ):
+        (adapter / name).write_text(text)
+        with pytest.raises(AlignError, match=rf"\[hub-content\] .*{name}: holds what looks like a token") as found:
+            push(adapter, "hf://user/mine", dry_run=True, base_model="org/base")
+        assert key not in str(found.value)
+        (adapter / name).unlink()
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(AlignError, match=r"adapter_model.safetensors: is no complete safetensors file"):
+        push(adapter, "hf://user/mine", dry_run=True, base_model="org/base")
+    weights.rename(adapter / "other.safetensors")
+    with pytest.raises(AlignError, match=r"\[hub-content\] .*: holds no adapter_model.safetensors"):
+        push(adapter, "hf://user/mine", dry_run=True, base_model="org/base")
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    (sharded / "config.json").write_text("{}")
+    (sharded / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    with pytest.raises(AlignError, match=r"holds no model-00001-of-00002\.safetensors"):
+        push(sharded, "hf://user/mine", dry_run=True)
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "pairs.jsonl").write_text("")
+    with pytest.raises(AlignError, match=r"\[hub-content\] .*pairs.jsonl: cannot be read as a table"):
+        push(tmp_path / "table", "hf://datasets/user/mine", dry_run=True)
+    assert hub.requests == []
+
+
 def test_an_adapter_is_private_and_names_its_base(adapter: Path, hub: Hub) -> None:
     push(adapter, "hf://user/mine", base_model="org/base")
     assert hub.private == {"models/user/mine": True}

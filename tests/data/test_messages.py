@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from align import pairs_from_dataset
 from align.config import PairsSection
 from align.data.pairs import load_pairs, read_pairs, write_pairs
 from align.data.streaming import stream_pairs
@@ -100,6 +101,21 @@ def test_sharegpt_turns_are_messages(tmp_path: Path) -> None:
     pairs = load_pairs(PairsSection(path=jsonl(tmp_path, row), columns={"prompt": "conversations"}))
     assert pairs[0]["prompt"] == [turn("system", "s"), turn("user", "hello")]
     assert (pairs[0]["chosen"], pairs[0]["rejected"]) == (CHAT["chosen"], CHAT["rejected"])
+    unmapped = PairsSection(path=jsonl(tmp_path, row))
+    assert load_pairs(unmapped).to_list() == pairs.to_list() == pairs_from_dataset([row]).to_list()
+    named = {**row, "prompt": "another"} | {side: "text" + side for side in ("chosen", "rejected")}
+    assert load_pairs(PairsSection(path=jsonl(tmp_path, named)))[0]["prompt"] == "another"
+
+
+def test_a_folder_of_parts_says_what_to_give(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            json.dumps({"prompt": "p" + name, "chosen": "c", "rejected": "r"}) + "\n"
+        )
+    with pytest.raises(DataError, match=r"found a folder of a.jsonl, b.jsonl, expected Parquet files") as error:
+        load_pairs(PairsSection(path=str(tmp_path)))
+    pattern = error.value.hint.split("'")[1]
+    assert len(load_pairs(PairsSection(path=pattern))) == 2
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", None])

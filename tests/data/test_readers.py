@@ -84,3 +84,18 @@ def test_parts_of_one_table_are_one_table(tmp_path: Path) -> None:
     for k in range(2):
         pd.DataFrame(TABLE[2 * k : 2 * k + 2]).to_parquet(tmp_path / f"part-{k}.parquet")
     assert texts(tmp_path) == [row["chosen"] for row in TABLE]
+
+
+def test_folders_that_hold_parts_say_which_pattern_to_give(tmp_path: Path) -> None:
+    """Parts in one folder, and folders named by split; the hint reads as the table."""
+    for split, part in (("train", TABLE), ("test", TABLE[:1])):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        write(tmp_path / "data" / split, "a.jsonl", "".join(json.dumps(row) + "\n" for row in part))
+        write(tmp_path / "data" / split, "empty.jsonl", "")
+    with pytest.raises(DataError, match=r"found folders with tables \(test, train\), expected one table") as nested:
+        texts(tmp_path / "data")
+    with pytest.raises(DataError, match=r"found a folder of a\.jsonl, empty\.jsonl") as flat:
+        texts(tmp_path / "data" / "train")
+    for error in (nested, flat):
+        pattern = str(error.value.hint).split("'")[1]
+        assert texts(Path(pattern)) == [row["chosen"] for row in TABLE]

@@ -156,11 +156,39 @@ def test_a_shared_instruction_is_no_prompt() -> None:
     assert clusters_of(table([INSTRUCTION] * 2, [("a", "b"), ("c", "d")])).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize(
+    ("count", "fraction", "held"),
+    [(100, 0.1, 10), (100, 0.3, 30), (90, 1 / 3, 30), (100, 0.7, 70), (7, 0.01, 1), (50, 0.02, 1), (100, 0.0, 0)],
+)
+def test_the_share_that_is_held_out(count: int, fraction: float, held: int) -> None:
+    """Of pairs that share nothing it is exact; at least one, unless none is asked for; the same for the same seed."""
+    pairs, _ = copies(count, 1)
+    train, out = split_by_prompt(pairs, fraction, 4)
+    assert (len(train), len(out)) == (count - held, held)
+    assert sorted([*train["chosen"], *out["chosen"]]) == sorted(pairs["chosen"])
+    assert split_by_prompt(pairs, fraction, 4)[1]["chosen"][:] == out["chosen"][:]
+    others = {tuple(split_by_prompt(pairs, fraction, seed)[1]["chosen"][:]) for seed in range(6)}
+    assert len(others) > 1 or held == 0
+
+
+def test_of_parts_of_unequal_size_the_nearest_is_held_out() -> None:
+    """A prompt of 30 pairs and 20 of 1, a fifth wanted: the part of the large prompt has 30, two others 7, two 6."""
+    prompts = ["large"] * 30 + [f"small {k}" for k in range(30)]
+    pairs = table(prompts, [(f"a {k}", f"b {k}") for k in range(60)])
+    for seed in range(4):
+        _, out = split_by_prompt(pairs, 0.2, seed)
+        assert len(out) in (7, 8) and "large" not in out["prompt"][:]
+
+
 def test_a_bootstrap_sample_holds_clusters_complete() -> None:
     pairs, of = copies(30, 4)
     counts = np.bincount(draw_clusters(pairs, 0), minlength=120).reshape(30, 4)
     assert (counts == counts[:, :1]).all() and counts.sum() == 120 and len(set(counts[:, 0])) > 1
     assert len(of) == 120
+    assert np.array_equal(draw_clusters(pairs, 0), draw_clusters(pairs, 0))
+    bags = [set(draw_clusters(pairs, seed).tolist()) for seed in range(20)]
+    assert set.union(*bags) == set(range(120)), "every cluster can be drawn, the first and the last too"
+    assert len({frozenset(bag) for bag in bags}) == 20
 
 
 def test_a_bag_chooses_the_penalty_without_leak() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.e2e.test_generate import start_and_kill
 from tests.generation.test_server_engine import Fake, Reply
+from tests.helpers.bad_input_makers import run_command
 from tests.helpers.builders import bert_reward, causal
 from tests.helpers.command_line import align, jsonl
 
@@ -41,6 +42,8 @@ def test_the_best_samples_of_a_server(tmp_path: Path) -> None:
     rows = pq.read_table(tmp_path / "best" / "completions.parquet").to_pylist()
     assert [row["id"] for row in rows] == [f"p{k}" for k in range(30)]
     assert sum(row["score"] for row in rows) / 30 == pytest.approx(values[-1])
+    page = (tmp_path / "best" / "report.html").read_text()
+    assert "./reward" in page and f"{values[-1]:.2f}"[:3] in page and page.count("<article>") == 30
     again = align("best-of-n", "n", "--judge", "vader", "--gold", "./reward", "--output", "best", cwd=tmp_path)
     assert "up to date, skipped" in again.stderr and json.loads(again.stdout) == found
 
@@ -58,8 +61,8 @@ def test_mistakes_cost_one_line(tmp_path: Path) -> None:
         (["c.jsonl", "--reward-model", "./gone"], "'./gone': found nothing"),
     ]
     for arguments, said in cases:
-        failed = align("best-of-n", *arguments, "--output", "out", cwd=tmp_path)
-        assert failed.returncode == 2 and said in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
+        code, _, errors = run_command(("best-of-n", *arguments, "--output", "out"), tmp_path)
+        assert code == 2 and said in errors and "Traceback" not in errors, errors
     assert not (tmp_path / "out").exists()
 
 

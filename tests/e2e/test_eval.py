@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.bad_input_makers import run_command
 from tests.helpers.builders import WORDS, causal, llama_reward, rows
 
 BAD = "<script>alert(1)</script>"
@@ -70,6 +72,33 @@ def test_a_reward_model_judge_reads_as_many_tokens_as_asked(folder: Path) -> Non
     assert refused.returncode == 2 and "--max-length: found 5 for the judge vader" in refused.stderr
 
 
+def test_three_policies_and_random_numbers_of_their_own(folder: Path) -> None:
+    """One table and every two; a copy of a policy writes its texts, and with random numbers of its own other ones."""
+    shutil.copytree(folder / "one", folder / "copy")
+    three = ["eval", "compare", "one", "two", "copy"]
+    done = align(*three, *SHARED, folder=folder)
+    assert done.returncode == 0, done.stderr
+    found = read(folder)
+    assert len(found["comparisons"]) == 3 and {row["policy"] for row in found["win_tables"]["vader"]} == {
+        "one",
+        "two",
+        "copy",
+    }
+    twins = found["comparisons"]["one against copy, vader"]
+    (same,) = twins["identical_texts"]
+    assert same["identical"] == same["n"] == 70 and twins["win_rate"]["rate"]["value"] == 0.5
+    assert found["comparisons"]["two against copy, vader"]["win_rate"]["rate"]["value"] == pytest.approx(
+        1 - found["comparisons"]["one against two, vader"]["win_rate"]["rate"]["value"]
+    )
+    assert "All against all" in (folder / "out" / "report.html").read_text()
+    apart = align(*three, *SHARED, "--independent-seeds", folder=folder)
+    assert apart.returncode == 0, apart.stderr
+    (same,) = read(folder)["comparisons"]["one against copy, vader"]["identical_texts"]
+    assert same["identical"] < 10 and "random numbers of their own" in (folder / "out" / "report.html").read_text()
+    refused = align("eval", "compare", "one", *SHARED, folder=folder)
+    assert refused.returncode == 2 and "found 1, expected two or more" in refused.stderr
+
+
 def test_three_commands_fill_one_page(folder: Path) -> None:
     rewarded = align("eval", "reward", "one", "two", "--reference", "base", *SHARED, folder=folder)
     assert rewarded.returncode == 0, rewarded.stderr
@@ -93,7 +122,7 @@ def test_three_commands_fill_one_page(folder: Path) -> None:
     report = read(folder)
     assert set(report) == {"reward", "comparisons", "frontier"}
     page = (folder / "out" / "report.html").read_text()
-    assert BAD not in page and "&lt;script&gt;alert(1)" in page and page.count("Not measured") == 0
+    assert BAD not in page and "&lt;script&gt;alert(1)" in page and page.count("Not measured") == 1
     before = page
     assert align("eval", "page", "out", folder=folder).returncode == 0
     assert (folder / "out" / "report.html").read_text() == before
@@ -232,8 +261,8 @@ def test_mistakes_are_told_in_one_message(folder: Path, arguments: list[str], me
         (folder / name / "report.json").write_text(text)
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{")
-    done = align("eval", *arguments, folder=folder)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    code, _, errors = run_command(("eval", *arguments), folder)
+    assert code == 2 and message in errors and "Traceback" not in errors, errors
 
 
 @pytest.mark.model

@@ -15,6 +15,7 @@ import yaml
 
 from align.data.pairs import read_pairs
 from tests.generation.test_server_engine import Fake, Reply, echo
+from tests.helpers.bad_input_makers import run_command
 from tests.helpers.builders import bert_reward, causal
 from tests.helpers.command_line import align, jsonl
 
@@ -29,11 +30,13 @@ def workspace(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def command(output: str) -> tuple[str, ...]:
+    named = ("--model", "policy", "--output", output)
+    return ("generate", "prompts.jsonl", *named, "-n", "3", "--max-new-tokens", "8")
+
+
 def generate(cwd: Path, output: str, *more: str) -> subprocess.CompletedProcess[str]:
-    return align(
-        "generate", "prompts.jsonl", "--model", "policy", "--output", output, "-n", "3", "--max-new-tokens", "8", *more,
-        cwd=cwd,
-    )  # fmt: skip
+    return align(*command(output), *more, cwd=cwd)
 
 
 def table(folder: Path) -> list[dict[str, Any]]:
@@ -170,8 +173,8 @@ def test_mistakes_cost_one_line(workspace: Path) -> None:
         (["--model", "nowhere"], "nowhere: cannot be loaded"),
     ]
     for more, said in cases:
-        failed = generate(workspace, "out", *more)
-        assert failed.returncode == 2 and said in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
+        code, _, errors = run_command((*command("out"), *more), workspace)
+        assert code == 2 and said in errors and "Traceback" not in errors, errors
     assert not (workspace / "out").exists()
     (workspace / "mine").mkdir()
     (workspace / "mine" / "file").write_text("keep")

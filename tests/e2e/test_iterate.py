@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from align.data.pairs import read_pairs
 from align.run.iterate import load_iterate
+from tests.helpers.bad_input_makers import run_command
 from tests.helpers.builders import bert_reward, causal
 from tests.helpers.command_line import align, jsonl
 
@@ -21,7 +22,9 @@ def workspace(tmp_path: Path) -> Path:
     causal(tmp_path / "policy")
     bert_reward(tmp_path / "reward")
     words = ("good", "bad", "dull", "fine", "great")
-    jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"the {a} {b} is"} for a in words for b in words])
+    prompts = [{"prompt": f"the {a} {b} is"} for a in words for b in words]
+    jsonl(tmp_path / "prompts.jsonl", prompts)
+    jsonl(tmp_path / "second.jsonl", prompts[1::2])
     small = {"max_steps": 3, "per_device_train_batch_size": 4, "bf16": False, "gradient_checkpointing": False}
     run: dict[str, Any] = {
         "name": "it", "rounds": 2, "prompts": {"path": "prompts.jsonl"},
@@ -35,7 +38,9 @@ def workspace(tmp_path: Path) -> Path:
 
 
 def ran(stderr: str) -> list[str]:
-    return [line.split(":")[0] for line in stderr.splitlines() if line.endswith(": running")]
+    """The steps of the rounds that ran, without the measurement of the KL."""
+    names = [line.split(":")[0] for line in stderr.splitlines() if line.endswith(": running")]
+    return [name for name in names if not name.endswith(" of policy")]
 
 
 def test_rounds(workspace: Path) -> None:
@@ -48,6 +53,15 @@ def test_rounds(workspace: Path) -> None:
     ids = [set(pq.read_table(root / f"round-{r}/generate/completions.parquet")["id"].to_pylist()) for r in (1, 2)]
     assert len(ids[0] | ids[1]) == 25 and not ids[0] & ids[1]
     assert len(read_pairs(root / "round-2" / "pairs")) > 0
+
+    assert rounds[0]["kl_to_start"] is None and rounds[1]["kl_to_start"]["n"] == 12
+    lora = align("eval", "reward", "one=runs/it/round-1/train/policy", "--reference", "policy", "--judge", "vader",
+                 "--prompts", "second.jsonl", "--max-new-tokens", "6", "--output", "eval", cwd=workspace)  # fmt: skip
+    assert lora.returncode == 0, lora.stderr
+    expected = json.loads(lora.stdout)["policies"]["one"]["kl"]
+    assert rounds[1]["kl_to_start"] == pytest.approx(expected) and expected["value"] > 0
+    page = (root / "report.html").read_text()
+    assert "runs/it/round-1/train/policy" in page and "2 rounds from policy" in page and "by reward" in page
 
     start = load_file(workspace / "policy" / "model.safetensors")
     weights = [load_file(root / f"round-{r}/train/policy/model.safetensors") for r in (1, 2)]
@@ -81,8 +95,8 @@ def test_mistakes_cost_one_line(workspace: Path) -> None:
         ("rounds=26", "found 25 prompts, expected one for each of 26 rounds"),
     ]
     for override, said in cases:
-        failed = align("iterate", "it.yaml", "--set", override, cwd=workspace)
-        assert failed.returncode == 2 and said in failed.stderr, failed.stderr
+        code, _, errors = run_command(("iterate", "it.yaml", "--set", override), workspace)
+        assert code == 2 and said in errors, errors
     assert not (workspace / "runs").exists()
 
 

@@ -1,10 +1,11 @@
 """Directional derivatives, by forward mode and by the products, against gradients and against real steps."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaptionPromptConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -12,6 +13,7 @@ from align.entanglement.check import check_predictions
 from align.entanglement.forward_mode import logps_and_jvp
 from align.entanglement.products import GradientProducts
 from align.entanglement.token_products import token_matrix, token_products
+from align.errors import ModelError
 from align.losses.registry import resolve
 from tests.entanglement.test_products import FAMILIES
 from tests.models.test_logps import make_batch, one_by_one, tiny
@@ -147,3 +149,28 @@ def test_tokens_of_some_parameters_sum_to_their_product() -> None:
         assert float(values.sum()) == pytest.approx(float(found.inner[0]), rel=1e-6)
     assert float(token_matrix(model, batch, names).sum()) == pytest.approx(float(found.inner[0]), rel=1e-6)
     assert float(token_products(model, batch)[0].sum()) != pytest.approx(float(found.inner[0]), rel=1e-2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("fields", [None, {"trainable_token_indices": [3, 5]}, {"target_modules": ["embed_tokens"]}])
+def test_colors_of_a_prompt_that_holds_the_padding_token(fields: dict[str, Any] | None, tied: bool) -> None:
+    """A look-up of ``padding_idx`` has no gradient, so a tied row that moves by its head's part colors no token."""
+    torch.manual_seed(1)
+    model: nn.Module = tiny("Llama", tie_word_embeddings=tied, pad_token_id=3).double()
+    if fields is not None:
+        config = LoraConfig(r=2, **({"target_modules": ["q_proj"]} | fields), init_lora_weights=False)
+        model = get_peft_model(model, config).double()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+    batch = make_batch([(6, 5, 8)])
+    batch["input_ids"][:, [0, 3, 5]] = 3
+    inner = float(GradientProducts(model)(batch).inner[0])
+    for values in (*token_products(model, batch), token_matrix(model, batch)):
+        assert float(values.sum()) == pytest.approx(inner, rel=2e-5)
+
+
+def test_an_adapter_with_a_forward_of_before_is_refused_by_name() -> None:
+    model = get_peft_model(tiny("Llama"), AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1))
+    with pytest.raises(ModelError, match=r"\[adapter\] adapter of the kind ADAPTION_PROMPT"):
+        GradientProducts(model)

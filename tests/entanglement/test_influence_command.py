@@ -20,7 +20,7 @@ from align.entanglement.influence_summary import Point, combine, sentence, summa
 from align.errors import AlignError, ConfigError, DataError, ModelError
 from align.io.files import read_json
 from align.models.loading import load_policy
-from tests.helpers.builders import causal, rows
+from tests.helpers.builders import causal, make_base, rows
 from tests.helpers.command_line import jsonl
 
 
@@ -193,6 +193,24 @@ def test_what_is_told_and_left_out(tiny_policy: Path, tmp_path: Path) -> None:
     assert [(group["name"], group["pairs"]) for group in report["groups"]] == [("a", 2), ("groups of one", 1), ("c", 2)]
     told = "\n".join(report["run"]["told"])
     assert "1 of 6 held-out pairs are training pairs as well, left out: p7" in told and "of a single pair" in told
+
+
+def test_pairs_with_the_padding_token_of_a_tied_model_are_told(tmp_path: Path) -> None:
+    """Here it is a word; the page says so also when everything was measured before."""
+    base = make_base(tmp_path / "tied", tied=True)
+    words = AutoTokenizer.from_pretrained(base)
+    written(tmp_path)
+    tables = [Dataset.from_json(str(tmp_path / name)) for name in ("pairs.jsonl", "held.jsonl")]
+    texts = [[row["prompt"] + row["chosen"] + row["rejected"] for row in table] for table in tables]
+    word = texts[0][0].split()[0]
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"pad_token_id": words.convert_tokens_to_ids(word)}))
+    counts = [sum(word in text.split() for text in some) for some in texts]
+    assert counts[0] > 0
+    for _ in range(2):
+        measured(tmp_path, base)
+        told = "\n".join(read_json(tmp_path / "out" / "influence.json")["run"]["told"])
+        assert f"{counts[0]} pairs and {counts[1]} held-out pairs hold the padding token of a model with tied" in told
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from align.commands.entangle import ReportSettings, report
 from align.config import PairsSection
-from align.errors import DataError
+from align.errors import DataError, ModelError
 from align.io.files import read_json
 from tests.helpers.builders import rows, tokenizer
 
@@ -62,3 +62,14 @@ def test_the_page_of_a_loha_adapter_has_its_colors_and_names_its_kind(tiny_polic
     assert "Adapter of the kind LOHA." in page and run["without_rule"][0] in page
     assert page.count('class="matrix"') == 1 and 'class="up' in page
     assert "would lower its chosen response or raise its rejected response" in page
+
+
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"])
+def test_an_adapter_of_virtual_tokens_is_named(kind: str, tiny_policy: Path, tmp_path: Path) -> None:
+    fields = {"encoder_hidden_size": 8} if kind == "P_TUNING" else {}
+    config = peft.get_peft_config({"peft_type": kind, "task_type": "CAUSAL_LM", "num_virtual_tokens": 2} | fields)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_policy, dtype="float32"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer().save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match=rf"adapter of the kind {kind}, which puts tokens of its own"):
+        measured(rows(2), tmp_path / "adapter", tmp_path)

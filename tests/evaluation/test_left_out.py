@@ -8,7 +8,9 @@ import pytest
 from transformers import AutoConfig
 
 from align.api import compare_policies
-from align.commands.evaluate import Settings, frontier, reward, write_comparison
+from align.commands.compare import write_comparisons
+from align.commands.evaluate import frontier, reward
+from align.commands.evaluation_job import Settings
 from align.config import RunConfig
 from align.errors import DataError
 from align.evaluation.left_out import completed_by_all
@@ -57,7 +59,7 @@ def test_verbs_leave_it_out_for_every_policy_and_say_so(
         out = tmp_path / name
         settings = Settings(table(out / "in", prompts), out / "out", judge, Sampling(4, batch_size=8), None, 9)
         reward([f"narrow={narrow}"], wide, settings)
-        write_comparison(f"wide={wide}", f"narrow={narrow}", settings)
+        write_comparisons([f"wide={wide}", f"narrow={narrow}"], settings)
         frontier([f"narrow={narrow}"], wide, [1.0, 0.5], [], settings)
         reports[name] = read_json(out / "out" / "report.json")
     found, expected = reports["all"], reports["fitting"]

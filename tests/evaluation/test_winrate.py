@@ -66,6 +66,13 @@ def test_a_judge_that_only_sees_the_position_gives_ties() -> None:
     assert found.rate.low is None and not excludes(found.rate, 0.5)  # thirty ties tell nothing
 
 
+def test_rounding_decides_no_verdict() -> None:
+    """Probabilities of a judge that reads the same text twice differ by the rounding of its batches."""
+    first = np.array([0.7, 0.7 + 2e-7, 0.7 - 2e-7, 0.7])
+    found = win_rate(first, [0.3, 0.3, 0.3, 0.31], np.ones(4), np.ones(4))
+    assert (found.wins, found.ties, found.losses) == (1, 3, 0)
+
+
 @pytest.mark.parametrize("sharp", [False, True])
 def test_length_control_recovers_one_half_from_a_judge_that_only_sees_length(sharp: bool) -> None:
     rng = np.random.default_rng(3)
@@ -102,6 +109,11 @@ def test_what_length_control_cannot_tell() -> None:
     assert length_control(outcome, np.full(4, 7.0)) is None
     longer = length_control(outcome, np.array([1.0, 2.0, 3.0, 4.0]))
     assert longer is not None and longer.extrapolated
+    shorter = length_control(outcome, -np.array([1.0, 2.0, 3.0, 4.0]))
+    assert shorter is not None and shorter.extrapolated
+    for within in ([-1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 2.0, 3.0], [-0.5, 0.5, 1.0, 2.0]):
+        both = length_control(outcome, np.array(within))
+        assert both is not None and not both.extrapolated
     always = length_control(np.ones(50), np.linspace(-1, 1, 50))
     assert always is not None and 0.99 < always.rate.value < 1 and np.isfinite(always.slope)
 

@@ -60,6 +60,7 @@ def test_embeddings_that_are_not_unit_rows_are_refused(tmp_path: Path) -> None:
         (np.ones((3, 2), dtype=np.float64), "found float64 of shape"),
         (np.ones((2, 2), dtype=np.float32), "expected float32 of"),
         (np.array([[1, 0], [0, 1], [1, 1]], dtype=np.float32), "row 3: found a vector of length 1.414"),
+        (np.array([[1, 0], [np.nan, 0], [0, 1]], dtype=np.float32), "row 2: found a vector of length nan"),
     ):
         np.save(file, values)
         with pytest.raises(DataError, match=message):

@@ -224,6 +224,18 @@ def test_diversity_of_one_prompt_does_not_count(tmp_path: Path, caplog: pytest.L
     assert sentence in (tmp_path / "page.html").read_text()
 
 
+def test_weights_of_zero_that_drop_pairs_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing ranks the pairs, so the smallest ids are kept; a broken rule does not hide it."""
+    caplog.set_level(logging.WARNING, "align")
+    rows = [pair(f"question {k}", f"film {k} is good", f"plot {k} is bad", f"{k}") | {"margin": k} for k in range(8)]
+    rows[7]["rejected"] = rows[7]["chosen"].upper()
+    np.save(tmp_path / "e.npy", unit(8, 4))
+    settings = FilterSection(embeddings=str(tmp_path / "e.npy"), margin=0.0, quality=0.0, diversity=0.0, keep=3 / 7)
+    found = filter_pairs(Dataset.from_list(rows), settings, tmp_path / "cache", held_out=[], seed=0)
+    assert np.flatnonzero(found.kept).tolist() == [0, 1, 2]
+    assert "importance: found the same value for all 7 pairs that pass the rules, so the 3 kept ones" in caplog.text
+
+
 def test_columns_of_the_user_are_in_both_tables(tmp_path: Path) -> None:
     """Unchanged and in their rows, whichever pairs are kept."""
     own = [{"source": f"s{k}", "votes": k, "meta": {f"key {k % 2}": [k]}} for k in range(8)]

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from align.data.word_hashes import word_list
 from align.errors import AlignError
 from align.filtering.quality import Fluency, Rubric, make_scorer, pair_quality
 from align.filtering.screen import readability
-from align.filtering.word_hashes import word_list
 from tests.helpers.builders import causal
 
 

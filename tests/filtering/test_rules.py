@@ -62,7 +62,7 @@ def test_repeated_and_opposite_pairs_against_comparing_all(
     assert {k: what for k, what in found.items() if what[0] not in ("same_text", "near_duplicate")} == expected
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keys, "BLOCK", 2)
-        patch.setattr("align.filtering.minhash.CHECKED", 1)
+        patch.setattr("align.data.minhash.CHECKED", 1)
         assert apply_rules(made, skip) == found
 
 

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.filtering.scores import DUPLICATE_DISTANCE
-from align.filtering.selection import RobustScale, greedy, importance, robust_scale, top_k, without_effect
+from align.filtering.selection import (
+    RobustScale,
+    greedy,
+    importance,
+    robust_scale,
+    top_k,
+    warn_if_unranked,
+    without_effect,
+)
 from tests.filtering.samples import unit
 
 VALUES = st.lists(st.floats(-50, 50), min_size=2, max_size=30)
@@ -88,6 +96,19 @@ def test_columns_that_are_the_same_for_all_pairs_are_named(caplog: pytest.LogCap
         "quality: found the same value for all pairs that pass the rules, so it does not count",
         "diversity: found the same value for all pairs that pass the rules (equal prompts?), so it does not count",
     ]
+
+
+@pytest.mark.parametrize(
+    ("values", "kept", "warned"),
+    [([0.0, 0.0, 0.0], 2, True), ([0.0, 0.0, 0.0], 3, False), ([0.0, 0.0, 0.1], 2, False)],
+)
+def test_a_choice_by_ids_alone_is_said(
+    values: list[float], kept: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All pairs have one importance and some are dropped; nothing is said where all are kept or one differs."""
+    warn_if_unranked(np.array(values), kept)
+    assert ("the 2 kept ones are those with the smallest ids" in caplog.text) == warned
+    assert bool(caplog.messages) == warned
 
 
 def test_importance_is_the_weighted_sum() -> None:

@@ -28,6 +28,7 @@ class Fake:
         self.active = self.most_active = 0
         self.headers: dict[str, str] = {}
         self.key: str | None = None
+        self.entry: dict[str, Any] = {}
 
     @contextmanager
     def running(self) -> Iterator[str]:
@@ -38,7 +39,7 @@ class Fake:
                 """Log nothing."""
 
             def do_GET(self) -> None:
-                self._reply(200, {"data": [{"id": "policy"}]})
+                self._reply(200, {"data": [{"id": "policy"} | fake.entry]})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -215,7 +216,7 @@ def test_nobody_there_and_unknown_model(monkeypatch: pytest.MonkeyPatch) -> None
             make_engine("server", "policies", batch_size=1, base_url=address)
         with pytest.raises(ConfigError, match="unexpected keyword argument 'tries'"):
             make_engine("server", "policy", batch_size=1, base_url=address, options={"tries": 3})
-        make_engine("auto", "policy", batch_size=1, base_url=address).generate(["a"], Sampling(1))
+        make_engine("auto", "policy", batch_size=1, base_url=address).generate(["a"], Sampling(2))
     assert fake.key == "Bearer secret"
 
 
@@ -263,6 +264,11 @@ CHAT = [[{"role": "user", "content": "hi"}]]
         ({"content": "ok", "reasoning": "hm"}, "stop", "reasoning parser"),
         ({"content": None}, "stop", "no content in the message"),
         ({"content": None, "tool_calls": [{}]}, "tool_calls", "prompt a0.*found finish_reason 'tool_calls'"),
+        ({"content": "ok", "thinking": "hm"}, "stop", "reasoning parser"),
+        ({"content": "ok", "reasoning_details": [{"text": "hm"}]}, "stop", "reasoning parser"),
+        ({"content": "", "tool_calls": [{"id": 1}]}, "stop", "tool_calls parser"),
+        ({"content": [{"type": "image_url"}]}, "stop", "found content .*image_url"),
+        ({"content": 3}, "length", "found content 3"),
         ({"content": "par"}, "content_filter", "prompt a0.*found finish_reason 'content_filter'"),
     ],
 )
@@ -300,3 +306,73 @@ def test_a_refused_prompt_is_named_and_stops_no_other(caplog: pytest.LogCaptureF
         found = dict(engine.stream(["a", "long one", "b"], Sampling(2, n=2), ["p0", "p1", "p2"]))
     assert {k: len(group) for k, group in found.items()} == {0: 2, 1: 0, 2: 2}
     assert "prompt p1 is left out" in caplog.text and "too long" in caplog.text
+
+
+TOO_LONG = {"error": {"message": "maximum context length is 8", "code": "context_length_exceeded"}}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        (200, TOO_LONG),
+        (200, {"error": {"message": "no", "code": 400}}),
+        (500, TOO_LONG),
+        (500, "the request exceeds the available context size"),
+    ],
+)
+def test_a_prompt_that_is_refused_under_another_status_stops_no_other(
+    reply: Reply, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = Fake(lambda path, body, n: reply if len(body["prompt"]) > 3 else echo(path, body, n))
+    with fake.running() as address, caplog.at_level("WARNING"):
+        engine = ServerEngine("policy", base_url=address, first_wait=0.01)
+        found = dict(engine.stream(["a", "long one", "b"], Sampling(2), ["p0", "p1", "p2"]))
+    assert {k: len(group) for k, group in found.items()} == {0: 1, 1: 0, 2: 1}
+    assert "prompt p1 is left out" in caplog.text and sum(len(body["prompt"]) > 3 for _, body in fake.bodies) == 1
+
+
+@pytest.mark.parametrize("prompt", ["some text", CHAT[0]])
+def test_what_every_request_is_refused_for_is_no_fault_of_a_prompt(prompt: Any) -> None:
+    fake = Fake(lambda *_: (400, "unknown field min_p"))
+    with fake.running() as address:
+        engine = ServerEngine("policy", base_url=address)
+        with pytest.raises(EnvironmentProblem, match=r"unknown field min_p.*prompt of one letter too") as error:
+            list(engine.stream([prompt] * 3, Sampling(2)))
+    assert error.value.code == "server-refused"
+
+
+@pytest.mark.parametrize("reply", [(200, {"error": "overloaded"}), (200, {"error": {"code": 503}})])
+def test_trouble_under_status_200_is_waited_out(reply: Reply) -> None:
+    fake = Fake(lambda path, body, n: reply if n < 3 else echo(path, body, n))
+    with fake.running() as address:
+        ((found,),) = ServerEngine("policy", base_url=address, first_wait=0.01).generate(["a"], Sampling(2))
+    assert found.token_ids == [4, 1] and len(fake.bodies) == 3
+
+
+def test_content_in_parts_is_their_text_and_null_is_none() -> None:
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "film"}]
+    with Fake(chat({"content": parts}, "stop")).running() as address:
+        ((found,),) = ServerEngine("policy", base_url=address).generate(CHAT, Sampling(4))
+    assert found.text == "a film"
+    choice = {"token_ids": [4, 1], "finish_reason": "stop", "text": None}
+    null = Fake(lambda *_: (200, {"choices": [choice]}))
+    with null.running() as address, pytest.raises(EnvironmentProblem, match="found no content"):
+        ServerEngine("policy", base_url=address).generate(["a"], Sampling(4))
+
+
+@pytest.mark.parametrize(("prompt_tokens", "window", "refused"), [(3, 64, True), (59, 64, False), (None, None, False)])
+def test_a_limit_of_the_servers_own_is_no_end_of_the_window(
+    prompt_tokens: int | None, window: int | None, refused: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM caps every request at ``max_new_tokens`` of the model's generation config."""
+    choice = {"token_ids": [4, 5, 6, 7, 8], "finish_reason": "length", "text": "cut"}
+    fake = Fake(lambda *_: (200, {"choices": [choice], "usage": {"prompt_tokens": prompt_tokens}}))
+    fake.entry = {"max_model_len": window}
+    with fake.running() as address, caplog.at_level("WARNING"):
+        engine = ServerEngine("policy", base_url=address)
+        if refused:
+            with pytest.raises(EnvironmentProblem, match=r"prompt p0: cut off after 5 of 9 tokens.*window of 64"):
+                engine.generate(["a"], Sampling(9), ["p0"])
+        else:
+            assert len(engine.generate(["a", "b"], Sampling(9), ["p0", "p1"])) == 2
+    assert caplog.text.count("a limit of the server's own") == (prompt_tokens is None)

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from align.errors import DataError
+from align.errors import DataError, EnvironmentProblem
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.types import Sampling
 from align.generation.vllm_engine import VllmEngine
@@ -62,7 +62,8 @@ def test_scaled_positions_set_no_window() -> None:
 class FakeVllm:
     """The part of vLLM's engine that ``VllmEngine`` calls; it refuses long prompts, and finishes one request a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, reason: str = "stop") -> None:
+        self.reason = reason
         self.waiting: list[str] = []
         self.aborted: list[str] = []
 
@@ -73,11 +74,24 @@ class FakeVllm:
 
     def step(self) -> list[Any]:
         assert self.waiting
-        done = SimpleNamespace(token_ids=[4, 1], logprobs=None)
+        done = SimpleNamespace(token_ids=[4, 1], logprobs=None, finish_reason=self.reason)
         return [SimpleNamespace(finished=True, request_id=self.waiting.pop(0), outputs=[done])]
 
     def abort_request(self, requests: list[str]) -> None:
         self.aborted += requests
+
+
+def vllm(engine: FakeVllm) -> VllmEngine:
+    """The engine on a stand-in of vLLM."""
+    made = VllmEngine.__new__(VllmEngine)
+    made.vllm = SimpleNamespace(
+        SamplingParams=lambda **given: given,
+        TokensPrompt=lambda prompt_token_ids: {"ids": prompt_token_ids},
+        sampling_params=SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=2)),
+    )
+    made.llm, made.tokenizer, made.adapter = SimpleNamespace(llm_engine=engine), tokenizer(), None
+    made.refusals, made.stops, made._calls = (ValueError,), [1], 0
+    return made
 
 
 @pytest.mark.parametrize("flight", [1, 4096])
@@ -85,16 +99,17 @@ def test_vllm_completes_the_others(
     flight: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("align.generation.vllm_engine.IN_FLIGHT", flight)
-    made = VllmEngine.__new__(VllmEngine)
-    made.vllm = SimpleNamespace(
-        SamplingParams=lambda **given: given,
-        TokensPrompt=lambda prompt_token_ids: {"ids": prompt_token_ids},
-        sampling_params=SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=2)),
-    )
     engine = FakeVllm()
-    made.llm, made.tokenizer, made.adapter = SimpleNamespace(llm_engine=engine), tokenizer(), None
-    made.refusals, made.stops, made._calls = (ValueError,), [1], 0
+    made = vllm(engine)
     with caplog.at_level("WARNING"):
         found = dict(made.stream([FITTING, TOO_LONG, LONG], Sampling(4, n=2), ["p0", "p1", "p2"]))
     assert {k: len(group) for k, group in found.items()} == {0: 2, 1: 0, 2: 2} and engine.aborted == []
     assert caplog.text.count("prompt p1 is left out: vLLM refuses it") == 1 and "maximum model length" in caplog.text
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_what_vllm_gave_up_is_no_completion(reason: str) -> None:
+    with pytest.raises(
+        EnvironmentProblem, match=rf"prompt p0: found finish_reason '{reason}', expected stop or length"
+    ):
+        list(vllm(FakeVllm(reason)).stream([FITTING], Sampling(4), ["p0"]))

@@ -21,31 +21,58 @@ from align.training.trainer import PreferenceTrainer
 from reward_models.tokenization import pair_tokens, told_apart
 from tests.helpers.builders import rows, tokenizer
 
-SPECIAL = ["<bos>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<think>", "</think>", "system", "tool", "\n"]
+MARKS = ["<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<think>", "</think>", "<|head|>", "<|/head|>", "<|eot|>"]
+PLAIN = ["system", "tool", "model", "\n"]
 HEAD = "{% for m in messages %}<|im_start|> {{ m.role }} \n "
 END = "{{ m.content }} <|im_end|> \n {% endfor %}"
 ASK = "{% if add_generation_prompt %}<|im_start|> assistant \n {% endif %}"
 CHATML = HEAD + END + ASK
 REFUSE_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+ALTERNATE = (
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+)
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}"
-    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}"
+    + ALTERNATE
+    + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
 THINKING = CHATML.replace(
     "assistant \n {% endif %}",
     "assistant \n {% if enable_thinking is defined and not enable_thinking %}<think> </think> {% endif %}{% endif %}",
 )
+LLAMA_3 = (
+    "{{ bos_token }}{% for m in messages %}<|head|> {{ m.role }} <|/head|> \n {{ m.content | trim }} <|eot|> "
+    "{% endfor %}{% if add_generation_prompt %}<|head|> assistant <|/head|> \n {% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}" + REFUSE_SYSTEM + "{% for m in messages %}" + ALTERNATE
+    + "<|im_start|> {{ 'model' if m.role == 'assistant' else m.role }} \n {{ m.content | trim }} <|im_end|> \n "
+    + "{% endfor %}{% if add_generation_prompt %}<|im_start|> model \n {% endif %}"
+)  # fmt: skip
+QWEN_3 = (
+    "{% set ns = namespace(asked=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.asked = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|> {{ m.role }} \n "
+    "{% set parts = m.content.split('</think>') %}{% if m.role == 'assistant' and loop.index0 > ns.asked %}<think> "
+    "{{ parts[0].split('<think>')[-1].strip() if parts | length > 1 }} </think> {% endif %}"
+    "{{ parts[-1].lstrip() }} <|im_end|> \n {% endfor %}{% if add_generation_prompt %}<|im_start|> assistant \n "
+    "{% if enable_thinking is defined and not enable_thinking %}<think> </think> {% endif %}{% endif %}"
+)
+"""Reasoning stands in answers after the last question only, and there also where an answer has none."""
+STRIPS = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+OPENED = STRIPS.replace("\n {% endif %}", "\n <think> {% endif %}")
+"""As of R1's distilled models: a prompt ends in an opened thought, which no response that is written has."""
 TOOLS = "{% if tools %}system {% for t in tools %}{{ t.name }} {% endfor %}{% endif %}" + CHATML
 GOOD_TEMPLATES: dict[str, Any] = {
     "chatml": CHATML,
     "llama": "{{ bos_token }}" + CHATML,
-    "gemma": "{{ bos_token }}" + REFUSE_SYSTEM + CHATML,
+    "llama_3": LLAMA_3,
+    "gemma": GEMMA,
     "mistral": MISTRAL,
     "thinking": THINKING,
+    "qwen_3": QWEN_3,
     "trims": CHATML.replace("m.content", "m.content | trim"),
-    "strips": CHATML.replace("m.content", "m.content.split('</think>')[-1]"),
+    "strips": STRIPS,
     "dated": "{{ strftime_now('%Y') }} " + CHATML,
     "named": {"default": CHATML, "tool_use": TOOLS},
     "tools": TOOLS,
@@ -65,8 +92,8 @@ CALL = [{"type": "function", "function": {"name": "plot", "arguments": {}}}]
 def made(added: str, template: Any = CHATML, sides: tuple[str, str] = ("right", "right")) -> PreTrainedTokenizerBase:
     """A word tokenizer that adds special tokens around a text, with a template and its own sides."""
     found = tokenizer(template=False)
-    found.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": SPECIAL[1:7]})
-    found.add_tokens(SPECIAL[7:])
+    found.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": MARKS})
+    found.add_tokens(PLAIN)
     ids = [(token, found.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>")]
     found._tokenizer.post_processor = TemplateProcessing(single=ADDED[added], special_tokens=ids)
     found.chat_template = template
@@ -117,8 +144,9 @@ def test_messages_have_the_ids_of_trl(template: str, added: str) -> None:
     found = made(added, GOOD_TEMPLATES[template], sides)
     as_expected(Dataset.from_list(CHAT), found)
     assert encode_prompt(ASKED, found) == encode_pair(CHAT[0], found).prompt, "sampled as trained"
-    found.pad_token = found.eos_token
-    as_expected(Dataset.from_list(CHAT), found)
+    for pad in (found.eos_token, None):
+        found.pad_token = pad
+        as_expected(Dataset.from_list(CHAT), found)
 
 
 @pytest.mark.parametrize("added", ADDED)
@@ -193,6 +221,32 @@ def test_tools_and_arguments_of_a_row_reach_the_template() -> None:
     assert encode_pair(row, found).unused == ids[-2:]
     table = prepared(DPOTrainer, Dataset.from_list([{**CHAT[0], "chat_template_kwargs": off}]), found)
     assert encode_pair(row, found)[:3] == tuple(table[0][name] for name in ID_COLUMNS)
+
+
+def test_reasoning_is_read_as_the_template_writes_it() -> None:
+    """A thought of an answer is trained, sampled and scored; of an earlier answer it is no part of the prompt."""
+    answers = [[{"role": "assistant", "content": f"<think> {word} </think> very good"}] for word in ("plot", "film")]
+    before = [*ASKED, *answers[0], {"role": "user", "content": "the plot"}]
+    thought = [{"id": "t", "prompt": before, "chosen": answers[0], "rejected": answers[1]}]
+    found = made("bos", QWEN_3)
+    as_expected(Dataset.from_list([*thought, *CHAT]), found)
+    ids = encode_pair(thought[0], found)
+    marks = found.convert_tokens_to_ids(["<think>", "</think>"])
+    assert not {*marks} & {*ids.prompt} and ids.chosen[0] == marks[0] and ids.chosen != ids.rejected
+    off = [row | {"chat_template_kwargs": {"enable_thinking": False}} for row in CHAT]
+    as_expected(Dataset.from_list(off), found)
+    assert (
+        encode_pair(off[0], found).prompt[-2:] == marks == encode_prompt(ASKED, found, settings=arguments(off[0]))[-2:]
+    )
+
+
+def test_a_thought_that_a_prompt_opens_and_no_response_has() -> None:
+    """It is sampled after it, and trained, measured and scored without it, as in trl; a message says so."""
+    found = made("bos", OPENED)
+    as_expected(Dataset.from_list(CHAT), found)
+    opened, plain = encode_pair(CHAT[0], found), encode_pair(CHAT[0], made("bos", STRIPS))
+    assert opened.unused == [found.convert_tokens_to_ids("<think>")] and opened[:3] == plain[:3]
+    assert encode_prompt(ASKED, found) == [*opened.prompt, *opened.unused]
 
 
 def test_a_message_that_only_calls_a_tool_is_read_by_what_it_has() -> None:

@@ -100,6 +100,8 @@ def test_the_search_keeps_the_prompts_with_every_word(tmp_path: Path) -> None:
     articles = re.findall(r"<article( hidden=\"\")?>", dumped)
     assert articles == [' hidden=""', "", ' hidden=""'] and ">1 of 3 prompts<" in dumped
     assert 'hidden="" aria-label="search' not in opened(page, tmp_path)  # with scripts the field is there
+    run = render_run_page(report())
+    assert 'hidden aria-label="search' in run and 'hidden="" aria-label="search' not in opened(run, tmp_path)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")

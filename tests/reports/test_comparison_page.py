@@ -106,7 +106,7 @@ def test_the_frontier_goes_in_order_and_checkpoints_are_dashed_in_the_color_of_t
 
 def test_points_of_the_frontier_say_their_temperature() -> None:
     page = render_comparison_page(report())
-    assert re.findall(r'<text class="mark"[^>]*>([^<]*)<', page) == ["1", "0.5", "1", "step 20"]
+    assert re.findall(r'<text class="mark"[^>]*>([^<]*)<', page) == ["1", "0.5", "1", "10", "step 20"]
 
 
 def test_a_verdict_is_shown_with_the_texts_that_were_judged() -> None:

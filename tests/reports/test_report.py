@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from align.reports.html import search_script
 from align.reports.run_page import render_run_page, write_report
 from align.reports.verdict import verdict
 from align.stats import interval, number
@@ -71,7 +72,7 @@ def report(gain: float = 0.4, half: float = 0.1, accuracy: float = 0.75, pairs: 
 class Balanced(HTMLParser):
     """Checks that every element that is opened is closed, in order."""
 
-    VOID = frozenset({"meta", "br", "line", "circle", "rect", "polyline", "polygon"})
+    VOID = frozenset({"input", "meta", "br", "line", "circle", "rect", "polyline", "polygon"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,8 +91,9 @@ class Balanced(HTMLParser):
 
 def test_texts_are_escaped_and_nothing_is_loaded() -> None:
     page = render_run_page(report())
-    assert "<script" not in page and "alert(&#39;x&#39;)" in page
-    assert "default-src 'none'" in page
+    assert re.findall(r"<script>(.*?)</script>", page, re.DOTALL) == [search_script()["script"]]
+    assert page.count("<script") == 1 and "alert(&#39;x&#39;)" in page
+    assert "default-src 'none'" in page and f"script-src '{search_script()['script_hash']}'" in page
     assert not re.search(r"(src|href)\s*=\s*[\"'](?!#)", page) and "url(" not in page
     parser = Balanced()
     parser.feed(page)

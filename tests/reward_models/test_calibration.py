@@ -141,6 +141,13 @@ def test_the_length_part_is_found_and_removed() -> None:
     assert probe["accuracy_longer"]["value"] > 0.9 > 0.5 > probe["accuracy_shorter"]["value"]
     left = fit_map(margins, words, None, length=True)(margins, words)
     assert abs(length_slope(left, words)) < 1e-12 and np.std(left - honest) < 0.2
+    assert fit_map(margins, words, None, length=True).length_slope == pytest.approx(length_slope(margins, words))
+    for kind in ("temperature", "isotonic"):
+        assert fit_map(margins, words, kind, length=False).length_slope == 0.0  # type: ignore[arg-type]
+        kept = fit_map(margins - length_slope(margins, words) * words, np.zeros_like(words), kind, length=False)  # type: ignore[arg-type]
+        both = fit_map(margins, words, kind, length=True)  # type: ignore[arg-type]
+        assert both(margins, words) == pytest.approx(kept(margins - length_slope(margins, words) * words, 0 * words))
+        assert (both.kind, both.pairs) == (kind, len(margins))
     clean = length_probe(honest, words)
     assert clean["correlation"]["low"] < 0 < clean["correlation"]["high"] and clean["explained"] < 0.01
 

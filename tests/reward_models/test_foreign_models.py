@@ -120,7 +120,7 @@ def test_outputs_are_counted_by_the_weights(tmp_path: Path) -> None:
 
 
 EXTRA = ["score.bias", "score_norm.weight", "gating.0.weight", "value_head.weight", "regression_layer.weight",
-         "model.layers.0.self_attn.q_proj.bias"]  # fmt: skip
+         "cls.weight", "decoder.weight", "pooler.dense.weight", "model.layers.0.self_attn.q_proj.bias"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EXTRA)
@@ -129,6 +129,27 @@ def test_weights_that_would_not_be_read_are_named(name: str, tmp_path: Path) -> 
     more = edited(whole, tmp_path / "more", lambda weights: weights.update({name: torch.ones(32)}))
     with pytest.raises(ModelError, match=rf"reward-unread.*has weights {name}, which LlamaForSequenceClassification"):
         scorer_of(more)
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("cls.predictions.bias", True),
+        ("roberta.pooler.dense.bias", True),
+        ("roberta.pooler.gate.weight", False),
+        ("cls.weight", False),
+        ("classifier.2.weight", False),
+    ],
+)
+def test_of_an_encoder_pretraining_alone_is_left_out(name: str, taken: bool, tmp_path: Path) -> None:
+    """RoBERTa's head reads no pooler; nothing is known of other names."""
+    whole = foreign(tmp_path / "rm", "roberta", words=tokenizer(eos=False))
+    more = edited(whole, tmp_path / "more", lambda weights: weights.update({name: torch.ones(32)}))
+    if taken:
+        assert scorer_of(more).score_texts(TEXTS).tolist() == scorer_of(whole).score_texts(TEXTS).tolist()
+    else:
+        with pytest.raises(ModelError, match=rf"reward-unread.*has weights {name}, which Roberta"):
+            scorer_of(more)
 
 
 @pytest.mark.parametrize("name", ["v_head.summary.weight", "value_head.weight", "score_head.weight"])

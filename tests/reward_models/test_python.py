@@ -159,6 +159,7 @@ def test_scores_are_those_of_the_command(backbone: Path, tmp_path: Path) -> None
 
 
 TALK = [{"role": "user", "content": "the film"}]
+ANSWER = [{"role": "assistant", "content": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ TALK = [{"role": "user", "content": "the film"}]
     [
         ({"objective": "bradley"}, "objective-name", "did you mean `bradley_terry`?"),
         ({"objective": 3}, "objective-name", "objective: found 3, expected a name or a function"),
-        ({"objective": lambda c, r: (c - r).mean()}, "objective-parameter", "found a result () for 2 pairs"),
+        ({"objective": lambda c, r: (c - r).mean()}, "objective-parameter", "found a result () of torch.float32"),
         ({"objective": lambda c, r: (c - r).detach()}, "objective-parameter", "without a gradient"),
         ({"objective": lambda c, r: c @ r[:1]}, "objective-parameter", "raised RuntimeError"),
         ({"objective": lambda c, r, margn: c - r}, "objective-column", "reads 'margn'"),
@@ -199,8 +200,12 @@ def test_a_trainer_refuses(arguments: dict[str, Any], code: str, words: str, bac
         ({"tilt": {"kind": "upp"}}, "trainer-key", "tilt.kind: found 'upp'"),
         ({"tilt": {"kind": "up", "temprature": 1}}, "trainer-key", "tilt.temprature"),
         ({"sharpness": {"radius": -1}}, "trainer-key", "sharpness.radius: found -1"),
-        ({"eos_token": "x"}, "trainer-key", "eos_token: found 'x', which has no effect here"),
-        ({"model_init_kwargs": {"dtype": "auto"}}, "trainer-key", "load the model, and give it"),
+        ({"chat_template_path": "x"}, "trainer-key", "chat_template_path: found 'x', which has no effect here"),
+        (
+            {"model_init_kwargs": {"num_labels": 2}},
+            "trainer-key",
+            "model_init_kwargs.num_labels: found 2, expected only",
+        ),
     ],
 )
 def test_arguments_are_refused_when_they_are_made(fields: dict[str, Any], code: str, words: str) -> None:
@@ -236,6 +241,13 @@ def test_sections_of_the_arguments_reach_the_step(backbone: Path, tmp_path: Path
         (["a"], [3], "completion-row", "completions[0]: found 3"),
         (["a"], [[{"role": "assistant", "content": "b"}]], "pair-mixed", "completions[0]: found messages"),
         ([TALK], ["b"], "pair-mixed", "completions[0]: found text"),
+        (pd.DataFrame(PAIRS), pd.DataFrame(PAIRS), "data-type", "prompts: found a DataFrame"),
+        (Dataset.from_list(PAIRS), ["b"] * 12, "data-type", "prompts: found a Dataset"),
+        ({"a", "b"}, ["c", "d"], "data-type", "prompts: found a set"),
+        ([TALK], [TALK], "pair-role", "completions[0]: found a last message by user, expected one by assistant"),
+        ([TALK], [[]], "pair-empty", "completions[0]: found no messages"),
+        ([[{"role": "user"}]], [ANSWER], "pair-message", "prompts[0], message 1: found {'role': 'user'}"),
+        ([TALK], [[{"role": "bot", "content": "b"}]], "pair-role", "completions[0], message 1: found role 'bot'"),
     ],
 )
 def test_a_score_refuses(prompts: Any, completions: Any, code: str, words: str, backbone: Path) -> None:
@@ -245,7 +257,34 @@ def test_a_score_refuses(prompts: Any, completions: Any, code: str, words: str, 
     assert caught.value.code == code and words in str(caught.value)
 
 
+def test_texts_in_any_sequence_have_the_same_rewards(backbone: Path) -> None:
+    """Lists, tuples, arrays, columns, generators; messages too; on any device and in batches of any size."""
+    model = RewardModel.from_pretrained(backbone, device="cpu")
+    prompts, completions = ([str(row[name]) for row in PAIRS] for name in ("prompt", "chosen"))
+    found = model.score(prompts, completions)
+    frame, table = pd.DataFrame(PAIRS, index=range(12, 0, -1)), Dataset.from_list(PAIRS)
+    for one in (
+        model.score(tuple(prompts), tuple(completions)),
+        model.score(np.array(prompts), np.array(completions, dtype=object)),
+        model.score(frame["prompt"], frame["chosen"]),
+        model.score(table["prompt"], table["chosen"]),
+        model.score(iter(prompts), iter(completions)),
+        RewardModel.from_pretrained(backbone, batch_tokens=1).score(prompts, completions),
+    ):
+        assert one.dtype == np.float64 and one == pytest.approx(found, abs=1e-5)
+    talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    answers = [({"role": "assistant", "content": text.strip()},) for text in completions]
+    rewards = model.score(talks, [list(answer) for answer in answers])
+    assert model.score(pd.Series(talks), answers) == pytest.approx(rewards) and len(set(rewards)) > 6
+    assert model.score(["", "a"], ["", "b"]).shape == (2,)  # a policy may write nothing
+
+
 def test_a_model_refuses(backbone: Path) -> None:
+    for device in ("nope", "cuda:99", 3.5):
+        with pytest.raises(AlignError, match="device: found"):
+            RewardModel.from_pretrained(backbone, device=device)  # type: ignore[arg-type]
+    with pytest.raises(AlignError, match="path: found NoneType, expected a folder or a hub id"):
+        RewardModel.from_pretrained(None)  # type: ignore[arg-type]
     with pytest.raises(AlignError, match="max_length: found 0"):
         RewardModel.from_pretrained(backbone, max_length=0)
     with pytest.raises(AlignError, match="model-load"):

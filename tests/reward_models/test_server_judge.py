@@ -55,6 +55,27 @@ def test_both_orders_and_the_cost(answer: Any, expected: list[float], tmp_path: 
     assert len(asked) == (5 if answer is by_log_probs else 1) and asked[0]["temperature"] == 0
 
 
+def test_the_models_own_sampling_changes_nothing(tmp_path: Path) -> None:
+    """Fields that vLLM fills from a generation config are sent; a server that knows one of them not does without."""
+
+    def strict(path: str, body: dict[str, Any], number: int) -> Reply:
+        if "repetition_penalty" in body:
+            return 400, "Unrecognized request argument supplied: repetition_penalty"
+        return by_log_probs(path, body, number)
+
+    for answer, refusals in ((by_log_probs, 0), (strict, 1)):
+        fake = Fake(answer)
+        with fake.running() as address:
+            judge = ServerJudge("policy", base_url=address, concurrency=1)
+            assert judge.prefer(PROMPTS, OURS, THEIRS) == pytest.approx([0.8, 0.2, 0.5])
+        bodies = [body for _, body in fake.bodies]
+        assert len(bodies) == 3 + refusals and sum(body.get("repetition_penalty") == 1 for body in bodies) == (
+            1 if refusals else 3
+        )
+        neutral = {"temperature": 0, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0}
+        assert all(body[name] == value for body in bodies for name, value in neutral.items())
+
+
 def test_a_server_that_goes_down_loses_no_answer(tmp_path: Path) -> None:
     """The next call asks what is left; a line that was cut off is asked for again."""
     down = Fake(lambda path, body, number: by_log_probs(path, body, number) if number < 3 else (503, "down"))

@@ -15,11 +15,12 @@ from typer.testing import CliRunner
 from align.cli.main import app
 from align.commands.best_of_n import BestSettings
 from align.config import RewardSection
-from align.errors import ConfigError
+from align.errors import ConfigError, ModelError
 from reward_models.loading import LoadOptions
 from reward_models.pairwise_judges import make_pairwise, make_score_judge
 from reward_models.score import RewardScorer
 from reward_models.scorers import ScorerSpec
+from reward_models.tokenization import SentencePair, reward_ids
 from reward_models.train import train_reward_model
 from reward_models.trainer import RewardTrainer
 from tests.helpers.builders import causal, rows, tokenizer
@@ -111,6 +112,17 @@ def test_sentence_pairs_are_scored_as_their_author_does(family: str, tmp_path: P
     assert not np.allclose(one["reward_chosen"], scored["reward_chosen"], atol=1e-3)
     short = scorer_of(folder, options=PAIRED, max_length=8).score_pairs(Dataset.from_list(table))
     assert np.allclose(short["reward_chosen"], as_its_author(folder, table, "chosen", 8), atol=1e-4)
+
+
+def test_other_token_types_than_those_of_two_texts_are_refused() -> None:
+    """XLNet's tokenizer gives its last token a type of its own, which no split into two texts says."""
+    words = tokenizer(eos=False)
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A:0 <eos>:2", pair="$A:0 $B:1 <eos>:2", special_tokens=[("<eos>", 1)]
+    )
+    words.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    with pytest.raises(ModelError, match=r"reward-text-pair.*token types \[0, 1, 2\]"):
+        reward_ids([SentencePair("the film", "is good")], words, 16)
 
 
 def test_messages_as_a_sentence_pair_are_their_contents(tmp_path: Path) -> None:

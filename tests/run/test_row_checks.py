@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import yaml
+from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from align import PreferenceConfig, PreferenceTrainer
 from align.commands.data import check_data
-from align.config import PairsSection, load_config
+from align.config import PairsSection, RunConfig, load_config
 from align.data.pairs import load_pairs
 from align.data.prompts import read_prompts
 from align.data.text import count_words, plain
@@ -17,8 +20,10 @@ from align.errors import DataError, ModelError
 from align.models import chat_template
 from align.models.chat_template import rendered_today
 from align.models.message_checks import AsTokens, check_prompts_of, survey_pairs
+from align.models.row_lengths import beyond_positions
 from align.run import pipeline
-from tests.helpers.builders import TEMPLATE, causal, rows, tokenizer
+from align.run.row_checks import check_table_rows
+from tests.helpers.builders import TEMPLATE, causal, llama_reward, rows, tokenizer
 from tests.helpers.command_line import jsonl
 
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + TEMPLATE
@@ -173,3 +178,72 @@ def test_the_dry_run_splits_as_the_run_will(
     assert found[0] == found[1]
     if words is not None:
         assert words in found[0] and bool(words) == bool(found[0])
+
+
+def learned(folder: Path, positions: int) -> str:
+    """A GPT-2 with few positions."""
+    made = tokenizer()
+    ends = {"bos_token_id": 1, "eos_token_id": 1}
+    config = GPT2Config(n_positions=positions, n_embd=32, n_layer=2, n_head=4, vocab_size=len(made), **ends)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    made.save_pretrained(folder)
+    return str(folder)
+
+
+def test_pairs_beyond_the_learned_positions_are_named_before_a_model_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Long pairs are refused with their ids at --dry-run; what max_length cuts, and a filter may drop, is not."""
+    table = [{"id": str(k), "prompt": "the film is", "chosen": " good", "rejected": " bad"} for k in range(6)]
+    table[2]["chosen"] = table[4]["rejected"] = " good" * 40
+    table[5]["chosen"] = table[5]["rejected"] = " good" * 50
+    file = saved(tmp_path / "pairs.jsonl", table[:5])
+    policy = learned(tmp_path / "gpt2", 24)
+    tree: dict[str, Any] = {
+        "name": "r", "output_dir": str(tmp_path / "runs"), "pairs": {"path": str(file)},
+        "train": {"model": policy, "methods": {"dpo": {"loss": "dpo"}}},
+    }  # fmt: skip
+    with pytest.raises(DataError, match=r"2 of 5 pairs are longer than the 24 positions") as refused:
+        check_table_rows(RunConfig.model_validate(tree))
+    assert "2: found" in str(refused.value) and "4: found" in str(refused.value)
+    tree["train"]["trainer"] = {"max_length": 24}
+    check_table_rows(RunConfig.model_validate(tree))
+    tree["train"] |= {"trainer": {"max_length": None}, "model": str(causal(tmp_path / "llama"))}
+    check_table_rows(RunConfig.model_validate(tree))
+    assert beyond_positions(Dataset.from_list(table), policy, None)[0][-1].startswith("pair 4: found")  # 5 is left out
+    check_data(PairsSection(path=str(file)), drop_to=None, model=policy)
+    assert "2 of 5 pairs are longer than the 24 positions" in " ".join(capsys.readouterr().out.split())
+
+
+def test_padding_beyond_the_learned_positions_is_refused_too(tmp_path: Path) -> None:
+    """The look-up of a position fails for padding as it does for a token."""
+    table = [{"id": str(k), "prompt": "the film is", "chosen": " good", "rejected": " bad"} for k in range(4)]
+    file = saved(tmp_path / "pairs.jsonl", table)
+    train: dict[str, Any] = {"model": learned(tmp_path / "gpt2", 24), "methods": {"dpo": {"loss": "dpo"}}}
+    tree: dict[str, Any] = {"name": "r", "output_dir": str(tmp_path / "runs"), "pairs": {"path": str(file)}}
+    for multiple, limit in ((8, 1024), (24, 1024), (8, 20)):
+        fields = {"pad_to_multiple_of": multiple, "max_length": limit}
+        check_table_rows(RunConfig.model_validate(tree | {"train": train | {"trainer": fields}}))
+    message = r"pad_to_multiple_of: found 32, with which a row of 5 tokens gets 32, expected at most 24"
+    fields = {"pad_to_multiple_of": 32, "max_length": 20}
+    with pytest.raises(DataError, match=message):
+        check_table_rows(RunConfig.model_validate(tree | {"train": train | {"trainer": fields}}))
+    args = PreferenceConfig(str(tmp_path), report_to="none", bf16=False, **fields)
+    with pytest.raises(DataError, match=message):
+        PreferenceTrainer(train["model"], args=args, train_dataset=Dataset.from_list(table))
+
+
+@pytest.mark.parametrize("prefix", ["", "reward-server:"])
+def test_prompts_that_a_judge_cannot_read_are_found_before_training(tmp_path: Path, prefix: str) -> None:
+    judge = llama_reward(tmp_path / "judge")
+    made = tokenizer()
+    made.chat_template = NO_SYSTEM
+    made.save_pretrained(judge)
+    run = yaml.safe_load(run_file(tmp_path, [pair("p0")], TEMPLATE).read_text())
+    asked = saved(tmp_path / "prompts.jsonl", [{"prompt": SYSTEM}, {"prompt": ASKED}])
+    run["evaluate"] = {"prompts": str(asked), "judge": f"{prefix}{judge}"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    with pytest.raises(DataError, match=f"the chat template of {judge} does not take"):
+        pipeline.check(load_config(tmp_path / "run.yaml", None), tables=False)
+    saved(asked, [{"prompt": ASKED}])
+    pipeline.check(load_config(tmp_path / "run.yaml", None), tables=False)

@@ -174,3 +174,19 @@ def test_the_arguments_of_the_chat_template_go_from_prompts_to_judges(config: Ru
         if len(sampled) == row["tokens"]:
             logp = completion_logps(model, [prompt], [sampled], batch_tokens=99, pad_token_id=0)[0]
             assert row["logp_reference"] == pytest.approx(logp, abs=1e-4)
+
+
+def test_pairs_keep_what_their_prompts_have(config: RunConfig) -> None:
+    """The prompt's id, group and the user's own columns; other prompts have others, or none."""
+    assert config.sample is not None
+    own = [{"id": f"q{k}", "group": "ab"[k % 2], "source": {"n": k}, "text": ["x", 3][k % 2]} for k in range(8)]
+    table = [{"prompt": text} | more for text, more in zip(PROMPTS, [*own, {}], strict=True)]
+    Path(config.sample.prompts).write_text("".join(json.dumps(row) + "\n" for row in table))
+    folder = config.folder / "sample"
+    work_of("sample")(config, folder)
+    pairs = read_pairs(folder / "train")
+    assert len(pairs) > 3
+    for row in pairs:
+        given = table[PROMPTS.index(row["prompt"])]
+        found = {"id": row["prompt_id"], "group": row["group"], "source": row["source"], "text": row["text"]}
+        assert found == {name: given.get(name) for name in found}

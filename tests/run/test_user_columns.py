@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from align.config import LossSection, RunConfig, TrainSection
 from align.data.pairs import read_pairs
+from align.io.files import read_json
 from align.run.pipeline import run_pipeline
 from align.training.train import train_policy
 from tests.helpers.builders import bert_reward, rows
@@ -64,3 +65,28 @@ def test_no_training_reads_them(tiny_policy: Path, tmp_path: Path) -> None:
         train_policy(Dataset.from_list(table), config, "m", tmp_path / name, seed=0)
         weights.append(load_file(tmp_path / name / "model" / "model.safetensors"))
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+def untimed(found: Any) -> Any:
+    """JSON values without the seconds that anything took."""
+    if isinstance(found, dict):
+        return {name: untimed(value) for name, value in found.items() if "seconds" not in name}
+    return [untimed(one) for one in found] if isinstance(found, list) else found
+
+
+def test_no_held_out_evaluation_reads_them(tiny_policy: Path, tmp_path: Path) -> None:
+    """Own columns of held-out pairs, with names that trainers use too, change no number of an evaluation."""
+    names = {"images": "a.png", "row": 3, "input_ids": [1], "labels": None, "prompt_ids": "x", "meta": {"a": [None]}}
+    found = []
+    for name, own in (("plain", {}), ("own", names)):
+        table = [row | own | {"id": f"h{k}", "prompt": f"h {k} :"} for k, row in enumerate(rows(6))]
+        for file, content in ((f"{name}.jsonl", table), ("pairs.jsonl", [row | names for row in rows(8)])):
+            (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in content))
+        tree = {
+            "name": name, "output_dir": str(tmp_path / "runs"), "pairs": {"path": str(tmp_path / "pairs.jsonl")},
+            "train": {"model": str(tiny_policy), "methods": {"dpo": {"loss": "dpo"}},
+                      "trainer": FIELDS | {"max_steps": 2}, "eval_pairs": {"path": str(tmp_path / f"{name}.jsonl")}},
+        }  # fmt: skip
+        run_pipeline(RunConfig.model_validate(tree), command="")
+        found.append(read_json(tmp_path / "runs" / name / "train-dpo" / "history.json")["held_out"])
+    assert untimed(found[0]) == untimed(found[1]) and len(json.dumps(found[0])) > 500

@@ -9,7 +9,7 @@ import yaml
 from datasets import Dataset
 
 from align.config import EvalPairsSection, load_config
-from align.data.overlap import trained_on
+from align.data.overlap import shares_prompt, trained_on
 from align.data.pairs import read_pairs
 from align.data.splits import clusters_of
 from align.errors import ConfigError, DataError
@@ -19,6 +19,7 @@ from align.generation.transformers_engine import TransformersEngine
 from align.io.files import read_json
 from align.run.pipeline import check, run_pipeline
 from align.run.watch import without_trained
+from align.training.held_out_trainer import HeldOutTrainer
 from tests.helpers.builders import causal, rows
 from tests.helpers.command_line import jsonl
 
@@ -144,8 +145,12 @@ def test_overlap() -> None:
         new,
         {"id": "e", **new},
         {"prompt": "another", **new},
+        {"prompt": f"\ufeff{rows(7)[6]['prompt'].upper()}", **new},
     )
-    assert trained_on(held_out, trained).tolist() == [True, True, True, True, False, False]
+    assert trained_on(held_out, trained).tolist() == [True, True, True, True, False, False, True]
+    copies = [{**row, "id": str(k), "prompt": row["prompt"].upper()} for k, row in enumerate(rows(2))]
+    strange = {"id": "x", "prompt": "another", **new}
+    assert shares_prompt(Dataset.from_list([*copies, strange]), trained).tolist() == [True, True, False]
 
 
 def test_overlap_is_refused_or_removed(caplog: pytest.LogCaptureFixture) -> None:
@@ -171,6 +176,9 @@ def test_overlap_is_refused_or_removed(caplog: pytest.LogCaptureFixture) -> None
         ({"keep": {"rule": "held_out_loss"}}, {"metric_for_best_model": "loss"}, "together with train.keep"),
         ({"keep": {"rule": "held_out_loss"}}, {"save_strategy": "best"}, "found best together with train.keep"),
         ({}, {"metric_for_best_model": "kl"}, "greater_is_better: found nothing for the metric kl"),
+        ({}, {"load_best_model_at_end": True, "greater_is_better": True}, "found True for the metric loss"),
+        ({}, {"metric_for_best_model": "eval_loss", "greater_is_better": True}, "found True for the metric loss"),
+        ({}, {"metric_for_best_model": "rewards/margins", "greater_is_better": False}, "expected True or nothing"),
         ({}, {"eval_strategy": "epoch", "eval_steps": 3}, "found 3 and eval_strategy epoch"),
         ({}, {"eval_steps": 0}, "eval_steps: found 0, expected more than 0"),
         ({}, {"load_best_model_at_end": True}, "requires the save and eval strategy to match"),
@@ -184,6 +192,24 @@ def test_refused_before_a_model_loads(
     config = load_config(write(tmp_path, trainer, **train))
     with pytest.raises((ConfigError, DataError), match=rf"(?s){message}"):
         check(config, tables=True)
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_end_is_evaluated_whatever_the_delay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """And once: a second evaluation of one step would count twice against the patience."""
+    monkeypatch.chdir(tmp_path)
+    asked: list[int] = []
+    evaluate = HeldOutTrainer._evaluate_step
+    monkeypatch.setattr(HeldOutTrainer, "_evaluate_step", lambda self, at: (asked.append(at), evaluate(self, at))[1])
+    for delay in (1000, 0):
+        fields = {"eval_strategy": strategy, "eval_delay": delay, "max_steps": 2}
+        found = run(write(tmp_path, fields, keep={"rule": "held_out_loss"}))
+        steps = [one["step"] for one in found["steps"]]
+        assert (steps == [0, 2] or not delay) and found["kept"]["step"] > 0
+        assert asked == steps and steps[-1] == 2
+        asked.clear()
 
 
 def test_sample_metrics_of_given_rows() -> None:

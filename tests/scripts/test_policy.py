@@ -13,12 +13,16 @@ from hypothesis import strategies as st
 from scipy.special import expit
 
 from align.data.pairs import read_pairs
+from align.errors import DataError
+from align.evaluation.policies import Policy
+from align.generation.types import Sampling
 from align.io.files import read_json
 from reward_models.judges import make_judge
 from scripts.reproduce import policy as reproduce_policy
 from scripts.reproduce.crossed_effects import crossed_p
 from scripts.reproduce.policy_protocol.cells import CANDIDATES, choose, relabelled, setting_name
 from scripts.reproduce.policy_protocol.data import label, permuted_scores, read_known
+from scripts.reproduce.policy_protocol.judging import judge_policy
 from scripts.reproduce.policy_protocol.report import ERROR_RATE, holm, markdown, primary, primary_markdown, summarize
 from scripts.tables import END, insert
 from tests.helpers.builders import bert_reward, causal
@@ -174,6 +178,35 @@ def cell(method: str, seed: int, reward: list[float], kl: float) -> dict[str, An
     decoded = {"reward": reward, "kl": [kl] * len(reward), "tokens": [1] * len(reward)}
     row = {"key": f"{method}-{seed}", "quality": "high", "method": method, "seed": seed, "parameters": {"beta": 0.1}}
     return {**row, "decoded": {"1": decoded}}
+
+
+def test_prompts_beyond_the_window_are_left_out_and_counted(tmp_path: Path) -> None:
+    """Reward, KL and tokens are those of the other prompts, each at the same place as without the long ones."""
+    model = str(causal(tmp_path / "policy"))
+    fits, long = ["the film is", "the plot was"], "very " * 200
+    tempered = [Sampling(4, heat, seed=0, batch_size=2, engine="transformers") for heat in (1.0, 0.5)]
+    asked = (Policy("own", model), Policy("reference", model))
+    found = judge_policy(*asked, [fits[0], long, fits[1]], tempered, make_judge("vader"), tmp_path / "a")
+    without = judge_policy(*asked, fits, tempered, make_judge("vader"), tmp_path / "b")
+    for heat in ("1", "0.5"):
+        left = found[heat].pop("left_out")
+        assert (left["count"], left["of"]) == (1, 3) and left["prompts"][0].startswith("1: very very")
+        assert {name: len(values) for name, values in found[heat].items()} == {"reward": 2, "kl": 2, "tokens": 2}
+        assert "left_out" not in without[heat]
+    with pytest.raises(DataError, match="none of 1 prompts was completed"):
+        judge_policy(*asked, [long], tempered, make_judge("vader"), tmp_path / "c")
+
+
+def test_policies_judged_on_different_prompts_are_not_compared() -> None:
+    one, other = cell("dpo", 0, [1.0, 2.0], 1.0), cell("madpo", 0, [1.0, 2.0], 1.0)
+    left = {"count": 1, "of": 3, "by_policy": {"m": 1}, "prompts": ["2: long"]}
+    references = [cell("reference", 0, [0.0, 4.0], 0.0)]
+    with pytest.raises(DataError, match=r"left out different prompts: 0 \(none\) against 1 \(2: long\)"):
+        other["decoded"]["1"]["left_out"] = left
+        summarize([one, other], references)
+    for judged in (one, *references):
+        judged["decoded"]["1"]["left_out"] = left
+    assert len(summarize([one, other], references)) == 2
 
 
 def test_table_is_paired_and_leaves_out_seeds_that_a_method_lacks() -> None:

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from align.cli.options import cluster_section
 from align.config import ClusterSection
 from align.errors import AlignError, ConfigError
+from align.io.console import log
 from align.sharding.jobs import Work, decode, encode
+from align.sharding.ray_cluster import Worker, _Pool
 from align.sharding.shards import map_shards
 from tests.helpers.cluster_jobs import finished
 
@@ -95,3 +97,43 @@ def test_nothing_of_a_cluster_is_imported_without_one(tmp_path: Path) -> None:
     modules += ", align.sharding.shards"
     code = f"import {modules}, sys; sys.exit(any(name.partition('.')[0] == 'ray' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path).returncode == 0
+
+
+def test_a_worker_that_loads_is_not_said_to_lack_room(caplog: pytest.LogCaptureFixture) -> None:
+    pool = _Pool.__new__(_Pool)
+    pool.cluster, pool.working, pool.starting = ClusterSection(address="local"), {}, {object(): object()}
+    with pytest.MonkeyPatch.context() as patched, caplog.at_level("WARNING"):
+        patched.setattr(_Pool, "_room", lambda self: 1)
+        pool._warn_of_no_progress()
+    assert "no worker is at work: it still loads, or waits for room" in caplog.text
+
+
+class Loud(Doubling):
+    """Warns when it starts and for each shard."""
+
+    def start(self) -> Work:
+        log.warning("takes %d tokens at most", 512)
+        return super().start()
+
+    def work(self, rows: Dataset) -> Dataset:
+        log.info("not told")
+        log.warning("%d rows are not read", len(rows))
+        return super().work(rows)
+
+
+def test_what_a_worker_warns_of_comes_with_its_results(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shard = encode(Dataset.from_dict({"value": [1, 2]}))
+    worker = Worker(Loud(), str(tmp_path / "missing"), 1)
+    try:
+        assert worker.start() == (b"", ["takes 512 tokens at most"])
+        for _ in range(2):
+            result, told = worker(shard)
+            assert decode(result)["twice"][:] == [2, 4] and told == ["2 rows are not read"]
+    finally:
+        log.removeHandler(worker.warnings)
+    pool = _Pool.__new__(_Pool)
+    pool.told = set()
+    caplog.clear()
+    for _ in range(3):
+        pool._tell(["takes 512 tokens at most"])
+    assert [record.message for record in caplog.records] == ["takes 512 tokens at most"]

@@ -10,22 +10,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 pytest.importorskip("vllm")
 
 from align.errors import ConfigError, DataError, EnvironmentProblem, ModelError
 from align.generation.engines import choose_engine, make_engine
+from align.generation.server_client import ServerClient
 from align.generation.server_engine import ServerEngine
 from align.generation.types import Completion, Sampling
 from align.generation.vllm_engine import VllmEngine
 from align.models.loading import load_policy, load_tokenizer
+from reward_models.pairwise_judges import RewardModelJudge
+from reward_models.reward_server import RewardServerJudge
+from tests.helpers.builders import tokenizer
 from tests.helpers.launching import environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
@@ -135,21 +142,20 @@ def test_options_and_models_that_vllm_refuses(assets: Path, tmp_path: Path) -> N
     assert choose_engine("auto")[0] == ("vllm" if torch.cuda.is_available() else "transformers")
 
 
-@pytest.fixture(scope="module")
-def server(assets: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of vLLM's server with the base model and the adapter.
+@contextmanager
+def serving(model: Path, served: str, log: Path, *options: str) -> Iterator[str]:
+    """Address of a vLLM server.
 
     Started as a module: the `vllm` command of the CPU build asks for the metadata of a package that it is not.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(assets / "smollm2"),
-        "--served-model-name", "base",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+        "--served-model-name", served,
         "--dtype", "float32", "--enforce-eager", "--max-model-len", str(LENGTH), "--port", str(port),
-        "--host", "127.0.0.1", "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"tuned={adapter}",
+        "--host", "127.0.0.1", *options,
     ]  # fmt: skip
     environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as stream:
@@ -159,7 +165,7 @@ def server(assets: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
         deadline = time.monotonic() + 400
         while time.monotonic() < deadline and process.poll() is None:
             try:
-                ServerEngine("base", base_url=address, attempts=1)
+                ServerClient(served, base_url=address, attempts=1).check_model()
             except EnvironmentProblem:
                 time.sleep(2)
             else:
@@ -170,6 +176,34 @@ def server(assets: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def server(assets: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of vLLM's server with the base model and the adapter."""
+    lora = ("--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"tuned={adapter}")
+    with serving(assets / "smollm2", "base", tmp_path_factory.mktemp("server") / "log", *lora) as address:
+        yield address
+
+
+def test_a_served_reward_model_gives_the_local_rewards(tmp_path: Path) -> None:
+    """Heads of a size that vLLM's attention on a CPU has."""
+    folder = tmp_path / "reward"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words := tokenizer()), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, pad_token_id=words.pad_token_id, num_labels=1,
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config)
+    torch.nn.init.normal_(model.score.weight, std=0.5)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    prompts, completions = ["the film is", "a plot was", "very"] * 8, [" good", " not bad", " dull", " fine film"] * 6
+    with serving(folder, str(folder), tmp_path / "log", "--runner", "pooling", "--convert", "classify") as address:
+        judge = RewardServerJudge(str(folder), base_url=address)
+        found = judge.score(prompts, completions)
+    assert found == pytest.approx(RewardModelJudge(str(folder)).score(prompts, completions), abs=1e-4)
+    assert np.ptp(found) > 0.1 and not ((found > 0) & (found < 1)).all()
 
 
 def test_in_a_worker_of_a_cluster(base: VllmEngine, assets: Path, tmp_path: Path) -> None:

@@ -13,17 +13,18 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from align.config import KeepSection, LossSection, TrainSection
 from align.data.splits import clusters_of
-from align.errors import DataError
+from align.errors import DataError, ModelError
 from align.io.files import read_json
 from align.losses.pairwise import PairLogps
 from align.losses.registry import resolve
+from align.models.loading import load_policy, load_tokenizer
 from align.training.held_out import HeldOut, pair_metrics
 from align.training.held_out_choice import OVER_LIMIT, UNDEFINED, EarlyStopping, keep_score, kept_step
 from align.training.held_out_pass import HeldOutPass
 from align.training.held_out_settings import chooses
-from align.training.held_out_trainer import Watch
-from align.training.train import make_trainer, train_policy
-from tests.helpers.builders import rows
+from align.training.held_out_trainer import HeldOutTrainer, Watch
+from align.training.train import make_trainer, policy_args, train_policy
+from tests.helpers.builders import causal, rows
 from tests.helpers.interrupted import largest_difference
 from tests.training.test_trainer import FIELDS
 
@@ -288,3 +289,42 @@ def test_early_stopping_counts_again_after_a_resume(tmp_path: Path, losses: list
     resumed.on_train_begin(args, state, control)
     assert resumed.early_stopping_patience_counter == live.early_stopping_patience_counter
     assert live.early_stopping_patience_counter == (1 if losses else 0)
+
+
+class Referring:
+    """In the place of a sampler: takes the reference of the samples at every second step."""
+
+    every = 2
+
+    def __call__(self, trainer: HeldOutTrainer, step: int, state: str, folder: Path) -> dict[str, Any]:
+        with trainer.sampling_reference() as reference:
+            weight = reference.get_input_embeddings().weight.detach().clone()
+        return {"all": {"weight": {"value": float(weight.abs().sum(dtype=torch.float64))}}}
+
+
+def referring(model: Any, folder: Path, output: Path) -> HeldOutTrainer:
+    """A full training of two steps with its reference log-probs precomputed."""
+    config, loss = section(folder, trainer={"max_steps": 2}), resolve("dpo", {})
+    held_out = Watch(watch(config).pairs, sampler=Referring())
+    return HeldOutTrainer(
+        model, args=policy_args(config, "m", loss, {"output_dir": str(output), "seed": 0}), loss=loss, folder=output,
+        train_dataset=Dataset.from_list(TRAINED), processing_class=load_tokenizer(str(folder)), watch=held_out,
+    )  # fmt: skip
+
+
+def test_samples_are_compared_with_the_model_that_the_training_started_from(tmp_path: Path) -> None:
+    """It is loaded again from its folder; a folder or a model in memory that was changed is refused."""
+    folder = causal(tmp_path / "policy")
+    trainer = referring(str(folder), folder, tmp_path / "same")
+    trainer.train()
+    first, last = (one["samples"]["all"]["weight"]["value"] for one in trainer.records)
+    assert first == last
+    changed = load_policy(str(folder), dtype="float32")
+    with torch.no_grad():
+        changed.lm_head.weight[3, 4] += 1e-3
+    with pytest.raises(ModelError, match=r"\[train-reference\].*other weights than .*lm_head.weight, 1 of"):
+        referring(changed, folder, tmp_path / "memory").train()
+    trainer = referring(str(folder), folder, tmp_path / "folder")
+    causal(folder, seed=3)
+    with pytest.raises(ModelError, match="leave the folder as it is while a run trains"):
+        trainer.train()

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
+from align import PreferenceConfig, PreferenceTrainer
 from align.config import LossSection, RewardSection, TrainSection
 from align.data.table_facts import table_facts
 from align.models.model_card import LOCAL, NO_RESULTS, add_results, base_model_id, copy_as_merged
@@ -84,6 +87,33 @@ def test_the_card_of_a_reward_model(
     assert re.fullmatch(r"\[-?\d.*\]\n", capsys.readouterr().out)
 
 
+def test_the_card_of_a_script_has_its_last_held_out_numbers(tiny_policy: Path, tmp_path: Path) -> None:
+    """Of each table, at the step that was saved; another training into the same folder does not inherit them."""
+
+    def trained(**more: Any) -> PreferenceTrainer:
+        args = PreferenceConfig(
+            str(tmp_path / "out"), per_device_train_batch_size=4, bf16=False, use_cpu=True, report_to="none",
+            disable_tqdm=True, save_strategy="no", gradient_checkpointing=False, **more,
+        )  # fmt: skip
+        held = {"near": PAIRS.select(range(3)), "far": PAIRS.select(range(3, 8))} if "eval_steps" in more else None
+        trainer = PreferenceTrainer(str(tiny_policy), args=args, train_dataset=PAIRS, eval_dataset=held)
+        trainer.train()
+        trainer.save_model()
+        return trainer
+
+    logged = trained(max_steps=2, eval_strategy="steps", eval_steps=1).state.log_history
+    text = card(tmp_path / "out")
+    for name in ("near", "far"):
+        last = [row for row in logged if f"eval_{name}_loss" in row][-1]
+        assert last["step"] == 2 and f"| loss, {name} | {last[f'eval_{name}_loss']:.4g} |" in text
+        assert f"| accuracy, {name} | {last['eval_rewards/accuracies']:.4g} |" in text
+    assert NO_RESULTS not in text and "without intervals" in text
+    trained(max_steps=2)
+    assert text == card(tmp_path / "out"), "the same training, whose results stay"
+    trained(max_steps=3)
+    assert NO_RESULTS in card(tmp_path / "out")
+
+
 def test_results_are_replaced_and_a_foreign_card_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("a\n<!-- results -->\nold\n<!-- /results -->\nb\n", encoding="utf-8")
     add_results(tmp_path, [("reward by the judge", "0.5 (0.4 to 0.6)")], "By vader.")
@@ -123,3 +153,35 @@ def test_the_fingerprint_is_that_of_texts_and_margins() -> None:
     changed = PAIRS.map(lambda row: row | {"margin": row["margin"] + (row["id"] == "p3")})
     assert table_facts(changed).fingerprint != table_facts(PAIRS).fingerprint
     assert table_facts(PAIRS.select(range(8)[::-1])).fingerprint != table_facts(PAIRS).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("fields", "more", "lines"),
+    [
+        ({"token_mask": {}, "turns": "last"}, {}, ["| token_mask | {} |", "| turns | last |"]),
+        ({"sync_ref_model": True, "weight_decay": 0.1}, {}, ["| sync_ref_model | True |", "| weight_decay | 0.1 |"]),
+        ({}, {"ref_model": "given"}, ["| reference | another model, which was given |"]),
+        ({}, {"weight": True}, ["| weights | the column `weight` of the pairs |"]),
+        ({}, {"copies": True}, ["9 preference pairs", "| pairs left out | 1 (equal responses, or no room for one) |"]),
+        ({}, {"bf16": True}, ["| precision | weights in bfloat16 |"]),
+        ({}, {"dora": True}, ["| adapter | LORA r=2 lora_alpha=8 lora_dropout=0.1 use_dora=True on down_proj, "
+                              "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj (14 modules) |"]),
+    ],
+    ids=lambda given: "-".join(given) if isinstance(given, dict) else "",
+)  # fmt: skip
+def test_a_card_says_what_is_not_the_default(
+    tiny_policy: Path, tmp_path: Path, fields: dict[str, Any], more: dict[str, Any], lines: list[str]
+) -> None:
+    args = PreferenceConfig(
+        str(tmp_path), max_steps=1, bf16=False, use_cpu=True, report_to="none", save_strategy="no", **fields
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype="bfloat16" if "bf16" in more else "float32")
+    pairs = PAIRS.add_column("weight", [1.0 + k % 2 for k in range(8)]) if "weight" in more else PAIRS
+    table = pairs.to_list() + [PAIRS[0] | {"id": "copy", "rejected": PAIRS[0]["chosen"]}] * ("copies" in more)
+    lora = LoraConfig(r=2, lora_dropout=0.1, use_dora=True, target_modules="all-linear") if "dora" in more else None
+    reference = AutoModelForCausalLM.from_pretrained(tiny_policy) if "ref_model" in more else None
+    PreferenceTrainer(loaded, reference, args, train_dataset=table, peft_config=lora).save_model()
+    assert [line for line in lines if line not in card(tmp_path)] == []
+    usual = ("token_mask", "turns", "sync_ref_model", "weight_decay", "reference", "weights", "pairs left out")
+    rows = [f"| {name} |" for name in usual if f"| {name} |" in card(tmp_path)]
+    assert [row for row in rows if row not in "".join(lines)] == []

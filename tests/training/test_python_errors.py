@@ -101,6 +101,7 @@ def no_margin() -> list[dict[str, Any]]:
         ({}, {"loss": lambda: 3}, "loss-name", "loss: found 3, expected a name in align.LOSSES"),
         ({}, {"loss": lambda: lambda logps: logps.log_ratio_gap.mean()}, "loss-function", "returned a tensor [] of torch"),
         ({}, {"loss": lambda: lambda logps: logps.ref_chosen}, "loss-function", "does not depend on the policy's"),
+        ({}, {"loss": lambda: lambda logps: logps.log_ratio_gap * float("nan")}, "loss-function", "expected finite losses"),
         ({}, {"loss": lambda: lambda logps: logps.chosen - logps.chosen.mean()}, "loss-function", "another loss if other"),
         ({}, {"loss": lambda: lambda logps, margin: logps.nothing}, "loss-function", "has no attribute 'nothing'"),
         ({}, {"data_collator": lambda: list}, "trainer-key", "data_collator: found type"),

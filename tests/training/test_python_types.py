@@ -28,6 +28,8 @@ FIELDS = [
     ("seed", None, "expected a whole number"),
     ("gradient_checkpointing", "no", "expected True or False"),
     ("gradient_accumulation_steps", 0, "expected a whole number of at least 1"),
+    ("train_sampling_strategy", "group_by_lenght", "expected one of random, sequential, group_by_length"),
+    ("log_level", "loud", "expected one of detail, debug"),
     ("per_device_train_batch_size", 0, "expected a whole number of at least 1"),
     ("eval_strategy", "sometimes", "expected one of no, steps, epoch"),
     ("optim", "adamw_x", "expected one of adamw_torch, "),

@@ -60,12 +60,74 @@ def checked(tmp_path: Path, **options: Any) -> None:
         ("optim", "adamw_bnb_8bit", "You need to install `bitsandbytes`"),
         ("lr_scheduler_type", "cosine_with_min_lr", "lr_scheduler_kwargs: found None: One of min_lr"),
         ("push_to_hub", True, "a run uploads nothing; `align push FOLDER"),
+        ("train_sampling_strategy", "group_by_lenght", "expected one of random, .*did you mean `group_by_length`"),
+        ("log_level", "loud", "expected one of detail, debug"),
+        ("dataloader_multiprocessing_context", "thread", "expected one of fork, spawn, forkserver"),
+        ("adam_beta1", 1.5, "found 1.5, expected a number below 1"),
+        ("adam_epsilon", -1e-8, "expected at least 0"),
+        ("optim_args", "momentum=0.9", "momentum=0.9, which has no effect here: adamw_torch"),
+        ("optim_target_modules", ["q_proj"], "which adamw_torch.* does not read"),
+        ("gradient_checkpointing_kwargs", {"reentrant": True}, "expected a mapping with keys of use_reentrant"),
+        ("gradient_checkpointing_kwargs", "x", "expected a mapping with keys of use_reentrant"),
+        ("dataloader_persistent_workers", True, "expected dataloader_num_workers of at least 1"),
+        ("save_total_limit", 0, "expected at least 1"),
+        ("auto_find_batch_size", True, "it would go on with fewer pairs in a step"),
+        ("torch_compile_mode", "fast", "expected one of default"),
+        ("include_num_input_tokens_seen", "some", "expected all, non_padding, no"),
+        ("bf16_full_eval", True, "computes as the training does"),
+        ("pad_to_multiple_of", 0, "expected at least 1"),
+        ("neftune_noise_alpha", -1.0, "expected at least 0"),
+        ("dataset_num_proc", 0, "expected at least 1"),
+        ("seed", -1, "expected at least 0"),
     ],
 )
 @pytest.mark.parametrize("kind", [DPOConfig, RewardConfig])
 def test_fields_that_cannot_be_obeyed(kind: type, field: str, value: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"(?s)\[trainer-key\].*{message}"):
         build_trainer_args(kind, {field: value}, path="x.trainer", forced={"output_dir": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"optim": "sgd", "optim_args": "alpha=0.9"},
+            "found alpha=0.9, which has no effect here: sgd does not read it",
+        ),
+        ({"optim": "rmsprop", "optim_args": "alpha=0.9,beta=1"}, "found beta=1, which has no effect here: rmsprop"),
+        ({"optim": "rmsprop", "optim_args": "alpha=-2"}, "optim: rmsprop: Invalid alpha value"),
+        ({"save_strategy": "steps", "save_steps": 0}, "no checkpoint would be written"),
+        ({"ref_model_mixup_alpha": 0.9}, "which has no effect here: sync_ref_model is false"),
+        ({"truncation_mode": "keep_strat"}, "expected one of keep_end, keep_start.*did you mean `keep_start`"),
+        ({"model_init_kwargs": {"dtype": "bfloat"}}, "model_init_kwargs.dtype: found 'bfloat', expected a dtype"),
+    ],
+)
+def test_values_that_the_libraries_pass_over_or_find_late(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """They trained as if the field were not there, or ended in a traceback in the first step."""
+    with pytest.raises(ConfigError, match=rf"(?s)\[trainer-key\].*{message}"):
+        build_trainer_args(DPOConfig, fields, path="x.trainer", forced={"output_dir": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"optim": "rmsprop", "optim_args": "alpha=0.9"},
+        {"optim": "sgd", "optim_args": "momentum=0.9,nesterov=true"},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"sync_ref_model": True, "precompute_ref_log_probs": False, "ref_model_mixup_alpha": 0.9},
+        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+        {"include_num_input_tokens_seen": True, "model_init_kwargs": {"dtype": "bfloat16"}, "adam_beta1": 0.0},
+    ],
+)
+def test_values_that_are_obeyed_pass(fields: dict[str, Any], tmp_path: Path) -> None:
+    build_trainer_args(DPOConfig, fields, path="x.trainer", forced={"output_dir": str(tmp_path)})
+
+
+def test_rewards_are_not_pushed_away_from_zero(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"center_rewards_coefficient: found -0.5, expected at least 0"):
+        build_trainer_args(
+            RewardConfig, {"center_rewards_coefficient": -0.5}, path="x.trainer", forced={"output_dir": str(tmp_path)}
+        )
 
 
 def test_fields_at_their_defaults_pass(tmp_path: Path) -> None:
@@ -108,11 +170,31 @@ def test_settings_are_refused_when_the_run_is_checked(tmp_path: Path, options: A
         checked(tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("fsdp", True, "fsdp: found True and one process, expected a launcher"),
+        ("fsdp_config", {"fsdp_version": 2}, "fsdp_config: found .*, which has no effect without fsdp"),
+    ],
+)
+def test_sharding_needs_processes(
+    tmp_path: Path, field: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+        monkeypatch.setenv(name, "")  # transformers sets some, which would outlive this test
+    with pytest.raises(ConfigError, match=message):
+        checked(tmp_path, trainer={field: value})
+    monkeypatch.setattr("align.training.base.settings.world_size", lambda: 2)
+    checked(tmp_path, trainer={field: value})
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
         ("activation_offloading", True, "expected a GPU"),
+        ("fp16", True, "fp16: found true, expected a GPU"),
+        ("model_init_kwargs", {"attn_implementation": "spda"}, "found 'spda', expected one of eager, sdpa"),
         ("model_init_kwargs", {"attn_implementation": "flex_attention"}, "expected sdpa or eager: there is no GPU"),
     ],
 )

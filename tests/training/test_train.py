@@ -7,15 +7,18 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import GenerationConfig
 
 from align.commands.entangle import sample_pairs
 from align.config import EntanglementSection, LossSection, TrainSection
 from align.errors import ConfigError, DataError
+from align.generation.encoding import stop_ids, to_completion
 from align.io.files import read_json
 from align.models.collator import ROW
+from align.models.loading import load_policy, load_tokenizer
 from align.training.loss_choice import bind
-from align.training.train import attach_probe, make_trainer, train_policy
-from tests.helpers.builders import rows, trained_adapter
+from align.training.train import MODEL, attach_probe, make_trainer, train_policy
+from tests.helpers.builders import causal, rows, trained_adapter
 from tests.training.test_trainer import FIELDS, ours
 
 
@@ -117,3 +120,22 @@ def test_entanglement_along_training(tiny_policy: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train.entanglement: needs one process"):
         beta = config.model_copy(update={"methods": {"m": LossSection(loss="beta_dpo")}})
         train_policy(Dataset.from_list(rows(8)), beta, "m", tmp_path / "beta", seed=0)
+
+
+@pytest.mark.parametrize("peft", [None, {"r": 2, "target_modules": ["q_proj"]}])
+def test_a_trained_policy_ends_where_its_start_ends(peft: dict[str, Any] | None, tmp_path: Path) -> None:
+    """A model with several ends, like Llama 3: training takes none of them away, and sampling stops at each."""
+    start = causal(tmp_path / "start")
+    GenerationConfig(eos_token_id=[1, 7, 9], pad_token_id=0).save_pretrained(start)
+    config = TrainSection(
+        model=str(start), methods={"x": LossSection(loss="dpo")}, trainer=FIELDS | {"max_steps": 1}, peft=peft
+    )
+    train_policy(Dataset.from_list(rows(8)), config, "x", tmp_path / "out", seed=0)
+    for folder in (start, tmp_path / "out" / MODEL):
+        tokenizer, model = load_tokenizer(str(folder)), load_policy(str(folder), dtype="float32")
+        stops = stop_ids(tokenizer, model.generation_config)
+        assert stops == [1, 7, 9]
+        for end in stops:
+            completion = to_completion(tokenizer, [4], [5, end, 6], stops, None)
+            assert (completion.token_ids, completion.finish_reason) == ([5, end], "stop")
+        assert to_completion(tokenizer, [4], [5, 6], stops, None).finish_reason == "length"

@@ -65,6 +65,7 @@ PLACES = {
             "_get_grad_norm": ("model", "grad_norm"),
             "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
             "_get_output_dir": ("trial",),
+            "_save": ("output_dir", "state_dict"),
         },
     },
     "align/training/base/async_checkpoints.py": {

@@ -33,6 +33,7 @@ from align.generation.sampling_job import LOGP_FEATURES, SamplingJob, completion
 from align.generation.types import as_completion
 from align.generation.vllm_adapters import check_vllm_adapter
 from align.io.files import write_json
+from align.io.hashing import digest
 from align.models.template_arguments import report_other_arguments
 from align.run.plan import REFERENCE
 from align.run.stages.judging import Verdicts, judge_completions
@@ -40,7 +41,7 @@ from align.run.stages.reward import METRICS, make_scorer
 from align.run.stages.sampling import PARTS, log_probs_in_stage, run_sampling, sample_in_stage
 from align.stats import correlation
 from align.training.train import MODEL
-from reward_models.named_judges import make_scoring
+from reward_models.named_judges import made_from, make_scoring
 
 COMPLETIONS = "completions.parquet"
 
@@ -116,6 +117,7 @@ def stage_evaluate(config: RunConfig, folder: Path) -> None:
         "agreement": agreements({one.name: by_prompt(one.advantages(), clusters) for one in verdicts}),
         "identical_texts": identical_texts(texts),
         "n_prompts": len(prompts),
+        "made_from": {"prompts": digest(asked)[:16], "judge": made_from(main.judge).get("model")},
         **({"left_out": kept.left_out} if kept.left_out else {}),
         "judge_correlation": _margin_correlation(read_pairs(config.folder / "margins" / "pairs"), main.judge),
         "samples": first_samples(prompts, texts, main.rewards, config.evaluate.samples_shown),

@@ -15,7 +15,7 @@ from align.data.messages import argument_cells, split_arguments
 from align.data.pair_selection import draw_pair
 from align.data.pairs import FILE as PAIRS_FILE
 from align.data.pairs import load_pairs, read_pairs, table_of, write_pairs
-from align.data.prompts import section_prompts
+from align.data.prompts import prompt_cells, section_prompts
 from align.data.splits import clusters_of
 from align.data.statistics import summarize
 from align.data.training_pairs import report_in_sample, source_of, with_source
@@ -32,7 +32,7 @@ from align.models.loading import load_tokenizer
 from align.models.tokenization import MAX_LENGTH
 from align.run.checks import check_models
 from align.run.plan import HELD_OUT, REFERENCE_CACHE, TRUST, TRUST_NUMBERS, holds_out, measures_trust
-from align.run.row_checks import check_pair_rows, split_for_reward
+from align.run.row_checks import check_loss_columns, check_pair_rows, split_for_reward
 from align.run.stages.reward import METRICS, make_scorer, scored_by
 from align.run.stages.sampling import PARTS, run_sampling, sample_in_stage, sampled_model
 from align.run.watch import EVAL, make_watch, split_share, without_trained
@@ -56,9 +56,7 @@ def stage_pairs(config: RunConfig, folder: Path) -> None:
     if config.reward is not None and config.reward.pairs is None:
         _write_split(config, config.pairs, pairs, folder)
         return
-    if config.reward is None and config.train is not None:
-        for method, loss in config.train.methods.items():
-            require_margin(pairs, bind(method, loss))
+    check_loss_columns(config, pairs)
     write_pairs(pairs, folder / "train")
     write_json(folder / METRICS, {"train": summarize(pairs)})
 
@@ -152,6 +150,7 @@ def _draw_pairs(config: RunConfig, prompts: list[Any], different: dict[int, list
     scorer = make_scorer(labeler, config.reward)
     rewards = scorer.score_completions([prompt for prompt, _ in flat], [completion for _, completion in flat])
     rng = np.random.default_rng(config.seed)
+    cells = prompt_cells(config.sample.prompts)
     rows, against, start = [], 0, 0
     for k, group in different.items():
         values = rewards[start : start + len(group)]
@@ -161,7 +160,7 @@ def _draw_pairs(config: RunConfig, prompts: list[Any], different: dict[int, list
         completions = {side: as_completion(prompts[k], one.text) for side, one in sides.items()}
         ends = {FINISH_COLUMNS[side]: one.finish_reason for side, one in sides.items()}
         messages, arguments = split_arguments(prompts[k])[0], argument_cells(prompts[k])
-        rows.append({"id": str(k), "prompt": messages, **completions, **ends, **arguments})
+        rows.append(cells[k] | {"id": str(k), "prompt": messages, **completions, **ends, **arguments})
         against += int(values[chosen] < values[rejected])
     columns = dict.fromkeys(name for row in rows for name in row)
     return table_of(rows, list(columns), config.sample.prompts), against

@@ -93,7 +93,8 @@ def stage_crossfit(config: RunConfig, folder: Path) -> None:
     judged = with_majority(scored, "metrics of the cross-fitted margins")
     found = evaluate_margins(np.asarray(judged["margin"]), clusters=clusters_of(judged), cross_fitted=True)
     write_json(folder / METRICS, {"margins": source_of(scored), **found.to_dict()})
-    log.info("cross-fitted margins: %s; train, filter and `align trust` with this table", folder / "pairs" / FILE)
+    finished = config.folder / "crossfit" / "pairs" / FILE  # `folder` is renamed to it when the stage has ended
+    log.info("cross-fitted margins: %s; train, filter and `align trust` with this table", finished)
 
 
 def scored_by(

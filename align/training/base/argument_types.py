@@ -1,5 +1,6 @@
 """Values of a trainer's arguments and of its config that have another type than the one they are declared with."""
 
+import json
 import math
 import types
 from collections.abc import Mapping
@@ -11,8 +12,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import torch
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import (
     HubStrategy,
     IntervalStrategy,
@@ -23,6 +26,24 @@ from transformers.trainer_utils import (
 from transformers.training_args import OptimizerNames
 
 from align.errors import ConfigError, listed
+
+
+class OpenConfig:
+    """Mixin for a config of trl's, to be named before its class: ``to_dict`` makes an equal one again.
+
+    transformers masks every field that is called a token, also the padding token, whose mask is a token of no
+    tokenizer. Here only a secret that is set is masked.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; ``hub_token`` is masked if it is set."""
+        found: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        open_to_all = [name for name in found if name.endswith("_token") and name not in SECRETS]
+        open_to_all += [name for name in SECRETS if getattr(self, name, None) is None and name in found]
+        return found | {name: getattr(self, name) for name in open_to_all}
+
+
+SECRETS = ("hub_token", "push_to_hub_token")
 
 
 class TruncationMode(Enum):
@@ -89,12 +110,43 @@ def check_field_types(args: TrainingArguments, owner: str) -> None:
         known = [str(one.value) for one in kind]
         if value is not None and not isinstance(value, Enum) and value not in known:
             problems.append(f"{owner}.{name}: found {value!r:.60}, expected one of {', '.join(known[:12])}")
+    for field in fields(config):
+        known = list(field.metadata.get("choices") or ())
+        value = getattr(args, field.name)
+        if known and field.name not in CHOICES and value is not None and value not in known:
+            problems.append(f"{owner}.{field.name}: found {value!r:.60}, expected one of {', '.join(known)}")
+    problems += _broken_json(args, owner)
+    problems += [f"{owner}.report_to: {unknown}" for unknown in _unknown_trackers(args.report_to)]
     for name in AT_LEAST_ONE:
         value = getattr(args, name)
         if isinstance(value, Integral) and value < 1:
             problems.append(f"{owner}.{name}: found {value}, expected a whole number of at least 1")
     if problems:
         raise ConfigError(problems[0] if len(problems) == 1 else listed(problems).lstrip(), code="trainer-key")
+
+
+def _broken_json(args: TrainingArguments, owner: str) -> list[str]:
+    """A message for each field whose text, from a command line, begins as an object in JSON and is none."""
+    problems = []
+    for name in args._VALID_DICT_FIELDS:
+        value = getattr(args, name, None)
+        if isinstance(value, str) and value.startswith("{"):
+            try:
+                json.loads(value)
+            except ValueError as error:
+                problems.append(f"{owner}.{name}: found {value!r:.60}, expected an object in JSON ({error})")
+    return problems
+
+
+def _unknown_trackers(names: Any) -> list[str]:
+    """What is wrong with names in ``report_to``; their type is checked elsewhere."""
+    known = [*INTEGRATION_TO_CALLBACK, "all", "none"]
+    given = [names] if isinstance(names, str) else names if isinstance(names, list | tuple) else []
+    return [
+        f"found {name!r:.60}, expected one of {', '.join(known)}"
+        for name in given
+        if not isinstance(name, str) or name not in known
+    ]
 
 
 @cache
@@ -129,6 +181,51 @@ def _named(kinds: tuple[Any, ...]) -> str:
     return " or ".join(names)
 
 
+def check_optimizer_class(given: Any, optimizers: Any) -> None:
+    """Raise if ``optimizer_cls_and_kwargs`` is no class with arguments that fit it, or comes with an optimizer.
+
+    Raises:
+        ConfigError: says what it is.
+    """
+    if given is None:
+        return
+    if (
+        not isinstance(given, list | tuple)
+        or len(given) != 2
+        or not callable(given[0])
+        or not isinstance(given[1], Mapping)
+    ):
+        raise _refused(
+            "optimizer_cls_and_kwargs", given, "a class of optimizers and its arguments",
+            "write optimizer_cls_and_kwargs=(torch.optim.SGD, {...})",
+        )  # fmt: skip
+    if any(one is not None for one in optimizers):
+        raise ConfigError(
+            "optimizer_cls_and_kwargs: found it together with `optimizers`, expected one of them",
+            code="trainer-key",
+            hint="leave one of them out",
+        )
+    kind, fields = given
+    try:
+        kind([torch.nn.Parameter(torch.zeros(1))], **fields)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"optimizer_cls_and_kwargs: {getattr(kind, '__name__', kind)} refused {dict(fields)!r:.60}: "
+            f"{' '.join(str(error).split())}",
+            code="trainer-key",
+        ) from None
+
+
+def check_function(given: Any, name: str, expected: str) -> None:
+    """Raise if an argument that may be None is no function.
+
+    Raises:
+        ConfigError: names the argument, and the function that was expected.
+    """
+    if given is not None and not callable(given):
+        raise _refused(name, given, f"a function {expected}")
+
+
 def check_arguments(callbacks: Any, optimizers: Any, compute_metrics: Any, trainer: str) -> None:
     """Raise if callbacks, optimizers or the function of metrics are of another kind than a trainer takes.
 
@@ -149,8 +246,7 @@ def check_arguments(callbacks: Any, optimizers: Any, compute_metrics: Any, train
         raise _refused("optimizers[0]", optimizer, "an optimizer over the weights of the model, or None")
     if schedule is not None and not callable(getattr(schedule, "step", None)):
         raise _refused("optimizers[1]", schedule, "a schedule of the learning rate (torch.optim.lr_scheduler), or None")
-    if compute_metrics is not None and not callable(compute_metrics):
-        raise _refused("compute_metrics", compute_metrics, "a function of transformers.EvalPrediction")
+    check_function(compute_metrics, "compute_metrics", "of transformers.EvalPrediction")
 
 
 def check_named_table(tables: Any, name: str) -> None:

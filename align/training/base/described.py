@@ -1,18 +1,36 @@
 """What a trainer knows about its own training: for the model card of every folder it saves, and for trackers."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel
 
 from align.data.table_facts import TableFacts
 from align.io.console import log
 from align.io.stage import versions
-from align.models.model_card import POLICY, REWARD_MODEL, TrainingFacts, base_model_id, papers_of, write_card
+from align.models.model_card import (
+    POLICY,
+    REWARD_MODEL,
+    TrainingFacts,
+    add_results,
+    base_model_id,
+    papers_of,
+    write_card,
+)
+from align.training.base.card_settings import adapter_text, base_of, changed_fields, precision_of
 from align.training.base.tracked_runs import ShowConfig, missing_tracker
 
 PARTS = ("pair_weights", "gradient_remedy", "token_mask", "tilt", "sharpness")
 """Fields of a trainer's arguments that change the loss of a pair or its gradient."""
+
+
+HELD_OUT = {
+    "loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "reward margin", "accuracy": "accuracy",
+    "margin": "reward margin",
+}  # fmt: skip
+"""Key of a held-out number in the log -> its name on the card."""
 
 
 class Described:
@@ -48,8 +66,8 @@ class Described:
     def facts(self) -> TrainingFacts:
         """What the model card says."""
         bound, data, args = self._bound, self.data_facts, self.args
-        parts = {name: getattr(args, name) for name in PARTS if getattr(args, name, None)}
-        parts |= {name: value for name, value in self.extra_config.items() if name in PARTS and value}
+        parts = {name: getattr(args, name) for name in PARTS if getattr(args, name, None) is not None}
+        parts |= {name: value for name, value in self.extra_config.items() if name in PARTS and value is not None}
         return TrainingFacts(
             kind=REWARD_MODEL if hasattr(self, "objective") else POLICY,
             method=bound.spec.name,
@@ -75,13 +93,26 @@ class Described:
             "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
             "optimizer": str(getattr(args.optim, "value", args.optim)),
             "max_length": args.max_length,
-            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+            "precision": precision_of(args, self.model),
             "seed": args.seed,
         }
         if isinstance(self.model, PeftModel):
-            config = self.model.peft_config[self.model.active_adapter]
-            settings["adapter"] = " ".join([str(getattr(config.peft_type, "value", config.peft_type)), *_lora(config)])
-        return settings
+            settings["adapter"] = adapter_text(self.model.peft_config[self.model.active_adapter])
+        return settings | base_of(self.model) | changed_fields(args) | self._of_pairs()
+
+    def _of_pairs(self) -> dict[str, Any]:
+        """What a card says about the reference and the pairs, where that is not the usual."""
+        found: dict[str, Any] = {}
+        if getattr(self, "_given_reference", False):
+            found["reference"] = "another model, which was given"
+        table, data = getattr(self, "train_dataset", None), self.data_facts
+        if not isinstance(table, Dataset) or data is None:
+            return found
+        if len(table) < data.pairs:
+            found["pairs left out"] = f"{data.pairs - len(table)} (equal responses, or no room for one)"
+        if data.weighted and not hasattr(self, "objective"):
+            found["weights"] = "the column `weight` of the pairs"
+        return found
 
     @property
     def tracked_config(self) -> dict[str, Any]:
@@ -102,7 +133,7 @@ class Described:
         Pairs that are read in their order may have become more: a stream gives as many as ``max_steps`` takes.
         """
         bound, data = self._bound, self.data_facts
-        parts = {name: getattr(self.args, name) for name in PARTS if getattr(self.args, name, None)}
+        parts = {name: getattr(self.args, name) for name in PARTS if getattr(self.args, name, None) is not None}
         shown: dict[str, Any] = {"loss": bound.spec.name, "parameters": dict(bound.parameters), "parts": parts}
         if data is not None and self.args.train_sampling_strategy != "sequential":
             shown["data"] = f"{data.pairs} pairs, fingerprint {data.fingerprint}"
@@ -126,6 +157,10 @@ class Described:
     def _write_card(self, folder: Path) -> None:
         if self.args.should_save and folder.is_dir():
             write_card(folder, self.facts, adapter=isinstance(self.model, PeftModel))
+            rows = list(_held_out_rows(self.state.log_history, self.state.global_step))
+            if rows:
+                note = "On held-out pairs at the last step, without intervals; `align eval` measures with them."
+                add_results(folder, rows, note)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository on the hub as transformers does, private unless ``hub_private_repo`` is false."""
@@ -135,8 +170,13 @@ class Described:
         super().init_hf_repo(token, private)  # type: ignore[misc]
 
 
-def _lora(config: Any) -> list[str]:
-    """Rank, scale and modules of an adapter, as far as its kind has them."""
-    modules = getattr(config, "target_modules", None)
-    shown = [f"{name}={getattr(config, name)}" for name in ("r", "lora_alpha") if hasattr(config, name)]
-    return [*shown, f"on {', '.join(sorted(modules))}"] if isinstance(modules, set | list) else shown
+def _held_out_rows(history: Sequence[Mapping[str, Any]], step: int) -> Iterator[tuple[str, str]]:
+    """Loss, accuracy and reward margin of each held-out table that was evaluated at this step, as a card shows them."""
+    for entry in history:
+        losses = [name for name in entry if name.startswith("eval_") and name.endswith("loss")]
+        for name in losses if entry.get("step") == step else ():
+            table = name.removeprefix("eval_").removesuffix("loss").strip("_")
+            for key, shown in HELD_OUT.items():
+                value = entry.get(name.removesuffix("loss") + key, entry.get(f"eval_{key}"))
+                if isinstance(value, float):
+                    yield f"{shown}, {table}" if table else shown, f"{value:.4g}"

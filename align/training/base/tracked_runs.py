@@ -29,6 +29,9 @@ FOLDER = "tracking"
 FILE = "tracking.json"
 """File of a tracked run: the tracker's name -> the run's id there, and the last step."""
 MISSING = re.compile(r"(\w+)Callback requires .*to be installed")
+PACKAGE = re.compile(r"pip install ([\w.<>=!-]*\w)")
+REPORTED_AS = {"azureml": "azure_ml", "comet": "comet_ml"}
+"""Name in transformers' message -> name in ``report_to``, where they differ."""
 FINAL = "final"
 """Prefix of the figures that are measured after the training."""
 LOSS_TYPE = "loss_type"
@@ -168,14 +171,15 @@ def missing_tracker(where: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, RuntimeError) as error:
-        found = MISSING.search(" ".join(str(error).split()))
+        message = " ".join(str(error).split())
+        found, package = MISSING.search(message), PACKAGE.search(message)
         if found is None:
             raise
-        name = found[1].lower()
+        name = REPORTED_AS.get(found[1].lower(), found[1].lower())
         raise ConfigError(
             f"{where}: found {name}, which is not installed",
             code="tracker",
-            hint=f"pip install {name}, or leave it out",
+            hint=f"pip install {package[1] if package else name}, or leave it out",
         ) from None
 
 

@@ -5,13 +5,15 @@ import json
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
+
+from align.config.leaves import leaves
 
 EVENTS = "events.out.tfevents.*"
 PREFIX = "align."
@@ -154,7 +156,7 @@ class Mlflow(Tracker):
         """Log one parameter per leaf, ``align.loss_parameters.beta``; the trainer's own have no prefix."""
         mlflow: Any = importlib.import_module("mlflow")
         if mlflow.active_run() is not None:
-            mlflow.log_params({f"{PREFIX}{name}": value for name, value in _flat(config)})
+            mlflow.log_params({f"{PREFIX}{name}": value for name, value in leaves(config)})
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Log a metric per figure."""
@@ -206,15 +208,6 @@ class Trackio(Tracker):
 
 TRACKERS: dict[str, type[Tracker]] = {kind.name: kind for kind in (TensorBoard, Wandb, Mlflow, Trackio)}
 """Trackers that get a run per training; others of ``report_to`` log as transformers does."""
-
-
-def _flat(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested JSON values with dotted names."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value
 
 
 def _summary_writer() -> Any:

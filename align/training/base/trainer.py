@@ -13,6 +13,7 @@ from align.errors import ConfigError
 from align.io.console import log
 from align.training.base.argument_types import check_checkpoint_argument
 from align.training.base.async_checkpoints import BackgroundSaves
+from align.training.base.card_settings import low_precision
 from align.training.base.checkpoints import check_resumable, last_complete_checkpoint
 from align.training.base.described import Described
 from align.training.base.epochs import WholeEpochs
@@ -33,12 +34,15 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
     |---|---|---|
     | `train` | ReliableTrainer | `"auto"` resumes from the last complete checkpoint, if there is one. |
     | `_get_train_sampler` | ExactResume, WholeEpochs | The order depends on seed and epoch alone; length groups span processes. |
+    | `get_eval_dataloader` | ReliableTrainer | An evaluation without a table is refused. |
+    | `hyperparameter_search` | ReliableTrainer | It is refused: the model is given, not made for each trial. |
     | `get_train_dataloader` | WholeEpochs | Settings that would lose or repeat pairs are refused. |
     | `get_batch_samples` | ExactResume | No step is made beyond the last one. |
     | `_get_num_items_in_batch` | WholeEpochs | Duplicates that only fill the last batch are marked and not counted. |
     | `_set_signature_columns_if_needed` | ReliableTrainer | `extra_columns` reach the collator. |
     | `_get_grad_norm` | ReliableTrainer | A gradient that is not finite never reaches the weights. |
     | `_save_checkpoint` | ReliableTrainer, BackgroundSaves | The checkpoint holds `save_extra_state`; older ones outlive an incomplete one. |
+    | `_save` | ReliableTrainer | The saved arguments hold no token of the hub. |
     | `_save_optimizer_and_scheduler` | BackgroundSaves | Shards are written while training goes on, if `async_checkpoints`. |
     | `_save_rng_state` | ExactResume | Every process has saved before trainer_state.json completes the checkpoint. |
     | `save_model` | Described | A saved folder has a model card that is true. |
@@ -61,6 +65,9 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
                 code="trainer-key",
                 hint="name modules that the model has, or train all weights",
             )
+        if kept := low_precision(self.model):
+            log.warning("model: weights in %s are trained, where steps far smaller than a weight are lost; load "
+                        'it with dtype="float32" and set bf16=True to compute in 16 bits', kept)  # fmt: skip
         self.guard = self.make_guard(scaled=self.accelerator.scaler is not None)
         self.add_callback(self.guard)
 
@@ -123,6 +130,32 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
             stop.check()
             yield
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the batches of an evaluation as transformers does.
+
+        Raises:
+            ConfigError: there is no table to evaluate on.
+        """
+        if eval_dataset is None and self.eval_dataset is None:
+            raise ConfigError(
+                "eval_dataset: found None, expected a table of pairs",
+                code="data-type",
+                hint="give it to the trainer, or to evaluate()",
+            )
+        return super().get_eval_dataloader(eval_dataset)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a search, for which transformers makes the model anew in each trial; trl's trainers take it once.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "hyperparameter_search: found a trainer that is given its model, expected one that makes it for each trial",
+            code="trainer-key",
+            hint="make a trainer for each trial, in the objective of the search",
+        )
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*self._signature_columns, *self.extra_columns]
@@ -138,6 +171,13 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
             folder.mkdir(parents=True, exist_ok=True)
             self.save_extra_state(folder)
         super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_resumable(Path(resume_from_checkpoint))

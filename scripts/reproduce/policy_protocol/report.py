@@ -10,6 +10,7 @@ from align.stats import ends
 from scripts.bootstrap import Estimate, bootstrap_mean, gain_per_root_kl
 from scripts.figures import pyplot, save
 from scripts.reproduce.crossed_effects import crossed_mean, crossed_p
+from scripts.reproduce.policy_protocol.judging import same_prompts
 from scripts.tables import table
 
 BASELINE, MADPO = "dpo", "madpo"
@@ -44,6 +45,7 @@ def _by_quality(
         here = [cell for cell in cells if cell["quality"] == quality]
         methods = dict.fromkeys(cell["method"] for cell in here)
         found = {method: {cell["seed"]: cell for cell in here if cell["method"] == method} for method in methods}
+        same_prompts([part for cell in [*here, *origin.values()] for part in cell["decoded"].values()])
         seeds = sorted(set(origin).intersection(*found.values()))
         if seeds:
             made[quality] = found, origin, seeds

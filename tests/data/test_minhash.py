@@ -8,8 +8,8 @@ from datasketch import MinHash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.filtering.minhash import BANDS, ROWS, band_keys, candidates, jaccard, near_duplicates
-from align.filtering.word_hashes import Hashes
+from align.data.minhash import BANDS, ROWS, band_keys, candidates, jaccard, near_duplicates
+from align.data.word_hashes import Hashes
 
 
 def test_signatures_agree_as_often_as_sets_are_similar() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from align.filtering.word_hashes import Hashes, mixed
+from align.data.word_hashes import Hashes, mixed
 
 BANDS, ROWS = 10, 6
 CHECKED = 16_384
@@ -17,19 +17,21 @@ MOST_PER_BUCKET = 8
 """Members of a bucket that all others in it are compared with; bounds the work on a bucket of near-equal rows."""
 
 
-def band_keys(shingles: Hashes) -> np.ndarray:
-    """MinHash key of each band of each row, uint64 [N, BANDS]; rows without a shingle get unique keys.
+def band_keys(shingles: Hashes, bands: int = BANDS, minima: int = ROWS) -> np.ndarray:
+    """MinHash key of each band of each row, uint64 [N, bands]; rows without a shingle get unique keys.
 
     Args:
         shingles: hashes of the word n-grams of each row.
+        bands: number of bands.
+        minima: minima in a band.
     """
     count = len(shingles.offsets) - 1
-    keys = np.zeros((count, BANDS), dtype=np.uint64)
+    keys = np.zeros((count, bands), dtype=np.uint64)
     filled = np.flatnonzero(shingles.counts > 0)
     starts = shingles.offsets[:-1][filled]
-    factors = mixed(np.arange(1, BANDS * ROWS + 1, dtype=np.uint64)) | np.uint64(1)
-    for band in range(BANDS):
-        for factor in factors[band * ROWS : (band + 1) * ROWS]:
+    factors = mixed(np.arange(1, bands * minima + 1, dtype=np.uint64)) | np.uint64(1)
+    for band in range(bands):
+        for factor in factors[band * minima : (band + 1) * minima]:
             least = np.minimum.reduceat(shingles.values * factor, starts) if len(filled) else starts
             keys[filled, band] = mixed(keys[filled, band] + least.astype(np.uint64) + np.uint64(band + 1))
     empty = np.flatnonzero(shingles.counts == 0)

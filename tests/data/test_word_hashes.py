@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from align.data.word_hashes import distinct, hash_words, ngrams, word_list
 from align.filtering import equal_keys as keys
 from align.filtering.text_survey import content_hashes
-from align.filtering.word_hashes import distinct, hash_words, ngrams, word_list
 
 WORDS = st.lists(st.sampled_from(["a", "bee", "Cat", "dog,", "élan", "猫", "x_1"]), max_size=12)
 
