@@ -2,8 +2,8 @@
 
 A line holds ``v``, ``id``, ``at``, ``who``, ``table``, ``pair`` (id of the pair), ``content`` (digest of its texts when
 it was judged), ``action``, ``before`` and ``after`` (states), ``base`` (ids of the decisions that it builds on),
-``undoes`` (of an undo) and ``crc``. Decisions that nobody builds on are the heads of a pair; two heads with different outcomes, which
-only a merge of two people's files can make, are a conflict.
+``undoes`` (of an undo) and ``crc``. Decisions that nobody builds on are the heads of a pair; two heads with different
+outcomes, which only a merge of two people's files can make, are a conflict.
 """
 
 import fcntl
@@ -21,6 +21,7 @@ from typing import Any
 from align.config.columns import TEXT
 from align.errors import DataError, EnvironmentProblem
 from align.io.disk import disk_problem
+from align.viewer.file_systems import shared_file_system
 
 FILE = "decisions.jsonl"
 VERSION = 1
@@ -78,10 +79,14 @@ class Ledger:
         state = telling[0]["after"] if telling else EMPTY
         return {**state, "note": notes}, []
 
+    def history(self, pair: str) -> list[Decision]:
+        """All decisions about a pair, the oldest first."""
+        return sorted((self.decisions[key] for key in list(self.by_pair.get(pair, ()))), key=lambda one: one["at"])
+
     def decided(self) -> list[str]:
         """Ids of the pairs whose state is not empty, or in conflict."""
         found = []
-        for pair in self.by_pair:
+        for pair in list(self.by_pair):
             state, conflict = self.outcome(pair)
             if conflict or state != EMPTY:
                 found.append(pair)
@@ -198,7 +203,7 @@ class DecisionFile:
     def __init__(self, path: Path, who: str) -> None:
         self.path, self.who = path, who
         self.ledger = Ledger()
-        self._read = 0
+        self._read = self._inode = 0
         self._lock = threading.Lock()
 
     def refresh(self) -> Ledger:
@@ -225,9 +230,12 @@ class DecisionFile:
             self._take_in(handle)
             known, made = self.ledger.decisions, []
             lines = b""
-            for request in requests:
-                if request["id"] in known:
-                    made.append(known[request["id"]])
+            for request in _each_pair_once(requests):
+                done = known.get(request["id"])
+                if done is not None and (done["pair"], done["action"]) != (request["pair"], request["action"]):
+                    raise DataError(f"decision {request['id']}: it is another one already", code="decision")
+                if done is not None:
+                    made.append(done)
                     continue
                 decision = self._decide(request, table)
                 made.append(decision)
@@ -262,9 +270,25 @@ class DecisionFile:
             decision["undoes"] = undone["id"]
         return {**decision, "crc": checksum(decision)}
 
+    def check_place(self) -> None:
+        """Check that the file lies on a disk of this machine, whose locks keep two writers apart.
+
+        Raises:
+            EnvironmentProblem: it is shared over a network.
+        """
+        kind = shared_file_system(self.path.resolve())
+        if kind is not None:
+            raise EnvironmentProblem(
+                f"{self.path}: this folder is shared over a network ({kind}), where locks may not keep two people from "
+                "overwriting each other; the decision is NOT saved",
+                code="decision-lock",
+                hint="give a file on a local disk: --decisions FILE",
+            )
+
     @contextmanager
     def _opened(self) -> Iterator[int]:
         """The file open for appending and locked against other processes; a torn last line is closed first."""
+        self.check_place()
         new = not self.path.exists()
         try:
             handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -288,13 +312,16 @@ class DecisionFile:
 
     def _take_in(self, handle: int) -> None:
         """Read the whole lines after those already read."""
-        size = os.fstat(handle).st_size
-        if size < self._read:
+        state = os.fstat(handle)
+        size = state.st_size
+        if size < self._read or (self._read and state.st_ino != self._inode):
             raise DataError(
-                f"{self.path}: found {size} bytes, expected at least the {self._read} that were there: it was replaced",
+                f"{self.path}: found another file of {size} bytes, expected the one of {self._read} bytes that was "
+                "there, or one that has grown: it was replaced",
                 code="decision-file",
                 hint="put the file back, and start `align view` again",
             )
+        self._inode = state.st_ino
         content = os.pread(handle, size - self._read, self._read)
         while (
             content and not content.endswith(b"\n") and len(more := os.pread(handle, size, self._read + len(content)))
@@ -332,6 +359,14 @@ class DecisionFile:
             f"{what}; the decision is NOT saved", code=code,
             hint="free some space and decide again, or give another file: --decisions FILE",
         )  # fmt: skip
+
+
+def _each_pair_once(requests: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    found = list(requests)
+    pairs = [one["pair"] for one in found]
+    if len(set(pairs)) < len(pairs):
+        raise DataError("decide: found a pair twice in one request, expected each once", code="decision")
+    return found
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,23 +1,22 @@
 """The server of `align view`: 127.0.0.1 alone, a token for every answer with data, no request to anywhere else."""
 
-import json
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
 from align.errors import AlignError, DataError
+from align.viewer.answering import Answer, failure, guarded, number
+from align.viewer.endpoints import ENDPOINTS, Handler, open_page, open_runs
 from align.viewer.followed import follow, report_file
-from align.viewer.session import OpenTable, Session
-from align.viewer.views import MOST_ROWS, read_query
+from align.viewer.session import Session
+from align.viewer.streams import events_endpoint, search_endpoint
 
 STATIC = Path(__file__).parent / "static"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".txt": "text/plain"}
@@ -38,16 +37,10 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }  # fmt: skip
-STATUS = {
-    "view-token": 401, "view-host": 421, "table-changed": 409, "decision-stale": 409, "view-gone": 410,
-    "disk-full": 507, "output-folder": 507, "view-query": 400, "decision": 400,
-}  # fmt: skip
-LARGEST_BODY = 8_000_000
 TICKET_SECONDS = 60.0
 Scope = MutableMapping[str, Any]
 Messages = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Handler = Callable[[OpenTable, Request, Any], Any]
 
 
 class Guard:
@@ -97,12 +90,6 @@ class Guard:
         return None
 
 
-def failure(error: AlignError) -> JSONResponse:
-    """An error as the page shows it."""
-    body = {"code": error.code, "message": error.message, "hint": error.hint}
-    return JSONResponse({"error": body}, status_code=STATUS.get(error.code, 422))
-
-
 def make_app(session: Session, token: str, port: int) -> Guard:
     """The application.
 
@@ -113,28 +100,29 @@ def make_app(session: Session, token: str, port: int) -> Guard:
     """
     tickets: dict[str, tuple[Path, float]] = {}
 
-    def ticket(request: Request) -> Response:
+    def ticket(request: Request, body: Any) -> Any:
         """An address for the report of a run, for one minute."""
-        file = report_file(session.runs[_number(request.query_params.get("run"), len(session.runs), "run")])
+        file = report_file(_run(session, request))
         if file is None:
-            return JSONResponse({"address": None})
+            return {"address": None}
+        for key in [key for key, (_, until) in tickets.items() if time.monotonic() > until]:
+            del tickets[key]
         key = secrets.token_urlsafe(24)
         tickets[key] = (file, time.monotonic() + TICKET_SECONDS)
-        return JSONResponse({"address": f"/report/{key}"})
+        return {"address": f"/report/{key}"}
 
-    def report(request: Request) -> Response:
+    def report(request: Request, body: Any) -> Response:
         file, until = tickets.get(request.path_params["ticket"], (None, 0.0))
         if file is None or time.monotonic() > until:
             return Response("this address is over; open the report from the page", status_code=404)
         return HTMLResponse(file.read_text(encoding="utf-8"), headers={"content-security-policy": REPORT_POLICY})
 
-    def run(request: Request) -> Response:
-        number = _number(request.query_params.get("run"), len(session.runs), "run")
-        return JSONResponse(follow(session.runs[number]))
+    def run(request: Request, body: Any) -> Any:
+        return follow(_run(session, request))
 
-    def reopen(request: Request) -> Response:
-        session.reopen(_number(request.query_params.get("table"), len(session.tables), "table"))
-        return JSONResponse({})
+    def reopen(request: Request, body: Any) -> Any:
+        session.reopen(session.place(request.query_params.get("table", "0")))
+        return {}
 
     routes = [
         Route("/", _static("index.html")),
@@ -143,155 +131,35 @@ def make_app(session: Session, token: str, port: int) -> Guard:
             Route(f"/api/{name}", _endpoint(session, work), methods=[method])
             for name, (method, work) in ENDPOINTS.items()
         ),
-        Route("/api/run", _guarded(run)),
-        Route("/api/ticket", _guarded(ticket), methods=["POST"]),
-        Route("/api/reopen", _guarded(reopen), methods=["POST"]),
-        Route("/report/{ticket}", report),
+        Route("/api/search", search_endpoint(session), methods=["POST"]),
+        Route("/api/events", events_endpoint(session)),
+        Route("/api/run", guarded(run)),
+        Route("/api/ticket", guarded(ticket), methods=["POST"]),
+        Route("/api/reopen", guarded(reopen), methods=["POST"]),
+        Route("/report/{ticket}", guarded(report)),
     ]
     hosts = frozenset({f"127.0.0.1:{port}", f"localhost:{port}"})
     return Guard(Starlette(routes=routes), token, hosts)
 
 
-def _open(table: OpenTable, request: Request, body: Any) -> Any:
-    table.table.check_unchanged()
-    session: Session = request.state.session
-    return {
-        "tables": [one.name for one in session.tables],
-        "runs": [str(folder) for folder in session.runs],
-        "columns": [asdict(column) for column in table.table.columns.values()],
-        "loaded": table.table.loaded,
-        "count": table.table.count,
-        "notes": table.table.notes,
-        "who": table.file.who,
-        "decisions": str(table.file.path),
-        "cache": table.texts.state(),
-        "can_decide": table.table.unique_ids,
-    }
+def _endpoint(session: Session, work: Handler) -> Answer:
+    def asked(request: Request, body: Any) -> Any:
+        request.state.session = session
+        if work is open_page:
+            session.look_again()
+            if not session.tables:
+                return open_runs(session)
+        return work(session.asked(request.query_params.get("table", "0")), request, body)
+
+    return guarded(asked)
 
 
-def _view(table: OpenTable, request: Request, body: Any) -> Any:
-    columns = body.get("columns") or []
-    if not isinstance(columns, list):
-        raise DataError("query: columns: expected a list", code="view-query")
-    return table.views.open(read_query(body.get("query"), table.table), columns)
+def _run(session: Session, request: Request) -> Path:
+    return session.runs[number(request.query_params.get("run", "0"), len(session.runs), "run")]
 
 
-def _rows(table: OpenTable, request: Request, body: Any) -> Any:
-    rows = table.views.rows(request.query_params.get("view", ""))
-    start = _number(request.query_params.get("start"), len(rows) + 1, "start")
-    chosen = rows[start : start + MOST_ROWS][: _number(request.query_params.get("count"), MOST_ROWS + 1, "count")]
-    numbers = [int(row) for row in chosen]
-    cells = table.views.cells(numbers)
-    place = table.table.loaded.index("id")
-    return {
-        "rows": numbers,
-        "cells": cells,
-        "texts": table.texts.beginnings(numbers),
-        "decisions": [table.decision(row[place]) for row in cells],
-    }
-
-
-def _pair(table: OpenTable, request: Request, body: Any) -> Any:
-    return table.pair(_number(request.query_params.get("row"), table.table.count, "row"))
-
-
-def _copies(table: OpenTable, request: Request, body: Any) -> Any:
-    return table.texts.copies(_number(request.query_params.get("row"), table.table.count, "row"))
-
-
-def _scatter(table: OpenTable, request: Request, body: Any) -> Any:
-    return table.views.scatter(read_query(body.get("query"), table.table), body.get("x"), body.get("y"))
-
-
-def _decide(table: OpenTable, request: Request, body: Any) -> Any:
-    requests = body.get("decisions")
-    if not isinstance(requests, list) or not all(isinstance(one, dict) for one in requests):
-        raise DataError("decide: expected a list of decisions", code="decision")
-    made = table.decide(requests)
-    return {"decisions": [{"id": one["id"], "pair": one["pair"], **table.decision(one["pair"])} for one in made]}
-
-
-def _state(table: OpenTable, request: Request, body: Any) -> Any:
-    table.table.check_unchanged()
-    ledger = table.file.refresh()
-    return {"cache": table.texts.state(), "decisions": len(ledger.decisions), "broken": ledger.broken}
-
-
-def _estimates(table: OpenTable, request: Request, body: Any) -> Any:
-    return table.estimates()
-
-
-def _conflicts(table: OpenTable, request: Request, body: Any) -> Any:
-    return table.conflicts()
-
-
-ENDPOINTS: dict[str, tuple[str, Handler]] = {
-    "open": ("GET", _open), "view": ("POST", _view), "rows": ("GET", _rows), "pair": ("GET", _pair),
-    "copies": ("GET", _copies), "scatter": ("POST", _scatter), "decide": ("POST", _decide), "state": ("GET", _state),
-    "estimates": ("GET", _estimates), "conflicts": ("GET", _conflicts),
-}  # fmt: skip
-
-
-def _endpoint(session: Session, work: Handler) -> Callable[[Request], Awaitable[Response]]:
-    async def answer(request: Request) -> Response:
-        try:
-            body = await _body(request) if request.method == "POST" else None
-            request.state.session = session
-
-            def job() -> Any:
-                table = session.table(_number(request.query_params.get("table", "0"), len(session.tables), "table"))
-                return work(table, request, body)
-
-            return JSONResponse(await run_in_threadpool(job))
-        except AlignError as error:
-            return failure(error)
-
-    return answer
-
-
-def _guarded(work: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
-    async def answer(request: Request) -> Response:
-        try:
-            return await run_in_threadpool(work, request)
-        except AlignError as error:
-            return failure(error)
-
-    return answer
-
-
-def _static(name: str) -> Callable[[Request], Awaitable[Response]]:
+def _static(name: str) -> Answer:
     async def answer(_: Request) -> Response:
         return FileResponse(FILES[name], media_type=TYPES[FILES[name].suffix])
 
     return answer
-
-
-async def _body(request: Request) -> dict[str, Any]:
-    """The JSON object that was sent.
-
-    Raises:
-        DataError: it is none, or too large.
-    """
-    content = b""
-    async for part in request.stream():
-        content += part
-        if len(content) > LARGEST_BODY:
-            raise DataError(f"request: more than {LARGEST_BODY} bytes", code="view-query")
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise DataError("request: expected a JSON object", code="view-query", hint="reload the page")
-    return found
-
-
-def _number(given: str | None, end: int, what: str) -> int:
-    """An integer from 0 to below ``end``.
-
-    Raises:
-        DataError: it is none.
-    """
-    if given is not None and given.isascii() and given.isdigit() and len(given) < 12 and int(given) < end:
-        return int(given)
-    raise DataError(f"{what}: found {str(given)[:40]!r}, expected 0 to {end - 1}", code="view-query", hint="reload")

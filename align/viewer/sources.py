@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 
 from align.config.columns import TEXT
 from align.errors import DataError
+from align.io.parquet import write_parquet
 from align.io.source_files import find_files
 from align.io.stage import MANIFEST
+from align.viewer.measured import Measured, folder_measured, run_measured
 
 PAIRS, KEPT, DROPPED, RUN = "pairs.parquet", "kept.parquet", "dropped.parquet", "run.json"
-ROW_GROUP = 10_000
-"""Rows per row group of a converted table: one pair is then read without decoding the others."""
 FIRST = ("filter", "margins", "crossfit", "heldout", "pairs", "pairs-reward", "sample")
 """Stages whose table of pairs is shown first, in this order: the most columns come first."""
 DEEPEST = 3
@@ -34,6 +34,8 @@ class SourceTable:
     """Where its decisions.jsonl lies."""
     notes: tuple[str, ...] = ()
     """What the page says about how it was read."""
+    measured: tuple[Measured, ...] = ()
+    """Files with further columns of the same pairs."""
 
 
 def stamp(files: tuple[Path, ...]) -> tuple[tuple[int, int, int] | None, ...]:
@@ -58,19 +60,26 @@ def is_run(folder: Path) -> bool:
 
 def run_tables(folder: Path) -> list[SourceTable]:
     """The pair tables of a run's stages, the one with the most columns first; an unfinished stage has none."""
-    found = []
+    found, measured = [], run_measured(folder)
     for inner in _folders(folder, DEEPEST):
         name = str(inner.relative_to(folder))
         both = tuple(inner / part for part in (KEPT, DROPPED) if (inner / part).is_file())
         files = both or ((inner / PAIRS,) if (inner / PAIRS).is_file() else ())
         if files and _as_it_is(files):
-            found.append(SourceTable(f"{folder.name}/{name}", files, files, folder))
+            others = tuple(one for one in measured if one.file not in files)
+            found.append(SourceTable(f"{folder.name}/{name}", files, files, folder, measured=others))
 
     def place(table: SourceTable) -> tuple[int, str]:
         stage = table.name.split("/")[1]
         return (FIRST.index(stage) if stage in FIRST else len(FIRST), table.name)
 
     return sorted(found, key=place)
+
+
+def is_measurement(folder: Path) -> bool:
+    """Whether a folder holds measurements of pairs, but no pair table of its own."""
+    own = any((folder / name).is_file() for name in (PAIRS, KEPT, DROPPED))
+    return folder.is_dir() and not own and bool(folder_measured(folder))
 
 
 def open_table(given: str, columns: dict[str, str], split: str, scratch: Path) -> SourceTable:
@@ -91,10 +100,17 @@ def open_table(given: str, columns: dict[str, str], split: str, scratch: Path) -
         parts = (path / PAIRS,)
     if not parts:
         parts = tuple(Path(file.name) for file in find_files(given, split) or [] if file.filesystem is None)
-    folder = path if path.is_dir() else parts[0].parent if parts else Path.cwd()
+    folder = _outside_stages(path if path.is_dir() else parts[0].parent if parts else Path.cwd())
     if parts and not columns and _as_it_is(parts):
         return SourceTable(given, parts, parts, folder)
     return _converted(given, columns, split, scratch, parts, folder)
+
+
+def _outside_stages(folder: Path) -> Path:
+    """The folder, or the one around the stage of a run that it lies in: a stage that runs again replaces its folder."""
+    own = folder.absolute()
+    stages = [one for one in (own, *list(own.parents)[:DEEPEST]) if (one / MANIFEST).is_file()]
+    return stages[-1].parent if stages else folder
 
 
 def _folders(folder: Path, depth: int) -> Iterator[Path]:
@@ -125,7 +141,7 @@ def _converted(
         raise DataError(f"{given}: no valid pair{first}", code="data-empty", hint="look at `align data check`")
     file = scratch / f"converted-{len(list(scratch.iterdir()))}.parquet"
     table = checked.pairs.with_format("arrow")[:].combine_chunks().replace_schema_metadata(None)
-    pq.write_table(table, file, compression="zstd", row_group_size=ROW_GROUP)
+    write_parquet(table, file)
     notes = []
     if checked.invalid:
         notes.append(

@@ -3,9 +3,10 @@
 import glob
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 
 from align.config.columns import COLUMNS, TEXT
 from align.errors import DataError
+from align.viewer.measured import Measured, meaning, without_clashes
 from align.viewer.sources import SourceTable, stamp
 
 BINS = 60
@@ -28,6 +30,8 @@ SHORT_BYTES = 256
 TAILS = 0.001
 STRETCH = 3.0
 """An axis ends at the 0.1% quantiles if the whole range is this many times wider; what lies outside is counted."""
+EXACT = 2**53
+"""Largest integer up to which a double holds every one."""
 AT_ONCE = 2
 SETTINGS: dict[str, Any] = {
     "autoinstall_known_extensions": False, "autoload_known_extensions": False, "memory_limit": "500MB", "threads": 2,
@@ -69,18 +73,21 @@ class PairTable:
 
     Args:
         source: the files.
+        scratch: folder for what does not fit into the memory.
 
     Raises:
         DataError: a file cannot be read, or has no row.
     """
 
-    def __init__(self, source: SourceTable) -> None:
+    def __init__(self, source: SourceTable, scratch: Path) -> None:
         self.source = source
         self.stamp = stamp(source.watched)
         self.columns: dict[str, ColumnFacts] = {}
         self.notes = list(source.notes)
+        self.measurements: list[str] = []
+        """Names of the files whose columns were joined."""
         self._turns = threading.BoundedSemaphore(AT_ONCE)
-        self._database = duckdb.connect(config=SETTINGS)
+        self._database = duckdb.connect(config=SETTINGS | {"temp_directory": str(scratch / "spilled")})
         try:
             self._load()
         except (duckdb.Error, OSError, pa.ArrowException) as error:
@@ -110,9 +117,27 @@ class PairTable:
         with self._turns, self._database.cursor() as cursor:
             yield cursor
 
+    def ranks(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Column -> share of the rows with a value that lie below this one; those equal to it count half."""
+        if not values:
+            return {}
+        parts = ", ".join(
+            f"(count(*) filter ({found} < ?) + 0.5 * count(*) filter ({found} = ?)) / count({found})"
+            for found in map(quoted, values)
+        )
+        with self.query() as cursor:
+            found = cursor.execute(
+                f"select {parts} from pairs", [value for value in values.values() for _ in range(2)]
+            ).fetchone()
+        return {} if found is None else dict(zip(values, found, strict=True))
+
+    def is_unchanged(self) -> bool:
+        """Whether no file of the table was written, replaced or removed since it was opened."""
+        return stamp(self.source.watched) == self.stamp
+
     def check_unchanged(self) -> None:
-        """Raise a DataError if a file of the table was written, replaced or removed since it was opened."""
-        if stamp(self.source.watched) != self.stamp:
+        """Raise a DataError if a file of the table has changed since it was opened."""
+        if not self.is_unchanged():
             raise DataError(
                 f"{self.source.name}: the file has changed since it was opened",
                 code="table-changed",
@@ -143,16 +168,51 @@ class PairTable:
         (self.count,) = self._one("select count(*) from base")
         if self.count == 0:
             raise DataError(f"{self.source.name}: holds no rows", code="data-empty", hint="expected one pair per row")
+        for other in without_clashes(self.source.measured, list(kinds)):
+            try:
+                kinds |= self._join(other)
+            except (duckdb.Error, OSError, pa.ArrowException) as error:
+                self.notes.append(f"{other.name}: cannot be read ({str(error).splitlines()[0]})")
         for name, kind in kinds.items():
             self.columns[name] = self._facts(name, kind)
         bins = [
             f"{_bin(column)} as {binned(column.name)}" for column in self.columns.values() if column.kind == "number"
         ]
-        self._database.execute(f"create table pairs as select {', '.join(['*', *bins])} from base")
+        shown = [*map(quoted, self.loaded), *bins]
+        self._database.execute(f"create table pairs as select {', '.join(shown)} from base")
         self._database.execute("drop table base")
 
+    def _join(self, one: Measured) -> dict[str, str]:
+        """Add the columns of a file to the rows with the same ids; column -> kind of those added."""
+        kinds = _kinds(pq.ParquetFile(one.file))
+        columns = {
+            source: name for source, name in one.columns.items() if kinds.get(source) in ("number", "flag", "name")
+        }
+        chosen = ", ".join(f"{_cast(source, kinds[source], name)}" for source, name in columns.items())
+        self._database.execute(
+            f'create temp table other as select "id"::varchar as "\x1fid", {chosen} '
+            "from read_parquet(?, hive_partitioning = false)",
+            [glob.escape(str(one.file))],
+        )
+        matched, ids, rows = self._one(
+            'select (select count(*) from base where "id" in (select "\x1fid" from other)), '
+            'count(distinct "\x1fid"), count(*) from other'
+        )
+        if ids < rows:
+            self.notes.append(f"{one.name}: not shown, for it names some pairs twice")
+        if matched and ids == rows:
+            self._database.execute(
+                f"create table joined as select b.*, {', '.join(f'o.{quoted(name)}' for name in columns.values())} "
+                'from base b left join other o on b."id" = o."\x1fid" order by b.rowid'
+            )
+            self._database.execute("drop table base")
+            self._database.execute("alter table joined rename to base")
+            self.measurements.append(one.name)
+        self._database.execute("drop table other")
+        return {name: kinds[source] for source, name in columns.items()} if matched and ids == rows else {}
+
     def _facts(self, name: str, kind: str) -> ColumnFacts:
-        column, found = ColumnFacts(name, kind, MEANINGS.get(name, "")), quoted(name)
+        column, found = ColumnFacts(name, kind, MEANINGS.get(name) or meaning(name)), quoted(name)
         if kind in ("text", "long"):
             return column
         (column.missing,) = self._one(f"select count(*) - count({found}) from base")
@@ -209,13 +269,13 @@ class PairTable:
 SQL_TYPES = {"number": "double", "flag": "boolean", "name": "varchar", "id": "varchar"}
 
 
-def _cast(name: str, kind: str) -> str:
-    found = quoted(name)
+def _cast(name: str, kind: str, called: str | None = None) -> str:
+    found, target = quoted(name), quoted(called or name)
     if kind == "number":
-        return f"case when isnan({found}::double) then null else {found}::double end as {found}"
+        return f"case when isnan({found}::double) then null else {found}::double end as {target}"
     if kind == "name":
-        return f"left({found}::varchar, {LONGEST}) as {found}"
-    return f"{found}::{SQL_TYPES[kind]} as {found}"
+        return f"left({found}::varchar, {LONGEST}) as {target}"
+    return f"{found}::{SQL_TYPES[kind]} as {target}"
 
 
 def _bin(column: ColumnFacts) -> str:
@@ -236,7 +296,25 @@ def _kinds(file: pq.ParquetFile) -> dict[str, str]:
             inner = part.column(index)
             sizes[inner.path_in_schema] = sizes.get(inner.path_in_schema, 0) + inner.total_uncompressed_size
     rows = max(1, file.metadata.num_rows)
-    return {one.name: _kind(one.name, one.type, sizes.get(one.name, 0) / rows) for one in file.schema_arrow}
+    large = _inexact(file)
+    return {
+        one.name: "name" if one.name in large else _kind(one.name, one.type, sizes.get(one.name, 0) / rows)
+        for one in file.schema_arrow
+    }
+
+
+def _inexact(file: pq.ParquetFile) -> set[str]:
+    """Columns with integers that a double does not hold, such as identifiers of 64 bits; they are names."""
+    found = set()
+    for group in range(file.metadata.num_row_groups):
+        part = file.metadata.row_group(group)
+        for index in range(part.num_columns):
+            inner = part.column(index)
+            limits = inner.statistics
+            ends = (limits.min, limits.max) if limits is not None and limits.has_min_max else ()
+            if any(isinstance(end, int) and abs(end) > EXACT for end in ends):
+                found.add(inner.path_in_schema)
+    return found - {"id", *TEXT}
 
 
 def _kind(name: str, kind: pa.DataType, size: float) -> str:

@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections import OrderedDict
+import uuid
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ ROOM = 3
 BEGINNING = 160
 """Characters of a text that the list of pairs shows."""
 KEPT_SEARCHES = 8
+BLOCK = 2 * 122_880
+"""Rows of a block of a search: whole row groups of the database, one for each of two threads."""
 COPIES = 50
 SETTINGS: dict[str, Any] = {"memory_limit": "200MB", "threads": 2, "access_mode": "READ_ONLY"}
 
@@ -42,12 +45,14 @@ class Texts:
 
     def __init__(self, table: PairTable, scratch: Path, *, cache: bool = True) -> None:
         self.table = table
-        self._file = scratch / f"texts-{id(table):x}.duckdb"
+        self._file = scratch / f"texts-{uuid.uuid4().hex}.duckdb"
         self._database: duckdb.DuckDBPyConnection | None = None
         self._process: subprocess.Popen[str] | None = None
         self._turns = threading.BoundedSemaphore(AT_ONCE)
         self._lock = threading.Lock()
         self._found: OrderedDict[tuple[str, bool], np.ndarray] = OrderedDict()
+        self.frequencies: Counter[str] | None = None
+        """Rows of a sample whose prompt has each word; counted when it is first needed."""
         self._done, self._why = 0, ""
         if not cache:
             self._why = "switched off by --no-text-cache"
@@ -73,34 +78,49 @@ class Texts:
             self._process.wait()
         if self._database is not None:
             self._database.close()
+        for file in (self._file, self._file.with_name(self._file.name + ".part")):
+            file.unlink(missing_ok=True)
 
     def search(self, text: str, any_case: bool) -> np.ndarray:
-        """Ascending numbers (int32) of the rows with ``text`` in one of their three texts.
+        """Ascending numbers (int32) of the rows with ``text`` in one of their three texts; see ``hits``."""
+        blocks = [found for _, found in self.hits(text, any_case)]
+        return np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.int32)
+
+    def hits(self, text: str, any_case: bool) -> Iterator[tuple[int, np.ndarray]]:
+        """Search block by block: (rows done, ascending numbers, int32, of the block's rows with ``text``).
 
         Args:
-            text: what is looked for, as it is; no pattern.
+            text: what is looked for in each of the three texts, as it is; no pattern.
             any_case: whether capital and small letters are the same.
+
+        Raises:
+            DataError: the file has changed since it was opened.
         """
         key = (text, any_case)
         with self._lock:
-            if key in self._found:
+            known = self._found.get(key)
+            if known is not None:
                 self._found.move_to_end(key)
-                return self._found[key]
+        if known is not None:
+            yield self.table.count, known
+            return
         self.table.check_unchanged()
-        found = self._search_cache(text, any_case) if self.ready else self._search_files(text, any_case)
+        found = []
+        for done, block in self._cache_hits(text, any_case) if self.ready else self._file_hits(text, any_case):
+            found.append(block)
+            yield done, block
         self.table.check_unchanged()
         with self._lock:
-            self._found[key] = found
+            self._found[key] = np.concatenate(found)
             while len(self._found) > KEPT_SEARCHES:
                 self._found.popitem(last=False)
-        return found
 
     def beginnings(self, rows: Sequence[int]) -> list[list[str]] | None:
         """The first characters of the three texts of these rows; None until the cache is there."""
         if not self.ready:
             return None
         parts = ", ".join(f"left({name}, {BEGINNING})" for name in TEXT)
-        with self._cursor() as cursor:
+        with self.cursor() as cursor:
             found = []
             for row in rows:
                 one = cursor.execute(f"select {parts} from texts where rowid = ?", [int(row)]).fetchone()
@@ -131,7 +151,7 @@ class Texts:
         if not self.ready:
             found = self._from_files(row, TEXT)
             return {name: "" if found.get(name) is None else found[name] for name in TEXT}
-        with self._cursor() as cursor:
+        with self.cursor() as cursor:
             one = cursor.execute(f"select {', '.join(TEXT)}, raw from texts where rowid = ?", [row]).fetchone()
         assert one is not None
         cells = json.loads(one[-1]) if one[-1] is not None else [as_messages(text) for text in one[:-1]]
@@ -147,7 +167,7 @@ class Texts:
             "flipped": "t.prompt = o.prompt and t.chosen = o.rejected and t.rejected = o.chosen",
             "prompt": "t.prompt = o.prompt",
         }
-        with self._cursor() as cursor:
+        with self.cursor() as cursor:
             return {
                 name: [
                     found
@@ -161,31 +181,38 @@ class Texts:
             }
 
     @contextlib.contextmanager
-    def _cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
+    def cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A cursor over the table ``texts`` of the cache, which must be ready; at most ``AT_ONCE`` together."""
         assert self._database is not None
         with self._turns, self._database.cursor() as cursor:
             yield cursor
 
-    def _search_cache(self, text: str, any_case: bool) -> np.ndarray:
+    def _cache_hits(self, text: str, any_case: bool) -> Iterator[tuple[int, np.ndarray]]:
         what = f"(?i){re.escape(text)}" if any_case else text
         test = "regexp_matches" if any_case else "contains"
         condition = " or ".join(f"{test}({name}, ?)" for name in TEXT)
-        with self._cursor() as cursor:
-            found = cursor.execute(
-                f"select rowid::integer as n from texts where {condition} order by 1", [what] * len(TEXT)
-            ).fetchnumpy()["n"]
-        return np.asarray(found, dtype=np.int32)
+        start = 0
+        while start < self.table.count:
+            end = min(start + BLOCK, self.table.count)
+            with self.cursor() as cursor:
+                found = cursor.execute(
+                    "select rowid::integer as n from texts where rowid >= ? and rowid < ? and "
+                    f"({condition}) order by 1",
+                    [start, end, *[what] * len(TEXT)],
+                ).fetchnumpy()["n"]
+            yield end, np.asarray(found, dtype=np.int32)
+            start = end
 
-    def _search_files(self, text: str, any_case: bool) -> np.ndarray:
-        found, start = [], 0
+    def _file_hits(self, text: str, any_case: bool) -> Iterator[tuple[int, np.ndarray]]:
+        start = 0
         for batch in text_batches(self.table.source.files):
             hit = np.zeros(batch.num_rows, dtype=bool)
             for name in TEXT:
                 match = pc.match_substring(searched(batch.column(name)), text, ignore_case=any_case)
                 hit |= match.to_numpy(zero_copy_only=False)
-            found.append(start + np.flatnonzero(hit))
+            found = start + np.flatnonzero(hit)
             start += batch.num_rows
-        return np.concatenate(found).astype(np.int32) if found else np.zeros(0, dtype=np.int32)
+            yield start, found.astype(np.int32)
 
     def _from_files(self, row: int, names: Sequence[str]) -> dict[str, Any]:
         for file in self.table.source.files:

@@ -1,7 +1,6 @@
 """Queries of the page over a table: which rows pass, in which order, and what their columns look like."""
 
 import hashlib
-import json
 import math
 import threading
 from collections import OrderedDict
@@ -115,9 +114,10 @@ class Views:
         for name in columns:
             _known(name, self.table, "number")
         hits = self._search(query.text, query.any_case) if query.text else None
+        ordered = None if query.queue is None else self._queue(query.queue)
         with self.table.query() as cursor:
             extra = self._extra(cursor, query, hits)
-            rows = self._rows(cursor, query, extra)
+            rows = self._rows(cursor, query, extra, ordered)
             counts = self._histograms(cursor, query, extra, columns)
         key = hashlib.sha256(rows.tobytes()).hexdigest()[:16]
         with self._lock:
@@ -175,18 +175,25 @@ class Views:
         assert whole is not None
         return {"cells": cells, "size": CELLS, "outside": whole[0] - sum(count for *_, count in cells)}
 
-    def _rows(self, cursor: duckdb.DuckDBPyConnection, query: Query, extra: list[str]) -> Rows:
+    def passing(self, query: Query) -> np.ndarray:
+        """Whether each row passes the query without its text, bool [N]."""
+        found = np.zeros(self.table.count, dtype=bool)
+        with self.table.query() as cursor:
+            found[self._rows(cursor, query, self._extra(cursor, query, None), None)] = True
+        return found
+
+    def _rows(self, cursor: duckdb.DuckDBPyConnection, query: Query, extra: list[str], ordered: Rows | None) -> Rows:
+        """The rows of a query in its order; of a queue, the order is ``ordered``."""
         condition, values = _where(query, extra)
         order = "rowid"
-        if query.sort is not None and query.queue is None:
+        if query.sort is not None and ordered is None:
             order = f"{quoted(query.sort)} {'desc' if query.descending else 'asc'} nulls last, rowid"
         found = cursor.execute(f"select rowid::integer as n from pairs where {condition} order by {order}", values)
         rows = np.asarray(found.fetchnumpy()["n"], dtype=np.int32)
-        if query.queue is None:
+        if ordered is None:
             return rows
         passing = np.zeros(self.table.count, dtype=bool)
         passing[rows] = True
-        ordered = self._queue(query.queue)
         return np.asarray(ordered[passing[ordered]], dtype=np.int32)
 
     def _extra(self, cursor: duckdb.DuckDBPyConnection, query: Query, hits: Rows | None) -> list[str]:
@@ -281,6 +288,9 @@ def _bad(text: str) -> DataError:
     return DataError(f"query: {text}", code="view-query", hint="reload the page")
 
 
-def canonical(value: Any) -> str:
-    """JSON of a value with sorted keys and without spaces."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+def count_rows(table: PairTable, query: Query) -> int:
+    """Number of the rows that pass the filters of a query."""
+    condition, values = _where(query, ())
+    with table.query() as cursor:
+        found = cursor.execute(f"select count(*) from pairs where {condition}", values).fetchone()
+    return int(found[0]) if found is not None else 0

@@ -46,7 +46,8 @@ def passing(query: dict[str, Any], without: str | None = None) -> np.ndarray:
     if query.get("text"):
         found &= TABLE[["prompt", "chosen", "rejected"]].apply(
             lambda row: any(
-                query["text"].lower() in text.lower() if query.get("any_case") else query["text"] in text for text in row
+                query["text"].lower() in text.lower() if query.get("any_case") else query["text"] in text
+                for text in row
             ),
             axis=1,
         )
@@ -54,9 +55,12 @@ def passing(query: dict[str, Any], without: str | None = None) -> np.ndarray:
 
 
 def query_strategy() -> st.SearchStrategy[dict[str, Any]]:
-    ranges = st.builds(lambda c, low, high: {"column": c, "low": low, "high": high}, st.sampled_from(NUMBERS), ENDS, ENDS)
+    ranges = st.builds(
+        lambda c, low, high: {"column": c, "low": low, "high": high}, st.sampled_from(NUMBERS), ENDS, ENDS
+    )
     names = st.builds(
-        lambda names: {"column": "group", "names": names}, st.lists(st.sampled_from(["a", "c'; drop table pairs; --", "z"]))
+        lambda names: {"column": "group", "names": names},
+        st.lists(st.sampled_from(["a", "c'; drop table pairs; --", "z"])),
     )
     return st.fixed_dictionaries(
         {
@@ -74,9 +78,7 @@ def query_strategy() -> st.SearchStrategy[dict[str, Any]]:
 def test_rows_and_histograms_are_those_of_pandas(asked: TestClient, query: dict[str, Any]) -> None:
     wanted = TABLE[passing(query)]
     if query["sort"] is not None:
-        wanted = wanted.sort_values(
-            query["sort"], ascending=not query["descending"], kind="stable", na_position="last"
-        )
+        wanted = wanted.sort_values(query["sort"], ascending=not query["descending"], kind="stable", na_position="last")
     assert rows_of(asked, query) == list(wanted.index)
     columns = {one["name"]: one for one in asked.get("/api/open").json()["columns"]}
     found = asked.post("/api/view", json={"query": query, "columns": NUMBERS}).json()
