@@ -225,10 +225,11 @@ async function openPair(row, position) {
 }
 
 function closePair() {
+  const open = view.row !== null;
   state.row = null;
   writeAddress();
   view.close();
-  list.table.focus({ preventScroll: true });
+  if (open) list.table.focus({ preventScroll: true });
   list.draw();
 }
 

@@ -13,6 +13,7 @@ const WAIT = 2000;
 export const known = new Map();
 const listeners = new Set();
 let waiting = read();
+let busy = false;
 let sending = null;
 let timer = 0;
 
@@ -59,14 +60,17 @@ export function decide(table, rows, action, value = null, draft = null) {
 /** Send what waits, in order, until nothing waits or the server does not take it. */
 export function send() {
   clearTimeout(timer);
-  sending ??= (async () => {
-    try {
-      while (waiting.length && (await sendOne()));
-    } finally {
-      sending = null;
-    }
-  })();
+  if (!busy) sending = drain();
   return sending;
+}
+
+async function drain() {
+  busy = true;
+  try {
+    while (waiting.length && (await sendOne()));
+  } finally {
+    busy = false;
+  }
 }
 
 /** What goes into one request: of one table, each pair once, in order; one that was refused among others goes alone. */

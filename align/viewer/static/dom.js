@@ -81,22 +81,25 @@ export function menu(text, fill, props = {}) {
 
 /** Run `work` with the newest argument only, one call at a time; resolves when nothing is left to do. */
 export function newest(work) {
-  let running = null;
+  let busy = false;
+  let done = null;
   let next = null;
-  return function call(...given) {
-    next = given;
-    running ??= (async () => {
-      try {
-        while (next) {
-          const now = next;
-          next = null;
-          await work(...now);
-        }
-      } finally {
-        running = null;
+  async function drain() {
+    busy = true;
+    try {
+      while (next) {
+        const now = next;
+        next = null;
+        await work(...now);
       }
-    })();
-    return running;
+    } finally {
+      busy = false;
+    }
+  }
+  return (...given) => {
+    next = given;
+    if (!busy) done = drain();
+    return done;
   };
 }
 

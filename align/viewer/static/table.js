@@ -41,7 +41,7 @@ export class PairList {
     this.table.setAttribute("aria-multiselectable", "true");
     this.empty = el("p", { class: "none", hidden: true }, "No pair passes. Take a filter away, or search for something else.");
     place.append(this.table, this.empty);
-    this.table.setDataListener((x0, y0, x1, y1) => this.data(y0, y1), { virtual_mode: "vertical" });
+    this.table.setDataListener((...ends) => this.data(...ends));
     this.table.addStyleListener(() => this.style());
     this.table.addEventListener("mousedown", (event) => this.clicked(event));
     this.table.addEventListener("keydown", (event) => this.key(event));
@@ -49,7 +49,7 @@ export class PairList {
   }
 
   columns() {
-    return ["", "id", ...state.columns, ...TEXTS];
+    return ["", "id", ...(state.columns ?? []), ...TEXTS];
   }
 
   /** Show other rows, from the first one. */
@@ -99,24 +99,25 @@ export class PairList {
     return (await this.page(Math.floor(position / PAGE))).rows[position % PAGE] ?? null;
   }
 
-  async data(from, to) {
+  /** The cells that the table wants to draw: columns `x0` to `x1`, places `from` to `to`. */
+  async data(x0, from, x1, to) {
     const columns = this.columns();
-    const whole = { num_rows: this.source.count, num_columns: columns.length, row_height: ROW_HEIGHT, num_column_headers: 1 };
-    if (to <= from) return { ...whole, column_headers: columns.map((name) => [this.title(name)]), data: columns.map(() => []) };
+    const some = columns.slice(x0, x1);
     const end = Math.min(to, this.source.count);
     const rows = [];
     try {
       const numbers = [];
       for (let page = Math.floor(from / PAGE); page * PAGE < end; page++) numbers.push(page);
       const pages = new Map(await Promise.all(numbers.map(async (one) => [one, await this.page(one)])));
-      for (let at = from; at < end; at++) rows.push(this.line(pages.get(Math.floor(at / PAGE)), at % PAGE, columns));
+      for (let at = from; at < end; at++) rows.push(this.line(pages.get(Math.floor(at / PAGE)), at % PAGE, some));
     } catch (failure) {
       if (failure.code === "view-gone") this.on.gone();
       else this.on.problem(failure);
     }
     return {
-      ...whole, column_headers: columns.map((name) => [this.title(name)]),
-      data: columns.map((_, index) => Array.from({ length: end - from }, (_, at) => rows[at]?.[index] ?? "")),
+      num_rows: this.source.count, num_columns: columns.length, row_height: ROW_HEIGHT, num_column_headers: 1,
+      column_headers: some.map((name) => [this.title(name)]),
+      data: some.map((_, index) => Array.from({ length: Math.max(0, end - from) }, (_, at) => rows[at]?.[index] ?? "")),
     };
   }
 

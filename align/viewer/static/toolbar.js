@@ -12,12 +12,11 @@ export function toolbar(place, on, found) {
   const size = found ? el("output", { id: "count" }, el("b", {}, count(found.count)), ` of ${pairs(found.of)}`) : el("output", { id: "count" }, "…");
   place.replaceChildren(
     size, ...chips(on), ...menu("Filter", (panel) => filterMenu(panel, on)),
-    info.ready?.length ? menu("Ready filters", (panel) => readyMenu(panel, on)) : "",
+    ...(info.ready.length ? menu("Ready filters", (panel) => readyMenu(panel, on)) : []),
     ...menu("Columns", (panel) => choices(panel, info.loaded.filter((name) => name !== "id"), state.columns, (names) => { state.columns = names; on.columns(); })),
     ...menu("Charts", (panel) => chartMenu(panel, on)),
     order(on), el("span", { class: "space" }), ...menu("Links", (panel) => linkMenu(panel)),
   );
-  place.querySelectorAll("output, span").forEach((one) => one.classList.add("fixed"));
 }
 
 function chips(on) {
