@@ -1,11 +1,12 @@
 """`align view` and `align data apply`: look at pairs, and take over what was decided about them."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from align.cli.options import Columns, Split, pair_source
+from align.cli.options import Columns, Split, output_folder, pair_source
 
 
 def view(
@@ -28,3 +29,21 @@ def view(
         given, port=port, browser=browser, who=who, decisions=decisions, columns=columns, split=split,
         text_cache=text_cache,
     )  # fmt: skip
+
+
+def apply(
+    pairs: Annotated[str, typer.Argument(help="The pair table that was judged.")],
+    decisions: Annotated[list[Path], typer.Argument(help="decisions.jsonl of one or several people.")],
+    output: Annotated[Path, output_folder("Folder to write pairs.parquet, apply.json and decisions.jsonl into.")],
+    column: Columns = None,
+    split: Split = "train",
+    skip_changed: Annotated[
+        bool, typer.Option("--skip-changed", help="Leave pairs as they are whose texts have changed since.")
+    ] = False,
+) -> None:
+    """Carry out the decisions of `align view`: a corrected table with who decided what; conflicts are listed."""
+    from align.commands.apply_decisions import apply_decisions
+    from align.io.console import out
+
+    found = apply_decisions(pair_source(pairs, column, split), decisions, output, skip_changed=skip_changed)
+    out.print_json(json.dumps({name: found[name] for name in ("rows", "done", "left_out", "conflicts")}))

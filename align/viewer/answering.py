@@ -100,6 +100,13 @@ async def read_body(request: Request) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         raise DataError("request: expected a JSON object", code="view-query", hint="reload the page")
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            "request: found half of a character (a lone surrogate), which no file of text can hold", code="view-query",
+            hint="remove it from the text",
+        ) from None  # fmt: skip
     return found
 
 

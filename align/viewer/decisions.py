@@ -47,6 +47,11 @@ def checksum(decision: Mapping[str, Any]) -> str:
     ).hexdigest()[:12]
 
 
+def as_line(decision: Mapping[str, Any]) -> str:
+    """A decision as a line of its file."""
+    return json.dumps(decision, sort_keys=True) + "\n"
+
+
 @dataclass(slots=True)
 class Ledger:
     """Decisions by id, and what they come to for each pair."""
@@ -239,9 +244,7 @@ class DecisionFile:
                     continue
                 decision = self._decide(request, table)
                 made.append(decision)
-                lines += (
-                    json.dumps(decision, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
-                )
+                lines += as_line(decision).encode()
             self._write(handle, lines)
             self._take_in(handle)
         return made
