@@ -14,7 +14,7 @@ import { Runs } from "./runs.js";
 import { Scatter } from "./scatter.js";
 import { opened, readAddress, state, writeAddress } from "./state.js";
 import { listSource, PairList, viewSource } from "./table.js";
-import { toolbar } from "./toolbar.js";
+import { toolbar, updateToolbar } from "./toolbar.js";
 
 const NARROW = matchMedia("(max-width: 899px)");
 const RETRY = 2000;
@@ -77,6 +77,8 @@ async function openTable() {
   byId("search-text").value = state.query.text ?? "";
   byId("search-case").checked = Boolean(state.query.any_case);
   sayNotes(info);
+  found = null;
+  toolbar(byId("toolbar"), on);
   showPage();
 }
 
@@ -110,9 +112,16 @@ function showPage() {
   if (state.page === "runs") runs.open();
   if (state.page === "pairs") {
     drawCharts();
-    toolbar(byId("toolbar"), on, found);
-    refresh().then(() => (state.row === null ? closePair() : openPair(state.row, null)));
+    refresh().then(showRow);
   }
+}
+
+/** The pair of the address, at its place in the list if it still is there. */
+async function showRow() {
+  const { row, at } = state;
+  if (row === null) return closePair();
+  const there = at !== null && (await list.rowAt(at).catch(() => null)) === row;
+  return there ? list.go(at, true) : openPair(row, null);
 }
 
 function go(page) {
@@ -155,9 +164,9 @@ const refresh = newest(async () => {
     searched = wanted;
     await ground();
     found = await post("view", { table: state.table }, { query: state.query, columns: state.charts });
-    toolbarKeepingFocus();
     fillCharts();
     await list.show(viewSource(found.view, found.count));
+    updateToolbar(byId("toolbar"), on, found);
     announce(`${pairs(found.count)} of ${count(found.of)}`);
   } catch (failure) {
     problem(failure);
@@ -169,17 +178,6 @@ const refresh = newest(async () => {
 async function ground() {
   const missing = state.charts.filter((name) => !(name in charts.base));
   if (missing.length) Object.assign(charts.base, (await post("view", { table: state.table }, { query: {}, columns: missing })).histograms);
-}
-
-function toolbarKeepingFocus() {
-  if (document.querySelector(".menu:popover-open")) {
-    byId("count").replaceChildren(el("b", {}, count(found.count)), ` of ${pairs(found.of)}`);
-    return;
-  }
-  const place = byId("toolbar");
-  const at = [...place.querySelectorAll("button, select")].indexOf(document.activeElement);
-  toolbar(place, on, found);
-  if (at >= 0) [...place.querySelectorAll("button, select")][at]?.focus();
 }
 
 /** Show hits as they are found; false if another query has taken its place. */
@@ -218,7 +216,7 @@ function sort(name) {
 }
 
 async function openPair(row, position) {
-  state.row = row;
+  Object.assign(state, { row, at: position });
   writeAddress();
   await view.open(row, position, list.source.count);
   list.draw();

@@ -19,6 +19,11 @@ export class PairView {
   constructor(place, on) {
     Object.assign(this, { place, on, row: null, pair: null, position: null, size: 0, mode: "differences" });
     this.editor = new Editor();
+    const part = (name) => el("div", { class: name });
+    [this.head, this.bar, this.said, this.texts, this.below] = ["row", "row decide", "status", "texts", "below"].map(part);
+    this.bar.setAttribute("role", "toolbar");
+    this.bar.setAttribute("aria-label", "Decide");
+    place.append(el("div", { class: "pair-head" }, this.head, this.bar, this.said, this.editor.place), this.texts, this.below);
   }
 
   /** Show a row; the newest call wins. */
@@ -50,9 +55,7 @@ export class PairView {
   /** Draw all of it; `same`: the pair that was there, so the place in it stays. */
   async draw(same = false) {
     const top = same ? this.place.scrollTop : 0;
-    this.head = el("div", { class: "pair-head" });
-    this.texts = el("div", { class: "texts" });
-    this.place.replaceChildren(this.head, this.texts, ...pairSections(this.pair, this.on));
+    this.below.replaceChildren(...pairSections(this.pair, this.on));
     this.drawHead();
     await this.drawTexts();
     this.place.scrollTop = top;
@@ -64,25 +67,29 @@ export class PairView {
     if (!this.pair) return;
     const { state: decided, by, conflict } = known.get(this.row) ?? this.pair;
     const waiting = pending(state.table, this.row);
-    const refused = !opened.info.can_decide;
     const place = this.position === null ? "" : `${count(this.position + 1)} of ${count(this.size)}`;
     const label = waiting && ACTIONS.some(([name]) => name === waiting.action) ? waiting.action : decided.label;
     this.head.replaceChildren(
-      el("div", { class: "row" },
-        button("←", () => this.on.close(), { "aria-label": "Back to the list", title: "Back to the list (Esc)", class: "quiet back" }),
-        el("h2", {}, this.pair.id ?? `row ${this.row}`), el("span", { class: "muted" }, place), el("span", { class: "space" }),
-        button("↑", () => this.on.move(-1), { "aria-label": "Previous pair", title: "Previous (k)" }),
-        button("↓", () => this.on.move(1), { "aria-label": "Next pair", title: "Next (j)" }),
-        button("⤢", () => document.body.classList.toggle("large"), { "aria-label": "Large or beside the list", title: "Large or beside the list (w)", class: "wide-only" })),
-      el("div", { class: "row decide", role: "toolbar", "aria-label": "Decide" },
-        ACTIONS.map(([name, key, meaning]) => button([name, el("kbd", { "aria-hidden": "true" }, key)], () => this.decide(name), {
-          title: `${meaning} (${key})`, "aria-pressed": String(label === name), class: `act ${name}`, disabled: refused,
-        })),
-        button(["edit", el("kbd", { "aria-hidden": "true" }, "e")], () => this.edit(), { disabled: refused }),
-        button(["note", el("kbd", { "aria-hidden": "true" }, "n")], () => this.note(), { disabled: refused }),
-        button(["undo", el("kbd", { "aria-hidden": "true" }, "u")], () => this.decide("undo"), { disabled: refused || !(known.get(this.row)?.heads.length || waiting) })),
-      this.status(decided, by, conflict, waiting), this.editor.place,
+      button("←", () => this.on.close(), { "aria-label": "Back to the list", title: "Back to the list (Esc)", class: "quiet back" }),
+      el("h2", {}, this.pair.id ?? `row ${this.row}`), el("span", { class: "muted" }, place), el("span", { class: "space" }),
+      button("↑", () => this.on.move(-1), { "aria-label": "Previous pair", title: "Previous (k)" }),
+      button("↓", () => this.on.move(1), { "aria-label": "Next pair", title: "Next (j)" }),
+      button("⤢", () => document.body.classList.toggle("large"), { "aria-label": "Large or beside the list", title: "Large or beside the list (w)", class: "wide-only" }),
     );
+    this.drawBar(label, !(known.get(this.row)?.heads.length || waiting));
+    this.said.replaceChildren(...this.status(decided, by, conflict, waiting));
+  }
+
+  /** The buttons that decide; the one that has the focus keeps it. */
+  drawBar(label, nothing) {
+    const at = [...this.bar.children].indexOf(document.activeElement);
+    const refused = !opened.info.can_decide;
+    const act = (name, key, work, props) => button([name, el("kbd", { "aria-hidden": "true" }, key)], work, { disabled: refused, ...props });
+    this.bar.replaceChildren(
+      ...ACTIONS.map(([name, key, meaning]) => act(name, key, () => this.decide(name), { title: `${meaning} (${key})`, "aria-pressed": String(label === name), class: `act ${name}` })),
+      act("edit", "e", () => this.edit()), act("note", "n", () => this.note()), act("undo", "u", () => this.decide("undo"), { disabled: refused || nothing }),
+    );
+    this.bar.children[at]?.focus();
   }
 
   status(decided, by, conflict, waiting) {
@@ -98,7 +105,7 @@ export class PairView {
     }
     if (this.pair.other_texts) lines.push(el("p", { class: "warn" }, "This was decided about other texts than those shown: the table was written anew since."));
     if (decided.note) lines.push(el("blockquote", { class: "note", dir: "auto" }, decided.note));
-    return el("div", { class: "status" }, lines);
+    return lines;
   }
 
   decide(action, value = null, draft = null) {

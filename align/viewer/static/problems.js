@@ -7,13 +7,13 @@ const shown = new Map();
 
 /** Show a problem until it is closed or `solved`; one of the same code takes its place. */
 export function say(failure, ...actions) {
-  if (failure.name === "AbortError") return;
   const code = failure.code ?? "page";
-  const box = el(
-    "div", { class: `problem ${failure.status === 0 || failure.status === 401 ? "waiting" : ""}`, "data-code": code },
+  const waits = failure.status === 0 || failure.status === 401;
+  if (waits && shown.has(code)) return;
+  const box = el("div", { class: `problem ${waits ? "waiting" : ""}`, "data-code": code },
     el("p", {}, el("strong", {}, failure.message), failure.hint ? ` · ${failure.hint}` : ""),
-    ...actions, ...(failure.status === 401 || failure.status === 0 ? [addressField(failure)] : []),
-    failure.status === 0 || failure.status === 401 ? null : button("×", () => solved(code), { "aria-label": "Close", class: "quiet" }),
+    actions, waits ? addressField(failure) : null,
+    waits ? null : button("×", () => solved(code), { "aria-label": "Close", class: "quiet" }),
   );
   shown.get(code)?.remove();
   shown.set(code, box);

@@ -2,7 +2,7 @@
 
 import { token } from "./api.js";
 
-export const state = { page: "pairs", table: 0, query: {}, columns: null, charts: null, scatter: null, row: null, runs: null };
+export const state = { page: "pairs", table: 0, query: {}, columns: null, charts: null, scatter: null, row: null, at: null, runs: null };
 
 /** What the server said about the open table. */
 export const opened = { info: null, byName: new Map() };
@@ -18,6 +18,7 @@ export function address() {
     if (value && JSON.stringify(value) !== "{}") found.set(short, JSON.stringify(value));
   }
   if (state.row !== null) found.set("row", state.row);
+  if (state.row !== null && state.at !== null) found.set("at", state.at);
   const rest = found.toString();
   return `/${state.page}${rest ? `?${rest}` : ""}`;
 }
@@ -29,6 +30,7 @@ export function readAddress() {
   state.page = ["pairs", "judge", "runs"].includes(page) ? page : "pairs";
   state.table = whole(given.get("t")) ?? 0;
   state.row = whole(given.get("row"));
+  state.at = whole(given.get("at"));
   for (const [short, name] of Object.entries(JSONS)) {
     try {
       state[name] = JSON.parse(given.get(short) ?? "null");

@@ -6,17 +6,26 @@ import { link, opened, setFilter, state } from "./state.js";
 const SAVED = "saved queries";
 const MOST_CHARTS = 8;
 
-/** Fill the toolbar. `on`: query(): the query changed; columns(), charts(): what is shown changed. */
-export function toolbar(place, on, found) {
+/** Build the toolbar of the open table. `on`: query(): the query changed; columns(), charts(): what is shown changed. */
+export function toolbar(place, on) {
   const { info } = opened;
-  const size = found ? el("output", { id: "count" }, el("b", {}, count(found.count)), ` of ${pairs(found.of)}`) : el("output", { id: "count" }, "…");
   place.replaceChildren(
-    size, ...chips(on), ...menu("Filter", (panel) => filterMenu(panel, on)),
+    el("output", { id: "count" }, "…"), el("span", { class: "chips" }), ...menu("Filter", (panel) => filterMenu(panel, on)),
     ...(info.ready.length ? menu("Ready filters", (panel) => readyMenu(panel, on)) : []),
     ...menu("Columns", (panel) => choices(panel, info.loaded.filter((name) => name !== "id"), state.columns, (names) => { state.columns = names; on.columns(); })),
     ...menu("Charts", (panel) => chartMenu(panel, on)),
-    order(on), el("span", { class: "space" }), ...menu("Links", (panel) => linkMenu(panel)),
+    el("span", { class: "order" }), el("span", { class: "space" }), ...menu("Links", (panel) => linkMenu(panel)),
   );
+}
+
+/** What changes with each query: how many pass, its filters, its order. */
+export function updateToolbar(place, on, { count: passing, of }) {
+  place.querySelector("#count").replaceChildren(el("b", {}, count(passing)), ` of ${pairs(of)}`);
+  place.querySelector(".chips").replaceChildren(...chips(on));
+  const there = place.querySelector(".order");
+  const at = [...there.children].indexOf(document.activeElement);
+  there.replaceChildren(...order(on));
+  there.children[at]?.focus();
 }
 
 function chips(on) {
@@ -122,8 +131,8 @@ function order(on) {
   } } }, el("option", { value: "" }, "table order"), opened.info.loaded.map((name) => el("option", { value: name }, name)));
   select.value = state.query.sort ?? "";
   const down = Boolean(state.query.descending);
-  return el("span", { class: "order" }, select, button(down ? "↓" : "↑", () => { state.query = { ...state.query, descending: !down }; on.query(); },
-    { "aria-label": down ? "Largest first" : "Smallest first", title: down ? "largest first" : "smallest first", disabled: !state.query.sort }));
+  return [select, button(down ? "↓" : "↑", () => { state.query = { ...state.query, descending: !down }; on.query(); },
+    { "aria-label": down ? "Largest first" : "Smallest first", title: down ? "largest first" : "smallest first", disabled: !state.query.sort })];
 }
 
 function saved() {
