@@ -158,7 +158,11 @@ def parse(line: bytes) -> Decision | None:
 
 def torn(line: bytes) -> bool:
     """Whether a line is the beginning of a decision whose end was never written."""
-    return line.startswith(b'{"') and not line.rstrip().endswith(b"}")
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return b'{"'.startswith(line[:2])
+    return False
 
 
 def changed_state(before: State, action: str, value: Any) -> State:

@@ -3,9 +3,6 @@
 from typing import Any
 
 import numpy as np
-from scipy.special import expit
-
-from align.trust.slope import calibrated_slope
 
 GRID = np.linspace(0.0, 1.0, 101)
 HALF_CHI_SQUARE = 1.9207
@@ -29,6 +26,8 @@ def person_trust(margins: np.ndarray, flipped: np.ndarray, every_margin: np.ndar
     Returns:
         ``value``, ``low``, ``high``, ``n``, ``slope`` and ``text``; the numbers are None where ``text`` says why.
     """
+    from align.trust.slope import calibrated_slope
+
     nothing = {"value": None, "low": None, "high": None, "n": len(margins), "slope": None}
     if len(margins) < FEWEST:
         return {**nothing, "text": f"after {FEWEST} judged pairs with a margin the trust is estimated"}
@@ -50,6 +49,8 @@ def person_trust(margins: np.ndarray, flipped: np.ndarray, every_margin: np.ndar
 
 def log_likelihood(margins: np.ndarray, flipped: np.ndarray, slope: float) -> np.ndarray:
     """Log-likelihood [101] of the person's decisions under each trust of ``GRID``."""
+    from scipy.special import expit
+
     right = 1.0 - GRID[:, None] * expit(-slope * margins)
     with np.errstate(divide="ignore"):
         return np.where(flipped, np.log1p(-right), np.log(right)).sum(axis=1)

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from align.errors import AlignError, DataError
@@ -114,7 +114,7 @@ def make_app(session: Session, token: str, port: int) -> Guard:
     def report(request: Request, body: Any) -> Response:
         file, until = tickets.get(request.path_params["ticket"], (None, 0.0))
         if file is None or time.monotonic() > until:
-            return Response("this address is over; open the report from the page", status_code=404)
+            return PlainTextResponse("this address is over; open the report from the page", status_code=404)
         return HTMLResponse(file.read_text(encoding="utf-8"), headers={"content-security-policy": REPORT_POLICY})
 
     def run(request: Request, body: Any) -> Any:

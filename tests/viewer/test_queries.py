@@ -138,8 +138,8 @@ def test_the_random_queue_is_proportional_in_every_beginning(asked: TestClient) 
         {"sort": "margin; drop table pairs"}, {"sort": "prompt"}, {"filters": [{"column": "none", "low": 0}]},
         {"filters": [{"column": "margin", "low": "0) or (1=1"}]}, {"filters": [{"column": "group", "low": 1}]},
         {"filters": {"column": "margin"}}, {"text": 3}, {"queue": "all"}, {"filters": [{"column": ["margin"]}]},
-        {"filters": [{"column": "margin", "low": True}]}, {"decided": "yes"}, {"filters": [{"column": "group", "names": [1]}]},
-        [], "x", {"sort": ["margin"]},
+        {"filters": [{"column": "margin", "low": True}]}, {"decided": "yes"}, [], "x",
+        {"filters": [{"column": "group", "names": [1]}]}, {"sort": ["margin"]},
     ],
 )  # fmt: skip
 def test_what_is_no_query_is_refused(asked: TestClient, query: Any) -> None:
