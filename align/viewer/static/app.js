@@ -64,6 +64,8 @@ async function openTable() {
     if (failure.status === 0) setTimeout(openTable, RETRY);
     return;
   }
+  ears.abort();
+  last = { decisions: null, cache: null };
   solved("connection", "view-token", "table-changed");
   const { info } = opened;
   if (!info.tables.length) state.page = "runs";
@@ -250,7 +252,6 @@ async function openById(pair) {
 async function reopen() {
   try {
     await post("reopen", { table: state.table }, {});
-    solved("table-changed");
     await openTable();
     send();
   } catch (failure) {
@@ -284,24 +285,24 @@ whenDecided((rows, refused) => {
   else view.drawHead();
 });
 
+let ears = new AbortController();
+
 /** Follow what other tabs, other people and runs do, until the page is closed; say when the server is gone. */
 async function follow() {
   for (;;) {
-    const table = state.table;
-    const stop = new AbortController();
+    ears = new AbortController();
     try {
       const which = opened.info?.runs.map((_, index) => index).join(",") ?? "";
-      for await (const [name, data] of events(`/api/events?${new URLSearchParams({ table, runs: which })}`, { signal: stop.signal })) {
+      const asked = opened.info?.tables.length === 0 ? { runs: which } : { table: state.table, runs: which };
+      for await (const [name, data] of events(`/api/events?${new URLSearchParams(asked)}`, { signal: ears.signal })) {
         solved("connection", "view-token");
         if (unsent()) send();
         if (name === "run") runs.take(data);
         else if (name === "state") heard(data);
-        if (state.table !== table) break;
       }
-      stop.abort();
-      if (state.table !== table) continue;
       throw new Failure(0, "connection", "the connection to align view was lost");
     } catch (failure) {
+      if (failure.name === "AbortError") continue;
       problem(failure);
       await new Promise((resolve) => setTimeout(resolve, RETRY));
     }
@@ -352,7 +353,7 @@ function act(event) {
 
 addEventListener("keydown", (event) => {
   const { target, key } = event;
-  if (event.ctrlKey || event.metaKey || event.altKey || target.closest?.("dialog, [popover]")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || target.closest?.("dialog, [popover]") || document.querySelector(":popover-open")) return;
   const typing = target.matches?.("input, textarea, select");
   if (key === "Escape" && state.page === "pairs") {
     if (typing) return target.blur();
