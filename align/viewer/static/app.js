@@ -13,7 +13,7 @@ import { say, solved } from "./problems.js";
 import { Runs } from "./runs.js";
 import { Scatter } from "./scatter.js";
 import { opened, readAddress, state, writeAddress } from "./state.js";
-import { listSource, PairList, viewSource } from "./table.js";
+import { listSource, PAGE, PairList, viewSource } from "./table.js";
 import { toolbar, updateToolbar } from "./toolbar.js";
 
 const NARROW = matchMedia("(max-width: 899px)");
@@ -158,16 +158,16 @@ function queryChanged(final) {
   return refresh();
 }
 
-const refresh = newest(async () => {
+const refreshed = newest(async () => {
   const { text, any_case: anyCase } = state.query;
   const wanted = JSON.stringify([state.table, text, anyCase]);
   try {
     if (text && wanted !== searched && !(await stream())) return;
     searched = wanted;
     await ground();
-    found = await post("view", { table: state.table }, { query: state.query, columns: state.charts });
+    found = await post("view", { table: state.table }, { query: state.query, columns: state.charts, first: PAGE });
     fillCharts();
-    await list.show(viewSource(found.view, found.count));
+    await list.show(viewSource(found));
     updateToolbar(byId("toolbar"), on, found);
     announce(`${pairs(found.count)} of ${count(found.of)}`);
   } catch (failure) {
@@ -175,6 +175,13 @@ const refresh = newest(async () => {
     if (failure.status === 0) setTimeout(refresh, RETRY);
   }
 });
+
+/** Show what passes now; `aria-busy` until it is drawn. */
+async function refresh() {
+  byId("pairs").setAttribute("aria-busy", "true");
+  await refreshed();
+  byId("pairs").setAttribute("aria-busy", "false");
+}
 
 /** Counts of all pairs, for the grey bars. */
 async function ground() {
@@ -221,7 +228,6 @@ async function openPair(row, position) {
   Object.assign(state, { row, at: position });
   writeAddress();
   await view.open(row, position, list.source.count);
-  list.draw();
 }
 
 function closePair() {

@@ -128,9 +128,16 @@ function done(batch) {
   keep();
 }
 
-/** Note what the server says about a row. */
-export function learn(row, pair, { state, heads, by, conflict, content }) {
-  known.set(row, { pair, state, heads, by, conflict, content: content ?? known.get(row)?.content });
+let clock = 0;
+
+/** The present moment, for `learn`: an answer to a question that was asked earlier may be older than a decision since. */
+export const moment = () => clock;
+
+/** Note what the server says about a row, unless something newer is known than at the moment when it was asked. */
+export function learn(row, pair, { state, heads, by, conflict, content }, asked = ++clock) {
+  const before = known.get(row);
+  if (before && before.asked > asked) return;
+  known.set(row, { pair, state, heads, by, conflict, content: content ?? before?.content, asked });
 }
 
 addEventListener("beforeunload", (event) => {

@@ -46,6 +46,7 @@ export function show(value) {
 /** A share in percent with its interval: "12% (8% to 17%)". */
 export function share(estimate) {
   const percent = (value) => `${(100 * value).toFixed(1).replace(/\.0$/, "")}%`;
+  if (estimate.low === null) return `${percent(estimate.value)} (too few for an interval)`;
   return `${percent(estimate.value)} (${percent(estimate.low)} to ${percent(estimate.high)})`;
 }
 

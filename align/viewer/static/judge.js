@@ -16,11 +16,12 @@ export async function drawJudge(place, on) {
   if (!info) return;
   try {
     const [found, conflicts] = await Promise.all([get("estimates", { table: state.table }), get("conflicts", { table: state.table })]);
-    place.replaceChildren(el("div", { class: "columns" },
-      el("section", { class: "card" }, el("h2", {}, "Queues"), queues(info, found, on)),
-      el("section", { class: "card wide" }, el("h2", {}, "What you have judged says"), estimates(found), exporter(found, on)),
-      el("section", { class: "card" }, el("h2", {}, "Disagreements"), disagreements(conflicts, on),
-        el("p", { class: "muted" }, "Decisions are appended to ", el("code", {}, info.decisions), ` as ${info.who}. The table itself is never written: `, el("code", {}, "align data apply"), " writes the corrected one.")),
+    place.replaceChildren(el("div", { class: "columns judging" },
+      el("div", { class: "stack" },
+        el("section", { class: "card" }, el("h2", {}, "Queues"), queues(info, found, on)),
+        el("section", { class: "card" }, el("h2", {}, "Disagreements"), disagreements(conflicts, on))),
+      el("section", { class: "card" }, el("h2", {}, "What you have judged says"), estimates(found), exporter(found, on)),
+      el("p", { class: "muted" }, "Decisions are appended to ", el("code", {}, info.decisions), ` as ${info.who}. The table itself is never written: `, el("code", {}, "align data apply"), " writes the corrected one."),
     ));
   } catch (failure) {
     on.problem(failure);
@@ -52,8 +53,10 @@ function estimates(found) {
 
 function line(name, estimate) {
   const bar = el("i");
-  bar.style.left = `${100 * estimate.low}%`;
-  bar.style.width = `${100 * (estimate.high - estimate.low)}%`;
+  if (estimate.low !== null) {
+    bar.style.left = `${100 * estimate.low}%`;
+    bar.style.width = `${100 * (estimate.high - estimate.low)}%`;
+  }
   const dot = el("b");
   dot.style.left = `${100 * estimate.value}%`;
   return el("tr", {}, el("th", { scope: "row" }, name), el("td", { class: "number" }, share(estimate)), el("td", {}, el("span", { class: "interval", "aria-hidden": "true" }, bar, dot)), el("td", { class: "number" }, count(estimate.n)));

@@ -1,7 +1,7 @@
 /* One pair, large: conversation, differences, tokens, numbers, answers of the policies, neighbors, copies, decisions. */
 
 import { get } from "./api.js";
-import { decide, known, learn, pending } from "./decisions.js";
+import { decide, known, learn, moment, pending } from "./decisions.js";
 import { difference } from "./diff.js";
 import { announce, button, byId, count, el, show } from "./dom.js";
 import { Editor } from "./edit.js";
@@ -31,12 +31,13 @@ export class PairView {
     Object.assign(this, { row, position, size });
     this.place.hidden = false;
     document.body.classList.add("reading");
+    const asked = moment();
     try {
       const found = await get("pair", { table: state.table, row });
       if (this.row !== row) return;
       const same = this.pair?.row === row;
       this.pair = found;
-      learn(row, found.id, found);
+      learn(row, found.id, found, asked);
       this.tokens = null;
       if (!same) this.editor.close();
       await this.draw(same);
@@ -108,20 +109,28 @@ export class PairView {
     return lines;
   }
 
+  /** Decide about the pair that is shown; while the next one is on its way, nothing can be decided. */
   decide(action, value = null, draft = null) {
-    if (!this.pair || !opened.info.can_decide) return;
+    if (!this.ready()) return;
     decide(state.table, [this.row], action, value, draft);
-    if (state.query.queue && ACTIONS.some(([name]) => name === action)) this.on.move(1);
+    if (state.query.queue && ACTIONS.some(([name]) => name === action)) {
+      this.moving = true;
+      this.on.move(1).finally(() => { this.moving = false; });
+    }
+  }
+
+  ready() {
+    return this.pair?.row === this.row && this.row !== null && !this.moving && opened.info.can_decide;
   }
 
   edit() {
-    if (!this.pair || !opened.info.can_decide) return;
+    if (!this.ready()) return;
     const edits = known.get(this.row)?.state.edits ?? {};
     this.editor.edit(this.pair, edits, (value, draft) => this.decide("edit", value, draft));
   }
 
   note() {
-    if (!this.pair || !opened.info.can_decide) return;
+    if (!this.ready()) return;
     this.editor.note(this.pair, known.get(this.row)?.state.note ?? "", (value, draft) => this.decide("note", value, draft));
   }
 

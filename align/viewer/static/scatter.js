@@ -59,7 +59,7 @@ export class Scatter {
     const most = Math.log1p(cells.reduce((found, [, , one]) => Math.max(found, one), 1));
     pen.fillStyle = css("--bar");
     const [w, h] = [width / size, height / size];
-    const dot = Math.max(1, cells.length < 400 ? 1.8 : 1);
+    const dot = cells.length < 1000 ? 3 : 1;
     for (const [column, row, one] of cells) {
       pen.globalAlpha = 0.25 + 0.75 * (Math.log1p(one) / most);
       pen.fillRect(left + column * w, top + (size - 1 - row) * h, Math.max(dot, w), Math.max(dot, h));

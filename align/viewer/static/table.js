@@ -2,18 +2,19 @@
 
 import "./vendor/regular-table.js";
 import { get, post } from "./api.js";
-import { known, learn, pending } from "./decisions.js";
+import { known, learn, moment, pending } from "./decisions.js";
 import { announce, byId, count, el, show } from "./dom.js";
 import { opened, state } from "./state.js";
 
-const PAGE = 100;
+export const PAGE = 100;
+const TEXTS_AFTER = 150;
 const ROW_HEIGHT = 26;
 const TEXTS = ["prompt", "chosen", "rejected"];
 const SIGNS = { keep: "✓ keep", drop: "✕ drop", flip: "⇄ flip", tie: "= tie" };
 
-/** What the list shows: `count` rows, of which `load(start, count)` brings some. */
-export function viewSource(view, size) {
-  return { count: size, load: (start) => get("rows", { table: state.table, view, start, count: PAGE }) };
+/** What the list shows: `count` rows, of which `load(start)` brings some; `page`: the first ones, without their texts. */
+export function viewSource({ view, count: size, page }) {
+  return { count: size, page, load: (start) => get("rows", { table: state.table, view, start, count: PAGE }) };
 }
 
 /** The rows of a list of numbers. */
@@ -34,6 +35,7 @@ export class PairList {
     this.cursor = 0;
     this.anchor = 0;
     this.selected = new Map();
+    this.seen = [0, 0];
     this.table = document.createElement("regular-table");
     this.table.tabIndex = 0;
     this.table.setAttribute("role", "grid");
@@ -63,6 +65,11 @@ export class PairList {
     }
     this.cursor = Math.max(0, Math.min(this.cursor, source.count - 1));
     this.empty.hidden = source.count > 0;
+    if (source.page) {
+      this.pages.set(0, Promise.resolve(this.took(0, source.page, moment())));
+      clearTimeout(this.timer);
+      this.timer = setTimeout(() => this.source === source && this.again(), TEXTS_AFTER);
+    }
     this.table.resetAutoSize();
     await this.draw();
   }
@@ -73,24 +80,36 @@ export class PairList {
 
   /** Ask again for what is shown: decisions of others, texts that are ready now. */
   async again() {
-    this.pages.clear();
-    await this.draw();
+    const numbers = [...this.pages.keys()].filter((number) => (number + 1) * PAGE >= this.seen[0] && number * PAGE <= this.seen[1]);
+    const asked = moment();
+    try {
+      const fresh = await Promise.all(numbers.map(async (number) => [number, this.took(number, await this.source.load(number * PAGE), asked)]));
+      this.pages.clear();
+      fresh.forEach(([number, found]) => this.pages.set(number, Promise.resolve(found)));
+    } catch (failure) {
+      if (failure.code === "view-gone") return this.on.gone();
+      return this.on.problem(failure);
+    }
+    return this.draw();
   }
 
   async page(number) {
     if (!this.pages.has(number)) {
-      const loading = this.source.load(number * PAGE).then((found) => {
-        const place = opened.info.loaded.indexOf("id");
-        found.rows.forEach((row, index) => {
-          this.loaded.set(number * PAGE + index, row);
-          learn(row, found.cells[index][place], found.decisions[index]);
-        });
-        return found;
-      });
+      const asked = moment();
+      const loading = this.source.load(number * PAGE).then((found) => this.took(number, found, asked));
       this.pages.set(number, loading);
       loading.catch(() => this.pages.delete(number));
     }
     return this.pages.get(number);
+  }
+
+  took(number, found, asked) {
+    const place = opened.info.loaded.indexOf("id");
+    found.rows.forEach((row, index) => {
+      this.loaded.set(number * PAGE + index, row);
+      learn(row, found.cells[index][place], found.decisions[index], asked);
+    });
+    return found;
   }
 
   /** The row number at a place of the list; null beyond its ends. */
@@ -105,6 +124,7 @@ export class PairList {
     const some = columns.slice(x0, x1);
     const end = Math.min(to, this.source.count);
     const rows = [];
+    if (end > from) this.seen = [from, end];
     try {
       const numbers = [];
       for (let page = Math.floor(from / PAGE); page * PAGE < end; page++) numbers.push(page);
@@ -221,14 +241,14 @@ export class PairList {
   /** Move the cursor, scroll to it, and open its pair if asked. */
   async go(position, open) {
     if (!this.source.count) return;
-    this.cursor = Math.max(0, Math.min(position, this.source.count - 1));
-    this.anchor = this.cursor;
+    position = Math.max(0, Math.min(position, this.source.count - 1));
+    this.cursor = this.anchor = position;
     this.scroll();
     try {
-      const row = await this.rowAt(this.cursor);
+      const row = await this.rowAt(position);
       await this.draw();
-      announce(`${count(this.cursor + 1)} of ${count(this.source.count)}: ${known.get(row)?.pair ?? row}`);
-      if (open && row !== null) this.on.open(row, this.cursor);
+      announce(`${count(position + 1)} of ${count(this.source.count)}: ${known.get(row)?.pair ?? row}`);
+      if (open && row !== null) await this.on.open(row, position);
     } catch (failure) {
       this.on.problem(failure);
     }
