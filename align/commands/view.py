@@ -8,7 +8,7 @@ import socket
 import tempfile
 import webbrowser
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from align.viewer.session import Session
 
 HOST = "127.0.0.1"
+CLOSING_SECONDS = 1
+"""How long open streams of events may delay the end."""
 SCRATCH = "align-view-"
 """Start of the name of a viewer's folder for caches; its process id follows, so that a killed one's can be removed."""
 
@@ -63,12 +65,15 @@ def view(
         number = bound.getsockname()[1]
         token = secrets.token_urlsafe(24)
         address = f"http://{HOST}:{number}/#{token}"
-        server = uvicorn.Server(uvicorn.Config(make_app(session, token, number), log_level="error", lifespan="off"))
+        app = make_app(session, token, number)
+        config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=CLOSING_SECONDS)
         log.info("look at %s; Ctrl-C ends it", ", ".join(given))
         out.print(address, markup=False, soft_wrap=True)
         if browser:
             webbrowser.open(address)
-        server.run(sockets=[bound])
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[bound])
+        log.info("closed; every decision that the page showed as saved is in its file")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import math
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from align.errors import AlignError, DataError, EnvironmentProblem
+from align.io.console import log
 
 STATUS = {
     "view-token": 401, "view-host": 421, "table-changed": 409, "decision-stale": 409, "view-gone": 410,
@@ -77,6 +79,9 @@ def guarded(work: Callable[[Request, Any], Any]) -> Answer:
             body = await read_body(request) if request.method == "POST" else None
             found = await run_in_threadpool(work, request, body)
         except FAILURES as error:
+            return failure(as_failure(error))
+        except Exception as error:
+            log.error("a defect of the program, please report it with these lines:\n%s", traceback.format_exc())
             return failure(as_failure(error))
         return found if isinstance(found, Response) else json_answer(found)
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
 from align.config.columns import RESPONSES, TEXT, VOTES
-from align.data.messages import without_nulls
+from align.data.messages import JSON_MESSAGES, text_array, without_nulls
 from align.errors import DataError, listed
 from align.viewer.decisions import Ledger, State, content_hash
 from align.viewer.text_cache import cell_values
@@ -92,7 +92,9 @@ def correct(pairs: Dataset, ledger: Ledger, *, skip_changed: bool = False) -> Co
 def _carried_out(found: Corrected, ledger: Ledger, states: Mapping[str, State], places: Mapping[str, int]) -> Corrected:
     pairs = found.pairs
     names = set(pairs.column_names)
-    rows = {key: dict(pairs[places[key]]) for key in states}
+    taken = pairs.select([places[key] for key in states]).with_format("arrow")[:]
+    cells = {name: _cells(taken[name].combine_chunks(), name) for name in taken.column_names}
+    rows = {key: {name: values[place] for name, values in cells.items()} for place, key in enumerate(states)}
     keep: dict[str, dict[str, Any]] = {}
     for key, state in states.items():
         row = _edited(key, rows[key], state["edits"])
@@ -106,6 +108,11 @@ def _carried_out(found: Corrected, ledger: Ledger, states: Mapping[str, State], 
             found.counts["edit"] = found.counts.get("edit", 0) + 1
     found.pairs = _with_provenance(_replaced(pairs, places, keep, found.left_out), ledger, states)
     return found
+
+
+def _cells(column: pa.Array, name: str) -> list[Any]:
+    """The values of a column; texts and messages as a training reads them."""
+    return cell_values(column) if name in TEXT else column.to_pylist()
 
 
 def _contents(pairs: Dataset, rows: Sequence[int]) -> list[str]:
@@ -171,12 +178,13 @@ def _replaced(
     made = pairs
     if rows:
         chosen = [places[key] for key in rows]
+        pairs = _wide_enough(pairs, list(rows.values()))
         before = pairs.select(chosen).with_format("arrow")[:].combine_chunks()
         columns = {}
         for one in before.schema:
-            old = before[one.name]
+            old = before[one.name].combine_chunks()
             new = [row[one.name] for row in rows.values()]
-            columns[one.name] = old if old.to_pylist() == new else _array(one, new, list(rows))
+            columns[one.name] = old if _cells(old, one.name) == new else _array(one, new)
         changed = Dataset(pa.table(columns, schema=before.schema))
         changed = changed if changed.features == pairs.features else changed.cast(pairs.features)
         for number, place in enumerate(chosen):
@@ -186,25 +194,40 @@ def _replaced(
     return made.select([row for place, row in enumerate(order) if place not in out])
 
 
-def _array(column: pa.Field, values: list[Any], keys: Sequence[str]) -> pa.Array:
+def _wide_enough(pairs: Dataset, rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """The table with columns of messages that can hold the corrected ones: a tool call may change sides by a flip."""
+    table = pairs.with_format("arrow")[:]
+    narrow = [name for name in TEXT if _array_or_none(table.schema.field(name), [row[name] for row in rows]) is None]
+    for name in narrow:
+        values = [without_nulls(value) for value in _cells(table[name].combine_chunks(), name)]
+        table = table.set_column(table.column_names.index(name), name, text_array(values, JSON_MESSAGES))
+    return Dataset(table.replace_schema_metadata(None)) if narrow else pairs
+
+
+def _array_or_none(column: pa.Field, values: list[Any]) -> pa.Array | None:
+    """The values of a column of texts, of its type; None if it cannot hold them unchanged."""
+    try:
+        made = text_array(values, column.type)
+    except (pa.ArrowException, TypeError, ValueError):
+        return None
+    return made if cell_values(made) == [without_nulls(value) for value in values] else None
+
+
+def _array(column: pa.Field, values: list[Any]) -> pa.Array:
     """The values of a column, of its type.
 
     Raises:
-        DataError: an edit is of a kind that the column cannot hold.
+        DataError: it cannot hold one of them.
     """
     try:
-        made = pa.array(values, column.type)
+        made = _array_or_none(column, values) if column.name in TEXT else pa.array(values, column.type)
     except (pa.ArrowException, TypeError, ValueError):
         made = None
-    if column.name in TEXT and (made is None or cell_values(made) != [without_nulls(value) for value in values]):
-        raise DataError(
-            f"edit of {column.name} of one of {listed(list(keys))}: the column holds {column.type}, which cannot hold "
-            "the edited text",
-            code="decision",
-            hint="edit the same keys of the messages that the table has",
-        )
     if made is None:
-        raise DataError(f"column {column.name}: a corrected value is not of its type {column.type}", code="decision")
+        raise DataError(
+            f"column {column.name}: its type {column.type} cannot hold a corrected value", code="decision",
+            hint="write the table again with a wider type",
+        )  # fmt: skip
     return made
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from align.config.columns import RESPONSES, TEXT
+from align.data.messages import text_array, without_nulls
 from align.errors import DataError
 from align.io.disk import disk_problems
 from align.io.files import atomic_write
@@ -39,8 +40,10 @@ def write_checked(table: "OpenTable") -> dict[str, Any]:
     if not rows:
         raise DataError("export: no pair is kept or flipped yet", code="decision", hint="judge some pairs first")
     file = table.file.path.with_name(CHECKED)
-    columns = ("id", *TEXT, "checked_label")
-    made = pa.table({name: pa.array([row[name] for row in rows]) for name in columns})
+    made = pa.table(
+        {name: pa.array([row[name] for row in rows], pa.string()) for name in ("id", "checked_label")}
+        | {name: text_array([without_nulls(row[name]) for row in rows]) for name in TEXT}
+    ).select(["id", *TEXT, "checked_label"])
     with disk_problems(file.parent), atomic_write(file) as temporary:
         write_parquet(made, temporary)
     share = next(part for fewest, part in SHARES if len(rows) >= fewest)

@@ -140,10 +140,15 @@ def _live(file: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and all(_is_number(row.get(name)) for name in ("step", "of", "at")):
-            while rows and rows[-1]["step"] > row["step"]:
+            while rows and (rows[-1]["step"] > row["step"] or _is_repeated(rows[-1], row)):
                 rows.pop()
             rows.append(row)
     return rows
+
+
+def _is_repeated(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> bool:
+    """Whether a line logs the same of the same step again; a training and its evaluation log different numbers."""
+    return earlier["step"] == later["step"] and bool((earlier.keys() & later.keys()) - NOT_CURVES)
 
 
 def _seconds_left(rows: list[dict[str, Any]]) -> float | None:

@@ -116,14 +116,27 @@ def served(file: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[str], fl
         process.wait()
 
 
-def timed(work: Callable[[], Any], repeats: int = REPEATS) -> dict[str, float]:
-    """Median, least and largest seconds of a call."""
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
-    return {"median": float(np.median(taken)), "least": min(taken), "largest": max(taken)}
+class Clock:
+    """Seconds of the clock, and seconds of processor that the server took meanwhile, of all its threads."""
+
+    def __init__(self, process: int) -> None:
+        self.process = psutil.Process(process)
+
+    def now(self) -> np.ndarray:
+        """(clock, processor)."""
+        used = self.process.cpu_times()
+        return np.array([time.perf_counter(), used.user + used.system])
+
+    def timed(self, work: Callable[[], Any], repeats: int = REPEATS) -> dict[str, float]:
+        """Of a call: median, least and largest seconds of the clock, and the mean seconds of processor."""
+        begin, taken = self.now(), []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - start)
+        processor = (self.now() - begin)[1] / repeats
+        return {"median": float(np.median(taken)), "least": min(taken), "largest": max(taken),
+                "processor": float(processor)}  # fmt: skip
 
 
 def brush(client: httpx.Client, number: int) -> None:
@@ -132,21 +145,22 @@ def brush(client: httpx.Client, number: int) -> None:
     client.post("/api/view", json={"query": query, "columns": CHARTS, "first": 100}).raise_for_status()
 
 
-def search(client: httpx.Client, text: str, *, any_case: bool) -> tuple[float, float, int]:
-    """(seconds until the first hit or the end, seconds until the end, hits) of a search that was not made before."""
-    start, first, hits = time.perf_counter(), None, 0
+def search(clock: Clock, client: httpx.Client, text: str, *, any_case: bool) -> tuple[float, float, float, int]:
+    """(seconds until the first hit or the end, until the end, of processor, hits) of a search not made before."""
+    begin, first, hits = clock.now(), None, 0
     body = {"query": {"text": text, "any_case": any_case}, "tab": "bench"}
     with client.stream("POST", "/api/search", json=body) as answer:
         for line in answer.iter_lines():
             found = json.loads(line)
             hits = found.get("hits", hits)
             if first is None and (hits or "end" in found):
-                first = time.perf_counter() - start
+                first = time.perf_counter() - begin[0]
     assert first is not None
-    return first, time.perf_counter() - start, hits
+    whole, processor = clock.now() - begin
+    return first, float(whole), float(processor), hits
 
 
-def searches(client: httpx.Client, rows: int) -> dict[str, Any]:
+def searches(clock: Clock, client: httpx.Client, rows: int) -> dict[str, Any]:
     """Searches of words that a few, no or nearly all pairs have."""
     found: dict[str, Any] = {}
     expected = -(-rows // RARE_EVERY)
@@ -156,39 +170,40 @@ def searches(client: httpx.Client, rows: int) -> dict[str, Any]:
         ("any case, a rare word", [RARE.lower(), RARE.upper(), RARE.lower()[:-1], RARE.swapcase()], True),
         ("any case, no hit", [f"No Such Thing {k}" for k in range(4)], True),
     ):
-        taken = [search(client, text, any_case=any_case) for text in texts]
+        taken = [search(clock, client, text, any_case=any_case) for text in texts]
         assert all(hits == (expected if "rare" in name else 0) for *_, hits in taken), taken
-        found[name] = {"first": float(np.median([one[0] for one in taken])),
-                       "all": float(np.median([one[1] for one in taken]))}  # fmt: skip
+        found[name] = {
+            part: float(np.median([one[k] for one in taken])) for k, part in enumerate(("first", "all", "processor"))
+        } | {"least": min(one[1] for one in taken)}
     return found
 
 
 def measure(file: Path, rows: int) -> dict[str, Any]:
     """All measurements of one table."""
-    found: dict[str, Any] = {"pairs": rows, "file_mb": file.stat().st_size / 1e6, "open_seconds": []}
-    for _ in range(3):
-        with served(file) as (_, _, seconds):
-            found["open_seconds"].append(seconds)
+    found: dict[str, Any] = {"pairs": rows, "file_mb": file.stat().st_size / 1e6, "open": []}
+    for _ in range(4):
+        with served(file) as (_, process, seconds):
+            found["open"].append({"seconds": seconds, "processor": float(Clock(process.pid).now()[1])})
     with served(file) as (client, process, _), Peak(process.pid) as peak:
-        start = time.perf_counter()
+        clock, start = Clock(process.pid), time.perf_counter()
         numbers = iter(range(10_000))
-        found["brush_while_the_text_cache_is_built"] = timed(lambda: brush(client, next(numbers)))
+        found["brush_while_the_text_cache_is_built"] = clock.timed(lambda: brush(client, next(numbers)))
         while (cache := client.get("/api/state").json()["cache"])["state"] == "building":
             time.sleep(0.2)
         assert cache["state"] == "ready", cache
         found["text_cache_seconds"] = time.perf_counter() - start
-        found["brush"] = timed(lambda: brush(client, next(numbers)))
-        found["search"] = searches(client, rows)
-        found["scatter"] = timed(
+        found["brush"] = clock.timed(lambda: brush(client, next(numbers)))
+        found["search"] = searches(clock, client, rows)
+        found["scatter"] = clock.timed(
             lambda: client.post("/api/scatter", json={"query": {}, "x": "margin", "y": "quality"}).raise_for_status()
         )
         sorted_view = client.post("/api/view", json={"query": {"sort": "quality"}}).json()["view"]
-        found["100_rows_in_the_middle"] = timed(
+        found["100_rows_in_the_middle"] = clock.timed(
             lambda: client.get(f"/api/rows?view={sorted_view}&start={rows // 2}&count=100").raise_for_status()
         )
-        found["one_pair"] = timed(lambda: client.get(f"/api/pair?row={rows // 3}").raise_for_status())
-        found["neighbors"] = timed(lambda: client.get(f"/api/neighbors?row={rows // 3}").raise_for_status(), 3)
-        found["copies"] = timed(lambda: client.get(f"/api/copies?row={rows // 3}").raise_for_status(), 3)
+        found["one_pair"] = clock.timed(lambda: client.get(f"/api/pair?row={rows // 3}").raise_for_status())
+        found["neighbors"] = clock.timed(lambda: client.get(f"/api/neighbors?row={rows // 3}").raise_for_status(), 3)
+        found["copies"] = clock.timed(lambda: client.get(f"/api/copies?row={rows // 3}").raise_for_status(), 3)
     found["server_peak_mb"] = peak.own / 1e6
     found["text_cache_process_peak_mb"] = peak.others / 1e6
     return found
