@@ -149,13 +149,19 @@ function fillCharts() {
   if (byId("charts-fold").open) charts.scatter?.update();
 }
 
+let asked = "";
+let drawn = null;
+
 /** The query is another one: show what passes; `final`: it also is a place for the back button. */
 function queryChanged(final) {
   if (final) {
     state.row = null;
     writeAddress(true);
   }
-  return refresh();
+  const query = JSON.stringify([state.table, state.query, state.charts]);
+  if (query !== asked) drawn = refresh();
+  asked = query;
+  return drawn;
 }
 
 const refreshed = newest(async () => {
@@ -171,6 +177,7 @@ const refreshed = newest(async () => {
     updateToolbar(byId("toolbar"), on, found);
     announce(`${pairs(found.count)} of ${count(found.of)}`);
   } catch (failure) {
+    asked = "";
     problem(failure);
     if (failure.status === 0) setTimeout(refresh, RETRY);
   }
