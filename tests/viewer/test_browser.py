@@ -1,16 +1,17 @@
 """The page of the viewer in a real headless Chromium: what it shows is what numpy counts, and no decision is lost."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
+import pandas as pd
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 
+from align.commands.apply_decisions import apply_decisions
+from align.config import PairsSection
 from align.viewer.decisions import read_decisions
 from tests.viewer.helpers import frame, write
-from tests.viewer.live import BROWSER, needs_browser, served
+from tests.viewer.live import Tab, brush, idle, needs_browser, open_first, saved, served, settled, shown_ids
 
 pytestmark = needs_browser
 TABLE = frame(600, seed=3)
@@ -19,99 +20,6 @@ HOSTILE = (
     "onerror=\"document.title='pwned'\">\"><svg onload=\"document.title='pwned'\"><iframe src='http://127.0.0.1:9/y'></iframe>"
 )
 EVENTS = "/api/events"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One Chromium for all tests."""
-    with sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        yield made
-        made.close()
-
-
-@pytest.fixture
-def tab(browser: Browser) -> Iterator["Tab"]:
-    """A tab in a profile of its own; no error of the page and no request to elsewhere is let through."""
-    context = browser.new_context(viewport={"width": 1500, "height": 900})
-    made = Tab(context)
-    yield made
-    context.close()
-    assert made.errors == []
-    assert {address.split("/")[2].split(":")[0] for address in made.asked if address.startswith("http")} <= {
-        "127.0.0.1"
-    }
-
-
-class Tab:
-    """A page with what it reported and asked for."""
-
-    def __init__(self, context: BrowserContext) -> None:
-        self.context, self.page = context, context.new_page()
-        self.errors: list[str] = []
-        self.asked: list[str] = []
-        self.watch(self.page)
-
-    def watch(self, page: Page) -> None:
-        """Collect errors and requests of a page."""
-        page.set_default_timeout(10_000)
-        page.on("pageerror", lambda error: self.errors.append(f"{error} {error.stack}"))
-        page.on("console", lambda line: self.errors.append(line.text) if "Content Security" in line.text else None)
-        page.on("request", lambda request: self.asked.append(request.url))
-
-    def open(self, address: str, page: Page | None = None) -> Page:
-        """The page once its list is there."""
-        page = page or self.page
-        page.goto(address)
-        expect(page.locator("#count")).to_contain_text("of")
-        expect(page.locator("regular-table tbody tr").first).to_be_visible()
-        return page
-
-
-def idle(page: Page) -> None:
-    """Return once what the page was asked for is drawn."""
-    expect(page.locator("main[aria-busy=false]")).to_be_visible()
-
-
-def shown_ids(page: Page) -> list[str]:
-    """The ids in the list, from its first row on."""
-    return page.evaluate(
-        "[...document.querySelectorAll('regular-table tbody tr')].filter((row) => row.id)"
-        ".map((row) => row.children[1].textContent)"
-    )
-
-
-def brush(page: Page, column: str, start: float, end: float) -> tuple[float, float]:
-    """Drag over a part of a histogram; the ends that its fields then show."""
-    over = page.locator(f'.histogram[data-column="{column}"] .u-over')
-    box = over.bounding_box()
-    assert box is not None
-    y = box["y"] + box["height"] / 2
-    page.mouse.move(box["x"] + start * box["width"], y)
-    page.mouse.down()
-    page.mouse.move(box["x"] + (start + end) / 2 * box["width"], y, steps=3)
-    page.mouse.move(box["x"] + end * box["width"], y, steps=3)
-    page.mouse.up()
-    low, high = (page.locator(f'.histogram[data-column="{column}"] input').nth(index).input_value() for index in (0, 1))
-    return float(low), float(high)
-
-
-def open_first(page: Page) -> None:
-    """Open the first pair of the list."""
-    page.locator("regular-table tbody tr").first.locator("td").nth(1).click()
-    expect(page.locator("#pair h2")).to_be_visible()
-
-
-def settled(page: Page) -> None:
-    """Return once the server has all decisions."""
-    expect(page.locator("#saved")).to_have_text("")
-
-
-def saved(folder: Path) -> dict[str, Any]:
-    """What the file of decisions comes to, by the id of the pair."""
-    file = folder / "decisions.jsonl"
-    ledger = read_decisions([file]) if file.exists() else None
-    return {} if ledger is None else {key: ledger.outcome(key)[0] for key in ledger.by_pair}
 
 
 def test_a_brush_filters_to_the_rows_that_numpy_counts(tab: Tab, tmp_path: Path) -> None:
@@ -193,6 +101,9 @@ def test_deciding_undoing_and_reloading(tab: Tab, tmp_path: Path) -> None:
         page.keyboard.press("j")
         expect(page.locator("#pair h2")).to_have_text("p3")
         assert saved(tmp_path) == {"p2": {**state, "edits": {}}}
+    apply_decisions(PairsSection(path=str(tmp_path / "t.parquet")), [tmp_path / "decisions.jsonl"], tmp_path / "out")
+    row = pd.read_parquet(tmp_path / "out" / "pairs.parquet").set_index("id").loc["p2"]
+    assert (row["chosen"], row["rejected"]) == (TABLE.loc[2, "rejected"], TABLE.loc[2, "chosen"])
 
 
 def test_a_selection_is_decided_at_once(tab: Tab, tmp_path: Path) -> None:

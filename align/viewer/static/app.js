@@ -73,7 +73,6 @@ async function openTable() {
   known.clear();
   charts.base = {};
   choose(info);
-  byId("table-choice").hidden = info.tables.length < 2;
   byId("tables").replaceChildren(...info.tables.map((name, index) => el("option", { value: String(index) }, name)));
   byId("tables").value = String(state.table);
   byId("search-text").value = state.query.text ?? "";
@@ -110,6 +109,7 @@ function showPage() {
     href: "#", "aria-current": state.page === name ? "page" : null, on: { click: (event) => { event.preventDefault(); go(name); } },
   }, title)));
   byId("search").hidden = state.page !== "pairs";
+  byId("table-choice").hidden = state.page === "runs" || info.tables.length < 2;
   if (state.page === "judge") drawJudge(byId("judge"), { queue: startQueue, open: openById, problem });
   if (state.page === "runs") runs.open();
   if (state.page === "pairs") {

@@ -13,9 +13,10 @@ export class Runs {
     Object.assign(this, { place, problem, found: new Map(), charts: new Map(), drawn: "" });
     this.cards = el("div", { class: "columns" });
     this.curves = el("div", { class: "curves" });
+    this.more = el("details", { class: "fold", hidden: true, on: { toggle: () => this.more.open && this.draw() } });
     this.report = el("div", { class: "report" });
     this.choice = el("div", { class: "row", role: "group", "aria-label": "Runs that are shown" });
-    place.append(this.choice, this.cards, this.curves, this.report);
+    place.append(this.choice, this.cards, this.report, this.curves, this.more);
   }
 
   shown() {
@@ -64,17 +65,21 @@ export class Runs {
     if (names !== this.drawn) {
       this.charts.forEach((chart) => chart.destroy());
       this.charts.clear();
-      this.curves.replaceChildren(...[...groups.keys()].map((title) => el("figure", { class: "curve", "data-title": title }, el("figcaption", {}, el("b", {}, title)), el("div", { class: "plot" }), el("div", { class: "legend" }))));
+      const figures = [...groups].map(([title, { single }]) => [single, el("figure", { class: "curve", "data-title": title }, el("figcaption", {}, el("b", {}, title)), el("div", { class: "plot" }), el("div", { class: "legend" }))]);
+      const rest = figures.filter(([single]) => single).map(([, figure]) => figure);
+      this.curves.replaceChildren(...figures.filter(([single]) => !single).map(([, figure]) => figure));
+      this.more.replaceChildren(el("summary", {}, `${count(rest.length)} more curves`), el("div", { class: "curves" }, rest));
+      this.more.hidden = !rest.length;
       this.drawn = names;
     }
-    for (const [title, lines] of groups) this.chart(title, lines);
+    for (const [title, { single, lines }] of groups) if (!single || this.more.open) this.chart(title, lines);
   }
 
   card(run, { name, folder, stages, methods, log, report }) {
     const going = Object.entries(methods).map(([method, { step, of, seconds_left: left }]) => (of ? el("p", {}, el("b", {}, method), ` step ${count(step ?? 0)} of ${count(of)}`,
       left === null ? "" : `, about ${duration(left)} left`, el("progress", { max: String(of), value: step ?? 0, "aria-label": `${method}: step ${step ?? 0} of ${of}` })) : null));
-    return el("section", { class: "card" }, el("h2", {}, name, el("span", { class: "muted" }, ` ${stages.some((one) => !one.finished) ? "goes on" : ""}`)), going,
-      el("ol", { class: "stages" }, stages.map(({ name: stage, finished, seconds }) => el("li", { class: finished ? "" : "going" }, finished ? "✓ " : "… ", stage, finished ? el("span", { class: "muted" }, ` ${duration(seconds)}`) : " goes on"))),
+    return el("section", { class: "card" }, el("h2", {}, name, el("span", { class: "muted" }, ` ${stages.some((one) => !one.finished) ? "running" : ""}`)), going,
+      el("ol", { class: "stages" }, stages.map(({ name: stage, finished, seconds }) => el("li", { class: finished ? "" : "going" }, finished ? "✓ " : "… ", stage, finished ? el("span", { class: "muted" }, ` ${duration(seconds)}`) : " running"))),
       report ? button("Report", () => this.openReport(run)) : el("p", { class: "muted" }, "The report comes when the run is finished."),
       this.logOf(run, log), el("p", { class: "muted" }, folder));
   }
@@ -100,21 +105,29 @@ export class Runs {
   }
 
   chart(title, lines) {
-    const figure = [...this.curves.children].find((one) => one.dataset.title === title);
+    const figure = [...this.place.querySelectorAll("figure")].find((one) => one.dataset.title === title);
     const place = figure.querySelector(".plot");
-    const key = lines.map((one) => one.label).join("\n");
-    const data = uPlot.join(lines.map(({ points }) => [points.map(([x]) => x), points.map(([, y]) => y)]));
+    const key = lines.map(({ label, band }) => `${label} ${Boolean(band)}`).join("\n");
+    const column = (points, index) => points.map((point) => point[index]);
+    const measured = lines.filter(({ band }) => band);
+    const data = uPlot.join([...lines.map(({ points }) => [column(points, 0), column(points, 1)]), ...measured.map(({ band }) => [column(band, 0), column(band, 2), column(band, 1)])]);
     const old = this.charts.get(title);
-    if (old?.key === key) return old.setData(data);
+    if (old?.key === key) {
+      old.lines = lines;
+      old.setData(data);
+      return legend(figure, old);
+    }
     old?.destroy();
+    const end = { stroke: "transparent", spanGaps: true, points: { show: false } };
     const chart = new uPlot({
       width: Math.max(200, place.clientWidth), height: HEIGHT, legend: { show: false }, padding: [6, 10, 0, 0], scales: { x: { time: false } }, cursor: { y: false },
       axes: [axis({ size: 22 }), axis({ size: 52 })],
-      series: [{}, ...lines.map(({ label, color, dash, points }) => ({ label, stroke: () => css(color), dash, width: 1.5, spanGaps: true, points: { show: points.length < 12, size: 5 } }))],
-      hooks: { setCursor: [(made) => legend(figure, lines, made)] },
+      series: [{}, ...lines.map(({ label, color, dash, points }) => ({ label, stroke: () => css(color), dash, width: 1.5, spanGaps: true, points: { show: points.length < 12, size: 5 } })), ...measured.flatMap(() => [end, end])],
+      bands: measured.map(({ color }, index) => ({ series: [lines.length + 1 + 2 * index, lines.length + 2 + 2 * index], fill: () => `${css(color)}26` })),
+      hooks: { setCursor: [(made) => made.lines && legend(figure, made)] },
     }, data, place);
-    chart.key = key;
-    legend(figure, lines, chart);
+    Object.assign(chart, { key, lines });
+    legend(figure, chart);
     new ResizeObserver(() => place.clientWidth && place.clientWidth !== chart.width && chart.setSize({ width: place.clientWidth, height: HEIGHT })).observe(place);
     this.charts.set(title, chart);
     return chart;
@@ -126,8 +139,8 @@ function axis(more) {
 }
 
 /** Names of the lines with their value under the cursor, or their last one. */
-function legend(figure, lines, chart) {
-  const { idx } = chart.cursor;
+function legend(figure, chart) {
+  const { lines, cursor: { idx } } = chart;
   const there = idx !== null && idx !== undefined;
   figure.querySelector(".legend").replaceChildren(...lines.map(({ label, color, dash, points }, index) => {
     const mark = el("i", { class: dash.length ? "dashed" : "" });
@@ -143,14 +156,15 @@ function grouped(runs) {
   const several = runs.length > 1;
   let policies = 0;
   for (const [, { name, methods }] of runs) {
-    for (const [method, { curves, groups }] of Object.entries(methods)) {
+    for (const [method, { curves, groups, bands }] of Object.entries(methods)) {
       const color = COLORS[policies++ % COLORS.length];
-      for (const { title, curves: names } of groups ?? Object.keys(curves).map((one) => ({ title: one, curves: [one] }))) {
+      for (const { title, curves: names } of groups) {
         const there = names.filter((one) => curves[one]?.length);
+        const alone = names.length === 1;
         if (!there.length) continue;
-        if (!found.has(title)) found.set(title, []);
-        there.forEach((curve, index) => found.get(title).push({
-          label: [several ? name : "", method, there.length > 1 || curve !== title ? curve : ""].filter(Boolean).join(" "), color, dash: DASHES[index % DASHES.length], points: curves[curve],
+        if (!found.has(title)) found.set(title, { single: alone && names[0] === title, lines: [] });
+        there.forEach((curve, index) => found.get(title).lines.push({
+          label: [several ? name : "", method, alone ? "" : curve].filter(Boolean).join(" "), color, dash: DASHES[index % DASHES.length], points: curves[curve], band: bands[curve],
         }));
       }
     }
