@@ -10,7 +10,9 @@ from align.cli.options import Columns, Split, output_folder, pair_source
 
 
 def view(
-    given: Annotated[list[str], typer.Argument(help="Pair tables, or folders of runs.", metavar="PAIRS|RUN...")],
+    given: Annotated[
+        list[str], typer.Argument(help="Pair tables, folders of runs, folders of measurements.", metavar="PAIRS|RUN...")
+    ],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0: any free one.")] = 0,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
     who: Annotated[str | None, typer.Option(help="Name that goes with your decisions; default: yours here.")] = None,

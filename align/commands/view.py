@@ -9,13 +9,15 @@ import tempfile
 import webbrowser
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.errors import ConfigError, DataError, EnvironmentProblem
 from align.io.console import log, out
 from align.viewer.extra import require_extra
-from align.viewer.sources import SourceTable, is_run, open_table, run_tables
+from align.viewer.measured import Measured, folder_measured
+from align.viewer.sources import SourceTable, is_measurement, is_run, open_table, run_tables
 
 if TYPE_CHECKING:
     from align.viewer.session import Session
@@ -41,7 +43,7 @@ def view(
     """Serve the page until Ctrl-C; the first line of the output is its address.
 
     Args:
-        given: pair tables and folders of runs.
+        given: pair tables, folders of runs, and folders of measurements of the pairs.
         port: of the server; 0: any free one.
         browser: whether the page is opened in the browser.
         who: name that goes with decisions; None: that of the user on this machine.
@@ -119,17 +121,12 @@ def opened(
     _remove_orphans()
     with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-") as name:
         scratch = Path(name)
-        tables: list[SourceTable] = []
-        runs: list[Path] = []
-        for one in given:
-            folder = Path(one)
-            if is_run(folder):
-                runs.append(folder)
-                tables += run_tables(folder)
-            else:
-                tables.append(open_table(one, dict(columns), split, scratch))
+        tables, runs = _given(given, dict(columns), split, scratch)
         if not tables and not runs:
-            raise DataError(f"{given[0]}: no pairs there", code="data-empty")
+            raise DataError(
+                f"{given[0]}: holds measurements and no pairs", code="data-empty",
+                hint="give the pair table too: align view PAIRS FOLDER",
+            )  # fmt: skip
         session = Session(tables, runs, scratch, Options(who or _user(), decisions, text_cache))
         if tables:
             session.table(0)
@@ -137,6 +134,25 @@ def opened(
             yield session
         finally:
             session.close()
+
+
+def _given(
+    given: Sequence[str], columns: dict[str, str], split: str, scratch: Path
+) -> tuple[list[SourceTable], list[Path]]:
+    """The tables and the runs that are given; folders of measurements belong to every table."""
+    tables: list[SourceTable] = []
+    runs: list[Path] = []
+    measured: list[Measured] = []
+    for one in given:
+        folder = Path(one)
+        if is_run(folder):
+            runs.append(folder)
+            tables += run_tables(folder)
+        elif is_measurement(folder):
+            measured += folder_measured(folder)
+        else:
+            tables.append(open_table(one, columns, split, scratch))
+    return [replace(table, measured=(*table.measured, *measured)) for table in tables], runs
 
 
 def _user() -> str:

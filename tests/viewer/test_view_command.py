@@ -145,3 +145,19 @@ def test_the_packages_of_the_extra_are_named(tmp_path: Path) -> None:
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = align("view", "t.parquet", cwd=tmp_path, PYTHONPATH=path)
     assert done.returncode == 2 and "[view-extra]" in done.stderr and "margin-align[view]" in done.stderr
+
+
+def test_a_folder_of_measurements_belongs_to_every_table_given(tmp_path: Path) -> None:
+    table = frame(6)
+    write(table, tmp_path / "t.parquet")
+    (tmp_path / "why").mkdir()
+    measured = table[["id", "prompt"]].assign(influence=range(6))
+    write(measured, tmp_path / "why" / "influence.parquet")
+    given = [str(tmp_path / name) for name in ("why", "t.parquet")]
+    with opened(given, who="a", decisions=None, columns={}, split="train", text_cache=False) as session:
+        assert len(session.tables) == 1
+        assert [session.table(0).cell(row, "influence") for row in range(6)] == list(range(6))
+    with pytest.raises(AlignError, match="no pairs"), opened(
+        given[:1], who="a", decisions=None, columns={}, split="train", text_cache=False
+    ):  # fmt: skip
+        pass
