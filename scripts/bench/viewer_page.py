@@ -39,9 +39,9 @@ UNTIL_PAINTED = """(action) => { window.painted = new Promise((done) => addEvent
 
 
 @contextmanager
-def viewer(pairs: Path) -> Iterator[str]:
-    """Address of a viewer over a file, in a process of its own."""
-    command = [sys.executable, "-c", COMMAND, "view", str(pairs), "--no-browser"]
+def viewer(pairs: Path, *options: str) -> Iterator[str]:
+    """Address of a viewer over a file or a run, in a process of its own."""
+    command = [sys.executable, "-c", COMMAND, "view", str(pairs), "--no-browser", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     try:

@@ -1,10 +1,9 @@
 """A headless Chromium for the tests of the viewer's page."""
 
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 from tests.viewer.live import BROWSER, Tab
 
@@ -12,6 +11,7 @@ from tests.viewer.live import BROWSER, Tab
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """One Chromium for all tests."""
+    expect.set_options(timeout=15_000)
     with sync_playwright() as playwright:
         made = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
         yield made

@@ -222,7 +222,10 @@ def test_a_changed_table_and_a_stale_token_are_said(tab: Tab, tmp_path: Path) ->
         expect(page.locator("#count")).to_have_text("50 of 50 pairs")
 
 
-@pytest.mark.parametrize(("width", "dark"), [(360, False), (1280, True), (1920, False)])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [(360, False), pytest.param(1280, True, marks=pytest.mark.slow), pytest.param(1920, False, marks=pytest.mark.slow)],
+)
 def test_no_sideways_scroll_and_a_name_for_every_control(
     browser: Browser, tmp_path: Path, width: int, dark: bool
 ) -> None:

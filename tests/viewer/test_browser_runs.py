@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import expect
 
 from align.viewer.decisions import read_decisions
@@ -69,6 +70,7 @@ def test_a_training_is_followed_without_a_reload(tab: Tab, tmp_path: Path) -> No
         assert page.title() == "align view"
 
 
+@pytest.mark.slow
 def test_what_was_typed_survives_a_refusal(tab: Tab, tmp_path: Path) -> None:
     """A note about a pair on which another tab has decided meanwhile comes back when the note is opened again."""
     with served(write(TABLE, tmp_path / "t.parquet"), scratch=tmp_path / "s") as address:

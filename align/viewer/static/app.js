@@ -95,6 +95,7 @@ function choose(info) {
 
 function sayNotes({ notes, cache, measurements }) {
   const texts = [...notes];
+  sayCache(cache);
   if (cache.state === "none") texts.push(`Search is slow here, for texts are not copied: ${cache.why}`);
   if (measurements?.length) texts.push(`Joined by id: ${measurements.join(", ")}`);
   byId("notes")?.remove();
@@ -322,11 +323,15 @@ async function follow() {
   }
 }
 
+function sayCache({ state: now, done, of }) {
+  byId("search-text").placeholder = now === "building" ? `Search (texts ${Math.floor((100 * done) / of)}% ready)` : "Search the texts";
+}
+
 let last = { decisions: null, cache: null };
 
 function heard({ cache, decisions, broken, changed }) {
   if (changed) problem(new Failure(409, "table-changed", "The table was written anew since it was opened", "decisions are saved and stay"));
-  byId("search-text").placeholder = cache.state === "building" ? `Search (texts ${Math.floor((100 * cache.done) / cache.of)}% ready)` : "Search the texts";
+  sayCache(cache);
   if (broken) byId("saved").title = `${broken} lines of the decision file are broken and not used`;
   const more = last.decisions !== null && decisions !== last.decisions;
   const ready = last.cache === "building" && cache.state !== "building";

@@ -25,13 +25,21 @@ export function listSource(rows) {
   };
 }
 
+/** Note the rows of a page that has come. */
+function took(source, number, found, asked) {
+  const place = opened.info.loaded.indexOf("id");
+  found.rows.forEach((row, index) => {
+    source.loaded.set(number * PAGE + index, row);
+    learn(row, found.cells[index][place], found.decisions[index], asked);
+  });
+  return found;
+}
+
 export class PairList {
   /** `on`: open(row, position), sort(name), selected(), problem(failure), gone(): the view is no longer kept. */
   constructor(place, on) {
     this.on = on;
-    this.source = { count: 0, load: async () => ({ rows: [], cells: [], texts: null, decisions: [] }) };
-    this.pages = new Map();
-    this.loaded = new Map();
+    this.source = { count: 0, pages: new Map(), loaded: new Map() };
     this.cursor = 0;
     this.anchor = 0;
     this.selected = new Map();
@@ -56,19 +64,17 @@ export class PairList {
 
   /** Show other rows, from the first one. */
   async show(source, keepPlace = false) {
-    this.source = source;
-    this.pages.clear();
-    this.loaded.clear();
     if (!keepPlace) {
       this.cursor = 0;
       this.table.scrollTop = 0;
     }
+    this.source = { ...source, pages: new Map(), loaded: new Map() };
     this.cursor = Math.max(0, Math.min(this.cursor, source.count - 1));
     this.empty.hidden = source.count > 0;
     if (source.page) {
-      this.pages.set(0, Promise.resolve(this.took(0, source.page, moment())));
-      clearTimeout(this.timer);
-      this.timer = setTimeout(() => this.source === source && this.again(), TEXTS_AFTER);
+      const now = this.source;
+      now.pages.set(0, Promise.resolve(took(now, 0, source.page, moment())));
+      setTimeout(() => this.source === now && this.again(), TEXTS_AFTER);
     }
     this.table.resetAutoSize();
     await this.draw();
@@ -80,36 +86,29 @@ export class PairList {
 
   /** Ask again for what is shown: decisions of others, texts that are ready now. */
   async again() {
-    const numbers = [...this.pages.keys()].filter((number) => (number + 1) * PAGE >= this.seen[0] && number * PAGE <= this.seen[1]);
+    const { source, seen } = this;
+    const numbers = [...source.pages.keys()].filter((number) => (number + 1) * PAGE >= seen[0] && number * PAGE <= seen[1]);
     const asked = moment();
     try {
-      const fresh = await Promise.all(numbers.map(async (number) => [number, this.took(number, await this.source.load(number * PAGE), asked)]));
-      this.pages.clear();
-      fresh.forEach(([number, found]) => this.pages.set(number, Promise.resolve(found)));
+      const fresh = await Promise.all(numbers.map(async (number) => [number, took(source, number, await source.load(number * PAGE), asked)]));
+      source.pages.clear();
+      fresh.forEach(([number, found]) => source.pages.set(number, Promise.resolve(found)));
     } catch (failure) {
       if (failure.code === "view-gone") return this.on.gone();
       return this.on.problem(failure);
     }
-    return this.draw();
+    return this.source === source ? this.draw() : null;
   }
 
   async page(number) {
-    if (!this.pages.has(number)) {
+    const { source } = this;
+    if (!source.pages.has(number)) {
       const asked = moment();
-      const loading = this.source.load(number * PAGE).then((found) => this.took(number, found, asked));
-      this.pages.set(number, loading);
-      loading.catch(() => this.pages.delete(number));
+      const loading = source.load(number * PAGE).then((found) => took(source, number, found, asked));
+      source.pages.set(number, loading);
+      loading.catch(() => source.pages.delete(number));
     }
-    return this.pages.get(number);
-  }
-
-  took(number, found, asked) {
-    const place = opened.info.loaded.indexOf("id");
-    found.rows.forEach((row, index) => {
-      this.loaded.set(number * PAGE + index, row);
-      learn(row, found.cells[index][place], found.decisions[index], asked);
-    });
-    return found;
+    return source.pages.get(number);
   }
 
   /** The row number at a place of the list; null beyond its ends. */
@@ -122,7 +121,8 @@ export class PairList {
   async data(x0, from, x1, to) {
     const columns = this.columns();
     const some = columns.slice(x0, x1);
-    const end = Math.min(to, this.source.count);
+    const { source } = this;
+    const end = Math.min(to, source.count);
     const rows = [];
     if (end > from) this.seen = [from, end];
     try {
@@ -135,7 +135,7 @@ export class PairList {
       else this.on.problem(failure);
     }
     return {
-      num_rows: this.source.count, num_columns: columns.length, row_height: ROW_HEIGHT, num_column_headers: 1,
+      num_rows: source.count, num_columns: columns.length, row_height: ROW_HEIGHT, num_column_headers: 1,
       column_headers: some.map((name) => [this.title(name)]),
       data: some.map((_, index) => Array.from({ length: Math.max(0, end - from) }, (_, at) => rows[at]?.[index] ?? "")),
     };
@@ -207,7 +207,7 @@ export class PairList {
 
   /** The row at a place that has been loaded. */
   shown(position) {
-    return this.loaded.get(position) ?? null;
+    return this.source.loaded.get(position) ?? null;
   }
 
   clicked(event) {
