@@ -119,7 +119,7 @@ def run(pairs: Path) -> dict[str, Any]:
     Raises:
         SystemExit: there is no Chromium.
     """
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
         raise SystemExit("no Chromium here; on Debian: apt install chromium")
     with viewer(pairs) as address, sync_playwright() as playwright:

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("image", type=Path)
     parser.add_argument("--place", type=int, default=0, help="place in the list of the pair that is opened")
     arguments = parser.parse_args()
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
         raise SystemExit("no Chromium here; on Debian: apt install chromium")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:

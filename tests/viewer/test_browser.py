@@ -172,6 +172,13 @@ def test_decisions_outlive_the_server_and_a_reload(tab: Tab, tmp_path: Path) -> 
         ledger = read_decisions([tmp_path / "decisions.jsonl"])
         assert [one["action"] for one in ledger.decisions.values()] == ["keep", "flip", "tie"]
         expect(page.locator(".problem")).to_have_count(0)
+    page.keyboard.press("4")
+    expect(page.locator("#saved")).to_have_text("1 not saved yet")
+    write(TABLE[1:], file)
+    with served(file, scratch=tmp_path / "s3", port=port):  # the same row is another pair now
+        expect(page.locator(".problem[data-code=other-pair]")).to_contain_text("drop of pair p0 is not saved")
+        settled(page)
+        assert list(saved(tmp_path)) == ["p0"] and saved(tmp_path)["p0"]["label"] == "tie"
 
 
 def test_hostile_texts_are_texts(tab: Tab, tmp_path: Path) -> None:

@@ -187,8 +187,11 @@ const refreshed = newest(async () => {
 /** Show what passes now; `aria-busy` until it is drawn. */
 async function refresh() {
   byId("pairs").setAttribute("aria-busy", "true");
-  await refreshed();
-  byId("pairs").setAttribute("aria-busy", "false");
+  try {
+    await refreshed();
+  } finally {
+    byId("pairs").setAttribute("aria-busy", "false");
+  }
 }
 
 /** Counts of all pairs, for the grey bars. */

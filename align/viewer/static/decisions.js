@@ -1,7 +1,7 @@
 /* Decisions on their way to the server. Each waits in this tab's storage until the server has said that it is saved, and
    is sent again with the same id, so that neither a killed server nor a reload loses or doubles one. */
 
-import { passing, post, Failure } from "./api.js";
+import { Failure, get, passing, post } from "./api.js";
 import { byId, button, count } from "./dom.js";
 import { say, solved } from "./problems.js";
 
@@ -19,7 +19,7 @@ let timer = 0;
 
 function read() {
   try {
-    return JSON.parse(sessionStorage.getItem(KEY)) ?? [];
+    return (JSON.parse(sessionStorage.getItem(KEY)) ?? []).map((one) => ({ ...one, unsure: true }));
   } catch {
     return [];
   }
@@ -90,6 +90,7 @@ async function sendOne() {
   const batch = next();
   const { table } = batch[0];
   try {
+    if (!(await sure(batch))) return true;
     const decisions = batch.map(({ id, row, pair, content, action, value, base }) => ({ id, row, pair, ...(content ? { content } : {}), action, value, base }));
     const answer = await post("decide", { table }, { decisions });
     done(batch);
@@ -103,10 +104,25 @@ async function sendOne() {
   }
 }
 
+/** Whether the rows still are the pairs that were judged; a server that was started again may show another table. */
+async function sure(batch) {
+  for (const one of batch.filter(({ unsure }) => unsure)) {
+    const found = await get("pair", { table: one.table, row: one.row });
+    one.unsure = false;
+    if (found.id === one.pair && (!one.content || found.content === one.content)) continue;
+    done([one]);
+    say(new Failure(409, "other-pair", `${one.action} of pair ${one.pair} is not saved: its place in the table now holds another pair, or other texts`, "look at the pair again"));
+    tell([one.row], one);
+    return false;
+  }
+  return true;
+}
+
 /** After a refusal: wait and try again, or find out which one of several it was, or give that one up and say so. */
 function refused(batch, failure) {
   if (passing(failure) || failure.code === "table-changed") {
-    say(failure, ...(failure.status ? [button("Try again", send)] : []));
+    if (failure.code !== "table-changed") say(failure, ...(failure.status ? [button("Try again", send)] : []));
+    waiting.forEach((one) => { one.unsure = true; });
     if (failure.status === 0) timer = setTimeout(send, WAIT);
     return false;
   }
