@@ -8,7 +8,7 @@ import numpy as np
 from align.data.text import WORD
 from align.viewer.texts import Texts
 
-WORDS = 12
+WORDS = 8
 """Rarest words of a prompt that candidates are found by."""
 SAMPLE = 2_000
 """Rows that show how rare a word is."""
@@ -21,7 +21,7 @@ WHAT = (
 
 def word_set(text: str) -> set[str]:
     """Different words of a text, in lower case."""
-    return set(WORD.findall(text.lower()))
+    return {word.lower() for word in WORD.findall(text)}
 
 
 def jaccard(first: set[str], second: set[str]) -> float:
@@ -43,12 +43,11 @@ def neighbors(texts: Texts, row: int) -> dict[str, Any]:
         own = word_set(found[0])
         if not own:
             return {"neighbors": [], "what": WHAT, "why": "the prompt has no words"}
-        chosen = _rarest(own, _frequencies(texts, cursor))
-        parts = " + ".join("contains(lowered, ?)::integer" for _ in chosen)
+        chosen = _rarest(found[0], _frequencies(texts, cursor))
+        parts = " + ".join("contains(prompt, ?)::integer" for _ in chosen)
         rows = cursor.execute(
-            f"select rowid, prompt from (select *, {parts} as shared from (select rowid, prompt, lower(prompt) as "
-            "lowered from texts where rowid <> ? and prompt <> ?)) where shared > 0 "
-            f"order by shared desc, rowid limit {CANDIDATES}",
+            f"select rowid, prompt from (select rowid, prompt, {parts} as shared from texts where rowid <> ? and "
+            f"prompt <> ?) where shared > 0 order by shared desc, rowid limit {CANDIDATES}",
             [*chosen, row, found[0]],
         ).fetchall()
     scored = sorted(((jaccard(own, word_set(text)), -number) for number, text in rows), reverse=True)
@@ -70,6 +69,11 @@ def _frequencies(texts: Texts, cursor: Any) -> Counter[str]:
     return texts.frequencies
 
 
-def _rarest(own: set[str], counted: Counter[str]) -> list[str]:
-    """The rarest words of a prompt that others may have too: those met at most once in the sample come last."""
-    return sorted(own, key=lambda word: (counted[word] < 2, counted[word], -len(word), word))[:WORDS]
+def _rarest(prompt: str, counted: Counter[str]) -> list[str]:
+    """The rarest words of a prompt, as they are written there; those met at most once in the sample come last.
+
+    A word that only this prompt has finds nothing.
+    """
+    written = {word.lower(): word for word in WORD.findall(prompt)}
+    order = sorted(written, key=lambda word: (counted[word] < 2, counted[word], -len(word), word))
+    return [written[word] for word in order[:WORDS]]

@@ -31,6 +31,8 @@ KEPT_SEARCHES = 8
 BLOCK = 2 * 122_880
 """Rows of a block of a search: whole row groups of the database, one for each of two threads."""
 COPIES = 50
+VECTOR = 2048
+"""Rows that the database decodes together: rows of one vector cost as much as one of them."""
 SETTINGS: dict[str, Any] = {"memory_limit": "200MB", "threads": 2, "access_mode": "READ_ONLY"}
 
 
@@ -120,13 +122,17 @@ class Texts:
         if not self.ready:
             return None
         parts = ", ".join(f"left({name}, {BEGINNING})" for name in TEXT)
+        groups: dict[int, list[int]] = {}
+        for row in rows:
+            groups.setdefault(int(row) // VECTOR, []).append(int(row))
+        found: dict[int, list[str]] = {}
         with self.cursor() as cursor:
-            found = []
-            for row in rows:
-                one = cursor.execute(f"select {parts} from texts where rowid = ?", [int(row)]).fetchone()
-                assert one is not None
-                found.append([" ".join(text.split()) for text in one])
-        return found
+            for group in groups.values():
+                for number, *one in cursor.execute(
+                    f"select rowid, {parts} from texts where rowid >= ? and rowid <= ?", [min(group), max(group)]
+                ).fetchall():
+                    found[number] = [" ".join(text.split()) for text in one]
+        return [found[int(row)] for row in rows]
 
     def pair(self, row: int) -> dict[str, Any]:
         """One pair: ``values`` (text or messages of each of the three), ``plain`` (each as text), ``others`` (columns
@@ -162,23 +168,21 @@ class Texts:
         cache is there. At most ``COPIES`` of each."""
         if not self.ready:
             return None
-        conditions = {
-            "same": "t.prompt = o.prompt and t.chosen = o.chosen and t.rejected = o.rejected",
-            "flipped": "t.prompt = o.prompt and t.chosen = o.rejected and t.rejected = o.chosen",
-            "prompt": "t.prompt = o.prompt",
-        }
         with self.cursor() as cursor:
-            return {
-                name: [
-                    found
-                    for (found,) in cursor.execute(
-                        f"select t.rowid from texts t, (select * from texts where rowid = ?) o "
-                        f"where t.rowid <> ? and {condition} order by 1 limit {COPIES}",
-                        [row, row],
-                    ).fetchall()
-                ]
-                for name, condition in conditions.items()
-            }
+            own = cursor.execute(f"select {', '.join(TEXT)} from texts where rowid = ?", [row]).fetchone()
+            assert own is not None
+            prompt, chosen, rejected = own
+            rows = cursor.execute(
+                "select rowid, chosen = ? and rejected = ?, chosen = ? and rejected = ? from texts "
+                "where rowid <> ? and prompt = ? order by 1",
+                [chosen, rejected, rejected, chosen, row, prompt],
+            ).fetchall()
+        found = {
+            "same": [number for number, same, _ in rows if same],
+            "flipped": [number for number, _, flipped in rows if flipped],
+            "prompt": [number for number, *_ in rows],
+        }
+        return {name: numbers[:COPIES] for name, numbers in found.items()}
 
     @contextlib.contextmanager
     def cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
