@@ -94,3 +94,31 @@ def test_what_was_typed_survives_a_refusal(tab: Tab, tmp_path: Path) -> None:
         expect(page.locator(".editor textarea")).to_have_value("long thoughts 12 u")
         page.keyboard.press("Control+Enter")
         expect(page.locator("#pair .note")).to_have_text("long thoughts 12 u")
+
+
+def test_texts_of_every_kind_are_rendered(tab: Tab, tmp_path: Path) -> None:
+    """Turns, tool calls, code, Arabic; whole words are marked in every script; an edit of messages stays messages."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": '{"a": 1}'}}]}
+    prompt = [{"role": "user", "content": "run `ls`\n\n```python\nprint(1)\n```"}, call]
+    prompt.append({"role": "tool", "content": '{"found": 2}'})
+    table = TABLE[:20].astype(object)
+    table["prompt"] = [json.dumps(prompt)] * 20
+    table["chosen"] = [json.dumps([{"role": "assistant", "content": "تعطّل القطار ولم أستطع الاتصال"}])] * 20
+    table["rejected"] = [json.dumps([{"role": "assistant", "content": "تعطّلت السيارة ولم أستطع الاتصال"}])] * 20
+    with served(write(table.infer_objects(), tmp_path / "t.parquet"), scratch=tmp_path / "s") as address:
+        page = tab.open(address)
+        open_first(page)
+        assert page.locator(".prompt .turn h4").all_inner_texts() == ["user", "assistant", "tool"]
+        expect(page.locator(".prompt pre[data-language=python]")).to_have_text("print(1)")
+        expect(page.locator(".prompt .tool")).to_contain_text('"a": 1')
+        expect(page.locator(".prompt .turn[data-role=tool] pre")).to_contain_text('"found": 2')
+        assert page.locator(".response.chosen ins").all_inner_texts() == ["تعطّل", "القطار"]
+        direction = "getComputedStyle(document.querySelector('.response.chosen p')).direction"
+        assert page.evaluate(direction) == "rtl"
+        page.keyboard.press("e")
+        page.get_by_label("chosen, assistant").fill("other")
+        page.keyboard.press("Control+Enter")
+        settled(page)
+        expect(page.locator(".response.chosen .turn").first).to_contain_text("other")
+        after = next(iter(read_decisions([tmp_path / "decisions.jsonl"]).decisions.values()))["after"]
+        assert after["edits"] == {"chosen": [{"role": "assistant", "content": "other"}]}

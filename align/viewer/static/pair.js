@@ -17,7 +17,7 @@ export const ACTIONS = [
 export class PairView {
   /** `on`: move(step), close(), open(row), problem(failure), changed(): the row that is shown is another one. */
   constructor(place, on) {
-    Object.assign(this, { place, on, row: null, pair: null, position: null, size: 0, mode: "differences" });
+    Object.assign(this, { place, on, row: null, pair: null, drawn: null, position: null, size: 0, mode: "differences" });
     this.editor = new Editor();
     const part = (name) => el("div", { class: name });
     [this.head, this.bar, this.said, this.texts, this.below] = ["row", "row decide", "status", "texts", "below"].map(part);
@@ -47,25 +47,28 @@ export class PairView {
   }
 
   close() {
-    Object.assign(this, { row: null, pair: null });
+    Object.assign(this, { row: null, pair: null, drawn: null });
     this.editor.close();
     this.place.hidden = true;
     document.body.classList.remove("reading", "large");
   }
 
-  /** Draw all of it; `same`: the pair that was there, so the place in it stays. */
+  /** Draw all of it at once; `same`: the pair that was there, so the place in it stays. */
   async draw(same = false) {
+    const { pair } = this;
     const top = same ? this.place.scrollTop : 0;
-    this.below.replaceChildren(...pairSections(this.pair, this.on));
-    this.drawHead();
     await this.drawTexts();
+    if (this.pair !== pair || this.row !== pair.row) return;
+    this.below.replaceChildren(...pairSections(pair, this.on));
+    this.drawHead();
+    this.drawn = this.row;
     this.place.scrollTop = top;
-    if (!same) announce(`Pair ${this.pair.id}${this.position === null ? "" : `, ${this.position + 1} of ${this.size}`}`);
+    if (!same) announce(`Pair ${pair.id}${this.position === null ? "" : `, ${this.position + 1} of ${this.size}`}`);
   }
 
   /** The state of the decision, as it is now. */
   drawHead() {
-    if (!this.pair) return;
+    if (this.pair?.row !== this.row) return;
     const { state: decided, by, conflict } = known.get(this.row) ?? this.pair;
     const waiting = pending(state.table, this.row);
     const place = this.position === null ? "" : `${count(this.position + 1)} of ${count(this.size)}`;
@@ -120,7 +123,7 @@ export class PairView {
   }
 
   ready() {
-    return this.pair?.row === this.row && this.row !== null && !this.moving && opened.info.can_decide;
+    return this.row !== null && this.drawn === this.row && !this.moving && opened.info.can_decide;
   }
 
   edit() {
