@@ -74,7 +74,7 @@ def query_strategy() -> st.SearchStrategy[dict[str, Any]]:
 
 
 @given(query=query_strategy())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_rows_and_histograms_are_those_of_pandas(asked: TestClient, query: dict[str, Any]) -> None:
     wanted = TABLE[passing(query)]
     if query["sort"] is not None:
