@@ -122,3 +122,20 @@ def test_texts_of_every_kind_are_rendered(tab: Tab, tmp_path: Path) -> None:
         expect(page.locator(".response.chosen .turn").first).to_contain_text("other")
         after = next(iter(read_decisions([tmp_path / "decisions.jsonl"]).decisions.values()))["after"]
         assert after["edits"] == {"chosen": [{"role": "assistant", "content": "other"}]}
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(tab: Tab, tmp_path: Path) -> None:
+    body = json.dumps({"error": {"code": "disk-full", "message": "the disk is full; NOT saved", "hint": "free some"}})
+    with served(write(TABLE, tmp_path / "t.parquet"), scratch=tmp_path / "s") as address:
+        page = tab.open(address)
+        open_first(page)
+        page.route("**/api/decide*", lambda route: route.fulfill(status=507, body=body))
+        page.keyboard.press("2")
+        expect(page.locator(".problem[data-code=disk-full]")).to_contain_text("NOT saved")
+        expect(page.locator("#saved")).to_have_text("1 not saved yet")
+        page.unroute("**/api/decide*")
+        page.get_by_role("button", name="Try again").click()
+        settled(page)
+        expect(page.locator(".problem")).to_have_count(0)
+        made = list(read_decisions([tmp_path / "decisions.jsonl"]).decisions.values())
+        assert [(one["pair"], one["action"]) for one in made] == [("p0", "flip")]

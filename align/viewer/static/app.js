@@ -332,7 +332,9 @@ function sayCache({ state: now, done, of }) {
 
 let last = { decisions: null, cache: null };
 
-function heard({ cache, decisions, broken, changed }) {
+function heard({ cache, decisions, broken, changed, problem: why }) {
+  if (why) problem(new Failure(422, "decision-file", `The decisions cannot be read: ${why}`));
+  else solved("decision-file");
   if (changed) problem(new Failure(409, "table-changed", "The table was written anew since it was opened", "decisions are saved and stay"));
   sayCache(cache);
   if (broken) byId("saved").title = `${broken} lines of the decision file are broken and not used`;

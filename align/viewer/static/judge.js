@@ -37,16 +37,16 @@ function queues(info, found, on) {
 }
 
 function estimates(found) {
-  const { judged, undecided, not_counted: outside, next, flips, sources, by, accuracy, trust, sentence } = found;
+  const { judged, undecided, not_counted: outside, other_texts: changed, next, flips, sources, by, accuracy, trust, sentence } = found;
   if (!judged) return el("p", {}, `Nothing yet. After ${found.milestones[0]} pairs of the random queue the rate of flipped labels is known to about ±8 points.`);
   const rows = Object.entries(sources ?? {});
   return el("div", {},
-    el("p", {}, el("b", {}, pairs(judged)), " of the random queue judged", undecided ? `, ${count(undecided)} of them ties or dropped` : "", outside ? `; ${pairs(outside)} judged outside of it, not counted` : "", "."),
+    el("p", {}, el("b", {}, pairs(judged)), " of the random queue judged", undecided ? `, ${count(undecided)} of them ties or dropped` : "", outside ? `; ${pairs(outside)} judged outside of it, not counted` : "", changed ? `; ${pairs(changed)} left out, for their texts have changed since` : "", "."),
     next ? el("div", { class: "progress" }, el("progress", { max: String(next), value: judged, "aria-label": `${judged} of ${next}` }), el("span", { class: "muted" }, `${next - judged} to ${next}`)) : null,
     sentence ? el("p", { class: "sentence" }, sentence) : null,
     flips ? el("table", { class: "rates" }, el("thead", {}, el("tr", {}, [by ?? "", "flipped labels (95%)", "", "pairs"].map((text) => el("th", { scope: "col" }, text)))),
       el("tbody", {}, line("all", flips), rows.map(([name, one]) => line(name, one)))) : null,
-    accuracy ? el("p", {}, el("b", {}, "Reward model against you: "), `${share(accuracy)} of ${pairs(accuracy.n)} agree. `,
+    accuracy ? el("p", {}, el("b", {}, "Reward model against you: "), `${share(accuracy)} of ${pairs(accuracy.n)} agree (column ${accuracy.column}). `,
       accuracy.fair ? null : el("span", { class: "warn" }, "Its margins are not cross-fitted: it has seen these pairs, so this is too good.")) : null,
     trust?.text ? el("p", {}, el("b", {}, "Trust: "), trust.text) : null);
 }
