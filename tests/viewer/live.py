@@ -34,7 +34,7 @@ def served(*given: Any, scratch: Path, runs: tuple[Path, ...] = (), port: int = 
     with listening(port) as bound:
         number = bound.getsockname()[1]
         config = uvicorn.Config(
-            make_app(session, LONG_TOKEN, number), log_level="critical", lifespan="off", timeout_graceful_shutdown=1
+            make_app(session, LONG_TOKEN, number), log_level="critical", lifespan="off", timeout_graceful_shutdown=0.25
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

@@ -17,7 +17,7 @@ import { listSource, PAGE, PairList, viewSource } from "./table.js";
 import { toolbar, updateToolbar } from "./toolbar.js";
 
 const NARROW = matchMedia("(max-width: 899px)");
-const RETRY = 2000;
+const RETRY = 1000;
 const TAB = crypto.randomUUID();
 const charts = { histograms: new Map(), scatter: null, base: {} };
 let found = null;

@@ -7,7 +7,7 @@ import { say, solved } from "./problems.js";
 
 const KEY = "unsent";
 const AT_ONCE = 500;
-const WAIT = 2000;
+const WAIT = 1000;
 
 /** Row -> {pair, state, heads, by, conflict}: what this tab has shown of the open table. */
 export const known = new Map();
