@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report,gguf,filter,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report,gguf,filter,view,dev]'
 	touch $(STAMP)
 
 assets: $(STAMP)
@@ -60,7 +60,7 @@ test-lowest: .venv-lowest/.ready assets
 .venv-lowest/.ready: pyproject.toml constraints-lowest.txt
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt torch
-	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable '.[report,gguf,filter,dev]'
+	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable '.[report,gguf,filter,view,dev]'
 	touch $@
 
 mutation: $(STAMP)

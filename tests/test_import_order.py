@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    "scripts", "align.cli", "align.run", "align.api", "align.commands", "align.reports", "align.diagnosis",
-    "align.evaluation", "align.filtering", "reward_models", "align.training", "align.entanglement", "align.trust",
-    "align.generation", "align.models", "align.data", "align.sharding", "align.losses", "align.config", "align.io",
-    "align.distributed", "align.stats", "align.errors",
+    "scripts", "align.cli", "align.run", "align.api", "align.commands", "align.viewer", "align.reports",
+    "align.diagnosis", "align.evaluation", "align.filtering", "reward_models", "align.training", "align.entanglement",
+    "align.trust", "align.generation", "align.models", "align.data", "align.sharding", "align.losses", "align.config",
+    "align.io", "align.distributed", "align.stats", "align.errors",
 )  # fmt: skip
 """A package imports itself and packages after it, never one before it."""
 ABOVE_REWARD_MODELS = ("align.run", "align.api", "align.commands", "align.evaluation", "align.filtering")

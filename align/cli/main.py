@@ -20,6 +20,7 @@ from align.cli import generate as cli_generate
 from align.cli import pairs as cli_pairs
 from align.cli import setup as cli_setup
 from align.cli import trust as cli_trust
+from align.cli import view as cli_view
 from align.cli.options import (
     Cluster,
     Columns,
@@ -39,8 +40,8 @@ STOPPED = {128 + signal.SIGINT: "stopped", 128 + signal.SIGTERM: "terminated"}
 TOGETHER = frozenset({"run", "train", "reward", "entangle", "iterate"})
 """Verbs that all processes of a launcher run together; rank 0 runs the others alone."""
 ORDER = (
-    "doctor", "init", "recipes", "schema", "data", "pairs", "reward", "filter", "trust", "advise", "generate", "run",
-    "train", "entangle", "eval", "best-of-n", "iterate", "report", "push", "reproduce", "explain",
+    "doctor", "init", "recipes", "schema", "data", "view", "pairs", "reward", "filter", "trust", "advise", "generate",
+    "run", "train", "entangle", "eval", "best-of-n", "iterate", "report", "push", "reproduce", "explain",
 )  # fmt: skip
 """Verbs in the order of the work."""
 
@@ -75,6 +76,8 @@ app.command("trust")(cli_trust.trust)
 app.command("advise")(cli_trust.advise)
 app.add_typer(cli_setup.app, name="recipes")
 app.command("init")(cli_setup.init)
+app.command("view")(cli_view.view)
+data.command("apply")(cli_view.apply)
 app.command("doctor")(cli_setup.doctor)
 app.command("schema")(cli_setup.schema)
 app.command("explain")(cli_setup.explain)

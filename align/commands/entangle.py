@@ -31,6 +31,7 @@ from align.entanglement.trace import START, sentence, trajectory
 from align.errors import ConfigError, DataError
 from align.io.console import log, out, progress
 from align.io.files import write_json
+from align.io.parquet import ROW_GROUP
 from align.io.stage import Stage, check_files, run_stage
 from align.losses.registry import resolve
 from align.losses.spec import BoundLoss
@@ -41,6 +42,7 @@ from align.models.turns import Turns, counted
 from align.reports.entanglement_page import shade, write_entanglement_page, write_trace_page
 from align.sharding.jobs import Work
 from align.sharding.shards import map_shards
+from align.viewer.measured import TOKENS
 
 TABLE = "entanglement.parquet"
 MEASUREMENTS = "measurements"
@@ -84,12 +86,14 @@ class ReportSettings:
 
 
 def report(source: PairsSection, settings: ReportSettings, output: Path) -> None:
-    """Measure pairs, write ``entanglement.parquet``, ``summary.json`` and ``report.html`` under ``output``.
+    """Measure pairs, write ``entanglement.parquet``, ``summary.json``, ``tokens.json`` and ``report.html``.
+
+    ``tokens.json`` holds the pairs that the page shows token by token, for `align view`.
 
     Raises:
         AlignError: the pairs, the model or the loss cannot be used.
     """
-    check_files(output, [SUMMARY, PAGE], own=[MEASUREMENTS])
+    check_files(output, [SUMMARY, TOKENS, PAGE], own=[MEASUREMENTS])
     bound = _bound(settings.loss, settings.parameters)
     every = load_pairs(source)
     pairs = sample_pairs(every, bound, settings.limit, source.path)
@@ -122,6 +126,7 @@ def report(source: PairsSection, settings: ReportSettings, output: Path) -> None
         "pairs": shown,
     }  # fmt: skip
     write_json(output / SUMMARY, {key: page[key] for key in ("run", "summary", "advice")})
+    write_json(output / TOKENS, shown)
     write_entanglement_page(output / PAGE, table, page)
     log.info("%s", page["advice"]["headline"])
     log.info("do: %s", page["advice"]["next_step"])
@@ -272,7 +277,7 @@ def measure_tokens(
         here = job if cluster is not None else _Loaded(policy, job)
         made = map_shards(tokens, here, parts, size=SHARD, what="entanglement", cluster=cluster, together=True)
         if process_rank() == 0:
-            made.whole().to_parquet(str(partial / TABLE))
+            made.whole().to_parquet(str(partial / TABLE), batch_size=ROW_GROUP)
 
     stage = run_stage("entanglement", folder, inputs, work, collective=True)
     return stage, Dataset.from_parquet(str(folder / TABLE), keep_in_memory=True)

@@ -23,6 +23,7 @@ from align.evaluation.reward_pairs import finding_sentences, pair_findings
 from align.evaluation.rewardbench import is_plain
 from align.io.console import log, out
 from align.io.files import write_json
+from align.io.parquet import ROW_GROUP
 from align.io.stage import Stage, check_files, run_stage
 from align.models.chat_template import rendered_today
 from align.models.folders import fingerprint_model
@@ -110,7 +111,9 @@ def _score(
             scored = scorer.score_pairs(pairs.select(rows))
             return scored.select_columns(["id", "reward_chosen", "reward_rejected"])
 
-        in_parts(len(pairs), PART, partial / "parts", part, what="scoring").to_parquet(str(partial / SCORES))
+        in_parts(len(pairs), PART, partial / "parts", part, what="scoring").to_parquet(
+            str(partial / SCORES), batch_size=ROW_GROUP
+        )
         shutil.rmtree(partial / "parts")
 
     return run_stage("scores", folder, inputs, work)

@@ -31,6 +31,7 @@ from align.generation.sampling_job import SamplingJob, completions_of, sample_pr
 from align.generation.types import SAMPLING, Completion, Sampling, as_completion
 from align.generation.vllm_adapters import check_vllm_adapter, served_otherwise
 from align.io.hashing import digest
+from align.io.parquet import ROW_GROUP
 from align.io.stage import run_stage
 from align.models.folders import adapter_base, fingerprint_model
 from align.sharding.jobs import read_table
@@ -263,7 +264,7 @@ def _table_stage(
     file = f"{kind}.parquet"
 
     def make(target: Path) -> None:
-        work(target / PARTS).to_parquet(str(target / file))
+        work(target / PARTS).to_parquet(str(target / file), batch_size=ROW_GROUP)
         shutil.rmtree(target / PARTS)
 
     stage = run_stage(f"{kind} of {name}", folder, inputs, make)

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.parquet as pq
 from datasets import Dataset
 
 from align.config import ClusterSection, PairsSection
@@ -33,6 +32,7 @@ from align.io.console import log
 from align.io.files import atomic_write, write_json
 from align.io.hashing import digest
 from align.io.object_store import is_remote
+from align.io.parquet import write_parquet
 from align.io.stage import Stage, check_output, run_stage
 from align.models.chat_template import rendered_today
 from align.models.folders import fingerprint_model
@@ -262,7 +262,7 @@ def write_table(rows: list[dict[str, Any]], file: Path) -> None:
             lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
             temporary.write_text("".join(lines), encoding="utf-8")
         else:
-            pq.write_table(completion_table(rows), temporary, compression="zstd")
+            write_parquet(completion_table(rows), temporary)
 
 
 def _write_metrics(

@@ -28,6 +28,7 @@ from align.errors import ConfigError, ModelError
 from align.io.console import log, out
 from align.io.files import read_json, write_json
 from align.io.hashing import hash_file
+from align.io.parquet import ROW_GROUP
 from align.io.stage import check_files, run_stage
 from align.losses.registry import resolve
 from align.losses.spec import BoundLoss
@@ -145,7 +146,7 @@ def influence(
         },
         **summarize(table, tables, points, settings.by, settings.shown),
     }  # fmt: skip
-    table.to_parquet(str(output / TABLE))
+    table.to_parquet(str(output / TABLE), batch_size=ROW_GROUP)
     write_json(output / FILE, report)
     write_influence_page(output / PAGE, report)
     log.info("%s", report["sentence"])
@@ -267,7 +268,7 @@ def _measure(folder: Path, job: _Job, point: Point) -> tuple[Dataset, dict[str, 
         made = map_shards(job.tokens, _Start(job, point, partial), partial / "parts", size=SHARD, what="influence",
                           together=True)  # fmt: skip
         if process_rank() == 0:
-            made.whole().to_parquet(str(partial / TABLE))
+            made.whole().to_parquet(str(partial / TABLE), batch_size=ROW_GROUP)
 
     run_stage("influence", folder, inputs, work, collective=True)
     return Dataset.from_parquet(str(folder / TABLE), keep_in_memory=True), read_json(folder / HELD)

@@ -8,13 +8,15 @@ import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
 
 from align.config.columns import TEMPLATE_COLUMNS, TEXT
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 MESSAGES = "messages"
 """Key of the messages in a prompt with arguments of the chat template."""
@@ -97,12 +99,14 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def exact_messages(table: Dataset) -> Dataset:
+def exact_messages(table: "Dataset") -> "Dataset":
     """The table with messages, and arguments of the chat template, that have no keys of other rows.
 
     A column of objects in Arrow gives every object the keys of all others, with nulls: the arguments of one tool call
     those of another. Such a column becomes ``JSON_MESSAGES``, or JSON texts; others stay as they are.
     """
+    from datasets import Dataset
+
     for name in (*TEXT, *TEMPLATE_COLUMNS):
         kind = pa.null() if name not in table.column_names else table.data.schema.field(name).type
         objects = pa.types.is_list(kind) and pa.types.is_struct(kind.value_type)

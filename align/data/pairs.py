@@ -29,6 +29,7 @@ from align.errors import DataError, listed
 from align.io.arrow_tables import as_dataset
 from align.io.console import log
 from align.io.files import atomic_write
+from align.io.parquet import write_parquet
 
 FILE = "pairs.parquet"
 
@@ -147,7 +148,7 @@ def write_pairs(pairs: Dataset, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     table = pairs.with_format("arrow")[:].combine_chunks().replace_schema_metadata(None)
     with atomic_write(folder / FILE) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        write_parquet(table, temporary)
 
 
 def with_columns(pairs: Dataset, columns: Mapping[str, np.ndarray]) -> Dataset:

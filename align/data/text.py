@@ -5,14 +5,16 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
 
 from align.config.columns import TEXT
 from align.data.messages import content_text, message_lists, split_arguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 WORD = re.compile(r"\w+", re.UNICODE)
 SPEAKERS = frozenset({"user", "assistant"})
@@ -90,13 +92,13 @@ def without_system(part: Any) -> Any:
     return part if isinstance(part, str) else [turn for turn in part if turn["role"] not in SYSTEM]
 
 
-def texts(pairs: Dataset, start: int = 0, stop: int | None = None) -> pa.Array:
+def texts(pairs: "Dataset", start: int = 0, stop: int | None = None) -> pa.Array:
     """Plain texts [3 n] of the rows from ``start`` to ``stop``: prompt, chosen, rejected, prompt, ..."""
     rows = pairs.with_format("arrow")[start : len(pairs) if stop is None else stop]
     return interleaved(*(rows[part] for part in TEXT))
 
 
-def texts_of(pairs: Dataset, rows: list[int], *, system: bool = True) -> pa.Array:
+def texts_of(pairs: "Dataset", rows: list[int], *, system: bool = True) -> pa.Array:
     """Plain texts [3 R] of the rows at these indices, in the order of ``texts``; with or without system messages."""
     found = pairs.select(rows).with_format("arrow")[:]
     return interleaved(*(found[part] for part in TEXT), system=system)
@@ -120,6 +122,6 @@ def interleaved(
     return parts.take(pa.array(np.arange(3 * count).reshape(3, count).T.ravel()))
 
 
-def cells(pairs: Dataset, name: str) -> pa.ChunkedArray:
+def cells(pairs: "Dataset", name: str) -> pa.ChunkedArray:
     """One column of a pair table; works also if its rows were selected from another table."""
     return pairs.select_columns([name]).with_format("arrow")[:][name]

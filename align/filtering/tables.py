@@ -13,6 +13,7 @@ from datasets import Dataset
 from align.errors import DataError
 from align.filtering.selection import RobustScale
 from align.io.files import atomic_write
+from align.io.parquet import ROW_GROUP, write_parquet
 
 KEPT, DROPPED, SUMMARY = "kept.parquet", "dropped.parquet", "filter.json"
 WRITTEN_ROWS = 65_536
@@ -95,7 +96,7 @@ def _write_rows(found: Filtered, targets: dict[bool, Path]) -> None:
     for kept, part in filtered_rows(found):
         if kept not in writers:
             writers[kept] = pq.ParquetWriter(targets[kept], part.schema, compression="zstd")
-        writers[kept].write_table(part)
+        writers[kept].write_table(part, row_group_size=ROW_GROUP)
     for writer in writers.values():
         writer.close()
 
@@ -109,7 +110,7 @@ def write_broken(pairs: Dataset, broken: Mapping[int, tuple[str, str]], output: 
     kept = [name for name in pairs.column_names if name != "reason"]
     rows = pairs.select_columns(kept).select(places).with_format("arrow")[:].replace_schema_metadata(None)
     with atomic_write(output / DROPPED) as target:
-        pq.write_table(rows.append_column("reason", pa.array(reasons, type=pa.string())), target, compression="zstd")
+        write_parquet(rows.append_column("reason", pa.array(reasons, type=pa.string())), target)
 
 
 def explain(output: Path, pair_id: str) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Protocol
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from align.io.parquet import ROW_GROUP
+
 Work = Callable[[Dataset], Dataset]
 """Rows of a shard -> rows of the result, at most as many."""
 
@@ -37,7 +39,7 @@ def read_table(file: Path) -> Dataset:
 def encode(table: Dataset) -> bytes:
     """A table with its features as Parquet bytes."""
     stream = io.BytesIO()
-    table.to_parquet(stream)
+    table.to_parquet(stream, batch_size=ROW_GROUP)
     return stream.getvalue()
 
 

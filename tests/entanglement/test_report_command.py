@@ -14,6 +14,8 @@ from align.commands.entangle import ReportSettings, report
 from align.config import PairsSection
 from align.errors import DataError, ModelError
 from align.io.files import read_json
+from align.viewer.measured import folder_measured
+from align.viewer.tokens import measured_tokens
 from tests.helpers.builders import rows, tokenizer
 
 
@@ -38,6 +40,11 @@ def test_a_part_of_the_pairs_is_a_fair_sample(tiny_policy: Path, tmp_path: Path)
     assert len(some) == 24 and 5 <= hard <= 19 and run["of"] == 80
     assert set(some) == set(measured(table[::-1], tiny_policy, tmp_path / "b", limit=24)[0])
     assert "24 of 80 pairs" in (tmp_path / "a" / "out" / "report.html").read_text()
+    (shown,) = read_json(tmp_path / "a" / "out" / "tokens.json")
+    (again,) = measured_tokens(folder_measured(tmp_path / "a" / "out"), shown["id"])
+    row = next(row for row in table if row["id"] == shown["id"])
+    assert "".join(token["text"] for token in again["chosen"]).startswith(row["chosen"].replace(" ", ""))
+    assert max(abs(token["shade"]) for token in again["chosen"]) == 1.0
 
 
 def test_a_pair_whose_prompt_fills_the_limit_is_left_out_by_name(tiny_policy: Path, tmp_path: Path) -> None:

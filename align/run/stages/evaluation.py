@@ -34,6 +34,7 @@ from align.generation.types import as_completion
 from align.generation.vllm_adapters import check_vllm_adapter
 from align.io.files import write_json
 from align.io.hashing import digest
+from align.io.parquet import ROW_GROUP
 from align.models.template_arguments import report_other_arguments
 from align.run.plan import REFERENCE
 from align.run.stages.judging import Verdicts, judge_completions
@@ -77,7 +78,7 @@ def stage_generate(config: RunConfig, folder: Path, policy: str) -> None:
     } | scores
     cells = [argument_cells(prompt) for prompt in prompts]
     table |= {name: [row.get(name) for row in cells] for name in TEMPLATE_COLUMNS if any(name in row for row in cells)}
-    Dataset.from_dict(table).to_parquet(str(folder / COMPLETIONS))
+    Dataset.from_dict(table).to_parquet(str(folder / COMPLETIONS), batch_size=ROW_GROUP)
     shutil.rmtree(folder / PARTS)
 
 

@@ -18,6 +18,7 @@ from align.training.base.checkpoints import check_resumable, last_complete_check
 from align.training.base.described import Described
 from align.training.base.epochs import WholeEpochs
 from align.training.base.finite_guard import FiniteSteps
+from align.training.base.live_log import LIVE, LiveLog
 from align.training.base.progress import show_progress
 from align.training.base.resume import ExactResume
 from align.training.base.stopping import stoppable
@@ -125,9 +126,13 @@ class ReliableTrainer(Described, BackgroundSaves, ExactResume, WholeEpochs, Trai
             SystemExit: the training was stopped by a signal.
         """
         show_progress(self, what)
+        live = LiveLog(Path(self.args.output_dir).with_name(LIVE))
+        self.add_callback(live)
         with stoppable(self) as stop:
             self.train(resume_from_checkpoint="auto")
             stop.check()
+            if self.is_world_process_zero():
+                live.remove()
             yield
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
