@@ -211,6 +211,7 @@ def test_hostile_texts_are_texts(tab: Tab, tmp_path: Path) -> None:
         assert {urlsplit(one).netloc for one in tab.asked if one.startswith("http")} == {urlsplit(address).netloc}
 
 
+@pytest.mark.slow
 def test_a_changed_table_and_a_stale_token_are_said(tab: Tab, tmp_path: Path) -> None:
     file = write(TABLE, tmp_path / "t.parquet")
     with served(file, scratch=tmp_path / "s") as address:
@@ -229,10 +230,8 @@ def test_a_changed_table_and_a_stale_token_are_said(tab: Tab, tmp_path: Path) ->
         expect(page.locator("#count")).to_have_text("50 of 50 pairs")
 
 
-@pytest.mark.parametrize(
-    ("width", "dark"),
-    [(360, False), pytest.param(1280, True, marks=pytest.mark.slow), pytest.param(1920, False, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "dark"), [(360, False), (1280, True), (1920, False)])
 def test_no_sideways_scroll_and_a_name_for_every_control(
     browser: Browser, tmp_path: Path, width: int, dark: bool
 ) -> None:

@@ -21,6 +21,7 @@ REPORT = (
 )
 
 
+@pytest.mark.slow
 def test_the_random_queue_is_judged_in_its_order(tab: Tab, tmp_path: Path) -> None:
     """Keys that come faster than the pairs never judge a pair that was not shown; the page says what they come to."""
     file = write(TABLE, tmp_path / "t.parquet")
@@ -47,6 +48,7 @@ def test_the_random_queue_is_judged_in_its_order(tab: Tab, tmp_path: Path) -> No
         expect(page.locator("#pair h2")).to_have_text(f"p{order[len(made)]}")
 
 
+@pytest.mark.slow
 def test_a_training_is_followed_without_a_reload(tab: Tab, tmp_path: Path) -> None:
     training = tmp_path / "demo" / "train-dpo.partial"
     training.mkdir(parents=True)
@@ -96,6 +98,7 @@ def test_what_was_typed_survives_a_refusal(tab: Tab, tmp_path: Path) -> None:
         expect(page.locator("#pair .note")).to_have_text("long thoughts 12 u")
 
 
+@pytest.mark.slow
 def test_texts_of_every_kind_are_rendered(tab: Tab, tmp_path: Path) -> None:
     """Turns, tool calls, code, Arabic; whole words are marked in every script; an edit of messages stays messages."""
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": '{"a": 1}'}}]}
