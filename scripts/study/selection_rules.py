@@ -9,7 +9,7 @@ model's, with an independent or a shared error of standard deviation 2, that of 
     small |h|       smallest size of the implicit gap h, cross-fitted (Difficulty, arXiv 2508.04149)
     small h         smallest signed h, as that paper's formula is often run
     gap and margin  largest sum of h and margin: product of the two preference odds (BeeS, arXiv 2502.14560)
-    easy half       least validation loss, mean over 3 divisions into cross-fitted halves (SelectiveDPO, arXiv 2502.09650)
+    easy half       least validation loss, mean over 3 divisions in cross-fitted halves (SelectiveDPO, arXiv 2502.09650)
     RIP             rejected reward above and margin below a threshold, the same quantile of both (arXiv 2501.18578;
                     responses of the arena have no length, its third threshold)
     margin          largest margin
