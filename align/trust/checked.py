@@ -13,13 +13,12 @@ import numpy as np
 from scipy.special import expit
 from scipy.stats import t as student
 
+from align.data.checked_pairs import checked_weight, default_share
 from align.stats import Estimate, cluster_codes, share_interval
 from align.trust.linear_proxy import log_sigmoid
 from align.trust.slope import calibrated_slope
 from align.trust.weighted_heads import fit_weighted
 
-KNOWN_SHARES = ((0, 0.0), (50, 0.1), (200, 0.25))
-"""(checked pairs, their share of the total weight): measured at 50 and 200, interpolated linearly, constant beyond."""
 HIGHER_SHARES = (0.5, 0.75, 0.9)
 """Shares that are tried beside the default one."""
 GAIN_ERRORS = 2.0
@@ -34,28 +33,6 @@ OUT_OF_FOLD = 2.0
 in ``align.stats.out_of_fold``."""
 FALSE_NAMES = 0.05
 """Share of worlds without a wrong source in which one may be named."""
-
-
-def default_share(checked: int, others: int) -> float:
-    """Share of the total weight that checked pairs get; never less than their share of the pairs.
-
-    Args:
-        checked: M.
-        others: N.
-    """
-    counts, shares = zip(*KNOWN_SHARES, strict=True)
-    return max(float(np.interp(checked, counts, shares)), checked / max(checked + others, 1))
-
-
-def checked_weight(checked: int, total: float, share: float) -> float:
-    """Weight of each checked pair such that all of them have ``share`` of the total weight.
-
-    Args:
-        checked: M, at least 1.
-        total: sum of the other pairs' weights.
-        share: in (0, 1).
-    """
-    return share / (1 - share) * total / checked
 
 
 @dataclass(frozen=True, slots=True)

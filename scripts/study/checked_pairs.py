@@ -16,7 +16,7 @@ linear policy, its gold reward at KL 0.5. Then labels are spoiled:
 
 Checked pairs are other pairs with one rater's label (one Bradley-Terry draw), not spoiled. Trained are
 
-    checked            with the default share of the weight (align/trust/checked.py)
+    checked            with the default share of the weight (align/data/checked_pairs.py)
     raised             with a higher share where held-out checked pairs gain by two standard errors
     sources            without the sources that are named as worse, with the checked pairs at the default share
     covariate          (snippets) with the difference of lengths as a covariate, and no checked pair
@@ -44,10 +44,11 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
+from align.data.checked_pairs import checked_weight, default_share
 from align.io.console import configure, log
 from align.io.files import read_json, write_json
 from align.stats import mean_interval, share_interval
-from align.trust.checked import checked_weight, choose_share, default_share, judge_sources
+from align.trust.checked import choose_share, judge_sources
 from align.trust.features import uncentered_pca
 from align.trust.linear_proxy import scaled
 from align.trust.weighted_heads import choose_penalty, fit_weighted
