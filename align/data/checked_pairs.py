@@ -116,7 +116,7 @@ def without_checked(pairs: Dataset, checked: Dataset, where: str) -> Replaced:
             hint="train on the checked pairs: give their file as `pairs.path`",
         )
     if len(left) < len(pairs):
-        log.info(
+        log.warning(
             "%s: %d of %d training pairs are replaced by checked ones, of which %d have the other label", where,
             same + flipped, len(pairs), flipped,
         )  # fmt: skip
