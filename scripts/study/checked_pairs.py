@@ -29,7 +29,7 @@ penalty is the one of all noisy pairs, for every training.
 
 A cell is one JSON file under --output and is not computed again.
 
-    python -m scripts.study.checked_pairs --snippets movie_snippets.jsonl.gz --seeds 100 --snippet-seeds 20
+    python -m scripts.study.checked_pairs --snippets movie_snippets.jsonl.gz --seeds 100 --snippet-seeds 40
 """
 
 import argparse
@@ -56,7 +56,7 @@ from scripts.assets.demo_data import Snippet
 from scripts.reproduce.exact_arena.gold import GOLD_SPREAD, SIZE, draw_gold, gold_reward
 from scripts.reproduce.exact_arena.world import prefer
 from scripts.study.reward_models import embed
-from scripts.tables import table, update_page
+from scripts.tables import compact, table, update_page
 
 MARK = "scripts/study/checked_pairs.py"
 PAIRS, SOURCES, FOLDS, KL = 2000, 5, 5, 0.5
@@ -310,7 +310,7 @@ def main() -> None:
     parser.add_argument("--snippets", type=Path, help="JSON lines with `text` and `ratings`; default: the arena alone")
     parser.add_argument("--encoder", type=Path, default=Path(".assets/minilm"))
     parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--snippet-seeds", type=int, default=20)
+    parser.add_argument("--snippet-seeds", type=int, default=40)
     parser.add_argument("--document", type=Path, help="page whose tables to replace, e.g. docs/checked-pairs.md")
     arguments = parser.parse_args()
     configure()
@@ -332,7 +332,7 @@ def main() -> None:
                 log.info("%s, %s: %.0f s", world, kind, found["seconds"])
             rows.append(summarize(world, kind, found))
     small = arguments.output / "checked_pairs.json"
-    small.write_text(json.dumps({"rows": rows}, separators=(",", ":")) + "\n", encoding="utf-8")
+    small.write_text(compact({"rows": rows}), encoding="utf-8")
     print(markdown(rows))
     if arguments.document:
         update_page(arguments.document, markdown(rows), MARK)

@@ -28,7 +28,6 @@ A cell is one JSON file under --output and is not computed again.
 """
 
 import argparse
-import json
 import time
 from itertools import product
 from pathlib import Path
@@ -49,7 +48,7 @@ from align.trust.weighted_heads import PENALTIES, choose_penalty, fit_weighted
 from scripts.reproduce.exact_arena.gold import GOLD_SPREAD, SIZE, draw_gold, gold_reward
 from scripts.reproduce.exact_arena.pool import NEIGHBOURS, WEIGHTS
 from scripts.reproduce.exact_arena.world import NOISE, prefer
-from scripts.tables import table, update_page
+from scripts.tables import compact, table, update_page
 
 MARK = "scripts/study/selection_rules.py"
 PAIRS, SOURCES, FOLDS, DIVISIONS, KL = 1600, 5, 5, 3, 0.5
@@ -221,7 +220,9 @@ def markdown(summary: dict[str, Any]) -> str:
             cells = ["  ".join(_shown(one) for one in found[rule]["from_random"]) for rule in RULES[:-1]]
             rows.append([labels, margins, *cells])
     means = [f"{summary['means'][rule]:+.3f}" for rule in RULES[:-1]]
-    return table(["labels", "margins", *RULES[:-1]], [*rows, ["mean at 50%", "", *means]])
+    return table(
+        ["labels", "margins", *(rule.replace("|", "\\|") for rule in RULES[:-1])], [*rows, ["mean at 50%", "", *means]]
+    )
 
 
 def _shown(estimate: dict[str, Any]) -> str:
@@ -250,7 +251,7 @@ def main() -> None:
         cells.append(found)
     summary = summarize(cells)
     small = arguments.output / "selection_rules.json"
-    small.write_text(json.dumps(summary, separators=(",", ":")) + "\n", encoding="utf-8")
+    small.write_text(compact(summary), encoding="utf-8")
     print(markdown(summary))
     if arguments.document:
         update_page(arguments.document, markdown(summary), MARK)
