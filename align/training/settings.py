@@ -54,7 +54,7 @@ def policy_args(
         loss=loss.spec.name,
         loss_kwargs=dict(loss.parameters),
         beta=loss.beta,
-        layout=config.layout,
+        layout=_layout(config),
         turns=config.turns,
         max_tokens_per_device=config.max_tokens_per_device,
         pairs_per_step=config.pairs_per_step,
@@ -66,6 +66,12 @@ def policy_args(
     )
     set_choice(made, config)
     return made
+
+
+def _layout(config: TrainSection) -> str:
+    """The layout of a run; steps that measure themselves keep their rows apart."""
+    within_steps = config.entanglement is not None and config.entanglement.probes == 0
+    return "concatenated" if within_steps and config.layout == "auto" else config.layout
 
 
 def _fields(section: Section | None) -> dict[str, Any] | None:
