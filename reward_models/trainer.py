@@ -184,11 +184,15 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
         if sharpness is not None:
             reduce = partial(self.accelerator.reduce, reduction="mean")
             self.penalty = SharpnessPenalty(sharpness, self.accelerator.unwrap_model(self.model), reduce)
-        self.data_collator = ObjectiveCollator(
+        self.data_collator = self._own_collator(len(names))
+
+    def _own_collator(self, covariates: int) -> ObjectiveCollator:
+        """trl's collator with what the objective reads and this number of covariates."""
+        return ObjectiveCollator(
             pad_token_id=self.data_collator.pad_token_id,
             pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
             columns=self.objective.columns,
-            covariates=len(names),
+            covariates=covariates,
         )
 
     @property
