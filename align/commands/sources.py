@@ -124,6 +124,8 @@ def _print(found: dict[str, Any]) -> None:
     few = []
     for one in found["sources"]:
         verdict = "worse than the others" if one["named"] else "no sign of it"
+        if not one["named"] and len(found["sources"]) == 2:
+            verdict = "cannot tell: only one other source"
         if one["z"] is None:
             few.append(one["source"])
             verdict = "too few pairs"
