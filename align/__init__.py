@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from align.api import measure_influence as measure_influence
     from align.api import measure_trust as measure_trust
     from align.api import pairs_from_dataset as pairs_from_dataset
+    from align.api import with_checked_pairs as with_checked_pairs
     from align.errors import AlignError as AlignError
     from align.losses.pairwise import PairLogps as PairLogps
     from align.losses.registry import LOSSES as LOSSES
@@ -41,6 +42,7 @@ _NAMES = {
     "measure_influence": "align.api",
     "measure_trust": "align.api",
     "pairs_from_dataset": "align.api",
+    "with_checked_pairs": "align.api",
 }
 """Public name -> module that defines it."""
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "measure_influence",
     "measure_trust",
     "pairs_from_dataset",
+    "with_checked_pairs",
 ]
 
 __getattr__, __dir__ = lazy_names(globals(), _NAMES)

@@ -48,6 +48,13 @@ class RewardConfig(OpenConfig, trl.RewardConfig):
     sharpness: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Penalty on sharp margins: fields of the section `reward.sharpness`."}
     )
+    covariates: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Known causes of the labels, in the training and out of the score: length, or columns of numbers "
+            "with the difference of the responses."
+        },
+    )
     async_checkpoints: bool = field(
         default=False, metadata={"help": "Write sharded checkpoints from a copy in memory while training continues."}
     )

@@ -19,8 +19,10 @@ from align.config import RewardSection
 from align.data.splits import folds_by_prompt
 from align.errors import ModelError
 from align.io.console import log
+from reward_models.covariates import covariate_values
 from reward_models.features import FeatureStore, features_of, head_layer
 from reward_models.loading import load_options, note_text_pair
+from reward_models.pair_weights import pair_weights
 from reward_models.score import RewardScorer
 from reward_models.tokenization import pair_tokens, told_apart
 
@@ -30,22 +32,26 @@ PENALTIES = tuple(float(value) for value in 10.0 ** np.arange(4, -3, -1))
 CAUTIOUS = 1000.0
 FOLDS = 5
 NOISE = 1e-9
+LIGHT = 1.0
+"""Penalty of covariates: that of one pair, so that next to nothing of their effect is left to the other features."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
     """Count, sums and sums of squares of feature differences; moments of two sets of pairs can be added."""
 
-    count: int
+    count: float
+    """Number of pairs, or the sum of their weights."""
     sums: np.ndarray
     """[D]."""
     squares: np.ndarray
     """[D]."""
 
     @classmethod
-    def of(cls, differences: np.ndarray) -> "Moments":
-        """Moments of differences [N, D], chosen minus rejected."""
-        return cls(len(differences), differences.sum(axis=0), np.square(differences).sum(axis=0))
+    def of(cls, differences: np.ndarray, weights: np.ndarray | None = None) -> "Moments":
+        """Moments of differences [N, D], chosen minus rejected; of pairs with weights [N] if they are given."""
+        w = np.ones(len(differences)) if weights is None else weights
+        return cls(float(w.sum()), w @ differences, w @ np.square(differences))
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.count + other.count, self.sums + other.sums, self.squares + other.squares)
@@ -71,6 +77,8 @@ def fit_linear(
     *,
     penalty: float,
     start: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+    free: int = 0,
 ) -> np.ndarray:
     """Head [D] that minimizes the sum of the loss + penalty |w s|^2 / 2; s: root mean squares of the differences.
 
@@ -81,13 +89,18 @@ def fit_linear(
         columns: other columns that the loss reads.
         penalty: L2 penalty, above 0.
         start: initial head, [D]; None: zeros.
+        weights: factor of each pair's loss, [N]; None: 1.
+        free: number of last features that have the penalty ``LIGHT`` instead.
     """
     scale = _scale(chosen - rejected)
     high, low = (torch.from_numpy(features / scale) for features in (chosen, rejected))
+    factor = torch.ones(len(high), dtype=high.dtype) if weights is None else torch.from_numpy(weights)
+    ridge = torch.full((chosen.shape[1],), penalty, dtype=high.dtype)
+    ridge[chosen.shape[1] - free :] = LIGHT
 
-    def value(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        w = torch.from_numpy(weights).requires_grad_()
-        total = loss(high @ w, low @ w, columns).sum() + penalty * (w @ w) / 2
+    def value(point: np.ndarray) -> tuple[float, np.ndarray]:
+        w = torch.from_numpy(point).requires_grad_()
+        total = (factor * loss(high @ w, low @ w, columns)).sum() + (ridge * w * w).sum() / 2
         (gradient,) = torch.autograd.grad(total, w)
         return float(total.detach()), gradient.numpy()
 
@@ -96,22 +109,40 @@ def fit_linear(
     return found / scale
 
 
-def fit_logistic(chosen: np.ndarray, rejected: np.ndarray, fold: np.ndarray) -> tuple[np.ndarray, float]:
+def fit_logistic(
+    chosen: np.ndarray, rejected: np.ndarray, fold: np.ndarray, weights: np.ndarray | None = None, *, free: int = 0
+) -> tuple[np.ndarray, float]:
     """Head [D] of L2-penalized logistic regression, and its penalty, chosen by cross-validated log-loss (fold [N]).
 
+    The penalty is chosen on all pairs with weight 1, whatever their weights are; the head is fitted with it per unit of
+    weight. Pairs that a rule kept because a head agrees with them look separable: cross-validated on them alone, the
+    smallest penalty wins, and the head is wrong on all others. Give the pairs that were left out the weight 0.
+
     If all pairs are in one fold, nothing can choose the penalty, and it is ``CAUTIOUS``.
+
+    Args:
+        chosen: features [N, D].
+        rejected: features [N, D].
+        fold: [N].
+        weights: factor of each pair's loss, [N]; None: 1.
+        free: number of last features that are covariates, see ``fit_linear``.
     """
+    share = 1.0 if weights is None else float(weights.mean())
+
+    def fitted(penalty: float) -> tuple[np.ndarray, float]:
+        head = fit_linear(chosen, rejected, _logistic, {}, penalty=penalty * share, weights=weights, free=free)
+        return head, penalty
+
     if len(np.unique(fold)) < 2:
-        return fit_linear(chosen, rejected, _logistic, {}, penalty=CAUTIOUS), CAUTIOUS
+        return fitted(CAUTIOUS)
     losses = np.zeros(len(PENALTIES))
     for number in np.unique(fold):
         inside = fold == number
         head: np.ndarray | None = None
         for k, penalty in enumerate(PENALTIES):
-            head = fit_linear(chosen[~inside], rejected[~inside], _logistic, {}, penalty=penalty, start=head)
+            head = fit_linear(chosen[~inside], rejected[~inside], _logistic, {}, penalty=penalty, start=head, free=free)
             losses[k] += np.logaddexp(0.0, -(chosen[inside] - rejected[inside]) @ head).sum()
-    best = PENALTIES[int(losses.argmin())]
-    return fit_linear(chosen, rejected, _logistic, {}, penalty=best), best
+    return fitted(PENALTIES[int(losses.argmin())])
 
 
 def train_head(
@@ -149,12 +180,19 @@ def train_head(
     train, read = train.select(kept), read.of(kept)
     store = None if cache is None else FeatureStore(cache, scorer)
     chosen, rejected = np.split(features_of(scorer, [*read.chosen, *read.rejected], store), 2)
+    weights = pair_weights(train)
     if config.head == "naive-bayes":
-        head = Moments.of(chosen - rejected).naive_bayes()
+        head = Moments.of(chosen - rejected, weights).naive_bayes()
     else:
+        z = covariate_values(train, config.covariates)
         fold = folds_by_prompt(train, min(FOLDS, len(train)), seed)
-        head, penalty = fit_logistic(chosen, rejected, fold)
+        found, penalty = fit_logistic(
+            np.hstack([chosen, z]), np.hstack([rejected, 0 * z]), fold, weights, free=z.shape[1]
+        )
+        head = found[: chosen.shape[1]]
         log.info("logistic head on %d features: penalty %g by %d folds", len(head), penalty, len(np.unique(fold)))
+        for name, value in zip(config.covariates, found[len(head) :], strict=True):
+            log.info("covariate %s: %.3g log-odds per root mean square, left out of the score", name, value)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(head).to(layer.weight)[None])
         if layer.bias is not None:

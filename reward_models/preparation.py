@@ -1,7 +1,7 @@
 """Pairs -> the table that RewardTrainer reads: token ids, lengths and the columns of the objective."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from peft import PeftConfig, TaskType
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from align.config.columns import WEIGHT
 from align.data.in_memory import checked_table
 from align.errors import ConfigError, DataError, ModelError, python_words
 from align.io.arrow_tables import as_dataset
@@ -21,6 +22,7 @@ from align.models.folders import TEXT_PAIR, loading
 from align.training.pair_tables import stream_table
 from align.training.trainer_inputs import check_stream, has_tokenizer, streamed_pairs
 from reward_models.arguments import as_reward_config
+from reward_models.covariates import column_of, covariate_values
 from reward_models.loading import (
     fitting_length,
     load_reward_model,
@@ -29,6 +31,7 @@ from reward_models.loading import (
     reads_text_pairs,
     takes_segments,
 )
+from reward_models.pair_weights import pair_weights
 from reward_models.registry import BoundObjective, bind_objective, objective_columns
 from reward_models.tokenization import pair_tokens, second_starts, told_apart
 
@@ -63,6 +66,7 @@ def prepare_pairs(
     *,
     max_length: int,
     length_column: str,
+    covariates: Sequence[str] = (),
 ) -> Prepared:
     """Tokenize pairs as a reward model reads them; leave out those whose responses are equal after truncation.
 
@@ -73,6 +77,7 @@ def prepare_pairs(
         objective: the loss.
         max_length: tokens per text; longer ones are truncated on the right.
         length_column: name of the column with the length of the longer response in tokens.
+        covariates: names of the covariates of a training, see ``covariate_values``.
 
     Raises:
         AlignError: the pairs cannot be used.
@@ -88,10 +93,31 @@ def prepare_pairs(
     lengths = np.maximum(*(side.lengths() for side in sides))
     if takes_segments(model) and any(side.segmented for side in sides):
         columns |= dict(zip(SEGMENTS, map(second_starts, sides), strict=True))
+    columns |= training_columns(pairs, objective, covariates)
     names = pairs["id"] if "id" in pairs.column_names else range(len(pairs))
     others = Dataset.from_dict({"id": [str(name) for name in names], **columns, length_column: lengths})
     ids = dict(zip(("chosen_ids", "rejected_ids"), (side.arrow() for side in sides), strict=True))
     return Prepared(concatenate_datasets([others, as_dataset(pa.table(ids))], axis=1), pairs)
+
+
+def training_columns(pairs: Dataset, objective: BoundObjective, covariates: Sequence[str]) -> dict[str, list[float]]:
+    """Column ``WEIGHT`` of pairs with weights that the objective does not read itself, and those of the covariates.
+
+    Raises:
+        ConfigError: covariates of an objective that reads no labels, or compares pairs with each other.
+        DataError: see ``pair_weights`` and ``covariate_values``.
+    """
+    if covariates and (objective.spec.coupled or not objective.spec.reads_labels):
+        raise ConfigError(
+            f"covariates: found {', '.join(covariates)} with the objective {objective.spec.name}, which has no "
+            "label of a single pair to explain",
+            code="reward-covariate",
+            hint="use the objective bradley_terry, or leave the covariates out",
+        )
+    weights = None if WEIGHT in objective.columns else pair_weights(pairs)
+    found = {} if weights is None else {WEIGHT: weights.tolist()}
+    values = covariate_values(pairs, covariates)
+    return found | {column_of(k): values[:, k].tolist() for k in range(len(covariates))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,16 +174,17 @@ class TrainerInputs:
             model, tokenizer = _loaded(model, tokenizer, args)
             length = UNBOUNDED if args.max_length is None else args.max_length
 
-            def prepared(table: Dataset) -> Prepared:
+            def prepared(table: Dataset, covariates: Sequence[str] = ()) -> Prepared:
                 return prepare_pairs(
-                    table, model, tokenizer, bound, max_length=length, length_column=args.length_column_name
-                )
+                    table, model, tokenizer, bound, max_length=length, length_column=args.length_column_name,
+                    covariates=covariates,
+                )  # fmt: skip
 
             if stream:
                 train = stream_table(
                     train_dataset, streamed_pairs(args), lambda part, name: prepared(checked_table(part, name)).pairs
                 )
-            made = prepared(train)
+            made = prepared(train, getattr(args, "covariates", None) or ())
             _warn_of_margin(made.pairs, bound)
             others = {name: prepared(one).table for name, one in held.items()}
         evaluation = others if isinstance(eval_dataset, dict) else others.get("eval_dataset")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from align.losses.pair_weights import LossTilt
+from reward_models.covariates import Coefficients
 from reward_models.registry import BoundObjective
 from reward_models.tie_parameter import TieParameter
 
@@ -24,6 +25,7 @@ class StepLoss:
         rank: index of this process.
         processes: number of processes.
         ties: the tie parameter of the objective, if it learns one.
+        covariates: coefficients of the covariates, for an objective of single pairs; None: there are none.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class StepLoss:
         rank: int,
         processes: int,
         ties: TieParameter | None = None,
+        covariates: Coefficients | None = None,
     ) -> None:
         self.objective = objective
         self.tilt = tilt
@@ -44,6 +47,7 @@ class StepLoss:
         self.rank = rank
         self.processes = processes
         self.ties = ties
+        self.covariates = covariates
 
     def __call__(
         self,
@@ -53,6 +57,8 @@ class StepLoss:
         real: Tensor | None = None,
         *,
         step: int | None = None,
+        weights: Tensor | None = None,
+        z: Tensor | None = None,
     ) -> tuple[Tensor, float | None]:
         """Compute the loss, a scalar, and the effective sample size of the tilt as a share of the pairs.
 
@@ -62,7 +68,11 @@ class StepLoss:
             columns: what the objective reads, each [B].
             real: bool [B], False for duplicates that only fill the batch; None: all pairs count.
             step: finished optimizer steps, for the tilt; None: no tilt, outside the training.
+            weights: factor of each pair's loss, [B]; None: 1. The mean is still over the number of pairs.
+            z: covariates [B, C]; None: none, as outside the training.
         """
+        shift = 0 if z is None or step is None else self._shift(z, step).to(chosen)
+        chosen = chosen + shift
         local, mask = slice(None), real
         if self.objective.spec.coupled:
             local = slice(len(chosen) * self.rank, len(chosen) * (self.rank + 1))
@@ -76,12 +86,21 @@ class StepLoss:
         if self.tilt is not None and step is not None:
             weight, share = self.tilt(losses[local], (chosen - rejected)[local], step, real)
             losses = (self.gather(weight) if self.objective.spec.coupled else weight) * losses
+        if weights is not None:
+            losses = (self.gather(weights) if self.objective.spec.coupled else weights) * losses
+        if self.covariates is not None and z is not None and step is not None:
+            (slopes,) = torch.autograd.grad(losses.sum(), chosen, retain_graph=True)
+            self.covariates.see(slopes, z, real)
         loss = _mean(losses, mask)
         if self.centering is not None:
-            loss = loss + self.centering * _mean((chosen + rejected) ** 2, mask)
+            loss = loss + self.centering * _mean((chosen + rejected - shift) ** 2, mask)
         # The launcher averages gradients over processes; each has only its own rewards' share of a coupled loss.
         others = self.processes - 1 if self.objective.spec.coupled else 0
         return loss + others * (loss - loss.detach()), share
+
+    def _shift(self, z: Tensor, step: int) -> Tensor:
+        """What the covariates add to the margins, [B]."""
+        return z.new_zeros(len(z)) if self.covariates is None else self.covariates.shift(z, step)
 
     def _gather_rewards(self, local: Tensor) -> Tensor:
         """Concatenate rewards over the processes; those of this process keep their gradient."""

@@ -23,6 +23,7 @@ from align.training.adapters import check_biases_merge, check_reward_adapter
 from align.training.base.arguments import build_lora, build_trainer_args, refusals
 from align.training.base.tracked_runs import tracked
 from align.training.base.trackers import TrackedRun
+from reward_models.covariates import Coefficients
 from reward_models.linear_heads import train_head
 from reward_models.loading import load_reward_model, note_text_pair, pad_as_trained, reads_text_pairs
 from reward_models.preparation import prepare_pairs
@@ -93,8 +94,9 @@ def _train_full(
     transformers.set_seed(seed)
     model, tokenizer = _load(config)
     prepared = prepare_pairs(
-        train, model, tokenizer, objective, max_length=config.max_length, length_column=args.length_column_name
-    )
+        train, model, tokenizer, objective, max_length=config.max_length, length_column=args.length_column_name,
+        covariates=config.covariates,
+    )  # fmt: skip
     with refusals("reward"):
         trainer = RewardTrainer(
             model=model,
@@ -105,6 +107,7 @@ def _train_full(
             objective=objective,
             tilt=config.tilt,
             sharpness=config.sharpness,
+            covariates=config.covariates,
         )
     check_biases_merge(trainer.model)
     trainer.async_checkpoints = config.async_checkpoints
@@ -122,6 +125,7 @@ def _train_full(
                 trainer.facts,
                 start=config.model,
                 ties=trainer.step_loss.ties,
+                covariates=trainer.step_loss.covariates,
             )
 
 
@@ -176,6 +180,7 @@ def save_model(
     *,
     start: str,
     ties: TieParameter | None = None,
+    covariates: Coefficients | None = None,
 ) -> None:
     """Write a model folder with its card and the record of its training pairs, completely or not at all.
 
@@ -187,6 +192,7 @@ def save_model(
         facts: for the card.
         start: what the training started from, whose own training pairs are recorded as well.
         ties: the tie parameter, if the objective learned one.
+        covariates: their coefficients, if the training had any.
     """
     with atomic_folder(output) as temporary:
         model.save_pretrained(temporary)
@@ -194,4 +200,6 @@ def save_model(
         write_record(train, temporary, start)
         if ties is not None:
             ties.write(temporary)
+        if covariates is not None:
+            covariates.write(temporary)
         write_card(temporary, facts, adapter=False)

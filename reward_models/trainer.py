@@ -1,6 +1,6 @@
 """RewardTrainer: trl's RewardTrainer under any objective of the registry."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,7 +18,7 @@ from transformers.trainer_utils import PredictionOutput
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from align.config import SharpnessSection, TiltSection
-from align.config.columns import NAMES
+from align.config.columns import NAMES, WEIGHT
 from align.data.table_facts import table_facts
 from align.data.training_pairs import record_of, write_digests
 from align.errors import python_words
@@ -35,6 +35,7 @@ from align.training.base.arguments import refusals
 from align.training.base.trainer import ReliableTrainer
 from align.training.trainer_inputs import without_ignored_kwargs
 from reward_models.arguments import read_section
+from reward_models.covariates import Coefficients, column_of
 from reward_models.preparation import (
     SEGMENTS,
     UNBOUNDED,
@@ -55,6 +56,9 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """Inputs of the model in a batch; token type ids of sentence pairs only."""
 PENALTY_STATE = "sharpness.json"
 TIE_STATE = "tie_state.json"
+COVARIATE_STATE = "covariate_state.json"
+COVARIATES = "covariates"
+"""Key of a batch: the covariates [B, C]."""
 
 
 @dataclass
@@ -62,6 +66,8 @@ class ObjectiveCollator(DataCollatorForPreference):
     """trl's collator plus one number [B] per pair from each of ``columns``: int64 for names, else float32."""
 
     columns: tuple[str, ...] = ()
+    covariates: int = 0
+    """Number of covariates, which become one tensor [B, C]."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate ``examples``; see the class."""
@@ -72,6 +78,11 @@ class ObjectiveCollator(DataCollatorForPreference):
         for name in self.columns:
             dtype = torch.int64 if name in NAMES else torch.float32
             batch[name] = torch.tensor([example[name] for example in examples], dtype=dtype)
+        if WEIGHT in examples[0]:
+            batch[WEIGHT] = torch.tensor([example[WEIGHT] for example in examples], dtype=torch.float32)
+        names = [column_of(k) for k in range(self.covariates)]
+        if names and names[0] in examples[0]:
+            batch[COVARIATES] = torch.tensor([[example[name] for name in names] for example in examples])
         return batch
 
 
@@ -102,6 +113,7 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
             see ``own_objective``; or a bound objective.
         tilt: weights of the pairs from their losses; None: ``args.tilt``.
         sharpness: a penalty whose gradient is added after each backward pass; None: ``args.sharpness``.
+        covariates: names of the covariates that a tokenized ``train_dataset`` has; empty: ``args.covariates``.
         data_collator, quantization_config: refused.
         compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: as in trl.
 
@@ -133,6 +145,7 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
         objective: str | Callable[..., Tensor] | BoundObjective = "bradley_terry",
         tilt: TiltSection | None = None,
         sharpness: SharpnessSection | None = None,
+        covariates: Sequence[str] = (),
     ) -> None:
         refuse_without_effect(data_collator=data_collator, quantization_config=quantization_config)
         check_arguments(callbacks, optimizers, compute_metrics, type(self).__name__)
@@ -156,6 +169,7 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
         sharpness = sharpness or read_section(SharpnessSection, getattr(self.args, "sharpness", None), "sharpness")
         self.async_checkpoints = getattr(self.args, "async_checkpoints", False)
         gather, rank = self.accelerator.gather, self.accelerator.process_index
+        names = tuple(covariates or getattr(self.args, "covariates", None) or ())
         self.step_loss = StepLoss(
             self.objective,
             tilt=None if tilt is None else LossTilt(tilt, gather, rank),
@@ -164,21 +178,28 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
             rank=rank,
             processes=self.accelerator.num_processes,
             ties=TieParameter(self.objective, gather) if "rate" in self.objective.parameters else None,
+            covariates=Coefficients(names, gather) if names else None,
         )
         self.penalty = None
         if sharpness is not None:
             reduce = partial(self.accelerator.reduce, reduction="mean")
             self.penalty = SharpnessPenalty(sharpness, self.accelerator.unwrap_model(self.model), reduce)
-        self.data_collator = ObjectiveCollator(
+        self.data_collator = self._own_collator(len(names))
+
+    def _own_collator(self, covariates: int) -> ObjectiveCollator:
+        """trl's collator with what the objective reads and this number of covariates."""
+        return ObjectiveCollator(
             pad_token_id=self.data_collator.pad_token_id,
             pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
             columns=self.objective.columns,
+            covariates=covariates,
         )
 
     @property
     def extra_columns(self) -> tuple[str, ...]:
-        """Length of each pair, what the objective reads, and where the second texts of sentence pairs begin."""
-        return (*super().extra_columns, *self.objective.columns, *SEGMENTS)
+        """Length of each pair, what the objective and the weights read, where second texts of sentence pairs begin."""
+        covariates = [column_of(k) for k in range(self.data_collator.covariates)]
+        return (*super().extra_columns, *self.objective.columns, *SEGMENTS, WEIGHT, *covariates)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -244,15 +265,19 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
             NumericsError: a reward of a pair is not finite.
         """
         columns = {name: inputs[name] for name in self.objective.columns}
-        batch = {name: value for name, value in inputs.items() if name != REAL and name not in columns}
+        own = {REAL, WEIGHT, COVARIATES, *columns}
+        batch = {name: value for name, value in inputs.items() if name not in own}
         loss, outputs = super().compute_loss(model, batch, return_outputs=True, num_items_in_batch=num_items_in_batch)
         training, real = self.model.training, inputs.get(REAL)
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
         if training:
             self._check_rewards(inputs, chosen.detach(), rejected.detach())
-        if self.objective.spec.name != "bradley_terry" or self.step_loss.tilt is not None or real is not None:
+        weights = inputs.get(WEIGHT) if training and WEIGHT not in columns else None
+        z = inputs.get(COVARIATES) if training else None
+        plain = self.objective.spec.name == "bradley_terry" and weights is None and z is None
+        if not plain or self.step_loss.tilt is not None or real is not None:
             step = self.state.global_step if training else None
-            loss, share = self.step_loss(chosen, rejected, columns, real, step=step)
+            loss, share = self.step_loss(chosen, rejected, columns, real, step=step, weights=weights, z=z)
             if share is not None:
                 self._metrics["train"]["weight/ess_share"].append(share)
             if self.step_loss.ties is not None and training:
@@ -300,6 +325,8 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
             write_digests(self._digests, Path(output_dir or self.args.output_dir))
         if self.step_loss.ties is not None and self.args.should_save:
             self.step_loss.ties.write(Path(output_dir or self.args.output_dir))
+        if self.step_loss.covariates is not None and self.args.should_save:
+            self.step_loss.covariates.write(Path(output_dir or self.args.output_dir))
 
     @cached_property
     def _digests(self) -> np.ndarray:
@@ -313,6 +340,8 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
             write_json(folder / PENALTY_STATE, self.penalty.state_dict())
         if self.step_loss.ties is not None:
             write_json(folder / TIE_STATE, self.step_loss.ties.state_dict())
+        if self.step_loss.covariates is not None:
+            write_json(folder / COVARIATE_STATE, self.step_loss.covariates.state_dict())
 
     def load_extra_state(self, folder: Path) -> None:
         """Restore what ``save_extra_state`` wrote."""
@@ -320,6 +349,8 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
             self.penalty.load_state_dict(read_json(folder / PENALTY_STATE))
         if self.step_loss.ties is not None and (folder / TIE_STATE).exists():
             self.step_loss.ties.load_state_dict(read_json(folder / TIE_STATE))
+        if self.step_loss.covariates is not None and (folder / COVARIATE_STATE).exists():
+            self.step_loss.covariates.load_state_dict(read_json(folder / COVARIATE_STATE))
 
     def _count_all(self, inputs: dict[str, Any]) -> int:
         """Count the real pairs of this batch over all processes."""

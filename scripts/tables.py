@@ -1,7 +1,9 @@
 """Markdown tables, and the places in a page that hold the tables of a script."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 END = "<!-- end of tables -->"
 
@@ -10,6 +12,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with the titles ``head``; every row has as many cells."""
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def compact(value: Any) -> str:
+    """JSON on one line with numbers of five decimals, for results that are kept."""
+    rounded = json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 5))
+    return json.dumps(rounded, separators=(",", ":")) + "\n"
 
 
 def insert(text: str, tables: str, mark: str) -> str:

@@ -15,6 +15,7 @@ from align.io.lazy import lazy_names
 
 if TYPE_CHECKING:
     from align.api.advice import TrustReport, advise, measure_trust
+    from align.api.checked import with_checked_pairs
     from align.api.comparison import Comparison, compare_policies
     from align.api.diagnosis import diagnose_pairs
     from align.api.filtering import FilterResult, filter_pairs
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 WHERE = {
     "pairs_from_dataset": "align.data.in_memory",
+    "with_checked_pairs": "align.api.checked",
     "diagnose_pairs": "align.api.diagnosis",
     "filter_pairs": "align.api.filtering",
     "FilterResult": "align.api.filtering",
@@ -50,6 +52,7 @@ __all__ = [
     "measure_influence",
     "measure_trust",
     "pairs_from_dataset",
+    "with_checked_pairs",
 ]
 
 __getattr__, __dir__ = lazy_names(globals(), WHERE)

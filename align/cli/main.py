@@ -19,6 +19,7 @@ from align.cli import filter as cli_filter
 from align.cli import generate as cli_generate
 from align.cli import pairs as cli_pairs
 from align.cli import setup as cli_setup
+from align.cli import sources as cli_sources
 from align.cli import trust as cli_trust
 from align.cli import view as cli_view
 from align.cli.options import (
@@ -64,6 +65,8 @@ app = typer.Typer(
 data = typer.Typer(help="Look at preference data.", no_args_is_help=True)
 reward = typer.Typer(help="Train and apply reward models.", no_args_is_help=True)
 app.add_typer(data, name="data")
+data.command("sources")(cli_sources.sources)
+data.command("next-to-check")(cli_sources.next_to_check)
 app.add_typer(reward, name="reward")
 app.add_typer(cli_filter.app, name="filter")
 app.add_typer(cli_entangle.app, name="entangle")

@@ -2,7 +2,7 @@
 
 from align.config.base import Count, OutputFolder, Positive, Section, Seed
 from align.config.cluster import ClusterSection
-from align.config.data import FilterSection, OodSection, PairsSection, SampleSection
+from align.config.data import CheckedSection, FilterSection, OodSection, PairsSection, SampleSection
 from align.config.reading import apply_override, load_section, nearest
 from align.config.reward import ObjectiveSection, RewardSection, SharpnessSection, TiltSection
 from align.config.run import EvaluateSection, RunConfig, load_config
@@ -19,6 +19,7 @@ from align.config.train import (
 from align.config.while_training import EarlyStoppingSection, EvalPairsSection, EvalSamplesSection, KeepSection
 
 __all__ = [
+    "CheckedSection",
     "ClusterSection",
     "Count",
     "DistanceSection",

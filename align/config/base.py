@@ -17,9 +17,10 @@ ADDED = frozenset(
         "early_stopping",
         "reference",
         "dtype",
+        "covariates",
     }
 )
-"""Fields added after the first release. Left out of the stage key at None, so earlier stages stay up to date."""
+"""Fields added after the first release. Left out of the stage key at None or [], so earlier stages stay up to date."""
 NAME = r"^\w[\w .+=-]{0,99}$"
 OF_THE_MACHINE = frozenset({"async_checkpoints"})
 """Fields on which no result depends; never part of a stage key."""
@@ -31,9 +32,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
 
     def made_from(self, *, without: set[str]) -> dict[str, Any]:
-        """Values for a stage's key: all but ``without``, ``OF_THE_MACHINE`` and those of ``ADDED`` that are None."""
+        """Values for a stage's key: all but ``without``, ``OF_THE_MACHINE`` and those of ``ADDED`` at None or []."""
         values = self.model_dump(exclude=without | OF_THE_MACHINE)
-        return {name: value for name, value in values.items() if name not in ADDED or value is not None}
+        return {name: value for name, value in values.items() if name not in ADDED or value not in (None, [])}
 
 
 def _on_disk(folder: str) -> str:

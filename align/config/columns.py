@@ -60,6 +60,7 @@ COLUMNS = (
     Column("margin_std", "number", "standard deviation of an ensemble's margins", "reward model", not_negative=True),
     Column("margin_source", "name", "in-sample, cross-fitted, outside or unknown", "reward model"),
     Column("weight", "number", "factor of the pair's loss", "source or training", not_negative=True, in_batch=True),
+    Column("checked", "flag", "a person vouches for the label", "pairs.checked", loaded=False),
     Column("ood", "number", "distance to the training pairs of the reward model", "filter", not_negative=True),
     Column("teacher_margin", "number", "margin by a teacher, for objectives that regress on it", "source"),
     Column("bag", "name", "bag of pairs of which only the share of votes is known", "source"),
@@ -98,6 +99,8 @@ PAIR_COLUMNS = tuple(column.name for column in COLUMNS if column.in_batch)
 
 SPLIT_GROUP = "split_group"
 """Column whose names splits do not divide; near-copies on request."""
+WEIGHT, CHECKED = "weight", "checked"
+"""Factor of a pair's loss; whether the pair came with ``pairs.checked``."""
 VOTES = ("votes_chosen", "votes_rejected", "votes_tie")
 """Numbers of raters who preferred the chosen response, the rejected one, neither."""
 SCORES = ("reward_chosen", "reward_rejected", "margin")

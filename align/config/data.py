@@ -2,12 +2,33 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from align.config.base import Count, Fraction, Positive, Section
 from align.config.columns import LOADED
 from align.config.decoding import DecodingSection
 from align.config.reading import nearest
+
+
+class CheckedSection(Section):
+    """Pairs whose label a person vouches for, trained on together with the others (docs/checked-pairs.md)."""
+
+    path: str
+    """A source of pairs, as ``pairs.path``."""
+    split: str = "train"
+    """As ``pairs.split``."""
+    subset: str | None = None
+    """As ``pairs.subset``."""
+    columns: dict[str, str] = {}
+    """As ``pairs.columns``."""
+    share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Share of the total weight that the checked pairs have together; default: 0.1 for 50 of them, 0.25 for 200 and
+    more, in proportion between and below, and never less than their share of the pairs."""
+
+    @property
+    def source(self) -> "PairsSection":
+        """The section of a pair table."""
+        return PairsSection(path=self.path, split=self.split, subset=self.subset, columns=self.columns)
 
 
 class PairsSection(Section):
@@ -30,13 +51,16 @@ class PairsSection(Section):
     near_copies: bool = False
     """Keep pairs with nearly the same prompt or long response together in splits and intervals, as column
     ``split_group``; equal texts always are."""
+    checked: CheckedSection | None = None
+    """Checked pairs to train on as well; for training pairs alone. Default: none."""
 
     @model_serializer(mode="wrap")
     def _without_later_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave ``near_copies`` out at its default, so that stages made before this key existed stay up to date."""
+        """Leave later keys out at their defaults, so that stages made before these keys existed stay up to date."""
         found: dict[str, Any] = handler(self)
-        if not self.near_copies:
-            found.pop("near_copies", None)
+        for name in ("near_copies", "checked"):
+            if not getattr(self, name):
+                found.pop(name, None)
         return found
 
     @field_validator("columns")
@@ -49,6 +73,18 @@ class PairsSection(Section):
             if name not in LOADED:
                 raise ValueError(f"{name!r} is not a column of the pair table{nearest(name, list(LOADED))}")
         return columns
+
+
+def refuse_checked(pairs: PairsSection | None, key: str) -> None:
+    """Raise if pairs that nothing is trained on name checked ones.
+
+    Raises:
+        ValueError: they do.
+    """
+    if pairs is not None and pairs.checked is not None:
+        raise ValueError(
+            f"{key}.checked: checked pairs are trained on, and these pairs are not; expected `pairs.checked`"
+        )
 
 
 class SampleSection(DecodingSection):
@@ -80,6 +116,11 @@ class OodSection(LoadingSection):
     """The pairs that the reward model was trained on."""
     quantile: Fraction = 0.99
     """Share of held-out training pairs that lie within the limit of the rule ``out_of_distribution``."""
+
+    @model_validator(mode="after")
+    def _nothing_is_trained(self) -> "OodSection":
+        refuse_checked(self.pairs, "pairs")
+        return self
 
 
 class FilterSection(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from align.config import Count, OutputFolder, PairsSection, Positive, Section, Seed, TrainSection
-from align.config.data import LoadingSection
+from align.config.data import LoadingSection, refuse_checked
 from align.config.decoding import CutsSection
 
 
@@ -88,6 +88,7 @@ class IterateConfig(Section):
             raise ValueError(f"train.methods: found {len(self.train.methods)} methods, expected one")
         if self.prompts.near_copies:
             raise ValueError("prompts.near_copies: found true, which has no effect on prompts; leave it out")
+        refuse_checked(self.prompts, "prompts")
         return self
 
     @property

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from align.config.base import Count, Fraction, Positive, Section
-from align.config.data import PairsSection
+from align.config.data import PairsSection, refuse_checked
 from align.config.judging import Dtype
 
 
@@ -70,6 +70,9 @@ class RewardSection(Section):
     """Penalty on sharp margins, which costs two more forward and backward passes per step; default: none."""
     head: Literal["full", "logistic", "naive-bayes"] = "full"
     """full: fine-tuning; logistic, naive-bayes: a linear head fitted to the backbone's frozen features, in seconds."""
+    covariates: list[str] = []
+    """Known causes of the labels that should not count: ``length`` (in words), or columns of numbers with the
+    difference of the two responses, chosen minus rejected. They are in the training and out of the score."""
     ensemble: Count = 1
     """Number of models, each with its own seed: ``margin`` is their mean, ``margin_std`` their standard deviation."""
     calibrate: Literal["temperature", "isotonic"] | None = None
@@ -106,6 +109,19 @@ class RewardSection(Section):
     def _folds_are_none_or_two(self) -> "RewardSection":
         if self.folds == 1:
             raise ValueError("folds must be 0 (no cross-fitting) or at least 2, got 1")
+        return self
+
+    @model_validator(mode="after")
+    def _covariates_have_labels_to_explain(self) -> "RewardSection":
+        if len(set(self.covariates)) < len(self.covariates):
+            raise ValueError("covariates: found a name twice")
+        if self.covariates and self.head == "naive-bayes":
+            raise ValueError("covariates have no effect on head: naive-bayes, which takes each feature by itself")
+        return self
+
+    @model_validator(mode="after")
+    def _checked_pairs_are_trained_on(self) -> "RewardSection":
+        refuse_checked(self.eval_pairs, "eval_pairs")
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from align.config.base import Count, Positive, Section, Seed
-from align.config.data import PairsSection
+from align.config.data import PairsSection, refuse_checked
 
 Rule = Literal["held_out_loss", "win_rate", "gold_per_root_kl"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -27,6 +27,7 @@ class EvalPairsSection(PairsSection):
 
     @model_validator(mode="after")
     def _one_source(self) -> "EvalPairsSection":
+        refuse_checked(self, "eval_pairs")
         if bool(self.path) == (self.share is not None):
             found = "both" if self.path else "neither"
             raise ValueError(f"expected `path` (a source of pairs) or `share` (of the run's own), found {found}")

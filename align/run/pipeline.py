@@ -313,7 +313,8 @@ def _source(pairs: PairsSection | None) -> dict[str, Any] | None:
     """What a source adds to a key: its section, and its content unless it is a share of another."""
     if pairs is None:
         return None
-    return pairs.model_dump() | ({"content": fingerprint_source(pairs.path)} if pairs.path else {})
+    found = pairs.model_dump() | ({"content": fingerprint_source(pairs.path)} if pairs.path else {})
+    return found | ({} if pairs.checked is None else {"checked_content": fingerprint_source(pairs.checked.path)})
 
 
 def describe(config: RunConfig) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from align.config import RunConfig
 
 REVISIONS = (
-    dict.fromkeys(("reward", "crossfit", "margins", "filter"), 4)
-    | dict.fromkeys(("sample", "train", "evaluate", "trust"), 5)
+    dict.fromkeys(("margins", "filter"), 4)
+    | dict.fromkeys(("reward", "crossfit", "sample", "train", "evaluate", "trust"), 5)
     | {"pairs": 6, "generate": 6}
 )
 """Revision of each kind of stage, part of its key: raise it when the same inputs give another result. The key of a kind

@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from align.config import PairsSection, RewardSection, RunConfig, TrainSection
+from align.data.checked_pairs import add_checked, load_checked, without_checked, without_held_out
 from align.data.pairs import load_pairs
 from align.data.splits import folds_by_prompt, split_by_prompt
 from align.errors import DataError
@@ -59,14 +60,53 @@ def check_table_rows(config: RunConfig) -> None:
     policy_pairs = None if config.pairs is None else load_pairs(config.pairs)
     if policy_pairs is not None:
         check_loss_columns(config, policy_pairs)
-    _check_held_out(config, policy_pairs)
+    _check_held_out(config, policy_pairs if config.pairs is None else with_checked(config, config.pairs, policy_pairs))
     for source, rewards in ((config.pairs, False), (None if reward is None else reward.pairs, True)):
         if source is None:
             continue
         pairs = policy_pairs if policy_pairs is not None and not rewards else load_pairs(source)
         check_pair_rows(config, pairs, rewards=rewards)
         if reward is not None and (rewards or reward.pairs is None):
-            split_for_reward(config, source, pairs, heldout)
+            split_with_checked(config, source, pairs, heldout)
+
+
+def with_checked(config: RunConfig, source: PairsSection, pairs: Dataset, *, rewards: bool = False) -> Dataset:
+    """Pairs to train on, with the checked pairs of their section among them if it names any.
+
+    Args:
+        config: the run.
+        source: of the pairs.
+        pairs: its pairs.
+        rewards: the reward model alone is trained on them.
+
+    Raises:
+        DataError: the checked pairs cannot be used; see also ``check_pair_rows``.
+    """
+    checked = load_checked(source)
+    if checked is None or source.checked is None:
+        return pairs
+    check_pair_rows(config, checked, rewards=rewards)
+    where = f"pairs.checked: {source.checked.path}"
+    return add_checked(without_checked(pairs, checked, where).pairs, checked, source.checked.share, where)
+
+
+def split_with_checked(
+    config: RunConfig, source: PairsSection, pairs: Dataset, heldout: Dataset | None
+) -> tuple[Dataset, Dataset]:
+    """As ``split_for_reward``; the checked pairs of the source, if any, are trained on and never held out.
+
+    Raises:
+        DataError: see ``split_for_reward`` and ``with_checked``.
+    """
+    checked = load_checked(source)
+    if checked is None or source.checked is None:
+        return split_for_reward(config, source, pairs, heldout)
+    assert config.reward is not None
+    check_pair_rows(config, checked, rewards=source is config.reward.pairs)
+    where = f"pairs.checked: {source.checked.path}"
+    others, heldout = split_for_reward(config, source, without_checked(pairs, checked, where).pairs, heldout)
+    checked = without_held_out(checked, heldout, where)
+    return add_checked(others, checked, source.checked.share, where), heldout
 
 
 def split_for_reward(

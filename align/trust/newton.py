@@ -12,6 +12,7 @@ TOLERANCE = 1e-5
 """A setting has converged if its Newton step changes no logit by more."""
 ITERATIONS = 60
 CHUNK = 4096
+FEW = 16
 
 
 def minimize_by_newton(
@@ -49,9 +50,13 @@ def minimize_by_newton(
 def hessians(features: np.ndarray, curvature: np.ndarray, precision: np.ndarray) -> np.ndarray:
     """Hessian X' diag(curvature_s) X + diag(precision_s) of every setting, [S, D, D].
 
-    It is one product of [S, N] with [N, D (D + 1) / 2], in float32, since it only shapes the Newton step.
+    For many settings it is one product of [S, N] with [N, D (D + 1) / 2], in float32, since it only shapes the Newton
+    step; for at most ``FEW`` one product each is faster.
     """
     size = features.shape[1]
+    if curvature.shape[1] <= FEW:
+        each = [(features * column[:, None]).T @ features for column in curvature.T]
+        return np.array([product + np.diag(own) for product, own in zip(each, precision.T, strict=True)])
     upper = np.triu_indices(size)
     packed = np.zeros((curvature.shape[1], len(upper[0])), dtype=np.float32)
     for start in range(0, len(features), CHUNK):

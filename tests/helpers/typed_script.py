@@ -29,6 +29,7 @@ from align import (
     measure_influence,
     measure_trust,
     pairs_from_dataset,
+    with_checked_pairs,
 )
 from align.api import Comparison, FilterResult, TrustReport
 from align.entanglement.layer_rules import BIAS, LINEAR, RULES
@@ -106,6 +107,7 @@ def prepare(frame: pd.DataFrame) -> Dataset:
     """Check and filter pairs."""
     pairs = pairs_from_dataset(frame, columns={"chosen": "preferred"}, near_copies=True)
     diagnose_pairs(pairs)["findings"]
+    pairs = with_checked_pairs(pairs, pairs.select(range(2)), share=0.1)
     filtered = filter_pairs(pairs, keep=0.3)
     filtered.write_page("filter.html")
     return filtered.kept

@@ -11,6 +11,7 @@ from align.commands.filter import filter_source
 from align.commands.trust import FEATURES, FILE
 from align.config import PairsSection, RewardSection, RunConfig
 from align.config.columns import FINISH_COLUMNS
+from align.data.checked_pairs import checked_share, divided, together, without_held_out
 from align.data.messages import argument_cells, split_arguments
 from align.data.pair_selection import draw_pair
 from align.data.pairs import FILE as PAIRS_FILE
@@ -32,7 +33,7 @@ from align.models.loading import load_tokenizer
 from align.models.tokenization import MAX_LENGTH
 from align.run.checks import check_models
 from align.run.plan import HELD_OUT, REFERENCE_CACHE, TRUST, TRUST_NUMBERS, holds_out, measures_trust
-from align.run.row_checks import check_loss_columns, check_pair_rows, split_for_reward
+from align.run.row_checks import check_loss_columns, check_pair_rows, split_with_checked, with_checked
 from align.run.stages.reward import METRICS, make_scorer, scored_by
 from align.run.stages.sampling import PARTS, run_sampling, sample_in_stage, sampled_model
 from align.run.watch import EVAL, make_watch, split_share, without_trained
@@ -47,6 +48,9 @@ from reward_models.ensemble import members
 from reward_models.margin_metrics import evaluate_margins
 from reward_models.registry import objective_columns, resolve_objective
 
+UNCHECKED = "filter-unchecked"
+"""Folder of the pairs that a filter judges where some are checked ones, which it does not."""
+
 
 def stage_pairs(config: RunConfig, folder: Path) -> None:
     """Load and check the policy's pairs; hold some out if the reward model is trained on them as well."""
@@ -56,6 +60,7 @@ def stage_pairs(config: RunConfig, folder: Path) -> None:
     if config.reward is not None and config.reward.pairs is None:
         _write_split(config, config.pairs, pairs, folder)
         return
+    pairs = with_checked(config, config.pairs, pairs)
     check_loss_columns(config, pairs)
     write_pairs(pairs, folder / "train")
     write_json(folder / METRICS, {"train": summarize(pairs)})
@@ -88,7 +93,7 @@ def _write_split(config: RunConfig, source: PairsSection, pairs: Dataset, folder
         side_file = folder / "dropped_heldout.jsonl"
         heldout = load_pairs(reward.eval_pairs, side_file=side_file, carry=True)
         check_pair_rows(config, heldout, rewards=True)
-    train, heldout = split_for_reward(config, source, pairs, heldout)
+    train, heldout = split_with_checked(config, source, pairs, heldout)
     objective_columns(train, resolve_objective(reward.objective))
     write_pairs(train, folder / "train")
     write_pairs(heldout, folder / "heldout")
@@ -235,7 +240,12 @@ def stage_held_out(config: RunConfig, folder: Path) -> None:
     section, root, reward = config.train.eval_pairs, config.folder, config.reward
     pairs = read_pairs(root / "margins" / "pairs")
     if section.share is not None:
-        pairs, held_out = split_share(pairs, section, config.seed)
+        others, checked = divided(pairs)
+        share = checked_share(pairs)
+        pairs, held_out = split_share(others, section, config.seed)
+        if share is not None:
+            checked = without_held_out(checked, held_out, HELD_OUT)
+            pairs = together(pairs, checked, share, HELD_OUT)
     else:
         held_out = load_pairs(section, side_file=folder / "dropped.jsonl")
         check_pair_rows(config, held_out)
@@ -280,10 +290,14 @@ def stage_trust(config: RunConfig, folder: Path) -> None:
 
 
 def stage_filter(config: RunConfig, folder: Path) -> None:
-    """Keep the pairs that are worth training on; write the others with the reason for each."""
+    """Keep the pairs that are worth training on; write the others with the reason for each. Checked pairs stay out."""
     assert config.filter is not None
-    root = config.folder
-    source = PairsSection(path=str(_policy_pairs(config) / PAIRS_FILE))
+    root, table = config.folder, _policy_pairs(config)
+    others, checked = divided(read_pairs(table))
+    if len(checked):
+        table = root / UNCHECKED
+        write_pairs(others, table)
+    source = PairsSection(path=str(table / PAIRS_FILE))
     filter_source(source, config.filter, folder, seed=config.seed, cache=root / "filter-parts", cluster=config.cluster)
 
 
@@ -297,6 +311,10 @@ def stage_train(config: RunConfig, folder: Path, policy: str) -> None:
         pairs = read_pairs(_policy_pairs(config))
     else:
         pairs = load_pairs(PairsSection(path=str(root / "filter" / KEPT)))
+        whole = read_pairs(_policy_pairs(config))
+        share = checked_share(whole)
+        if share is not None:
+            pairs = together(pairs, divided(whole)[1], share, "filter")
     loss = train.methods[policy]
     if measures_trust(config) and TRUST in loss.names:
         parameters = read_json(root / TRUST / TRUST_NUMBERS) | loss.parameters
