@@ -141,7 +141,7 @@ class TrainerInputs:
                 args = copy.copy(args)
                 args.train_sampling_strategy = "sequential"  # the order of the stream
             else:
-                train = checked_table(train_dataset, "train_dataset")
+                train = checked_table(train_dataset, "train_dataset", thumbs=True)
                 objective_columns(train, bound)
             held = _tables(eval_dataset)
             set_seed(args.seed)
@@ -155,7 +155,9 @@ class TrainerInputs:
 
             if stream:
                 train = stream_table(
-                    train_dataset, streamed_pairs(args), lambda part, name: prepared(checked_table(part, name)).pairs
+                    train_dataset,
+                    streamed_pairs(args),
+                    lambda part, name: prepared(checked_table(part, name, thumbs=True)).pairs,
                 )
             made = prepared(train)
             _warn_of_margin(made.pairs, bound)
@@ -209,7 +211,7 @@ def held_out_table(given: Any, name: str) -> Dataset:
     Raises:
         DataError: see ``align.pairs_from_dataset``.
     """
-    return checked_table(list(given) if isinstance(given, IterableDataset) else given, name)
+    return checked_table(list(given) if isinstance(given, IterableDataset) else given, name, thumbs=True)
 
 
 def _name(model: Any) -> str:
