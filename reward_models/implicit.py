@@ -3,7 +3,7 @@
 Rewards of two responses to one prompt can be compared; those of different prompts have different offsets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,16 @@ import torch
 from datasets import Dataset
 
 from align.config import LossSection
-from align.config.columns import ID_COLUMNS, RESPONSES, TEXT
+from align.config.columns import FINISH_COLUMNS, ID_COLUMNS, RESPONSES, TEMPLATE_COLUMNS, TEXT
 from align.data.thumbs import without_other
 from align.distributed import local_device
 from align.errors import ConfigError, NumericsError
 from align.io.console import progress
+from align.io.hashing import digest
 from align.io.stage import read_manifest
 from align.losses.sums import bind_section
 from align.models.batching import token_batches
-from align.models.folders import adapter_base
+from align.models.folders import adapter_base, fingerprint_model
 from align.models.layout import base_model
 from align.models.loading import load_policy, load_tokenizer
 from align.models.logps import add_completion_head, pair_logps
@@ -43,6 +44,11 @@ class ImplicitSource:
     beta: float
     turns: Turns = "assistant"
     """Whose words count in responses of several messages, as in the training."""
+
+    @property
+    def key(self) -> str:
+        """Identifies the rewards: content of both models, beta, whose words count."""
+        return digest([fingerprint_model(self.policy), fingerprint_model(self.reference), self.beta, self.turns])
 
     @classmethod
     def find(cls, policy: str, reference: str | None = None, beta: float | None = None) -> "ImplicitSource":
@@ -177,7 +183,7 @@ class ImplicitReward:
         return found
 
     @contextmanager
-    def _loaded(self, name: str) -> Any:
+    def _loaded(self, name: str) -> Iterator[Any]:
         model = load_policy(name, trust_remote_code=self.trust_remote_code, dtype="float32")
         model = model.to(local_device()).eval()
         add_completion_head(base_model(model))
@@ -187,6 +193,4 @@ class ImplicitReward:
 
 def _read(pairs: Dataset) -> list[str]:
     """Columns that tokenization reads."""
-    from align.config.columns import FINISH_COLUMNS, TEMPLATE_COLUMNS
-
     return [name for name in ("id", *TEXT, *FINISH_COLUMNS.values(), *TEMPLATE_COLUMNS) if name in pairs.column_names]
