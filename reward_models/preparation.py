@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from align.data.in_memory import checked_table
+from align.data.thumbs import are_thumbs
 from align.errors import ConfigError, DataError, ModelError, python_words
 from align.io.arrow_tables import as_dataset
 from align.io.console import log
@@ -80,7 +81,7 @@ def prepare_pairs(
     columns = objective_columns(pairs, objective)
     length = fitting_length(model, max_length)
     tokens = pair_tokens(pairs, tokenizer, length, text_pair=getattr(model.config, TEXT_PAIR, False))
-    kept = told_apart(pairs, tokens.alike, length)
+    kept = told_apart(pairs, tokens.alike & ~are_thumbs(pairs), length)
     if len(kept) < len(pairs):
         pairs, tokens = pairs.select(kept), tokens.of(kept)
         columns = objective_columns(pairs, objective)

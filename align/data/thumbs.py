@@ -8,6 +8,7 @@ no difference.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from align.config.columns import FINISH_COLUMNS, ID_COLUMNS, MASK_COLUMNS, RESPONSES, THUMB
@@ -98,16 +99,23 @@ def _with_rejected(table: Dataset, make: Callable[[list[list[int]]], list[list[i
     return table
 
 
+def are_thumbs(pairs: Dataset) -> np.ndarray:
+    """Which rows of a pair table are single responses with thumbs, bool [N]."""
+    if THUMB not in pairs.column_names:
+        return np.zeros(len(pairs), dtype=bool)
+    return ~np.isnan(np.asarray(pairs[THUMB], dtype=np.float64))
+
+
 def has_thumbs(pairs: Dataset) -> bool:
     """Whether a pair table has single responses with thumbs."""
-    return THUMB in pairs.column_names and any(value is not None for value in pairs[THUMB])
+    return bool(are_thumbs(pairs).any())
 
 
 def without_thumbs(pairs: Dataset) -> Dataset:
     """The pairs of a table that also has single responses."""
     if not has_thumbs(pairs):
         return pairs
-    return pairs.select([k for k, value in enumerate(pairs[THUMB]) if value is None])
+    return pairs.select(np.flatnonzero(~are_thumbs(pairs)))
 
 
 def refuse_thumbs(pairs: Dataset, what: str) -> None:
@@ -122,7 +130,7 @@ def refuse_thumbs(pairs: Dataset, what: str) -> None:
     """
     if not has_thumbs(pairs):
         return
-    rows = [k for k, value in enumerate(pairs[THUMB]) if value is not None]
+    rows = np.flatnonzero(are_thumbs(pairs)).tolist()
     name = repr(pairs["id"][rows[0]]) if "id" in pairs.column_names else f"in row {rows[0]}"
     raise DataError(
         f"{what}: found {len(rows)} single responses with thumbs among {len(pairs)} rows, the first {name}; expected "

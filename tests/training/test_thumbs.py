@@ -1,5 +1,6 @@
 """Single responses with thumbs: KTO equal to trl's step by step, BCO, mixed tables, refusals."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from align.losses.sums import resolve_sum
 from align.training.preference_config import PreferenceConfig
 from align.training.train import make_trainer
 from align.training.trainer import PreferenceTrainer
-from tests.helpers.builders import causal, rows
+from reward_models import RewardConfig, RewardTrainer
+from reward_models.score import RewardScorer
+from tests.helpers.builders import causal, llama_reward, rows
 from tests.training.test_trainer import BASE, FIELDS, ROUNDING, Gradients
 
 SEQUENTIAL = {"train_sampling_strategy": "sequential"}
@@ -157,3 +160,24 @@ def test_what_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r"train.eval_pairs: found it under the loss kto"):
         make_trainer(Dataset.from_list(rows(4)), section, "k", tmp_path / "e", seed=0)
+
+
+def test_a_reward_trainer_logs_thumbs_and_pairs_by_their_own_side(tmp_path: Path) -> None:
+    """trl's accuracy compares two responses, which are the same for a thumb."""
+    table = [*thumbed(6), *({name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows(2))]
+    args = RewardConfig(str(tmp_path / "out"), **{**BASE, "max_steps": 1, "per_device_train_batch_size": 8})
+    model = llama_reward(tmp_path / "rm")
+    trainer = RewardTrainer(str(model), args=args, train_dataset=table, objective="thumbs")
+    scorer = RewardScorer(model, batch_tokens=256, max_length=64)
+    singles = scorer.score_completions(*([row[name] for row in table[:6]] for name in ("prompt", "completion")))
+    gaps = [value if row["label"] else -value for row, value in zip(table, singles, strict=False)]
+    for row in table[6:]:
+        both = scorer.score_completions([row["prompt"]] * 2, [row["chosen"], row["rejected"]])
+        gaps.append(both[0] - both[1])
+    trainer.train()
+    first = next(entry for entry in trainer.state.log_history if "accuracy" in entry)
+    assert first["accuracy"] == pytest.approx(sum(gap > 0 for gap in gaps) / 8)
+    assert first["margin"] == pytest.approx(sum(gaps) / 8, abs=1e-4)
+    assert first["loss"] == pytest.approx(sum(math.log1p(math.exp(-gap)) for gap in gaps) / 8, abs=1e-4)
+    with pytest.raises(DataError, match="the objective bradley_terry: found 6 single responses"):
+        RewardTrainer(str(model), args=args, train_dataset=table)
