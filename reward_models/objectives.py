@@ -9,6 +9,7 @@ gradients for |z| up to 1e4. A configuration selects one by name: reward_models/
     margin_mse      a teacher's margins, no label                                           arXiv 2010.02666
     auc             labels, and that any chosen beats any rejected response                 arXiv 2510.00137, eq. 3
     ldr_kl          labels, up to a margin, with a bounded gradient                         arXiv 2112.14869
+    thumbs          labels of pairs, and of single responses, desirable or not              logistic regression
     aggregated      only the share of votes in each group of pairs                          arXiv 2401.11081
 """
 
@@ -35,6 +36,24 @@ def bradley_terry(
     gap = reward_chosen - reward_rejected
     loss = -F.logsigmoid(gap if margin is None else gap - margin)
     return loss + centering * (reward_chosen + reward_rejected) ** 2
+
+
+def thumbs(reward_chosen: Tensor, reward_rejected: Tensor, thumb: Tensor) -> Tensor:
+    """-log sigmoid(r) of a desirable response, -log sigmoid(-r) of an undesirable one, of a pair Bradley-Terry's, [B].
+
+    Args:
+        reward_chosen: [B]; r of a single response.
+        reward_rejected: [B]; not read for a single response.
+        thumb: [B], 1 desirable, 0 undesirable, NaN a pair.
+    """
+    return -F.logsigmoid(thumb_gap(reward_chosen, reward_rejected, thumb))
+
+
+def thumb_gap(reward_chosen: Tensor, reward_rejected: Tensor, thumb: Tensor) -> Tensor:
+    """What should be above 0 [B]: r_w - r_l of a pair, r of a desirable response, -r of an undesirable one."""
+    chosen = at_least_float32(reward_chosen)
+    single = torch.where(thumb > 0.5, chosen, -chosen)
+    return torch.where(thumb.isnan(), chosen - at_least_float32(reward_rejected), single)
 
 
 def comp_sum(reward_chosen: Tensor, reward_rejected: Tensor, *, tau: float = 1.0) -> Tensor:

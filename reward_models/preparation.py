@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.config.columns import WEIGHT
 from align.data.in_memory import checked_table
+from align.data.thumbs import are_thumbs
 from align.errors import ConfigError, DataError, ModelError, python_words
 from align.io.arrow_tables import as_dataset
 from align.io.console import log
@@ -85,7 +86,7 @@ def prepare_pairs(
     columns = objective_columns(pairs, objective)
     length = fitting_length(model, max_length)
     tokens = pair_tokens(pairs, tokenizer, length, text_pair=getattr(model.config, TEXT_PAIR, False))
-    kept = told_apart(pairs, tokens.alike, length)
+    kept = told_apart(pairs, tokens.alike & ~are_thumbs(pairs), length)
     if len(kept) < len(pairs):
         pairs, tokens = pairs.select(kept), tokens.of(kept)
         columns = objective_columns(pairs, objective)
@@ -167,7 +168,7 @@ class TrainerInputs:
                 args = copy.copy(args)
                 args.train_sampling_strategy = "sequential"  # the order of the stream
             else:
-                train = checked_table(train_dataset, "train_dataset")
+                train = checked_table(train_dataset, "train_dataset", thumbs=True)
                 objective_columns(train, bound)
             held = _tables(eval_dataset)
             set_seed(args.seed)
@@ -182,7 +183,9 @@ class TrainerInputs:
 
             if stream:
                 train = stream_table(
-                    train_dataset, streamed_pairs(args), lambda part, name: prepared(checked_table(part, name)).pairs
+                    train_dataset,
+                    streamed_pairs(args),
+                    lambda part, name: prepared(checked_table(part, name, thumbs=True)).pairs,
                 )
             made = prepared(train, getattr(args, "covariates", None) or ())
             _warn_of_margin(made.pairs, bound)
@@ -236,7 +239,7 @@ def held_out_table(given: Any, name: str) -> Dataset:
     Raises:
         DataError: see ``align.pairs_from_dataset``.
     """
-    return checked_table(list(given) if isinstance(given, IterableDataset) else given, name)
+    return checked_table(list(given) if isinstance(given, IterableDataset) else given, name, thumbs=True)
 
 
 def _name(model: Any) -> str:

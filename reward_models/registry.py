@@ -12,8 +12,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from align.config import ObjectiveSection, nearest
-from align.config.columns import NAMES, NUMBERS, VOTES
+from align.config.columns import NAMES, NUMBERS, THUMB, VOTES
 from align.config.parameters import ANY, POSITIVE, Range
+from align.data.thumbs import refuse_thumbs
 from align.data.votes import refuse_without_majority
 from align.errors import AlignError, ConfigError, DataError
 from align.io.console import log
@@ -123,6 +124,13 @@ SPECS = (
         columns=("bag", "vote_share"),
         coupled=True,
         reads_labels=False,
+    ),
+    ObjectiveSpec(
+        "thumbs",
+        objectives.thumbs,
+        {},
+        "single responses with thumbs, by the sign of their reward, and pairs in one table",
+        columns=(THUMB,),
     ),
     ObjectiveSpec(
         "binomial",
@@ -292,7 +300,13 @@ def objective_columns(pairs: Dataset, objective: BoundObjective) -> dict[str, li
     columns: dict[str, list[float] | list[int]] = {}
     if objective.spec.reads_labels:
         refuse_without_majority(pairs, f"the objective {objective.spec.name} reads no votes", VOTE_OBJECTIVES)
+    if THUMB not in objective.columns:
+        refuse_thumbs(pairs, f"the objective {objective.spec.name}")
     for name in objective.columns:
+        if name == THUMB:
+            given: list[float | None] = list(pairs[name]) if name in pairs.column_names else [None] * len(pairs)
+            columns[name] = [math.nan if value is None else float(value) for value in given]
+            continue
         values = pairs[name] if name in pairs.column_names else []
         ids = pairs["id"] if "id" in pairs.column_names else range(len(pairs))
         missing = [str(key) for key, value in zip(ids, values, strict=False) if value is None]

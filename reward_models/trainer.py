@@ -18,7 +18,7 @@ from transformers.trainer_utils import PredictionOutput
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from align.config import SharpnessSection, TiltSection
-from align.config.columns import NAMES, WEIGHT
+from align.config.columns import NAMES, THUMB, WEIGHT
 from align.data.table_facts import table_facts
 from align.data.training_pairs import record_of, write_digests
 from align.errors import python_words
@@ -36,6 +36,7 @@ from align.training.base.trainer import ReliableTrainer
 from align.training.trainer_inputs import without_ignored_kwargs
 from reward_models.arguments import read_section
 from reward_models.covariates import Coefficients, column_of
+from reward_models.objectives import thumb_gap
 from reward_models.preparation import (
     SEGMENTS,
     UNBOUNDED,
@@ -270,6 +271,8 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
         loss, outputs = super().compute_loss(model, batch, return_outputs=True, num_items_in_batch=num_items_in_batch)
         training, real = self.model.training, inputs.get(REAL)
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+        if THUMB in columns:
+            self._log_thumbs(thumb_gap(chosen.detach(), rejected.detach(), columns[THUMB]), inputs.get(REAL))
         if training:
             self._check_rewards(inputs, chosen.detach(), rejected.detach())
         weights = inputs.get(WEIGHT) if training and WEIGHT not in columns else None
@@ -287,6 +290,14 @@ class RewardTrainer(ReliableTrainer, trl.RewardTrainer):
             pairs = self._count_all(inputs) if coupled else counted(inputs) * self.accelerator.num_processes
             loss = loss if pairs == total else loss * pairs / total
         return (loss, outputs) if return_outputs else loss
+
+    def _log_thumbs(self, gap: Tensor, real: Tensor | None) -> None:
+        """Log for the rows [B] of a batch whether each is on the right side, in place of trl's numbers of pairs."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        gap = only_real(gap, real)
+        sums = torch.stack([(gap > 0).sum().to(gap), gap.sum(), gap.new_tensor(len(gap))])
+        right, total, count = self.accelerator.gather(sums[None]).sum(dim=0).tolist()
+        metrics["accuracy"][-1], metrics["margin"][-1] = right / max(count, 1), total / max(count, 1)
 
     def _check_rewards(self, inputs: dict[str, Any], chosen: Tensor, rejected: Tensor) -> None:
         """Record the pairs of the batch for the guard and stop at a reward [B] that is not finite."""

@@ -8,6 +8,7 @@ import typer
 
 from align.cli.options import (
     Cluster,
+    ImplicitOptions,
     LoadingOptions,
     Seed,
     Split,
@@ -164,6 +165,7 @@ def reward_model(
     seed: Seed = 0,
     *,
     loading: LoadingOptions,
+    policy: ImplicitOptions,
 ) -> None:
     """Pair accuracy by category, calibration, AUC, length bias, out-of-distribution pairs, largest disagreements."""
     from align.commands.evaluate_reward_model import evaluate
@@ -171,7 +173,7 @@ def reward_model(
     source = pair_source(pairs, column, split).model_copy(update={"drop_invalid": drop_invalid, "limit": limit})
     evaluate(
         source, model, output, chat=chat, batch_tokens=batch_tokens, max_length=max_length, seed=seed,
-        trained_on=trained_on, options=loading.load_options(),
+        trained_on=trained_on, options=loading.load_options(), implicit=policy.source(model),
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from align.cli import view as cli_view
 from align.cli.options import (
     Cluster,
     Columns,
+    ImplicitOptions,
     LoadingOptions,
     NearCopies,
     Split,
@@ -149,6 +150,7 @@ def reward_score(
     model: Annotated[str, typer.Option(help="Reward model: folder or hub id.")],
     output: Annotated[Path, output_folder("Folder to write pairs.parquet into.")],
     loading: LoadingOptions,
+    policy: ImplicitOptions,
     column: Columns = None,
     split: Split = "train",
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
@@ -162,7 +164,7 @@ def reward_score(
     source = pair_source(pairs, column, split)
     score_pairs(
         source, model, output, batch_tokens=batch_tokens, max_length=max_length, calibrated=calibrated,
-        cluster=cluster_section(cluster), options=loading.load_options(),
+        cluster=cluster_section(cluster), options=loading.load_options(), implicit=policy.source(model),
     )  # fmt: skip
 
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from align.errors import ConfigError
 from align.io.object_store import local_path
 
 if TYPE_CHECKING:
     from align.config import ClusterSection, PairsSection
+    from reward_models.implicit import ImplicitSource
     from reward_models.loading import LoadOptions
 
 LARGEST_SEED = 2**32 - 1
@@ -30,6 +32,37 @@ TemplateKwargs = Annotated[
     str | None, typer.Option(help='Arguments of the chat template for all prompts: {"enable_thinking": false}.')
 ]
 Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of every random draw.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImplicitOptions:
+    """A policy in place of a reward model."""
+
+    implicit: Annotated[
+        bool, typer.Option("--implicit", help="The model is a policy: beta times its log-ratio to the reference.")
+    ] = False
+    reference: Annotated[
+        str | None, typer.Option(help="--implicit: reference model; default: the one that its run trained it with.")
+    ] = None
+    beta: Annotated[float | None, typer.Option(help="--implicit: scale; default: that of its run's loss.")] = None
+
+    def source(self, model: str) -> "ImplicitSource | None":
+        """The policy with its reference and beta; None: the model is a reward model.
+
+        Raises:
+            ConfigError: a reference or a beta of a reward model, or one that is not found.
+        """
+        if not self.implicit:
+            for name, value in (("reference", self.reference), ("beta", self.beta)):
+                if value is not None:
+                    raise ConfigError(
+                        f"--{name}: found {value}, which has a meaning for a policy alone", code="implicit-reward",
+                        hint="add --implicit, or leave it out",
+                    )  # fmt: skip
+            return None
+        from reward_models.implicit import ImplicitSource
+
+        return ImplicitSource.find(model, self.reference, self.beta)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

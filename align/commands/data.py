@@ -62,7 +62,7 @@ def check_data(source: PairsSection, *, drop_to: Path | None, model: str | None 
     drop_to.mkdir(parents=True, exist_ok=True)
     side_file = drop_to / "invalid.jsonl"
     side_file.unlink(missing_ok=True)
-    kept = load_pairs(source.model_copy(update={"drop_invalid": True}), side_file=side_file, carry=True)
+    kept = load_pairs(source.model_copy(update={"drop_invalid": True}), side_file=side_file, carry=True, thumbs=True)
     write_pairs(kept, drop_to)
     log.info("valid pairs: %s", drop_to / "pairs.parquet")
     if side_file.exists():

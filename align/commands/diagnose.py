@@ -7,6 +7,7 @@ from align.config import PairsSection
 from align.data.pairs import check_pairs
 from align.data.prompts import read_prompts
 from align.data.readers import stream_source
+from align.data.thumbs import refuse_thumbs
 from align.data.user_columns import user_columns
 from align.diagnosis.diagnose import diagnose
 from align.errors import AlignError, DataError
@@ -49,6 +50,7 @@ def diagnose_source(
     checked = check_pairs(source, carry=True)
     if not len(checked.pairs):
         raise DataError(f"{source.path}: no valid pair", code="data-empty", hint="look at `align data check`")
+    refuse_thumbs(checked.pairs, source.path)
     found = diagnose(
         checked.pairs,
         model=model,

@@ -6,11 +6,12 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
 
+from align.commands.best_of_benchmark import best_of_rows, evaluate_best_of
 from align.config import OodSection, PairsSection
 from align.data.pairs import fingerprint, load_pairs
 from align.data.readers import stream_source
@@ -31,9 +32,13 @@ from align.models.message_checks import check_pairs_of, is_conversational
 from align.sharding.jobs import read_table
 from align.sharding.shards import in_parts
 from reward_models.ensemble import members
+from reward_models.implicit import ImplicitReward, ImplicitSource
 from reward_models.length_bias import word_difference
 from reward_models.loading import DEFAULTS, LoadOptions
 from reward_models.score import REWARDS
+
+if TYPE_CHECKING:
+    from reward_models.ensemble import EnsembleScorer
 
 PART = 256
 """Pairs per shard; a stopped scoring repeats at most one shard."""
@@ -55,6 +60,7 @@ def evaluate(
     seed: int,
     trained_on: str | None = None,
     options: LoadOptions = DEFAULTS,
+    implicit: ImplicitSource | None = None,
 ) -> None:
     """Score pairs, write ``reward_model.json`` and ``reward_model.html`` into ``output``, print the numbers as JSON.
 
@@ -68,17 +74,23 @@ def evaluate(
         seed: seed of the intervals.
         trained_on: the model's training pairs; if given, the distances of the pairs to them are measured.
         options: how the model is loaded and reads texts.
+        implicit: the model is a policy, and this its reference and beta.
 
     Raises:
         AlignError: the pairs or the model cannot be used.
     """
     check_files(output, [])
+    if best_of_rows(source):
+        _best_of(source, model, output, chat=chat, batch_tokens=batch_tokens, max_length=max_length, options=options,
+                 implicit=implicit)  # fmt: skip
+        return
     pairs, chat = _load(source, model, chat, options)
     pairs = with_majority(pairs, source.path)
     check_pairs_of(pairs, [model], trust_remote_code=options.trust_remote_code, text_pair=options.text_pair)
     log.info("scoring %d pairs of %s with %s%s -> %s", len(pairs), source.path, model,
              " as chat" if chat else "", output)  # fmt: skip
-    stage = _score(pairs, model, output / SCORED, batch_tokens=batch_tokens, max_length=max_length, options=options)
+    stage = _score(pairs, model, output / SCORED, batch_tokens=batch_tokens, max_length=max_length, options=options,
+                   implicit=implicit)  # fmt: skip
     scores = read_table(stage.folder / SCORES)
     chosen, rejected = (np.asarray(scores[column]) for column in ("reward_chosen", "reward_rejected"))
     clusters, far = clusters_of(pairs), _distances(pairs, model, trained_on, output, options)
@@ -95,17 +107,23 @@ def evaluate(
 
 
 def _score(
-    pairs: Dataset, model: str, folder: Path, *, batch_tokens: int, max_length: int, options: LoadOptions
+    pairs: Dataset,
+    model: str,
+    folder: Path,
+    *,
+    batch_tokens: int,
+    max_length: int,
+    options: LoadOptions,
+    implicit: ImplicitSource | None,
 ) -> Stage:
     """The stage that scores the pairs into ``SCORES``."""
     inputs = {"pairs": fingerprint(pairs), "model": fingerprint_model(model), "max_length": max_length, "part": PART}
     inputs["revision"] = f"{REWARDS}{options.suffix}"
+    inputs |= {} if implicit is None else {"implicit": implicit.key}
     inputs |= rendered_today(model, lambda: is_conversational(pairs), trust_remote_code=options.trust_remote_code)
 
     def work(partial: Path) -> None:
-        from reward_models.ensemble import EnsembleScorer
-
-        scorer = EnsembleScorer(model, batch_tokens=batch_tokens, max_length=max_length, options=options)
+        scorer = _scorer(model, batch_tokens, max_length, options, implicit)
 
         def part(rows: range) -> Dataset:
             scored = scorer.score_pairs(pairs.select(rows))
@@ -117,6 +135,47 @@ def _score(
         shutil.rmtree(partial / "parts")
 
     return run_stage("scores", folder, inputs, work)
+
+
+def _scorer(
+    model: str, batch_tokens: int, max_length: int, options: LoadOptions, implicit: ImplicitSource | None
+) -> "EnsembleScorer | ImplicitReward":
+    if implicit is not None:
+        return ImplicitReward(
+            implicit, batch_tokens=batch_tokens, max_length=max_length, trust_remote_code=options.trust_remote_code
+        )
+    from reward_models.ensemble import EnsembleScorer
+
+    return EnsembleScorer(model, batch_tokens=batch_tokens, max_length=max_length, options=options)
+
+
+def _best_of(
+    source: PairsSection,
+    model: str,
+    output: Path,
+    *,
+    chat: bool | None,
+    batch_tokens: int,
+    max_length: int,
+    options: LoadOptions,
+    implicit: ImplicitSource | None,
+) -> None:
+    """Evaluate on RewardBench 2."""
+    has_template = _has_template(model, options)
+    if chat and not has_template:
+        raise _no_template(model)
+    own = fingerprint_model(model) if implicit is None else implicit.key
+    evaluate_best_of(
+        source, model, f"{REWARDS}:{own}{options.suffix}:{max_length}",
+        lambda: _scorer(model, batch_tokens, max_length, options, implicit).score_completions,
+        output, chat=has_template if chat is None else chat,
+    )  # fmt: skip
+
+
+def _no_template(model: str) -> ConfigError:
+    return ConfigError(
+        f"--chat: {model} has no chat template", code="no-chat-template", hint="use --text, or another model"
+    )
 
 
 def _publish(found: dict[str, Any], pairs: Dataset, margins: np.ndarray, output: Path) -> None:
@@ -167,9 +226,7 @@ def _load(source: PairsSection, model: str, chat: bool | None, options: LoadOpti
     if not chat or not isinstance(pairs["prompt"][0], str):
         return pairs, False
     if not _has_template(model, options):
-        raise ConfigError(
-            f"--chat: {model} has no chat template", code="no-chat-template", hint="use --text, or another model"
-        )
+        raise _no_template(model)
     return Dataset.from_list([_as_messages(row) for row in pairs]), True
 
 

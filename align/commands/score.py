@@ -11,6 +11,7 @@ from align.io.console import log, out
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from reward_models.implicit import ImplicitSource
     from reward_models.loading import LoadOptions
 
 
@@ -24,6 +25,7 @@ def score_pairs(
     calibrated: bool = False,
     cluster: ClusterSection | None = None,
     options: "LoadOptions | None" = None,
+    implicit: "ImplicitSource | None" = None,
 ) -> None:
     """Score pairs with a reward model, write the table, and print the margin metrics as JSON.
 
@@ -38,6 +40,7 @@ def score_pairs(
         calibrated: apply the calibration in the model folder.
         cluster: the cluster whose workers share the pairs.
         options: how the model is loaded and reads texts; None: the defaults.
+        implicit: the model is a policy, and this its reference and beta.
 
     Raises:
         AlignError: the pairs, the model or the folder cannot be used.
@@ -52,7 +55,7 @@ def score_pairs(
 
     keep_source(source.path, [output / FILE])
     check_files(output, [])
-    calibration = MarginMap.load(model) if calibrated else None
+    calibration = MarginMap.load(model) if calibrated and implicit is None else None
     pairs = load_pairs(source, carry=True)
     read = options or DEFAULTS
     check_pairs_of(
@@ -60,6 +63,12 @@ def score_pairs(
         text_pair=read.text_pair,
     )  # fmt: skip
     log.info("scoring %d pairs of %s with %s -> %s", len(pairs), source.path, model, output)
+    if implicit is not None:
+        scored = _by_policy(pairs, implicit, batch_tokens, max_length, read, alone=not calibrated and cluster is None)
+        if process_rank() == 0:
+            write_pairs(scored, output)
+            _report(scored, output)
+        return
     scored = score_with(
         members(model), pairs, output / ".scoring", batch_tokens=batch_tokens, max_length=max_length,
         calibration=calibration, cluster=cluster, options=read,
@@ -68,6 +77,36 @@ def score_pairs(
         return
     write_pairs(scored, output)
     _report(scored, output)
+
+
+def _by_policy(
+    pairs: "Dataset",
+    source: "ImplicitSource",
+    batch_tokens: int,
+    max_length: int,
+    options: "LoadOptions",
+    *,
+    alone: bool,
+) -> "Dataset":
+    """The pairs with the implicit rewards of a policy.
+
+    Raises:
+        ConfigError: a calibration or a cluster, which are of reward models.
+    """
+    from align.data.training_pairs import UNKNOWN, with_source
+    from align.errors import ConfigError
+    from reward_models.implicit import ImplicitReward
+
+    if not alone:
+        raise ConfigError(
+            "--implicit: found --calibrated or --cluster, which are of reward models", code="implicit-reward",
+            hint="leave them out",
+        )  # fmt: skip
+    log.info("implicit reward: %g times the log-ratio of %s to %s", source.beta, source.policy, source.reference)
+    model = ImplicitReward(
+        source, batch_tokens=batch_tokens, max_length=max_length, trust_remote_code=options.trust_remote_code
+    )
+    return with_source(model.score_pairs(pairs), [UNKNOWN] * len(pairs))
 
 
 def _report(scored: "Dataset", output: Path) -> None:

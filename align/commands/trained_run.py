@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from align.config import LossSection, PairsSection
 from align.data.pairs import load_pairs, read_pairs
+from align.data.thumbs import refuse_thumbs
 from align.entanglement.trace import checkpoints_of
 from align.errors import DataError
 from align.filtering.tables import KEPT
@@ -47,7 +48,9 @@ class TrainedRun:
 
     def table(self) -> Dataset:
         """The pairs that it trained on."""
-        return load_pairs(PairsSection(path=str(self.pairs))) if self.pairs.is_file() else read_pairs(self.pairs)
+        pairs = load_pairs(PairsSection(path=str(self.pairs))) if self.pairs.is_file() else read_pairs(self.pairs)
+        refuse_thumbs(pairs, str(self.pairs))
+        return pairs
 
 
 def read_training(run: Path, method: str, max_length: int | None = None) -> TrainedRun:

@@ -68,6 +68,14 @@ COLUMNS = (
     Column("votes_chosen", "number", "raters who preferred the chosen", "pairs from or source", not_negative=True),
     Column("votes_rejected", "number", "raters who preferred the rejected", "pairs from or source", not_negative=True),
     Column("votes_tie", "number", "raters who preferred neither", "pairs from or source", not_negative=True),
+    Column(
+        "thumb",
+        "number",
+        "1: chosen is desirable, 0: undesirable, and rejected repeats it; nothing: a pair",
+        "source, as completion and label",
+        not_negative=True,
+        in_batch=True,
+    ),
     Column("trust", "number", "how far the margin of this pair is believed", "training", loaded=False, in_batch=True),
     Column("label_share", "number", "share of votes for the chosen", "training", loaded=False, in_batch=True),
     Column("quality", "number", "quality of the worse response, also as quality_<scorer>", "filter", loaded=False),
@@ -103,6 +111,8 @@ WEIGHT, CHECKED = "weight", "checked"
 """Factor of a pair's loss; whether the pair came with ``pairs.checked``."""
 VOTES = ("votes_chosen", "votes_rejected", "votes_tie")
 """Numbers of raters who preferred the chosen response, the rejected one, neither."""
+THUMB = "thumb"
+"""Column that tells a single response with a thumb from a pair."""
 SCORES = ("reward_chosen", "reward_rejected", "margin")
 """Columns that scoring writes."""
 SPREAD = "margin_std"

@@ -13,6 +13,7 @@ from align.data.messages import without_nulls
 from align.data.near_copies import with_near_copies
 from align.data.pairs import check_rows
 from align.data.readers import Row, numbered_rows, read_table
+from align.data.thumbs import refuse_thumbs, thumb_columns
 from align.data.user_columns import unused_columns
 from align.data.validation import Problem
 from align.errors import DataError, listed, python_words
@@ -48,18 +49,22 @@ def pairs_from_dataset(ds: Any, *, columns: Mapping[str, str] | None = None, nea
     return with_near_copies(pairs) if near_copies else pairs
 
 
-def checked_table(ds: Any, name: str, *, columns: Mapping[str, str] | None = None, carry: bool = False) -> Dataset:
+def checked_table(
+    ds: Any, name: str, *, columns: Mapping[str, str] | None = None, carry: bool = False, thumbs: bool = False
+) -> Dataset:
     """``pairs_from_dataset`` for an argument of another name; ``carry`` keeps columns that the program does not read.
 
     Raises:
-        DataError: see there.
+        DataError: see there; or single responses with thumbs, unless ``thumbs`` takes them.
     """
     with python_words(HINTS):
         rows, names = read_table(memory_rows(ds, name), _section(name, columns))
     checked = check_rows(rows, names, name, carry=carry)
     if checked.problems:
         raise _unusable(name, checked.problems, len(checked.invalid), len(rows))
-    unused = [column for column in unused_columns(names) if column not in checked.pairs.column_names]
+    if not thumbs:
+        refuse_thumbs(checked.pairs, name)
+    unused = [column for column in unused_columns(thumb_columns(names)) if column not in checked.pairs.column_names]
     if unused:
         log.info("%s: columns that are not used: %s", name, ", ".join(unused))
     return checked.pairs

@@ -23,6 +23,7 @@ from align.data.pair_chunks import PairSpool, one_type
 from align.data.readers import Row, stream_source
 from align.data.sampling import fair_sample, report_sample
 from align.data.seen_ids import SeenIds, content_id
+from align.data.thumbs import SINGLE, refuse_thumbs, thumb_columns, thumb_values
 from align.data.user_columns import KNOWN, unused_columns, user_array, user_columns
 from align.data.validation import Problem, RowReader
 from align.errors import DataError, listed
@@ -75,10 +76,12 @@ def check_rows(
         limit: number of valid rows to keep; None: all.
         carry: keep the columns that the program does not read, unchanged; the rows have their ``raw`` values.
     """
+    single, columns = set(SINGLE) <= columns, thumb_columns(columns)
     reader, own = RowReader(source, columns), user_columns(columns) if carry else []
     valid, problems, invalid = PairSpool(source, own), [], []
     seen, first = SeenIds(), None
-    for row in rows:
+    for raw in rows:
+        row = replace(raw, values=thumb_values(raw.values)) if single else raw
         pair, found = reader.read(row)
         if pair is not None:
             first = first or pair
@@ -96,16 +99,20 @@ def check_rows(
     return CheckResult(as_dataset(valid.table(drawn)), problems, invalid, unused_columns(columns))
 
 
-def load_pairs(source: PairsSection, *, side_file: Path | None = None, carry: bool = False) -> Dataset:
+def load_pairs(
+    source: PairsSection, *, side_file: Path | None = None, carry: bool = False, thumbs: bool = False
+) -> Dataset:
     """The valid pairs of a source.
 
     Args:
         source: where the pairs come from; with ``drop_invalid``, invalid rows are dropped and counted.
         side_file: JSONL file for the dropped rows, with the reasons.
         carry: keep the columns that the program does not read, unchanged.
+        thumbs: single responses with thumbs are taken as well.
 
     Raises:
-        DataError: invalid rows (the first 20 and a count) without ``drop_invalid``, or no row is valid.
+        DataError: invalid rows (the first 20 and a count) without ``drop_invalid``, no row is valid, or single
+            responses where pairs are needed.
     """
     checked = check_pairs(source, carry=carry)
     if checked.problems and not (source.drop_invalid and checked.invalid):
@@ -120,6 +127,8 @@ def load_pairs(source: PairsSection, *, side_file: Path | None = None, carry: bo
             side_file.write_text("".join(lines), encoding="utf-8")
     if len(checked.pairs) == 0:
         raise DataError(f"{source.path}: no valid pair", code="data-empty", hint="look at `align data check`")
+    if not thumbs:
+        refuse_thumbs(checked.pairs, source.path)
     return checked.pairs
 
 

@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from align.config import PairsSection, nearest
 from align.data.messages import as_messages, without_nulls
+from align.data.thumbs import thumb_columns
 from align.errors import AlignError, DataError
 from align.io.console import log
 from align.io.object_store import store_problem
@@ -54,9 +55,7 @@ def read_table(raw: Iterable[Row], source: PairsSection) -> tuple[list[Row], set
     """
     rows = list(map(_with_messages, raw))
     names, renamed = _columns(source, rows)
-    if renamed:
-        rows = [replace(row, values=_rename(row.values, renamed)) for row in rows]
-    return rows, names
+    return [replace(row, values=_rename(row.values, renamed)) for row in rows] if renamed else rows, names
 
 
 def stream_source(source: PairsSection) -> tuple[Iterator[Row], set[str]]:
@@ -86,7 +85,7 @@ def _columns(source: PairsSection, rows: Iterable[Row]) -> tuple[set[str], dict[
     renamed = _mapped(source, columns)
     columns = {renamed.get(name, name) for name in columns}
     for needed in ("chosen", "rejected"):
-        if needed not in columns and readable:
+        if needed not in thumb_columns(columns) and readable:
             raise DataError(
                 f"{source.path}: no column {needed!r}{nearest(needed, sorted(columns))}",
                 code="data-column",

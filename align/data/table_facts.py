@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset
 
-from align.config.columns import TEXT
+from align.config.columns import TEXT, THUMB
 from align.data.training_pairs import UNKNOWN, source_of
 
-READ = (*TEXT, "margin")
+READ = (*TEXT, "margin", THUMB)
 """Columns that the fingerprint covers: equal for every method and model that is trained on the same pairs."""
 DIGITS = 16
 

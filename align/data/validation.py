@@ -5,10 +5,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, RESPONSES, SCORES, TEMPLATE_COLUMNS, TEXT, VALUES
+from align.config.columns import NAMES, NOT_NEGATIVE, NUMBERS, RESPONSES, SCORES, TEMPLATE_COLUMNS, TEXT, THUMB, VALUES
 from align.data.implicit_prompt import split_prompt, with_text_prompt, without_prompt
 from align.data.messages import content_text, unparsed
 from align.data.readers import Row
+from align.data.thumbs import thumb_problem
 from align.io.console import log
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -64,6 +65,8 @@ class RowReader:
         if row.unreadable:
             found, _, expected = row.unreadable.removeprefix("found ").partition(", expected ")
             return None, [Problem(row.file or self.source, row.number, "(row)", "data-row", found, expected)]
+        if wrong := thumb_problem(row.values.get(THUMB)):
+            return None, [self.problem(row, "label", "pair-value", *wrong)]
         texts = RESPONSES if self.implicit else TEXT
         problems = [problem for name in texts for problem in self.text(row, name)]
         if problems:
@@ -100,7 +103,7 @@ class RowReader:
         if len({plain[name] for name in RESPONSES}) > 1 or (plain["chosen"] and not plain.get("prompt", True)):
             found = ", ".join(f"{name} {'text' if plain[name] else 'messages'}" for name in texts)
             return values, [self.problem(row, "(row)", "pair-mixed", found, "all text or all messages")]
-        if values["chosen"] == values["rejected"]:
+        if values["chosen"] == values["rejected"] and values.get(THUMB) is None:
             return values, [self.problem(row, "rejected", "pair-equal", "the same as chosen", "another response")]
         if self.implicit:
             parts = split_prompt(values)

@@ -64,7 +64,9 @@ def compare_losses(
     columns = {name: _column(table, name) for name in ("chosen_sq", "rejected_sq", "inner")}
     margins = "margin" in table.column_names and not len(missing_values(table, "margin"))
     for loss in losses:
-        if loss.spec.tokens != "none":
+        if loss.spec.unpaired:
+            left_out[loss.spec.name] = "is a loss of single responses"
+        elif loss.spec.tokens != "none":
             left_out[loss.spec.name] = "reads tokens, of which the measurement keeps the sums"
         elif loss.spec.needs_margin and not margins:
             left_out[loss.spec.name] = "needs a margin of every pair"

@@ -9,6 +9,7 @@ from align.losses.entries_likelihood import LIKELIHOOD_SPECS
 from align.losses.entries_margin import MARGIN_SPECS
 from align.losses.entries_reference import DPO_SPECS, RATIO_SPECS
 from align.losses.entries_step import STEP_SPECS, TOKEN_SPECS
+from align.losses.entries_unpaired import UNPAIRED_SPECS
 from align.losses.registry import ALIASES, LOSSES
 from align.losses.spec import LossSpec
 from align.losses.sums import TRL_DEFAULTS
@@ -20,6 +21,7 @@ GROUPS = (
     ("Losses without a reference", LIKELIHOOD_SPECS),
     ("Losses that compare the pairs of a step", STEP_SPECS),
     ("Losses that read tokens", TOKEN_SPECS),
+    ("Losses of single responses with thumbs", UNPAIRED_SPECS),
 )
 HEAD = """# Losses
 
@@ -73,7 +75,7 @@ TAIL = """
 ## Not there
 
 TDPO and epsilon-DPO need the whole distributions of both models at every token, which the completion head here never
-holds at once. KTO needs unpaired labels. Losses whose form could be read in no source (chi-PO's clip, xi-DPO) are left
+holds at once. Losses whose form could be read in no source (chi-PO's clip, xi-DPO) are left
 out.
 """
 
@@ -85,8 +87,10 @@ def needs(spec: LossSpec) -> str:
         found.append("margin")
     if spec.reads_reference:
         found.append("reference's tokens" if spec.tokens == "reference" else "reference")
+    if spec.unpaired:
+        found.append("thumbs, or pairs")
     if spec.coupled:
-        found.append("all pairs of the step")
+        found.append(f"all {'responses' if spec.unpaired else 'pairs'} of the step")
     return ", ".join(found) or "nothing"
 
 

@@ -28,9 +28,14 @@ class PairLogps:
     ref_rejected: Tensor
     chosen_length: Tensor
     rejected_length: Tensor
+    thumb: Tensor | None = None
+    """1 where ``chosen`` is a single desirable response, 0 where an undesirable one, for losses of single responses.
+
+    Its ``rejected`` is then another prompt's response, or only the first token of ``chosen``. None: all desirable."""
 
     def __post_init__(self) -> None:
-        shapes = {field.name: tuple(getattr(self, field.name).shape) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        shapes = {name: tuple(value.shape) for name, value in values.items() if value is not None}
         if len(set(shapes.values())) != 1 or self.chosen.dim() != 1:
             raise ValueError(f"PairLogps: every tensor must be [B], got {shapes}")
 

@@ -7,13 +7,14 @@ from align.losses.entries_likelihood import LIKELIHOOD_SPECS
 from align.losses.entries_margin import MARGIN_SPECS
 from align.losses.entries_reference import DPO_SPECS, RATIO_SPECS
 from align.losses.entries_step import STEP_SPECS, TOKEN_SPECS
+from align.losses.entries_unpaired import UNPAIRED_SPECS
 from align.losses.registry_base import Registry
 from align.losses.spec import BoundLoss, LossSpec
 
 __all__ = ["ALIASES", "LOSSES", "BoundLoss", "LossSpec", "known_as", "resolve"]
 
 LOSSES: Registry[LossSpec] = Registry(
-    "loss", (*MARGIN_SPECS, *DPO_SPECS, *RATIO_SPECS, *LIKELIHOOD_SPECS, *STEP_SPECS, *TOKEN_SPECS)
+    "loss", (*MARGIN_SPECS, *DPO_SPECS, *RATIO_SPECS, *LIKELIHOOD_SPECS, *STEP_SPECS, *TOKEN_SPECS, *UNPAIRED_SPECS)
 )
 ALIASES = {"sigmoid": "dpo", "sigmoid_norm": "ln_dpo", "sft": "nll", "dpo_norm": "ln_dpo"}
 """Names of other programs -> names here: trl's, and open-instruct's dpo_norm. trl's other names are the same."""

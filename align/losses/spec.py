@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from align.config.columns import THUMB
 from align.errors import ConfigError
 from align.losses.pairwise import PairLogps
 from align.losses.registry_base import BoundFunction, FunctionSpec
@@ -39,6 +40,11 @@ class LossSpec(FunctionSpec):
     def needs_margin(self) -> bool:
         """Whether every pair must have a reward margin."""
         return "margin" in self.columns
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether it is a loss of single responses with thumbs, not of pairs."""
+        return THUMB in self.columns
 
     @property
     def coupled(self) -> bool:

@@ -199,6 +199,30 @@ class BcoShift(Stateless):
         self.mean, self.pairs = float(state["mean"]), int(state["pairs"])
 
 
+class KtoBaseline(Stateless):
+    """KTO: mean log-ratio of the step's mismatched responses, at least 0 (K = 1).
+
+    ``rejected`` holds, for each prompt, the response to another one: trl's estimate of KL(policy || reference).
+    """
+
+    def columns(self, logps: PairLogps) -> Tensor:
+        """Return the log-ratio of the mismatched response [B, 1]."""
+        return logps.rejected_ratio[:, None]
+
+    def __call__(self, columns: Tensor, step: int, *, update: bool) -> tuple[Tensor, dict[str, float]]:
+        """See ``StepStatistic``."""
+        mean = max(float(columns.mean()), 0.0)
+        return torch.full_like(columns, mean), {"kl": mean}
+
+
+class ThumbShift(BcoShift):
+    """BCO of single responses: the mean of their implicit rewards so far, this step's included (K = 1)."""
+
+    def columns(self, logps: PairLogps) -> Tensor:
+        """Return the implicit reward [B, 1]."""
+        return self.parameters["beta"] * logps.chosen_ratio[:, None]
+
+
 class GammaTarget(Stateless):
     """gamma-PO: the target margin of each pair, a share of the whole target that favors large gaps (K = 1).
 

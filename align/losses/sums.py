@@ -178,6 +178,9 @@ def _term(name: str, value: Any) -> tuple[dict[str, Any], list[str]]:
 
 def _sum(terms: Sequence[tuple[float, BoundLoss]]) -> LossSum:
     specs = tuple(loss.spec for _, loss in terms)
+    if len({spec.unpaired for spec in specs}) > 1:
+        single = ", ".join(spec.name for spec in specs if spec.unpaired)
+        raise _refused([f"{single}: a loss of single responses, and the other terms are losses of pairs"])
     sources = {spec.tokens for spec in specs}
     spec = SumSpec(
         name=" + ".join(loss.spec.name if weight == 1 else f"{weight:g} {loss.spec.name}" for weight, loss in terms),

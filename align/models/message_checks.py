@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from align.config.columns import RESPONSES
+from align.config.columns import RESPONSES, THUMB
 from align.data.messages import split_arguments
 from align.errors import DataError, listed
 from align.models.chat_template import template_settings
@@ -137,7 +137,9 @@ def survey_pairs(pairs: Dataset, model: str) -> AsTokens:
         rows = list(pairs.select(range(start, min(start + BATCH, len(pairs)))))
         texts = [text for row in rows for text in _render_pair(row, tokenizer)]
         ids = encode_reward_texts(texts, tokenizer, LONGEST)
-        same += [str(row["id"]) for k, row in enumerate(rows) if ids[2 * k] == ids[2 * k + 1]]
+        same += [
+            str(row["id"]) for k, row in enumerate(rows) if row.get(THUMB) is None and ids[2 * k] == ids[2 * k + 1]
+        ]
         plain = [row for row in rows if isinstance(row["prompt"], str)] if first else []
         bare = tokenizer([row["prompt"] for row in plain], add_special_tokens=False)["input_ids"] if plain else []
         begun += [str(row["id"]) for row, its in zip(plain, bare, strict=True) if list(its[: len(first)]) == first]

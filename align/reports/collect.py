@@ -77,7 +77,8 @@ def _data(root: Path, stages: Collection[str]) -> list[dict[str, Any]]:
 def _reward_model(config: RunConfig, root: Path) -> dict[str, Any]:
     assert config.reward is not None
     section: dict[str, Any] = read_json(root / "reward" / "metrics.json")
-    section["margins"] = {name: _column(root / "reward" / name) for name in ("heldout", "in_sample")}
+    named = [name for name in ("heldout", "in_sample") if name in section]  # one of thumbs alone has no in_sample
+    section["margins"] = {name: _column(root / "reward" / name) for name in named}
     if config.reward.folds:
         section["folds"] = config.reward.folds
         section["out_of_fold"] = read_json(root / "crossfit" / "metrics.json")

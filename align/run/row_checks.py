@@ -10,7 +10,8 @@ from align.config import PairsSection, RewardSection, RunConfig, TrainSection
 from align.data.checked_pairs import add_checked, load_checked, without_checked, without_held_out
 from align.data.pairs import load_pairs
 from align.data.splits import folds_by_prompt, split_by_prompt
-from align.errors import DataError
+from align.data.thumbs import has_thumbs, refuse_thumbs
+from align.errors import ConfigError, DataError
 from align.models.message_checks import check_pairs_of, check_prompts_of, check_turns_of
 from align.models.row_lengths import check_lengths_of
 from align.models.tokenization import MAX_LENGTH
@@ -57,14 +58,14 @@ def check_table_rows(config: RunConfig) -> None:
     heldout = None if reward is None or reward.eval_pairs is None else load_pairs(reward.eval_pairs)
     if heldout is not None:
         check_pair_rows(config, heldout, rewards=True)
-    policy_pairs = None if config.pairs is None else load_pairs(config.pairs)
+    policy_pairs = None if config.pairs is None else load_pairs(config.pairs, thumbs=True)
     if policy_pairs is not None:
         check_loss_columns(config, policy_pairs)
     _check_held_out(config, policy_pairs if config.pairs is None else with_checked(config, config.pairs, policy_pairs))
     for source, rewards in ((config.pairs, False), (None if reward is None else reward.pairs, True)):
         if source is None:
             continue
-        pairs = policy_pairs if policy_pairs is not None and not rewards else load_pairs(source)
+        pairs = policy_pairs if policy_pairs is not None and not rewards else load_pairs(source, thumbs=True)
         check_pair_rows(config, pairs, rewards=rewards)
         if reward is not None and (rewards or reward.pairs is None):
             split_with_checked(config, source, pairs, heldout)
@@ -185,12 +186,49 @@ def check_loss_columns(config: RunConfig, pairs: Dataset) -> None:
             require_margin(pairs, bind(method, loss))
 
 
+def check_thumbs(config: RunConfig, pairs: Dataset, *, rewards: bool) -> None:
+    """Check that single responses with thumbs come to no part of a run that compares two responses.
+
+    Args:
+        config: the run.
+        pairs: a table of it.
+        rewards: the reward model alone reads it.
+
+    Raises:
+        DataError: names the part.
+        ConfigError: held-out rows of thumbs that would be ranked.
+    """
+    if not has_thumbs(pairs):
+        return
+    reward = config.reward
+    if not rewards and config.train is not None:
+        for method, own in config.train.methods.items():
+            loss = bind(method, own)
+            if not loss.spec.unpaired:
+                refuse_thumbs(pairs, f"pairs, for the loss {loss.spec.name} of train.methods.{method}")
+    if not rewards:
+        for name, section in (("filter", config.filter), ("reward (take them as reward.pairs)", reward)):
+            if section is not None:
+                refuse_thumbs(pairs, f"pairs, for {name}")
+    if reward is not None and rewards:
+        if reward.objective.name != "thumbs":
+            refuse_thumbs(pairs, f"pairs, for reward.objective {reward.objective.name}")
+        if reward.eval_pairs is None or reward.folds or reward.head != "full":
+            raise ConfigError(
+                "reward: found thumbs in its pairs, expected `eval_pairs` of pairs to measure it on, no `folds`, and "
+                "`head: full`: a single response has no margin",
+                code="thumbs",
+                hint="set reward.eval_pairs, and leave folds and head out",
+            )
+
+
 def check_pair_rows(config: RunConfig, pairs: Dataset, *, rewards: bool = False) -> None:
     """Check pairs against the models of a run that read them; ``rewards``: the reward model alone does.
 
     Raises:
         ModelError, DataError: see ``check_pairs_of``.
     """
+    check_thumbs(config, pairs, rewards=rewards)
     parts: list[TrainSection | RewardSection | None] = [None if rewards else config.train, config.reward]
     for part in parts:
         if part is not None:

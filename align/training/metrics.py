@@ -67,6 +67,7 @@ class PairMetrics:
         self._pairs: list[Tensor] = []
         self._tokens: list[Tensor] = []
         self._has_margin = False
+        self._single = False
 
     def add(
         self,
@@ -87,6 +88,7 @@ class PairMetrics:
         """
         counts = torch.ones_like(weight) if real is None else real.to(weight)
         self._has_margin = margin is not None
+        self._single = logps.thumb is not None
         self._pairs.append(
             torch.stack(
                 [
@@ -96,6 +98,7 @@ class PairMetrics:
                     logps.ref_rejected.float(),
                     weight,
                     margin if margin is not None else torch.zeros_like(weight),
+                    logps.thumb if logps.thumb is not None else torch.ones_like(weight),
                     counts,
                 ]
             ).T
@@ -109,7 +112,8 @@ class PairMetrics:
         self._tokens.append(
             torch.stack(
                 [
-                    entropy_w.sum() + entropy_l.sum(),
+                    entropy_w.sum(),
+                    entropy_l.sum(),
                     logit_w.sum(),
                     logit_l.sum(),
                     hit_w.sum(),
@@ -129,11 +133,14 @@ class PairMetrics:
         pairs = gather(torch.cat(self._pairs).contiguous())
         tokens = gather(torch.stack(self._tokens).sum(dim=0, keepdim=True)).sum(dim=0)
         self._pairs, self._tokens = [], []
-        chosen, rejected, ref_chosen, ref_rejected, weight, margin = pairs[pairs[:, -1] > 0, :-1].T
+        chosen, rejected, ref_chosen, ref_rejected, weight, margin, thumb = pairs[pairs[:, -1] > 0, :-1].T
         chosen_change, rejected_change = chosen - ref_chosen, rejected - ref_rejected
         gap = chosen_change - rejected_change
         totals.add(weight)
-        entropy, logits_w, logits_l, hits, n_w, n_l = tokens.tolist()
+        entropy_w, entropy_l, logits_w, logits_l, hits, n_w, n_l = tokens.tolist()
+        if self._single:
+            found = single_metrics(chosen, chosen_change, thumb, self.beta)
+            return found | {"entropy": entropy_w / max(n_w, 1), "mean_token_accuracy": hits / max(n_w, 1)}
         values: dict[str, Tensor | float] = {
             "rewards/chosen": self.beta * chosen_change.mean(),
             "rewards/rejected": self.beta * rejected_change.mean(),
@@ -143,7 +150,7 @@ class PairMetrics:
             "logps/rejected": rejected.mean(),
             "logps/chosen_change": chosen_change.mean(),
             "logps/rejected_change": rejected_change.mean(),
-            "entropy": entropy / max(n_w + n_l, 1),
+            "entropy": (entropy_w + entropy_l) / max(n_w + n_l, 1),
             "logits/chosen": logits_w / max(n_w, 1),
             "logits/rejected": logits_l / max(n_l, 1),
             "mean_token_accuracy": hits / max(n_w, 1),
@@ -153,3 +160,23 @@ class PairMetrics:
             for region, share in margin_regions(margin, self.tau).items():
                 values[f"margin/share {region}"] = share
         return {name: float(value) for name, value in values.items()}
+
+
+def single_metrics(logps: Tensor, change: Tensor, thumb: Tensor, beta: float) -> dict[str, float]:
+    """Means over the desirable (``chosen``) and the undesirable responses (``rejected``) of a step, by trl's names.
+
+    Args:
+        logps: log-probs of N responses under the policy.
+        change: those less the reference's, [N].
+        thumb: 1 or 0, [N].
+        beta: scale of the implicit rewards.
+    """
+    found: dict[str, float] = {}
+    for side, of in (("chosen", thumb > 0.5), ("rejected", thumb <= 0.5)):
+        if of.any():
+            found[f"rewards/{side}"] = float(beta * change[of].mean())
+            found[f"logps/{side}"] = float(logps[of].mean())
+            found[f"logps/{side}_change"] = float(change[of].mean())
+    if {"rewards/chosen", "rewards/rejected"} <= set(found):
+        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    return found

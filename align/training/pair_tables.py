@@ -24,6 +24,7 @@ from align.config.columns import (
 )
 from align.data.messages import exact_messages
 from align.data.pair_chunks import one_type
+from align.data.thumbs import thumb_table
 from align.data.validation import argument_text
 from align.errors import DataError
 from align.io.console import log
@@ -81,6 +82,7 @@ def as_table(given: Any, name: str) -> Dataset | IterableDataset:
     else:
         raise _wrong_type(given, name)
     if isinstance(table, Dataset):
+        table = thumb_table(table, name)
         check_columns(table, name)
         table = exact_messages(table)
         table = table.remove_columns([column for column in WRITTEN if column in table.column_names])
@@ -191,6 +193,8 @@ def tokenize_table(
     args: Any,
     ids: Sequence[str],
     turns: Turns = "assistant",
+    *,
+    single: bool = False,
 ) -> Dataset:
     """Tokenize the table, and drop pairs of which ``max_length`` leaves nothing that counts; log how many.
 
@@ -202,6 +206,7 @@ def tokenize_table(
         args: ``max_length``, ``truncation_mode`` and ``dataset_num_proc`` of DPOConfig.
         ids: names of pairs in messages.
         turns: whose words count in responses of several messages.
+        single: the rows are single responses with thumbs.
 
     Raises:
         DataError: no pair is left.
@@ -226,6 +231,8 @@ def tokenize_table(
         )
     if missing:
         log.warning("%d of %d pairs are left out: " + NO_TOKEN, missing, len(dataset))
+    if single:
+        return prepared
     kept = told_apart(prepared, ids, args.max_length, args.truncation_mode)
     return prepared if len(kept) == len(prepared) else prepared.select(kept)
 

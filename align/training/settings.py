@@ -101,6 +101,12 @@ def check_settings(config: TrainSection, loss: BoundLoss, args: PreferenceConfig
             code="weights-loss",
             hint="measure the trained policy: `align entangle report`",
         )
+    if config.eval_pairs is not None and loss.spec.unpaired:
+        raise ConfigError(
+            f"train.eval_pairs: found it under the loss {loss.spec.name}, which has no loss of a held-out pair",
+            code="thumbs",
+            hint="leave it out; train.eval_samples, a run's `evaluate`, and evaluate() in Python measure its policies",
+        )
     if config.entanglement is not None:
         check_probe(loss, processes=world_size(), precomputed=args.precompute_ref_log_probs)
 

@@ -12,6 +12,7 @@ from align.config import LossSection
 from align.config.columns import REFERENCE_COLUMNS
 from align.data.findings import report_margins
 from align.data.table_facts import table_facts
+from align.data.thumbs import unpaired
 from align.data.training_pairs import report_in_sample
 from align.distributed import process_rank
 from align.errors import ConfigError
@@ -24,6 +25,7 @@ from align.training.finite_guard import number_rows
 from align.training.pair_tables import as_table, stream_table, tables_of, tokenize_table
 from align.training.preference_config import PreferenceConfig
 from align.training.reference_passes import ReferencePasses
+from align.training.single_responses import check_kind, rows_per_step, single_responses
 from align.training.trainer_inputs import check_stream, has_tokenizer, streamed_pairs
 
 BY_LENGTH = ("group_by_length", "batch_rebalance")
@@ -112,6 +114,7 @@ class TrainedTables(ReferencePasses):
             report_in_sample(train, "train_dataset")
         for table in (train, *(held_out.values() if isinstance(held_out, dict) else [held_out])):
             if isinstance(table, Dataset):
+                check_kind(table, self._given_loss, "train_dataset" if table is train else "eval_dataset")
                 require_margin(table, self._given_loss)
         if isinstance(train, Dataset) and self._given_loss.spec.needs_margin and process_rank() == 0:
             report_margins(train, "train_dataset")
@@ -126,13 +129,16 @@ class TrainedTables(ReferencePasses):
         has_tokenizer(processing_class)
         training = dataset_name == "train" and not self._ids
         ids: list[str] = self._ids if training else []
+        single = self._given_loss.spec.unpaired
 
         def tokenized(part: Dataset, _: str = "") -> Dataset:
+            check_kind(part, self._given_loss, f"{dataset_name}_dataset")
+            part = unpaired(part) if single else part
             numbered, names = number_rows(part, len(ids))
             ids.extend(names)
             if training:
                 self._template_arguments |= different_arguments(part)
-            return tokenize_table(numbered, processing_class, args, ids, args.turns)
+            return tokenize_table(numbered, processing_class, args, ids, args.turns, single=single)
 
         table = as_table(dataset, f"{dataset_name}_dataset")
         if isinstance(table, IterableDataset):
@@ -142,6 +148,8 @@ class TrainedTables(ReferencePasses):
             if training:
                 self.data_facts = table_facts(table)
             table = tokenized(table)
+        if single:
+            table = single_responses(table, self._given_loss, rows_per_step(args))
         return prepare_pairs(table, self._section.weights, self._given_loss)[0]
 
     def _add_lengths(self) -> None:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig
 
 from align.config import TokenMaskSection
-from align.config.columns import MASK_COLUMNS, PAIR_COLUMNS
+from align.config.columns import MASK_COLUMNS, PAIR_COLUMNS, THUMB
 from align.errors import FROM_YAML, from_yaml, python_words
 from align.io.console import log
 from align.io.files import read_json, write_json
@@ -159,8 +159,7 @@ class PreferenceTrainer(TrainedTables):
         check_given_adapter(peft_config)
         check_training(config, bound, adapter=peft_config is not None or starts_as_adapter(model))
         self.reference_cache = None if config.reference_cache is None else Path(config.reference_cache)
-        self.max_tokens = config.max_tokens_per_device
-        self.async_checkpoints = config.async_checkpoints
+        self.max_tokens, self.async_checkpoints = config.max_tokens_per_device, config.async_checkpoints
         self.layout = "concatenated"
         self._layout_choice = config.layout  # type: ignore[assignment]
         self._ids: list[str] = []
@@ -341,6 +340,7 @@ class PreferenceTrainer(TrainedTables):
             ref_rejected=ref_rejected,
             chosen_length=policy.chosen_length,
             rejected_length=policy.rejected_length,
+            thumb=inputs.get(THUMB),
         )
 
     def _log_pairs(self, mode: str) -> None:

@@ -54,6 +54,9 @@ GOLDEN: list[tuple[str, dict[str, Any], float]] = [
     ("amapo", {}, 0.613283),
     ("gamma_po", {}, 1.343892),
     ("gamma_dpo", {}, 0.598139),
+    ("kto", {}, 0.475021),  # desirable; c_l = -1 is the mismatched response, so that kl = 0
+    ("kto", {"desirable_weight": 2.0}, 0.950042),
+    ("bco_unpaired", {}, 0.693147),  # the only response so far: d = beta c
     ("wpo", {}, 0.362790),
     ("mallows_po", {}, 0.666928),
     ("ld_dpo", {}, 0.620957),

@@ -55,7 +55,20 @@ def columns(count: int) -> dict[str, Tensor]:
         "votes_chosen": torch.arange(count) % 3 + 1.0,
         "votes_rejected": torch.arange(count) % 2 * 1.0,
         "votes_tie": torch.arange(count) % 2 * 2.0,
+        "thumb": torch.tensor([1.0, 0.0, float("nan")]).repeat(count)[:count],
     }
+
+
+def test_thumbs_are_logistic_and_pairs_bradley_terry() -> None:
+    """By hand: -log s(2), -log s(-2), -log s(2 - 0.5); the second response of a thumb has no gradient."""
+    chosen = torch.full((3,), 2.0, dtype=torch.float64, requires_grad=True)
+    rejected = torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
+    losses = o.thumbs(chosen, rejected, torch.tensor([1.0, 0.0, float("nan")]))
+    assert losses.tolist() == pytest.approx([0.126928, 2.126928, 0.201413], abs=1e-6)
+    assert losses[2] == o.bradley_terry(chosen, rejected)[2]
+    losses.sum().backward()
+    assert rejected.grad is not None and rejected.grad[:2].tolist() == [0.0, 0.0]
+    assert chosen.grad is not None and chosen.grad.tolist() == pytest.approx([-0.119203, 0.880797, -0.182426], abs=1e-6)
 
 
 @given(st.floats(-10, 10), st.floats(-10, 10), st.floats(-3, 3))

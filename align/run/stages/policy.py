@@ -75,7 +75,7 @@ def stage_reward_pairs(config: RunConfig, folder: Path) -> None:
 
 
 def _load(config: RunConfig, source: PairsSection, folder: Path) -> Dataset:
-    pairs = load_pairs(source, side_file=folder / "dropped.jsonl", carry=True)
+    pairs = load_pairs(source, side_file=folder / "dropped.jsonl", carry=True, thumbs=True)
     check_models(config, conversational=not isinstance(pairs["prompt"][0], str))
     return pairs
 

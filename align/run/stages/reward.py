@@ -10,6 +10,7 @@ from datasets import Dataset
 from align.config import RewardSection, RunConfig
 from align.data.pairs import FILE, read_pairs, write_pairs
 from align.data.splits import clusters_of, folds_by_prompt
+from align.data.thumbs import without_thumbs
 from align.data.training_pairs import source_of
 from align.data.votes import with_majority
 from align.distributed import local_device, process_rank
@@ -44,7 +45,8 @@ def stage_reward(config: RunConfig, folder: Path) -> None:
     metrics: dict[str, Any] = {"backbone": config.reward.model, "ensemble": config.reward.ensemble}
     tables = {
         name: scored_by(members(model), pairs, config, folder, features=features)
-        for name, pairs in (("heldout", heldout), ("in_sample", train))
+        for name, pairs in (("heldout", heldout), ("in_sample", without_thumbs(train)))
+        if len(pairs)
     }
     remove_features(features)
     if process_rank() > 0:
