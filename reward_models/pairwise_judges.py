@@ -212,7 +212,13 @@ def _no_verdict(judge: Judge | PairwiseJudge, found: str, count: int) -> DataErr
 
 
 def make_pairwise(
-    name: str, max_length: int | None = None, options: LoadOptions = DEFAULTS, dtype: str = "float32"
+    name: str,
+    max_length: int | None = None,
+    options: LoadOptions = DEFAULTS,
+    dtype: str = "float32",
+    *,
+    base_url: str | None = None,
+    cache: Path | None = None,
 ) -> PairwiseJudge:
     """The pairwise judge with this name: ``llm:MODEL``, ``server:MODEL`` or a judge that gives scores.
 
@@ -221,6 +227,8 @@ def make_pairwise(
         max_length: tokens per text of a reward model, or per question of an ``llm:`` judge; None: 1024.
         options: how a reward model is loaded and reads texts.
         dtype: dtype of the weights of an ``llm:`` judge.
+        base_url: address of the server of a ``server:`` or ``reward-server:`` judge.
+        cache: file that keeps the answers of a ``server:`` judge, so that none is asked for twice.
 
     Raises:
         ConfigError: there is no such judge, or it takes no ``max_length``.
@@ -235,8 +243,8 @@ def make_pairwise(
 
         if options != DEFAULTS or max_length is not None:
             raise not_of_a_judge(name)
-        return ServerJudge(name.removeprefix(SERVER))
-    return ByScore(make_score_judge(name, max_length, options))
+        return ServerJudge(name.removeprefix(SERVER), base_url=base_url, cache=cache)
+    return ByScore(make_score_judge(name, max_length, options, base_url))
 
 
 def make_score_judge(

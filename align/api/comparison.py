@@ -28,6 +28,7 @@ from align.io.hashing import digest
 from align.models.loading import load_tokenizer
 from align.models.message_checks import check_prompts_of
 from reward_models.pairwise_judges import ByScore, PairwiseJudge, make_pairwise, prefer_in_both_orders
+from reward_models.questions import REWARD_SERVER
 
 SHOWN = 100
 """Prompts whose completions the page shows."""
@@ -187,7 +188,8 @@ def _check_templates(prompts: list[Any], policies: Sequence[tuple[Policy, Any]],
         ModelError, DataError: see ``check_prompts_of``.
     """
     check_prompts_of(prompts, [policy.model for policy, _ in policies if policy.model])
-    check_prompts_of(prompts, [judge] if isinstance(judge, str) and Path(judge).is_dir() else [], answered=True)
+    scorer = judge.removeprefix(REWARD_SERVER) if isinstance(judge, str) else None
+    check_prompts_of(prompts, [scorer] if scorer and Path(scorer).is_dir() else [], answered=True)
 
 
 def _check_numbers(temperature: float, **numbers: int) -> None:

@@ -59,12 +59,12 @@ class EvaluateOptions(LoadingOptions):
     def settings(self, *, temperature: float = 1.0, shown: int = 0) -> "Settings":
         """The options as ``align.commands.evaluate`` takes them."""
         from align.commands.evaluation_job import Settings
-        from align.config.judging import CHOICES
+        from align.config.judging import CHOICES, SERVED
         from align.generation.types import Sampling
 
         if not self.judge:
             raise ConfigError("--judge: missing; there is no default judge", code="eval-judge", hint=f"name {CHOICES}")
-        if self.base_url is not None and not self.judge.startswith(("server:", "reward-server:")):
+        if self.base_url is not None and not self.judge.startswith(SERVED):
             raise ConfigError(
                 f"--base-url: found one with the judge {self.judge}, expected server:MODEL or reward-server:MODEL",
                 code="eval-judge",

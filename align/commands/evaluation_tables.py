@@ -36,7 +36,7 @@ from align.models.folders import adapter_base, fingerprint_model
 from align.sharding.jobs import read_table
 from align.sharding.shards import in_parts, map_shards
 from reward_models.judges import Judge
-from reward_models.loading import DEFAULTS, LoadOptions, not_of_a_judge
+from reward_models.loading import DEFAULTS, LoadOptions
 from reward_models.pairwise_judges import (
     ByScore,
     PairwiseJudge,
@@ -44,10 +44,9 @@ from reward_models.pairwise_judges import (
     from_scores,
     judge_key,
     make_pairwise,
-    make_score_judge,
     prefer_in_both_orders,
 )
-from reward_models.questions import REWARD_SERVER, SERVER
+from reward_models.questions import SERVER
 
 PART = 64
 """Prompts per shard; a stopped evaluation repeats at most one shard."""
@@ -224,17 +223,9 @@ def comparing_judge(
     Raises:
         ConfigError, ModelError: see ``make_pairwise``.
     """
-    if name.startswith(REWARD_SERVER):
-        return ByScore(make_score_judge(name, max_length, options, base_url))
-    if not name.startswith(SERVER):
-        return make_pairwise(name, max_length, options)
-    from reward_models.server_judge import ServerJudge
-
-    if max_length is not None or options != DEFAULTS:
-        raise not_of_a_judge(name)
-    model = name.removeprefix(SERVER)
-    cache = output / "judgements" / f"answers-{digest([model, base_url])[:KEY_DIGITS]}.jsonl"
-    return ServerJudge(model, base_url=base_url, cache=cache)
+    key = digest([name.removeprefix(SERVER), base_url])[:KEY_DIGITS]
+    cache = output / "judgements" / f"answers-{key}.jsonl"
+    return make_pairwise(name, max_length, options, base_url=base_url, cache=cache)
 
 
 def judge_pairs(

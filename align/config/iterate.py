@@ -83,7 +83,7 @@ class IterateConfig(Section):
     """Training with one method; ``model`` is the policy that the first round starts from."""
 
     @model_validator(mode="after")
-    def _one_method(self) -> "IterateConfig":
+    def _checked_together(self) -> "IterateConfig":
         if len(self.train.methods) != 1:
             raise ValueError(f"train.methods: found {len(self.train.methods)} methods, expected one")
         if self.prompts.near_copies:

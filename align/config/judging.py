@@ -9,7 +9,9 @@ from align.config.base import Count, Section
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 RULES = ("vader",)
 """Judges by rule."""
-PREFIXES = ("yes-no:", "llm:", "server:", "reward-server:")
+SERVED = ("server:", "reward-server:")
+"""Kinds of judges that are a model behind a server."""
+PREFIXES = ("yes-no:", "llm:", *SERVED)
 """Kinds of judges that are a language model; its folder, hub id or served name follows."""
 CHOICES = (
     "the folder or hub id of a reward model, yes-no:MODEL (a language model says of each response whether it is good), "

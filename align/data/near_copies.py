@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from align.config.columns import RESPONSES, SPLIT_GROUP
 from align.data.minhash import CHECKED, band_keys, candidates, jaccard
+from align.data.splits import components
 from align.data.text import is_long, plain
 from align.data.word_hashes import Hashes, hash_words, ngrams
 from align.io.arrow_tables import as_dataset
@@ -45,9 +44,7 @@ def with_near_copies(pairs: Dataset) -> Dataset:
     given = pairs[SPLIT_GROUP] if SPLIT_GROUP in pairs.column_names else [None] * count
     first: dict[str, int] = {}
     links += [(k, first.setdefault(name, k)) for k, name in enumerate(given) if name is not None]
-    edges = np.array(links, dtype=np.int64).reshape(-1, 2)
-    graph = coo_matrix((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), (count, count))
-    found = connected_components(graph, directed=False)[1]
+    found = components(links, count)
     sizes = np.bincount(found, minlength=1)
     together = sizes[found] > 1
     log.info("near-copies: %d of %d pairs are in %d groups, which splits do not divide", int(together.sum()), count,

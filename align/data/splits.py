@@ -1,6 +1,7 @@
 """Clusters of pairs that share texts, and held-out splits, folds and bootstrap samples that keep clusters together."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -102,11 +103,17 @@ def clusters_of(pairs: Dataset) -> np.ndarray:
             answer = text_key(response)
             shared += [key + answer for key in keys] + ([answer] if is_long(response) else [])
         links += [(k, count + nodes.setdefault(node, len(nodes))) for node in shared]
-    size = count + len(nodes)
-    graph = coo_matrix((np.ones(len(links)), tuple(np.array(links, dtype=np.int64).reshape(-1, 2).T)), (size, size))
-    found = connected_components(graph, directed=False)[1][:count]
+    found = components(links, count + len(nodes))[:count]
     clusters: np.ndarray = np.unique(found, return_inverse=True)[1].astype(np.int64)
     return clusters
+
+
+def components(links: Sequence[tuple[int, int]], size: int) -> np.ndarray:
+    """Connected component of each of ``size`` nodes, int [size] from 0; each link connects two nodes."""
+    edges = np.array(links, dtype=np.int64).reshape(-1, 2)
+    graph = coo_matrix((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), (size, size))
+    found: np.ndarray = connected_components(graph, directed=False)[1]
+    return found
 
 
 def _prompt_keys(prompt: Any) -> set[bytes]:

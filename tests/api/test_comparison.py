@@ -254,3 +254,17 @@ def test_judges_that_cannot_be_called_are_refused_before_anything_is_sampled() -
 def test_there_is_no_default_judge(models: tuple[Path, Path, Path]) -> None:
     with pytest.raises(TypeError, match="judge"):
         compare_policies(models[0], models[1], PROMPTS)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("prefix", ["", "reward-server:"])
+def test_a_judge_whose_template_takes_no_answer_is_refused_before_anything_is_sampled(
+    prefix: str, tmp_path: Path
+) -> None:
+    judge = llama_reward(tmp_path / "judge")
+    (judge / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('asks alone') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    engine = Fixed("unasked", lambda k: pytest.fail("sampled before the judge's template was tried"))
+    with pytest.raises(AlignError, match="asks alone"):
+        compare_policies(engine, engine, [[{"role": "user", "content": "the film is"}]], judge=f"{prefix}{judge}")
