@@ -47,7 +47,7 @@ def sources(
     seed: Seed = 0,
 ) -> None:
     """Judge the labels of each source by the other sources and the checked pairs; advise pairs.checked.share."""
-    from align.commands.sources import judge
+    from align.commands.judge_sources import judge
 
     judge(table.source(), model, output, by=table.by, max_length=max_length, seed=seed)
 
@@ -66,7 +66,7 @@ def next_to_check(
     ] = "random",
 ) -> None:
     """Write the pairs that a person should check next; those of --checked are left out."""
-    from align.commands.sources import next_to_check as write
+    from align.commands.judge_sources import next_to_check as write
     from align.errors import ConfigError
 
     if order not in ORDERS:
