@@ -38,14 +38,19 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
     """Folder that keeps reference log-probs between trainings."""
     _layout_choice: LayoutChoice | None
     _given_reference: bool
+    reads_reference: bool
+    """Whether anything in the training reads log-probs of the reference."""
     data_collator: Any
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Add reference log-probs as columns, cached on disk; under DeepSpeed trl computes them."""
+        """Add reference log-probs as columns, cached on disk, if they are read; under DeepSpeed trl computes them."""
         self.data_collator = PairCollator.of(self.data_collator)  # trl's own does not know whose words count
         self._prepare_layout(dataset)
         if self.is_deepspeed_enabled:
+            self.reads_reference = True
             return super()._precompute_ref_logps(dataset, name, batch_size)
+        if not self.reads_reference:
+            return dataset
         return add_reference_logps(
             dataset,
             self._reference_of_examples,
@@ -55,6 +60,13 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
             file=None if self._given_reference and self.is_fsdp_enabled else self._cache_file(dataset),
             in_step=self.is_fsdp_enabled,
         )
+
+    def add_reference(self) -> None:
+        """Compute the reference log-probs of the training table for a loss without a reference, for what else reads
+        them; before the first step."""
+        if not self.reads_reference:
+            self.reads_reference = True
+            self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", 1)
 
     def _cache_file(self, dataset: Dataset) -> Path | None:
         given = self.ref_model if self._given_reference else None

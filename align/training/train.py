@@ -217,6 +217,7 @@ def attach_probe(trainer: PreferenceTrainer, config: TrainSection, file: Path) -
     check_probe(
         trainer.loss, processes=trainer.accelerator.num_processes, precomputed=trainer.precompute_ref_logps
     )  # fmt: skip
+    trainer.add_reference()
     table, ids = trainer.train_dataset, trainer.guard.ids
     drawn, total = fair_sample((ids[row] for row in table[ROW]), config.entanglement.probes)
     report_sample("entanglement probes", len(drawn), total, "pairs")
