@@ -38,6 +38,8 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
     """Folder that keeps reference log-probs between trainings."""
     _layout_choice: LayoutChoice | None
     _given_reference: bool
+    _loaded_from: Path | None
+    """Folder that the trainer has loaded the policy from; None if it was given a model."""
     reads_reference: bool
     """Whether anything in the training reads log-probs of the reference."""
     data_collator: Any
@@ -71,7 +73,7 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
     def _cache_file(self, dataset: Dataset) -> Path | None:
         given = self.ref_model if self._given_reference else None
         reference = None if given is None else self.accelerator.unwrap_model(given)
-        return cache_file(self.reference_cache, self.model, dataset, self.args, reference)
+        return cache_file(self.reference_cache, self.model, dataset, self.args, reference, self._loaded_from)
 
     def _reference_of_examples(self, examples: list[dict[str, Any]]) -> Tensor:
         """Reference log-probs [B, 2] of collated examples."""

@@ -54,6 +54,7 @@ from align.training.trainer_inputs import (
     reference_of,
     starts_as_adapter,
     without_ignored_kwargs,
+    without_model_hash,
 )
 
 LOSS_STATE = "loss_state.json"
@@ -126,13 +127,15 @@ class PreferenceTrainer(SplitSteps):
             elif not named:
                 check_tokenizer_found(model)
             self._given_reference = ref_model is not None
+            plain = named and quantization_config is None
+            self._loaded_from = Path(model) if plain and Path(model).is_dir() else None
             if named:
                 model, processing_class = load_named(model, config, processing_class, quantization_config, peft_config)
                 quantization_config = None
             elif ref_model is None:
                 ref_model = reference_of(model, config, peft_config)
             refused = nullcontext() if FROM_YAML.get() else refusals(type(self).__name__)
-            with refused, without_ignored_kwargs() if named else nullcontext():
+            with refused, without_model_hash(config), without_ignored_kwargs() if named else nullcontext():
                 super().__init__(
                     model=model, ref_model=ref_model, args=config, train_dataset=train_dataset,
                     eval_dataset=eval_dataset, processing_class=processing_class, compute_metrics=compute_metrics,
