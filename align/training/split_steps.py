@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 
 from align.losses.pair_weights import LossTilt
 from align.losses.registry import LOSSES, BoundLoss
@@ -12,6 +13,7 @@ from align.models.batching import in_so_many, pair_batches
 from align.models.collator import REAL, only_real
 from align.models.layout import trim
 from align.training.gradient_remedy import GradientRemedy
+from align.training.prompt_order import PromptOrder
 from align.training.tied_embedding import as_rows
 from align.training.token_mask import TokenMask
 from align.training.trained_tables import TrainedTables
@@ -39,6 +41,13 @@ class SplitSteps(TrainedTables):
     """Pairs that the running step does not compute, until its first forward pass has counted them."""
     _tied: nn.Embedding | None
     """The embedding whose gradient is added to the head's row by row."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """Return trl's sampler, or with ``group_by_prompt`` one under which the pairs of a prompt meet in a batch."""
+        if not self.args.group_by_prompt:
+            sampler: Sampler | None = super()._get_train_sampler(train_dataset)
+            return sampler
+        return self.seeded(PromptOrder(self.train_dataset["prompt_ids"]))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None

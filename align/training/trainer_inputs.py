@@ -109,8 +109,15 @@ def check_stream(args: TrainingArguments) -> None:
     """Refuse a stream of pairs where it is not known how many of them are trained on.
 
     Raises:
-        ConfigError: no ``max_steps``.
+        ConfigError: no ``max_steps``, or an order of its own.
     """
+    if getattr(args, "group_by_prompt", False):
+        raise ConfigError(
+            "PreferenceConfig.group_by_prompt: found it together with an IterableDataset, whose pairs are trained on "
+            "in their order",
+            code="trainer-key",
+            hint="leave it out, or make a datasets.Dataset of the stream",
+        )
     if args.max_steps <= 0:
         raise ConfigError(
             f"train_dataset: found an IterableDataset and max_steps {args.max_steps}, expected more than 0: the first "

@@ -203,8 +203,9 @@ def main() -> None:
             rounds.append({})
             for route, work in routes.items():
                 rounds[-1][route] = work(folder)
-                seconds = rounds[-1][route]["whole"]
-                print(f"round {number + 1}, {route}: {seconds['cpu']:.0f} CPU s", file=sys.stderr, flush=True)
+                took = {name: round(stage["cpu"], 1) for name, stage in rounds[-1][route]["stages"].items()}
+                whole = rounds[-1][route]["whole"]["cpu"]
+                print(f"round {number + 1}, {route}: {whole:.0f} CPU s, {took}", file=sys.stderr, flush=True)
     found, measures = summarize(rounds)
     finish("job", {"data": data} | found, measures, arguments)
 

@@ -1,7 +1,7 @@
 """PreferenceTrainer: equal to trl's DPOTrainer step by step; weights, micro-batches, settings that are refused."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -59,6 +59,7 @@ def ours(
     pairs: Dataset | None = None,
     layout: LayoutChoice = "auto",
     budget: int | None = None,
+    group_by_prompt: Literal[True] | None = None,
     **fields: Any,
 ) -> PreferenceTrainer:
     """Return a PreferenceTrainer as ``make_trainer`` builds it, with its reference cache in ``output``."""
@@ -68,6 +69,7 @@ def ours(
         trainer=FIELDS | fields,
         layout=layout,
         max_tokens_per_device=budget,
+        group_by_prompt=group_by_prompt,
     )
     table = Dataset.from_list(rows(16)) if pairs is None else pairs
     return make_trainer(table, config, "m", output, seed=0, reference_cache=output / "cache")
