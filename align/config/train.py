@@ -125,8 +125,10 @@ class EntanglementSection(Section):
 
     every: Count = 50
     """Optimizer steps between two measurements."""
-    probes: Count = 8
-    """Number of pairs that are measured each time: a fair sample of the table, drawn by a hash of the ids."""
+    probes: Annotated[int, Field(ge=0)] = 8
+    """Number of pairs that are measured before and after these steps: a fair sample of the table, drawn by a hash of
+    the ids. 0: only the batch of the step is measured, within the step itself if ``layout`` is ``concatenated`` (which
+    ``auto`` then takes), so that ``every: 1`` costs a part of a step and not another one."""
 
 
 class TrainSection(Section):

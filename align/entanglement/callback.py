@@ -1,4 +1,4 @@
-"""Entanglement along training: fixed probe pairs measured every N steps, and each prediction compared with its step."""
+"""Entanglement along training: every N steps the step's batch, and fixed probe pairs with what it did to them."""
 
 import time
 from collections.abc import Callable
@@ -10,43 +10,53 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.entanglement.conditions import ENTANGLED, FALLS, RISES, changes, loss_weights, products_noise, shares
-from align.entanglement.products import GradientProducts, PairProducts
+from align.entanglement.fused import StepProducts, joined, why_not
+from align.entanglement.pair_products import PairProducts
+from align.entanglement.products import GradientProducts
 from align.io.console import log
 from align.io.files import read_json, write_json
 from align.losses.registry import BoundLoss
 from align.models.layout import trim
 from align.models.logps import Layout, pair_logps
 
-PREFIX = "entanglement/"
+FEW = 8
+"""Pairs of a batch that are measured by a pass of their own where there are no probes."""
 
 
 class EntanglementCallback(TrainerCallback):
-    """Measures probe pairs, and pairs of the batch, before and after every ``every``-th optimizer step.
+    """Measures the batch of every ``every``-th optimizer step, and probe pairs before and after it.
 
-    Each measurement is one dictionary in ``records``, for the probes and (``batch_...``) for as many pairs of the
-    step's batch. It holds the medians of cosine and |gl|/|gw|, the shares of verdicts under the loss in use, and the
-    mean change of log p(chosen) and log p(rejected) since the reference; for this step also the predicted and the
-    realized mean change, the share of chosen responses that fell, and how often predicted and realized signs agree.
+    Each measurement is one dictionary in ``records``, for the probes and (``batch_...``) for the step's batch. It holds
+    the medians of cosine and |gl|/|gw|, the shares of verdicts under the loss in use, and the mean change of log
+    p(chosen) and log p(rejected) since the reference. With probes it also holds, for them and for as many pairs of the
+    batch, the predicted and the realized mean change of this step, the share of chosen responses that fell, and how
+    often predicted and realized signs agree.
+
+    The batch is measured by the step's own passes where they allow it (``StepProducts``): all its pairs. Else as many
+    of its pairs as there are probes are measured by a pass of their own, which the log says once with the reason.
 
     Args:
         model: the policy, not wrapped by a launcher.
-        probes: pairs in trl's layout with ``ref_chosen_logps`` and ``ref_rejected_logps``, on the model's device.
+        probes: pairs in trl's layout with ``ref_chosen_logps`` and ``ref_rejected_logps``, on the model's device; None:
+            only the batch is measured.
         loss: the loss in use, of the log-probs of one pair.
         every: optimizer steps from one measurement to the next.
         file: JSON file of ``records``; a resumed training appends to it.
         batch: returns pairs of the last batch that was trained on, in the same layout.
         layout: layout of the realized log-probs; the trainer's.
+        apart: why a step's own passes cannot measure its batch; None if they can, as far as the trainer knows.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        probes: dict[str, Tensor],
+        probes: dict[str, Tensor] | None,
         loss: BoundLoss,
         every: int,
         file: Path,
         batch: Callable[[], dict[str, Tensor]],
         layout: Layout = "concatenated",
+        apart: str | None = None,
     ) -> None:
         self.model = model
         self.probes = probes
@@ -58,7 +68,16 @@ class EntanglementCallback(TrainerCallback):
         self.measure = GradientProducts(model)
         self.records: list[dict[str, float]] = []
         self._before: dict[str, Tensor] | None = None
-        self._copying = 0.0
+        self._of_batch: dict[str, float] | None = None
+        self._spent = 0.0
+        self._count = FEW if probes is None else len(probes["input_ids"]) // 2
+        apart = apart or why_not(model, self.measure)
+        if apart is not None:
+            log.warning(
+                "entanglement: %s, so a step cannot measure its own batch: %d of its pairs are measured by one more "
+                "forward and backward pass", apart, self._count,
+            )  # fmt: skip
+        self.step = StepProducts(self.measure, batch) if apart is None else None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,41 +86,70 @@ class EntanglementCallback(TrainerCallback):
         if self.file.exists():
             self.records = [record for record in read_json(self.file) if record["step"] <= state.global_step]
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the step measure its own batch."""
+        if self.step is not None and state.global_step % self.every == 0:
+            self.step.begin()
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Copy the parameters if the next step is to be measured."""
-        if state.global_step % self.every == 0:
-            start = time.monotonic()
-            self._before = {name: p.detach().clone() for name, p in self.measure.measured.items()}
-            self._copying = time.monotonic() - start
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure at the parameters before the step, then compare with those after it."""
-        if self._before is None:
+        """Measure the batch at the parameters before the step, and copy these for the probes."""
+        if state.global_step % self.every != 0:
             return
         start = time.monotonic()
-        after = {name: p.detach().clone() for name, p in self.measure.measured.items()}
-        self._load(self._before)
-        update = {name: after[name] - self._before[name] for name in after}
-        count = len(self.probes["input_ids"]) // 2
-        pairs = {"": self.probes, "batch_": _first(self.batch(), count)}
-        products = {key: self.measure(_inputs(batch), update) for key, batch in pairs.items()}
-        old = {key: self._logps(batch) for key, batch in pairs.items()}
-        self._load(after)
-        record: dict[str, float] = {}
-        for key, batch in pairs.items():
-            predicted = torch.cat([products[key].chosen_jvp, products[key].rejected_jvp])
-            record |= self._geometry(key, batch, products[key])
-            record |= _predicted_and_realized(key, predicted, self._logps(batch) - old[key])
-        self._before = None
-        record |= {"step": state.global_step, "seconds": self._copying + time.monotonic() - start}
+        if self.step is None:
+            batch = _first(self.batch(), self._count)
+            parts = [(batch, self.measure(_inputs(batch)))]
+        else:
+            parts = self.step.end()
+        self._of_batch = self._geometry("batch_", _columns([batch for batch, _ in parts]), joined(parts))
+        if self.probes is not None:
+            self._before = {name: p.detach().clone() for name, p in self.measure.measured.items()}
+        self._spent = time.monotonic() - start + (0.0 if self.step is None else self.step.seconds)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure the probes at the parameters before the step, then compare with those after it."""
+        if self._of_batch is None:
+            return
+        start = time.monotonic()
+        record, self._of_batch = self._of_batch, None
+        if self.probes is not None and self._before is not None:
+            record |= self._before_and_after(self.probes, self._before)
+            self._before = None
+        record |= {"step": state.global_step, "seconds": self._spent + time.monotonic() - start}
         self.records.append(record)
         write_json(self.file, self.records)
+        which, key = ("batch", "batch_") if self.probes is None else ("probes", "")
         log.info(
-            "entanglement at step %d: %.0f%% of the probes entangled, cosine %.2f, |gl|/|gw| %.2f",
-            state.global_step, 100 * record["entangled"], record["cosine"], record["norm_ratio"],
+            "entanglement at step %d: %.0f%% of the %s entangled, cosine %.2f, |gl|/|gw| %.2f",
+            state.global_step, 100 * record[f"{key}entangled"], which, record[f"{key}cosine"],
+            record[f"{key}norm_ratio"],
         )  # fmt: skip
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop watching a step that did not end."""
+        if self.step is not None:
+            self.step.end()
+
+    def _before_and_after(self, probes: dict[str, Tensor], before: dict[str, Tensor]) -> dict[str, float]:
+        """Geometry of the probes, and what the step did to them and to pairs of its batch."""
+        after = {name: p.detach().clone() for name, p in self.measure.measured.items()}
+        self._load(before)
+        update = {name: after[name] - before[name] for name in after}
+        pairs = {"": probes, "batch_": _first(self.batch(), self._count)}
+        products = {key: self.measure(_inputs(batch), update, squares=not key) for key, batch in pairs.items()}
+        old = {key: self._logps(batch) for key, batch in pairs.items()}
+        self._load(after)
+        record = self._geometry("", probes, products[""])
+        for key, batch in pairs.items():
+            predicted = torch.cat([products[key].chosen_jvp, products[key].rejected_jvp])
+            record |= _predicted_and_realized(key, predicted, self._logps(batch) - old[key])
+        return record
 
     def _geometry(self, key: str, pairs: dict[str, Tensor], products: PairProducts) -> dict[str, float]:
         ref_chosen, ref_rejected = (pairs[f"ref_{side}_logps"].double().cpu() for side in ("chosen", "rejected"))
@@ -132,6 +180,12 @@ class EntanglementCallback(TrainerCallback):
         with torch.no_grad():
             for name, parameter in self.measure.measured.items():
                 parameter.copy_(values[name])
+
+
+def _columns(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The columns of the pairs of all (micro-)batches of a step, [B] each."""
+    names = ("ref_chosen_logps", "ref_rejected_logps", "margin", "trust")
+    return {name: torch.cat([batch[name] for batch in batches]) for name in names if name in batches[0]}
 
 
 def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -90,8 +90,19 @@ class HeadProducts:
         """Keep the gradient at the output of a tied embedding, [2B, T, D]."""
         self._grad = table_grad(self.embedding, self._ids, grad.detach())
 
+    @property
+    def measures(self) -> bool:
+        """Whether a parameter of the head is measured."""
+        return bool(self.parameters) or self.tied
+
     def forward(
-        self, hidden: Tensor, batch: dict[str, Tensor], groups: list[Tensor], direction: Mapping[int, Tensor]
+        self,
+        hidden: Tensor,
+        batch: dict[str, Tensor],
+        groups: list[Tensor],
+        direction: Mapping[int, Tensor],
+        *,
+        backward: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the head forward and backward.
 
@@ -100,6 +111,7 @@ class HeadProducts:
             batch: right-padded, in trl's layout.
             groups: disjoint sets of rows whose products with each other are wanted; together all rows.
             direction: ``id`` of a parameter -> tensor of its shape; parameters of other modules are ignored.
+            backward: compute the gradient at the hidden states; without, it is 0 for a linear head.
 
         Returns:
             Log-probs [2B], their gradient at the last hidden states [2B, T, D], and their directional derivatives [2B]
@@ -114,7 +126,7 @@ class HeadProducts:
         self._groups = []
         self.shared_grads = {}
         for bundle in _bundles(scored):
-            parts = self._linear(bundle, direction) if self.plain else self._by_autograd(bundle, direction)
+            parts = self._linear(bundle, direction, backward) if self.plain else self._by_autograd(bundle, direction)
             for group, (token_logps, at_logits, at_hidden, gram, token_jvp) in zip(bundle, parts, strict=True):
                 logps[group.rows] = group.member.T @ token_logps.double()
                 jvp[group.rows] = group.member.T @ token_jvp.double()
@@ -134,7 +146,7 @@ class HeadProducts:
 
     @torch.no_grad()
     def _linear(
-        self, groups: list[_Scored], direction: Mapping[int, Tensor]
+        self, groups: list[_Scored], direction: Mapping[int, Tensor], backward: bool
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         """For each group log-probs [C], their gradients at W h + b [C, V] and h [C, D], products [g, g], JVP [C]."""
         weight = self.head.get_parameter("weight")
@@ -145,7 +157,7 @@ class HeadProducts:
         at_logits = logps.exp_().neg_()
         at_logits.scatter_add_(1, targets[:, None], torch.ones_like(target_logps))
         at_logits = self.form.backward_(at_logits, logits)
-        at_hidden = at_logits.to(weight.dtype) @ weight
+        at_hidden = at_logits.to(weight.dtype) @ weight if backward else torch.zeros_like(states)
         jvp = self._linear_jvp(states, at_logits, direction)
         sizes = [len(group.which) for group in groups]
         parts = (values.split(sizes) for values in (target_logps.squeeze(1), at_logits, at_hidden, jvp))

@@ -50,6 +50,10 @@ class Rule:
     products: Callable[[Call], Tensor] | None = None
     """|gw|^2, |gl|^2 and <gw, gl>, [3, B], where that is cheaper; None: by ``sample_grads``."""
 
+    def pair_products(self, call: Call) -> Tensor:
+        """|gw|^2, |gl|^2 and <gw, gl> of a call, [3, B], float64."""
+        return products_of_grads(self.sample_grads(call)) if self.products is None else self.products(call)
+
 
 def products_of_grads(sample_grads: Tensor) -> Tensor:
     """|gw|^2, |gl|^2 and <gw, gl>, [3, B], float64, from per-sequence gradients [2B, P]."""

@@ -13,7 +13,6 @@ Legend: B pairs, T padded tokens, D hidden size, V vocabulary, C scored tokens o
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,10 +22,10 @@ from align.entanglement.directional import Direction, shifted_along
 from align.entanglement.head_products import HeadProducts
 from align.entanglement.layer_rules import RULES, Call, Input, Rule, check_measurable, products_of_grads
 from align.entanglement.own_rules import OwnRules
+from align.entanglement.pair_products import PairProducts, concatenate, pair_products, select_pairs
 from align.entanglement.trial import CODE, compare_with_autograd
 from align.errors import ModelError
 from align.io.console import log
-from align.losses.pairwise import PairLogps
 from align.models.layout import base_model, has_adapter, is_bypassed
 from align.models.logps import NOT_MODEL_INPUTS
 
@@ -37,47 +36,6 @@ MAX_TOKENS = 512
 """Padded tokens of one forward and backward pass of pair products, unless a single pair has more."""
 BLOCK = 2**16
 """Entries of per-sequence gradients whose products are summed in the model's precision; the blocks are in float64."""
-
-
-@dataclass(frozen=True, slots=True)
-class PairProducts:
-    """Inner products of the gradients of each pair, each [B], float64 on the CPU."""
-
-    chosen_sq: Tensor
-    """|gw|^2."""
-    rejected_sq: Tensor
-    """|gl|^2."""
-    inner: Tensor
-    """<gw, gl>."""
-    chosen_logps: Tensor
-    """nats."""
-    rejected_logps: Tensor
-    """nats."""
-    chosen_length: Tensor
-    """Scored tokens."""
-    rejected_length: Tensor
-    """Scored tokens."""
-    chosen_jvp: Tensor
-    """Directional derivative <gw, u> along the direction that was given; NaN without a direction."""
-    rejected_jvp: Tensor
-    """<gl, u>."""
-
-    @property
-    def cosine(self) -> Tensor:
-        """<gw, gl> / (|gw| |gl|); 0 where a gradient vanishes."""
-        norms = (self.chosen_sq * self.rejected_sq).sqrt()
-        return torch.where(norms > 0, self.inner / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-
-    @property
-    def norm_ratio(self) -> Tensor:
-        """|gl| / |gw|; inf where the chosen gradient vanishes."""
-        return (self.rejected_sq / self.chosen_sq).sqrt()
-
-    def with_reference(self, ref_chosen: Tensor, ref_rejected: Tensor) -> PairLogps:
-        """The log-probs as a loss takes them, with those of the reference [B]."""
-        return PairLogps(
-            self.chosen_logps, self.rejected_logps, ref_chosen, ref_rejected, self.chosen_length, self.rejected_length
-        )
 
 
 class GradientProducts:
@@ -108,9 +66,9 @@ class GradientProducts:
                 f"gradient products are not measured: {bypassed}", code=CODE, hint="measure another kind of adapter"
             )
         check_measurable(self.measured)
-        self._head = HeadProducts(self.base, set(map(id, self.measured.values())))
+        self.head = HeadProducts(self.base, set(map(id, self.measured.values())))
         self._rest: dict[str, nn.Parameter] = {}
-        self._sites, self._rest = self._plan()
+        self.sites, self._rest = self._plan()
         self._by_rule = True
         self._leaves: list[Tensor] = []  # the graph of activations starts here, since the weights are frozen
         self.covered = {
@@ -143,8 +101,8 @@ class GradientProducts:
         """
         pairs, width = batch["input_ids"].shape[0] // 2, batch["input_ids"].shape[1]
         size = max(1, MAX_TOKENS // (2 * width))
-        parts = (_select_pairs(batch, range(k, min(k + size, pairs))) for k in range(0, pairs, size))
-        return _concatenate([self._measure_part(part, direction, squares) for part in parts])
+        parts = (select_pairs(batch, range(k, min(k + size, pairs))) for k in range(0, pairs, size))
+        return concatenate([self._measure_part(part, direction, squares) for part in parts])
 
     def _squares_and_inner(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         found = self(batch)
@@ -157,15 +115,32 @@ class GradientProducts:
         groups = list(torch.arange(2 * pairs, device=totals.device).view(2, pairs).T)
         if not squares:
             logps, jvp = self._measure(batch, groups, lambda rule, call: None, lambda grads: None, direction)
-            return _pair_products(torch.full_like(totals, torch.nan).cpu(), logps, jvp, batch)
+            return pair_products(torch.full_like(totals, torch.nan).cpu(), logps, jvp, batch)
 
         def visit(rule: Rule, call: Call) -> None:
-            totals.add_(products_of_grads(rule.sample_grads(call)) if rule.products is None else rule.products(call))
+            totals.add_(rule.pair_products(call))
 
         logps, jvp = self._measure(batch, groups, visit, lambda grads: totals.add_(products_of_grads(grads)), direction)
-        for k, gram in enumerate(self._head.take()):
-            totals[:, k] += torch.stack([gram[0, 0], gram[1, 1], gram[0, 1]])
-        return _pair_products(totals.cpu(), logps, jvp, batch)
+        return pair_products((totals + self._of_head()).cpu(), logps, jvp, batch)
+
+    def _of_head(self) -> Tensor:
+        """The head's part of |gw|^2, |gl|^2 and <gw, gl>, [3, B], after a forward pass in groups of one pair each."""
+        return torch.stack([torch.stack([gram[0, 0], gram[1, 1], gram[0, 1]]) for gram in self.head.take()], dim=1)
+
+    def products_of_head(self, hidden: Tensor, batch: dict[str, Tensor], embedded: Tensor | None) -> Tensor:
+        """The head's part of |gw|^2, |gl|^2 and <gw, gl> from given hidden states, [3, B], float64.
+
+        Args:
+            hidden: last hidden states [2B, T, D].
+            batch: right-padded, in trl's layout.
+            embedded: gradients of the log-probs at the embedding's output, [2B, T, D]; for a tied head.
+        """
+        pairs = torch.arange(len(hidden), device=hidden.device).view(2, -1).T
+        with self._frozen():
+            self.head.forward(hidden, batch, list(pairs), {}, backward=False)
+        if embedded is not None:
+            self.head.receive(embedded)
+        return self._of_head()
 
     def gram_and_pairs(self, batch: dict[str, Tensor]) -> tuple[Tensor, PairProducts]:
         """The Gram matrix of the gradients and the products of each pair, by one forward and one backward pass.
@@ -185,9 +160,9 @@ class GradientProducts:
 
         groups = [torch.arange(rows, device=total.device)]
         logps, jvp = self._measure(batch, groups, lambda rule, call: add(rule.sample_grads(call)), add)
-        gram = (total + self._head.take()[0]).cpu()
+        gram = (total + self.head.take()[0]).cpu()
         squares = gram.diagonal().view(2, rows // 2)
-        return gram, _pair_products(torch.cat([squares, gram.diagonal(rows // 2)[None]]), logps, jvp, batch)
+        return gram, pair_products(torch.cat([squares, gram.diagonal(rows // 2)[None]]), logps, jvp, batch)
 
     def _measure(
         self,
@@ -216,7 +191,7 @@ class GradientProducts:
         with self._frozen(), shifted_along(self._by_module(along), shift), self._hooks(visit) as seen:
             hidden = self.base.base_model(**inputs, use_cache=False).last_hidden_state
             seen.clear()
-            logps, grad, jvp = self._head.forward(hidden, batch, groups, self._by_id(along))
+            logps, grad, jvp = self.head.forward(hidden, batch, groups, self._by_id(along))
             if self._rest:
                 jvp += self._by_autograd(hidden, grad, visit_grads, along)
             *_, at_shift = torch.autograd.grad(hidden, [*self._leaves, shift], grad, allow_unused=True)
@@ -229,11 +204,11 @@ class GradientProducts:
         """The direction of each module with a rule, by the parameter's name within it."""
         by_id = self._by_id(direction)
         ids = (
-            (module, {name: id(module.get_parameter(name)) for name in rules}) for module, rules in self._sites.items()
+            (module, {name: id(module.get_parameter(name)) for name in rules}) for module, rules in self.sites.items()
         )
         moved = {module: {name: by_id[key] for name, key in keys.items() if key in by_id} for module, keys in ids}
-        if self._head.tied and id(self._head.embedding.weight) in by_id:
-            moved[self._head.embedding] = {"weight": by_id[id(self._head.embedding.weight)]}
+        if self.head.tied and id(self.head.embedding.weight) in by_id:
+            moved[self.head.embedding] = {"weight": by_id[id(self.head.embedding.weight)]}
         return {module: parameters for module, parameters in moved.items() if parameters}
 
     def _by_id(self, direction: Direction) -> dict[int, Tensor]:
@@ -255,7 +230,7 @@ class GradientProducts:
             only[row] = grad[row]
             grads = torch.autograd.grad(hidden, rest, only, retain_graph=True, allow_unused=True)
             rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(rest, grads, strict=True)])
-            for parameter, of_head in zip(self._head.shared, self._head.shared_grads.get(row, ()), strict=False):
+            for parameter, of_head in zip(self.head.shared, self.head.shared_grads.get(row, ()), strict=False):
                 place = next((k for k, one in enumerate(rest) if one is parameter), None)
                 if place is not None:
                     rows[-1][place] = rows[-1][place] + of_head
@@ -287,10 +262,10 @@ class GradientProducts:
         for key, name in names.items():
             holding = holders.get(key, [])
             rule = RULES.find(*holding[0]) if len(holding) == 1 and calls.get(holding[0][0]) == [TRIAL_ROWS] else None
-            if self._head.holds(self.measured[name]):
-                if holding and not (self._head.tied and [module for module, _ in holding] == [self._head.embedding]):
+            if self.head.holds(self.measured[name]):
+                if holding and not (self.head.tied and [module for module, _ in holding] == [self.head.embedding]):
                     raise ModelError(f"{name}: shared between the head and more than the embedding", code=CODE)
-            elif rule is not None and not any(self.measured[name] is shared for shared in self._head.shared):
+            elif rule is not None and not any(self.measured[name] is shared for shared in self.head.shared):
                 sites.setdefault(holding[0][0], {})[holding[0][1]] = rule
             else:
                 rest[name] = self.measured[name]
@@ -348,7 +323,7 @@ class GradientProducts:
         def arrived(module: nn.Module, entry: Input, grad: Tensor) -> None:
             if self._by_rule:
                 with torch.no_grad():
-                    for name, rule in self._sites[module].items():
+                    for name, rule in self.sites[module].items():
                         visit(rule, Call(module, name, entry, grad))
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -364,33 +339,14 @@ class GradientProducts:
             if output.is_leaf:
                 output.requires_grad_(True)
             self._leaves.append(output)
-            if self._head.tied:
-                output.register_hook(self._head.receive)
+            if self.head.tied:
+                output.register_hook(self.head.receive)
             return output
 
         hooks = [self.base.get_input_embeddings().register_forward_hook(start)]
-        hooks += [module.register_forward_hook(keep, with_kwargs=True) for module in self._sites]
+        hooks += [module.register_forward_hook(keep, with_kwargs=True) for module in self.sites]
         try:
             yield seen
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _select_pairs(batch: dict[str, Tensor], pairs: range) -> dict[str, Tensor]:
-    """Some pairs of a batch in trl's layout, without the columns that are padding in all of them."""
-    half = batch["input_ids"].shape[0] // 2
-    rows = torch.tensor([*pairs, *(half + k for k in pairs)], device=batch["input_ids"].device)
-    width = int(batch["attention_mask"][rows].sum(dim=1).max())
-    return {name: value[rows, :width] for name, value in batch.items()}
-
-
-def _concatenate(parts: list[PairProducts]) -> PairProducts:
-    return PairProducts(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(PairProducts)))
-
-
-def _pair_products(totals: Tensor, logps: Tensor, jvp: Tensor, batch: dict[str, Tensor]) -> PairProducts:
-    """Split |gw|^2, |gl|^2, <gw, gl> [3, B], log-probs [2B] and directional derivatives [2B] into columns."""
-    length = batch["completion_mask"][:, 1:].sum(dim=1)
-    columns = (logps.cpu(), length.cpu(), jvp.cpu())
-    return PairProducts(*totals, *(part for column in columns for part in column.chunk(2)))

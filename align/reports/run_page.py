@@ -77,6 +77,7 @@ def _entanglement(methods: dict[str, Any]) -> list[tuple[str, Any]]:
             f"{name}{label}": ([r["step"] for r in records], [r[key] for r in records])
             for key, label in keys.items()
             for name, records in measured.items()
+            if all(key in r for r in records)
         }
 
     if not measured:
@@ -84,12 +85,14 @@ def _entanglement(methods: dict[str, Any]) -> list[tuple[str, Any]]:
     both = {"predicted_chosen": " predicted", "realised_chosen": " observed"}
     titles: list[tuple[str, dict[str, str], str]] = [
         ("entangled probe pairs", {"entangled": ""}, "share"),
+        ("entangled pairs of the batch", {"batch_entangled": ""}, "share"),
         ("cosine of the two gradients (median)", {"cosine": ""}, "cosine"),
         ("length of the rejected gradient (median)", {"norm_ratio": ""}, "|gl| / |gw|"),
         ("change of log p(chosen) of the probes by one step", both, "nats"),
         ("chosen responses of the batch of a step that the step lowered", {"batch_fell": ""}, "share"),
     ]
     return [
-        (title, plots.lines(series(keys), x_title="optimizer step", y_title=y, share=y == "share"))
+        (title, plots.lines(found, x_title="optimizer step", y_title=y, share=y == "share"))
         for title, keys, y in titles
+        if (found := series(keys))
     ]

@@ -23,6 +23,7 @@ from align.training.reference import (
     cache_file,
     reference_model,
 )
+from align.training.settings import refuse_parts
 
 LAYOUT_SAMPLE = 256
 """Pairs of the sample on which the layout is chosen."""
@@ -45,14 +46,19 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
     data_collator: Any
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Add reference log-probs as columns, cached on disk, if they are read; under DeepSpeed trl computes them."""
+        """Add reference log-probs as columns, cached on disk, if they are read.
+
+        Under DeepSpeed trl computes those of a given reference.
+        """
         self.data_collator = PairCollator.of(self.data_collator)  # trl's own does not know whose words count
         self._prepare_layout(dataset)
-        if self.is_deepspeed_enabled:
-            self.reads_reference = True
-            return super()._precompute_ref_logps(dataset, name, batch_size)
+        self.reads_reference = self.reads_reference or self.is_deepspeed_enabled
         if not self.reads_reference:
             return dataset
+        if self.is_deepspeed_enabled and self._given_reference:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        if self.is_deepspeed_enabled:
+            self.model.to(self.accelerator.device)  # its engine would move it there only for the training
         return add_reference_logps(
             dataset,
             self._reference_of_examples,
@@ -86,10 +92,16 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
         return self.ref_model if self.ref_model is not None else self.model
 
     def _prepare_layout(self, dataset: Dataset) -> None:
-        """Choose the layout once, before the first forward pass."""
+        """Choose the layout once, before the first forward pass.
+
+        Raises:
+            ConfigError: DeepSpeed loaded the model in parts, or the pairs do not fit the model's positions.
+        """
         choice, self._layout_choice = self._layout_choice, None
         if choice is None:
             return
+        if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+            refuse_parts()
         if starts_from_adapter(self.model):
             copy_adapter(self.model, "default", FIRST_ADAPTER)  # trl copies only a part of some adapters
         sample = self.data_collator([dataset[k] for k in range(min(LAYOUT_SAMPLE, len(dataset)))])
@@ -122,7 +134,7 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
 
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Log-probs [B], [B] of the chosen and rejected responses under the reference, without gradient."""
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled and self._given_reference:
             inputs = {name: value for name, value in inputs.items() if name not in (*PAIR_COLUMNS, ROW, REAL)}
             return super().compute_ref_log_probs(model, inputs)
         logps = self.run_reference(inputs)

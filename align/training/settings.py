@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from trl import DPOConfig
 
@@ -54,7 +54,7 @@ def policy_args(
         loss=loss.spec.name,
         loss_kwargs=dict(loss.parameters),
         beta=loss.beta,
-        layout=config.layout,
+        layout=_layout(config),
         turns=config.turns,
         max_tokens_per_device=config.max_tokens_per_device,
         group_by_prompt=bool(config.group_by_prompt),
@@ -67,6 +67,12 @@ def policy_args(
     )
     set_choice(made, config)
     return made
+
+
+def _layout(config: TrainSection) -> str:
+    """The layout of a run; steps that measure themselves keep their rows apart."""
+    within_steps = config.entanglement is not None and config.entanglement.probes == 0
+    return "concatenated" if within_steps and config.layout == "auto" else config.layout
 
 
 def _fields(section: Section | None) -> dict[str, Any] | None:
@@ -125,6 +131,8 @@ def check_training(args: PreferenceConfig, loss: BoundLoss, *, adapter: bool) ->
             code="trainer-key",
             hint="leave one of them out",
         )
+    if launched("DEEPSPEED") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        refuse_parts()
     if args.max_tokens_per_device is not None and (launched("DEEPSPEED") or args.deepspeed):
         refuse_split_batches()
     if args.layout == "shared_prefix" and args.neftune_noise_alpha:
@@ -191,6 +199,20 @@ def _check_synced_reference(args: PreferenceConfig, adapter: bool) -> None:
         return
     raise ConfigError(
         f"train.trainer.sync_ref_model: found true together with {problem}", code="trainer-key", hint=hint
+    )
+
+
+def refuse_parts() -> NoReturn:
+    """Refuse a model that is loaded in parts.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(
+        "DeepSpeed: found ZeRO stage 3, which loads the model in parts, expected stage 1 or 2: layout, head and "
+        "reference log-probs are tried before training on a whole model",
+        code="train-deepspeed",
+        hint="use configs/accelerate/zero2.yaml, or shard the parameters by configs/accelerate/fsdp2.yaml",
     )
 
 

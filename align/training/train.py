@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from torch import Tensor
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from align.config import LossSection, TrainSection
@@ -218,14 +219,35 @@ def attach_probe(trainer: PreferenceTrainer, config: TrainSection, file: Path) -
         trainer.loss, processes=trainer.accelerator.num_processes, precomputed=trainer.precompute_ref_logps
     )  # fmt: skip
     trainer.add_reference()
-    table, ids = trainer.train_dataset, trainer.guard.ids
-    drawn, total = fair_sample((ids[row] for row in table[ROW]), config.entanglement.probes)
-    report_sample("entanglement probes", len(drawn), total, "pairs")
-    batch = trainer.data_collator([table[k] for k in drawn])
-    probes = {name: value.to(trainer.accelerator.device) for name, value in batch.items()}
     callback = EntanglementCallback(
-        trainer.model, probes, trainer.loss, config.entanglement.every, file, lambda: trainer.latest_inputs,
-        layout=trainer.layout,
+        trainer.model, _probes(trainer, config.entanglement.probes), trainer.loss, config.entanglement.every, file,
+        lambda: trainer.latest_inputs, layout=trainer.layout, apart=_measured_apart(trainer),
     )  # fmt: skip
     trainer.add_callback(callback)
     return callback
+
+
+def _probes(trainer: PreferenceTrainer, count: int) -> dict[str, Tensor] | None:
+    """A fair sample of the pairs as a batch on the trainer's device; None: none are wanted."""
+    if count == 0:
+        return None
+    table, ids = trainer.train_dataset, trainer.guard.ids
+    drawn, total = fair_sample((ids[row] for row in table[ROW]), count)
+    report_sample("entanglement probes", len(drawn), total, "pairs")
+    batch = trainer.data_collator([table[k] for k in drawn])
+    return {name: value.to(trainer.accelerator.device) for name, value in batch.items()}
+
+
+def _measured_apart(trainer: PreferenceTrainer) -> str | None:
+    """Why the passes of a step do not tell the gradients of its rows' log-probs; None if they do."""
+    if trainer.layout != "concatenated":
+        return "rows share their prefixes (`train.layout: concatenated` keeps them apart)"
+    if trainer.accelerator.mixed_precision != "no":
+        return f"it computes in {trainer.accelerator.mixed_precision}"
+    if trainer.args.gradient_checkpointing:
+        return "gradient checkpointing is on"
+    if trainer.args.torch_compile:
+        return "the model is compiled"
+    if trainer.aux_loss_enabled:
+        return "the load-balancing loss has a gradient of its own"
+    return None

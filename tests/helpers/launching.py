@@ -18,7 +18,8 @@ def command(processes: int, module: str, *arguments: str, launcher: Path | None 
 
 def environment() -> dict[str, str]:
     """Environment with one thread per process and no GPU."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
 
 
 def launched(

@@ -143,10 +143,21 @@ def make_samples(study: Study, prompts: Stage, seed: int) -> Stage:
 
 
 def label(
-    prompts: list[str], first: list[str], second: list[str], gap: np.ndarray, *, scale: float, seed: int
+    prompts: list[str],
+    first: list[str],
+    second: list[str],
+    gap: np.ndarray,
+    *,
+    scale: float,
+    seed: int,
+    antithetic: bool = False,
 ) -> Dataset:
-    """Pairs whose chosen response is drawn by Bradley-Terry from ``gap`` [N], gold of the first minus the second."""
-    turned = np.random.default_rng(seed).random(len(gap)) >= expit(scale * gap)
+    """Pairs whose chosen response is drawn by Bradley-Terry from ``gap`` [N], gold of the first minus the second.
+
+    ``antithetic`` takes 1 - u in place of each uniform number u: the two draws of a seed err on opposite pairs.
+    """
+    uniform = np.random.default_rng(seed).random(len(gap))
+    turned = (1 - uniform if antithetic else uniform) >= expit(scale * gap)
     rows = [
         {"id": str(k), "prompt": prompt, "chosen": b if turn else a, "rejected": a if turn else b,
          "gold_margin": float(-margin if turn else margin)}

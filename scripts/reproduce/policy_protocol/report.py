@@ -9,7 +9,7 @@ import numpy as np
 from align.stats import ends
 from scripts.bootstrap import Estimate, bootstrap_mean, gain_per_root_kl
 from scripts.figures import pyplot, save
-from scripts.reproduce.crossed_effects import crossed_mean, crossed_p
+from scripts.reproduce.crossed_effects import crossed_gain_per_root_kl, crossed_mean, crossed_p
 from scripts.reproduce.policy_protocol.judging import same_prompts
 from scripts.tables import table
 
@@ -110,7 +110,7 @@ def _verdict(
 def _row(
     quality: str, method: str, found: dict[str, dict[int, Any]], start: np.ndarray, seeds: list[int]
 ) -> dict[str, Any]:
-    """The row of a method. Intervals of gains and differences are over seeds and prompts, the others over prompts.
+    """The row of a method. Intervals are over seeds and prompts; ``over_dpo_of_these_policies`` is over prompts.
 
     ``start``: the reference's gold rewards [seeds, prompts].
     """
@@ -122,20 +122,20 @@ def _row(
         "parameters": found[method][seeds[0]]["parameters"],
         "cells": [found[method][seed]["key"] for seed in seeds],
         "reference": float(start.mean()),
-        "reward": bootstrap_mean(reward.mean(axis=0), seed=0).to_dict(),
+        "reward": crossed(reward).to_dict(),
         "gain": crossed(reward - start).to_dict(),
         "gain_by_seed": (reward - start).mean(axis=1).round(4).tolist(),
-        "kl": bootstrap_mean(kl.mean(axis=0), seed=0).to_dict(),
+        "kl": crossed(kl).to_dict(),
     }
-    ratio = gain_per_root_kl((reward - start).mean(axis=0), kl.mean(axis=0), seed=0)
+    gain = reward - start
+    ratio = crossed_gain_per_root_kl(gain, kl) if len(seeds) > 1 else gain_per_root_kl(gain[0], kl[0], seed=0)
     row["gain_per_root_kl"] = ratio and ratio.to_dict()
     if BASELINE in found and method != BASELINE:
         base = _by_seed(found[BASELINE], seeds, "1", "reward")
         row["over_dpo"] = crossed(reward - base).to_dict()
         row["over_dpo_of_these_policies"] = bootstrap_mean((reward - base).mean(axis=0), seed=0).to_dict()
         row["over_dpo_by_seed"] = (reward - base).mean(axis=1).round(4).tolist()
-        wins = ((reward > base) + 0.5 * (reward == base)).mean(axis=0)
-        row["wins_over_dpo"] = bootstrap_mean(wins, seed=0).to_dict()
+        row["wins_over_dpo"] = crossed((reward > base) + 0.5 * (reward == base)).to_dict()
     row["frontier"] = _frontier(found[method], seeds, start)
     return row
 
@@ -148,7 +148,7 @@ def _frontier(cells: Mapping[int, Any], seeds: list[int], start: np.ndarray) -> 
         made.append({
             "temperature": float(heat),
             "kl": float(kl.mean()),
-            "reward": bootstrap_mean(reward.mean(axis=0), seed=0).to_dict(),
+            "reward": crossed(reward).to_dict(),
             "gain": crossed(reward - start).to_dict(),
         })  # fmt: skip
     return made
