@@ -6,7 +6,8 @@ ASSETS := .assets
 WORKERS ?= 2
 MUTANTS ?=
 MODEL ?= $(ASSETS)/smollm2
-BENCHMARKS ?= cost_model entanglement entanglement_callback filter generation object_store training trust
+BENCHMARKS ?= cost_model entanglement entanglement_callback filter generation object_store trust
+KEPT_BENCHMARKS ?= training job
 
 .PHONY: setup assets vllm docs demo test test-slow test-gpu test-lowest mutation lint audit bench clean
 
@@ -72,6 +73,7 @@ vllm:
 	PYTHON=$(PYTHON) scripts/assets/setup_vllm.sh .venv-vllm
 
 bench: assets
+	@set -e; for name in $(KEPT_BENCHMARKS); do $(BIN)/python -m scripts.bench.$$name --keep studies/bench; done
 	@set -e; for name in $(BENCHMARKS); do $(BIN)/python -m scripts.bench.$$name; done
 
 clean:

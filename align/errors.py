@@ -32,7 +32,10 @@ NAMES = (
     (r"train\.trainer", "PreferenceConfig"),
     (r"train\.peft", "peft_config"),
     (r"train\.model", "model"),
-    (r"train\.(layout|turns|max_tokens_per_device|pairs_per_step|async_checkpoints)", r"PreferenceConfig.\1"),
+    (
+        r"train\.(layout|turns|max_tokens_per_device|group_by_prompt|pairs_per_step|async_checkpoints)",
+        r"PreferenceConfig.\1",
+    ),
     (r"train\.entanglement", "the measurement during training"),
     (r"train\.reference", "ref_model"),
     (r"train\.eval_pairs", "eval_dataset"),

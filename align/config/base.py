@@ -9,6 +9,7 @@ from align.io.object_store import is_remote
 ADDED = frozenset(
     {
         "pairs_per_step",
+        "group_by_prompt",
         "loss_type",
         "loss_weights",
         "eval_pairs",

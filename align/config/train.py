@@ -156,6 +156,9 @@ class TrainSection(Section):
     all: everybody's, as in trl."""
     max_tokens_per_device: Count | None = None
     """Tokens per forward pass; a larger batch is split without changing its gradient. Default: never split."""
+    group_by_prompt: Literal[True] | None = None
+    """Let the pairs of a prompt follow each other in an epoch: those in a batch share its tokens, and their own where
+    they have a response in common (docs/performance.md). Default: any order."""
     eval_pairs: EvalPairsSection | None = None
     """Pairs to evaluate on while training; default: nothing is held out (docs/training.md)."""
     eval_samples: EvalSamplesSection | None = None

@@ -1,6 +1,7 @@
 """A stage writes one folder with its results and ``manifest.json``; the folder exists only once it is complete."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -68,15 +69,16 @@ def run_stage(
         log.info("%s: up to date, skipped (%s)", name, folder)
         return Stage(name, folder, key, True, _seconds(folder))
     log.info("%s: running", name)
-    start = time.monotonic()
+    start, cpu = time.monotonic(), _cpu_seconds()
     with disk_problems(partial):
         work(partial)
     if process_rank() > 0:
         return _wait_for_stage(name, folder, key)
     seconds = time.monotonic() - start
+    took = {"seconds": seconds, "cpu_seconds": _cpu_seconds() - cpu}
     write_json(
         partial / MANIFEST,
-        {"stage": name, "key": key, "inputs": inputs, "seconds": seconds, "versions": versions()},
+        {"stage": name, "key": key, "inputs": inputs, **took, "versions": versions()},
     )
     _replace(partial, folder)
     log.info("%s: done in %.0f s -> %s", name, seconds, folder)
@@ -154,6 +156,12 @@ def _wait_for_stage(name: str, folder: Path, key: str) -> Stage:
     """Wait for rank 0 to finish the stage, and return it."""
     wait_until(lambda: (read_manifest(folder) or {}).get("key") == key)
     return Stage(name, folder, key, False, _seconds(folder))
+
+
+def _cpu_seconds() -> float:
+    """CPU seconds of this process and its finished children."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def _seconds(folder: Path) -> float:

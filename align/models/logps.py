@@ -173,7 +173,7 @@ def pair_logps(
             ``attention.enable``; it may be wrapped by PEFT and by a launcher.
         batch: right-padded, from ``PairCollator``.
         layout: ``concatenated`` runs the 2B sequences as they are; ``shared_prefix`` packs the pairs into one row that
-            holds the common prefix of each pair once. Both give the same numbers up to rounding.
+            holds each common prefix of sequences once. Both give the same numbers up to rounding.
         metrics: whether entropy, mean logit and top-1 of the tokens are computed; without, they may be NaN.
         reference: ``pair_states`` of the reference for this batch and layout, if the KL to it is computed.
         balance: whether the load-balancing loss of a mixture of experts is computed, over all tokens of the 2B rows.
@@ -192,7 +192,7 @@ def pair_states(model: torch.nn.Module, batch: dict[str, Any], layout: Layout) -
 
 Scores = tuple[Any, Tensor, Tensor, Tensor | None]
 """Scores [M]; where they belong, int64 [M], in the flattened [2B, T - 1] tokens; completion tokens, bool [2B, T]; and
-those of rejected rows that are packed with the chosen row."""
+``PackedPairs.owner`` if tokens of several rows are computed once."""
 
 
 def _concatenated(model: torch.nn.Module, batch: dict[str, Any], **options: Any) -> Scores:
@@ -221,20 +221,20 @@ def _shared_prefix(model: torch.nn.Module, batch: dict[str, Any], **options: Any
         use_cache=False,
         scored=Scored(places, targets, packed.input_ids.shape[1], **options),
     )
-    return output, ends, mask, mask & ~owned.view_as(mask)
+    return output, ends, mask, packed.owner
 
 
-def _collect(output: Any, ends: Tensor, mask: Tensor, shared: Tensor | None) -> SequenceLogps:
+def _collect(output: Any, ends: Tensor, mask: Tensor, owner: Tensor | None) -> SequenceLogps:
     """Scatter scores to the positions of their tokens; the arguments are ``Scores``."""
-    scored = mask[:, 1:]
-    half = mask.shape[0] // 2
+    scored, width = mask[:, 1:], mask.shape[1]
+    if owner is not None:
+        scorer = (owner // width * (width - 1) + owner % width - 1)[:, 1:].flatten()
 
     def placed(values: Tensor) -> Tensor:
-        column = values.new_zeros(scored.numel()).index_copy(0, ends, values).view_as(scored)
-        if shared is None:
-            return column
-        copied = column[:half].masked_fill(~shared[half:, 1:], 0)
-        return torch.cat([column[:half], column[half:] + copied])
+        column = values.new_zeros(scored.numel()).index_copy(0, ends, values)
+        if owner is None:
+            return column.view_as(scored)
+        return column.index_select(0, scorer).view_as(scored).masked_fill(~scored, 0)
 
     columns = (output.logps, output.entropy, output.mean_logit, output.top1, output.log_sum_squares)
     tokens = TokenScores(*(placed(values) for values in columns))

@@ -94,6 +94,12 @@ def choose_loss(args: DPOConfig, given: Any = None) -> tuple[BoundLoss, LossSect
     return loss, section
 
 
+def reads_reference(loss: BoundLoss, section: LossSection) -> bool:
+    """Whether a training reads log-probs of the reference: its loss does, or what weights, masks or corrects it."""
+    tilt = section.weights is not None and section.weights.tilt is not None
+    return loss.spec.reads_reference or tilt or section.remedy is not None or section.token_mask is not None
+
+
 def _part(args: DPOConfig, name: str, kind: type[S]) -> S | None:
     value = getattr(args, name, None)
     return None if value is None else section_from(value, kind, f"{OWNER}.{name}")

@@ -56,14 +56,20 @@ def own_weight(loss: BoundLoss, margin: Tensor | None, trust: Tensor | None) -> 
 class PairMetrics:
     """Collects the pairs of the micro-batches of one step; ``flush`` averages them over all processes.
 
+    Log-probs, rewards and token scores are those of the pairs that a step computes; weights and margins are those of
+    all its pairs, with the pairs of weight 0 that it leaves out.
+
     Args:
         beta: scale of the implicit rewards.
         tau: edge of the margin regions.
+        reference: whether the log-probs of the reference are known. Without them a reward is beta log p(response), as
+            in trl's CPOTrainer, and no change since the reference is reported.
     """
 
-    def __init__(self, *, beta: float, tau: float) -> None:
+    def __init__(self, *, beta: float, tau: float, reference: bool = True) -> None:
         self.beta = beta
         self.tau = tau
+        self.reference = reference
         self._pairs: list[Tensor] = []
         self._tokens: list[Tensor] = []
         self._has_margin = False
@@ -86,23 +92,9 @@ class PairMetrics:
             margin: [B], or None.
             real: [B], False for duplicates that are left out; None: all pairs count.
         """
-        counts = torch.ones_like(weight) if real is None else real.to(weight)
-        self._has_margin = margin is not None
+        of_models = (logps.chosen, logps.rejected, logps.ref_chosen, logps.ref_rejected)
+        counts = self._add_rows(of_models, weight, margin, real, logps.thumb)
         self._single = logps.thumb is not None
-        self._pairs.append(
-            torch.stack(
-                [
-                    logps.chosen.detach().float(),
-                    logps.rejected.detach().float(),
-                    logps.ref_chosen.float(),
-                    logps.ref_rejected.float(),
-                    weight,
-                    margin if margin is not None else torch.zeros_like(weight),
-                    logps.thumb if logps.thumb is not None else torch.ones_like(weight),
-                    counts,
-                ]
-            ).T
-        )
         tokens = policy.tokens
         sides = [
             (values.detach() * counts.repeat(2)[:, None]).chunk(2)
@@ -123,6 +115,28 @@ class PairMetrics:
             )
         )
 
+    def add_left_out(self, weight: Tensor, margin: Tensor | None, real: Tensor | None = None) -> None:
+        """Collect the pairs of weight 0 that a step does not compute; see ``add``."""
+        self._add_rows(None, weight, margin, real)
+
+    def _add_rows(
+        self,
+        of_models: tuple[Tensor, ...] | None,
+        weight: Tensor,
+        margin: Tensor | None,
+        real: Tensor | None,
+        thumb: Tensor | None = None,
+    ) -> Tensor:
+        """Add a row per pair; return 1 for pairs that count and 0 for the others, [B]."""
+        counts = torch.ones_like(weight) if real is None else real.to(weight)
+        self._has_margin = margin is not None
+        zeros = torch.zeros_like(weight)
+        logps = [zeros] * 4 if of_models is None else [values.detach().float() for values in of_models]
+        computed = zeros if of_models is None else torch.ones_like(weight)
+        columns = [zeros if margin is None else margin, zeros if thumb is None else thumb.to(weight)]
+        self._pairs.append(torch.stack([*logps, weight, *columns, computed, counts]).T)
+        return counts
+
     def flush(self, gather: Gather, totals: "WeightTotals") -> dict[str, float]:
         """Return means over the pairs and tokens of all processes since the last flush.
 
@@ -133,7 +147,10 @@ class PairMetrics:
         pairs = gather(torch.cat(self._pairs).contiguous())
         tokens = gather(torch.stack(self._tokens).sum(dim=0, keepdim=True)).sum(dim=0)
         self._pairs, self._tokens = [], []
-        chosen, rejected, ref_chosen, ref_rejected, weight, margin, thumb = pairs[pairs[:, -1] > 0, :-1].T
+        pairs = pairs[pairs[:, -1] > 0, :-1]
+        weight, margin, thumb, computed = pairs[:, 4:].T
+        thumb = thumb[computed > 0]
+        chosen, rejected, ref_chosen, ref_rejected = pairs[computed > 0, :4].T
         chosen_change, rejected_change = chosen - ref_chosen, rejected - ref_rejected
         gap = chosen_change - rejected_change
         totals.add(weight)
@@ -148,13 +165,14 @@ class PairMetrics:
             "rewards/margins": self.beta * gap.mean(),
             "logps/chosen": chosen.mean(),
             "logps/rejected": rejected.mean(),
-            "logps/chosen_change": chosen_change.mean(),
-            "logps/rejected_change": rejected_change.mean(),
             "entropy": (entropy_w + entropy_l) / max(n_w + n_l, 1),
             "logits/chosen": logits_w / max(n_w, 1),
             "logits/rejected": logits_l / max(n_l, 1),
             "mean_token_accuracy": hits / max(n_w, 1),
         }
+        if self.reference:
+            values["logps/chosen_change"] = chosen_change.mean()
+            values["logps/rejected_change"] = rejected_change.mean()
         if self._has_margin:
             values["margin/disagreement"] = (margin < 0).float().mean()
             for region, share in margin_regions(margin, self.tau).items():

@@ -47,6 +47,8 @@ class PreferenceConfig(OpenConfig, DPOConfig):
         turns: whose words count in responses of several messages. ``assistant``: the assistant's; ``last``: its
             last message's; ``all``: everybody's, as in trl.
         max_tokens_per_device: tokens per forward pass; a larger batch is split, with the same gradient. None: never.
+        group_by_prompt: let the pairs of a prompt follow each other in an epoch, so that those in a batch share its
+            tokens under ``shared_prefix``. The order of the pairs is another one than trl's.
         pairs_per_step: pairs per optimizer step over all processes, which sets ``gradient_accumulation_steps``.
         async_checkpoints: write sharded checkpoints (FSDP2, ``SHARDED_STATE_DICT``) while training continues.
         reference_cache: folder that keeps precomputed reference log-probs for the next training of the same model and
@@ -81,6 +83,9 @@ class PreferenceConfig(OpenConfig, DPOConfig):
     )
     max_tokens_per_device: int | None = field(
         default=None, metadata={"help": "Tokens per forward pass; a larger batch is split, with the same gradient."}
+    )
+    group_by_prompt: bool = field(
+        default=False, metadata={"help": "Let the pairs of a prompt follow each other, to compute it once."}
     )
     pairs_per_step: int | None = field(
         default=None, metadata={"help": "Pairs per optimizer step over all processes, whatever their number."}

@@ -62,7 +62,12 @@ def reference_model(
 
 
 def cache_file(
-    folder: Path | None, policy: nn.Module, dataset: Dataset, args: Any, ref_model: nn.Module | None = None
+    folder: Path | None,
+    policy: nn.Module,
+    dataset: Dataset,
+    args: Any,
+    ref_model: nn.Module | None = None,
+    loaded_from: Path | None = None,
 ) -> Path | None:
     """Return the file for the reference log-probs of a table, named by a hash of everything they depend on.
 
@@ -72,6 +77,7 @@ def cache_file(
         dataset: table with ``ID_COLUMNS``.
         args: training arguments, for truncation and precision.
         ref_model: the reference, if the caller of the trainer gave one, not sharded.
+        loaded_from: folder that the trainer itself has loaded the policy from, unchanged.
     """
     if folder is None:
         return None
@@ -79,7 +85,10 @@ def cache_file(
     settings += [name for name in ("bf16", "fp16") if getattr(args, name)]
     reference = policy if ref_model is None else ref_model
     with_adapter = ref_model is not None or starts_from_adapter(policy)
-    key = from_main_process(lambda: reference_key(reference, dataset, settings, with_adapter=with_adapter))
+    source = loaded_from if ref_model is None else None
+    key = from_main_process(
+        lambda: reference_key(reference, dataset, settings, with_adapter=with_adapter, folder=source)
+    )
     return folder / f"{key}.npy"
 
 

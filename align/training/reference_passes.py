@@ -39,15 +39,22 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
     """Folder that keeps reference log-probs between trainings."""
     _layout_choice: LayoutChoice | None
     _given_reference: bool
+    _loaded_from: Path | None
+    """Folder that the trainer has loaded the policy from; None if it was given a model."""
+    reads_reference: bool
+    """Whether anything in the training reads log-probs of the reference."""
     data_collator: Any
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Add reference log-probs as columns, cached on disk.
+        """Add reference log-probs as columns, cached on disk, if they are read.
 
         Under DeepSpeed trl computes those of a given reference.
         """
         self.data_collator = PairCollator.of(self.data_collator)  # trl's own does not know whose words count
         self._prepare_layout(dataset)
+        self.reads_reference = self.reads_reference or self.is_deepspeed_enabled
+        if not self.reads_reference:
+            return dataset
         if self.is_deepspeed_enabled and self._given_reference:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         if self.is_deepspeed_enabled:
@@ -62,10 +69,17 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
             in_step=self.is_fsdp_enabled,
         )
 
+    def add_reference(self) -> None:
+        """Compute the reference log-probs of the training table for a loss without a reference, for what else reads
+        them; before the first step."""
+        if not self.reads_reference:
+            self.reads_reference = True
+            self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", 1)
+
     def _cache_file(self, dataset: Dataset) -> Path | None:
         given = self.ref_model if self._given_reference else None
         reference = None if given is None else self.accelerator.unwrap_model(given)
-        return cache_file(self.reference_cache, self.model, dataset, self.args, reference)
+        return cache_file(self.reference_cache, self.model, dataset, self.args, reference, self._loaded_from)
 
     def _reference_of_examples(self, examples: list[dict[str, Any]]) -> Tensor:
         """Reference log-probs [B, 2] of collated examples."""

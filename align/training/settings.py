@@ -57,6 +57,7 @@ def policy_args(
         layout=_layout(config),
         turns=config.turns,
         max_tokens_per_device=config.max_tokens_per_device,
+        group_by_prompt=bool(config.group_by_prompt),
         pairs_per_step=config.pairs_per_step,
         async_checkpoints=config.async_checkpoints,
         reference_cache=str(reference_cache) if cached else None,
@@ -129,6 +130,13 @@ def check_training(args: PreferenceConfig, loss: BoundLoss, *, adapter: bool) ->
         if loss.spec.tokens == "reference":
             refuse_precomputed_tokens(loss.spec.name)
     _check_synced_reference(args, adapter)
+    if args.group_by_prompt and args.train_sampling_strategy != "random":
+        raise ConfigError(
+            f"train.group_by_prompt: found it together with train_sampling_strategy {args.train_sampling_strategy}, "
+            "which is another order",
+            code="trainer-key",
+            hint="leave one of them out",
+        )
     if launched("DEEPSPEED") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         refuse_parts()
     if args.max_tokens_per_device is not None and (launched("DEEPSPEED") or args.deepspeed):

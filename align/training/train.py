@@ -218,6 +218,7 @@ def attach_probe(trainer: PreferenceTrainer, config: TrainSection, file: Path) -
     check_probe(
         trainer.loss, processes=trainer.accelerator.num_processes, precomputed=trainer.precompute_ref_logps
     )  # fmt: skip
+    trainer.add_reference()
     callback = EntanglementCallback(
         trainer.model, _probes(trainer, config.entanglement.probes), trainer.loss, config.entanglement.every, file,
         lambda: trainer.latest_inputs, layout=trainer.layout, apart=_measured_apart(trainer),

@@ -81,7 +81,8 @@ class TrainedTables(ReferencePasses):
             table = test_dataset
             if not isinstance(table, Dataset) or not set(table.column_names) >= TOKENS:
                 table = self._prepare_dataset(table, self.processing_class, self.args, "test")
-            if self.precompute_ref_logps and not set(REFERENCE_COLUMNS) <= set(table.column_names):
+            precomputed = self.precompute_ref_logps and self.reads_reference
+            if precomputed and not set(REFERENCE_COLUMNS) <= set(table.column_names):
                 self._check_reference_left("test_dataset")
                 size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
                 table = self._precompute_ref_logps(table, "test", size)

@@ -21,10 +21,9 @@ from align.losses.margin_weights import MADPO_TAU
 from align.losses.pair_weights import LossTilt
 from align.losses.pairwise import PairLogps, scale_gradient
 from align.losses.registry import BoundLoss
-from align.models.batching import in_so_many, pair_batches
 from align.models.collator import REAL, ROW, PairCollator, only_real
 from align.models.expert_balance import check_balanced
-from align.models.layout import has_adapter, trim
+from align.models.layout import has_adapter
 from align.models.logps import SequenceLogps, pair_logps
 from align.models.template_arguments import write_record
 from align.training.adapter_start import begin_adapter
@@ -35,18 +34,15 @@ from align.training.base.settings import check_machine
 from align.training.columns import trained_loss
 from align.training.finite_guard import FiniteGuard
 from align.training.gradient_remedy import GradientRemedy
-from align.training.loss_choice import PairLoss, choose_loss
+from align.training.loss_choice import PairLoss, choose_loss, reads_reference
 from align.training.metrics import PairMetrics, WeightTotals
 from align.training.pair_losses import PairLosses, as_in_step
 from align.training.preference_config import PreferenceConfig, check_own_fields, own_copy
 from align.training.reference import load_reference, save_reference
-from align.training.settings import (
-    check_training,
-    refuse_precomputed_tokens,
-    refuse_split_batches,
-)
+from align.training.settings import check_training, refuse_precomputed_tokens, refuse_split_batches
+from align.training.split_steps import SplitSteps
+from align.training.tied_embedding import tied_embedding
 from align.training.token_mask import TokenMask
-from align.training.trained_tables import TrainedTables
 from align.training.trainer_inputs import (
     check_kinds,
     check_tokenizer_found,
@@ -58,12 +54,13 @@ from align.training.trainer_inputs import (
     reference_of,
     starts_as_adapter,
     without_ignored_kwargs,
+    without_model_hash,
 )
 
 LOSS_STATE = "loss_state.json"
 
 
-class PreferenceTrainer(TrainedTables):
+class PreferenceTrainer(SplitSteps):
     """trl's DPOTrainer with any loss of ``align.LOSSES``, or one of your own, weighted pair by pair.
 
     The loss of an optimizer step is mean_i weight_i * loss_i over its pairs. The weight of a pair is the column
@@ -130,13 +127,15 @@ class PreferenceTrainer(TrainedTables):
             elif not named:
                 check_tokenizer_found(model)
             self._given_reference = ref_model is not None
+            plain = named and quantization_config is None
+            self._loaded_from = Path(model) if plain and Path(model).is_dir() else None
             if named:
                 model, processing_class = load_named(model, config, processing_class, quantization_config, peft_config)
                 quantization_config = None
             elif ref_model is None:
                 ref_model = reference_of(model, config, peft_config)
             refused = nullcontext() if FROM_YAML.get() else refusals(type(self).__name__)
-            with refused, without_ignored_kwargs() if named else nullcontext():
+            with refused, without_model_hash(config), without_ignored_kwargs() if named else nullcontext():
                 super().__init__(
                     model=model, ref_model=ref_model, args=config, train_dataset=train_dataset,
                     eval_dataset=eval_dataset, processing_class=processing_class, compute_metrics=compute_metrics,
@@ -166,6 +165,7 @@ class PreferenceTrainer(TrainedTables):
         self._template_arguments: set[str] = set()
         self.latest_inputs: dict[str, Any] = {}
         """The last (micro-)batch of the training."""
+        self.reads_reference = reads_reference(self.loss, self._section)
         self._pair_metrics = PairMetrics(beta=bound.beta, tau=bound.parameter("tau", MADPO_TAU))
         self._words = from_yaml if FROM_YAML.get() else python_words
         self._weights = {mode: WeightTotals() for mode in ("train", "eval")}
@@ -183,6 +183,9 @@ class PreferenceTrainer(TrainedTables):
         fields = {name: getattr(args, name) for name in ("max_length", "truncation_mode", "pad_to_multiple_of")}
         self.data_collator = PairCollator(**{"pad_token_id": self.data_collator.pad_token_id} | fields | collate)
         self._prepare_layout(self.train_dataset)
+        if not self.reads_reference:
+            log.info("reference: the loss %s reads none, so none is run; a logged reward is beta log p(response)",
+                     self.loss.spec.name)  # fmt: skip
         self._add_lengths()
         self._add_parts()
 
@@ -204,6 +207,7 @@ class PreferenceTrainer(TrainedTables):
             )  # fmt: skip
         self.token_mask = None if section.token_mask is None else self._make_token_mask(section.token_mask)
         self.tilt = None if tilt is None else LossTilt(tilt, gather, rank)
+        self._tied = None if remedy is not None else tied_embedding(self.model, self.accelerator)
         if self.loss.spec.tokens == "reference" and self.ref_model is None and not has_adapter(self.model):
             refuse_precomputed_tokens(self.loss.spec.name)
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
@@ -242,34 +246,13 @@ class PreferenceTrainer(TrainedTables):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
-        """Run one batch forward and backward, in micro-batches of at most ``max_tokens`` tokens."""
-        *first, last = self._micro_batches(inputs)
-        total = torch.zeros((), device=self.accelerator.device)
-        for batch in first:
-            with self.accelerator.no_sync(model):
-                total += super().training_step(model, batch, num_items_in_batch)
-        total += super().training_step(model, last, num_items_in_batch)
-        lengths = inputs["attention_mask"].sum(dim=1).view(2, -1).sum(dim=0)
-        self._total_train_tokens += int(self.accelerator.gather(only_real(lengths, inputs.get(REAL)).sum()).sum())
+        """Train one batch; the last of an optimizer step also steps the token mask and hands over the metrics."""
+        total = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             if self.token_mask is not None:
                 self.token_mask.step()
             self._log_pairs("train")
         return total
-
-    def _micro_batches(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """Split the batch under the token budget, pairs of similar length together.
-
-        A batch stays in one piece if the tilt or the remedy compares its pairs with each other.
-        """
-        coupled = self.tilt is not None or (self.remedy is not None and self.remedy.coupled)
-        if self.max_tokens is None or coupled:
-            return [inputs]
-        batches = pair_batches(inputs, self.layout, self.max_tokens)
-        if self.is_fsdp_enabled:  # each forward pass gathers parameters from all processes
-            count = torch.tensor([len(batches)], device=self.accelerator.device)
-            batches = in_so_many(batches, int(self.accelerator.gather(count).max()))
-        return [trim(inputs, torch.tensor(sorted(batch))) for batch in batches]
 
     def compute_loss(
         self,
@@ -310,7 +293,13 @@ class PreferenceTrainer(TrainedTables):
             loss = loss + self.router_aux_loss_coef * policy.balance * counted / pairs
         for name, values in terms.items():
             self._step_values[f"loss/{name}"].append(only_real((weight * values).detach(), real))
+        self._pair_metrics.reference = self.reads_reference
         self._pair_metrics.add(policy, logps, weight * self.pair_losses.own_weight, margin, real)
+        if training and self.left_out is not None:
+            out, self.left_out = self.left_out, None
+            self._pair_metrics.add_left_out(out.weight, out.margin, out.real)
+            for name in terms:
+                self._step_values[f"loss/{name}"].append(only_real(out.weight, out.real))
         if not training:
             self._log_pairs("eval")
         return (loss, self._outputs(model, inputs)) if return_outputs else loss
@@ -322,7 +311,9 @@ class PreferenceTrainer(TrainedTables):
 
     def _logps(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[SequenceLogps, PairLogps]:
         """Log-probs of a batch under the policy, and with the reference's and the remedy's gradient factors."""
-        if self.precompute_ref_logps:
+        if not self.reads_reference:
+            ref_chosen = ref_rejected = torch.zeros(len(inputs["input_ids"]) // 2, device=inputs["input_ids"].device)
+        elif self.precompute_ref_logps:
             ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
             ref_chosen, ref_rejected = self.compute_ref_log_probs(self._reference, inputs)

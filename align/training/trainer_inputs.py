@@ -12,6 +12,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
 
@@ -24,6 +25,7 @@ from align.models.folders import ADAPTER, adapter_base, is_adapter
 from align.models.layout import has_adapter
 from align.models.loading import load_policy, load_tokenizer
 from align.training.model_arguments import check_values
+from align.training.settings import launched
 
 IGNORED_KWARGS = "The `model_init_kwargs` will be ignored."
 """trl's warning about a model that is loaded already; ``load_named`` has applied them."""
@@ -107,8 +109,15 @@ def check_stream(args: TrainingArguments) -> None:
     """Refuse a stream of pairs where it is not known how many of them are trained on.
 
     Raises:
-        ConfigError: no ``max_steps``.
+        ConfigError: no ``max_steps``, or an order of its own.
     """
+    if getattr(args, "group_by_prompt", False):
+        raise ConfigError(
+            "PreferenceConfig.group_by_prompt: found it together with an IterableDataset, whose pairs are trained on "
+            "in their order",
+            code="trainer-key",
+            hint="leave it out, or make a datasets.Dataset of the stream",
+        )
     if args.max_steps <= 0:
         raise ConfigError(
             f"train_dataset: found an IterableDataset and max_steps {args.max_steps}, expected more than 0: the first "
@@ -223,3 +232,17 @@ def without_ignored_kwargs(trainer: type = DPOTrainer) -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(other)
+
+
+@contextmanager
+def without_model_hash(args: DPOConfig) -> Iterator[None]:
+    """Spare trl the hash of the reference's weights for its own cache, which is read under DeepSpeed only."""
+    if args.deepspeed or launched("DEEPSPEED"):
+        yield
+        return
+    before = dpo_trainer.hash_module
+    dpo_trainer.hash_module = lambda _module: ""
+    try:
+        yield
+    finally:
+        dpo_trainer.hash_module = before

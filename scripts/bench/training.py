@@ -1,8 +1,9 @@
 """Compare one training step of trl's DPOTrainer with one of ours, side by side in one process. Prints JSON.
 
-Both trainers hold the same weights and see the same batches, in turns (A B A B). A step is what each trainer's
-``training_step`` does (forward, loss, backward, metrics), with reference log-probs precomputed; the optimizer's update,
-which is the same code for both, is not timed.
+Both trainers hold the same weights and see the same batches, in turns (A B A B). A step is all that a training does:
+``training_step`` (forward, loss, backward, metrics), clipping, AdamW at a rate that leaves the weights as they are, and
+the checks of each trainer, with reference log-probs precomputed. Times are CPU seconds of the process, which other work
+on the machine changes little, and wall seconds.
 
     python -m scripts.bench.training --model .assets/smollm2
 """
@@ -11,12 +12,12 @@ import argparse
 import gc
 import json
 import logging
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +34,7 @@ from align.training.base.arguments import build_lora
 from align.training.columns import add_weight
 from align.training.preference_config import own_copy
 from align.training.trainer import PreferenceTrainer
+from scripts.bench.record import Measure, add_keep, finish
 
 SHAPES = ((16, 24, 16), (32, 64, 8), (128, 64, 4), (256, 64, 4), (256, 256, 2))
 """Prompt tokens, tokens of each completion, pairs per step."""
@@ -70,14 +72,14 @@ def dialogue_pairs(pairs: int, vocabulary: int) -> list[dict[str, Any]]:
 
 
 def gemm_peak() -> float:
-    """GFLOP/s of a square float32 matrix product, the best of eight."""
+    """GFLOP per CPU second of a square float32 matrix product, the best of eight."""
     a = torch.randn(2048, 2048)
     best = min(_timed(lambda: a @ a) for _ in range(8))
     return 2 * 2048**3 / best / 1e9
 
 
 def matmul_rate(model: PreTrainedModel, rows: list[dict[str, Any]], lora: bool) -> float:
-    """GFLOP/s of a step's matrix products alone: each linear layer at the tokens that pass through it.
+    """GFLOP per CPU second of a step's matrix products alone: each linear layer at the tokens that pass through it.
 
     The products are the output, the gradient of the input and, without an adapter, the gradient of the weight. No step
     made of the same products can be faster on this machine.
@@ -103,17 +105,18 @@ def matmul_rate(model: PreTrainedModel, rows: list[dict[str, Any]], lora: bool) 
 
 
 def _timed(work: Any) -> float:
-    start = time.perf_counter()
+    """CPU seconds of this process."""
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def build(kind: str, model: str, folder: Path, rows: list[dict[str, Any]], lora: bool, loss: str) -> Any:
     """A trainer of ``model``; its steps take ``batch_of(trainer, rows)``, its dataset is a placeholder."""
     arguments = DPOConfig(
         output_dir=str(folder), per_device_train_batch_size=len(rows), beta=0.1, bf16=False, use_cpu=True, seed=0,
-        gradient_checkpointing=False, max_length=None, report_to="none", save_strategy="no", disable_tqdm=True,
-        precompute_ref_log_probs=True,
+        gradient_checkpointing=False, max_length=None, learning_rate=0.0, report_to="none", save_strategy="no",
+        disable_tqdm=True, precompute_ref_log_probs=True,
     )  # fmt: skip
     text = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c", "margin": 1.0}] * 2)
     common: dict[str, Any] = {
@@ -137,12 +140,28 @@ def batch_of(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return dict(trainer.data_collator([row | extra for row in rows]))
 
 
-def step(trainer: Any, batch: dict[str, Any]) -> tuple[float, float, float]:
-    """Seconds, loss and gradient norm of one step from zero gradients."""
+def step(trainer: Any, batch: dict[str, Any], *, update: bool = False) -> tuple[float, float, float]:
+    """CPU seconds, loss and gradient norm of one step from zero gradients; with ``update`` clipping and AdamW count."""
     trainer.model.zero_grad(set_to_none=True)
     trainer.current_gradient_accumulation_steps = 1
-    found: list[torch.Tensor] = []
-    seconds = _timed(lambda: found.append(trainer.training_step(trainer.model, dict(batch))))
+    if update and trainer.optimizer is None:
+        trainer.create_optimizer()
+    items = torch.tensor(len(batch["input_ids"]) // 2)
+    found: list[Any] = []
+
+    def work() -> None:
+        found.append(trainer.training_step(trainer.model, dict(batch), items))
+        if update:
+            found.append(trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm))
+            if isinstance(trainer, PreferenceTrainer):
+                trainer.guard.check_norm(trainer.model, found[-1])
+            trainer.optimizer.step()
+            if isinstance(trainer, PreferenceTrainer):
+                trainer.guard.on_optimizer_step(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+    seconds = _timed(work)
+    if update:
+        return seconds, float(found[0]), float(found[1])
     grads = [p.grad.double().norm() for p in trainer.model.parameters() if p.grad is not None]
     return seconds, float(found[0]), float(torch.stack(grads).norm())
 
@@ -150,7 +169,7 @@ def step(trainer: Any, batch: dict[str, Any]) -> tuple[float, float, float]:
 def side_by_side(
     kinds: dict[str, tuple[str, str]], model: str, rows: list[dict[str, Any]], lora: bool, rounds: int
 ) -> dict[str, Any]:
-    """Median seconds of each kind, in turns, and how much their losses and gradient norms differ."""
+    """CPU seconds of each kind, in turns, and how much their losses and gradient norms differ."""
     with TemporaryDirectory() as folder:
         trainers = {n: build(kind, model, Path(folder) / n, rows, lora, loss) for n, (kind, loss) in kinds.items()}
         batches = {name: batch_of(trainer, rows) for name, trainer in trainers.items()}
@@ -158,13 +177,14 @@ def side_by_side(
         losses, norms = {}, {}
         for turn in range(rounds + 1):
             for name, trainer in trainers.items():
-                took, losses[name], norms[name] = step(trainer, batches[name])
+                took, losses[name], norms[name] = step(trainer, batches[name], update=True)
                 trainer.model.zero_grad(set_to_none=True)
                 if turn:
                     seconds[name].append(took)
     first = next(iter(losses))
     ratios = {name: [a / b for a, b in zip(seconds[first], values, strict=True)] for name, values in seconds.items()}
     return {
+        "rounds": seconds,
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "ratios": {name: statistics.median(values) for name, values in ratios.items()},
         "ratios_ci": {name: bootstrap_median(values) for name, values in ratios.items()},
@@ -246,16 +266,28 @@ def padded_flops(model: PreTrainedModel, rows: list[dict[str, Any]], lora: bool)
     return (4 if lora else 6) * sum(body_and_head(model)) * tokens + attention
 
 
+def rows_of(shape: str, vocabulary: int) -> list[dict[str, Any]]:
+    """The pairs of ``16/24``, ``16/24x8`` (eight of them) or ``dialogue``."""
+    lengths, _, given = shape.partition("x")
+    if lengths == "dialogue":
+        return dialogue_pairs(int(given or 4), vocabulary)
+    prompt, completion = map(int, lengths.split("/"))
+    usual = next((n for p, c, n in SHAPES if (p, c) == (prompt, completion)), 4)
+    return random_pairs(prompt, completion, int(given or usual), vocabulary)
+
+
 def main() -> None:
     """Run the shapes and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".assets/smollm2")
-    parser.add_argument("--shapes", nargs="*", default=[f"{p}/{c}" for p, c, _ in SHAPES] + ["dialogue"])
+    told = "prompt/completion, or prompt/completionxpairs; dialogue; default pairs: as SHAPES has them, or 4"
+    parser.add_argument("--shapes", nargs="*", help=told, default=[f"{p}/{c}" for p, c, _ in SHAPES] + ["dialogue"])
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=["trl", "concatenated", "shared_prefix"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--profile", action="store_true", help="only show where a step's time goes")
+    add_keep(parser)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -273,12 +305,7 @@ def main() -> None:
     kinds = {name: KINDS[name] for name in arguments.kinds}
     results: dict[str, Any] = {}
     for shape in arguments.shapes:
-        if shape == "dialogue":
-            rows = dialogue_pairs(4, vocabulary)
-        else:
-            prompt, completion = map(int, shape.split("/"))
-            pairs = next((n for p, c, n in SHAPES if (p, c) == (prompt, completion)), 4)
-            rows = random_pairs(prompt, completion, pairs, vocabulary)
+        rows = rows_of(shape, vocabulary)
         if arguments.profile:
             results[shape] = profile(arguments.model, rows, arguments.lora)
             continue
@@ -300,9 +327,24 @@ def main() -> None:
                 }
         results[shape] = found
         print(f"{shape}: {json.dumps(found)}", file=sys.stderr)
-    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    versions = {"torch": torch.__version__}
-    print(json.dumps({"machine": machine, "versions": versions, "lora": arguments.lora, "shapes": results}, indent=2))
+    versions = {"torch": torch.__version__, "trl": version("trl"), "transformers": version("transformers")}
+    measures = measures_of(results) if not arguments.profile else {}
+    finish("training-lora" if arguments.lora else "training", {"versions": versions, "shapes": results}, measures,
+           arguments)  # fmt: skip
+
+
+def measures_of(results: dict[str, Any]) -> dict[str, Measure]:
+    """The rounds of every shape: CPU seconds of each kind, their ratios to the first, and added memory."""
+    measures = {}
+    for shape, found in results.items():
+        first, *others = found["rounds"].items()
+        for name, values in others:
+            measures[f"{shape}: {name}"] = Measure(values, "s")
+            ratios = [a / b for a, b in zip(values, first[1], strict=True)]
+            measures[f"{shape}: {name} / {first[0]}"] = Measure(ratios, "ratio")
+        for name, memory in found.get("memory_mib", {}).items():
+            measures[f"{shape}: memory added by {name}"] = Measure([memory["peak"] - memory["before"]], "MiB")
+    return measures
 
 
 if __name__ == "__main__":

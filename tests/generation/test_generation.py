@@ -130,12 +130,29 @@ def test_a_mass_that_is_reached_exactly_takes_no_further_token() -> None:
 
 
 def test_a_draw_at_the_border_of_the_nucleus_is_not_sure() -> None:
-    """The drawn token is the last of the nucleus at a mass that rounding could change; further inside it is sure."""
+    """The mass before the drawn token is 0.5: rounding could put it out of a nucleus of 0.49 or 0.51, not of 0.6, of
+    which it is the last token, nor where rounding could let the token after it in."""
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
     noise = torch.tensor([[0.0, 5.0, 0.0, 0.0]], dtype=torch.float64)
-    for top_p, sure in ((0.79, False), (0.81, False), (0.9, True)):
+    for top_p, sure in ((0.49, False), (0.51, False), (0.6, True), (0.79, True), (0.81, True), (0.9, True)):
         drawn, certain = draw(logits, noise, Sampling(1, top_p=top_p), tolerance=0.02)
         assert (int(drawn), bool(certain)) == (1, sure)
+
+
+@pytest.mark.parametrize("sampling", [
+    Sampling(1, top_k=1), Sampling(1, top_k=2), Sampling(1, top_p=0.3), Sampling(1, top_p=0.8, top_k=2, min_p=0.4),
+    Sampling(1, top_k=3), Sampling(1, top_k=4),
+])  # fmt: skip
+def test_the_last_token_of_a_cut_is_sure_if_the_next_one_is_far_below(sampling: Sampling) -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
+    last = {1: 0, 2: 1, 3: 2, 4: 3, 0: 0}[sampling.top_k]
+    noise = torch.zeros_like(logits).index_fill(1, torch.tensor([last]), 9.0)
+    drawn, certain = draw(logits, noise, sampling, tolerance=0.02)
+    assert (int(drawn), bool(certain)) == (last, True)
+    near = logits.clone()
+    if last + 1 < logits.shape[1] and sampling.top_k:
+        near[0, last + 1] = near[0, last] - 0.01
+        assert not draw(near, noise, sampling, tolerance=0.02)[1]
 
 
 def test_log_probs_are_the_models_own(tiny_policy: Path) -> None:

@@ -125,8 +125,48 @@ def test_packing_holds_every_sequence_once(lengths: list[tuple[int, int, int]], 
     places = torch.arange(valid.shape[1]).expand_as(valid)
     assert torch.equal(packed.position_ids[0][packed.source][valid], places[valid])
     assert torch.equal(packed.source.flatten()[packed.own], torch.arange(packed.input_ids.shape[1]))
-    assert packed.input_ids.shape[1] == packed_tokens(batch).sum() == valid.sum() - shared_start(batch).sum()
+    marked = [list(zip(*row, strict=True)) for row in zip(*(part.tolist() for part in batch.values()), strict=True)]
+    prefixes = {tuple(row[: k + 1]) for row in marked for k in range(len(row)) if row[k][1]}
+    assert packed.input_ids.shape[1] == len(prefixes)
+    assert packed_tokens(batch).sum() == valid.sum() - shared_start(batch).sum() >= len(prefixes)
     assert (shared_start(batch) >= torch.tensor([prompt for prompt, *_ in lengths])).all()
+
+
+def repeated_responses() -> dict[str, Tensor]:
+    """Three responses of a prompt in three pairs, one of them the beginning of another; a pair of a longer prompt that
+    begins as this one does, and one of another."""
+    generator = torch.Generator().manual_seed(1)
+    prompt, a, b, other, c = (torch.randint(3, 61, (n,), generator=generator).tolist() for n in (6, 5, 7, 4, 3))
+    pairs = [(prompt, a, b), (prompt, b, b[:4]), (prompt, b[:4], a), (prompt + a[:2], a[2:], c), (other, c, a)]
+    texts = [start + response for side in (1, 2) for start, response in ((pair[0], pair[side]) for pair in pairs)]
+    starts = [len(pair[0]) for pair in pairs] * 2
+    width = max(map(len, texts))
+    return {
+        "input_ids": torch.tensor([row + [0] * (width - len(row)) for row in texts]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in texts]),
+        "completion_mask": torch.tensor(
+            [[0] * n + [1] * (len(row) - n) + [0] * (width - len(row)) for n, row in zip(starts, texts, strict=True)]
+        ),
+    }
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_what_several_pairs_share_is_computed_once(family: str) -> None:
+    """All scores and gradients are those of separate rows; three pairs of a prompt have 12 tokens of responses."""
+    model, batch = tiny(family, attn_implementation="sdpa" if family == "Llama" else "eager"), repeated_responses()
+    model, tolerance = (model, 1e-5) if family == "Llama" else (model.float(), 1e-4)
+    expected = one_by_one(model, batch)
+    true = list(gradients(model, expected))
+    choose_layout(model, batch, "shared_prefix")
+    apart, packed = (pair_logps(model, batch, layout) for layout in get_args(Layout))
+    sums = torch.cat([packed.chosen, packed.rejected])
+    assert torch.allclose(sums.double(), expected, atol=tolerance, rtol=1e-6)
+    for one, two in zip(apart.tokens, packed.tokens, strict=True):
+        assert torch.allclose(one, two, atol=tolerance)
+    for grad, other in zip(gradients(model, sums), true, strict=True):
+        assert (grad - other).abs().max() <= tolerance * (other.abs().max() + 1e-2)
+    three = trim(batch, torch.arange(3))
+    assert pack(three).input_ids.shape[1] == 6 + 5 + 7 < packed_tokens(three).sum()
 
 
 def test_pairs_do_not_see_each_other() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation import MinPLogitsWarper
 
-from align.models import lm_head
+from align.models import lm_head, truncation
 from align.models.sample_kl import SampleScores, score_samples
 from align.models.truncation import Truncation, sampled_logps
 
@@ -152,6 +152,22 @@ def test_adapters_and_chunks_and_a_padded_vocabulary(adapter: str, monkeypatch: 
             rows = REFERENCE.get_parameter(name)
             parameter[: len(rows)] = rows
     assert scores(completions, reference=wide).kl == pytest.approx(scores(completions).kl, rel=1e-9)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize("slack", [-1e-2, 1e-2])
+def test_a_nucleus_is_the_same_without_a_sort_of_all_scores(
+    spread: float, slack: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flat rows, whose nucleus is larger than what is looked at first, and steep ones, in one batch and apart."""
+    torch.manual_seed(0)
+    scores = torch.cat([torch.randn(3, 400, dtype=torch.float64) * spread, torch.zeros(1, 400, dtype=torch.float64)])
+    for cuts in (Truncation(0.9), Truncation(0.5, 40, 0.01), Truncation(0.999)):
+        for rows in (scores, scores[:3]):
+            whole = cuts.floor(rows, slack)
+            monkeypatch.setattr(truncation, "NUCLEUS_TOKENS", 60)
+            assert torch.equal(cuts.floor(rows, slack), whole)
+            monkeypatch.undo()
 
 
 @given(st.lists(st.floats(-4, 4), min_size=2, max_size=9), st.sampled_from(CUTS), st.floats(0.0, 0.2))

@@ -1,5 +1,6 @@
 """Reference log-probs: cached, keyed by everything they depend on, resumed after a stop."""
 
+import copy
 import itertools
 import shutil
 from pathlib import Path
@@ -11,14 +12,47 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
+from align.config.columns import ID_COLUMNS
 from align.io.files import read_json, write_json
+from align.models.fingerprint import reference_key
 from align.models.layout import LayoutChoice
+from align.models.loading import load_policy
 from align.models.logps import pair_logps
 from align.training.distinct_responses import distinct_passes
 from align.training.trainer import PreferenceTrainer
-from tests.helpers.builders import rows, trained_adapter
+from tests.helpers.builders import causal, rows, trained_adapter
 from tests.training.test_trainer import ours
+
+
+@pytest.mark.parametrize("peft", [None, LoraConfig(r=2, target_modules=["q_proj"]),
+                                  LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")])  # fmt: skip
+def test_the_weights_of_a_folder_are_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peft: LoraConfig | None
+) -> None:
+    """The key is that of a model that was given, and another one once the files are; PiSSA changes the base's weights,
+    which are hashed each time."""
+    folder = causal(tmp_path / "policy")
+    table = Dataset.from_dict({name: [[1, 2, 3]] for name in ID_COLUMNS})
+    read: list[int] = []
+
+    def key(source: Path | None) -> str:
+        model = load_policy(str(folder), dtype="float32")
+        adapted = model if peft is None else get_peft_model(model, copy.deepcopy(peft))
+        contiguous = torch.Tensor.contiguous
+        monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: (read.append(1), contiguous(self))[1])
+        found = reference_key(adapted, table, ["a"], with_adapter=False, folder=source)
+        monkeypatch.undo()
+        return found
+
+    first, many = key(folder), len(read)
+    second, again = key(folder), len(read) - many
+    assert many > 0 and again == (many if peft is not None and peft.init_lora_weights == "pissa" else 0)
+    if peft is None or peft.init_lora_weights is True:
+        assert first == second == key(None)
+    causal(folder, seed=1)
+    assert key(folder) not in (first, second)
 
 
 def test_a_stopped_computation_resumes(tiny_policy: Path, tmp_path: Path) -> None:

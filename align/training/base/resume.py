@@ -49,8 +49,10 @@ class ExactResume:
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Return the trainer's own sampler; a shuffling one gets an order that depends on seed and epoch alone."""
         sampler: Sampler | None = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
-        if not isinstance(sampler, RandomSampler | LengthGroupedSampler):
-            return sampler
+        return self.seeded(sampler) if isinstance(sampler, RandomSampler | LengthGroupedSampler) else sampler
+
+    def seeded(self, sampler: RandomSampler | LengthGroupedSampler) -> Sampler:
+        """Return a sampler whose order depends on seed and epoch alone."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return _EpochSeededSampler(sampler, seed, self)
 
