@@ -23,7 +23,6 @@ from align.training.reference import (
     cache_file,
     reference_model,
 )
-from align.training.settings import refuse_parts
 
 LAYOUT_SAMPLE = 256
 """Pairs of the sample on which the layout is chosen."""
@@ -48,7 +47,8 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add reference log-probs as columns, cached on disk, if they are read.
 
-        Under DeepSpeed trl computes those of a given reference.
+        Raises:
+            ConfigError: those of a given reference under DeepSpeed.
         """
         self.data_collator = PairCollator.of(self.data_collator)  # trl's own does not know whose words count
         self._prepare_layout(dataset)
@@ -56,7 +56,12 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
         if not self.reads_reference:
             return dataset
         if self.is_deepspeed_enabled and self._given_reference:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
+            raise ConfigError(
+                "ref_model: found a reference of its own together with DeepSpeed and precompute_ref_log_probs: true, "
+                "expected precompute_ref_log_probs: false",
+                code="train-deepspeed",
+                hint="set it, so that the reference runs in each step, or train under FSDP2",
+            )
         if self.is_deepspeed_enabled:
             self.model.to(self.accelerator.device)  # its engine would move it there only for the training
         return add_reference_logps(
@@ -101,7 +106,12 @@ class ReferencePasses(ReliableTrainer, DPOTrainer):
         if choice is None:
             return
         if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
-            refuse_parts()
+            raise ConfigError(
+                "DeepSpeed: found a model that was loaded in parts, expected a whole one: layout, head and reference "
+                "log-probs are tried on it before training",
+                code="train-deepspeed",
+                hint="give the model's folder or hub id",
+            )
         if starts_from_adapter(self.model):
             copy_adapter(self.model, "default", FIRST_ADAPTER)  # trl copies only a part of some adapters
         sample = self.data_collator([dataset[k] for k in range(min(LAYOUT_SAMPLE, len(dataset)))])

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from trl import DPOConfig
 
@@ -137,8 +137,6 @@ def check_training(args: PreferenceConfig, loss: BoundLoss, *, adapter: bool) ->
             code="trainer-key",
             hint="leave one of them out",
         )
-    if launched("DEEPSPEED") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        refuse_parts()
     if args.max_tokens_per_device is not None and (launched("DEEPSPEED") or args.deepspeed):
         refuse_split_batches()
     if args.layout == "shared_prefix" and args.neftune_noise_alpha:
@@ -205,20 +203,6 @@ def _check_synced_reference(args: PreferenceConfig, adapter: bool) -> None:
         return
     raise ConfigError(
         f"train.trainer.sync_ref_model: found true together with {problem}", code="trainer-key", hint=hint
-    )
-
-
-def refuse_parts() -> NoReturn:
-    """Refuse a model that is loaded in parts.
-
-    Raises:
-        ConfigError: always.
-    """
-    raise ConfigError(
-        "DeepSpeed: found ZeRO stage 3, which loads the model in parts, expected stage 1 or 2: layout, head and "
-        "reference log-probs are tried before training on a whole model",
-        code="train-deepspeed",
-        hint="use configs/accelerate/zero2.yaml, or shard the parameters by configs/accelerate/fsdp2.yaml",
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -162,7 +163,8 @@ def load_named(
                 code="trainer-key",
             )
         kwargs["quantization_config"] = quantization
-    policy = load_policy(model, trust_remote_code=trusted, trainable=True, **kwargs)
+    with loaded_whole(args):
+        policy = load_policy(model, trust_remote_code=trusted, trainable=True, **kwargs)
     if peft_config is not None or starts_as_adapter(model) or FROM_YAML.get():
         own = AutoConfig.from_pretrained(adapter_base(model) or model, trust_remote_code=trusted)
         path = "train.trainer" if FROM_YAML.get() else type(args).__name__
@@ -170,6 +172,23 @@ def load_named(
     if tokenizer is None:
         tokenizer = load_tokenizer(model, trust_remote_code=trusted, revision=kwargs.get("revision"))
     return policy, tokenizer
+
+
+@contextmanager
+def loaded_whole(args: DPOConfig) -> Iterator[None]:
+    """Load models whole under DeepSpeed ZeRO 3, which else loads them in parts; its engine divides them for training.
+
+    What is computed before training (the layout's trial, the check of the head, the reference) needs a whole model.
+    """
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is None or not is_deepspeed_zero3_enabled():
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        plugin.set_deepspeed_weakref()
 
 
 def collator_fields(collator: Any) -> dict[str, Any]:

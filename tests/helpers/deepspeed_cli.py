@@ -2,7 +2,9 @@
 
 accelerate uses DeepSpeed only on accelerators. Here it takes the processes for several GPUs whose device is the CPU;
 DeepSpeed's kernel for shared memory, which it would compile first, is left out. Dividing, reducing and stepping are
-DeepSpeed's own. Each process writes the kind of its optimizer to ``optimizer-<rank>.txt``.
+DeepSpeed's own. Parameters of any
+size are divided under ZeRO 3, which keeps small ones whole by default. Each process writes the kind of its optimizer,
+and whether every parameter is divided, to ``divided-<rank>.txt``.
 """
 
 import sys
@@ -12,7 +14,7 @@ from typing import Any
 import deepspeed  # noqa: F401  (its modules are changed below)
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 
 from align.cli.main import main
 from align.distributed import process_rank
@@ -29,18 +31,29 @@ def device(state: PartialState) -> None:
     state.device = torch.device("cpu")
 
 
+configure = DeepSpeedPlugin.__post_init__
+
+
+def without_threshold(plugin: DeepSpeedPlugin) -> None:
+    """Divide small parameters too."""
+    configure(plugin)
+    plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+
 before = FiniteSteps.on_optimizer_step
 
 
 def look(guard: FiniteSteps, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
     """Do what the guard does, then write down whose optimizer stepped."""
     before(guard, args, state, control, **kwargs)
-    Path(f"optimizer-{process_rank()}.txt").write_text(type(kwargs["optimizer"]).__name__)
+    divided = all(parameter.numel() == 0 for parameter in kwargs["model"].parameters())
+    Path(f"divided-{process_rank()}.txt").write_text(f"{type(kwargs['optimizer']).__name__} {divided}")
 
 
 FiniteSteps.on_optimizer_step = look  # type: ignore[method-assign]
 PartialState._prepare_backend = backend
 PartialState.set_device = device
+DeepSpeedPlugin.__post_init__ = without_threshold  # type: ignore[method-assign]
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 if __name__ == "__main__":
