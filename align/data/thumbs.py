@@ -41,11 +41,19 @@ def thumb_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return found | dict.fromkeys(RESPONSES, completion) | {THUMB: thumb}
 
 
-def thumb_problem(value: Any) -> tuple[str, str] | None:
-    """(what was found, what was expected) if the cell of ``THUMB`` is no thumb; None if it is one, or empty."""
-    if value is None or (isinstance(value, int | float) and value in (0, 1)):
+def thumb_problem(row: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """(column, what was found, what was expected) if a row's cell of ``THUMB`` is no thumb; None if it is one, or empty.
+
+    A row with a thumb has one response, which stands as ``chosen`` and as ``rejected``.
+    """
+    value = row.get(THUMB)
+    if value is None:
         return None
-    return repr(value), "true (desirable) or false (undesirable), in a row with completion and without a pair"
+    expected = "true (desirable) or false (undesirable), in a row with completion and without a pair"
+    if not isinstance(value, int | float) or value not in (0, 1):
+        return SINGLE[1], repr(value), expected
+    one, other = (row.get(side) for side in RESPONSES)
+    return None if one == other else (THUMB, f"{value:g} in a row with two different responses", expected)
 
 
 def thumb_table(table: Dataset, name: str) -> Dataset:
@@ -58,8 +66,9 @@ def thumb_table(table: Dataset, name: str) -> Dataset:
         return table
     rows = [thumb_values(row) for row in table]
     for k, row in enumerate(rows):
-        if wrong := thumb_problem(row.get(THUMB)):
-            raise DataError(f"{name}: label of row {k}: found {wrong[0]}, expected {wrong[1]}", code="pair-value")
+        if wrong := thumb_problem(row):
+            column, found, expected = wrong
+            raise DataError(f"{name}: {column} of row {k}: found {found}, expected {expected}", code="pair-value")
     columns = dict.fromkeys(column for row in rows for column in row)
     return Dataset.from_list([{column: row.get(column) for column in columns} for row in rows])
 

@@ -65,8 +65,8 @@ class RowReader:
         if row.unreadable:
             found, _, expected = row.unreadable.removeprefix("found ").partition(", expected ")
             return None, [Problem(row.file or self.source, row.number, "(row)", "data-row", found, expected)]
-        if wrong := thumb_problem(row.values.get(THUMB)):
-            return None, [self.problem(row, "label", "pair-value", *wrong)]
+        if wrong := thumb_problem(row.values):
+            return None, [self.problem(row, wrong[0], "pair-value", *wrong[1:])]
         texts = RESPONSES if self.implicit else TEXT
         problems = [problem for name in texts for problem in self.text(row, name)]
         if problems:

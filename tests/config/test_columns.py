@@ -20,6 +20,7 @@ from align.config.columns import (
     SPREAD,
     TEMPLATE_COLUMNS,
     TEXT,
+    THUMB,
 )
 from align.data.pairs import load_pairs
 from align.data.streaming import stream_pairs
@@ -31,7 +32,7 @@ from tests.helpers.builders import rows
 
 KIND = {column.name: column.kind for column in COLUMNS}
 FULL: dict[str, object] = {"prompt": "Say:", "chosen": " yes", "rejected": " no", "id": "a"}
-FULL |= dict.fromkeys(NAMES, "x") | dict.fromkeys(NUMBERS, 0.5)
+FULL |= dict.fromkeys(NAMES, "x") | dict.fromkeys(set(NUMBERS) - {THUMB}, 0.5)
 FULL |= dict.fromkeys(FINISH_COLUMNS.values(), "length")
 FULL |= {"tools": '[{"name": "clock"}]', "chat_template_kwargs": '{"enable_thinking": false}'}
 
@@ -52,11 +53,11 @@ def test_a_table_has_the_columns_in_the_order_of_the_schema(tmp_path: Path) -> N
     source.write_text(json.dumps(FULL | {"kept": True, "importance": 1.0, "trust": 0.5, "other": 3}) + "\n")
     config = PairsSection(path=str(source))
     for pairs in (load_pairs(config), stream_pairs(config, tmp_path / "pairs.arrow")):
-        assert tuple(pairs.column_names) == LOADED
+        assert tuple(pairs.column_names) == tuple(name for name in LOADED if name != THUMB)
         assert pairs[0] == FULL
 
 
-@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("name", [name for name in NUMBERS if name != THUMB])
 def test_numbers_are_checked_by_their_constraint(name: str, tmp_path: Path) -> None:
     source = tmp_path / "pairs.jsonl"
     source.write_text(json.dumps(FULL | {name: -0.5}) + "\n")
@@ -82,3 +83,13 @@ def test_a_filter_writes_columns_of_the_schema(tmp_path: Path) -> None:
 
 def test_columns_of_a_batch_are_no_inputs_of_a_model() -> None:
     assert {*PAIR_COLUMNS, ROW} < NOT_MODEL_INPUTS
+
+
+@pytest.mark.parametrize(
+    ("thumb", "words"), [(1, "thumb: found 1 in a row with two different"), (0.5, "label: found 0.5, expected true")]
+)
+def test_a_thumb_is_of_one_response(thumb: float, words: str, tmp_path: Path) -> None:
+    """A pair with a column of that name is not taken for a single response."""
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(FULL | {"thumb": thumb}) + "\n")
+    with pytest.raises(DataError, match=words):
+        load_pairs(PairsSection(path=str(tmp_path / "pairs.jsonl")), thumbs=True)
