@@ -42,7 +42,7 @@ def thumb_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def thumb_problem(row: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """(column, what was found, what was expected) if a row's cell of ``THUMB`` is no thumb; None if it is one, or empty.
+    """(column, what was found, what was expected) if the cell of ``THUMB`` is no thumb; None if it is one, or empty.
 
     A row with a thumb has one response, which stands as ``chosen`` and as ``rejected``.
     """
