@@ -25,7 +25,9 @@ MADE_FROM_TEXTS = (
     *MADE_FROM_LABEL,
 )  # fmt: skip
 """Columns that were computed from the texts as they were; empty after an edit."""
-PREFIXES_FROM_TEXTS = ("quality_", "influence", "adamw")
+PREFIXES_FROM_LABEL = ("influence", "adamw")
+PREFIXES_FROM_TEXTS = ("quality_", *PREFIXES_FROM_LABEL)
+"""Beginnings of the names of further such columns."""
 TIES_OUT = "tie, left out: the table has no votes to say it with"
 
 
@@ -157,7 +159,8 @@ def _labeled(key: str, row: dict[str, Any], kind: str) -> dict[str, Any]:
     votes = {VOTES[0]: float(kind == "flip"), VOTES[1]: 0.0, VOTES[2]: float(kind == "tie")}
     votes["vote_share"] = 1.0 if kind == "flip" else 0.5
     made |= {name: value for name, value in votes.items() if name in row}
-    return {name: None if name in MADE_FROM_LABEL else value for name, value in made.items()}
+    gone = {name for name in made if name in MADE_FROM_LABEL or name.startswith(PREFIXES_FROM_LABEL)}
+    return {name: None if name in gone else value for name, value in made.items()}
 
 
 def _other_side(name: str, row: Mapping[str, Any]) -> str:

@@ -214,3 +214,15 @@ def test_the_verb(tmp_path: Path) -> None:
     assert "elsewhere" in done.stderr, "a judged pair that the table does not have is said"
     with pytest.raises(ConfigError):
         apply(file, tmp_path)
+
+
+def test_an_influence_of_the_label_as_it_was_does_not_stay(tmp_path: Path) -> None:
+    """It was measured for a step towards the response that is the rejected one now."""
+    given = table().assign(influence=0.5, influence_chosen=0.2, **{"adamw@g": 0.1})
+    file = write(given, tmp_path / "t.parquet")
+    with client(file, scratch=tmp_path / "s") as asked:
+        decide(asked, 4, "flip")
+        decide(asked, 5, "keep")
+    _, found = apply(file, tmp_path / "out")
+    names = ["influence", "influence_chosen", "adamw@g"]
+    assert found.loc[4, names].isna().all() and list(found.loc[5, names]) == [0.5, 0.2, 0.1]
