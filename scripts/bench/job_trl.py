@@ -5,6 +5,8 @@ Reward model with trl.RewardTrainer, its scores with a pipeline, the policy with
 
 ``--best`` takes the settings that are fastest on a CPU: no gradient checkpointing, reference log-probs computed before
 the training, batches of similar length wherever the order is free, and a larger batch to generate.
+
+    python -m scripts.bench.job_trl FOLDER --policy .assets/smollm2 --reward .assets/minilm --tokens 24 --best
 """
 
 import argparse

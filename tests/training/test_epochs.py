@@ -79,7 +79,7 @@ def test_metrics_exclude_duplicates() -> None:
     sequences = SequenceLogps(logps.chosen, logps.rejected, logps.chosen_length, logps.rejected_length, tokens)
     both = torch.cat([real, real])
     cut = TokenScores(*(values[both] for values in tokens))
-    part = PairLogps(*(values[real] for values in vars_of(logps)))
+    part = PairLogps(*(None if values is None else values[real] for values in vars_of(logps)))
     less = SequenceLogps(part.chosen, part.rejected, part.chosen_length, part.rejected_length, cut)
     found = []
     for policy, own, keep in ((sequences, logps, real), (less, part, None)):
@@ -91,8 +91,8 @@ def test_metrics_exclude_duplicates() -> None:
     assert found[0] == {name: pytest.approx(value) for name, value in found[1].items()}
 
 
-def vars_of(logps: PairLogps) -> list[Tensor]:
-    """The tensors of ``logps`` in the order of its fields."""
+def vars_of(logps: PairLogps) -> list[Any]:
+    """The tensors of ``logps`` in the order of its fields; None for those that it lacks."""
     return [getattr(logps, name) for name in PairLogps.__dataclass_fields__]
 
 
