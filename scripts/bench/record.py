@@ -162,7 +162,8 @@ def commit() -> str:
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+        line = ["git", *arguments]
+        done = subprocess.run(line, cwd=here, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/align", ":/reward_models", ":/scripts")

@@ -5,7 +5,7 @@ python -m scripts.docs.picture runs/demo/report.html docs/report.png
 
 import argparse
 import shutil
-import subprocess  # nosec B404: the browser is the program that draws the page
+import subprocess  # nosec B404 - of the browser that draws the page
 import tempfile
 from pathlib import Path
 
