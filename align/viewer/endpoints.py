@@ -10,7 +10,7 @@ from align.errors import DataError
 from align.viewer.answering import number
 from align.viewer.export import write_checked
 from align.viewer.neighbors import neighbors
-from align.viewer.queues import margin_column, source_column
+from align.viewer.queues import is_fair, margin_column, source_column
 from align.viewer.session import OpenTable, Session
 from align.viewer.suggestions import first_columns, ready_filters, scatters
 from align.viewer.tokens import measured_tokens
@@ -23,6 +23,7 @@ def open_page(table: OpenTable, request: Request, body: Any) -> Any:
     """Everything that the page shows first."""
     session: Session = request.state.session
     numbers = table.table
+    margin = margin_column(numbers)
     return {
         "tables": [one.name for one in session.tables],
         "runs": [str(folder) for folder in session.runs],
@@ -39,7 +40,8 @@ def open_page(table: OpenTable, request: Request, body: Any) -> Any:
         "source": source_column(numbers),
         "ready": ready_filters(numbers),
         "measurements": numbers.measurements,
-        "queues": ["random", *(["margin"] if margin_column(numbers) else [])],
+        "queues": ["random", *(["margin"] if margin else [])],
+        "margin": {"column": margin, "fair": is_fair(numbers, margin)} if margin else None,
     }
 
 
@@ -49,7 +51,7 @@ def open_runs(session: Session) -> dict[str, Any]:
         "tables": [], "runs": [str(folder) for folder in session.runs], "columns": [], "loaded": [], "count": 0,
         "notes": ["no stage has written pairs yet"], "who": session.options.who, "decisions": None,
         "cache": {"state": "none", "done": 0, "of": 0, "why": "there is no table yet"}, "can_decide": False,
-        "shown": [], "scatters": [], "source": None, "ready": [], "measurements": [], "queues": [],
+        "shown": [], "scatters": [], "source": None, "ready": [], "measurements": [], "queues": [], "margin": None,
     }  # fmt: skip
 
 

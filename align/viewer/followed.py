@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ MOST_CURVES = 200
 PACE = 50
 PROBED = "entanglement"
 DEEPEST = 3
+SILENCE, LONGER = 300, 10
+"""A training is silent after so many seconds, and so many times the time between two of its lines."""
 NOT_CURVES = frozenset({"step", "epoch", "of", "at"})
 
 
@@ -85,7 +88,7 @@ def _training(folder: Path) -> dict[str, Any]:
     ``bands`` has the 95% intervals of the measured ones: metric -> [step, low, high]. ``groups`` says which curves
     belong into one chart.
     """
-    found: dict[str, Any] = {"step": None, "of": None, "seconds_left": None}
+    found: dict[str, Any] = {"step": None, "of": None, "seconds_left": None, "silent": None}
     finished = _read(folder / HISTORY)
     rows = finished.get("history")
     if not isinstance(rows, list):
@@ -98,6 +101,7 @@ def _training(folder: Path) -> dict[str, Any]:
             found |= {"step": state.get("global_step"), "of": state.get("max_steps")}
         if rows and "of" in rows[-1]:
             found |= {"step": rows[-1]["step"], "of": rows[-1]["of"], "seconds_left": _seconds_left(rows)}
+            found["silent"] = _silent(folder / LIVE, rows)
     curves, bands = _Curves(), _Curves()
     for row in rows:
         if isinstance(row, dict):
@@ -156,6 +160,17 @@ def _seconds_left(rows: list[dict[str, Any]]) -> float | None:
     first, last = rows[-PACE:][0], rows[-1]
     steps, seconds = last["step"] - first["step"], last["at"] - first["at"]
     return max(0.0, seconds / steps * (last["of"] - last["step"])) if steps > 0 and seconds > 0 else None
+
+
+def _silent(file: Path, rows: list[dict[str, Any]]) -> int | None:
+    """Whole minutes since a training logged last, where that is much longer than between its lines; else None."""
+    try:
+        quiet = time.time() - file.stat().st_mtime
+    except OSError:
+        return None
+    recent = rows[-PACE:]
+    between = (recent[-1]["at"] - recent[0]["at"]) / max(1, len(recent) - 1)
+    return int(quiet / 60) if quiet > max(SILENCE, LONGER * between) else None
 
 
 class _Curves:

@@ -1,6 +1,8 @@
 """Runs in the viewer: what was measured about their pairs, answers of policies, curves of a training that goes on."""
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +197,11 @@ def test_a_training_that_goes_on(tmp_path: Path) -> None:
     assert method["curves"]["samples all reward"] == [[20, 0.65]]
     assert method["curves"]["entanglement entangled"] == [[10, 0.25]]
     assert (method["step"], method["of"]) == (30, 100)
-    assert method["seconds_left"] == pytest.approx(70 * 4 / 20)
+    assert method["seconds_left"] == pytest.approx(70 * 4 / 20) and method["silent"] is None
+    for seconds, minutes in ((200, None), (400, 6)):
+        written = time.time() - seconds
+        os.utime(training / "live.jsonl", (written, written))
+        assert follow(folder)["methods"]["dpo"]["silent"] == minutes
     assert method["groups"][0] == {"title": "Loss", "curves": ["loss", "held-out all loss"]}
     assert sorted(name for one in method["groups"] for name in one["curves"]) == sorted(method["curves"])
 

@@ -19,6 +19,7 @@ export function openHelp() {
     el("label", { class: "check" }, el("input", { type: "checkbox", checked: keysOn(), on: { change: (event) => localStorage.setItem(OFF, event.target.checked ? "no" : "yes") } }), "single letters and digits act"),
     el("h2", {}, "What is shown"),
     el("p", {}, "Grey bars are all pairs, colored ones those that pass all other filters. Drag over the bars, or type the ends below them; a click takes the filter away. ◂ and ▸ count pairs beyond the axis."),
+    el("p", {}, "Keep: the label is right. Flip: the rejected response is the better one. Tie: neither is better. Drop: not fit for training."),
     el("p", {}, "In a pair, words that only one response has are marked. Numbers say where the pair stands among all: the mark is at the share of pairs below it."),
     el("p", {}, "Decisions are written beside the table, one line each, never into it. Undo is a decision too. What could not be saved waits in this tab and is sent again."),
     el("form", { method: "dialog" }, button("Close", () => dialog.close(), { autofocus: true })));

@@ -1,12 +1,13 @@
-/* The two queues, and what the judged pairs say: flipped labels per source, the reward model against the person, trust. */
+/* The two queues, and what the judged pairs say: wrong labels per source, the reward model against the person, trust. */
 
 import { get, post } from "./api.js";
 import { button, count, el, pairs, share } from "./dom.js";
 import { opened, state } from "./state.js";
 
 const QUEUES = {
-  random: ["Random pairs", "A fair sample, stratified by source: what you judge here estimates the rate of flipped labels, and these are the best pairs to relabel."],
-  margin: ["Where label and model disagree most", "Lowest cross-fitted margin first. For reading: these pairs are no sample, so they are not in the estimate."],
+  random: ["Random pairs", ({ source }) => `A fair sample${source ? `, in proportion from each ${source}` : ""}: what you judge here estimates the share of wrong labels.`],
+  margin: ["Where label and model disagree most", ({ margin }) => `Lowest ${margin.column} first. For reading: these pairs are no fair sample, so they are not in the estimate.${
+    margin.fair ? "" : " It is not known that these margins are cross-fitted: a reward model that was trained on a wrong label tends to agree with it."}`],
 };
 
 /** Show the page; `on`: queue(name), open(pair id), problem(failure). */
@@ -31,20 +32,20 @@ export async function drawJudge(place, on) {
 function queues(info, found, on) {
   return (info.queues ?? ["random"]).map((name) => {
     const [title, what] = QUEUES[name];
-    return el("div", { class: "queue" }, el("p", {}, what),
+    return el("div", { class: "queue" }, el("p", {}, what(info)),
       button(name === "random" && found.judged ? `Go on: ${title.toLowerCase()}` : title, () => on.queue(name), { class: "main", disabled: !info.can_decide }));
   });
 }
 
 function estimates(found) {
   const { judged, undecided, not_counted: outside, other_texts: changed, next, flips, sources, by, accuracy, trust, sentence } = found;
-  if (!judged) return el("p", {}, `Nothing yet. After ${found.milestones[0]} pairs of the random queue the rate of flipped labels is known to about ±8 points.`);
+  if (!judged) return el("p", {}, `Nothing yet. After ${found.milestones[0]} pairs of the random queue the share of wrong labels is known to about ±9 points if a tenth of them are wrong, ±13 if half are.${outside ? ` ${pairs(outside)} judged outside of it, not counted.` : ""}`);
   const rows = Object.entries(sources ?? {});
   return el("div", {},
     el("p", {}, el("b", {}, pairs(judged)), " of the random queue judged", undecided ? `, ${count(undecided)} of them ties or dropped` : "", outside ? `; ${pairs(outside)} judged outside of it, not counted` : "", changed ? `; ${pairs(changed)} left out, for their texts have changed since` : "", "."),
     next ? el("div", { class: "progress" }, el("progress", { max: String(next), value: judged, "aria-label": `${judged} of ${next}` }), el("span", { class: "muted" }, `${next - judged} to ${next}`)) : null,
     sentence ? el("p", { class: "sentence" }, sentence) : null,
-    flips ? el("table", { class: "rates" }, el("thead", {}, el("tr", {}, [by ?? "", "flipped labels (95%)", "", "pairs"].map((text) => el("th", { scope: "col" }, text)))),
+    flips ? el("table", { class: "rates" }, el("thead", {}, el("tr", {}, [by ?? "", "wrong labels (95%)", "", "pairs"].map((text) => el("th", { scope: "col" }, text)))),
       el("tbody", {}, line("all", flips), rows.map(([name, one]) => line(name, one)))) : null,
     accuracy ? el("p", {}, el("b", {}, "Reward model against you: "), `${share(accuracy)} of ${pairs(accuracy.n)} agree (column ${accuracy.column}). `,
       accuracy.fair ? null : el("span", { class: "warn" }, "Its margins are not cross-fitted: it has seen these pairs, so this is too good.")) : null,

@@ -172,7 +172,7 @@ export class PairView {
 
   hint(marks) {
     if (marks?.why) return `Not marked: ${marks.why}.`;
-    if (this.mode === "tokens" && this.tokens && !this.tokens.length) return "No measurement of this pair's tokens: `align entangle` and `align influence` make one.";
+    if (this.mode === "tokens" && this.tokens && !this.tokens.length) return "No measurement of this pair's tokens: `align entangle report` writes those of the pairs that it shows; open its folder with the table.";
     if (this.mode === "tokens") return "Orange: raising this token also raises the other response. Blue: it lowers it.";
     return "";
   }

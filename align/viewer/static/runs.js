@@ -76,10 +76,11 @@ export class Runs {
   }
 
   card(run, { name, folder, stages, methods, log, report }) {
-    const going = Object.entries(methods).map(([method, { step, of, seconds_left: left }]) => (of ? el("p", {}, el("b", {}, method), ` step ${count(step ?? 0)} of ${count(of)}`,
-      left === null ? "" : `, about ${duration(left)} left`, el("progress", { max: String(of), value: step ?? 0, "aria-label": `${method}: step ${step ?? 0} of ${of}` })) : null));
-    return el("section", { class: "card" }, el("h2", {}, name, el("span", { class: "muted" }, ` ${stages.some((one) => !one.finished) ? "running" : ""}`)), going,
-      el("ol", { class: "stages" }, stages.map(({ name: stage, finished, seconds }) => el("li", { class: finished ? "" : "going" }, finished ? "✓ " : "… ", stage, finished ? el("span", { class: "muted" }, ` ${duration(seconds)}`) : " running"))),
+    const going = Object.entries(methods).map(([method, { step, of, seconds_left: left, silent }]) => (of ? el("p", {}, el("b", {}, method), ` step ${count(step ?? 0)} of ${count(of)}`,
+      silent ? el("span", { class: "warn" }, `; nothing logged for ${duration(60 * silent)}: it may have stopped. The same command goes on.`) : left === null ? "" : `, about ${duration(left)} left`, el("progress", { max: String(of), value: step ?? 0, "aria-label": `${method}: step ${step ?? 0} of ${of}` })) : null));
+    const state = Object.values(methods).some(({ silent }) => silent) ? "not finished" : "running";
+    return el("section", { class: "card" }, el("h2", {}, name, el("span", { class: "muted" }, ` ${stages.some((one) => !one.finished) ? state : ""}`)), going,
+      el("ol", { class: "stages" }, stages.map(({ name: stage, finished, seconds }) => el("li", { class: finished ? "" : "going" }, finished ? "✓ " : "… ", stage, finished ? el("span", { class: "muted" }, ` ${duration(seconds)}`) : ` ${state}`))),
       report ? button("Report", () => this.openReport(run)) : el("p", { class: "muted" }, "The report comes when the run is finished."),
       this.logOf(run, log), el("p", { class: "muted" }, folder));
   }
@@ -147,7 +148,7 @@ function legend(figure, chart) {
     mark.style.borderColor = `var(${color})`;
     const value = there ? chart.data[index + 1][idx] : points.at(-1)?.[1];
     return el("span", {}, mark, label, value === null || value === undefined ? "" : ` ${show(value)}`);
-  }), there ? el("span", { class: "muted" }, `step ${show(chart.data[0][idx])}`) : "");
+  }), el("span", { class: "muted" }, there ? `at step ${show(chart.data[0][idx])}` : "last values; across: steps"));
 }
 
 /** Title -> lines of all runs and methods that belong into one chart; a color is a run and method, a dash a curve. */

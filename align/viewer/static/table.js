@@ -142,7 +142,7 @@ export class PairList {
   }
 
   title(name) {
-    return name + (name && name === state.query.sort && !state.query.queue ? (state.query.descending ? " ↓" : " ↑") : "");
+    return (name || "decision") + (name && name === state.query.sort && !state.query.queue ? (state.query.descending ? " ↓" : " ↑") : "");
   }
 
   line(page, index, columns) {
