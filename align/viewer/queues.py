@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from align.data.next_to_check import flip_rates
 from align.errors import DataError
 from align.stats import share_interval
 from align.viewer.measured import CROSS_FITTED
@@ -110,18 +111,15 @@ def estimates(table: PairTable, order: np.ndarray, labels: Mapping[int, str]) ->
     margin = margin_column(table)
     wanted = [name for name in dict.fromkeys((source, margin, "margin_source")) if name and name in table.loaded]
     values = _values(table, clear, wanted)
-    flipped = {row: float(labels[row] == "flip") for row in clear}
-    found["flips"] = share_interval(list(flipped.values())).to_dict()
-    found["sources"] = {}
-    names = sorted({str(values[row][source]) for row in clear}) if source is not None else []
-    for name in names:
-        own = [flipped[row] for row in clear if str(values[row][source or ""]) == name]
-        found["sources"][name] = share_interval(own).to_dict()
+    flipped = {row: labels[row] == "flip" for row in clear}
+    names = None if source is None else [str(values[row][source]) for row in clear]
+    rates = flip_rates(list(flipped.values()), names)
+    found["flips"], found["sources"] = rates["all"], rates["sources"]
     known = [row for row in clear if margin is not None and values[row][margin] is not None]
     if margin is None or not known:
         return found
     margins = np.array([values[row][margin] for row in known])
-    wrong = np.array([flipped[row] for row in known])
+    wrong = np.array([float(flipped[row]) for row in known])
     fair = is_fair(table, margin)
     named = {str(values[row].get("margin_source") or "unknown") for row in known}
     found["accuracy"] = {

@@ -4,9 +4,11 @@ accelerate uses DeepSpeed only on accelerators. Here it takes the processes for 
 DeepSpeed's kernel for shared memory, which it would compile first, is left out. Dividing, reducing and stepping are
 DeepSpeed's own. Parameters of any
 size are divided under ZeRO 3, which keeps small ones whole by default. Each process writes the kind of its optimizer,
-and whether every parameter is divided, to ``divided-<rank>.txt``.
+and whether every parameter is divided, to ``divided-<rank>.txt``. If there is a file ``die-at.txt`` all processes die
+in the step that it names, once.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,13 @@ def look(guard: FiniteSteps, args: Any, state: Any, control: Any, **kwargs: Any)
     before(guard, args, state, control, **kwargs)
     divided = all(parameter.numel() == 0 for parameter in kwargs["model"].parameters())
     Path(f"divided-{process_rank()}.txt").write_text(f"{type(kwargs['optimizer']).__name__} {divided}")
+    die = Path("die-at.txt")
+    if die.exists() and int(die.read_text()) == state.global_step:
+        torch.distributed.barrier()
+        if process_rank() == 0:
+            die.unlink()
+        torch.distributed.barrier()
+        os._exit(9)
 
 
 FiniteSteps.on_optimizer_step = look  # type: ignore[method-assign]
