@@ -43,7 +43,7 @@ function estimates(found) {
   const rows = Object.entries(sources ?? {});
   return el("div", {},
     el("p", {}, el("b", {}, pairs(judged)), " of the random queue judged", undecided ? `, ${count(undecided)} of them ties or dropped` : "", outside ? `; ${pairs(outside)} judged outside of it, not counted` : "", changed ? `; ${pairs(changed)} left out, for their texts have changed since` : "", "."),
-    next ? el("div", { class: "progress" }, el("progress", { max: String(next), value: judged, "aria-label": `${judged} of ${next}` }), el("span", { class: "muted" }, `${next - judged} to ${next}`)) : null,
+    next ? el("div", { class: "progress" }, el("progress", { max: String(next), value: judged, "aria-label": `${judged} of ${next}` }), el("span", { class: "muted" }, `${next - judged} more until ${next}`)) : null,
     sentence ? el("p", { class: "sentence" }, sentence) : null,
     flips ? el("table", { class: "rates" }, el("thead", {}, el("tr", {}, [by ?? "", "wrong labels (95%)", "", "pairs"].map((text) => el("th", { scope: "col" }, text)))),
       el("tbody", {}, line("all", flips), rows.map(([name, one]) => line(name, one)))) : null,

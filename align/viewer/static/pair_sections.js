@@ -48,6 +48,7 @@ function lazy(title, on, load) {
 function numbers(pair) {
   const rows = (pair.numbers ?? []).filter(({ value }) => value !== null);
   const missing = (pair.numbers ?? []).filter(({ value }) => value === null).map(({ name }) => name);
+  if (!pair.numbers?.length) return el("p", { class: "muted" }, "The table has no numbers of its pairs: `align reward score` adds margins.");
   return el("section", { class: "numbers" }, el("h3", {}, "Numbers of this pair"),
     el("table", {}, el("thead", {}, el("tr", {}, ["column", "value", "among the others", "meaning"].map((name) => el("th", { scope: "col" }, name)))),
       el("tbody", {}, rows.map(({ name, value, meaning, kind, rank }) => el("tr", {},

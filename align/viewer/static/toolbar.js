@@ -128,7 +128,7 @@ function order(on) {
   const select = el("select", { "aria-label": "Order by", on: { change: (event) => {
     state.query = { ...state.query, sort: event.target.value || undefined, queue: undefined };
     on.query();
-  } } }, el("option", { value: "" }, "table order"), opened.info.loaded.map((name) => el("option", { value: name }, name)));
+  } } }, el("option", { value: "" }, state.query.queue ? "order of the queue" : "table order"), opened.info.loaded.map((name) => el("option", { value: name }, name)));
   select.value = state.query.sort ?? "";
   const down = Boolean(state.query.descending);
   return [select, button(down ? "↓" : "↑", () => { state.query = { ...state.query, descending: !down }; on.query(); },
